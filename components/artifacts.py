@@ -1,0 +1,218 @@
+"""Typed records that stages hand each other, and where they lie.
+
+Every path is relative to the repository root, which is every stage's working directory. Records are JSON, written
+atomically (a reader sees the old file or the new one, never half of one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from components.errors import DataError
+
+RAW = Path("data")
+DATASET = Path("artifacts/dataset")
+MODELS = Path("artifacts/models")
+TEACHER = Path("artifacts/teacher")
+IRS = Path("artifacts/irs")
+STUDENTS = Path("artifacts/students")
+SCORES = Path("artifacts/scores")
+REPORTS = Path("reports")
+RUNS = Path(".runs")  # checkpoints, journals, run records: neither git's nor DVC's
+
+TEACHER_ARM = "teacher"  # the name under which the teacher's own scores stand beside the arms'
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class Record(BaseModel):
+    """Base of all records: strict, immutable, one JSON file each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def write(self, path: Path) -> Path:
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises DataError if the file is missing or not such a record."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing; `dvc repro` makes it") from None
+        except ValidationError as error:
+            raise DataError(f"{path} is no {cls.__name__}: {error.errors()[0]['msg']}; `dvc repro` makes it anew") from None
+
+
+class ShardRecord(Record):
+    file: str
+    images: int
+    samples: int
+    sha256: str
+
+
+class SplitRecord(Record):
+    images: int
+    samples: int
+    kinds: dict[str, int]  # samples per question kind
+    shards: list[ShardRecord]
+
+
+class Manifest(Record):
+    """artifacts/dataset/manifest.json"""
+
+    source: str
+    rows_in: int
+    rows_out: int
+    quarantined: int
+    splits: dict[Split, SplitRecord]
+    digest: str  # sha256 over the shards' hashes: the data set's identity
+
+
+class ModelRecord(Record):
+    """One usable checkpoint folder."""
+
+    name: str
+    role: Literal["teacher", "student"]
+    path: str
+    origin: str  # "embedded", a hub id, or a local folder
+    revision: str | None
+    parameters: int
+    size_bytes: int
+    sha256: str  # over the folder's files
+    visual_tokens: int  # per image
+
+
+class ModelIndex(Record):
+    """artifacts/models/index.json"""
+
+    teachers: dict[str, ModelRecord]
+    students: dict[str, ModelRecord]
+
+
+class Candidate(Record):
+    name: str
+    exact_match: float
+    per_kind: dict[str, float]
+    nats_per_token: float  # mean cross-entropy on the reference answers
+    irs: float  # of its best layer
+    irs_layer: int
+    parameters: int
+    seconds_per_1000: float
+    memory_mib: float
+    refused: list[str]  # limits of params/teacher.yaml that it breaks
+
+
+class TeacherChoice(Record):
+    """artifacts/teacher/choice.json: what later stages depend on, so nothing here varies from run to run."""
+
+    name: str
+    path: str
+    sha256: str
+
+
+class TeacherReport(Record):
+    """reports/teacher/candidates.json"""
+
+    chosen: str
+    reason: str
+    candidates: list[Candidate]
+
+
+class LayerChoice(Record):
+    """artifacts/irs/layer.json"""
+
+    layer: int
+    irs: list[float]  # per layer
+    standard_error: list[float]  # per layer, over images
+    separated: bool  # is the winner's lead over the runner-up more than 1.96 standard errors of their paired difference?
+    runner_up: int
+    images: int
+    pairs: int
+
+
+class Cost(Record):
+    """artifacts/students/ARM/cost.json: varies from run to run, so only `compare` depends on it."""
+
+    train_seconds: float
+    peak_memory_mib: float
+    device: str
+    steps: int
+
+
+class Prediction(Record):
+    """One line of artifacts/scores/ARM/predictions.jsonl"""
+
+    id: str
+    image_id: str
+    kind: str
+    question: str
+    reference: str
+    answer: str
+    correct: bool
+
+
+class YesNo(Record):
+    """POPE-style figures, "yes" being the positive class; one per yes/no kind and one over all of them."""
+
+    samples: int
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+
+
+class Scores(Record):
+    """artifacts/scores/ARM/scores.json"""
+
+    arm: str
+    samples: int
+    exact_match: float  # over all samples
+    per_kind: dict[str, float]
+    yes_no: dict[str, YesNo]
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write through a temporary neighbour and a rename, so that a crash leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """One digest over the names and contents of files, folders walked in sorted order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def jsonl(records: Iterable[Record | dict[str, Any]]) -> str:
+    """Records as JSON lines."""
+    import json
+
+    lines = (r.model_dump_json() if isinstance(r, Record) else json.dumps(r, ensure_ascii=False) for r in records)
+    return "".join(line + "\n" for line in lines)

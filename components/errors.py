@@ -1,0 +1,74 @@
+"""What can go wrong, and the exit code that says so: 2 your input, 75 try again, 143 interrupted but resumable."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class AlignTIError(Exception):
+    """Root of every error that this project raises on purpose. The message says what, where, and what to do."""
+
+    exit_code = 2
+
+
+class InputError(AlignTIError):
+    """A file, a setting or an argument is wrong: running it again changes nothing."""
+
+
+class SettingsError(InputError):
+    """One or more problems in `params/`; the message lists all of them."""
+
+
+class ModelError(InputError):
+    """A checkpoint, tokenizer or processor that cannot be used as asked."""
+
+
+class DataError(InputError):
+    """A data set, shard or sample that cannot be used as asked."""
+
+
+class TryAgainError(AlignTIError):
+    """A fault that may pass: no network, a full disk, a busy lock."""
+
+    exit_code = 75
+
+
+class Interrupted(AlignTIError):
+    """Stopped by a signal after saving; the same command goes on from there."""
+
+    exit_code = 143
+
+
+@contextmanager
+def _terminate_as_exception() -> Iterator[None]:
+    """Turn SIGTERM into `Interrupted`, so that `finally` blocks run before the process goes."""
+
+    def interrupt(signum: int, _frame: object) -> None:
+        raise Interrupted(f"stopped by signal {signum}; run the same command to go on")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_from(main: Callable[[], None]) -> None:
+    """Run a stage's `main` and leave with the exit code of what happened; our errors print as one sentence, no trace."""
+    try:
+        with _terminate_as_exception():
+            main()
+    except AlignTIError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted: run the same command to go on", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except OSError as error:
+        if error.errno == 28:
+            print(f"TryAgainError: the disk is full ({error.filename}); free space and run again", file=sys.stderr)
+            sys.exit(TryAgainError.exit_code)
+        raise

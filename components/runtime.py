@@ -1,0 +1,34 @@
+"""The machine a stage runs on: device, threads, determinism, the memory it took."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+from components.errors import InputError
+from components.settings import RuntimeSettings
+
+
+def prepare_torch(runtime: RuntimeSettings, seed: int) -> torch.device:
+    """Set threads, seed and deterministic kernels; return the device. Raises InputError if it is not there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(runtime.threads)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if runtime.device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    if not available[runtime.device]:
+        raise InputError(f"params/runtime.yaml: device {runtime.device!r} is not available here; use auto or cpu")
+    return torch.device(runtime.device)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far: of the device on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**20 if sys.platform == "darwin" else 2**10)

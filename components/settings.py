@@ -1,0 +1,462 @@
+"""What may be asked for: the schema of every file in `params/`, read strictly and checked all at once.
+
+No field has a hidden default: the YAML files are the whole truth of a run, which is what lets DVC decide from them
+alone what is stale. `params/runtime.yaml` holds what does not change results (devices, addresses); no stage depends on it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from components.errors import SettingsError
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
+IntRange = Annotated[tuple[int, int], Field(description="[lowest, highest], both included")]
+
+
+class Strict(BaseModel):
+    """Unknown keys, NaN and silent conversions (`"3"` for 3) are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+# --- params/data.yaml -------------------------------------------------------------------------------------------------
+
+
+class SplitSizes(Strict):
+    train: PositiveInt
+    val: PositiveInt
+    test: PositiveInt
+
+
+class DigitsGrid(Strict):
+    """The visual question set composed from UCI handwriting (`source: digits`)."""
+
+    grid: PositiveInt = Field(description="cells per side")
+    cell_px: PositiveInt = Field(description="pixels per side of a cell")
+    filled: IntRange = Field(description="number of cells that hold a digit; the others are empty")
+    noise: Ratio = Field(description="amplitude of the texture behind the digits, as a share of full brightness")
+    handwriting: SplitSizes = Field(description="raw digit images per split; they sum to at most 1,797")
+    images: SplitSizes = Field(description="composed images per split")
+    instructions_per_image: SplitSizes = Field(description="instructions per composed image, at least 2")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DigitsGrid:
+        low, high = self.filled
+        if not 1 <= low <= high <= self.grid**2:
+            raise ValueError(f"filled {list(self.filled)} must lie within 1..grid^2 = {self.grid**2}")
+        if sum((self.handwriting.train, self.handwriting.val, self.handwriting.test)) > 1797:
+            raise ValueError("handwriting splits sum to more than the 1,797 digits of the UCI set")
+        if min(self.instructions_per_image.model_dump().values()) < 2:
+            raise ValueError("instructions_per_image must be at least 2: IRS compares instructions on one image")
+        return self
+
+
+class LlavaFolder(Strict):
+    """A user's own LLaVA-format JSON / JSONL and image folder (`source: llava`)."""
+
+    annotations: Path = Field(description="JSON list or JSONL of {id, image, conversations}")
+    images: Path = Field(description="folder that the rows' image paths are relative to")
+    val: Ratio = Field(description="share of images that go to the validation split")
+    test: Ratio = Field(description="share of images that go to the test split")
+
+
+class DataLimits(Strict):
+    max_pixels: PositiveInt = Field(description="an image with more pixels is quarantined before it is decoded")
+    max_text_chars: PositiveInt = Field(description="characters of all turns of one conversation")
+    max_bad_ratio: Ratio = Field(description="share of quarantined rows past which the stage stops")
+
+
+class DataSettings(Strict):
+    source: Literal["digits", "llava"]
+    seed: int
+    images_per_shard: PositiveInt
+    limits: DataLimits
+    digits: DigitsGrid | None
+    llava: LlavaFolder | None
+
+    @model_validator(mode="after")
+    def _block_of_source(self) -> DataSettings:
+        if getattr(self, self.source) is None:
+            raise ValueError(f"source is {self.source}, so the block `{self.source}:` must be filled in")
+        return self
+
+
+# --- params/models.yaml -----------------------------------------------------------------------------------------------
+
+
+class Optimiser(Strict):
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    learning_rate: PositiveFloat
+    betas: tuple[float, float]
+    weight_decay: NonNegative
+    warmup_ratio: Ratio = Field(description="share of steps")
+    max_grad_norm: PositiveFloat
+
+
+class TowerShape(Strict):
+    """SigLIP-shaped vision tower; one visual token per patch."""
+
+    hidden: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    mlp: PositiveInt
+    patch_px: PositiveInt
+
+
+class LanguageShape(Strict):
+    """Qwen-shaped language model."""
+
+    hidden: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    mlp: PositiveInt
+
+
+class Training(Strict):
+    steps: PositiveInt
+    batch_size: PositiveInt
+    optimiser: Optimiser
+
+
+class EmbeddedFamily(Strict):
+    """The tiny family that `obtain_models` builds and trains from nothing, on the prepared data."""
+
+    seed: int
+    tower: TowerShape
+    tower_training: Training
+    teachers: dict[Name, LanguageShape]
+    teacher_captions: Training
+    teacher_instructions: Training
+    students: dict[Name, LanguageShape]
+    student_captions: Training
+
+
+class Checkpoint(Strict):
+    """A hub id at a pinned commit, or a local folder (revision null)."""
+
+    source: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+
+
+class PretrainedFamily(Strict):
+    teachers: dict[Name, Checkpoint]
+    students: dict[Name, Checkpoint]
+
+
+class Template(Strict):
+    system: str = Field(description="text before the first turn; may be empty")
+
+
+class ModelsSettings(Strict):
+    family: Literal["embedded", "pretrained"]
+    template: Template
+    max_length: PositiveInt = Field(description="tokens of one sample, visual tokens included; longer is an error")
+    embedded: EmbeddedFamily | None
+    pretrained: PretrainedFamily | None
+
+    @model_validator(mode="after")
+    def _block_of_family(self) -> ModelsSettings:
+        if getattr(self, self.family) is None:
+            raise ValueError(f"family is {self.family}, so the block `{self.family}:` must be filled in")
+        return self
+
+    @property
+    def members(self) -> EmbeddedFamily | PretrainedFamily:
+        chosen = self.embedded if self.family == "embedded" else self.pretrained
+        assert chosen is not None
+        return chosen
+
+
+# --- params/teacher.yaml ----------------------------------------------------------------------------------------------
+
+
+class TeacherSettings(Strict):
+    """Rule: best exact match among the candidates within the limits; among those within `tie_margin`, the smallest."""
+
+    seed: int
+    samples: PositiveInt = Field(description="validation samples that each candidate answers")
+    min_exact_match: Ratio
+    max_parameters: PositiveInt | None
+    max_seconds_per_1000: PositiveFloat | None
+    max_memory_mib: PositiveFloat | None
+    tie_margin: Ratio
+
+
+# --- params/irs.yaml --------------------------------------------------------------------------------------------------
+
+
+class IrsSettings(Strict):
+    seed: int
+    images: PositiveInt = Field(description="training-split images with two or more instructions")
+    instructions_per_image: Annotated[int, Field(ge=2)]
+    batch_size: PositiveInt
+    overlays: PositiveInt = Field(description="pictures of where two instructions look")
+
+
+# --- params/distill.yaml ----------------------------------------------------------------------------------------------
+
+
+class Divergence(Strict):
+    """Per-row divergence D(teacher, student) in nats; `mix` is JSD's beta or the skew's alpha."""
+
+    kind: Literal["forward", "reverse", "jsd", "skewed"]
+    mix: Ratio
+    temperature: PositiveFloat
+
+
+class Iva(Strict):
+    """Weights over visual tokens: attention at the IRS layer, at a given layer, or equal."""
+
+    weighting: Literal["irs", "layer", "uniform"]
+    layer: Annotated[int, Field(ge=0)] | None = Field(description="for weighting: layer")
+
+    @model_validator(mode="after")
+    def _layer_given(self) -> Iva:
+        if (self.weighting == "layer") != (self.layer is not None):
+            raise ValueError("`layer` is for `weighting: layer`, and only for it")
+        return self
+
+
+class Tpa(Strict):
+    """Alternatives drawn at each response step."""
+
+    draws: PositiveInt
+    source: Literal["student", "teacher", "gold"]
+    replacement: bool
+
+
+class Trainable(Strict):
+    vision_tower: bool
+    projector: bool
+    language_model: bool
+
+
+class DistillSettings(Strict):
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(description="samples per optimiser step, over all ranks and accumulation steps")
+    micro_batch_size: PositiveInt = Field(description="samples per forward pass on one device")
+    optimiser: Optimiser
+    precision: Literal["fp32", "bf16"]
+    divergence: Divergence
+    iva: Iva
+    tpa: Tpa
+    trainable: Trainable
+    gradient_checkpointing: bool
+    divergence_chunk_rows: PositiveInt = Field(description="rows per chunk of the divergence driver: memory against speed")
+    log_every: PositiveInt
+    checkpoint_every: PositiveInt
+
+    @model_validator(mode="after")
+    def _batches(self) -> DistillSettings:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+# --- params/evaluate.yaml ---------------------------------------------------------------------------------------------
+
+
+class EvaluateSettings(Strict):
+    split: Literal["val", "test"]
+    batch_size: PositiveInt
+    max_new_tokens: PositiveInt
+    bootstrap_resamples: PositiveInt
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    seed: int
+    baselines: list[Name] = Field(description="arms that every other arm's gain is stated against")
+    examples: PositiveInt = Field(description="samples where arms disagree, shown in the report")
+
+
+# --- params/study.yaml ------------------------------------------------------------------------------------------------
+
+
+class Weights(Strict):
+    """L = sft * L_sft + kd * L_kd + iva * L_iva + tpa * L_tpa."""
+
+    sft: NonNegative
+    kd: NonNegative
+    iva: NonNegative
+    tpa: NonNegative
+
+    @model_validator(mode="after")
+    def _some(self) -> Weights:
+        if not any(self.model_dump().values()):
+            raise ValueError("at least one weight must be above 0")
+        return self
+
+
+class Arm(Strict):
+    """One student of the study. `iva`, `tpa`, `divergence`: null means as in `params/distill.yaml`."""
+
+    weights: Weights
+    student: Name
+    seed: int
+    iva: Iva | None = None
+    tpa: Tpa | None = None
+    divergence: Divergence | None = None
+
+
+class StudySettings(Strict):
+    arms: dict[Name, Arm]
+
+
+# --- params/runtime.yaml ----------------------------------------------------------------------------------------------
+
+
+class RuntimeSettings(Strict):
+    """What does not change results; each field can be set by the environment as ALIGNTI_<FIELD>."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    threads: PositiveInt = Field(description="CPU threads of one stage")
+    tracking_uri: str
+    experiment: str
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+class Settings(Strict):
+    data: DataSettings
+    models: ModelsSettings
+    teacher: TeacherSettings
+    irs: IrsSettings
+    distill: DistillSettings
+    evaluate: EvaluateSettings
+    study: StudySettings
+    runtime: RuntimeSettings
+
+    def arm(self, name: str) -> Arm:
+        """The arm with `null` blocks filled in from `params/distill.yaml`. Raises SettingsError if there is none."""
+        if name not in self.study.arms:
+            raise SettingsError(f"params/study.yaml has no arm {name!r}; it has {', '.join(self.study.arms)}")
+        arm = self.study.arms[name]
+        shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
+        return arm.model_copy(update=shared)
+
+
+FILES = tuple(Settings.model_fields)
+
+
+def load_settings(root: Path = Path()) -> Settings:
+    """Read and check every file under `root/params`.
+
+    Raises:
+        SettingsError: naming every problem of every file by file, line and key.
+    """
+    raw, problems = {}, []
+    for name in FILES:
+        try:
+            raw[name] = read_yaml(root / "params" / f"{name}.yaml")
+        except SettingsError as error:
+            problems.append(str(error))
+    if not problems:
+        raw["runtime"] = {**raw["runtime"], **_environment()}
+        try:
+            settings = Settings.model_validate(raw)
+        except ValidationError as error:
+            problems += [_describe(root, raw, problem) for problem in error.errors()]
+        else:
+            problems += _cross_checks(settings)
+    if problems:
+        raise SettingsError(f"{len(problems)} problem(s) in params/:\n  " + "\n  ".join(problems))
+    return settings
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML mapping. Raises SettingsError with file and line if it is missing, malformed or no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: must be a mapping of keys to values")
+    return content
+
+
+def _environment() -> dict[str, str]:
+    found = {field: os.environ.get(f"ALIGNTI_{field.upper()}") for field in RuntimeSettings.model_fields}
+    return {field: value for field, value in found.items() if value}
+
+
+def _cross_checks(settings: Settings) -> list[str]:
+    """What no single file can know."""
+    problems = []
+    students = settings.models.members.students
+    for name, arm in settings.study.arms.items():
+        if arm.student not in students:
+            problems.append(
+                f"params/study.yaml: arms.{name}.student: {arm.student!r} is none of the students of params/models.yaml"
+                f" ({', '.join(students)})"
+            )
+    for name in settings.evaluate.baselines:
+        if name not in settings.study.arms:
+            problems.append(f"params/evaluate.yaml: baselines: {name!r} is no arm of params/study.yaml")
+    return problems
+
+
+def _describe(root: Path, raw: dict[str, Any], problem: Any) -> str:
+    """`file:line: key: message`, with the nearest known key for an unknown one."""
+    file, *keys = problem["loc"]
+    path = root / "params" / f"{file}.yaml"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1], str(file))
+        near = difflib.get_close_matches(str(keys[-1]), known, n=1)
+        message = f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {', '.join(known)}"
+    elif problem["type"] == "missing":
+        message = "required, and missing"
+    elif keys and not isinstance(problem["input"], dict):
+        message += f", not {problem['input']!r}"
+    key = ".".join(str(part) for part in keys)
+    return f"params/{file}.yaml:{_line(path, keys)}: {key or '(file)'}: {message}"
+
+
+def _known_keys(keys: list[Any], file: str) -> list[str]:
+    """Field names of the model at `keys`, following dicts of models and optional models."""
+    annotation: Any = Settings.model_fields[file].annotation
+    for key in keys:
+        model = _model_in(annotation)
+        annotation = model.model_fields[str(key)].annotation if model is not None else get_args(annotation)[-1]
+    model = _model_in(annotation)
+    return list(model.model_fields) if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _line(path: Path, keys: list[Any]) -> int:
+    """The line of the deepest of `keys` that the file has."""
+    node = yaml.compose(path.read_text(encoding="utf-8"))
+    line = 1
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            pairs = {k.value: (k, v) for k, v in node.value}
+            if str(key) not in pairs:
+                break
+            name, node = pairs[str(key)]
+            line = name.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line

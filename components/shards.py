@@ -1,0 +1,153 @@
+"""The prepared data set on disk: Arrow shards, memory-mapped, one row per image with all its samples.
+
+A shard is an Arrow IPC stream (`datasets.Dataset.from_file` opens it too), so a reader touches only the rows it asks for
+and never loads a split whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from components.artifacts import Manifest, ShardRecord, Split, SplitRecord, sha256
+from components.errors import DataError
+
+TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
+SAMPLE = pa.struct([("id", pa.string()), ("kind", pa.string()), ("conversations", pa.list_(TURN))])
+SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(SAMPLE))])
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its reference answer; the first question of an image sample holds one `<image>`."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    id: str
+    image_id: str
+    kind: str
+    image: bytes | None  # an encoded image file; None for text-only samples
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image and the samples about it, all in one split."""
+
+    image_id: str
+    image: bytes | None
+    samples: tuple[tuple[str, str, tuple[Turn, ...]], ...]  # (id, kind, turns)
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "image_id": self.image_id,
+            "image": self.image,
+            "samples": [
+                {"id": id_, "kind": kind, "conversations": list(_conversation(turns))} for id_, kind, turns in self.samples
+            ],
+        }
+
+
+def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, str]]:
+    for turn in turns:
+        yield {"from": "human", "value": turn.question}
+        yield {"from": "gpt", "value": turn.answer}
+
+
+def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -> SplitRecord:
+    """Write `rows` as `folder/shard-00000.arrow`, ...; holds one shard's rows in memory at most."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[ShardRecord] = []
+    kinds: Counter[str] = Counter()
+    pending: list[ImageRow] = []
+
+    def flush() -> None:
+        if pending:
+            shards.append(_write_shard(folder / f"shard-{len(shards):05d}.arrow", pending))
+            pending.clear()
+
+    for row in rows:
+        pending.append(row)
+        kinds.update(kind for _, kind, _ in row.samples)
+        if len(pending) == images_per_shard:
+            flush()
+    flush()
+    return SplitRecord(
+        images=sum(shard.images for shard in shards),
+        samples=kinds.total(),
+        kinds=dict(sorted(kinds.items())),
+        shards=shards,
+    )
+
+
+def _write_shard(path: Path, rows: list[ImageRow]) -> ShardRecord:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            writer.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in rows], schema=SCHEMA))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return ShardRecord(file=path.name, images=len(rows), samples=sum(len(r.samples) for r in rows), sha256=sha256([path]))
+
+
+class Samples(Sequence[Sample]):
+    """The samples of one split, in stored order, by index. Opening reads the structure, not the images.
+
+    Raises DataError if the split is missing or its shards disagree with the manifest.
+    """
+
+    def __init__(self, dataset: Path, split: Split) -> None:
+        self.manifest = Manifest.read(dataset / "manifest.json")
+        if split not in self.manifest.splits:
+            raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
+        self.record = self.manifest.splits[split]
+        self._table = pa.concat_tables([_open_shard(dataset / split / shard.file) for shard in self.record.shards])
+        counts = pc.list_value_length(self._table.column("samples")).to_numpy()
+        if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
+            raise DataError(
+                f"{dataset / split}: shards do not hold what the manifest says; `dvc repro prepare` makes them anew"
+            )
+        self.row_of = np.repeat(np.arange(len(counts)), counts)  # sample index -> image row
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+
+    def __len__(self) -> int:
+        return len(self.row_of)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        row = int(self.row_of[index])
+        stored = self._table.column("samples")[row][int(index - self._first[row])].as_py()
+        turns = stored["conversations"]
+        return Sample(
+            id=stored["id"],
+            image_id=self._table.column("image_id")[row].as_py(),
+            kind=stored["kind"],
+            image=self._table.column("image")[row].as_py(),
+            turns=tuple(Turn(q["value"], a["value"]) for q, a in zip(turns[::2], turns[1::2], strict=True)),
+        )
+
+    def of_image(self, row: int) -> range:
+        """Indices of the samples about image `row`."""
+        return range(int(self._first[row]), int(self._first[row + 1]))
+
+    @property
+    def images(self) -> int:
+        return self.record.images
+
+
+def _open_shard(path: Path) -> pa.Table:
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: {error}; `dvc repro prepare` makes it anew") from None
