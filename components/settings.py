@@ -7,6 +7,7 @@ alone what is stale. `params/runtime.yaml` holds what does not change results (d
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from components.artifacts import TEACHER_ARM
 from components.errors import SettingsError
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -21,13 +23,14 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
-IntRange = Annotated[tuple[int, int], Field(description="[lowest, highest], both included")]
+ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]  # no dots: DVC reads `arms.NAME`
+IntRange = Annotated[tuple[int, int], Field(strict=False, description="[lowest, highest], both included")]
 
 
 class Strict(BaseModel):
     """Unknown keys, NaN and silent conversions (`"3"` for 3) are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # --- params/data.yaml -------------------------------------------------------------------------------------------------
@@ -65,8 +68,8 @@ class DigitsGrid(Strict):
 class LlavaFolder(Strict):
     """A user's own LLaVA-format JSON / JSONL and image folder (`source: llava`)."""
 
-    annotations: Path = Field(description="JSON list or JSONL of {id, image, conversations}")
-    images: Path = Field(description="folder that the rows' image paths are relative to")
+    annotations: Path = Field(strict=False, description="JSON list or JSONL of {id, image, conversations}")
+    images: Path = Field(strict=False, description="folder that the rows' image paths are relative to")
     val: Ratio = Field(description="share of images that go to the validation split")
     test: Ratio = Field(description="share of images that go to the test split")
 
@@ -99,7 +102,7 @@ class Optimiser(Strict):
     """AdamW with linear warm-up and cosine decay to zero."""
 
     learning_rate: PositiveFloat
-    betas: tuple[float, float]
+    betas: Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, not tuples
     weight_decay: NonNegative
     warmup_ratio: Ratio = Field(description="share of steps")
     max_grad_norm: PositiveFloat
@@ -310,7 +313,13 @@ class Arm(Strict):
 
 
 class StudySettings(Strict):
-    arms: dict[Name, Arm]
+    arms: dict[ArmName, Arm] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _not_the_teacher(self) -> StudySettings:
+        if TEACHER_ARM in self.arms:
+            raise ValueError(f"arms.{TEACHER_ARM}: the name is taken by the teacher's own scores")
+        return self
 
 
 # --- params/runtime.yaml ----------------------------------------------------------------------------------------------
@@ -320,7 +329,7 @@ class RuntimeSettings(Strict):
     """What does not change results; each field can be set by the environment as ALIGNTI_<FIELD>."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    threads: PositiveInt = Field(description="CPU threads of one stage")
+    threads: PositiveInt = Field(strict=False, description="CPU threads of one stage")
     tracking_uri: str
     experiment: str
 
@@ -422,8 +431,17 @@ def _describe(root: Path, raw: dict[str, Any], problem: Any) -> str:
         message = "required, and missing"
     elif keys and not isinstance(problem["input"], dict):
         message += f", not {problem['input']!r}"
+        if problem["type"] == "float_type" and _is_number(problem["input"]):
+            message += f"; YAML takes that for text, write {float(problem['input'])!r}"
     key = ".".join(str(part) for part in keys)
     return f"params/{file}.yaml:{_line(path, keys)}: {key or '(file)'}: {message}"
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _known_keys(keys: list[Any], file: str) -> list[str]:
