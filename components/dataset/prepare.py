@@ -42,6 +42,7 @@ def _write(source: Source, settings: DataSettings, folder: Path) -> Manifest:
         writers[origin.split].add(row)
         provenance.append(origin)
     splits = {split: writer.close() for split, writer in writers.items()}
+    source.refused.sort(key=lambda refused: refused.row)
     _accept(source, splits, settings.limits.max_bad_ratio)
     hashes = "".join(shard.sha256 for split in SPLITS for shard in splits[split].shards)
     manifest = Manifest(
