@@ -19,12 +19,16 @@ from components.artifacts import TEACHER_ARM
 from components.errors import SettingsError
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]  # no dots: DVC reads `arms.NAME`
 IntRange = Annotated[tuple[int, int], Field(strict=False, description="[lowest, highest], both included")]
+FloatRange = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False, description="[lowest, highest]")]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Rgb = Annotated[tuple[Byte, Byte, Byte], Field(strict=False)]
 
 
 class Strict(BaseModel):
@@ -42,22 +46,38 @@ class SplitSizes(Strict):
     test: PositiveInt
 
 
+class Augmentation(Strict):
+    """How one digit's drawing varies; each value is drawn evenly from its range."""
+
+    shift_px: NonNegative = Field(description="largest displacement along each axis, pixels of the composed image")
+    scale: FloatRange = Field(description="size relative to the cell")
+    rotation_deg: NonNegative = Field(description="largest rotation to either side, degrees")
+    brightness: FloatRange = Field(description="share of the colour's full brightness")
+
+
 class DigitsGrid(Strict):
     """The visual question set composed from UCI handwriting (`source: digits`)."""
 
-    grid: PositiveInt = Field(description="cells per side")
+    grid: Annotated[int, Field(gt=0, le=9)] = Field(description="cells per side")
     cell_px: PositiveInt = Field(description="pixels per side of a cell")
     filled: IntRange = Field(description="number of cells that hold a digit; the others are empty")
-    noise: Ratio = Field(description="amplitude of the texture behind the digits, as a share of full brightness")
+    classes: IntRange = Field(description="number of different digits that an image draws from, of the ten")
+    colours: IntRange = Field(description="number of different colours that an image draws from, of the palette")
+    palette: dict[Annotated[str, Field(pattern=r"^[a-z]+$")], Rgb] = Field(description="colour word -> red, green, blue")
+    texture: Ratio = Field(description="largest brightness of the smooth colour clouds behind the digits, share of full")
+    noise: Ratio = Field(description="standard deviation of the noise on every pixel, share of full brightness")
+    augmentation: Augmentation
     handwriting: SplitSizes = Field(description="raw digit images per split; they sum to at most 1,797")
     images: SplitSizes = Field(description="composed images per split")
-    instructions_per_image: SplitSizes = Field(description="instructions per composed image, at least 2")
+    instructions_per_image: SplitSizes = Field(description="questions per composed image, at least 2; train adds one caption")
 
     @model_validator(mode="after")
     def _consistent(self) -> DigitsGrid:
-        low, high = self.filled
-        if not 1 <= low <= high <= self.grid**2:
-            raise ValueError(f"filled {list(self.filled)} must lie within 1..grid^2 = {self.grid**2}")
+        most = {"filled": min(self.grid**2, 18), "classes": 10, "colours": len(self.palette)}
+        for field, highest in most.items():
+            low, high = getattr(self, field)
+            if not 1 <= low <= high <= highest:
+                raise ValueError(f"{field} {[low, high]} must be [lowest, highest] within 1..{highest}")
         if sum((self.handwriting.train, self.handwriting.val, self.handwriting.test)) > 1797:
             raise ValueError("handwriting splits sum to more than the 1,797 digits of the UCI set")
         if min(self.instructions_per_image.model_dump().values()) < 2:
@@ -70,12 +90,19 @@ class LlavaFolder(Strict):
 
     annotations: Path = Field(strict=False, description="JSON list or JSONL of {id, image, conversations}")
     images: Path = Field(strict=False, description="folder that the rows' image paths are relative to")
-    val: Ratio = Field(description="share of images that go to the validation split")
-    test: Ratio = Field(description="share of images that go to the test split")
+    val: Share = Field(description="share of images that go to the validation split")
+    test: Share = Field(description="share of images that go to the test split")
+
+    @model_validator(mode="after")
+    def _train_left(self) -> LlavaFolder:
+        if self.val + self.test >= 1:
+            raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on")
+        return self
 
 
 class DataLimits(Strict):
     max_pixels: PositiveInt = Field(description="an image with more pixels is quarantined before it is decoded")
+    max_image_mib: PositiveFloat = Field(description="an image file that is larger is quarantined before it is read, MiB")
     max_text_chars: PositiveInt = Field(description="characters of all turns of one conversation")
     max_bad_ratio: Ratio = Field(description="share of quarantined rows past which the stage stops")
 
