@@ -191,6 +191,12 @@ class Samples(Sequence[Sample]):
     def images(self) -> int:
         return self.record.images
 
+    def images_of(self, image_ids: Iterable[str]) -> dict[str, bytes | None]:
+        """Encoded image per image id, for those ids that the split has."""
+        asked = pc.is_in(self._table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))
+        found = self._table.select(["image_id", "image"]).filter(asked)
+        return dict(zip(found.column("image_id").to_pylist(), found.column("image").to_pylist(), strict=True))
+
 
 def _open_shard(path: Path) -> pa.Table:
     try:
