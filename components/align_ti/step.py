@@ -118,8 +118,9 @@ class AlignTI(nn.Module):
         else:
             hidden, cache = self.student.plain(batch, features, keep=method.wants("tpa"))
 
-        zero = hidden.sum() * 0.0  # a batch without units still has a graph to go back through
-        sums = dict.fromkeys(losses.TERMS, zero.float())
+        # A batch without units still has a graph to go back through.
+        zero = hidden.sum(dtype=torch.promote_types(hidden.dtype, torch.float32)) * 0.0
+        sums = dict.fromkeys(losses.TERMS, zero)
         if method.wants("sft"):
             targets = batch.input_ids[:, 1:][batch.response[:, 1:]]
             sums["sft"] = losses.sft(self.student.head(hidden[predicts]), targets) + zero
@@ -157,7 +158,7 @@ class AlignTI(nn.Module):
 
         counts = self._counts(batch, None if ribbon is None else ribbon.counted)
         rows_built = 0 if ribbon is None else int(ribbon.valid.sum())
-        return Terms(torch.stack([sums[term].float() for term in losses.TERMS]), counts, rows_built)
+        return Terms(torch.stack([sums[term] for term in losses.TERMS]), counts, rows_built)
 
     @torch.no_grad()
     def draw(self, batch: Batch, keys: list[int]) -> Tensor:

@@ -83,7 +83,7 @@ def _forward(
 
 @torch.no_grad()
 def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, look: Look) -> Tensor:
-    """(B, Nv) float32: softmax(q k) of the instruction rows at the visual columns, mean over heads and rows.
+    """(B, Nv), float32 or wider: softmax(q k) of the instruction rows at the visual columns, mean over heads and rows.
 
     query (B, H, T, d), key (B, K, T, d), H a multiple of K (grouped heads); mask (B, 1, T, T) bool, or additive, or None
     for plain causal attention.
@@ -93,13 +93,14 @@ def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
     rows, columns = look.rows.clamp_min(0), look.columns.clamp_min(0)
     Ni = rows.shape[1]
     asked = query.gather(2, rows[:, None, :, None].expand(B, H, Ni, d)).view(B, K, H // K, Ni, d)
-    scores = torch.einsum("bkgnd,bktd->bkgnt", asked.float(), key.float()) * scaling
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.einsum("bkgnd,bktd->bkgnt", asked.to(wide), key.to(wide)) * scaling
     if mask is None:
         allowed = torch.arange(T, device=query.device) <= rows[:, :, None]  # (B, Ni, T)
         scores = scores.masked_fill(~allowed[:, None, None], -torch.inf)
     else:
         row_mask = mask.expand(B, -1, T, T)[:, 0].gather(1, rows[:, :, None].expand(B, Ni, T))[:, None, None]
-        scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask.float()
+        scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask.to(wide)
     weights = scores.softmax(-1).flatten(1, 2)  # (B, H, Ni, T)
     at_columns = weights.gather(3, columns[:, None, None, :].expand(B, H, Ni, columns.shape[1])).mean(1)
     counted = (look.rows >= 0)[:, :, None]
