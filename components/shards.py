@@ -183,6 +183,12 @@ class Samples(Sequence[Sample]):
             turns=tuple(Turn(q["value"], a["value"]) for q, a in zip(turns[::2], turns[1::2], strict=True)),
         )
 
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each sample; no image is read."""
+        kinds: list[str] = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind").to_pylist()
+        return kinds
+
     def of_image(self, row: int) -> range:
         """Indices of the samples about image `row`."""
         return range(int(self._first[row]), int(self._first[row + 1]))

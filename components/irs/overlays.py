@@ -31,7 +31,9 @@ class Gaze:
 
 def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
     """The RGB image as the model sees it, (H, W, 3): resized and cropped, so that the visual tokens tile it."""
-    pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"]
+    pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)[
+        "pixel_values"
+    ]
     return np.clip(np.moveaxis(pixels[0], 0, -1), 0, 255).astype(np.uint8)
 
 
