@@ -312,6 +312,12 @@ class Arm(Strict):
 class StudySettings(Strict):
     arms: dict[Name, Arm]
 
+    @model_validator(mode="after")
+    def _names(self) -> StudySettings:
+        if "teacher" in self.arms:
+            raise ValueError("no arm may be called `teacher`: the teacher's own scores stand under that name")
+        return self
+
 
 # --- params/runtime.yaml ----------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from components.errors import DataError
 
 TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 SAMPLE = pa.struct([("id", pa.string()), ("kind", pa.string()), ("conversations", pa.list_(TURN))])
+CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
 SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(SAMPLE))])
 
 
@@ -136,6 +137,11 @@ class Samples(Sequence[Sample]):
             image=self._table.column("image")[row].as_py(),
             turns=tuple(Turn(q["value"], a["value"]) for q, a in zip(turns[::2], turns[1::2], strict=True)),
         )
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each sample; no image is read."""
+        return pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind").to_pylist()
 
     def of_image(self, row: int) -> range:
         """Indices of the samples about image `row`."""
