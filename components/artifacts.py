@@ -181,6 +181,61 @@ class Scores(Record):
     yes_no: dict[str, YesNo]
 
 
+class Difference(Record):
+    """Exact match of `arm` minus that of `against`, over the same samples; `p_holm` is adjusted for all pairs of arms."""
+
+    arm: str
+    against: str
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+    p_holm: float
+
+    @property
+    def larger_than_noise(self) -> bool:
+        """Whether the interval excludes zero."""
+        return not self.ci95[0] <= 0 <= self.ci95[1]
+
+
+class TeacherResult(Record):
+    """Exact match with its interval, over all samples and as the mean over kinds."""
+
+    exact_match: float
+    ci95: tuple[float, float]
+    average: float  # mean over kinds, each counting the same
+    average_ci95: tuple[float, float]
+    per_kind: dict[str, float]
+    per_kind_ci95: dict[str, tuple[float, float]]
+    yes_no: dict[str, YesNo]
+
+
+class ArmResult(TeacherResult):
+    share_of_teacher: float | None  # exact match over the teacher's; None where the teacher has none
+    share_ci95: tuple[float, float] | None
+    gains: dict[str, Difference]  # over each baseline of params/evaluate.yaml
+    train_seconds: float
+    peak_memory_mib: float
+    device: str
+    steps: int
+
+
+class Comparison(Record):
+    """reports/compare.json"""
+
+    headline: str
+    split: Split
+    n: int  # samples
+    images: int
+    kinds: dict[str, int]  # samples per kind
+    confidence: float  # of every interval here; 0.95 unless params/evaluate.yaml says otherwise
+    resamples: int
+    method: str
+    teacher: TeacherResult
+    arms: dict[str, ArmResult]  # in the order of params/study.yaml
+    order: list[str]  # arms from the best down
+    pairs: list[Difference]  # each better arm against each that ranks below it
+
+
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 

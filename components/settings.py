@@ -7,6 +7,7 @@ alone what is stale. `params/runtime.yaml` holds what does not change results (d
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -14,20 +15,26 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from components.artifacts import TEACHER_ARM
 from components.errors import SettingsError
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
-IntRange = Annotated[tuple[int, int], Field(description="[lowest, highest], both included")]
+ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]  # no dots: DVC reads `arms.NAME`
+IntRange = Annotated[tuple[int, int], Field(strict=False, description="[lowest, highest], both included")]
+FloatRange = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False, description="[lowest, highest]")]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Rgb = Annotated[tuple[Byte, Byte, Byte], Field(strict=False)]
 
 
 class Strict(BaseModel):
     """Unknown keys, NaN and silent conversions (`"3"` for 3) are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # --- params/data.yaml -------------------------------------------------------------------------------------------------
@@ -39,22 +46,38 @@ class SplitSizes(Strict):
     test: PositiveInt
 
 
+class Augmentation(Strict):
+    """How one digit's drawing varies; each value is drawn evenly from its range."""
+
+    shift_px: NonNegative = Field(description="largest displacement along each axis, pixels of the composed image")
+    scale: FloatRange = Field(description="size relative to the cell")
+    rotation_deg: NonNegative = Field(description="largest rotation to either side, degrees")
+    brightness: FloatRange = Field(description="share of the colour's full brightness")
+
+
 class DigitsGrid(Strict):
     """The visual question set composed from UCI handwriting (`source: digits`)."""
 
-    grid: PositiveInt = Field(description="cells per side")
+    grid: Annotated[int, Field(gt=0, le=9)] = Field(description="cells per side")
     cell_px: PositiveInt = Field(description="pixels per side of a cell")
     filled: IntRange = Field(description="number of cells that hold a digit; the others are empty")
-    noise: Ratio = Field(description="amplitude of the texture behind the digits, as a share of full brightness")
+    classes: IntRange = Field(description="number of different digits that an image draws from, of the ten")
+    colours: IntRange = Field(description="number of different colours that an image draws from, of the palette")
+    palette: dict[Annotated[str, Field(pattern=r"^[a-z]+$")], Rgb] = Field(description="colour word -> red, green, blue")
+    texture: Ratio = Field(description="largest brightness of the smooth colour clouds behind the digits, share of full")
+    noise: Ratio = Field(description="standard deviation of the noise on every pixel, share of full brightness")
+    augmentation: Augmentation
     handwriting: SplitSizes = Field(description="raw digit images per split; they sum to at most 1,797")
     images: SplitSizes = Field(description="composed images per split")
-    instructions_per_image: SplitSizes = Field(description="instructions per composed image, at least 2")
+    instructions_per_image: SplitSizes = Field(description="questions per composed image, at least 2; train adds one caption")
 
     @model_validator(mode="after")
     def _consistent(self) -> DigitsGrid:
-        low, high = self.filled
-        if not 1 <= low <= high <= self.grid**2:
-            raise ValueError(f"filled {list(self.filled)} must lie within 1..grid^2 = {self.grid**2}")
+        most = {"filled": min(self.grid**2, 18), "classes": 10, "colours": len(self.palette)}
+        for field, highest in most.items():
+            low, high = getattr(self, field)
+            if not 1 <= low <= high <= highest:
+                raise ValueError(f"{field} {[low, high]} must be [lowest, highest] within 1..{highest}")
         if sum((self.handwriting.train, self.handwriting.val, self.handwriting.test)) > 1797:
             raise ValueError("handwriting splits sum to more than the 1,797 digits of the UCI set")
         if min(self.instructions_per_image.model_dump().values()) < 2:
@@ -65,14 +88,21 @@ class DigitsGrid(Strict):
 class LlavaFolder(Strict):
     """A user's own LLaVA-format JSON / JSONL and image folder (`source: llava`)."""
 
-    annotations: Path = Field(description="JSON list or JSONL of {id, image, conversations}")
-    images: Path = Field(description="folder that the rows' image paths are relative to")
-    val: Ratio = Field(description="share of images that go to the validation split")
-    test: Ratio = Field(description="share of images that go to the test split")
+    annotations: Path = Field(strict=False, description="JSON list or JSONL of {id, image, conversations}")
+    images: Path = Field(strict=False, description="folder that the rows' image paths are relative to")
+    val: Share = Field(description="share of images that go to the validation split")
+    test: Share = Field(description="share of images that go to the test split")
+
+    @model_validator(mode="after")
+    def _train_left(self) -> LlavaFolder:
+        if self.val + self.test >= 1:
+            raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on")
+        return self
 
 
 class DataLimits(Strict):
     max_pixels: PositiveInt = Field(description="an image with more pixels is quarantined before it is decoded")
+    max_image_mib: PositiveFloat = Field(description="an image file that is larger is quarantined before it is read, MiB")
     max_text_chars: PositiveInt = Field(description="characters of all turns of one conversation")
     max_bad_ratio: Ratio = Field(description="share of quarantined rows past which the stage stops")
 
@@ -99,7 +129,7 @@ class Optimiser(Strict):
     """AdamW with linear warm-up and cosine decay to zero."""
 
     learning_rate: PositiveFloat
-    betas: tuple[float, float]
+    betas: Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, not tuples
     weight_decay: NonNegative
     warmup_ratio: Ratio = Field(description="share of steps")
     max_grad_norm: PositiveFloat
@@ -310,7 +340,13 @@ class Arm(Strict):
 
 
 class StudySettings(Strict):
-    arms: dict[Name, Arm]
+    arms: dict[ArmName, Arm] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _not_the_teacher(self) -> StudySettings:
+        if TEACHER_ARM in self.arms:
+            raise ValueError(f"arms.{TEACHER_ARM}: the name is taken by the teacher's own scores")
+        return self
 
     @model_validator(mode="after")
     def _names(self) -> StudySettings:
@@ -326,7 +362,7 @@ class RuntimeSettings(Strict):
     """What does not change results; each field can be set by the environment as ALIGNTI_<FIELD>."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    threads: PositiveInt = Field(description="CPU threads of one stage")
+    threads: PositiveInt = Field(strict=False, description="CPU threads of one stage")
     tracking_uri: str
     experiment: str
 
@@ -428,8 +464,17 @@ def _describe(root: Path, raw: dict[str, Any], problem: Any) -> str:
         message = "required, and missing"
     elif keys and not isinstance(problem["input"], dict):
         message += f", not {problem['input']!r}"
+        if problem["type"] == "float_type" and _is_number(problem["input"]):
+            message += f"; YAML takes that for text, write {float(problem['input'])!r}"
     key = ".".join(str(part) for part in keys)
     return f"params/{file}.yaml:{_line(path, keys)}: {key or '(file)'}: {message}"
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _known_keys(keys: list[Any], file: str) -> list[str]:

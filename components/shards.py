@@ -22,6 +22,7 @@ from components.errors import DataError
 TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 SAMPLE = pa.struct([("id", pa.string()), ("kind", pa.string()), ("conversations", pa.list_(TURN))])
 CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
+BATCH_BYTES = 32 * 2**20  # of images, in one record batch
 SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(SAMPLE))])
 
 
@@ -66,41 +67,80 @@ def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, str]]:
         yield {"from": "gpt", "value": turn.answer}
 
 
+class SplitWriter:
+    """Writes one split row by row as `folder/shard-00000.arrow`, ...; `close` returns its record.
+
+    Rows are handed to the file in batches, so memory holds one batch and never a shard.
+    """
+
+    def __init__(self, folder: Path, images_per_shard: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._images_per_shard = images_per_shard
+        self._kinds: Counter[str] = Counter()
+        self._shards: list[ShardRecord] = []
+        self._shard: _ShardWriter | None = None
+
+    def add(self, row: ImageRow) -> None:
+        if self._shard is None:
+            self._shard = _ShardWriter(self._folder / f"shard-{len(self._shards):05d}.arrow")
+        self._shard.add(row)
+        self._kinds.update(kind for _, kind, _ in row.samples)
+        if self._shard.images == self._images_per_shard:
+            self._finish_shard()
+
+    def close(self) -> SplitRecord:
+        self._finish_shard()
+        return SplitRecord(
+            images=sum(shard.images for shard in self._shards),
+            samples=self._kinds.total(),
+            kinds=dict(sorted(self._kinds.items())),
+            shards=self._shards,
+        )
+
+    def _finish_shard(self) -> None:
+        if self._shard is not None:
+            self._shards.append(self._shard.close())
+            self._shard = None
+
+
+class _ShardWriter:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._stream = pa.ipc.new_stream(str(self._draft), SCHEMA)
+        self._pending: list[ImageRow] = []
+        self._bytes = 0
+        self.images = 0
+        self.samples = 0
+
+    def add(self, row: ImageRow) -> None:
+        self._pending.append(row)
+        self._bytes += len(row.image or b"")
+        self.images += 1
+        self.samples += len(row.samples)
+        if self._bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._stream.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in self._pending], schema=SCHEMA))
+            self._pending.clear()
+            self._bytes = 0
+
+    def close(self) -> ShardRecord:
+        self._flush()
+        self._stream.close()
+        self._draft.replace(self._path)
+        return ShardRecord(file=self._path.name, images=self.images, samples=self.samples, sha256=sha256([self._path]))
+
+
 def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -> SplitRecord:
-    """Write `rows` as `folder/shard-00000.arrow`, ...; holds one shard's rows in memory at most."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[ShardRecord] = []
-    kinds: Counter[str] = Counter()
-    pending: list[ImageRow] = []
-
-    def flush() -> None:
-        if pending:
-            shards.append(_write_shard(folder / f"shard-{len(shards):05d}.arrow", pending))
-            pending.clear()
-
+    """Write all `rows` of one split."""
+    writer = SplitWriter(folder, images_per_shard)
     for row in rows:
-        pending.append(row)
-        kinds.update(kind for _, kind, _ in row.samples)
-        if len(pending) == images_per_shard:
-            flush()
-    flush()
-    return SplitRecord(
-        images=sum(shard.images for shard in shards),
-        samples=kinds.total(),
-        kinds=dict(sorted(kinds.items())),
-        shards=shards,
-    )
-
-
-def _write_shard(path: Path, rows: list[ImageRow]) -> ShardRecord:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            writer.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in rows], schema=SCHEMA))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return ShardRecord(file=path.name, images=len(rows), samples=sum(len(r.samples) for r in rows), sha256=sha256([path]))
+        writer.add(row)
+    return writer.close()
 
 
 class Samples(Sequence[Sample]):
@@ -114,6 +154,7 @@ class Samples(Sequence[Sample]):
         if split not in self.manifest.splits:
             raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
         self.record = self.manifest.splits[split]
+        self._dataset, self._split = dataset, split
         self._table = pa.concat_tables([_open_shard(dataset / split / shard.file) for shard in self.record.shards])
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
@@ -126,7 +167,12 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.row_of)
 
+    def __reduce__(self) -> tuple[type[Samples], tuple[Path, Split]]:
+        return Samples, (self._dataset, self._split)  # a loader's worker opens the files itself, instead of receiving them
+
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        """Raises IndexError past the end, and DataError if the stored sample is damaged."""
+        index = range(len(self))[index]
         row = int(self.row_of[index])
         stored = self._table.column("samples")[row][int(index - self._first[row])].as_py()
         turns = stored["conversations"]
@@ -151,9 +197,15 @@ class Samples(Sequence[Sample]):
     def images(self) -> int:
         return self.record.images
 
+    def images_of(self, image_ids: Iterable[str]) -> dict[str, bytes | None]:
+        """Encoded image per image id, for those ids that the split has."""
+        asked = pc.is_in(self._table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))
+        found = self._table.select(["image_id", "image"]).filter(asked)
+        return dict(zip(found.column("image_id").to_pylist(), found.column("image").to_pylist(), strict=True))
+
 
 def _open_shard(path: Path) -> pa.Table:
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: {error}; `dvc repro prepare` makes it anew") from None

@@ -1,0 +1,65 @@
+# `make repro` runs the whole job, `make test` its tests; both install what they need into .venv first.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+# DVC runs each stage's `python` from PATH, so the virtual environment comes first there.
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+# Nobody is told that you ran this.
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_DISABLE_AGENT_HINT := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT := false
+export PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS := false
+export PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY := false
+# What a loaded machine needs to start Prefect's own server.
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
+
+.DEFAULT_GOAL := help
+.PHONY: help venv data repro flow plan test check format
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo "  PYTHON=... chooses the interpreter that .venv is made with (3.11 or newer)."
+
+venv: $(STAMP) ## install everything into .venv (again only when pyproject.toml or constraints.txt change)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version 2>&1 || echo '$(PYTHON) is missing'). Name another: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): some minutes the first time, 2 to 3 GB."
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'
+	@touch $@
+
+data: $(STAMP) ## fetch the raw data that data.dvc names
+	@$(IN_VENV) dvc pull --quiet data.dvc </dev/null || \
+		{ echo "data/ is not what data.dvc says: \`dvc add data\` records your change, \`dvc checkout --force data.dvc\` drops it." >&2; exit 2; }
+
+repro: data ## the whole job: data, teacher, layer, students, scores, report; only what changed is run
+	@$(IN_VENV) dvc --wait-for-lock repro
+	@echo "The report: file://$(CURDIR)/reports/report.html (its figures: reports/compare.json)"
+
+flow: data ## the same stages through Prefect, in the order of DVC's graph
+	@$(IN_VENV) python -m flows.pipeline
+	@echo "The report: file://$(CURDIR)/reports/report.html (its figures: reports/compare.json)"
+
+plan: $(STAMP) ## what `make repro` would run, why, and how long that takes
+	@$(IN_VENV) alignti plan
+
+test: $(STAMP) ## all tests, offline
+	@$(IN_VENV) python -m pytest $(TESTS)
+
+check: $(STAMP) ## lint, format, types, and a dry validation of every recipe
+	@$(IN_VENV) ruff check .
+	@$(IN_VENV) ruff format --check .
+	@$(IN_VENV) mypy
+	@$(IN_VENV) alignti check --all-recipes
+
+format: $(STAMP) ## rewrite the code the way `check` wants it
+	@$(IN_VENV) ruff check --fix .
+	@$(IN_VENV) ruff format .

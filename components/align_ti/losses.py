@@ -1,0 +1,68 @@
+"""The four terms of Align-TI as sums over their own units; the caller divides by counts over the global batch.
+
+L = w_sft L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa (METHOD.md, "Total"; arXiv 2602.09483). A term is a sum and a count
+because a mean of means would depend on how the batch was split over devices and accumulation steps.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TERMS = ("sft", "kd", "iva", "tpa")
+
+
+def sft(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of cross-entropies, logits (N, V) against the N response tokens they predict. Units: response tokens."""
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def kd(text_divergence: Tensor, predicts: Tensor) -> Tensor:
+    """Sum of D(p_T, p_S) over the rows that predict y_1..y_R; both (N,). Units: response tokens."""
+    return text_divergence[predicts].sum()
+
+
+def iva(visual_divergence: Tensor, weights: Tensor) -> Tensor:
+    """sum_i w_i D(p_T(.|v_<=i), p_S(.|v_<=i)) over the visual rows of all images; both (N,). Units: images."""
+    return (weights.detach() * visual_divergence).sum()
+
+
+def tpa(text_divergence: Tensor, gold_hits: Tensor, ribbon_divergence: Tensor, multiplicity: Tensor) -> Tensor:
+    """Sum over counted draws of D after the draw. Units: counted draws.
+
+    Args:
+        text_divergence, gold_hits: (N,), rows of the plain pass and how often the gold token there was drawn.
+        ribbon_divergence, multiplicity: (M,), rows of distinct other draws and how often each was drawn.
+    """
+    return (gold_hits * text_divergence).sum() + (multiplicity * ribbon_divergence).sum()
+
+
+def visual_weights(attention: Tensor, visual: Tensor) -> Tensor:
+    """IVA weights: attention (B, Nv), zero at columns beyond a sample's own, normalised to sum 1 over each image.
+
+    An image that no instruction token follows has no attention to speak of: its tokens weigh the same.
+
+    Args:
+        visual: (B, T) bool, as in the batch. Nv is the most visual tokens of a sample.
+
+    Returns:
+        (N,) the weights of the batch's visual rows, in order of (sample, position).
+    """
+    owned = torch.arange(attention.shape[1], device=visual.device) < visual.sum(1, keepdim=True)
+    attention = torch.where(attention.sum(1, keepdim=True) > 0, attention, owned.to(attention.dtype))
+    return (attention / attention.sum(1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny))[owned]
+
+
+def uniform_attention(visual: Tensor) -> Tensor:
+    """(B, Nv) equal attention: the control arm that tells whether the weighting matters."""
+    owned = torch.arange(int(visual.sum(1).max()), device=visual.device) < visual.sum(1, keepdim=True)
+    return owned.float()
+
+
+def total(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    """L from (4,) sums, (4,) counts over the global batch and (4,) weights, in the order of TERMS.
+
+    A term without units (no image in the whole batch, every draw EOS) is 0.
+    """
+    return (weights * sums / counts.clamp_min(1)).sum()

@@ -1,0 +1,139 @@
+"""The ribbon: rows for the alternatives that a model might have said at each response step.
+
+At response step k, whose gold token y_k sits at position t + 1, d alternatives c_k1..c_kd are drawn given the prefix up to
+position t. An alternative row sees that prefix and itself, neither other alternatives nor y_k and later; its position id
+is y_k's. METHOD.md, "The ribbon". Nothing here is approximate:
+
+- equal draws at a step are one row with a multiplicity;
+- a draw equal to y_k needs no row of its own, for y_k's own row in the plain pass has the same context;
+- a drawn EOS has no continuation that the data ever trains: it is left out of the mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ribbon:
+    """What a batch's draws come to. B samples of T positions, E rows in the longest sample."""
+
+    tokens: Tensor  # (B, E) long: the distinct alternatives that are neither gold nor EOS
+    positions: Tensor  # (B, E) long: position of the gold token that each stands in for
+    multiplicity: Tensor  # (B, E) float: how often it was drawn; 0 on padding
+    gold: Tensor  # (B, T) float: how often the gold token at this position was drawn
+    counted: Tensor  # () float: draws that count, i.e. all but EOS
+
+    @property
+    def valid(self) -> Tensor:
+        return self.multiplicity > 0
+
+
+def predicting(response: Tensor) -> Tensor:
+    """(B, T) bool: positions whose next-token prediction is about a response token. Position t predicts token t + 1."""
+    return torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], dim=1)
+
+
+def uniforms(response: Tensor, keys: list[int], draws: int) -> Tensor:
+    """(N, d) uniforms in [0, 1) for the N response steps, in order of (sample, step).
+
+    Each sample has its own stream, seeded by its key alone, so that what is drawn for it does not depend on how a batch is
+    split over devices or accumulation steps.
+    """
+    steps = response.sum(1).tolist()
+    streams = (
+        torch.rand(int(count), draws, generator=torch.Generator().manual_seed(key))
+        for key, count in zip(keys, steps, strict=True)
+    )
+    return torch.cat(list(streams)).to(response.device)
+
+
+def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Tensor:
+    """(N, d) tokens drawn from (N, V) probabilities by inverting their cumulative sums at (N, d) uniforms.
+
+    Without replacement, a drawn token's probability becomes 0 before the next draw of that step.
+    Raises ValueError if fewer than d tokens have a positive probability and draws are without replacement.
+    """
+    if replacement:
+        return _invert(probabilities, uniform)
+    if int((probabilities > 0).sum(-1).min()) < uniform.shape[1]:
+        raise ValueError(f"fewer than {uniform.shape[1]} tokens have a positive probability: draw with replacement")
+    left = probabilities.clone()
+    columns = []
+    for j in range(uniform.shape[1]):
+        columns.append(_invert(left, uniform[:, j : j + 1]))
+        left.scatter_(1, columns[-1], 0.0)
+    return torch.cat(columns, dim=1)
+
+
+def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    cumulative = probabilities.double().cumsum(-1)
+    # right=True: a token of probability 0 has an empty interval and is never drawn.
+    return torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+
+
+def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon:
+    """Turn (N, d) draws for the N response steps of a batch, in order of (sample, step), into rows.
+
+    Args:
+        input_ids, response: (B, T); response is true at y_1..y_R, EOS included.
+    """
+    sample, step = predicting(response).nonzero(as_tuple=True)  # (N,) each
+    draws = draws.sort(dim=1).values
+    gold = input_ids[sample, step + 1]
+    is_eos = draws == eos
+    is_gold = (draws == gold[:, None]) & ~is_eos
+
+    same = draws[:, :, None] == draws[:, None, :]  # (N, d, d)
+    first = ~(same & torch.ones_like(same).tril(-1)).any(-1)  # the first of its equals
+    n, j = (first & ~is_eos & ~is_gold).nonzero(as_tuple=True)  # (M,) the rows to build
+
+    slot = _rank_within(sample[n])
+    shape = (len(input_ids), int(slot.max()) + 1 if len(slot) else 0)
+    tokens = input_ids.new_zeros(shape)
+    positions = input_ids.new_zeros(shape)
+    multiplicity = torch.zeros(shape, device=input_ids.device)
+    tokens[sample[n], slot] = draws[n, j]
+    positions[sample[n], slot] = step[n] + 1
+    multiplicity[sample[n], slot] = same[n, j].sum(-1).float()
+
+    hits = torch.zeros(input_ids.shape, device=input_ids.device)
+    hits[sample, step + 1] = is_gold.sum(1).float()
+    return Ribbon(tokens, positions, multiplicity, hits, (~is_eos).sum().float())
+
+
+def _rank_within(groups: Tensor) -> Tensor:
+    """0, 1, 2, ... within each run of equal values of a sorted (M,) tensor."""
+    index = torch.arange(len(groups), device=groups.device)
+    starts = torch.ones_like(groups, dtype=torch.bool)
+    starts[1:] = groups[1:] != groups[:-1]
+    return index - torch.where(starts, index, 0).cummax(0).values if len(groups) else index
+
+
+def continuation_mask(ribbon: Ribbon, attention_mask: Tensor) -> Tensor:
+    """(B, 1, E, T + E) bool: what each ribbon row may see when it continues over the plain pass's key/value cache.
+
+    Padding rows see themselves alone, so that no softmax is over nothing.
+    """
+    T, E = attention_mask.shape[1], ribbon.tokens.shape[1]
+    index = torch.arange(T, device=attention_mask.device)
+    prefix = (index < ribbon.positions[:, :, None]) & attention_mask[:, None, :].bool() & ribbon.valid[:, :, None]
+    itself = torch.eye(E, dtype=torch.bool, device=attention_mask.device).expand(len(prefix), E, E)
+    return torch.cat([prefix, itself], dim=2)[:, None]
+
+
+def expanded_mask(ribbon: Ribbon, attention_mask: Tensor) -> Tensor:
+    """(B, 1, T + E, T + E) bool: the same for one pass over the sequence with the ribbon appended to it.
+
+    Gold rows are causal and never see a ribbon row.
+    """
+    B, T = attention_mask.shape
+    E = ribbon.tokens.shape[1]
+    index = torch.arange(T, device=attention_mask.device)
+    causal = (index[None, :] <= index[:, None]) & attention_mask[:, None, :].bool()
+    causal = causal | torch.eye(T, dtype=torch.bool, device=causal.device)  # padding rows see themselves
+    gold = torch.cat([causal, causal.new_zeros(B, T, E)], dim=2)
+    return torch.cat([gold[:, None], continuation_mask(ribbon, attention_mask)], dim=2)

@@ -1,0 +1,207 @@
+"""One distillation step: the passes through student and teacher, and the sums and counts of the four terms.
+
+Route "continuation": each model runs once over the plain sequence; the ribbon's rows then continue over that pass's
+key/value cache, gradients flowing through it, so that the pass which says what to draw is not an extra one. Route
+"expanded", for where a cache cannot be kept (gradient checkpointing): the student draws in a pass without gradients, then
+runs once over the sequence with the ribbon appended. Both give the same numbers (tests/align_ti/test_step.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from components.align_ti import losses
+from components.align_ti.divergence import row_divergence
+from components.align_ti.ribbon import Ribbon, continuation_mask, draw, expanded_mask, plan, predicting, uniforms
+
+
+class Batch(Protocol):
+    """Right-padded sequences of T tokens; the masks are (B, T) bool."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response: Tensor
+    instruction: Tensor
+    visual: Tensor
+    pixel_values: Tensor | None
+
+
+class Student(Protocol):
+    """A vision-language model seen as the method sees it. d is its width; hidden states are those before the head."""
+
+    def features(self, pixel_values: Tensor | None) -> Tensor | None: ...
+    def plain(self, batch: Batch, features: Tensor | None, keep: bool) -> tuple[Tensor, Any]: ...
+    def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
+    def expanded(self, batch: Batch, features: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
+    def head(self, rows: Tensor) -> Tensor: ...
+
+
+class Teacher(Protocol):
+    """The frozen teacher. `features` may be given the student's, when both have the same vision tower."""
+
+    def features(self, pixel_values: Tensor | None, of_student: Tensor | None) -> Tensor | None: ...
+    def plain(self, batch: Batch, features: Tensor | None, keep: bool, look: bool) -> tuple[Tensor, Any, Tensor | None]: ...
+    def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
+    def head(self, rows: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """What to compute; the fields are those of params/distill.yaml and of an arm of params/study.yaml."""
+
+    weights: dict[str, float]  # of each of losses.TERMS; a term of weight 0 is not computed
+    kind: str = "forward"
+    mix: float = 0.5
+    temperature: float = 1.0
+    chunk_rows: int = 4096
+    uniform: bool = False  # IVA weights: equal instead of the teacher's attention
+    draws: int = 4
+    source: str = "student"  # of the alternatives: student | teacher | gold
+    replacement: bool = True
+    eos: int = 0
+    shared_vocabulary: int = 0  # columns that both heads share
+    route: str = "continuation"  # continuation | expanded
+
+    def wants(self, *terms: str) -> bool:
+        return any(self.weights[term] > 0 for term in terms)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """(4,) sums and counts in the order of losses.TERMS, and how many ribbon rows it took."""
+
+    sums: Tensor
+    counts: Tensor
+    ribbon_rows: int
+
+
+class AlignTI(nn.Module):
+    """The student with the method around it: the module to wrap in DDP or FSDP, whose parameters are the student's alone."""
+
+    def __init__(self, student: Student, teacher: Teacher | None, method: Method) -> None:
+        super().__init__()
+        if teacher is None and method.wants("kd", "iva", "tpa"):
+            raise ValueError("kd, iva and tpa need a teacher")
+        self.student = student
+        # Hidden from nn.Module: the teacher has no optimiser state, is not wrapped, and never enters a checkpoint.
+        self._teacher = (teacher,)
+        self.method = method
+
+    @property
+    def teacher(self) -> Teacher:
+        teacher = self._teacher[0]
+        assert teacher is not None
+        return teacher
+
+    def forward(self, batch: Batch, keys: list[int], draws: Tensor | None = None) -> Terms:
+        """Sums and counts of the terms with a positive weight.
+
+        Args:
+            keys: one integer per sample, the seed of its draws.
+            draws: (N, d) from `draw`, where the caller had to count before the backward pass; else drawn here.
+        """
+        method = self.method
+        expanded = method.wants("tpa") and method.route == "expanded"
+        if expanded and draws is None:
+            draws = self.draw(batch, keys)
+        features = self.student.features(batch.pixel_values)
+        predicts = predicting(batch.response)
+        cache, ribbon, ribbon_hidden = None, None, None
+        if expanded:
+            assert draws is not None
+            ribbon = plan(draws, batch.input_ids, batch.response, method.eos)
+            hidden, ribbon_hidden = self._expanded(batch, features, ribbon)
+        else:
+            hidden, cache = self.student.plain(batch, features, keep=method.wants("tpa"))
+
+        # A batch without units still has a graph to go back through.
+        zero = hidden.sum(dtype=torch.promote_types(hidden.dtype, torch.float32)) * 0.0
+        sums = dict.fromkeys(losses.TERMS, zero)
+        if method.wants("sft"):
+            targets = batch.input_ids[:, 1:][batch.response[:, 1:]]
+            sums["sft"] = losses.sft(self.student.head(hidden[predicts]), targets) + zero
+        if method.wants("kd", "iva", "tpa"):
+            with torch.no_grad():
+                seen = self.teacher.features(batch.pixel_values, None if features is None else features.detach())
+                attends = method.wants("iva") and not method.uniform
+                theirs, their_cache, attention = self.teacher.plain(batch, seen, keep=method.wants("tpa"), look=attends)
+        if method.wants("tpa") and ribbon is None:
+            if draws is None:
+                draws = self._draw_from(self.student.head, hidden, batch, keys) if method.source == "student" else None
+            if draws is None:
+                draws = self._draw_from(self.teacher.head, theirs, batch, keys)
+            ribbon = plan(draws, batch.input_ids, batch.response, method.eos)
+        if method.wants("kd", "tpa"):
+            rows = predicts if ribbon is None else predicts | (ribbon.gold > 0)
+            text = self._divergence(theirs[rows], hidden[rows])
+            sums["kd"] = losses.kd(text, predicts[rows]) + zero
+        if method.wants("tpa"):
+            assert ribbon is not None
+            after = text.new_zeros(0)
+            if ribbon.tokens.shape[1]:
+                mask = continuation_mask(ribbon, batch.attention_mask)
+                where = (ribbon.tokens, ribbon.positions, mask)
+                if ribbon_hidden is None:
+                    ribbon_hidden = self.student.continued(cache, *where)
+                with torch.no_grad():
+                    their_ribbon = self.teacher.continued(their_cache, *where)
+                after = self._divergence(their_ribbon[ribbon.valid], ribbon_hidden[ribbon.valid])
+            sums["tpa"] = losses.tpa(text, ribbon.gold[rows], after, ribbon.multiplicity[ribbon.valid]) + zero
+        if method.wants("iva") and bool(batch.visual.any()):
+            look = losses.uniform_attention(batch.visual) if attention is None else attention
+            weights = losses.visual_weights(look, batch.visual)
+            sums["iva"] = losses.iva(self._divergence(theirs[batch.visual], hidden[batch.visual]), weights) + zero
+
+        counts = self._counts(batch, None if ribbon is None else ribbon.counted)
+        rows_built = 0 if ribbon is None else int(ribbon.valid.sum())
+        return Terms(torch.stack([sums[term] for term in losses.TERMS]), counts, rows_built)
+
+    @torch.no_grad()
+    def draw(self, batch: Batch, keys: list[int]) -> Tensor:
+        """(N, d) alternatives in a pass of its own, for when they have to be known before the pass with gradients."""
+        if self.method.source == "student":
+            hidden, _ = self.student.plain(batch, self.student.features(batch.pixel_values), keep=False)
+            return self._draw_from(self.student.head, hidden, batch, keys)
+        hidden, _, _ = self.teacher.plain(batch, self.teacher.features(batch.pixel_values, None), keep=False, look=False)
+        return self._draw_from(self.teacher.head, hidden, batch, keys)
+
+    def count(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        """(4,) the units of each term in this batch, given its draws."""
+        counted = None if draws is None else (draws != self.method.eos).sum().float()
+        return self._counts(batch, counted)
+
+    @torch.no_grad()
+    def _draw_from(self, head: Any, hidden: Tensor, batch: Batch, keys: list[int]) -> Tensor:
+        if self.method.source == "gold":
+            return batch.input_ids[:, 1:][batch.response[:, 1:]][:, None]
+        logits = head(hidden[predicting(batch.response)].detach())[:, : self.method.shared_vocabulary]
+        uniform = uniforms(batch.response[:, 1:], keys, self.method.draws)
+        return draw(logits.softmax(-1), uniform, self.method.replacement)
+
+    def _expanded(self, batch: Batch, features: Tensor | None, ribbon: Ribbon) -> tuple[Tensor, Tensor]:
+        T = batch.input_ids.shape[1]
+        mask = expanded_mask(ribbon, batch.attention_mask)
+        hidden = self.student.expanded(batch, features, ribbon.tokens, ribbon.positions, mask)
+        return hidden[:, :T], hidden[:, T:]
+
+    def _divergence(self, teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
+        method = self.method
+        return row_divergence(
+            teacher_rows,
+            self.teacher.head,
+            student_rows,
+            self.student.head,
+            kind=method.kind,
+            mix=method.mix,
+            temperature=method.temperature,
+            chunk_rows=method.chunk_rows,
+        )
+
+    def _counts(self, batch: Batch, counted_draws: Tensor | None) -> Tensor:
+        responses = batch.response[:, 1:].sum().float()
+        images = batch.visual.any(1).sum().float()
+        return torch.stack([responses, responses, images, responses.new_zeros(()) if counted_draws is None else counted_draws])

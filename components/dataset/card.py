@@ -1,0 +1,116 @@
+"""The data card and its contact sheet: what is in the data set, for a human reader."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from components.artifacts import SPLITS, Manifest, write_bytes, write_text
+from components.dataset.source import Source
+from components.shards import Sample, Samples
+
+SHOWN, COLUMNS, QUESTIONS = 12, 4, 3
+WIDTH, PICTURE, LINE, MARGIN = 340, 256, 22, 16  # pixels: of a tile, its picture, a line of text, the space around
+INK, GREY, ACCENT, PAPER = "#1b1f24", "#6b7280", "#0b5cad", "#ffffff"
+
+
+def write_card(folder: Path, source: Source, manifest: Manifest) -> None:
+    """Write `card.md` and `contact_sheet.png` into the finished data set `folder`."""
+    examples = [samples for split in SPLITS for samples in _examples(Samples(folder, split), SHOWN // len(SPLITS))]
+    write_bytes(folder / "contact_sheet.png", contact_sheet(examples))
+    write_text(folder / "card.md", card(source, manifest, examples))
+
+
+def _examples(samples: Samples, amount: int) -> list[list[Sample]]:
+    """Evenly spaced images of a split, each with some of its samples, captions last."""
+    rows = np.unique(np.linspace(0, samples.images - 1, amount).round().astype(int))
+    chosen = [[samples[i] for i in list(samples.of_image(int(row)))] for row in rows]
+    return [sorted(some, key=lambda s: s.kind == "caption")[:QUESTIONS] for some in chosen]
+
+
+# --- contact sheet ----------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(examples: list[list[Sample]]) -> bytes:
+    """A PNG file: each image with its questions and, in colour, their answers."""
+    tiles = [_tile(samples) for samples in examples]
+    rows = [tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    sheet = Image.new("RGB", (COLUMNS * (WIDTH + MARGIN) + MARGIN, sum(heights) + (len(rows) + 1) * MARGIN), PAPER)
+    top = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (MARGIN + column * (WIDTH + MARGIN), top))
+        top += height + MARGIN
+    file = io.BytesIO()
+    sheet.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _tile(samples: list[Sample]) -> Image.Image:
+    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    lines = [("small", samples[0].image_id[-40:], GREY)]
+    for sample in samples:
+        lines += [("", line, INK) for line in _wrapped(sample.turns[0].question.replace("<image>", ""))]
+        lines += [("", line, ACCENT) for line in _wrapped(sample.turns[0].answer)]
+    tile = Image.new("RGB", (WIDTH, PICTURE + 8 + LINE * len(lines)), PAPER)
+    tile.paste(_picture(samples[0].image), (0, 0))
+    pen = ImageDraw.Draw(tile)
+    for number, (size, text, ink) in enumerate(lines):
+        pen.text((0, PICTURE + 8 + LINE * number), text, ink, small if size else font)
+    return tile
+
+
+def _wrapped(text: str) -> list[str]:
+    """At most three lines that fit a tile."""
+    return textwrap.wrap(" ".join(text.split()), 40, max_lines=3, placeholder=" ...") or [" "]
+
+
+def _picture(image: bytes | None) -> Image.Image:
+    if image is None:
+        return Image.new("RGB", (PICTURE, PICTURE), "#e5e7eb")
+    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    ratio = PICTURE / max(picture.size)
+    size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
+    return picture.resize(size, Image.Resampling.NEAREST if ratio > 1 else Image.Resampling.LANCZOS)
+
+
+# --- card -------------------------------------------------------------------------------------------------------------
+
+
+def card(source: Source, manifest: Manifest, examples: list[list[Sample]]) -> str:
+    """The card as Markdown."""
+    kinds = sorted({kind for split in manifest.splits.values() for kind in split.kinds})
+    names = list(manifest.splits)
+    table = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for title, field in (("images", "images"), ("samples", "samples")):
+        table.append(f"| **{title}** | " + " | ".join(f"{getattr(manifest.splits[name], field):,}" for name in names) + " |")
+    table += [
+        f"| {kind} | " + " | ".join(f"{manifest.splits[name].kinds.get(kind, 0):,}" for name in names) + " |" for kind in kinds
+    ]
+    shown = []
+    for samples in examples[:3]:
+        shown.append(f"### {samples[0].image_id}\n")
+        shown += [f"- *{turn.question.replace('<image>', '').strip()}* {turn.answer}" for s in samples for turn in s.turns]
+        shown.append("")
+    return "\n".join(
+        [
+            f"# {source.title}\n",
+            "Written by the stage `prepare`; `params/data.yaml` holds everything that it was made from.\n",
+            f"- Rows in: {manifest.rows_in:,}. Stored: {manifest.rows_out:,}.",
+            f"- Quarantined: {manifest.quarantined:,} (`quarantine.jsonl` says which and why).",
+            f"- Hash over all shards (sha256): `{manifest.digest}`",
+            "- Files: `train/`, `val/`, `test/` hold Arrow shards, one row per image with its LLaVA-style conversations;",
+            "  `manifest.json` counts and hashes; `provenance.jsonl` what each image was made of.\n",
+            f"## Licence\n\n{source.licence}\n",
+            "## Counts\n",
+            *table,
+            "\n## Examples\n",
+            "![examples](contact_sheet.png)\n",
+            *shown,
+        ]
+    )

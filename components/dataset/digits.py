@@ -1,0 +1,136 @@
+"""`source: digits`: UCI handwriting, coloured, on a grid of cells over clouds and noise.
+
+Each image has a random stream of its own, seeded by (seed, split, number), so no image depends on another.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from math import cos, radians, sin
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from components.artifacts import SPLITS, Split
+from components.dataset import raw
+from components.dataset.questions import DIGITS, Balance, Digit, Scene, ask, caption, places
+from components.dataset.source import Provenance, Source
+from components.errors import DataError
+from components.settings import Augmentation, DataSettings, DigitsGrid
+from components.shards import ImageRow, Turn
+
+TITLE = "Coloured handwritten digits on a grid, composed from the UCI set"
+LICENCE = (
+    'Composed from "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, '
+    "CC BY 4.0, as shipped in scikit-learn (`data/ATTRIBUTION`, `data/LICENSE-DATA`). Questions and answers are made by rule, "
+    "and under the same licence."
+)
+
+
+def source(settings: DataSettings, folder: Path) -> Source:
+    design = settings.digits
+    assert design is not None  # settings guarantee it
+    images, questions = design.images, design.instructions_per_image
+    samples = images.train * (questions.train + 1) + images.val * questions.val + images.test * questions.test
+    return Source(
+        title=TITLE,
+        licence=LICENCE,
+        images=images.train + images.val + images.test,
+        rows_in=samples,
+        rows=_rows(design, settings.seed, folder),
+    )
+
+
+def _rows(design: DigitsGrid, seed: int, folder: Path) -> Iterator[tuple[ImageRow, Provenance]]:
+    drawings, labels = raw.read(folder)
+    drawings = np.pad(drawings / np.float32(raw.DEPTH), ((0, 0), (1, 1), (1, 1)))  # so that strokes at the border fade out
+    hands = share_out(labels, design, seed)
+    for split in SPLITS:
+        by_value = [hands[split][labels[hands[split]] == value] for value in range(10)]
+        balance = Balance()
+        for number in range(getattr(design.images, split)):
+            rng = np.random.default_rng([seed, SPLITS.index(split), number])
+            scene = compose(by_value, design, rng)
+            image_id = f"{split}-{number:06d}"
+            asked = ask(scene, getattr(design.instructions_per_image, split), balance, rng)
+            if split == "train":
+                asked.append(("caption", *caption(scene)))
+            samples = tuple(
+                (f"{image_id}-{i}", kind, (Turn(f"<image>\n{question}", answer),))
+                for i, (kind, question, answer) in enumerate(asked)
+            )
+            row = ImageRow(image_id, paint(scene, drawings, design, rng), samples)
+            yield row, Provenance(image_id=image_id, split=split, raw=tuple(digit.raw for digit in scene.digits))
+
+
+def share_out(labels: np.ndarray, design: DigitsGrid, seed: int) -> dict[Split, np.ndarray]:
+    """Indices of the raw digits per split: disjoint, at random, each of the ten digits in proportion."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    rank = np.empty(len(labels))  # place of each digit among those of its value, 0..1: sorting by it interleaves the ten
+    for value in range(10):
+        same = order[labels[order] == value]
+        rank[same] = (np.arange(len(same)) + rng.random()) / len(same)
+    pool, hands, start = np.argsort(rank, kind="stable"), {}, 0
+    for split in SPLITS:
+        size = getattr(design.handwriting, split)
+        hands[split] = np.sort(pool[start : start + size])
+        start += size
+        missing = sorted(set(range(10)) - set(labels[hands[split]].tolist()))
+        if missing:
+            raise DataError(
+                f"params/data.yaml: digits.handwriting.{split}: {size} raw digits leave it no {DIGITS[missing[0]]}; give it 20"
+            )
+    return hands
+
+
+def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Generator) -> Scene:
+    """Which digit stands where, in which colour, in whose handwriting."""
+
+    names, palette = places(design.grid), tuple(design.palette)
+
+    def between(bounds: tuple[int, int]) -> int:
+        return int(rng.integers(bounds[0], bounds[1] + 1))
+
+    def one_of(values: np.ndarray) -> int:
+        return int(values[rng.integers(len(values))])
+
+    cells = sorted(rng.permutation(len(names))[: between(design.filled)].tolist())
+    values = rng.permutation(10)[: between(design.classes)]
+    colours = rng.permutation(len(palette))[: between(design.colours)]
+    digits = []
+    for cell in cells:
+        value = one_of(values)
+        digits.append(Digit(names[cell], value, palette[one_of(colours)], one_of(by_value[value])))
+    return Scene(names, palette, tuple(digits))
+
+
+def paint(scene: Scene, drawings: np.ndarray, design: DigitsGrid, rng: np.random.Generator) -> bytes:
+    """The scene as a PNG file of grid * cell_px pixels per side."""
+    side, px = design.grid * design.cell_px, design.cell_px
+    clouds = rng.integers(0, round(255 * design.texture) + 1, (2 * design.grid, 2 * design.grid, 3), dtype=np.uint8)
+    canvas = np.asarray(Image.fromarray(clouds).resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32)
+    for digit in scene.digits:
+        top, left = (px * int(part) for part in divmod(scene.places.index(digit.place), design.grid))
+        cell = canvas[top : top + px, left : left + px]
+        opacity = draw(drawings[digit.raw], px, design.augmentation, rng)[..., None]
+        cell += opacity * (np.array(design.palette[digit.colour], dtype=np.float32) - cell)
+    canvas += 255 * design.noise * rng.standard_normal(canvas.shape, dtype=np.float32)
+    file = io.BytesIO()
+    Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def draw(drawing: np.ndarray, px: int, ranges: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """A raw digit (10, 10) in 0..1, frame included, as opacity (px, px): shifted, scaled, turned and dimmed at random."""
+    shift_x, shift_y = rng.uniform(-ranges.shift_px, ranges.shift_px, 2)
+    step = raw.SIDE / px / rng.uniform(*ranges.scale)  # raw pixels per pixel drawn
+    angle = radians(rng.uniform(-ranges.rotation_deg, ranges.rotation_deg))
+    centre = drawing.shape[0] / 2
+    a, b = step * cos(angle), step * sin(angle)
+    x, y = px / 2 + shift_x, px / 2 + shift_y  # where the middle of the drawing goes
+    to_raw = (a, b, centre - a * x - b * y, -b, a, centre + b * x - a * y)
+    drawn = Image.fromarray(drawing).transform((px, px), Image.Transform.AFFINE, to_raw, Image.Resampling.BILINEAR)
+    return np.asarray(drawn) * np.float32(rng.uniform(*ranges.brightness))

@@ -1,0 +1,108 @@
+"""One image file of a user's: checked before it is decoded, decoded once, and made plain RGB where it is not.
+
+What is stored decodes to one upright 8-bit RGB frame. JPEG, PNG and WebP files that are so already keep their bytes;
+of the others, EXIF rotation is applied, 16-bit grey loses its low byte, transparency is laid on white, CMYK and the
+like are converted, and of an animation the first frame is taken. They are stored as JPEG (quality 95) if they were
+JPEG, else as PNG.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from components.errors import AlignTIError
+from components.settings import DataLimits
+
+KEPT = ("JPEG", "PNG", "WEBP")
+READ = (*KEPT, "MPO", "GIF", "BMP", "TIFF")  # raster formats only: Pillow would hand an EPS file to Ghostscript
+
+
+class Refusal(Exception):
+    """This row cannot be used."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+class Picture(NamedTuple):
+    content: bytes  # the file to store
+    sha256: str  # of the pixels: the same for equal pictures, however they are named or encoded
+
+
+def load(path: Path, limits: DataLimits) -> Picture:
+    """Raises Refusal: missing_file, zero_bytes, too_large, not_an_image, damaged or unsupported."""
+    content = _read(path, limits.max_image_mib)
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = limits.max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _decode(content, path)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise Refusal("too_large", f"{path} has more than limits.max_pixels = {limits.max_pixels:,} pixels") from None
+    except UnidentifiedImageError:
+        raise Refusal("not_an_image", f"{path} is none of {', '.join(READ)}") from None
+    except (Refusal, AlignTIError):
+        raise
+    except Exception as error:  # a decoder may raise anything on bytes that nobody meant for it
+        raise Refusal("damaged", f"{path} is truncated or damaged: {error}") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _read(path: Path, max_mib: float) -> bytes:
+    try:
+        if not path.is_file():
+            raise Refusal("missing_file", f"{path} is no file")
+        size = path.stat().st_size
+        if size == 0:
+            raise Refusal("zero_bytes", f"{path} is empty")
+        if size > max_mib * 2**20:
+            raise Refusal("too_large", f"{path} has {size / 2**20:.1f} MiB, more than limits.max_image_mib = {max_mib:g}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise Refusal("missing_file", f"{str(path)!r} cannot be read: {error}") from None
+
+
+def _decode(content: bytes, path: Path) -> Picture:
+    with Image.open(io.BytesIO(content), formats=READ) as image:
+        image.load()  # the first frame
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        plain = image.mode == "RGB" and not turned and not getattr(image, "is_animated", False)
+        rgb = image if plain else ImageOps.exif_transpose(_rgb(image, path))
+        pixels = np.asarray(rgb)
+        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        if not plain or image.format not in KEPT:
+            content = _encode(pixels, "JPEG" if image.format in ("JPEG", "MPO") else "PNG")
+        return Picture(content, digest)
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    """8-bit RGB, with the EXIF data that say how to turn it."""
+    exif = image.getexif()
+    if image.mode.startswith("I;16"):
+        converted = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    elif image.mode in ("I", "F", "LAB"):
+        raise Refusal("unsupported", f"{path} has {image.mode} pixels, whose range is not known; convert it to 8-bit RGB")
+    elif image.has_transparency_data:
+        layer = image.convert("RGBA")
+        converted = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    else:
+        converted = image.convert("RGB")
+    converted.info["exif"] = exif.tobytes()
+    return converted
+
+
+def _encode(pixels: np.ndarray, format_: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format_, quality=95)
+    return file.getvalue()

@@ -1,0 +1,78 @@
+"""Checkpoints outside DVC's outs: whole or absent, found again only by a run that would have made the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+from components.artifacts import RUNS, sha256, write_text
+from components.errors import TryAgainError
+
+CODE = ("align_ti", "distill", "irs", "models")
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """16 hex digits over what decides the student's bytes: settings, inputs and this code. Equal means resumable."""
+    here = Path(__file__).parent.parent
+    code = sha256(sorted(file for room in CODE for file in (here / room).glob("*.py")))
+    text = json.dumps({"code": code, **facts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Checkpoints:
+    """The checkpoints of one arm at one fingerprint, in `.runs/distill/ARM/FINGERPRINT/step-N/`."""
+
+    def __init__(self, arm: str, fingerprint: str) -> None:
+        self.folder = RUNS / "distill" / arm / fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / "lock")
+
+    def __enter__(self) -> Checkpoints:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise TryAgainError(
+                f"another process is training this arm ({self.folder}/lock is held); wait for it or stop it"
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint: a folder gets its name only once everything is in it."""
+        return max(self.folder.glob("step-*"), default=None)
+
+    def save(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
+        """Write the state of `progress["step"]` and drop older ones. Every rank calls it."""
+        final = self.folder / f"step-{progress['step']:08d}"
+        draft = self.folder / f".{final.name}.tmp"
+        if accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(draft))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_text(draft / "progress.json", json.dumps(progress))
+            older = [path for path in self.folder.glob("step-*") if path != final]
+            shutil.rmtree(final, ignore_errors=True)
+            draft.replace(final)
+            for path in older:
+                shutil.rmtree(path)
+
+    @staticmethod
+    def restore(accelerator: Accelerator, path: Path) -> dict[str, Any]:
+        accelerator.load_state(str(path))
+        progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        return progress
+
+    def clear(self) -> None:
+        """The student is out: its checkpoints have no further use."""
+        for path in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
+            shutil.rmtree(path)

@@ -1,0 +1,58 @@
+"""The teacher's side of a distillation step: frozen, and watched at the layer that shows where the instruction looks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from components.irs.probe import Look, watching
+from components.models.collate import Batch
+from components.models.vlm import VLM
+
+
+class FrozenTeacher:
+    """A `VLM` without gradients. Not a Module, so that nothing that walks the student's modules ever finds it.
+
+    Args:
+        layer: whose attention weighs the visual tokens.
+        shares_tower: the student has the same frozen vision tower, so its image features are the teacher's too.
+    """
+
+    def __init__(self, vlm: VLM, layer: int, shares_tower: bool) -> None:
+        self.vlm = vlm.eval().requires_grad_(False)
+        self.layer = layer
+        self.shares_tower = shares_tower
+
+    def features(self, pixel_values: Tensor | None, of_student: Tensor | None) -> Tensor | None:
+        if self.shares_tower and of_student is not None:
+            return of_student
+        return self.vlm.features(pixel_values)
+
+    def plain(
+        self, batch: Batch, features: Tensor | None, keep: bool, look: bool
+    ) -> tuple[Tensor, DynamicCache | None, Tensor | None]:
+        """Hidden states (B, T, d), the cache if `keep`, and if `look` the instruction's attention (B, Nv) at `layer`."""
+        if not look:
+            return *self.vlm.plain(batch, features, keep), None
+        eyes = Look.at(batch.instruction, batch.visual)
+        with watching(self.vlm.model, [self.layer], eyes):
+            hidden, cache = self.vlm.plain(batch, features, keep)
+        return hidden, cache, eyes.seen[self.layer]
+
+    def continued(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        return self.vlm.continued(cache, tokens, positions, mask)
+
+    def head(self, rows: Tensor) -> Tensor:
+        return self.vlm.head(rows)
+
+
+def same_tower(one: VLM, other: VLM) -> bool:
+    """Do two models carry the same vision tower, weight for weight, read at the same layer?"""
+    if any(
+        getattr(one.model.config, key) != getattr(other.model.config, key)
+        for key in ("vision_feature_layer", "vision_feature_select_strategy")
+    ):
+        return False
+    mine, theirs = (vlm.model.model.vision_tower.state_dict() for vlm in (one, other))
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)

@@ -1,0 +1,196 @@
+"""Stage `compare`: every arm beside every other and the teacher, with how sure each number is.
+
+    python -m components.evaluate.compare
+
+Reads the per-sample predictions of all arms and of the teacher, refuses arms that answered different questions, and
+writes reports/compare.json, compare.md, plots/*.png and the self-contained report.html.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from components.artifacts import REPORTS, TEACHER_ARM, ArmResult, Comparison, Difference, TeacherResult
+from components.errors import exit_from
+from components.evaluate.outcomes import Outcomes, read
+from components.evaluate.statistics import Interval, Scored, bootstrap, holm, interval, p_value
+from components.settings import EvaluateSettings, load_settings
+
+METHOD = (
+    "Percentile intervals of a cluster bootstrap over images (questions about one image are drawn together); all arms are"
+    " scored on the same {resamples:,} draws, so differences are paired. p: two-sided, the same interval inverted;"
+    " p (Holm): adjusted for all {pairs} pairs of arms."
+)
+
+
+def compare(outcomes: Outcomes, settings: EvaluateSettings) -> Comparison:
+    """All figures of the comparison; `settings` gives resamples, confidence, seed and baselines."""
+    arms = list(outcomes.costs)
+    rows = [TEACHER_ARM, *arms]
+    asked = outcomes.predictions[TEACHER_ARM]
+    kinds = Counter(sorted(p.kind for p in asked))
+    image_ids = list(dict.fromkeys(p.image_id for p in asked))
+    observed, resampled = bootstrap(
+        correct=[[p.correct for p in outcomes.predictions[row]] for row in rows],
+        images=_codes([p.image_id for p in asked], image_ids),
+        kinds=_codes([p.kind for p in asked], list(kinds)),
+        resamples=settings.bootstrap_resamples,
+        seed=settings.seed,
+    )
+    results = {
+        row: TeacherResult(
+            yes_no=outcomes.yes_no[row], **_figures(index, list(kinds), observed, resampled, settings.confidence)
+        )
+        for index, row in enumerate(rows)
+    }
+    teacher = results.pop(TEACHER_ARM)
+    order = sorted(arms, key=lambda arm: -results[arm].exact_match)  # stable: equal scores stay in the study's order
+    draws = {row: resampled.overall[:, index] for index, row in enumerate(rows)}
+    pairs = _differences(order, {row: observed.overall[index] for index, row in enumerate(rows)}, draws, settings.confidence)
+    complete = {
+        arm: ArmResult(
+            **results[arm].model_dump(),
+            share_of_teacher=results[arm].exact_match / teacher.exact_match if teacher.exact_match else None,
+            share_ci95=_share(draws[arm], draws[TEACHER_ARM], settings.confidence) if teacher.exact_match else None,
+            gains={base: _oriented(pairs, arm, base) for base in settings.baselines if base != arm},
+            **outcomes.costs[arm].model_dump(),
+        )
+        for arm in arms
+    }
+    comparison = Comparison(
+        headline="",
+        split=settings.split,
+        n=len(asked),
+        images=len(image_ids),
+        kinds=dict(kinds),
+        confidence=settings.confidence,
+        resamples=settings.bootstrap_resamples,
+        method=METHOD.format(resamples=settings.bootstrap_resamples, pairs=len(pairs)),
+        teacher=teacher,
+        arms=complete,
+        order=order,
+        pairs=pairs,
+    )
+    return comparison.model_copy(update={"headline": headline(comparison)})
+
+
+def headline(comparison: Comparison) -> str:
+    """The order of the arms in words, claiming of the first one's leads only what their intervals say."""
+    best, *others = comparison.order
+    standing = ", ".join(f"{arm} {spoken(comparison.arms[arm])}" for arm in comparison.order)
+    words = (
+        f"On {comparison.n:,} {comparison.split} questions about {comparison.images:,} images the order is {standing};"
+        f" the teacher has {spoken(comparison.teacher)}."
+    )
+    clear = {pair.against for pair in comparison.pairs if pair.arm == best and pair.larger_than_noise}
+    beyond = [arm for arm in others if arm in clear]
+    within = [arm for arm in others if arm not in clear]
+    if beyond:
+        words += f" The lead of {best} over {listed(beyond)} is larger than the noise of the test sample"
+        words += f"; over {listed(within)} it is not." if within else "."
+    elif within:
+        words += f" No lead of {best} is larger than the noise of the test sample."
+    return words
+
+
+def spoken(result: TeacherResult) -> str:
+    low, high = result.ci95
+    return f"{result.exact_match:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _codes(values: list[str], names: list[str]) -> NDArray[np.int_]:
+    code = {name: index for index, name in enumerate(names)}
+    return np.array([code[value] for value in values])
+
+
+def _figures(index: int, kinds: list[str], observed: Scored, resampled: Scored, confidence: float) -> dict[str, Any]:
+    return {
+        "exact_match": float(observed.overall[index]),
+        "ci95": interval(resampled.overall[:, index], confidence),
+        "average": float(observed.average[index]),
+        "average_ci95": interval(resampled.average[:, index], confidence),
+        "per_kind": {kind: float(observed.per_kind[index, k]) for k, kind in enumerate(kinds)},
+        "per_kind_ci95": {kind: interval(resampled.per_kind[:, index, k], confidence) for k, kind in enumerate(kinds)},
+    }
+
+
+def _differences(
+    order: list[str], observed: dict[str, float], draws: dict[str, NDArray[np.float64]], confidence: float
+) -> list[Difference]:
+    """Each arm minus each that ranks below it."""
+    pairs = list(combinations(order, 2))
+    p_values = [p_value(draws[arm] - draws[other]) for arm, other in pairs]
+    return [
+        Difference(
+            arm=arm,
+            against=other,
+            difference=float(observed[arm] - observed[other]),
+            ci95=interval(draws[arm] - draws[other], confidence),
+            p_value=p,
+            p_holm=adjusted,
+        )
+        for (arm, other), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True)
+    ]
+
+
+def _oriented(pairs: list[Difference], arm: str, against: str) -> Difference:
+    """The pair as `arm` minus `against`, whichever of them ranks higher."""
+    pair = next(p for p in pairs if {p.arm, p.against} == {arm, against})
+    if pair.arm == arm:
+        return pair
+    low, high = pair.ci95
+    turned = {"arm": arm, "against": against, "difference": 0.0 - pair.difference, "ci95": (0.0 - high, 0.0 - low)}
+    return pair.model_copy(update=turned)
+
+
+def _share(draws: NDArray[np.float64], of: NDArray[np.float64], confidence: float) -> Interval:
+    """Interval of one score over another; resamples in which the latter is 0 are left out."""
+    return interval(np.divide(draws, of, out=np.full_like(draws, np.nan), where=of > 0), confidence)
+
+
+def main() -> None:
+    settings = load_settings()
+
+    from tqdm import tqdm
+
+    from components import tracking
+    from components.evaluate import report
+
+    with tracking.stage_run(
+        "compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}
+    ) as run:
+        outcomes = read(settings.study.arms)
+        comparison = compare(outcomes, settings.evaluate)
+        written = [comparison.write(REPORTS / "compare.json")]
+        with tqdm(total=4, desc="compare", unit="part") as progress:
+            for part in report.write(comparison, outcomes, settings.evaluate):
+                written += part
+                progress.update()
+        best = comparison.order[0]
+        run.metrics(
+            {"teacher/exact_match": comparison.teacher.exact_match, "best/exact_match": comparison.arms[best].exact_match}
+        )
+        for arm, result in comparison.arms.items():
+            run.metrics({f"{arm}/exact_match": result.exact_match, f"{arm}/train_seconds": result.train_seconds})
+            run.metrics({f"{arm}/gain_over_{base}": gain.difference for base, gain in result.gains.items()})
+        run.tag("best_arm", best)
+        for path in written:
+            run.artifact(path)
+    print(
+        f"compare: best arm {best}, {spoken(comparison.arms[best])} against the teacher's {comparison.teacher.exact_match:.1%};"
+        f" report in {REPORTS / 'report.html'}"
+    )
+
+
+if __name__ == "__main__":
+    exit_from(main)

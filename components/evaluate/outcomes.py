@@ -1,0 +1,95 @@
+"""What the stages before `compare` left behind, read and checked: one story per arm, the same questions for all."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from components.artifacts import SCORES, STUDENTS, TEACHER_ARM, Cost, Prediction, Scores, YesNo
+from components.errors import DataError
+
+Losses = dict[str, list[dict[str, float]]]  # per arm, one row per logged step
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Per arm, in the order of the study; `predictions` and `yes_no` hold the teacher too."""
+
+    predictions: dict[str, list[Prediction]]  # all arms: the same questions in the same order
+    yes_no: dict[str, dict[str, YesNo]]
+    costs: dict[str, Cost]
+    losses: Losses
+
+
+def read(arms: Iterable[str]) -> Outcomes:
+    """Raises DataError if a file is missing or malformed, or if the arms were scored on different samples."""
+    arms = list(arms)
+    scores = {arm: Scores.read(SCORES / arm / "scores.json") for arm in [TEACHER_ARM, *arms]}
+    predictions = {arm: _predictions(SCORES / arm / "predictions.jsonl") for arm in scores}
+    for arm, found in scores.items():
+        _check_against_scores(arm, predictions[arm], found)
+    return Outcomes(
+        predictions=_aligned(predictions),
+        yes_no={arm: found.yes_no for arm, found in scores.items()},
+        costs={arm: Cost.read(STUDENTS / arm / "cost.json") for arm in arms},
+        losses={arm: _losses(STUDENTS / arm / "losses.jsonl") for arm in arms},
+    )
+
+
+def _predictions(path: Path) -> list[Prediction]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; `dvc repro` makes it") from None
+    try:
+        return [Prediction.model_validate_json(line) for line in lines]
+    except ValidationError as error:
+        raise DataError(f"{path} holds a line that is no prediction: {error.errors()[0]['msg']}; evaluate anew") from None
+
+
+def _losses(path: Path) -> list[dict[str, float]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; `dvc repro` makes it") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} holds a line that is no JSON: {error}; distil this arm anew") from None
+
+
+def _check_against_scores(arm: str, predictions: list[Prediction], scores: Scores) -> None:
+    """Two files of one evaluation must tell one story."""
+    if not predictions:
+        raise DataError(f"{SCORES / arm}/predictions.jsonl is empty: nothing to compare")
+    exact_match = sum(p.correct for p in predictions) / len(predictions)
+    if scores.samples != len(predictions) or abs(scores.exact_match - exact_match) > 1e-6:
+        raise DataError(
+            f"{SCORES / arm}: scores.json says {scores.exact_match:.4f} on {scores.samples} samples, predictions.jsonl"
+            f" {exact_match:.4f} on {len(predictions)}; `python -m components.evaluate --arm {arm}` makes both anew"
+        )
+
+
+def _aligned(predictions: dict[str, list[Prediction]]) -> dict[str, list[Prediction]]:
+    """Every arm's predictions in the teacher's order of samples. Raises DataError unless all answered the same questions."""
+    reference = predictions[TEACHER_ARM]
+    question = {p.id: (p.image_id, p.kind, p.question, p.reference) for p in reference}
+    aligned = {}
+    for arm, answers in predictions.items():
+        by_id = {p.id: p for p in answers}
+        if len(by_id) != len(answers):
+            twice = next(id_ for id_, count in Counter(p.id for p in answers).items() if count > 1)
+            raise DataError(f"{SCORES / arm}: sample {twice!r} is scored more than once; evaluate {arm} anew")
+        odd = sorted(by_id.keys() ^ question.keys()) or [
+            id_ for id_, p in by_id.items() if (p.image_id, p.kind, p.question, p.reference) != question[id_]
+        ]
+        if odd:
+            raise DataError(
+                f"{arm} and the teacher were scored on different samples ({len(odd)} differ, first {odd[0]!r}), so their scores"
+                f" cannot be compared; `dvc repro` evaluates both on one split"
+            )
+        aligned[arm] = [by_id[p.id] for p in reference]
+    return aligned

@@ -1,0 +1,159 @@
+"""The pictures of a comparison. Each is a pure function of the results and a theme."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from components.artifacts import Comparison, TeacherResult
+from components.evaluate.outcomes import Losses
+from components.figures import Theme
+
+TERMS = ("sft", "kd", "iva", "tpa", "total")
+POINTS = 100  # shares are drawn in percent, differences in points
+
+
+def scores(comparison: Comparison, theme: Theme) -> Figure:
+    """Exact match of every arm with its interval, best on top, and the teacher as a line."""
+    arms = comparison.order[::-1]
+    figure = Figure(figsize=(7.2, 1.3 + 0.36 * len(arms)))
+    axes = figure.subplots()
+    for row, arm in enumerate(arms):
+        result = comparison.arms[arm]
+        colour = _colour(comparison, arm, theme)
+        axes.plot(*_span(result.ci95, row), color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot(POINTS * result.exact_match, row, "o", color=colour, markersize=7)
+        axes.annotate(
+            f"{POINTS * result.exact_match:.1f}", (POINTS * result.exact_match, row), (0, 7), textcoords="offset points",
+            ha="center", fontsize=8.5,
+        )  # fmt: skip
+    _teacher_line(axes, comparison.teacher, theme, "v")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+    axes.set_ylim(-0.6, len(arms) - 0.2)
+    axes.set_xlabel(f"exact match on {comparison.n:,} {comparison.split} questions, %")
+    axes.grid(axis="x")
+    return figure
+
+
+def gains(comparison: Comparison, theme: Theme) -> Figure:
+    """Forest plot: each arm's gain over each baseline; filled where the interval excludes zero."""
+    baselines = sorted({b for arm in comparison.arms.values() for b in arm.gains}, key=list(comparison.arms).index)
+    arms = comparison.order[::-1]
+    figure = Figure(figsize=(7.2, 1.3 + 0.34 * len(arms)))
+    panels = figure.subplots(1, max(len(baselines), 1), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, baseline in zip(panels, baselines, strict=False):
+        for row, arm in enumerate(arms):
+            gain = comparison.arms[arm].gains.get(baseline)
+            if gain is None:
+                axes.text(0, row, "baseline ", color=theme.muted, fontsize=8, va="center", ha="right")
+                continue
+            colour = _colour(comparison, arm, theme)
+            axes.plot(*_span(gain.ci95, row), color=colour, linewidth=2)
+            fill = colour if gain.larger_than_noise else theme.paper
+            axes.plot(POINTS * gain.difference, row, "o", color=colour, markerfacecolor=fill, markersize=6.5)
+        axes.axvline(0, color=theme.muted, linewidth=1)
+        axes.set_title(f"over {baseline}")
+        axes.set_xlabel("points of exact match")
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].set_ylim(-0.6, len(arms) - 0.4)
+    return figure
+
+
+def kinds(comparison: Comparison, theme: Theme) -> Figure:
+    """Heat map of exact match, arms by kinds, the teacher on top."""
+    rows: dict[str, TeacherResult] = {"teacher": comparison.teacher, **{a: comparison.arms[a] for a in comparison.order}}
+    names = list(comparison.kinds)
+    values = POINTS * np.array([[row.per_kind[kind] for kind in names] for row in rows.values()])
+    figure = Figure(figsize=(max(5.0, 1.6 + 0.72 * len(names)), 1.6 + 0.36 * len(rows)))
+    axes = figure.subplots()
+    shades = LinearSegmentedColormap.from_list("paper-to-accent", [theme.paper, theme.accent])
+    axes.imshow(values, cmap=shades, vmin=0, vmax=125, aspect="auto")  # 125: the darkest cell still carries its number
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8.5)
+    axes.set_xticks(range(len(names)), [n.replace("_", " ") for n in names], rotation=32, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.tick_params(length=0, labelcolor=theme.ink)
+    axes.axhline(0.5, color=theme.ink, linewidth=1)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure
+
+
+def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
+    """Exact match against training seconds."""
+    figure = Figure(figsize=(7.2, 3.4))
+    axes = figure.subplots()
+    for arm in comparison.order:
+        result = comparison.arms[arm]
+        score = POINTS * result.exact_match
+        low, high = (POINTS * bound for bound in result.ci95)
+        axes.errorbar(
+            result.train_seconds, score, [[score - low], [high - score]], fmt="o", markersize=7, linewidth=1.6,
+            color=_colour(comparison, arm, theme), label=f"{arm}  ({result.train_seconds:,.0f} s)",
+        )  # fmt: skip
+    _teacher_line(axes, comparison.teacher, theme, "h")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("training time of the student, seconds")
+    axes.set_ylabel("exact match, %")
+    axes.grid()
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
+    """One panel per loss term that any arm logged, one line per arm."""
+    terms = [t for t in TERMS if any(_curve(curve, t)[1] for curve in rows.values())]
+    columns = min(3, max(len(terms), 1))
+    lines = -(-max(len(terms), 1) // columns)
+    figure = Figure(figsize=(9.2, 0.5 + 2.3 * lines))
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
+    drawn: dict[str, Artist] = {}
+    for axes, term in zip(panels, terms, strict=False):
+        for index, arm in enumerate(comparison.arms):
+            steps, values = _curve(rows[arm], term)
+            if values:
+                (line,) = axes.plot(
+                    steps, values, color=theme.colour(index), linestyle=theme.dash(index), linewidth=1.3, label=arm
+                )
+                drawn.setdefault(arm, line)
+        axes.set_title(f"L_{term}" if term != "total" else "weighted total")
+        axes.set_yscale("log")
+        axes.grid(which="major")
+        axes.set_xlabel("step")
+        axes.set_ylabel("nats")
+    for axes in list(figure.axes)[len(terms) :]:
+        axes.remove()
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=max(len(drawn), 1))
+    return figure
+
+
+def _curve(rows: list[dict[str, float]], term: str) -> tuple[list[float], list[float]]:
+    """Steps and values at which an arm logged a term that it trains on: above zero, as the axis is logarithmic."""
+    kept = [(row["step"], row[term]) for row in rows if row.get(term) is not None and row[term] > 0]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _teacher_line(axes: Axes, teacher: TeacherResult, theme: Theme, direction: str) -> None:
+    low, score, high = (POINTS * value for value in (teacher.ci95[0], teacher.exact_match, teacher.ci95[1]))
+    if direction == "v":
+        axes.axvspan(low, high, color=theme.muted, alpha=0.12, linewidth=0)
+        axes.axvline(score, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.text(score, 1.01, f"teacher {score:.1f}", transform=axes.get_xaxis_transform(), ha="center", color=theme.muted)
+    else:
+        axes.axhspan(low, high, color=theme.muted, alpha=0.12, linewidth=0)
+        axes.axhline(score, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.text(0.01, score, "teacher", transform=axes.get_yaxis_transform(), va="bottom", color=theme.muted)
+
+
+def _span(interval: tuple[float, float], row: int) -> tuple[list[float], list[int]]:
+    return [POINTS * bound for bound in interval], [row, row]
+
+
+def _colour(comparison: Comparison, arm: str, theme: Theme) -> str:
+    return theme.colour(list(comparison.arms).index(arm))

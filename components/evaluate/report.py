@@ -1,0 +1,350 @@
+"""The comparison as a person reads it: plots, a Markdown table, and one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
+
+from components.artifacts import (
+    DATASET,
+    IRS,
+    REPORTS,
+    TEACHER_ARM,
+    ArmResult,
+    Comparison,
+    Difference,
+    LayerChoice,
+    Prediction,
+    TeacherReport,
+    TeacherResult,
+    write_bytes,
+    write_text,
+)
+from components.errors import DataError
+from components.evaluate import plots
+from components.evaluate.metrics import OVERALL
+from components.evaluate.outcomes import Outcomes
+from components.evaluate.statistics import Interval
+from components.figures import DARK, LIGHT, draw
+from components.irs.overlays import curve
+from components.models.template import IMAGE
+from components.settings import EvaluateSettings
+from components.shards import Samples
+
+Plot = Callable[..., Figure]  # of a theme
+
+THUMBNAIL_PX = 480  # longest side of an example's image in the report; smaller images go in as they are
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot as data URIs, for a light and for a dark page."""
+
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table and what stands below it; `strong`: a gain whose interval excludes zero."""
+
+    value: str
+    below: str = ""
+    strong: bool = False
+    shade: float | None = None  # 0..1, share answered right: tints the cell
+
+
+NOTHING = Cell("\N{EN DASH}")
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    cells: list[Cell]
+    starts_group: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    image: str | None  # data URI
+    kind: str
+    question: str
+    reference: str
+    answers: list[tuple[str, Prediction]]  # teacher first, then arms from the best down
+
+
+def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings) -> Iterator[list[Path]]:
+    """Write plots, then compare.md, then report.html under `reports/`; yields the paths of each part as it is done.
+
+    Raises DataError if a picture or record of an earlier stage is missing.
+    """
+    own = _plots(comparison, outcomes)
+    layer = LayerChoice.read(IRS / "layer.json")
+    inherited: dict[str, Plot] = {"irs": partial(curve, layer)}  # search_layer wrote its PNG; drawn again for dark pages
+    yield [_written(REPORTS / "plots" / f"{name}.png", draw(plot)) for name, plot in own.items()]
+    write_text(REPORTS / "compare.md", markdown(comparison))
+    yield [REPORTS / "compare.md"]
+    pictures = {
+        name: Picture(data_uri(draw(plot)), data_uri(draw(plot, theme=DARK))) for name, plot in (own | inherited).items()
+    }
+    yield []
+    write_text(REPORTS / "report.html", html(comparison, outcomes, settings, layer, pictures))
+    yield [REPORTS / "report.html"]
+
+
+def table(comparison: Comparison) -> list[Line]:
+    """The one table: a column for the teacher and for each arm from the best down, a line per measure."""
+    arms = [comparison.arms[name] for name in comparison.order]
+    columns: list[TeacherResult] = [comparison.teacher, *arms]
+    lines = [
+        Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95))),
+        Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))),
+    ]
+    lines += [
+        Line(f"{kind.replace('_', ' ')} ({count:,})", _of_kind(columns, kind), starts_group=index == 0)
+        for index, (kind, count) in enumerate(comparison.kinds.items())
+    ]
+    for index, baseline in enumerate(_baselines(comparison)):
+        gains = [arm.gains.get(baseline) for arm in arms]
+        lines.append(Line(f"gain over {baseline}, points", [NOTHING, *map(_gain, gains)], starts_group=index == 0))
+        lines.append(Line("p (Holm)", [NOTHING, *map(_p_value, gains)]))
+    lines.append(Line("share of the teacher, %", [Cell("100"), *map(_share, arms)], starts_group=True))
+    lines.append(Line("training, s", [NOTHING, *(Cell(f"{arm.train_seconds:,.0f}") for arm in arms)], starts_group=True))
+    lines.append(Line("peak memory, MiB", [NOTHING, *(Cell(f"{arm.peak_memory_mib:,.0f}") for arm in arms)]))
+    return lines
+
+
+def markdown(comparison: Comparison) -> str:
+    """The headline, the table, the pairs and how it was measured."""
+    names = ["", TEACHER_ARM, *comparison.order]
+    rows = [names, ["---", *["---:"] * (len(names) - 1)]]
+    for line in table(comparison):
+        rows.append([line.label, *map(_inline, line.cells)])
+    pairs = [
+        ["better", "than", "by, points", "interval", "p", "p (Holm)", "beyond noise"],
+        ["---"] * 2 + ["---:"] * 4 + ["---"],
+    ]
+    for pair in comparison.pairs:
+        verdict = "yes" if pair.larger_than_noise else "no"
+        pairs.append(
+            [pair.arm, pair.against, _points(pair.difference), _bounds(pair), _p(pair.p_value), _p(pair.p_holm), verdict]
+        )
+    closed = [(name, result) for name, result in _everyone(comparison) if result.yes_no]
+    parts = ["# Comparison", comparison.headline, _markdown_table(rows)]
+    if closed:
+        header = ["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"]
+        figures = [[name, *(f"{100 * value:.1f}" for value in _yes_no(result))] for name, result in closed]
+        parts += ["## Yes/no questions, %", _markdown_table([header, ["---", *["---:"] * 5], *figures])]
+    parts += ["## Every pair of arms", _markdown_table(pairs), "## How it was measured", *_notes(comparison)]
+    return "\n\n".join(parts) + "\n"
+
+
+def html(
+    comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings, layer: LayerChoice, pictures: dict[str, Picture]
+) -> str:
+    """The whole report as one page: every picture inside, nothing fetched."""
+    found = disagreements(outcomes.predictions, settings.seed)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": _percent,
+        "points": _points,
+        "bounds": _bounds,
+        "plain": lambda name: name.replace("_", " "),
+    }
+    closed = [(name, _yes_no(result)) for name, result in _everyone(comparison) if result.yes_no]
+    return environment.get_template("report.html.j2").render(
+        comparison=comparison,
+        lines=table(comparison),
+        columns=[TEACHER_ARM, *comparison.order],
+        beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
+        within=[pair for pair in comparison.pairs if not pair.larger_than_noise],
+        closed=closed,
+        pictures=pictures,
+        notes=_notes(comparison),
+        colours={arm: (LIGHT.colour(i), DARK.colour(i)) for i, arm in enumerate(comparison.arms)},
+        teacher=TeacherReport.read(REPORTS / "teacher" / "candidates.json"),
+        teacher_plot=_file(REPORTS / "teacher" / "quality_cost.png"),
+        layer=layer,
+        overlays=[_file(path) for path in sorted((REPORTS / "irs").glob("overlay_*.png"))],
+        examples=_examples(comparison, outcomes, found[: settings.examples]),
+        disagreements=len(found),
+        contact_sheet=_file(DATASET / "contact_sheet.png"),
+    )
+
+
+def disagreements(predictions: dict[str, list[Prediction]], seed: int) -> list[int]:
+    """Indices of the samples that some arms got right and others wrong: in an order drawn by `seed`, kinds taking turns."""
+    answers = [arm for name, arm in predictions.items() if name != TEACHER_ARM]
+    divided = [i for i, row in enumerate(zip(*answers, strict=True)) if len({p.correct for p in row}) > 1]
+    turns: Counter[str] = Counter()
+    ranked = []
+    for position in np.random.default_rng(seed).permutation(len(divided)):
+        kind = answers[0][divided[position]].kind
+        ranked.append((turns[kind], divided[position]))
+        turns[kind] += 1
+    return [index for _, index in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def data_uri(content: bytes) -> str:
+    """An encoded image as a data URI; its type is read from its content. Raises DataError if it is no image."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            kind = Image.MIME[str(image.format)]
+    except OSError as error:
+        raise DataError(f"an image of the report does not decode: {error}; `dvc repro` makes it anew") from None
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def thumbnail(content: bytes) -> bytes:
+    """The image with its longest side at most THUMBNAIL_PX; a smaller one is returned as it is."""
+    with Image.open(io.BytesIO(content)) as image:
+        if max(image.size) <= THUMBNAIL_PX:
+            return content
+        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _plots(comparison: Comparison, outcomes: Outcomes) -> dict[str, Plot]:
+    found: dict[str, Plot] = {
+        "scores": partial(plots.scores, comparison),
+        "kinds": partial(plots.kinds, comparison),
+        "quality_cost": partial(plots.quality_cost, comparison),
+        "losses": partial(plots.losses, comparison, outcomes.losses),
+    }
+    if _baselines(comparison):
+        found["gains"] = partial(plots.gains, comparison)
+    return found
+
+
+def _examples(comparison: Comparison, outcomes: Outcomes, indices: list[int]) -> list[Example]:
+    asked = outcomes.predictions[TEACHER_ARM]
+    images = Samples(DATASET, comparison.split).images_of({asked[index].image_id for index in indices})
+    examples = []
+    for index in indices:
+        sample = asked[index]
+        if sample.image_id not in images:
+            raise DataError(
+                f"{DATASET} has no image {sample.image_id!r} in split {comparison.split}; `dvc repro` evaluates anew"
+            )
+        image = images[sample.image_id]
+        examples.append(
+            Example(
+                image=None if image is None else data_uri(thumbnail(image)),
+                kind=sample.kind,
+                question=sample.question.replace(IMAGE, "").strip(),
+                reference=sample.reference,
+                answers=[(row, outcomes.predictions[row][index]) for row in (TEACHER_ARM, *comparison.order)],
+            )
+        )
+    return examples
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """How to read the numbers, and what they do not say."""
+    return [
+        comparison.method,
+        "The intervals measure the noise of the test sample: what would change with other images and questions. Each arm is one"
+        " training run with one seed, so they do not measure what would change with another seed: a difference larger than the"
+        " noise of the test sample may still be smaller than that between two seeds.",
+        f"Of {len(comparison.pairs)} intervals of pairs about one in {round(1 / (1 - comparison.confidence))} excludes zero by"
+        " chance alone even if no arm differs; p (Holm) accounts for that.",
+        "Training seconds and peak memory are of the machine that trained the arm, with whatever else ran on it.",
+    ]
+
+
+def _inline(cell: Cell) -> str:
+    value = f"**{cell.value}**" if cell.strong else cell.value
+    return f"{value} {cell.below}".strip()
+
+
+def _everyone(comparison: Comparison) -> list[tuple[str, TeacherResult]]:
+    return [(TEACHER_ARM, comparison.teacher), *((name, comparison.arms[name]) for name in comparison.order)]
+
+
+def _baselines(comparison: Comparison) -> list[str]:
+    """Arms that some other arm states its gain over."""
+    named = {baseline for arm in comparison.arms.values() for baseline in arm.gains}
+    return [arm for arm in comparison.arms if arm in named]
+
+
+def _scores(columns: list[TeacherResult], figure: Callable[[TeacherResult], tuple[float, Interval]]) -> list[Cell]:
+    return [Cell(_percent(value), _range(interval)) for value, interval in map(figure, columns)]
+
+
+def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
+    return [Cell(_percent(column.per_kind[kind]), shade=column.per_kind[kind]) for column in columns]
+
+
+def _gain(gain: Difference | None) -> Cell:
+    return NOTHING if gain is None else Cell(_points(gain.difference), _bounds(gain), strong=gain.larger_than_noise)
+
+
+def _p_value(gain: Difference | None) -> Cell:
+    return NOTHING if gain is None else Cell(_p(gain.p_value), f"({_p(gain.p_holm)})")
+
+
+def _share(arm: ArmResult) -> Cell:
+    if arm.share_of_teacher is None or arm.share_ci95 is None:
+        return NOTHING
+    return Cell(_percent(arm.share_of_teacher), _range(arm.share_ci95))
+
+
+def _yes_no(result: TeacherResult) -> list[float]:
+    """Accuracy, precision, recall, F1 and yes ratio over all yes/no kinds together."""
+    figures = result.yes_no[OVERALL]
+    return [figures.accuracy, figures.precision, figures.recall, figures.f1, figures.yes_ratio]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _range(interval: Interval) -> str:
+    return f"[{_percent(interval[0])}, {_percent(interval[1])}]"
+
+
+def _points(difference: float) -> str:
+    """With a sign; a true minus, as wide as the plus."""
+    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _bounds(pair: Difference) -> str:
+    return f"[{_points(pair.ci95[0])}, {_points(pair.ci95[1])}]"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
+
+
+def _markdown_table(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _file(path: Path) -> str:
+    try:
+        return data_uri(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; `dvc repro` makes it") from None
+
+
+def _written(path: Path, content: bytes) -> Path:
+    write_bytes(path, content)
+    return path

@@ -1,0 +1,112 @@
+"""The probe: how much of an instruction's attention falls on each visual token, while the model keeps its fused kernel.
+
+The model runs on an attention function of ours, registered with transformers, that calls its fused SDPA and, only in the
+layers being watched, computes softmax(q k) again for the instruction rows alone: (B, heads, Ni, T) instead of
+(B, heads, T, T) in every layer. Queries and keys arrive there after rotary embedding and normalisation, so the weights are
+the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+IMPLEMENTATION = "alignti_probe"
+
+
+@dataclass
+class Look:
+    """Which rows and columns of a batch to look at, and what was seen: layer -> (B, Nv), averaged over heads and rows."""
+
+    rows: Tensor  # (B, Ni) positions of the instruction tokens, padded with -1
+    columns: Tensor  # (B, Nv) positions of the visual tokens, padded with -1
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, instruction: Tensor, visual: Tensor) -> Look:
+        """From (B, T) bool masks."""
+        return cls(_positions(instruction), _positions(visual))
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """(B, T) bool -> (B, most) positions of the true entries in order, padded with -1."""
+    counts = mask.sum(1)
+    most = int(counts.max())
+    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return torch.where(torch.arange(most, device=mask.device) < counts[:, None], order, -1)
+
+
+@contextmanager
+def watching(model: nn.Module, layers: list[int], look: Look) -> Iterator[Look]:
+    """While open, a forward pass of `model` over the look's batch fills `look.seen` for each of `layers`.
+
+    Args:
+        model: a transformers vision-language model; its language model's attention is switched to the probing function
+            and stays so (the function is SDPA where nobody looks). The vision tower keeps its own.
+    """
+    if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+        model.set_attn_implementation({"text_config": IMPLEMENTATION})
+    watched = {index: attention for index, attention in attention_layers(model).items() if index in layers}
+    if len(watched) != len(layers):
+        raise IndexError(f"asked to watch layers {layers}; the model has {len(attention_layers(model))}")
+    for attention in watched.values():
+        attention._alignti_look = look
+    try:
+        yield look
+    finally:
+        for attention in watched.values():
+            del attention._alignti_look
+
+
+def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """The language model's attention modules by layer index."""
+    language_model = model.model.language_model
+    return {index: layer.self_attn for index, layer in enumerate(language_model.layers)}
+
+
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    look: Look | None = getattr(module, "_alignti_look", None)
+    if look is not None:
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        look.seen[module.layer_idx] = _attention(query, key, attention_mask, float(scaling), look)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.no_grad()
+def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, look: Look) -> Tensor:
+    """(B, Nv), float32 or wider: softmax(q k) of the instruction rows at the visual columns, mean over heads and rows.
+
+    query (B, H, T, d), key (B, K, T, d), H a multiple of K (grouped heads); mask (B, 1, T, T) bool, or additive, or None
+    for plain causal attention.
+    """
+    B, H, T, d = query.shape
+    K = key.shape[1]
+    rows, columns = look.rows.clamp_min(0), look.columns.clamp_min(0)
+    Ni = rows.shape[1]
+    asked = query.gather(2, rows[:, None, :, None].expand(B, H, Ni, d)).view(B, K, H // K, Ni, d)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.einsum("bkgnd,bktd->bkgnt", asked.to(wide), key.to(wide)) * scaling
+    if mask is None:
+        allowed = torch.arange(T, device=query.device) <= rows[:, :, None]  # (B, Ni, T)
+        scores = scores.masked_fill(~allowed[:, None, None], -torch.inf)
+    else:
+        row_mask = mask.expand(B, -1, T, T)[:, 0].gather(1, rows[:, :, None].expand(B, Ni, T))[:, None, None]
+        scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask.to(wide)
+    weights = scores.softmax(-1).flatten(1, 2)  # (B, H, Ni, T)
+    at_columns = weights.gather(3, columns[:, None, None, :].expand(B, H, Ni, columns.shape[1])).mean(1)
+    counted = (look.rows >= 0)[:, :, None]
+    mean = (at_columns * counted).sum(1) / counted.sum(1).clamp_min(1)
+    return mean * (look.columns >= 0)
+
+
+AttentionInterface.register(IMPLEMENTATION, _forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

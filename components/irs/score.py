@@ -1,0 +1,33 @@
+"""IRS, the instruction-relevance score of a layer: how much its look at an image changes with the instruction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def irs_scores(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """IRS(l) = 1 - E[cos(a_l(x1), a_l(x2))] over pairs of different instructions on one image (METHOD.md, "IRS").
+
+    Args:
+        attention: (L, X, I, Nv), non-negative: layer l's attention from instruction i's rows to the visual columns of image
+            x, averaged over heads and rows. I >= 2.
+
+    Returns:
+        scores: (L,), the mean over images.
+        per_image: (L, X), each image's mean over its I (I - 1) / 2 pairs; images are the independent units.
+
+    Raises:
+        ValueError: if there is no pair, or a layer gives an image no attention at all.
+    """
+    _, X, I, _ = attention.shape  # noqa: E741
+    if I < 2 or X < 1:
+        raise ValueError(f"IRS compares instructions on one image: got {X} image(s) with {I} instruction(s)")
+    norm = attention.norm(dim=-1, keepdim=True)
+    if bool((norm == 0).any()):
+        raise ValueError("an image got no attention at all: are the visual columns those of the image tokens?")
+    unit = attention / norm
+    cosine = unit @ unit.transpose(-1, -2)  # (L, X, I, I)
+    first, second = torch.triu_indices(I, I, offset=1)
+    per_image = 1 - cosine[..., first, second].mean(-1)
+    return per_image.mean(1), per_image

@@ -1,0 +1,148 @@
+"""The layer search: which of the teacher's layers looks elsewhere when the instruction is another (METHOD.md, "IRS").
+
+One pass over images that have several instructions. All layers are watched at once, each for instruction rows x visual
+columns alone, while the model keeps its fused attention.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from components.artifacts import LayerChoice
+from components.errors import DataError
+from components.irs.probe import Look, attention_layers, watching
+from components.irs.score import irs_scores
+from components.models.collate import Batch, Collator
+from components.models.load import Loaded
+from components.models.template import Template, question_of
+from components.models.vlm import VLM
+from components.settings import IrsSettings
+from components.shards import Sample, Samples
+
+Z = 1.96  # a normal variable lies within so many standard errors 95 times in 100
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Where every layer looks: per image, per instruction."""
+
+    samples: list[list[Sample]]  # X images, I instructions on each
+    attention: Tensor  # (L, X, I, Nv) float32
+
+
+def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> LayerChoice:
+    """IRS of every layer of a model, and the layer with the highest. Raises DataError as `look` does."""
+    return choose(look(loaded, samples, template, settings).attention)
+
+
+def look(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> Seen:
+    """Attention from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
+
+    Raises:
+        DataError: fewer than two images have `settings.instructions_per_image` different instructions, or an image has
+            another number of visual tokens.
+    """
+    chosen = draw_images(samples, settings)
+    prompts = [prompt for image in chosen for prompt in image]
+    # The answer is not read, so its length is no concern here; padding goes right, as in training.
+    collator = Collator(loaded.processor, template, max_length=sys.maxsize, train=True)
+    view = VLM(loaded.model)
+    parts = []
+    for start in tqdm(range(0, len(prompts), settings.batch_size), desc="attention", unit="batch"):
+        batch = collator(prompts[start : start + settings.batch_size]).to(loaded.model.device)
+        parts.append(_attention(view, batch))
+    attention = torch.cat(parts, dim=1)
+    return Seen(chosen, attention.unflatten(1, (len(chosen), settings.instructions_per_image)))
+
+
+def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
+    """`settings.images` images drawn by seed among those with enough different instructions; all of them if there are fewer.
+
+    Captions are no instructions: every image has the same one. Raises DataError if fewer than two images qualify, as one
+    has no standard error.
+    """
+    random = np.random.default_rng(settings.seed)
+    found: list[list[Sample]] = []
+    for row in random.permutation(samples.images):
+        different = _instructions([samples[index] for index in samples.of_image(int(row))])
+        if len(different) >= settings.instructions_per_image:
+            picked = random.choice(len(different), settings.instructions_per_image, replace=False)
+            found.append([different[index] for index in sorted(picked)])
+        if len(found) == settings.images:
+            break
+    if len(found) < 2:
+        raise DataError(
+            f"IRS compares instructions on one image, over two images or more: {len(found)} of {samples.images} images have"
+            f" {settings.instructions_per_image} different instructions besides captions;"
+            f" lower params/irs.yaml:instructions_per_image (at least 2), or give images more questions"
+        )
+    return found
+
+
+def choose(attention: Tensor) -> LayerChoice:
+    """IRS per layer with its standard error over images, the best layer, and whether it is separated from the runner-up.
+
+    A model of one layer has no runner-up: it is named as its own, and not separated.
+
+    Args:
+        attention: (L, X, I, Nv), X >= 2 and I >= 2.
+    """
+    scores, per_image = irs_scores(attention.double())
+    images, instructions = attention.shape[1:3]
+    ranked = scores.argsort(descending=True, stable=True).tolist()
+    best, runner_up = ranked[0], ranked[min(1, len(ranked) - 1)]
+    lead = per_image[best] - per_image[runner_up]
+    return LayerChoice(
+        layer=best,
+        irs=scores.tolist(),
+        standard_error=[standard_error(layer) for layer in per_image],
+        separated=float(lead.mean()) > Z * standard_error(lead),
+        runner_up=runner_up,
+        images=images,
+        pairs=images * math.comb(instructions, 2),
+    )
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values (X,), X >= 2."""
+    return float(values.std(correction=1)) / math.sqrt(len(values))
+
+
+def furthest_apart(attention: Tensor) -> tuple[int, int]:
+    """The two instructions (I, Nv) on one image whose looks have the lowest cosine."""
+    unit = attention / attention.norm(dim=-1, keepdim=True)
+    first, second = torch.triu_indices(len(unit), len(unit), offset=1)
+    lowest = int((unit[first] * unit[second]).sum(-1).argmin())
+    return int(first[lowest]), int(second[lowest])
+
+
+def _instructions(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample, of one turn, per different first question about the image."""
+    different: dict[str, Sample] = {}
+    for sample in samples:
+        if sample.image is not None and sample.kind != "caption":
+            different.setdefault(question_of(sample.turns[0]), replace(sample, turns=sample.turns[:1]))
+    return list(different.values())
+
+
+@torch.inference_mode()
+def _attention(view: VLM, batch: Batch) -> Tensor:
+    """(L, B, Nv) float32, on the CPU."""
+    counts = batch.visual.sum(1)
+    if int(counts.min()) != int(counts.max()):
+        raise DataError(
+            f"samples {batch.ids[int(counts.argmin())]} and {batch.ids[int(counts.argmax())]} have {int(counts.min())} and"
+            f" {int(counts.max())} visual tokens; IRS compares images of one size"
+        )
+    layers = list(attention_layers(view.model))
+    with watching(view.model, layers, Look.at(batch.instruction, batch.visual)) as seen:
+        view.plain(batch, view.features(batch.pixel_values), keep=False)
+    return torch.stack([seen.seen[layer] for layer in layers]).cpu()

@@ -1,0 +1,246 @@
+"""Sends journals (`components/tracking.py`) to MLflow, from where it last stopped.
+
+Sending the same lines twice changes nothing: a run is found again by its tag `alignti.run`, and MLflow takes equal
+points, params, tags and inputs once. So it may be stopped anywhere and started again.
+
+    python -m components.mirror JOURNAL     what a stage starts: follows the journal until stdin closes
+    alignti sync                            sends every journal that is left
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+from components.artifacts import write_text
+from components.tracking import JOURNALS, warn
+
+PAUSE_S = 3  # between two looks at a growing journal
+PAUSE_AFTER_FAULT_S = 30
+METRICS_PER_CALL = 1000  # MLflow's limit
+PARAMS_PER_CALL = 100  # MLflow's limit
+PARAM_CHARS = 6000  # MLflow's limit
+DIGEST_CHARS = 36  # MLflow's limit
+
+
+class Mirror:
+    """One journal and its run in MLflow. Raises whatever MLflow raises; the next `send` goes on from there."""
+
+    def __init__(self, journal: Path, tracking_uri: str) -> None:
+        self._journal = journal
+        self._uri = tracking_uri
+        self._state_file = journal.with_suffix(".sent")
+        self._state: dict[str, Any] = {"run_id": None, "bytes": 0, "done": False}
+        if self._state_file.exists():
+            self._state = json.loads(self._state_file.read_text(encoding="utf-8"))
+        with journal.open(encoding="utf-8") as file:
+            self._opening = json.loads(file.readline())
+        self._client = _client(tracking_uri)
+
+    def send(self, abandoned: bool = False) -> bool:
+        """Send what the journal has gained; true when its end has been sent. `abandoned`: nobody will write more to it."""
+        with self._journal.open("rb") as file:
+            file.seek(self._state["bytes"])
+            gained = file.read()
+        gained = gained[: gained.rfind(b"\n") + 1]  # half a line is not there yet, or, after a crash, never will be
+        lines = [json.loads(line) for line in gained.splitlines()]
+        if abandoned and not (lines and lines[-1]["event"] == "end"):
+            lines.append({"event": "end", "time": int(self._journal.stat().st_mtime * 1000), "status": "KILLED"})
+        if self._state["run_id"] is None:
+            self._save(run_id=self._open())
+        for event, group in groupby(lines, key=lambda line: line["event"]):
+            getattr(self, f"_{event}")(self._state["run_id"], list(group))
+        done = bool(lines) and lines[-1]["event"] == "end"
+        self._save(bytes=self._state["bytes"] + len(gained), done=done)
+        if done:
+            shutil.rmtree(self._journal.with_suffix(".files"), ignore_errors=True)
+        return done
+
+    def _save(self, **state: Any) -> None:
+        self._state |= state
+        write_text(self._state_file, json.dumps(self._state) + "\n")
+
+    def _open(self) -> str:
+        """The MLflow run of this journal, and its parent: found, or made."""
+        start = self._opening
+        experiment = self._experiment(start["experiment"])
+        tags = dict(start["tags"])
+        if parent := start["parent"]:
+            tags["mlflow.parentRunId"] = self._parent_id(experiment, parent, start["time"])
+            if parent["ends_with_stages"]:
+                self._client.update_run(tags["mlflow.parentRunId"], status="RUNNING")
+        return self._find_or_make(experiment, self._journal.stem, start["name"], start["time"], tags)
+
+    def _experiment(self, name: str) -> str:
+        with _alone():
+            if found := self._client.get_experiment_by_name(name):
+                return found.experiment_id
+            local = self._uri.startswith("sqlite:")
+            return self._client.create_experiment(name, Path(".mlflow/artifacts").resolve().as_uri() if local else None)
+
+    def _parent_id(self, experiment: str, parent: dict[str, Any], started: int) -> str:
+        if len(parent["id"]) == 32 and set(parent["id"]) <= set("0123456789abcdef"):
+            return parent["id"]  # an MLflow run id, given by whoever opened that run
+        return self._find_or_make(experiment, parent["id"], parent["name"], started, {"stage": "pipeline"})
+
+    def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str]) -> str:
+        with _alone():
+            found = self._client.search_runs([experiment], f"tags.`alignti.run` = '{key}'", max_results=1)
+            if found:
+                run_id = found[0].info.run_id
+                for tag, value in {**tags, "mlflow.runName": name}.items():
+                    self._client.set_tag(run_id, tag, value)
+                return run_id
+            made = self._client.create_run(experiment, started, {**tags, "alignti.run": key}, run_name=name)
+            return made.info.run_id
+
+    # One method per kind of line; each takes consecutive lines of that kind.
+
+    def _start(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        pass  # sent by _open
+
+    def _params(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, value[:PARAM_CHARS]) for line in lines for name, value in line["values"].items()]
+        for some in _chunks(params, PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=some)
+
+    def _metrics(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        points = [Metric(k, v, line["time"], line["step"] or 0) for line in lines for k, v in line["values"].items()]
+        for some in _chunks(points, METRICS_PER_CALL):
+            self._client.log_batch(run_id, metrics=some)
+
+    def _artifact(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            path = self._journal.parent / line["path"]
+            if path.is_dir():
+                self._client.log_artifacts(run_id, str(path), path.name)
+            else:
+                self._client.log_artifact(run_id, str(path))
+
+    def _dataset(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        for line in lines:
+            source = json.dumps({"digest": line["digest"]})
+            self._client.log_inputs(
+                run_id, [DatasetInput(Dataset(line["name"], line["digest"][:DIGEST_CHARS], "dvc", source), tags=[])]
+            )
+
+    def _tag(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            self._client.set_tag(run_id, line["key"], line["value"])
+
+    def _end(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        status, ended = lines[-1]["status"], lines[-1]["time"]
+        self._client.set_terminated(run_id, status, ended)
+        if self._opening["parent"] and self._opening["parent"]["ends_with_stages"]:
+            # Nobody sees `dvc repro` end, so its run ends with the latest of its stages.
+            parent = self._client.get_run(run_id).data.tags["mlflow.parentRunId"]
+            self._client.set_terminated(parent, status, ended)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
+def sync(tracking_uri: str) -> tuple[int, int]:
+    """Send every journal whose process has ended; returns how many were sent and how many are still being written."""
+    sent = live = 0
+    for journal in sorted(JOURNALS.glob("*.jsonl")):
+        state = journal.with_suffix(".sent")
+        if state.exists() and json.loads(state.read_text(encoding="utf-8"))["done"]:
+            continue
+        if _is_being_written(journal):
+            live += 1
+            continue
+        Mirror(journal, tracking_uri).send(abandoned=True)
+        sent += 1
+    return sent, live
+
+
+def _client(tracking_uri: str) -> Any:
+    """An MLflow client that gives up soon and keeps quiet. Raises ImportError where MLflow is not installed."""
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own: 7, with pauses that double
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # MLflow's own: 120 s
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_DISABLE_AGENT_HINT": "true",
+        "DO_NOT_TRACK": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+    if tracking_uri.startswith("sqlite:///"):
+        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    import mlflow
+
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    return mlflow.MlflowClient(tracking_uri=tracking_uri)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One mirror at a time: between looking for a run and making it, nobody else makes it."""
+    with (JOURNALS / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_being_written(journal: Path) -> bool:
+    with journal.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def follow(journal: Path, tracking_uri: str, voice: IO[str]) -> bool:
+    """Send `journal` while stdin stays open, and its rest when it closes; true when all is sent. Says one fault at most."""
+    mirror, silent, complete = None, False, False
+    while True:
+        try:
+            mirror = mirror or Mirror(journal, tracking_uri)
+            if mirror.send(abandoned=complete):
+                return True
+            pause = PAUSE_S
+        except Exception as error:  # MLflow, its server and its database raise all sorts
+            pause = PAUSE_AFTER_FAULT_S
+            if not silent:
+                reason = " ".join(str(error).split())[:300]
+                warn(f"MLflow at {tracking_uri} does not take this run ({reason}); `alignti sync` sends it later", voice)
+                silent = True
+            if isinstance(error, ImportError):
+                return False
+        if complete:
+            return False
+        complete = bool(select.select([sys.stdin], [], [], pause)[0])
+
+
+def main() -> None:
+    for ending in (signal.SIGINT, signal.SIGTERM):  # they end the stage; what it leaves is still to be sent
+        signal.signal(ending, signal.SIG_IGN)
+    os.nice(10)
+    voice = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
+    sent = follow(Path(sys.argv[1]), os.environ["ALIGNTI_TRACKING_URI"], voice)
+    sys.exit(0 if sent else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A checkpoint folder on disk: is it whole and safe to read, and what does it hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+
+from components.artifacts import ModelRecord, sha256
+from components.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The folder's weight files, sorted. Reads their headers only.
+
+    Raises ModelError if the folder is missing, has no configuration, has pickled weights only, or is half-downloaded.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json; it is not a Hugging Face checkpoint folder")
+    if (path / INDEX).is_file():
+        named = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        files = sorted(path / name for name in set(named))
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{path}: only pickled weights ({pickled[0]}), which can run code when read; convert them to safetensors"
+            )
+        raise ModelError(f"{path}: no *.safetensors weights; the download is incomplete")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: missing or cut short ({error}); delete the folder and obtain it again") from None
+    return files
+
+
+def parameters(path: Path) -> int:
+    """Stored parameters: tied ones count once."""
+    total = 0
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as weights:
+            total += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    return total
+
+
+def record(
+    path: Path, role: Literal["teacher", "student"], origin: str, revision: str | None, visual_tokens: int
+) -> ModelRecord:
+    """What the index says of one model; its name is the folder's."""
+    return ModelRecord(
+        name=path.name,
+        role=role,
+        path=path.as_posix(),
+        origin=origin,
+        revision=revision,
+        parameters=parameters(path),
+        size_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        sha256=sha256([path]),
+        visual_tokens=visual_tokens,
+    )

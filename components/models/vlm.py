@@ -1,0 +1,95 @@
+"""A LLaVA-like transformers model seen as the method sees it: features, plain pass, continuation, expanded pass, head.
+
+Each view is one call into the stock modules, with the attention masks and position ids of the ribbon; the plain pass equals
+the stock forward (tests/models/test_vlm.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from components.models.collate import Batch
+
+
+class VLM(nn.Module):
+    """The view of `LlavaForConditionalGeneration` and its like: a vision tower, a projector, a language model, a head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def features(self, pixel_values: Tensor | None) -> Tensor | None:
+        """(N, 3, H, W) pixels -> (N, Nv, D) features of the tower's chosen layer, before the projector; None for None.
+
+        No graph is kept through a frozen tower.
+        """
+        if pixel_values is None:
+            return None
+        config = self.model.config
+        tower = self.model.model.vision_tower
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
+            states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
+            features = states[config.vision_feature_layer]
+            return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
+
+    def plain(self, batch: Batch, features: Tensor | None, keep: bool) -> tuple[Tensor, DynamicCache | None]:
+        """One causal pass. Returns hidden states (B, T, d) and, if `keep`, the key/value cache to continue over."""
+        out = self.model.model.language_model(
+            inputs_embeds=self._embedded(batch, features), attention_mask=batch.attention_mask, use_cache=keep
+        )
+        return out.last_hidden_state, out.past_key_values if keep else None
+
+    def continued(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """(B, E, d) hidden states of `tokens` at `positions`, over the cache, each seeing what (B, 1, E, T + E) `mask` says."""
+        embedded = self.model.get_input_embeddings()(tokens)
+        return self.model.model.language_model(
+            inputs_embeds=embedded,
+            past_key_values=cache,
+            attention_mask=_additive(mask, embedded.dtype),
+            position_ids=positions,
+            use_cache=True,
+        ).last_hidden_state
+
+    def expanded(self, batch: Batch, features: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """(B, T + E, d) hidden states of one pass with `tokens` appended, under the (B, 1, T + E, T + E) `mask`."""
+        B, T = batch.input_ids.shape
+        gold_positions = torch.arange(T, device=tokens.device).expand(B, T)
+        embedded = torch.cat([self._embedded(batch, features), self.model.get_input_embeddings()(tokens)], dim=1)
+        return self.model.model.language_model(
+            inputs_embeds=embedded,
+            attention_mask=_additive(mask, embedded.dtype),
+            position_ids=torch.cat([gold_positions, positions], dim=1),
+            use_cache=False,
+        ).last_hidden_state
+
+    def head(self, rows: Tensor) -> Tensor:
+        """(N, d) hidden rows -> (N, V) float32 logits.
+
+        The operands are cast, not the result: a bf16 product cast afterwards loses 4 to 23% of a divergence's gradient
+        (linkedin/Liger-Kernel issue 1432).
+        """
+        head = self.model.get_output_embeddings()
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        with torch.autocast(rows.device.type, enabled=False):
+            logits = F.linear(rows.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _embedded(self, batch: Batch, features: Tensor | None) -> Tensor:
+        """(B, T, d): token embeddings with the projected features at the visual tokens.
+
+        By the batch's own mask, not by token id as the stock forward does: an alternative may happen to be the image token.
+        """
+        embedded = self.model.get_input_embeddings()(batch.input_ids)
+        if features is None:
+            return embedded
+        projected = self.model.model.multi_modal_projector(features).flatten(0, 1)
+        return embedded.masked_scatter(batch.visual[..., None], projected.to(embedded.dtype))
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as the numbers to add to scores: eager attention would add True as 1, silently."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

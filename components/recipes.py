@@ -1,0 +1,168 @@
+"""Named overlays of `params/`: `params/recipes/NAME.yaml` holds, per params file, the values that it sets.
+
+A mapping is merged key by key, except one whose keys are the user's own names (arms, teachers, students): such a mapping
+is replaced whole, since an arm left over from before would be trained too. Lists are replaced.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, Field, ValidationError
+
+from components.artifacts import write_text
+from components.errors import SettingsError
+from components.settings import FILES, PositiveFloat, Settings, Strict, load_settings, read_yaml
+
+
+class About(Strict):
+    """What every recipe opens with."""
+
+    run: str = Field(description="the command")
+    hardware: str
+    time: str = Field(description="of the whole job on that hardware")
+    result: str
+    seconds: dict[str, PositiveFloat] = Field(description="per stage, one cell of it: what `alignti plan` starts from")
+
+
+def names(root: Path = Path()) -> list[str]:
+    return sorted(path.stem for path in (root / "params/recipes").glob("*.yaml"))
+
+
+def about(name: str, root: Path = Path()) -> About:
+    """Raises SettingsError if the recipe does not say all of it."""
+    path = _path(name, root)
+    try:
+        return About.model_validate(read_yaml(path).get("about"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("about", *first["loc"])))
+        raise SettingsError(f"{path}: {where}: {first['msg']}") from None
+
+
+def merged(name: str, root: Path = Path()) -> dict[Path, str]:
+    """The new text of every params file that recipe `name` would change, comments kept; nothing is written.
+
+    Raises SettingsError if there is no such recipe, or if the outcome is not valid (naming every problem).
+    """
+    about(name, root)
+    yaml = _round_trip()
+    overlay = _overlay(name, root, yaml.load)
+    changed = {}
+    with tempfile.TemporaryDirectory() as draft:
+        for file in FILES:
+            path = root / "params" / f"{file}.yaml"
+            try:
+                text = path.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
+            document = yaml.load(text)
+            updates = list(_updates(overlay.get(file, {}), document, _annotation(file)))
+            for *above, key, value in updates:
+                parent = document
+                for step in above:
+                    parent = parent[step]
+                parent[key] = _bare(value)
+            if updates:
+                stream = io.StringIO()
+                yaml.dump(document, stream)
+                changed[path] = text = stream.getvalue()
+            write_text(Path(draft) / "params" / f"{file}.yaml", text)
+        try:
+            load_settings(Path(draft))
+        except SettingsError as error:
+            raise SettingsError(f"recipe {name} does not fit these params; {error}") from None
+    return changed
+
+
+def use(name: str, root: Path = Path()) -> str:
+    """Merge recipe `name` into `params/` and return what changed as a unified diff. All or nothing is valid."""
+    diff = ""
+    for path, text in merged(name, root).items():
+        before, shown = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
+        diff += "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"before/{shown}", shown, n=1))
+        write_text(path, text)
+    return diff
+
+
+def nearest(root: Path = Path()) -> tuple[str | None, int]:
+    """The recipe that `params/` are nearest to, and in how many values they differ; of equals, the fuller one."""
+    params = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
+    best: tuple[int, int, str] | None = None
+    for name in names(root):
+        overlay = _overlay(name, root)
+        differing = sum(1 for file in overlay for _ in _updates(overlay[file], params[file], _annotation(file)))
+        rank = (differing, -_leaves(overlay), name)
+        best = min(best, rank) if best else rank
+    return (best[2], best[0]) if best else (None, 0)
+
+
+def _path(name: str, root: Path) -> Path:
+    known = names(root)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise SettingsError(f"there is no recipe {name!r}; {hint}params/recipes/ has {', '.join(known)}")
+    return root / "params/recipes" / f"{name}.yaml"
+
+
+def _overlay(name: str, root: Path, load: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    path = _path(name, root)
+    overlay = read_yaml(path)  # says file and line if it is malformed
+    if unknown := sorted(set(overlay) - {"about", *FILES}):
+        raise SettingsError(f"{path}: {', '.join(unknown)}: no such file in params/; known: {', '.join(FILES)}")
+    if load:
+        overlay = load(path.read_text(encoding="utf-8"))
+    return {file: overlay[file] for file in FILES if file in overlay}
+
+
+def _annotation(file: str) -> Any:
+    return Settings.model_fields[file].annotation
+
+
+def _updates(overlay: Mapping[str, Any], current: Mapping[str, Any], annotation: Any) -> Iterator[tuple[Any, ...]]:
+    """(key, ..., key, value) of each value that merging sets and that is not so already."""
+    model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    for key, value in overlay.items():
+        before = current.get(key)
+        field = model.model_fields.get(key) if model else None
+        own_names = field is None or get_origin(field.annotation) is dict
+        if isinstance(value, Mapping) and isinstance(before, Mapping) and not own_names:
+            assert field is not None
+            yield from ((key, *rest) for rest in _updates(value, before, field.annotation))
+        elif key not in current or before != value:
+            yield key, value
+
+
+def _bare(node: Any) -> Any:
+    """A copy that keeps how values are written, without the recipe's comments."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    if isinstance(node, CommentedMap):
+        copy: Any = CommentedMap((key, _bare(value)) for key, value in node.items())
+    elif isinstance(node, CommentedSeq):
+        copy = CommentedSeq(_bare(value) for value in node)
+    else:
+        return node
+    (copy.fa.set_flow_style if node.fa.flow_style() else copy.fa.set_block_style)()
+    return copy
+
+
+def _leaves(node: Any) -> int:
+    return sum(map(_leaves, node.values())) if isinstance(node, Mapping) else 1
+
+
+def _round_trip() -> Any:
+    """YAML that is written back as it was read: comments, order, 2.0e-3, 50_000_000, null."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.preserve_quotes = True
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    return yaml

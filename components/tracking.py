@@ -1,0 +1,250 @@
+"""What happened: each stage run keeps a journal under `.runs/journal/`, and a process of its own sends it to MLflow.
+
+The journal comes first and is all that the work waits for, so a tracking server that is away, slow or broken costs one
+warning, never a training: `alignti sync` sends what is left. `components/mirror.py` is the sending side.
+
+Lines of a journal are JSON objects with `event` (start, params, metrics, artifact, dataset, tag, end) and `time` (ms).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from components.artifacts import RUNS, write_text
+from components.errors import Interrupted
+from components.settings import RuntimeSettings
+
+JOURNALS = RUNS / "journal"
+LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
+PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
+JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
+PATIENCE_S = 60  # how long a finished stage waits for its journal to be sent
+
+_FORBIDDEN_IN_METRIC = re.compile(r"[^\w\-. :/]")
+
+
+class Run:
+    """One run being journalled. No method raises on a tracking fault; with `journal` None each does nothing."""
+
+    def __init__(self, journal: Path | None) -> None:
+        self.id = journal.stem if journal else ""
+        self._journal = journal
+        self._file: IO[str] | None = None
+        self._latest: dict[str, float] = {}
+        self._best: dict[str, float] = {}
+        if journal is not None:
+            try:
+                journal.parent.mkdir(parents=True, exist_ok=True)
+                self._file = journal.open("a", encoding="utf-8")
+                fcntl.flock(self._file, fcntl.LOCK_EX)  # held while this process lives: how `sync` knows that it does
+            except OSError as error:
+                self._stop(error)
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """`values` at `step`; without a step they describe the whole run. Stepped ones end as `final/` and `best/` too:
+        best is the lowest for names under `loss/`, else the highest."""
+        clean = {_FORBIDDEN_IN_METRIC.sub("_", name): float(value) for name, value in values.items()}
+        self._write("metrics", values=clean, step=step)
+        if step is not None:
+            self._latest |= clean
+            for name, value in clean.items():
+                better = min if name.startswith("loss/") else max
+                self._best[name] = better(value, self._best.get(name, value))
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """What was asked for, nested mappings as dotted names. Once set, a value cannot change."""
+        self._write("params", values={name: str(value) for name, value in _flatten(values)})
+
+    def artifact(self, path: Path) -> None:
+        """A picture or a small table. It is copied, so that what is sent later is what was there now; weights stay with DVC."""
+        if self._file is None or self._journal is None:
+            return
+        copy = self._journal.with_suffix(".files") / path.name
+        try:
+            copy.parent.mkdir(exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, copy, dirs_exist_ok=True)
+            else:
+                shutil.copy2(path, copy)
+        except OSError as error:
+            warn(f"{path} is not tracked: {error}")
+        else:
+            self._write("artifact", path=str(copy.relative_to(self._journal.parent)))
+
+    def dataset(self, name: str, digest: str) -> None:
+        self._write("dataset", name=name, digest=digest)
+
+    def tag(self, key: str, value: str) -> None:
+        self._write("tag", key=key, value=str(value))
+
+    def start(self, **fields: Any) -> None:
+        self._write("start", **fields)
+
+    def end(self, status: str) -> None:
+        summary = {f"final/{k}": v for k, v in self._latest.items()} | {f"best/{k}": v for k, v in self._best.items()}
+        if summary:
+            self._write("metrics", values=summary, step=None)
+        self._write("end", status=status)
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps({"event": event, "time": _now_ms(), **fields}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._stop(error)
+
+    def _stop(self, error: OSError) -> None:
+        warn(f"this run is not tracked: {error}")
+        self._file = None
+
+
+@contextmanager
+def stage_run(
+    stage: str, cell: str | None = None, *, runtime: RuntimeSettings, params: Mapping[str, Any] | None = None
+) -> Iterator[Run]:
+    """Track one stage (and cell: `distill`, `align_ti`) on rank 0; elsewhere the run given does nothing.
+
+    The run's parent is the one that $ALIGNTI_PARENT_RUN_ID names, else one per enclosing `dvc` process, else none.
+    """
+    os.environ.pop("MLFLOW_RUN_ID", None)  # it would make MLflow reopen and rename that run
+    if os.environ.get("RANK", "0") != "0":
+        yield Run(None)
+        return
+    name = f"{stage}@{cell}" if cell else stage
+    journal = JOURNALS / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{uuid.uuid4().hex[:8]}.jsonl"
+    run = Run(journal)
+    run.start(
+        name=f"{stage}/{cell}" if cell else stage,
+        experiment=runtime.experiment,
+        parent=_parent(),
+        tags={"stage": stage, "host": socket.gethostname(), **({"cell": cell} if cell else {}), **_origin()},
+    )
+    run.params(params or {})
+    mirror = _start_mirror(journal, runtime)
+    began = time.monotonic()
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        seconds = time.monotonic() - began
+        run.metrics({"seconds": seconds})
+        run.end(status)
+        if status == "FINISHED":
+            _remember(os.environ.get("DVC_STAGE", name), run.id, seconds)
+        _finish_mirror(mirror, journal)
+
+
+def last_seconds(stage: str) -> tuple[float, str | None] | None:
+    """How long `stage` took when it last ran, and the recipe that `params/` were nearest to; None if it never did."""
+    try:
+        record = json.loads((LAST / f"{stage}.json").read_text(encoding="utf-8"))
+        return float(record["seconds"]), record["recipe"]
+    except FileNotFoundError:
+        return None
+
+
+def warn(message: str, to: IO[str] | None = None) -> None:
+    """One line on stderr, without the user:password of any address in it."""
+    print("tracking: " + re.sub(r"//[^/@\s]+@", "//***@", message), file=to or sys.stderr, flush=True)
+
+
+def _remember(stage: str, run: str, seconds: float) -> None:
+    """The record that `alignti plan` estimates from. No stage depends on it."""
+    from components.recipes import nearest
+
+    record = {"run": run, "seconds": round(seconds, 3), "recipe": nearest()[0], **_origin()}
+    try:
+        write_text(LAST / f"{stage}.json", json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        warn(f"how long {stage} took is not recorded: {error}")
+
+
+def _parent() -> dict[str, Any] | None:
+    if given := os.environ.get(PARENT):
+        return {"id": given, "name": "pipeline", "ends_with_stages": False}
+    if "DVC_STAGE" not in os.environ:
+        return None
+    import psutil  # DVC itself needs it
+
+    for process in psutil.Process().parents():
+        words = process.cmdline()
+        if any(Path(word).name == "dvc" for word in words[:2]) or words[1:3] == ["-m", "dvc"]:
+            started = int(process.create_time() * 1000)
+            name = time.strftime("dvc repro %Y-%m-%d %H:%M:%S", time.localtime(started / 1000))
+            return {"id": f"dvc-{socket.gethostname()}-{process.pid}-{started}", "name": name, "ends_with_stages": True}
+    return None
+
+
+def _origin() -> dict[str, str]:
+    """The commit that ran, whether tracked files differed from it, and DVC's name for the stage."""
+    origin = {key: os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if key in os.environ}
+    try:
+        commit = _git("rev-parse", "HEAD")
+        origin["git.dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+        origin["mlflow.source.git.commit"] = commit
+    except (OSError, subprocess.CalledProcessError):
+        origin["mlflow.source.git.commit"] = "none"  # an export without its history
+    return origin
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _start_mirror(journal: Path, runtime: RuntimeSettings) -> subprocess.Popen[bytes] | None:
+    if runtime.tracking_uri == JOURNAL_ONLY or not journal.exists():
+        return None
+    command = [sys.executable, "-m", "components.mirror", str(journal)]
+    # The address travels in the environment: it may hold a password, and command lines are public.
+    environment = {**os.environ, "ALIGNTI_TRACKING_URI": runtime.tracking_uri, "OMP_NUM_THREADS": "1"}
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+    except OSError as error:
+        warn(f"cannot start the process that sends {journal} to MLflow ({error}); `alignti sync` sends it later")
+        return None
+
+
+def _finish_mirror(mirror: subprocess.Popen[bytes] | None, journal: Path) -> None:
+    """Closing its stdin tells the mirror that the journal is complete."""
+    if mirror is None or mirror.stdin is None:
+        return
+    mirror.stdin.close()
+    try:
+        mirror.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        mirror.kill()
+        mirror.wait()
+        warn(f"MLflow did not take {journal} within {PATIENCE_S} s; `alignti sync` sends it later")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

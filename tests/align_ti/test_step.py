@@ -1,0 +1,280 @@
+"""The whole step against a reference written plainly: one separate forward pass per alternative, full logits, float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from components.align_ti.losses import TERMS, total
+from components.align_ti.ribbon import continuation_mask, expanded_mask, plan, predicting
+from components.align_ti.step import AlignTI, Method
+from components.distill.teacher import FrozenTeacher
+from components.irs.probe import Look, watching
+from components.models.vlm import VLM
+from tests import tiny
+
+SAMPLES = [(1, 3, 3), (0, 2, 2), (1, 5, 2), (1, 1, 1)]
+KEYS = [11, 12, 13, 14]
+ALL = dict.fromkeys(TERMS, 1.0)
+FAMILIES = ["qwen2", "qwen3", "llama"]
+
+
+def pair(family: str, dtype: torch.dtype = torch.float64) -> tuple[VLM, VLM]:
+    return VLM(tiny.llava(family, 1).to(dtype)), VLM(tiny.llava(family, 2, hidden=48, layers=3).to(dtype))
+
+
+def batch(dtype: torch.dtype = torch.float64, samples: list[tuple[int, int, int]] = SAMPLES):
+    made = tiny.batch(samples)
+    made.pixel_values = None if made.pixel_values is None else made.pixel_values.to(dtype)
+    return made
+
+
+def step(student: VLM, teacher: VLM, shared: bool = False, **options) -> AlignTI:
+    options = {"weights": ALL, "eos": tiny.EOS, "shared_vocabulary": tiny.VOCABULARY, **options}
+    return AlignTI(student, FrozenTeacher(teacher, 1, shared), Method(**options))
+
+
+def gradients(student: VLM, loss: torch.Tensor) -> list[torch.Tensor]:
+    student.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in student.parameters() if p.grad is not None]
+
+
+def stock_logits(vlm: VLM, input_ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
+    return vlm.model(input_ids=input_ids, pixel_values=pixels).logits
+
+
+def reference(student: VLM, teacher: VLM, b, draws: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(4,) means: METHOD.md read out sample by sample through the stock forward, one pass per drawn alternative."""
+
+    def kl(theirs: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+        p, q = theirs.softmax(-1), mine.softmax(-1)
+        return (p * (p / q).log()).sum(-1)
+
+    terms: list[list[torch.Tensor]] = [[], [], [], []]
+    images = iter([] if b.pixel_values is None else b.pixel_values)
+    rows, spread = iter(draws.tolist()), iter(weights.tolist())
+    for i in range(len(b.input_ids)):
+        length = int(b.attention_mask[i].sum())
+        ids = b.input_ids[i : i + 1, :length]
+        pixels = next(images)[None] if b.visual[i].any() else None
+        mine = stock_logits(student, ids, pixels)[0]
+        with torch.no_grad():
+            theirs = stock_logits(teacher, ids, pixels)[0]
+        for t in b.response[i].nonzero().flatten().tolist():
+            terms[0].append(-mine[t - 1].log_softmax(-1)[ids[0, t]])
+            terms[1].append(kl(theirs[t - 1], mine[t - 1]))
+            for token in next(rows):
+                if token == tiny.EOS:
+                    continue
+                changed = torch.cat([ids[:, :t], torch.tensor([[token]])], dim=1)
+                after = stock_logits(student, changed, pixels)[0, -1]
+                with torch.no_grad():
+                    wanted = stock_logits(teacher, changed, pixels)[0, -1]
+                terms[3].append(kl(wanted, after))
+        if pixels is not None:
+            terms[2].append(sum(next(spread) * kl(theirs[t], mine[t]) for t in b.visual[i].nonzero().flatten().tolist()))
+    return torch.stack([torch.stack(term).mean() for term in terms])
+
+
+def fixed_draws(b) -> torch.Tensor:
+    """Repeats, gold hits and EOS at every step; never the image token, which the stock forward would look for pixels for."""
+    gold = b.input_ids[:, 1:][b.response[:, 1:]]
+    other = torch.randint(5, tiny.VOCABULARY, (len(gold),), generator=torch.Generator().manual_seed(3))
+    return torch.stack(
+        [other, gold, other, torch.where(torch.arange(len(gold)) % 2 == 0, tiny.EOS, other + 1 - (other == 39).long() * 3)],
+        dim=1,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("route", ["continuation", "expanded"])
+def test_step_equals_separate_forward_passes(family: str, route: str) -> None:
+    student, teacher = pair(family)
+    b = batch()
+    draws = fixed_draws(b)
+    look = Look.at(b.instruction, b.visual)
+    with torch.no_grad(), watching(teacher.model, [1], look):
+        teacher.plain(b, teacher.features(b.pixel_values), keep=False)
+    attention = look.seen[1]
+    spread = torch.cat([row / row.sum() for row in attention if row.sum() > 0])
+
+    terms = step(student, teacher, route=route)(b, KEYS, draws)
+    wanted = reference(student, teacher, b, draws, spread)
+    torch.testing.assert_close(terms.sums / terms.counts, wanted, rtol=1e-9, atol=1e-11)
+
+    weights = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
+    mine = gradients(student, total(terms.sums, terms.counts, weights))
+    theirs = gradients(student, (weights * wanted).sum())
+    for got, expected in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ribbon_rows_equal_separate_passes_and_gold_rows_are_untouched(family: str) -> None:
+    vlm, _ = pair(family)
+    b = batch()
+    ribbon = plan(fixed_draws(b), b.input_ids, b.response, tiny.EOS)
+    features = vlm.features(b.pixel_values)
+    with torch.no_grad():
+        plain, cache = vlm.plain(b, features, keep=True)
+        continued = vlm.continued(cache, ribbon.tokens, ribbon.positions, continuation_mask(ribbon, b.attention_mask))
+        whole = vlm.expanded(b, features, ribbon.tokens, ribbon.positions, expanded_mask(ribbon, b.attention_mask))
+        T = b.input_ids.shape[1]
+        real = b.attention_mask.bool()
+        torch.testing.assert_close(whole[:, :T][real], plain[real], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(whole[:, T:][ribbon.valid], continued[ribbon.valid], rtol=1e-10, atol=1e-12)
+        images = (b.visual.any(1).cumsum(0) - 1).tolist()
+        for i, e in ribbon.valid.nonzero().tolist():
+            position = int(ribbon.positions[i, e])
+            ids = torch.cat([b.input_ids[i : i + 1, :position], ribbon.tokens[i, e].view(1, 1)], dim=1)
+            pixels = b.pixel_values[images[i]][None] if b.visual[i].any() else None
+            alone = stock_logits(vlm, ids, pixels)[0, -1]
+            torch.testing.assert_close(vlm.head(continued[i, e][None])[0], alone, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("route", ["continuation", "expanded"])
+def test_identical_teacher_and_student_have_nothing_to_align(route: str) -> None:
+    student = VLM(tiny.llava("qwen2", 1))
+    teacher = VLM(tiny.llava("qwen2", 1))
+    terms = step(student, teacher, route=route)(batch(torch.float32), KEYS)
+    if route == "continuation":  # both models take the very same passes
+        assert terms.sums[1:].tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(terms.sums[1:], torch.zeros(3), atol=1e-5, rtol=0)
+    assert terms.sums[0] > 1 and terms.counts.min() > 0
+
+
+def test_routes_agree_on_what_the_student_draws() -> None:
+    student, teacher = pair("qwen2")
+    b = batch()
+    one, other = (step(student, teacher, route=route)(b, KEYS) for route in ("continuation", "expanded"))
+    assert one.counts.tolist() == other.counts.tolist() and one.ribbon_rows == other.ribbon_rows > 0
+    torch.testing.assert_close(one.sums, other.sums)
+
+
+@pytest.mark.parametrize("split", [[1, 3], [2, 2], [1, 1, 1, 1]])
+def test_loss_does_not_depend_on_how_the_batch_is_split(split: list[int]) -> None:
+    student, teacher = pair("qwen3")
+    module = step(student, teacher)
+    weights = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
+    whole = module(batch(), KEYS)
+    wanted_loss = total(whole.sums, whole.counts, weights)
+    wanted = gradients(student, wanted_loss)
+
+    start, parts = 0, []
+    made = batch()
+    for size in split:
+        here = slice(start, start + size)
+        images = made.visual.any(1).cumsum(0)
+        first = int(images[start - 1]) if start else 0
+        pixels = made.pixel_values[first : int(images[start + size - 1])]
+        part = type(made)(**{k: v[here] if isinstance(v, torch.Tensor) else v for k, v in vars(made).items()})
+        part.pixel_values = pixels if len(pixels) else None
+        parts.append((part, KEYS[here]))
+        start += size
+    draws = [module.draw(part, keys) for part, keys in parts]
+    counts = sum(module.count(part, drawn) for (part, _), drawn in zip(parts, draws, strict=True))
+    assert counts.tolist() == whole.counts.tolist()
+    student.zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    for (part, keys), drawn in zip(parts, draws, strict=True):
+        share = total(module(part, keys, drawn).sums, counts, weights)
+        share.backward()
+        loss += share.detach()
+    torch.testing.assert_close(loss, wanted_loss.detach(), rtol=1e-10, atol=1e-12)
+    found = [p.grad for p in student.parameters() if p.grad is not None]
+    for got, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_sharing_the_tower_changes_nothing() -> None:
+    student, teacher = pair("qwen2")
+    student.model.model.vision_tower.requires_grad_(False)
+    teacher.model.model.vision_tower.load_state_dict(student.model.model.vision_tower.state_dict())
+    one, other = (step(student, teacher, shared)(batch(), KEYS) for shared in (True, False))
+    assert torch.equal(one.sums, other.sums)
+
+
+@pytest.mark.parametrize("source", ["student", "teacher", "gold"])
+@pytest.mark.parametrize("replacement", [True, False])
+def test_sources_of_alternatives(source: str, replacement: bool) -> None:
+    student, teacher = pair("llama")
+    module = step(student, teacher, source=source, replacement=replacement)
+    b = batch()
+    draws = module.draw(b, KEYS)
+    gold = b.input_ids[:, 1:][b.response[:, 1:]]
+    if source == "gold":
+        assert torch.equal(draws, gold[:, None])
+        assert module(b, KEYS).ribbon_rows == 0
+        return
+    assert draws.shape == (len(gold), 4)
+    if not replacement:
+        assert all(len(set(row)) == 4 for row in draws.tolist())
+    model = student if source == "student" else teacher
+    with torch.no_grad():
+        hidden, _ = model.plain(b, model.features(b.pixel_values), keep=False)
+    likely = model.head(hidden[predicting(b.response)]).softmax(-1).gather(1, draws)
+    assert likely.mean() > 2 / tiny.VOCABULARY  # drawn from that model, not uniformly
+    assert module(b, KEYS).counts[3] == (draws != tiny.EOS).sum()
+
+
+def test_uniform_weights_are_a_plain_mean_over_visual_rows() -> None:
+    student, teacher = pair("qwen2")
+    b = batch()
+    terms = step(student, teacher, uniform=True)(b, KEYS)
+    logits = []
+    for vlm in (teacher, student):
+        hidden, _ = vlm.plain(b, vlm.features(b.pixel_values), keep=False)
+        logits.append(vlm.head(hidden[b.visual]).log_softmax(-1))
+    expected = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
+    torch.testing.assert_close(terms.sums[2] / terms.counts[2], expected)
+
+
+@pytest.mark.parametrize(
+    ("samples", "counts"),
+    [
+        ([(0, 2, 3)], [3, 3, 0]),  # no image anywhere
+        ([(1, 2, 0)], [0, 0, 1]),  # no response token
+        ([(1, 2, 1)], [1, 1, 1]),  # a response of only EOS
+        ([(1, 0, 2)], [2, 2, 1]),  # an image that no instruction follows: all its tokens weigh the same
+    ],
+)
+@pytest.mark.parametrize("route", ["continuation", "expanded"])
+def test_odd_batches_have_a_defined_result(samples: list, counts: list[int], route: str) -> None:
+    student, teacher = pair("qwen2")
+    terms = step(student, teacher, route=route)(batch(samples=samples), [1])
+    assert terms.counts[:3].tolist() == counts
+    assert terms.sums.isfinite().all()
+    assert [bool(s) for s in terms.sums[:3]] == [bool(c) for c in counts]
+    loss = total(terms.sums, terms.counts, torch.ones(4))
+    assert all(g.isfinite().all() for g in gradients(student, loss))
+
+
+def test_terms_of_weight_zero_are_not_computed() -> None:
+    student, _ = pair("qwen2")
+    only_sft = AlignTI(student, None, Method(weights={**dict.fromkeys(TERMS, 0.0), "sft": 1.0}, eos=tiny.EOS))
+    terms = only_sft(batch(), KEYS)
+    assert terms.sums[0] > 0 and terms.sums[1:].tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="need a teacher"):
+        AlignTI(student, None, Method(weights=ALL))
+
+
+def test_the_teacher_is_no_part_of_the_module() -> None:
+    student, teacher = pair("qwen2")
+    module = step(student, teacher)
+    assert len(list(module.parameters())) == len(list(student.parameters()))
+    assert all(key.startswith("student.") for key in module.state_dict())
+    module.train()
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_values_are_pinned() -> None:
+    """A change of any number here is a change of the method."""
+    student, teacher = pair("qwen2", torch.float32)
+    terms = step(student, teacher)(batch(torch.float32), KEYS)
+    assert terms.counts.tolist() == PINNED_COUNTS
+    assert (terms.sums / terms.counts).tolist() == pytest.approx(PINNED_MEANS, rel=1e-4)
+
+
+PINNED_COUNTS = [10.0, 10.0, 3.0, 39.0]
+PINNED_MEANS = [4.80868, 1.24585, 1.45766, 1.45497]

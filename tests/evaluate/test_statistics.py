@@ -1,0 +1,127 @@
+"""Intervals that cover, p values that are fair, and pairing and clustering that matter."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from components.errors import DataError
+from components.evaluate.statistics import bootstrap, holm, interval, p_value
+
+IMAGES, PER_IMAGE = 80, 4
+CLUSTERS = np.repeat(np.arange(IMAGES), PER_IMAGE)
+ONE_KIND = np.zeros(IMAGES * PER_IMAGE, dtype=int)
+
+
+def answers(random: np.random.Generator, spread: float, arms: int = 1) -> NDArray[np.bool_]:
+    """(A, N) right answers at rate 0.6 on average; questions of one image share their difficulty to the extent of `spread`."""
+    rate = np.clip(0.6 + spread * random.choice([-1.0, 1.0], IMAGES), 0, 1)[CLUSTERS]
+    return random.random((arms, len(CLUSTERS))) < rate
+
+
+def resampled(correct: NDArray[np.bool_], clusters: NDArray[np.int_] = CLUSTERS, seed: int = 0) -> NDArray[np.float64]:
+    """(B, A)"""
+    return bootstrap(correct, clusters, ONE_KIND, 400, seed)[1].overall
+
+
+def width(values: NDArray[np.float64]) -> float:
+    low, high = interval(values, 0.95)
+    return high - low
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    random = np.random.default_rng(1)
+    covered = 0
+    for trial in range(300):
+        low, high = interval(resampled(answers(random, spread=0.3), seed=trial)[:, 0], 0.95)
+        covered += low <= 0.6 <= high
+    assert 0.90 <= covered / 300 <= 0.99
+
+
+def test_interval_that_ignores_images_is_too_narrow() -> None:
+    correct = answers(np.random.default_rng(2), spread=0.35)
+    by_image = width(resampled(correct)[:, 0])
+    by_sample = width(resampled(correct, clusters=np.arange(len(CLUSTERS)))[:, 0])
+    assert by_image > 1.15 * by_sample
+
+
+def test_paired_interval_is_narrower_when_arms_err_on_the_same_questions() -> None:
+    random = np.random.default_rng(3)
+    first = answers(random, spread=0.2)[0]
+    second = np.where(random.random(len(first)) < 0.1, ~first, first)
+    draws = resampled(np.stack([first, second]))
+    paired = width(draws[:, 0] - draws[:, 1])
+    unpaired = width(draws[:, 0] - resampled(second[None], seed=99)[:, 0])
+    assert paired < 0.7 * unpaired
+
+
+def test_p_values_are_uniform_when_nothing_differs() -> None:
+    random = np.random.default_rng(4)
+    p_values = []
+    for trial in range(300):
+        draws = resampled(answers(random, spread=0.2, arms=2), seed=trial)
+        p_values.append(p_value(draws[:, 0] - draws[:, 1]))
+    for level in (0.1, 0.25, 0.5, 0.75):
+        assert np.mean(np.array(p_values) <= level) == pytest.approx(level, abs=0.08)
+
+
+def test_identical_arms_differ_by_exactly_nothing() -> None:
+    correct = answers(np.random.default_rng(5), spread=0.2)
+    draws = resampled(np.concatenate([correct, correct]))
+    difference = draws[:, 0] - draws[:, 1]
+    assert interval(difference, 0.95) == (0.0, 0.0)
+    assert p_value(difference) == 1.0
+
+
+def test_a_clear_lead_has_the_smallest_p_the_resamples_can_show() -> None:
+    correct = np.stack([np.ones(len(CLUSTERS)), answers(np.random.default_rng(6), spread=0.2)[0]])
+    draws = resampled(correct)
+    assert p_value(draws[:, 0] - draws[:, 1]) == 2 / 401
+
+
+def test_interval_and_p_value_agree_about_zero() -> None:
+    random = np.random.default_rng(7)
+    for shift in np.linspace(0, 0.2, 40):
+        difference = random.normal(shift, 0.06, 2000)
+        low, high = interval(difference, 0.95)
+        if abs(low) > 0.003:  # at the very edge the quantile interpolates between two resamples
+            assert (low > 0 or high < 0) == (p_value(difference) < 0.05)
+
+
+def test_scores_per_kind_and_their_average() -> None:
+    correct = [[1, 1, 0, 1], [0, 0, 0, 1]]
+    observed, draws = bootstrap(correct, [0, 0, 1, 1], [0, 0, 0, 1], 50, seed=1)
+    np.testing.assert_allclose(observed.overall, [3 / 4, 1 / 4])
+    np.testing.assert_allclose(observed.per_kind, [[2 / 3, 1], [0, 1]])
+    np.testing.assert_allclose(observed.average, [5 / 6, 1 / 2])
+    without_kind_1 = np.isnan(draws.per_kind[:, 0, 1])
+    assert without_kind_1.any(), "image 0 drawn twice holds no question of kind 1"
+    np.testing.assert_allclose(draws.average[without_kind_1, 0], 1.0)
+    assert not np.isnan(draws.overall).any()
+
+
+def test_same_seed_same_resamples_and_blocks_are_whole() -> None:
+    correct = answers(np.random.default_rng(8), spread=0.1)
+    first, second = (bootstrap(correct, CLUSTERS, ONE_KIND, 601, seed=3)[1].overall for _ in range(2))
+    assert first.shape == (601, 1)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_one_image_is_refused() -> None:
+    with pytest.raises(DataError, match="two or more images"):
+        bootstrap([[1, 0]], [0, 0], [0, 1], 10, seed=0)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(p <= q <= 1 for p, q in zip(p_values, adjusted, strict=True))
+    ranked = [q for _, q in sorted(zip(p_values, adjusted, strict=True), key=lambda pair: pair[0])]
+    assert ranked == sorted(ranked)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])

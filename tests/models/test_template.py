@@ -1,0 +1,45 @@
+from components.models.template import Template
+from components.shards import Turn
+from tests.models.conftest import word_processor
+
+TURNS = (Turn("<image>\nwhat digit is at a1 ?", "one"), Turn("list the grid .", "red one, red two"))
+
+
+def test_text_is_that_of_the_method() -> None:
+    rendered = Template("be brief .").render(TURNS, "<image><image>")
+    assert rendered.text == (
+        "be brief . USER: <image><image>\nwhat digit is at a1 ? ASSISTANT: one<|endoftext|>"
+        "USER: list the grid . ASSISTANT: red one, red two<|endoftext|>"
+    )
+    answers = [rendered.text[a:b] for a, b in rendered.response_spans]
+    assert answers == [" one<|endoftext|>", " red one, red two<|endoftext|>"]
+
+
+def test_prompt_is_the_first_turn_up_to_where_the_answer_begins() -> None:
+    prompt = Template("").render(TURNS, "<image>", answer=False)
+    assert prompt.text == "USER: <image>\nwhat digit is at a1 ? ASSISTANT:"
+    assert prompt.response_spans == ()
+    whole = Template("").render(TURNS, "<image>")
+    assert whole.text[: whole.response_spans[0][0]] == prompt.text
+
+
+def test_image_goes_first_wherever_the_data_put_it() -> None:
+    behind = (Turn("what digit is at a1 ?\n<image>", "one"),)
+    assert Template("").render(behind, "<image>") == Template("").render(TURNS[:1], "<image>")
+
+
+def test_text_only_has_no_image_and_no_line_break() -> None:
+    assert Template("").render((Turn("list .", "one"),), None).text == "USER: list . ASSISTANT: one<|endoftext|>"
+
+
+def test_chat_template_says_the_same() -> None:
+    for system in ("", "it's \\ brief ."):
+        template = Template(system)
+        processor = word_processor()
+        processor.chat_template = template.jinja
+        image, text = {"type": "image"}, {"type": "text", "text": "what digit is at a1 ?"}
+        messages = [{"role": "user", "content": [image, text]}]
+        assert processor.apply_chat_template(messages) == template.render(TURNS, "<image>", answer=False).text
+        messages += [{"role": "assistant", "content": "one"}, {"role": "user", "content": "list the grid ."}]
+        messages += [{"role": "assistant", "content": "red one, red two"}]
+        assert processor.apply_chat_template(messages) == template.render(TURNS, "<image>").text
