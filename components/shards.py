@@ -21,6 +21,7 @@ from components.errors import DataError
 
 TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 SAMPLE = pa.struct([("id", pa.string()), ("kind", pa.string()), ("conversations", pa.list_(TURN))])
+CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
 BATCH_BYTES = 32 * 2**20  # of images, in one record batch
 SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(SAMPLE))])
 

@@ -1,0 +1,63 @@
+"""Stage `evaluate@ARM`: a student's, or the teacher's, own answers scored. `python -m components.evaluate --arm ARM|teacher`
+
+Writes artifacts/scores/ARM/predictions.jsonl, every sample with its answer, and scores.json. The same model and data give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from components.artifacts import DATASET, SCORES, STUDENTS, TEACHER, TEACHER_ARM, TeacherChoice, jsonl, write_text
+from components.errors import exit_from
+from components.settings import load_settings
+
+
+def main() -> None:
+    settings = load_settings()
+    parser = argparse.ArgumentParser(prog="python -m components.evaluate", description="Score one arm's answers.")
+    parser.add_argument("--arm", required=True, choices=[TEACHER_ARM, *settings.study.arms], help="whose answers")
+    arm: str = parser.parse_args().arm
+
+    from components import tracking
+    from components.evaluate import generate, metrics
+    from components.models.load import load
+    from components.models.template import Template
+    from components.runtime import prepare_torch
+    from components.shards import Samples
+
+    asked = settings.evaluate
+    samples = Samples(DATASET, asked.split)
+    rows = generate.questions(samples)
+    varying = {"split": asked.split, "samples": len(rows), "max_new_tokens": asked.max_new_tokens}
+    with tracking.stage_run("evaluate", cell=arm, runtime=settings.runtime, params=varying) as run:
+        run.dataset(str(DATASET), samples.manifest.digest)
+        loaded = load(model_of(arm), prepare_torch(settings.runtime, asked.seed))
+        template = Template(settings.models.template.system)
+        answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm)
+        predicted = metrics.predictions((samples[row] for row in rows), answers)
+        scores = metrics.score(arm, predicted)
+        write_text(SCORES / arm / "predictions.jsonl", jsonl(predicted))
+        path = scores.write(SCORES / arm / "scores.json")
+        run.metrics({"exact_match": scores.exact_match, **{f"exact_match/{k}": v for k, v in scores.per_kind.items()}})
+        for kind, figures in scores.yes_no.items():
+            run.metrics({f"{name}/{kind}": value for name, value in figures.model_dump(exclude={"samples"}).items()})
+        run.artifact(path)
+        run.artifact(SCORES / arm / "predictions.jsonl")
+    cut = generate.unreachable(loaded, [p.reference for p in predicted], asked.max_new_tokens)
+    warning = f"; {cut:,} references are longer than evaluate.max_new_tokens {asked.max_new_tokens}: raise it" if cut else ""
+    weakest = min(scores.per_kind, key=lambda kind: scores.per_kind[kind])
+    print(
+        f"evaluate {arm}: {scores.exact_match:.1%} exact match on {scores.samples:,} {asked.split} samples, weakest {weakest} "
+        f"({scores.per_kind[weakest]:.1%}){warning} -> {path}"
+    )
+
+
+def model_of(arm: str) -> Path:
+    """The folder of the arm's student, or of the chosen teacher. Raises DataError if there is no choice yet."""
+    return Path(TeacherChoice.read(TEACHER / "choice.json").path) if arm == TEACHER_ARM else STUDENTS / arm / "model"
+
+
+if __name__ == "__main__":
+    exit_from(main)

@@ -1,0 +1,91 @@
+"""Greedy answers: the model writes each token itself, over a key/value cache, until it ends its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from components.models.collate import Collator
+from components.models.load import Loaded
+from components.models.template import Template
+from components.settings import EvaluateSettings
+from components.shards import CAPTION, Sample, Samples
+
+
+def questions(samples: Samples) -> list[int]:
+    """Indices of the samples that are scored: all but captions, which are for training."""
+    return [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
+
+
+def answers(
+    loaded: Loaded,
+    samples: Sequence[Sample],
+    rows: Sequence[int],
+    template: Template,
+    max_length: int,
+    settings: EvaluateSettings,
+    title: str,
+) -> list[str]:
+    """The model's greedy answer to the first question of each sample, in the order of `rows`.
+
+    Samples are answered in batches of like length, the longest first, so that a batch too large for the device fails at once;
+    an answer does not depend on its batch. One batch of samples is held at a time.
+
+    Args:
+        samples, rows: the samples, and the indices of those to answer.
+        template, max_length: as the model was trained with; max_length is of the prompt, in tokens.
+        settings: batch_size in samples; max_new_tokens, where an answer that has not ended is cut.
+        title: names the progress bar.
+
+    Raises:
+        DataError: a prompt is longer than max_length.
+    """
+    collator = Collator(loaded.processor, template, max_length, train=False)
+    found: dict[int, str] = {}
+    order = sorted(rows, key=lambda row: _length(samples[row]), reverse=True)
+    with _greedy(loaded, settings.max_new_tokens), tqdm(total=len(order), desc=title, unit="sample") as bar:
+        for start in range(0, len(order), settings.batch_size):
+            these = order[start : start + settings.batch_size]
+            batch = collator([samples[row] for row in these]).to(loaded.model.device)
+            tokens = loaded.model.generate(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
+            )
+            written = tokens[:, batch.input_ids.shape[1] :]
+            texts = loaded.processor.batch_decode(written, skip_special_tokens=True)
+            found.update(zip(these, (text.strip() for text in texts), strict=True))
+            bar.update(len(these))
+    return [found[row] for row in rows]
+
+
+def unreachable(loaded: Loaded, references: Iterable[str], max_new_tokens: int) -> int:
+    """How many references, with the token that ends them, are longer than max_new_tokens: no answer can equal those."""
+    encoded = loaded.processor.tokenizer([f" {text}" for text in references], add_special_tokens=False).input_ids
+    return sum(len(tokens) + 1 > max_new_tokens for tokens in encoded)
+
+
+def _length(sample: Sample) -> tuple[bool, int]:
+    """Orders samples as their prompts are: an image stands for many tokens, then characters tell."""
+    return sample.image is not None, len(sample.turns[0].question)
+
+
+@contextmanager
+def _greedy(loaded: Loaded, max_new_tokens: int) -> Iterator[nn.Module]:
+    """The model generating greedily: a checkpoint's own sampling settings (a repetition penalty, say) stand aside."""
+    model, tokenizer = loaded.model, loaded.processor.tokenizer
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    try:
+        with torch.inference_mode():
+            yield model
+    finally:
+        model.generation_config = own

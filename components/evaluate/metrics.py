@@ -1,0 +1,103 @@
+"""What an answer is worth: normalised exact match, and POPE-style figures for the yes/no kinds.
+
+Normalisation: case folded, runs of white space become one space, punctuation at the end (`.,;:!?`) dropped. Nothing else
+is forgiven: an answer is right if it then equals the reference.
+
+Yes/no figures follow POPE (Li et al., EMNLP 2023), "yes" being the positive class. An answer says yes if "yes" is among its
+words and "no" is not, and the other way round. One that says neither, or both, is wrong whatever the reference, and counts as
+"no" in the yes ratio. A ratio whose denominator is zero is 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from components.artifacts import Prediction, Scores, YesNo
+from components.errors import DataError
+from components.shards import Sample
+
+OVERALL = "all"  # the key of the figures over all yes/no kinds together
+
+
+def normalise(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".,;:!? ")
+
+
+def matches(answer: str, reference: str) -> bool:
+    return normalise(answer) == normalise(reference)
+
+
+def predictions(samples: Iterable[Sample], answers: Iterable[str]) -> list[Prediction]:
+    """Each sample's first question with its reference, the answer given, and whether it matches."""
+    return [
+        Prediction(
+            id=sample.id,
+            image_id=sample.image_id,
+            kind=sample.kind,
+            question=sample.turns[0].question,
+            reference=sample.turns[0].answer,
+            answer=answer,
+            correct=matches(answer, sample.turns[0].answer),
+        )
+        for sample, answer in zip(samples, answers, strict=True)
+    ]
+
+
+def score(arm: str, predicted: Sequence[Prediction]) -> Scores:
+    """All figures of one arm; kinds in alphabetical order. A yes/no kind is one whose references are all yes or no.
+
+    Raises DataError if there is nothing to score.
+    """
+    if not predicted:
+        raise DataError(f"{arm}: there are no answers to score")
+    kinds: dict[str, list[Prediction]] = defaultdict(list)
+    for prediction in predicted:
+        kinds[prediction.kind].append(prediction)
+    closed = {kind: found for kind, found in sorted(kinds.items()) if _is_yes_no(found)}
+    figures = {kind: yes_no((p.answer, p.reference) for p in found) for kind, found in closed.items()}
+    if closed:
+        figures[OVERALL] = yes_no((p.answer, p.reference) for found in closed.values() for p in found)
+    return Scores(
+        arm=arm,
+        samples=len(predicted),
+        exact_match=_share(p.correct for p in predicted),
+        per_kind={kind: _share(p.correct for p in found) for kind, found in sorted(kinds.items())},
+        yes_no=figures,
+    )
+
+
+def yes_no(pairs: Iterable[tuple[str, str]]) -> YesNo:
+    """POPE's figures over (answer, reference) pairs, each reference being yes or no."""
+    said = [(_verdict(answer), _verdict(reference)) for answer, reference in pairs]
+    claimed = sum(answer == "yes" for answer, _ in said)
+    positive = sum(reference == "yes" for _, reference in said)
+    hits = said.count(("yes", "yes"))
+    return YesNo(
+        samples=len(said),
+        accuracy=_ratio(hits + said.count(("no", "no")), len(said)),
+        precision=_ratio(hits, claimed),
+        recall=_ratio(hits, positive),
+        f1=_ratio(2 * hits, claimed + positive),
+        yes_ratio=_ratio(claimed, len(said)),
+    )
+
+
+def _is_yes_no(found: Sequence[Prediction]) -> bool:
+    return all(normalise(p.reference) in ("yes", "no") for p in found)
+
+
+def _verdict(text: str) -> str | None:
+    """ "yes", "no", or None for an answer that says neither or both."""
+    words = {"yes", "no"} & set(re.findall(r"\w+", text.casefold()))
+    return words.pop() if len(words) == 1 else None
+
+
+def _share(correct: Iterable[bool]) -> float:
+    marks = list(correct)
+    return _ratio(sum(marks), len(marks))
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,62 @@
+"""Stage `select_teacher`: every candidate measured, one chosen, and why. `python -m components.teacher`
+
+Writes artifacts/teacher/choice.json, which later stages depend on, and reports/teacher/{candidates.json,table.md,
+quality_cost.png}, whose seconds vary from run to run.
+"""
+
+from __future__ import annotations
+
+from components.artifacts import (
+    DATASET,
+    MODELS,
+    REPORTS,
+    TEACHER,
+    ModelIndex,
+    TeacherChoice,
+    TeacherReport,
+    write_bytes,
+    write_text,
+)
+from components.errors import ModelError, exit_from
+from components.settings import load_settings
+
+
+def main() -> None:
+    settings = load_settings()
+
+    from components import tracking
+    from components.evaluate.generate import questions
+    from components.figures import draw
+    from components.runtime import prepare_torch
+    from components.shards import Samples
+    from components.teacher import report
+    from components.teacher.choose import choose
+    from components.teacher.measure import balanced, measure
+
+    records = ModelIndex.read(MODELS / "index.json").teachers
+    if not records:
+        raise ModelError(f"{MODELS / 'index.json'} lists no teacher; name one in params/models.yaml and `dvc repro`")
+    samples = Samples(DATASET, "val")
+    rows = balanced(questions(samples), samples.kinds, settings.teacher.samples, settings.teacher.seed)
+    with tracking.stage_run("select_teacher", runtime=settings.runtime, params=settings.teacher.model_dump()) as run:
+        run.dataset(str(DATASET), samples.manifest.digest)
+        device = prepare_torch(settings.runtime, settings.teacher.seed)
+        candidates = [measure(record, samples, rows, settings, device) for record in records.values()]
+        for candidate in candidates:
+            figures = candidate.model_dump(exclude={"name", "per_kind", "refused"})
+            run.metrics({f"{candidate.name}/{figure}": value for figure, value in figures.items()})
+        name, reason = choose(candidates, settings.teacher)
+        found = TeacherReport(chosen=name, reason=reason, candidates=candidates)
+        folder = REPORTS / "teacher"
+        found.write(folder / "candidates.json")
+        write_text(folder / "table.md", report.table(found, settings.teacher, len(rows)))
+        write_bytes(folder / "quality_cost.png", draw(report.quality_cost, found, settings.teacher))
+        TeacherChoice(name=name, path=records[name].path, sha256=records[name].sha256).write(TEACHER / "choice.json")
+        run.tag("teacher", name)
+        for file in ("candidates.json", "table.md", "quality_cost.png"):
+            run.artifact(folder / file)
+    print(f"select_teacher: {reason} -> {TEACHER / 'choice.json'}, {folder / 'table.md'}")
+
+
+if __name__ == "__main__":
+    exit_from(main)

@@ -1,0 +1,66 @@
+"""The rule by which a teacher is chosen: the best exact match within the limits, and of its near-equals the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from components.artifacts import Candidate
+from components.errors import ModelError
+from components.settings import TeacherSettings
+
+ROUNDING = 1e-9  # 0.81 - 0.80 is a little more than 0.01 in floats: a margin must not depend on that
+
+
+def limits_broken(candidate: Candidate, limits: TeacherSettings) -> list[str]:
+    """Each limit of `params/teacher.yaml` that `candidate` breaks, with its figure; a figure equal to its limit is within."""
+    broken = []
+    if candidate.exact_match < limits.min_exact_match - ROUNDING:
+        broken.append(f"exact match {candidate.exact_match:.3f} is below min_exact_match {limits.min_exact_match}")
+    if limits.max_parameters is not None and candidate.parameters > limits.max_parameters:
+        broken.append(f"{candidate.parameters:,} parameters are above max_parameters {limits.max_parameters:,}")
+    if limits.max_seconds_per_1000 is not None and candidate.seconds_per_1000 > limits.max_seconds_per_1000:
+        broken.append(
+            f"{candidate.seconds_per_1000:.4g} s per 1,000 samples are above max_seconds_per_1000 {limits.max_seconds_per_1000}"
+        )
+    if limits.max_memory_mib is not None and candidate.memory_mib > limits.max_memory_mib:
+        broken.append(f"{candidate.memory_mib:.4g} MiB are above max_memory_mib {limits.max_memory_mib}")
+    return broken
+
+
+def choose(candidates: Sequence[Candidate], limits: TeacherSettings) -> tuple[str, str]:
+    """The chosen candidate's name, and why in one sentence; the order of `candidates` does not matter.
+
+    Of candidates of one size within the margin the better is taken, and of those the first by name.
+
+    Raises ModelError if every candidate breaks a limit, naming each candidate and the limits that it breaks.
+    """
+    broken = {c.name: limits_broken(c, limits) for c in sorted(candidates, key=lambda c: c.name)}
+    within = [c for c in candidates if not broken[c.name]]
+    if not within:
+        listed = "\n  ".join(f"{name}: {'; '.join(limits)}" for name, limits in broken.items())
+        raise ModelError(
+            f"no teacher candidate is within the limits of params/teacher.yaml; loosen a limit, or train longer:\n  {listed}"
+        )
+    best = min(within, key=lambda c: (-c.exact_match, c.parameters, c.name))
+    near = [c for c in within if best.exact_match - c.exact_match <= limits.tie_margin + ROUNDING]
+    chosen = min(near, key=lambda c: (c.parameters, -c.exact_match, c.name))
+    return chosen.name, _reason(chosen, best, len(near), len(within), [name for name, found in broken.items() if found])
+
+
+def _reason(chosen: Candidate, best: Candidate, near: int, within: int, refused: Sequence[str]) -> str:
+    if within == 1:
+        why = f"is the only candidate within the limits, with {chosen.exact_match:.1%} exact match"
+    elif near == 1:
+        why = f"has the best exact match, {chosen.exact_match:.1%}, of the {within} candidates within the limits"
+    elif chosen is best:
+        why = (
+            f"has the best exact match, {chosen.exact_match:.1%}, of the {within} candidates within the limits, and none of "
+            f"the {near} that count as equal is smaller"
+        )
+    else:
+        why = (
+            f"is the smallest of the {near} candidates that count as equal: {chosen.exact_match:.1%} exact match against "
+            f"{best.exact_match:.1%} for {best.name}"
+        )
+    left_out = f"; refused: {', '.join(refused)}" if refused else ""
+    return f"{chosen.name} ({chosen.parameters:,} parameters) {why}{left_out}."

@@ -1,0 +1,91 @@
+"""What one teacher candidate is worth and what it costs, on validation samples."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from components.artifacts import Candidate, ModelRecord
+from components.evaluate import generate, metrics
+from components.irs import search
+from components.models.collate import Collator
+from components.models.load import Loaded, load
+from components.models.template import Template
+from components.models.vlm import VLM
+from components.settings import Settings
+from components.shards import Sample, Samples
+from components.teacher.choose import limits_broken
+from components.teacher.memory import TensorMemory
+
+
+def balanced(rows: Sequence[int], kinds: Sequence[str], size: int, seed: int) -> list[int]:
+    """`size` of `rows`, sorted: drawn kind by kind in turn, `kinds[row]` being a row's kind; all, if there are no more."""
+    rng = random.Random(seed)
+    pools: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        pools[kinds[row]].append(row)
+    for kind in sorted(pools):
+        rng.shuffle(pools[kind])
+    turns = sorted((turn, kind) for kind, pool in pools.items() for turn in range(len(pool)))
+    return sorted(pools[kind][turn] for turn, kind in turns[:size])
+
+
+def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings: Settings, device: torch.device) -> Candidate:
+    """All figures of one candidate over `samples[row] for row in rows`.
+
+    memory_mib: its weights and the most tensors alive while it answers one batch of `evaluate.batch_size` samples.
+    seconds_per_1000: wall time of answering, pictures decoded and text tokenised; the memory batch has warmed it up.
+    irs: of its best layer, over `irs.images` images of the same split.
+    """
+    loaded = load(Path(record.path), device)
+    template = Template(settings.models.template.system)
+
+    def answer(these: Sequence[int], title: str) -> list[str]:
+        return generate.answers(loaded, samples, these, template, settings.models.max_length, settings.evaluate, title)
+
+    with TensorMemory(loaded.model) as memory:
+        answer(rows[: settings.evaluate.batch_size], f"{record.name}: memory")
+    start = time.perf_counter()
+    answered = answer(rows, f"{record.name}: answers")
+    seconds = time.perf_counter() - start
+    scores = metrics.score(record.name, metrics.predictions((samples[row] for row in rows), answered))
+    nats = nats_per_token(loaded, samples, rows, template, settings, f"{record.name}: references")
+    layer = search.measure(loaded, samples, template, settings.irs)  # last: it changes the model's attention function
+    candidate = Candidate(
+        name=record.name,
+        exact_match=scores.exact_match,
+        per_kind=scores.per_kind,
+        nats_per_token=nats,
+        irs=layer.irs[layer.layer],
+        irs_layer=layer.layer,
+        parameters=record.parameters,
+        seconds_per_1000=1000 * seconds / len(rows),
+        memory_mib=memory.peak / 2**20,
+        refused=[],
+    )
+    return candidate.model_copy(update={"refused": limits_broken(candidate, settings.teacher)})
+
+
+@torch.inference_mode()
+def nats_per_token(
+    loaded: Loaded, samples: Sequence[Sample], rows: Sequence[int], template: Template, settings: Settings, title: str
+) -> float:
+    """Mean cross-entropy, in nats, of the reference answers' tokens, EOS included, over all tokens of `rows` alike."""
+    collator = Collator(loaded.processor, template, settings.models.max_length, train=True)
+    view = VLM(loaded.model)
+    nats, tokens, size = 0.0, 0, settings.evaluate.batch_size
+    for start in tqdm(range(0, len(rows), size), desc=title, unit="batch"):
+        batch = collator([samples[row] for row in rows[start : start + size]]).to(loaded.model.device)
+        hidden, _ = view.plain(batch, view.features(batch.pixel_values), keep=False)
+        response = batch.response[:, 1:]  # the row at t predicts token t + 1
+        logits = view.head(hidden[:, :-1][response])
+        nats += float(F.cross_entropy(logits, batch.input_ids[:, 1:][response], reduction="sum"))
+        tokens += int(response.sum())
+    return nats / tokens

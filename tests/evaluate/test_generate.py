@@ -1,0 +1,138 @@
+"""Greedy generation: the answers are the model's own, whatever the batch they were given in."""
+
+from __future__ import annotations
+
+import logging
+import random
+import warnings
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from components.errors import DataError
+from components.evaluate.generate import answers, questions, unreachable
+from components.models.collate import Collator
+from components.models.load import Loaded
+from components.models.template import Template
+from components.settings import EvaluateSettings, load_settings
+from components.shards import Samples
+
+TEMPLATE = Template("")
+NEW_TOKENS = 6
+
+
+def asking(batch_size: int, max_new_tokens: int = NEW_TOKENS) -> EvaluateSettings:
+    return load_settings().evaluate.model_copy(update={"batch_size": batch_size, "max_new_tokens": max_new_tokens})
+
+
+def ask(loaded: Loaded, samples: Samples, rows: list[int], batch_size: int, max_new_tokens: int = NEW_TOKENS) -> list[str]:
+    return answers(loaded, samples, rows, TEMPLATE, 64, asking(batch_size, max_new_tokens), "tests")
+
+
+@pytest.fixture(scope="module")
+def rows(samples: Samples) -> list[int]:
+    shuffled = questions(samples)
+    random.Random(0).shuffle(shuffled)
+    return shuffled
+
+
+@pytest.fixture(scope="module")
+def one_by_one(loaded: Loaded, samples: Samples, rows: list[int]) -> list[str]:
+    return ask(loaded, samples, rows, batch_size=1)
+
+
+def test_captions_are_not_asked(samples: Samples) -> None:
+    kinds = [samples[row].kind for row in questions(samples)]
+    assert len(kinds) == 32 and "caption" not in kinds
+    assert samples.kinds == [sample.kind for sample in samples]
+
+
+@pytest.mark.parametrize("batch_size", [5, 32])
+def test_batched_answers_equal_answers_one_by_one(
+    loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str], batch_size: int
+) -> None:
+    assert ask(loaded, samples, rows, batch_size) == one_by_one
+
+
+def test_answers_equal_a_plain_loop_without_a_cache(
+    loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str]
+) -> None:
+    """argmax of a whole forward pass for every token: slow, and plainly greedy."""
+    tokenizer = loaded.processor.tokenizer
+    collator = Collator(loaded.processor, TEMPLATE, 64, train=False)
+    for row, answer in list(zip(rows, one_by_one, strict=True))[:8]:
+        batch = collator([samples[row]])
+        ids = batch.input_ids
+        prompt = ids.shape[1]
+        while ids.shape[1] < prompt + NEW_TOKENS and ids[0, -1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                logits = loaded.model(input_ids=ids, pixel_values=batch.pixel_values, use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        assert tokenizer.decode(ids[0, prompt:], skip_special_tokens=True).strip() == answer
+
+
+def test_answers_differ_between_images_and_between_questions(samples: Samples, rows: list[int], one_by_one: list[str]) -> None:
+    """Else the tests above would hold for a model that always says the same."""
+    by_kind: dict[str, set[str]] = {}
+    for row, answer in zip(rows, one_by_one, strict=True):
+        by_kind.setdefault(samples[row].kind, set()).add(answer)
+    assert min(len(found) for found in by_kind.values()) > 1
+    assert len(set(one_by_one)) > len(one_by_one) / 2
+
+
+def test_generation_stops_at_eos_and_leaves_no_special_token(loaded: Loaded, samples: Samples, rows: list[int]) -> None:
+    """The head is made to prefer EOS: answers are then shorter than the limit, also beside longer ones in their batch."""
+    head = loaded.model.get_output_embeddings().weight
+    kept = head.detach().clone()
+    tokenizer = loaded.processor.tokenizer
+    with torch.no_grad():
+        head[tokenizer.eos_token_id] *= 3
+    try:
+        found = ask(loaded, samples, rows, batch_size=32)
+        assert found == ask(loaded, samples, rows, batch_size=1)
+    finally:
+        with torch.no_grad():
+            head.copy_(kept)
+    lengths = {len(tokenizer.tokenize(answer)) for answer in found}
+    assert min(lengths) < max(lengths) <= NEW_TOKENS
+    assert not any(token in answer for token in tokenizer.all_special_tokens for answer in found)
+
+
+def test_an_answer_is_cut_at_the_limit(loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str]) -> None:
+    short = ask(loaded, samples, rows, batch_size=8, max_new_tokens=2)
+    assert all(long.startswith(cut) for cut, long in zip(short, one_by_one, strict=True)) and short != one_by_one
+
+
+def test_a_checkpoints_own_sampling_settings_stand_aside(
+    loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str]
+) -> None:
+    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=2, max_length=3)
+    before, loaded.model.generation_config = loaded.model.generation_config, own
+    try:
+        assert ask(loaded, samples, rows, batch_size=8) == one_by_one
+        assert loaded.model.generation_config is own
+    finally:
+        loaded.model.generation_config = before
+
+
+def test_nothing_warns(loaded: Loaded, samples: Samples, rows: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ask(loaded, samples, rows, batch_size=8)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
+def test_a_prompt_that_is_too_long_is_named(loaded: Loaded, samples: Samples, rows: list[int]) -> None:
+    with pytest.raises(DataError, match=r"test\d+-exist_at.*max_length is 26"):
+        answers(loaded, samples, rows, TEMPLATE, 26, asking(4), "tests")
+
+
+def test_references_beyond_the_limit_are_counted(loaded: Loaded) -> None:
+    references = ["seven", "seven eight", "seven eight nine"]  # 2, 3, 4 tokens with EOS
+    assert [unreachable(loaded, references, limit) for limit in (1, 2, 3, 4)] == [3, 2, 1, 0]

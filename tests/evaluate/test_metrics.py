@@ -1,0 +1,159 @@
+"""Exact match and yes/no figures against hand-computed cases and a plain reference."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.artifacts import Prediction, YesNo
+from components.errors import DataError
+from components.evaluate.metrics import OVERALL, matches, normalise, predictions, score, yes_no
+from components.shards import Sample, Turn
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("seven", "seven", True),
+        (" Seven. ", "seven", True),
+        ("red\n\tseven !?", "Red  seven", True),
+        ("STRASSE", "straße", True),  # case is folded, not merely lowered
+        ("seven", "seventh", False),
+        ("the seven", "seven", False),  # articles count
+        ("3, 4", "3,4", False),  # only punctuation at the end is dropped
+        (".5", "5", False),
+        ("", "seven", False),
+        ("...", "", True),
+    ],
+)
+def test_exact_match_forgives_case_space_and_final_punctuation_only(answer: str, reference: str, right: bool) -> None:
+    assert matches(answer, reference) is right
+
+
+@given(st.text())
+def test_normalising_twice_is_normalising_once(text: str) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@given(
+    st.lists(st.sampled_from(["one", "Two", "drei"]), min_size=1),
+    st.sampled_from([" ", "  ", "\t", " \n "]),
+    st.sampled_from(["", ".", "!?", " ."]),
+)
+def test_spelling_variants_match(words: list[str], space: str, end: str) -> None:
+    assert matches(space.join(words).upper() + end + space, " ".join(words))
+
+
+CASES = {
+    "perfect": ([("yes", "yes"), ("no", "no"), ("Yes.", "yes"), ("NO", "no")], (4, 1.0, 1.0, 1.0, 1.0, 0.5)),
+    # 2 hits of 4 claims, both positives found: precision 1/2, recall 1, F1 = 2 * 2 / (4 + 2)
+    "all yes": ([("yes", "yes"), ("yes", "no"), ("yes", "yes"), ("yes", "no")], (4, 0.5, 0.5, 1.0, 2 / 3, 1.0)),
+    "all no": ([("no", "yes"), ("no", "no"), ("no", "no")], (3, 2 / 3, 0.0, 0.0, 0.0, 0.0)),
+    "no positives": ([("no", "no"), ("no", "no")], (2, 1.0, 0.0, 0.0, 0.0, 0.0)),
+    "nothing asked": ([], (0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+    "silent": ([("", "yes"), ("", "no")], (2, 0.0, 0.0, 0.0, 0.0, 0.0)),
+    # right, right, neither, both: the last two are wrong, and no to the ratio
+    "verbose": (
+        [("Yes, there is.", "yes"), ("There is no red one", "no"), ("I cannot tell", "no"), ("yes and no", "yes")],
+        (4, 0.5, 1.0, 0.5, 2 / 3, 0.25),
+    ),
+    "part of a word": ([("yesterday", "yes"), ("nothing", "no")], (2, 0.0, 0.0, 0.0, 0.0, 0.0)),
+    # claims 3 (2 right), positives 3 (2 found), one negative called yes, one negative right
+    "mixed": (
+        [("yes", "yes"), ("yes", "yes"), ("no", "yes"), ("yes", "no"), ("no", "no")],
+        (5, 3 / 5, 2 / 3, 2 / 3, 2 / 3, 3 / 5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_yes_no_by_hand(name: str) -> None:
+    pairs, (samples, accuracy, precision, recall, f1, ratio) = CASES[name]
+    figures = yes_no(pairs)
+    assert figures.samples == samples
+    assert [figures.accuracy, figures.precision, figures.recall, figures.f1, figures.yes_ratio] == pytest.approx(
+        [accuracy, precision, recall, f1, ratio]
+    )
+
+
+ANSWER = st.sampled_from(["yes", "no", "Yes.", "no, it is not", "seven", "", "yes or no"])
+
+
+@given(st.lists(st.tuples(ANSWER, st.sampled_from(["yes", "no"]))))
+def test_yes_no_equals_the_plain_definition(pairs: list[tuple[str, str]]) -> None:
+    meaning = {"yes": 1, "Yes.": 1, "no": 0, "no, it is not": 0}
+    tp = fp = fn = right = claimed = 0
+    for answer, reference in pairs:
+        said, true = meaning.get(answer), {"yes": 1, "no": 0}[reference]
+        right += said == true
+        claimed += said == 1
+        tp += said == 1 and true == 1
+        fp += said == 1 and true == 0
+        fn += said != 1 and true == 1
+    precision = tp / (tp + fp) if tp + fp else 0.0
+    recall = tp / (tp + fn) if tp + fn else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    n = len(pairs)
+    figures = yes_no(pairs)
+    expected = YesNo(
+        samples=n,
+        accuracy=right / n if n else 0.0,
+        precision=precision,
+        recall=recall,
+        f1=f1,
+        yes_ratio=claimed / n if n else 0.0,
+    )
+    assert figures.model_dump() == pytest.approx(expected.model_dump())
+
+
+def test_predictions_hold_what_was_asked_and_said() -> None:
+    turns = (Turn("<image>\nwhat is it?", "seven"), Turn("and now?", "eight"))
+    sample = Sample("s1", "i1", "digit_at", b"", turns)
+    (found,) = predictions([sample], ["Seven."])
+    assert found == Prediction(
+        id="s1",
+        image_id="i1",
+        kind="digit_at",
+        question="<image>\nwhat is it?",
+        reference="seven",
+        answer="Seven.",
+        correct=True,
+    )
+
+
+def test_an_answer_too_few_is_an_error() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        predictions([Sample("s1", "i1", "k", None, (Turn("q", "a"),))], [])
+
+
+def test_scores_are_per_kind_and_over_all_samples() -> None:
+    predicted = [
+        _prediction("list", "seven", "seven"),
+        _prediction("list", "seven", "eight"),
+        _prediction("list", "yes", "seven"),
+        _prediction("exist", "yes", "Yes"),
+        _prediction("compare", "no", "yes"),
+        _prediction("compare", "yes", "yes"),
+    ]
+    scores = score("kd", predicted)
+    assert (scores.arm, scores.samples) == ("kd", 6)
+    assert scores.exact_match == 3 / 6  # over samples, not a mean over kinds
+    assert scores.per_kind == {"compare": 1 / 2, "exist": 1.0, "list": 1 / 3}
+    assert list(scores.yes_no) == ["compare", "exist", OVERALL]  # "list" has a yes among its references, and is none
+    assert scores.yes_no[OVERALL] == yes_no([("Yes", "yes"), ("yes", "no"), ("yes", "yes")])
+
+
+def test_without_yes_no_kinds_there_are_no_such_figures() -> None:
+    assert score("kd", [_prediction("list", "seven", "seven")]).yes_no == {}
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(DataError, match="kd"):
+        score("kd", [])
+
+
+def _prediction(kind: str, reference: str, answer: str) -> Prediction:
+    return Prediction(
+        id="s", image_id="i", kind=kind, question="q", reference=reference, answer=answer, correct=matches(answer, reference)
+    )

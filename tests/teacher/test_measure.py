@@ -1,0 +1,99 @@
+"""The figures of one candidate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.artifacts import DATASET, MODELS, ModelIndex
+from components.evaluate.generate import questions
+from components.models.load import Loaded, load
+from components.models.template import Template
+from components.settings import Settings, load_settings
+from components.shards import Samples
+from components.teacher.measure import balanced, measure, nats_per_token
+
+KINDS = st.lists(st.sampled_from(["exist", "list", "count"]), min_size=1, max_size=40)
+
+
+@given(KINDS, st.integers(1, 50), st.integers(0, 3))
+def test_the_choice_is_as_even_over_the_kinds_as_they_allow(kinds: list[str], size: int, seed: int) -> None:
+    rows = balanced(range(len(kinds)), kinds, size, seed)
+    assert rows == sorted(set(rows)) and len(rows) == min(size, len(kinds))
+    taken, there = Counter(kinds[row] for row in rows), Counter(kinds)
+    most = max(taken.values())
+    assert all(taken[kind] >= min(there[kind], most - 1) for kind in there)
+
+
+@given(KINDS, st.integers(1, 50), st.integers(0, 3))
+def test_the_choice_depends_on_its_seed_alone(kinds: list[str], size: int, seed: int) -> None:
+    assert balanced(range(len(kinds)), kinds, size, seed) == balanced(range(len(kinds)), list(kinds), size, seed)
+
+
+def test_seeds_choose_differently_and_only_from_the_rows_given() -> None:
+    kinds = ["caption", "list"] * 100
+    chosen = [balanced(range(1, 200, 2), kinds, 20, seed) for seed in range(5)]
+    assert len({tuple(rows) for rows in chosen}) == 5
+    assert all(kinds[row] == "list" for rows in chosen for row in rows)
+
+
+@pytest.fixture
+def settings(workplace: Path) -> Settings:
+    found = load_settings()
+    return found.model_copy(update={"evaluate": found.evaluate.model_copy(update={"batch_size": 7})})
+
+
+def test_nats_are_the_models_own_loss_on_the_answers(settings: Settings) -> None:
+    """transformers' own loss, sample by sample with the rest masked out, weighed by each answer's tokens."""
+    samples = Samples(DATASET, "val")
+    rows = questions(samples)
+    loaded = load(MODELS / "teachers/small", "cpu")
+    nats = nats_per_token(loaded, samples, rows, Template(""), settings, "tests")
+    total, tokens = 0.0, 0
+    for row in rows:
+        loss, count = own_loss(loaded, samples, row, settings)
+        total, tokens = total + loss * count, tokens + count
+    assert nats == pytest.approx(total / tokens, rel=1e-5)
+
+
+def own_loss(loaded: Loaded, samples: Samples, row: int, settings: Settings) -> tuple[float, int]:
+    from components.models.collate import Collator
+
+    batch = Collator(loaded.processor, Template(""), settings.models.max_length, train=True)([samples[row]])
+    labels = batch.input_ids.masked_fill(~batch.response, -100)
+    with torch.no_grad():
+        out = loaded.model(input_ids=batch.input_ids, pixel_values=batch.pixel_values, labels=labels)
+    answer = loaded.processor.tokenizer(" " + samples[row].turns[0].answer, add_special_tokens=False).input_ids
+    return float(out.loss), len(answer) + 1
+
+
+def test_a_candidate_is_measured(settings: Settings) -> None:
+    samples = Samples(DATASET, "val")
+    rows = questions(samples)
+    records = ModelIndex.read(MODELS / "index.json").teachers
+    base, small = (measure(records[name], samples, rows, settings, torch.device("cpu")) for name in ("base", "small"))
+    assert base.exact_match > 0.9 > 0.5 > small.exact_match  # the references are base's answers
+    assert sorted(base.per_kind) == ["digit_at", "exist", "exist_at", "list"]
+    assert base.nats_per_token < small.nats_per_token
+    assert base.parameters > small.parameters
+    assert base.memory_mib > small.memory_mib > small.parameters * 4 / 2**20
+    assert base.seconds_per_1000 > 0
+    assert 0 <= base.irs <= 1 and base.irs_layer in (0, 1)
+    assert base.refused == [] and small.refused == [
+        f"exact match {small.exact_match:.3f} is below min_exact_match {settings.teacher.min_exact_match}"
+    ]
+
+
+def test_memory_is_the_same_figure_every_time_and_in_every_order(settings: Settings) -> None:
+    samples = Samples(DATASET, "val")
+    rows = questions(samples)[:8]
+    records = ModelIndex.read(MODELS / "index.json").teachers
+    found = [
+        measure(records[name], samples, rows, settings, torch.device("cpu")).memory_mib for name in ("small", "base", "small")
+    ]
+    assert found[0] == found[2] != found[1]
