@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen3Config, SiglipVisionModel
 
 from components.errors import DataError, ModelError
-from components.models.collate import Collator, decode, visual_tokens
+from components.models.collate import Batch, Collator, decode, visual_tokens
 from components.models.fit import Log, epochs, fit
 from components.models.template import IMAGE, Template, question_of
 from components.models.tokenizer import build_processor
@@ -179,12 +179,17 @@ class Language:
         def loss_at(step: int) -> Tensor:
             images = next(batches)
             batch = self.collator.text([sample_of(image) for image in images]).to(self.seen.device)
-            hidden, _ = view.plain(batch, self.seen[images], keep=False)
-            rows = batch.response[:, 1:]  # row t predicts token t + 1
-            return F.cross_entropy(view.head(hidden[:, :-1][rows]), batch.input_ids[:, 1:][rows])
+            return response_loss(view, batch, self.seen[images])
 
         fit(trained, loss_at, training, f"{self.name} {stage}", self.log)
         self.model.eval()
+
+
+def response_loss(view: VLM, batch: Batch, seen: Tensor) -> Tensor:
+    """Mean cross-entropy on response tokens, in nats; the head is applied to their rows alone."""
+    hidden, _ = view.plain(batch, seen, keep=False)
+    rows = batch.response[:, 1:]  # row t predicts token t + 1
+    return F.cross_entropy(view.head(hidden[:, :-1][rows]), batch.input_ids[:, 1:][rows])
 
 
 def _tower(family: EmbeddedFamily, corpus: Corpus, collator: Collator, device: torch.device, log: Log) -> SiglipVisionModel:
