@@ -70,7 +70,7 @@ def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], layer: int, theme: 
     """
     maps = [_grid(gaze.attention) for gaze in gazes]
     most = max(float(grid.max()) for grid in maps)
-    figure = Figure(figsize=(2.9 * (1 + len(gazes)) + 0.5, 3.6))
+    figure = Figure(figsize=(2.9 * (1 + len(gazes)) + 0.5, 3.35))
     panels = figure.subplots(1, 1 + len(gazes))
     height, width = image.shape[:2]
     panels[0].imshow(image, interpolation="nearest")
