@@ -155,7 +155,9 @@ class Samples(Sequence[Sample]):
             raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
         self.record = self.manifest.splits[split]
         self._dataset, self._split = dataset, split
-        self._table = pa.concat_tables([_open_shard(dataset / split / shard.file) for shard in self.record.shards])
+        self._table = pa.concat_tables(
+            [SCHEMA.empty_table(), *(_open_shard(dataset / split / shard.file) for shard in self.record.shards)]
+        )
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
             raise DataError(
@@ -171,7 +173,7 @@ class Samples(Sequence[Sample]):
         return Samples, (self._dataset, self._split)  # a loader's worker opens the files itself, instead of receiving them
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        """Raises IndexError past the end, and DataError if the stored sample is damaged."""
+        """Raises IndexError past either end."""
         index = range(len(self))[index]
         row = int(self.row_of[index])
         stored = self._table.column("samples")[row][int(index - self._first[row])].as_py()
@@ -207,6 +209,9 @@ class Samples(Sequence[Sample]):
 
 def _open_shard(path: Path) -> pa.Table:
     try:
-        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: {error}; `dvc repro prepare` makes it anew") from None
+    if table.schema != SCHEMA:
+        raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; `dvc repro prepare` makes it anew")
+    return table

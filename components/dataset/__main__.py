@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from components import tracking
 from components.artifacts import DATASET
 from components.errors import exit_from
 from components.settings import load_settings
 
 
 def main() -> None:
-    settings = load_settings().data
+    settings = load_settings()
     from components.dataset.prepare import prepare
 
-    manifest = prepare(settings)
+    with tracking.stage_run("prepare", runtime=settings.runtime, params=settings.data.model_dump(mode="json")) as run:
+        manifest = prepare(settings.data)
+        run.dataset("prepared", manifest.digest)
+        run.metrics({"rows_in": manifest.rows_in, "rows_out": manifest.rows_out, "quarantined": manifest.quarantined})
+        run.artifact(DATASET / "card.md")
+        run.artifact(DATASET / "contact_sheet.png")
     images = sum(split.images for split in manifest.splits.values())
     print(
         f"prepare: {images:,} images, {manifest.rows_out:,} samples in {len(manifest.splits)} splits,"

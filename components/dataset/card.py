@@ -47,7 +47,7 @@ def contact_sheet(examples: list[list[Sample]]) -> bytes:
             sheet.paste(tile, (MARGIN + column * (WIDTH + MARGIN), top))
         top += height + MARGIN
     file = io.BytesIO()
-    sheet.save(file, "PNG", optimize=True)
+    sheet.save(file, "PNG")
     return file.getvalue()
 
 

@@ -88,7 +88,7 @@ def share_out(labels: np.ndarray, design: DigitsGrid, seed: int) -> dict[Split, 
 def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Generator) -> Scene:
     """Which digit stands where, in which colour, in whose handwriting."""
 
-    names, palette = places(design.grid), tuple(design.palette)
+    names, palette = places(design.grid), tuple(sorted(design.palette))
 
     def between(bounds: tuple[int, int]) -> int:
         return int(rng.integers(bounds[0], bounds[1] + 1))

@@ -21,7 +21,7 @@ from components.errors import AlignTIError
 from components.settings import DataLimits
 
 KEPT = ("JPEG", "PNG", "WEBP")
-READ = (*KEPT, "MPO", "GIF", "BMP", "TIFF")  # raster formats only: Pillow would hand an EPS file to Ghostscript
+READ = (*KEPT, "GIF", "BMP", "TIFF")  # raster formats only: Pillow would hand an EPS file to Ghostscript
 
 
 class Refusal(Exception):

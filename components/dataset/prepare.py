@@ -27,7 +27,7 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET) -> 
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
     try:
-        manifest = _write(source, settings, draft)
+        manifest = write(source, settings, draft)
         write_card(draft, source, manifest)
         _swap(draft, target)
     finally:
@@ -35,7 +35,8 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET) -> 
     return manifest
 
 
-def _write(source: Source, settings: DataSettings, folder: Path) -> Manifest:
+def write(source: Source, settings: DataSettings, folder: Path) -> Manifest:
+    """Read the source to its end into `folder`: shards, manifest, provenance and quarantine. Raises DataError as `prepare`."""
     writers = {split: SplitWriter(folder / split, settings.images_per_shard) for split in SPLITS}
     provenance: list[Provenance] = []
     for row, origin in tqdm(source.rows, desc="prepare", total=source.images, unit="image", mininterval=1):

@@ -1,0 +1,241 @@
+"""The composed data set as a whole: what no split may share, what must be even, what must be the same twice."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from components.artifacts import SPLITS
+from components.dataset import raw
+from components.dataset.digits import draw, share_out
+from components.dataset.prepare import prepare
+from components.dataset.questions import DIGITS, KINDS, NUMBERS
+from components.errors import DataError
+from components.settings import DataSettings
+from components.shards import Sample, Samples
+from tests.dataset.conftest import REPOSITORY, Prepared
+
+
+def samples_of(prepared: Prepared) -> dict[str, list[Sample]]:
+    return {split: list(Samples(prepared.folder, split)) for split in SPLITS}
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_handwriting_crosses_splits(prepared: Prepared) -> None:
+    used: dict[str, set[int]] = defaultdict(set)
+    for origin in prepared.provenance:
+        assert origin.raw
+        used[origin.split].update(origin.raw)
+    assert not used["train"] & used["val"]
+    assert not used["train"] & used["test"]
+    assert not used["val"] & used["test"]
+
+
+def test_provenance_tells_the_truth(prepared: Prepared, raw_folder: Path) -> None:
+    """The raw digits that provenance.jsonl names are in the picture, by their labels and by their pixels."""
+    drawings, labels = raw.read(raw_folder)
+    train = Samples(prepared.folder, "train")
+    origins = {origin.image_id: origin for origin in prepared.provenance}
+    px, grid = prepared.settings.digits.cell_px, prepared.settings.digits.grid  # type: ignore[union-attr]
+    own, other = [], []
+    for row in range(60):
+        captioned = next(train[i] for i in train.of_image(row) if train[i].kind == "caption")
+        words = captioned.turns[0].answer.split()
+        filled = [cell for cell in range(grid**2) if words[3 * cell + 1] != "empty"]
+        used = origins[captioned.image_id].raw
+        assert [words[3 * cell + 2] for cell in filled] == [DIGITS[labels[index]] for index in used]
+        pixels = np.asarray(Image.open(io.BytesIO(captioned.image or b"")), dtype=float).max(axis=2)
+        for cell, index in zip(filled, used, strict=True):
+            top, left = (px * part for part in divmod(cell, grid))
+            seen = pixels[top : top + px, left : left + px].ravel()
+            same_value = np.flatnonzero(labels == labels[index])
+            stranger = same_value[(np.flatnonzero(same_value == index)[0] + 1) % len(same_value)]
+            for which, found in ((index, own), (stranger, other)):
+                found.append(np.corrcoef(seen, np.kron(drawings[which], np.ones((px // 8, px // 8))).ravel())[0, 1])
+    assert np.mean(np.array(own) > np.array(other)) > 0.95  # nearer to the named digit than to another of the same value
+
+
+def test_splits_share_out_every_digit_in_proportion(raw_folder: Path, digits_settings: DataSettings) -> None:
+    _, labels = raw.read(raw_folder)
+    design = digits_settings.digits
+    assert design is not None
+    hands = share_out(labels, design, seed=7)
+    everything = np.concatenate([hands[split] for split in SPLITS])
+    assert len(everything) == len(set(everything.tolist())) == 1797
+    for split in SPLITS:
+        assert len(hands[split]) == getattr(design.handwriting, split)
+        counts = np.bincount(labels[hands[split]], minlength=10)
+        assert counts.max() - counts.min() <= 0.1 * counts.mean()
+    assert not np.array_equal(hands["test"], share_out(labels, design, seed=8)["test"])
+
+
+def test_a_split_without_one_of_the_digits_is_refused(raw_folder: Path, digits_settings: DataSettings) -> None:
+    _, labels = raw.read(raw_folder)
+    design = digits_settings.digits
+    assert design is not None
+    few = design.model_copy(update={"handwriting": design.handwriting.model_copy(update={"val": 7})})
+    with pytest.raises(DataError, match=r"digits\.handwriting\.val"):
+        share_out(labels, few, seed=1)
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def test_counts_are_as_asked_for_and_sample_ids_unique(prepared: Prepared) -> None:
+    design = prepared.settings.digits
+    assert design is not None
+    everything = [sample for samples in samples_of(prepared).values() for sample in samples]
+    assert len({sample.id for sample in everything}) == len(everything) == prepared.manifest.rows_out
+    assert prepared.manifest.rows_in == prepared.manifest.rows_out
+    for split in SPLITS:
+        images, questions = getattr(design.images, split), getattr(design.instructions_per_image, split)
+        assert prepared.manifest.splits[split].images == images
+        assert prepared.manifest.splits[split].samples == images * (questions + (split == "train"))
+
+
+def test_every_image_has_different_instructions(prepared: Prepared) -> None:
+    for split in SPLITS:
+        samples = Samples(prepared.folder, split)
+        for row in range(samples.images):
+            questions = [samples[i].turns[0].question for i in samples.of_image(row) if samples[i].kind != "caption"]
+            assert len(questions) == len(set(questions)) >= 2
+            assert all(question.startswith("<image>\n") and question.count("<image>") == 1 for question in questions)
+
+
+def test_kinds_are_even_in_every_split_and_captions_in_train_only(prepared: Prepared) -> None:
+    for split in SPLITS:
+        counts = dict(prepared.manifest.splits[split].kinds)
+        assert counts.pop("caption", 0) == (prepared.manifest.splits[split].images if split == "train" else 0)
+        assert set(counts) == set(KINDS)
+        assert len(counts) >= 9
+        assert max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_yes_and_no_are_even_in_every_split(prepared: Prepared) -> None:
+    for samples in samples_of(prepared).values():
+        by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+        for sample in samples:
+            by_kind[sample.kind][sample.turns[0].answer] += 1
+        binary = {kind: found for kind, found in by_kind.items() if set(found) <= {"yes", "no"}}
+        assert set(binary) == {"exist", "compare"}
+        for found in binary.values():
+            assert abs(found["yes"] - found["no"]) <= max(1, 0.01 * found.total())
+        for kind, highest in {"digit_at": 0.2, "colour_at": 0.25, "largest": 0.2, "where": 0.15, "sum": 0.15}.items():
+            assert max(by_kind[kind].values()) / by_kind[kind].total() <= highest  # no answer pays as a blind guess
+
+
+def test_answers_agree_with_the_caption(prepared: Prepared) -> None:
+    """Every answer in the train split, worked out again from the caption alone."""
+    train = Samples(prepared.folder, "train")
+    for row in range(train.images):
+        samples = [train[i] for i in train.of_image(row)]
+        words = next(s for s in samples if s.kind == "caption").turns[0].answer.split()
+        cells = {words[i]: (words[i + 1], words[i + 2]) for i in range(0, len(words), 3) if words[i + 1] != "empty"}
+        for sample in samples:
+            question, answer = sample.turns[0].question.removeprefix("<image>\n"), sample.turns[0].answer
+            if sample.kind != "caption":
+                assert answer == worked_out(question, cells), (question, cells)
+
+
+def worked_out(question: str, cells: dict[str, tuple[str, str]]) -> str:
+    """The answer from place -> (colour, digit word)."""
+    value = {place: DIGITS.index(digit) for place, (_, digit) in cells.items()}
+    match question.rstrip("?.").split():
+        case ["What", "digit", "is", "at", place]:
+            return cells[place][1]
+        case ["What", "colour", "is", "at", place]:
+            return cells[place][0]
+        case ["How", "many", "digits", *_]:
+            return NUMBERS[len(cells)]
+        case ["How", "many", colour, *_]:
+            return NUMBERS[sum(c == colour for c, _ in cells.values())]
+        case ["Is", "there", "a", colour, digit]:
+            return "yes" if (colour, digit) in cells.values() else "no"
+        case ["What", "is", "the", "largest", _]:
+            return DIGITS[max(value.values())]
+        case ["What", "is", "the", "smallest", _]:
+            return DIGITS[min(value.values())]
+        case ["Where", "is", "the", colour, digit]:
+            (place,) = [place for place, thing in cells.items() if thing == (colour, digit)]
+            return place
+        case ["List", *_]:
+            return " ".join(f"{place} {digit}" for place, (_, digit) in cells.items())
+        case ["Is", left, "larger", "than", right]:
+            return "yes" if value[left] > value[right] else "no"
+        case ["What", "is", left, "plus", right]:
+            return NUMBERS[value[left] + value[right]]
+    raise AssertionError(question)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_have_the_size_of_the_grid(prepared: Prepared) -> None:
+    design = prepared.settings.digits
+    assert design is not None
+    sample = Samples(prepared.folder, "test")[0]
+    image = Image.open(io.BytesIO(sample.image or b""))
+    assert (image.format, image.mode, image.size) == ("PNG", "RGB", (design.grid * design.cell_px,) * 2)
+
+
+def test_an_undisturbed_digit_is_drawn_where_it_is(digits_settings: DataSettings) -> None:
+    design = digits_settings.digits
+    assert design is not None
+    still = design.augmentation.model_copy(
+        update={"shift_px": 0.0, "scale": (1.0, 1.0), "rotation_deg": 0.0, "brightness": (1.0, 1.0)}
+    )
+    drawing = np.pad(np.arange(64, dtype=np.float32).reshape(8, 8) / 64, 1)
+    rng = np.random.default_rng(0)
+    assert np.allclose(draw(drawing[None], 8, still, rng)[0], drawing[1:-1, 1:-1], atol=1e-5)  # one pixel for one pixel
+    down = draw(drawing[None], 8, still.model_copy(update={"brightness": (0.5, 0.5)}), rng)[0]
+    assert np.allclose(down, drawing[1:-1, 1:-1] / 2, atol=1e-5)
+    varied = draw(np.repeat(drawing[None], 2, axis=0), 16, design.augmentation, rng)
+    assert varied.shape == (2, 16, 16)
+    assert varied.min() >= 0
+    assert varied.max() <= 1
+    assert not np.allclose(varied[0], varied[1])
+
+
+# --- the same twice ---------------------------------------------------------------------------------------------------
+
+
+def test_the_same_bytes_in_another_process_with_another_hash_seed(prepared: Prepared, raw_folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from components.dataset.prepare import prepare;"
+        "from components.settings import DataSettings;"
+        "prepare(DataSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))"
+    )
+    target = tmp_path / "again"
+    command = [sys.executable, "-c", code, prepared.settings.model_dump_json(), str(raw_folder), str(target)]
+    hash_seed = "7" if os.environ.get("PYTHONHASHSEED") != "7" else "8"
+    subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONHASHSEED": hash_seed}, check=True, capture_output=True)
+    assert contents(target) == contents(prepared.folder)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_no_image_depends_on_how_many_there_are_but_all_on_the_seed(
+    prepared: Prepared, raw_folder: Path, tmp_path: Path
+) -> None:
+    design = prepared.settings.digits
+    assert design is not None
+    fewer = design.model_copy(update={"images": design.images.model_copy(update={"train": 20, "val": 20, "test": 20})})
+    settings = prepared.settings.model_copy(update={"digits": fewer})
+    prepare(settings, raw_folder, tmp_path / "fewer")
+    prepare(settings.model_copy(update={"seed": 2}), raw_folder, tmp_path / "seed")
+    for split in SPLITS:
+        found = list(Samples(tmp_path / "fewer", split))
+        assert found == list(Samples(prepared.folder, split))[: len(found)]
+        assert {sample.image for sample in found}.isdisjoint(sample.image for sample in Samples(tmp_path / "seed", split))

@@ -1,0 +1,374 @@
+"""A user's own data: what is kept, what is refused and why, and that nothing is lost."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from components.artifacts import SPLITS, Manifest
+from components.dataset.llava import assign, check, source
+from components.dataset.prepare import prepare, write
+from components.dataset.source import Provenance, Refused
+from components.errors import DataError
+from components.settings import DataLimits, DataSettings, LlavaFolder
+from components.shards import Sample, Samples, Turn
+from tests.dataset.conftest import HERE
+
+LIMITS = DataLimits(max_pixels=1_000_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
+
+
+def ask_for(annotations: Path, images: Path, **changes: Any) -> DataSettings:
+    folder = LlavaFolder(annotations=annotations, images=images, val=0.25, test=0.25)
+    asked = DataSettings(source="llava", seed=1, images_per_shard=4, limits=LIMITS, digits=None, llava=folder)
+    return asked.model_copy(update=changes)
+
+
+def write_only(asked: DataSettings, folder: Path) -> Manifest:
+    """`prepare` without the card, which takes most of its time on so few rows."""
+    return write(source(asked), asked, folder)
+
+
+def stored(folder: Path) -> list[Sample]:
+    return [sample for split in SPLITS for sample in Samples(folder, split)]
+
+
+def quarantine(folder: Path) -> list[Refused]:
+    return [Refused.model_validate_json(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+# --- a good set -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("llava") / "dataset"
+    return folder, prepare(ask_for(HERE / "llava" / "annotations.json", HERE / "llava" / "images"), target=folder)
+
+
+def test_every_row_of_a_good_set_is_stored(good: tuple[Path, Manifest]) -> None:
+    folder, manifest = good
+    rows = json.loads((HERE / "llava" / "annotations.json").read_text())
+    assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (len(rows), len(rows), 0)
+    found = {sample.id: sample for sample in stored(folder)}
+    assert set(found) == {str(row["id"]) for row in rows}
+    for row in rows:
+        sample = found[str(row["id"])]
+        said = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+        assert [text for turn in sample.turns for text in (turn.question.removeprefix("<image>\n"), turn.answer)] == said
+        if row.get("image"):
+            assert sample.image == (HERE / "llava" / "images" / row["image"]).read_bytes()
+            assert sample.image_id == row["image"]
+            assert sample.kind == row.get("kind", "instruction")
+            assert sample.turns[0].question.startswith("<image>\n")
+        else:
+            assert sample.image is None
+            assert sample.kind == "text"
+
+
+def test_rows_about_one_image_are_stored_once_with_it(good: tuple[Path, Manifest]) -> None:
+    folder, manifest = good
+    assert sum(split.images for split in manifest.splits.values()) == 12 + 2  # pictures, and text-only rows
+    for split in SPLITS:
+        samples = Samples(folder, split)
+        for row in range(samples.images):
+            about = [samples[i] for i in samples.of_image(row)]
+            assert len({sample.image_id for sample in about}) == 1
+            assert len(about) == (1 if about[0].image is None else 2)
+
+
+def test_the_card_tells_the_counts_and_shows_examples(good: tuple[Path, Manifest]) -> None:
+    folder, manifest = good
+    card = (folder / "card.md").read_text()
+    assert manifest.digest in card
+    assert "contact_sheet.png" in card
+    assert "What colour is it?" in card
+    assert Image.open(folder / "contact_sheet.png").size > (800, 400)
+
+
+# --- rows that cannot be used -----------------------------------------------------------------------------------------
+
+
+def row(
+    id_: str = "r", image: Any = "a.png", question: str = "<image>\nWhat?", answer: str = "That.", **more: Any
+) -> dict[str, Any]:
+    return {"id": id_, "image": image, "conversations": [turn("human", question), turn("gpt", answer)], **more}
+
+
+def turn(role: Any, value: Any) -> dict[str, Any]:
+    return {"from": role, "value": value}
+
+
+BAD_ROWS: dict[str, tuple[str, Any]] = {
+    "not an object": ("wrong_type", ["a", "list"]),
+    "no id": ("missing_key", {"conversations": row()["conversations"]}),
+    "id of a wrong type": ("wrong_type", row(id_=1.5)),
+    "id true": ("wrong_type", row(id_=True)),
+    "empty id": ("wrong_type", row(id_=" ")),
+    "no conversations": ("missing_key", {"id": "r", "image": "a.png"}),
+    "conversations of a wrong type": ("wrong_type", row() | {"conversations": "What?"}),
+    "a turn of a wrong type": ("wrong_type", row() | {"conversations": ["What?", "That."]}),
+    "a turn without from": ("missing_key", row() | {"conversations": [{"value": "What?"}, turn("gpt", "That.")]}),
+    "a turn without value": ("missing_key", row() | {"conversations": [turn("human", "<image>"), {"from": "gpt"}]}),
+    "a value of a wrong type": ("wrong_type", row(answer=7)),
+    "no turns": ("turns", row() | {"conversations": []}),
+    "a question without answer": ("turns", row() | {"conversations": row()["conversations"] + [turn("human", "And?")]}),
+    "roles the wrong way round": ("turns", row() | {"conversations": row()["conversations"][::-1]}),
+    "an unknown role": ("turns", row() | {"conversations": [turn("system", "Be brief."), *row()["conversations"]]}),
+    "empty answer": ("empty_answer", row(answer=" \n")),
+    "empty question": ("empty_question", row(question="<image>\n ")),
+    "no mark for the image": ("image_marks", row(question="What?")),
+    "two marks for one image": ("image_marks", row(question="<image><image>\nWhat?")),
+    "a mark without image": ("image_marks", row(image=None)),
+    "a mark in an answer": ("image_marks", row(answer="<image>")),
+    "a mark in a later turn": (
+        "image_marks",
+        row(question="What?") | {"conversations": [*row(question="What?")["conversations"], *row()["conversations"]]},
+    ),
+    "overlong": ("too_long", row(answer="x" * 1001)),
+    "several images": ("wrong_type", row(image=["a.png", "a.png"])),
+    "image of a wrong type": ("wrong_type", row(image=3)),
+    "image without a name": ("wrong_type", row(image="")),
+    "image above the folder": ("image_path", row(image="../secret.png")),
+    "image above the folder by a detour": ("image_path", row(image="x/../../secret.png")),
+    "image by absolute path": ("image_path", row(image="/etc/passwd")),
+    "kind of a wrong type": ("wrong_type", row(kind=3)),
+    "half a surrogate pair": ("wrong_type", row(answer="\ud800")),
+    "missing file": ("missing_file", row(image="nowhere.png")),
+    "a NUL in the path": ("missing_file", row(image="a\0.png")),
+    "zero-byte file": ("zero_bytes", row(image="zero.png")),
+    "truncated file": ("damaged", row(image="truncated.png")),
+    "decompression bomb": ("too_large", row(image="bomb.png")),
+    "no image": ("not_an_image", row(image="text.png")),
+    "used id": ("duplicate_id", row(id_="good-0")),
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(24):
+        noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    Image.fromarray(noise).save(folder / "a.png")
+    (folder / "zero.png").touch()
+    (folder / "truncated.png").write_bytes((folder / "a.png").read_bytes()[:150])
+    (folder / "text.png").write_text("this is no image")
+    Image.new("1", (5000, 5000)).save(folder / "bomb.png")
+    (folder.parent / "secret.png").write_bytes((folder / "a.png").read_bytes())
+    return folder
+
+
+GOOD_ROWS = [row(f"good-{number}", f"{number}.png") for number in range(24)]
+
+
+@pytest.mark.parametrize(("reason", "bad"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_quarantined_with_its_reason_and_the_rest_goes_on(
+    images: Path, tmp_path: Path, reason: str, bad: Any
+) -> None:
+    annotations = tmp_path / "rows.jsonl"
+    annotations.write_text("".join(json.dumps(r) + "\n" for r in [*GOOD_ROWS[:20], bad, *GOOD_ROWS[20:]]))
+    manifest = write_only(ask_for(annotations, images), tmp_path / "dataset")
+    (refused,) = quarantine(tmp_path / "dataset")
+    assert (refused.row, refused.reason) == (21, reason)
+    assert refused.detail
+    assert "\n" not in refused.detail
+    assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (25, 24, 1)
+    assert {sample.id for sample in stored(tmp_path / "dataset")} == {good["id"] for good in GOOD_ROWS}
+
+
+@pytest.mark.parametrize("line", [b"{", b"nonsense", b'{"id": "\xff"}', b"[" * 100_000, b'{"id": ' + b"9" * 5000 + b"}"])
+def test_a_line_that_is_no_json_is_quarantined(images: Path, tmp_path: Path, line: bytes) -> None:
+    annotations = tmp_path / "rows.jsonl"
+    lines = [json.dumps(good).encode() for good in GOOD_ROWS]
+    annotations.write_bytes(b"\xef\xbb\xbf" + b"\n".join([*lines, b"", line]) + b"\n")
+    manifest = write_only(ask_for(annotations, images), tmp_path / "dataset")
+    (refused,) = quarantine(tmp_path / "dataset")
+    assert (refused.row, refused.reason, refused.id) == (26, "malformed_json", None)
+    assert (manifest.rows_in, manifest.rows_out) == (25, 24)
+
+
+def test_all_rows_about_a_bad_image_are_quarantined_in_their_order(images: Path, tmp_path: Path) -> None:
+    annotations = tmp_path / "rows.json"
+    bad = [row("bad-0", "zero.png"), row("bad-1", "/etc/passwd"), row("bad-2", "zero.png")]
+    annotations.write_text(json.dumps([bad[0], *GOOD_ROWS, *bad[1:]]))
+    prepare(ask_for(annotations, images), target=tmp_path / "dataset")
+    found = [(refused.row, refused.id, refused.reason) for refused in quarantine(tmp_path / "dataset")]
+    assert found == [(1, "bad-0", "zero_bytes"), (26, "bad-1", "image_path"), (27, "bad-2", "zero_bytes")]
+
+
+def test_links_that_the_user_put_into_the_folder_are_followed(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "elsewhere").symlink_to(images)
+    annotations = tmp_path / "rows.json"
+    annotations.write_text(json.dumps([row(good["id"], f"elsewhere/{good['image']}") for good in GOOD_ROWS]))
+    assert prepare(ask_for(annotations, folder), target=tmp_path / "dataset").quarantined == 0
+
+
+# --- too many, or nothing ---------------------------------------------------------------------------------------------
+
+
+def test_past_the_ratio_the_stage_stops_and_leaves_the_list(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    annotations = tmp_path / "rows.json"
+    annotations.write_text(
+        json.dumps([*GOOD_ROWS, *(row(f"bad-{i}", "nowhere.png") for i in range(2)), row("bad-2", answer="")])
+    )
+    limits = LIMITS.model_copy(update={"max_bad_ratio": 0.1})
+    with pytest.raises(DataError, match=r"3 of 27 rows are bad.*2 missing_file, 1 empty_answer") as stop:
+        prepare(ask_for(annotations, images, limits=limits), target=tmp_path / "artifacts" / "dataset")
+    assert stop.value.exit_code == 2
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path != annotations]
+    assert [path.relative_to(tmp_path) for path in left] == [Path(".runs/prepare/quarantine.jsonl")]
+    assert str(Path(".runs/prepare/quarantine.jsonl")) in str(stop.value)
+    assert len(left[0].read_text().splitlines()) == 3
+    at_the_ratio = LIMITS.model_copy(update={"max_bad_ratio": 3 / 27})
+    assert (
+        prepare(ask_for(annotations, images, limits=at_the_ratio), target=tmp_path / "artifacts" / "dataset").quarantined == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing"),
+        ("[]", "holds no row"),
+        ("", "holds no row"),
+        ("[1, 2", "is no JSON list"),
+        (json.dumps(GOOD_ROWS[:1]), "no image fell into"),
+    ],
+)
+def test_annotations_that_are_no_data_set_are_an_error(images: Path, tmp_path: Path, content: str | None, message: str) -> None:
+    annotations = tmp_path / "rows.json"
+    if content is not None:
+        annotations.write_text(content)
+    with pytest.raises(DataError, match=message):
+        prepare(ask_for(annotations, images), target=tmp_path / "dataset")
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_an_image_folder_that_is_not_there_is_an_error_not_a_quarantine(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is no folder"):
+        prepare(ask_for(HERE / "llava" / "annotations.json", tmp_path / "nowhere"), target=tmp_path / "dataset")
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_a_picture_under_other_names_never_cross_splits(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = []
+    for number in range(24):
+        with Image.open(images / f"{number}.png") as image:
+            image.save(folder / f"{number}.png")
+            image.save(folder / f"copy-{number}.bmp")
+            image.save(folder / f"other-{number}.webp", lossless=True)
+        rows += [row(f"{name}", name) for name in (f"{number}.png", f"copy-{number}.bmp", f"other-{number}.webp")]
+    annotations = tmp_path / "rows.json"
+    annotations.write_text(json.dumps(rows))
+    manifest = prepare(ask_for(annotations, folder), target=tmp_path / "dataset")
+    lines = (tmp_path / "dataset" / "provenance.jsonl").read_text().splitlines()
+    origins = [Provenance.model_validate_json(line) for line in lines]
+    assert {str(origin.file) for origin in origins} == {path.name for path in folder.iterdir()}
+    splits_of: dict[str | None, set[str]] = {}
+    for origin in origins:
+        splits_of.setdefault(origin.sha256, set()).add(origin.split)
+    assert len(splits_of) == 24
+    assert all(len(splits) == 1 for splits in splits_of.values())
+    assert all(split.images for split in manifest.splits.values())
+
+
+def test_shares_are_kept_and_the_seed_changes_who_goes_where() -> None:
+    folder = LlavaFolder(annotations=Path("a"), images=Path("b"), val=0.1, test=0.2)
+    found = [assign(str(number), 1, folder) for number in range(4000)]
+    counts = Counter(found)
+    assert counts["val"] == pytest.approx(400, abs=80)
+    assert counts["test"] == pytest.approx(800, abs=110)
+    assert found == [assign(str(number), 1, folder) for number in range(4000)]
+    assert found != [assign(str(number), 2, folder) for number in range(4000)]
+
+
+# --- nothing is lost --------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "from": st.sampled_from(["human", "gpt", "system"]),
+            "value": st.sampled_from(["<image>\nWhat?", "That.", "", "<image>"]) | JSON,
+        }
+    ),
+    max_size=4,
+)
+PLAUSIBLE = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.sampled_from(["a", "b", "good-3"]) | st.integers(0, 3) | JSON,
+        "image": st.sampled_from(["1.png", "./1.png", "zero.png", "../x", "nowhere.png"]) | JSON,
+        "conversations": st.just(row()["conversations"]) | TURNS | JSON,
+        "kind": st.sampled_from(["colour"]) | JSON,
+    },
+)
+
+
+@given(rows=st.lists(PLAUSIBLE | JSON, max_size=6), as_lines=st.booleans())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows: list[Any], as_lines: bool) -> None:
+    annotations, target = tmp_path / "rows", tmp_path / "dataset"
+    everything = [*GOOD_ROWS, *rows]
+    text = "".join(json.dumps(one) + "\n" for one in everything) if as_lines else json.dumps(everything)
+    annotations.write_text(text)
+    manifest = write_only(ask_for(annotations, images), target)
+    refused = quarantine(target)
+    samples = stored(target)
+    assert manifest.rows_in == len(everything) == manifest.rows_out + manifest.quarantined
+    assert len(samples) == manifest.rows_out
+    assert len(refused) == manifest.quarantined
+    assert len({sample.id for sample in samples}) == len(samples)
+    known = {str(one["id"]) for one in everything if isinstance(one, dict) and "id" in one}
+    assert {sample.id for sample in samples} <= known
+    for sample in samples:
+        assert [t.question.count("<image>") for t in sample.turns] == [int(sample.image is not None)] + [0] * (
+            len(sample.turns) - 1
+        )
+        assert all(t.question.strip() and t.answer.strip() for t in sample.turns)
+
+
+def test_a_good_row_is_understood() -> None:
+    found = check(7, row("x", "./sub//a.png", "What?\n<image>", kind="colour"), LIMITS)
+    assert found == (7, "x", "colour", "sub/a.png", (Turn("<image>\nWhat?", "That."),))
+
+
+def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a row is handed on, the next image has not been read yet."""
+    annotations = tmp_path / "rows.json"
+    annotations.write_text(json.dumps(GOOD_ROWS))
+    events: list[str] = []
+    from components.dataset import llava
+    from components.shards import SplitWriter
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            events.append(name)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(llava, "load", watched("read", llava.load))
+    monkeypatch.setattr(SplitWriter, "add", watched("stored", SplitWriter.add))
+    prepare(ask_for(annotations, images), target=tmp_path / "dataset")
+    assert events == ["read", "stored"] * len(GOOD_ROWS)

@@ -1,0 +1,142 @@
+"""The stage as a whole: a complete data set or the one before, and what it says at the end."""
+
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from components.artifacts import SPLITS, Manifest
+from components.dataset import prepare as stage
+from components.dataset.card import contact_sheet
+from components.dataset.prepare import prepare
+from components.settings import DataSettings
+from components.shards import Sample, Samples, Turn
+from tests.dataset.conftest import REPOSITORY, Prepared
+
+
+@pytest.fixture(scope="module")
+def small(digits_settings: DataSettings) -> DataSettings:
+    design = digits_settings.digits
+    assert design is not None
+    images = design.images.model_copy(update={"train": 6, "val": 4, "test": 4})
+    return digits_settings.model_copy(update={"digits": design.model_copy(update={"images": images})})
+
+
+def test_everything_is_there_and_nothing_else(prepared: Prepared) -> None:
+    names = {str(path.relative_to(prepared.folder)) for path in prepared.folder.rglob("*") if path.is_file()}
+    shards = {f"{split}/{shard.file}" for split in SPLITS for shard in prepared.manifest.splits[split].shards}
+    assert names == shards | {"manifest.json", "card.md", "contact_sheet.png", "quarantine.jsonl", "provenance.jsonl"}
+    assert Manifest.read(prepared.folder / "manifest.json") == prepared.manifest
+    assert list(prepared.folder.parent.iterdir()) == [prepared.folder]
+    assert (prepared.folder / "quarantine.jsonl").read_text() == ""
+
+
+def test_the_card_has_counts_licence_hash_and_examples(prepared: Prepared) -> None:
+    card = (prepared.folder / "card.md").read_text()
+    for text in (
+        prepared.manifest.digest,
+        "CC BY 4.0",
+        "Alpaydin",
+        "contact_sheet.png",
+        "| caption | 160 | 0 | 0 |",
+        "count_colour",
+    ):
+        assert text in card
+    with Image.open(prepared.folder / "contact_sheet.png") as sheet:
+        assert sheet.width > 1000
+        assert len(set(sheet.resize((60, 60)).getdata())) > 100  # pictures are on it
+
+
+def test_a_failure_leaves_the_data_set_before(
+    raw_folder: Path, small: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "artifacts" / "dataset"
+    first = prepare(small, raw_folder, target)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stage, "write_card", fail)
+    with pytest.raises(OSError, match="No space"):
+        prepare(small.model_copy(update={"seed": 2}), raw_folder, target)
+    assert Manifest.read(target / "manifest.json") == first
+    assert len(list(Samples(target, "train"))) == first.splits["train"].samples
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_a_killed_run_left_does_not_matter(raw_folder: Path, small: DataSettings, tmp_path: Path) -> None:
+    target = tmp_path / "dataset"
+    for name in (".dataset.draft", ".dataset.before"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        (tmp_path / name / "train" / "shard-00000.arrow").write_bytes(b"half")
+        (tmp_path / name / "stray").touch()
+    prepare(small, raw_folder, target)
+    assert list(tmp_path.iterdir()) == [target]
+    assert not (target / "stray").exists()
+
+
+def test_a_row_that_gets_lost_is_noticed(
+    raw_folder: Path, small: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stage.digits.source
+
+    def lossy(*given: object) -> object:
+        source = real(*given)  # type: ignore[arg-type]
+        next(source.rows)
+        return source
+
+    monkeypatch.setattr(stage.digits, "source", lossy)
+    with pytest.raises(AssertionError, match="neither stored nor quarantined"):
+        prepare(small, raw_folder, tmp_path / "dataset")
+
+
+def test_the_sheet_shows_long_texts_odd_shapes_and_rows_without_image() -> None:
+    def sample(image: bytes | None, text: str) -> Sample:
+        return Sample("id", "a/very/long/" * 9, "kind", image, (Turn(f"<image>\n{text}", text),))
+
+    file = io.BytesIO()
+    Image.new("RGB", (3000, 3), "red").save(file, "PNG")
+    sheet = contact_sheet([[sample(None, "word " * 200)], [sample(file.getvalue(), "x" * 500)], [sample(None, "数字 é \n\n")]])
+    with Image.open(io.BytesIO(sheet)) as image:
+        assert image.width < 2000
+        assert image.height < 1000
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "components.dataset"]
+    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "ALIGNTI_TRACKING_URI": "journal"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, small: DataSettings) -> Path:
+    shutil.copytree(REPOSITORY / "params", tmp_path / "params")
+    content = yaml.safe_dump(small.model_dump(mode="json"))
+    (tmp_path / "params" / "data.yaml").write_text(content)
+    return tmp_path
+
+
+def test_the_command_ends_with_one_line_that_says_what_it_made(workspace: Path, raw_folder: Path) -> None:
+    shutil.copytree(raw_folder, workspace / "data")
+    done = run(workspace)
+    assert done.returncode == 0, done.stderr
+    # 6 x (8 questions + a caption) + 4 x 4 + 4 x 4
+    assert done.stdout == (
+        "prepare: 14 images, 86 samples in 3 splits, 0 quarantined -> artifacts/dataset (card.md, contact_sheet.png)\n"
+    )
+    assert (workspace / "artifacts" / "dataset" / "manifest.json").is_file()
+
+
+def test_without_raw_data_the_command_says_how_to_get_them_and_exits_2(workspace: Path) -> None:
+    done = run(workspace)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "DataError: data/digits.csv is missing; `dvc pull data.dvc` brings it"
+    assert not (workspace / "artifacts" / "dataset").exists()

@@ -1,0 +1,181 @@
+"""The stored data set: what goes in comes out, and only what is asked for is touched."""
+
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from components import shards
+from components.artifacts import Manifest, sha256
+from components.errors import DataError
+from components.shards import ImageRow, Sample, Samples, SplitWriter, Turn, write_split
+
+
+def image_row(number: int, samples: int = 2, size: int = 100) -> ImageRow:
+    image = bytes([number % 256]) * size
+    turns = (Turn(f"<image>\nquestion {number}", f"answer {number}"),)
+    return ImageRow(f"image-{number}", image, tuple((f"{number}-{i}", "kind", turns) for i in range(samples)))
+
+
+def stored(folder: Path, rows: Sequence[ImageRow], images_per_shard: int = 4) -> Samples:
+    record = write_split(folder / "train", rows, images_per_shard)
+    Manifest(
+        source="digits", rows_in=record.samples, rows_out=record.samples, quarantined=0, splits={"train": record}, digest="0"
+    ).write(folder / "manifest.json")
+    return Samples(folder, "train")
+
+
+def expected(rows: Sequence[ImageRow]) -> list[Sample]:
+    return [Sample(id_, row.image_id, kind, row.image, turns) for row in rows for id_, kind, turns in row.samples]
+
+
+TURNS = st.lists(st.builds(Turn, st.text(max_size=9), st.text(max_size=9)), min_size=1, max_size=3).map(tuple)
+ROWS = st.lists(
+    st.builds(
+        ImageRow,
+        st.text(max_size=5),
+        st.none() | st.binary(max_size=20),
+        st.lists(st.tuples(st.text(max_size=5), st.sampled_from("ab"), TURNS), min_size=1, max_size=4).map(tuple),
+    ),
+    max_size=9,
+)
+
+
+@given(ROWS, st.integers(1, 5))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_goes_in_comes_out(tmp_path: Path, rows: list[ImageRow], images_per_shard: int) -> None:
+    samples = stored(tmp_path, rows, images_per_shard)
+    assert list(samples) == expected(rows)
+    assert samples.images == len(rows)
+    assert [list(samples.of_image(i)) for i in range(len(rows))] == [
+        np.flatnonzero(samples.row_of == i).tolist() for i in range(len(rows))
+    ]
+    assert [shard.images for shard in samples.record.shards] == [
+        min(images_per_shard, len(rows) - start) for start in range(0, len(rows), images_per_shard)
+    ]
+    assert sum(samples.record.kinds.values()) == samples.record.samples == len(samples)
+
+
+def test_indices_count_from_either_end(tmp_path: Path) -> None:
+    rows = [image_row(n, samples=n % 3 + 1) for n in range(9)]
+    samples = stored(tmp_path, rows)
+    assert [samples[i] for i in range(-len(samples), 0)] == expected(rows)
+    for index in (len(samples), -len(samples) - 1):
+        with pytest.raises(IndexError):
+            samples[index]
+
+
+def test_datasets_opens_a_shard_too(tmp_path: Path) -> None:
+    samples = stored(tmp_path, [image_row(n) for n in range(3)])
+    opened = datasets.Dataset.from_file(str(tmp_path / "train" / samples.record.shards[0].file))
+    assert opened[1]["image_id"] == "image-1"
+    assert opened[1]["samples"][0]["conversations"][0] == {"from": "human", "value": "<image>\nquestion 1"}
+
+
+def test_bytes_depend_on_rows_alone_and_the_record_knows_them(tmp_path: Path) -> None:
+    rows = [image_row(n) for n in range(9)]
+    first, second = (stored(tmp_path / name, rows) for name in ("first", "second"))
+    assert first.record == second.record
+    for shard in first.record.shards:
+        assert shard.sha256 == sha256([tmp_path / "first" / "train" / shard.file])
+    assert sorted(path.name for path in (tmp_path / "first" / "train").iterdir()) == [s.file for s in first.record.shards]
+
+
+# --- only what is asked for -------------------------------------------------------------------------------------------
+
+
+def test_reading_one_sample_leaves_the_rest_on_disk(tmp_path: Path) -> None:
+    """128 MiB are stored; opening and reading allocates next to nothing, as the file is mapped."""
+    size = 2**20
+    before = pa.total_allocated_bytes()
+    samples = stored(tmp_path, [image_row(n, size=size) for n in range(128)], images_per_shard=64)
+    samples = Samples(tmp_path, "train")
+    resident = resident_bytes()
+    assert samples[101].image == bytes([50]) * size
+    assert pa.total_allocated_bytes() - before < 2**20
+    assert resident_bytes() - resident < 16 * size
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_damage_elsewhere_is_not_seen(tmp_path: Path) -> None:
+    """Every image but one is overwritten on disk; that one still reads right, before and after opening anew."""
+    rows = [image_row(n, size=5000) for n in range(1, 9)]
+    samples = stored(tmp_path, rows)
+    for path in (tmp_path / "train").iterdir():
+        content = path.read_bytes()
+        for row in rows:
+            if row.image_id != "image-6":
+                content = content.replace(row.image or b"", b"\xff" * 5000)
+        with path.open("r+b") as file:
+            file.write(content)
+    for reader in (samples, Samples(tmp_path, "train")):
+        assert reader[10] == expected(rows)[10]
+        assert reader[8].image == b"\xff" * 5000
+
+
+def test_a_loader_worker_is_sent_the_place_not_the_data(tmp_path: Path) -> None:
+    rows = [image_row(n, size=2**20) for n in range(4)]
+    samples = stored(tmp_path, rows)
+    packed = pickle.dumps(samples)
+    assert len(packed) < 1000
+    assert list(pickle.loads(packed)) == expected(rows)  # noqa: S301
+
+
+def test_the_writer_holds_a_batch_and_not_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "BATCH_BYTES", 1000)
+    writer = SplitWriter(tmp_path / "train", images_per_shard=100)
+    for number in range(60):
+        writer.add(image_row(number, size=100))
+        assert writer._shard is not None
+        assert len(writer._shard._pending) < 10
+    (shard,) = writer.close().shards
+    with pa.memory_map(str(tmp_path / "train" / shard.file)) as file, pa.ipc.open_stream(file) as stream:
+        assert [batch.num_rows for batch in stream] == [10] * 6
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"manifest\.json is missing; `dvc repro` makes it"):
+        Samples(tmp_path, "train")
+
+
+def test_no_such_split(tmp_path: Path) -> None:
+    stored(tmp_path, [image_row(0)])
+    with pytest.raises(DataError, match="no split 'val'; it has train"):
+        Samples(tmp_path, "val")
+
+
+def other_columns(path: Path) -> None:
+    batch = pa.RecordBatch.from_pydict({"image_id": ["a"], "picture": [b""]})
+    with pa.ipc.new_stream(str(path), batch.schema) as stream:
+        stream.write_batch(batch)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "garbage": lambda path: path.write_bytes(b"no arrow" * 50),
+    "another shard": lambda path: shutil.copy(path.with_name("shard-00000.arrow"), path),
+    "other columns": other_columns,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_shard(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    samples = stored(tmp_path, [image_row(n, samples=n + 1) for n in range(8)])
+    damage(tmp_path / "train" / samples.record.shards[1].file)
+    with pytest.raises(DataError, match="`dvc repro prepare`"):
+        Samples(tmp_path, "train")
