@@ -72,7 +72,9 @@ def _wrapped(text: str) -> list[str]:
 
 def _picture(image: bytes | None) -> Image.Image:
     if image is None:
-        return Image.new("RGB", (PICTURE, PICTURE), "#e5e7eb")
+        blank = Image.new("RGB", (PICTURE, PICTURE), "#f3f4f6")
+        ImageDraw.Draw(blank).text((PICTURE // 2, PICTURE // 2), "text only", GREY, ImageFont.load_default(16), anchor="mm")
+        return blank
     picture = Image.open(io.BytesIO(image)).convert("RGB")
     ratio = PICTURE / max(picture.size)
     size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))

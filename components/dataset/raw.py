@@ -1,6 +1,6 @@
 """`python -m components.dataset.raw`: write the raw handwriting to `data/` from scikit-learn's copy of the UCI set.
 
-Needed once, to make what `data.dvc` versions; everybody else gets the same bytes by `dvc pull`.
+Needed once, to make what `data.dvc` versions; everybody else gets the same bytes by `dvc pull data.dvc`.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_a_fresh_clone_pulls_these_bytes_from_the_remote_inside_the_repository(t
     subprocess.run(["git", "init", "-q"], cwd=clone, check=True)
     environment = os.environ | {"DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
     environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")  # nobody listens
-    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=clone, env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q", "data.dvc"], cwd=clone, env=environment, check=True, timeout=60)
     for file in raw_folder.iterdir():
         assert (clone / "data" / file.name).read_bytes() == file.read_bytes()
 
