@@ -115,3 +115,17 @@ def test_the_choice_evens_out_even_what_scenes_do_not_offer_evenly() -> None:
     for kind in ("exist", "compare"):
         assert abs(found[kind]["yes"] - found[kind]["no"]) <= 2
     assert max(found["digit_at"].values()) - min(found["digit_at"].values()) <= 2
+
+
+def test_the_grades_of_no_come_in_thirds() -> None:
+    rng, balance = np.random.default_rng(0), Balance()
+    grades: Counter[str] = Counter()
+    for _ in range(200):
+        chosen = rng.permutation(9)[:5]
+        scene = Scene(
+            places(3), COLOURS, tuple(Digit(places(3)[c], int(rng.integers(5)), COLOURS[c % 2], 0) for c in sorted(chosen))
+        )
+        graded = {option.question: option.strata[1] for option in KINDS["exist"](scene) if option.answer == "no"}
+        grades.update(graded[question] for _, question, _ in ask(scene, 10, balance, rng) if question in graded)
+    assert set(grades) == {"random", "popular", "adversarial"}
+    assert max(grades.values()) - min(grades.values()) <= 2
