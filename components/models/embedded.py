@@ -53,7 +53,7 @@ def read_corpus(samples: Samples) -> Corpus:
     """Raises DataError if an image has no caption or no other turn, or if images are not squares of one size."""
     images, captions, turns = [], [], []
     for row in tqdm(range(samples.images), desc="training split", unit="image"):
-        about = [samples[index] for index in samples.of_image(row)]
+        about = samples.about(row)
         described = [sample for sample in about if sample.kind == CAPTION and sample.image is not None]
         asked = [turn for sample in about if sample.kind != CAPTION for turn in sample.turns]
         if not described or not asked:
