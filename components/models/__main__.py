@@ -17,16 +17,16 @@ from components.settings import Checkpoint, ModelsSettings, load_settings
 
 def main() -> None:
     settings = load_settings()
-    from components import tracking
     from components.models import embedded, obtain
     from components.runtime import prepare_torch
     from components.shards import Samples
+    from components.tracking import stage_run
 
     began = time.perf_counter()
     shutil.rmtree(MODELS, ignore_errors=True)
     models = settings.models
     varied = {"family": models.family, "models": models.members.model_dump(mode="json")}
-    with tracking.stage_run("obtain_models", runtime=settings.runtime, params=varied) as run:
+    with stage_run("obtain_models", runtime=settings.runtime, params=varied) as run:
         if models.embedded is not None and models.family == "embedded":
             device = prepare_torch(settings.runtime, models.embedded.seed)
             samples = Samples(DATASET, "train")
@@ -38,11 +38,11 @@ def main() -> None:
                     obtain.obtain(checkpoint, MODELS / role / name)
         index = index_of(models, MODELS)
         index.write(MODELS / "index.json")
-    sizes = ", ".join(
-        f"{entry.role} {entry.name} {entry.parameters / 1e6:,.2f}M"
-        for entry in (*index.teachers.values(), *index.students.values())
+    sizes = "; ".join(
+        f"{role} " + ", ".join(f"{name} {entry.parameters / 1e6:,.2f}M" for name, entry in sorted(entries.items()))
+        for role, entries in (("teachers", index.teachers), ("students", index.students))
     )
-    print(f"obtain_models: {sizes} parameters, in {time.perf_counter() - began:,.0f} s -> {MODELS / 'index.json'}")
+    print(f"obtain_models: {sizes} parameters; in {time.perf_counter() - began:,.0f} s -> {MODELS / 'index.json'}")
 
 
 def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:

@@ -45,6 +45,16 @@ def test_models_reload_and_make_pairs(models: Path) -> None:
     assert head.data_ptr() == teachers[0].model.get_input_embeddings().weight.data_ptr()  # tied, after reloading too
 
 
+def test_corpus_holds_every_image_with_its_caption_and_its_questions(dataset: Path) -> None:
+    samples = Samples(dataset, "train")
+    assert samples.about(3) == [samples[i] for i in samples.of_image(3)]
+    corpus = embedded.read_corpus(samples)
+    assert corpus.images.shape == (samples.images, 3, 16, 16) and corpus.images.dtype == torch.uint8
+    assert len(corpus.captions) == samples.images and {sample.kind for sample in corpus.captions} == {"caption"}
+    assert sum(map(len, corpus.turns)) == len(samples) - samples.images
+    assert not any("<image>" in turn.question for turns in corpus.turns for turn in turns)
+
+
 def test_saved_models_generate_and_stop(models: Path, dataset: Path) -> None:
     loaded = load(models / "teachers" / "base", "cpu")
     samples = [Samples(dataset, "train")[i] for i in range(3)]

@@ -1,0 +1,76 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.artifacts import MODELS, ModelIndex, sha256
+from components.errors import exit_from
+from components.models.__main__ import main
+from tests.models.conftest import NV, family, saved, word_processor
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def place(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the shipped params and the tiny data set."""
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    shutil.copytree(dataset, tmp_path / "artifacts" / "dataset")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNTI_TRACKING_URI", "journal")
+    monkeypatch.setenv("ALIGNTI_THREADS", "1")
+    return tmp_path
+
+
+def set_models(place: Path, **settings: object) -> None:
+    (place / "params" / "models.yaml").write_text(yaml.safe_dump({**json.loads(family(2).model_dump_json()), **settings}))
+
+
+def test_embedded_family_is_indexed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_models(place)
+    (place / MODELS / "teachers" / "stale").mkdir(parents=True)
+    main()
+    index = ModelIndex.read(MODELS / "index.json")
+    assert sorted(index.teachers) == ["base", "small"] and sorted(index.students) == ["student"]
+    assert sorted(p.name for p in (MODELS / "teachers").iterdir()) == ["base", "small"]
+    base = index.teachers["base"]
+    assert (base.role, base.origin, base.revision, base.visual_tokens) == ("teacher", "embedded", None, NV)
+    assert base.path == "artifacts/models/teachers/base" and base.sha256 == sha256([Path(base.path)])
+    assert base.parameters > index.teachers["small"].parameters > index.students["student"].parameters
+    last = capsys.readouterr().out.splitlines()[-1]
+    sizes = r"teachers base 0.\d\dM, small 0.\d\dM; students student 0.\d\dM"
+    assert re.fullmatch(rf"obtain_models: {sizes} parameters; in .* s -> artifacts/models/index.json", last)
+
+
+def test_pretrained_family_is_indexed(place: Path) -> None:
+    folder = saved(place / "theirs", word_processor())
+    theirs = {"source": str(folder), "revision": None}
+    pretrained = {"teachers": {"theirs": theirs}, "students": {"student": theirs}}
+    set_models(place, family="pretrained", embedded=None, pretrained=pretrained)
+    main()
+    entry = ModelIndex.read(MODELS / "index.json").teachers["theirs"]
+    assert (entry.origin, entry.revision, entry.visual_tokens) == (str(folder), None, NV)
+
+
+def test_a_refusal_is_one_sentence_and_leaves_no_index(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrained = {role: {"student": {"source": "nowhere", "revision": None}} for role in ("teachers", "students")}
+    set_models(place, family="pretrained", embedded=None, pretrained=pretrained)
+    with pytest.raises(SystemExit) as end:
+        exit_from(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("ModelError: nowhere: no such folder")
+    assert not (MODELS / "index.json").exists()
+
+
+def test_room_imports_without_the_pipelines_packages() -> None:
+    """A GPU box need not have them."""
+    modules = [f"components.models.{path.stem}" for path in sorted((ROOT / "components" / "models").glob("*.py"))]
+    packages = ["dvc", "prefect", "mlflow", "matplotlib", "typer", "ruamel"]
+    code = f"import sys, {', '.join(modules)}\nprint([name for name in {packages} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
