@@ -222,7 +222,8 @@ class ArmResult(TeacherResult):
 class Comparison(Record):
     """reports/compare.json"""
 
-    headline: str
+    headline: str  # what may be said of the best arm
+    standing: str  # the order of all arms with their intervals, in a sentence
     split: Split
     n: int  # samples
     images: int

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from components.errors import exit_from
@@ -36,8 +34,9 @@ def use(recipe: str) -> None:
 @app.command()
 def plan() -> None:
     """Say for each stage whether it would run, why, and how long that takes."""
-    from components.settings import load_settings
     from flows.plan import plan as make_plan
+
+    from components.settings import load_settings
 
     load_settings()
     steps, basis = make_plan()

@@ -10,6 +10,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+DPI = 200
+
 
 @dataclass(frozen=True)
 class Theme:
@@ -73,10 +75,10 @@ def draw(plot: Callable[..., Figure], *subject: Any, theme: Theme = LIGHT) -> by
         "legend.fontsize": 8.5,
         "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
         "font.size": 9,
-        "text.parse_math": False,  # a question may hold a dollar sign
+        "text.parse_math": False,  # a question may hold a dollar sign, and then is no formula
         "figure.constrained_layout.use": True,
     }
     with rc_context(look):
         buffer = io.BytesIO()
-        plot(*subject, theme).savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+        plot(*subject, theme).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

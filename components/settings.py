@@ -161,15 +161,24 @@ class Training(Strict):
     optimiser: Optimiser
 
 
+class TowerTraining(Training):
+    noise: Ratio = Field(description="Gaussian noise added to the pixels, as a share of full brightness")
+    label_smoothing: Ratio
+
+
+class Conversations(Training):
+    turns: PositiveInt = Field(description="questions about one image in one training sample, at most")
+
+
 class EmbeddedFamily(Strict):
     """The tiny family that `obtain_models` builds and trains from nothing, on the prepared data."""
 
     seed: int
     tower: TowerShape
-    tower_training: Training
+    tower_training: TowerTraining
     teachers: dict[Name, LanguageShape]
     teacher_captions: Training
-    teacher_instructions: Training
+    teacher_instructions: Conversations
     students: dict[Name, LanguageShape]
     student_captions: Training
 

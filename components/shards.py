@@ -187,7 +187,8 @@ class Samples(Sequence[Sample]):
     @property
     def kinds(self) -> list[str]:
         """The kind of each sample; no image is read."""
-        return pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind").to_pylist()
+        kinds: list[str] = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind").to_pylist()
+        return kinds
 
     def of_image(self, row: int) -> range:
         """Indices of the samples about image `row`."""

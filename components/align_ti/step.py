@@ -22,12 +22,18 @@ from components.align_ti.ribbon import Ribbon, continuation_mask, draw, expanded
 class Batch(Protocol):
     """Right-padded sequences of T tokens; the masks are (B, T) bool."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    response: Tensor
-    instruction: Tensor
-    visual: Tensor
-    pixel_values: Tensor | None
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
+    @property
+    def response(self) -> Tensor: ...
+    @property
+    def instruction(self) -> Tensor: ...
+    @property
+    def visual(self) -> Tensor: ...
+    @property
+    def pixel_values(self) -> Tensor | None: ...
 
 
 class Student(Protocol):

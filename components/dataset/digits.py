@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from math import cos, radians, sin
 from pathlib import Path
 
 import numpy as np
@@ -112,25 +111,33 @@ def paint(scene: Scene, drawings: np.ndarray, design: DigitsGrid, rng: np.random
     side, px = design.grid * design.cell_px, design.cell_px
     clouds = rng.integers(0, round(255 * design.texture) + 1, (2 * design.grid, 2 * design.grid, 3), dtype=np.uint8)
     canvas = np.asarray(Image.fromarray(clouds).resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32)
-    for digit in scene.digits:
-        top, left = (px * int(part) for part in divmod(scene.places.index(digit.place), design.grid))
-        cell = canvas[top : top + px, left : left + px]
-        opacity = draw(drawings[digit.raw], px, design.augmentation, rng)[..., None]
-        cell += opacity * (np.array(design.palette[digit.colour], dtype=np.float32) - cell)
-    canvas += 255 * design.noise * rng.standard_normal(canvas.shape, dtype=np.float32)
+    opacities = draw(drawings[[digit.raw for digit in scene.digits]], px, design.augmentation, rng)
+    for digit, opacity in zip(scene.digits, opacities, strict=True):
+        row, column = divmod(scene.places.index(digit.place), design.grid)
+        cell = canvas[row * px : (row + 1) * px, column * px : (column + 1) * px]
+        cell += opacity[..., None] * (np.array(design.palette[digit.colour], dtype=np.float32) - cell)
+    canvas += np.float32(255 * design.noise) * rng.standard_normal(canvas.shape, dtype=np.float32)
     file = io.BytesIO()
     Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
-def draw(drawing: np.ndarray, px: int, ranges: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """A raw digit (10, 10) in 0..1, frame included, as opacity (px, px): shifted, scaled, turned and dimmed at random."""
-    shift_x, shift_y = rng.uniform(-ranges.shift_px, ranges.shift_px, 2)
-    step = raw.SIDE / px / rng.uniform(*ranges.scale)  # raw pixels per pixel drawn
-    angle = radians(rng.uniform(-ranges.rotation_deg, ranges.rotation_deg))
-    centre = drawing.shape[0] / 2
-    a, b = step * cos(angle), step * sin(angle)
-    x, y = px / 2 + shift_x, px / 2 + shift_y  # where the middle of the drawing goes
-    to_raw = (a, b, centre - a * x - b * y, -b, a, centre + b * x - a * y)
-    drawn = Image.fromarray(drawing).transform((px, px), Image.Transform.AFFINE, to_raw, Image.Resampling.BILINEAR)
-    return np.asarray(drawn) * np.float32(rng.uniform(*ranges.brightness))
+def draw(drawings: np.ndarray, px: int, ranges: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """Raw digits (n, 10, 10) in 0..1, empty frame included, as opacity (n, px, px): each shifted, scaled, turned and
+    dimmed at random, sampled bilinearly."""
+    one_each = (len(drawings), 1, 1)
+    shift_x, shift_y = rng.uniform(-ranges.shift_px, ranges.shift_px, (2, *one_each))
+    step = raw.SIDE / px / rng.uniform(*ranges.scale, one_each)  # raw pixels per pixel drawn
+    angle = np.radians(rng.uniform(-ranges.rotation_deg, ranges.rotation_deg, one_each))
+    brightness = rng.uniform(*ranges.brightness, one_each)
+    from_centre = np.arange(px) - (px - 1) / 2
+    x, y = from_centre - shift_x, from_centre[:, None] - shift_y
+    last = drawings.shape[-1] - 1
+    column = (last / 2 + step * (np.cos(angle) * x + np.sin(angle) * y)).clip(0, last - 1e-6)  # outside is frame: empty
+    row = (last / 2 + step * (np.cos(angle) * y - np.sin(angle) * x)).clip(0, last - 1e-6)
+    left, top = column.astype(int), row.astype(int)
+    right_share, bottom_share = column - left, row - top
+    which = np.arange(len(drawings)).reshape(one_each)
+    upper = drawings[which, top, left] * (1 - right_share) + drawings[which, top, left + 1] * right_share
+    lower = drawings[which, top + 1, left] * (1 - right_share) + drawings[which, top + 1, left + 1] * right_share
+    return (brightness * (upper * (1 - bottom_share) + lower * bottom_share)).astype(np.float32)

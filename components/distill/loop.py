@@ -71,9 +71,7 @@ def train(
         progress = checkpoints.restore(accelerator, latest)
         accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}")
     stream = _batches(samples, collator, order, settings, progress["step"], accelerator)
-    bar = tqdm(
-        total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process
-    )
+    bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter() - progress["seconds"]
     wrapped.train()
     with bar, _stop_request() as stop:

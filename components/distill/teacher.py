@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from components.align_ti.step import Batch
 from components.irs.probe import Look, watching
-from components.models.collate import Batch
 from components.models.vlm import VLM
 
 

@@ -64,6 +64,7 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings) -> Comparison:
     }
     comparison = Comparison(
         headline="",
+        standing="",
         split=settings.split,
         n=len(asked),
         images=len(image_ids),
@@ -76,26 +77,36 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings) -> Comparison:
         order=order,
         pairs=pairs,
     )
-    return comparison.model_copy(update={"headline": headline(comparison)})
+    return comparison.model_copy(update={"headline": headline(comparison), "standing": standing(comparison)})
 
 
 def headline(comparison: Comparison) -> str:
-    """The order of the arms in words, claiming of the first one's leads only what their intervals say."""
+    """What may be said of the first arm, claiming of each of its leads only what the interval says."""
     best, *others = comparison.order
-    standing = ", ".join(f"{arm} {spoken(comparison.arms[arm])}" for arm in comparison.order)
-    words = (
-        f"On {comparison.n:,} {comparison.split} questions about {comparison.images:,} images the order is {standing};"
-        f" the teacher has {spoken(comparison.teacher)}."
-    )
+    words = f"{best} answers {spoken(comparison.arms[best])} of the {comparison.split} questions right"
     clear = {pair.against for pair in comparison.pairs if pair.arm == best and pair.larger_than_noise}
     beyond = [arm for arm in others if arm in clear]
     within = [arm for arm in others if arm not in clear]
-    if beyond:
-        words += f" The lead of {best} over {listed(beyond)} is larger than the noise of the test sample"
-        words += f"; over {listed(within)} it is not." if within else "."
-    elif within:
-        words += f" No lead of {best} is larger than the noise of the test sample."
-    return words
+    if not others:
+        return f"{words}."
+    words += f", the most of {len(comparison.order)} arms."
+    if not within:
+        return f"{words} Its lead over every other arm is larger than the noise of the test sample."
+    if not beyond:
+        return f"{words} Over none of the others is its lead larger than the noise of the test sample."
+    return (
+        f"{words} Its lead over {listed(beyond)} is larger than the noise of the test sample; over {listed(within)} it is not."
+    )
+
+
+def standing(comparison: Comparison) -> str:
+    """The order of the arms and the teacher's score, with their intervals."""
+    order = ", ".join(f"{arm} {spoken(comparison.arms[arm])}" for arm in comparison.order)
+    return (
+        f"On {comparison.n:,} {comparison.split} questions about {comparison.images:,} images the order is {order};"
+        f" the teacher has {spoken(comparison.teacher)}. In brackets {comparison.confidence:.0%} intervals; one training run"
+        " per arm."
+    )
 
 
 def spoken(result: TeacherResult) -> str:

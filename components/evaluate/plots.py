@@ -7,6 +7,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from components.artifacts import Comparison, TeacherResult
 from components.evaluate.outcomes import Losses
@@ -44,6 +45,7 @@ def gains(comparison: Comparison, theme: Theme) -> Figure:
     baselines = sorted({b for arm in comparison.arms.values() for b in arm.gains}, key=list(comparison.arms).index)
     arms = comparison.order[::-1]
     figure = Figure(figsize=(7.2, 1.3 + 0.34 * len(arms)))
+    figure.set_layout_engine("constrained", wspace=0.06)
     panels = figure.subplots(1, max(len(baselines), 1), sharey=True, sharex=True, squeeze=False)[0]
     for axes, baseline in zip(panels, baselines, strict=False):
         for row, arm in enumerate(arms):
@@ -73,7 +75,7 @@ def kinds(comparison: Comparison, theme: Theme) -> Figure:
     figure = Figure(figsize=(max(5.0, 1.6 + 0.72 * len(names)), 1.6 + 0.36 * len(rows)))
     axes = figure.subplots()
     shades = LinearSegmentedColormap.from_list("paper-to-accent", [theme.paper, theme.accent])
-    axes.imshow(values, cmap=shades, vmin=0, vmax=125, aspect="auto")  # 125: the darkest cell still carries its number
+    axes.imshow(values, cmap=shades, vmin=0, vmax=165, aspect="auto")  # 165: ink stays legible on the darkest cell
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8.5)
     axes.set_xticks(range(len(names)), [n.replace("_", " ") for n in names], rotation=32, ha="right", rotation_mode="anchor")
@@ -111,7 +113,7 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
     terms = [t for t in TERMS if any(_curve(curve, t)[1] for curve in rows.values())]
     columns = min(3, max(len(terms), 1))
     lines = -(-max(len(terms), 1) // columns)
-    figure = Figure(figsize=(9.2, 0.5 + 2.3 * lines))
+    figure = Figure(figsize=(9.6, 0.5 + 2.2 * lines))
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
     drawn: dict[str, Artist] = {}
     for axes, term in zip(panels, terms, strict=False):
@@ -124,7 +126,11 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
                 drawn.setdefault(arm, line)
         axes.set_title(f"L_{term}" if term != "total" else "weighted total")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="major")
+        axes.tick_params(labelbottom=True)  # the panel below may be an empty one
         axes.set_xlabel("step")
         axes.set_ylabel("nats")
     for axes in list(figure.axes)[len(terms) :]:
@@ -148,7 +154,7 @@ def _teacher_line(axes: Axes, teacher: TeacherResult, theme: Theme, direction: s
     else:
         axes.axhspan(low, high, color=theme.muted, alpha=0.12, linewidth=0)
         axes.axhline(score, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.text(0.01, score, "teacher", transform=axes.get_yaxis_transform(), va="bottom", color=theme.muted)
+        axes.text(0.01, score, f"teacher {score:.1f}", transform=axes.get_yaxis_transform(), va="bottom", color=theme.muted)
 
 
 def _span(interval: tuple[float, float], row: int) -> tuple[list[float], list[int]]:

@@ -35,7 +35,7 @@ from components.evaluate import plots
 from components.evaluate.metrics import OVERALL
 from components.evaluate.outcomes import Outcomes
 from components.evaluate.statistics import Interval
-from components.figures import DARK, LIGHT, draw
+from components.figures import DARK, DPI, LIGHT, draw
 from components.irs.overlays import curve
 from components.models.template import IMAGE
 from components.settings import EvaluateSettings
@@ -44,14 +44,16 @@ from components.shards import Samples
 Plot = Callable[..., Figure]  # of a theme
 
 THUMBNAIL_PX = 480  # longest side of an example's image in the report; smaller images go in as they are
+CSS_PX_PER_INCH = 104
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot as data URIs, for a light and for a dark page."""
+    """An image as data URIs, for a light and for a dark page, and the width in CSS pixels that makes its letters the text's."""
 
     light: str
     dark: str
+    width: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Line:
     label: str
     cells: list[Cell]
     starts_group: bool = False
+    belongs_above: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,7 @@ def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings
     yield [_written(REPORTS / "plots" / f"{name}.png", draw(plot)) for name, plot in own.items()]
     write_text(REPORTS / "compare.md", markdown(comparison))
     yield [REPORTS / "compare.md"]
-    pictures = {
-        name: Picture(data_uri(draw(plot)), data_uri(draw(plot, theme=DARK))) for name, plot in (own | inherited).items()
-    }
+    pictures = {name: _picture(draw(plot), draw(plot, theme=DARK)) for name, plot in (own | inherited).items()}
     yield []
     write_text(REPORTS / "report.html", html(comparison, outcomes, settings, layer, pictures))
     yield [REPORTS / "report.html"]
@@ -117,7 +118,7 @@ def table(comparison: Comparison) -> list[Line]:
     for index, baseline in enumerate(_baselines(comparison)):
         gains = [arm.gains.get(baseline) for arm in arms]
         lines.append(Line(f"gain over {baseline}, points", [NOTHING, *map(_gain, gains)], starts_group=index == 0))
-        lines.append(Line("p (Holm)", [NOTHING, *map(_p_value, gains)]))
+        lines.append(Line("p (Holm)", [NOTHING, *map(_p_value, gains)], belongs_above=True))
     lines.append(Line("share of the teacher, %", [Cell("100"), *map(_share, arms)], starts_group=True))
     lines.append(Line("training, s", [NOTHING, *(Cell(f"{arm.train_seconds:,.0f}") for arm in arms)], starts_group=True))
     lines.append(Line("peak memory, MiB", [NOTHING, *(Cell(f"{arm.peak_memory_mib:,.0f}") for arm in arms)]))
@@ -140,7 +141,7 @@ def markdown(comparison: Comparison) -> str:
             [pair.arm, pair.against, _points(pair.difference), _bounds(pair), _p(pair.p_value), _p(pair.p_holm), verdict]
         )
     closed = [(name, result) for name, result in _everyone(comparison) if result.yes_no]
-    parts = ["# Comparison", comparison.headline, _markdown_table(rows)]
+    parts = ["# Comparison", f"**{comparison.headline}**", comparison.standing, _markdown_table(rows)]
     if closed:
         header = ["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"]
         figures = [[name, *(f"{100 * value:.1f}" for value in _yes_no(result))] for name, result in closed]
@@ -172,8 +173,8 @@ def html(
         comparison=comparison,
         lines=table(comparison),
         columns=[TEACHER_ARM, *comparison.order],
+        pair_of={(pair.arm, pair.against): pair for pair in comparison.pairs},
         beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
-        within=[pair for pair in comparison.pairs if not pair.larger_than_noise],
         closed=closed,
         pictures=pictures,
         notes=_notes(comparison),
@@ -264,8 +265,8 @@ def _notes(comparison: Comparison) -> list[str]:
         "The intervals measure the noise of the test sample: what would change with other images and questions. Each arm is one"
         " training run with one seed, so they do not measure what would change with another seed: a difference larger than the"
         " noise of the test sample may still be smaller than that between two seeds.",
-        f"Of {len(comparison.pairs)} intervals of pairs about one in {round(1 / (1 - comparison.confidence))} excludes zero by"
-        " chance alone even if no arm differs; p (Holm) accounts for that.",
+        f"Where two arms do not differ at all, one interval in {round(1 / (1 - comparison.confidence))} still excludes zero by"
+        f" chance. There are {len(comparison.pairs)} pairs here; p (Holm) accounts for that.",
         "Training seconds and peak memory are of the machine that trained the arm, with whatever else ran on it.",
     ]
 
@@ -338,9 +339,16 @@ def _markdown_table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def _file(path: Path) -> str:
+def _picture(light: bytes, dark: bytes) -> Picture:
+    with Image.open(io.BytesIO(light)) as image:
+        width = round(image.width * CSS_PX_PER_INCH / DPI)
+    return Picture(data_uri(light), data_uri(dark), width)
+
+
+def _file(path: Path) -> Picture:
+    """A picture of an earlier stage, the same on a light and on a dark page."""
     try:
-        return data_uri(path.read_bytes())
+        return _picture(path.read_bytes(), path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} is missing; `dvc repro` makes it") from None
 

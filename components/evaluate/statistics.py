@@ -9,7 +9,6 @@ Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapters 8, 13 and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import numpy as np

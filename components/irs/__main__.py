@@ -63,7 +63,8 @@ def closing_line(choice: LayerChoice, asked: int) -> str:
         verdict = f"{separated} layer {second}, {choice.irs[second]:.3f} ± {choice.standard_error[second]:.3f}"
     fewer = f" (all that qualify of {asked} asked for)" if choice.images < asked else ""
     return (
-        f"search_layer: layer {best} has the highest IRS, {choice.irs[best]:.3f} ± {choice.standard_error[best]:.3f}, {verdict};"
+        f"search_layer: layer {best} has the highest IRS, {choice.irs[best]:.3f} ± {choice.standard_error[best]:.3f},"
+        f" {verdict};"
         f" {choice.pairs:,} pairs on {choice.images:,} images{fewer}; curve and overlays in {FOLDER}"
     )
 

@@ -31,7 +31,9 @@ class Gaze:
 
 def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
     """The RGB image as the model sees it, (H, W, 3): resized and cropped, so that the visual tokens tile it."""
-    pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"]
+    pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)[
+        "pixel_values"
+    ]
     return np.clip(np.moveaxis(pixels[0], 0, -1), 0, 255).astype(np.uint8)
 
 
@@ -68,7 +70,7 @@ def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], layer: int, theme: 
     """
     maps = [_grid(gaze.attention) for gaze in gazes]
     most = max(float(grid.max()) for grid in maps)
-    figure = Figure(figsize=(2.9 * (1 + len(gazes)) + 0.5, 3.6))
+    figure = Figure(figsize=(2.9 * (1 + len(gazes)) + 0.5, 3.35))
     panels = figure.subplots(1, 1 + len(gazes))
     height, width = image.shape[:2]
     panels[0].imshow(image, interpolation="nearest")

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -44,7 +45,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def watching(model: nn.Module, layers: list[int], look: Look) -> Iterator[Look]:
+def watching(model: Any, layers: list[int], look: Look) -> Iterator[Look]:
     """While open, a forward pass of `model` over the look's batch fills `look.seen` for each of `layers`.
 
     Args:
@@ -65,14 +66,14 @@ def watching(model: nn.Module, layers: list[int], look: Look) -> Iterator[Look]:
             del attention._alignti_look
 
 
-def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
+def attention_layers(model: Any) -> dict[int, Any]:
     """The language model's attention modules by layer index."""
     language_model = model.model.language_model
     return {index: layer.self_attn for index, layer in enumerate(language_model.layers)}
 
 
 def _forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     look: Look | None = getattr(module, "_alignti_look", None)
     if look is not None:

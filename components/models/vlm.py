@@ -6,16 +6,20 @@ the stock forward (tests/models/test_vlm.py).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from components.models.collate import Batch
+from components.align_ti.step import Batch
 
 
 class VLM(nn.Module):
     """The view of `LlavaForConditionalGeneration` and its like: a vision tower, a projector, a language model, a head."""
+
+    model: Any  # transformers' own types do not say what a vision-language model holds
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -32,7 +36,7 @@ class VLM(nn.Module):
         tower = self.model.model.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
             states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
-            features = states[config.vision_feature_layer]
+            features: Tensor = states[config.vision_feature_layer]
             return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
     def plain(self, batch: Batch, features: Tensor | None, keep: bool) -> tuple[Tensor, DynamicCache | None]:

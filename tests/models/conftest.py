@@ -20,9 +20,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from components.artifacts import Manifest, sha256
 from components.models.template import EOS, IMAGE, Template
 from components.models.tokenizer import build_processor
-from components.shards import Sample, Turn
+from components.settings import ModelsSettings
+from components.shards import ImageRow, Sample, Turn, write_split
 
 IMAGE_PX, PATCH_PX, NV = 16, 8, 4
 TEXT = "what digit is at a1 a2 b1 b2 ? . , red green one two three empty list describe the grid yes no"
@@ -109,3 +111,80 @@ def saved(folder: Path, processor: LlavaProcessor, columns: int = 0, hidden: int
 @pytest.fixture(scope="session", params=["words", "bpe"])
 def processor(request: pytest.FixtureRequest) -> LlavaProcessor:
     return word_processor() if request.param == "words" else bpe_processor()
+
+
+PLACES, COLOURS, DIGITS = ("a1", "b1", "a2", "b2"), ("red", "green"), ("one", "two", "three")
+RGB = {"red": (200, 20, 20), "green": (20, 200, 20)}
+
+
+def grid_row(number: int, rng: np.random.Generator) -> ImageRow:
+    """A 2 x 2 grid of 8-pixel cells; a digit is a coloured bar as long as its value. Captions have three words per cell."""
+    pixels = rng.integers(0, 20, (IMAGE_PX, IMAGE_PX, 3), dtype=np.uint8)
+    words, turns = [], []
+    for cell, place in enumerate(PLACES):
+        colour, digit = COLOURS[rng.integers(2)], int(rng.integers(-1, 3))
+        if digit < 0:
+            words += [place, "empty", "cell"]
+            continue
+        top, left = 8 * (cell // 2), 8 * (cell % 2)
+        pixels[top + 2 : top + 6, left + 1 : left + 3 + 2 * digit] = RGB[colour]
+        words += [place, colour, DIGITS[digit]]
+        turns.append(("digit_at", f"What digit is at {place}?", DIGITS[digit]))
+    turns.append(("count", "How many digits?", ["no", "one", "two", "three", "four"][len(turns)]))
+    turns.append(("exist", "Is there a digit?", "yes" if len(turns) > 1 else "no"))
+    turns.append(("caption", "Describe the grid.", " ".join(words)))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    name = f"train-{number:04d}"
+    return ImageRow(
+        name,
+        buffer.getvalue(),
+        tuple((f"{name}-{i}", kind, (Turn(f"{IMAGE}\n{q}", a),)) for i, (kind, q, a) in enumerate(turns)),
+    )
+
+
+def write_dataset(folder: Path, rows: list[ImageRow]) -> Path:
+    split = write_split(folder / "train", rows, images_per_shard=50)
+    digest = sha256([folder / "train"])
+    count = split.samples
+    Manifest(source="test", rows_in=count, rows_out=count, quarantined=0, splits={"train": split}, digest=digest).write(
+        folder / "manifest.json"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    return write_dataset(tmp_path_factory.mktemp("data") / "dataset", [grid_row(i, rng) for i in range(80)])
+
+
+def family(steps: int = 4) -> ModelsSettings:
+    """The embedded family at a size of seconds."""
+    optimiser = {
+        "learning_rate": 3e-3,
+        "betas": (0.9, 0.98),
+        "weight_decay": 0.01,
+        "warmup_ratio": 0.1,
+        "max_grad_norm": 1.0,
+    }
+    training = {"steps": steps, "batch_size": 16, "optimiser": optimiser}
+    language = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64}
+    return ModelsSettings.model_validate(
+        {
+            "family": "embedded",
+            "template": {"system": ""},
+            "max_length": 160,
+            "embedded": {
+                "seed": 3,
+                "tower": {"hidden": 32, "layers": 1, "heads": 2, "mlp": 64, "patch_px": PATCH_PX},
+                "tower_training": {**training, "noise": 0.02, "label_smoothing": 0.05},
+                "teachers": {"small": language, "base": {**language, "layers": 3}},
+                "teacher_captions": training,
+                "teacher_instructions": {**training, "turns": 3},
+                "students": {"student": {**language, "hidden": 16}},
+                "student_captions": training,
+            },
+            "pretrained": None,
+        }
+    )

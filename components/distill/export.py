@@ -1,0 +1,54 @@
+"""What a finished arm leaves: a Hugging Face folder that two lines of stock transformers load, with a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from components.artifacts import Cost, jsonl, write_text
+from components.models.load import Loaded
+
+
+def export(folder: Path, student: Loaded, card: str, losses: list[dict[str, float]], cost: Cost) -> None:
+    """Write `folder/model/`, `losses.jsonl` and `cost.json`; the folder gets its name once all of it is there."""
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    model = draft / "model"
+    student.model.save_pretrained(model, safe_serialization=True)
+    student.processor.save_pretrained(model)
+    write_text(model / "README.md", card)
+    write_text(draft / "losses.jsonl", jsonl(losses))
+    cost.write(draft / "cost.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.replace(folder)
+
+
+def model_card(arm: str, facts: dict[str, Any]) -> str:
+    """Deterministic: what varies from run to run (seconds, memory) stands in cost.json."""
+    settings = json.dumps(facts, indent=2, sort_keys=True, default=str)
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [align-ti, knowledge-distillation]
+---
+
+# {arm}
+
+A student distilled with Align-TI (arXiv 2602.09483): L = w_sft L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa, with the
+weights below. Scores with intervals are in `reports/compare.md` of the repository that made it.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{arm}/model")
+processor = AutoProcessor.from_pretrained("{arm}/model")
+```
+
+Everything that decided its weights:
+
+```json
+{settings}
+```
+"""

@@ -1,0 +1,209 @@
+"""The embedded family: a tiny LLaVA family that is built and trained here, from the prepared data and nothing else.
+
+1. a tokenizer of the training split's words;  2. a vision tower that learns to read cells, then is frozen and shared;
+3. teachers: captions first, then conversations;  4. students: captions only, since distillation is their second stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen3Config, SiglipVisionModel
+
+from components.errors import DataError, ModelError
+from components.models.collate import Batch, Collator, decode, visual_tokens
+from components.models.fit import Log, epochs, fit
+from components.models.template import IMAGE, Template, question_of
+from components.models.tokenizer import build_processor
+from components.models.tower import cell_words, encode, new_tower, train_tower
+from components.models.vlm import VLM
+from components.settings import EmbeddedFamily, LanguageShape, ModelsSettings, Training
+from components.shards import Sample, Samples, Turn
+
+CAPTION = "caption"
+HERE = b""  # stands for an image whose features are at hand
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The training split as this stage needs it: every image decoded once, its captions and its other turns."""
+
+    images: Tensor  # (N, 3, H, W) uint8
+    captions: list[Sample]  # one an image
+    turns: list[list[Turn]]  # per image, questions without the image's mark
+
+    @property
+    def texts(self) -> Iterator[str]:
+        for turn in (turn for sample in self.captions for turn in sample.turns):
+            yield f"{question_of(turn)} {turn.answer}"
+        for turn in (turn for turns in self.turns for turn in turns):
+            yield f"{turn.question} {turn.answer}"
+
+
+def read_corpus(samples: Samples) -> Corpus:
+    """Raises DataError if an image has no caption or no other turn, or if images are not squares of one size."""
+    images, captions, turns = [], [], []
+    for row in tqdm(range(samples.images), desc="training split", unit="image"):
+        about = [samples[index] for index in samples.of_image(row)]
+        described = [sample for sample in about if sample.kind == CAPTION and sample.image is not None]
+        asked = [turn for sample in about if sample.kind != CAPTION for turn in sample.turns]
+        if not described or not asked:
+            raise DataError(
+                f"image {about[0].image_id}: the embedded family learns from images that each have a caption and questions; "
+                "use `source: digits`, or `family: pretrained`"
+            )
+        images.append(np.asarray(decode(described[0])))
+        captions.append(described[0])
+        turns.append([Turn(question_of(turn), turn.answer) for turn in asked])
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1 or len(set(images[0].shape[:2])) != 1:
+        raise DataError(f"the embedded family needs square images of one size; found (height, width, 3) {sorted(shapes)[:3]}")
+    return Corpus(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), captions, turns)
+
+
+def build(settings: ModelsSettings, samples: Samples, folder: Path, device: torch.device, log: Log) -> dict[str, Path]:
+    """Build, train and save the whole family under `folder`/teachers and `folder`/students; returns what stands where.
+
+    Deterministic from `settings.embedded.seed`; each model has its own random stream, so that one more candidate leaves the
+    others as they were.
+    """
+    family = settings.embedded
+    assert family is not None
+    corpus = read_corpus(samples)
+    template = Template(settings.template.system)
+    processor = build_processor(corpus.texts, template, corpus.images.shape[-1], family.tower.patch_px)
+    collator = Collator(processor, template, settings.max_length, train=True)
+    tower = _tower(family, corpus, collator, device, log)
+    seen = encode(tower, corpus.images, device)
+    saved = {}
+    for role, shapes in (("teachers", family.teachers), ("students", family.students)):
+        for name, shape in shapes.items():
+            generator = _seeded(family.seed, role, name)
+            model = new_model(shape, tower, processor)
+            model.to(device)  # type: ignore[arg-type]
+            language = Language(model, seen, collator, generator, f"{role[:-1]} {name}", log)
+            if role == "teachers":
+                language.captions(corpus, family.teacher_captions)
+                language.conversations(corpus, family.teacher_instructions, family.teacher_instructions.turns)
+            else:
+                language.captions(corpus, family.student_captions)
+            saved[f"{role}/{name}"] = save(model, processor, folder / role / name)
+    return saved
+
+
+def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """A LLaVA around a copy of `tower` and a fresh Qwen3-shaped language model with tied embeddings."""
+    if shape.hidden % shape.heads or shape.heads % shape.kv_heads:
+        raise ModelError(f"hidden {shape.hidden} must divide by heads {shape.heads}, and heads by kv_heads {shape.kv_heads}")
+    tokenizer = processor.tokenizer
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.hidden // shape.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.05,  # wide enough for embeddings of a hundred words that are also the head
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=visual_tokens(processor),
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: Path) -> Path:
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+class Language:
+    """Trains a model's projector and language model on features that the frozen tower computed once."""
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        seen: Tensor,
+        collator: Collator,
+        generator: torch.Generator,
+        name: str,
+        log: Log,
+    ) -> None:
+        self.model, self.seen, self.collator, self.generator, self.name, self.log = model, seen, collator, generator, name, log
+
+    def captions(self, corpus: Corpus, training: Training) -> None:
+        self._fit(lambda image: corpus.captions[image], training, "captions")
+
+    def conversations(self, corpus: Corpus, training: Training, turns: int) -> None:
+        """Up to `turns` turns about an image in one sample, in an order drawn anew each time: the image is read once for all
+        of them, which makes a step of eight questions cost hardly more than a step of one."""
+
+        def drawn(image: int) -> Sample:
+            asked = corpus.turns[image]
+            order = torch.randperm(len(asked), generator=self.generator)[:turns].tolist()
+            first, *others = (asked[index] for index in order)
+            marked = Turn(f"{IMAGE}\n{first.question}", first.answer)
+            return Sample(f"{corpus.captions[image].image_id}-conversation", "", "", HERE, (marked, *others))
+
+        self._fit(drawn, training, "conversations")
+
+    def _fit(self, sample_of: Any, training: Training, stage: str) -> None:
+        batches = epochs(len(self.seen), training.batch_size, self.generator)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        view = VLM(self.model.train())
+
+        def loss_at(step: int) -> Tensor:
+            images = next(batches)
+            batch = self.collator.text([sample_of(image) for image in images]).to(self.seen.device)
+            return response_loss(view, batch, self.seen[images])
+
+        fit(trained, loss_at, training, f"{self.name} {stage}", self.log)
+        self.model.eval()
+
+
+def response_loss(view: VLM, batch: Batch, seen: Tensor) -> Tensor:
+    """Mean cross-entropy on response tokens, in nats; the head is applied to their rows alone."""
+    hidden, _ = view.plain(batch, seen, keep=False)
+    rows = batch.response[:, 1:]  # row t predicts token t + 1
+    return F.cross_entropy(view.head(hidden[:, :-1][rows]), batch.input_ids[:, 1:][rows])
+
+
+def _tower(family: EmbeddedFamily, corpus: Corpus, collator: Collator, device: torch.device, log: Log) -> SiglipVisionModel:
+    generator = _seeded(family.seed, "tower")
+    tower: SiglipVisionModel = new_tower(family.tower, corpus.images.shape[-1]).to(device)  # type: ignore[arg-type]
+    answers = [sample.turns[0].answer for sample in corpus.captions]
+    words = cell_words(collator.tokenizer(answers)["input_ids"], visual_tokens(collator.processor))
+    read = train_tower(tower, corpus.images, words, family.tower_training, generator, log)
+    print(f"vision tower: reads {read:.1%} of what the captions say of a cell, each word counting the same")
+    return tower
+
+
+def _seeded(seed: int, *what: str) -> torch.Generator:
+    """A random stream of its own for each part, also for the weights that torch draws from its global one."""
+    own = int.from_bytes(hashlib.sha256("/".join([str(seed), *what]).encode()).digest()[:7], "big")
+    torch.manual_seed(own)
+    return torch.Generator().manual_seed(own)

@@ -1,0 +1,63 @@
+"""The one small loop behind every training of the embedded family: AdamW, warm-up and cosine, clipping, a bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from tqdm import trange
+from transformers import get_cosine_schedule_with_warmup
+
+from components.errors import AlignTIError
+from components.settings import Training
+
+Log = Callable[[str, float, int], None]  # (name, loss, step)
+LOG_EVERY = 20
+
+
+def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training: Training, name: str, log: Log) -> list[float]:
+    """Minimise `loss_at(step)` over `parameters`; returns the mean loss of every `LOG_EVERY` steps.
+
+    Weight decay is for matrices alone. Raises AlignTIError, naming the step, if the loss stops being finite.
+    """
+    recipe = training.optimiser
+    trained = list(parameters)
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+    )
+    warmup = round(training.steps * recipe.warmup_ratio)
+    schedule = get_cosine_schedule_with_warmup(optimiser, warmup, training.steps)
+    recent: list[float] = []
+    history: list[float] = []
+    with trange(1, training.steps + 1, desc=name, unit="step") as bar:
+        for step in bar:
+            loss = loss_at(step)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+            optimiser.step()
+            schedule.step()
+            recent.append(loss.item())
+            if not math.isfinite(recent[-1]):
+                raise AlignTIError(f"{name}: the loss is {recent[-1]} at step {step}; lower its learning_rate")
+            if step % LOG_EVERY == 0 or step == training.steps:
+                history.append(sum(recent) / len(recent))
+                recent.clear()
+                bar.set_postfix(loss=f"{history[-1]:.3f}")
+                log(name, history[-1], step)
+    return history
+
+
+def epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Batches of indices below `count`, for ever: a new order each time all have been drawn."""
+    pending: list[int] = []
+    while True:
+        while len(pending) < batch_size:
+            pending += torch.randperm(count, generator=generator).tolist()
+        yield pending[:batch_size]
+        del pending[:batch_size]

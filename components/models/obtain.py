@@ -1,0 +1,94 @@
+"""Pretrained checkpoints: hub ids at a pinned commit, or local folders, brought under `artifacts/models` for DVC to version.
+
+Weights are safetensors; pickles and code are neither fetched nor taken.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from tqdm import tqdm
+
+from components.errors import ModelError, TryAgainError
+from components.models.folder import weight_files
+from components.settings import Checkpoint
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]
+SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints
+
+
+def obtain(checkpoint: Checkpoint, target: Path) -> Path:
+    """Bring `checkpoint` to the folder `target`, whole.
+
+    Raises:
+        ModelError: no such repository, revision or folder; gated; no safetensors weights; a file cut short.
+        TryAgainError: the hub cannot be reached, or the download broke off; what came is kept and not fetched again.
+    """
+    if checkpoint.revision is None:
+        source, link = Path(checkpoint.source).expanduser(), False
+        if not source.is_dir():
+            raise ModelError(f"{source}: no such folder; for a hub id, give its 40-digit commit as `revision`")
+    else:
+        source, link = _snapshot(checkpoint.source, checkpoint.revision), True
+        if not any(source.glob("*.safetensors")):
+            raise ModelError(
+                f"{checkpoint.source} at {checkpoint.revision[:8]} has no *.safetensors weights, and pickled ones are not "
+                "taken, since reading them can run code; convert them, or choose another revision"
+            )
+    weight_files(source)
+    target.mkdir(parents=True, exist_ok=True)
+    files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
+    for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
+        _place(file.resolve(), target / file.name, link)
+    return target
+
+
+def _snapshot(source: str, revision: str) -> Path:
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
+    except GatedRepoError:
+        raise ModelError(
+            f"{source} is gated: accept its terms on huggingface.co, then `hf auth login` or set HF_TOKEN, and run again"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{source} has no revision {revision}; see its history on huggingface.co") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ModelError(f"{source}: no such model on the hub, or it is private and HF_TOKEN does not open it") from None
+    except LocalEntryNotFoundError as error:
+        raise TryAgainError(
+            f"{source}: the hub cannot be reached and the model is not in the local cache ({_cause(error)}); "
+            "check the network, unset HF_HUB_OFFLINE, or give a local folder with `revision: null`"
+        ) from None
+    except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
+        raise TryAgainError(f"{source}: the download broke off ({_cause(error)}); run again to go on from there") from None
+
+
+def _place(file: Path, target: Path, link: bool) -> None:
+    """Hard-link out of the hub's cache, whose files never change; copy a user's own, which may."""
+    if link:
+        try:
+            return os.link(file, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):  # no link possible here: copy
+                raise
+    shutil.copy2(file, target)
+    return None
+
+
+def _cause(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or ['no message'])[0]}"

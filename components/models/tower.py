@@ -1,0 +1,101 @@
+"""The embedded family's eyes: a SigLIP-shaped vision tower that first learns, by itself, to read every cell of an image.
+
+What a cell shows is taken from the captions: one of `Nv * k` words, in reading order, is k words about each visual token. The
+tower predicts them at that token; then it is frozen and shared by teachers and students, as SigLIP is in the paper.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from components.errors import DataError
+from components.models.fit import Log, epochs, fit
+from components.settings import TowerShape, TowerTraining
+
+ENCODE_BATCH = 250
+
+
+def new_tower(shape: TowerShape, image_px: int) -> SiglipVisionModel:
+    """Raises DataError if the image is not a whole number of patches."""
+    if image_px % shape.patch_px:
+        raise DataError(f"images of {image_px} px are no whole number of patches of tower.patch_px = {shape.patch_px}")
+    return SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.mlp,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            image_size=image_px,
+            patch_size=shape.patch_px,
+            vision_use_head=False,
+        )
+    )
+
+
+def normalised(images: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 -> float32 in -1..1: what SiglipImageProcessor does to an image of the right size."""
+    return images.float() / 127.5 - 1
+
+
+def features(tower: nn.Module, pixels: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, Nv, D) of the last layer, as LLaVA reads it (vision_feature_layer -1)."""
+    states: Tensor = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+    return states
+
+
+@torch.no_grad()
+def encode(tower: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """(N, 3, H, W) uint8 -> (N, Nv, D) features, on `device`: computed once, since the tower no longer changes."""
+    return torch.cat([features(tower, normalised(chunk.to(device))) for chunk in images.split(ENCODE_BATCH)])
+
+
+def cell_words(captions: list[list[int]], visual_tokens: int) -> Tensor:
+    """(N, Nv, k) token ids: the words of each caption dealt out to the visual tokens, in reading order.
+
+    Raises DataError if captions are not of one length, k words for each visual token.
+    """
+    lengths = {len(caption) for caption in captions}
+    if len(lengths) != 1 or (length := lengths.pop()) == 0 or length % visual_tokens:
+        raise DataError(
+            f"captions must all have the same number of words for each of the {visual_tokens} visual tokens; "
+            f"found captions of {', '.join(str(n) for n in sorted({len(c) for c in captions})[:5])} words. "
+            "The embedded family reads captions of `source: digits` with tower.patch_px = digits.cell_px"
+        )
+    return torch.tensor(captions).view(len(captions), visual_tokens, -1)
+
+
+def train_tower(
+    tower: SiglipVisionModel, images: Tensor, words: Tensor, training: TowerTraining, generator: torch.Generator, log: Log
+) -> float:
+    """Train in place to predict `words` (N, Nv, k) from `images` (N, 3, H, W) uint8; returns the share of words read, with
+    all words of a slot counting equally often (an empty cell is not worth eight times a digit).
+    """
+    device = next(tower.parameters()).device
+    slots = [words[..., slot].unique(return_inverse=True) for slot in range(words.shape[-1])]
+    balance = [1 / labels.flatten().bincount().to(device) for _, labels in slots]
+    heads = nn.ModuleList(nn.Linear(tower.config.hidden_size, len(classes)) for classes, _ in slots).to(device)
+    batches = epochs(len(images), training.batch_size, generator)
+    read: list[float] = []
+
+    def loss_at(step: int) -> Tensor:
+        index = torch.tensor(next(batches))
+        pixels = normalised(images[index])
+        pixels += 2 * training.noise * torch.randn(pixels.shape, generator=generator)
+        seen = features(tower, pixels.to(device)).flatten(0, 1)
+        losses = []
+        for head, weight, (_, labels) in zip(heads, balance, slots, strict=True):
+            target = labels[index].flatten().to(device)
+            logits = head(seen)
+            losses.append(F.cross_entropy(logits, target, weight=weight, label_smoothing=training.label_smoothing))
+            if step > training.steps * 0.95:
+                hit = (logits.argmax(-1) == target).float()
+                read.append(float((hit * weight[target]).sum() / weight[target].sum()))
+        return torch.stack(losses).mean()
+
+    tower.train()
+    fit([*tower.parameters(), *heads.parameters()], loss_at, training, "vision tower", log)
+    tower.eval().requires_grad_(False)
+    return sum(read) / len(read)

@@ -1,0 +1,59 @@
+"""What `make repro` would run, why, and for how long: DVC's status, and its consequences down the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from components import recipes
+from components.tracking import last_seconds
+from flows import dvc
+
+
+@dataclass(frozen=True)
+class Step:
+    stage: str
+    reasons: list[str]  # why it would run; empty: it is up to date
+    seconds: float | None  # None: it never ran here, and the recipe does not say
+
+
+def plan() -> tuple[list[Step], str]:
+    """One step per stage, in DVC's order, and where the times come from."""
+    recipe, differing = recipes.nearest()
+    expected = recipes.about(recipe).seconds if recipe else {}
+    steps = foresee(dvc.graph(), dvc.status())
+    timed = [Step(step.stage, step.reasons, _seconds(step.stage, recipe, expected)) for step in steps]
+    same = "is" if not differing else f"in {differing} value(s) differs from"
+    return timed, f"from the last runs here, else what the recipe expects (params/ {same} {recipe})"
+
+
+def foresee(graph: dict[str, list[str]], status: dict[str, Any]) -> list[Step]:
+    """Stages that DVC calls changed, and all that depend on them (DVC passes over those whose inputs come out the same)."""
+    steps: dict[str, Step] = {}
+    for stage, needs in graph.items():
+        reasons = _reasons(status.get(stage, []))
+        reasons += [f"after {before}" for before in needs if steps[before].reasons]
+        steps[stage] = Step(stage, reasons, None)
+    return list(steps.values())
+
+
+def _reasons(changes: list[Any]) -> list[str]:
+    """`[{"changed deps": {"a.py": "modified"}}, "changed command"]` as ["a.py modified", "changed command"]."""
+    reasons = []
+    for change in changes:
+        kinds = {change: {}} if isinstance(change, str) else change
+        for kind, paths in kinds.items():
+            if "new" in paths.values():  # params that DVC has no record of
+                return ["has not run yet"]
+            reasons += [] if paths else [kind]
+            for path, how in paths.items():
+                reasons += [f"{path}:{key} {what}" for key, what in how.items()] if isinstance(how, dict) else [f"{path} {how}"]
+    return reasons
+
+
+def _seconds(stage: str, recipe: str | None, expected: dict[str, float]) -> float | None:
+    """The last run here, if it was of this recipe; else what the recipe says; else the last run of any."""
+    last = last_seconds(stage)
+    if last and last[1] == recipe:
+        return last[0]
+    return expected.get(stage.partition("@")[0], last[0] if last else None)

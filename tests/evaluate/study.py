@@ -1,0 +1,171 @@
+"""What the stages before `compare` leave behind, made up: six arms and a teacher on questions about small pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from components import artifacts
+from components.artifacts import Candidate, Cost, LayerChoice, Manifest, Prediction, TeacherReport
+from components.evaluate.metrics import score
+from components.figures import draw
+from components.irs.overlays import Gaze, curve, overlay
+from components.shards import ImageRow, Turn, write_split
+
+ARMS = {"sft": 0.62, "kd": 0.635, "kd_uniform": 0.70, "kd_iva": 0.715, "kd_tpa": 0.65, "align_ti": 0.72}  # share answered right
+TEACHER = 0.88
+KINDS = {
+    "digit_at": ("What digit is at b2?", "seven"),
+    "colour_at": ("What colour is the digit at c1?", "red"),
+    "count": ("How many digits are there?", "five"),
+    "count_colour": ("How many red digits are there?", "two"),
+    "is_there": ("Is there a green three?", "yes"),
+    "largest": ("What is the largest digit?", "nine"),
+    "where": ("Where is the four?", "a3"),
+    "list": ("List all blue digits.", "one, four"),
+    "sum": ("What is the sum of the digits in row 1?", "11"),
+}
+TERMS = {"sft": 0.9, "kd": 0.4, "iva": 0.2, "tpa": 0.7}
+
+
+def write_study(
+    root: Path, images: int = 60, per_image: int = 4, arms: dict[str, float] = ARMS, teacher: float = TEACHER, seed: int = 0
+) -> None:
+    """Everything that `compare` reads, under `root`."""
+    rng = np.random.default_rng(seed)
+    rows = [_row(index, per_image, rng) for index in range(images)]
+    dataset = root / artifacts.DATASET
+    split = write_split(dataset / "test", rows, images_per_shard=50)
+    Manifest(
+        source="tests", rows_in=split.samples, rows_out=split.samples, quarantined=0, splits={"test": split}, digest="0" * 64
+    ).write(dataset / "manifest.json")
+    artifacts.write_bytes(dataset / "contact_sheet.png", _sheet(rows))
+    difficulty = rng.normal(0, 0.12, images)
+    for arm, rate in {artifacts.TEACHER_ARM: teacher, **arms}.items():
+        write_scores(root, arm, [p for row, d in zip(rows, difficulty, strict=True) for p in _answers(row, rate - d, arm, rng)])
+    for index, arm in enumerate(arms):
+        folder = root / artifacts.STUDENTS / arm
+        Cost(train_seconds=61.2 + 34 * index, peak_memory_mib=880 + 41 * index, device="cpu", steps=1200).write(
+            folder / "cost.json"
+        )
+        artifacts.write_text(folder / "losses.jsonl", artifacts.jsonl(_losses(arm, rng)))
+    _teacher(root)
+    _layers(root, rows[0])
+
+
+def write_scores(root: Path, arm: str, predictions: list[Prediction]) -> None:
+    folder = root / artifacts.SCORES / arm
+    score(arm, predictions).write(folder / "scores.json")
+    artifacts.write_text(folder / "predictions.jsonl", artifacts.jsonl(predictions))
+
+
+def _row(index: int, per_image: int, rng: np.random.Generator) -> ImageRow:
+    picture = Image.fromarray(rng.integers(0, 30, (64, 64, 3), dtype=np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for cell in rng.permutation(16)[:6]:
+        x, y = 16 * (int(cell) % 4), 16 * (int(cell) // 4)
+        pen.text((x + 5, y + 2), str(rng.integers(10)), fill=["#f44", "#4d4", "#59f", "#fd3"][rng.integers(4)])
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    kinds = [list(KINDS)[(index * per_image + turn) % len(KINDS)] for turn in range(per_image)]
+    samples = []
+    for turn, kind in enumerate(kinds):
+        question, reference = KINDS[kind]
+        reference = ("yes", "no")[index % 2] if reference == "yes" else reference
+        samples.append((f"image-{index}-{turn}", kind, (Turn(f"<image>\n{question}", reference),)))
+    return ImageRow(f"image-{index}", file.getvalue(), tuple(samples))
+
+
+def _answers(row: ImageRow, rate: float, arm: str, rng: np.random.Generator) -> list[Prediction]:
+    found = []
+    for id_, kind, turns in row.samples:
+        reference = turns[0].answer
+        hard = 0.15 if kind in ("where", "count_colour") else -0.03
+        shared = np.random.default_rng(zlib.crc32(id_.encode())).random()  # arms err on the same questions, mostly
+        right = 0.75 * shared + 0.25 * rng.random() < rate - hard
+        wrong = {"yes": "no", "no": "yes"}.get(reference, "six" if reference != "six" else "two")
+        found.append(
+            Prediction(
+                id=id_,
+                image_id=row.image_id,
+                kind=kind,
+                question=turns[0].question,
+                reference=reference,
+                answer=reference if right else wrong,
+                correct=bool(right),
+            )
+        )
+    return found
+
+
+def _losses(arm: str, rng: np.random.Generator) -> list[dict[str, float]]:
+    terms = ["sft"] + [term for term in ("kd", "iva", "tpa") if term in arm or (term == "iva" and "uniform" in arm)]
+    terms = list(TERMS) if arm == "align_ti" else terms
+    rows = []
+    for step in range(20, 1201, 20):
+        fall = {t: TERMS[t] * (0.15 + 2.2 * np.exp(-step / 300)) * rng.lognormal(0, 0.05) if t in terms else 0.0 for t in TERMS}
+        rows.append({"step": step, **fall, "total": sum(fall.values()), "lr": 0.002})
+    return rows
+
+
+def _teacher(root: Path) -> None:
+    candidates = [
+        Candidate(
+            name=name,
+            exact_match=exact,
+            per_kind=dict.fromkeys(KINDS, exact),
+            nats_per_token=0.2,
+            irs=0.3,
+            irs_layer=2,
+            parameters=size,
+            seconds_per_1000=4.2,
+            memory_mib=310.0,
+            refused=[],
+        )
+        for name, exact, size in (("small", 0.79, 512_345), ("base", 0.88, 1_204_880))
+    ]
+    reason = "base answers 88.0% of 400 validation questions right, more than small; it is within all limits."
+    TeacherReport(chosen="base", reason=reason, candidates=candidates).write(root / "reports/teacher/candidates.json")
+    artifacts.write_bytes(root / "reports/teacher/quality_cost.png", draw(curve, layer_choice()))
+
+
+def layer_choice() -> LayerChoice:
+    return LayerChoice(
+        layer=2,
+        irs=[0.012, 0.251, 0.284, 0.243],
+        standard_error=[0.002, 0.011, 0.012, 0.013],
+        separated=True,
+        runner_up=1,
+        images=200,
+        pairs=1200,
+    )
+
+
+def _layers(root: Path, row: ImageRow) -> None:
+    choice = layer_choice()
+    choice.write(root / artifacts.IRS / "layer.json")
+    folder = root / artifacts.REPORTS / "irs"
+    artifacts.write_bytes(folder / "curve.png", draw(curve, choice))
+    artifacts.write_text(folder / "curve.json", json.dumps([{"layer": i, "irs": irs} for i, irs in enumerate(choice.irs)]))
+    rng = np.random.default_rng(1)
+    gazes = [Gaze(q, a, rng.dirichlet(np.full(64, 0.15)).astype(np.float32)) for q, a in list(KINDS.values())[:2]]
+    assert row.image is not None
+    image = np.asarray(Image.open(io.BytesIO(row.image)))
+    for index in (1, 2):
+        artifacts.write_bytes(folder / f"overlay_{index}.png", draw(overlay, image, gazes, choice.layer))
+
+
+def _sheet(rows: list[ImageRow]) -> bytes:
+    sheet = Image.new("RGB", (640, 260), "white")
+    for index, row in enumerate(rows[:8]):
+        assert row.image is not None
+        tile = Image.open(io.BytesIO(row.image)).resize((120, 120), Image.Resampling.NEAREST)
+        sheet.paste(tile, (20 + 150 * (index % 4), 5 + 128 * (index // 4)))
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()

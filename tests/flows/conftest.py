@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows import dvc
+
+ROOT = Path(__file__).parents[2]
+
+PIPELINE = """
+stages:
+  first:
+    cmd: python stage.py first raw.txt
+    deps: [raw.txt]
+    outs: [out/first]
+  cell:
+    foreach: [a, b]
+    do:
+      cmd: python stage.py cell-${item} out/first
+      deps: [out/first, "${item}.txt"]
+      outs: ["out/cell-${item}"]
+  last:
+    cmd: python stage.py last out/cell-a out/cell-b
+    deps: [out/cell-a, out/cell-b]
+    outs: [out/last]
+"""
+
+# Notes that it ran, fails as `fail-NAME` says (a list of exit codes, one a try), else writes what it read.
+STAGE = """
+import os, sys
+from pathlib import Path
+name, *inputs = sys.argv[1:]
+with open("ran.log", "a") as log:
+    log.write(f"{name} {os.environ.get('ALIGNTI_PARENT_RUN_ID', '')}\\n")
+fail = Path(f"fail-{name}")
+if fail.exists() and (codes := fail.read_text().split()):
+    fail.write_text(" ".join(codes[1:]))
+    sys.exit(int(codes[0]))
+Path("out").mkdir(exist_ok=True)
+Path("out", name).write_text(name + "".join(Path(i).read_text() for i in inputs))
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DVC project of four stages that take no time, as the current directory."""
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    (tmp_path / "dvc.yaml").write_text(PIPELINE)
+    (tmp_path / "stage.py").write_text(STAGE)
+    for name in ("raw", "a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([*dvc.DVC, "init", "--quiet", "--no-scm"], check=True)
+    return tmp_path
+
+
+def ran(project: Path) -> list[str]:
+    """Names of the stages that ran, in order, and forget them."""
+    log = project / "ran.log"
+    names = [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+    log.unlink(missing_ok=True)
+    return names
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from components.errors import InputError
+from flows import dvc
+from tests.flows.conftest import ran
+
+
+def test_graph_is_in_running_order_with_what_each_stage_needs(project: Path) -> None:
+    graph = dvc.graph()
+    assert graph == {"first": [], "cell@a": ["first"], "cell@b": ["first"], "last": ["cell@a", "cell@b"]}
+    seen: set[str] = set()
+    for stage, needs in graph.items():
+        assert set(needs) <= seen
+        seen.add(stage)
+
+
+def test_a_stage_is_run_once_then_unchanged_then_restored(project: Path) -> None:
+    assert dvc.reproduce("first") == "ran"
+    assert dvc.reproduce("first") == "unchanged"
+    before = (project / "raw.txt").read_text()
+    (project / "raw.txt").write_text("other")
+    assert dvc.reproduce("first") == "ran"
+    (project / "raw.txt").write_text(before)
+    assert dvc.reproduce("first") == "restored"
+    assert ran(project) == ["first", "first"]
+    assert set(dvc.status()) == {"cell@a", "cell@b", "last"}
+    assert dvc.reproduce_all() == "ran"
+    assert dvc.reproduce_all() == "unchanged"
+    assert dvc.status() == {}
+
+
+@pytest.mark.parametrize("code", [2, 75, 143])
+def test_a_failed_stage_raises_with_its_own_exit_code(project: Path, code: int) -> None:
+    (project / "fail-first").write_text(str(code))
+    with pytest.raises(dvc.StageFailed, match="stage first failed") as failure:
+        dvc.reproduce("first")
+    assert failure.value.exit_code == code
+
+
+def test_a_name_that_looks_like_an_option_never_reaches_dvc(project: Path) -> None:
+    with pytest.raises(InputError, match="no name of a stage"):
+        dvc.reproduce("--force")
+
+
+def test_a_pipeline_that_dvc_cannot_read_is_an_input_error(project: Path) -> None:
+    (project / "dvc.yaml").write_text("stages: {first: {cmd: [}}")
+    with pytest.raises(InputError):
+        dvc.graph()
+
+
+def test_a_result_survives_a_lock_that_is_held_while_the_stage_ends(project: Path) -> None:
+    # DVC alone waits 3 s for its lock, then leaves the finished stage unrecorded.
+    (project / "stage.py").write_text("import time; time.sleep(2)\n" + (project / "stage.py").read_text())
+    held = "import time; from dvc.repo import Repo; lock = Repo().lock; lock.lock(); print(1, flush=True); time.sleep(5)"
+    stage = subprocess.Popen([*dvc.DVC, "--wait-for-lock", "repro", "-s", "first"], stdout=subprocess.PIPE, env=dvc._environment())
+    assert stage.stdout is not None
+    assert b"Running stage 'first'" in stage.stdout.readline()
+    holder = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE)
+    began = time.monotonic()
+    stage.communicate(timeout=60)
+    holder.wait()
+    assert stage.returncode == 0
+    assert time.monotonic() - began > 3
+    assert "first" not in dvc.status()
