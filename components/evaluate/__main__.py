@@ -33,7 +33,7 @@ def main() -> None:
     varying = {"split": asked.split, "samples": len(rows), "max_new_tokens": asked.max_new_tokens}
     with tracking.stage_run("evaluate", cell=arm, runtime=settings.runtime, params=varying) as run:
         run.dataset(str(DATASET), samples.manifest.digest)
-        loaded = load(model_of(arm), prepare_torch(settings.runtime, asked.seed))
+        loaded = load(model_of(arm), prepare_torch(settings.runtime, seed=0))
         template = Template(settings.models.template.system)
         answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm)
         predicted = metrics.predictions((samples[row] for row in rows), answers)

@@ -50,7 +50,7 @@ def main() -> None:
         folder = REPORTS / "teacher"
         found.write(folder / "candidates.json")
         write_text(folder / "table.md", report.table(found, settings.teacher, len(rows)))
-        write_bytes(folder / "quality_cost.png", draw(report.quality_cost, found, settings.teacher))
+        write_bytes(folder / "quality_cost.png", draw(report.quality_cost, found, settings.teacher, len(rows)))
         TeacherChoice(name=name, path=records[name].path, sha256=records[name].sha256).write(TEACHER / "choice.json")
         run.tag("teacher", name)
         for file in ("candidates.json", "table.md", "quality_cost.png"):

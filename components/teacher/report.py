@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from components.artifacts import Candidate, TeacherReport
 from components.figures import Theme
@@ -47,39 +49,49 @@ def _grid(report: TeacherReport, corner: str, rows: dict[str, Callable[[Candidat
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def quality_cost(report: TeacherReport, limits: TeacherSettings, theme: Theme) -> Figure:
-    """Exact match against parameters and against time; the chosen candidate ringed, limits as lines, refused ones hollow."""
-    figure = Figure(figsize=(7.6, 3.4))
+def quality_cost(report: TeacherReport, limits: TeacherSettings, samples: int, theme: Theme) -> Figure:
+    """Exact match against parameters and against time, with 95% Wilson intervals over `samples`; the chosen candidate in
+    colour, refused ones hollow, limits as dashed lines."""
+    figure = Figure(figsize=(7.6, 3.6))
     left, right = figure.subplots(1, 2, sharey=True)
-    _panel(
-        left,
-        report,
-        theme,
-        lambda c: c.parameters / 1e6,
-        "parameters, millions",
-        limits.max_parameters and limits.max_parameters / 1e6,
-    )
-    _panel(right, report, theme, lambda c: c.seconds_per_1000, "seconds per 1,000 samples", limits.max_seconds_per_1000)
-    for axes in (left, right):
-        axes.axhline(100 * limits.min_exact_match, color=theme.muted, linestyle="--", linewidth=1)
+    _panel(left, report, samples, theme, lambda c: c.parameters / 1e6)
+    _panel(right, report, samples, theme, lambda c: c.seconds_per_1000)
+    left.set_xlabel("parameters, millions")
+    right.set_xlabel("seconds per 1,000 samples")
     left.set_ylabel("exact match, %")
+    small: dict[str, Any] = {"color": theme.muted, "fontsize": 8, "va": "bottom", "ha": "right", "clip_on": True}
+    dashed: dict[str, Any] = {"color": theme.muted, "linestyle": "--", "linewidth": 1}
+    for axes in (left, right):
+        axes.axhline(100 * limits.min_exact_match, **dashed)
+        axes.text(1, 100 * limits.min_exact_match, "min_exact_match", transform=axes.get_yaxis_transform(), **small)
+    most_of = {"max_parameters": limits.max_parameters, "max_seconds_per_1000": limits.max_seconds_per_1000}
+    for axes, (name, most), unit in zip((left, right), most_of.items(), (1e6, 1), strict=True):
+        if most is not None:
+            axes.axvline(most / unit, **dashed)
+            axes.text(most / unit, 0.02, name, rotation=90, transform=axes.get_xaxis_transform(), **small)
+    left.margins(y=0.15)
     figure.suptitle(f"Teacher candidates: {report.chosen} is chosen", x=0.01, ha="left", fontweight="bold", fontsize=10.5)
     return figure
 
 
-def _panel(
-    axes: Axes, report: TeacherReport, theme: Theme, cost: Callable[[Candidate], float], label: str, limit: float | None
-) -> None:
-    for c in report.candidates:
-        chosen = c.name == report.chosen
+def _panel(axes: Axes, report: TeacherReport, samples: int, theme: Theme, cost: Callable[[Candidate], float]) -> None:
+    for place, c in enumerate(sorted(report.candidates, key=cost)):
+        chosen, above = c.name == report.chosen, place % 2 == 0
         colour = theme.accent if chosen else theme.muted
-        x, y = cost(c), 100 * c.exact_match
-        axes.plot(x, y, "o", color=colour, markerfacecolor=theme.paper if c.refused else colour, markersize=9 if chosen else 7)
-        words = c.name + (" (chosen)" if chosen else " (refused)" if c.refused else "")
-        axes.annotate(words, (x, y), (0, 9), textcoords="offset points", ha="center", color=colour, fontsize=9)
-    if limit is not None:
-        axes.axvline(limit, color=theme.muted, linestyle="--", linewidth=1)
-    axes.set_xlabel(label)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.3, y=0.2)
+        found = binomtest(round(c.exact_match * samples), samples).proportion_ci(0.95, method="wilson")
+        low, high = 100 * found.low, 100 * found.high
+        axes.plot([cost(c)] * 2, [low, high], color=colour, linewidth=1.6)
+        fill = theme.paper if c.refused else colour
+        axes.plot(cost(c), 100 * c.exact_match, "o", color=colour, markerfacecolor=fill, markersize=9 if chosen else 7)
+        axes.annotate(  # above and below in turn: neighbours are often near
+            c.name + (" (chosen)" if chosen else " (refused)" if c.refused else ""),
+            (cost(c), high if above else low),
+            (0, 4 if above else -4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            color=colour,
+            fontsize=9,
+        )
+    axes.set_xlim(0, 1.25 * max(cost(c) for c in report.candidates))
     axes.grid()

@@ -34,13 +34,6 @@ def test_the_better_candidate_is_chosen_and_everything_is_written(
     assert printed.count("\n") == 1 and report.reason in printed and "artifacts/teacher/choice.json" in printed
 
 
-def test_the_choice_is_the_same_bytes_every_time(workplace: Path, tracked: Tracked) -> None:
-    main()
-    first = (TEACHER / "choice.json").read_bytes()
-    main()
-    assert (TEACHER / "choice.json").read_bytes() == first
-
-
 def test_no_candidate_within_the_limits_is_a_refusal_that_writes_no_choice(workplace: Path, tracked: Tracked) -> None:
     shutil.rmtree(TEACHER)
     settings = Path("params/teacher.yaml")

@@ -66,7 +66,7 @@ def test_the_table_holds_every_figure_and_the_reason(report: TeacherReport, limi
 
 
 def test_the_plot_names_every_candidate_and_marks_the_chosen_one(report: TeacherReport, limits: TeacherSettings) -> None:
-    figure: Figure = quality_cost(report, limits, LIGHT)
+    figure: Figure = quality_cost(report, limits, 400, LIGHT)
     assert [axes.get_xlabel() for axes in figure.axes] == ["parameters, millions", "seconds per 1,000 samples"]
     for axes in figure.axes:
         words = [text.get_text() for text in axes.texts]
@@ -78,6 +78,6 @@ def test_the_plot_names_every_candidate_and_marks_the_chosen_one(report: Teacher
 
 
 def test_the_plot_is_the_same_bytes_every_time_and_a_picture(report: TeacherReport, limits: TeacherSettings) -> None:
-    content = draw(quality_cost, report, limits)
-    assert content == draw(quality_cost, report, limits) != draw(quality_cost, report, limits, theme=DARK)
+    content = draw(quality_cost, report, limits, 400)
+    assert content == draw(quality_cost, report, limits, 400) != draw(quality_cost, report, limits, 400, theme=DARK)
     assert Image.open(io.BytesIO(content)).width > 800
