@@ -1,0 +1,240 @@
+"""The comparison's figures and words, and what it refuses to compare."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from components import artifacts
+from components.artifacts import Comparison, Cost, Prediction, Scores
+from components.errors import DataError
+from components.evaluate.compare import compare, headline
+from components.evaluate.outcomes import Outcomes, read
+from components.settings import EvaluateSettings
+from tests.evaluate.study import ARMS, write_scores, write_study
+
+SETTINGS = EvaluateSettings(
+    split="test",
+    batch_size=1,
+    max_new_tokens=1,
+    bootstrap_resamples=1000,
+    confidence=0.95,
+    seed=1,
+    baselines=["sft", "kd"],
+    examples=4,
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    write_study(root, images=120)
+    return root
+
+
+@pytest.fixture
+def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The made-up study as the working directory. Tests that spoil a file put it back."""
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def outcomes(study: Path) -> Outcomes:
+    return read(ARMS)
+
+
+@pytest.fixture
+def comparison(outcomes: Outcomes) -> Comparison:
+    return compare(outcomes, SETTINGS)
+
+
+def predictions(arm: str) -> list[Prediction]:
+    lines = (artifacts.SCORES / arm / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Prediction.model_validate_json(line) for line in lines]
+
+
+def test_scores_are_those_of_the_evaluation(comparison: Comparison) -> None:
+    assert list(comparison.arms) == list(ARMS)
+    for arm, result in [("teacher", comparison.teacher), *comparison.arms.items()]:
+        scores = Scores.read(artifacts.SCORES / arm / "scores.json")
+        assert result.exact_match == pytest.approx(scores.exact_match)
+        assert result.per_kind == pytest.approx(scores.per_kind)
+        assert result.average == pytest.approx(sum(scores.per_kind.values()) / len(scores.per_kind))
+        assert result.yes_no == scores.yes_no
+        for value, (low, high) in [(result.exact_match, result.ci95), (result.average, result.average_ci95)]:
+            assert low < value < high
+
+
+def test_json_holds_what_others_read(comparison: Comparison, tmp_path: Path) -> None:
+    held = json.loads(comparison.write(tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert held["teacher"]["exact_match"] == comparison.teacher.exact_match
+    for arm in ARMS:
+        cost = Cost.read(artifacts.STUDENTS / arm / "cost.json")
+        assert held["arms"][arm]["train_seconds"] == cost.train_seconds
+        assert held["arms"][arm]["peak_memory_mib"] == cost.peak_memory_mib
+        low, high = held["arms"][arm]["ci95"]
+        assert low < held["arms"][arm]["exact_match"] < high
+    assert held["n"] == 480
+    assert held["images"] == 120
+    assert Comparison.read(tmp_path / "compare.json") == comparison
+
+
+def test_order_and_pairs_go_from_the_best_down(comparison: Comparison) -> None:
+    scores = [comparison.arms[arm].exact_match for arm in comparison.order]
+    assert scores == sorted(scores, reverse=True)
+    assert len(comparison.pairs) == 15
+    for pair in comparison.pairs:
+        assert comparison.order.index(pair.arm) < comparison.order.index(pair.against)
+        expected = comparison.arms[pair.arm].exact_match - comparison.arms[pair.against].exact_match
+        assert pair.difference == pytest.approx(expected)
+        assert pair.ci95[0] <= pair.difference <= pair.ci95[1]
+        assert pair.p_value <= pair.p_holm
+
+
+def test_gains_are_over_each_baseline_whichever_is_better(comparison: Comparison) -> None:
+    for arm, result in comparison.arms.items():
+        assert list(result.gains) == [base for base in SETTINGS.baselines if base != arm]
+        for base, gain in result.gains.items():
+            assert (gain.arm, gain.against) == (arm, base)
+            assert gain.difference == pytest.approx(result.exact_match - comparison.arms[base].exact_match)
+    forth, back = comparison.arms["kd"].gains["sft"], comparison.arms["sft"].gains["kd"]
+    assert back.difference == -forth.difference
+    assert back.ci95 == (-forth.ci95[1], -forth.ci95[0])
+    assert (back.p_value, back.larger_than_noise) == (forth.p_value, forth.larger_than_noise)
+
+
+def test_paired_interval_is_narrower_than_two_apart(comparison: Comparison) -> None:
+    gain = comparison.arms["align_ti"].gains["sft"]
+    apart = sum((high - low) ** 2 for low, high in (comparison.arms[a].ci95 for a in ("align_ti", "sft"))) ** 0.5
+    assert gain.ci95[1] - gain.ci95[0] < 0.85 * apart
+
+
+def test_questions_about_one_image_count_as_one_draw(outcomes: Outcomes) -> None:
+    """An arm that is right or wrong on whole images has the interval of 120 images, not that of 480 questions."""
+    image_of = {p.image_id: index for index, p in enumerate(outcomes.predictions["sft"][::4])}
+    whole = [p.model_copy(update={"correct": image_of[p.image_id] % 2 == 0}) for p in outcomes.predictions["sft"]]
+    comparison = compare(replace(outcomes, predictions={**outcomes.predictions, "sft": whole}), SETTINGS)
+    low, high = comparison.arms["sft"].ci95
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 120) ** 0.5, rel=0.1)
+
+
+def test_share_of_the_teacher(comparison: Comparison) -> None:
+    for result in comparison.arms.values():
+        assert result.share_of_teacher == pytest.approx(result.exact_match / comparison.teacher.exact_match)
+        assert result.share_ci95 is not None
+        assert result.share_ci95[0] < result.share_of_teacher < result.share_ci95[1]
+
+
+def test_a_teacher_that_is_never_right_has_no_share_to_keep(outcomes: Outcomes) -> None:
+    wrong = [p.model_copy(update={"correct": False}) for p in outcomes.predictions["teacher"]]
+    comparison = compare(replace(outcomes, predictions={**outcomes.predictions, "teacher": wrong}), SETTINGS)
+    assert {arm.share_of_teacher for arm in comparison.arms.values()} == {None}
+    assert comparison.teacher.ci95 == (0, 0)
+    assert Comparison.model_validate_json(comparison.model_dump_json()) == comparison
+
+
+def test_equal_arms_differ_by_exactly_nothing_and_nothing_is_claimed(outcomes: Outcomes) -> None:
+    same = {arm: outcomes.predictions["sft"] if arm != "teacher" else answers for arm, answers in outcomes.predictions.items()}
+    comparison = compare(replace(outcomes, predictions=same), SETTINGS)
+    for pair in comparison.pairs:
+        assert (pair.difference, pair.ci95, pair.p_value, pair.p_holm) == (0, (0, 0), 1, 1)
+    assert comparison.order == list(ARMS), "equal scores stay in the study's order"
+    assert "Over none of the others is its lead larger than the noise" in comparison.headline
+
+
+def test_headline_claims_exactly_what_the_intervals_say(comparison: Comparison) -> None:
+    best = comparison.order[0]
+    for beyond in ([], comparison.order[1:3], comparison.order[1:]):
+        pairs = [
+            p.model_copy(update={"ci95": (0.01, 0.02) if p.against in beyond else (-0.01, 0.02)}) if p.arm == best else p
+            for p in comparison.pairs
+        ]
+        words = headline(comparison.model_copy(update={"pairs": pairs}))
+        if len(beyond) == 2:
+            claimed, not_claimed = re.findall(r"over (.*?)(?: is larger| it is not)", words)
+            assert claimed == " and ".join(beyond)
+            third, fourth, fifth = comparison.order[3:]
+            assert not_claimed == f"{third}, {fourth} and {fifth}"
+        else:
+            assert ("over every other arm is larger" if beyond else "none of the others") in words
+
+
+def test_standing_gives_every_arm_its_interval_and_says_one_run(comparison: Comparison) -> None:
+    found = re.findall(r"(\w+) ([\d.]+)% \(([\d.]+) to ([\d.]+)\)", comparison.standing)
+    assert [name for name, *_ in found] == [*comparison.order, "has"]
+    for (_, *numbers), result in zip(found, [*(comparison.arms[a] for a in comparison.order), comparison.teacher], strict=True):
+        assert [float(n) for n in numbers] == [round(100 * v, 1) for v in (result.exact_match, *result.ci95)]
+    assert "one training run per arm" in comparison.standing
+
+
+def test_a_single_arm_is_compared_with_the_teacher_alone(study: Path) -> None:
+    comparison = compare(read(["sft"]), SETTINGS.model_copy(update={"baselines": ["sft"]}))
+    assert comparison.pairs == []
+    assert comparison.arms["sft"].gains == {}
+    assert comparison.headline.startswith("sft answers")
+
+
+def test_the_order_of_lines_does_not_matter(outcomes: Outcomes, comparison: Comparison) -> None:
+    write_scores(Path(), "kd", outcomes.predictions["kd"][::-1])
+    try:
+        assert compare(read(ARMS), SETTINGS) == comparison
+    finally:
+        write_scores(Path(), "kd", outcomes.predictions["kd"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda found: found[1:], "kd and the teacher were scored on different samples .1 differ, first 'image-0-0'"),
+        (lambda found: [*found[:-1], found[-1].model_copy(update={"id": "other"})], "different samples .2 differ"),
+        (lambda found: [found[0].model_copy(update={"reference": "other"}), *found[1:]], "different samples .1 differ"),
+        (lambda found: [*found, found[0]], "'image-0-0' is scored more than once"),
+    ],
+)
+def test_arms_scored_on_different_samples_are_refused(study: Path, spoil, message: str) -> None:
+    kept = predictions("kd")
+    write_scores(Path(), "kd", spoil(kept))
+    try:
+        with pytest.raises(DataError, match=message):
+            read(ARMS)
+    finally:
+        write_scores(Path(), "kd", kept)
+
+
+def test_scores_that_contradict_the_predictions_are_refused(study: Path) -> None:
+    path = artifacts.SCORES / "sft" / "scores.json"
+    kept = Scores.read(path)
+    kept.model_copy(update={"exact_match": kept.exact_match + 0.01}).write(path)
+    try:
+        with pytest.raises(DataError, match=r"scores/sft: scores.json says .* predictions.jsonl .* --arm sft"):
+            read(ARMS)
+    finally:
+        kept.write(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("artifacts/scores/kd_tpa/predictions.jsonl", None, "kd_tpa/predictions.jsonl is missing; `dvc repro`"),
+        ("artifacts/scores/kd_tpa/predictions.jsonl", '{"id": 1}\n', "holds a line that is no prediction"),
+        ("artifacts/students/kd_tpa/losses.jsonl", None, "kd_tpa/losses.jsonl is missing"),
+        ("artifacts/students/kd_tpa/losses.jsonl", "{\n", "holds a line that is no JSON"),
+        ("artifacts/students/kd_tpa/cost.json", None, "kd_tpa/cost.json is missing"),
+    ],
+)
+def test_missing_and_broken_files_are_named(study: Path, path: str, content: str | None, message: str) -> None:
+    kept = Path(path).read_text(encoding="utf-8")
+    try:
+        if content is None:
+            Path(path).unlink()
+        else:
+            Path(path).write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            read(ARMS)
+    finally:
+        Path(path).write_text(kept, encoding="utf-8")

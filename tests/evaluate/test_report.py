@@ -1,0 +1,260 @@
+"""The stage from end to end: one page that needs nothing beside it, a Markdown table, plots."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from components import artifacts
+from components.artifacts import Comparison, LayerChoice
+from components.errors import DataError
+from components.evaluate import compare as stage
+from components.evaluate import plots
+from components.evaluate.outcomes import Outcomes, read
+from components.evaluate.report import Picture, data_uri, disagreements, html, markdown, table, thumbnail
+from components.figures import LIGHT, draw
+from components.settings import Settings, load_settings
+from tests.evaluate.study import write_study
+
+
+@dataclass(frozen=True)
+class Finished:
+    root: Path
+    said: str
+    settings: Settings
+    comparison: Comparison
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The stage run on a made-up study with the arms that params/study.yaml names."""
+    root = tmp_path_factory.mktemp("study")
+    shutil.copytree(Path(__file__).parents[2] / "params", root / "params")
+    settings = load_settings(root)
+    write_study(root, images=40, arms={arm: 0.6 + 0.03 * i for i, arm in enumerate(settings.study.arms)})
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(root)
+        patch.setenv("ALIGNTI_TRACKING_URI", "journal")
+        stage.main()
+    return Finished(root, said.getvalue(), settings, Comparison.read(root / "reports/compare.json"))
+
+
+@pytest.fixture
+def outcomes(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> Outcomes:
+    monkeypatch.chdir(finished.root)
+    return read(finished.settings.study.arms)
+
+
+def rendered(finished: Finished, outcomes: Outcomes) -> str:
+    """The page with one pixel for each plot."""
+    dot = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(dot, "PNG")
+    picture = Picture(data_uri(dot.getvalue()), data_uri(dot.getvalue()), 1)
+    names = ("scores", "gains", "kinds", "quality_cost", "losses", "irs")
+    layer = LayerChoice.read(artifacts.IRS / "layer.json")
+    return html(finished.comparison, outcomes, finished.settings.evaluate, layer, dict.fromkeys(names, picture))
+
+
+@dataclass
+class Page(HTMLParser):
+    """Tags, the addresses they fetch, and the text."""
+
+    tags: list[str] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    ids: set[str] = field(default_factory=set)
+    words: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        given = {name: value or "" for name, value in attrs}
+        self.fetched += [given[name] for name in ("src", "srcset", "data", "poster", "action") if name in given]
+        self.links += [given["href"]] if "href" in given else []
+        self.ids |= {given["id"]} if "id" in given else set()
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page(text: str) -> Page:
+    parsed = Page()
+    parsed.feed(text)
+    return parsed
+
+
+def test_the_page_fetches_nothing(finished: Finished) -> None:
+    text = (finished.root / "reports/report.html").read_text(encoding="utf-8")
+    found = page(text)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(found.tags)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "http://" not in text
+    assert "https://" not in text
+    assert len(found.fetched) >= 2 * 6 + 4
+    for address in found.fetched:
+        head, _, content = address.partition(";base64,")
+        assert head in ("data:image/png", "data:image/jpeg")
+        Image.open(io.BytesIO(base64.b64decode(content))).load()
+    assert found.links
+    assert {link.removeprefix("#") for link in found.links} <= found.ids
+
+
+def test_the_page_says_it_all(finished: Finished) -> None:
+    text = page((finished.root / "reports/report.html").read_text(encoding="utf-8")).text
+    assert finished.comparison.headline in text
+    assert finished.comparison.standing in text
+    assert "one seed" in text
+    assert "cluster bootstrap over images" in text
+    for arm in finished.comparison.order:
+        low, high = finished.comparison.arms[arm].ci95
+        assert f"{100 * finished.comparison.arms[arm].exact_match:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+    for pair in finished.comparison.pairs:
+        assert f"{100 * pair.difference:+.1f}" in text
+
+
+def test_the_page_escapes_what_models_and_people_wrote(finished: Finished, outcomes: Outcomes) -> None:
+    evil = '<script>alert("x")</script> & <img src=x>'
+    spoiled = {
+        arm: [p.model_copy(update={"answer": evil, "question": f"<image>\n{evil}", "reference": evil}) for p in found]
+        for arm, found in outcomes.predictions.items()
+    }
+    text = rendered(finished, replace(outcomes, predictions=spoiled))
+    assert "<script" not in text
+    assert "<img src=x" not in text
+    assert page(text).text.count(evil) > len(finished.comparison.order)
+    assert "<image>" not in page(text).text
+
+
+def test_examples_show_right_and_wrong_answers(finished: Finished, outcomes: Outcomes) -> None:
+    text = rendered(finished, outcomes)
+    shown = finished.settings.evaluate.examples
+    assert text.count("<article") == shown
+    rows = shown * (1 + len(finished.comparison.order))
+    assert text.count('aria-label="right"') + text.count('aria-label="wrong"') == rows
+    assert min(text.count('aria-label="right"'), text.count('aria-label="wrong"')) >= shown
+    assert rendered(finished, outcomes) == text, "the same examples every time"
+
+
+def test_no_disagreement_is_said(finished: Finished, outcomes: Outcomes) -> None:
+    same = dict.fromkeys(outcomes.predictions, outcomes.predictions["teacher"])
+    assert "All arms are right and wrong on the same questions." in rendered(finished, replace(outcomes, predictions=same))
+
+
+def test_disagreements_are_all_those_between_arms_and_kinds_take_turns(outcomes: Outcomes) -> None:
+    found = disagreements(outcomes.predictions, seed=1)
+    arms = [answers for arm, answers in outcomes.predictions.items() if arm != "teacher"]
+    assert sorted(found) == [i for i in range(len(arms[0])) if len({answers[i].correct for answers in arms}) == 2]
+    assert found == disagreements(outcomes.predictions, seed=1)
+    assert found != disagreements(outcomes.predictions, seed=2)
+    kinds = [arms[0][index].kind for index in found]
+    assert len(set(kinds[: len(set(kinds))])) == len(set(kinds))
+
+
+@pytest.mark.parametrize(
+    "path", ["reports/teacher/quality_cost.png", "reports/teacher/candidates.json", "artifacts/dataset/contact_sheet.png"]
+)
+def test_a_missing_part_is_named(finished: Finished, outcomes: Outcomes, path: str) -> None:
+    kept = Path(path).read_bytes()
+    Path(path).unlink()
+    try:
+        with pytest.raises(DataError, match=f"{path} is missing; `dvc repro`"):
+            rendered(finished, outcomes)
+    finally:
+        Path(path).write_bytes(kept)
+
+
+def test_markdown_is_one_table_of_arms_and_measures(finished: Finished) -> None:
+    text = (finished.root / "reports/compare.md").read_text(encoding="utf-8")
+    assert text == markdown(finished.comparison)
+    assert f"**{finished.comparison.headline}**" in text
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    for block in blocks:
+        assert len({line.count("|") for line in block}) == 1, "every row has as many cells as the header"
+    labels = [line.split("|")[1].strip() for line in blocks[0][2:]]
+    assert labels == [line.label for line in table(finished.comparison)]
+    for kind in finished.comparison.kinds:
+        assert any(label.startswith(kind.replace("_", " ")) for label in labels)
+    for label in ("exact match, %", "average over kinds, %", "share of the teacher, %", "training, s", "peak memory, MiB"):
+        assert label in labels
+
+
+def test_gains_beyond_noise_are_bold_and_only_those(finished: Finished) -> None:
+    lines = {line.label: line.cells for line in table(finished.comparison)}
+    for base in finished.settings.evaluate.baselines:
+        for arm, cell in zip(finished.comparison.order, lines[f"gain over {base}, points"][1:], strict=True):
+            gain = finished.comparison.arms[arm].gains.get(base)
+            assert cell.strong == (gain is not None and gain.larger_than_noise)
+
+
+def test_plots_are_written_and_drawn_the_same_every_time(finished: Finished) -> None:
+    written = sorted(path.name for path in (finished.root / "reports/plots").iterdir())
+    assert written == ["gains.png", "kinds.png", "losses.png", "quality_cost.png", "scores.png"]
+    scores = (finished.root / "reports/plots/scores.png").read_bytes()
+    assert draw(plots.scores, finished.comparison) == scores
+
+
+def test_plots_show_the_numbers(finished: Finished, outcomes: Outcomes) -> None:
+    comparison = finished.comparison
+    (axes,) = plots.scores(comparison, LIGHT).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == comparison.order[::-1]
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert points == pytest.approx([100 * comparison.arms[arm].exact_match for arm in comparison.order[::-1]])
+    for panel, base in zip(plots.gains(comparison, LIGHT).axes, finished.settings.evaluate.baselines, strict=True):
+        dots = [line for line in panel.lines if line.get_marker() == "o"]
+        gains = [comparison.arms[arm].gains[base] for arm in comparison.order[::-1] if arm != base]
+        assert [dot.get_xdata()[0] for dot in dots] == pytest.approx([100 * gain.difference for gain in gains])
+        assert [dot.get_markerfacecolor() != LIGHT.paper for dot in dots] == [gain.larger_than_noise for gain in gains]
+    assert [axes.get_title() for axes in plots.losses(comparison, outcomes.losses, LIGHT).axes] == [
+        "L_sft", "L_kd", "L_iva", "L_tpa", "weighted total",
+    ]  # fmt: skip
+
+
+def test_losses_leave_out_terms_that_no_arm_trains_on(finished: Finished) -> None:
+    rows = {arm: [{"step": 1, "sft": 0.5, "kd": 0.0, "total": 0.5}] for arm in finished.comparison.arms}
+    figure = plots.losses(finished.comparison, rows, LIGHT)
+    assert [axes.get_title() for axes in figure.axes] == ["L_sft", "weighted total"]
+
+
+def test_one_closing_line_and_a_journal(finished: Finished) -> None:
+    best = finished.comparison.order[0]
+    low, high = finished.comparison.arms[best].ci95
+    (line,) = finished.said.splitlines()
+    assert f"best arm {best}" in line
+    assert f"({100 * low:.1f} to {100 * high:.1f})" in line
+    assert line.endswith("reports/report.html")
+    (journal,) = (finished.root / ".runs/journal").glob("*compare*.jsonl")
+    events = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    values = {name: value for e in events if e["event"] == "metrics" for name, value in e["values"].items()}
+    assert values[f"{best}/exact_match"] == pytest.approx(finished.comparison.arms[best].exact_match)
+    sent = {Path(e["path"]).name for e in events if e["event"] == "artifact"}
+    assert {"compare.json", "compare.md", "report.html", "scores.png"} <= sent
+
+
+def test_large_images_shrink_and_small_ones_stay() -> None:
+    small, large = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (64, 64)).save(small, "PNG")
+    Image.new("RGBA", (2000, 1000)).save(large, "PNG")
+    assert thumbnail(small.getvalue()) == small.getvalue()
+    assert Image.open(io.BytesIO(thumbnail(large.getvalue()))).size == (480, 240)
+
+
+def test_what_is_no_image_is_refused() -> None:
+    with pytest.raises(DataError, match="does not decode"):
+        data_uri(b"not an image")
