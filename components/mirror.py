@@ -17,7 +17,6 @@ import select
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
