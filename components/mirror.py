@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from components.artifacts import write_text
-from components.tracking import JOURNALS, warn
+from components.tracking import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
+LOCAL = "sqlite:///"
 PAUSE_S = 3  # between two looks at a growing journal
 PAUSE_AFTER_FAULT_S = 30
 METRICS_PER_CALL = 1000  # MLflow's limit
@@ -86,8 +87,8 @@ class Mirror:
         with _alone():
             if found := self._client.get_experiment_by_name(name):
                 return found.experiment_id
-            local = self._uri.startswith("sqlite:")
-            return self._client.create_experiment(name, Path(".mlflow/artifacts").resolve().as_uri() if local else None)
+            beside = Path(self._uri.removeprefix(LOCAL)).resolve().parent / "artifacts"
+            return self._client.create_experiment(name, beside.as_uri() if self._uri.startswith(LOCAL) else None)
 
     def _parent_id(self, experiment: str, parent: dict[str, Any], started: int) -> str:
         if len(parent["id"]) == 32 and set(parent["id"]) <= set("0123456789abcdef"):
@@ -183,8 +184,10 @@ def _client(tracking_uri: str) -> Any:
         "DO_NOT_TRACK": "true",
     }.items():
         os.environ.setdefault(name, value)
-    if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if tracking_uri.startswith(LOCAL):
+        database = Path(tracking_uri.removeprefix(LOCAL)).resolve()  # MLflow would make it again wherever we go
+        database.parent.mkdir(parents=True, exist_ok=True)
+        tracking_uri = f"{LOCAL}{database}"
     import mlflow
 
     for noisy in ("mlflow", "alembic"):
@@ -238,7 +241,7 @@ def main() -> None:
     voice = os.fdopen(os.dup(2), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
     sent = follow(Path(sys.argv[1]), os.environ["ALIGNTI_TRACKING_URI"], voice)
-    sys.exit(0 if sent else 1)
+    sys.exit(SENT if sent else NOT_SENT_AND_SAID_SO)
 
 
 if __name__ == "__main__":

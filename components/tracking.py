@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from components.artifacts import RUNS, write_text
-from components.errors import Interrupted
+from components.errors import AlignTIError, Interrupted
 from components.settings import RuntimeSettings
 
 JOURNALS = RUNS / "journal"
@@ -32,6 +32,7 @@ LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
 PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
 JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
 PATIENCE_S = 60  # how long a finished stage waits for its journal to be sent
+SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the process that sends it
 
 _FORBIDDEN_IN_METRIC = re.compile(r"[^\w\-. :/]")
 
@@ -173,10 +174,10 @@ def _remember(stage: str, run: str, seconds: float) -> None:
     """The record that `alignti plan` estimates from. No stage depends on it."""
     from components.recipes import nearest
 
-    record = {"run": run, "seconds": round(seconds, 3), "recipe": nearest()[0], **_origin()}
     try:
+        record = {"run": run, "seconds": round(seconds, 3), "recipe": nearest()[0], **_origin()}
         write_text(LAST / f"{stage}.json", json.dumps(record, indent=2) + "\n")
-    except OSError as error:
+    except (OSError, AlignTIError) as error:  # params/ may have been edited meanwhile
         warn(f"how long {stage} took is not recorded: {error}")
 
 
@@ -217,7 +218,13 @@ def _start_mirror(journal: Path, runtime: RuntimeSettings) -> subprocess.Popen[b
         return None
     command = [sys.executable, "-m", "components.mirror", str(journal)]
     # The address travels in the environment: it may hold a password, and command lines are public.
-    environment = {**os.environ, "ALIGNTI_TRACKING_URI": runtime.tracking_uri, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        **os.environ,
+        "ALIGNTI_TRACKING_URI": runtime.tracking_uri,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,  # it is found from wherever this file was
+    }
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
     except OSError as error:
@@ -236,6 +243,9 @@ def _finish_mirror(mirror: subprocess.Popen[bytes] | None, journal: Path) -> Non
         mirror.kill()
         mirror.wait()
         warn(f"MLflow did not take {journal} within {PATIENCE_S} s; `alignti sync` sends it later")
+        return
+    if mirror.returncode not in (SENT, NOT_SENT_AND_SAID_SO):
+        warn(f"what sends {journal} to MLflow failed with exit code {mirror.returncode}; `alignti sync` sends it later")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,12 @@
+"""When and in what order: Prefect around DVC. What is stale, and what depends on what, is DVC's to say."""
+
+import os
+
+for _name, _value in {
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a loaded machine needs more than Prefect's 20
+}.items():
+    os.environ.setdefault(_name, _value)  # Prefect reads them when it is imported

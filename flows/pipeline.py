@@ -9,18 +9,8 @@ It ends with a gate: a plain `dvc repro` finds nothing to do.
 from __future__ import annotations
 
 import argparse
-import os
 import threading
 from collections import Counter
-
-for _name, _value in {
-    "DO_NOT_TRACK": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
-    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-}.items():
-    os.environ.setdefault(_name, _value)  # before Prefect reads them
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -69,7 +59,8 @@ def pipeline(parallel: int = 1) -> dict[str, dvc.Outcome]:
     with tracking.stage_run("pipeline", runtime=runtime) as run:
         futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
         for stage, needs in dvc.graph().items():
-            futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=[futures[before] for before in needs])
+            upstream = [futures[before] for before in needs]
+            futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=upstream, return_state=False)
         wait(list(futures.values()))
         outcomes = {stage: future.result() for stage, future in futures.items()}
         for stage, outcome in outcomes.items():

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from flows import dvc
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +51,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("raw", "a", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
     monkeypatch.chdir(tmp_path)
-    subprocess.run([*dvc.DVC, "init", "--quiet", "--no-scm"], check=True)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")  # what `dvc init --no-scm` writes
     return tmp_path
 
 

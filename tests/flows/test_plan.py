@@ -8,8 +8,15 @@ import pytest
 from components import recipes, tracking
 from flows import dvc
 from flows.plan import foresee, plan
+from tests.flows.conftest import ran
 
-GRAPH = {"prepare": [], "models": ["prepare"], "distill@a": ["models"], "distill@b": ["models"], "compare": ["distill@a", "distill@b"]}
+GRAPH = {
+    "prepare": [],
+    "models": ["prepare"],
+    "distill@a": ["models"],
+    "distill@b": ["models"],
+    "compare": ["distill@a", "distill@b"],
+}
 
 
 def test_nothing_changed_nothing_runs() -> None:
@@ -29,7 +36,9 @@ def test_a_change_runs_its_stage_and_all_that_follow_and_says_why() -> None:
 
 
 def test_a_stage_that_never_ran_says_only_that() -> None:
-    status = {"prepare": [{"changed deps": {"params/data.yaml": "new", "data": "deleted"}}, {"changed outs": {"out": "deleted"}}]}
+    status = {
+        "prepare": [{"changed deps": {"params/data.yaml": "new", "data": "deleted"}}, {"changed outs": {"out": "deleted"}}]
+    }
     assert foresee(GRAPH, status)[0].reasons == ["has not run yet"]
 
 
@@ -41,10 +50,12 @@ def test_plan_agrees_with_what_dvc_then_runs(project: Path) -> None:
     dvc.reproduce_all()
     (project / "a.txt").write_text("changed")
     expected = [step.stage for step in plan()[0] if step.reasons]
-    (project / "ran.log").unlink()
+    ran(project)
     dvc.reproduce_all()
     assert expected == ["cell@a", "last"]
-    assert [line.split()[0] for line in (project / "ran.log").read_text().splitlines()] == ["cell-a"]  # same bytes: last is spared
+    assert [line.split()[0] for line in (project / "ran.log").read_text().splitlines()] == [
+        "cell-a"
+    ]  # same bytes: last is spared
 
 
 @pytest.mark.parametrize(("recorded_of", "seconds"), [("digits", 7.5), ("smoke", None)])

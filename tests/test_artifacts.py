@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components import artifacts
+from components.artifacts import Prediction, TeacherChoice, jsonl, sha256, write_bytes
+from components.errors import DataError
+
+CHOICE = TeacherChoice(name="base", path="artifacts/models/teachers/base", sha256="0" * 64)
+
+
+@given(st.builds(Prediction))
+def test_a_record_reads_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, record: Prediction) -> None:
+    path = tmp_path_factory.mktemp("records") / "deep/er/record.json"
+    assert Prediction.read(record.write(path)) == record
+
+
+def test_a_record_is_immutable() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        CHOICE.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "is missing; `dvc repro` makes it"), ("{", "is no TeacherChoice"), ('{"name": "x"}', "is no TeacherChoice")],
+)
+def test_what_is_no_record_is_a_data_error(tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "choice.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=said):
+        TeacherChoice.read(path)
+
+
+def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "choice.json"
+    path.write_text(json.dumps({**CHOICE.model_dump(), "reason": "x"}))
+    with pytest.raises(DataError):
+        TeacherChoice.read(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_digest_depends_on_contents_and_names_and_on_nothing_else(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        for name in ("y", "x") if folder == "a" else ("x", "y"):
+            write_bytes(tmp_path / folder / name, name.encode())
+    assert sha256([tmp_path / "a"]) == sha256([tmp_path / "b"])
+    (tmp_path / "b/x").rename(tmp_path / "b/z")
+    assert sha256([tmp_path / "a"]) != sha256([tmp_path / "b"])
+    write_bytes(tmp_path / "a/x", b"other")
+    assert sha256([tmp_path / "a/x"]) != sha256([tmp_path / "b/z"])
+
+
+def test_jsonl_is_one_line_a_record() -> None:
+    text = jsonl([CHOICE, {"answer": "drei\nünf"}])
+    assert [json.loads(line) for line in text.splitlines()] == [CHOICE.model_dump(), {"answer": "drei\nünf"}]

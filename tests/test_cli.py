@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    return tmp_path
+
+
+def alignti(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "components.cli", *words]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+def test_use_shows_what_it_changed(root: Path) -> None:
+    done = alignti(root, "use", "smoke")
+    assert done.returncode == 0
+    assert "-checkpoint_every: 200\n" in done.stdout
+    assert "+checkpoint_every: 4\n" in done.stdout
+    assert "params/ now say what recipe smoke says" in done.stdout
+
+
+def test_an_unknown_recipe_names_the_nearest_and_all(root: Path) -> None:
+    done = alignti(root, "use", "digit")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "SettingsError: there is no recipe 'digit'; did you mean 'digits'? params/recipes/ has digits, smoke\n"
+    )
+
+
+def test_check_passes_the_shipped_params_and_recipes() -> None:
+    done = alignti(ROOT, "check", "--all-recipes")
+    assert (done.returncode, done.stdout) == (0, "params/: fine\nrecipe digits: fine\nrecipe smoke: fine\n")
+
+
+def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
+    for file, old, new in (("distill", "steps:", "stepps:"), ("irs", "seed: 1", "seed: one")):
+        path = root / f"params/{file}.yaml"
+        path.write_text(path.read_text().replace(old, new, 1))
+    done = alignti(root, "check")
+    assert done.returncode == 2
+    for problem in ("stepps: unknown key; did you mean 'steps'?", "steps: required", "params/irs.yaml:2: seed"):
+        assert problem in done.stderr
+
+
+def test_sync_without_an_address_says_where_to_put_one(root: Path) -> None:
+    done = alignti(root, "sync")  # tests run with ALIGNTI_TRACKING_URI=journal
+    assert done.returncode == 2
+    assert "ALIGNTI_TRACKING_URI" in done.stderr
+
+
+HEAVY = {"torch", "transformers", "pydantic", "numpy", "dvc", "prefect", "mlflow", "ruamel", "yaml", "rich", "pyarrow"}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, components.cli; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not HEAVY & set(loaded)

@@ -1,0 +1,90 @@
+"""Imports point one way, and what distils on a GPU box needs nothing of the pipeline."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.graph_of_code import ROOT, closure, imports, modules
+
+# A room may import from those of a lower level, and itself. The command line stands above everything.
+LEVELS = [
+    {"errors", "artifacts"},
+    {"settings"},
+    {"shards", "runtime", "recipes", "tracking", "mirror", "figures"},
+    {"align_ti", "irs", "models"},
+    {"dataset", "distill", "evaluate"},
+    {"teacher"},  # scores candidates with the metrics of `evaluate`
+    {"flows"},
+    {"cli"},
+]
+SAME_LEVEL = {("recipes", "settings"), ("tracking", "recipes"), ("mirror", "tracking"), ("irs", "models")}
+
+# What a box that only distils may lack.
+PIPELINE_ONLY = {"dvc", "prefect", "mlflow", "matplotlib", "scipy", "sklearn", "typer", "rich", "ruamel", "psutil", "jinja2"}
+DISTILS = ("components.align_ti", "components.irs.score", "components.models", "components.distill")
+
+
+def room(module: str) -> str:
+    first, *rest = module.split(".")
+    return "flows" if first == "flows" else rest[0] if rest else ""
+
+
+def level(name: str) -> int:
+    return next(number for number, rooms in enumerate(LEVELS) if name in rooms)
+
+
+def test_every_room_has_a_level() -> None:
+    assert {room(module) for module in modules()} - {""} <= set.union(*LEVELS)
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_down(module: str) -> None:
+    here = room(module)
+    for imported in imports(module):
+        there = room(imported) if imported.split(".")[0] in ("components", "flows") else ""
+        if there and there != here and (here, there) not in SAME_LEVEL:
+            assert level(there) < level(here), f"{module} imports {imported}"
+
+
+def test_there_are_no_circles() -> None:
+    for module in modules():
+        for imported in imports(module) & set(modules()):
+            assert module not in closure(imported) or module == imported or module in _packages(imported), (module, imported)
+
+
+def _packages(module: str) -> set[str]:
+    parts = module.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts))}
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m.startswith("components.align_ti") or m == "components.irs.score"])
+def test_the_method_imports_torch_and_nothing_else_of_weight(module: str) -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "components"}
+    assert {name.split(".")[0] for name in imports(module)} <= allowed
+    assert {room(name) for name in imports(module) if name.startswith("components.")} <= {room(module)}
+
+
+BLOCKED = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"{{name}} is not installed here", name=name)
+sys.meta_path.insert(0, Absent())
+import importlib
+for module in {wanted!r}:
+    importlib.import_module(module)
+"""
+
+
+def test_what_distils_imports_without_the_pipelines_packages() -> None:
+    wanted = [m for m in modules() if any(m == room or m.startswith(f"{room}.") for room in DISTILS)]
+    code = BLOCKED.format(absent=PIPELINE_ONLY, wanted=wanted)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_only_one_module_calls_dvc() -> None:
+    assert [m for m in modules() if any(name.split(".")[0] == "dvc" for name in imports(m))] == ["flows.dvc"]

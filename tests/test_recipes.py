@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components import recipes
+from components.errors import SettingsError
+from components.settings import FILES, load_settings, read_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    return tmp_path
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {file: (root / "params" / f"{file}.yaml").read_bytes() for file in FILES}
+
+
+@pytest.mark.parametrize("name", recipes.names(ROOT))
+def test_a_recipe_fits_and_says_what_it_is(name: str, root: Path) -> None:
+    about = recipes.about(name, root)
+    stages = {stage.split("@")[0] for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]}
+    assert set(about.seconds) == stages
+    assert f"alignti use {name}" in about.run
+    first = (ROOT / f"params/recipes/{name}.yaml").read_text().split("\n")
+    assert next(line for line in first if not line.startswith("#")) == "about:"
+    recipes.use(name, root)
+    load_settings(root)
+    assert recipes.nearest(root) == (name, 0)
+    assert recipes.use(name, root) == ""
+
+
+def test_digits_says_what_the_shipped_params_say_all_of_it(root: Path) -> None:
+    assert recipes.use("digits", root) == ""
+    said = read_yaml(root / "params/recipes/digits.yaml")
+    for file in FILES:
+        assert said[file] == read_yaml(root / "params" / f"{file}.yaml"), f"digits.yaml does not restate params/{file}.yaml"
+
+
+def test_smoke_and_back_gives_the_same_bytes(root: Path) -> None:
+    before = contents(root)
+    assert "--- before/params/data.yaml\n+++ params/data.yaml" in recipes.use("smoke", root)
+    assert contents(root) != before
+    recipes.use("digits", root)
+    assert contents(root) == before
+
+
+def test_comments_and_the_way_values_are_written_survive(root: Path) -> None:
+    recipes.use("smoke", root)
+    text = (root / "params/data.yaml").read_text()
+    assert "  max_pixels: 50_000_000    # larger images are quarantined before they are decoded\n" in text
+    assert "llava: null\n" in text
+
+
+def recipe(root: Path, body: str) -> None:
+    about = "about: {run: alignti use mine, hardware: any, time: none, result: none, seconds: {}}\n"
+    (root / "params/recipes/mine.yaml").write_text(about + body)
+
+
+def test_mappings_of_the_users_own_names_are_replaced_others_merged(root: Path) -> None:
+    recipe(
+        root,
+        """
+evaluate: {baselines: [only]}
+distill: {optimiser: {learning_rate: 1.0e-4}, iva: {weighting: layer, layer: 2}}
+models: {embedded: {teachers: {big: {hidden: 8, layers: 1, heads: 1, kv_heads: 1, mlp: 8}}}}
+study:
+  arms:
+    only: {weights: {sft: 0.0, kd: 1.0, iva: 0.0, tpa: 0.0}, student: student, seed: 2}
+""",
+    )
+    recipes.use("mine", root)
+    now = load_settings(root)
+    assert list(now.study.arms) == ["only"]
+    assert now.models.embedded is not None
+    assert list(now.models.embedded.teachers) == ["big"]
+    assert list(now.models.embedded.students) == ["student"]
+    assert (now.distill.optimiser.learning_rate, now.distill.optimiser.weight_decay) == (1e-4, 0.0)
+    assert (now.distill.iva.layer, now.distill.steps) == (2, 1200)
+
+
+def test_a_block_that_is_null_is_filled_in(root: Path) -> None:
+    recipe(root, "data: {source: llava, llava: {annotations: a.json, images: i, val: 0.1, test: 0.1}}")
+    recipes.use("mine", root)
+    assert load_settings(root).data.source == "llava"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("distill: {stpes: 1}", r"params/distill.yaml:\d+: stpes: unknown key; did you mean 'steps'"),
+        ("distill: {micro_batch_size: 48}\nevaluate: {split: train}", "2 problem"),
+        ("study: {arms: {a: {weights: {sft: 1.0, kd: 0.0, iva: 0.0, tpa: 0.0}, student: s, seed: 1}}}", "none of the students"),
+        ("distil: {steps: 1}", "distil: no such file in params/"),
+        ("distill: {steps", "not valid YAML"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_changes_nothing(root: Path, body: str, said: str) -> None:
+    recipe(root, body)
+    before = contents(root)
+    with pytest.raises(SettingsError, match=said):
+        recipes.use("mine", root)
+    assert contents(root) == before
+
+
+def test_a_recipe_says_what_it_costs_or_is_refused(root: Path) -> None:
+    (root / "params/recipes/mine.yaml").write_text("distill: {steps: 1}\n")
+    with pytest.raises(SettingsError, match=r"mine.yaml: about"):
+        recipes.use("mine", root)
+
+
+def test_the_nearest_recipe_is_known_after_a_change(root: Path) -> None:
+    path = root / "params/distill.yaml"
+    path.write_text(path.read_text().replace("steps: 1200", "steps: 1201"))
+    assert recipes.nearest(root) == ("digits", 1)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from components.errors import SettingsError
+from components.settings import FILES, RuntimeSettings, Settings, load_settings
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    return tmp_path
+
+
+def put(root: Path, file: str, old: str, new: str) -> int:
+    """Replace `old` in a params file and return its line."""
+    path = root / "params" / f"{file}.yaml"
+    text = path.read_text()
+    assert text.count(old) >= 1, f"{old!r} is not in {path}"
+    path.write_text(text.replace(old, new, 1))
+    return text[: text.index(old)].count("\n") + 1
+
+
+def problems(root: Path) -> list[str]:
+    with pytest.raises(SettingsError) as refusal:
+        load_settings(root)
+    return str(refusal.value).split("\n  ")[1:]
+
+
+def test_the_shipped_params_are_valid() -> None:
+    load_settings(ROOT)
+
+
+def test_every_problem_of_every_file_is_named_with_file_line_and_key(root: Path) -> None:
+    lines = [
+        put(root, "data", "grid: 4 ", "grid: four "),
+        put(root, "distill", "micro_batch_size: 64", "micro_batch_size: 48"),
+        put(root, "evaluate", "batch_size:", "batchsize:"),
+        put(root, "study", "sft: 1.0", "sft: -1.0"),
+    ]
+    assert len(lines) == 4
+    told = problems(root)
+    for expected in (
+        f"params/data.yaml:{lines[0]}: digits.grid: Input should be a valid integer, not 'four'",
+        "params/distill.yaml:1: (file): batch_size 64 is not a multiple of micro_batch_size 48",
+        f"params/evaluate.yaml:{lines[2]}: batchsize: unknown key; did you mean 'batch_size'?",
+        "params/evaluate.yaml:1: batch_size: required, and missing",
+        f"params/study.yaml:{lines[3]}: arms.sft.weights.sft: Input should be greater than or equal to 0, not -1.0",
+    ):
+        assert expected in told
+    assert len(told) == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ('"1200"', "valid integer, not '1200'"),  # text is not a number,
+        ("true", "valid integer, not True"),  # nor is yes,
+        ("1200.5", "valid integer"),
+        ("-1", "greater than 0"),
+        ("", "valid integer, not None"),  # nor nothing
+    ],
+)
+def test_values_are_not_converted_silently(root: Path, value: str, why: str) -> None:
+    line = put(root, "distill", "steps: 1200", f"steps: {value}")
+    (told,) = problems(root)
+    assert told.startswith(f"params/distill.yaml:{line}: steps: ")
+    assert why in told
+
+
+def test_a_number_that_yaml_reads_as_text_says_how_to_write_it(root: Path) -> None:
+    put(root, "distill", "learning_rate: 2.0e-3", "learning_rate: 2e-3")
+    (told,) = problems(root)
+    assert told.endswith("not '2e-3'; YAML takes that for text, write 0.002")
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_not_a_number_is_refused(root: Path, value: str) -> None:
+    put(root, "distill", "learning_rate: 2.0e-3", f"learning_rate: {value}")
+    (told,) = problems(root)
+    assert "finite number" in told
+
+
+@pytest.mark.parametrize("content", ["a: [1,", "- 1\n- 2\n", "", "!!python/object/apply:os.getcwd []", "\udcff"])
+def test_a_file_that_is_no_mapping_is_named(root: Path, content: str) -> None:
+    (root / "params/irs.yaml").write_bytes(content.encode("utf-8", "surrogateescape"))
+    (told,) = problems(root)
+    assert "params/irs.yaml" in told
+
+
+def test_a_missing_file_says_how_to_get_it_back(root: Path) -> None:
+    (root / "params/irs.yaml").unlink()
+    (told,) = problems(root)
+    assert "missing; `git checkout" in told
+
+
+@pytest.mark.parametrize("name", ["teacher", "k.d", "-kd", "KD", "a/b"])
+def test_names_of_arms_that_cannot_be_stages_are_refused(root: Path, name: str) -> None:
+    put(root, "study", "  kd:", f'  "{name}":')
+    put(root, "evaluate", "baselines: [sft, kd]", "baselines: [sft]")
+    (told,) = problems(root)
+    assert told.startswith("params/study.yaml:")
+
+
+def test_arms_and_baselines_must_name_what_exists(root: Path) -> None:
+    put(root, "study", "student: student", "student: stud")
+    put(root, "evaluate", "baselines: [sft, kd]", "baselines: [sft, kdd]")
+    assert problems(root) == [
+        "params/study.yaml: arms.sft.student: 'stud' is none of the students of params/models.yaml (student)",
+        "params/evaluate.yaml: baselines: 'kdd' is no arm of params/study.yaml",
+    ]
+
+
+def test_an_arm_takes_what_it_does_not_set_from_distill() -> None:
+    shipped = load_settings(ROOT)
+    arm = shipped.arm("kd_uniform")
+    assert arm.iva is not None and arm.iva.weighting == "uniform"
+    assert (arm.tpa, arm.divergence) == (shipped.distill.tpa, shipped.distill.divergence)
+    with pytest.raises(SettingsError, match="no arm 'kd_unifrom'; it has sft, kd"):
+        shipped.arm("kd_unifrom")
+
+
+def test_runtime_fields_come_from_the_environment_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"DEVICE": "cpu", "THREADS": "7", "TRACKING_URI": "journal", "EXPERIMENT": "x", "STEPS": "1"}.items():
+        monkeypatch.setenv(f"ALIGNTI_{name}", value)
+    loaded = load_settings(ROOT)
+    assert loaded.runtime == RuntimeSettings(device="cpu", threads=7, tracking_uri="journal", experiment="x")
+    monkeypatch.setenv("ALIGNTI_THREADS", "many")
+    with pytest.raises(SettingsError, match=r"threads: .*not 'many'"):
+        load_settings(ROOT)
+
+
+def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if isinstance(node, dict):
+        return [leaf for key, value in node.items() for leaf in leaves(value, (*at, key))]
+    return [at]
+
+
+RAW = {file: yaml.safe_load((ROOT / "params" / f"{file}.yaml").read_text()) for file in FILES}
+MAPPINGS = sorted({leaf[:depth] for leaf in leaves(RAW) for depth in range(1, len(leaf))}, key=str)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(MAPPINGS), st.text("abcdefgh_", min_size=12, max_size=12))
+def test_an_unknown_key_anywhere_is_refused(where: tuple[str, ...], key: str) -> None:
+    raw: Any = yaml.safe_load(yaml.safe_dump(RAW))
+    node = raw
+    for step in where:
+        node = node[step]
+    node[key] = 1
+    with pytest.raises(ValueError, match=key):
+        Settings.model_validate(raw)
+
+
+def test_no_field_has_a_hidden_default_but_what_an_arm_may_leave_to_distill() -> None:
+    seen: list[type[BaseModel]] = [Settings]
+    hidden = set()
+    while seen:
+        model = seen.pop()
+        for name, field in model.model_fields.items():
+            if not field.is_required():
+                hidden.add(f"{model.__name__}.{name}")
+            parts = [field.annotation]
+            while parts:
+                part = parts.pop()
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    seen.append(part)
+                parts += getattr(part, "__args__", ())
+    assert hidden == {"Arm.iva", "Arm.tpa", "Arm.divergence"}
+
+
+def test_what_dvc_reads_is_what_we_read() -> None:
+    """DVC parses params by YAML 1.2, this project by 1.1: a value that the two see differently would go stale unseen."""
+    from dvc.utils.serialize import load_yaml
+
+    for file in FILES:
+        theirs = load_yaml(str(ROOT / "params" / f"{file}.yaml"))
+        assert repr(theirs) == repr(RAW[file])

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import mirror, tracking
+from components.errors import Interrupted, SettingsError
+from components.settings import RuntimeSettings
+
+SQLITE = "sqlite:///.mlflow/mlflow.db"
+
+
+def runtime(uri: str = tracking.JOURNAL_ONLY) -> RuntimeSettings:
+    return RuntimeSettings(device="cpu", threads=1, tracking_uri=uri, experiment="tests")
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("components.recipes.nearest", lambda: ("digits", 0))
+    return tmp_path
+
+
+def journals() -> list[Path]:
+    return sorted(tracking.JOURNALS.glob("*.jsonl"))
+
+
+def lines(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+def work(uri: str = tracking.JOURNAL_ONLY, steps: int = 3) -> None:
+    """A stage that logs one of everything."""
+    picture = Path("curve.png")
+    picture.write_bytes(b"picture")
+    with tracking.stage_run(
+        "distill", cell="align_ti", runtime=runtime(uri), params={"weights": {"sft": 1.0}, "seed": 1}
+    ) as run:
+        for step in range(steps):
+            run.metrics({"loss/sft": 3.0 - abs(step - 1), "accuracy": 0.1 * step}, step=step)
+        run.dataset("digits", "d" * 64)
+        run.tag("note", "hello")
+        run.artifact(picture)
+
+
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
+def test_the_journal_holds_everything_in_order() -> None:
+    work()
+    (journal,) = journals()
+    events = lines(journal)
+    assert [e["event"] for e in events] == [
+        "start",
+        "params",
+        *["metrics"] * 3,
+        "dataset",
+        "tag",
+        "artifact",
+        *["metrics"] * 2,
+        "end",
+    ]
+    assert events[0]["name"] == "distill/align_ti"
+    assert events[0]["tags"]["cell"] == "align_ti"
+    assert events[1]["values"] == {"weights.sft": "1.0", "seed": "1"}
+    assert events[-1]["status"] == "FINISHED"
+    summary = events[-2]["values"]
+    assert (summary["best/loss/sft"], summary["final/loss/sft"]) == (2.0, 2.0)
+    assert summary["best/accuracy"] == pytest.approx(0.2)
+
+
+def test_a_record_of_the_last_success_tells_how_long_it_took() -> None:
+    assert tracking.last_seconds("distill@align_ti") is None
+    work()
+    seconds, recipe = tracking.last_seconds("distill@align_ti") or (None, None)
+    assert recipe == "digits"
+    assert seconds is not None and 0 <= seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("x"), "FAILED"), (Interrupted("x"), "KILLED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_what_the_work_raises_passes_through_and_is_told(error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), tracking.stage_run("prepare", runtime=runtime()):
+        raise error
+    assert lines(journals()[0])[-1]["status"] == status
+    assert tracking.last_seconds("prepare") is None
+
+
+def test_params_that_cannot_be_read_at_the_end_cost_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    def unreadable() -> None:
+        raise SettingsError("params/data.yaml: missing")
+
+    with pytest.MonkeyPatch.context() as fault:
+        fault.setattr("components.recipes.nearest", unreadable)
+        work()
+    assert "is not recorded: params/data.yaml: missing" in capsys.readouterr().err
+
+
+def test_only_rank_0_is_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    work()
+    assert not journals()
+
+
+def test_a_journal_that_cannot_be_written_is_one_warning(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / ".runs").write_text("in the way")
+    with tracking.stage_run("prepare", runtime=runtime()) as run:
+        run.metrics({"a": 1})
+        done = True
+    assert done
+    assert capsys.readouterr().err.count("this run is not tracked") == 1
+
+
+def test_mlflow_run_id_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)  # with it MLflow would reopen and rename that run
+    with tracking.stage_run("prepare", runtime=runtime()):
+        assert "MLFLOW_RUN_ID" not in os.environ
+
+
+def test_no_secret_of_the_environment_or_the_address_is_written(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-token")
+    work("http://user:canary-password@127.0.0.1:9")
+    written = b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
+    told = "".join(capfd.readouterr())
+    assert "127.0.0.1:9" in told
+    assert b"canary" not in written
+    assert "canary" not in told
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow takes seconds to make one."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mirror._client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def database(workspace: Path, empty_database: Path) -> None:
+    (workspace / ".mlflow").mkdir()
+    shutil.copy(empty_database, ".mlflow/mlflow.db")
+
+
+def client() -> Any:
+    return mirror._client(SQLITE)
+
+
+def runs() -> dict[str, Any]:
+    found = client().search_runs([client().get_experiment_by_name("tests").experiment_id])
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+@pytest.mark.usefixtures("database")
+def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tracking.stage_run("pipeline", runtime=runtime(SQLITE)) as parent:
+        monkeypatch.setenv(tracking.PARENT, parent.id)
+        work(SQLITE)
+    found = runs()
+    assert set(found) == {"pipeline", "distill/align_ti"}
+    run = found["distill/align_ti"]
+    assert run.data.tags["mlflow.parentRunId"] == found["pipeline"].info.run_id
+    assert run.data.params == {"weights.sft": "1.0", "seed": "1"}
+    assert run.data.metrics["best/loss/sft"] == 2.0
+    assert [p.value for p in client().get_metric_history(run.info.run_id, "loss/sft")] == [2.0, 3.0, 2.0]
+    assert run.data.tags["note"] == "hello"
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["curve.png"]
+    assert Path(".mlflow/artifacts").resolve().as_uri() in run.info.artifact_uri
+    assert {r.info.status for r in found.values()} == {"FINISHED"}
+
+
+@pytest.mark.usefixtures("database")
+def test_sync_sends_what_is_left_once_however_often_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    work(steps=1100)  # more than one call to MLflow takes
+    Path("curve.png").unlink()  # what is sent later is what was there then
+
+    def broken(*_: Any) -> None:
+        raise ConnectionError("the server went away")
+
+    for method in ("_dataset", "_artifact", "_end"):
+        with monkeypatch.context() as fault:
+            fault.setattr(mirror.Mirror, method, broken)
+            with pytest.raises(ConnectionError):
+                mirror.sync(SQLITE)
+    # Killed between making the run and noting which it was:
+    journals()[0].with_suffix(".sent").unlink()
+    assert mirror.sync(SQLITE) == (1, 0)
+    assert mirror.sync(SQLITE) == (0, 0)
+    (run,) = runs().values()
+    history = client().get_metric_history(run.info.run_id, "accuracy")
+    assert sorted(point.step for point in history) == list(range(1100))
+    assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["curve.png"]
+
+
+ROOT = str(Path(__file__).parents[1])
+KILLED = """
+import sys, time
+from components import tracking
+from components.settings import RuntimeSettings
+runtime = RuntimeSettings(device="cpu", threads=1, tracking_uri="journal", experiment="tests")
+with tracking.stage_run("distill", cell="a", runtime=runtime) as run:
+    run.metrics({"loss/sft": 1.0}, step=1)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.usefixtures("database")
+def test_a_killed_run_is_left_alone_while_it_lives_and_sent_as_killed_after() -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT})
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert mirror.sync(SQLITE) == (0, 1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with journals()[0].open("a") as journal:
+        journal.write('{"event": "metr')  # half a line
+    assert mirror.sync(SQLITE) == (1, 0)
+    (run,) = runs().values()
+    assert run.info.status == "KILLED"
+    assert run.data.metrics == {"loss/sft": 1.0}
+
+
+@pytest.mark.usefixtures("database")
+def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_them(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dvc` is found by walking up from the stage; here a script of that name stands for it."""
+    fake = workspace / "dvc"
+    stage = "from tests.test_tracking import tracking, runtime\nwith tracking.stage_run({!r}, runtime=runtime()): pass"
+    calls = "\n".join(
+        f"subprocess.run([sys.executable, '-c', {stage.format(name)!r}], check=True)" for name in ("prepare", "compare")
+    )
+    fake.write_text(f"import subprocess, sys\n{calls}")
+    environment = {**os.environ, "DVC_STAGE": "x", "PYTHONPATH": ROOT}
+    subprocess.run([sys.executable, str(fake)], check=True, env=environment)
+    parents = [lines(journal)[0]["parent"] for journal in journals()]
+    assert len(parents) == 2
+    assert parents[0] == parents[1]
+    mirror.sync(SQLITE)
+    found = runs()
+    (parent,) = (run for name, run in found.items() if name.startswith("dvc repro"))
+    assert {found[name].data.tags["mlflow.parentRunId"] for name in ("prepare", "compare")} == {parent.info.run_id}
+    assert parent.info.status == "FINISHED"
+
+
+def test_outside_dvc_and_flow_a_run_has_no_parent() -> None:
+    work()
+    assert lines(journals()[0])[0]["parent"] is None
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(answer: int | None) -> Iterator[str]:
+    """An HTTP server that answers every request with `answer`, or (None) never."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if answer is None:
+                time.sleep(60)
+            else:
+                self.send_error(answer)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.daemon_threads = True
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}"
+    finally:
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize("fault", ["down", "answers 500", "never answers", "not installed"])
+def test_a_fault_of_mlflow_is_one_warning_and_an_unsent_journal(
+    fault: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    if fault == "not installed":
+        (workspace / "mlflow.py").write_text("raise ImportError('No module named mlflow')")
+        monkeypatch.setenv("PYTHONPATH", str(workspace))
+    answers = {"answers 500": 500, "never answers": None}
+    if fault in answers:
+        with server(answers[fault]) as uri:
+            work(uri)
+    else:
+        work("http://127.0.0.1:9" if fault == "down" else SQLITE)
+    told = capfd.readouterr().err
+    assert told.count("tracking:") == 1
+    assert "`alignti sync` sends it later" in told
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert mirror.sync(SQLITE) == (1, 0)  # once MLflow is back, all of it
+    assert runs()["distill/align_ti"].data.metrics["final/loss/sft"] == 2.0
