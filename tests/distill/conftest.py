@@ -1,0 +1,75 @@
+"""A workplace as earlier stages leave it: settings, data, a random teacher and student, a chosen layer. Built once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.artifacts import DATASET, IRS, MODELS, TEACHER, LayerChoice, Manifest, ModelIndex, TeacherChoice
+from components.models.folder import record
+from components.shards import ImageRow, Turn, write_split
+from tests.models.conftest import IMAGE_PX, NV, png, saved, word_processor
+
+REPOSITORY = Path(__file__).parents[2]
+WORDS = ["one", "two", "three", "red", "green", "yes", "no"]
+STEPS = 6
+OVERLAY: dict[str, Any] = {
+    "models": {"max_length": 64},
+    "distill": {"steps": STEPS, "batch_size": 4, "micro_batch_size": 4, "log_every": 1, "checkpoint_every": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("distill")
+    shutil.copytree(REPOSITORY / "params", root / "params")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for file, values in OVERLAY.items():
+            write_params(root, file, values)
+        train = write_split(DATASET / "train", [_row(i) for i in range(8)], images_per_shard=4)
+        digest = train.shards[0].sha256
+        Manifest(source="digits", rows_in=8, rows_out=8, quarantined=0, splits={"train": train}, digest=digest).write(
+            DATASET / "manifest.json"
+        )
+        processor = word_processor()
+        teacher = saved(MODELS / "teachers/base", processor, hidden=48)
+        student = saved(MODELS / "students/student", processor)
+        index = ModelIndex(
+            teachers={"base": record(teacher, "teacher", "embedded", None, NV)},
+            students={"student": record(student, "student", "embedded", None, NV)},
+        )
+        index.write(MODELS / "index.json")
+        chosen = index.teachers["base"]
+        TeacherChoice(name="base", path=chosen.path, sha256=chosen.sha256).write(TEACHER / "choice.json")
+        LayerChoice(layer=1, irs=[0.1, 0.2], standard_error=[0.01, 0.01], separated=True, runner_up=0, images=8, pairs=8).write(
+            IRS / "layer.json"
+        )
+    return root
+
+
+@pytest.fixture
+def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of its own to work in."""
+    root = tmp_path / "workplace"
+    shutil.copytree(prepared, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+def write_params(root: Path, file: str, values: dict[str, Any]) -> None:
+    path = root / "params" / f"{file}.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
+
+
+def _row(i: int) -> ImageRow:
+    samples = [
+        (f"{i}-caption", "caption", (Turn("<image>\ndescribe the grid.", "red one"),)),
+        (f"{i}-digit", "digit_at", (Turn("<image>\nwhat digit is at a1?", WORDS[i % 3]),)),
+        (f"{i}-list", "list", (Turn("<image>\nlist the red.", " ".join(WORDS[: 1 + i % 3])),)),
+    ]
+    return ImageRow(f"image-{i}", png(i, IMAGE_PX), tuple(samples))

@@ -1,0 +1,173 @@
+"""The distill stage as it is run: its outputs, determinism, accumulation, and what happens when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
+
+from components.artifacts import STUDENTS, Cost
+from components.distill.__main__ import distill
+from components.errors import InputError, Interrupted, SettingsError, TryAgainError
+from components.settings import load_settings
+from components.tracking import Run
+from tests.distill.conftest import REPOSITORY, STEPS, write_params
+
+
+def run(arm: str = "align_ti") -> Path:
+    settings = load_settings()
+    distill(arm, settings.arm(arm), settings, Run(None))
+    return STUDENTS / arm
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model/model.safetensors").read_bytes()
+
+
+def command(arm: str) -> list[str]:
+    return [sys.executable, "-m", "components.distill", "--arm", arm]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_outputs_and_what_was_trained(workplace: Path) -> None:
+    folder = run()
+    losses = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in losses] == list(range(1, STEPS + 1))
+    assert all(line[term] > 0 for line in losses for term in ("sft", "kd", "iva", "tpa"))
+    assert losses[0]["total"] == pytest.approx(sum(losses[0][term] for term in ("sft", "kd", "iva", "tpa")))
+    cost = Cost.read(folder / "cost.json")
+    assert cost.steps == STEPS and cost.train_seconds > 0 and cost.peak_memory_mib > 50
+    before, after = (
+        load_file(path / "model.safetensors") for path in (Path("artifacts/models/students/student"), folder / "model")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("vision_tower" in name for name in changed)  # frozen, as params/distill.yaml says
+    assert any("multi_modal_projector" in name for name in changed) and any("language_model" in name for name in changed)
+    assert "1.0" in (folder / "model/README.md").read_text()
+    assert not list(Path(".runs/distill").rglob("step-*")), "checkpoints of a finished arm are of no further use"
+
+
+def test_the_student_loads_with_stock_transformers_and_answers(workplace: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = run("sft") / "model"
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    inputs = processor(text="what digit is at a1 ?", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_same_seed_same_bytes_and_another_seed_others(workplace: Path) -> None:
+    first = weights(run())
+    set_seed(12345)  # whatever the process did before must not matter
+    assert weights(run()) == first
+    study = json.loads(load_settings().study.model_dump_json())
+    study["arms"]["align_ti"]["seed"] = 2
+    write_params(workplace, "study", study)
+    assert weights(run()) != first
+
+
+@pytest.mark.parametrize("arm", ["kd", "align_ti"])
+def test_accumulation_gives_the_same_training(workplace: Path, arm: str) -> None:
+    whole = {n: w.double() for n, w in load_file(run(arm) / "model/model.safetensors").items()}
+    write_params(workplace, "distill", {"micro_batch_size": 1})
+    split = load_file(run(arm) / "model/model.safetensors")
+    start = load_file("artifacts/models/students/student/model.safetensors")
+    for name in whole:
+        moved = (whole[name] - start[name].double()).norm()
+        assert (split[name].double() - whole[name]).norm() <= 1e-3 * moved + 1e-6, name
+
+
+def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(workplace: Path) -> None:
+    wanted = weights(run())
+    losses = (STUDENTS / "align_ti/losses.jsonl").read_text()
+    write_params(workplace, "distill", {"checkpoint_every": 1})
+    killed = subprocess.Popen(command("align_ti"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for(lambda: list(Path(".runs/distill/align_ti").glob("*/step-*")), killed)
+    killed.kill()
+    killed.wait()
+    left = list(Path(".runs/distill/align_ti").glob("*/step-*"))
+    assert left, "it was killed after a checkpoint and before the end"
+    finished = subprocess.run(command("align_ti"), env=environment(), capture_output=True, text=True, check=True)
+    assert "resumed at step" in finished.stdout
+    assert weights(STUDENTS / "align_ti") == wanted
+    assert (STUDENTS / "align_ti/losses.jsonl").read_text() == losses
+
+
+def test_sigterm_saves_and_leaves_with_143(workplace: Path) -> None:
+    write_params(workplace, "distill", {"steps": 100_000, "checkpoint_every": 100_000})
+    running = subprocess.Popen(
+        command("align_ti"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for(lambda: list(Path(".runs/journal").glob("*.jsonl")) and '"loss/sft"' in _journal(), running)
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == Interrupted.exit_code == 143
+    assert "saved; run the same command to go on" in errors
+    (checkpoint,) = Path(".runs/distill/align_ti").glob("*/step-*")
+    assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name.removeprefix("step-"))
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(workplace: Path) -> None:
+    write_params(workplace, "distill", {"steps": STEPS + 1})
+    other = weights(run())
+    write_params(workplace, "distill", {"steps": STEPS})
+    assert weights(run()) != other
+
+
+def test_a_half_written_checkpoint_is_ignored(workplace: Path) -> None:
+    from components.distill.checkpoint import Checkpoints
+
+    with Checkpoints("kd", "abc") as checkpoints:
+        (checkpoints.folder / ".step-00000004.tmp").mkdir()
+        assert checkpoints.latest() is None
+        (checkpoints.folder / "step-00000009").mkdir()
+        (checkpoints.folder / "step-00000010").mkdir()
+        assert checkpoints.latest() == checkpoints.folder / "step-00000010"
+        with pytest.raises(TryAgainError, match="another process is training this arm"), Checkpoints("kd", "abc"):
+            pass
+
+
+def test_errors_name_what_to_change(workplace: Path) -> None:
+    with pytest.raises(SettingsError, match="no arm 'alignti'; it has sft"):
+        load_settings().arm("alignti")
+    study = json.loads(load_settings().study.model_dump_json())
+    study["arms"]["align_ti"]["iva"] = {"weighting": "layer", "layer": 7}
+    write_params(workplace, "study", study)
+    with pytest.raises(InputError, match=r"iva.layer is 7, but teacher .* has layers 0..1"):
+        run()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_samples(workplace: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = Path("artifacts/models/students/student/model.safetensors")
+    broken = load_file(path)
+    name = next(n for n in broken if "norm.weight" in n and "vision" not in n)
+    broken[name] = broken[name] * float("nan")
+    save_file(broken, path, metadata={"format": "pt"})
+    with pytest.raises(Exception, match=r"step 1: .*sft.* is not finite.*\d-(digit|list)"):
+        run("sft")
+
+
+def _journal() -> str:
+    return "".join(path.read_text() for path in Path(".runs/journal").glob("*.jsonl"))
+
+
+def _wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the process ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
