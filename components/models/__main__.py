@@ -17,11 +17,14 @@ from components.settings import Checkpoint, ModelsSettings, load_settings
 
 def main() -> None:
     settings = load_settings()
+    from transformers.utils.logging import disable_progress_bar
+
     from components.models import embedded, obtain
     from components.runtime import prepare_torch
     from components.shards import Samples
     from components.tracking import stage_run
 
+    disable_progress_bar()  # of writing one shard
     began = time.perf_counter()
     shutil.rmtree(MODELS, ignore_errors=True)
     models = settings.models
