@@ -40,9 +40,12 @@ class VLM(nn.Module):
             return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
     def plain(self, batch: Batch, features: Tensor | None, keep: bool) -> tuple[Tensor, DynamicCache | None]:
-        """One causal pass. Returns hidden states (B, T, d) and, if `keep`, the key/value cache to continue over."""
+        """One causal pass. Returns hidden states (B, T, d) and, if `keep`, the key/value cache to continue over.
+
+        Without a mask: padding is on the right, where no real token sees it, and the fused causal kernel is the faster one.
+        """
         out = self.model.model.language_model(
-            inputs_embeds=self._embedded(batch, features), attention_mask=batch.attention_mask, use_cache=keep
+            inputs_embeds=self._embedded(batch, features), use_cache=keep
         )
         return out.last_hidden_state, out.past_key_values if keep else None
 
