@@ -85,6 +85,18 @@ class Terms:
     ribbon_rows: int
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """Hidden states: of the sequence (B, T, d), student's and teacher's, and of the ribbon's M rows (M, d). Empty if unused."""
+
+    mine: Tensor
+    theirs: Tensor
+    attention: Tensor | None  # (B, Nv), the teacher's
+    ribbon: Ribbon | None
+    my_ribbon: Tensor
+    their_ribbon: Tensor
+
+
 class AlignTI(nn.Module):
     """The student with the method around it: the module to wrap in DDP or FSDP, whose parameters are the student's alone."""
 
@@ -111,60 +123,71 @@ class AlignTI(nn.Module):
             draws: (N, d) from `draw`, where the caller had to count before the backward pass; else drawn here.
         """
         method = self.method
-        expanded = method.wants("tpa") and method.route == "expanded"
-        if expanded and draws is None:
-            draws = self.draw(batch, keys)
-        features = self.student.features(batch.pixel_values)
-        predicts = predicting(batch.response)
-        cache, ribbon, ribbon_hidden = None, None, None
-        if expanded:
-            assert draws is not None
-            ribbon = plan(draws, batch.input_ids, batch.response, method.eos)
-            hidden, ribbon_hidden = self._expanded(batch, features, ribbon)
-        else:
-            hidden, cache = self.student.plain(batch, features, keep=method.wants("tpa"))
-
+        passes = self._passes(batch, keys, draws)
+        ribbon = passes.ribbon
         # A batch without units still has a graph to go back through.
-        zero = hidden.sum(dtype=torch.promote_types(hidden.dtype, torch.float32)) * 0.0
+        zero = passes.mine.sum(dtype=torch.promote_types(passes.mine.dtype, torch.float32)) * 0.0
         sums = dict.fromkeys(losses.TERMS, zero)
+        predicts = predicting(batch.response)
         if method.wants("sft"):
             targets = batch.input_ids[:, 1:][batch.response[:, 1:]]
-            sums["sft"] = losses.sft(self.student.head(hidden[predicts]), targets) + zero
-        if method.wants("kd", "iva", "tpa"):
-            with torch.no_grad():
-                seen = self.teacher.features(batch.pixel_values, None if features is None else features.detach())
-                attends = method.wants("iva") and not method.uniform
-                theirs, their_cache, attention = self.teacher.plain(batch, seen, keep=method.wants("tpa"), look=attends)
-        if method.wants("tpa") and ribbon is None:
-            if draws is None:
-                draws = self._draw_from(self.student.head, hidden, batch, keys) if method.source == "student" else None
-            if draws is None:
-                draws = self._draw_from(self.teacher.head, theirs, batch, keys)
-            ribbon = plan(draws, batch.input_ids, batch.response, method.eos)
+            sums["sft"] = losses.sft(self.student.head(passes.mine[predicts]), targets) + zero
         if method.wants("kd", "tpa"):
             rows = predicts if ribbon is None else predicts | (ribbon.gold > 0)
-            text = self._divergence(theirs[rows], hidden[rows])
+            text = self._divergence(passes.theirs[rows], passes.mine[rows])
             sums["kd"] = losses.kd(text, predicts[rows]) + zero
-        if method.wants("tpa"):
-            assert ribbon is not None
-            after = text.new_zeros(0)
-            if ribbon.tokens.shape[1]:
-                mask = continuation_mask(ribbon, batch.attention_mask)
-                where = (ribbon.tokens, ribbon.positions, mask)
-                if ribbon_hidden is None:
-                    ribbon_hidden = self.student.continued(cache, *where)
-                with torch.no_grad():
-                    their_ribbon = self.teacher.continued(their_cache, *where)
-                after = self._divergence(their_ribbon[ribbon.valid], ribbon_hidden[ribbon.valid])
-            sums["tpa"] = losses.tpa(text, ribbon.gold[rows], after, ribbon.multiplicity[ribbon.valid]) + zero
+            if ribbon is not None:
+                after = self._divergence(passes.their_ribbon, passes.my_ribbon)
+                sums["tpa"] = losses.tpa(text, ribbon.gold[rows], after, ribbon.multiplicity[ribbon.valid]) + zero
         if method.wants("iva") and bool(batch.visual.any()):
-            look = losses.uniform_attention(batch.visual) if attention is None else attention
-            weights = losses.visual_weights(look, batch.visual)
-            sums["iva"] = losses.iva(self._divergence(theirs[batch.visual], hidden[batch.visual]), weights) + zero
+            attention = losses.uniform_attention(batch.visual) if passes.attention is None else passes.attention
+            weights = losses.visual_weights(attention, batch.visual)
+            sums["iva"] = losses.iva(self._divergence(passes.theirs[batch.visual], passes.mine[batch.visual]), weights) + zero
+        return Terms(
+            torch.stack([sums[term] for term in losses.TERMS]),
+            self._counts(batch, None if ribbon is None else ribbon.counted),
+            0 if ribbon is None else int(ribbon.valid.sum()),
+        )
 
-        counts = self._counts(batch, None if ribbon is None else ribbon.counted)
-        rows_built = 0 if ribbon is None else int(ribbon.valid.sum())
-        return Terms(torch.stack([sums[term] for term in losses.TERMS]), counts, rows_built)
+    def _passes(self, batch: Batch, keys: list[int], draws: Tensor | None) -> _Passes:
+        """Every pass of the step: student and teacher over the sequence, then both over the ribbon."""
+        method = self.method
+        aligned, tpa = method.wants("kd", "iva", "tpa"), method.wants("tpa")
+        expanded = tpa and method.route == "expanded"
+        features = self.student.features(batch.pixel_values)
+        nothing = batch.input_ids.new_zeros(0)
+        theirs, their_cache, attention, cache, ribbon = nothing, None, None, None, None
+        if expanded:
+            ribbon = self._plan(self.draw(batch, keys) if draws is None else draws, batch)
+            mine, my_ribbon = self._expanded(batch, features, ribbon)
+        else:
+            mine, cache = self.student.plain(batch, features, keep=tpa)
+        if aligned:
+            with torch.no_grad():
+                seen = self.teacher.features(batch.pixel_values, None if features is None else features.detach())
+                look = method.wants("iva") and not method.uniform
+                theirs, their_cache, attention = self.teacher.plain(batch, seen, keep=tpa, look=look)
+        if not tpa:
+            return _Passes(mine, theirs, attention, None, nothing, nothing)
+        if ribbon is None:
+            if draws is None:
+                from_student = method.source == "student"
+                drawn_from = (self.student.head, mine) if from_student else (self.teacher.head, theirs)
+                draws = self._draw_from(*drawn_from, batch, keys)
+            ribbon = self._plan(draws, batch)
+            my_ribbon = self._continued(self.student, cache, ribbon, batch)
+        with torch.no_grad():
+            their_ribbon = self._continued(self.teacher, their_cache, ribbon, batch)
+        return _Passes(mine, theirs, attention, ribbon, my_ribbon, their_ribbon)
+
+    def _plan(self, draws: Tensor, batch: Batch) -> Ribbon:
+        return plan(draws, batch.input_ids, batch.response, self.method.eos)
+
+    @staticmethod
+    def _continued(model: Student | Teacher, cache: Any, ribbon: Ribbon, batch: Batch) -> Tensor:
+        """(M, d) hidden states of the ribbon's rows over the cache of the plain pass."""
+        mask = continuation_mask(ribbon, batch.attention_mask)
+        return model.continued(cache, ribbon.tokens, ribbon.positions, mask)[ribbon.valid]
 
     @torch.no_grad()
     def draw(self, batch: Batch, keys: list[int]) -> Tensor:
@@ -189,10 +212,11 @@ class AlignTI(nn.Module):
         return draw(logits.softmax(-1), uniform, self.method.replacement)
 
     def _expanded(self, batch: Batch, features: Tensor | None, ribbon: Ribbon) -> tuple[Tensor, Tensor]:
+        """(B, T, d) and (M, d) hidden states of one pass over the sequence with the ribbon appended."""
         T = batch.input_ids.shape[1]
         mask = expanded_mask(ribbon, batch.attention_mask)
         hidden = self.student.expanded(batch, features, ribbon.tokens, ribbon.positions, mask)
-        return hidden[:, :T], hidden[:, T:]
+        return hidden[:, :T], hidden[:, T:][ribbon.valid]
 
     def _divergence(self, teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
         method = self.method

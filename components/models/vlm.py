@@ -44,14 +44,14 @@ class VLM(nn.Module):
 
         Without a mask: padding is on the right, where no real token sees it, and the fused causal kernel is the faster one.
         """
-        out = self.model.model.language_model(
-            inputs_embeds=self._embedded(batch, features), use_cache=keep
-        )
+        out = self.model.model.language_model(inputs_embeds=self._embedded(batch, features), use_cache=keep)
         return out.last_hidden_state, out.past_key_values if keep else None
 
     def continued(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, E, d) hidden states of `tokens` at `positions`, over the cache, each seeing what (B, 1, E, T + E) `mask` says."""
         embedded = self.model.get_input_embeddings()(tokens)
+        if not tokens.shape[1]:
+            return embedded  # no rows, which attention layers do not take
         return self.model.model.language_model(
             inputs_embeds=embedded,
             past_key_values=cache,
