@@ -24,7 +24,7 @@ from components.settings import EvaluateSettings, load_settings
 METHOD = (
     "Percentile intervals of a cluster bootstrap over images (questions about one image are drawn together); all arms are"
     " scored on the same {resamples:,} draws, so differences are paired. p: two-sided, the same interval inverted;"
-    " p (Holm): adjusted for all {pairs} pairs of arms."
+    " p (Holm): adjusted for the number of pairs of arms, {pairs}."
 )
 
 
@@ -81,22 +81,29 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings) -> Comparison:
 
 
 def headline(comparison: Comparison) -> str:
-    """What may be said of the first arm, claiming of each of its leads only what the interval says."""
-    best, *others = comparison.order
-    words = f"{best} answers {spoken(comparison.arms[best])} of the {comparison.split} questions right"
-    clear = {pair.against for pair in comparison.pairs if pair.arm == best and pair.larger_than_noise}
-    beyond = [arm for arm in others if arm in clear]
-    within = [arm for arm in others if arm not in clear]
+    """What may be said of the best arms, claiming of each lead only what its interval says."""
+    best = leaders(comparison)
+    others = comparison.order[len(best) :]
+    verb = "answers" if len(best) == 1 else "each answer"
+    words = f"{listed(best)} {verb} {spoken(comparison.arms[best[0]])} of the {comparison.split} questions right"
     if not others:
         return f"{words}."
     words += f", the most of {len(comparison.order)} arms."
+    clear = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.larger_than_noise}
+    beyond = [arm for arm in others if arm in clear]
+    within = [arm for arm in others if arm not in clear]
+    lead = "Its lead" if len(best) == 1 else f"The lead of {best[0]}"
     if not within:
-        return f"{words} Its lead over every other arm is larger than the noise of the test sample."
+        return f"{words} {lead} over every other arm is larger than the noise of the test sample."
     if not beyond:
-        return f"{words} Over none of the others is its lead larger than the noise of the test sample."
-    return (
-        f"{words} Its lead over {listed(beyond)} is larger than the noise of the test sample; over {listed(within)} it is not."
-    )
+        return f"{words} {lead} over no other arm is larger than the noise of the test sample."
+    return f"{words} {lead} over {listed(beyond)} is larger than the noise of the test sample; over {listed(within)} it is not."
+
+
+def leaders(comparison: Comparison) -> list[str]:
+    """The arms with the best score: more than one where they tie."""
+    best = comparison.arms[comparison.order[0]].exact_match
+    return [arm for arm in comparison.order if comparison.arms[arm].exact_match == best]
 
 
 def standing(comparison: Comparison) -> str:
@@ -187,20 +194,23 @@ def main() -> None:
             for part in report.write(comparison, outcomes, settings.evaluate):
                 written += part
                 progress.update()
-        best = comparison.order[0]
-        run.metrics(
-            {"teacher/exact_match": comparison.teacher.exact_match, "best/exact_match": comparison.arms[best].exact_match}
-        )
-        for arm, result in comparison.arms.items():
-            run.metrics({f"{arm}/exact_match": result.exact_match, f"{arm}/train_seconds": result.train_seconds})
-            run.metrics({f"{arm}/gain_over_{base}": gain.difference for base, gain in result.gains.items()})
-        run.tag("best_arm", best)
+        run.metrics(_tracked(comparison))
+        run.tag("best_arm", comparison.order[0])
         for path in written:
             run.artifact(path)
+    best = leaders(comparison)
     print(
-        f"compare: best arm {best}, {spoken(comparison.arms[best])} against the teacher's {comparison.teacher.exact_match:.1%};"
-        f" report in {REPORTS / 'report.html'}"
+        f"compare: best arm {listed(best)}, {spoken(comparison.arms[best[0]])} against the teacher's"
+        f" {comparison.teacher.exact_match:.1%}; report in {REPORTS / 'report.html'}"
     )
+
+
+def _tracked(comparison: Comparison) -> dict[str, float]:
+    figures = {"teacher/exact_match": comparison.teacher.exact_match}
+    for arm, result in comparison.arms.items():
+        figures |= {f"{arm}/exact_match": result.exact_match, f"{arm}/train_seconds": result.train_seconds}
+        figures |= {f"{arm}/gain_over_{base}": gain.difference for base, gain in result.gains.items()}
+    return figures
 
 
 if __name__ == "__main__":

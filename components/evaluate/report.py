@@ -120,7 +120,7 @@ def table(comparison: Comparison) -> list[Line]:
         lines.append(Line(f"gain over {baseline}, points", [NOTHING, *map(_gain, gains)], starts_group=index == 0))
         lines.append(Line("p (Holm)", [NOTHING, *map(_p_value, gains)], belongs_above=True))
     lines.append(Line("share of the teacher, %", [Cell("100"), *map(_share, arms)], starts_group=True))
-    lines.append(Line("training, s", [NOTHING, *(Cell(f"{arm.train_seconds:,.0f}") for arm in arms)], starts_group=True))
+    lines.append(Line("training, s", [NOTHING, *(Cell(_seconds(arm.train_seconds)) for arm in arms)], starts_group=True))
     lines.append(Line("peak memory, MiB", [NOTHING, *(Cell(f"{arm.peak_memory_mib:,.0f}") for arm in arms)]))
     return lines
 
@@ -267,6 +267,8 @@ def _notes(comparison: Comparison) -> list[str]:
         " noise of the test sample may still be smaller than that between two seeds.",
         f"Where two arms do not differ at all, one interval in {round(1 / (1 - comparison.confidence))} still excludes zero by"
         f" chance. There are {len(comparison.pairs)} pairs here; p (Holm) accounts for that.",
+        "An arm that answers all questions of a kind right, or none, has an interval of no width there: the draws hold nothing"
+        " that the sample does not.",
         "Training seconds and peak memory are of the machine that trained the arm, with whatever else ran on it.",
     ]
 
@@ -329,6 +331,10 @@ def _points(difference: float) -> str:
 
 def _bounds(pair: Difference) -> str:
     return f"[{_points(pair.ci95[0])}, {_points(pair.ci95[1])}]"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _p(value: float) -> str:

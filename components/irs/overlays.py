@@ -82,7 +82,7 @@ def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], layer: int, theme: 
             grid, cmap="magma", vmin=0, vmax=most, extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=_visible(grid / most)
         )
         axes.set_title("\n".join(textwrap.wrap(gaze.question, 34)))
-        axes.set_xlabel(f"reference: {textwrap.shorten(gaze.reference, 40)}")
+        axes.set_xlabel(f"reference: {textwrap.shorten(gaze.reference, 34, placeholder=' …')}")
     for axes in panels:
         _bare(axes)
     figure.colorbar(heat, ax=panels, shrink=0.75, aspect=28, label=f"layer {layer}: attention / equal share")
@@ -99,7 +99,7 @@ def _grid(attention: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _visible(share: NDArray[np.float32]) -> NDArray[np.float32]:
     """Opacity: the image shows through where little attention goes, and still a little where most does."""
-    return (0.25 + 0.5 * share).astype(np.float32)
+    return (0.15 + 0.5 * share).astype(np.float32)
 
 
 def _bare(axes: Axes) -> None:

@@ -42,10 +42,10 @@ def png(seed: int) -> bytes:
 
 
 def row(index: int, questions: list[str] = QUESTIONS) -> ImageRow:
-    """An image with a caption, `questions`, and the first of them once more as the opening of a dialogue."""
+    """An image with a caption, and `questions` that each open a dialogue, the first one twice."""
     samples = [(f"{index}-caption", "caption", (Turn("<image>\nDescribe it.", "one"),))]
-    samples += [(f"{index}-{i}", "open", (Turn(f"<image>\n{q}", "one"),)) for i, q in enumerate(questions)]
-    samples += [(f"{index}-again", "open", (Turn(f"<image>\n{questions[0]}", "one"), Turn("How many?", "two")))]
+    dialogues = [(Turn(f"<image>\n{q}", "one"), Turn("How many?", "two")) for q in [*questions, questions[0]]]
+    samples += [(f"{index}-{i}", "open", turns) for i, turns in enumerate(dialogues)]
     return ImageRow(f"image-{index}", png(index), tuple(samples))
 
 
