@@ -34,9 +34,8 @@ def use(recipe: str) -> None:
 @app.command()
 def plan() -> None:
     """Say for each stage whether it would run, why, and how long that takes."""
-    from flows.plan import plan as make_plan
-
     from components.settings import load_settings
+    from flows.plan import plan as make_plan
 
     load_settings()
     steps, basis = make_plan()

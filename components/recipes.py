@@ -2,12 +2,16 @@
 
 A mapping is merged key by key, except one whose keys are the user's own names (arms, teachers, students): such a mapping
 is replaced whole, since an arm left over from before would be trained too. Lists are replaced.
+
+    alignti use NAME                      the recipe into params/
+    python -m components.recipes NAME     params/ into the recipe: what it restates after the shipped values have changed
 """
 
 from __future__ import annotations
 
 import difflib
 import io
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,16 +66,8 @@ def merged(name: str, root: Path = Path()) -> dict[Path, str]:
             except FileNotFoundError:
                 raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
             document = yaml.load(text)
-            updates = list(_updates(overlay.get(file, {}), document, _annotation(file)))
-            for *above, key, value in updates:
-                parent = document
-                for step in above:
-                    parent = parent[step]
-                parent[key] = _bare(value)
-            if updates:
-                stream = io.StringIO()
-                yaml.dump(document, stream)
-                changed[path] = text = stream.getvalue()
+            if _merge(overlay.get(file, {}), document, _annotation(file)):
+                changed[path] = text = _text(document)
             write_text(Path(draft) / "params" / f"{file}.yaml", text)
         try:
             load_settings(Path(draft))
@@ -88,6 +84,17 @@ def use(name: str, root: Path = Path()) -> str:
         diff += "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"before/{shown}", shown, n=1))
         write_text(path, text)
     return diff
+
+
+def restate(name: str, root: Path = Path()) -> None:
+    """Merge every value of `params/` into recipe `name`, which keeps its comments."""
+    path = _path(name, root)
+    yaml = _round_trip()
+    recipe = yaml.load(path.read_text(encoding="utf-8"))
+    for file in FILES:
+        params = yaml.load((root / "params" / f"{file}.yaml").read_text(encoding="utf-8"))
+        _merge(params, recipe.setdefault(file, yaml.map()), _annotation(file))
+    write_text(path, _text(recipe))
 
 
 def nearest(root: Path = Path()) -> tuple[str | None, int]:
@@ -139,6 +146,17 @@ def _updates(overlay: Mapping[str, Any], current: Mapping[str, Any], annotation:
             yield key, value
 
 
+def _merge(overlay: Mapping[str, Any], document: Any, annotation: Any) -> bool:
+    """Whether anything was changed in `document`."""
+    updates = list(_updates(overlay, document, annotation))
+    for *above, key, value in updates:
+        parent = document
+        for step in above:
+            parent = parent[step]
+        parent[key] = _bare(value)
+    return bool(updates)
+
+
 def _bare(node: Any) -> Any:
     """A copy that keeps how values are written, without the recipe's comments."""
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -157,6 +175,12 @@ def _leaves(node: Any) -> int:
     return sum(map(_leaves, node.values())) if isinstance(node, Mapping) else 1
 
 
+def _text(document: Any) -> str:
+    stream = io.StringIO()
+    _round_trip().dump(document, stream)
+    return stream.getvalue()
+
+
 def _round_trip() -> Any:
     """YAML that is written back as it was read: comments, order, 2.0e-3, 50_000_000, null."""
     from ruamel.yaml import YAML
@@ -166,3 +190,7 @@ def _round_trip() -> Any:
     yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     return yaml
+
+
+if __name__ == "__main__":
+    restate(sys.argv[1])

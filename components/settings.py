@@ -357,12 +357,6 @@ class StudySettings(Strict):
             raise ValueError(f"arms.{TEACHER_ARM}: the name is taken by the teacher's own scores")
         return self
 
-    @model_validator(mode="after")
-    def _names(self) -> StudySettings:
-        if "teacher" in self.arms:
-            raise ValueError("no arm may be called `teacher`: the teacher's own scores stand under that name")
-        return self
-
 
 # --- params/runtime.yaml ----------------------------------------------------------------------------------------------
 

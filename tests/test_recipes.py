@@ -59,6 +59,15 @@ def test_comments_and_the_way_values_are_written_survive(root: Path) -> None:
     assert "llava: null\n" in text
 
 
+def test_restating_takes_over_what_params_say_now_and_keeps_comments(root: Path) -> None:
+    path = root / "params/distill.yaml"
+    path.write_text(path.read_text().replace("steps: 1200", "steps: 1201"))
+    recipes.restate("digits", root)
+    assert recipes.nearest(root) == ("digits", 0)
+    before, after = ((folder / "params/recipes/digits.yaml").read_text() for folder in (ROOT, root))
+    assert after == before.replace("  steps: 1200", "  steps: 1201")
+
+
 def recipe(root: Path, body: str) -> None:
     about = "about: {run: alignti use mine, hardware: any, time: none, result: none, seconds: {}}\n"
     (root / "params/recipes/mine.yaml").write_text(about + body)
