@@ -86,8 +86,7 @@ def share_out(labels: np.ndarray, design: DigitsGrid, seed: int) -> dict[Split, 
 
 
 def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Generator) -> Scene:
-    """Which digit stands where, in which colour, in whose handwriting."""
-
+    """Which digit stands where, in which colour, in whose handwriting. One colour is there once: "where" needs it."""
     names, palette = places(design.grid), tuple(sorted(design.palette))
 
     def between(bounds: tuple[int, int]) -> int:
@@ -99,10 +98,11 @@ def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Gener
     cells = sorted(rng.permutation(len(names))[: between(design.filled)].tolist())
     values = rng.permutation(10)[: between(design.classes)]
     colours = rng.permutation(len(palette))[: between(design.colours)]
+    single, others = one_of(np.arange(len(cells))), colours[1:] if len(colours) > 1 else colours
     digits = []
-    for cell in cells:
-        value = one_of(values)
-        digits.append(Digit(names[cell], value, palette[one_of(colours)], one_of(by_value[value])))
+    for index, cell in enumerate(cells):
+        value, colour = one_of(values), colours[0] if index == single else one_of(others)
+        digits.append(Digit(names[cell], value, palette[colour], one_of(by_value[value])))
     return Scene(names, palette, tuple(digits))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import permutations, product
+from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -71,17 +71,9 @@ def count_colour(scene: Scene) -> list[Option]:
 
 
 def exist(scene: Scene) -> list[Option]:
-    """Yes and no evenly; the no's in thirds after POPE's random, popular and adversarial negatives, ever harder:
-    neither the colour nor the digit is in the image; one of them is; both are, but not on one another."""
-    there = {(d.colour, d.value) for d in scene.digits}
-    colours, values = {d.colour for d in scene.digits}, {d.value for d in scene.digits}
-    grades = ("random", "popular", "adversarial")
-    options = []
-    for colour, value in product(scene.colours, range(10)):
-        thing = f"{colour} {DIGITS[value]}"
-        strata = ("yes", thing) if (colour, value) in there else ("no", grades[(colour in colours) + (value in values)], thing)
-        options.append(Option(f"Is there a {thing}?", strata[0], strata))
-    return options
+    """Yes and no evenly, and each colour evenly in both, as POPE balances them."""
+    words, there = {True: "yes", False: "no"}, {d.colour for d in scene.digits}
+    return [Option(f"Is there a {c} digit?", words[c in there], (words[c in there], c)) for c in scene.colours]
 
 
 def largest(scene: Scene) -> list[Option]:
@@ -91,23 +83,23 @@ def largest(scene: Scene) -> list[Option]:
 
 
 def where(scene: Scene) -> list[Option]:
-    things = Counter((d.colour, d.value) for d in scene.digits)
-    once = [d for d in scene.digits if things[d.colour, d.value] == 1]
-    return [Option(f"Where is the {d.colour} {DIGITS[d.value]}?", d.place, (d.place, d.colour)) for d in once]
+    found = Counter(d.colour for d in scene.digits)
+    once = [d for d in scene.digits if found[d.colour] == 1]
+    return [Option(f"Where is the {d.colour} digit?", d.place, (d.place, d.colour)) for d in once]
 
 
 def list_all(scene: Scene) -> list[Option]:
-    answer = " ".join(f"{d.place} {DIGITS[d.value]}" for d in scene.digits)
+    answer = " ".join(f"{d.place} {d.colour} {DIGITS[d.value]}" for d in scene.digits)
     return [Option("List the digits.", answer, (NUMBERS[len(scene.digits)],))]
 
 
-def compare(scene: Scene) -> list[Option]:
-    pairs = [(a, b) for a, b in permutations(scene.digits, 2) if a.value != b.value]
-    yes_no = {True: "yes", False: "no"}
-    return [
-        Option(f"Is {a.place} larger than {b.place}?", yes_no[a.value > b.value], (yes_no[a.value > b.value],))
-        for a, b in pairs
-    ]
+def list_colour(scene: Scene) -> list[Option]:
+    options = []
+    for colour in sorted({d.colour for d in scene.digits}):
+        found = [d for d in scene.digits if d.colour == colour]
+        answer = " ".join(f"{d.place} {DIGITS[d.value]}" for d in found)
+        options.append(Option(f"List the {colour} digits.", answer, (NUMBERS[len(found)], colour)))
+    return options
 
 
 def add(scene: Scene) -> list[Option]:
@@ -127,7 +119,7 @@ KINDS: dict[str, Callable[[Scene], list[Option]]] = {
     "largest": largest,
     "where": where,
     "list": list_all,
-    "compare": compare,
+    "list_colour": list_colour,
     "sum": add,
 }
 

