@@ -8,6 +8,7 @@ Lines of a journal are JSON objects with `event` (start, params, metrics, artifa
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,7 +20,6 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,7 @@ JOURNALS = RUNS / "journal"
 LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
 PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
 JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
-PATIENCE_S = 60  # how long a finished stage waits for its journal to be sent
+PATIENCE_S = 10  # how long a finished stage waits for its journal to be sent
 SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the process that sends it
 
 _FORBIDDEN_IN_METRIC = re.compile(r"[^\w\-. :/]")
@@ -116,7 +116,7 @@ class Run:
         self._file = None
 
 
-@contextmanager
+@contextlib.contextmanager
 def stage_run(
     stage: str, cell: str | None = None, *, runtime: RuntimeSettings, params: Mapping[str, Any] | None = None
 ) -> Iterator[Run]:
@@ -233,19 +233,13 @@ def _start_mirror(journal: Path, runtime: RuntimeSettings) -> subprocess.Popen[b
 
 
 def _finish_mirror(mirror: subprocess.Popen[bytes] | None, journal: Path) -> None:
-    """Closing its stdin tells the mirror that the journal is complete."""
+    """Closing its stdin tells the mirror that the journal is complete; what is not sent soon it sends after the stage."""
     if mirror is None or mirror.stdin is None:
         return
     mirror.stdin.close()
-    try:
-        mirror.wait(PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        mirror.kill()
-        mirror.wait()
-        warn(f"MLflow did not take {journal} within {PATIENCE_S} s; `alignti sync` sends it later")
-        return
-    if mirror.returncode not in (SENT, NOT_SENT_AND_SAID_SO):
-        warn(f"what sends {journal} to MLflow failed with exit code {mirror.returncode}; `alignti sync` sends it later")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if mirror.wait(PATIENCE_S) not in (SENT, NOT_SENT_AND_SAID_SO):
+            warn(f"what sends {journal} to MLflow failed with exit code {mirror.returncode}; `alignti sync` sends it later")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

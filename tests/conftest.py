@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",  # with two, another process on a core costs an order of magnitude: OpenMP spins while it waits
@@ -24,3 +27,12 @@ os.environ |= {
 }
 for _name in ("ALIGNTI_PARENT_RUN_ID", "MLFLOW_RUN_ID", "DVC_STAGE", "RANK"):
     os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server of this session's own; it takes ten seconds to start."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield

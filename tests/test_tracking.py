@@ -30,6 +30,7 @@ def runtime(uri: str = tracking.JOURNAL_ONLY) -> RuntimeSettings:
 @pytest.fixture(autouse=True)
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "PATIENCE_S", 120)  # on a busy machine MLflow takes its time; here each run is waited for
     monkeypatch.setattr("components.recipes.nearest", lambda: ("digits", 0))
     return tmp_path
 

@@ -1,0 +1,125 @@
+"""The whole pipeline, every stage real, on the recipe `smoke`: through `dvc repro` and through the Prefect flow.
+
+The tests of this file go on from one another, in order: each changes the workspace that the first one made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from components import recipes
+
+ROOT = Path(__file__).parents[2]
+STAGES = {
+    "prepare",
+    "obtain_models",
+    "select_teacher",
+    "search_layer",
+    *(f"{stage}@{arm}" for stage in ("distill", "evaluate") for arm in ("sft", "align_ti")),
+    "evaluate_teacher",
+    "compare",
+}
+
+
+def call(root: Path, *command: str) -> str:
+    """Its output. Fails with it, too."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def dvc(root: Path, *words: str) -> str:
+    return call(root, sys.executable, "-m", "dvc", *words)
+
+
+def ran(said: str) -> set[str]:
+    return set(re.findall(r"^Running stage '(.+)':", said, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a fresh clone holds, with the recipe `smoke` in use and its data pulled."""
+    root = tmp_path_factory.mktemp("clone")
+    for name in call(ROOT, "git", "ls-files", "-z", "--cached").split("\0"):
+        if name and (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    call(root, "git", "init", "--quiet")
+    recipes.use("smoke", root)
+    dvc(root, "pull", "--quiet", "data.dvc")
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(workspace: Path) -> Path:
+    """The workspace after `dvc repro`."""
+    assert ran(dvc(workspace, "--wait-for-lock", "repro")) == STAGES
+    return workspace
+
+
+def test_the_report_holds_what_it_must(done: Path) -> None:
+    compared = json.loads((done / "reports/compare.json").read_text())
+    assert 0 <= compared["teacher"]["exact_match"] <= 1
+    assert set(compared["arms"]) == {"sft", "align_ti"}
+    for arm in compared["arms"].values():
+        low, high = arm["ci95"]
+        assert 0 <= low <= arm["exact_match"] <= high <= 1
+        assert arm["train_seconds"] > 0
+    report = (done / "reports/report.html").read_text()
+    assert "align_ti" in report
+    assert not re.search(r'(?:src|href)="(?!data:|#|https?://)', report), "the report needs a file beside it"
+    with Image.open(done / "reports/irs/curve.png") as curve:
+        curve.verify()
+
+
+def test_all_stages_are_tracked_under_one_parent(done: Path) -> None:
+    starts = [json.loads(journal.open().readline()) for journal in (done / ".runs/journal").glob("*.jsonl")]
+    assert {start["tags"]["DVC_STAGE"] for start in starts} == STAGES
+    assert len({start["parent"]["id"] for start in starts}) == 1
+    assert {path.stem for path in (done / ".runs/last").glob("*.json")} == STAGES
+
+
+def test_a_second_repro_runs_nothing_soon(done: Path) -> None:
+    began = time.monotonic()
+    said = dvc(done, "--wait-for-lock", "repro")
+    assert ran(said) == set()
+    assert "Data and pipelines are up to date." in said
+    assert time.monotonic() - began < 10
+
+
+def test_dvc_shows_metrics_and_plots(done: Path) -> None:
+    assert "teacher" in json.loads(dvc(done, "metrics", "show", "--json"))[""]["data"]["reports/compare.json"]["data"]
+    plots = json.loads(dvc(done, "plots", "show", "--json"))["data"]
+    assert plots["reports/irs/curve.json"]
+    assert any(name.endswith("losses.png") for name in plots)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_flow_agrees_with_repro_both_ways(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import dvc as runner
+    from flows.pipeline import pipeline
+
+    monkeypatch.chdir(done)
+    assert pipeline() == dict.fromkeys(STAGES, "unchanged")
+
+    study = done / "params/study.yaml"
+    study.write_text(study.read_text().replace("iva: 1.0, tpa: 1.0", "iva: 0.5, tpa: 1.0"))
+    outcomes = pipeline(parallel=2)
+    assert {stage for stage, outcome in outcomes.items() if outcome == "ran"} == {
+        "distill@align_ti",
+        "evaluate@align_ti",
+        "compare",
+    }
+    assert runner.reproduce_all() == "unchanged"
+    assert runner.status() == {}
