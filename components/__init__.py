@@ -1,4 +1,4 @@
-"""The rooms of the platform. Imported before torch, whatever is run: the one moment at which OpenMP can still be told things."""
+"""The rooms of the platform. Imported before torch, whatever is run: the last moment to tell OpenMP anything."""
 
 import os
 

@@ -11,20 +11,27 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from components.artifacts import Manifest, ShardRecord, Split, SplitRecord, sha256
 from components.errors import DataError
 
-TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
-SAMPLE = pa.struct([("id", pa.string()), ("kind", pa.string()), ("conversations", pa.list_(TURN))])
+if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles samples alone does without it
+    import pyarrow as pa
+
 CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
 BATCH_BYTES = 32 * 2**20  # of images, in one record batch
-SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(SAMPLE))])
+
+
+def schema() -> pa.Schema:
+    """One row per image, with all samples about it."""
+    import pyarrow as pa
+
+    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+    sample = pa.struct([("id", pa.string()), ("kind", pa.string()), ("conversations", pa.list_(turn))])
+    return pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(sample))])
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,11 @@ class SplitWriter:
 
 class _ShardWriter:
     def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
         self._path = path
         self._draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._stream = pa.ipc.new_stream(str(self._draft), SCHEMA)
+        self._stream = pa.ipc.new_stream(str(self._draft), schema())
         self._pending: list[ImageRow] = []
         self._bytes = 0
         self.images = 0
@@ -124,8 +133,10 @@ class _ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
+        import pyarrow as pa
+
         if self._pending:
-            self._stream.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in self._pending], schema=SCHEMA))
+            self._stream.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in self._pending], schema=schema()))
             self._pending.clear()
             self._bytes = 0
 
@@ -151,13 +162,16 @@ class Samples(Sequence[Sample]):
     """
 
     def __init__(self, dataset: Path, split: Split) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         self.manifest = Manifest.read(dataset / "manifest.json")
         if split not in self.manifest.splits:
             raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
         self.record = self.manifest.splits[split]
         self._dataset, self._split = dataset, split
         self._table = pa.concat_tables(
-            [SCHEMA.empty_table(), *(_open_shard(dataset / split / shard.file) for shard in self.record.shards)]
+            [schema().empty_table(), *(_open_shard(dataset / split / shard.file) for shard in self.record.shards)]
         )
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
@@ -191,6 +205,8 @@ class Samples(Sequence[Sample]):
     @property
     def kinds(self) -> list[str]:
         """The kind of each sample; no image is read."""
+        import pyarrow.compute as pc
+
         kinds: list[str] = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind").to_pylist()
         return kinds
 
@@ -204,6 +220,9 @@ class Samples(Sequence[Sample]):
 
     def images_of(self, image_ids: Iterable[str]) -> dict[str, bytes | None]:
         """Encoded image per image id, for those ids that the split has."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         asked = pc.is_in(self._table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))
         found = self._table.select(["image_id", "image"]).filter(asked)
         return dict(zip(found.column("image_id").to_pylist(), found.column("image").to_pylist(), strict=True))
@@ -216,10 +235,12 @@ def _sample(stored: dict[str, Any], image_id: str, image: bytes | None) -> Sampl
 
 
 def _open_shard(path: Path) -> pa.Table:
+    import pyarrow as pa
+
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: {error}; `dvc repro prepare` makes it anew") from None
-    if table.schema != SCHEMA:
+    if table.schema != schema():
         raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; `dvc repro prepare` makes it anew")
     return table

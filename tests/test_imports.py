@@ -26,7 +26,7 @@ LEVELS = [
 SAME_LEVEL = {("tracking", "recipes"), ("mirror", "tracking")}
 
 # What a box that only distils may lack.
-PIPELINE_ONLY = {"dvc", "prefect", "mlflow", "matplotlib", "scipy", "sklearn", "typer", "rich", "ruamel"}
+PIPELINE_ONLY = {"dvc", "prefect", "mlflow", "matplotlib", "scipy", "sklearn", "typer", "rich", "ruamel", "pyarrow", "PIL"}
 DISTILS = ("components.align_ti", "components.irs.score", "components.models", "components.distill")
 
 

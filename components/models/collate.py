@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from components.errors import DataError, ModelError
 from components.models.template import IMAGE, Template
 from components.shards import Sample
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PIXEL_CACHE_BYTES = 2**29  # the image processor costs 0.3 ms an image, as much as a small student's whole step
 
@@ -168,6 +170,8 @@ class Collator:
 
 def decode(sample: Sample) -> Image.Image:
     """The sample's image, RGB. Raises DataError naming the sample if it does not decode."""
+    from PIL import Image, UnidentifiedImageError
+
     assert sample.image is not None
     try:
         return Image.open(io.BytesIO(sample.image)).convert("RGB")
@@ -204,6 +208,8 @@ def visual_tokens(processor: Any) -> int:
     Raises ModelError if the processor cannot say or if the count varies with the image's shape: teacher and student are
     aligned token by token.
     """
+    from PIL import Image
+
     if getattr(processor, "patch_size", None) is None or not hasattr(processor, "replace_image_token"):
         raise ModelError(f"{type(processor).__name__} is not LLaVA-like, or its processor_config.json lacks patch_size")
     counts = set()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 
 from components.errors import ModelError
@@ -81,6 +80,8 @@ def check_pair(teacher: Loaded, student: Loaded) -> int:
     Raises ModelError, naming the models, if the image token is missing, pad == EOS, the two see different visual tokens or
     pixels, or their tokenizers mean different strings by one id.
     """
+    from PIL import Image
+
     for loaded in (teacher, student):
         _check_image_token(loaded)
     between = f"teacher {teacher.name} and student {student.name}"
