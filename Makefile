@@ -28,8 +28,8 @@ help: ## what can be made
 venv: $(STAMP) ## install everything into .venv (again only when pyproject.toml or constraints.txt change)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version 2>&1 || echo '$(PYTHON) is missing'). Name another: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@command -v "$(PYTHON)" >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not there or is older than 3.11. Name another: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): some minutes the first time, 2 to 3 GB."
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
@@ -37,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 data: $(STAMP) ## fetch the raw data that data.dvc names
-	@$(IN_VENV) dvc pull --quiet data.dvc </dev/null || \
-		{ echo "data/ is not what data.dvc says: \`dvc add data\` records your change, \`dvc checkout --force data.dvc\` drops it." >&2; exit 2; }
+	@$(IN_VENV) dvc pull data.dvc </dev/null >/dev/null || \
+		{ echo "If you changed data/: \`dvc add data\` records your change, \`dvc checkout --force data.dvc\` drops it." >&2; exit 2; }
 
 repro: data ## the whole job: data, teacher, layer, students, scores, report; only what changed is run
 	@$(IN_VENV) dvc --wait-for-lock repro
