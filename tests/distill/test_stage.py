@@ -90,9 +90,10 @@ def test_accumulation_gives_the_same_training(workplace: Path, arm: str) -> None
 
 
 def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(workplace: Path) -> None:
+    write_params(workplace, "distill", {"steps": 40})
     wanted = weights(run())
     losses = (STUDENTS / "align_ti/losses.jsonl").read_text()
-    write_params(workplace, "distill", {"checkpoint_every": 1})
+    write_params(workplace, "distill", {"steps": 40, "checkpoint_every": 3})
     killed = subprocess.Popen(command("align_ti"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _wait_for(lambda: list(Path(".runs/distill/align_ti").glob("*/step-*")), killed)
     killed.kill()
