@@ -9,6 +9,7 @@ import pytest
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",  # with two, another process on a core costs an order of magnitude: OpenMP spins while it waits
+    "ALIGNTI_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
