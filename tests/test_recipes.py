@@ -61,11 +61,11 @@ def test_comments_and_the_way_values_are_written_survive(root: Path) -> None:
 
 def test_restating_takes_over_what_params_say_now_and_keeps_comments(root: Path) -> None:
     path = root / "params/distill.yaml"
-    path.write_text(path.read_text().replace("steps: 1200", "steps: 1201"))
+    path.write_text(path.read_text().replace("steps: 1000", "steps: 1001"))
     recipes.restate("digits", root)
     assert recipes.nearest(root) == ("digits", 0)
     before, after = ((folder / "params/recipes/digits.yaml").read_text() for folder in (ROOT, root))
-    assert after == before.replace("  steps: 1200", "  steps: 1201")
+    assert after == before.replace("  steps: 1000", "  steps: 1001")
 
 
 def recipe(root: Path, body: str) -> None:
@@ -92,7 +92,7 @@ study:
     assert list(now.models.embedded.teachers) == ["big"]
     assert list(now.models.embedded.students) == ["student"]
     assert (now.distill.optimiser.learning_rate, now.distill.optimiser.weight_decay) == (1e-4, 0.0)
-    assert (now.distill.iva.layer, now.distill.steps) == (2, 1200)
+    assert (now.distill.iva.layer, now.distill.steps) == (2, 1000)
 
 
 def test_a_block_that_is_null_is_filled_in(root: Path) -> None:
@@ -127,5 +127,5 @@ def test_a_recipe_says_what_it_costs_or_is_refused(root: Path) -> None:
 
 def test_the_nearest_recipe_is_known_after_a_change(root: Path) -> None:
     path = root / "params/distill.yaml"
-    path.write_text(path.read_text().replace("steps: 1200", "steps: 1201"))
+    path.write_text(path.read_text().replace("steps: 1000", "steps: 1001"))
     assert recipes.nearest(root) == ("digits", 1)
