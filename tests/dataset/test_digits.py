@@ -99,7 +99,7 @@ def test_counts_are_as_asked_for_and_sample_ids_unique(prepared: Prepared) -> No
     for split in SPLITS:
         images, questions = getattr(design.images, split), getattr(design.instructions_per_image, split)
         assert prepared.manifest.splits[split].images == images
-        assert prepared.manifest.splits[split].samples == images * (questions + (split == "train"))
+        assert prepared.manifest.splits[split].samples == images * (questions + CAPTIONS * (split == "train"))
 
 
 def test_every_image_has_different_instructions(prepared: Prepared) -> None:
