@@ -181,6 +181,7 @@ class EmbeddedFamily(Strict):
     teacher_instructions: Conversations
     students: dict[Name, LanguageShape]
     student_captions: Training
+    student_lists: Conversations
 
 
 class Checkpoint(Strict):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from components.artifacts import SPLITS, Split
 from components.dataset import raw
-from components.dataset.questions import DIGITS, Balance, Digit, Scene, ask, caption, places
+from components.dataset.questions import CAPTIONS, DIGITS, Balance, Digit, Scene, ask, captions, places
 from components.dataset.source import Provenance, Source
 from components.errors import DataError
 from components.settings import Augmentation, DataSettings, DigitsGrid
@@ -32,7 +32,7 @@ def source(settings: DataSettings, folder: Path) -> Source:
     design = settings.digits
     assert design is not None  # settings guarantee it
     images, questions = design.images, design.instructions_per_image
-    samples = images.train * (questions.train + 1) + images.val * questions.val + images.test * questions.test
+    samples = images.train * (questions.train + CAPTIONS) + images.val * questions.val + images.test * questions.test
     return Source(
         title=TITLE,
         licence=LICENCE,
@@ -55,7 +55,7 @@ def _rows(design: DigitsGrid, seed: int, folder: Path) -> Iterator[tuple[ImageRo
             image_id = f"{split}-{number:06d}"
             asked = ask(scene, getattr(design.instructions_per_image, split), balance, rng)
             if split == "train":
-                asked.append(("caption", *caption(scene)))
+                asked.extend(("caption", *described) for described in captions(scene))
             samples = tuple(
                 (f"{image_id}-{i}", kind, (Turn(f"<image>\n{question}", answer),))
                 for i, (kind, question, answer) in enumerate(asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from filelock import FileLock, Timeout
 
 from components.artifacts import RUNS, sha256, write_text
 from components.errors import TryAgainError
+
+# It warns at every checkpoint that tied weights are stored once, which is as it should be (the resume test compares bytes).
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 CODE = ("align_ti", "distill", "irs", "models")
 

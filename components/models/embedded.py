@@ -1,7 +1,7 @@
 """The embedded family: a tiny LLaVA family that is built and trained here, from the prepared data and nothing else.
 
 1. a tokenizer of the training split's words;  2. a vision tower that learns to read cells, then is frozen and shared;
-3. teachers: captions first, then conversations;  4. students: captions only, since distillation is their second stage.
+3. teachers: captions, then conversations;  4. students: captions of every form, since distillation is their second stage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from components.models.template import IMAGE, Template, question_of
 from components.models.tokenizer import build_processor
 from components.models.tower import cell_words, encode, new_tower, train_tower
 from components.models.vlm import VLM
-from components.settings import EmbeddedFamily, LanguageShape, ModelsSettings, Training
+from components.settings import Conversations, EmbeddedFamily, LanguageShape, ModelsSettings, Training
 from components.shards import Sample, Samples, Turn
 
 CAPTION = "caption"
@@ -38,8 +38,9 @@ class Corpus:
     """The training split as this stage needs it: every image decoded once, its captions and its other turns."""
 
     images: Tensor  # (N, 3, H, W) uint8
-    captions: list[Sample]  # one an image
-    turns: list[list[Turn]]  # per image, questions without the image's mark
+    captions: list[Sample]  # each image's first
+    lists: list[list[Turn]]  # per image, its other captions, or its only one; questions without the image's mark, as below
+    turns: list[list[Turn]]  # per image, everything but its first caption
 
     @property
     def texts(self) -> Iterator[str]:
@@ -51,7 +52,7 @@ class Corpus:
 
 def read_corpus(samples: Samples) -> Corpus:
     """Raises DataError if an image has no caption or no other turn, or if images are not squares of one size."""
-    images, captions, turns = [], [], []
+    images, captions, lists, turns = [], [], [], []
     for row in tqdm(range(samples.images), desc="training split", unit="image"):
         about = samples.about(row)
         described = [sample for sample in about if sample.kind == CAPTION and sample.image is not None]
@@ -63,11 +64,17 @@ def read_corpus(samples: Samples) -> Corpus:
             )
         images.append(np.asarray(decode(described[0])))
         captions.append(described[0])
-        turns.append([Turn(question_of(turn), turn.answer) for turn in asked])
+        first, others = _unmarked(described[:1]), _unmarked(described[1:])
+        lists.append(others or first)
+        turns.append([Turn(question_of(turn), turn.answer) for turn in asked] + others)
     shapes = {image.shape for image in images}
     if len(shapes) != 1 or len(set(images[0].shape[:2])) != 1:
         raise DataError(f"the embedded family needs square images of one size; found (height, width, 3) {sorted(shapes)[:3]}")
-    return Corpus(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), captions, turns)
+    return Corpus(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), captions, lists, turns)
+
+
+def _unmarked(samples: list[Sample]) -> list[Turn]:
+    return [Turn(question_of(turn), turn.answer) for sample in samples for turn in sample.turns]
 
 
 def build(settings: ModelsSettings, samples: Samples, folder: Path, device: torch.device, log: Log) -> dict[str, Path]:
@@ -93,9 +100,10 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, device: torc
             language = Language(model, seen, collator, generator, f"{role[:-1]} {name}", log)
             if role == "teachers":
                 language.captions(corpus, family.teacher_captions)
-                language.conversations(corpus, family.teacher_instructions, family.teacher_instructions.turns)
+                language.conversations(corpus.turns, family.teacher_instructions, "conversations")
             else:
                 language.captions(corpus, family.student_captions)
+                language.conversations(corpus.lists, family.student_lists, "lists")
             saved[f"{role}/{name}"] = save(model, processor, folder / role / name)
     return saved
 
@@ -158,18 +166,20 @@ class Language:
     def captions(self, corpus: Corpus, training: Training) -> None:
         self._fit(lambda image: corpus.captions[image], training, "captions")
 
-    def conversations(self, corpus: Corpus, training: Training, turns: int) -> None:
-        """Up to `turns` turns about an image in one sample, in an order drawn anew each time: the image is read once for all
-        of them, which makes a step of eight questions cost hardly more than a step of one."""
+    def conversations(self, turns: list[list[Turn]], training: Conversations, stage: str) -> None:
+        """Up to `training.turns` turns about an image in one sample, in an order drawn anew each time.
+
+        The image is read once for all of them, which makes a step of eight questions cost hardly more than a step of one.
+        """
 
         def drawn(image: int) -> Sample:
-            asked = corpus.turns[image]
-            order = torch.randperm(len(asked), generator=self.generator)[:turns].tolist()
+            asked = turns[image]
+            order = torch.randperm(len(asked), generator=self.generator)[: training.turns].tolist()
             first, *others = (asked[index] for index in order)
             marked = Turn(f"{IMAGE}\n{first.question}", first.answer)
-            return Sample(f"{corpus.captions[image].image_id}-conversation", "", "", HERE, (marked, *others))
+            return Sample(f"conversation about image {image}", "", "", HERE, (marked, *others))
 
-        self._fit(drawn, training, "conversations")
+        self._fit(drawn, training, stage)
 
     def _fit(self, sample_of: Any, training: Training, stage: str) -> None:
         batches = epochs(len(self.seen), training.batch_size, self.generator)

@@ -278,3 +278,37 @@ def test_values_are_pinned() -> None:
 
 PINNED_COUNTS = [8.0, 8.0, 3.0, 32.0]
 PINNED_MEANS = [3.66941, 1.31009, 1.16974, 1.40290]
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("route", ["continuation", "expanded"])
+def test_gradient_of_each_term_by_finite_differences(term: str, route: str) -> None:
+    """Along one random direction of all the student's parameters; the draws are held fixed, as the method does."""
+    student, teacher = pair("llama")
+    module = step(student, teacher, route=route)
+    b = batch()
+    draws = fixed_draws(b)
+    only = torch.tensor([float(name == term) for name in TERMS], dtype=torch.float64)
+
+    def loss() -> torch.Tensor:
+        terms = module(b, KEYS, draws)
+        return total(terms.sums, terms.counts, only)
+
+    student.zero_grad()
+    loss().backward()
+    moved = [p for p in student.parameters() if p.grad is not None]
+    stream = torch.Generator().manual_seed(5)
+    direction = [torch.randn(p.shape, generator=stream, dtype=p.dtype) * p.detach().abs().mean() for p in moved]
+    wanted = float(sum((p.grad * d).sum() for p, d in zip(moved, direction, strict=True)))
+
+    def at(shift: float) -> float:
+        with torch.no_grad():
+            for p, d in zip(moved, direction, strict=True):
+                p.add_(d, alpha=shift)
+            value = float(loss())
+            for p, d in zip(moved, direction, strict=True):
+                p.sub_(d, alpha=shift)
+        return value
+
+    found = (at(1e-4) - at(-1e-4)) / 2e-4
+    assert found == pytest.approx(wanted, rel=5e-3, abs=1e-3)

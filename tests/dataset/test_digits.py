@@ -16,7 +16,7 @@ from components.artifacts import SPLITS
 from components.dataset import raw
 from components.dataset.digits import draw, share_out
 from components.dataset.prepare import prepare
-from components.dataset.questions import DIGITS, KINDS, NUMBERS
+from components.dataset.questions import CAPTIONS, DIGITS, KINDS, NUMBERS
 from components.errors import DataError
 from components.settings import DataSettings
 from components.shards import Sample, Samples
@@ -99,7 +99,7 @@ def test_counts_are_as_asked_for_and_sample_ids_unique(prepared: Prepared) -> No
     for split in SPLITS:
         images, questions = getattr(design.images, split), getattr(design.instructions_per_image, split)
         assert prepared.manifest.splits[split].images == images
-        assert prepared.manifest.splits[split].samples == images * (questions + (split == "train"))
+        assert prepared.manifest.splits[split].samples == images * (questions + CAPTIONS * (split == "train"))
 
 
 def test_every_image_has_different_instructions(prepared: Prepared) -> None:
@@ -114,7 +114,8 @@ def test_every_image_has_different_instructions(prepared: Prepared) -> None:
 def test_kinds_are_even_in_every_split_and_captions_in_train_only(prepared: Prepared) -> None:
     for split in SPLITS:
         counts = dict(prepared.manifest.splits[split].kinds)
-        assert counts.pop("caption", 0) == (prepared.manifest.splits[split].images if split == "train" else 0)
+        images = prepared.manifest.splits[split].images
+        assert counts.pop("caption", 0) == (CAPTIONS * images if split == "train" else 0)
         assert set(counts) == set(KINDS)
         assert len(counts) >= 9
         assert max(counts.values()) - min(counts.values()) <= 2
@@ -168,10 +169,8 @@ def worked_out(question: str, cells: dict[str, tuple[str, str]]) -> str:
         case ["Where", "is", "the", colour, _]:
             (place,) = [place for place, (c, _) in cells.items() if c == colour]
             return place
-        case ["List", "the", colour, "digits"]:
-            return " ".join(f"{place} {digit}" for place, (c, digit) in cells.items() if c == colour)
-        case ["List", *_]:
-            return " ".join(f"{place} {colour} {digit}" for place, (colour, digit) in cells.items())
+        case ["Which", *_]:
+            return " ".join(digit for _, digit in cells.values())
         case ["What", "is", left, "plus", right]:
             return NUMBERS[value[left] + value[right]]
     raise AssertionError(question)

@@ -43,7 +43,7 @@ def test_the_card_has_counts_licence_hash_and_examples(prepared: Prepared) -> No
         "CC BY 4.0",
         "Alpaydin",
         "contact_sheet.png",
-        "| caption | 160 | 0 | 0 |",
+        "| caption | 640 | 0 | 0 |",
         "count_colour",
     ):
         assert text in card
@@ -130,7 +130,7 @@ def test_the_command_ends_with_one_line_that_says_what_it_made(workspace: Path, 
     assert done.returncode == 0, done.stderr
     # 6 x (8 questions + a caption) + 4 x 4 + 4 x 4
     assert done.stdout == (
-        "prepare: 14 images, 86 samples in 3 splits, 0 quarantined -> artifacts/dataset (card.md, contact_sheet.png)\n"
+        "prepare: 14 images, 104 samples in 3 splits, 0 quarantined -> artifacts/dataset (card.md, contact_sheet.png)\n"
     )
     assert (workspace / "artifacts" / "dataset" / "manifest.json").is_file()
 

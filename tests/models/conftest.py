@@ -184,6 +184,7 @@ def family(steps: int = 4) -> ModelsSettings:
                 "teacher_instructions": {**training, "turns": 3},
                 "students": {"student": {**language, "hidden": 16}},
                 "student_captions": training,
+                "student_lists": {**training, "turns": 2},
             },
             "pretrained": None,
         }

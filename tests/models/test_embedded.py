@@ -112,7 +112,7 @@ def test_language_stages_teach(dataset: Path) -> None:
         lambda name, loss, _: losses.setdefault(name, []).append(loss),
     )
     language.captions(corpus, settings.embedded.teacher_captions)
-    language.conversations(corpus, settings.embedded.teacher_instructions, turns=3)
+    language.conversations(corpus.turns, settings.embedded.teacher_instructions, "conversations")
     assert losses["t captions"][-1] < 0.6 * losses["t captions"][0]
     assert losses["t conversations"][-1] < 0.6 * losses["t conversations"][0]
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
