@@ -18,7 +18,7 @@ from components.artifacts import DATASET, IRS, MODELS, STUDENTS, TEACHER, Cost, 
 from components.distill.checkpoint import Checkpoints, fingerprint
 from components.distill.export import export, model_card
 from components.distill.loop import train
-from components.distill.order import STAGE_ONE, Order
+from components.distill.order import Order
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.errors import ModelError, exit_from
 from components.models.collate import Collator
@@ -27,7 +27,7 @@ from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
 from components.settings import Arm, DistillSettings, Settings, load_settings
-from components.shards import Samples
+from components.shards import CAPTION, Samples
 
 
 def main() -> None:
@@ -72,7 +72,8 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     _freeze(student, settings.distill)
     module = _module(arm, settings.distill, student, teacher, shared, layer)
     collator = Collator(student.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
-    order = Order([i for i, kind in enumerate(samples.kinds) if kind != STAGE_ONE], settings.distill.batch_size, arm.seed)
+    instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
+    order = Order(instructions, settings.distill.batch_size, arm.seed)
     with Checkpoints(name, fingerprint({**facts, "steps_logged": settings.distill.log_every})) as checkpoints:
         outcome = train(
             module, samples, collator, order, settings.distill, accelerator, checkpoints, run, title=f"distill@{name}"

@@ -8,8 +8,6 @@ import torch
 
 from components.errors import DataError
 
-STAGE_ONE = "caption"  # samples of this kind belong to the models' own first stage, not to distillation
-
 
 class Order:
     """Epoch after epoch of shuffled samples, cut into global batches and those into micro-batches.

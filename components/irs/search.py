@@ -25,7 +25,7 @@ from components.models.load import Loaded
 from components.models.template import Template, question_of
 from components.models.vlm import VLM
 from components.settings import IrsSettings
-from components.shards import Sample, Samples
+from components.shards import CAPTION, Sample, Samples
 
 Z = 1.96  # a normal variable lies within so many standard errors 95 times in 100
 
@@ -128,7 +128,7 @@ def _instructions(samples: Sequence[Sample]) -> list[Sample]:
     """One sample, of one turn, per different first question about the image."""
     different: dict[str, Sample] = {}
     for sample in samples:
-        if sample.image is not None and sample.kind != "caption":
+        if sample.image is not None and sample.kind != CAPTION:
             different.setdefault(question_of(sample.turns[0]), replace(sample, turns=sample.turns[:1]))
     return list(different.values())
 

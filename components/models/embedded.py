@@ -27,9 +27,8 @@ from components.models.tokenizer import build_processor
 from components.models.tower import cell_words, encode, new_tower, train_tower
 from components.models.vlm import VLM
 from components.settings import Conversations, EmbeddedFamily, LanguageShape, ModelsSettings, Training
-from components.shards import Sample, Samples, Turn
+from components.shards import CAPTION, Sample, Samples, Turn
 
-CAPTION = "caption"
 HERE = b""  # stands for an image whose features are at hand
 
 
