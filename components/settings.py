@@ -179,9 +179,14 @@ class EmbeddedFamily(Strict):
     teachers: dict[Name, LanguageShape]
     teacher_captions: Training
     teacher_instructions: Conversations
-    students: dict[Name, LanguageShape]
-    student_captions: Training
-    student_lists: Conversations
+    students: dict[Name, Name] = Field(description="each starts as the candidate named here stands after its training")
+
+    @model_validator(mode="after")
+    def _students_start_as_candidates(self) -> EmbeddedFamily:
+        for student, start in self.students.items():
+            if start not in self.teachers:
+                raise ValueError(f"students.{student}: {start!r} is none of the candidates ({', '.join(self.teachers)})")
+        return self
 
 
 class Checkpoint(Strict):

@@ -114,6 +114,12 @@ def test_names_of_arms_that_cannot_be_stages_are_refused(root: Path, name: str) 
     assert told.startswith("params/study.yaml:")
 
 
+def test_a_student_starts_as_a_candidate(root: Path) -> None:
+    put(root, "models", "student: small", "student: smal")
+    (told,) = problems(root)
+    assert "students.student: 'smal' is none of the candidates (small, base)" in told
+
+
 def test_arms_and_baselines_must_name_what_exists(root: Path) -> None:
     put(root, "study", "student: student", "student: stud")
     put(root, "evaluate", r"baselines: \[.*?\]", "baselines: [sft, kdd]")

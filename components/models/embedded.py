@@ -1,7 +1,8 @@
 """The embedded family: a tiny LLaVA family that is built and trained here, from the prepared data and nothing else.
 
 1. a tokenizer of the training split's words;  2. a vision tower that learns to read cells, then is frozen and shared;
-3. teachers: captions, then conversations;  4. students: captions of every form, since distillation is their second stage.
+3. teacher candidates of several sizes: captions, then conversations;  4. students: a candidate each as it then stands, as one
+distils from the large member of a released family into a small one.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ class Corpus:
 
     images: Tensor  # (N, 3, H, W) uint8
     captions: list[Sample]  # each image's first
-    lists: list[list[Turn]]  # per image, its other captions, or its only one; questions without the image's mark, as below
-    turns: list[list[Turn]]  # per image, everything but its first caption
+    turns: list[list[Turn]]  # per image, everything but its first caption; questions without the image's mark
 
     @property
     def texts(self) -> Iterator[str]:
@@ -51,7 +51,7 @@ class Corpus:
 
 def read_corpus(samples: Samples) -> Corpus:
     """Raises DataError if an image has no caption or no other turn, or if images are not squares of one size."""
-    images, captions, lists, turns = [], [], [], []
+    images, captions, turns = [], [], []
     for row in tqdm(range(samples.images), desc="training split", unit="image"):
         about = samples.about(row)
         described = [sample for sample in about if sample.kind == CAPTION and sample.image is not None]
@@ -63,17 +63,12 @@ def read_corpus(samples: Samples) -> Corpus:
             )
         images.append(np.asarray(decode(described[0])))
         captions.append(described[0])
-        first, others = _unmarked(described[:1]), _unmarked(described[1:])
-        lists.append(others or first)
-        turns.append([Turn(question_of(turn), turn.answer) for turn in asked] + others)
+        others = [turn for sample in described[1:] for turn in sample.turns]
+        turns.append([Turn(question_of(turn), turn.answer) for turn in asked + others])
     shapes = {image.shape for image in images}
     if len(shapes) != 1 or len(set(images[0].shape[:2])) != 1:
         raise DataError(f"the embedded family needs square images of one size; found (height, width, 3) {sorted(shapes)[:3]}")
-    return Corpus(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), captions, lists, turns)
-
-
-def _unmarked(samples: list[Sample]) -> list[Turn]:
-    return [Turn(question_of(turn), turn.answer) for sample in samples for turn in sample.turns]
+    return Corpus(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), captions, turns)
 
 
 def build(settings: ModelsSettings, samples: Samples, folder: Path, device: torch.device, log: Log) -> dict[str, Path]:
@@ -90,20 +85,16 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, device: torc
     collator = Collator(processor, template, settings.max_length, train=True)
     tower = _tower(family, corpus, collator, device, log)
     seen = encode(tower, corpus.images, device)
-    saved = {}
-    for role, shapes in (("teachers", family.teachers), ("students", family.students)):
-        for name, shape in shapes.items():
-            generator = _seeded(family.seed, role, name)
-            model = new_model(shape, tower, processor)
-            model.to(device)  # type: ignore[arg-type]
-            language = Language(model, seen, collator, generator, f"{role[:-1]} {name}", log)
-            if role == "teachers":
-                language.captions(corpus, family.teacher_captions)
-                language.conversations(corpus.turns, family.teacher_instructions, "conversations")
-            else:
-                language.captions(corpus, family.student_captions)
-                language.conversations(corpus.lists, family.student_lists, "lists")
-            saved[f"{role}/{name}"] = save(model, processor, folder / role / name)
+    saved: dict[str, Path] = {}
+    for name, shape in family.teachers.items():
+        generator = _seeded(family.seed, "teachers", name)
+        model = new_model(shape, tower, processor)
+        model.to(device)  # type: ignore[arg-type]
+        language = Language(model, seen, collator, generator, f"teacher {name}", log)
+        language.captions(corpus, family.teacher_captions)
+        language.conversations(corpus, family.teacher_instructions)
+        own = [f"students/{student}" for student, start in family.students.items() if start == name]
+        saved |= {member: save(model, processor, folder / member) for member in (f"teachers/{name}", *own)}
     return saved
 
 
@@ -165,20 +156,20 @@ class Language:
     def captions(self, corpus: Corpus, training: Training) -> None:
         self._fit(lambda image: corpus.captions[image], training, "captions")
 
-    def conversations(self, turns: list[list[Turn]], training: Conversations, stage: str) -> None:
+    def conversations(self, corpus: Corpus, training: Conversations) -> None:
         """Up to `training.turns` turns about an image in one sample, in an order drawn anew each time.
 
         The image is read once for all of them, which makes a step of eight questions cost hardly more than a step of one.
         """
 
         def drawn(image: int) -> Sample:
-            asked = turns[image]
+            asked = corpus.turns[image]
             order = torch.randperm(len(asked), generator=self.generator)[: training.turns].tolist()
             first, *others = (asked[index] for index in order)
             marked = Turn(f"{IMAGE}\n{first.question}", first.answer)
             return Sample(f"conversation about image {image}", "", "", HERE, (marked, *others))
 
-        self._fit(drawn, training, stage)
+        self._fit(drawn, training, "conversations")
 
     def _fit(self, sample_of: Any, training: Training, stage: str) -> None:
         batches = epochs(len(self.seen), training.batch_size, self.generator)

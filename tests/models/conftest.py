@@ -182,9 +182,7 @@ def family(steps: int = 4) -> ModelsSettings:
                 "teachers": {"small": language, "base": {**language, "layers": 3}},
                 "teacher_captions": training,
                 "teacher_instructions": {**training, "turns": 3},
-                "students": {"student": {**language, "hidden": 16}},
-                "student_captions": training,
-                "student_lists": {**training, "turns": 2},
+                "students": {"student": "small"},
             },
             "pretrained": None,
         }

@@ -76,10 +76,13 @@ def test_same_seed_same_bytes(models: Path, dataset: Path, tmp_path: Path) -> No
 def test_another_candidate_leaves_the_others_as_they_were(models: Path, dataset: Path, tmp_path: Path) -> None:
     settings = family()
     assert settings.embedded is not None
-    fewer = settings.embedded.model_copy(update={"teachers": {"base": settings.embedded.teachers["base"]}})
+    fewer = settings.embedded.model_copy(update={"teachers": {"small": settings.embedded.teachers["small"]}})
     built(dataset, tmp_path, settings.model_copy(update={"embedded": fewer}))
-    assert digests(tmp_path / "teachers" / "base") == digests(models / "teachers" / "base")
-    assert digests(tmp_path / "students") == digests(models / "students")
+    assert digests(tmp_path / "teachers" / "small") == digests(models / "teachers" / "small")
+
+
+def test_a_student_starts_as_its_candidate(models: Path) -> None:
+    assert digests(models / "students" / "student") == digests(models / "teachers" / "small")
 
 
 def test_another_seed_other_bytes(models: Path, dataset: Path, tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_language_stages_teach(dataset: Path) -> None:
         lambda name, loss, _: losses.setdefault(name, []).append(loss),
     )
     language.captions(corpus, settings.embedded.teacher_captions)
-    language.conversations(corpus.turns, settings.embedded.teacher_instructions, "conversations")
+    language.conversations(corpus, settings.embedded.teacher_instructions)
     assert losses["t captions"][-1] < 0.6 * losses["t captions"][0]
     assert losses["t conversations"][-1] < 0.6 * losses["t conversations"][0]
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
