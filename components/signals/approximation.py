@@ -47,10 +47,13 @@ def _rows(speaker: Speaker, kept: TopK, theirs: Tensor, student: VLM, mine: Tens
     parts = []
     for start in range(0, len(mine), speaker.chunk_rows):
         at = slice(start, start + speaker.chunk_rows)
-        logits = [vlm.head(rows[at])[:, : speaker.shared_vocabulary] for vlm, rows in ((speaker.vlm, theirs), (student, mine))]
+        their_logits, my_logits = (
+            vlm.head(rows[at])[:, : speaker.shared_vocabulary] for vlm, rows in ((speaker.vlm, theirs), (student, mine))
+        )
         temperature = speaker.facts.temperature
-        cached = top_k_divergence(kept[at], logits[1], temperature)
-        parts.append(torch.stack([cached, divergence(*logits, temperature=temperature), kept[at].log_tail.exp()]).cpu())
+        cached = top_k_divergence(kept[at], my_logits, temperature)
+        exact = divergence(their_logits, my_logits, temperature=temperature)
+        parts.append(torch.stack([cached, exact, kept[at].log_tail.exp()]).cpu())
     return torch.cat([torch.empty(3, 0), *parts], dim=1)
 
 
