@@ -7,6 +7,7 @@ atomically (a reader sees the old file or the new one, never half of one).
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ DATASET = Path("artifacts/dataset")
 MODELS = Path("artifacts/models")
 TEACHER = Path("artifacts/teacher")
 IRS = Path("artifacts/irs")
+SIGNALS = Path("artifacts/signals")
 STUDENTS = Path("artifacts/students")
 SCORES = Path("artifacts/scores")
 REPORTS = Path("reports")
@@ -137,6 +139,49 @@ class LayerChoice(Record):
     runner_up: int
     images: int
     pairs: int
+
+
+class SignalFacts(Record):
+    """What decides the teacher's signals: a cache serves a run only if each of these is the same for both."""
+
+    teacher: str  # sha256 of its folder
+    students: dict[str, str]  # sha256 of each folder whose vocabulary and images were compared with the teacher's
+    dataset: str  # digest
+    template: str  # sha256
+    precision: Literal["fp32", "bf16"]  # of the teacher's weights
+    layer: int  # whose attention weighs the visual tokens
+    temperature: float
+    top_k: int
+
+
+class Approximation(Record):
+    """|KL from the cache - KL from the whole distribution| over sampled rows, against a student before distillation."""
+
+    student: str
+    rows: int
+    kl: float  # mean of the exact one, nats
+    mean_error: float  # nats
+    max_error: float  # nats
+    relative_error: float  # mean error / mean KL
+    mean_mass_beyond: float  # of the teacher's probability, outside the k tokens
+    max_mass_beyond: float
+
+
+class SignalCache(Record):
+    facts: SignalFacts
+    shared_vocabulary: int
+    dtype: Literal["float16", "float32"]  # of the log-probabilities
+    samples: int
+    rows: int
+    size_bytes: int
+    shards: dict[str, str]  # file -> sha256
+    errors: dict[Literal["text", "visual"], Approximation]  # none of a kind of which there are no rows
+
+
+class SignalManifest(Record):
+    """artifacts/signals/manifest.json; `cache` is null where params/distill.yaml asks for the live teacher."""
+
+    cache: SignalCache | None
 
 
 class Cost(Record):
@@ -266,9 +311,15 @@ def sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(facts: dict[str, Any], rooms: Iterable[str]) -> str:
+    """16 hex digits over what decides a result: settings, inputs, and the code of these rooms. Equal means resumable."""
+    here = Path(__file__).parent
+    code = sha256(sorted(file for room in rooms for file in (here / room).glob("*.py")))
+    text = json.dumps({"code": code, **facts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def jsonl(records: Iterable[Record | dict[str, Any]]) -> str:
     """Records as JSON lines."""
-    import json
-
     lines = (r.model_dump_json() if isinstance(r, Record) else json.dumps(r, ensure_ascii=False) for r in records)
     return "".join(line + "\n" for line in lines)

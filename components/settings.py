@@ -283,6 +283,13 @@ class Tpa(Strict):
     replacement: bool
 
 
+class TeacherSignals(Strict):
+    """Where KD and IVA hear the teacher: in a pass of its own at every step, or from the cache that `cache_teacher` makes."""
+
+    source: Literal["live", "cache"]
+    top_k: PositiveInt = Field(description="for the cache: likeliest tokens kept per row, with the mass of all others")
+
+
 class Trainable(Strict):
     vision_tower: bool
     projector: bool
@@ -298,6 +305,7 @@ class DistillSettings(Strict):
     divergence: Divergence
     iva: Iva
     tpa: Tpa
+    teacher_signals: TeacherSignals
     trainable: Trainable
     gradient_checkpointing: bool
     divergence_chunk_rows: PositiveInt = Field(description="rows per chunk of the divergence driver: memory against speed")
@@ -397,6 +405,10 @@ class Settings(Strict):
         shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
         return arm.model_copy(update=shared)
 
+    def uses_cache(self, arm: Arm) -> bool:
+        """Whether the arm does without the teacher. L_tpa does not: it asks about tokens that the student draws meanwhile."""
+        return self.distill.teacher_signals.source == "cache" and not arm.weights.tpa
+
 
 FILES = tuple(Settings.model_fields)
 
@@ -454,10 +466,27 @@ def _cross_checks(settings: Settings) -> list[str]:
                 f"params/study.yaml: arms.{name}.student: {arm.student!r} is none of the students of params/models.yaml"
                 f" ({', '.join(students)})"
             )
+        problems += _cache_checks(settings, name)
     for name in settings.evaluate.baselines:
         if name not in settings.study.arms:
             problems.append(f"params/evaluate.yaml: baselines: {name!r} is no arm of params/study.yaml")
     return problems
+
+
+def _cache_checks(settings: Settings, name: str) -> list[str]:
+    """What the cache of teacher signals, made once for all arms, cannot serve."""
+    arm, shared = settings.arm(name), settings.distill
+    assert arm.divergence is not None and arm.iva is not None  # filled in by Settings.arm
+    if not settings.uses_cache(arm) or not (arm.weights.kd or arm.weights.iva):
+        return []
+    problems = []
+    if arm.divergence.kind != "forward":
+        problems.append(f"divergence.kind is {arm.divergence.kind}, and the cache serves the forward divergence alone")
+    if arm.divergence.temperature != shared.divergence.temperature:
+        problems.append("divergence.temperature differs from that of params/distill.yaml, which the cache is made with")
+    if arm.weights.iva and arm.iva.weighting != "uniform" and arm.iva.layer != shared.iva.layer:
+        problems.append("iva.layer differs from that of params/distill.yaml, which the cache is made with")
+    return [f"params/study.yaml: arms.{name}: {problem}; or set teacher_signals.source to live" for problem in problems]
 
 
 def _describe(root: Path, raw: dict[str, Any], problem: Any) -> str:

@@ -18,6 +18,7 @@ LEVELS = [
     {"align_ti"},
     {"models"},
     {"irs"},
+    {"signals"},
     {"dataset", "distill", "evaluate"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
     {"flows"},
@@ -27,7 +28,7 @@ SAME_LEVEL = {("tracking", "recipes"), ("mirror", "tracking")}
 
 # What a box that only distils may lack.
 PIPELINE_ONLY = {"dvc", "prefect", "mlflow", "matplotlib", "scipy", "sklearn", "typer", "rich", "ruamel", "pyarrow", "PIL"}
-DISTILS = ("components.align_ti", "components.irs.score", "components.models", "components.distill")
+DISTILS = ("components.align_ti", "components.irs.score", "components.models", "components.signals", "components.distill")
 
 
 def room(module: str) -> str:

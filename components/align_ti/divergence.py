@@ -39,14 +39,14 @@ def divergence(
         for logits in (teacher_logits, student_logits)
     )
     if kind == "forward":
-        return _kl(log_t, log_s)
+        return kl(log_t, log_s)
     if kind == "reverse":
-        return _kl(log_s, log_t)
+        return kl(log_s, log_t)
     if kind == "jsd":
         middle = _log_mixture(log_t, log_s, mix)
-        return mix * _kl(log_t, middle) + (1 - mix) * _kl(log_s, middle)
+        return mix * kl(log_t, middle) + (1 - mix) * kl(log_s, middle)
     if kind == "skewed":
-        return _kl(log_t, _log_mixture(log_t, log_s, mix))
+        return kl(log_t, _log_mixture(log_t, log_s, mix))
     raise ValueError(f"unknown divergence {kind!r}: forward, reverse, jsd or skewed")
 
 
@@ -63,22 +63,36 @@ def row_divergence(
 ) -> Tensor:
     """`divergence` of hidden rows (N, d_T) and (N, d_S) through their heads, `chunk_rows` rows at a time.
 
-    More than one chunk: each chunk's logits are recomputed in the backward pass instead of kept.
     Gradients reach the student's rows and head; the teacher gets none.
     """
 
-    def chunk(teacher: Tensor, student: Tensor) -> Tensor:
+    def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_logits = teacher_head(teacher)
-        return divergence(teacher_logits, student_head(student), kind, mix, temperature)
+            teacher_logits = teacher_head(teacher_rows[at])
+        return divergence(teacher_logits, student_logits, kind, mix, temperature)
 
-    if len(student_rows) <= chunk_rows:
-        return chunk(teacher_rows, student_rows)
-    parts = zip(teacher_rows.split(chunk_rows), student_rows.split(chunk_rows), strict=True)
-    return torch.cat([checkpoint(chunk, t, s, use_reentrant=False) for t, s in parts])
+    return row_losses(student_rows, student_head, of_chunk, chunk_rows)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def row_losses(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
+    """(N,) losses of the logits of hidden rows (N, d), `size` rows at a time.
+
+    Args:
+        loss: of a slice of the rows and its logits (n, V), one number per row.
+
+    More than one chunk: each chunk's logits are recomputed in the backward pass instead of kept.
+    """
+    if len(rows) <= size:
+        return loss(slice(None), head(rows))
+
+    def chunk(start: int) -> Tensor:
+        at = slice(start, start + size)
+        return loss(at, head(rows[at]))
+
+    return torch.cat([checkpoint(chunk, start, use_reentrant=False) for start in range(0, len(rows), size)])
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) per row; a masked vocabulary entry (log p = -inf) adds 0, to the gradient too."""
     return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -math.inf, 0.0)).sum(-1)
 

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from components.align_ti import losses
 from components.align_ti.divergence import row_divergence
 from components.align_ti.ribbon import Ribbon, continuation_mask, draw, expanded_mask, plan, predicting, uniforms
+from components.align_ti.top_k import Known, TopK, top_k_row_divergence
 
 
 class Batch(Protocol):
     """Right-padded sequences of T tokens; the masks are (B, T) bool."""
 
+    @property
+    def ids(self) -> list[str]: ...
     @property
     def input_ids(self) -> Tensor: ...
     @property
@@ -53,6 +56,12 @@ class Teacher(Protocol):
     def plain(self, batch: Batch, features: Tensor | None, keep: bool, look: bool) -> tuple[Tensor, Any, Tensor | None]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
     def head(self, rows: Tensor) -> Tensor: ...
+
+
+class Signals(Protocol):
+    """What the frozen teacher says of every sample, kept from an earlier pass: it needs no teacher here."""
+
+    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Known, Tensor | None]: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class _Passes:
     """Hidden states: of the sequence (B, T, d), student's and teacher's, and of the ribbon's M rows (M, d). Empty if unused."""
 
     mine: Tensor
-    theirs: Tensor
+    theirs: Tensor | Known
     attention: Tensor | None  # (B, Nv), the teacher's
     ribbon: Ribbon | None
     my_ribbon: Tensor
@@ -100,13 +109,17 @@ class _Passes:
 class AlignTI(nn.Module):
     """The student with the method around it: the module to wrap in DDP or FSDP, whose parameters are the student's alone."""
 
-    def __init__(self, student: Student, teacher: Teacher | None, method: Method) -> None:
+    def __init__(self, student: Student, teacher: Teacher | None, method: Method, signals: Signals | None = None) -> None:
+        """`signals` take the teacher's place for L_kd and L_iva under the forward divergence."""
         super().__init__()
-        if teacher is None and method.wants("kd", "iva", "tpa"):
+        if teacher is None and signals is None and method.wants("kd", "iva", "tpa"):
             raise ValueError("kd, iva and tpa need a teacher")
+        if signals is not None and (method.wants("tpa") or method.kind != "forward"):
+            raise ValueError("kept signals serve kd and iva under the forward divergence, and nothing else")
         self.student = student
         # Hidden from nn.Module: the teacher has no optimiser state, is not wrapped, and never enters a checkpoint.
         self._teacher = (teacher,)
+        self._signals = signals
         self.method = method
 
     @property
@@ -134,7 +147,7 @@ class AlignTI(nn.Module):
             sums["sft"] = losses.sft(self.student.head(passes.mine[predicts]), targets) + zero
         if method.wants("kd", "tpa"):
             rows = predicts if ribbon is None else predicts | (ribbon.gold > 0)
-            text = self._divergence(passes.theirs[rows], passes.mine[rows])
+            text = self._divergence(_at(passes.theirs, rows), passes.mine[rows])
             sums["kd"] = losses.kd(text, predicts[rows]) + zero
             if ribbon is not None:
                 after = self._divergence(passes.their_ribbon, passes.my_ribbon)
@@ -142,7 +155,8 @@ class AlignTI(nn.Module):
         if method.wants("iva") and bool(batch.visual.any()):
             attention = losses.uniform_attention(batch.visual) if passes.attention is None else passes.attention
             weights = losses.visual_weights(attention, batch.visual)
-            sums["iva"] = losses.iva(self._divergence(passes.theirs[batch.visual], passes.mine[batch.visual]), weights) + zero
+            seen = self._divergence(_at(passes.theirs, batch.visual), passes.mine[batch.visual])
+            sums["iva"] = losses.iva(seen, weights) + zero
         return Terms(
             torch.stack([sums[term] for term in losses.TERMS]),
             self._counts(batch, None if ribbon is None else ribbon.counted),
@@ -156,19 +170,21 @@ class AlignTI(nn.Module):
         expanded = tpa and method.route == "expanded"
         features = self.student.features(batch.pixel_values)
         nothing = batch.input_ids.new_zeros(0)
-        theirs, their_cache, attention, cache, ribbon = nothing, None, None, None, None
+        theirs, their_cache, attention, known, cache, ribbon = nothing, None, None, None, None, None
         if expanded:
             ribbon = self._plan(self.draw(batch, keys) if draws is None else draws, batch)
             mine, my_ribbon = self._expanded(batch, features, ribbon)
         else:
             mine, cache = self.student.plain(batch, features, keep=tpa)
-        if aligned:
+        look = method.wants("iva") and not method.uniform
+        if aligned and self._signals is not None:
+            known, attention = self._signals.look_up(batch, visual=method.wants("iva"), look=look)
+        elif aligned:
             with torch.no_grad():
                 seen = self.teacher.features(batch.pixel_values, None if features is None else features.detach())
-                look = method.wants("iva") and not method.uniform
                 theirs, their_cache, attention = self.teacher.plain(batch, seen, keep=tpa, look=look)
         if not tpa:
-            return _Passes(mine, theirs, attention, None, nothing, nothing)
+            return _Passes(mine, theirs if known is None else known, attention, None, nothing, nothing)
         if ribbon is None:
             if draws is None:
                 from_student = method.source == "student"
@@ -218,8 +234,17 @@ class AlignTI(nn.Module):
         hidden = self.student.expanded(batch, features, ribbon.tokens, ribbon.positions, mask)
         return hidden[:, :T], hidden[:, T:][ribbon.valid]
 
-    def _divergence(self, teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
+    def _divergence(self, teacher_rows: Tensor | TopK, student_rows: Tensor) -> Tensor:
         method = self.method
+        if isinstance(teacher_rows, TopK):
+            return top_k_row_divergence(
+                teacher_rows,
+                student_rows,
+                self.student.head,
+                shared=method.shared_vocabulary,
+                temperature=method.temperature,
+                chunk_rows=method.chunk_rows,
+            )
         return row_divergence(
             teacher_rows,
             self.teacher.head,
@@ -235,3 +260,8 @@ class AlignTI(nn.Module):
         responses = batch.response[:, 1:].sum().float()
         images = batch.visual.any(1).sum().float()
         return torch.stack([responses, responses, images, responses.new_zeros(()) if counted_draws is None else counted_draws])
+
+
+def _at(theirs: Tensor | Known, rows: Tensor) -> Tensor | TopK:
+    """The teacher at the rows of a (B, T) bool mask: hidden states, or the kept word."""
+    return theirs.at(rows) if isinstance(theirs, Known) else theirs[rows]

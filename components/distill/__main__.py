@@ -14,20 +14,22 @@ from accelerate import Accelerator
 
 from components import tracking
 from components.align_ti.step import AlignTI, Method
-from components.artifacts import DATASET, IRS, MODELS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
+from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
 from components.distill.checkpoint import Checkpoints, fingerprint
 from components.distill.export import export, model_card
 from components.distill.loop import train
 from components.distill.order import Order
 from components.distill.teacher import FrozenTeacher, same_tower
-from components.errors import ModelError, exit_from
+from components.errors import exit_from
 from components.models.collate import Collator
-from components.models.load import Loaded, check_pair, load
+from components.models.load import Loaded, check_layer, check_pair, load
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
 from components.settings import Arm, DistillSettings, Settings, load_settings
 from components.shards import CAPTION, Samples
+from components.signals.store import Signals, read_manifest
+from components.signals.store import facts as facts_of
 
 
 def main() -> None:
@@ -57,7 +59,9 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     start = ModelIndex.read(MODELS / "index.json").students[arm.student]
     facts = {
         "arm": arm.model_dump(mode="json"),
-        "distill": settings.distill.model_dump(mode="json", exclude={"iva", "tpa", "divergence", "log_every"}),
+        "distill": settings.distill.model_dump(
+            mode="json", exclude={"iva", "tpa", "divergence", "teacher_signals", "log_every"}
+        ),
         "template": settings.models.template.model_dump(mode="json"),
         "dataset": samples.manifest.digest,
         "teacher": {"name": choice.name, "sha256": choice.sha256},
@@ -67,10 +71,18 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     run.dataset("train", samples.manifest.digest[:32])
 
     student = load(Path(start.path), device)
-    teacher = load(Path(choice.path), device, torch.bfloat16 if bf16 else torch.float32)
-    shared = check_pair(teacher, student)
     _freeze(student, settings.distill)
-    module = _module(arm, settings.distill, student, teacher, shared, layer)
+    if settings.uses_cache(arm):
+        module = _cached(arm, settings, student)
+        facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
+    else:
+        if settings.distill.teacher_signals.source == "cache":
+            accelerator.print(
+                f"distill@{name}: L_tpa asks the teacher about tokens that the student draws meanwhile, which no cache has;"
+                " this arm runs the live teacher for all its terms"
+            )
+        teacher = load(Path(choice.path), device, torch.bfloat16 if bf16 else torch.float32)
+        module = _live(arm, settings.distill, student, teacher, layer)
     collator = Collator(student.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
     instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
     order = Order(instructions, settings.distill.batch_size, arm.seed)
@@ -90,11 +102,29 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     return cost
 
 
-def _module(
-    arm: Arm, distill: DistillSettings, student: Loaded, teacher: Loaded, shared_vocabulary: int, layer: int
-) -> AlignTI:
+def _live(arm: Arm, distill: DistillSettings, student: Loaded, teacher: Loaded, layer: int) -> AlignTI:
+    """The step with the teacher in it. Raises ModelError if it cannot teach this student, or has no such layer."""
+    assert arm.iva is not None
+    look = layer if arm.iva.layer is None else arm.iva.layer
+    check_layer(teacher, look)
+    method = _method(arm, distill, student, check_pair(teacher, student))
+    pupil, master = VLM(student.model), VLM(teacher.model)
+    frozen_tower = not distill.trainable.vision_tower
+    return AlignTI(pupil, FrozenTeacher(master, look, frozen_tower and same_tower(pupil, master)), method)
+
+
+def _cached(arm: Arm, settings: Settings, student: Loaded) -> AlignTI:
+    """The step with what `cache_teacher` kept, if the arm has any use for it. Raises DataError if that is of another run."""
+    signals, shared = None, student.vocabulary
+    if arm.weights.kd or arm.weights.iva:
+        cache = read_manifest(SIGNALS, facts_of(settings))
+        signals, shared = Signals(SIGNALS, cache.shards), cache.shared_vocabulary
+    return AlignTI(VLM(student.model), None, _method(arm, settings.distill, student, shared), signals)
+
+
+def _method(arm: Arm, distill: DistillSettings, student: Loaded, shared_vocabulary: int) -> Method:
     assert arm.iva is not None and arm.tpa is not None and arm.divergence is not None  # filled in by Settings.arm
-    method = Method(
+    return Method(
         weights=arm.weights.model_dump(),
         **arm.divergence.model_dump(),
         chunk_rows=distill.divergence_chunk_rows,
@@ -104,20 +134,6 @@ def _module(
         shared_vocabulary=shared_vocabulary,
         route="expanded" if distill.gradient_checkpointing else "continuation",
     )
-    pupil, master = VLM(student.model), VLM(teacher.model)
-    frozen_tower = not distill.trainable.vision_tower
-    look = _look(arm, layer, teacher)
-    return AlignTI(pupil, FrozenTeacher(master, look, frozen_tower and same_tower(pupil, master)), method)
-
-
-def _look(arm: Arm, layer: int, teacher: Loaded) -> int:
-    """The teacher's layer whose attention weighs the visual tokens. Raises ModelError if the teacher has no such layer."""
-    assert arm.iva is not None
-    chosen = layer if arm.iva.layer is None else arm.iva.layer
-    layers: int = teacher.model.config.get_text_config().num_hidden_layers
-    if chosen >= layers:
-        raise ModelError(f"iva.layer is {chosen}, but teacher {teacher.name} has layers 0..{layers - 1}")
-    return chosen
 
 
 def _freeze(student: Loaded, distill: DistillSettings) -> None:

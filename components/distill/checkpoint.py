@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -12,21 +11,19 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from components.artifacts import RUNS, sha256, write_text
+from components import artifacts
+from components.artifacts import RUNS, write_text
 from components.errors import TryAgainError
 
 # It warns at every checkpoint that tied weights are stored once, which is as it should be (the resume test compares bytes).
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
-CODE = ("align_ti", "distill", "irs", "models")
+CODE = ("align_ti", "distill", "irs", "models", "signals")
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
     """16 hex digits over what decides the student's bytes: settings, inputs and this code. Equal means resumable."""
-    here = Path(__file__).parent.parent
-    code = sha256(sorted(file for room in CODE for file in (here / room).glob("*.py")))
-    text = json.dumps({"code": code, **facts}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return artifacts.fingerprint(facts, CODE)
 
 
 class Checkpoints:

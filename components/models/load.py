@@ -102,6 +102,13 @@ def check_pair(teacher: Loaded, student: Loaded) -> int:
     return shared
 
 
+def check_layer(teacher: Loaded, layer: int) -> None:
+    """Raises ModelError if the teacher has no such layer to look at."""
+    layers: int = teacher.model.config.get_text_config().num_hidden_layers
+    if layer >= layers:
+        raise ModelError(f"iva.layer is {layer}, but teacher {teacher.name} has layers 0..{layers - 1}")
+
+
 def _check_image_token(loaded: Loaded) -> None:
     check_special_tokens(loaded.processor)
     wanted = getattr(loaded.model.config, "image_token_id", None)

@@ -25,6 +25,7 @@ STAGES = {
     "obtain_models",
     "select_teacher",
     "search_layer",
+    "cache_teacher",
     *(f"{stage}@{arm}" for stage in ("distill", "evaluate") for arm in ("sft", "align_ti")),
     "evaluate_teacher",
     "compare",

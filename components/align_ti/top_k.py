@@ -1,0 +1,81 @@
+"""The teacher's word at a row, kept instead of computed: its k likeliest tokens and the mass of all the others.
+
+The divergence of two such summaries, each with its mass beyond the k tokens as one more outcome, is KL(p_T || p_S) of
+coarser distributions: never more than the exact one (the data-processing inequality), and the same for k = V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from components.align_ti.divergence import Head, kl, row_losses
+
+
+@dataclass(frozen=True)
+class TopK:
+    """p_T at N rows."""
+
+    tokens: Tensor  # (N, k) long, the likeliest first
+    log_probs: Tensor  # (N, k)
+    log_tail: Tensor  # (N,) log of the mass of all other tokens; -inf where k = V
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Tensor) -> TopK:
+        return TopK(self.tokens[rows], self.log_probs[rows], self.log_tail[rows])
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is kept of a batch: `index` (B, T) is each position's row in `rows`, -1 where nothing is."""
+
+    rows: TopK
+    index: Tensor
+
+    def at(self, where: Tensor) -> TopK:
+        """The rows at a (B, T) bool mask, in order of (sample, position). Raises ValueError if one of them is not kept."""
+        index = self.index[where]
+        if bool((index < 0).any()):
+            raise ValueError("the teacher's word is not kept for all the rows asked for")
+        return self.rows[index]
+
+
+def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """The k likeliest of (N, V) logits, which the caller has cut to the shared vocabulary; V of them if k > V.
+
+    The mass beyond is summed over those tokens themselves: 1 - sum(top) would lose it to rounding where it is small.
+    """
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    log_probs, tokens = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
+    return TopK(tokens, log_probs, log_p.scatter(-1, tokens, -torch.inf).logsumexp(-1))
+
+
+def top_k_divergence(teacher: TopK, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """sum_topk p_T (log p_T - log p_S) + tail_T (log tail_T - log tail_S), (N,) nats per row.
+
+    Args:
+        student_logits: (N, V), cut to the shared vocabulary, float32 or wider. tail_S is the student's own mass beyond the
+            teacher's k tokens.
+    """
+    logits = student_logits / temperature
+    kept = logits.gather(-1, teacher.tokens)
+    if kept.shape[-1] == logits.shape[-1]:
+        return kl(teacher.log_probs, torch.log_softmax(kept, dim=-1))
+    beyond = logits.scatter(-1, teacher.tokens, -torch.inf).logsumexp(-1, keepdim=True)
+    log_s = torch.log_softmax(torch.cat([kept, beyond], dim=-1), dim=-1)
+    return kl(torch.cat([teacher.log_probs, teacher.log_tail[:, None]], dim=-1), log_s)
+
+
+def top_k_row_divergence(
+    teacher: TopK, student_rows: Tensor, student_head: Head, *, shared: int, temperature: float = 1.0, chunk_rows: int = 4096
+) -> Tensor:
+    """`top_k_divergence` of hidden rows (N, d_S) through the student's head cut to `shared` columns, in chunks of rows."""
+
+    def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
+        return top_k_divergence(teacher[at], student_logits[:, :shared], temperature)
+
+    return row_losses(student_rows, student_head, of_chunk, chunk_rows)

@@ -1,0 +1,153 @@
+"""Stage `cache_teacher`: the teacher's signals that do not depend on the student (those of KD and IVA), computed once.
+
+python -m components.signals     artifacts/{dataset,models,teacher,irs} -> artifacts/signals
+
+Where params/distill.yaml asks for the live teacher, it writes down that there are none.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.artifacts import (
+    DATASET,
+    MODELS,
+    RUNS,
+    SIGNALS,
+    TEACHER,
+    ModelIndex,
+    SignalCache,
+    SignalFacts,
+    SignalManifest,
+    TeacherChoice,
+    fingerprint,
+    sha256,
+)
+from components.errors import ModelError, TryAgainError, exit_from
+from components.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from components.models.load import Loaded
+
+CODE = ("align_ti", "irs", "models", "signals")
+
+
+def main() -> None:
+    settings = load_settings()
+    from components.tracking import stage_run
+
+    asked = settings.distill.teacher_signals
+    with stage_run("cache_teacher", runtime=settings.runtime, params=asked.model_dump()) as run:
+        if asked.source == "live":
+            shutil.rmtree(SIGNALS, ignore_errors=True)
+            SignalManifest(cache=None).write(SIGNALS / "manifest.json")
+            print("cache_teacher: nothing to do, params/distill.yaml:teacher_signals.source is live")
+            return
+        cache = make(settings)
+        run.metrics({"size_mib": cache.size_bytes / 2**20, "samples": cache.samples, "rows": cache.rows})
+        for kind, error in cache.errors.items():
+            run.metrics({f"{kind}/{name}": value for name, value in error.model_dump(exclude={"student"}).items()})
+    print(closing_line(cache))
+
+
+def make(settings: Settings) -> SignalCache:
+    """Build the cache for these settings, from the shards that an interrupted run left, and put it in its place.
+
+    Raises:
+        ModelError: teacher and students are no pair (`check_pair`), or the students share different vocabularies with it.
+        DataError: there is nothing to distil on, or two samples have the same id and text.
+        TryAgainError: another process is making it.
+    """
+    from filelock import FileLock, Timeout
+
+    from components.runtime import prepare_torch
+    from components.signals.store import facts
+
+    device = prepare_torch(settings.runtime, 0)
+    wanted = facts(settings)
+    draft = RUNS / "signals" / fingerprint(wanted.model_dump(), CODE)
+    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(draft.with_suffix(".lock"), timeout=0):
+            cache = _fill(draft, settings, wanted, device)
+            shutil.rmtree(SIGNALS, ignore_errors=True)
+            SIGNALS.parent.mkdir(parents=True, exist_ok=True)
+            draft.replace(SIGNALS)
+    except Timeout:
+        raise TryAgainError(f"another process is making {SIGNALS} ({draft}.lock is held); wait for it or stop it") from None
+    return cache
+
+
+def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.device) -> SignalCache:
+    """Write shards and manifest into `folder`."""
+    import torch
+
+    from components.models.collate import Collator
+    from components.models.load import check_layer, load
+    from components.models.template import Template
+    from components.models.vlm import VLM
+    from components.shards import Samples
+    from components.signals.approximation import measure
+    from components.signals.build import Speaker, build
+    from components.signals.store import Signals
+
+    precision = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
+    teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
+    check_layer(teacher, wanted.layer)
+    records = ModelIndex.read(MODELS / "index.json").students
+    students = {name: load(Path(record.path), device) for name, record in sorted(records.items())}
+    shared = _shared_vocabulary(teacher, students)
+    collator = Collator(teacher.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
+    speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.divergence_chunk_rows)
+    samples = Samples(DATASET, "train")
+    paths = build(speaker, samples, settings.distill.micro_batch_size, folder)
+    shards = {path.name: sha256([path]) for path in paths}
+    signals = Signals(folder, shards)
+    name, student = next(iter(students.items()))
+    errors = measure(speaker, signals, samples, VLM(student.model), name, settings.distill.micro_batch_size)
+    cache = SignalCache(
+        facts=wanted,
+        shared_vocabulary=shared,
+        dtype="float32" if speaker.dtype == torch.float32 else "float16",
+        samples=len(signals),
+        rows=signals.rows,
+        size_bytes=sum(path.stat().st_size for path in paths),
+        shards=shards,
+        errors=errors,
+    )
+    SignalManifest(cache=cache).write(folder / "manifest.json")
+    return cache
+
+
+def _shared_vocabulary(teacher: Loaded, students: dict[str, Loaded]) -> int:
+    from components.models.load import check_pair
+
+    shared = {name: check_pair(teacher, student) for name, student in students.items()}
+    if len(set(shared.values())) > 1:
+        raise ModelError(
+            f"the students share vocabularies of different sizes with teacher {teacher.name} ({shared}), and one cache serves"
+            " one of them; set teacher_signals.source to live in params/distill.yaml"
+        )
+    return next(iter(shared.values()))
+
+
+def closing_line(cache: SignalCache) -> str:
+    errors = "; ".join(
+        f"{kind} {error.mean_error:.1e} nats on average ({error.relative_error:.2%} of KL), {error.max_error:.1e} at most,"
+        f" {error.mean_mass_beyond:.2%} of mass beyond"
+        for kind, error in cache.errors.items()
+    )
+    student = next(iter(cache.errors.values())).student
+    k = min(cache.facts.top_k, cache.shared_vocabulary)
+    return (
+        f"cache_teacher: {k} of {cache.shared_vocabulary:,} tokens at {cache.rows:,} rows of {cache.samples:,} samples,"
+        f" {cache.size_bytes / 2**20:,.1f} MiB in {SIGNALS}; error of KL(teacher || {student}): {errors}"
+    )
+
+
+if __name__ == "__main__":
+    exit_from(main)

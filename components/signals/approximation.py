@@ -1,0 +1,77 @@
+"""What cutting at k costs: KL(p_T || p_S) from the cache against that of the whole distributions, on the same rows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from components.align_ti.divergence import divergence
+from components.align_ti.ribbon import predicting
+from components.align_ti.top_k import TopK, top_k_divergence
+from components.artifacts import Approximation
+from components.models.vlm import VLM
+from components.shards import CAPTION, Sample, Samples
+from components.signals.build import Speaker
+from components.signals.store import Signals
+
+SAMPLES = 256  # spread evenly over the split
+
+
+Kind = Literal["text", "visual"]
+
+
+def measure(
+    speaker: Speaker, signals: Signals, samples: Samples, student: VLM, name: str, batch_size: int
+) -> dict[Kind, Approximation]:
+    """Over both kinds of rows of some samples, as read back from the cache; a kind without rows is left out."""
+    found: dict[Kind, list[Tensor]] = {"text": [], "visual": []}
+    chosen = _spread(samples)
+    for start in tqdm(range(0, len(chosen), batch_size), desc="its error", unit="batch"):
+        batch, hidden, _ = speaker.hear(chosen[start : start + batch_size])
+        known, _ = signals.look_up(batch, visual=True, look=False)
+        with torch.inference_mode():
+            mine, _ = student.plain(batch, student.features(batch.pixel_values), keep=False)
+        masks: dict[Kind, Tensor] = {"text": predicting(batch.response), "visual": batch.visual}
+        for kind, rows in masks.items():
+            found[kind].append(_rows(speaker, known.at(rows), hidden[rows], student, mine[rows]))
+    whole = {kind: torch.cat(parts, dim=1) for kind, parts in found.items()}
+    return {kind: _summary(name, rows) for kind, rows in whole.items() if rows.shape[1]}
+
+
+@torch.inference_mode()
+def _rows(speaker: Speaker, kept: TopK, theirs: Tensor, student: VLM, mine: Tensor) -> Tensor:
+    """(3, N): KL from the cache, exact KL, and the teacher's mass beyond the k tokens."""
+    parts = []
+    for start in range(0, len(mine), speaker.chunk_rows):
+        at = slice(start, start + speaker.chunk_rows)
+        their_logits, my_logits = (
+            vlm.head(rows[at])[:, : speaker.shared_vocabulary] for vlm, rows in ((speaker.vlm, theirs), (student, mine))
+        )
+        temperature = speaker.facts.temperature
+        cached = top_k_divergence(kept[at], my_logits, temperature)
+        exact = divergence(their_logits, my_logits, temperature=temperature)
+        parts.append(torch.stack([cached, exact, kept[at].log_tail.exp()]).cpu())
+    return torch.cat([torch.empty(3, 0), *parts], dim=1)
+
+
+def _summary(student: str, rows: Tensor) -> Approximation:
+    cached, exact, beyond = rows.double()
+    error = (cached - exact).abs()
+    return Approximation(
+        student=student,
+        rows=len(exact),
+        kl=float(exact.mean()),
+        mean_error=float(error.mean()),
+        max_error=float(error.max()),
+        relative_error=float(error.sum() / exact.sum()) if exact.sum() else 0.0,
+        mean_mass_beyond=float(beyond.mean()),
+        max_mass_beyond=float(beyond.max()),
+    )
+
+
+def _spread(samples: Samples) -> list[Sample]:
+    instructions = [index for index, kind in enumerate(samples.kinds) if kind != CAPTION]
+    return [samples[index] for index in instructions[:: max(1, len(instructions) // SAMPLES)]]

@@ -1,0 +1,154 @@
+"""One pass of the teacher over the samples that distillation trains on, its signals kept shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from components.align_ti.losses import visual_weights
+from components.align_ti.ribbon import predicting
+from components.align_ti.top_k import TopK, top_k
+from components.artifacts import SignalFacts
+from components.errors import DataError
+from components.irs.probe import Look, watching
+from components.models.collate import Batch, Collator
+from components.models.vlm import VLM
+from components.shards import CAPTION, Sample, Samples
+from components.signals.store import keys
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """The teacher, and how its word is put down.
+
+    Log-probabilities are kept in float16, whose rounding is small beside what is lost by cutting at k, and in float32 where
+    nothing is cut (docs/performance.md has the figures).
+    """
+
+    vlm: VLM
+    collator: Collator
+    facts: SignalFacts
+    shared_vocabulary: int
+    chunk_rows: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.facts.top_k < self.shared_vocabulary else torch.float32
+
+    @torch.inference_mode()
+    def hear(self, samples: Sequence[Sample]) -> tuple[Batch, Tensor, Tensor]:
+        """A batch of samples, hidden states (B, T, d), and (N,) weights of its visual rows."""
+        batch = self.collator(samples).to(self.vlm.model.device)
+        layer, bf16 = self.facts.layer, self.facts.precision == "bf16"
+        eyes = Look.at(batch.instruction, batch.visual)
+        autocast = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16)
+        with autocast, watching(self.vlm.model, [layer], eyes):
+            hidden, _ = self.vlm.plain(batch, self.vlm.features(batch.pixel_values), keep=False)
+        return batch, hidden, visual_weights(eyes.seen[layer], batch.visual)
+
+    @torch.inference_mode()
+    def word(self, hidden: Tensor) -> TopK:
+        """At hidden rows (N, d), on the CPU and as it is stored."""
+        parts = []
+        for rows in hidden.split(self.chunk_rows):
+            parts.append(top_k(self.vlm.head(rows)[:, : self.shared_vocabulary], self.facts.top_k, self.facts.temperature))
+        index = torch.int16 if self.shared_vocabulary <= 2**15 else torch.int32
+        return TopK(
+            torch.cat([part.tokens for part in parts]).to("cpu", index),
+            torch.cat([part.log_probs for part in parts]).to("cpu", self.dtype),
+            torch.cat([part.log_tail for part in parts]).to("cpu", self.dtype),
+        )
+
+
+@dataclass
+class Shard:
+    """The tensors of one shard, as they grow (signals/store.py)."""
+
+    words: list[TopK] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    samples: list[tuple[int, ...]] = field(default_factory=list)
+    blocks: dict[tuple[str, bytes], int] = field(default_factory=dict)  # image and all up to its last token -> first row
+    rows: int = 0
+    weights: int = 0
+
+    def add(self, speaker: Speaker, samples: Sequence[Sample]) -> None:
+        batch, hidden, attention = speaker.hear(samples)
+        text = predicting(batch.response)
+        fresh = self._place(samples, batch, text)
+        self.words += [speaker.word(hidden[text]), speaker.word(hidden[batch.visual & fresh[:, None]])]
+        self.attention.append(attention.float().cpu())
+
+    def _place(self, samples: Sequence[Sample], batch: Batch, text: Tensor) -> Tensor:
+        """Say where each sample's rows will be. Returns (B,) bool: are its visual rows the first of their kind?"""
+        texts, visuals = text.sum(1).tolist(), batch.visual.sum(1).tolist()
+        fresh = torch.zeros(len(samples), dtype=torch.bool)
+        first, last = self.rows, self.rows + sum(texts)
+        for i, (sample, sample_key) in enumerate(zip(samples, keys(batch), strict=True)):
+            seen = batch.visual[i].nonzero().flatten()[-1:] + 1
+            block = (sample.image_id, batch.input_ids[i, : int(seen)].cpu().numpy().tobytes() if len(seen) else b"")
+            if block not in self.blocks:
+                self.blocks[block] = last
+                last += visuals[i]
+                fresh[i] = True
+            self.samples.append((sample_key, first, texts[i], self.blocks[block], visuals[i], self.weights))
+            first += texts[i]
+            self.weights += visuals[i]
+        self.rows = last
+        return fresh.to(batch.visual.device)
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        draft = path.with_name(f".{path.name}.tmp")
+        tensors = {
+            name: torch.cat([getattr(word, name) for word in self.words]) for name in ("tokens", "log_probs", "log_tail")
+        }
+        try:
+            save_file({**tensors, "attention": torch.cat(self.attention), "samples": torch.tensor(self.samples)}, draft)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def build(speaker: Speaker, samples: Samples, batch_size: int, folder: Path) -> list[Path]:
+    """Write the shards that `folder` does not hold yet; returns all of them, in order.
+
+    Raises DataError if there is no instruction to distil on.
+    """
+    wanted = [kind != CAPTION for kind in samples.kinds]
+    if not any(wanted):
+        raise DataError("the train split has no instruction to distil on; see artifacts/dataset/card.md")
+    paths, first = [], 0
+    with tqdm(total=sum(wanted), desc="the teacher's signals", unit="sample") as bar:
+        for number, record in enumerate(samples.record.shards):
+            images = range(first, first := first + record.images)
+            count = sum(wanted[samples.of_image(images.start).start : samples.of_image(images[-1]).stop])
+            if not count:
+                continue
+            paths.append(folder / f"shard-{number:05d}.safetensors")
+            if not paths[-1].exists():
+                shard = Shard()
+                for batch in _batches(samples, images, batch_size):
+                    shard.add(speaker, batch)
+                    bar.update(len(batch))
+                shard.write(paths[-1])
+            else:
+                bar.update(count)
+    return paths
+
+
+def _batches(samples: Samples, images: range, size: int) -> Iterator[list[Sample]]:
+    """Instructions about these images; an image's stand together."""
+    waiting: list[Sample] = []
+    for row in images:
+        waiting += [sample for sample in samples.about(row) if sample.kind != CAPTION]
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if waiting:
+        yield waiting

@@ -1,0 +1,165 @@
+"""The teacher's signals on disk: sharded safetensors that are memory-mapped, and a manifest that says what they are of.
+
+One shard per shard of the train split. Its tensors:
+
+    tokens, log_probs, log_tail   (M, k), (M, k), (M,)   the teacher's word at M rows (align_ti/top_k.py)
+    attention                     (A,)                   the instruction's weights over each sample's visual tokens, sum 1
+    samples                       (S, 6) int64           per sample: KEY, and where its rows and its attention begin
+
+Visual rows depend on the image and what stands before it alone, so samples about one image share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from components.align_ti.ribbon import predicting
+from components.align_ti.step import Batch
+from components.align_ti.top_k import Known, TopK
+from components.artifacts import (
+    DATASET,
+    IRS,
+    MODELS,
+    TEACHER,
+    LayerChoice,
+    Manifest,
+    ModelIndex,
+    SignalCache,
+    SignalFacts,
+    SignalManifest,
+    TeacherChoice,
+    sha256,
+)
+from components.errors import DataError
+from components.models.template import Template
+from components.settings import Settings
+
+KEY, TEXT, TEXT_ROWS, VISUAL, VISUAL_ROWS, ATTENTION = range(6)  # columns of `samples`
+AGAIN = "`dvc repro cache_teacher` makes it anew"
+
+
+def facts(settings: Settings) -> SignalFacts:
+    """Those of a cache for these settings and what earlier stages made."""
+    distill = settings.distill
+    layer = LayerChoice.read(IRS / "layer.json").layer if distill.iva.layer is None else distill.iva.layer
+    students = ModelIndex.read(MODELS / "index.json").students
+    return SignalFacts(
+        teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
+        students={name: student.sha256 for name, student in sorted(students.items())},
+        dataset=Manifest.read(DATASET / "manifest.json").digest,
+        template=hashlib.sha256(Template(settings.models.template.system).jinja.encode()).hexdigest(),
+        precision=distill.precision,
+        layer=layer,
+        temperature=distill.divergence.temperature,
+        top_k=distill.teacher_signals.top_k,
+    )
+
+
+def key(id_: str, tokens: Tensor) -> int:
+    """64 bits over a sample's id and its tokens: other text, template or tokenizer, another key."""
+    content = id_.encode() + b"\0" + tokens.to(torch.int64).cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def keys(batch: Batch) -> list[int]:
+    lengths = batch.attention_mask.sum(1).tolist()
+    tokens = batch.input_ids.cpu()
+    return [key(id_, row[:length]) for id_, row, length in zip(batch.ids, tokens, lengths, strict=True)]
+
+
+class Signals:
+    """A cache, opened for reading: rows by sample, from memory-mapped files."""
+
+    def __init__(self, folder: Path, shards: dict[str, str]) -> None:
+        """Open the shards of `folder`, file -> sha256.
+
+        Raises DataError if one is missing or has other bytes, or if two samples cannot be told apart.
+        """
+        self._shards = [_open_shard(folder / name, digest) for name, digest in shards.items()]
+        tables = [shard["samples"].numpy() for shard in self._shards]
+        self._samples = np.concatenate(tables)
+        self._shard_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        self._order = self._samples[:, KEY].argsort()
+        self._sorted = self._samples[self._order, KEY]
+        if (self._sorted[1:] == self._sorted[:-1]).any():
+            raise DataError(f"{folder}: two samples have the same id and the same text; give each an id of its own")
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self._samples)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(shard["tokens"]) for shard in self._shards)
+
+    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Known, Tensor | None]:
+        """The teacher's word at the rows that predict a response and, if `visual`, at the visual tokens; if `look`, the
+        attention (B, Nv) that weighs these. On the batch's device.
+
+        Raises DataError naming the first sample that the cache does not have with these tokens.
+        """
+        found = self._find(batch)
+        shards = [self._shards[i] for i in self._shard_of[found]]
+        table = self._samples[found]
+        spans = list(zip(shards, table[:, TEXT], table[:, TEXT] + table[:, TEXT_ROWS], strict=True))
+        if visual:
+            spans += zip(shards, table[:, VISUAL], table[:, VISUAL] + table[:, VISUAL_ROWS], strict=True)
+        device = batch.input_ids.device
+        tokens, log_probs, log_tail = (
+            torch.cat([shard[name][first:last] for shard, first, last in spans]).to(device, dtype, non_blocking=True)
+            for name, dtype in (("tokens", torch.long), ("log_probs", torch.float32), ("log_tail", torch.float32))
+        )
+        index = torch.full(batch.input_ids.shape, -1, device=device)
+        rows = torch.arange(len(tokens), device=device)
+        text = int(table[:, TEXT_ROWS].sum())
+        index[predicting(batch.response)] = rows[:text]
+        if visual:
+            index[batch.visual] = rows[text:]
+        known = Known(TopK(tokens, log_probs, log_tail), index)
+        return known, self._attention(shards, table).to(device) if look else None
+
+    @staticmethod
+    def _attention(shards: list[dict[str, Tensor]], table: np.ndarray) -> Tensor:
+        spans = zip(shards, table[:, ATTENTION], table[:, ATTENTION] + table[:, VISUAL_ROWS], strict=True)
+        return pad_sequence([shard["attention"][first:last] for shard, first, last in spans], batch_first=True)
+
+    def _find(self, batch: Batch) -> np.ndarray:
+        """(B,) rows of the table."""
+        wanted = np.array(keys(batch))
+        places = self._sorted.searchsorted(wanted).clip(max=len(self._sorted) - 1)
+        absent = self._sorted[places] != wanted
+        if absent.any():
+            raise DataError(
+                f"sample {batch.ids[int(absent.argmax())]}: the teacher's signals do not have it with these tokens; {AGAIN}"
+            )
+        return self._order[places]
+
+
+def read_manifest(folder: Path, wanted: SignalFacts) -> SignalCache:
+    """What the cache in `folder` says of itself. Raises DataError if there is none, or naming what differs from `wanted`."""
+    cache = SignalManifest.read(folder / "manifest.json").cache
+    if cache is None:
+        raise DataError(f"{folder} holds no signals: the live teacher was asked for when it was made; {AGAIN}")
+    differing = [name for name in SignalFacts.model_fields if getattr(cache.facts, name) != getattr(wanted, name)]
+    if differing:
+        said = "; ".join(f"{name} is {getattr(cache.facts, name)} there, {getattr(wanted, name)} here" for name in differing)
+        raise DataError(f"{folder} is of another teacher, data or settings: {said}; {AGAIN}")
+    return cache
+
+
+def _open_shard(path: Path, digest: str) -> dict[str, Tensor]:
+    """Its tensors, memory-mapped: what is not asked for is not read, but for the digest."""
+    try:
+        if sha256([path]) != digest:
+            raise DataError(f"{path}: its bytes are not those that the manifest names: cut short or changed; {AGAIN}")
+        with safe_open(path, framework="pt") as shard:
+            return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: {error}; {AGAIN}") from None

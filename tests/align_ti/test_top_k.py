@@ -1,0 +1,126 @@
+"""The kept word against the whole distribution: a bound always, the same thing where all of it is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.align_ti.divergence import divergence
+from components.align_ti.losses import TERMS
+from components.align_ti.ribbon import predicting
+from components.align_ti.step import AlignTI, Method
+from components.align_ti.top_k import Known, TopK, top_k, top_k_divergence, top_k_row_divergence
+from components.distill.teacher import FrozenTeacher
+from components.models.vlm import VLM
+from tests import tiny
+from tests.align_ti.test_divergence import logits
+
+ROWS, V = 6, 11
+
+
+@given(seed=st.integers(0, 10_000), k=st.integers(1, V), scale=st.floats(0.1, 30.0), temperature=st.floats(0.5, 4.0))
+@settings(max_examples=60, deadline=None)
+def test_never_more_than_the_exact_divergence_and_grows_with_k(seed: int, k: int, scale: float, temperature: float) -> None:
+    t, s = logits(seed, scale=scale), logits(seed + 1, scale=scale)
+    exact = divergence(t, s, temperature=temperature)
+    coarser, finer = (top_k_divergence(top_k(t, n, temperature), s, temperature) for n in (k, k + 1))
+    slack = 1e-12 * (1 + exact)
+    assert (coarser >= -slack).all() and (coarser <= finer + slack).all() and (finer <= exact + slack).all()
+
+
+@given(seed=st.integers(0, 10_000), temperature=st.floats(0.5, 4.0))
+@settings(max_examples=25, deadline=None)
+def test_all_tokens_kept_is_the_exact_divergence_gradients_too(seed: int, temperature: float) -> None:
+    t, s = logits(seed), logits(seed + 1).requires_grad_()
+    got = top_k_divergence(top_k(t, V + 5, temperature), s, temperature)
+    wanted = divergence(t, s, temperature=temperature)
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), s), torch.autograd.grad(wanted.sum(), s), rtol=1e-9, atol=1e-12)
+
+
+def test_equals_the_definition_with_the_tail_as_one_outcome() -> None:
+    t, s = logits(1), logits(2)
+    kept = top_k(t, 3)
+    p, q = t.softmax(-1), s.softmax(-1)
+    outcomes = [torch.cat([x.gather(1, kept.tokens), 1 - x.gather(1, kept.tokens).sum(1, keepdim=True)], 1) for x in (p, q)]
+    wanted = (outcomes[0] * (outcomes[0] / outcomes[1]).log()).sum(1)
+    torch.testing.assert_close(top_k_divergence(kept, s), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_by_finite_differences() -> None:
+    kept = top_k(logits(3), 4, 1.5)
+    assert torch.autograd.gradcheck(lambda s: top_k_divergence(kept, s, 1.5), logits(4).requires_grad_())
+
+
+def test_a_tail_below_what_float32_can_subtract_is_kept() -> None:
+    sharp = torch.tensor([[0.0, -40.0, -41.0, -42.0]])
+    kept = top_k(sharp, 2)
+    assert kept.log_tail.item() == pytest.approx(torch.tensor([-41.0, -42.0]).logsumexp(0).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
+    rows, head = torch.randn(ROWS, 3, dtype=torch.float64), torch.randn(V + 2, 3, dtype=torch.float64)
+    rows.requires_grad_(), head.requires_grad_()
+    kept = top_k(logits(5), 4)
+
+    def run(size: int) -> tuple[torch.Tensor, ...]:
+        value = top_k_row_divergence(kept, rows, lambda x: x @ head.T, shared=V, chunk_rows=size)
+        return value, *torch.autograd.grad((value * torch.arange(ROWS)).sum(), (rows, head))
+
+    for got, wanted in zip(run(chunk), run(1000), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(run(chunk)[0], top_k_divergence(kept, (rows @ head.T)[:, :V]))
+
+
+class Kept:
+    """Signals of one batch, computed from the teacher itself."""
+
+    def __init__(self, teacher: FrozenTeacher, k: int) -> None:
+        self.teacher, self.k = teacher, k
+
+    @torch.no_grad()
+    def look_up(self, batch, visual: bool, look: bool) -> tuple[Known, torch.Tensor | None]:
+        hidden, _, attention = self.teacher.plain(batch, self.teacher.features(batch.pixel_values, None), False, look)
+        where = predicting(batch.response) | (batch.visual if visual else False)
+        index = torch.full(batch.input_ids.shape, -1)
+        index[where] = torch.arange(int(where.sum()))
+        return Known(top_k(self.teacher.head(hidden[where]), self.k), index), attention
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("samples", [[(1, 3, 3), (0, 2, 2), (1, 5, 2), (1, 1, 1)], [(1, 0, 2), (1, 4, 6)], [(0, 2, 3)]])
+def test_a_step_from_kept_signals_is_the_step_with_the_teacher(samples: list[tuple[int, int, int]], uniform: bool) -> None:
+    student = VLM(tiny.llava("qwen2", 1).double())
+    teacher = FrozenTeacher(VLM(tiny.llava("qwen2", 2, hidden=48, layers=3).double()), 1, False)
+    batch = tiny.batch(samples)
+    batch.pixel_values = None if batch.pixel_values is None else batch.pixel_values.double()
+    weights = {"sft": 1.0, "kd": 0.7, "iva": 1.3, "tpa": 0.0}
+    method = Method(weights, uniform=uniform, eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY)
+    found = []
+    for module in (
+        AlignTI(student, teacher, method),
+        AlignTI(student, None, method, Kept(teacher, tiny.VOCABULARY)),
+        AlignTI(student, None, method, Kept(teacher, 3)),
+    ):
+        terms = module(batch, list(range(len(samples))))
+        student.zero_grad()
+        (torch.tensor([weights[t] for t in TERMS]) * terms.sums).sum().backward()
+        found.append((terms.sums.detach(), [p.grad.clone() for p in student.parameters() if p.grad is not None]))
+    (live, live_gradients), (kept, kept_gradients), (cut, _) = found
+    torch.testing.assert_close(kept, live, rtol=1e-10, atol=1e-12)
+    for got, wanted in zip(kept_gradients, live_gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)  # RMSNorm is float32 inside
+    assert cut[0] == live[0] and (0 < cut[1] < live[1]) and (cut[2] < live[2] or not live[2])
+
+
+def test_what_signals_cannot_serve_is_refused() -> None:
+    student, signals = VLM(tiny.llava()), Kept(None, 3)  # type: ignore[arg-type]
+    for options in ({"kind": "reverse"}, {"weights": dict.fromkeys(TERMS, 1.0)}):
+        with pytest.raises(ValueError, match="kd and iva under the forward divergence"):
+            AlignTI(student, None, Method(**{"weights": {"sft": 0.0, "kd": 1.0, "iva": 0.0, "tpa": 0.0}, **options}), signals)
+    known = Known(TopK(torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1)), torch.tensor([[0, -1]]))
+    with pytest.raises(ValueError, match="not kept"):
+        known.at(torch.tensor([[True, True]]))

@@ -1,0 +1,235 @@
+"""The stage `cache_teacher`, and `distill` from what it kept: the same training, no teacher; what does not match is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+from components.align_ti.losses import visual_weights
+from components.align_ti.ribbon import predicting
+from components.align_ti.top_k import top_k
+from components.artifacts import DATASET, RUNS, SIGNALS, STUDENTS, SignalFacts, SignalManifest
+from components.distill import __main__ as stage
+from components.distill.teacher import FrozenTeacher
+from components.errors import DataError, ModelError, SettingsError, TryAgainError
+from components.models.collate import Collator
+from components.models.load import load
+from components.models.template import Template
+from components.models.vlm import VLM
+from components.settings import load_settings
+from components.shards import CAPTION, Samples
+from components.signals import __main__ as signals_stage
+from components.signals import build
+from components.signals.store import Signals, facts, read_manifest
+from components.tracking import Run
+from tests.distill.conftest import write_params
+from tests.models.conftest import NV
+
+TEACHER = Path("artifacts/models/teachers/base")
+ALL_TOKENS = 1000  # more than there are
+
+
+def ask(root: Path, source: str = "cache", top_k: int = ALL_TOKENS, **others: Any) -> None:
+    write_params(root, "distill", {"teacher_signals": {"source": source, "top_k": top_k}, **others})
+
+
+def distill(arm: str) -> dict[str, torch.Tensor]:
+    settings = load_settings()
+    stage.distill(arm, settings.arm(arm), settings, Run(None))
+    return load_file(STUDENTS / arm / "model/model.safetensors")
+
+
+def without_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *arguments: Any) -> Any:
+        assert "teachers" not in path.parts, "the teacher was loaded"
+        return load(path, *arguments)
+
+    monkeypatch.setattr(stage, "load", refuse)
+
+
+def opened() -> Signals:
+    return Signals(SIGNALS, read_manifest(SIGNALS, facts(load_settings())).shards)
+
+
+def test_where_the_live_teacher_is_asked_for_only_a_note_is_left(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SIGNALS.mkdir()
+    (SIGNALS / "shard-00000.safetensors").write_text("of an earlier run")
+    signals_stage.main()
+    assert json.loads((SIGNALS / "manifest.json").read_text()) == {"cache": None}
+    assert [path.name for path in SIGNALS.iterdir()] == ["manifest.json"]
+    assert "source is live" in capsys.readouterr().out
+    ask(workplace)
+    with pytest.raises(DataError, match=r"holds no signals.*`dvc repro cache_teacher` makes it anew"):
+        distill("kd")
+
+
+def test_with_all_tokens_kept_training_is_the_same_and_needs_no_teacher(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ("sft", "kd", "kd_uniform", "kd_iva")
+    live = {arm: distill(arm) for arm in arms}
+    losses = {arm: (STUDENTS / arm / "losses.jsonl").read_text() for arm in arms}
+    start = load_file("artifacts/models/students/student/model.safetensors")
+    ask(workplace)
+    signals_stage.main()
+    assert "error of KL(teacher || student): text" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        without_a_teacher(patch)
+        for arm in arms:
+            kept = distill(arm)
+            for name, weight in live[arm].items():
+                moved = (weight - start[name]).norm()
+                assert (kept[name] - weight).norm() <= 1e-3 * moved + 1e-6, (arm, name)
+            for mine, theirs in zip(
+                (STUDENTS / arm / "losses.jsonl").read_text().splitlines(), losses[arm].splitlines(), strict=True
+            ):
+                assert json.loads(mine) == pytest.approx(json.loads(theirs), rel=1e-3), arm
+            assert (arm == "sft") == (kept.keys() == live[arm].keys() and all(torch.equal(kept[n], live[arm][n]) for n in kept))
+        assert "top_k" in (STUDENTS / "kd/model/README.md").read_text()
+        with pytest.raises(AssertionError, match="the teacher was loaded"):
+            distill("kd_tpa")
+    assert "this arm runs the live teacher for all its terms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -3)])
+def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, order: slice) -> None:
+    ask(workplace)
+    cache = signals_stage.make(load_settings())
+    teacher = load(TEACHER, "cpu")
+    samples = Samples(DATASET, "train")
+    chosen = [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][order]
+    text = sum(len(row) for row in _text_rows(teacher, samples))
+    assert (cache.samples, cache.rows, cache.dtype) == (16, text + 8 * NV, "float32")  # visual rows once per image
+    batch = Collator(teacher.processor, Template(""), 64, train=True)(chosen)
+    known, attention = opened().look_up(batch, visual=True, look=True)
+    frozen = FrozenTeacher(VLM(teacher.model), 1, False)
+    with torch.no_grad():
+        hidden, _, look = frozen.plain(batch, frozen.features(batch.pixel_values, None), keep=False, look=True)
+        for rows in (predicting(batch.response), batch.visual):
+            wanted, got = top_k(frozen.head(hidden[rows]), ALL_TOKENS), known.at(rows)
+            back = torch.zeros_like(wanted.log_probs).scatter(1, wanted.tokens, wanted.log_probs)
+            torch.testing.assert_close(back.gather(1, got.tokens), got.log_probs, rtol=1e-4, atol=1e-5)
+    assert look is not None and attention is not None
+    torch.testing.assert_close(visual_weights(attention, batch.visual), visual_weights(look, batch.visual))
+    none, nothing = opened().look_up(batch, visual=False, look=False)
+    assert len(none.rows) == int(predicting(batch.response).sum()) and nothing is None
+
+
+def _text_rows(teacher: Any, samples: Samples) -> list[list[int]]:
+    collator = Collator(teacher.processor, Template(""), 64, train=True)
+    wanted = [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION]
+    return [row.response.nonzero()[0].tolist() for row in collator.encode(wanted)]
+
+
+def test_the_error_of_cutting_is_reported_and_falls_with_k(workplace: Path) -> None:
+    found = {}
+    for k in (2, 8, ALL_TOKENS):
+        ask(workplace, top_k=k)
+        found[k] = signals_stage.make(load_settings())
+        assert sum(path.stat().st_size for path in SIGNALS.glob("*.safetensors")) == found[k].size_bytes
+    for kind in ("text", "visual"):
+        few, more, every = (found[k].errors[kind] for k in (2, 8, ALL_TOKENS))
+        assert few.mean_error > more.mean_error > 10 * every.mean_error and every.max_error < 1e-5
+        assert few.mean_mass_beyond > more.mean_mass_beyond > every.mean_mass_beyond == 0
+        assert few.kl == pytest.approx(every.kl) and few.max_error <= few.kl * few.rows
+    assert (found[8].dtype, found[ALL_TOKENS].dtype) == ("float16", "float32")
+    assert found[8].size_bytes < found[ALL_TOKENS].size_bytes / 2
+
+
+def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
+    ask(workplace, top_k=4)
+    signals_stage.make(load_settings())
+    manifest = SignalManifest.read(SIGNALS / "manifest.json")
+    assert manifest.cache is not None
+    other = {"students": {"another": "0"}, "precision": "bf16", "layer": 0, "temperature": 2.0, "top_k": 5}
+    for name in SignalFacts.model_fields:
+        changed = manifest.cache.facts.model_copy(update={name: other.get(name, "0")})
+        SignalManifest(cache=manifest.cache.model_copy(update={"facts": changed})).write(SIGNALS / "manifest.json")
+        with pytest.raises(DataError, match=rf"settings: {name} is .* there, .* here; `dvc repro cache_teacher`"):
+            distill("kd")
+    manifest.write(SIGNALS / "manifest.json")
+    ask(workplace, top_k=6)
+    with pytest.raises(DataError, match="top_k is 4 there, 6 here"):
+        distill("kd")
+
+
+def test_a_damaged_shard_and_an_unknown_sample_are_refused(workplace: Path) -> None:
+    ask(workplace, top_k=4)
+    signals_stage.make(load_settings())
+    samples = Samples(DATASET, "train")
+    collator = Collator(load(TEACHER, "cpu").processor, Template(""), 64, train=True)
+    known = next(samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION)
+    batch = collator([known, samples[samples.kinds.index(CAPTION)]])
+    with pytest.raises(DataError, match=f"sample {batch.ids[1]}: the teacher's signals do not have it"):
+        opened().look_up(batch, visual=True, look=True)
+    batch = collator([known])
+    batch.input_ids[0, -2] += 1
+    with pytest.raises(DataError, match=f"sample {known.id}: .* with these tokens"):
+        opened().look_up(batch, visual=True, look=True)
+
+    shard = SIGNALS / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    for content in (whole[:-7], whole[:-1] + bytes([whole[-1] ^ 1])):
+        shard.write_bytes(content)
+        with pytest.raises(DataError, match=r"shard-00001.safetensors: its bytes are not those"):
+            opened()
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00001.safetensors.*`dvc repro cache_teacher`"):
+        opened()
+
+
+def test_an_interrupted_build_goes_on_with_the_shard_that_it_was_at(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(workplace, top_k=4)
+    wanted = signals_stage.make(load_settings())
+    shutil.rmtree(SIGNALS)
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    writes: list[str] = []
+
+    def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        writes.append(path.name)
+        full_disk() if len(writes) == 2 else save_file(tensors, path)
+
+    monkeypatch.setattr(build, "save_file", write)
+    with pytest.raises(OSError, match="No space left"):
+        signals_stage.make(load_settings())
+    assert not SIGNALS.exists()
+    (draft,) = (path for path in (RUNS / "signals").iterdir() if path.is_dir())
+    assert [path.name for path in draft.iterdir()] == ["shard-00000.safetensors"]
+    with FileLock(f"{draft}.lock"), pytest.raises(TryAgainError, match="another process is making"):
+        signals_stage.make(load_settings())
+    assert signals_stage.make(load_settings()) == wanted  # the shards' sha256 among it
+    assert writes == [f".shard-{n:05d}.safetensors.tmp" for n in (0, 1, 1)]
+
+
+def test_what_no_cache_serves_is_refused_before_any_work(workplace: Path) -> None:
+    ask(workplace, divergence={"kind": "forward", "mix": 0.5, "temperature": 1.0})
+    study = json.loads(load_settings().study.model_dump_json())
+    arms = study["arms"]
+    arms["kd"]["divergence"] = {"kind": "reverse", "mix": 0.5, "temperature": 2.0}
+    arms["kd_iva"]["iva"] = {"weighting": "layer", "layer": 0}
+    for arm in ("sft", "align_ti"):  # one has no use for the cache, the other runs the live teacher
+        arms[arm]["divergence"] = arms["kd"]["divergence"]
+    write_params(workplace, "study", study)
+    with pytest.raises(SettingsError) as refusal:
+        load_settings()
+    assert str(refusal.value).count("or set teacher_signals.source to live") == 3
+    for said in ("arms.kd: divergence.kind is reverse", "arms.kd: divergence.temperature differs", "arms.kd_iva: iva.layer"):
+        assert said in str(refusal.value)
+    ask(workplace, source="live")
+    load_settings()
+    study["arms"] = {"kd": {**arms["kd"], "divergence": None}}
+    write_params(workplace, "study", study)
+    write_params(workplace, "evaluate", {"baselines": ["kd"]})
+    ask(workplace, iva={"weighting": "layer", "layer": 7})
+    with pytest.raises(ModelError, match=r"iva.layer is 7, but teacher .* has layers 0..1"):
+        signals_stage.make(load_settings())
