@@ -36,7 +36,7 @@ def arm(bench: Bench) -> Work:
 
     def step() -> None:
         with attention("sdpa", teacher):
-            trainer.training_step(student, inputs)
+            trainer.training_step(student, inputs, None)
         trainer.accelerator.clip_grad_norm_(bench.parameters, 1.0)
         bench.optimiser.step()
         bench.optimiser.zero_grad()

@@ -158,7 +158,6 @@ def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.d
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE,
         image_token_index=IMAGE,
         vision_feature_select_strategy="full",
         vision_feature_layer=-2,
