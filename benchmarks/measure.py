@@ -24,18 +24,17 @@ Work = Callable[[], Any]
 
 
 def interleaved(arms: dict[str, Work], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:
-    """Seconds of each arm, once per round, after one round that does not count.
+    """Seconds of each arm, once per round; the caller has run each before.
 
     Arms take turns within a round and start one further along in the next, so that a machine that slows down slows them all.
     """
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=(repeats + 1) * len(names), desc=title, unit="step") as bar:
-        for turn in range(repeats + 1):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                took = stopwatch(arms[name], device)
-                if turn:
-                    seconds[name].append(took)
+    with tqdm(total=repeats * len(names), desc=title, unit="step") as bar:
+        for turn in range(repeats):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(stopwatch(arms[name], device))
                 bar.update()
     return seconds
 

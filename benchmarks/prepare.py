@@ -1,7 +1,7 @@
 """The rate of the stage `prepare` against Pillow alone decoding the same images: `python -m benchmarks.prepare`
 
-The set is generated, in the LLaVA format: JPEG images of 640 x 480 with smooth structure and grain, two questions each. `prepare`
-reads, checks, decodes, hashes, splits, writes shards, provenance, card and contact sheet.
+The set is generated, in the LLaVA format: JPEG images of 640 x 480 with smooth structure and grain, two questions each.
+`prepare` reads, checks, decodes, hashes, splits, writes shards, provenance, card and contact sheet.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def run(images: int = IMAGES, repeats: int = REPEATS) -> dict[str, Any]:
             assert manifest.rows_out == 2 * images
 
         arms: dict[str, measure.Work] = {"pillow": lambda: decode(folder / "raw"), "prepare": stage}
+        for work in arms.values():
+            work()
         seconds = measure.interleaved(arms, repeats, device, "prepare")
         size = sum(path.stat().st_size for path in (folder / "raw" / "images").iterdir())
     rate, spread = measure.ratio(seconds["pillow"], seconds["prepare"])

@@ -196,7 +196,7 @@ def _standing(bench: Bench) -> int:
     return measure.bytes_of([*(p.data for p in models), *state])
 
 
-def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 3) -> dict[str, float]:
+def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str, float]:
     """Share of a step's time per part, over `steps` steps apart from those that are timed whole."""
     parts = measure.Parts(bench.device)
     student, teacher = bench.student, bench.teacher

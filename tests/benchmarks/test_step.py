@@ -143,7 +143,7 @@ def test_arms_take_turns() -> None:
     order: list[str] = []
     arms = {name: (lambda name=name: order.append(name)) for name in "abc"}
     seconds = measure.interleaved(arms, 2, CPU, "turns")
-    assert "".join(order) == "abc" + "bca" + "cab"
+    assert "".join(order) == "abc" + "bca"
     assert {name: len(took) for name, took in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 
 
