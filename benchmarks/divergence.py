@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
+from benchmarks.shapes import Language, Tower, llava
 from components.align_ti.divergence import row_divergence
+from components.models.vlm import VLM
 
 ROWS, VOCABULARY, STUDENT, TEACHER = 729 + 128, 151_936, 896, 1536
+_NO_TOWER = Tower(hidden=8, layers=2, heads=1, mlp=8, image_px=8, patch_px=8)
+
+
+def model(width: int, vocabulary: int, device: torch.device, seed: int) -> VLM:
+    """A model of hardly more than a head."""
+    shape = Language(hidden=width, layers=1, heads=1, kv_heads=1, mlp=8, vocabulary=vocabulary)
+    return VLM(llava(shape, _NO_TOWER, device, torch.float32, seed)).requires_grad_(False)
 
 
 def full(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -33,12 +42,12 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
 
     student_rows = random(rows, STUDENT).requires_grad_()
     teacher_rows = random(rows, TEACHER)
-    head = (random(vocabulary, STUDENT) * STUDENT**-0.5).requires_grad_()
-    teacher_head = random(vocabulary, TEACHER) * TEACHER**-0.5
+    student, teacher = model(STUDENT, vocabulary, device, 1), model(TEACHER, vocabulary, device, 2)
+    head, teacher_head = (vlm.model.get_output_embeddings().weight for vlm in (student, teacher))
     weights = torch.rand(rows, generator=stream).to(device)
 
     def engine() -> Tensor:
-        return row_divergence(teacher_rows, lambda x: x @ teacher_head.T, student_rows, lambda x: x @ head.T)
+        return row_divergence(teacher_rows, teacher.head, student_rows, student.head)
 
     def reference() -> Tensor:
         with torch.no_grad():

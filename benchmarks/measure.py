@@ -127,9 +127,9 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of a large matrix product: what this device gives at most. Best of several."""
-    n = 8192 if device.type == "cuda" else 1024
+    n, tries = (8192, 8) if device.type == "cuda" else (512, 4)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(stopwatch(lambda: a @ b, device) for _ in range(8))
+    return 2 * n**3 / min(stopwatch(lambda: a @ b, device) for _ in range(tries))
 
 
 def machine(device: torch.device) -> str:
