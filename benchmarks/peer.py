@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.measure import Work
-from benchmarks.reference import attention
+from benchmarks.reference import twin
 from benchmarks.shapes import EOS, PAD
 
 if TYPE_CHECKING:
@@ -30,19 +30,17 @@ def arm(bench: Bench) -> Work:
 
     if bench.size.student.vocabulary != bench.size.teacher.vocabulary:
         raise ValueError("TRL refuses heads of different sizes")
-    student, teacher = bench.student.model, bench.teacher.vlm.model
+    student, teacher = bench.student.model, twin(bench.teacher.vlm.model, "sdpa")
     trainer = _trainer(trl, student, teacher, bench)
     inputs = _inputs(bench)
 
     def step() -> None:
-        with attention("sdpa", teacher):
-            trainer.training_step(student, inputs, None)
+        trainer.training_step(student, inputs, None)
         trainer.accelerator.clip_grad_norm_(bench.parameters, 1.0)
         bench.optimiser.step()
         bench.optimiser.zero_grad()
 
-    with attention("sdpa", teacher):
-        theirs = float(trainer.compute_loss(student, inputs).detach())
+    theirs = float(trainer.compute_loss(student, inputs).detach())
     ours, _ = bench.gradients(bench.engine("kd_only"))
     if abs(ours - theirs) > TOLERANCE * abs(ours):
         raise ValueError(f"TRL's loss is {theirs}, ours {ours}: not the same work")

@@ -6,8 +6,7 @@ with, for equality of loss and gradients and then for time and memory. METHOD in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import copy
 from typing import Any
 
 import torch
@@ -16,29 +15,26 @@ from torch import Tensor
 from benchmarks.shapes import Batch
 
 
-@contextmanager
-def attention(implementation: str, *models: Any) -> Iterator[None]:
-    """While open, the models run on this attention implementation, their vision towers too."""
-    with ExitStack() as after:
-        for model in models:
-            model.set_attn_implementation(implementation)
-            after.callback(model.set_attn_implementation, "sdpa")
-        yield
+def twin(model: Any, implementation: str) -> Any:
+    """The same model, with its very parameters, on another attention implementation."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, shared)
+    other.set_attn_implementation(implementation)
+    return other
 
 
 def terms(student: Any, teacher: Any, batch: Batch, draws: Tensor, layer: int, eos: int) -> Tensor:
-    """(4,) means sft, kd, iva, tpa of the LLaVA models `student` and `teacher`, given (N, d) draws.
+    """(4,) means sft, kd, iva, tpa of the LLaVA models `student` and `teacher`, on eager attention, given (N, d) draws.
 
     The draws are made and thrown away first, as a step of the released layout has to make them before its one big pass.
     """
-    with attention("eager", student, teacher):
-        _sample(student, batch, draws.shape[1])
-        ids, positions, alternative, gold_at = interleave(batch, draws)
-        mask = _mask(positions, alternative, gold_at, batch.attention_mask, next(student.parameters()).dtype)
-        mine = _forward(student, ids, batch, mask, positions).logits.float()
-        with torch.no_grad():
-            seen = _forward(teacher, ids, batch, mask, positions, output_attentions=True)
-        theirs = seen.logits.float()
+    _sample(student, batch, draws.shape[1])
+    ids, positions, alternative, gold_at = interleave(batch, draws)
+    mask = _mask(positions, alternative, gold_at, batch.attention_mask)
+    mine = _forward(student, ids, batch, mask, positions).logits.float()
+    with torch.no_grad():
+        seen = _forward(teacher, ids, batch, mask, positions, output_attentions=True)
+    theirs = seen.logits.float()
     shared = min(mine.shape[-1], theirs.shape[-1])
     log_s, log_t = mine[..., :shared].log_softmax(-1), theirs[..., :shared].log_softmax(-1)
     kl = (log_t.exp() * (log_t - log_s)).sum(-1)  # (B, L), at every row
@@ -74,22 +70,22 @@ def interleave(batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return table[..., 0], table[..., 1], table[..., 2].bool(), where
 
 
-def _mask(positions: Tensor, alternative: Tensor, gold_at: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, L, L) to add to scores: gold rows see gold rows up to themselves, an alternative those before it and itself."""
+def _mask(positions: Tensor, alternative: Tensor, gold_at: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, 1, L, L) bool: gold rows see gold rows up to themselves, an alternative those before it and itself."""
     real = torch.zeros_like(alternative).scatter(1, gold_at, attention_mask.bool())
     earlier = positions[:, None, :] < positions[:, :, None]
     itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
     allowed = (earlier & real[:, None, :]) | itself
-    return torch.zeros(allowed.shape, dtype=dtype, device=positions.device).masked_fill(~allowed, torch.finfo(dtype).min)[
-        :, None
-    ]
+    return allowed[:, None]
 
 
 def _forward(model: Any, ids: Tensor, batch: Batch, mask: Tensor, positions: Tensor, **options: Any) -> Any:
+    dtype = next(model.parameters()).dtype
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
     return model(
         input_ids=ids,
-        pixel_values=None if batch.pixel_values is None else batch.pixel_values.to(next(model.parameters()).dtype),
-        attention_mask=mask.to(next(model.parameters()).dtype),
+        pixel_values=None if batch.pixel_values is None else batch.pixel_values.to(dtype),
+        attention_mask=added,  # eager attention would add True as 1
         position_ids=positions,
         use_cache=False,
         **options,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.reference import attention
+from benchmarks.reference import twin
 from benchmarks.shapes import SIZES, Batch, Size, batch, llava
 from components.irs.probe import Look, attention_layers, watching
 from components.models.vlm import VLM
@@ -40,27 +40,27 @@ class Ways:
         self.batch = pairs(size, device)
         dtype = torch.bfloat16 if size.bf16 else torch.float32
         self.view = VLM(llava(size.teacher, size.tower, device, dtype, seed=2)).eval().requires_grad_(False)
+        self.watched = VLM(twin(self.view.model, "sdpa"))
+        self.with_maps = twin(self.view.model, "eager")
         self.layers = list(attention_layers(self.view.model))
 
     @torch.inference_mode()
     def plain(self) -> Tensor:
-        with attention("sdpa", self.view.model):
-            return self.view.plain(self.batch, self.view.features(self.batch.pixel_values), keep=False)[0]
+        return self.view.plain(self.batch, self.view.features(self.batch.pixel_values), keep=False)[0]
 
     @torch.inference_mode()
     def search(self) -> Tensor:
         """(L, B, Nv), as `components.irs.search.look` gets it."""
-        with watching(self.view.model, self.layers, Look.at(self.batch.instruction, self.batch.visual)) as seen:
-            self.view.plain(self.batch, self.view.features(self.batch.pixel_values), keep=False)
+        with watching(self.watched.model, self.layers, Look.at(self.batch.instruction, self.batch.visual)) as seen:
+            self.watched.plain(self.batch, self.watched.features(self.batch.pixel_values), keep=False)
         return torch.stack([seen.seen[layer] for layer in self.layers])
 
     @torch.inference_mode()
     def eager(self) -> Tensor:
         """(L, B, Nv) out of all layers' (B, H, T, T) maps."""
         b = self.batch
-        with attention("eager", self.view.model):
-            pixels = None if b.pixel_values is None else b.pixel_values.to(self.view.model.dtype)
-            out = self.view.model.model(input_ids=b.input_ids, pixel_values=pixels, output_attentions=True, use_cache=False)
+        pixels = None if b.pixel_values is None else b.pixel_values.to(self.with_maps.dtype)
+        out = self.with_maps.model(input_ids=b.input_ids, pixel_values=pixels, output_attentions=True, use_cache=False)
         rows, columns = b.instruction[0], b.visual[0]  # every prompt has them at the same places
         return torch.stack([maps.float().mean(1)[:, rows][:, :, columns].mean(1) for maps in out.attentions])
 

@@ -116,7 +116,7 @@ class Bench:
 
     def reference(self, distinct: float = TRAINED) -> Callable[[], Tensor]:
         draws = self.script(distinct)
-        models = self.student.model, self.teacher.vlm.model
+        models = [reference.twin(model, "eager") for model in (self.student.model, self.teacher.vlm.model)]
         return lambda: reference.terms(*models, self.batch, draws, self.teacher.layer, EOS).sum()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

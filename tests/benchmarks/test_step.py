@@ -50,7 +50,8 @@ def test_each_term_of_the_reference_is_the_engines(bench: step.Bench) -> None:
     module = step.Scripted(bench.student, bench.teacher, bench.method(step.ALL))
     module.script = bench.script(1.29)
     terms = module(bench.batch, bench.keys)
-    plain = reference.terms(bench.student.model, bench.teacher.vlm.model, bench.batch, module.script, 1, EOS)
+    eager = [reference.twin(model, "eager") for model in (bench.student.model, bench.teacher.vlm.model)]
+    plain = reference.terms(*eager, bench.batch, module.script, 1, EOS)
     torch.testing.assert_close(terms.sums / terms.counts, plain, rtol=1e-4, atol=1e-6)
     assert bool((plain[:3] > 0).all())
 
@@ -77,6 +78,12 @@ def test_the_engine_is_given_the_scripts_rows(bench: step.Bench) -> None:
     for arm, (_, distinct) in step.ENGINE.items():
         bench.engine(arm)()
         assert bench.ribbon_rows[arm] == int(responses * (distinct or 0))
+
+
+def test_a_twin_is_the_same_model(bench: step.Bench) -> None:
+    other = reference.twin(bench.student.model, "eager")
+    assert all(a is b for a, b in zip(bench.student.model.parameters(), other.parameters(), strict=True))
+    assert bench.student.model.config.get_text_config()._attn_implementation == "sdpa"
 
 
 def test_the_interleaved_layout() -> None:
@@ -120,8 +127,9 @@ def test_flops_of_a_matrix_are_those_that_torch_counts() -> None:
 
     bench = step.Bench.of(replace(SMALLEST, batch=1), CPU)
     b = bench.batch
-    with FlopCounterMode(display=False) as counter, reference.attention("eager", bench.student.model):
-        bench.student.model(input_ids=b.input_ids, pixel_values=b.pixel_values)
+    model = reference.twin(bench.student.model, "eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=b.input_ids, pixel_values=b.pixel_values)
     T = b.input_ids.shape[1]
     shape = SMALLEST.student
     mine = flops.body(shape, SMALLEST, b, 0) + flops.head(shape, T) + flops.tower(SMALLEST.tower, 1)
