@@ -116,8 +116,8 @@ class Bench:
 
     def reference(self, distinct: float = TRAINED) -> Callable[[], Tensor]:
         draws = self.script(distinct)
-        models = [reference.twin(model, "eager") for model in (self.student.model, self.teacher.vlm.model)]
-        return lambda: reference.terms(*models, self.batch, draws, self.teacher.layer, EOS).sum()
+        student, teacher = (reference.twin(model, "eager") for model in (self.student.model, self.teacher.vlm.model))
+        return lambda: reference.terms(student, teacher, self.batch, draws, self.teacher.layer, EOS).sum()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if not self.size.bf16:
