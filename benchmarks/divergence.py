@@ -1,0 +1,107 @@
+"""Memory of the divergence alone at V = 151,936: one long sample's 729 visual and 128 response rows, against full logits.
+
+Called by `python -m benchmarks.step --size memory`. Both ways take the same hidden rows and heads to the same weighted sum of
+forward KL and back. Counted is what torch's allocator gives out beyond rows and heads; the gradients that the student's rows
+and head must receive in either way are counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.shapes import Language, Tower, llava
+from components.align_ti.divergence import row_divergence
+from components.models.vlm import VLM
+
+ROWS, VOCABULARY, STUDENT, TEACHER = 729 + 128, 151_936, 896, 1536
+_NO_TOWER = Tower(hidden=8, layers=2, heads=1, mlp=8, image_px=8, patch_px=8)
+
+
+def model(width: int, vocabulary: int, device: torch.device, seed: int) -> VLM:
+    """A model of hardly more than a head."""
+    shape = Language(hidden=width, layers=1, heads=1, kv_heads=1, mlp=8, vocabulary=vocabulary)
+    return VLM(llava(shape, _NO_TOWER, device, torch.float32, seed)).requires_grad_(False)
+
+
+def full(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Forward KL per row from all logits at once."""
+    log_t, log_s = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    return torch.nn.functional.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
+
+
+def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    stream = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=stream).to(device)
+
+    student_rows = random(rows, STUDENT).requires_grad_()
+    teacher_rows = random(rows, TEACHER)
+    student, teacher = model(STUDENT, vocabulary, device, 1), model(TEACHER, vocabulary, device, 2)
+    head, teacher_head = (vlm.model.get_output_embeddings().weight for vlm in (student, teacher))
+    weights = torch.rand(rows, generator=stream).to(device)
+
+    def engine() -> Tensor:
+        return row_divergence(teacher_rows, teacher.head, student_rows, student.head)
+
+    def reference() -> Tensor:
+        with torch.no_grad():
+            theirs = teacher_rows @ teacher_head.T
+        return full(theirs, student_rows @ head.T)
+
+    def work(way: Callable[[], Tensor]) -> float:
+        student_rows.grad = head.grad = None
+        loss = (weights * way()).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    found: dict[str, dict[str, Any]] = {}
+    for trained in (False, True):
+        head.requires_grad_(trained)
+        owed = measure.bytes_of([student_rows, head] if trained else [student_rows])
+        for name, way in {"engine": engine, "reference": reference}.items():
+            seconds: list[float] = []
+            loss: list[float] = []
+
+            def once(way: Callable[[], Tensor] = way, seconds: list[float] = seconds, loss: list[float] = loss) -> None:
+                seconds.append(measure.stopwatch(lambda: loss.append(work(way)), device))
+
+            peak = measure.peak_bytes(once, device)
+            found[f"{name}, head {'trained' if trained else 'frozen'}"] = {
+                "peak_mib": peak / measure.MIB,
+                "gradients_mib": owed / measure.MIB,
+                "seconds": seconds[0],
+                "loss": loss[0],
+            }
+    student_rows.grad = head.grad = None
+    frozen, frozen_full = found["engine, head frozen"], found["reference, head frozen"]
+    trained_, trained_full = found["engine, head trained"], found["reference, head trained"]
+    losses = [way["loss"] for way in found.values()]
+    assert max(losses) - min(losses) <= 1e-4 * abs(losses[0]), f"the two ways differ: {losses}"
+    return {
+        "benchmark": "step",
+        "size": "memory",
+        "about": f"{rows} rows, V = {vocabulary:,}, student {STUDENT} and teacher {TEACHER} wide, float32",
+        **measure.where_and_when(device),
+        "ratios": {
+            "memory_divergence_vs_full_logits": frozen["peak_mib"] / frozen_full["peak_mib"],
+            "memory_divergence_vs_full_logits_head_trained": trained_["peak_mib"] / trained_full["peak_mib"],
+        },
+        "arms": found,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    lines = [result["about"], f"{result['machine']}, {result['date']}", ""]
+    for name, way in result["arms"].items():
+        lines.append(
+            f"{name:<26}{way['peak_mib']:>10,.0f} MiB at most, {way['gradients_mib']:,.0f} of it gradients owed,"
+            f" {way['seconds']:.1f} s"
+        )
+    lines += ["", *(f"{name:<48}{value:.3f}" for name, value in result["ratios"].items())]
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""How time and memory are measured, and what a result says of where it was measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+
+Work = Callable[[], Any]
+
+
+def interleaved(arms: dict[str, Work], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:
+    """Seconds of each arm, once per round; the caller has run each before.
+
+    Arms take turns within a round and start one further along in the next, so that a machine that slows down slows them all.
+    """
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with tqdm(total=repeats * len(names), desc=title, unit="step") as bar:
+        for turn in range(repeats):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(stopwatch(arms[name], device))
+                bar.update()
+    return seconds
+
+
+def stopwatch(work: Work, device: torch.device) -> float:
+    """Seconds that `work` takes: see `clock`."""
+    started = clock(device)
+    work()
+    return clock(device) - started
+
+
+def clock(device: torch.device) -> float:
+    """Wall time on a GPU, once it has nothing left to do; on a CPU this process's own time, which others do not lengthen.
+
+    The two are the same on an idle machine, for a CPU runs on one thread here (`prepare`).
+    """
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def prepare() -> torch.device:
+    """The device to measure. On a CPU one thread, as params/runtime.yaml has it."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+class Parts:
+    """Where a step's seconds go, by the same clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = clock(self.device)
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + clock(self.device) - started
+
+    def of(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return work(*args, **kwargs)
+
+        return timed
+
+
+def ratio(one: list[float], other: list[float]) -> tuple[float, list[float]]:
+    """Median of `one` / `other` over the rounds, and its quartiles."""
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    return statistics.median(ratios), quartiles(ratios)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    if len(values) < 2:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def peak_bytes(work: Work, device: torch.device) -> int:
+    """The most that torch's allocator had given out at one time while `work` ran, beyond what it held before.
+
+    On a CPU the allocator is followed by torch's profiler; scratch memory inside a kernel's library is not seen. Memory that
+    was there before and is freed meanwhile is not subtracted.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as followed:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        followed.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_bytes().decode(errors="replace"))["traceEvents"]
+    return max((event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"), default=0)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Of the different storages behind the tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a large matrix product: what this device gives at most. Best of several."""
+    n, tries = (8192, 8) if device.type == "cuda" else (512, 4)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(stopwatch(lambda: a @ b, device) for _ in range(tries))
+
+
+def machine(device: torch.device) -> str:
+    """In general words."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    return f"{cores} CPU cores, {accelerator}"
+
+
+def where_and_when(device: torch.device) -> dict[str, str]:
+    import transformers
+
+    return {
+        "machine": machine(device),
+        "clock": "wall time" if device.type == "cuda" else f"CPU time of the process, {torch.get_num_threads()} thread",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_text(json.dumps(result, indent=2) + "\n")
+    draft.replace(path)

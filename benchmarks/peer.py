@@ -1,0 +1,92 @@
+"""The KD-only step of TRL 1.16.0's DistillationTrainer on the benchmark's own models, batch and optimiser.
+
+TRL distils on what the student generates; here its trainer is handed the batch's responses instead, so that no generation is
+timed and the loss is the same number. Timed are its `training_step` - both backbones, its chunked divergence (beta = 0, forward
+KL), backward - and clipping and AdamW as in the other arms. Its loop, logging and data loading are left out, to its advantage.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.measure import Work
+from benchmarks.reference import twin
+from benchmarks.shapes import EOS, PAD
+
+if TYPE_CHECKING:
+    from benchmarks.step import Bench
+
+TOLERANCE = 1e-4
+
+
+def arm(bench: Bench) -> Work:
+    """The step to time. Raises ImportError without TRL, ValueError if TRL refuses the pair or computes another loss."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import trl
+
+    if bench.size.student.vocabulary != bench.size.teacher.vocabulary:
+        raise ValueError("TRL refuses heads of different sizes")
+    student, teacher = bench.student.model, twin(bench.teacher.vlm.model, "sdpa")
+    trainer = _trainer(trl, student, teacher, bench)
+    inputs = _inputs(bench)
+
+    def step() -> None:
+        trainer.training_step(student, inputs, None)
+        trainer.accelerator.clip_grad_norm_(bench.parameters, 1.0)
+        bench.optimiser.step()
+        bench.optimiser.zero_grad()
+
+    theirs = float(trainer.compute_loss(student, inputs).detach())
+    ours, _ = bench.gradients(bench.engine("kd_only"))
+    if abs(ours - theirs) > TOLERANCE * abs(ours):
+        raise ValueError(f"TRL's loss is {theirs}, ours {ours}: not the same work")
+    return step
+
+
+def _trainer(trl: Any, student: Any, teacher: Any, bench: Bench) -> Any:
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    class Handed(trl.DistillationTrainer):  # type: ignore[misc]
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            return generation_batch
+
+    words = Tokenizer(WordLevel({"<pad>": PAD, "<eos>": EOS}, unk_token="<pad>"))
+    trainer = Handed(
+        model=student,
+        teacher_model=teacher,
+        args=trl.DistillationConfig(
+            output_dir=tempfile.mkdtemp(prefix="trl-"),
+            beta=0.0,
+            temperature=1.0,
+            per_device_train_batch_size=bench.size.batch,
+            bf16=bench.size.bf16,
+            gradient_checkpointing=False,
+            use_cpu=bench.device.type == "cpu",
+            report_to=[],
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["nothing"]}),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
+        optimizers=(bench.optimiser, None),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def _inputs(bench: Bench) -> dict[str, torch.Tensor]:
+    batch, prompt = bench.batch, bench.size.prompt
+    assert batch.pixel_values is not None
+    return {
+        "prompt_ids": batch.input_ids[:, :prompt],
+        "prompt_mask": batch.attention_mask[:, :prompt],
+        "completion_ids": batch.input_ids[:, prompt:],
+        "completion_mask": batch.attention_mask[:, prompt:],
+        "num_items_in_batch": batch.response.sum(),
+        "pixel_values": batch.pixel_values,
+    }

@@ -1,0 +1,113 @@
+"""The rate of the stage `prepare` against Pillow alone decoding the same images: `python -m benchmarks.prepare`
+
+The set is generated, in the LLaVA format: JPEG images of 640 x 480 with smooth structure and grain, two questions each.
+`prepare` reads, checks, decodes, hashes, splits, writes shards, provenance, card and contact sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import measure
+from components.dataset.prepare import prepare
+from components.settings import DataSettings, LlavaFolder, load_settings
+
+IMAGES, WIDTH, HEIGHT, REPEATS = 400, 640, 480, 5
+
+
+def generate(folder: Path, images: int) -> DataSettings:
+    """A LLaVA-format set under `folder`, and the settings that read it."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(images):
+        random = np.random.default_rng(i)
+        coarse = Image.fromarray(random.integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
+        grain = random.integers(-8, 9, smooth.shape, dtype=np.int16)
+        picture = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+        picture.save(folder / "images" / f"{i}.jpg", quality=85)
+        for question in ("What is in the picture?", "What is at the top left?"):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "Clouds of colour."}]
+            rows.append({"id": f"{i}-{question}", "image": f"{i}.jpg", "conversations": turns})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    llava = LlavaFolder(annotations=folder / "rows.json", images=folder / "images", val=0.1, test=0.1)
+    return load_settings().data.model_copy(update={"source": "llava", "llava": llava})
+
+
+def decode(folder: Path) -> int:
+    """Pillow alone: open, decode, convert to RGB. Returns how many."""
+    count = 0
+    for path in sorted((folder / "images").iterdir()):
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            image.convert("RGB").load()
+        count += 1
+    return count
+
+
+def run(images: int = IMAGES, repeats: int = REPEATS) -> dict[str, Any]:
+    device = measure.prepare()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = generate(folder / "raw", images)
+        target = folder / "dataset"
+
+        def stage() -> None:
+            shutil.rmtree(target, ignore_errors=True)
+            with contextlib.redirect_stderr(io.StringIO()):  # its own bar
+                manifest = prepare(settings, target=target)
+            assert manifest.rows_out == 2 * images
+
+        arms: dict[str, measure.Work] = {"pillow": lambda: decode(folder / "raw"), "prepare": stage}
+        for work in arms.values():
+            work()
+        seconds = measure.interleaved(arms, repeats, device, "prepare")
+        size = sum(path.stat().st_size for path in (folder / "raw" / "images").iterdir())
+    rate, spread = measure.ratio(seconds["pillow"], seconds["prepare"])
+    return {
+        "benchmark": "prepare",
+        "size": "llava",
+        "about": f"{images} JPEG images of {WIDTH} x {HEIGHT} ({size / images / 1000:.0f} kB each) with two questions each",
+        **measure.where_and_when(device),
+        "repeats": repeats,
+        "ratios": {"prepare_rate_vs_pillow": rate},
+        "quartiles": {"prepare_rate_vs_pillow": spread},
+        "arms": {
+            name: {
+                "seconds": statistics.median(took),
+                "seconds_quartiles": measure.quartiles(took),
+                "images_per_second": images / statistics.median(took),
+            }
+            for name, took in seconds.items()
+        },
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    lines = [result["about"], f"{result['machine']}, {result['date']}; {result['repeats']} repeats, {result['clock']}", ""]
+    lines += [f"{name:<10}{way['images_per_second']:>9,.0f} images/s" for name, way in result["arms"].items()]
+    return "\n".join([*lines, "", *(f"{name:<28}{value:.3f}" for name, value in result["ratios"].items())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
+    args = parser.parse_args()
+    result = run()
+    print(report(result))
+    if args.json:
+        measure.write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

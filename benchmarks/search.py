@@ -1,0 +1,130 @@
+"""The IRS search's pass against a plain teacher pass over the same pairs: `python -m benchmarks.search --size small`
+
+Each pair is one image under two instructions, without answers. Three ways over the same batch: the teacher's plain forward pass
+with fused attention; the search, which watches every layer beside that kernel; and eager attention that keeps all maps, the
+usual way to get them. Search and maps are checked to see the same before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.reference import twin
+from benchmarks.shapes import SIZES, Batch, Size, batch, llava
+from components.irs.probe import Look, attention_layers, watching
+from components.models.vlm import VLM
+
+RATIOS = {"search_vs_plain": ("search", "plain"), "eager_vs_plain": ("eager maps", "plain")}
+
+
+def pairs(size: Size, device: torch.device) -> Batch:
+    """Two prompts per image, nothing padded; at least four images."""
+    whole = batch(replace(size, batch=2 * max(4, size.batch // 2), response=0), device)
+    assert whole.pixel_values is not None
+    return replace(whole, pixel_values=whole.pixel_values[::2].repeat_interleave(2, dim=0))
+
+
+class Ways:
+    """The same look at the same pairs, three ways."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.device = device
+        self.batch = pairs(size, device)
+        dtype = torch.bfloat16 if size.bf16 else torch.float32
+        self.view = VLM(llava(size.teacher, size.tower, device, dtype, seed=2)).eval().requires_grad_(False)
+        self.watched = VLM(twin(self.view.model, "sdpa"))
+        self.with_maps = twin(self.view.model, "eager")
+        self.layers = list(attention_layers(self.view.model))
+
+    @torch.inference_mode()
+    def plain(self) -> Tensor:
+        return self.view.plain(self.batch, self.view.features(self.batch.pixel_values), keep=False)[0]
+
+    @torch.inference_mode()
+    def search(self) -> Tensor:
+        """(L, B, Nv), as `components.irs.search.look` gets it."""
+        with watching(self.watched.model, self.layers, Look.at(self.batch.instruction, self.batch.visual)) as seen:
+            self.watched.plain(self.batch, self.watched.features(self.batch.pixel_values), keep=False)
+        return torch.stack([seen.seen[layer] for layer in self.layers])
+
+    @torch.inference_mode()
+    def eager(self) -> Tensor:
+        """(L, B, Nv) out of all layers' (B, H, T, T) maps."""
+        b = self.batch
+        pixels = None if b.pixel_values is None else b.pixel_values.to(self.with_maps.dtype)
+        out = self.with_maps.model(input_ids=b.input_ids, pixel_values=pixels, output_attentions=True, use_cache=False)
+        rows, columns = b.instruction[0], b.visual[0]  # every prompt has them at the same places
+        return torch.stack([maps.float().mean(1)[:, rows][:, :, columns].mean(1) for maps in out.attentions])
+
+
+def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[str, Any]:
+    ways = Ways(size, device)
+    watched, maps = ways.search(), ways.eager()
+    difference = float((watched - maps).abs().max() / maps.abs().max())
+    most = 2e-2 if size.bf16 else 1e-4
+    assert difference <= most, f"the search and the eager maps differ by {difference:.1e}, at most {most}"
+    arms: dict[str, measure.Work] = {"plain": ways.plain, "search": ways.search, "eager maps": ways.eager}
+    weights = measure.bytes_of(ways.view.parameters())
+    peaks = {name: weights + measure.peak_bytes(work, device) for name, work in arms.items()}
+    seconds = measure.interleaved(arms, repeats or size.repeats, device, f"search {size.name}")
+    compared = {name: measure.ratio(seconds[a], seconds[b]) for name, (a, b) in RATIOS.items()}
+    prompts = len(ways.batch.input_ids)
+    return {
+        "benchmark": "search",
+        "size": size.name,
+        "about": f"teacher of {size.about}; {prompts // 2} pairs of {size.prompt} tokens, {len(ways.layers)} layers watched",
+        **measure.where_and_when(device),
+        "precision": "bf16" if size.bf16 else "fp32",
+        "repeats": len(seconds["plain"]),
+        "ratios": {
+            **{name: value for name, (value, _) in compared.items()},
+            **{f"memory_{name}": peaks[a] / peaks[b] for name, (a, b) in RATIOS.items()},
+        },
+        "quartiles": {name: spread for name, (_, spread) in compared.items()},
+        "arms": {
+            name: {
+                "seconds": statistics.median(took),
+                "seconds_quartiles": measure.quartiles(took),
+                "pairs_per_second": prompts / 2 / statistics.median(took),
+                "peak_mib": peaks[name] / measure.MIB,
+            }
+            for name, took in seconds.items()
+        },
+        "difference_from_eager": difference,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    lines = [
+        result["about"],
+        f"{result['machine']}, {result['date']}; {result['repeats']} interleaved repeats, {result['clock']}",
+        f"search = eager maps within {result['difference_from_eager']:.0e}",
+        "",
+    ]
+    for name, way in result["arms"].items():
+        lines.append(f"{name:<12}{way['seconds']:>9.4f} s{way['pairs_per_second']:>9.1f} pairs/s{way['peak_mib']:>9,.1f} MiB")
+    lines += ["", *(f"{name:<28}{value:.3f}" for name, value in result["ratios"].items())]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
+    args = parser.parse_args()
+    result = run(SIZES[args.size], measure.prepare())
+    print(report(result))
+    if args.json:
+        measure.write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

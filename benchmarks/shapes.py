@@ -1,0 +1,220 @@
+"""What is measured on: pairs of models of known shape with random weights, and a batch of random tokens and pixels.
+
+Nothing is downloaded and no tokenizer is needed: speed and memory follow from shapes, and from how many different tokens
+are drawn, which `script` fixes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+PAD, EOS, IMAGE, FIRST_WORD = 0, 1, 2, 3
+DRAWS = 4
+
+# Distinct alternatives per response step that are neither gold nor EOS, of d = 4: measured with a prototype of the digits
+# recipe, at the start of distillation and for a student that has learnt the task. The last is the most there can be.
+START, TRAINED, WORST = 1.29, 0.20, 4.0
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A SigLIP-shaped vision tower."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    image_px: int
+    patch_px: int
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_px // self.patch_px) ** 2
+
+
+@dataclass(frozen=True)
+class Language:
+    """A Qwen2-shaped language model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int
+    tied: bool = True
+
+
+@dataclass(frozen=True)
+class Size:
+    """A pair of models and a batch for them."""
+
+    name: str
+    about: str
+    tower: Tower
+    student: Language
+    teacher: Language
+    batch: int
+    instruction: int  # tokens after the image
+    response: int  # tokens of the longest; the others are down to half as long
+    repeats: int
+    bf16: bool = False  # teacher in bf16, student float32 under bf16 autocast, as `distill` runs `precision: bf16`
+
+    @property
+    def prompt(self) -> int:
+        return 1 + self.tower.tokens + self.instruction
+
+
+_DIGITS_TOWER = Tower(hidden=64, layers=2, heads=4, mlp=128, image_px=64, patch_px=16)
+_QWEN_1_5B = Language(hidden=1536, layers=28, heads=12, kv_heads=2, mlp=8960, vocabulary=151_936)
+_QWEN_7B = Language(hidden=3584, layers=28, heads=28, kv_heads=4, mlp=18_944, vocabulary=152_064, tied=False)
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size(
+            name="tiny",
+            about="the digits recipe: a 64-wide student, a 128-wide teacher, 3 layers each, 16 visual tokens, V = 128",
+            tower=_DIGITS_TOWER,
+            student=Language(hidden=64, layers=3, heads=4, kv_heads=4, mlp=128, vocabulary=128),
+            teacher=Language(hidden=128, layers=3, heads=4, kv_heads=4, mlp=256, vocabulary=128),
+            batch=32,
+            instruction=12,
+            response=8,
+            repeats=40,
+        ),
+        Size(
+            name="small",
+            about="a 125M student and a 223M teacher, 30 deep and thin layers each, 100 visual tokens, V = 32,000",
+            tower=Tower(hidden=192, layers=4, heads=4, mlp=768, image_px=140, patch_px=14),
+            student=Language(hidden=576, layers=30, heads=9, kv_heads=3, mlp=1536, vocabulary=32_000),
+            teacher=Language(hidden=768, layers=30, heads=12, kv_heads=4, mlp=2048, vocabulary=32_000),
+            batch=2,
+            instruction=12,
+            response=20,
+            repeats=4,
+        ),
+        Size(
+            name="paper",
+            about="Qwen2.5 shapes: a 7B teacher and a 1.5B student, SigLIP so400m, 729 visual tokens, V = 151,936",
+            tower=Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=378, patch_px=14),
+            student=_QWEN_1_5B,
+            teacher=_QWEN_7B,
+            batch=4,
+            instruction=48,
+            response=128,
+            repeats=9,
+            bf16=True,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of at most T tokens, padded on the right: what `components.align_ti.step.Batch` asks for."""
+
+    input_ids: Tensor  # (B, T) long
+    attention_mask: Tensor  # (B, T) long
+    response: Tensor  # (B, T) bool
+    instruction: Tensor  # (B, T) bool
+    visual: Tensor  # (B, T) bool
+    pixel_values: Tensor | None  # (B, 3, H, W)
+
+
+def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """A LLaVA with random weights and fused attention, made on `device`; its vision tower is frozen.
+
+    The tower's weights depend on its shape alone, so that teacher and student carry the same one, as in the paper.
+    """
+    vision = SiglipVisionConfig(
+        hidden_size=tower.hidden,
+        intermediate_size=tower.mlp,
+        num_hidden_layers=tower.layers,
+        num_attention_heads=tower.heads,
+        image_size=tower.image_px,
+        patch_size=tower.patch_px,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        hidden_size=language.hidden,
+        intermediate_size=language.mlp,
+        num_hidden_layers=language.layers,
+        num_attention_heads=language.heads,
+        num_key_value_heads=language.kv_heads,
+        vocab_size=language.vocabulary,
+        tie_word_embeddings=language.tied,
+        max_position_embeddings=4096,
+        initializer_range=language.hidden**-0.5,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-2,
+        image_seq_length=tower.tokens,
+        tie_word_embeddings=language.tied,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.model.vision_tower.parameters():
+            if parameter.ndim > 1:  # drawn on the CPU in float32, so that both models get the same whatever their dtype
+                parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def batch(size: Size, device: torch.device, seed: int = 0) -> Batch:
+    """Samples of one image, one instruction and one response that ends in EOS; prompts are of one length."""
+    stream = torch.Generator().manual_seed(seed)
+    B, P, T = size.batch, size.prompt, size.prompt + size.response
+    lengths = P + torch.linspace(size.response, (size.response + 1) // 2, B).round().long()[:, None]
+    column = torch.arange(T)[None, :].expand(B, T)
+    ids = torch.randint(FIRST_WORD, size.student.vocabulary, (B, T), generator=stream)
+    visual = (column >= 1) & (column <= size.tower.tokens)
+    ids = ids.masked_fill(visual, IMAGE).masked_fill(column == lengths - 1, EOS).masked_fill(column >= lengths, PAD)
+    made = Batch(
+        input_ids=ids,
+        attention_mask=(column < lengths).long(),
+        response=(column >= P) & (column < lengths),
+        instruction=(column > size.tower.tokens) & (column < P),
+        visual=visual,
+        pixel_values=torch.randn(B, 3, size.tower.image_px, size.tower.image_px, generator=stream),
+    )
+    return replace(made, **{name: value.to(device) for name, value in vars(made).items()})
+
+
+def script(batch: Batch, distinct: float, vocabulary: int) -> Tensor:
+    """(N, d) draws for the N response steps: on average `distinct` different ones per step that are neither gold nor EOS.
+
+    Step i has floor((i + 1) distinct) - floor(i distinct) of them, once each; its other draws are the gold token, or EOS
+    where that is the gold one. That is what a student of that entropy gives the ribbon to do.
+    """
+    gold = batch.input_ids[batch.response].tolist()
+    stream = torch.Generator().manual_seed(1)
+    words = vocabulary - FIRST_WORD
+    rows = []
+    for i, token in enumerate(gold):
+        others = int((i + 1) * distinct) - int(i * distinct)
+        start = int(torch.randint(words, (1,), generator=stream))
+        candidates = [FIRST_WORD + (start + j) % words for j in range(DRAWS + 1)]
+        rows.append(([c for c in candidates if c != token][:others] + [token] * DRAWS)[:DRAWS])
+    return torch.tensor(rows, device=batch.input_ids.device)

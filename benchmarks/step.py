@@ -1,0 +1,335 @@
+"""One optimiser step of Align-TI against vanilla KD, a plain reference and TRL: `python -m benchmarks.step --size tiny`
+
+All arms in one process, on the same data and weights. Sizes: tiny and small (CPU), paper (GPU, needs torch, transformers and
+accelerate alone), memory (the divergence at V = 151,936; see benchmarks/divergence.py). Writes JSON with `--json OUT`.
+
+What is timed: from a batch on the device to new weights - both models' passes, losses, backward, clipping, AdamW - for each arm
+the same. The learning rate is 0, so that every step of every arm starts from the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import divergence, flops, measure, reference
+from benchmarks.shapes import DRAWS, EOS, SIZES, START, TRAINED, WORST, Batch, Size, batch, llava, script
+from components.align_ti.losses import TERMS, total
+from components.align_ti.step import AlignTI, Method
+from components.distill.teacher import FrozenTeacher
+from components.models.vlm import VLM
+
+ALL = dict.fromkeys(TERMS, 1.0)
+KD = ALL | {"iva": 0.0, "tpa": 0.0}
+KD_ONLY = KD | {"sft": 0.0}
+ENGINE = {  # arm -> its terms and its draws
+    "kd": (KD, None),
+    "kd_only": (KD_ONLY, None),
+    "align_ti": (ALL, TRAINED),
+    "align_ti_start": (ALL, START),
+    "align_ti_worst": (ALL, WORST),
+}
+RATIOS = {  # name -> time of the first arm over that of the second
+    "align_ti_vs_kd": ("align_ti", "kd"),
+    "align_ti_start_vs_kd": ("align_ti_start", "kd"),
+    "align_ti_vs_kd_worst": ("align_ti_worst", "kd"),
+    "align_ti_vs_reference": ("align_ti", "reference"),
+    "kd_vs_trl": ("trl", "kd_only"),  # tokens per second of ours over theirs
+}
+MEMORY_RATIOS = {
+    "memory_align_ti_vs_kd": ("align_ti", "kd"),
+    "memory_align_ti_worst_vs_kd": ("align_ti_worst", "kd"),
+    "memory_align_ti_vs_reference": ("align_ti", "reference"),
+}
+NO_TRL = "pip install trl==1.16.0"
+
+
+class Scripted(AlignTI):
+    """Align-TI whose draws come from a script, after the draws of its own have been made and paid for."""
+
+    script: Tensor | None = None
+
+    def _draw_from(self, *args: Any, **kwargs: Any) -> Tensor:
+        drawn = super()._draw_from(*args, **kwargs)
+        return drawn if self.script is None else self.script
+
+
+@dataclass
+class Bench:
+    """A pair of models with a batch, and one optimiser step of each arm on them."""
+
+    size: Size
+    device: torch.device
+    batch: Batch
+    student: VLM
+    teacher: FrozenTeacher
+    parameters: list[torch.nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    keys: list[int]
+    ribbon_rows: dict[str, int]
+
+    @classmethod
+    def of(cls, size: Size, device: torch.device) -> Bench:
+        student = VLM(llava(size.student, size.tower, device, torch.float32, seed=1)).train()
+        dtype = torch.bfloat16 if size.bf16 else torch.float32
+        teacher = VLM(llava(size.teacher, size.tower, device, dtype, seed=2))
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        return cls(
+            size,
+            device,
+            batch(size, device),
+            student,
+            FrozenTeacher(teacher, layer=size.teacher.layers // 2, shares_tower=True),
+            parameters,
+            torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0),
+            list(range(size.batch)),
+            {},
+        )
+
+    def script(self, distinct: float) -> Tensor:
+        return script(self.batch, distinct, min(self.size.student.vocabulary, self.size.teacher.vocabulary))
+
+    def method(self, weights: dict[str, float]) -> Method:
+        shared = min(self.size.student.vocabulary, self.size.teacher.vocabulary)
+        return Method(weights=weights, draws=DRAWS, eos=EOS, shared_vocabulary=shared)
+
+    def engine(self, arm: str) -> Callable[[], Tensor]:
+        weights, distinct = ENGINE[arm]
+        module = Scripted(self.student, self.teacher, self.method(weights))
+        module.script = None if distinct is None else self.script(distinct)
+        wanted = torch.tensor([weights[term] for term in TERMS], device=self.device)
+
+        def loss() -> Tensor:
+            terms = module(self.batch, self.keys)
+            self.ribbon_rows[arm] = terms.ribbon_rows
+            return total(terms.sums, terms.counts, wanted)
+
+        return loss
+
+    def reference(self, distinct: float = TRAINED) -> Callable[[], Tensor]:
+        draws = self.script(distinct)
+        student, teacher = (reference.twin(model, "eager") for model in (self.student.model, self.teacher.vlm.model))
+        return lambda: reference.terms(student, teacher, self.batch, draws, self.teacher.layer, EOS).sum()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.size.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def gradients(self, loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
+        with self.autocast():
+            value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        self.optimiser.zero_grad()
+        return float(value.detach()), found
+
+    def optimise(self, loss: Callable[[], Tensor]) -> None:
+        """One step: what is timed."""
+        with self.autocast():
+            value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+
+def equality(bench: Bench) -> dict[str, float]:
+    """Relative difference of loss and of the whole gradient between the engine and the reference, at trained-student draws.
+
+    Raises AssertionError if they are not the same up to rounding: then no time of theirs may be compared.
+    """
+    mine, my_gradients = bench.gradients(bench.engine("align_ti"))
+    plain, plain_gradients = bench.gradients(bench.reference())
+    apart = sum(float((a - b).double().square().sum()) for a, b in zip(my_gradients, plain_gradients, strict=True)) ** 0.5
+    size = sum(float(b.double().square().sum()) for b in plain_gradients) ** 0.5
+    found = {"loss": abs(mine - plain) / abs(plain), "gradient": apart / size}
+    most = {"loss": 2e-2, "gradient": 1e-1} if bench.size.bf16 else {"loss": 1e-5, "gradient": 1e-3}
+    assert all(found[key] <= most[key] for key in most), f"engine and reference differ: {found}, at most {most}"
+    return found
+
+
+def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[str, Any]:
+    """Everything about one size."""
+    if size.bf16:
+        # The heads' operands come from bf16, which TF32 holds exactly; float32 products would take a GPU ten times as long.
+        torch.set_float32_matmul_precision("high")
+    bench = Bench.of(size, device)
+    missing: dict[str, str] = {}
+    losses: dict[str, Callable[[], Tensor]] = {arm: bench.engine(arm) for arm in ENGINE}
+    equal = None
+    try:
+        equal = equality(bench)
+        losses["reference"] = bench.reference()
+    except torch.OutOfMemoryError as error:
+        missing["reference"] = f"out of memory: {str(error).splitlines()[0]}"
+    arms: dict[str, measure.Work] = {arm: lambda loss=loss: bench.optimise(loss) for arm, loss in losses.items()}  # type: ignore[misc]
+    try:
+        from benchmarks import peer
+
+        arms["trl"] = peer.arm(bench)
+    except ImportError as error:
+        missing["trl"] = f"{NO_TRL} ({error})"
+    except ValueError as error:
+        missing["trl"] = str(error)
+
+    bench.optimise(losses["kd"])  # the optimiser's state is there before memory is counted
+    standing = _standing(bench)
+    peaks = {arm: standing + measure.peak_bytes(work, device) for arm, work in arms.items()}
+    seconds = measure.interleaved(arms, repeats or size.repeats, device, f"step {size.name}")
+    parts = {arm: _parts(bench, losses[arm]) for arm in ("kd", "align_ti", "align_ti_worst")}
+    return _result(bench, equal, missing, peaks, seconds, parts, standing)
+
+
+def _standing(bench: Bench) -> int:
+    """Bytes that are there between steps: both models, the optimiser's state."""
+    state = [t for s in bench.optimiser.state.values() for t in s.values() if isinstance(t, Tensor)]
+    models = [*bench.student.parameters(), *bench.teacher.vlm.parameters()]
+    return measure.bytes_of([*(p.data for p in models), *state])
+
+
+def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str, float]:
+    """Share of a step's time per part, over `steps` steps apart from those that are timed whole."""
+    parts = measure.Parts(bench.device)
+    student, teacher = bench.student, bench.teacher
+    watched: list[tuple[Any, str, str]] = [
+        (student, "features", "student plain"),
+        (student, "plain", "student plain"),
+        (teacher, "features", "teacher plain"),
+        (teacher, "plain", "teacher plain"),
+        (student, "continued", "ribbon"),
+        (teacher, "continued", "ribbon"),
+    ]
+    for owner, method, name in watched:
+        object.__setattr__(owner, method, parts.of(name, getattr(owner, method)))
+    try:
+        for _ in range(steps):
+            with parts.part("forward"), bench.autocast():
+                value = loss()
+            with parts.part("backward"):
+                value.backward()  # type: ignore[no-untyped-call]
+            with parts.part("optimiser"):
+                torch.nn.utils.clip_grad_norm_(bench.parameters, 1.0)
+                bench.optimiser.step()
+                bench.optimiser.zero_grad()
+    finally:
+        for owner, method, _ in watched:
+            object.__delattr__(owner, method)
+    seconds = parts.seconds
+    inside = [name for name in ("student plain", "teacher plain", "ribbon") if name in seconds]
+    seconds["draws, divergence, cross-entropy"] = seconds.pop("forward") - sum(seconds[name] for name in inside)
+    whole = sum(seconds.values())
+    order = [*inside, "draws, divergence, cross-entropy", "backward", "optimiser"]
+    return {name: seconds[name] / whole for name in order}
+
+
+def _result(
+    bench: Bench,
+    equal: dict[str, float] | None,
+    missing: dict[str, str],
+    peaks: dict[str, int],
+    seconds: dict[str, list[float]],
+    parts: dict[str, dict[str, float]],
+    standing: int,
+) -> dict[str, Any]:
+    size, device = bench.size, bench.device
+    tokens = int(bench.batch.attention_mask.sum())
+    responses = int(bench.batch.response.sum())
+    peak_rate = measure.product_rate(device, torch.bfloat16 if size.bf16 else torch.float32)
+    arms: dict[str, Any] = {}
+    for arm, took in seconds.items():
+        median = statistics.median(took)
+        work = flops.step(size, bench.batch, arm, bench.ribbon_rows.get(arm, 0))
+        arms[arm] = {
+            "seconds": median,
+            "seconds_quartiles": measure.quartiles(took),
+            "tokens_per_second": tokens / median,
+            "peak_mib": peaks[arm] / measure.MIB,
+            "tflop": work / 1e12,
+            "share_of_peak": work / median / peak_rate,
+        }
+        if arm in bench.ribbon_rows:
+            arms[arm]["ribbon_rows_per_step"] = bench.ribbon_rows[arm] / responses
+    timed = {name: pair for name, pair in RATIOS.items() if set(pair) <= set(seconds)}
+    held = {name: pair for name, pair in MEMORY_RATIOS.items() if set(pair) <= set(peaks)}
+    compared = {name: measure.ratio(seconds[a], seconds[b]) for name, (a, b) in timed.items()}
+    return {
+        "benchmark": "step",
+        "size": size.name,
+        "about": size.about,
+        **measure.where_and_when(device),
+        "precision": "bf16" if size.bf16 else "fp32",
+        "batch": size.batch,
+        "tokens": tokens,
+        "response_tokens": responses,
+        "repeats": len(next(iter(seconds.values()))),
+        "ratios": {name: value for name, (value, _) in compared.items()}
+        | {n: peaks[a] / peaks[b] for n, (a, b) in held.items()},
+        "quartiles": {name: spread for name, (_, spread) in compared.items()},
+        "arithmetic": {name: arms[a]["tflop"] / arms[b]["tflop"] for name, (a, b) in timed.items() if name != "kd_vs_trl"},
+        "arms": arms,
+        "parts": parts,
+        "not_measured": missing,
+        "difference_from_reference": equal,
+        "standing_mib": standing / measure.MIB,
+        "peak_tflops": peak_rate / 1e12,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """What a person reads of it."""
+    lines = [
+        f"{result['about']}; batch {result['batch']}, {result['tokens']:,} tokens, {result['precision']}",
+        f"{result['machine']}, {result['date']}; {result['repeats']} interleaved repeats, {result['clock']}",
+    ]
+    if equal := result["difference_from_reference"]:
+        lines.append(f"engine = reference: loss within {equal['loss']:.0e}, gradient within {equal['gradient']:.0e}")
+    lines.append("")
+    lines.append(f"{'arm':<16}{'s/step':>9}{'tokens/s':>10}{'peak MiB':>10}{'TFLOP':>9}{'of peak':>9}{'rows/step':>11}")
+    for name, arm in result["arms"].items():
+        rows = f"{arm['ribbon_rows_per_step']:.2f}" if arm.get("ribbon_rows_per_step") else ""
+        lines.append(
+            f"{name:<16}{arm['seconds']:>9.4f}{arm['tokens_per_second']:>10,.0f}{arm['peak_mib']:>10,.1f}"
+            f"{arm['tflop']:>9.4f}{arm['share_of_peak']:>9.1%}{rows:>11}"
+        )
+    lines += [f"{name:<16} not measured: {why}" for name, why in result["not_measured"].items()]
+    lines.append("")
+    for name, value in result["ratios"].items():
+        spread = result["quartiles"].get(name)
+        range_ = "" if spread is None else f"  ({spread[0]:.2f} to {spread[1]:.2f})"
+        bound = result["arithmetic"].get(name)
+        lines.append(f"{name:<30}{value:>7.3f}{range_}" + ("" if bound is None else f"  arithmetic alone {bound:.2f}"))
+    lines.append("")
+    for arm, parts in result["parts"].items():
+        lines.append(f"{arm}: " + ", ".join(f"{name} {share:.0%}" for name, share in parts.items()))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=[*SIZES, "memory"], required=True)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
+    args = parser.parse_args()
+    device = measure.prepare()
+    if args.size == "memory":
+        result = divergence.run(device)
+        print(divergence.report(result))
+    elif args.size == "paper" and device.type != "cuda":
+        parser.exit(2, "size paper needs a GPU with about 120 GB: a 7B teacher and a 1.5B student with its AdamW state\n")
+    else:
+        result = run(SIZES[args.size], device)
+        print(report(result))
+    if args.json:
+        measure.write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Write the results under benchmarks/results into docs/performance.md, between its markers: `python -m benchmarks.table`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN = "<!-- benchmarks: written by `python -m benchmarks.table`; do not edit -->"
+END = "<!-- benchmarks: end -->"
+
+
+@dataclass(frozen=True)
+class Goal:
+    what: str
+    ratio: str  # its name in the results
+    bound: float
+    at_least: bool = False
+    others: str = ""
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+GOALS = (
+    Goal("Align-TI step / vanilla KD step, trained-student entropy", "align_ti_vs_kd", 1.15, others="paper 1.43"),
+    Goal("the same, worst-case draws (d = 4 distinct)", "align_ti_vs_kd_worst", 1.35, others="paper 1.43"),
+    Goal("peak memory Align-TI / vanilla KD", "memory_align_ti_vs_kd", 1.03, others="paper 1.07"),
+    Goal("peak memory of the divergence / full logits", "memory_divergence_vs_full_logits", 0.10, others="Liger 0.16"),
+    Goal("Align-TI step / plain reference of the same loss", "align_ti_vs_reference", 0.5),
+    Goal("KD-only tokens/s / TRL's trainer", "kd_vs_trl", 1.2, at_least=True, others="1.0"),
+    Goal("IRS search / plain teacher forward", "search_vs_plain", 1.10, others="eager 3x"),
+    Goal("IRS search / plain teacher forward, memory", "memory_search_vs_plain", 1.05, others="eager O(L^2)"),
+)
+
+
+def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All results, in order of file name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """Markdown: the goals against what was measured, then each run with its arms."""
+    parts = ["| what | goal | paper / peer | measured |", "|---|---|---|---|"]
+    parts += [_goal(goal, results) for goal in GOALS]
+    for result in results:
+        parts += ["", *_run(result)]
+    return "\n".join(parts)
+
+
+def _goal(goal: Goal, results: list[dict[str, Any]]) -> str:
+    found = []
+    for result in results:
+        if goal.ratio in result["ratios"]:
+            value = result["ratios"][goal.ratio]
+            spread = result.get("quartiles", {}).get(goal.ratio)
+            bound = result.get("arithmetic", {}).get(goal.ratio)
+            found.append(
+                f"{result['size']} **{value:.2f}**"
+                + ("" if spread is None else f" ({spread[0]:.2f}..{spread[1]:.2f})")
+                + (" ✓" if goal.met(value) else " ✗" if bound is None else f" ✗, arithmetic alone {bound:.2f}")
+            )
+    sign = "≥" if goal.at_least else "≤"
+    return f"| {goal.what} | {sign} {goal.bound:.2f} | {goal.others} | {'; '.join(found) or 'not measured'} |"
+
+
+def _run(result: dict[str, Any]) -> list[str]:
+    arms = result["arms"]
+    columns = {
+        "seconds": ("s", "{:.4g}"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+        "pairs_per_second": ("pairs/s", "{:,.1f}"),
+        "images_per_second": ("images/s", "{:,.0f}"),
+        "peak_mib": ("peak MiB", "{:,.1f}"),
+        "tflop": ("TFLOP", "{:.3g}"),
+        "share_of_peak": ("of a large product's rate", "{:.0%}"),
+        "ribbon_rows_per_step": ("ribbon rows per response token", "{:.2f}"),
+    }
+    used = [key for key in columns if any(arm.get(key) for arm in arms.values())]
+    clock = f", {result['repeats']} interleaved repeats, medians; {result['clock']}" if "repeats" in result else ""
+    lines = [
+        f"### `{result['benchmark']}`, {result['size']}",
+        "",
+        f"{_sentence(result['about'])}. {result['machine']}, {result['date']}, torch {result['torch']}{clock}.",
+        "",
+        "| | " + " | ".join(columns[key][0] for key in used) + " |",
+        "|---|" + "---:|" * len(used),
+    ]
+    for name, arm in arms.items():
+        cells = [columns[key][1].format(arm[key]) if arm.get(key) is not None else "" for key in used]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [f"| {name} | not measured: {why} |" for name, why in result.get("not_measured", {}).items()]
+    if equal := result.get("difference_from_reference"):
+        lines += [
+            "",
+            f"Engine = reference: loss within {equal['loss']:.0e}, gradient within {equal['gradient']:.0e} (relative).",
+        ]
+    if result.get("parts"):
+        lines += ["", "Share of a step's time:", ""]
+        lines += [f"- {arm}: " + ", ".join(f"{p} {s:.0%}" for p, s in parts.items()) for arm, parts in result["parts"].items()]
+    if result["benchmark"] == "prepare":
+        lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
+    return lines
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def refresh(page: str, table: str) -> str:
+    """The page with what stands between its markers replaced. Raises ValueError if the markers are not there once each."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"{PAGE.name} needs the lines {BEGIN!r} and {END!r} once each")
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
+    args = parser.parse_args()
+    page = PAGE.read_text()
+    wanted = refresh(page, render(load()))
+    if args.check:
+        sys.exit(0 if page == wanted else f"{PAGE} is not what the results say: run `python -m benchmarks.table`")
+    PAGE.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()

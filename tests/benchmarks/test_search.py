@@ -1,0 +1,29 @@
+"""The search benchmark and the preparation benchmark, on shapes of nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import prepare, search
+from tests.benchmarks.test_step import CPU, SMALLEST
+
+
+def test_search_result_has_its_fields_and_sees_what_eager_maps_see() -> None:
+    found = search.run(SMALLEST, CPU, repeats=2)
+    assert found["difference_from_eager"] < 1e-5
+    assert {"search_vs_plain", "memory_search_vs_plain", "eager_vs_plain"} <= found["ratios"].keys()
+    assert "pairs/s" in search.report(found)
+
+
+def test_a_search_that_sees_something_else_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search.Ways, "search", lambda self: torch.zeros(2, len(self.batch.input_ids), 4))
+    with pytest.raises(AssertionError, match="differ by"):
+        search.run(SMALLEST, CPU, repeats=2)
+
+
+def test_prepare_result_has_its_fields() -> None:
+    found = prepare.run(images=24, repeats=1)
+    assert found["ratios"]["prepare_rate_vs_pillow"] > 0
+    assert found["arms"]["pillow"]["images_per_second"] > 0
+    assert "images/s" in prepare.report(found)
