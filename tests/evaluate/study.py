@@ -48,9 +48,15 @@ TERMS = {"sft": 0.9, "kd": 0.4, "iva": 0.2, "tpa": 0.7}
 
 
 def write_study(
-    root: Path, images: int = 60, per_image: int = 4, arms: dict[str, float] = ARMS, teacher: float = TEACHER, seed: int = 0
+    root: Path,
+    images: int = 60,
+    per_image: int = 4,
+    arms: dict[str, float] = ARMS,
+    teacher: float = TEACHER,
+    seed: int = 0,
+    pictures: bool = True,
 ) -> None:
-    """Everything that `compare` reads, under `root`."""
+    """Everything that `compare` reads, under `root`; `pictures` of earlier stages are for the report alone."""
     rng = np.random.default_rng(seed)
     rows = [_row(index, per_image, rng) for index in range(images)]
     dataset = root / artifacts.DATASET
@@ -68,8 +74,9 @@ def write_study(
             folder / "cost.json"
         )
         artifacts.write_text(folder / "losses.jsonl", artifacts.jsonl(_losses(arm, rng)))
-    _teacher(root)
-    _layers(root, rows[0])
+    if pictures:
+        _teacher(root)
+        _layers(root, rows[0])
 
 
 def write_scores(root: Path, arm: str, predictions: list[Prediction], measured: Fingerprint | None = MEASURED) -> None:
