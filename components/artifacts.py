@@ -216,6 +216,21 @@ class YesNo(Record):
     yes_ratio: float
 
 
+class Fingerprint(Record):
+    """How a score was measured. Two scores are compared only if theirs agree (components/evaluate/fingerprint.py)."""
+
+    kit: str  # "alignti", "vlmeval", "lm-eval"
+    kit_version: str  # a version, a commit, or a digest of the kit's code
+    dataset: str  # its name, and the split
+    dataset_hash: str  # of what was asked: images, questions, references
+    prompt_hash: str  # of every prompt as the model read it, in order
+    decoding: dict[str, bool | int | float | str]  # how answers were generated
+    judge: str  # what decided that an answer is right
+    transformers: str  # version
+    dtype: str  # of the weights
+    device: str  # its kind: "cpu", "cuda", "mps"
+
+
 class Scores(Record):
     """artifacts/scores/ARM/scores.json"""
 
@@ -224,6 +239,7 @@ class Scores(Record):
     exact_match: float  # over all samples
     per_kind: dict[str, float]
     yes_no: dict[str, YesNo]
+    fingerprint: Fingerprint | None = None  # None: not known how it was measured, so it compares with nothing
 
 
 class Difference(Record):
@@ -235,11 +251,22 @@ class Difference(Record):
     ci95: tuple[float, float]
     p_value: float
     p_holm: float
+    p_mcnemar: float | None = None  # exact, over the yes/no questions alone; None if there are none
+    differs: list[str] = []  # what their fingerprints do not share: then the difference is not of the arms alone
 
     @property
     def larger_than_noise(self) -> bool:
-        """Whether the interval excludes zero."""
-        return not self.ci95[0] <= 0 <= self.ci95[1]
+        """Whether the interval excludes zero and both were measured alike."""
+        return not self.differs and not self.ci95[0] <= 0 <= self.ci95[1]
+
+
+class OverSeeds(Record):
+    """Arms that differ in their seed alone: the mean of their scores, its interval over seeds x images, and their spread."""
+
+    arms: list[str]
+    exact_match: float
+    ci95: tuple[float, float]
+    standard_deviation: float  # of the arms' scores, n - 1
 
 
 class TeacherResult(Record):
@@ -252,6 +279,7 @@ class TeacherResult(Record):
     per_kind: dict[str, float]
     per_kind_ci95: dict[str, tuple[float, float]]
     yes_no: dict[str, YesNo]
+    differs: list[str] = []  # in how it was measured, from the teacher; then it compares with nothing here
 
 
 class ArmResult(TeacherResult):
@@ -280,6 +308,9 @@ class Comparison(Record):
     arms: dict[str, ArmResult]  # in the order of params/study.yaml
     order: list[str]  # arms from the best down
     pairs: list[Difference]  # each better arm against each that ranks below it
+    noise: float | None  # gap between two arms that this test sample tells apart, median over pairs; None for one arm
+    detectable: float | None  # true gap that a sample of this size would tell apart four times in five
+    seeds: list[OverSeeds]  # empty if no two arms differ in their seed alone
 
 
 def write_text(path: Path, text: str) -> None:

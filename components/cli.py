@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from components.errors import exit_from
@@ -101,6 +103,83 @@ def sync() -> None:
             f"MLflow does not take the journals ({' '.join(str(error).split())[:300]}); nothing is lost"
         ) from error
     typer.echo(f"{sent} journal(s) sent{f', {live} still being written' if live else ''}.")
+
+
+@app.command()
+def leaderboard(
+    measure: bool = typer.Option(
+        False, "--measure", help="First time every model's answers: tokens/s, time to first token, memory."
+    ),
+) -> None:
+    """Write reports/leaderboard.*: our students and their teacher beside the published rows."""
+    from components.artifacts import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM, Comparison, ModelIndex, TeacherChoice
+    from components.evaluate import leaderboard as board
+    from components.settings import load_settings
+
+    settings = load_settings()
+    comparison = Comparison.read(REPORTS / "compare.json")
+    index, teacher = ModelIndex.read(MODELS / "index.json"), TeacherChoice.read(TEACHER / "choice.json")
+    if measure:
+        from pathlib import Path
+
+        from components.evaluate import speed
+        from components.runtime import prepare_torch
+
+        models = [(TEACHER_ARM, Path(teacher.path)), *((arm, STUDENTS / arm / "model") for arm in comparison.arms)]
+        speed.measure(models, settings, prepare_torch(settings.runtime, seed=0)).write(speed.SPEED)
+    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed()))
+    typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, made))}")
+
+
+@app.command()
+def samples(
+    most: int = typer.Option(2000, "--most", min=1, help="Samples on the page; the first ones of the evaluated split."),
+) -> None:
+    """Write reports/samples.html: each image and question with all answers, and where the teacher looked."""
+    from pathlib import Path
+
+    from components.artifacts import DATASET, IRS, REPORTS, TEACHER, TEACHER_ARM, Comparison, LayerChoice, TeacherChoice
+    from components.evaluate import samples as page
+    from components.evaluate.outcomes import read
+    from components.models.load import load
+    from components.runtime import prepare_torch
+    from components.settings import load_settings
+    from components.shards import Samples
+
+    settings = load_settings()
+    comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").layer
+    predictions = read(comparison.arms).predictions
+    teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), prepare_torch(settings.runtime, seed=0))
+    asked = predictions[TEACHER_ARM][:most]
+    looks = page.looks(teacher, Samples(DATASET, comparison.split), asked, layer, settings)
+    path = page.write(comparison, predictions, looks, layer, most)
+    typer.echo(f"samples: {len(asked):,} questions with every answer, {path.stat().st_size / 2**20:.1f} MiB -> {path}")
+
+
+@app.command()
+def controls(
+    arm: Annotated[list[str] | None, typer.Option(help="Only these arms, or `teacher`; all without it.")] = None,
+) -> None:
+    """Write reports/controls.*: every model without its image, and what the test split shares with the training data."""
+    from pathlib import Path
+
+    from components.artifacts import STUDENTS, TEACHER, TEACHER_ARM, TeacherChoice
+    from components.errors import InputError
+    from components.evaluate import controls as measured
+    from components.settings import load_settings
+
+    settings = load_settings()
+    known = [TEACHER_ARM, *settings.study.arms]
+    unknown = sorted(set(arm or ()) - set(known))
+    if unknown:
+        raise InputError(f"--arm {unknown[0]}: params/study.yaml has no such arm; there are {', '.join(known)}")
+    folders = {TEACHER_ARM: Path(TeacherChoice.read(TEACHER / "choice.json").path)}
+    folders |= {name: STUDENTS / name / "model" for name in settings.study.arms}
+    found = measured.measure([(name, folders[name]) for name in arm or known], settings)
+    made = measured.write(found)
+    blind = ", ".join(f"{name} {figures.blind:.1%} of {figures.seeing:.1%}" for name, figures in found.models.items())
+    twins = found.contamination.exact + found.contamination.near
+    typer.echo(f"controls: right without the image {blind}; {twins} test images have a twin in training -> {made[1]}")
 
 
 def main() -> None:

@@ -8,18 +8,35 @@ writes reports/compare.json, compare.md, plots/*.png and the self-contained repo
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from itertools import combinations
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from components.artifacts import REPORTS, TEACHER_ARM, ArmResult, Comparison, Difference, TeacherResult
+from components.artifacts import REPORTS, TEACHER_ARM, ArmResult, Comparison, Difference, OverSeeds, TeacherResult
 from components.errors import exit_from
+from components.evaluate.fingerprint import differences
+from components.evaluate.metrics import OVERALL
 from components.evaluate.outcomes import Outcomes, read
-from components.evaluate.statistics import Interval, Scored, bootstrap, holm, interval, p_value
-from components.settings import EvaluateSettings, load_settings
+from components.evaluate.statistics import (
+    Interval,
+    Scored,
+    bootstrap,
+    detectable,
+    holm,
+    interval,
+    mcnemar,
+    noise,
+    over_seeds,
+    p_value,
+)
+from components.settings import Arm, EvaluateSettings, load_settings
+
+POWER = 0.8  # of a gap called detectable
 
 METHOD = (
     "Percentile intervals of a cluster bootstrap over images (questions about one image are drawn together); all arms are"
@@ -28,8 +45,8 @@ METHOD = (
 )
 
 
-def compare(outcomes: Outcomes, settings: EvaluateSettings) -> Comparison:
-    """All figures of the comparison; `settings` gives resamples, confidence, seed and baselines."""
+def compare(outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, Arm]) -> Comparison:
+    """All figures of the comparison; `settings` gives resamples, confidence, seed and baselines, `study` the arms' settings."""
     arms = list(outcomes.costs)
     rows = [TEACHER_ARM, *arms]
     asked = outcomes.predictions[TEACHER_ARM]
@@ -44,14 +61,18 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings) -> Comparison:
     )
     results = {
         row: TeacherResult(
-            yes_no=outcomes.yes_no[row], **_figures(index, list(kinds), observed, resampled, settings.confidence)
+            yes_no=outcomes.yes_no[row],
+            differs=[] if row == TEACHER_ARM else differences(outcomes.fingerprints[row], outcomes.fingerprints[TEACHER_ARM]),
+            **_figures(index, list(kinds), observed, resampled, settings.confidence),
         )
         for index, row in enumerate(rows)
     }
     teacher = results.pop(TEACHER_ARM)
     order = sorted(arms, key=lambda arm: -results[arm].exact_match)  # stable: equal scores stay in the study's order
     draws = {row: resampled.overall[:, index] for index, row in enumerate(rows)}
-    pairs = _differences(order, {row: observed.overall[index] for index, row in enumerate(rows)}, draws, settings.confidence)
+    scores = {row: float(observed.overall[index]) for index, row in enumerate(rows)}
+    pairs = _differences(order, scores, draws, outcomes, settings.confidence)
+    gaps = [draws[pair.arm] - draws[pair.against] for pair in pairs]
     complete = {
         arm: ArmResult(
             **results[arm].model_dump(),
@@ -76,6 +97,9 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings) -> Comparison:
         arms=complete,
         order=order,
         pairs=pairs,
+        noise=median(noise(gap, settings.confidence) for gap in gaps) if gaps else None,
+        detectable=median(detectable(gap, settings.confidence, POWER) for gap in gaps) if gaps else None,
+        seeds=[_over_seeds(group, scores, draws, settings) for group in same_but_seed(study)],
     )
     return comparison.model_copy(update={"headline": headline(comparison), "standing": standing(comparison)})
 
@@ -83,12 +107,15 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings) -> Comparison:
 def headline(comparison: Comparison) -> str:
     """What may be said of the best arms, claiming of each lead only what its interval says."""
     best = leaders(comparison)
-    others = comparison.order[len(best) :]
+    alike = {pair.against for pair in comparison.pairs if pair.arm == best[0] and not pair.differs}
+    others = [arm for arm in comparison.order[len(best) :] if arm in alike]
     verb = "answers" if len(best) == 1 else "each answer"
     words = f"{listed(best)} {verb} {spoken(comparison.arms[best[0]])} of the {comparison.split} questions right"
-    if not others:
+    if len(best) == len(comparison.order):
         return f"{words}."
     words += f", the most of {len(comparison.order)} arms."
+    if not others:
+        return f"{words} No other arm was measured in the same way, so none compares with it."
     clear = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.larger_than_noise}
     beyond = [arm for arm in others if arm in clear]
     within = [arm for arm in others if arm not in clear]
@@ -98,6 +125,14 @@ def headline(comparison: Comparison) -> str:
     if not beyond:
         return f"{words} {lead} over no other arm is larger than the noise of the test sample."
     return f"{words} {lead} over {listed(beyond)} is larger than the noise of the test sample; over {listed(within)} it is not."
+
+
+def same_but_seed(study: Mapping[str, Arm]) -> list[list[str]]:
+    """The groups of two or more arms that share every setting but the seed."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, arm in study.items():
+        groups[arm.model_dump_json(exclude={"seed"})].append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def leaders(comparison: Comparison) -> list[str]:
@@ -143,22 +178,36 @@ def _figures(index: int, kinds: list[str], observed: Scored, resampled: Scored, 
 
 
 def _differences(
-    order: list[str], observed: dict[str, float], draws: dict[str, NDArray[np.float64]], confidence: float
+    order: list[str], observed: dict[str, float], draws: dict[str, NDArray[np.float64]], outcomes: Outcomes, confidence: float
 ) -> list[Difference]:
     """Each arm minus each that ranks below it."""
     pairs = list(combinations(order, 2))
+    closed = outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL}
+    right = {arm: [p.correct for p in outcomes.predictions[arm] if p.kind in closed] for arm in order}
     p_values = [p_value(draws[arm] - draws[other]) for arm, other in pairs]
     return [
         Difference(
             arm=arm,
             against=other,
-            difference=float(observed[arm] - observed[other]),
+            difference=observed[arm] - observed[other],
             ci95=interval(draws[arm] - draws[other], confidence),
             p_value=p,
             p_holm=adjusted,
+            p_mcnemar=mcnemar(right[arm], right[other]) if closed else None,
+            differs=differences(outcomes.fingerprints[arm], outcomes.fingerprints[other]),
         )
         for (arm, other), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True)
     ]
+
+
+def _over_seeds(
+    group: list[str], scores: dict[str, float], draws: dict[str, NDArray[np.float64]], settings: EvaluateSettings
+) -> OverSeeds:
+    found = [scores[arm] for arm in group]
+    drawn = over_seeds(np.stack([draws[arm] for arm in group], axis=1), settings.seed)
+    return OverSeeds(
+        arms=group, exact_match=fmean(found), ci95=interval(drawn, settings.confidence), standard_deviation=stdev(found)
+    )
 
 
 def _oriented(pairs: list[Difference], arm: str, against: str) -> Difference:
@@ -188,7 +237,7 @@ def main() -> None:
         "compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}
     ) as run:
         outcomes = read(settings.study.arms)
-        comparison = compare(outcomes, settings.evaluate)
+        comparison = compare(outcomes, settings.evaluate, settings.study.arms)
         written = [comparison.write(REPORTS / "compare.json")]
         with tqdm(total=4, desc="compare", unit="part") as progress:
             for part in report.write(comparison, outcomes, settings.evaluate):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from components.artifacts import SCORES, STUDENTS, TEACHER_ARM, Cost, Prediction, Scores, YesNo
+from components.artifacts import SCORES, STUDENTS, TEACHER_ARM, Cost, Fingerprint, Prediction, Scores, YesNo
 from components.errors import DataError
 
 Losses = dict[str, list[dict[str, float]]]  # per arm, one row per logged step
@@ -18,10 +18,11 @@ Losses = dict[str, list[dict[str, float]]]  # per arm, one row per logged step
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Per arm, in the order of the study; `predictions` and `yes_no` hold the teacher too."""
+    """Per arm, in the order of the study; `predictions`, `yes_no` and `fingerprints` hold the teacher too."""
 
     predictions: dict[str, list[Prediction]]  # all arms: the same questions in the same order
     yes_no: dict[str, dict[str, YesNo]]
+    fingerprints: dict[str, Fingerprint | None]
     costs: dict[str, Cost]
     losses: Losses
 
@@ -36,6 +37,7 @@ def read(arms: Iterable[str]) -> Outcomes:
     return Outcomes(
         predictions=_aligned(predictions),
         yes_no={arm: found.yes_no for arm, found in scores.items()},
+        fingerprints={arm: found.fingerprint for arm, found in scores.items()},
         costs={arm: Cost.read(STUDENTS / arm / "cost.json") for arm in arms},
         losses={arm: _losses(STUDENTS / arm / "losses.jsonl") for arm in arms},
     )

@@ -127,18 +127,28 @@ def table(comparison: Comparison) -> list[Line]:
 
 def markdown(comparison: Comparison) -> str:
     """The headline, the table, the pairs and how it was measured."""
-    names = ["", TEACHER_ARM, *comparison.order]
+    names = ["", TEACHER_ARM, *(marked(comparison, arm) for arm in comparison.order)]
     rows = [names, ["---", *["---:"] * (len(names) - 1)]]
     for line in table(comparison):
         rows.append([line.label, *map(_inline, line.cells)])
     pairs = [
-        ["better", "than", "by, points", "interval", "p", "p (Holm)", "beyond noise"],
-        ["---"] * 2 + ["---:"] * 4 + ["---"],
+        ["better", "than", "by, points", "interval", "p", "p (Holm)", "p, yes/no (McNemar)", "beyond noise"],
+        ["---"] * 2 + ["---:"] * 5 + ["---"],
     ]
     for pair in comparison.pairs:
-        verdict = "yes" if pair.larger_than_noise else "no"
+        verdict = "measured otherwise" if pair.differs else "yes" if pair.larger_than_noise else "no"
+        closed_p = "\N{EN DASH}" if pair.p_mcnemar is None else _p(pair.p_mcnemar)
         pairs.append(
-            [pair.arm, pair.against, _points(pair.difference), _bounds(pair), _p(pair.p_value), _p(pair.p_holm), verdict]
+            [
+                pair.arm,
+                pair.against,
+                _points(pair.difference),
+                _bounds(pair),
+                _p(pair.p_value),
+                _p(pair.p_holm),
+                closed_p,
+                verdict,
+            ]
         )
     closed = [(name, result) for name, result in _everyone(comparison) if result.yes_no]
     parts = ["# Comparison", f"**{comparison.headline}**", comparison.standing, _markdown_table(rows)]
@@ -146,6 +156,18 @@ def markdown(comparison: Comparison) -> str:
         header = ["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"]
         figures = [[name, *(f"{100 * value:.1f}" for value in _yes_no(result))] for name, result in closed]
         parts += ["## Yes/no questions, %", _markdown_table([header, ["---", *["---:"] * 5], *figures])]
+    if comparison.seeds:
+        header = [
+            "arms that differ in their seed alone",
+            "mean, %",
+            "interval over seeds and images",
+            "standard deviation, points",
+        ]
+        found = [
+            [", ".join(g.arms), _percent(g.exact_match), _range(g.ci95), _percent(g.standard_deviation)]
+            for g in comparison.seeds
+        ]
+        parts += ["## Over seeds", _markdown_table([header, ["---", *["---:"] * 3], *found])]
     parts += ["## Every pair of arms", _markdown_table(pairs), "## How it was measured", *_notes(comparison)]
     return "\n\n".join(parts) + "\n"
 
@@ -165,6 +187,8 @@ def html(
     environment.filters |= {
         "percent": _percent,
         "points": _points,
+        "range": _range,
+        "mark": partial(marked, comparison),
         "bounds": _bounds,
         "plain": lambda name: name.replace("_", " "),
     }
@@ -172,6 +196,8 @@ def html(
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         lines=table(comparison),
+        unlike=unlike(comparison),
+        resolution=resolution(comparison),
         columns=[TEACHER_ARM, *comparison.order],
         pair_of={(pair.arm, pair.against): pair for pair in comparison.pairs},
         beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
@@ -187,6 +213,31 @@ def html(
         disagreements=len(found),
         contact_sheet=_file(DATASET / "contact_sheet.png"),
     )
+
+
+def resolution(comparison: Comparison) -> str:
+    """What this test sample can tell apart, in a sentence; empty for one arm alone."""
+    if comparison.noise is None or comparison.detectable is None:
+        return ""
+    return (
+        f"With {comparison.n:,} questions about {comparison.images:,} images a gap between two arms below"
+        f" {100 * comparison.noise:.1f} points is noise (median over pairs, {comparison.confidence:.0%}); a true gap of"
+        f" {100 * comparison.detectable:.1f} points would be seen four times in five."
+    )
+
+
+def unlike(comparison: Comparison) -> list[str]:
+    """A sentence for each arm that was measured otherwise than the teacher, saying how."""
+    return [
+        f"{arm} was measured otherwise than the teacher ({'; '.join(result.differs)}), so its score compares with nothing here."
+        for arm, result in comparison.arms.items()
+        if result.differs
+    ]
+
+
+def marked(comparison: Comparison, arm: str) -> str:
+    """The arm's name, with a dagger if it was measured otherwise than the teacher."""
+    return f"{arm} \N{DAGGER}" if comparison.arms[arm].differs else arm
 
 
 def disagreements(predictions: dict[str, list[Prediction]], seed: int) -> list[int]:
@@ -261,7 +312,9 @@ def _examples(comparison: Comparison, outcomes: Outcomes, indices: list[int]) ->
 def _notes(comparison: Comparison) -> list[str]:
     """How to read the numbers, and what they do not say."""
     return [
+        *unlike(comparison),
         comparison.method,
+        *filter(None, [resolution(comparison)]),
         "The intervals measure the noise of the test sample: what would change with other images and questions. Each arm is one"
         " training run with one seed, so they do not measure what would change with another seed: a difference larger than the"
         " noise of the test sample may still be smaller than that between two seeds.",

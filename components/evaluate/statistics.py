@@ -4,6 +4,9 @@ Questions about one image are not independent, so whole images are drawn with re
 every arm is scored on the same draws, which is what makes a difference of two arms a paired one. Intervals are
 percentile intervals; a p value is that interval inverted, so the two never contradict each other.
 Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapters 8, 13 and 15.
+
+Where an arm was trained with several seeds, seeds are drawn with replacement too, crossed with the images (the pigeonhole
+bootstrap: Owen, Annals of Applied Statistics, 2007).
 """
 
 from __future__ import annotations
@@ -83,6 +86,50 @@ def holm(p_values: list[float]) -> list[float]:
     adjusted = np.empty(len(p_values))
     adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
     return [float(p) for p in adjusted]
+
+
+def over_seeds(draws: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """(B,) mean score of S arms that differ in their seed alone, seeds drawn anew each time, from their scores (B, S)."""
+    resamples, seeds = draws.shape
+    weights = np.random.default_rng(seed).multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    return (weights * draws).sum(axis=1) / seeds
+
+
+def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
+    """Exact two-sided p that two arms are right equally often, from whether each is right on each question (N,), bool.
+
+    Only questions on which they differ count, each being a fair coin if the arms are equal (McNemar, 1947). It takes questions
+    for independent: use it where an image has one.
+    """
+    from scipy.stats import binomtest
+
+    first, second = np.asarray(one, dtype=bool), np.asarray(other, dtype=bool)
+    alone = int((first & ~second).sum()), int((second & ~first).sum())
+    return float(binomtest(min(alone), sum(alone)).pvalue) if any(alone) else 1.0
+
+
+def noise(differences: NDArray[np.float64], confidence: float) -> float:
+    """The gap that two arms must exceed to be told apart on this test sample, from their resampled differences (B,)."""
+    from scipy.stats import norm
+
+    return float(norm.ppf(0.5 + confidence / 2) * differences.std(ddof=1))
+
+
+def detectable(differences: NDArray[np.float64], confidence: float, power: float) -> float:
+    """The true gap that would exceed `noise` with probability `power` on another sample of this size."""
+    from scipy.stats import norm
+
+    return float((norm.ppf(0.5 + confidence / 2) + norm.ppf(power)) * differences.std(ddof=1))
+
+
+def noise_unpaired(share: float, items: int, confidence: float) -> float:
+    """The gap between two scores near `share` that is noise when only the scores are known: `items` answers each, unpaired.
+
+    Questions are taken for independent; where several share an image the noise is larger. Units: shares, as `share`.
+    """
+    from scipy.stats import norm
+
+    return float(norm.ppf(0.5 + confidence / 2) * np.sqrt(2 * share * (1 - share) / items))
 
 
 def _per_image(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from components import artifacts
-from components.artifacts import Candidate, Cost, LayerChoice, Manifest, Prediction, TeacherReport
+from components.artifacts import Candidate, Cost, Fingerprint, LayerChoice, Manifest, Prediction, TeacherReport
 from components.evaluate.metrics import score
 from components.figures import draw
 from components.irs.overlays import Gaze, curve, overlay
+from components.settings import Arm, Weights
 from components.shards import ImageRow, Turn, write_split
 
 ARMS = {"sft": 0.62, "kd": 0.635, "kd_uniform": 0.70, "kd_iva": 0.715, "kd_tpa": 0.65, "align_ti": 0.72}  # share answered right
@@ -30,13 +32,31 @@ KINDS = {
     "list": ("List all blue digits.", "one, four"),
     "sum": ("What is the sum of the digits in row 1?", "11"),
 }
+MEASURED = Fingerprint(
+    kit="alignti",
+    kit_version="1",
+    dataset="tests/test",
+    dataset_hash="a" * 64,
+    prompt_hash="b" * 64,
+    decoding={"do_sample": False, "max_new_tokens": 8},
+    judge="exact match",
+    transformers="5.23.0",
+    dtype="float32",
+    device="cpu",
+)
 TERMS = {"sft": 0.9, "kd": 0.4, "iva": 0.2, "tpa": 0.7}
 
 
 def write_study(
-    root: Path, images: int = 60, per_image: int = 4, arms: dict[str, float] = ARMS, teacher: float = TEACHER, seed: int = 0
+    root: Path,
+    images: int = 60,
+    per_image: int = 4,
+    arms: dict[str, float] = ARMS,
+    teacher: float = TEACHER,
+    seed: int = 0,
+    pictures: bool = True,
 ) -> None:
-    """Everything that `compare` reads, under `root`."""
+    """Everything that `compare` reads, under `root`; `pictures` of earlier stages are for the report alone."""
     rng = np.random.default_rng(seed)
     rows = [_row(index, per_image, rng) for index in range(images)]
     dataset = root / artifacts.DATASET
@@ -54,13 +74,14 @@ def write_study(
             folder / "cost.json"
         )
         artifacts.write_text(folder / "losses.jsonl", artifacts.jsonl(_losses(arm, rng)))
-    _teacher(root)
-    _layers(root, rows[0])
+    if pictures:
+        _teacher(root)
+        _layers(root, rows[0])
 
 
-def write_scores(root: Path, arm: str, predictions: list[Prediction]) -> None:
+def write_scores(root: Path, arm: str, predictions: list[Prediction], measured: Fingerprint | None = MEASURED) -> None:
     folder = root / artifacts.SCORES / arm
-    score(arm, predictions).write(folder / "scores.json")
+    score(arm, predictions).model_copy(update={"fingerprint": measured}).write(folder / "scores.json")
     artifacts.write_text(folder / "predictions.jsonl", artifacts.jsonl(predictions))
 
 
@@ -169,3 +190,11 @@ def _sheet(rows: list[ImageRow]) -> bytes:
     file = io.BytesIO()
     sheet.save(file, "PNG")
     return file.getvalue()
+
+
+def study_arms(names: Iterable[str] = ARMS) -> dict[str, Arm]:
+    """Settings under which no two arms differ in their seed alone."""
+    return {
+        name: Arm(weights=Weights(sft=1.0, kd=float(index), iva=0.0, tpa=0.0), student="student", seed=1)
+        for index, name in enumerate(names)
+    }

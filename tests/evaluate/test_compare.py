@@ -12,10 +12,11 @@ import pytest
 from components import artifacts
 from components.artifacts import Comparison, Cost, Prediction, Scores
 from components.errors import DataError
-from components.evaluate.compare import compare, headline
+from components.evaluate.compare import compare, headline, same_but_seed
+from components.evaluate.fingerprint import differences
 from components.evaluate.outcomes import Outcomes, read
 from components.settings import EvaluateSettings
-from tests.evaluate.study import ARMS, write_scores, write_study
+from tests.evaluate.study import ARMS, MEASURED, study_arms, write_scores, write_study
 
 SETTINGS = EvaluateSettings(
     split="test",
@@ -27,6 +28,7 @@ SETTINGS = EvaluateSettings(
     baselines=["sft", "kd"],
     examples=4,
 )
+STUDY = study_arms()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def outcomes(study: Path) -> Outcomes:
 
 @pytest.fixture
 def comparison(outcomes: Outcomes) -> Comparison:
-    return compare(outcomes, SETTINGS)
+    return compare(outcomes, SETTINGS, STUDY)
 
 
 def predictions(arm: str) -> list[Prediction]:
@@ -118,7 +120,7 @@ def test_questions_about_one_image_count_as_one_draw(outcomes: Outcomes) -> None
     """An arm that is right or wrong on whole images has the interval of 120 images, not that of 480 questions."""
     image_of = {p.image_id: index for index, p in enumerate(outcomes.predictions["sft"][::4])}
     whole = [p.model_copy(update={"correct": image_of[p.image_id] % 2 == 0}) for p in outcomes.predictions["sft"]]
-    comparison = compare(replace(outcomes, predictions={**outcomes.predictions, "sft": whole}), SETTINGS)
+    comparison = compare(replace(outcomes, predictions={**outcomes.predictions, "sft": whole}), SETTINGS, STUDY)
     low, high = comparison.arms["sft"].ci95
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 120) ** 0.5, rel=0.1)
 
@@ -132,7 +134,7 @@ def test_share_of_the_teacher(comparison: Comparison) -> None:
 
 def test_a_teacher_that_is_never_right_has_no_share_to_keep(outcomes: Outcomes) -> None:
     wrong = [p.model_copy(update={"correct": False}) for p in outcomes.predictions["teacher"]]
-    comparison = compare(replace(outcomes, predictions={**outcomes.predictions, "teacher": wrong}), SETTINGS)
+    comparison = compare(replace(outcomes, predictions={**outcomes.predictions, "teacher": wrong}), SETTINGS, STUDY)
     assert {arm.share_of_teacher for arm in comparison.arms.values()} == {None}
     assert comparison.teacher.ci95 == (0, 0)
     assert Comparison.model_validate_json(comparison.model_dump_json()) == comparison
@@ -140,7 +142,7 @@ def test_a_teacher_that_is_never_right_has_no_share_to_keep(outcomes: Outcomes) 
 
 def test_equal_arms_differ_by_exactly_nothing_and_nothing_is_claimed(outcomes: Outcomes) -> None:
     same = {arm: outcomes.predictions["sft"] if arm != "teacher" else answers for arm, answers in outcomes.predictions.items()}
-    comparison = compare(replace(outcomes, predictions=same), SETTINGS)
+    comparison = compare(replace(outcomes, predictions=same), SETTINGS, STUDY)
     for pair in comparison.pairs:
         assert (pair.difference, pair.ci95, pair.p_value, pair.p_holm) == (0, (0, 0), 1, 1)
     assert comparison.order == list(ARMS), "equal scores stay in the study's order"
@@ -167,7 +169,7 @@ def test_headline_claims_exactly_what_the_intervals_say(comparison: Comparison) 
 
 def test_arms_that_tie_share_the_headline(outcomes: Outcomes) -> None:
     tied = {**outcomes.predictions, "kd": outcomes.predictions["align_ti"], "kd_iva": outcomes.predictions["sft"]}
-    comparison = compare(replace(outcomes, predictions=tied), SETTINGS)
+    comparison = compare(replace(outcomes, predictions=tied), SETTINGS, STUDY)
     assert comparison.headline.startswith("kd and align_ti each answer ")
     assert "The lead of kd over" in comparison.headline
 
@@ -181,7 +183,7 @@ def test_standing_gives_every_arm_its_interval_and_says_one_run(comparison: Comp
 
 
 def test_a_single_arm_is_compared_with_the_teacher_alone(study: Path) -> None:
-    comparison = compare(read(["sft"]), SETTINGS.model_copy(update={"baselines": ["sft"]}))
+    comparison = compare(read(["sft"]), SETTINGS.model_copy(update={"baselines": ["sft"]}), STUDY)
     assert comparison.pairs == []
     assert comparison.arms["sft"].gains == {}
     assert comparison.headline.startswith("sft answers")
@@ -190,7 +192,7 @@ def test_a_single_arm_is_compared_with_the_teacher_alone(study: Path) -> None:
 def test_the_order_of_lines_does_not_matter(outcomes: Outcomes, comparison: Comparison) -> None:
     write_scores(Path(), "kd", outcomes.predictions["kd"][::-1])
     try:
-        assert compare(read(ARMS), SETTINGS) == comparison
+        assert compare(read(ARMS), SETTINGS, STUDY) == comparison
     finally:
         write_scores(Path(), "kd", outcomes.predictions["kd"])
 
@@ -246,3 +248,42 @@ def test_missing_and_broken_files_are_named(study: Path, path: str, content: str
             read(ARMS)
     finally:
         Path(path).write_text(kept, encoding="utf-8")
+
+
+def test_an_arm_measured_otherwise_is_marked_and_compares_with_nothing(outcomes: Outcomes) -> None:
+    measured = {**outcomes.fingerprints, "align_ti": MEASURED.model_copy(update={"dtype": "bfloat16"})}
+    comparison = compare(replace(outcomes, fingerprints=measured), SETTINGS, STUDY)
+    assert comparison.arms["align_ti"].differs == ["dtype: bfloat16, not float32"]
+    for pair in comparison.pairs:
+        assert bool(pair.differs) == ("align_ti" in (pair.arm, pair.against))
+        assert not (pair.differs and pair.larger_than_noise)
+    assert comparison.order[0] == "align_ti"
+    assert comparison.headline.endswith("No other arm was measured in the same way, so none compares with it.")
+    another = compare(replace(outcomes, fingerprints={**outcomes.fingerprints, "sft": None}), SETTINGS, STUDY)
+    assert another.arms["sft"].differs == differences(None, MEASURED)
+    assert "over sft" not in another.headline and "sft" not in another.headline.split("Its lead")[1]
+
+
+def test_noise_is_what_the_intervals_say(comparison: Comparison) -> None:
+    widths = sorted((pair.ci95[1] - pair.ci95[0]) / 2 for pair in comparison.pairs)
+    assert comparison.noise is not None and comparison.detectable is not None
+    assert comparison.noise == pytest.approx(widths[len(widths) // 2], rel=0.1)
+    assert comparison.detectable / comparison.noise == pytest.approx((1.96 + 0.8416) / 1.96, rel=1e-3)
+
+
+def test_yes_no_questions_have_a_mcnemar_of_their_own(outcomes: Outcomes, comparison: Comparison) -> None:
+    assert all(0 <= pair.p_mcnemar <= 1 for pair in comparison.pairs if pair.p_mcnemar is not None)
+    assert None not in {pair.p_mcnemar for pair in comparison.pairs}
+    none = compare(replace(outcomes, yes_no={arm: {} for arm in outcomes.yes_no}), SETTINGS, STUDY)
+    assert {pair.p_mcnemar for pair in none.pairs} == {None}
+
+
+def test_arms_that_differ_in_their_seed_alone_are_one_result(outcomes: Outcomes) -> None:
+    study = {**STUDY, "kd": STUDY["sft"].model_copy(update={"seed": 2}), "kd_tpa": STUDY["sft"].model_copy(update={"seed": 3})}
+    assert same_but_seed(study) == [["sft", "kd", "kd_tpa"]]
+    (found,) = compare(outcomes, SETTINGS, study).seeds
+    scores = [sum(p.correct for p in outcomes.predictions[arm]) / 480 for arm in found.arms]
+    assert found.exact_match == pytest.approx(sum(scores) / 3)
+    assert found.ci95[0] < found.exact_match < found.ci95[1]
+    assert found.standard_deviation > 0
+    assert same_but_seed(STUDY) == []

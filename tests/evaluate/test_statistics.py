@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from components.errors import DataError
-from components.evaluate.statistics import bootstrap, holm, interval, p_value
+from components.evaluate.statistics import (
+    bootstrap,
+    detectable,
+    holm,
+    interval,
+    mcnemar,
+    noise,
+    noise_unpaired,
+    over_seeds,
+    p_value,
+)
 
 IMAGES, PER_IMAGE = 80, 4
 CLUSTERS = np.repeat(np.arange(IMAGES), PER_IMAGE)
@@ -125,3 +135,44 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: list[float]
 
 def test_holm_by_hand() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+
+
+@pytest.mark.parametrize(
+    ("only_one", "only_other", "p"),
+    [(0, 0, 1.0), (5, 5, 1.0), (0, 5, 2 / 32), (1, 7, 2 * 9 / 256), (8, 1, 2 * 10 / 512)],  # tails of the fair coin by hand
+)
+def test_mcnemar_is_the_fair_coin_on_the_questions_that_divide(only_one: int, only_other: int, p: float) -> None:
+    one = [True] * only_one + [False] * only_other + [True] * 50 + [False] * 50
+    other = [False] * only_one + [True] * only_other + [True] * 50 + [False] * 50
+    assert mcnemar(one, other) == pytest.approx(p)
+    assert mcnemar(other, one) == pytest.approx(p)
+
+
+def test_noise_of_1000_questions_of_which_arms_divide_on_94() -> None:
+    """With 1,000 independent questions, arms that differ on 9.4% of them have a gap of 1.9 points for noise."""
+    random = np.random.default_rng(0)
+    draws = random.multinomial(1000, [0.047, 0.047, 0.906], size=20_000)
+    differences = (draws[:, 0] - draws[:, 1]) / 1000
+    assert noise(differences, 0.95) == pytest.approx(0.019, abs=2e-4)
+    assert detectable(differences, 0.95, 0.8) == pytest.approx(0.019 * 2.8016 / 1.96, abs=3e-4)
+
+
+def test_a_detectable_gap_is_detected_as_often_as_promised() -> None:
+    random = np.random.default_rng(4)
+    gap = detectable(random.normal(0, 1, 100_000), 0.95, 0.8)
+    seen = random.normal(gap, 1, 100_000) > noise(random.normal(0, 1, 100_000), 0.95)
+    assert seen.mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_noise_of_two_published_scores() -> None:
+    assert noise_unpaired(0.5, 1000, 0.95) == pytest.approx(1.96 * (2 * 0.25 / 1000) ** 0.5, rel=1e-4)
+    assert noise_unpaired(0.6, 12_578, 0.95) == pytest.approx(0.0121, abs=1e-4)
+
+
+def test_seeds_widen_the_interval_by_their_own_spread() -> None:
+    draws = np.random.default_rng(5).normal([0.5, 0.6], 0.01, (4000, 2))
+    found = over_seeds(draws, seed=1)
+    assert found.mean() == pytest.approx(0.55, abs=0.005)
+    assert found.std() == pytest.approx((0.05**2 / 2 + 0.01**2 / 2) ** 0.5, rel=0.15)  # of the seeds' mean, about
+    same = over_seeds(np.repeat(draws[:, :1], 3, axis=1), seed=1)
+    assert np.allclose(same, draws[:, 0])  # equal seeds add nothing

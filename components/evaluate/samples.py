@@ -1,0 +1,139 @@
+"""Every answer to look at: image, question, reference, what the teacher and each arm said, and where the teacher looked.
+
+One HTML file that needs nothing beside it. The samples lie in it as data and only the cards on screen are built, so that
+thousands open at once; the address after `#` holds the filters, so that a view can be sent on.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from components.artifacts import DATASET, REPORTS, TEACHER_ARM, Comparison, Prediction, write_text
+from components.errors import DataError
+from components.evaluate import generate
+from components.irs.probe import Look, watching
+from components.models.collate import Collator
+from components.models.load import Loaded
+from components.models.template import IMAGE, Template
+from components.models.vlm import VLM
+from components.settings import Settings
+from components.shards import Sample, Samples
+
+PAGE = REPORTS / "samples.html"
+THUMBNAIL_PX = 240  # longest side
+
+
+def write(
+    comparison: Comparison,
+    predictions: Mapping[str, Sequence[Prediction]],
+    looks: Mapping[str, NDArray[np.uint8]],
+    layer: int,
+    most: int,
+) -> Path:
+    """reports/samples.html with the first `most` samples of the evaluated split.
+
+    Args:
+        predictions: per arm and of the teacher, the same questions in the same order (`outcomes.read`).
+        looks: sample id -> (side, side) where the instruction makes the teacher's `layer` look, 255 being its highest.
+
+    Raises DataError if the data set lacks an image that was asked about.
+    """
+    asked = predictions[TEACHER_ARM][:most]
+    stored = Samples(DATASET, comparison.split).images_of({p.image_id for p in asked})
+    missing = next((p.image_id for p in asked if p.image_id not in stored), None)
+    if missing is not None:
+        raise DataError(f"{DATASET} has no image {missing!r} in split {comparison.split}; `dvc repro` evaluates anew")
+    images = list(dict.fromkeys(p.image_id for p in asked))
+    kinds = list(comparison.kinds)
+    who = [TEACHER_ARM, *comparison.order]
+    place = {name: index for index, name in enumerate(images)}
+    rows = [
+        {
+            "id": p.id,
+            "image": place[p.image_id],
+            "kind": kinds.index(p.kind),
+            "question": p.question.replace(IMAGE, "").strip(),
+            "reference": p.reference,
+            "answers": [predictions[name][index].answer for name in who],
+            "right": [int(predictions[name][index].correct) for name in who],
+            "look": _packed(looks[p.id]) if p.id in looks else None,
+        }
+        for index, p in enumerate(asked)
+    ]
+    data = {
+        "who": who,
+        "kinds": [kind.replace("_", " ") for kind in kinds],
+        "images": [_thumbnail(content) if (content := stored[name]) is not None else None for name in images],
+        "rows": rows,
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("samples.html.j2")
+    write_text(PAGE, page.render(data=_embedded(data), samples=len(rows), split=comparison.split, layer=layer))
+    return PAGE
+
+
+@torch.inference_mode()
+def looks(loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: int, settings: Settings) -> dict[str, Any]:
+    """Sample id -> (side, side) uint8: attention of `layer` from each question to the image, its highest being 255.
+
+    Samples without an image have none. Raises DataError if the visual tokens are no square grid.
+    """
+    ids = {p.id for p in asked}
+    rows = [row for row in generate.questions(samples) if (sample := samples[row]).id in ids and sample.image is not None]
+    # As the layer search does: the answer follows, but no instruction row sees it.
+    collator = Collator(loaded.processor, Template(settings.models.template.system), max_length=sys.maxsize, train=True)
+    view, size, found = VLM(loaded.model), settings.evaluate.batch_size, {}
+    for start in tqdm(range(0, len(rows), size), desc="samples: where the teacher looks", unit="batch"):
+        these = [replace(sample, turns=sample.turns[:1]) for sample in map(samples.__getitem__, rows[start : start + size])]
+        batch = collator(these).to(loaded.model.device)
+        look = Look.at(batch.instruction, batch.visual)
+        with watching(loaded.model, [layer], look):
+            view.plain(batch, view.features(batch.pixel_values), keep=False)
+        for sample, seen in zip(these, look.seen[layer].cpu().numpy(), strict=True):
+            found[sample.id] = _grid(sample, seen)
+    return found
+
+
+def _grid(sample: Sample, attention: NDArray[np.float32]) -> NDArray[np.uint8]:
+    side = math.isqrt(len(attention))
+    if side * side != len(attention):
+        raise DataError(f"{sample.id}: {len(attention)} visual tokens are no square grid, so there is no picture of them")
+    return np.rint(255 * attention / attention.max()).astype(np.uint8).reshape(side, side)
+
+
+def _packed(grid: NDArray[np.uint8]) -> str:
+    return base64.b64encode(grid.tobytes()).decode("ascii")
+
+
+def _thumbnail(content: bytes) -> str:
+    """A data URI of the image, at most THUMBNAIL_PX on its longest side; a smaller one goes in as it is."""
+    with Image.open(io.BytesIO(content)) as image:
+        kind = Image.MIME[str(image.format)]
+        if max(image.size) > THUMBNAIL_PX:
+            image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "JPEG", quality=80)
+            content, kind = buffer.getvalue(), "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _embedded(data: Any) -> str:
+    """JSON that may stand in a script element, whatever the answers hold."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

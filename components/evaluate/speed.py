@@ -1,0 +1,74 @@
+"""How fast each model answers, all of them measured in one run on the same questions, so that their ratios mean something."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from components.artifacts import DATASET, REPORTS, Record
+from components.evaluate import generate
+from components.models.load import Loaded, load
+from components.models.template import Template
+from components.settings import Settings
+from components.shards import Samples
+
+SPEED = REPORTS / "speed.json"
+ALONE = 20  # questions asked one at a time, for the time to the first token
+
+
+class Speed(Record):
+    """One model on one device."""
+
+    device: str
+    tokens_per_second: float  # written, over batches of evaluate.batch_size, pictures and prompts included
+    first_token_ms: float  # median over single questions
+    memory_mib: float | None  # peak on the device; None where the device does not count it
+    parameters: int
+
+
+class SpeedReport(Record):
+    """reports/speed.json"""
+
+    questions: int
+    models: dict[str, Speed]
+
+
+def measure(models: Iterable[tuple[str, Path]], settings: Settings, device: torch.device) -> SpeedReport:
+    """Each model on the first `evaluate.batch_size` questions of the evaluated split, after one question to warm it."""
+    samples = Samples(DATASET, settings.evaluate.split)
+    rows = generate.questions(samples)[: settings.evaluate.batch_size]
+    found = {}
+    for name, path in tqdm(list(models), desc="speed", unit="model"):
+        found[name] = _one(load(path, device), samples, rows, settings)
+    return SpeedReport(questions=len(rows), models=found)
+
+
+def _one(loaded: Loaded, samples: Samples, rows: Sequence[int], settings: Settings) -> Speed:
+    template = Template(settings.models.template.system)
+    device = loaded.model.device
+
+    def answers(these: Sequence[int], tokens: int) -> tuple[list[str], float]:
+        asked = settings.evaluate.model_copy(update={"max_new_tokens": tokens})
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        said = generate.answers(loaded, samples, these, template, settings.models.max_length, asked, "")
+        return said, time.perf_counter() - start
+
+    answers(rows[:1], 1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    said, seconds = answers(rows, settings.evaluate.max_new_tokens)
+    written = loaded.processor.tokenizer(said, add_special_tokens=False).input_ids
+    return Speed(
+        device=device.type,
+        tokens_per_second=sum(len(tokens) + 1 for tokens in written) / seconds,  # and the token that ends each answer
+        first_token_ms=1000 * median(answers([row], 1)[1] for row in rows[:ALONE]),
+        memory_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        parameters=sum(p.numel() for p in loaded.model.parameters()),
+    )

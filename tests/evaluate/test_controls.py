@@ -1,0 +1,112 @@
+"""What answers are worth without the image, and twins of test images in the training data."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from components.artifacts import DATASET, MODELS, Manifest
+from components.evaluate import controls
+from components.evaluate.contamination import NEAR, contamination, difference_hash
+from components.evaluate.controls import Blank, majority, markdown, measure
+from components.settings import load_settings
+from components.shards import ImageRow, Samples, Turn, write_split
+
+
+def picture(seed: int, px: int = 48) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((px, px), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def row(name: str, image: bytes | None, *questions: str) -> ImageRow:
+    samples = tuple((f"{name}-{i}", "kind", (Turn(f"<image>\n{q}" if image else q, "yes"),)) for i, q in enumerate(questions))
+    return ImageRow(name, image, samples)
+
+
+def split_of(root: Path, test: list[ImageRow], train: list[ImageRow]) -> tuple[Samples, Samples]:
+    splits = {name: write_split(root / name, rows, 10) for name, rows in (("test", test), ("train", train))}
+    Manifest(source="tests", rows_in=0, rows_out=0, quarantined=0, splits=splits, digest="0" * 64).write(root / "manifest.json")
+    return Samples(root, "test"), Samples(root, "train")
+
+
+def test_twins_are_found_by_pixels_and_by_look(tmp_path: Path) -> None:
+    images = [picture(seed) for seed in range(4)]
+    train = [row(f"train{i}", encoded(image), "What is it?", f"only {i}?") for i, image in enumerate(images)]
+    test = [
+        row("recoded", encoded(images[0], "BMP"), "What is it?", "Is it new?"),  # other bytes, the same pixels
+        row("smaller", encoded(images[1].resize((32, 32)), "JPEG"), "only 1?"),
+        row("new", encoded(picture(99)), "What is it?"),
+        row("text", None, "What is it?"),
+    ]
+    found = contamination(*split_of(tmp_path, test, train), "test")
+    assert (found.images, found.train_images, found.questions) == (3, 4, 5)
+    assert (found.exact, found.near) == (1, 1)
+    assert [(pair.test, pair.train, pair.exact) for pair in found.pairs] == [
+        ("recoded", "train0", True),
+        ("smaller", "train1", False),
+    ]
+    assert found.pairs[0].bits == 0 and found.pairs[1].bits <= NEAR
+    assert found.verbatim == 2  # "What is it?" of recoded, "only 1?" of smaller
+    assert found.questions_in_training == 4  # all but "Is it new?"
+
+
+def test_the_look_survives_a_small_change_and_tells_pictures_apart() -> None:
+    image = picture(1)
+    look = difference_hash(encoded(image))
+    darker = image.point(lambda value: int(0.8 * value))
+    assert np.bitwise_count(look ^ difference_hash(encoded(darker, "JPEG"))) <= NEAR
+    assert min(np.bitwise_count(look ^ difference_hash(encoded(picture(seed)))) for seed in range(2, 40)) > NEAR
+
+
+def test_blank_images_have_the_size_of_those_that_they_replace(samples: Samples) -> None:
+    blank = Blank(samples)
+    assert len(blank) == len(samples)
+    for seen, hidden in zip(samples, (blank[i] for i in range(len(blank))), strict=True):
+        assert (hidden.id, hidden.kind, hidden.turns) == (seen.id, seen.kind, seen.turns)
+        assert seen.image is not None and hidden.image is not None
+        with Image.open(io.BytesIO(hidden.image)) as shown, Image.open(io.BytesIO(seen.image)) as was:
+            assert shown.size == was.size and len(set(shown.getdata())) == 1
+
+
+def test_majority_says_the_most_frequent_reference_of_the_kind(tmp_path: Path) -> None:
+    turns = [("a", "x"), ("a", "y"), ("a", "y"), ("b", "no"), ("b", "yes")]
+    rows = [ImageRow(f"i{i}", None, ((f"s{i}", kind, (Turn("q", said),)),)) for i, (kind, said) in enumerate(turns)]
+    test, _ = split_of(tmp_path, rows, rows)
+    assert majority(test, range(5)) == ["y", "y", "y", "no", "no"]
+
+
+def test_a_model_that_looks_loses_without_its_image(workplace: Path) -> None:
+    """The references are what `base` answers to each image: blind, it must fall below its seeing self."""
+    manifest = json.loads((DATASET / "manifest.json").read_text())
+    manifest["splits"]["train"] = manifest["splits"]["val"]
+    (DATASET / "manifest.json").write_text(json.dumps(manifest))
+    (DATASET / "val").rename(DATASET / "train")
+    found = measure([("base", MODELS / "teachers/base")], load_settings())
+    figures = found.models["base"]
+    assert figures.seeing > 0.9 and figures.blind < figures.seeing
+    assert set(figures.blind_per_kind) == set(found.majority_per_kind) == {"digit_at", "exist", "exist_at", "list"}
+    assert found.contamination.exact == 0
+    text = markdown(found)
+    assert f"{100 * figures.seeing:.1f} / {100 * figures.blind:.1f}" in text and "Is the test in the training data?" in text
+    assert [path.name for path in controls.write(found)] == ["controls.json", "controls.md"]
+
+
+@pytest.mark.parametrize("name", ["nobody"])
+def test_an_unknown_arm_is_named(name: str, workplace: Path) -> None:
+    from typer.testing import CliRunner
+
+    from components.cli import app
+
+    done = CliRunner().invoke(app, ["controls", "--arm", name])
+    assert done.exit_code != 0 and f"--arm {name}" in str(done.exception)

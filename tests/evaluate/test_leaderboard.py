@@ -1,0 +1,145 @@
+"""The table: the paper's own arithmetic, what is ours and what is not, and nothing invented."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from components.artifacts import SCORES, Comparison, ModelIndex, ModelRecord, TeacherChoice, write_text
+from components.evaluate.benchmarks.table import PAPER
+from components.evaluate.compare import compare
+from components.evaluate.leaderboard import (
+    Leaderboard,
+    build,
+    cells,
+    markdown,
+    page,
+    read_published,
+    relative_gain,
+    spreadsheet,
+    write,
+)
+from components.evaluate.outcomes import read
+from components.evaluate.speed import Speed, SpeedReport
+from components.settings import Arm
+from tests.evaluate.study import ARMS, study_arms, write_study
+from tests.evaluate.test_compare import SETTINGS
+
+TEACHER = TeacherChoice(name="base", path="artifacts/models/teachers/base", sha256="0" * 64)
+SPEED = Speed(device="cpu", tokens_per_second=512.4, first_token_ms=12.34, memory_mib=None, parameters=9)
+Finished = tuple[Path, Comparison, dict[str, Arm]]
+
+
+def record(name: str, parameters: int) -> ModelRecord:
+    return ModelRecord(
+        name=name,
+        role="teacher",
+        path="",
+        origin="embedded",
+        revision=None,
+        parameters=parameters,
+        size_bytes=0,
+        sha256="",
+        visual_tokens=16,
+    )
+
+
+INDEX = ModelIndex(teachers={"base": record("base", 1_204_880)}, students={"student": record("student", 301_220)})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    root = tmp_path_factory.mktemp("board")
+    write_study(root, images=20, pictures=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        study = study_arms()
+        return root, compare(read(ARMS), SETTINGS, study), study
+
+
+@pytest.fixture
+def board(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> Leaderboard:
+    root, comparison, study = finished
+    monkeypatch.chdir(root)
+    return build(comparison, INDEX, TEACHER, study, None)
+
+
+def test_the_paper_s_gains_follow_from_its_published_rows(board: Leaderboard) -> None:
+    """Stated in arXiv 2602.09483: 3.7% over SFT, 2.6% over vanilla KD, and Align-TI-2B 7.0% over LLaVA-1.5-7B."""
+    rows = {row.name: row for row in board.rows}
+    assert rows["Align-TI Qwen2.5-0.5B"].gain_sft == 3.7
+    assert rows["Align-TI Qwen2.5-0.5B"].gain_kd == 2.6
+    larger, seven = rows["Align-TI Qwen3-1.7B"].average, rows["LLaVA-1.5-7B"].average
+    assert larger is not None and seven is not None
+    assert relative_gain(larger, seven) == 7.0
+    assert rows["Align-TI Qwen3-1.7B"].gain_sft is None  # no baseline of its backbone was published
+    assert rows["SFT Qwen2.5-0.5B"].gain_sft is None
+
+
+def test_published_averages_are_the_mean_of_their_six_scores() -> None:
+    for row in read_published():
+        six = [value for value in row.scores.values() if value is not None]
+        if len(six) == len(PAPER):
+            assert row.average == pytest.approx(sum(six) / 6, abs=0.0501), row  # to the decimal that was published
+        assert row.source
+
+
+def test_our_rows_come_first_and_say_what_they_measured(board: Leaderboard, finished: Finished) -> None:
+    _, comparison, _ = finished
+    ours = [row for row in board.rows if row.ours]
+    assert [row.name for row in ours] == ["teacher", *comparison.order] == [row.name for row in board.rows[: len(ours)]]
+    assert ours[0].own == pytest.approx(100 * comparison.teacher.exact_match) and ours[0].parameters == 1_204_880
+    assert {row.parameters for row in ours[1:]} == {301_220}
+    assert all(row.own is None for row in board.rows if not row.ours)
+    best = comparison.arms[comparison.order[0]].exact_match
+    assert ours[1].gain_sft == pytest.approx(100 * (best / comparison.arms["sft"].exact_match - 1), abs=0.3)
+    sft = next(row for row in ours if row.name == "sft")
+    assert sft.gain_sft is None and sft.gain_kd is not None
+
+
+def test_what_was_not_measured_is_a_dash(board: Leaderboard, finished: Finished) -> None:
+    for row in board.rows:
+        assert (row.tokens_per_second, row.first_token_ms, row.memory_mib) == (None, None, None)
+        assert cells(row)[-3:] == ["\N{EN DASH}"] * 3
+    assert "not measured: `alignti leaderboard --measure` does" in markdown(board)
+    _, comparison, study = finished
+    timed = build(comparison, INDEX, TEACHER, study, SpeedReport(questions=250, models={"teacher": SPEED, "kd": SPEED}))
+    shown = {row.name: cells(row)[-3:] for row in timed.rows if row.ours}
+    assert shown["teacher"] == shown["kd"] == ["512", "12.3", "\N{EN DASH}"]
+    assert shown["sft"] == ["\N{EN DASH}"] * 3
+    assert "250 questions to each model in one run on cpu" in markdown(timed)
+
+
+def test_a_kit_s_scores_stand_in_the_paper_s_columns(board: Leaderboard, finished: Finished) -> None:
+    _, comparison, study = finished
+    path = SCORES / "kd" / "benchmarks.json"
+    write_text(path, json.dumps({"gqa": 51.2}))
+    try:
+        row = next(r for r in build(comparison, INDEX, TEACHER, study, None).rows if r.ours and r.name == "kd")
+    finally:
+        path.unlink()
+    assert row.scores["gqa"] == 51.2 and row.scores["pope"] is None and row.average is None
+
+
+def test_noise_beside_each_benchmark(board: Leaderboard) -> None:
+    assert board.noise["gqa"] == pytest.approx(1.2, abs=0.05)  # 12,578 questions near 61%
+    assert board.noise["sqa"] == pytest.approx(3.0, abs=0.05)  # 2,017 near 61%
+    assert board.noise["mme"] is None
+    assert "GQA (±1.2)" in markdown(board)
+
+
+def test_every_format_holds_every_row(board: Leaderboard) -> None:
+    paths = write(board)
+    assert [path.name for path in paths] == [f"leaderboard.{kind}" for kind in ("md", "csv", "html", "json")]
+    assert Leaderboard.read(paths[3]) == board
+    lines = list(csv.DictReader(io.StringIO(spreadsheet(board))))
+    assert [line["name"] for line in lines] == [row.name for row in board.rows]
+    assert lines[0]["memory_mib"] == lines[-1]["own"] == ""
+    html = page(board)
+    assert html.count('<tr class="ours') == 1 + len(ARMS)
+    assert html.count('<tr class="published') == 18
+    assert "src=" not in html and "href=" not in html  # fetches nothing

@@ -1,0 +1,124 @@
+"""The page of all answers: what it holds, that nothing in it can run, and that a browser opens and filters it in time."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.artifacts import Comparison
+from components.errors import DataError
+from components.evaluate.compare import compare
+from components.evaluate.generate import questions
+from components.evaluate.metrics import predictions as predicted
+from components.evaluate.outcomes import Outcomes, read
+from components.evaluate.samples import looks, write
+from components.models.load import Loaded
+from components.settings import load_settings
+from components.shards import Samples
+from tests.evaluate.study import ARMS, study_arms, write_study
+from tests.evaluate.test_compare import SETTINGS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+IMAGES, PER_IMAGE = 200, 10  # 2,000 questions
+HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> & \u2028 'quotes'"
+Page = tuple[Path, Comparison, Outcomes]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """2,000 samples, one of whose answers is hostile."""
+    root = tmp_path_factory.mktemp("samples")
+    write_study(root, images=IMAGES, per_image=PER_IMAGE, pictures=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        outcomes = read(ARMS)
+        comparison = compare(outcomes, SETTINGS.model_copy(update={"bootstrap_resamples": 100}), study_arms())
+        first, *rest = outcomes.predictions["kd"]
+        answers = {**outcomes.predictions, "kd": [first.model_copy(update={"answer": HOSTILE}), *rest]}
+        grid = np.arange(16, dtype=np.uint8).reshape(4, 4)
+        path = write(comparison, answers, {p.id: grid for p in answers["kd"][:-1]}, layer=2, most=2000)
+        return root / path, comparison, outcomes
+
+
+def embedded(path: Path) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_every_sample_is_there_with_every_answer(page: Page) -> None:
+    path, comparison, outcomes = page
+    data = embedded(path)
+    assert data["who"] == ["teacher", *comparison.order]
+    assert len(data["rows"]) == 2000 and len(data["images"]) == IMAGES
+    for row, asked in zip(data["rows"], outcomes.predictions["teacher"], strict=True):
+        assert (row["id"], row["reference"]) == (asked.id, asked.reference)
+        assert data["kinds"][row["kind"]].replace(" ", "_") == asked.kind
+    column = data["who"].index("align_ti")
+    assert [row["right"][column] for row in data["rows"]] == [int(p.correct) for p in outcomes.predictions["align_ti"]]
+    assert data["rows"][-1]["look"] is None
+    assert list(base64.b64decode(data["rows"][0]["look"])) == list(range(16))
+
+
+def test_answers_cannot_leave_the_data_and_the_page_fetches_nothing(page: Page) -> None:
+    text = page[0].read_text(encoding="utf-8")
+    assert text.count("</script>") == 2  # the data's and the program's
+    assert "default-src 'none'" in text
+    assert not re.search(r'(src|href)="(?!data:)', text.split('id="data"')[0])
+    kd = embedded(page[0])["who"].index("kd")
+    assert embedded(page[0])["rows"][0]["answers"][kd] == HOSTILE
+
+
+def test_a_missing_image_is_named(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, comparison, outcomes = page
+    monkeypatch.chdir(path.parents[1])
+    stray = {arm: [p.model_copy(update={"image_id": "gone"}) for p in found] for arm, found in outcomes.predictions.items()}
+    with pytest.raises(DataError, match="no image 'gone' in split test"):
+        write(comparison, stray, {}, layer=2, most=1)
+
+
+def test_looks_are_the_attention_of_the_layer_to_each_image(loaded: Loaded, samples: Samples) -> None:
+    settings = load_settings(Path(__file__).parents[2])
+    rows = questions(samples)[:5]
+    asked = predicted((samples[row] for row in rows), [""] * 5)
+    found = looks(loaded, samples, asked, layer=1, settings=settings)
+    assert list(found) == [p.id for p in asked]
+    assert all(grid.shape == (4, 4) and grid.dtype == np.uint8 and grid.max() == 255 for grid in found.values())
+    assert any((found[asked[0].id] != found[p.id]).any() for p in asked[1:])
+    assert all((looks(loaded, samples, asked[:1], 1, settings)[asked[0].id] == found[asked[0].id]).all() for _ in range(2))
+
+
+def opened(path: Path, tmp_path: Path, fragment: str = "") -> str:
+    """The page as a browser has built it from its file."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    done = subprocess.run([*command, path.as_uri() + fragment], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page with; apt-get install chromium")
+def test_a_browser_opens_2000_samples_in_two_seconds_and_filters_them(page: Page, tmp_path: Path) -> None:
+    path, _, outcomes = page
+    dom = opened(path, tmp_path)
+    took = re.search(r'data-opened="(\d+)"', dom)
+    assert took and int(took[1]) < 2000
+    assert "2000 of 2000 test questions" in dom
+    assert "<article>" in dom and dom.count("<article>") < 500  # only what is near the screen is built
+    assert html.escape(HOSTILE.split(" &")[0], quote=False) in dom and "<title>broken" not in dom  # shown, not run
+
+    wanted = [
+        kd.kind == "where" and not kd.correct and teacher.correct
+        for kd, teacher in zip(outcomes.predictions["kd"], outcomes.predictions["teacher"], strict=True)
+    ]
+    kinds = embedded(path)["kinds"]
+    dom = opened(path, tmp_path, f"#kind={kinds.index('where')}&is%3Akd=0&is%3Ateacher=1")
+    assert 0 < sum(wanted) < 2000 and f"{sum(wanted)} of 2000 test questions" in dom
