@@ -290,16 +290,37 @@ class TeacherSignals(Strict):
     top_k: PositiveInt = Field(description="for the cache: likeliest tokens kept per row, with the mass of all others")
 
 
+class Lora(Strict):
+    """Low-rank adapters in the language model, folded into its weights at the end."""
+
+    rank: PositiveInt
+    alpha: PositiveInt = Field(description="the adapters' output is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: list[str] = Field(min_length=1, description="names of modules of a decoder layer: q_proj, ...")
+
+
 class Trainable(Strict):
     vision_tower: bool
     projector: bool
     language_model: bool
+    lora: Lora | None = Field(description="the language model through adapters alone; null: its own weights")
+
+    @model_validator(mode="after")
+    def _of_something(self) -> Trainable:
+        if self.lora is not None and not self.language_model:
+            raise ValueError("lora trains the language model, and language_model is false")
+        if not (self.vision_tower or self.projector or self.language_model):
+            raise ValueError("nothing is trained: vision_tower, projector and language_model are all false")
+        return self
 
 
 class DistillSettings(Strict):
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="samples per optimiser step, over all ranks and accumulation steps")
-    micro_batch_size: PositiveInt = Field(description="samples per forward pass on one device")
+    micro_batch_size: PositiveInt = Field(description="samples per forward pass on one device, at most")
+    micro_batch_tokens: PositiveInt | None = Field(
+        description="tokens per forward pass, padding included: passes hold samples of like length; null: micro_batch_size"
+    )
     optimiser: Optimiser
     precision: Literal["fp32", "bf16"]
     divergence: Divergence
@@ -307,7 +328,9 @@ class DistillSettings(Strict):
     tpa: Tpa
     teacher_signals: TeacherSignals
     trainable: Trainable
+    teacher_weights: Literal["same", "fp32", "bf16", "int8", "nf4"] = Field(description="same: as `precision`")
     gradient_checkpointing: bool
+    compile: bool = Field(description="torch.compile of the student's decoder layers")
     divergence_chunk_rows: PositiveInt = Field(description="rows per chunk of the divergence driver: memory against speed")
     log_every: PositiveInt
     checkpoint_every: PositiveInt
@@ -379,7 +402,11 @@ class RuntimeSettings(Strict):
     """What does not change results; each field can be set by the environment as ALIGNTI_<FIELD>."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    threads: PositiveInt = Field(strict=False, description="CPU threads of one stage")
+    threads: PositiveInt = Field(strict=False, description="CPU threads of one process")
+    devices: PositiveInt = Field(strict=False, description="processes of one training, one device each")
+    accelerate: Name | None = Field(description="a file of params/accelerate/; null: ddp or ddp-cpu if devices > 1")
+    teacher_device: Annotated[str, Field(pattern=r"^(same|cpu|cuda:\d+)$")] = Field(description="same: with the student")
+    teacher_sharded: bool = Field(strict=False, description="the teacher's layers are shared out over the processes (FSDP2)")
     tracking_uri: str
     experiment: str
 
@@ -467,6 +494,12 @@ def _cross_checks(settings: Settings) -> list[str]:
                 f" ({', '.join(students)})"
             )
         problems += _cache_checks(settings, name)
+    tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
+    if tokens is not None and tokens < longest:
+        problems.append(
+            f"params/distill.yaml: micro_batch_tokens: {tokens} is less than one sample may have"
+            f" (params/models.yaml: max_length {longest})"
+        )
     for name in settings.evaluate.baselines:
         if name not in settings.study.arms:
             problems.append(f"params/evaluate.yaml: baselines: {name!r} is no arm of params/study.yaml")
@@ -480,6 +513,8 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
     if not settings.uses_cache(arm) or not (arm.weights.kd or arm.weights.iva):
         return []
     problems = []
+    if shared.teacher_weights != "same":
+        problems.append(f"teacher_weights is {shared.teacher_weights}, and the cache is made with a teacher in `precision`")
     if arm.divergence.kind != "forward":
         problems.append(f"divergence.kind is {arm.divergence.kind}, and the cache serves the forward divergence alone")
     if arm.divergence.temperature != shared.divergence.temperature:

@@ -6,20 +6,24 @@ python -m components.distill --arm align_ti
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from components import tracking
 from components.align_ti.step import AlignTI, Method
 from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
 from components.distill.checkpoint import Checkpoints, fingerprint
-from components.distill.export import export, model_card
+from components.distill.export import export, gathered, model_card
+from components.distill.launch import check_came_up, launch, to_be_launched
 from components.distill.loop import train
 from components.distill.order import Order
+from components.distill.placement import load_teacher
 from components.distill.teacher import FrozenTeacher, same_tower
+from components.distill.trainable import choose_trainable, merge_adapters
 from components.errors import exit_from
 from components.models.collate import Collator
 from components.models.load import Loaded, check_layer, check_pair, load
@@ -38,20 +42,30 @@ def main() -> None:
     name = parser.parse_args().arm
     settings = load_settings()
     arm = settings.arm(name)
+    if to_be_launched(settings.runtime):
+        launch(settings.runtime, prepare_torch(settings.runtime, arm.seed).type, sys.argv[1:])
+        return
     with tracking.stage_run("distill", name, runtime=settings.runtime, params=arm.model_dump(mode="json")) as run:
         cost = distill(name, arm, settings, run)
         run.metrics({"cost/train_seconds": cost.train_seconds, "cost/peak_memory_mib": cost.peak_memory_mib})
-    print(
-        f"distill@{name}: {cost.steps:,} steps in {cost.train_seconds:.0f} s, peak {cost.peak_memory_mib:,.0f} MiB"
-        f" -> {STUDENTS / name / 'model'}"
-    )
+    if PartialState().is_main_process:
+        print(
+            f"distill@{name}: {cost.steps:,} steps in {cost.train_seconds:.0f} s, peak {cost.peak_memory_mib:,.0f} MiB"
+            f" -> {STUDENTS / name / 'model'}"
+        )
+    PartialState().destroy_process_group()
 
 
 def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     """Train and export one arm. Returns what it took."""
     device = prepare_torch(settings.runtime, arm.seed)
     bf16 = settings.distill.precision == "bf16"
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if bf16 else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    check_came_up(accelerator, settings.runtime)
     device = accelerator.device
     samples = Samples(DATASET, "train")
     choice = TeacherChoice.read(TEACHER / "choice.json")
@@ -71,7 +85,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     run.dataset("train", samples.manifest.digest[:32])
 
     student = load(Path(start.path), device)
-    _freeze(student, settings.distill)
+    choose_trainable(student, settings.distill)
     if settings.uses_cache(arm):
         module = _cached(arm, settings, student)
         facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
@@ -81,25 +95,38 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
                 f"distill@{name}: L_tpa asks the teacher about tokens that the student draws meanwhile, which no cache has;"
                 " this arm runs the live teacher for all its terms"
             )
-        teacher = load(Path(choice.path), device, torch.bfloat16 if bf16 else torch.float32)
+        teacher = load_teacher(Path(choice.path), device, settings)
         module = _live(arm, settings.distill, student, teacher, layer)
     collator = Collator(student.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
     instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
     order = Order(instructions, settings.distill.batch_size, arm.seed)
-    with Checkpoints(name, fingerprint({**facts, "steps_logged": settings.distill.log_every})) as checkpoints:
+    resumable = fingerprint({**facts, "steps_logged": settings.distill.log_every})
+    with Checkpoints(name, resumable, main=accelerator.is_main_process) as checkpoints:
         outcome = train(
             module, samples, collator, order, settings.distill, accelerator, checkpoints, run, title=f"distill@{name}"
         )
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
-            peak_memory_mib=round(peak_memory_mib(device), 1),
+            peak_memory_mib=round(_most(peak_memory_mib(device), accelerator), 1),
             device=str(device),
             steps=outcome.steps,
         )
+        state = gathered(accelerator, outcome.wrapped)
         if accelerator.is_main_process:
+            if state is not None:  # `student` holds this process's part alone
+                student = load(Path(start.path), "cpu")
+                choose_trainable(student, settings.distill)
+                student.model.load_state_dict(state)
+            if settings.distill.trainable.lora is not None:
+                merge_adapters(student.model)
             export(STUDENTS / name, student, model_card(name, facts), outcome.losses, cost)
             checkpoints.clear()
     return cost
+
+
+def _most(mib: float, accelerator: Accelerator) -> float:
+    """The most of any process."""
+    return float(accelerator.gather(torch.tensor([mib], device=accelerator.device)).max())
 
 
 def _live(arm: Arm, distill: DistillSettings, student: Loaded, teacher: Loaded, layer: int) -> AlignTI:
@@ -134,20 +161,6 @@ def _method(arm: Arm, distill: DistillSettings, student: Loaded, shared_vocabula
         shared_vocabulary=shared_vocabulary,
         route="expanded" if distill.gradient_checkpointing else "continuation",
     )
-
-
-def _freeze(student: Loaded, distill: DistillSettings) -> None:
-    """Only the parts that params/distill.yaml names are trained."""
-    parts: dict[str, Any] = {
-        "vision_tower": student.model.model.vision_tower,
-        "projector": student.model.model.multi_modal_projector,
-        "language_model": student.model.model.language_model,
-    }
-    student.model.get_output_embeddings().requires_grad_(distill.trainable.language_model)
-    for part, module in parts.items():
-        module.requires_grad_(getattr(distill.trainable, part))
-    if distill.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from filelock import FileLock, Timeout
 
 from components import artifacts
 from components.artifacts import RUNS, write_text
-from components.errors import TryAgainError
+from components.errors import InputError, TryAgainError
 
 # It warns at every checkpoint that tied weights are stored once, which is as it should be (the resume test compares bytes).
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
@@ -27,16 +28,24 @@ def fingerprint(facts: dict[str, Any]) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one arm at one fingerprint, in `.runs/distill/ARM/FINGERPRINT/step-N/`."""
+    """The checkpoints of one arm at one fingerprint, in `.runs/distill/ARM/FINGERPRINT/step-N/`.
 
-    def __init__(self, arm: str, fingerprint: str) -> None:
+    A checkpoint does not depend on the number of processes, except DeepSpeed's; it does on how they divide the weights.
+
+    Args:
+        main: this is the first of the training's processes, the one that holds the lock.
+    """
+
+    def __init__(self, arm: str, fingerprint: str, main: bool = True) -> None:
         self.folder = RUNS / "distill" / arm / fingerprint
+        self._main = main
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
 
     def __enter__(self) -> Checkpoints:
         try:
-            self._lock.acquire(timeout=0)
+            if self._main:
+                self._lock.acquire(timeout=0)
         except Timeout:
             raise TryAgainError(
                 f"another process is training this arm ({self.folder}/lock is held); wait for it or stop it"
@@ -60,7 +69,7 @@ class Checkpoints:
         accelerator.save_state(str(draft))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_text(draft / "progress.json", json.dumps(progress))
+            write_text(draft / "progress.json", json.dumps({**progress, "layout": layout(accelerator)}))
             older = [path for path in self.folder.glob("step-*") if path != final]
             shutil.rmtree(final, ignore_errors=True)
             draft.replace(final)
@@ -69,11 +78,25 @@ class Checkpoints:
 
     @staticmethod
     def restore(accelerator: Accelerator, path: Path) -> dict[str, Any]:
-        accelerator.load_state(str(path))
+        """Load the state at `path` and return its progress. Raises InputError if its weights are divided in another way."""
         progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        saved, here = progress.pop("layout"), layout(accelerator)
+        if saved != here:
+            raise InputError(
+                f"{path} was saved under {saved}, and this is {here}: go on as it began (`devices`, `accelerate` in"
+                f" params/runtime.yaml), or delete {path.parent} to begin anew"
+            )
+        accelerator.load_state(str(path))
         return progress
 
     def clear(self) -> None:
         """The student is out: its checkpoints have no further use."""
         for path in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
             shutil.rmtree(path)
+
+
+def layout(accelerator: Accelerator) -> str:
+    """How the weights lie on disk: whole from one process or DDP, as FSDP saves them, or in DeepSpeed's parts per process."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed on {accelerator.num_processes} processes"
+    return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "whole weights"

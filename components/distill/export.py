@@ -7,8 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
 from components.artifacts import Cost, jsonl, write_text
 from components.models.load import Loaded
+
+
+def gathered(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor] | None:
+    """The student's whole weights, by its own names, where they are divided over processes; None where each has them all.
+
+    Every rank calls it; the first gets the weights.
+    """
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return None
+    prefix = "method.student.model."
+    return {name.removeprefix(prefix): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
 
 
 def export(folder: Path, student: Loaded, card: str, losses: list[dict[str, float]], cost: Cost) -> None:

@@ -17,10 +17,12 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from components.align_ti.losses import TERMS, total
-from components.align_ti.step import AlignTI, Terms
+from components.align_ti.step import AlignTI
 from components.distill.checkpoint import Checkpoints
-from components.distill.order import Order
-from components.errors import AlignTIError, InputError, Interrupted
+from components.distill.launch import prepare_sharding
+from components.distill.order import Order, shared_out, shared_out_by_length
+from components.distill.replica import Replica
+from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch, Collator
 from components.settings import DistillSettings
 from components.shards import Samples
@@ -32,6 +34,7 @@ class Outcome:
     losses: list[dict[str, float]]  # one per `log_every` steps
     seconds: float  # of training, over all the times it was resumed
     steps: int
+    wrapped: torch.nn.Module  # as accelerate prepared it, for whoever wants the weights
 
 
 def train(
@@ -48,11 +51,12 @@ def train(
     """Train `module`'s student for `settings.steps` steps, from the latest checkpoint if there is one.
 
     Raises:
-        InputError: batch_size does not divide over the ranks.
+        InputError: batch_size does not divide over the ranks; the checkpoint is of another layout.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
         AlignTIError: the loss is not finite; names step, term and samples.
     """
-    micro_batches = _micro_batches_per_step(settings, accelerator.num_processes)
+    lora = settings.trainable.lora
+    replica = Replica(module, accelerator.num_processes, seeded=lora is not None and lora.dropout > 0)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters,
@@ -62,7 +66,8 @@ def train(
     )
     warmup = round(settings.steps * settings.optimiser.warmup_ratio)
     schedule = get_cosine_schedule_with_warmup(optimiser, warmup, settings.steps)
-    wrapped, optimiser = accelerator.prepare(module, optimiser)
+    prepare_sharding(accelerator, module, settings)
+    wrapped, optimiser = accelerator.prepare(replica, optimiser)
     accelerator.register_for_checkpointing(schedule)
     weights = torch.tensor([module.method.weights[term] for term in TERMS], device=accelerator.device)
 
@@ -76,8 +81,8 @@ def train(
     wrapped.train()
     with bar, _stop_request() as stop:
         for step in range(progress["step"] + 1, settings.steps + 1):
-            batches = [next(stream) for _ in range(micro_batches)]
-            terms, norm = _step(wrapped, module, batches, weights, optimiser, settings, accelerator)
+            batches = next(stream)
+            terms, norm, stopping = _step(wrapped, module, batches, weights, optimiser, settings, accelerator, stop)
             schedule.step()
             record = dict(zip(TERMS, terms.tolist(), strict=True))
             if not all(map(math.isfinite, [*record.values(), norm])):
@@ -90,11 +95,11 @@ def train(
                 progress["losses"].append(line)
                 run.metrics({f"loss/{key}": value for key, value in line.items() if key != "step"}, step=step)
             progress |= {"step": step, "seconds": time.perf_counter() - started}
-            if stop or (step % settings.checkpoint_every == 0 and step < settings.steps):
+            if stopping or (step % settings.checkpoint_every == 0 and step < settings.steps):
                 checkpoints.save(accelerator, progress)
-            if stop:
+            if stopping:
                 raise Interrupted(f"{title} stopped at step {step:,}, saved; run the same command to go on")
-    return Outcome(progress["losses"], progress["seconds"], settings.steps)
+    return Outcome(progress["losses"], progress["seconds"], settings.steps, wrapped)
 
 
 def _step(
@@ -105,8 +110,11 @@ def _step(
     optimiser: torch.optim.Optimizer,
     settings: DistillSettings,
     accelerator: Accelerator,
-) -> tuple[Tensor, float]:
-    """One optimiser step over the micro-batches of this rank. Returns each term's global mean (4,) and the gradient norm.
+    stop: _Flag,
+) -> tuple[Tensor, float, bool]:
+    """One optimiser step over the micro-batches of this rank.
+
+    Returns each term's global mean (4,), the gradient norm, and whether any rank was asked to stop.
 
     Denominators are counts over the global batch. With one micro-batch they come out of the same pass; with several, how
     many draws count has to be known before the first backward pass, so the draws are made first.
@@ -115,25 +123,28 @@ def _step(
     counts: Tensor | None = None
     if len(batches) > 1:
         if module.method.wants("tpa"):
-            draws = [module.draw(batch, keys) for batch, keys in batches]
+            with torch.no_grad(), accelerator.autocast():
+                draws = [wrapped(batch, keys, only_draw=True)[0] for batch, keys in batches]
         mine = sum((module.count(batch, drawn) for (batch, _), drawn in zip(batches, draws, strict=True)), weights * 0)
         counts = accelerator.reduce(mine, reduction="sum")
     sums = torch.zeros_like(weights)
     for i, ((batch, keys), drawn) in enumerate(zip(batches, draws, strict=True)):
         last = i == len(batches) - 1
+        accelerator.gradient_state._set_sync_gradients(last)  # what DeepSpeed goes by
         with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
-            terms: Terms = wrapped(batch, keys, drawn)
+            its_sums, its_counts = wrapped(batch, keys, drawn)
             if counts is None:
-                counts = accelerator.reduce(terms.counts, reduction="sum")
+                counts = accelerator.reduce(its_counts, reduction="sum")
             # Data parallelism averages gradients over ranks; the denominators are global already.
-            loss = total(terms.sums, counts, weights) * accelerator.num_processes
+            loss = total(its_sums, counts, weights) * accelerator.num_processes
             accelerator.backward(loss)
-        sums += terms.sums.detach()
+        sums += its_sums.detach()
     norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.optimiser.max_grad_norm)
     optimiser.step()
     optimiser.zero_grad()
     assert counts is not None
-    return accelerator.reduce(sums, reduction="sum") / counts.clamp_min(1), float(norm)
+    *_, asked = seen = accelerator.reduce(torch.cat([sums, sums.new_tensor([bool(stop)])]), reduction="sum")
+    return seen[:-1] / counts.clamp_min(1), float(norm), bool(asked)
 
 
 def _batches(
@@ -143,23 +154,28 @@ def _batches(
     settings: DistillSettings,
     first_step: int,
     accelerator: Accelerator,
-) -> Iterator[tuple[Batch, list[int]]]:
-    """Collated micro-batches of this rank with the keys of their samples."""
-    for micro in order.micro_batches(
-        first_step, settings.steps, settings.micro_batch_size, accelerator.process_index, accelerator.num_processes
-    ):
-        keys = [order.seed * 2**40 + key for key, _ in micro]
-        yield collator([samples[index] for _, index in micro]).to(accelerator.device), keys
-
-
-def _micro_batches_per_step(settings: DistillSettings, ranks: int) -> int:
-    per_pass = settings.micro_batch_size * ranks
-    if settings.batch_size % per_pass:
-        raise InputError(
-            f"params/distill.yaml: batch_size {settings.batch_size} is not a multiple of micro_batch_size"
-            f" {settings.micro_batch_size} x {ranks} processes"
-        )
-    return settings.batch_size // per_pass
+) -> Iterator[list[tuple[Batch, list[int]]]]:
+    """Step by step, the collated micro-batches of this rank with the keys of their samples."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    lengths: dict[int, int] = {}
+    for step in range(first_step, settings.steps):
+        batch = order.batch(step)
+        if settings.micro_batch_tokens is None:
+            micro_batches = shared_out(batch, settings.micro_batch_size, rank, ranks)
+        else:
+            fresh = [index for _, index in batch if index not in lengths]
+            if fresh:
+                encoded = collator.encode([samples[index] for index in fresh])
+                lengths |= {index: len(row.input_ids) for index, row in zip(fresh, encoded, strict=True)}
+            of_batch = [lengths[index] for _, index in batch]
+            micro_batches = shared_out_by_length(batch, of_batch, settings.micro_batch_tokens, rank, ranks)
+        yield [
+            (
+                collator([samples[index] for _, index in micro]).to(accelerator.device),
+                [order.seed * 2**40 + key for key, _ in micro],
+            )
+            for micro in micro_batches
+        ]
 
 
 def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str]) -> AlignTIError:

@@ -1,16 +1,14 @@
-"""Which samples make up which step: a pure function of the seed, so that resuming needs no state."""
+"""Which samples make up which step, and which pass: pure functions of the seed, so that resuming needs no state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from components.errors import DataError
+from components.errors import DataError, InputError
 
 
 class Order:
-    """Epoch after epoch of shuffled samples, cut into global batches and those into micro-batches.
+    """Epoch after epoch of shuffled samples, cut into global batches.
 
     Args:
         samples: indices of the samples to train on.
@@ -40,10 +38,46 @@ class Order:
         epoch, place = divmod(key, len(self.samples))
         return self._shuffled(epoch)[place]
 
-    def micro_batches(self, first_step: int, steps: int, size: int, rank: int, ranks: int) -> Iterator[list[tuple[int, int]]]:
-        """The micro-batches of one rank from `first_step` on; each step gives batch_size / (size * ranks) of them."""
-        for step in range(first_step, steps):
-            batch = self.batch(step)
-            share = batch[rank * len(batch) // ranks : (rank + 1) * len(batch) // ranks]
-            for start in range(0, len(share), size):
-                yield share[start : start + size]
+
+def shared_out(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -> list[list[tuple[int, int]]]:
+    """One rank's micro-batches of at most `size` samples, in the order of the batch.
+
+    Raises InputError if they would not be as many on every rank.
+    """
+    share, left = divmod(len(batch), ranks)
+    size = min(size, share)
+    if left or share % size:
+        raise InputError(
+            f"params/distill.yaml: batch_size {len(batch)} does not divide into micro-batches of {size or 1}"
+            f" on {ranks} process(es)"
+        )
+    mine = batch[rank * share : (rank + 1) * share]
+    return [mine[start : start + size] for start in range(0, share, size)]
+
+
+def shared_out_by_length(
+    batch: list[tuple[int, int]], lengths: list[int], tokens: int, rank: int, ranks: int
+) -> list[list[tuple[int, int]]]:
+    """One rank's micro-batches of samples of like length, each of at most `tokens` tokens, its padding included.
+
+    Every rank has as many, and the n-th are of like cost on all of them, so that none waits long for another.
+
+    Args:
+        lengths: of the batch's samples, each at most `tokens`.
+
+    Raises InputError if the batch does not divide over the ranks: then samples that fill a pass each would be left over.
+    """
+    if len(batch) % ranks:
+        raise InputError(f"params/distill.yaml: batch_size {len(batch)} does not divide over {ranks} processes")
+    groups: list[list[int]] = []
+    for i in sorted(range(len(batch)), key=lambda i: -lengths[i]):
+        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > tokens:
+            groups.append([])
+        groups[-1].append(i)
+    while len(groups) % ranks:
+        largest = max(groups, key=len)
+        half = len(largest) // 2
+        groups[groups.index(largest)] = largest[:half]
+        groups.append(largest[half:])
+    groups.sort(key=lambda group: -lengths[group[0]] * len(group))
+    return [[batch[i] for i in group] for group in groups[rank::ranks]]

@@ -14,6 +14,8 @@ from components.models.vlm import VLM
 class FrozenTeacher:
     """A `VLM` without gradients. Not a Module, so that nothing that walks the student's modules ever finds it.
 
+    It may lie on another device than the batch, but for its head; what it returns is where the batch is.
+
     Args:
         layer: whose attention weighs the visual tokens.
         shares_tower: the student has the same frozen vision tower, so its image features are the teacher's too.
@@ -21,27 +23,34 @@ class FrozenTeacher:
 
     def __init__(self, vlm: VLM, layer: int, shares_tower: bool) -> None:
         self.vlm = vlm.eval().requires_grad_(False)
+        self.device = vlm.model.get_input_embeddings().weight.device
         self.layer = layer
         self.shares_tower = shares_tower
 
     def features(self, pixel_values: Tensor | None, of_student: Tensor | None) -> Tensor | None:
         if self.shares_tower and of_student is not None:
             return of_student
-        return self.vlm.features(pixel_values)
+        return self.vlm.features(None if pixel_values is None else pixel_values.to(self.device))
 
     def plain(
         self, batch: Batch, features: Tensor | None, keep: bool, look: bool
     ) -> tuple[Tensor, DynamicCache | None, Tensor | None]:
         """Hidden states (B, T, d), the cache if `keep`, and if `look` the instruction's attention (B, Nv) at `layer`."""
+        home = batch.input_ids.device
+        if home != self.device:
+            batch = batch.to(self.device)
+            features = None if features is None else features.to(self.device)
         if not look:
-            return *self.vlm.plain(batch, features, keep), None
+            hidden, cache = self.vlm.plain(batch, features, keep)
+            return hidden.to(home), cache, None
         eyes = Look.at(batch.instruction, batch.visual)
         with watching(self.vlm.model, [self.layer], eyes):
             hidden, cache = self.vlm.plain(batch, features, keep)
-        return hidden, cache, eyes.seen[self.layer]
+        return hidden.to(home), cache, eyes.seen[self.layer].to(home)
 
     def continued(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        return self.vlm.continued(cache, tokens, positions, mask)
+        there = (tensor.to(self.device) for tensor in (tokens, positions, mask))
+        return self.vlm.continued(cache, *there).to(tokens.device)
 
     def head(self, rows: Tensor) -> Tensor:
         return self.vlm.head(rows)
@@ -55,4 +64,4 @@ def same_tower(one: VLM, other: VLM) -> bool:
     ):
         return False
     mine, theirs = (vlm.model.model.vision_tower.state_dict() for vlm in (one, other))
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key].to(mine[key].device)) for key in mine)

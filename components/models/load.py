@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -45,8 +45,16 @@ def load_processor(path: Path) -> Any:
     return processor
 
 
-def load(path: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Loaded:
+def load(
+    path: Path,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    quantised: Literal["int8", "nf4"] | None = None,
+) -> Loaded:
     """Open a checkpoint folder: safetensors only, no remote code, no network, fused attention, eval mode.
+
+    Args:
+        dtype: of the weights, or of the arithmetic where the language model's linear layers are `quantised` (bitsandbytes).
 
     Raises ModelError if the folder is missing or incomplete, is no image-text model, wants code of its own, or lacks
     weights that the model needs (which transformers would fill with random numbers).
@@ -60,6 +68,7 @@ def load(path: Path, device: torch.device | str, dtype: torch.dtype = torch.floa
             path,
             dtype=dtype,
             attn_implementation="sdpa",
+            **(_quantised(quantised, device, dtype) if quantised else {}),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -71,7 +80,21 @@ def load(path: Path, device: torch.device | str, dtype: torch.dtype = torch.floa
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
-    return Loaded(model.to(device).eval(), processor)
+    return Loaded((model if quantised else model.to(device)).eval(), processor)
+
+
+def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    """Only the language model's linear layers: the head's rows are needed in float, and the tower's may be the student's."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_8bit=kind == "int8",
+        load_in_4bit=kind == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def check_pair(teacher: Loaded, student: Loaded) -> int:

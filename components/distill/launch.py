@@ -1,0 +1,115 @@
+"""Several processes for one training: the stage starts `accelerate launch` itself, and passes on signals and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from components.align_ti.step import AlignTI
+from components.errors import InputError, Interrupted
+from components.settings import DistillSettings, RuntimeSettings
+
+CONFIGS = Path("params/accelerate")
+LAUNCHED = "ALIGNTI_LAUNCHED"  # set in the processes that were started here
+SAVING_SECONDS = 600  # how long they may take to save when they are told to stop
+
+
+def to_be_launched(runtime: RuntimeSettings) -> bool:
+    """Is this the process that the user started, and are others asked for?"""
+    wanted = runtime.devices > 1 or runtime.accelerate is not None
+    return wanted and "WORLD_SIZE" not in os.environ and LAUNCHED not in os.environ
+
+
+def launch(runtime: RuntimeSettings, device: str, arguments: list[str], module: str = "components.distill") -> None:
+    """Run `python -m MODULE ARGUMENTS` in `runtime.devices` processes, and return when all are done.
+
+    Args:
+        device: "cpu" or "cuda", which chooses the configuration if `runtime.accelerate` does not.
+
+    Raises:
+        InputError: there is no such configuration, or DeepSpeed is asked for and not installed.
+        Interrupted: a signal came; the processes were told, and had time to save.
+        SystemExit: a process failed; its exit code, the first one's.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    config = configuration(runtime, device)
+    options = {
+        "--config_file": str(config),
+        "--num_processes": str(runtime.devices),
+        "--num_machines": "1",
+        "--machine_rank": "0",
+        "--main_process_port": "0",  # any that is free
+        "--num_cpu_threads_per_process": str(runtime.threads),
+    }
+    words = [word for option in options.items() for word in option]
+    os.environ |= {
+        LAUNCHED: "1",
+        "ALIGNTI_DEVICES": str(runtime.devices),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS),
+    }
+    try:
+        launch_command(launch_command_parser().parse_args([*words, "-m", module, *arguments]))
+    except SignalException as signal:
+        raise Interrupted(
+            f"{runtime.devices} processes stopped by {signal.sigval.name}; run the same command to go on"
+        ) from None
+    except ImportError as error:
+        raise InputError(f"{config}: {error}") from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"rank {rank} failed first, with exit code {failure.exitcode}; its message is above", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+def configuration(runtime: RuntimeSettings, device: str) -> Path:
+    """The accelerate configuration to launch with. Raises InputError if params/accelerate/ has none of that name."""
+    name = runtime.accelerate or ("ddp-cpu" if device == "cpu" else "ddp")
+    path = CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise InputError(f"params/runtime.yaml: accelerate: {name!r} is none of {CONFIGS}/: {known}")
+    return path
+
+
+def check_came_up(accelerator: Accelerator, runtime: RuntimeSettings) -> None:
+    """Raises InputError if fewer processes came up than were asked for, or not in the way asked for.
+
+    accelerate says neither: `accelerate launch --cpu --num_processes 2` starts one process, and FSDP on a CPU becomes DDP.
+    """
+    asked = max(runtime.devices, int(os.environ.get("WORLD_SIZE", "1")))
+    if accelerator.num_processes != asked:
+        raise InputError(
+            f"{asked} processes were asked for, and {accelerator.num_processes} came up: look at `distributed_type` of the"
+            f" accelerate configuration (params/accelerate/ has some that work), and at `device` in params/runtime.yaml"
+        )
+    for variable, kind in (
+        ("ACCELERATE_USE_FSDP", DistributedType.FSDP),
+        ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
+    ):
+        if os.environ.get(variable, "false").lower() == "true" and accelerator.distributed_type != kind:
+            raise InputError(
+                f"{kind.value} was asked for, and {accelerator.distributed_type.value} came up on {accelerator.device.type}:"
+                " accelerate shards on accelerators alone; on a CPU use `accelerate: ddp-cpu` in params/runtime.yaml"
+            )
+
+
+def prepare_sharding(accelerator: Accelerator, module: AlignTI, settings: DistillSettings) -> None:
+    """Tell FSDP2 which modules are layers, and DeepSpeed what the loop clips and batches; nothing otherwise."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        layers = module.student.model.model.language_model.layers  # type: ignore[attr-defined]
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layers[0]).__name__]
+        # bf16 is the loop's autocast, as everywhere; FSDP2's own policy would return the sums of the terms in bf16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+            "gradient_clipping": settings.optimiser.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+        }

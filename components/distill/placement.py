@@ -1,0 +1,85 @@
+"""Where the teacher's weights lie and how: in which numbers, on which device, whole or shared out over the processes."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.errors import InputError
+from components.models.load import Loaded, load
+from components.settings import RuntimeSettings, Settings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_teacher(path: Path, home: torch.device, settings: Settings) -> Loaded:
+    """The teacher as params/distill.yaml (`teacher_weights`) and params/runtime.yaml (`teacher_device`, ...) want it, frozen.
+
+    Its head lies at `home`, the student's device, where rows of hidden states are compared: logits are V wide, and sending
+    hidden states instead costs d / V of the traffic.
+
+    Raises:
+        InputError: 8- or 4-bit weights without CUDA or bitsandbytes, a device that is not there, or what does not go together.
+        ModelError: as `load`.
+    """
+    wanted, runtime = settings.distill.teacher_weights, settings.runtime
+    device = home if runtime.teacher_device == "same" else torch.device(runtime.teacher_device)
+    _check(wanted, device, runtime)
+    computed = DTYPES[wanted if wanted in DTYPES else settings.distill.precision]
+    teacher = load(path, device, computed, wanted if wanted in ("int8", "nf4") else None)
+    teacher.model.requires_grad_(False)
+    if runtime.teacher_sharded:
+        shard(teacher.model)
+    bring_head(teacher.model, home)
+    return teacher
+
+
+def _check(wanted: str, device: torch.device, runtime: RuntimeSettings) -> None:
+    where = "params/runtime.yaml: "
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{where}teacher_device is {device}, and there are {torch.cuda.device_count()} CUDA devices here")
+    if processes > 1 and runtime.teacher_device.startswith("cuda"):
+        raise InputError(
+            f"{where}teacher_device {device} would be every process's; with several use same, cpu or teacher_sharded"
+        )
+    if runtime.teacher_sharded and (processes == 1 or runtime.teacher_device != "same" or wanted in ("int8", "nf4")):
+        raise InputError(
+            f"{where}teacher_sharded needs `devices` above 1, teacher_device: same, and teacher_weights in fp32 or bf16;"
+            f" here are {processes} process(es), {runtime.teacher_device} and {wanted}"
+        )
+    if wanted in ("int8", "nf4"):
+        if device.type != "cuda":
+            raise InputError(
+                f"params/distill.yaml: teacher_weights {wanted} needs a CUDA device, and the teacher lies on {device}"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError(f"params/distill.yaml: teacher_weights {wanted} needs bitsandbytes; `pip install bitsandbytes`")
+
+
+def bring_head(model: Any, home: torch.device) -> None:
+    """Give `model` a head at `home`: a copy, for the one that it has may be its embeddings too."""
+    head = model.get_output_embeddings()
+    if head.weight.device != home:
+        model.set_output_embeddings(copy.deepcopy(head).to(home))
+
+
+def shard(model: Any) -> None:
+    """Divide the language model's layers over the processes; each is gathered while it runs (FSDP2).
+
+    Embeddings, head and vision tower stay whole: they are used outside of the language model's own forward.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    language_model = model.model.language_model
+    outside = set(language_model.parameters()) - set(language_model.layers.parameters())
+    mesh = init_device_mesh(next(language_model.parameters()).device.type, (torch.distributed.get_world_size(),))
+    for layer in language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(language_model, mesh=mesh, ignored_params=outside)

@@ -1,0 +1,68 @@
+"""Which of the student's weights are trained: whole parts of it, or low-rank adapters inside its language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from components.errors import InputError
+from components.models.load import Loaded
+from components.settings import DistillSettings, Lora
+
+
+def choose_trainable(student: Loaded, distill: DistillSettings) -> None:
+    """Freeze what params/distill.yaml does not train, add the adapters that it asks for, checkpoint and compile as it says.
+
+    Raises InputError if `trainable.lora` cannot be had: peft is missing, or no module has a name of its targets.
+    """
+    trainable, model = distill.trainable, student.model
+    parts: dict[str, Any] = {
+        "vision_tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "language_model": model.model.language_model,
+    }
+    model.get_output_embeddings().requires_grad_(trainable.language_model)
+    for part, module in parts.items():
+        module.requires_grad_(getattr(trainable, part))
+    if trainable.lora is not None:
+        add_adapters(model, trainable.lora)
+    if distill.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if distill.compile:
+        for layer in model.model.language_model.layers:
+            layer.compile(dynamic=True)
+
+
+def add_adapters(model: Any, lora: Lora) -> None:
+    """Put LoRA adapters (arXiv 2106.09685) beside the language model's modules named in `lora.targets`; train them alone there.
+
+    Every module stays where it is, so that the student keeps its class and its attributes.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError("params/distill.yaml: trainable.lora needs peft; `pip install 'alignti[lora]'`") from None
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
+    )
+    model.get_output_embeddings().requires_grad_(False)
+    try:
+        inject_adapter_in_model(config, model.model.language_model)
+    except ValueError as error:
+        linear = {name.rpartition(".")[2] for name, m in model.model.language_model.named_modules() if isinstance(m, nn.Linear)}
+        raise InputError(
+            f"params/distill.yaml: trainable.lora.targets {list(lora.targets)}: {error}; the language model has"
+            f" {', '.join(sorted(linear))}"
+        ) from None
+
+
+def merge_adapters(model: Any) -> None:
+    """Fold every adapter into the weights that it stands beside, and leave plain modules, as stock transformers knows them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.model.language_model.peft_config

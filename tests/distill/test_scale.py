@@ -1,0 +1,207 @@
+"""Several processes give what one gives: the same loss, the same weights, the same exit codes, resumable either way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from safetensors.torch import load_file, save_file
+
+from components.align_ti.losses import TERMS
+from components.artifacts import DATASET, STUDENTS, Manifest
+from components.distill.__main__ import distill
+from components.distill.launch import CONFIGS, check_came_up, launch
+from components.errors import InputError, Interrupted
+from components.settings import RuntimeSettings, load_settings
+from components.shards import ImageRow, Turn, write_split
+from components.tracking import Run
+from tests.distill.conftest import REPOSITORY, WORDS, _row, write_params
+from tests.distill.test_stage import _journal, _wait_for, command, environment
+
+ARM = "align_ti"
+
+
+@pytest.fixture
+def uneven(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workplace whose samples differ in length, and some of which have no image, so that ranks differ in every count."""
+    words = [
+        ImageRow(f"text-{i}", None, ((f"t-{i}", "list", (Turn("list the red .", " ".join(WORDS[: 1 + i])),)),))
+        for i in range(5)
+    ]
+    train = write_split(DATASET / "train", [*(_row(i) for i in range(8)), *words], images_per_shard=4)
+    Manifest(
+        source="digits", rows_in=13, rows_out=13, quarantined=0, splits={"train": train}, digest=train.shards[0].sha256
+    ).write(DATASET / "manifest.json")
+    legible(workplace)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
+    return workplace
+
+
+def legible(workplace: Path) -> None:
+    """Small steps, and a teacher who is sure of itself: what float32 sums differ by in their last digit stays in it.
+
+    A divergence of 0.01 between two near-uniform distributions is the difference of numbers a hundred times as large.
+    """
+    optimiser = load_settings().distill.optimiser.model_dump(mode="json")
+    write_params(workplace, "distill", {"optimiser": optimiser | {"learning_rate": 1e-4}})
+    path = Path("artifacts/models/teachers/base/model.safetensors")
+    weights = load_file(path)
+    (head,) = (name for name in weights if "lm_head" in name)
+    save_file(weights | {head: weights[head] * 50}, path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """`launch` writes to the environment for its processes; a stage ends there, a test does not."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ |= before
+
+
+def runtime(**values: Any) -> RuntimeSettings:
+    return load_settings().runtime.model_copy(update={"device": "cpu", **values})
+
+
+def alone(run: Run | None = None) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    settings = load_settings()
+    distill(ARM, settings.arm(ARM), settings, run or Run(None))
+    return results()
+
+
+def results() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    folder = STUDENTS / ARM
+    losses = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    return losses, load_file(folder / "model/model.safetensors")
+
+
+def assert_same_training(one: tuple[list, dict], other: tuple[list, dict]) -> None:
+    for mine, theirs in zip(one[0], other[0], strict=True):
+        assert all(mine[term] > 0 for term in TERMS), "each of the four terms is there to be compared"
+        for name in (*TERMS, "total"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-6), (mine["step"], name)
+        assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
+    start = load_file("artifacts/models/students/student/model.safetensors")
+    assert one[1].keys() == other[1].keys()
+    for name, weight in one[1].items():
+        moved = (weight - start[name]).double().norm()
+        assert (other[1][name] - weight).double().norm() <= 1e-3 * moved + 1e-6, name
+
+
+class StopsAt(Run):
+    """A run that is told to stop once it has logged a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(None)
+        self.step = step
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_one_process_then_two_then_one_train_as_one_and_sigterm_stops_two(uneven: Path) -> None:
+    steps = 60
+    write_params(uneven, "distill", {"steps": steps, "checkpoint_every": 1000})
+    wanted = alone()
+    with pytest.raises(Interrupted, match="stopped at step 2"):
+        alone(StopsAt(1))
+    running = subprocess.Popen(
+        command(ARM),
+        env={**environment(), "ALIGNTI_DEVICES": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(lambda: '"step": 4' in _journal(), running, seconds=280)
+    running.send_signal(signal.SIGTERM)
+    said, errors = running.communicate(timeout=280)
+    assert running.returncode == 143 and "run the same command to go on" in errors, errors
+    assert f"resumed at step 2 of {steps}" in said
+    (checkpoint,) = Path(".runs/distill").rglob("step-*")
+    assert 4 <= json.loads((checkpoint / "progress.json").read_text())["step"] < steps
+    assert_same_training(wanted, alone())
+
+
+def test_fsdp2_trains_as_one_process_with_its_teacher_sharded_too(uneven: Path, own_environment: None) -> None:
+    wanted = alone()
+    os.environ["ALIGNTI_TEACHER_SHARDED"] = "true"
+    launch(runtime(devices=2, accelerate="fsdp2"), "cpu", ["--arm", ARM], module="tests.distill.fsdp2_on_cpu")
+    assert_same_training(wanted, results())
+
+
+def test_the_first_failing_process_gives_its_exit_code(
+    workplace: Path, own_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("fails.py").write_text("import os, sys, time\nsys.exit(75) if os.environ['RANK'] == '1' else time.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(workplace))
+    with pytest.raises(SystemExit) as left:
+        launch(runtime(devices=2), "cpu", [], module="fails")
+    assert left.value.code == 75
+
+
+def test_processes_that_did_not_come_up_as_asked_are_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    check_came_up(accelerator, runtime())
+    with pytest.raises(InputError, match="2 processes were asked for, and 1 came up"):
+        check_came_up(accelerator, runtime(devices=2))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP was asked for, and NO came up on cpu"):
+        check_came_up(accelerator, runtime())
+
+
+def test_a_configuration_that_is_not_there_is_refused_with_those_that_are(workplace: Path) -> None:
+    with pytest.raises(InputError, match=r"'fsdp' is none of .*ddp, ddp-cpu, deepspeed_zero2, deepspeed_zero3, fsdp2"):
+        launch(runtime(devices=2, accelerate="fsdp"), "cpu", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddp", DistributedType.MULTI_GPU),
+        ("ddp-cpu", DistributedType.MULTI_GPU),
+        ("fsdp2", DistributedType.FSDP),
+        ("deepspeed_zero2", DistributedType.DEEPSPEED),
+        ("deepspeed_zero3", DistributedType.DEEPSPEED),
+    ],
+)
+def test_accelerate_reads_the_shipped_configurations(name: str, kind: DistributedType) -> None:
+    """It refuses keys that it does not know. What DeepSpeed makes of its own keys no test here covers."""
+    config = load_config_from_file(str(REPOSITORY / CONFIGS / f"{name}.yaml"))
+    assert config.distributed_type == kind and config.mixed_precision == "no"
+    if kind == DistributedType.DEEPSPEED:
+        known = {field.name for field in fields(DeepSpeedPlugin)}
+        plugin = DeepSpeedPlugin(**{key: value for key, value in config.deepspeed_config.items() if key in known})
+        assert plugin.zero_stage == int(name[-1]) and plugin.gradient_accumulation_steps == 1
+
+
+def test_deepspeed_that_is_not_installed_is_refused(workplace: Path, own_environment: None) -> None:
+    if find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is installed here")
+    with pytest.raises(InputError, match="DeepSpeed is not installed"):
+        launch(runtime(devices=2, accelerate="deepspeed_zero2"), "cuda", [])
+
+
+def test_a_checkpoint_of_another_layout_is_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        alone(StopsAt(1))
+    (checkpoint,) = Path(".runs/distill").rglob("step-*")
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    (checkpoint / "progress.json").write_text(json.dumps(progress | {"layout": "FSDP"}))
+    with pytest.raises(InputError, match="saved under FSDP, and this is whole weights: go on as it began"):
+        alone()

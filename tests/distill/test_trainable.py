@@ -1,0 +1,124 @@
+"""What is trained: adapters beside frozen weights, folded in at the end; compiled layers; passes by length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from components.align_ti.losses import TERMS
+from components.align_ti.step import AlignTI, Method
+from components.artifacts import STUDENTS
+from components.distill import loop
+from components.distill.teacher import FrozenTeacher
+from components.distill.trainable import choose_trainable, merge_adapters
+from components.errors import InputError, Interrupted, SettingsError
+from components.models.load import load
+from components.models.vlm import VLM
+from components.settings import DistillSettings, load_settings
+from tests import tiny
+from tests.distill.conftest import write_params
+from tests.distill.test_scale import StopsAt, alone, assert_same_training, legible
+
+STUDENT = Path("artifacts/models/students/student")
+LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+
+
+def ask(workplace: Path, lora: dict[str, Any] | None = None, **distill: Any) -> DistillSettings:
+    """Write it to params/distill.yaml; return what that says."""
+    trainable = {"vision_tower": False, "projector": True, "language_model": True, "lora": lora}
+    write_params(workplace, "distill", {"trainable": trainable, **distill})
+    return load_settings().distill
+
+
+def test_adapters_alone_are_trained_and_end_in_plain_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    ask(workplace, LORA)
+    optimised: list[int] = []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, parameters: list[torch.nn.Parameter], **options: Any) -> None:
+            optimised.append(sum(p.numel() for p in parameters))
+            super().__init__(parameters, **options)
+
+    monkeypatch.setattr(loop.torch.optim, "AdamW", Spy)
+    _, after = alone()
+    before = load_file(STUDENT / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    targets = {
+        name for name in before if any(f"{target}.weight" in name for target in LORA["targets"]) and "vision" not in name
+    }
+    projector = {name for name in before if "multi_modal_projector" in name}
+    assert changed == targets | projector
+    outputs_and_inputs = [sum(before[name].shape) for name in targets]
+    assert optimised == [LORA["rank"] * sum(outputs_and_inputs) + sum(before[name].numel() for name in projector)]
+    _, report = AutoModelForImageTextToText.from_pretrained(STUDENTS / "align_ti/model", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_folding_in_changes_no_output(workplace: Path) -> None:
+    student = load(STUDENT, "cpu")
+    choose_trainable(student, ask(workplace, LORA))
+    model = student.model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    apart = model(input_ids=ids).logits
+    merge_adapters(model)
+    assert not any("lora" in name for name in model.state_dict())
+    torch.testing.assert_close(model(input_ids=ids).logits, apart, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_in_adapters_is_the_same_after_resuming(workplace: Path) -> None:
+    ask(workplace, {**LORA, "dropout": 0.3}, checkpoint_every=100)
+    losses, wanted = alone()
+    with pytest.raises(Interrupted):
+        alone(StopsAt(3))
+    again, resumed = alone()
+    assert again == losses and all(torch.equal(resumed[name], wanted[name]) for name in wanted)
+    ask(workplace, LORA, checkpoint_every=100)
+    assert alone()[0] != losses, "dropout does something"
+
+
+def test_what_lora_cannot_do_is_refused(workplace: Path) -> None:
+    with pytest.raises(InputError, match=r"targets \['query'\].*the language model has .*q_proj"):
+        choose_trainable(load(STUDENT, "cpu"), ask(workplace, {**LORA, "targets": ["query"]}))
+    with pytest.raises(SettingsError, match="lora trains the language model, and language_model is false"):
+        trainable = {"vision_tower": False, "projector": True, "language_model": False, "lora": LORA}
+        write_params(workplace, "distill", {"trainable": trainable})
+        load_settings()
+
+
+def test_passes_by_length_train_the_same(workplace: Path) -> None:
+    legible(workplace)
+    wanted = alone()
+    ask(workplace, micro_batch_tokens=64)
+    assert_same_training(wanted, alone())
+    ask(workplace, micro_batch_tokens=63)
+    with pytest.raises(SettingsError, match=r"micro_batch_tokens: 63 is less than one sample may have .*max_length 64"):
+        load_settings()
+
+
+def test_compiled_layers_give_the_same_step() -> None:
+    """Traced and guarded as `compile` does it, run without a code generator, which is not ours and takes a minute."""
+    student, teacher = VLM(tiny.llava(layers=1)), VLM(tiny.llava(seed=2, hidden=48))
+    method = Method(weights=dict.fromkeys(TERMS, 1.0), eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY)
+    step = AlignTI(student, FrozenTeacher(teacher, 1, False), method)
+
+    def gradients() -> list[torch.Tensor]:
+        student.zero_grad()
+        terms = step(tiny.batch([(1, 3, 3), (0, 2, 2)]), [1, 2])
+        terms.sums.sum().backward()
+        return [terms.sums, *(p.grad for p in student.parameters() if p.grad is not None)]
+
+    eager = gradients()
+    for layer in student.model.model.language_model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    torch.testing.assert_close(gradients(), eager, rtol=1e-5, atol=1e-6)
