@@ -126,6 +126,10 @@ class Batch:
     visual: Tensor  # (B, T) bool
     pixel_values: Tensor | None  # (B, 3, H, W)
 
+    @property
+    def ids(self) -> list[str]:
+        return [str(row) for row in range(len(self.input_ids))]
+
 
 def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     """A LLaVA with random weights and fused attention, made on `device`; its vision tower is frozen.
