@@ -130,6 +130,10 @@ class Batch:
     def ids(self) -> list[str]:
         return [str(row) for row in range(len(self.input_ids))]
 
+    def to(self, device: torch.device) -> Batch:
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return Batch(**moved)
+
 
 def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     """A LLaVA with random weights and fused attention, made on `device`; its vision tower is frozen.
