@@ -131,6 +131,7 @@ def test_one_process_then_two_then_one_train_as_one_and_sigterm_stops_two(uneven
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=280)
     assert running.returncode == 143 and "run the same command to go on" in errors, errors
+    assert '"status": "KILLED"' in _journal(), "it had time to end in order"
     two = [json.loads(line)["step"] for line in _journal().splitlines() if "loss/sft" in line and "final/" not in line]
     (checkpoint,) = Path(".runs/distill").rglob("step-*")
     assert two == list(range(3, 1 + json.loads((checkpoint / "progress.json").read_text())["step"])), (
