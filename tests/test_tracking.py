@@ -18,13 +18,14 @@ import pytest
 
 from components import mirror, tracking
 from components.errors import Interrupted, SettingsError
-from components.settings import RuntimeSettings
+from components.settings import RuntimeSettings, load_settings
 
+ROOT = str(Path(__file__).parents[1])
 SQLITE = "sqlite:///.mlflow/mlflow.db"
 
 
 def runtime(uri: str = tracking.JOURNAL_ONLY) -> RuntimeSettings:
-    return RuntimeSettings(device="cpu", threads=1, tracking_uri=uri, experiment="tests")
+    return load_settings(Path(ROOT)).runtime.model_copy(update={"tracking_uri": uri, "experiment": "tests"})
 
 
 @pytest.fixture(autouse=True)
@@ -201,14 +202,14 @@ def test_sync_sends_what_is_left_once_however_often_it_is_interrupted(monkeypatc
     assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["curve.png"]
 
 
-ROOT = str(Path(__file__).parents[1])
-KILLED = """
+KILLED = f"""
 import sys, time
+from pathlib import Path
 from components import tracking
-from components.settings import RuntimeSettings
-runtime = RuntimeSettings(device="cpu", threads=1, tracking_uri="journal", experiment="tests")
+from components.settings import load_settings
+runtime = load_settings(Path({ROOT!r})).runtime.model_copy(update=dict(tracking_uri="journal"))
 with tracking.stage_run("distill", cell="a", runtime=runtime) as run:
-    run.metrics({"loss/sft": 1.0}, step=1)
+    run.metrics({{"loss/sft": 1.0}}, step=1)
     print("ready", flush=True)
     time.sleep(60)
 """

@@ -74,7 +74,7 @@ def train(
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
     if latest := checkpoints.latest():
         progress = checkpoints.restore(accelerator, latest)
-        accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}")
+        accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}", flush=True)
     stream = _batches(samples, collator, order, settings, progress["step"], accelerator)
     bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter() - progress["seconds"]

@@ -38,7 +38,7 @@ class FrozenTeacher:
         """Hidden states (B, T, d), the cache if `keep`, and if `look` the instruction's attention (B, Nv) at `layer`."""
         home = batch.input_ids.device
         if home != self.device:
-            batch = batch.to(self.device)
+            batch = batch.to(self.device)  # type: ignore[attr-defined]  # as collated ones have
             features = None if features is None else features.to(self.device)
         if not look:
             hidden, cache = self.vlm.plain(batch, features, keep)

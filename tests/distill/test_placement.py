@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.initialization import no_init_weights
+from torch.overrides import TorchFunctionMode
 
 from components.distill.placement import bring_head, load_teacher
 from components.distill.teacher import FrozenTeacher
@@ -24,24 +23,31 @@ from tests.distill.test_scale import StopsAt, alone
 TEACHER = Path("artifacts/models/teachers/base")
 
 
+class Carries(TorchFunctionMode):
+    """Lets tensors come back from the meta device, as zeros: it is this test's second device, and refuses to be mixed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.to and args[0].is_meta and args[1:2] == (torch.device("cpu"),):
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 def test_hidden_states_come_home_from_another_device() -> None:
-    """Fake tensors know their device and refuse to be mixed, so that a second device need not be there."""
-    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
-        with torch.device("cuda:0"):
-            model = tiny.llava(hidden=32)
-        home = torch.device("cpu")
+    home = torch.device("cpu")
+    model = tiny.llava().to("meta")
+    with Carries():
         bring_head(model, home)
         teacher = FrozenTeacher(VLM(model), 1, shares_tower=False)
-        made = vars(tiny.batch([(1, 3, 3), (1, 5, 2)]))
-        batch = Batch(image_ids=[], **made)
+        batch = Batch(image_ids=[], **vars(tiny.batch([(1, 3, 3), (1, 5, 2)])))
         features = teacher.features(batch.pixel_values, None)
-        assert features is not None and features.device.type == "cuda"
         hidden, cache, _ = teacher.plain(batch, features, keep=True, look=False)
+        assert cache is not None and cache.layers[0].keys.is_meta, "what is large stays there"
         B, T = batch.input_ids.shape
         tokens = torch.ones(B, 2, dtype=torch.long)
         after = teacher.continued(cache, tokens, tokens, torch.ones(B, 1, 2, T + 2, dtype=torch.bool))
         assert {hidden.device, after.device, teacher.head(hidden[0]).device} == {home}
-        assert cache.layers[0].keys.device.type == "cuda", "what is large stays there"
+        of_student = torch.zeros_like(features, device=home)
+        assert teacher.plain(batch, of_student, keep=True, look=False)[0].device == home, "features that it shares go there"
 
 
 def test_nothing_of_the_teacher_is_trained_or_saved(workplace: Path) -> None:

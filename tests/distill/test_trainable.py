@@ -101,9 +101,8 @@ def test_passes_by_length_train_the_same(workplace: Path) -> None:
     wanted = alone()
     ask(workplace, micro_batch_tokens=64)
     assert_same_training(wanted, alone())
-    ask(workplace, micro_batch_tokens=63)
     with pytest.raises(SettingsError, match=r"micro_batch_tokens: 63 is less than one sample may have .*max_length 64"):
-        load_settings()
+        ask(workplace, micro_batch_tokens=63)
 
 
 def test_compiled_layers_give_the_same_step() -> None:
