@@ -95,18 +95,17 @@ def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
     Ni = rows.shape[1]
     asked = query.gather(2, rows[:, None, :, None].expand(B, H, Ni, d)).view(B, K, H // K, Ni, d)
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.einsum("bkgnd,bktd->bkgnt", asked.to(wide), key.to(wide)) * scaling
+    scores = torch.einsum("bkgnd,bktd->bkgnt", asked.to(wide) * scaling, key.to(wide))
     if mask is None:
         allowed = torch.arange(T, device=query.device) <= rows[:, :, None]  # (B, Ni, T)
-        scores = scores.masked_fill(~allowed[:, None, None], -torch.inf)
+        scores.masked_fill_(~allowed[:, None, None], -torch.inf)
     else:
         row_mask = mask.expand(B, -1, T, T)[:, 0].gather(1, rows[:, :, None].expand(B, Ni, T))[:, None, None]
         scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask.to(wide)
-    weights = scores.softmax(-1).flatten(1, 2)  # (B, H, Ni, T)
-    at_columns = weights.gather(3, columns[:, None, None, :].expand(B, H, Ni, columns.shape[1])).mean(1)
+    over_heads = scores.softmax(-1).mean((1, 2))  # (B, Ni, T)
     counted = (look.rows >= 0)[:, :, None]
-    mean = (at_columns * counted).sum(1) / counted.sum(1).clamp_min(1)
-    return mean * (look.columns >= 0)
+    mean = (over_heads * counted).sum(1) / counted.sum(1).clamp_min(1)
+    return mean.gather(1, columns) * (look.columns >= 0)
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)
