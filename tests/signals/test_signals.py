@@ -17,6 +17,7 @@ from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import top_k
 from components.artifacts import DATASET, RUNS, SIGNALS, STUDENTS, SignalFacts, SignalManifest
 from components.distill import __main__ as stage
+from components.distill import placement
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError, SettingsError, TryAgainError
 from components.models.collate import Collator
@@ -51,7 +52,8 @@ def without_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "teachers" not in path.parts, "the teacher was loaded"
         return load(path, *arguments)
 
-    monkeypatch.setattr(stage, "load", refuse)
+    for module in (stage, placement):
+        monkeypatch.setattr(module, "load", refuse)
 
 
 def opened() -> Signals:
