@@ -132,6 +132,27 @@ def leaderboard(
 
 
 @app.command()
+def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, with its prompt.")] = None) -> None:
+    """List the benchmarks: what each asks, how it is scored, where to get it, and what is not verified."""
+    from components.errors import InputError
+    from components.evaluate.benchmarks.table import BENCHMARKS
+
+    if name is not None and name not in BENCHMARKS:
+        raise InputError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    for key in [name] if name else BENCHMARKS:
+        entry = BENCHMARKS[key]
+        items = f"{entry.items:,} questions" if entry.items else "number of questions not verified"
+        typer.secho(f"{key}: {entry.title}, {entry.split}, {items}{' (paper)' if entry.in_paper else ''}", bold=True)
+        typer.echo(f"  score    {entry.metric}: {entry.rule}")
+        typer.echo(f"  licence  {entry.licence or 'not verified'}")
+        typer.echo(f"  get      {entry.get}")
+        for point in entry.open_points:
+            typer.echo(f"  open     {point}")
+        if name is not None:
+            typer.echo("  prompt   " + entry.prompt.replace("\n", "\n           "))
+
+
+@app.command()
 def samples(
     most: int = typer.Option(2000, "--most", min=1, help="Samples on the page; the first ones of the evaluated split."),
 ) -> None:
@@ -177,7 +198,7 @@ def controls(
     folders |= {name: STUDENTS / name / "model" for name in settings.study.arms}
     found = measured.measure([(name, folders[name]) for name in arm or known], settings)
     made = measured.write(found)
-    blind = ", ".join(f"{name} {figures.blind:.1%} of {figures.seeing:.1%}" for name, figures in found.models.items())
+    blind = ", ".join(f"{name} {max(m.blank, m.other):.1%} of {m.seeing:.1%}" for name, m in found.models.items())
     twins = found.contamination.exact + found.contamination.near
     typer.echo(f"controls: right without the image {blind}; {twins} test images have a twin in training -> {made[1]}")
 

@@ -68,3 +68,13 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys, components.cli; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert not HEAVY & set(loaded)
+
+
+def test_benchmarks_say_how_to_get_each_and_what_is_open(root: Path) -> None:
+    done = alignti(root, "benchmarks", "textvqa")
+    assert done.returncode == 0, done.stderr
+    assert "textvqa: TextVQA, val 0.5.1, 5,000 questions (paper)" in done.stdout
+    assert "curl -fL -o $LMUData/TextVQA_VAL.tsv https://" in done.stdout
+    assert "Reference OCR token: {ocr}" in done.stdout and "  open     " in done.stdout
+    wrong = alignti(root, "benchmarks", "vqa2")
+    assert wrong.returncode == 2 and "there is no benchmark 'vqa2'; there are gqa, sqa" in wrong.stderr

@@ -1,7 +1,8 @@
 """What a score is worth without its image, and whether the test was trained on: `alignti controls`.
 
-A question that a model answers right with a blank image in the picture's place needed no looking: language alone, or the most
-frequent answer, will do. What an arm has over its own blind score is what it gets from seeing.
+A question that a model answers right with a blank image in the picture's place, or with another picture, needed no looking:
+language alone, or the most frequent answer, will do. The blank image is the field's control, but a model may never have seen
+one and babble; another picture of the split is like those that it knows. What an arm has over both it gets from seeing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from components.artifacts import DATASET, REPORTS, Record, Split, write_text
+from components.errors import DataError
 from components.evaluate import generate, metrics
 from components.evaluate.contamination import Contamination, contamination
 from components.models.load import load
@@ -26,12 +28,14 @@ GREY = (127, 127, 127)
 
 
 class Blind(Record):
-    """One model's exact match with the image and with a blank one, over all questions and per kind."""
+    """One model's exact match with each question's image, with a blank one, and with another question's image."""
 
     seeing: float
-    blind: float
+    blank: float
+    other: float
     seeing_per_kind: dict[str, float]
-    blind_per_kind: dict[str, float]
+    blank_per_kind: dict[str, float]
+    other_per_kind: dict[str, float]
 
 
 class Controls(Record):
@@ -63,8 +67,29 @@ class Blank(Sequence[Sample]):
         return Sample(sample.id, f"blank {sample.image_id}", sample.kind, blank, sample.turns)
 
 
+class Other(Sequence[Sample]):
+    """The same samples, each asked about the image half a split further on. Raises DataError if there is only one image."""
+
+    def __init__(self, samples: Samples) -> None:
+        if samples.images < 2:
+            raise DataError("another image to ask about needs a split of two or more")
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        sample = self._samples[index]
+        if sample.image is None:
+            return sample
+        images = self._samples.images
+        row = (int(self._samples.row_of[index]) + images // 2) % images
+        shown = self._samples[self._samples.of_image(row)[0]]
+        return Sample(sample.id, shown.image_id, sample.kind, shown.image, sample.turns)
+
+
 def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
-    """Every named model blind and seeing on the evaluated split, and that split against the training data."""
+    """Every named model with and without the images of the evaluated split, and that split against the training data."""
     asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split)
     rows = generate.questions(samples)
     device = prepare_torch(settings.runtime, seed=0)
@@ -72,12 +97,17 @@ def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
     found = {}
     for name, path in models:
         loaded, scores = load(path, device), []
-        for title, shown in ((f"{name}: seeing", samples), (f"{name}: blind", Blank(samples))):
-            said = generate.answers(loaded, shown, rows, template, settings.models.max_length, asked, title)
+        for what, shown in (("seeing", samples), ("blank image", Blank(samples)), ("another image", Other(samples))):
+            said = generate.answers(loaded, shown, rows, template, settings.models.max_length, asked, f"{name}: {what}")
             scores.append(metrics.score(name, metrics.predictions((samples[row] for row in rows), said)))
-        seeing, blind = scores
+        seeing, blank, other = scores
         found[name] = Blind(
-            seeing=seeing.exact_match, blind=blind.exact_match, seeing_per_kind=seeing.per_kind, blind_per_kind=blind.per_kind
+            seeing=seeing.exact_match,
+            blank=blank.exact_match,
+            other=other.exact_match,
+            seeing_per_kind=seeing.per_kind,
+            blank_per_kind=blank.per_kind,
+            other_per_kind=other.per_kind,
         )
     guessed = metrics.score("majority", metrics.predictions((samples[row] for row in rows), majority(samples, rows)))
     return Controls(
@@ -103,28 +133,22 @@ def markdown(controls: Controls) -> str:
     """What each model gets from seeing, per kind, and what the split shares with the training data."""
     kinds = list(controls.majority_per_kind)
     names = list(controls.models)
-    head = ["exact match, %: seeing / blind", *names, "majority"]
+    head = ["exact match, %: its image / blank / another", *names, "majority"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    lines.append(
-        ["all", *(_both(controls.models[n].seeing, controls.models[n].blind) for n in names), _percent(controls.majority)]
-    )
+    overall = [_row(m.seeing, m.blank, m.other) for m in controls.models.values()]
+    lines.append(["all", *overall, _percent(controls.majority)])
     for kind in kinds:
-        found = [_both(controls.models[n].seeing_per_kind[kind], controls.models[n].blind_per_kind[kind]) for n in names]
+        found = [
+            _row(m.seeing_per_kind[kind], m.blank_per_kind[kind], m.other_per_kind[kind]) for m in controls.models.values()
+        ]
         lines.append([kind.replace("_", " "), *found, _percent(controls.majority_per_kind[kind])])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return (
-        "\n\n".join(
-            [
-                "# Controls",
-                f"{controls.questions:,} {controls.split} questions, once with their images and once with a blank grey one."
-                " Majority: the most frequent reference of each kind, said every time.",
-                table,
-                "## Is the test in the training data?",
-                _contaminated(controls.contamination),
-            ]
-        )
-        + "\n"
+    asked = (
+        f"{controls.questions:,} {controls.split} questions, with their images, with a blank grey one, and with those of other"
+        " questions. Majority: the most frequent reference of each kind, said every time."
     )
+    twins = _contaminated(controls.contamination)
+    return "\n\n".join(["# Controls", asked, table, "## Is the test in the training data?", twins]) + "\n"
 
 
 def write(controls: Controls) -> list[Path]:
@@ -154,8 +178,8 @@ def _blank(size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
-def _both(seeing: float, blind: float) -> str:
-    return f"{_percent(seeing)} / {_percent(blind)}"
+def _row(*shares: float) -> str:
+    return " / ".join(map(_percent, shares))
 
 
 def _percent(share: float) -> str:

@@ -28,6 +28,7 @@ from components.artifacts import (
 )
 from components.errors import DataError
 from components.evaluate.benchmarks.table import BENCHMARKS, PAPER
+from components.evaluate.pages import templates
 from components.evaluate.speed import SPEED, Speed, SpeedReport
 from components.evaluate.statistics import noise_unpaired
 from components.settings import Arm
@@ -208,12 +209,12 @@ def _kit_scores(arm: str) -> dict[str, float | None]:
 
 
 def _noise(published: Iterable[Published], confidence: float) -> dict[str, float | None]:
-    """Per benchmark, at the median of its published scores. MME is no share of right answers, and its size is not known."""
+    """Per benchmark, at the median of its published scores; None for scores that are no share of independent questions."""
     noise: dict[str, float | None] = {}
     for name in PAPER:
         scores = sorted(row.scores[name] or 0.0 for row in published if row.scores[name] is not None)
         items = BENCHMARKS[name].items
-        known = items is not None and BENCHMARKS[name].metric != "mme"
+        known = items is not None and BENCHMARKS[name].metric not in ("mme", "choice_circular")
         noise[name] = 100 * noise_unpaired(scores[len(scores) // 2] / 100, items or 1, confidence) if known else None
     return noise
 
@@ -227,8 +228,10 @@ def _notes(comparison: Comparison, speed: SpeedReport | None) -> list[str]:
     return [
         "Our models answer our own test questions, the published ones the paper's benchmarks: the two do not compare.",
         "Relative gain as the paper computes it: from averages with one decimal, percent of the same backbone's baseline.",
-        f"Noise: a gap between published scores below it is chance ({comparison.confidence:.0%}), questions taken for"
-        " independent and unpaired, as nobody published the answers one by one. For POPE it is that of accuracy.",
+        f"Noise: a gap between published scores below it may be chance ({comparison.confidence:.0%}), questions taken for"
+        " independent and unpaired, as nobody published the answers one by one. For POPE it is that of accuracy; MME sums"
+        " pairs and MMBench asks each question in every order, so theirs is not known.",
+        "Which of our gains are larger than the noise, and that of our sample: compare.md.",
         measured,
     ]
 
@@ -288,17 +291,10 @@ def spreadsheet(board: Leaderboard) -> str:
 
 def page(board: Leaderboard) -> str:
     """The table as one HTML file that fetches nothing; published rows in a colour of their own."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("leaderboard.html.j2").render(
-        board=board, header=header(board), rows=[(row, cells(row)) for row in board.rows], columns=len(header(board))
+    return (
+        templates()
+        .get_template("leaderboard.html.j2")
+        .render(board=board, header=header(board), rows=[(row, cells(row)) for row in board.rows], columns=len(header(board)))
     )
 
 

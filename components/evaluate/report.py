@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -34,6 +32,7 @@ from components.errors import DataError
 from components.evaluate import plots
 from components.evaluate.metrics import OVERALL
 from components.evaluate.outcomes import Outcomes
+from components.evaluate.pages import data_uri, templates, thumbnail
 from components.evaluate.statistics import Interval
 from components.figures import DARK, DPI, LIGHT, draw
 from components.irs.overlays import curve
@@ -43,7 +42,7 @@ from components.shards import Samples
 
 Plot = Callable[..., Figure]  # of a theme
 
-THUMBNAIL_PX = 480  # longest side of an example's image in the report; smaller images go in as they are
+EXAMPLE_PX = 480  # longest side of an example's image in the report; smaller images go in as they are
 CSS_PX_PER_INCH = 104
 
 
@@ -177,13 +176,7 @@ def html(
 ) -> str:
     """The whole report as one page: every picture inside, nothing fetched."""
     found = disagreements(outcomes.predictions, settings.seed)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters |= {
         "percent": _percent,
         "points": _points,
@@ -253,27 +246,6 @@ def disagreements(predictions: dict[str, list[Prediction]], seed: int) -> list[i
     return [index for _, index in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def data_uri(content: bytes) -> str:
-    """An encoded image as a data URI; its type is read from its content. Raises DataError if it is no image."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind = Image.MIME[str(image.format)]
-    except OSError as error:
-        raise DataError(f"an image of the report does not decode: {error}; `dvc repro` makes it anew") from None
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def thumbnail(content: bytes) -> bytes:
-    """The image with its longest side at most THUMBNAIL_PX; a smaller one is returned as it is."""
-    with Image.open(io.BytesIO(content)) as image:
-        if max(image.size) <= THUMBNAIL_PX:
-            return content
-        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
 def _plots(comparison: Comparison, outcomes: Outcomes) -> dict[str, Plot]:
     found: dict[str, Plot] = {
         "scores": partial(plots.scores, comparison),
@@ -299,7 +271,7 @@ def _examples(comparison: Comparison, outcomes: Outcomes, indices: list[int]) ->
         image = images[sample.image_id]
         examples.append(
             Example(
-                image=None if image is None else data_uri(thumbnail(image)),
+                image=None if image is None else data_uri(thumbnail(image, EXAMPLE_PX)),
                 kind=sample.kind,
                 question=sample.question.replace(IMAGE, "").strip(),
                 reference=sample.reference,

@@ -7,7 +7,6 @@ thousands open at once; the address after `#` holds the filters, so that a view 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import sys
@@ -18,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from components.artifacts import DATASET, REPORTS, TEACHER_ARM, Comparison, Prediction, write_text
 from components.errors import DataError
 from components.evaluate import generate
+from components.evaluate.pages import data_uri, templates, thumbnail
 from components.irs.probe import Look, watching
 from components.models.collate import Collator
 from components.models.load import Loaded
@@ -78,13 +76,10 @@ def write(
     data = {
         "who": who,
         "kinds": [kind.replace("_", " ") for kind in kinds],
-        "images": [_thumbnail(content) if (content := stored[name]) is not None else None for name in images],
+        "images": [_shown(stored[name]) for name in images],
         "rows": rows,
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("samples.html.j2")
+    page = templates().get_template("samples.html.j2")
     write_text(PAGE, page.render(data=_embedded(data), samples=len(rows), split=comparison.split, layer=layer))
     return PAGE
 
@@ -122,16 +117,8 @@ def _packed(grid: NDArray[np.uint8]) -> str:
     return base64.b64encode(grid.tobytes()).decode("ascii")
 
 
-def _thumbnail(content: bytes) -> str:
-    """A data URI of the image, at most THUMBNAIL_PX on its longest side; a smaller one goes in as it is."""
-    with Image.open(io.BytesIO(content)) as image:
-        kind = Image.MIME[str(image.format)]
-        if max(image.size) > THUMBNAIL_PX:
-            image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=80)
-            content, kind = buffer.getvalue(), "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+def _shown(image: bytes | None) -> str | None:
+    return None if image is None else data_uri(thumbnail(image, THUMBNAIL_PX))
 
 
 def _embedded(data: Any) -> str:

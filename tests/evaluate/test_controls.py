@@ -13,7 +13,7 @@ from PIL import Image
 from components.artifacts import DATASET, MODELS, Manifest
 from components.evaluate import controls
 from components.evaluate.contamination import NEAR, contamination, difference_hash
-from components.evaluate.controls import Blank, majority, markdown, measure
+from components.evaluate.controls import Blank, Other, majority, markdown, measure
 from components.settings import load_settings
 from components.shards import ImageRow, Samples, Turn, write_split
 
@@ -79,6 +79,14 @@ def test_blank_images_have_the_size_of_those_that_they_replace(samples: Samples)
             assert shown.size == was.size and len(set(shown.getdata())) == 1
 
 
+def test_another_image_is_never_the_question_s_own(samples: Samples) -> None:
+    other = Other(samples)
+    assert len(other) == len(samples)
+    for seen, exchanged in zip(samples, (other[i] for i in range(len(other))), strict=True):
+        assert (exchanged.id, exchanged.turns) == (seen.id, seen.turns)
+        assert exchanged.image_id != seen.image_id and exchanged.image != seen.image
+
+
 def test_majority_says_the_most_frequent_reference_of_the_kind(tmp_path: Path) -> None:
     turns = [("a", "x"), ("a", "y"), ("a", "y"), ("b", "no"), ("b", "yes")]
     rows = [ImageRow(f"i{i}", None, ((f"s{i}", kind, (Turn("q", said),)),)) for i, (kind, said) in enumerate(turns)]
@@ -94,11 +102,14 @@ def test_a_model_that_looks_loses_without_its_image(workplace: Path) -> None:
     (DATASET / "val").rename(DATASET / "train")
     found = measure([("base", MODELS / "teachers/base")], load_settings())
     figures = found.models["base"]
-    assert figures.seeing > 0.9 and figures.blind < figures.seeing
-    assert set(figures.blind_per_kind) == set(found.majority_per_kind) == {"digit_at", "exist", "exist_at", "list"}
+    assert figures.seeing > 0.9 and figures.blank < figures.seeing and figures.other < figures.seeing
+    assert set(figures.blank_per_kind) == set(found.majority_per_kind) == {"digit_at", "exist", "exist_at", "list"}
     assert found.contamination.exact == 0
     text = markdown(found)
-    assert f"{100 * figures.seeing:.1f} / {100 * figures.blind:.1f}" in text and "Is the test in the training data?" in text
+    assert (
+        f"{100 * figures.seeing:.1f} / {100 * figures.blank:.1f} / {100 * figures.other:.1f}" in text
+        and "Is the test in the training data?" in text
+    )
     assert [path.name for path in controls.write(found)] == ["controls.json", "controls.md"]
 
 

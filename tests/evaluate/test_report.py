@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 
 from components import artifacts
-from components.artifacts import Comparison, LayerChoice
+from components.artifacts import Comparison, LayerChoice, OverSeeds
 from components.errors import DataError
 from components.evaluate import compare as stage
 from components.evaluate import plots
 from components.evaluate.outcomes import Outcomes, read
-from components.evaluate.report import Picture, data_uri, disagreements, html, markdown, table, thumbnail
+from components.evaluate.pages import data_uri, thumbnail
+from components.evaluate.report import Picture, disagreements, html, markdown, table
 from components.figures import LIGHT, draw
 from components.settings import Settings, load_settings
 from tests.evaluate.study import write_study
@@ -251,10 +252,34 @@ def test_large_images_shrink_and_small_ones_stay() -> None:
     small, large = io.BytesIO(), io.BytesIO()
     Image.new("RGB", (64, 64)).save(small, "PNG")
     Image.new("RGBA", (2000, 1000)).save(large, "PNG")
-    assert thumbnail(small.getvalue()) == small.getvalue()
-    assert Image.open(io.BytesIO(thumbnail(large.getvalue()))).size == (480, 240)
+    assert thumbnail(small.getvalue(), 480) == small.getvalue()
+    assert Image.open(io.BytesIO(thumbnail(large.getvalue(), 480))).size == (480, 240)
 
 
 def test_what_is_no_image_is_refused() -> None:
     with pytest.raises(DataError, match="does not decode"):
         data_uri(b"not an image")
+
+
+def test_an_arm_measured_otherwise_has_a_dagger_and_says_how(finished: Finished, outcomes: Outcomes) -> None:
+    odd = finished.comparison.order[-1]
+    how = ["dtype: bfloat16, not float32"]
+    arms = {**finished.comparison.arms, odd: finished.comparison.arms[odd].model_copy(update={"differs": how})}
+    pairs = [p.model_copy(update={"differs": how}) if odd in (p.arm, p.against) else p for p in finished.comparison.pairs]
+    marked = replace(finished, comparison=finished.comparison.model_copy(update={"arms": arms, "pairs": pairs}))
+    text = markdown(marked.comparison)
+    assert f"| {odd} \N{DAGGER} |" in text and text.count("| measured otherwise |") == len(arms) - 1
+    assert f"{odd} was measured otherwise than the teacher (dtype: bfloat16, not float32)" in text
+    page = rendered(marked, outcomes)
+    assert page.count("\N{DAGGER}") == 2 and "bfloat16, not float32" in page  # at its column, and before the sentence
+    assert "\N{DAGGER}" not in rendered(finished, outcomes)
+
+
+def test_the_report_says_what_the_sample_can_tell_apart_and_shows_seeds(finished: Finished, outcomes: Outcomes) -> None:
+    assert "a gap between two arms below" in markdown(finished.comparison)
+    assert "a gap between two arms below" in rendered(finished, outcomes)
+    assert "Over seeds" not in markdown(finished.comparison)
+    seeds = [OverSeeds(arms=["sft", "kd"], exact_match=0.61, ci95=(0.55, 0.66), standard_deviation=0.012)]
+    several = replace(finished, comparison=finished.comparison.model_copy(update={"seeds": seeds}))
+    assert "| sft, kd | 61.0 | [55.0, 66.0] | 1.2 |" in markdown(several.comparison)
+    assert "sft, kd" in rendered(several, outcomes)
