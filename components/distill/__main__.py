@@ -97,7 +97,7 @@ def _module(
     method = Method(
         weights=arm.weights.model_dump(),
         **arm.divergence.model_dump(),
-        chunk_rows=distill.divergence_chunk_rows,
+        chunk_mib=distill.logits_chunk_mib,
         uniform=arm.iva.weighting == "uniform",
         **arm.tpa.model_dump(),
         eos=student.processor.tokenizer.eos_token_id,
