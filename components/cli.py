@@ -1,6 +1,8 @@
-"""`alignti use | plan | check | sync`. Heavy imports stand inside the commands: `alignti --help` answers at once."""
+"""`alignti use | plan | check | sync | replay`. Heavy imports stand inside the commands: `alignti --help` answers at once."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import typer
 
@@ -101,6 +103,18 @@ def sync() -> None:
             f"MLflow does not take the journals ({' '.join(str(error).split())[:300]}); nothing is lost"
         ) from error
     typer.echo(f"{sent} journal(s) sent{f', {live} still being written' if live else ''}.")
+
+
+@app.command()
+def replay(dump: Path) -> None:
+    """Rerun a step that stopped with a loss that was not finite, sample by sample, and say which sample's which term it is."""
+    from components.distill.replay import replay as findings_of
+
+    found = 0
+    for found, finding in enumerate(findings_of(dump), 1):  # noqa: B007
+        typer.echo(str(finding))
+    if not found:
+        typer.echo(f"{dump}: every term of every sample and every gradient is finite here, one sample at a time.")
 
 
 def main() -> None:

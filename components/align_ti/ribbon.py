@@ -98,7 +98,9 @@ def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Te
 def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     # right=True: a token of probability 0 has an empty interval and is never drawn.
-    return torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+    found = torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+    # Of NaN, any token there is: the loss says what is wrong, where an index beyond the vocabulary would bring the device down.
+    return found.clamp_max(probabilities.shape[1] - 1)
 
 
 def fit(

@@ -19,6 +19,7 @@ from components.distill.checkpoint import Checkpoints, fingerprint
 from components.distill.export import export, model_card
 from components.distill.loop import train
 from components.distill.order import Order
+from components.distill.replay import Origin
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.errors import ModelError, exit_from
 from components.models.collate import Collator
@@ -74,10 +75,15 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     collator = Collator(student.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
     instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
     order = Order(instructions, settings.distill.batch_size, arm.seed)
+    origin = Origin(
+        arm=name,
+        student={"path": start.path, "sha256": start.sha256},
+        teacher={"path": choice.path, "sha256": choice.sha256},
+        precision=settings.distill.precision,
+    )
     with Checkpoints(name, fingerprint({**facts, "steps_logged": settings.distill.log_every})) as checkpoints:
-        outcome = train(
-            module, samples, collator, order, settings.distill, accelerator, checkpoints, run, title=f"distill@{name}"
-        )
+        title = f"distill@{name}"
+        outcome = train(module, samples, collator, order, settings.distill, accelerator, checkpoints, run, title, origin)
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
             peak_memory_mib=round(peak_memory_mib(device), 1),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from transformers import get_cosine_schedule_with_warmup
 from components.align_ti.losses import TERMS, total
 from components.align_ti.step import AlignTI, Terms
 from components.distill.checkpoint import Checkpoints
+from components.distill.memory import explained
 from components.distill.order import Order
+from components.distill.replay import Origin
 from components.errors import AlignTIError, InputError, Interrupted
 from components.models.collate import Batch, Collator
 from components.settings import DistillSettings
@@ -44,13 +47,15 @@ def train(
     checkpoints: Checkpoints,
     run: Run,
     title: str,
+    origin: Origin,
 ) -> Outcome:
     """Train `module`'s student for `settings.steps` steps, from the latest checkpoint if there is one.
 
     Raises:
         InputError: batch_size does not divide over the ranks.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
-        AlignTIError: the loss is not finite; names step, term and samples.
+        OutOfMemory: a step does not fit; names the largest part and the setting that lowers it.
+        AlignTIError: the loss is not finite; names step, term, samples and the dump for `alignti replay`.
     """
     micro_batches = _micro_batches_per_step(settings, accelerator.num_processes)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -77,16 +82,21 @@ def train(
     with bar, _stop_request() as stop:
         for step in range(progress["step"] + 1, settings.steps + 1):
             batches = [next(stream) for _ in range(micro_batches)]
-            terms, norm = _step(wrapped, module, batches, weights, optimiser, settings, accelerator)
-            schedule.step()
+            with explained(module, batches, settings):
+                terms, norm, left_out = _step(wrapped, module, batches, weights, optimiser, settings, accelerator)
             record = dict(zip(TERMS, terms.tolist(), strict=True))
             if not all(map(math.isfinite, [*record.values(), norm])):
-                raise _not_finite(step, record, norm, [id_ for batch, _ in batches for id_ in batch.ids])
+                state = accelerator.get_state_dict(wrapped)
+                dump = origin.dump(step, module, state, batches, {**record, "gradient norm": norm}, accelerator)
+                raise _not_finite(step, record, norm, [id_ for batch, _ in batches for id_ in batch.ids], dump)
+            schedule.step()
             record["total"] = float((weights.cpu() * torch.tensor(list(record.values()))).sum())
             bar.update()
             if step % settings.log_every == 0 or step == settings.steps:
                 bar.set_postfix({name: f"{record[name]:.3f}" for name in (*TERMS, "total") if record[name]})
                 line = {"step": step, **record, "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+                if module.method.max_expanded_length is not None:
+                    line["tpa_steps_left_out"] = left_out
                 progress["losses"].append(line)
                 run.metrics({f"loss/{key}": value for key, value in line.items() if key != "step"}, step=step)
             progress |= {"step": step, "seconds": time.perf_counter() - started}
@@ -105,8 +115,11 @@ def _step(
     optimiser: torch.optim.Optimizer,
     settings: DistillSettings,
     accelerator: Accelerator,
-) -> tuple[Tensor, float]:
-    """One optimiser step over the micro-batches of this rank. Returns each term's global mean (4,) and the gradient norm.
+) -> tuple[Tensor, float, int]:
+    """One optimiser step over the micro-batches of this rank. Returns each term's global mean (4,), the gradient norm, and
+    how many response steps of the global batch a cap on the length left without alternatives.
+
+    Where a mean or the norm is not finite the weights stay as they were.
 
     Denominators are counts over the global batch. With one micro-batch they come out of the same pass; with several, how
     many draws count has to be known before the first backward pass, so the draws are made first.
@@ -119,6 +132,7 @@ def _step(
         mine = sum((module.count(batch, drawn) for (batch, _), drawn in zip(batches, draws, strict=True)), weights * 0)
         counts = accelerator.reduce(mine, reduction="sum")
     sums = torch.zeros_like(weights)
+    left_out = torch.zeros_like(weights[:1])
     for i, ((batch, keys), drawn) in enumerate(zip(batches, draws, strict=True)):
         last = i == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
@@ -129,11 +143,15 @@ def _step(
             loss = total(terms.sums, counts, weights) * accelerator.num_processes
             accelerator.backward(loss)
         sums += terms.sums.detach()
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.optimiser.max_grad_norm)
-    optimiser.step()
-    optimiser.zero_grad()
+        left_out += terms.steps_left_out
+    norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), settings.optimiser.max_grad_norm))
     assert counts is not None
-    return accelerator.reduce(sums, reduction="sum") / counts.clamp_min(1), float(norm)
+    reduced = accelerator.reduce(torch.cat([sums, left_out]), reduction="sum")
+    means = reduced[:-1] / counts.clamp_min(1)
+    if math.isfinite(norm) and bool(means.isfinite().all()):
+        optimiser.step()
+    optimiser.zero_grad()
+    return means, norm, int(reduced[-1])
 
 
 def _batches(
@@ -162,11 +180,11 @@ def _micro_batches_per_step(settings: DistillSettings, ranks: int) -> int:
     return settings.batch_size // per_pass
 
 
-def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str]) -> AlignTIError:
+def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str], dump: Path) -> AlignTIError:
     bad = [name for name, value in {**record, "gradient norm": norm}.items() if not math.isfinite(value)]
     return AlignTIError(
-        f"step {step:,}: {', '.join(bad)} is not finite; lower optimiser.learning_rate in params/distill.yaml, or look at the"
-        f" samples of this batch: {', '.join(ids)}"
+        f"step {step:,}: {', '.join(bad)} is not finite; `alignti replay {dump}` says which sample's. Lower"
+        f" optimiser.learning_rate in params/distill.yaml, or look at the samples of this batch: {', '.join(ids)}"
     )
 
 
