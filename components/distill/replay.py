@@ -73,14 +73,15 @@ class Origin:
         if accelerator.is_main_process:
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, draft / "student.safetensors")
             teacher = module._teacher[0]
-            live = isinstance(teacher, FrozenTeacher)
+            live = (
+                {"layer": teacher.layer, "shares_tower": teacher.shares_tower} if isinstance(teacher, FrozenTeacher) else None
+            )
             about = {
                 **asdict(self),
                 "step": step,
                 "record": {name: str(value) for name, value in record.items()},
                 "method": asdict(module.method),
-                "layer": teacher.layer if live else None,
-                "shares_tower": live and teacher.shares_tower,
+                "live_teacher": live,
             }
             write_text(draft / "dump.json", json.dumps(about, indent=2))
             shutil.rmtree(final, ignore_errors=True)
@@ -111,7 +112,7 @@ def replay(folder: Path) -> Iterator[str | Finding]:
         ModelError: the models that it names are not those any more, or the step had no live teacher.
     """
     about = _about(folder)
-    if about["layer"] is None:
+    if about["live_teacher"] is None:
         raise ModelError(f"{folder}: the step ran without the live teacher, which is needed to run it again")
     for role in ("student", "teacher"):
         path = Path(about[role]["path"])
@@ -150,7 +151,7 @@ def _module(about: dict[str, Any], state: dict[str, Tensor], precision: str) -> 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     teacher = VLM(load(Path(about["teacher"]["path"]), "cpu", dtype).model)
     method = {field.name: about["method"][field.name] for field in fields(Method)}
-    module = AlignTI(student, FrozenTeacher(teacher, about["layer"], about["shares_tower"]), Method(**method))
+    module = AlignTI(student, FrozenTeacher(teacher, **about["live_teacher"]), Method(**method))
     module.load_state_dict(state)
     return module
 
