@@ -1,7 +1,8 @@
-"""`alignti use | plan | check | sync`. Heavy imports stand inside the commands: `alignti --help` answers at once."""
+"""`alignti use | plan | check | sync | replay`. Heavy imports stand inside the commands: `alignti --help` answers at once."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -201,6 +202,18 @@ def controls(
     blind = ", ".join(f"{name} {max(m.blank, m.other):.1%} of {m.seeing:.1%}" for name, m in found.models.items())
     twins = found.contamination.exact + found.contamination.near
     typer.echo(f"controls: right without the image {blind}; {twins} test images have a twin in training -> {made[1]}")
+
+
+@app.command()
+def replay(dump: Path) -> None:
+    """Rerun a step that stopped with a loss that was not finite, sample by sample, and say which sample's which term it is."""
+    from components.distill.replay import replay as findings_of
+
+    found = 0
+    for found, finding in enumerate(findings_of(dump), 1):  # noqa: B007
+        typer.echo(str(finding))
+    if not found:
+        typer.echo(f"{dump}: every term of every sample and every gradient is finite here, one sample at a time.")
 
 
 def main() -> None:

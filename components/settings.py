@@ -281,6 +281,18 @@ class Tpa(Strict):
     draws: PositiveInt
     source: Literal["student", "teacher", "gold"]
     replacement: bool
+    draw_temperature: PositiveFloat = Field(description="of the distribution drawn from; the divergence has its own")
+    top_k: PositiveInt | None = Field(description="draw among so many of the most likely tokens; null: among all")
+    top_p: Share | None = Field(description="draw among the fewest tokens whose probabilities reach this; null: among all")
+    max_expanded_length: PositiveInt | None = Field(
+        description="tokens of one sample with its alternatives; beyond it some response steps, at random, get none"
+    )
+
+    @model_validator(mode="after")
+    def _enough_to_draw(self) -> Tpa:
+        if not self.replacement and (self.top_p is not None or (self.top_k or self.draws) < self.draws):
+            raise ValueError("drawing without replacement needs `top_k` of at least `draws`, or none, and no `top_p`")
+        return self
 
 
 class TeacherSignals(Strict):
@@ -331,7 +343,9 @@ class DistillSettings(Strict):
     teacher_weights: Literal["same", "fp32", "bf16", "int8", "nf4"] = Field(description="same: as `precision`")
     gradient_checkpointing: bool
     compile: bool = Field(description="torch.compile of the student's decoder layers")
-    divergence_chunk_rows: PositiveInt = Field(description="rows per chunk of the divergence driver: memory against speed")
+    logits_chunk_mib: PositiveFloat = Field(
+        description="MiB of float32 logits per chunk of rows, of one model: the losses' memory (about six such) against speed"
+    )
     log_every: PositiveInt
     checkpoint_every: PositiveInt
 

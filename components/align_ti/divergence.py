@@ -1,20 +1,17 @@
 """Divergence between teacher and student, one number in nats per row, without ever holding all rows' logits.
 
 A row is a position at which both models predict a token. Rows are chosen by the caller before any head is applied; the
-driver then works through them in chunks under activation checkpointing, so that its memory is one chunk of logits
-whatever the number of rows.
+driver then works through them in chunks (head.py), so that its memory is a few chunks of logits whatever the number of rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-Head = Callable[[Tensor], Tensor]  # hidden (N, d) -> logits (N, V), float32
+from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk
 
 
 def divergence(
@@ -34,10 +31,9 @@ def divergence(
         (N,) nats, in the wider of float32 and the logits' dtype.
     """
     shared = min(teacher_logits.shape[-1], student_logits.shape[-1])
-    log_t, log_s = (
-        torch.log_softmax(logits[:, :shared].to(_at_least_float32(logits.dtype)) / temperature, dim=-1)
-        for logits in (teacher_logits, student_logits)
-    )
+    log_t = _log_softmax(teacher_logits[:, :shared], temperature)
+    del teacher_logits  # a chunk of logits that nobody needs any more
+    log_s = _log_softmax(student_logits[:, :shared], temperature)
     if kind == "forward":
         return kl(log_t, log_s)
     if kind == "reverse":
@@ -59,42 +55,31 @@ def row_divergence(
     kind: str = "forward",
     mix: float = 0.5,
     temperature: float = 1.0,
-    chunk_rows: int = 4096,
+    chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
-    """`divergence` of hidden rows (N, d_T) and (N, d_S) through their heads, `chunk_rows` rows at a time.
+    """(N,) `divergence` of hidden rows (N, d_T) and (N, d_S) through their heads.
+
+    Args:
+        chunk_mib: MiB that the float32 logits of one chunk of rows may take, of one model.
 
     Gradients reach the student's rows and head; the teacher gets none.
     """
 
     def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_rows[at])
-        return divergence(teacher_logits, student_logits, kind, mix, temperature)
+        return divergence(_without_gradient(teacher_head, teacher_rows[at]), student_logits, kind, mix, temperature)
 
-    return row_losses(student_rows, student_head, of_chunk, chunk_rows)
+    columns = max(len(teacher_head.weight), len(student_head.weight))
+    return row_losses(student_rows, student_head, of_chunk, rows_per_chunk(columns, chunk_mib))
 
 
-def row_losses(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
-    """(N,) losses of the logits of hidden rows (N, d), `size` rows at a time.
-
-    Args:
-        loss: of a slice of the rows and its logits (n, V), one number per row.
-
-    More than one chunk: each chunk's logits are recomputed in the backward pass instead of kept.
-    """
-    if len(rows) <= size:
-        return loss(slice(None), head(rows))
-
-    def chunk(start: int) -> Tensor:
-        at = slice(start, start + size)
-        return loss(at, head(rows[at]))
-
-    return torch.cat([checkpoint(chunk, start, use_reentrant=False) for start in range(0, len(rows), size)])
+@torch.no_grad()
+def _without_gradient(head: Head, rows: Tensor) -> Tensor:
+    return head(rows)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) per row; a masked vocabulary entry (log p = -inf) adds 0, to the gradient too."""
-    return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+    return (log_p.exp() * (log_p - log_q).masked_fill_(log_p == -math.inf, 0.0)).sum(-1)
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
@@ -104,5 +89,6 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.to(at_least_float32(logits.dtype))
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)

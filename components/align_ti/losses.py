@@ -7,15 +7,16 @@ because a mean of means would depend on how the batch was split over devices and
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from components.align_ti.head import CHUNK_MIB, Head, cross_entropy
 
 TERMS = ("sft", "kd", "iva", "tpa")
 
 
-def sft(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of cross-entropies, logits (N, V) against the N response tokens they predict. Units: response tokens."""
-    return F.cross_entropy(logits, targets, reduction="sum")
+def sft(rows: Tensor, head: Head, targets: Tensor, chunk_mib: float = CHUNK_MIB) -> Tensor:
+    """Sum of cross-entropies, hidden rows (N, d) against the N response tokens they predict. Units: response tokens."""
+    return cross_entropy(rows, head, targets, chunk_mib)
 
 
 def kd(text_divergence: Tensor, predicts: Tensor) -> Tensor:

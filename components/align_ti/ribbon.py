@@ -7,6 +7,8 @@ is y_k's. METHOD.md, "The ribbon". Nothing here is approximate:
 - equal draws at a step are one row with a multiplicity;
 - a draw equal to y_k needs no row of its own, for y_k's own row in the plain pass has the same context;
 - a drawn EOS has no continuation that the data ever trains: it is left out of the mean.
+
+Only a cap on a sample's length is an approximation (`fit`): response steps that do not fit are left out, and counted.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LEFT_OUT = -1  # stands in place of the draws of a response step that a cap on the length leaves out
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Ribbon:
     positions: Tensor  # (B, E) long: position of the gold token that each stands in for
     multiplicity: Tensor  # (B, E) float: how often it was drawn; 0 on padding
     gold: Tensor  # (B, T) float: how often the gold token at this position was drawn
-    counted: Tensor  # () float: draws that count, i.e. all but EOS
+    counted: Tensor  # () float: draws that count, i.e. all but EOS and those of steps left out
+    steps_left_out: int  # by a cap on the length
 
     @property
     def valid(self) -> Tensor:
@@ -51,6 +56,27 @@ def uniforms(response: Tensor, keys: list[int], draws: int) -> Tensor:
     return torch.cat(list(streams)).to(response.device)
 
 
+def places(response: Tensor, keys: list[int]) -> Tensor:
+    """(N,) uniforms in [0, 1): each response step's place in its sample's line, for `fit`. Other streams than the draws'."""
+    return uniforms(response, [-1 - key for key in keys], 1)[:, 0]
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """(N, V) probabilities to draw from, in the order that `generate` of transformers has: logits / temperature, then the
+    `top_k` most likely tokens, then the smallest set of the most likely whose probabilities reach `top_p`. They sum to 1.
+    """
+    p = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    if top_k is None and top_p is None:
+        return p
+    ranked, order = p.topk(p.shape[-1] if top_k is None else min(top_k, p.shape[-1]))
+    if top_p is not None:
+        before = ranked.double().cumsum(-1) - ranked
+        # A token stays if those before it do not reach top_p, so the most likely one always does.
+        ranked = ranked.masked_fill(before >= top_p * ranked.double().sum(-1, keepdim=True), 0.0)
+    kept = torch.zeros_like(p).scatter_(1, order, ranked)
+    return kept / kept.sum(-1, keepdim=True)
+
+
 def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Tensor:
     """(N, d) tokens drawn from (N, V) probabilities by inverting their cumulative sums at (N, d) uniforms.
 
@@ -59,7 +85,7 @@ def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Te
     """
     if replacement:
         return _invert(probabilities, uniform)
-    if int((probabilities > 0).sum(-1).min()) < uniform.shape[1]:
+    if bool(((probabilities > 0).sum(-1) < uniform.shape[1]).any()):
         raise ValueError(f"fewer than {uniform.shape[1]} tokens have a positive probability: draw with replacement")
     left = probabilities.clone()
     columns = []
@@ -72,7 +98,38 @@ def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Te
 def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     # right=True: a token of probability 0 has an empty interval and is never drawn.
-    return torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+    found = torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+    # Of NaN, any token there is: the loss says what is wrong, where an index beyond the vocabulary would bring the device down.
+    return found.clamp_max(probabilities.shape[1] - 1)
+
+
+def fit(
+    draws: Tensor, places: Tensor, input_ids: Tensor, attention_mask: Tensor, response: Tensor, eos: int, cap: int
+) -> Tensor:
+    """The (N, d) draws with `LEFT_OUT` at the steps whose rows would make their sample longer than `cap` tokens.
+
+    A sample's steps are taken in the order of `places` (N,) for as long as its own tokens and all rows taken so far are at
+    most `cap`. So which of them are left out is random, and depends on the sample alone.
+    """
+    sample, step = predicting(response).nonzero(as_tuple=True)
+    line = torch.argsort(sample + places.double(), stable=True)  # within each sample, by place
+    rows = _needs_row(draws, input_ids[sample, step + 1], eos).sum(1)[line]
+    total = rows.cumsum(0)
+    before_sample = (total - rows)[torch.searchsorted(sample, sample)]
+    room = cap - attention_mask.sum(1)
+    fits = torch.empty_like(sample, dtype=torch.bool)
+    fits[line] = total - before_sample <= room[sample]
+    return draws.masked_fill(~fits[:, None], LEFT_OUT)
+
+
+def left_out(draws: Tensor) -> int:
+    """Response steps that a cap on the length left out of (N, d) draws."""
+    return int((draws == LEFT_OUT).all(1).sum())
+
+
+def counted(draws: Tensor, eos: int) -> Tensor:
+    """() float: draws that count in the mean."""
+    return ((draws != eos) & (draws != LEFT_OUT)).sum().float()
 
 
 def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon:
@@ -84,12 +141,7 @@ def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon
     sample, step = predicting(response).nonzero(as_tuple=True)  # (N,) each
     draws = draws.sort(dim=1).values
     gold = input_ids[sample, step + 1]
-    is_eos = draws == eos
-    is_gold = (draws == gold[:, None]) & ~is_eos
-
-    same = draws[:, :, None] == draws[:, None, :]  # (N, d, d)
-    first = ~(same & torch.ones_like(same).tril(-1)).any(-1)  # the first of its equals
-    n, j = (first & ~is_eos & ~is_gold).nonzero(as_tuple=True)  # (M,) the rows to build
+    n, j = _needs_row(draws, gold, eos).nonzero(as_tuple=True)  # (M,) the rows to build
 
     slot = _rank_within(sample[n])
     shape = (len(input_ids), int(slot.max()) + 1 if len(slot) else 0)
@@ -98,11 +150,17 @@ def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon
     multiplicity = torch.zeros(shape, device=input_ids.device)
     tokens[sample[n], slot] = draws[n, j]
     positions[sample[n], slot] = step[n] + 1
-    multiplicity[sample[n], slot] = same[n, j].sum(-1).float()
+    multiplicity[sample[n], slot] = (draws[n] == draws[n, j, None]).sum(-1).float()
 
     hits = torch.zeros(input_ids.shape, device=input_ids.device)
-    hits[sample, step + 1] = is_gold.sum(1).float()
-    return Ribbon(tokens, positions, multiplicity, hits, (~is_eos).sum().float())
+    hits[sample, step + 1] = ((draws == gold[:, None]) & (draws != eos)).sum(1).float()
+    return Ribbon(tokens, positions, multiplicity, hits, counted(draws, eos), left_out(draws))
+
+
+def _needs_row(draws: Tensor, gold: Tensor, eos: int) -> Tensor:
+    """(N, d) bool: the first of its equals, and neither the gold token nor EOS nor left out."""
+    first = ~(draws[:, :, None] == draws[:, None, :]).tril(-1).any(-1)
+    return first & (draws != gold[:, None]) & (draws != eos) & (draws != LEFT_OUT)
 
 
 def _rank_within(groups: Tensor) -> Tensor:

@@ -16,7 +16,20 @@ from torch import Tensor, nn
 
 from components.align_ti import losses
 from components.align_ti.divergence import row_divergence
-from components.align_ti.ribbon import Ribbon, continuation_mask, draw, expanded_mask, plan, predicting, uniforms
+from components.align_ti.head import CHUNK_MIB, Head, rows_per_chunk
+from components.align_ti.ribbon import (
+    Ribbon,
+    continuation_mask,
+    counted,
+    draw,
+    expanded_mask,
+    fit,
+    places,
+    plan,
+    predicting,
+    probabilities,
+    uniforms,
+)
 from components.align_ti.top_k import Known, TopK, top_k_row_divergence
 
 
@@ -47,7 +60,8 @@ class Student(Protocol):
     def plain(self, batch: Batch, features: Tensor | None, keep: bool) -> tuple[Tensor, Any]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
     def expanded(self, batch: Batch, features: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
-    def head(self, rows: Tensor) -> Tensor: ...
+    @property
+    def head(self) -> Head: ...
 
 
 class Teacher(Protocol):
@@ -56,7 +70,8 @@ class Teacher(Protocol):
     def features(self, pixel_values: Tensor | None, of_student: Tensor | None) -> Tensor | None: ...
     def plain(self, batch: Batch, features: Tensor | None, keep: bool, look: bool) -> tuple[Tensor, Any, Tensor | None]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
-    def head(self, rows: Tensor) -> Tensor: ...
+    @property
+    def head(self) -> Head: ...
 
 
 class Signals(Protocol):
@@ -73,11 +88,15 @@ class Method:
     kind: str = "forward"
     mix: float = 0.5
     temperature: float = 1.0
-    chunk_rows: int = 4096
+    chunk_mib: float = CHUNK_MIB  # of float32 logits that are held at a time, of one model
     uniform: bool = False  # IVA weights: equal instead of the teacher's attention
     draws: int = 4
     source: str = "student"  # of the alternatives: student | teacher | gold
     replacement: bool = True
+    draw_temperature: float = 1.0
+    top_k: int | None = None  # draw among so many of the most likely tokens
+    top_p: float | None = None  # and among the fewest whose probabilities reach this
+    max_expanded_length: int | None = None  # tokens of one sample with its alternatives; response steps beyond are left out
     eos: int = 0
     shared_vocabulary: int = 0  # columns that both heads share
     route: str = "continuation"  # continuation | expanded
@@ -88,11 +107,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Terms:
-    """(4,) sums and counts in the order of losses.TERMS, and how many ribbon rows it took."""
+    """(4,) sums and counts in the order of losses.TERMS, how many ribbon rows it took, and how many response steps a cap
+    on the length left without alternatives."""
 
     sums: Tensor
     counts: Tensor
     ribbon_rows: int
+    steps_left_out: int
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ class AlignTI(nn.Module):
         predicts = predicting(batch.response)
         if method.wants("sft"):
             targets = batch.input_ids[:, 1:][batch.response[:, 1:]]
-            sums["sft"] = losses.sft(self.student.head(passes.mine[predicts]), targets) + zero
+            sums["sft"] = losses.sft(passes.mine[predicts], self.student.head, targets, method.chunk_mib) + zero
         if method.wants("kd", "tpa"):
             rows = predicts if ribbon is None else predicts | (ribbon.gold > 0)
             text = self._divergence(_at(passes.theirs, rows), passes.mine[rows])
@@ -162,6 +183,7 @@ class AlignTI(nn.Module):
             torch.stack([sums[term] for term in losses.TERMS]),
             self._counts(batch, None if ribbon is None else ribbon.counted),
             0 if ribbon is None else int(ribbon.valid.sum()),
+            0 if ribbon is None else ribbon.steps_left_out,
         )
 
     def _passes(self, batch: Batch, keys: list[int], draws: Tensor | None) -> _Passes:
@@ -217,16 +239,31 @@ class AlignTI(nn.Module):
 
     def count(self, batch: Batch, draws: Tensor | None) -> Tensor:
         """(4,) the units of each term in this batch, given its draws."""
-        counted = None if draws is None else (draws != self.method.eos).sum().float()
-        return self._counts(batch, counted)
+        return self._counts(batch, None if draws is None else counted(draws, self.method.eos))
 
     @torch.no_grad()
-    def _draw_from(self, head: Any, hidden: Tensor, batch: Batch, keys: list[int]) -> Tensor:
-        if self.method.source == "gold":
+    def _draw_from(self, head: Head, hidden: Tensor, batch: Batch, keys: list[int]) -> Tensor:
+        """(N, d) draws from the head's distributions at the rows of `hidden` (B, T, d) that predict the response."""
+        method = self.method
+        if method.source == "gold":
             return batch.input_ids[:, 1:][batch.response[:, 1:]][:, None]
-        logits = head(hidden[predicting(batch.response)].detach())[:, : self.method.shared_vocabulary]
-        uniform = uniforms(batch.response[:, 1:], keys, self.method.draws)
-        return draw(logits.softmax(-1), uniform, self.method.replacement)
+        response = batch.response[:, 1:]
+        rows = hidden[predicting(batch.response)].detach()
+        uniform = uniforms(response, keys, method.draws)
+        size = rows_per_chunk(len(head.weight), method.chunk_mib)
+        drawn = [
+            draw(
+                probabilities(head(some)[:, : method.shared_vocabulary], method.draw_temperature, method.top_k, method.top_p),
+                numbers,
+                method.replacement,
+            )
+            for some, numbers in zip(rows.split(size), uniform.split(size), strict=True)
+        ]
+        draws = torch.cat(drawn)
+        if method.max_expanded_length is None:
+            return draws
+        whole = (batch.input_ids, batch.attention_mask, batch.response)
+        return fit(draws, places(response, keys), *whole, method.eos, method.max_expanded_length)
 
     def _expanded(self, batch: Batch, features: Tensor | None, ribbon: Ribbon) -> tuple[Tensor, Tensor]:
         """(B, T, d) and (M, d) hidden states of one pass over the sequence with the ribbon appended."""
@@ -244,7 +281,7 @@ class AlignTI(nn.Module):
                 self.student.head,
                 shared=method.shared_vocabulary,
                 temperature=method.temperature,
-                chunk_rows=method.chunk_rows,
+                chunk_mib=method.chunk_mib,
             )
         return row_divergence(
             teacher_rows,
@@ -254,7 +291,7 @@ class AlignTI(nn.Module):
             kind=method.kind,
             mix=method.mix,
             temperature=method.temperature,
-            chunk_rows=method.chunk_rows,
+            chunk_mib=method.chunk_mib,
         )
 
     def _counts(self, batch: Batch, counted_draws: Tensor | None) -> Tensor:

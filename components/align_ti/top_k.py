@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.align_ti.divergence import Head, kl, row_losses
+from components.align_ti.divergence import kl
+from components.align_ti.head import CHUNK_MIB, Head, row_losses, rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,17 @@ def top_k_divergence(teacher: TopK, student_logits: Tensor, temperature: float =
 
 
 def top_k_row_divergence(
-    teacher: TopK, student_rows: Tensor, student_head: Head, *, shared: int, temperature: float = 1.0, chunk_rows: int = 4096
+    teacher: TopK,
+    student_rows: Tensor,
+    student_head: Head,
+    *,
+    shared: int,
+    temperature: float = 1.0,
+    chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
     """`top_k_divergence` of hidden rows (N, d_S) through the student's head cut to `shared` columns, in chunks of rows."""
 
     def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
         return top_k_divergence(teacher[at], student_logits[:, :shared], temperature)
 
-    return row_losses(student_rows, student_head, of_chunk, chunk_rows)
+    return row_losses(student_rows, student_head, of_chunk, rows_per_chunk(len(student_head.weight), chunk_mib))

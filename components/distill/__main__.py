@@ -22,6 +22,7 @@ from components.distill.launch import check_came_up, launch, to_be_launched
 from components.distill.loop import train
 from components.distill.order import Order
 from components.distill.placement import load_teacher
+from components.distill.replay import Origin
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.errors import exit_from
@@ -100,11 +101,16 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     collator = Collator(student.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
     instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
     order = Order(instructions, settings.distill.batch_size, arm.seed)
+    origin = Origin(
+        arm=name,
+        student={"path": start.path, "sha256": start.sha256},
+        teacher={"path": choice.path, "sha256": choice.sha256},
+        precision=settings.distill.precision,
+    )
     resumable = fingerprint({**facts, "steps_logged": settings.distill.log_every})
     with Checkpoints(name, resumable, main=accelerator.is_main_process) as checkpoints:
-        outcome = train(
-            module, samples, collator, order, settings.distill, accelerator, checkpoints, run, title=f"distill@{name}"
-        )
+        title = f"distill@{name}"
+        outcome = train(module, samples, collator, order, settings.distill, accelerator, checkpoints, run, title, origin)
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
             peak_memory_mib=round(_most(peak_memory_mib(device), accelerator), 1),
@@ -154,7 +160,7 @@ def _method(arm: Arm, distill: DistillSettings, student: Loaded, shared_vocabula
     return Method(
         weights=arm.weights.model_dump(),
         **arm.divergence.model_dump(),
-        chunk_rows=distill.divergence_chunk_rows,
+        chunk_mib=distill.logits_chunk_mib,
         uniform=arm.iva.weighting == "uniform",
         **arm.tpa.model_dump(),
         eos=student.processor.tokenizer.eos_token_id,

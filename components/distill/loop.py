@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from components.align_ti.losses import TERMS, total
 from components.align_ti.step import AlignTI
 from components.distill.checkpoint import Checkpoints
 from components.distill.launch import prepare_sharding
+from components.distill.memory import explained
 from components.distill.order import Order, shared_out, shared_out_by_length
+from components.distill.replay import Origin
 from components.distill.replica import Replica
 from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch, Collator
@@ -47,13 +50,15 @@ def train(
     checkpoints: Checkpoints,
     run: Run,
     title: str,
+    origin: Origin,
 ) -> Outcome:
     """Train `module`'s student for `settings.steps` steps, from the latest checkpoint if there is one.
 
     Raises:
         InputError: batch_size does not divide over the ranks; the checkpoint is of another layout.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
-        AlignTIError: the loss is not finite; names step, term and samples.
+        OutOfMemory: a step does not fit; names the largest part and the setting that lowers it.
+        AlignTIError: the loss is not finite; names step, term, samples and the dump for `alignti replay`.
     """
     lora = settings.trainable.lora
     replica = Replica(module, accelerator.num_processes, seeded=lora is not None and lora.dropout > 0)
@@ -82,16 +87,22 @@ def train(
     with bar, _stop_request() as stop:
         for step in range(progress["step"] + 1, settings.steps + 1):
             batches = next(stream)
-            terms, norm, stopping = _step(wrapped, module, batches, weights, optimiser, settings, accelerator, stop)
-            schedule.step()
+            with explained(module, batches, settings):
+                done = _step(wrapped, module, batches, weights, optimiser, settings, accelerator, stop)
+            terms, norm, left_out, stopping = done
             record = dict(zip(TERMS, terms.tolist(), strict=True))
             if not all(map(math.isfinite, [*record.values(), norm])):
-                raise _not_finite(step, record, norm, [id_ for batch, _ in batches for id_ in batch.ids])
+                state = {name.removeprefix("method."): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
+                dump = origin.dump(step, module, state, batches, {**record, "gradient norm": norm}, accelerator)
+                raise _not_finite(step, record, norm, [id_ for batch, _ in batches for id_ in batch.ids], dump)
+            schedule.step()
             record["total"] = float((weights.cpu() * torch.tensor(list(record.values()))).sum())
             bar.update()
             if step % settings.log_every == 0 or step == settings.steps:
                 bar.set_postfix({name: f"{record[name]:.3f}" for name in (*TERMS, "total") if record[name]})
                 line = {"step": step, **record, "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+                if module.method.max_expanded_length is not None:
+                    line["tpa_steps_left_out"] = left_out
                 progress["losses"].append(line)
                 run.metrics({f"loss/{key}": value for key, value in line.items() if key != "step"}, step=step)
             progress |= {"step": step, "seconds": time.perf_counter() - started}
@@ -111,10 +122,12 @@ def _step(
     settings: DistillSettings,
     accelerator: Accelerator,
     stop: _Flag,
-) -> tuple[Tensor, float, bool]:
+) -> tuple[Tensor, float, int, bool]:
     """One optimiser step over the micro-batches of this rank.
 
-    Returns each term's global mean (4,), the gradient norm, and whether any rank was asked to stop.
+    Returns each term's global mean (4,), the gradient norm, how many response steps of the global batch a cap on the length
+    left without alternatives, and whether any rank was asked to stop. Where a mean or the norm is not finite the weights
+    stay as they were.
 
     Denominators are counts over the global batch. With one micro-batch they come out of the same pass; with several, how
     many draws count has to be known before the first backward pass, so the draws are made first.
@@ -128,23 +141,28 @@ def _step(
         mine = sum((module.count(batch, drawn) for (batch, _), drawn in zip(batches, draws, strict=True)), weights * 0)
         counts = accelerator.reduce(mine, reduction="sum")
     sums = torch.zeros_like(weights)
+    left_out = torch.zeros_like(weights[:1])
     for i, ((batch, keys), drawn) in enumerate(zip(batches, draws, strict=True)):
         last = i == len(batches) - 1
         accelerator.gradient_state._set_sync_gradients(last)  # what DeepSpeed goes by
         with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
-            its_sums, its_counts = wrapped(batch, keys, drawn)
+            its_sums, its_counts, its_left_out = wrapped(batch, keys, drawn)
             if counts is None:
                 counts = accelerator.reduce(its_counts, reduction="sum")
             # Data parallelism averages gradients over ranks; the denominators are global already.
             loss = total(its_sums, counts, weights) * accelerator.num_processes
             accelerator.backward(loss)
         sums += its_sums.detach()
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.optimiser.max_grad_norm)
-    optimiser.step()
-    optimiser.zero_grad()
+        left_out += its_left_out
+    norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), settings.optimiser.max_grad_norm))
     assert counts is not None
-    *_, asked = seen = accelerator.reduce(torch.cat([sums, sums.new_tensor([bool(stop)])]), reduction="sum")
-    return seen[:-1] / counts.clamp_min(1), float(norm), bool(asked)
+    mine = torch.cat([sums, left_out, sums.new_tensor([bool(stop)])])
+    *_, all_left_out, asked = seen = accelerator.reduce(mine, reduction="sum")
+    means = seen[:-2] / counts.clamp_min(1)
+    if math.isfinite(norm) and bool(means.isfinite().all()):
+        optimiser.step()
+    optimiser.zero_grad()
+    return means, norm, int(all_left_out), bool(asked)
 
 
 def _batches(
@@ -178,11 +196,11 @@ def _batches(
         ]
 
 
-def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str]) -> AlignTIError:
+def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str], dump: Path) -> AlignTIError:
     bad = [name for name, value in {**record, "gradient norm": norm}.items() if not math.isfinite(value)]
     return AlignTIError(
-        f"step {step:,}: {', '.join(bad)} is not finite; lower optimiser.learning_rate in params/distill.yaml, or look at the"
-        f" samples of this batch: {', '.join(ids)}"
+        f"step {step:,}: {', '.join(bad)} is not finite; `alignti replay {dump}` says which sample's. Lower"
+        f" optimiser.learning_rate in params/distill.yaml, or look at the samples of this batch: {', '.join(ids)}"
     )
 
 

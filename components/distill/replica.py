@@ -27,13 +27,14 @@ class Replica(nn.Module):
     def forward(
         self, batch: Batch, keys: list[int], draws: Tensor | None = None, only_draw: bool = False
     ) -> tuple[Tensor, ...]:
-        """(4,) sums and (4,) counts of the terms; or, `only_draw`, the (N, d) alternatives."""
+        """(4,) sums and counts of the terms and (1,) response steps left out; or, `only_draw`, the (N, d) alternatives."""
         if self._seeded:
             torch.manual_seed(keys[0])
         if only_draw:
             return (self.method.draw(batch, keys),)
         terms = self.method(batch, keys, draws)
-        return (terms.sums + self._idle() if self._ranks > 1 else terms.sums), terms.counts
+        sums = terms.sums + self._idle() if self._ranks > 1 else terms.sums
+        return sums, terms.counts, terms.counts.new_tensor([terms.steps_left_out])
 
     def _idle(self) -> Tensor:
         """Zero, with a gradient of zeros for what a batch without an image does not use.

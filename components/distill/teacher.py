@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from components.align_ti.head import Head
 from components.align_ti.step import Batch
 from components.irs.probe import Look, watching
 from components.models.vlm import VLM
@@ -52,8 +53,9 @@ class FrozenTeacher:
         there = (tensor.to(self.device) for tensor in (tokens, positions, mask))
         return self.vlm.continued(cache, *there).to(tokens.device)
 
-    def head(self, rows: Tensor) -> Tensor:
-        return self.vlm.head(rows)
+    @property
+    def head(self) -> Head:
+        return self.vlm.head
 
 
 def same_tower(one: VLM, other: VLM) -> bool:

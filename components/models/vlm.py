@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from components.align_ti.head import Head
 from components.align_ti.step import Batch
 
 
@@ -72,18 +72,11 @@ class VLM(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def head(self, rows: Tensor) -> Tensor:
-        """(N, d) hidden rows -> (N, V) float32 logits.
-
-        The operands are cast, not the result: a bf16 product cast afterwards loses 4 to 23% of a divergence's gradient
-        (linkedin/Liger-Kernel issue 1432).
-        """
-        head = self.model.get_output_embeddings()
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        with torch.autocast(rows.device.type, enabled=False):
-            logits = F.linear(rows.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+    @property
+    def head(self) -> Head:
+        """The head as it is now; `vlm.head(rows)` are its logits."""
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, layer.bias, getattr(self.model.config.get_text_config(), "final_logit_softcapping", None))
 
     def _embedded(self, batch: Batch, features: Tensor | None) -> Tensor:
         """(B, T, d): token embeddings with the projected features at the visual tokens.

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from components.align_ti.head import rows_per_chunk
 from components.align_ti.losses import visual_weights
 from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import TopK, top_k
@@ -35,7 +36,11 @@ class Speaker:
     collator: Collator
     facts: SignalFacts
     shared_vocabulary: int
-    chunk_rows: int
+    chunk_mib: float
+
+    @property
+    def chunk_rows(self) -> int:
+        return rows_per_chunk(len(self.vlm.head.weight), self.chunk_mib)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.align_ti.divergence import divergence, row_divergence
+from components.align_ti.head import Head, cross_entropy, rows_per_chunk
 
 KINDS = ["forward", "reverse", "jsd", "skewed"]
 
@@ -73,35 +74,145 @@ def test_masked_vocabulary_entries_add_nothing(kind: str) -> None:
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
-def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
+D_T, D_S, V_T, V_S, ROWS = 5, 3, 12, 10, 13
+
+
+def mib(rows: int, columns: int = V_T) -> float:
+    """The budget that makes chunks of so many rows."""
+    return rows * columns * 4 / 2**20
+
+
+def heads(
+    dtype: torch.dtype, bias: bool = False, cap: float | None = None
+) -> tuple[torch.Tensor, Head, torch.Tensor, Head, list[torch.Tensor]]:
+    """Teacher's rows and head, student's, and the tensors of the student that are trained."""
     stream = torch.Generator().manual_seed(9)
-    t_rows, s_rows = (torch.randn(13, d, generator=stream, dtype=torch.float64) for d in (5, 3))
-    t_head, s_head = (torch.randn(8, d, generator=stream, dtype=torch.float64) for d in (5, 3))
-    s_rows.requires_grad_(), s_head.requires_grad_()
 
-    def run(size: int) -> tuple[torch.Tensor, ...]:
-        value = row_divergence(t_rows, lambda x: x @ t_head.T, s_rows, lambda x: x @ s_head.T, chunk_rows=size)
-        return value, *torch.autograd.grad((value * torch.arange(13)).sum(), (s_rows, s_head))
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=stream, dtype=torch.float64).to(dtype)
 
-    for got, wanted in zip(run(chunk), run(1000), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+    teacher, rows = drawn(ROWS, D_T), drawn(ROWS, D_S).requires_grad_()
+    frozen = Head(drawn(V_T, D_T), drawn(V_T) if bias else None, cap)
+    student = Head(drawn(V_S, D_S).requires_grad_(), drawn(V_S).requires_grad_() if bias else None, cap)
+    return teacher, frozen, rows, student, [x for x in (rows, student.weight, student.bias) if x is not None]
 
 
-def test_chunks_keep_one_chunk_of_logits_for_the_backward_pass() -> None:
+def plain_logits(rows: torch.Tensor, head: Head) -> torch.Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    logits = rows.to(wide) @ head.weight.to(wide).T + (0 if head.bias is None else head.bias.to(wide))
+    return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+
+
+def same(got: list[torch.Tensor], wanted: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """bf16 operands: all is computed in float32, and the gradients rounded once, to bf16, at the end."""
+    for one, other in zip(got, wanted, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+        else:
+            torch.testing.assert_close(one, other, rtol=2**-7 if one.dtype == dtype else 1e-5, atol=1e-4)
+
+
+WEIGHTS = torch.arange(1.0, ROWS + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 4, 13])
+@pytest.mark.parametrize(
+    ("kind", "bias", "cap", "temperature"),
+    [("forward", False, None, 1.0), ("reverse", True, None, 2.0), ("jsd", False, 2.5, 1.0), ("skewed", True, 2.5, 0.7)],
+)
+def test_chunks_equal_full_logits_in_values_and_gradients(
+    dtype: torch.dtype, chunk: int, kind: str, bias: bool, cap: float | None, temperature: float
+) -> None:
+    teacher, frozen, rows, head, trained = heads(dtype, bias, cap)
+    options = {"kind": kind, "mix": 0.3, "temperature": temperature}
+    got = row_divergence(teacher, frozen, rows, head, chunk_mib=mib(chunk), **options)
+    wanted = divergence(plain_logits(teacher, frozen), plain_logits(rows, head), *options.values())
+    same([got], [wanted], dtype)
+    gradients = [torch.autograd.grad((x * WEIGHTS).sum(), trained) for x in (got, wanted)]
+    same(*map(list, gradients), dtype)
+
+
+@pytest.mark.parametrize("frozen_part", ["head", "rows"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen_part: str) -> None:
+    teacher, frozen, rows, head, _ = heads(torch.float64)
+    left = (rows, head.weight)[frozen_part == "rows"]
+    (head.weight if frozen_part == "head" else rows).requires_grad_(False)
+    got, wanted = (row_divergence(teacher, frozen, rows, head, chunk_mib=mib(size)) for size in (4, ROWS))
+    same([*torch.autograd.grad(got.sum(), left)], [*torch.autograd.grad(wanted.sum(), left)], torch.float64)
+    rows.requires_grad_(False), head.weight.requires_grad_(False)
+    assert not row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4)).requires_grad
+
+
+def test_a_tied_head_sums_what_it_gets_as_head_and_as_embedding() -> None:
+    teacher, frozen, _, head, _ = heads(torch.float64)
+    tokens = torch.arange(ROWS) % V_S
+
+    def gradient(size: int) -> torch.Tensor:
+        rows = torch.nn.functional.embedding(tokens, head.weight).tanh()
+        return torch.autograd.grad(row_divergence(teacher, frozen, rows, head, chunk_mib=mib(size)).sum(), head.weight)[0]
+
+    same([gradient(3)], [gradient(ROWS)], torch.float64)
+
+
+def test_a_wide_16_bit_head_is_widened_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, frozen, rows, head, trained = heads(torch.bfloat16)
+    before = torch.autograd.grad(row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4)).sum(), trained)
+    monkeypatch.setattr("components.align_ti.head.COLUMNS_AT_ONCE", 5)
+    after = torch.autograd.grad(row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4)).sum(), trained)
+    same(list(after), list(before), torch.bfloat16)
+
+
+def test_autocast_does_not_narrow_the_chunks() -> None:
+    teacher, frozen, rows, head, trained = heads(torch.float32)
+    wanted = row_divergence(teacher, frozen, rows, head)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4))
+        mine = torch.autograd.grad(got.sum(), trained)
+    same([got, *mine], [wanted, *torch.autograd.grad(wanted.sum(), trained)], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 4, 13])
+@pytest.mark.parametrize(("bias", "cap"), [(False, None), (True, None), (True, 2.5)])
+def test_cross_entropy_equals_full_logits(dtype: torch.dtype, chunk: int, bias: bool, cap: float | None) -> None:
+    _, _, rows, head, trained = heads(dtype, bias, cap)
+    targets = torch.arange(ROWS) % V_S
+    got = cross_entropy(rows, head, targets, mib(chunk, V_S))
+    wanted = torch.nn.functional.cross_entropy(plain_logits(rows, head), targets, reduction="sum")
+    same([got], [wanted], dtype)
+    same(*(list(torch.autograd.grad(x * 0.3, trained)) for x in (got, wanted)), dtype)
+
+
+@given(columns=st.integers(1, 200_000), budget=st.floats(0.001, 1000))
+@settings(max_examples=50, deadline=None)
+def test_chunks_are_sized_from_the_vocabulary(columns: int, budget: float) -> None:
+    rows = rows_per_chunk(columns, budget)
+    assert rows >= 1
+    assert rows * columns * 4 <= budget * 2**20 or rows == 1
+    assert (rows + 1) * columns * 4 > budget * 2**20
+
+
+@pytest.mark.parametrize("loss", ["divergence", "cross_entropy", "capped cross_entropy"])
+def test_chunks_keep_no_logits_for_the_backward_pass(loss: str) -> None:
     """What autograd saves must not grow with rows x vocabulary."""
     rows, vocabulary, d = 64, 5_000, 4
-    head = torch.randn(vocabulary, d, requires_grad=True)
+    head = Head(torch.randn(vocabulary, d, requires_grad=True), cap=30.0 if loss.startswith("capped") else None)
     hidden = torch.randn(rows, d, requires_grad=True)
+    targets = torch.arange(rows)
 
     def saved_elements(chunk_rows: int) -> int:
         sizes: list[int] = []
+        budget = mib(chunk_rows, vocabulary)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
-            row_divergence(hidden.detach(), lambda x: x @ head.T, hidden, lambda x: x @ head.T, chunk_rows=chunk_rows)
+            if loss == "divergence":
+                row_divergence(hidden.detach(), head, hidden, head, chunk_mib=budget)
+            else:
+                cross_entropy(hidden, head, targets, budget)
         return sum(sizes)
 
     assert saved_elements(1000) > rows * vocabulary
-    assert saved_elements(8) < rows * vocabulary / 100
+    assert saved_elements(8) <= vocabulary * d + rows * d + rows < rows * vocabulary / 10
 
 
 def test_unknown_kind_is_refused() -> None:

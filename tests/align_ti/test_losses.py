@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from components.align_ti.head import Head
 from components.align_ti.losses import TERMS, iva, kd, sft, total, tpa, uniform_attention, visual_weights
 
 VISUAL = torch.tensor([[False, True, True, True, False], [False] * 5, [True, True, False, False, False]])
 
 
 def test_sft_is_the_sum_of_cross_entropies() -> None:
-    logits, targets = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 1])
-    assert float(sft(logits, targets)) == pytest.approx(float(-logits.log_softmax(-1)[range(5), targets].sum()), rel=1e-5)
-    assert float(sft(logits[:0], targets[:0])) == 0
+    rows, head, targets = torch.randn(5, 3), Head(torch.randn(7, 3)), torch.tensor([0, 6, 3, 3, 1])
+    wanted = float(-head(rows).log_softmax(-1)[range(5), targets].sum())
+    assert float(sft(rows, head, targets)) == pytest.approx(wanted, rel=1e-5)
+    assert float(sft(rows[:0], head, targets[:0])) == 0
 
 
 def test_kd_counts_only_the_rows_that_predict_a_response() -> None:
@@ -53,6 +54,5 @@ def test_total_divides_each_term_by_its_own_count_and_survives_a_term_without_un
 
 
 def test_sft_gradient_by_finite_differences() -> None:
-    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: sft(x, torch.tensor([1, 4, 0])), logits)
-    assert F.cross_entropy(logits, torch.tensor([1, 4, 0])) > 0
+    rows, weight = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 5))
+    assert torch.autograd.gradcheck(lambda x, w: sft(x, Head(w), torch.tensor([1, 4, 0, 2])), (rows, weight))

@@ -9,7 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.align_ti.ribbon import continuation_mask, draw, expanded_mask, plan, predicting, uniforms
+from components.align_ti.ribbon import (
+    LEFT_OUT,
+    continuation_mask,
+    counted,
+    draw,
+    expanded_mask,
+    fit,
+    left_out,
+    places,
+    plan,
+    predicting,
+    probabilities,
+    uniforms,
+)
 from tests import tiny
 
 SHAPES = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=4).filter(
@@ -93,9 +106,102 @@ def test_extreme_uniforms_draw_possible_tokens() -> None:
     assert draw(p, u).tolist() == [[1, 1], [1, 2]]
 
 
+def test_draws_from_nan_are_tokens_all_the_same() -> None:
+    assert int(draw(torch.full((2, 5), float("nan")), torch.rand(2, 3)).max()) < 5
+
+
 def test_uniforms_belong_to_the_sample_not_to_the_batch() -> None:
     batch = tiny.batch([(1, 2, 3), (0, 1, 2), (1, 3, 4)])
     together = uniforms(batch.response, [7, 8, 9], 4)
     alone = [uniforms(batch.response[i : i + 1], [key], 4) for i, key in enumerate([7, 8, 9])]
     assert torch.equal(together, torch.cat(alone))
     assert len(torch.unique(together)) == together.numel()
+
+
+LOGITS = st.lists(st.floats(-8, 8), min_size=2, max_size=12).map(lambda x: torch.tensor([x], dtype=torch.float64))
+
+
+@given(logits=LOGITS, top_p=st.floats(0.01, 0.99))
+@settings(max_examples=80, deadline=None)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(logits: torch.Tensor, top_p: float) -> None:
+    p, kept = logits.softmax(-1)[0], probabilities(logits, top_p=top_p)[0]
+    inside = kept > 0
+    assert float(p[inside].sum()) >= top_p - 1e-12
+    assert float(p[inside].sum() - p[inside].min()) < top_p + 1e-12, "without its least likely token it does not reach it"
+    assert not (~inside).any() or float(p[inside].min()) >= float(p[~inside].max())
+    torch.testing.assert_close(kept[inside], p[inside] / p[inside].sum())
+
+
+@given(logits=LOGITS, top_k=st.integers(1, 15), temperature=st.floats(0.3, 3.0))
+@settings(max_examples=60, deadline=None)
+def test_top_k_and_temperature(logits: torch.Tensor, top_k: int, temperature: float) -> None:
+    p, kept = (logits / temperature).softmax(-1)[0], probabilities(logits, temperature, top_k)[0]
+    inside = kept > 0
+    assert int(inside.sum()) == min(top_k, len(p))
+    assert float(p[inside].min()) >= float(p.sort(descending=True).values[min(top_k, len(p)) - 1])
+    torch.testing.assert_close(kept[inside], p[inside] / p[inside].sum())
+
+
+def test_sharpened_probabilities_are_those_of_generate() -> None:
+    """transformers' own warpers, in the order that `generate` applies them."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 3
+    warped = logits
+    for warper in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.8)):
+        warped = warper(None, warped)
+    torch.testing.assert_close(probabilities(logits, 0.7, 9, 0.8), warped.softmax(-1))
+    assert torch.equal(probabilities(logits), logits.softmax(-1))
+
+
+def capped(batch, drawn: torch.Tensor, keys: list[int], cap: int) -> torch.Tensor:
+    whole = (batch.input_ids, batch.attention_mask, batch.response)
+    return fit(drawn, places(batch.response, keys), *whole, tiny.EOS, cap)
+
+
+@given(samples=SHAPES, draws=st.integers(1, 4), cap=st.integers(1, 30), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_a_capped_ribbon_fits_and_leaves_out_whole_steps_and_no_more_than_it_must(
+    samples: list[tuple[int, int, int]], draws: int, cap: int, seed: int
+) -> None:
+    batch = tiny.batch(samples, seed)
+    keys = list(range(seed, seed + len(samples)))
+    drawn = torch.randint(0, 8, (int(batch.response.sum()), draws), generator=torch.Generator().manual_seed(seed))
+    kept = capped(batch, drawn, keys, cap)
+    out = (kept == LEFT_OUT).all(1)
+    assert torch.equal(kept[~out], drawn[~out]), "a step keeps all its draws or none"
+    ribbon, full = (plan(d, batch.input_ids, batch.response, tiny.EOS) for d in (kept, drawn))
+    own = batch.attention_mask.sum(1)
+    lengths, wanted = own + ribbon.valid.sum(1), own + full.valid.sum(1)
+    assert (ribbon.valid.sum(1)[own > cap] == 0).all() and (lengths[own <= cap] <= cap).all()
+    owner = predicting(batch.response).nonzero()[:, 0]
+    for i in range(len(samples)):
+        if wanted[i] <= cap:
+            assert not out[owner == i].any(), "what fits is kept"
+        elif own[i] <= cap:
+            assert out[owner == i].any() and lengths[i] > cap - draws, "the next step in line did not fit"
+    assert int(ribbon.counted) == int(((kept != LEFT_OUT) & (kept != tiny.EOS)).sum()) == int(counted(kept, tiny.EOS))
+    assert ribbon.steps_left_out == left_out(kept) == int(out.sum())
+
+
+def test_what_a_cap_leaves_out_depends_on_the_sample_and_its_key_alone() -> None:
+    batch = tiny.batch([(0, 1, 20), (0, 1, 20), (1, 2, 20)])
+    drawn = torch.randint(5, tiny.VOCABULARY, (60, 3), generator=torch.Generator().manual_seed(1))
+    drawn[20:40] = drawn[:20]
+    batch.input_ids[1] = batch.input_ids[0]
+    kept = capped(batch, drawn, [7, 8, 9], 40)
+    assert not torch.equal(kept[:20], kept[20:40]), "another key, other steps"
+    assert torch.equal(kept[:40], capped(tiny_rows(batch, 0, 2), drawn[:40], [7, 8], 40))
+    assert torch.equal(kept[40:], capped(tiny_rows(batch, 2, 3), drawn[40:], [9], 40))
+
+
+def test_every_step_is_as_likely_to_be_left_out_by_a_cap() -> None:
+    batch = tiny.batch([(0, 1, 10)])
+    drawn = torch.full((10, 1), 39)
+    batch.input_ids[batch.input_ids == 39] = 38
+    out = sum((capped(batch, drawn, [key], 12 + 4) == LEFT_OUT).float() for key in range(400))[:, 0] / 400
+    assert out.tolist() == pytest.approx([0.6] * 10, abs=0.1)  # four standard errors
+
+
+def tiny_rows(batch, start: int, stop: int):
+    return type(batch)(**{k: v[start:stop] if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})

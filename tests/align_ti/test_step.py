@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from components.align_ti.losses import TERMS, total
-from components.align_ti.ribbon import continuation_mask, expanded_mask, plan, predicting
+from components.align_ti.ribbon import continuation_mask, expanded_mask, left_out, plan, predicting
 from components.align_ti.step import AlignTI, Method
 from components.distill.teacher import FrozenTeacher
 from components.irs.probe import Look, watching
@@ -144,18 +144,26 @@ def test_identical_teacher_and_student_have_nothing_to_align(route: str) -> None
     assert terms.sums[0] > 1 and terms.counts.min() > 0
 
 
-def test_routes_agree_on_what_the_student_draws() -> None:
+@pytest.mark.parametrize("options", [{}, {"draw_temperature": 1.5, "top_k": 12, "top_p": 0.9, "max_expanded_length": 16}])
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_routes_agree_on_what_is_drawn(options: dict, source: str) -> None:
     student, teacher = pair("qwen2")
     b = batch()
-    one, other = (step(student, teacher, route=route)(b, KEYS) for route in ("continuation", "expanded"))
+    routes = ("continuation", "expanded")
+    one, other = (step(student, teacher, route=route, source=source, **options)(b, KEYS) for route in routes)
     assert one.counts.tolist() == other.counts.tolist() and one.ribbon_rows == other.ribbon_rows > 0
+    assert one.steps_left_out == other.steps_left_out and bool(one.steps_left_out) == bool(options)
     torch.testing.assert_close(one.sums, other.sums)
 
 
+OPTIONS = {"draw_temperature": 1.5, "top_k": 12, "top_p": 0.9, "max_expanded_length": 16}
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "capped"])
 @pytest.mark.parametrize("split", [[1, 3], [2, 2], [1, 1, 1, 1]])
-def test_loss_does_not_depend_on_how_the_batch_is_split(split: list[int]) -> None:
+def test_loss_does_not_depend_on_how_the_batch_is_split(split: list[int], options: dict) -> None:
     student, teacher = pair("qwen3")
-    module = step(student, teacher)
+    module = step(student, teacher, **options)
     weights = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
     whole = module(batch(), KEYS)
     wanted_loss = total(whole.sums, whole.counts, weights)
@@ -173,6 +181,8 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(split: list[int]) -> Non
         parts.append((part, KEYS[here]))
         start += size
     draws = [module.draw(part, keys) for part, keys in parts]
+    assert sum(left_out(drawn) for drawn in draws) == whole.steps_left_out
+    assert bool(whole.steps_left_out) == bool(options)
     counts = sum(module.count(part, drawn) for (part, _), drawn in zip(parts, draws, strict=True))
     assert counts.tolist() == whole.counts.tolist()
     student.zero_grad()
@@ -230,24 +240,68 @@ def test_uniform_weights_are_a_plain_mean_over_visual_rows() -> None:
     torch.testing.assert_close(terms.sums[2] / terms.counts[2], expected)
 
 
+def test_a_cap_counts_what_it_keeps_and_does_not_touch_the_other_terms() -> None:
+    student, teacher = pair("qwen2")
+    b = batch()
+    whole, some, none = (step(student, teacher, max_expanded_length=cap)(b, KEYS) for cap in (1000, 16, 1))
+    assert whole.steps_left_out == 0 < some.steps_left_out < none.steps_left_out == int(b.response.sum())
+    assert whole.counts[3] > some.counts[3] > none.counts[3] == 0 and none.sums[3] == 0 == none.ribbon_rows
+    for capped in (some, none):
+        torch.testing.assert_close(capped.sums[:3], whole.sums[:3])
+        assert capped.counts[:3].tolist() == whole.counts[:3].tolist()
+
+
+def test_tiny_chunks_change_nothing() -> None:
+    student, teacher = pair("qwen2")
+    weights = torch.ones(4, dtype=torch.float64)
+    found = []
+    for chunk_mib in (40.0, 3 * tiny.VOCABULARY * 4 / 2**20):
+        terms = step(student, teacher, chunk_mib=chunk_mib)(batch(), KEYS)
+        found.append((terms.sums.detach(), gradients(student, total(terms.sums, terms.counts, weights))))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-12)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # RMSNorm is float32 inside
+
+
+NO_EOS = object()
+
+
 @pytest.mark.parametrize(
     ("samples", "counts"),
     [
         ([(0, 2, 3)], [3, 3, 0]),  # no image anywhere
+        ([(0, 2, 3), (0, 1, 1)], [4, 4, 0]),
         ([(1, 2, 0)], [0, 0, 1]),  # no response token
+        ([(0, 2, 0)], [0, 0, 0]),  # nothing at all to learn from
+        ([(1, 2, 0), (1, 2, 2)], [2, 2, 2]),  # an empty response beside another
         ([(1, 2, 1)], [1, 1, 1]),  # a response of only EOS
+        ([(1, 2, 1), NO_EOS], [1, 1, 1]),  # one response token, cut off before its EOS
         ([(1, 0, 2)], [2, 2, 1]),  # an image that no instruction follows: all its tokens weigh the same
     ],
 )
 @pytest.mark.parametrize("route", ["continuation", "expanded"])
 def test_odd_batches_have_a_defined_result(samples: list, counts: list[int], route: str) -> None:
     student, teacher = pair("qwen2")
-    terms = step(student, teacher, route=route)(batch(samples=samples), [1])
+    b = batch(samples=[sample for sample in samples if sample is not NO_EOS])
+    if NO_EOS in samples:
+        b.input_ids[b.response] = 17
+    terms = step(student, teacher, route=route)(b, list(range(len(b.input_ids))))
     assert terms.counts[:3].tolist() == counts
+    assert bool(terms.counts[3]) == bool(counts[0])
     assert terms.sums.isfinite().all()
     assert [bool(s) for s in terms.sums[:3]] == [bool(c) for c in counts]
     loss = total(terms.sums, terms.counts, torch.ones(4))
     assert all(g.isfinite().all() for g in gradients(student, loss))
+
+
+@pytest.mark.parametrize("route", ["continuation", "expanded"])
+def test_an_empty_response_leaves_the_text_terms_of_its_neighbours_alone(route: str) -> None:
+    student, teacher = pair("qwen2")
+    alone = step(student, teacher, route=route)(batch(samples=[(0, 2, 3)]), [5])
+    beside = batch(samples=[(0, 2, 3), (0, 4, 0)])
+    both = step(student, teacher, route=route)(beside, [5, 6])
+    assert both.counts.tolist() == alone.counts.tolist()
+    torch.testing.assert_close(both.sums, alone.sums)
 
 
 def test_terms_of_weight_zero_are_not_computed() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.align_ti.divergence import divergence
+from components.align_ti.head import Head
 from components.align_ti.losses import TERMS
 from components.align_ti.ribbon import predicting
 from components.align_ti.step import AlignTI, Method
@@ -67,7 +68,7 @@ def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
     kept = top_k(logits(5), 4)
 
     def run(size: int) -> tuple[torch.Tensor, ...]:
-        value = top_k_row_divergence(kept, rows, lambda x: x @ head.T, shared=V, chunk_rows=size)
+        value = top_k_row_divergence(kept, rows, Head(head), shared=V, chunk_mib=4 * (V + 2) * size / 2**20)
         return value, *torch.autograd.grad((value * torch.arange(ROWS)).sum(), (rows, head))
 
     for got, wanted in zip(run(chunk), run(1000), strict=True):

@@ -12,6 +12,7 @@ from components.errors import DataError, ModelError
 from components.models import collate
 from components.models.collate import Collator, check_special_tokens, visual_tokens
 from components.models.template import Template
+from components.shards import Turn
 from tests.models.conftest import NV, WORDS, bpe_processor, sample, word_processor
 
 TEMPLATE = Template("")
@@ -155,6 +156,19 @@ def test_bad_samples_are_refused_by_name(case: str) -> None:
     with pytest.raises(DataError, match="s0") as refusal:
         Collator(PROCESSORS["words"], TEMPLATE, 100, train=True)([sample(("what ?", "no"), name="fine"), bad])
     assert message in str(refusal.value)
+
+
+def test_odd_but_sound_samples_have_a_defined_batch(processor) -> None:
+    """What of them counts in the loss: tests/align_ti/test_step.py, odd batches."""
+    collator = Collator(processor, TEMPLATE, 200, train=True)
+    texts = collator([sample(("what ?", "no"), image=False, name=name) for name in ("a", "b")])
+    assert texts.pixel_values is None and texts.image_ids == [] and not texts.visual.any() and not texts.instruction.any()
+    assert texts.response.any(1).all()
+    image_only = collator([replace(TWO_TURNS, turns=(Turn("<image>", "no"),))])
+    assert image_only.visual.sum() == NV
+    said = processor.tokenizer.decode(image_only.input_ids[0][image_only.instruction[0]])
+    assert said.replace(" ", "") == "ASSISTANT:", "what follows the image is then the template's own words"
+    assert image_only.response.sum() >= 2  # an answer and its EOS
 
 
 def test_answers_of_which_the_tokenizer_keeps_nothing_are_refused() -> None:

@@ -1,0 +1,152 @@
+"""The output head, and losses of its logits that never hold all rows' logits at once.
+
+One float32 tensor of logits is rows x vocabulary x 4 bytes: 443 MB for an image of 729 tokens at V = 151,936, and a loss
+holds several. So rows go through the head in chunks, whose logits are computed anew in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_MIB = 40.0  # above 32, what glibc's allocator at most keeps for itself when a tensor is freed
+COLUMNS_AT_ONCE = 8192  # of a 16-bit head that are widened to float32
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden rows (N, d) -> (N, V) logits, float32 or wider: rows W^T + b, soft-capped to cap tanh(logits / cap).
+
+    The operands are cast, not the result: a bf16 product cast afterwards loses 4 to 23% of a divergence's gradient
+    (linkedin/Liger-Kernel issue 1432).
+    """
+
+    weight: Tensor  # (V, d); the token embedding's own where the two are tied
+    bias: Tensor | None = None  # (V,)
+    cap: float | None = None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        wide = at_least_float32(rows.dtype)
+        with torch.autocast(rows.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                logits = F.linear(rows.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+            else:
+                logits = self.uncapped(rows.to(wide))
+        return self.capped(logits)
+
+    def uncapped(self, rows: Tensor) -> Tensor:
+        """rows W^T + b where nothing needs a gradient."""
+        if self.weight.dtype == rows.dtype:
+            return F.linear(rows, self.weight, self.bias)
+        logits = rows.new_empty(len(rows), len(self.weight))
+        for columns, weight in self.widened(rows.dtype):
+            torch.mm(rows, weight.T, out=logits[:, columns])
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def widened(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in `dtype`, by slices of columns: a whole copy of it would be larger than any chunk of logits."""
+        step = len(self.weight) if self.weight.dtype == dtype else COLUMNS_AT_ONCE
+        for start in range(0, len(self.weight), step):
+            at = slice(start, start + step)
+            yield at, self.weight[at].to(dtype)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def rows_per_chunk(columns: int, chunk_mib: float) -> int:
+    """Rows whose float32 logits over `columns` of vocabulary take at most `chunk_mib` MiB; at least one."""
+    return max(1, int(chunk_mib * 2**20) // (4 * columns))
+
+
+def row_losses(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
+    """(N,) losses of the logits of hidden rows (N, d), `size` rows at a time.
+
+    Args:
+        loss: of a slice of the rows and its logits (n, V), one number per row. Called again in the backward pass.
+
+    Where all rows are one chunk its logits are kept for the backward pass instead. Gradients reach the rows and the head.
+    """
+    if len(rows) <= size:
+        return loss(slice(None), head(rows))
+    losses: Tensor = _Chunks.apply(rows, head.weight, head.bias, head.cap, loss, size)
+    return losses
+
+
+def cross_entropy(rows: Tensor, head: Head, targets: Tensor, chunk_mib: float = CHUNK_MIB) -> Tensor:
+    """Sum of the cross-entropies of hidden rows (N, d) against (N,) tokens, in nats."""
+    size = rows_per_chunk(len(head.weight), chunk_mib)
+    if head.cap is not None or len(rows) <= size:
+        return row_losses(rows, head, lambda at, logits: F.cross_entropy(logits, targets[at], reduction="none"), size).sum()
+    wide = at_least_float32(rows.dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear_cross_entropy(
+            rows.to(wide),
+            head.weight.to(wide),
+            targets,
+            linear_bias=None if head.bias is None else head.bias.to(wide),
+            reduction="sum",
+            options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size),
+        )
+
+
+class _Chunks(torch.autograd.Function):
+    """`row_losses` of more than one chunk. Against torch.utils.checkpoint around each chunk it saves a gradient of the
+    head's size: the chunks add to one buffer instead of handing autograd one after another to sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cap: float | None,
+        loss: Callable[[slice, Tensor], Tensor],
+        size: int,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias)
+        ctx.cap, ctx.loss, ctx.size = cap, loss, size
+        head = Head(weight, bias, cap)
+        return torch.cat([loss(at, head(rows[at])) for at in _slices(len(rows), size)])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, bias = ctx.saved_tensors
+        head = Head(weight, bias, ctx.cap)
+        wide = at_least_float32(rows.dtype)
+        for_rows, for_weight, for_bias, *_ = ctx.needs_input_grad
+        rows_gradient = torch.zeros_like(rows, dtype=wide) if for_rows else None
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if for_weight else None
+        bias_gradient = torch.zeros_like(bias, dtype=wide) if for_bias else None
+        with torch.autocast(rows.device.type, enabled=False):
+            for at in _slices(len(rows), ctx.size):
+                chunk = rows[at].to(wide)
+                logits = head.uncapped(chunk).requires_grad_()
+                with torch.enable_grad():
+                    (gradient,) = torch.autograd.grad(ctx.loss(at, head.capped(logits)), logits, upstream[at])
+                del logits
+                if rows_gradient is not None:
+                    for columns, part in head.widened(wide):
+                        rows_gradient[at].addmm_(gradient[:, columns], part)
+                if weight_gradient is not None:
+                    weight_gradient.addmm_(gradient.T, chunk)
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(0)
+        gradients = (rows_gradient, weight_gradient, bias_gradient)
+        given = zip(gradients, (rows, weight, bias), strict=True)
+        return *(None if gradient is None else gradient.to(of.dtype) for gradient, of in given), None, None, None
+
+
+def _slices(rows: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,104 @@
+"""Out of memory at a step: say which part takes the most, by the shapes, and which setting lowers it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from components.align_ti.head import rows_per_chunk
+from components.align_ti.step import AlignTI
+from components.errors import InputError
+from components.models.collate import Batch
+from components.settings import DistillSettings
+
+FLOAT = 4  # bytes
+LOGITS_AT_ONCE = 6  # chunks that a divergence holds (docs/performance.md)
+PER_LAYER = 16  # activations of one layer that the backward pass needs, in hidden states beside the MLP's and the attention's
+
+KNOBS = {
+    "the student's activations": "lower micro_batch_size, or set gradient_checkpointing: true, in params/distill.yaml",
+    "the ribbon's activations": "lower tpa.draws, or set tpa.max_expanded_length, in params/distill.yaml",
+    "logits": "lower logits_chunk_mib in params/distill.yaml",
+    "gradients and optimiser state": "train fewer parts (`trainable` in params/distill.yaml) or a smaller student",
+    "the student's weights": "take a smaller student (params/models.yaml)",
+    "the teacher": "set precision: bf16, or let a smaller one teach (max_memory_mib in params/teacher.yaml)",
+}
+
+
+class OutOfMemory(InputError):
+    """The step does not fit the device."""
+
+
+@contextmanager
+def explained(module: AlignTI, batches: list[tuple[Batch, list[int]]], settings: DistillSettings) -> Iterator[None]:
+    """Raises OutOfMemory in place of the allocators' own errors; all others pass."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        parts = estimate(module, max((batch for batch, _ in batches), key=lambda b: b.input_ids.numel()), settings)
+        largest = max(parts, key=lambda name: parts[name])
+        table = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sorted(parts.items(), key=lambda x: -x[1]))
+        raise OutOfMemory(
+            f"out of memory on {batches[0][0].input_ids.device}: the largest part is {largest}; {KNOBS[largest]}."
+            f" Estimated from the shapes, MiB: {table}. The allocator said: {_first_line(error)}"
+        ) from error
+
+
+def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[str, int]:
+    """Bytes per part of a step over `batch`, from shapes alone: good for an order, not for a figure."""
+    method, student = module.method, module.student.model  # type: ignore[attr-defined]
+    B, T = batch.input_ids.shape
+    rows = int(batch.response.sum(1).max()) * method.draws * B if method.wants("tpa") else 0
+    wide = FLOAT if settings.precision == "fp32" else FLOAT // 2
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    text = student.config.get_text_config()
+    head_rows = int(batch.response.sum()) + (int(batch.visual.sum()) if method.wants("iva") else 0)
+    chunk = min(max(head_rows, rows), rows_per_chunk(text.vocab_size, method.chunk_mib))
+    per_token = _activations_per_token(text, settings.gradient_checkpointing) * wide
+    return {
+        "the student's activations": B * T * per_token,
+        "the ribbon's activations": rows * per_token,
+        "logits": LOGITS_AT_ONCE * chunk * text.vocab_size * FLOAT,
+        "gradients and optimiser state": 3 * trained * FLOAT,
+        "the student's weights": sum(p.nbytes for p in module.parameters()),
+        "the teacher": _teacher(module, B * T),
+    }
+
+
+def _activations_per_token(text: Any, checkpointed: bool) -> int:
+    """Numbers that the backward pass needs of one token; with checkpointing one state per layer, and one whole layer."""
+    layer = PER_LAYER * text.hidden_size + 4 * text.intermediate_size
+    layers: int = text.num_hidden_layers
+    return layers * text.hidden_size + layer if checkpointed else layers * layer
+
+
+def _teacher(module: AlignTI, tokens: int) -> int:
+    """Bytes of its weights and, where alternatives continue over it, of its key/value cache."""
+    vlm = getattr(module._teacher[0], "vlm", None)
+    if vlm is None:
+        return 0
+    weights = sum(p.nbytes for p in vlm.parameters())
+    if not module.method.wants("tpa"):
+        return weights
+    text = vlm.model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = next(vlm.parameters()).element_size()
+    return weights + tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or ("DefaultCPUAllocator" in text and "allocate" in text)
+        or "out of memory" in text
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,189 @@
+"""A step whose loss was not finite, left on disk by the loop, and run again sample by sample: which one, which term?
+
+`alignti replay .runs/dumps/ARM-step-N`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from components.align_ti.losses import TERMS, total
+from components.align_ti.step import AlignTI, Method
+from components.artifacts import RUNS, sha256, write_text
+from components.distill.teacher import FrozenTeacher
+from components.errors import DataError, ModelError
+from components.models.collate import Batch
+from components.models.load import load
+from components.models.vlm import VLM
+
+DUMPS = RUNS / "dumps"
+TENSORS = ("input_ids", "attention_mask", "response", "instruction", "visual", "pixel_values")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's models come from: what a dump names instead of copying."""
+
+    arm: str
+    student: dict[str, str]  # path, sha256
+    teacher: dict[str, str]
+    precision: str
+
+    def dump(
+        self,
+        step: int,
+        module: AlignTI,
+        state: dict[str, Tensor],
+        batches: list[tuple[Batch, list[int]]],
+        record: dict[str, float],
+        accelerator: Accelerator,
+    ) -> Path:
+        """Write `.runs/dumps/ARM-step-N`: every rank its micro-batches, the main process the rest. Every rank calls it.
+
+        Args:
+            state: the whole module's weights, as they were before the step.
+        """
+        final = DUMPS / f"{self.arm}-step-{step}"
+        draft = final.with_name(f".{final.name}.tmp")
+        if accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        for i, (batch, keys) in enumerate(batches):
+            name = f"rank-{accelerator.process_index}-batch-{i}"
+            held = {key: getattr(batch, key) for key in TENSORS}
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in held.items() if v is not None}, draft / f"{name}.safetensors"
+            )
+            write_text(draft / f"{name}.json", json.dumps({"ids": batch.ids, "image_ids": batch.image_ids, "keys": keys}))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, draft / "student.safetensors")
+            teacher = module._teacher[0]
+            live = (
+                {"layer": teacher.layer, "shares_tower": teacher.shares_tower} if isinstance(teacher, FrozenTeacher) else None
+            )
+            about = {
+                **asdict(self),
+                "step": step,
+                "record": {name: str(value) for name, value in record.items()},
+                "method": asdict(module.method),
+                "live_teacher": live,
+            }
+            write_text(draft / "dump.json", json.dumps(about, indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            draft.replace(final)
+        accelerator.wait_for_everyone()
+        return final
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sample and what of it is not finite."""
+
+    sample: str
+    precision: str
+    values: dict[str, float]  # term or "gradient norm" -> value
+
+    def __str__(self) -> str:
+        return f"sample {self.sample} ({self.precision}): " + ", ".join(f"{k} is {v}" for k, v in self.values.items())
+
+
+def replay(folder: Path) -> Iterator[str | Finding]:
+    """Run the dumped step's samples one by one, as they ran then and, if that was bf16, in float32 too.
+
+    Yields what is not finite, first among the student's weights and the pixels, then per sample.
+
+    Raises:
+        DataError: the folder is no dump.
+        ModelError: the models that it names are not those any more, or the step had no live teacher.
+    """
+    about = _about(folder)
+    if about["live_teacher"] is None:
+        raise ModelError(f"{folder}: the step ran without the live teacher, which is needed to run it again")
+    for role in ("student", "teacher"):
+        path = Path(about[role]["path"])
+        if not path.exists() or sha256([path]) != about[role]["sha256"]:
+            raise ModelError(f"{folder}: the {role} at {path} is missing or has changed since; `dvc checkout` brings it back")
+    state = load_file(folder / "student.safetensors")
+    if any("lora_" in name for name in state):
+        raise ModelError(f"{folder}: the step trained adapters (trainable.lora), which replay cannot build; look at the batch")
+    yield from (f"student's weights before the step: {name} is not finite" for name in _bad(state))
+    batches = [_read(path) for path in sorted(folder.glob("rank-*.safetensors"))]
+    for batch, _ in batches:
+        yield from (f"pixels of image {name} are not finite" for name in _bad_images(batch))
+    for precision in dict.fromkeys((about["precision"], "fp32")):
+        module = _module(about, state, precision)
+        for batch, keys in batches:
+            for i in tqdm(range(len(keys)), desc=f"replay in {precision}", unit="sample"):
+                if values := _not_finite(module, _alone(batch, i), keys[i], precision):
+                    yield Finding(batch.ids[i], precision, values)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = sorted(path.as_posix() for path in DUMPS.glob("*-step-*"))
+        raise DataError(f"{folder} is no dump of a step; there is {', '.join(known) or 'none'} under {DUMPS}") from None
+    return about
+
+
+def _read(path: Path) -> tuple[Batch, list[int]]:
+    names = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    tensors: dict[str, Any] = dict.fromkeys(TENSORS) | load_file(path)
+    return Batch(ids=names["ids"], image_ids=names["image_ids"], **tensors), names["keys"]
+
+
+def _module(about: dict[str, Any], state: dict[str, Tensor], precision: str) -> AlignTI:
+    student = VLM(load(Path(about["student"]["path"]), "cpu").model)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    teacher = VLM(load(Path(about["teacher"]["path"]), "cpu", dtype).model)
+    method = {field.name: about["method"][field.name] for field in fields(Method)}
+    module = AlignTI(student, FrozenTeacher(teacher, **about["live_teacher"]), Method(**method))
+    module.load_state_dict(state)
+    return module
+
+
+def _alone(batch: Batch, i: int) -> Batch:
+    """The batch of sample i alone, without its padding."""
+    length = int(batch.attention_mask[i].sum())
+    rows = {name: getattr(batch, name)[i : i + 1, :length] for name in TENSORS if name != "pixel_values"}
+    image = int(batch.visual.any(1)[:i].sum())
+    own = slice(image, image + 1) if bool(batch.visual[i].any()) else slice(0, 0)
+    pixels = batch.pixel_values[own] if batch.pixel_values is not None and own.stop else None
+    return replace(batch, ids=[batch.ids[i]], image_ids=batch.image_ids[own], pixel_values=pixels, **rows)
+
+
+def _not_finite(module: AlignTI, batch: Batch, key: int, precision: str) -> dict[str, float]:
+    module.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+        terms = module(batch, [key])
+    values = dict(zip(TERMS, (terms.sums / terms.counts.clamp_min(1)).tolist(), strict=True))
+    weights = torch.tensor([module.method.weights[term] for term in TERMS])
+    total(terms.sums, terms.counts, weights).backward()  # type: ignore[no-untyped-call]
+    gradients = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+    values["gradient norm"] = float(torch.stack(gradients).norm())
+    return {name: value for name, value in values.items() if not math.isfinite(value)}
+
+
+def _bad(tensors: dict[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+
+
+def _bad_images(batch: Batch) -> list[str]:
+    pixels = [] if batch.pixel_values is None else list(batch.pixel_values)
+    return [name for name, image in zip(batch.image_ids, pixels, strict=True) if not bool(image.isfinite().all())]
