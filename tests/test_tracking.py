@@ -18,14 +18,22 @@ import pytest
 
 from components import mirror, tracking
 from components.errors import Interrupted, SettingsError
-from components.settings import RuntimeSettings, load_settings
+from components.settings import RuntimeSettings
 
-ROOT = str(Path(__file__).parents[1])
 SQLITE = "sqlite:///.mlflow/mlflow.db"
+REST: dict[str, Any] = {
+    "device": "cpu",
+    "threads": 1,
+    "devices": 1,
+    "accelerate": None,
+    "teacher_device": "same",
+    "teacher_sharded": False,
+    "experiment": "tests",
+}
 
 
 def runtime(uri: str = tracking.JOURNAL_ONLY) -> RuntimeSettings:
-    return load_settings(Path(ROOT)).runtime.model_copy(update={"tracking_uri": uri, "experiment": "tests"})
+    return RuntimeSettings(tracking_uri=uri, **REST)
 
 
 @pytest.fixture(autouse=True)
@@ -202,12 +210,12 @@ def test_sync_sends_what_is_left_once_however_often_it_is_interrupted(monkeypatc
     assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["curve.png"]
 
 
+ROOT = str(Path(__file__).parents[1])
 KILLED = f"""
 import sys, time
-from pathlib import Path
 from components import tracking
-from components.settings import load_settings
-runtime = load_settings(Path({ROOT!r})).runtime.model_copy(update=dict(tracking_uri="journal"))
+from components.settings import RuntimeSettings
+runtime = RuntimeSettings(tracking_uri="journal", **{REST!r})
 with tracking.stage_run("distill", cell="a", runtime=runtime) as run:
     run.metrics({{"loss/sft": 1.0}}, step=1)
     print("ready", flush=True)
