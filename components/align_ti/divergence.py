@@ -55,18 +55,22 @@ def row_divergence(
     kind: str = "forward",
     mix: float = 0.5,
     temperature: float = 1.0,
+    shared: int | None = None,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
     """(N,) `divergence` of hidden rows (N, d_T) and (N, d_S) through their heads.
 
     Args:
+        shared: columns of both heads that mean the same tokens; None: those of the narrower one.
         chunk_mib: MiB that the float32 logits of one chunk of rows may take, of one model.
 
     Gradients reach the student's rows and head; the teacher gets none.
     """
 
     def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
-        return divergence(_without_gradient(teacher_head, teacher_rows[at]), student_logits, kind, mix, temperature)
+        return divergence(
+            _without_gradient(teacher_head, teacher_rows[at])[:, :shared], student_logits[:, :shared], kind, mix, temperature
+        )
 
     columns = max(len(teacher_head.weight), len(student_head.weight))
     return row_losses(student_rows, student_head, of_chunk, rows_per_chunk(columns, chunk_mib))

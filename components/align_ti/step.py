@@ -291,6 +291,7 @@ class AlignTI(nn.Module):
             kind=method.kind,
             mix=method.mix,
             temperature=method.temperature,
+            shared=method.shared_vocabulary or None,
             chunk_mib=method.chunk_mib,
         )
 

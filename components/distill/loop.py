@@ -22,7 +22,7 @@ from components.align_ti.step import AlignTI
 from components.distill.checkpoint import Checkpoints
 from components.distill.launch import prepare_sharding
 from components.distill.memory import explained
-from components.distill.order import Order, shared_out, shared_out_by_length
+from components.distill.order import Order, draw_key, shared_out, shared_out_by_length
 from components.distill.replay import Origin
 from components.distill.replica import Replica
 from components.errors import AlignTIError, Interrupted
@@ -190,7 +190,7 @@ def _batches(
         yield [
             (
                 collator([samples[index] for _, index in micro]).to(accelerator.device),
-                [order.seed * 2**40 + key for key, _ in micro],
+                [draw_key(order.seed, key) for key, _ in micro],
             )
             for micro in micro_batches
         ]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 from components.errors import DataError, InputError
+
+
+def draw_key(seed: int, key: int) -> int:
+    """The seed of the draws of one sample in a run of `seed`. Hashed: torch's CPU generator reads the low 32 bits alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:4], "big")
 
 
 class Order:

@@ -218,3 +218,12 @@ def test_chunks_keep_no_logits_for_the_backward_pass(loss: str) -> None:
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown divergence 'kl'"):
         divergence(logits(1), logits(2), "kl")
+
+
+def test_columns_beyond_the_shared_ones_do_not_count() -> None:
+    teacher, student = Head(torch.randn(9, 3)), Head(torch.randn(11, 3))
+    rows = torch.randn(4, 3)
+    got = row_divergence(rows, teacher, rows, student, shared=6)
+    wanted = row_divergence(rows, Head(teacher.weight[:6]), rows, Head(student.weight[:6]))
+    torch.testing.assert_close(got, wanted)
+    assert not torch.allclose(got, row_divergence(rows, teacher, rows, student))

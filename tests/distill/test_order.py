@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.distill.order import Order, shared_out, shared_out_by_length
+from components.align_ti.ribbon import uniforms
+from components.distill.order import Order, draw_key, shared_out, shared_out_by_length
 from components.errors import DataError, InputError
 
 
@@ -75,3 +77,12 @@ def test_a_batch_that_does_not_divide_over_ranks_is_refused_by_length_too() -> N
 def test_nothing_to_distil_on_is_an_error() -> None:
     with pytest.raises(DataError, match="no instruction to distil on"):
         Order([], 4, 1)
+
+
+def test_every_run_seed_draws_its_own_alternatives() -> None:
+    """torch.Generator on a CPU reads 32 bits of a seed: two seeds that differ above them draw the same."""
+    response = torch.ones(1, 5, dtype=torch.bool)
+    one, other = (uniforms(response, [draw_key(seed, 7)], 4) for seed in (1, 2))
+    assert not torch.equal(one, other)
+    assert torch.equal(one, uniforms(response, [draw_key(1, 7)], 4))
+    assert len({draw_key(1, key) % 2**32 for key in range(1000)}) == 1000
