@@ -47,7 +47,7 @@ class Mirror:
             self._state = json.loads(self._state_file.read_text(encoding="utf-8"))
         with journal.open(encoding="utf-8") as file:
             self._opening = json.loads(file.readline())
-        self._client = _client(tracking_uri)
+        self._client = client(tracking_uri)
 
     def send(self, abandoned: bool = False) -> bool:
         """Send what the journal has gained; true when its end has been sent. `abandoned`: nobody will write more to it."""
@@ -174,7 +174,7 @@ def sync(tracking_uri: str) -> tuple[int, int]:
     return sent, live
 
 
-def _client(tracking_uri: str) -> Any:
+def client(tracking_uri: str) -> Any:
     """An MLflow client that gives up soon and keeps quiet. Raises ImportError where MLflow is not installed."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own: 7, with pauses that double

@@ -20,6 +20,7 @@ LEVELS = [
     {"irs"},
     {"dataset", "distill", "evaluate"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
+    {"study"},
     {"flows"},
     {"cli"},
 ]

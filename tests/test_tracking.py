@@ -139,7 +139,7 @@ def test_mlflow_run_id_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes seconds to make one."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mirror._client(f"sqlite:///{path}").search_experiments()
+    mirror.client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -150,7 +150,7 @@ def database(workspace: Path, empty_database: Path) -> None:
 
 
 def client() -> Any:
-    return mirror._client(SQLITE)
+    return mirror.client(SQLITE)
 
 
 def runs() -> dict[str, Any]:
