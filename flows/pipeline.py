@@ -59,14 +59,18 @@ def run_stage(
 
 @flow(name="alignti-pipeline")
 def pipeline(
-    parallel: Annotated[int, Field(ge=1, le=64, description="stages at a time, where the graph allows")] = 1,
-    recipe: Annotated[str | None, Field(description="params/recipes/NAME.yaml, merged into params/ first")] = None,
-    targets: Annotated[list[str] | None, Field(description="stages to bring up to date, and what they need; none: all")] = None,
-    own_workspace: Annotated[
-        bool, Field(description="run what is committed, in a worktree; else in the folder as it is")
-    ] = False,
+    parallel: Annotated[int, Field(ge=1, le=64)] = 1,
+    recipe: str | None = None,
+    targets: list[str] | None = None,
+    own_workspace: bool = False,
 ) -> dict[str, dvc.Outcome]:
     """Bring every stage up to date; returns what became of each.
+
+    Args:
+        parallel: stages at a time, where the graph allows.
+        recipe: params/recipes/NAME.yaml, merged into params/ first.
+        targets: stages to bring up to date, and what they need; none: all.
+        own_workspace: run what is committed, in a worktree; else in the folder as it is.
 
     Raises:
         dvc.StageFailed: of the first stage that failed; stages that do not need it were still run.

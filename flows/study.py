@@ -86,12 +86,13 @@ FREE = threading.Semaphore(2**20)  # of a stage inside a cell, which holds a slo
 
 
 @flow(name="alignti-study")
-def study(
-    name: Annotated[str, Field(description="params/studies/NAME.yaml")],
-    parallel: Annotated[int, Field(ge=1, le=64, description="arms at a time; each takes a GPU where there are any")] = 1,
-    recipe: Annotated[str | None, Field(description="params/recipes/NAME.yaml, merged into params/ first")] = None,
-) -> dict[str, str]:
+def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: str | None = None) -> dict[str, str]:
     """Run every arm of the study that has not been run; returns what became of each.
+
+    Args:
+        name: params/studies/NAME.yaml.
+        parallel: arms at a time; each takes a GPU where there are any.
+        recipe: params/recipes/NAME.yaml, merged into params/ first.
 
     Raises:
         AlignTIError: naming the arms that are missing and why; all others were run and recorded.
