@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from components.artifacts import write_text
-from components.tracking import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
+from components.tracking import FORBIDDEN_IN_NAME, JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
 LOCAL = "sqlite:///"
 PAUSE_S = 3  # between two looks at a growing journal
@@ -144,7 +144,7 @@ class Mirror:
 
     def _tag(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            self._client.set_tag(run_id, line["key"], line["value"])
+            self._client.set_tag(run_id, FORBIDDEN_IN_NAME.sub("_", line["key"]), line["value"])
 
     def _end(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         status, ended = lines[-1]["status"], lines[-1]["time"]
@@ -160,8 +160,14 @@ def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def sync(tracking_uri: str) -> tuple[int, int]:
-    """Send every journal whose process has ended; returns how many were sent and how many are still being written."""
+    """Send every journal whose process has ended; returns how many were sent and how many are still being written.
+
+    One that MLflow calls wrong does not keep back the others; it is raised at the end.
+    """
+    from mlflow.exceptions import MlflowException
+
     sent = live = 0
+    refused: MlflowException | None = None
     for journal in sorted(JOURNALS.glob("*.jsonl")):
         state = journal.with_suffix(".sent")
         if state.exists() and json.loads(state.read_text(encoding="utf-8"))["done"]:
@@ -169,8 +175,15 @@ def sync(tracking_uri: str) -> tuple[int, int]:
         if _is_being_written(journal):
             live += 1
             continue
-        Mirror(journal, tracking_uri).send(abandoned=True)
-        sent += 1
+        try:
+            Mirror(journal, tracking_uri).send(abandoned=True)
+            sent += 1
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            refused = error
+    if refused:
+        raise refused
     return sent, live
 
 

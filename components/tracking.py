@@ -34,7 +34,7 @@ JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
 PATIENCE_S = 10  # how long a finished stage waits for its journal to be sent
 SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the process that sends it
 
-_FORBIDDEN_IN_METRIC = re.compile(r"[^\w\-. :/]")
+FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
 
 
 class Run:
@@ -57,7 +57,7 @@ class Run:
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """`values` at `step`; without a step they describe the whole run. Stepped ones end as `final/` and `best/` too:
         best is the lowest for names under `loss/`, else the highest."""
-        clean = {_FORBIDDEN_IN_METRIC.sub("_", name): float(value) for name, value in values.items()}
+        clean = {FORBIDDEN_IN_NAME.sub("_", name): float(value) for name, value in values.items()}
         self._write("metrics", values=clean, step=step)
         if step is not None:
             self._latest |= clean
@@ -179,7 +179,7 @@ def record(
     events: list[dict[str, Any]] = [
         {"event": "start", **start},
         {"event": "params", "values": {name: str(value) for name, value in _flatten(params)}},
-        {"event": "metrics", "values": {_FORBIDDEN_IN_METRIC.sub("_", k): float(v) for k, v in metrics.items()}, "step": None},
+        {"event": "metrics", "values": {FORBIDDEN_IN_NAME.sub("_", k): float(v) for k, v in metrics.items()}, "step": None},
     ]
     files = journal.with_suffix(".files")
     for path in artifacts:
