@@ -296,6 +296,7 @@ def _prefect(host: str, port: int, database: str, auth: str | None) -> tuple[lis
         "PREFECT_API_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{LOOPBACK}:{port},http://localhost:{port}",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # wherever the page came from; its own guess is port 4200
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
     }
     return command, environment | ({"PREFECT_SERVER_API_AUTH_STRING": auth} if auth else {})
