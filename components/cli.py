@@ -1,4 +1,4 @@
-"""`alignti use | plan | check | sync | replay`. Heavy imports stand inside the commands: `alignti --help` answers at once."""
+"""The command line, `alignti`. Heavy imports stand inside the commands: `alignti --help` answers at once."""
 
 from __future__ import annotations
 
@@ -121,8 +121,6 @@ def leaderboard(
     comparison = Comparison.read(REPORTS / "compare.json")
     index, teacher = ModelIndex.read(MODELS / "index.json"), TeacherChoice.read(TEACHER / "choice.json")
     if measure:
-        from pathlib import Path
-
         from components.evaluate import speed
         from components.runtime import prepare_torch
 
@@ -158,8 +156,6 @@ def samples(
     most: int = typer.Option(2000, "--most", min=1, help="Samples on the page; the first ones of the evaluated split."),
 ) -> None:
     """Write reports/samples.html: each image and question with all answers, and where the teacher looked."""
-    from pathlib import Path
-
     from components.artifacts import DATASET, IRS, REPORTS, TEACHER, TEACHER_ARM, Comparison, LayerChoice, TeacherChoice
     from components.evaluate import samples as page
     from components.evaluate.outcomes import read
@@ -183,8 +179,6 @@ def controls(
     arm: Annotated[list[str] | None, typer.Option(help="Only these arms, or `teacher`; all without it.")] = None,
 ) -> None:
     """Write reports/controls.*: every model without its image, and what the test split shares with the training data."""
-    from pathlib import Path
-
     from components.artifacts import STUDENTS, TEACHER, TEACHER_ARM, TeacherChoice
     from components.errors import InputError
     from components.evaluate import controls as measured
@@ -214,6 +208,116 @@ def replay(dump: Path) -> None:
         typer.echo(str(finding))
     if not found:
         typer.echo(f"{dump}: every term of every sample and every gradient is finite here, one sample at a time.")
+
+
+@app.command()
+def up(
+    host: str = typer.Option(
+        "127.0.0.1", help="Address to listen on; any but loopback needs ALIGNTI_SERVER_AUTH=user:password."
+    ),
+    mlflow_port: int = typer.Option(5000),
+    prefect_port: int = typer.Option(4200),
+    postgres: str = typer.Option(
+        None, envvar="ALIGNTI_POSTGRES", show_envvar=True, help="postgresql://user:password@host:port, for a pool of machines."
+    ),
+) -> None:
+    """Start the MLflow and Prefect servers of this folder, and wait until they answer."""
+    from flows import servers
+
+    ready = servers.up(host, {"mlflow": mlflow_port, "prefect": prefect_port}, postgres, typer.echo)
+    for server in ready:
+        typer.echo(f"{server.name}: {server.url}")
+    typer.echo("`alignti deploy` and `alignti worker` find them by themselves. For other commands in this shell:")
+    for name in ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL"):
+        typer.echo(f"  export {name}={servers.client_environment()[name]}")
+
+
+@app.command()
+def down() -> None:
+    """Stop the servers of this folder, and all that they started."""
+    from flows import servers
+
+    stopped = servers.down()
+    typer.echo(f"stopped {' and '.join(server.name for server in stopped)}" if stopped else "nothing was running")
+
+
+@app.command()
+def status() -> None:
+    """Say whether the servers of this folder run and answer."""
+    from flows import servers
+
+    for name, state in servers.report():
+        typer.echo(f"{name:8} {state}")
+
+
+@app.command()
+def deploy() -> None:
+    """Make the work pools, queues and limits, and the deployments of prefect.yaml, on the server that is up."""
+    from flows import pool
+
+    for line in pool.deploy():
+        typer.echo(line)
+
+
+@app.command()
+def worker(count: int = typer.Option(None, min=1, help="How many; else one per GPU, or one without GPUs.")) -> None:
+    """Run workers that take flow runs from the pool `gpu` (one per GPU) or `cpu`, until stopped with Ctrl-C."""
+    from flows import pool
+
+    pool.work(count, typer.echo)
+
+
+study = typer.Typer(help="What params/studies/*.yaml ask for.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(study, name="study")
+
+
+@study.command("list")
+def list_studies() -> None:
+    """Say which studies there are, what each is for, and how many arms it has."""
+    from components.study import expand
+
+    for name in expand.names():
+        typer.echo(f"{name:16} {len(expand.cells(name)):4} arms  {expand.read(name).about}")
+
+
+@study.command("expand")
+def expand_study(name: str) -> None:
+    """Make the study's arms those of params/study.yaml, for `make repro` to run, and print what changed."""
+    from components.study import expand
+
+    diff = expand.expand(name)
+    typer.echo(diff or f"params/study.yaml says already what study {name} says.")
+
+
+@study.command("run")
+def run_study(name: str, parallel: int = typer.Option(1, min=1), recipe: str = typer.Option(None)) -> None:
+    """Run what is missing of a study, in a workspace of its own, and record it."""
+    from flows.servers import use_running
+
+    use_running()
+    from flows.study import study as flow
+
+    outcomes = flow(name, parallel, recipe)
+    typer.echo(f"study {name}: {len(outcomes)} arms run and recorded; `alignti compare {name}` says what they show.")
+
+
+@app.command()
+def compare(study: str) -> None:
+    """Say what a study shows, from its runs in MLflow: reports/studies/STUDY/compare.{md,csv,html}."""
+    from components.mirror import client
+    from components.settings import load_settings
+    from components.study import compare as comparison
+    from components.study import expand, report
+    from flows.servers import use_running
+
+    use_running()
+    settings, plan = load_settings(), expand.read(study)
+    runs = comparison.read(client(settings.runtime.tracking_uri), settings.runtime.experiment, study)
+    cells = [cell.name for cell in expand.cells(study)]
+    result = comparison.compare(study, runs, cells, plan.baselines, settings.evaluate.confidence)
+    written = report.write(result, plan.about, settings.evaluate.confidence)
+    typer.echo(report.standing(result))
+    typer.echo(f"-> {', '.join(map(str, written))}")
 
 
 def main() -> None:

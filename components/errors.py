@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -56,10 +58,22 @@ def _terminate_as_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def end_with_parent() -> None:
+    """Ask the kernel to send this process SIGTERM when the one that started it dies, however it dies (Linux; else nothing).
+
+    A killed DVC or worker then leaves no training behind that holds a GPU.
+    """
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
 def exit_from(main: Callable[[], None]) -> None:
     """Run a stage's `main` and leave with the exit code of what happened; our errors print as one sentence, no trace."""
     try:
         with _terminate_as_exception():
+            if "DVC_STAGE" in os.environ:
+                end_with_parent()
             main()
     except AlignTIError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from components.artifacts import write_text
-from components.tracking import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
+from components.tracking import FORBIDDEN_IN_NAME, JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
 LOCAL = "sqlite:///"
 PAUSE_S = 3  # between two looks at a growing journal
@@ -47,7 +47,7 @@ class Mirror:
             self._state = json.loads(self._state_file.read_text(encoding="utf-8"))
         with journal.open(encoding="utf-8") as file:
             self._opening = json.loads(file.readline())
-        self._client = _client(tracking_uri)
+        self._client = client(tracking_uri)
 
     def send(self, abandoned: bool = False) -> bool:
         """Send what the journal has gained; true when its end has been sent. `abandoned`: nobody will write more to it."""
@@ -144,7 +144,7 @@ class Mirror:
 
     def _tag(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            self._client.set_tag(run_id, line["key"], line["value"])
+            self._client.set_tag(run_id, FORBIDDEN_IN_NAME.sub("_", line["key"]), line["value"])
 
     def _end(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         status, ended = lines[-1]["status"], lines[-1]["time"]
@@ -160,8 +160,14 @@ def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def sync(tracking_uri: str) -> tuple[int, int]:
-    """Send every journal whose process has ended; returns how many were sent and how many are still being written."""
+    """Send every journal whose process has ended; returns how many were sent and how many are still being written.
+
+    One that MLflow calls wrong does not keep back the others; it is raised at the end.
+    """
+    from mlflow.exceptions import MlflowException
+
     sent = live = 0
+    refused: MlflowException | None = None
     for journal in sorted(JOURNALS.glob("*.jsonl")):
         state = journal.with_suffix(".sent")
         if state.exists() and json.loads(state.read_text(encoding="utf-8"))["done"]:
@@ -169,12 +175,19 @@ def sync(tracking_uri: str) -> tuple[int, int]:
         if _is_being_written(journal):
             live += 1
             continue
-        Mirror(journal, tracking_uri).send(abandoned=True)
-        sent += 1
+        try:
+            Mirror(journal, tracking_uri).send(abandoned=True)
+            sent += 1
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            refused = error
+    if refused:
+        raise refused
     return sent, live
 
 
-def _client(tracking_uri: str) -> Any:
+def client(tracking_uri: str) -> Any:
     """An MLflow client that gives up soon and keeps quiet. Raises ImportError where MLflow is not installed."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own: 7, with pauses that double

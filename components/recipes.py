@@ -55,8 +55,12 @@ def merged(name: str, root: Path = Path()) -> dict[Path, str]:
     Raises SettingsError if there is no such recipe, or if the outcome is not valid (naming every problem).
     """
     about(name, root)
+    return checked_texts(_overlay(name, root, _round_trip().load), f"recipe {name}", root)
+
+
+def checked_texts(overlay: Mapping[str, Any], what: str, root: Path = Path()) -> dict[Path, str]:
+    """The new text of every params file that `overlay` (file -> values) changes. Raises SettingsError if that is not valid."""
     yaml = _round_trip()
-    overlay = _overlay(name, root, yaml.load)
     changed = {}
     with tempfile.TemporaryDirectory() as draft:
         for file in FILES:
@@ -72,7 +76,7 @@ def merged(name: str, root: Path = Path()) -> dict[Path, str]:
         try:
             load_settings(Path(draft))
         except SettingsError as error:
-            raise SettingsError(f"recipe {name} does not fit these params; {error}") from None
+            raise SettingsError(f"{what} does not fit these params; {error}") from None
     return changed
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +34,7 @@ JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
 PATIENCE_S = 10  # how long a finished stage waits for its journal to be sent
 SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the process that sends it
 
-_FORBIDDEN_IN_METRIC = re.compile(r"[^\w\-. :/]")
+FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
 
 
 class Run:
@@ -57,7 +57,7 @@ class Run:
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """`values` at `step`; without a step they describe the whole run. Stepped ones end as `final/` and `best/` too:
         best is the lowest for names under `loss/`, else the highest."""
-        clean = {_FORBIDDEN_IN_METRIC.sub("_", name): float(value) for name, value in values.items()}
+        clean = {FORBIDDEN_IN_NAME.sub("_", name): float(value) for name, value in values.items()}
         self._write("metrics", values=clean, step=step)
         if step is not None:
             self._latest |= clean
@@ -154,6 +154,49 @@ def stage_run(
         if status == "FINISHED":
             _remember(os.environ.get("DVC_STAGE", name), run.id, seconds)
         _finish_mirror(mirror, journal)
+
+
+def record(
+    key: str,
+    name: str,
+    *,
+    runtime: RuntimeSettings,
+    parent: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    artifacts: Sequence[Path] = (),
+) -> bool:
+    """Journal, whole and at once, a run that says what lies there already; `alignti sync` or the caller sends it.
+
+    False if `key`, which names what lies there, was journalled before: nothing is told twice.
+    """
+    journal = JOURNALS / f"{key}.jsonl"
+    if journal.exists():
+        return False
+    above = {"id": parent, "name": "study", "ends_with_stages": False}
+    start = {"name": name, "experiment": runtime.experiment, "parent": above, "tags": {**tags, **_origin()}}
+    events: list[dict[str, Any]] = [
+        {"event": "start", **start},
+        {"event": "params", "values": {name: str(value) for name, value in _flatten(params)}},
+        {"event": "metrics", "values": {FORBIDDEN_IN_NAME.sub("_", k): float(v) for k, v in metrics.items()}, "step": None},
+    ]
+    files = journal.with_suffix(".files")
+    for path in artifacts:
+        files.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, files / path.name)
+        events.append({"event": "artifact", "path": f"{files.name}/{path.name}"})
+    events.append({"event": "end", "status": "FINISHED"})
+    write_text(journal, "".join(json.dumps({"time": _now_ms(), **event}) + "\n" for event in events))
+    return True
+
+
+def last_run(stage: str) -> str | None:
+    """The journal of the run that last made this stage's outputs here, None if none did."""
+    try:
+        return str(json.loads((LAST / f"{stage}.json").read_text(encoding="utf-8"))["run"])
+    except FileNotFoundError:
+        return None
 
 
 def last_seconds(stage: str) -> tuple[float, str | None] | None:

@@ -11,14 +11,20 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
-from components.errors import AlignTIError, InputError
+from components.errors import AlignTIError, InputError, end_with_parent
+from components.settings import read_yaml
 
 DVC = [sys.executable, "-m", "dvc"]
 STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # so that no name is taken for an option
 GRACE_S = 20  # from asking a stage to stop until it is killed
+WATCH_S = 1  # between two looks at a stage that runs
 
 Outcome = Literal["unchanged", "restored", "ran"]
 _RAN = re.compile(r"^Running stage '", re.MULTILINE)
@@ -33,8 +39,9 @@ class StageFailed(AlignTIError):
         self.exit_code = exit_code
 
 
-def graph() -> dict[str, list[str]]:
-    """Every stage of `dvc.yaml`, in an order that DVC may run them, and the stages that it needs. Raises InputError."""
+def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Every stage of `dvc.yaml` (`targets`: those and what they need), in an order that DVC may run them, and the stages that
+    each needs. Raises InputError."""
     import networkx
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -44,12 +51,18 @@ def graph() -> dict[str, list[str]]:
         with Repo() as repo:
             edges = repo.index.graph  # from a stage to what it depends on
             order = [stage for stage in networkx.topological_sort(edges.reverse()) if isinstance(stage, PipelineStage)]
-            return {
+            needs = {
                 stage.addressing: sorted(d.addressing for d in edges.successors(stage) if isinstance(d, PipelineStage))
                 for stage in order
             }
     except DvcException as error:
         raise InputError(f"DVC cannot read the pipeline: {error}") from None
+    if unknown := sorted(set(targets) - set(needs)):
+        raise InputError(f"no stage is called {', '.join(unknown)}; there are {', '.join(needs)}")
+    wanted = set(targets) or set(needs)
+    for stage in reversed(needs):
+        wanted |= set(needs[stage]) if stage in wanted else set()
+    return {stage: before for stage, before in needs.items() if stage in wanted}
 
 
 def status() -> dict[str, list[object]]:
@@ -60,37 +73,98 @@ def status() -> dict[str, list[object]]:
     return json.loads(found.stdout)
 
 
-def reproduce(stage: str, env: Mapping[str, str] | None = None) -> Outcome:
+def reproduce(stage: str, env: Mapping[str, str] | None = None, stop_when: Callable[[], str | None] | None = None) -> Outcome:
     """Run `stage` alone if it is stale; whether it needs what comes before it is for the caller to know.
+
+    `stop_when` is asked each second, and ends the stage when it gives a reason.
 
     Raises:
         StageFailed: with the stage's exit code.
     """
     if not STAGE.fullmatch(stage):
         raise InputError(f"{stage!r} is no name of a stage")
-    return _repro(stage, ["--single-item", stage], env)
+    return _repro(stage, ["--single-item", stage], env, stop_when)
 
 
-def reproduce_all() -> Outcome:
-    """A plain `dvc repro`: "unchanged" when it had nothing to do. Raises StageFailed."""
-    return _repro("(all)", [], None)
+def reproduce_all(targets: Sequence[str] = ()) -> Outcome:
+    """A plain `dvc repro` (of `targets` and what they need): "unchanged" when it had nothing to do. Raises StageFailed."""
+    return _repro("(all)", list(targets), None, None)
 
 
-def _repro(stage: str, words: list[str], env: Mapping[str, str] | None) -> Outcome:
-    command = [*DVC, "--wait-for-lock", "repro", *words]
+def fetch(target: str) -> None:
+    """Bring what a .dvc file names here, from the cache or the remote. Raises InputError."""
+    done = subprocess.run(
+        [*DVC, "--wait-for-lock", "pull", "--quiet", target], capture_output=True, text=True, env=_environment()
+    )
+    if done.returncode:
+        raise InputError(f"`dvc pull {target}` failed: {done.stderr.strip()[-2000:]}")
+
+
+def cache() -> Path:
+    """The folder of DVC's cache here."""
+    told = subprocess.run([*DVC, "cache", "dir"], check=True, capture_output=True, text=True, env=_environment()).stdout
+    return Path(told.strip()).resolve()
+
+
+def share_cache(folder: Path, cache: Path) -> None:
+    """Let the clone at `folder` use `cache`, so that what is made there is there for this one too."""
+    command = [*DVC, "config", "--local", "cache.dir", str(cache)]
+    subprocess.run(command, check=True, cwd=folder, capture_output=True, env=_environment())
+
+
+def digests() -> dict[str, str]:
+    """Output path -> the md5 under which DVC keeps it, as `dvc.lock` has it."""
+    stages = read_yaml(Path("dvc.lock"))["stages"]
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+
+
+def _repro(stage: str, words: list[str], env: Mapping[str, str] | None, stop_when: Callable[[], str | None] | None) -> Outcome:
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment() | dict(env or {}), start_new_session=True
+        [*DVC, "--wait-for-lock", "repro", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=_environment() | dict(env or {}),
+        start_new_session=True,
+        preexec_fn=end_with_parent,  # the thread that starts it waits for it, so it is no orphan while that lives
     )
     try:
-        said = _pass_on(process)
-        code = process.wait()
+        with _watched(process, stop_when) as stopped_because:
+            said = _pass_on(process)
+            code = process.wait()
     except BaseException:  # Ctrl-C, a cancelled flow: nothing may go on running unseen
         _stop(process)
         raise
+    if stopped_because:
+        raise StageFailed(stage, StageFailed.exit_code, stopped_because[0])
     if code:
         told = re.search(r"exited with (-?\d+)", said)
         raise StageFailed(stage, int(told[1]) if told else code, said[-2000:].strip())
     return "ran" if _RAN.search(said) else "restored" if _RESTORED.search(said) else "unchanged"
+
+
+@contextmanager
+def _watched(process: subprocess.Popen[bytes], stop_when: Callable[[], str | None] | None) -> Iterator[list[str]]:
+    """Beside the running process: end it when there is reason to, and end what it leaves behind when it was killed."""
+    reasons: list[str] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_S):
+            if (process.poll() or 0) < 0:  # DVC was killed, and the stage under it was not
+                _stop(process)
+                return
+            if stop_when and (reason := stop_when()):
+                reasons.append(reason)
+                _stop(process)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield reasons
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _pass_on(process: subprocess.Popen[bytes]) -> str:
@@ -109,12 +183,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
-            process.wait(GRACE_S)
+            until = time.monotonic() + GRACE_S
+            while time.monotonic() < until:
+                process.poll()
+                os.killpg(process.pid, 0)  # the group lives while any of it does
+                time.sleep(0.1)
         except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        else:
             return
 
 

@@ -1,6 +1,6 @@
 """The pipeline as a Prefect flow: DVC's stages, in the order of DVC's own graph, one task each.
 
-    python -m flows.pipeline [--parallel N]
+    python -m flows.pipeline [--parallel N] [--recipe NAME]
 
 What is stale is DVC's to say, so Prefect caches nothing; it retries a stage that exits with 75 and none that exits with 2.
 It ends with a gate: a plain `dvc repro` finds nothing to do.
@@ -9,19 +9,28 @@ It ends with a gate: a plain `dvc repro` finds nothing to do.
 from __future__ import annotations
 
 import argparse
+import os
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
 
 from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
 from prefect.tasks import Task
+from pydantic import Field
 
-from components import tracking
-from components.errors import AlignTIError, TryAgainError, exit_from
+from components import recipes, tracking
+from components.artifacts import REPORTS
+from components.errors import AlignTIError, InputError, TryAgainError, end_with_parent, exit_from
 from components.settings import load_settings
-from flows import dvc
+from flows import devices, dvc
+from flows.workspace import workspace
 
 RETRIES = 2
 RETRY_DELAY_S = 30
@@ -41,45 +50,96 @@ def worth_another_try(_task: Task, _run: TaskRun, state: State) -> bool:
     retry_delay_seconds=RETRY_DELAY_S,
     retry_condition_fn=worth_another_try,
 )
-def run_stage(stage: str, parent: str, slots: threading.Semaphore) -> dvc.Outcome:
-    with slots:
-        return dvc.reproduce(stage, {tracking.PARENT: parent})
+def run_stage(
+    stage: str, parent: str, slots: threading.Semaphore, stop_when: Callable[[], str | None] | None = None
+) -> dvc.Outcome:
+    with slots, devices.one() as device:
+        return dvc.reproduce(stage, {tracking.PARENT: parent, **device}, stop_when)
 
 
 @flow(name="alignti-pipeline")
-def pipeline(parallel: int = 1) -> dict[str, dvc.Outcome]:
-    """Bring every stage up to date, `parallel` at a time where the graph allows; returns what became of each.
+def pipeline(
+    parallel: Annotated[int, Field(ge=1, le=64)] = 1,
+    recipe: str | None = None,
+    targets: list[str] | None = None,
+    own_workspace: bool = False,
+) -> dict[str, dvc.Outcome]:
+    """Bring every stage up to date; returns what became of each.
+
+    Args:
+        parallel: stages at a time, where the graph allows.
+        recipe: params/recipes/NAME.yaml, merged into params/ first.
+        targets: stages to bring up to date, and what they need; none: all.
+        own_workspace: run what is committed, in a worktree; else in the folder as it is.
 
     Raises:
         dvc.StageFailed: of the first stage that failed; stages that do not need it were still run.
         AlignTIError: the gate found something left to do.
     """
-    runtime = load_settings().runtime
-    slots = threading.Semaphore(parallel)
-    with tracking.stage_run("pipeline", runtime=runtime) as run:
-        futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
-        for stage, needs in dvc.graph().items():
-            upstream = [futures[before] for before in needs]
-            futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=upstream, return_state=False)
-        wait(list(futures.values()))
-        outcomes = {stage: future.result() for stage, future in futures.items()}
-        for stage, outcome in outcomes.items():
-            run.tag(f"stage.{stage}", outcome)
-        gate()
+    end_with_worker()
+    if recipe and not own_workspace:
+        raise InputError(f"a recipe overwrites params/: `alignti use {recipe}` does that here; own_workspace runs it elsewhere")
+    with folder(own_workspace):
+        if recipe:
+            print(recipes.use(recipe))
+        runtime = load_settings().runtime
+        slots = threading.Semaphore(parallel)
+        with tracking.stage_run("pipeline", runtime=runtime) as run:
+            wanted = dvc.graph(targets or ())
+            futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
+            for stage, needs in wanted.items():
+                upstream = [futures[before] for before in needs]
+                futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=upstream, return_state=False)
+            wait(list(futures.values()))
+            outcomes = {stage: future.result() for stage, future in futures.items()}
+            for stage, outcome in outcomes.items():
+                run.tag(f"stage.{stage}", outcome)
+            gate(targets or ())
+        show(outcomes)
     return outcomes
 
 
-def gate() -> None:
+def end_with_worker() -> None:
+    """Where a worker started this flow run, end with it, even if it is killed: a pool's slot is no longer ours then."""
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+@contextmanager
+def folder(own: bool) -> Iterator[None]:
+    """The current folder, or a workspace of this flow run's own."""
+    if not own:
+        yield
+        return
+    with workspace(flow_run.name or str(flow_run.id)) as path:
+        print(f"workspace {path}: what is committed, {path.parent.parent.parent} as it lies is not touched")
+        yield
+
+
+def gate(targets: Sequence[str] = ()) -> None:
     """Raises AlignTIError unless DVC, asked afresh, has nothing to do."""
-    outcome, left = dvc.reproduce_all(), dvc.status()
+    outcome, left = dvc.reproduce_all(targets), {} if targets else dvc.status()
     if outcome != "unchanged" or left:
         raise AlignTIError(f"`dvc repro` after the flow should have nothing to do, but stages {outcome}; status: {left}")
+
+
+def show(outcomes: dict[str, dvc.Outcome]) -> None:
+    """What became of each stage, and the scores where there are some, on the flow run's page."""
+    create_table_artifact(
+        key="stages",
+        table=[{"stage": stage, "outcome": outcome} for stage, outcome in outcomes.items()],
+        description="What became of each stage: ran, restored from DVC's cache, or unchanged",
+    )
+    if "compare" in outcomes:
+        create_markdown_artifact(key="leaderboard", markdown=(REPORTS / "compare.md").read_text(encoding="utf-8"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the pipeline through Prefect.")
     parser.add_argument("--parallel", type=int, default=1, help="stages at a time")
-    outcomes = pipeline(parallel=parser.parse_args().parallel)
+    parser.add_argument("--recipe", help="run the committed code on this recipe, in a workspace of its own")
+    asked = parser.parse_args()
+    outcomes = pipeline(parallel=asked.parallel, recipe=asked.recipe, own_workspace=asked.recipe is not None)
     told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
     print(f"{len(outcomes)} stages: {told}; `dvc repro` has nothing left to do.")
 

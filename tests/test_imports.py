@@ -21,6 +21,7 @@ LEVELS = [
     {"signals"},
     {"dataset", "distill", "evaluate"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
+    {"study"},
     {"flows"},
     {"cli"},
 ]

@@ -148,7 +148,7 @@ def test_mlflow_run_id_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes seconds to make one."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mirror._client(f"sqlite:///{path}").search_experiments()
+    mirror.client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -159,7 +159,7 @@ def database(workspace: Path, empty_database: Path) -> None:
 
 
 def client() -> Any:
-    return mirror._client(SQLITE)
+    return mirror.client(SQLITE)
 
 
 def runs() -> dict[str, Any]:
@@ -208,6 +208,40 @@ def test_sync_sends_what_is_left_once_however_often_it_is_interrupted(monkeypatc
     history = client().get_metric_history(run.info.run_id, "accuracy")
     assert sorted(point.step for point in history) == list(range(600))
     assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["curve.png"]
+
+
+@pytest.mark.usefixtures("database")
+def test_names_that_mlflow_has_no_room_for_are_made_to_fit_and_a_refused_run_keeps_no_other_back() -> None:
+    with tracking.stage_run("pipeline", runtime=runtime()) as run:
+        run.tag("stage.distill@sft", "ran")
+    with tracking.stage_run("broken", runtime=runtime()) as run:
+        run.params({"a?b": 1})
+    work()
+    for path in journals():
+        if "broken" in path.name:
+            path.rename(path.with_name("1-broken.jsonl"))  # comes first
+    with pytest.raises(Exception, match=r"a\?b"):
+        mirror.sync(SQLITE)
+    assert runs()["pipeline"].data.tags["stage.distill_sft"] == "ran"
+    assert runs()["distill/align_ti"].info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("database")
+def test_an_outcome_is_recorded_once_and_arrives_whole(workspace: Path) -> None:
+    scores = workspace / "scores.json"
+    scores.write_text("{}")
+    outcome: Any = {"tags": {"study": "terms"}, "params": {"weights.tpa": 1.0}, "metrics": {"exact_match": 0.5}}
+    with tracking.stage_run("study", runtime=runtime()) as parent:
+        for expected in (True, False):
+            told = tracking.record("cell-a", "kd-seed1", runtime=runtime(), parent=parent.id, artifacts=[scores], **outcome)
+            assert told is expected
+    assert mirror.sync(SQLITE) == (2, 0)
+    run = runs()["kd-seed1"]
+    assert run.data.tags["mlflow.parentRunId"] == runs()["study"].info.run_id
+    assert (run.data.tags["study"], run.data.params, run.data.metrics) == (
+        "terms", {"weights.tpa": "1.0"}, {"exact_match": 0.5},
+    )  # fmt: skip
+    assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["scores.json"]
 
 
 ROOT = str(Path(__file__).parents[1])

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from components.errors import InputError
 from flows import dvc
-from tests.flows.conftest import ran
+from tests.flows.conftest import ROOT, ran
 
 
 def test_graph_is_in_running_order_with_what_each_stage_needs(project: Path) -> None:
@@ -64,3 +68,62 @@ def test_a_result_survives_a_lock_that_is_held_while_the_stage_ends(project: Pat
     assert stage.returncode == 0
     assert time.monotonic() - began > 3
     assert "first" not in dvc.status()
+
+
+# Says which process it is, then works for ever; in place of a training.
+TRAINER = """
+import os, time
+from pathlib import Path
+from components.errors import exit_from
+def main():
+    Path("trainer.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+exit_from(main)
+"""
+
+
+def trainer(project: Path) -> psutil.Process:
+    pid = project / "trainer.pid"
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    return psutil.Process(int(pid.read_text()))
+
+
+def ends(process: psutil.Process, within_s: float = 60) -> bool:
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_killed_dvc_leaves_no_training_behind(project: Path) -> None:
+    (project / "stage.py").write_text(TRAINER)
+    outcome: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            dvc.reproduce("first", {"PYTHONPATH": str(ROOT)})
+        except dvc.StageFailed as error:
+            outcome.append(error)
+
+    flow = threading.Thread(target=run)
+    flow.start()
+    training = trainer(project)
+    above = next(p for p in training.parents() if "dvc" in p.cmdline())
+    above.send_signal(signal.SIGKILL)
+    assert ends(training)
+    flow.join(60)
+    assert [error.exit_code for error in outcome] == [-signal.SIGKILL]  # type: ignore[attr-defined]
+
+
+def test_a_killed_flow_leaves_neither_dvc_nor_a_training_behind(project: Path) -> None:
+    (project / "stage.py").write_text(TRAINER)
+    code = "from flows import dvc; dvc.reproduce('first')"
+    flow = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    training = trainer(project)
+    above = next(p for p in training.parents() if "dvc" in p.cmdline())
+    flow.kill()
+    flow.wait()
+    assert ends(above) and ends(training)

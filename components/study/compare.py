@@ -1,0 +1,251 @@
+"""What a study says, from its runs in MLflow: each variant over its seeds, against the baselines, and what each factor does.
+
+The repetitions are the seeds: a variant is compared with another over the seeds that both have run, with the paired t test,
+and all such p values of a study are adjusted together (Holm). A factor's main effect is the mean difference over all pairs of
+runs that agree in everything else, seed included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from components.errors import DataError, InputError
+from components.evaluate.statistics import Interval, holm
+from components.study.expand import SEED
+from components.study.record import FINGERPRINT, STAGE
+
+SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
+PAGE = 1000  # runs asked for at once
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell's outcome."""
+
+    id: str
+    cell: str
+    variant: str
+    params: dict[str, str]  # what the study varies
+    metrics: dict[str, float]
+    fingerprint: str
+    made: int  # ms since 1970
+
+    @property
+    def seed(self) -> str:
+        return self.params.get(SEED, "")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` values with its t interval; no interval from a single value."""
+
+    mean: float
+    interval: Interval | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Test:
+    """`variant` minus `against`, over the seeds that both ran."""
+
+    variant: str
+    against: str
+    difference: Estimate
+    p_value: float | None  # None: fewer than two seeds
+    p_holm: float | None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Of setting `factor` to `level` where it was `reference`, everything else equal."""
+
+    factor: str
+    level: str
+    reference: str
+    effect: Estimate
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    score: Estimate
+    hours: float  # mean
+    memory_mib: float  # mean
+    best_at_its_cost: bool  # no other variant has as much score for as few hours
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    study: str
+    runs: list[Run]
+    missing: list[str]  # cells of the study without a run
+    superseded: int  # older runs of the same cells
+    variants: list[Variant]  # best first
+    tests: list[Test]
+    effects: list[Effect]
+    factors: list[str] = field(default_factory=list)
+
+
+def read(client: Any, experiment: str, study: str) -> list[Run]:
+    """All runs of the study's cells, oldest first. Raises InputError if MLflow has no such experiment."""
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise InputError(
+            f"MLflow has no experiment {experiment!r} yet; run the study first, or name another in params/runtime.yaml"
+        )
+    asked = f"tags.stage = '{STAGE}' and tags.study = '{study}' and attributes.status = 'FINISHED'"
+    runs: list[Run] = []
+    page = None
+    while page is None or page.token:
+        page = client.search_runs(
+            [found.experiment_id],
+            asked,
+            max_results=PAGE,
+            order_by=["attributes.start_time ASC"],
+            page_token=page and page.token,
+        )
+        runs += [
+            Run(
+                id=run.info.run_id,
+                cell=run.data.tags["cell"],
+                variant=run.data.tags["variant"],
+                params=dict(run.data.params),
+                metrics=dict(run.data.metrics),
+                fingerprint=run.data.tags.get(FINGERPRINT, "null"),
+                made=run.info.start_time,
+            )
+            for run in page
+        ]
+    return runs
+
+
+def compare(study: str, runs: Sequence[Run], cells: Sequence[str], baselines: Sequence[str], confidence: float) -> StudyResult:
+    """`cells` are those that the study asks for; of each, the latest of `runs` counts.
+
+    Raises:
+        DataError: nothing has been run, or the scores were not measured in the same way.
+    """
+    latest = {run.cell: run for run in sorted(runs, key=lambda run: run.made) if run.cell in set(cells)}
+    if not latest:
+        raise DataError(f"no cell of study {study} has been run; `alignti study run {study}` runs them")
+    chosen = [latest[cell] for cell in cells if cell in latest]
+    same_measure(chosen)
+    by_variant: dict[str, list[Run]] = defaultdict(list)
+    for run in chosen:
+        by_variant[run.variant].append(run)
+    factors = [p for p in chosen[0].params if p != SEED and len({run.params.get(p) for run in chosen}) > 1]
+    return StudyResult(
+        study=study,
+        runs=chosen,
+        missing=[cell for cell in cells if cell not in latest],
+        superseded=len(runs) - len(chosen),
+        variants=_variants(by_variant, confidence),
+        tests=_tests(by_variant, baselines, confidence),
+        effects=[effect for factor in factors for effect in _effects(factor, chosen, confidence)],
+        factors=factors,
+    )
+
+
+def same_measure(runs: Sequence[Run]) -> None:
+    """Raises DataError unless all scores were measured in the same, known way; says which were not, and what differs."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        groups[run.fingerprint].append(run.cell)
+    if "null" in groups:
+        raise DataError(
+            f"how {_some(groups['null'])} was measured is not known (no evaluation fingerprint): the scores are not compared;"
+            " run the study again"
+        )
+    if len(groups) > 1:
+        (first, ours), (second, theirs) = sorted(groups.items(), key=lambda group: -len(group[1]))[:2]
+        one, other = json.loads(first), json.loads(second)
+        differing = "; ".join(
+            f"{k}: {one.get(k)} and {other.get(k)}" for k in sorted(one | other) if one.get(k) != other.get(k)
+        )
+        raise DataError(
+            f"scores that were measured differently are not compared: {_some(ours)} against {_some(theirs)} ({differing});"
+            " run the study again, and the stages that are stale are measured anew"
+        )
+
+
+def estimate(values: Sequence[float], confidence: float) -> Estimate:
+    """The mean of `values` with its t interval."""
+    from scipy import stats
+
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Estimate(mean, None, n)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return Estimate(mean, (mean - half, mean + half), n)
+
+
+def _variants(by_variant: dict[str, list[Run]], confidence: float) -> list[Variant]:
+    means = {
+        name: [float(np.mean([run.metrics[metric] for run in runs])) for metric in (SCORE, HOURS, MEMORY)]
+        for name, runs in by_variant.items()
+    }
+    return sorted(
+        (
+            Variant(
+                name=name,
+                score=estimate([run.metrics[SCORE] for run in runs], confidence),
+                hours=means[name][1],
+                memory_mib=means[name][2],
+                best_at_its_cost=on_front(name, means, 1),
+            )
+            for name, runs in by_variant.items()
+        ),
+        key=lambda variant: -variant.score.mean,
+    )
+
+
+def on_front(name: str, means: dict[str, list[float]], cost: int) -> bool:
+    """Whether no other variant scores at least as much at no more cost, one of the two strictly."""
+    score, paid = means[name][0], means[name][cost]
+    return not any(
+        other[0] >= score and other[cost] <= paid and (other[0], other[cost]) != (score, paid) for other in means.values()
+    )
+
+
+def _tests(by_variant: dict[str, list[Run]], baselines: Sequence[str], confidence: float) -> list[Test]:
+    from scipy import stats
+
+    pairs: list[tuple[str, str, list[float]]] = []
+    for baseline in baselines:
+        theirs = {run.seed: run.metrics[SCORE] for run in by_variant.get(baseline, [])}
+        for variant, runs in by_variant.items():
+            common = [run.metrics[SCORE] - theirs[run.seed] for run in runs if run.seed in theirs]
+            if variant != baseline and common:
+                pairs.append((variant, baseline, common))
+    p_values = [float(stats.ttest_1samp(d, 0.0).pvalue) if len(d) > 1 and np.ptp(d) > 0 else None for _, _, d in pairs]
+    tested = [p for p in p_values if p is not None]
+    adjusted = iter(holm(tested) if tested else [])
+    return [
+        Test(variant, against, estimate(d, confidence), p, None if p is None else next(adjusted))
+        for (variant, against, d), p in zip(pairs, p_values, strict=True)
+    ]
+
+
+def _effects(factor: str, runs: Sequence[Run], confidence: float) -> list[Effect]:
+    """Of each level of `factor` against its first, as the study lists them."""
+    blocks: dict[tuple[tuple[str, str], ...], dict[str, float]] = defaultdict(dict)
+    for run in runs:
+        rest = tuple(sorted((path, value) for path, value in run.params.items() if path != factor))
+        blocks[rest][run.params.get(factor, "")] = run.metrics[SCORE]
+    reference, *levels = dict.fromkeys(run.params.get(factor, "") for run in runs)
+    effects = []
+    for level in levels:
+        pairs = [block[level] - block[reference] for block in blocks.values() if level in block and reference in block]
+        if pairs:
+            effects.append(Effect(factor, level, reference, estimate(pairs, confidence)))
+    return effects
+
+
+def _some(cells: Sequence[str]) -> str:
+    return ", ".join(cells[:3]) + (f" and {len(cells) - 3} more" if len(cells) > 3 else "")

@@ -1,0 +1,150 @@
+"""A study: which arms to train, as one base arm, cells that change it, and a grid that each cell runs through.
+
+    params/studies/NAME.yaml  ->  `arms:` of params/study.yaml, which DVC makes stages of
+
+An arm is named after its cell and its grid values (`kd-seed1`), so that a changed or added value leaves the other arms as they
+are, and DVC runs only what is new.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from components.artifacts import write_text
+from components.errors import SettingsError
+from components.settings import Arm, ArmName, PositiveFloat, Settings, Strict, load_settings, read_yaml
+
+STUDIES = Path("params/studies")
+SEED = "seed"  # the grid key whose values are repetitions, not variants
+SHARED = ("iva", "tpa", "divergence")  # blocks that an arm takes from params/distill.yaml unless it sets them
+
+
+class Study(Strict):
+    """`params/studies/NAME.yaml`. Keys such as `weights.tpa` are paths into an arm."""
+
+    about: str = Field(description="what the study is to find out")
+    base: dict[str, Any] = Field(description="what all arms have in common")
+    cells: dict[ArmName, dict[str, Any]] = Field(description="named changes of the base; none: the base alone, unnamed")
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(description="path -> values; every combination is run")
+    baselines: list[ArmName] = Field(description="variants (arms without their seed) that the others are tested against")
+    device_hours: PositiveFloat | None = Field(description="no further arm is started when it would pass this; null: no cap")
+    diverged_above: PositiveFloat | None = Field(
+        description="an arm is stopped at this multiple of its first loss; null: never"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Study:
+        if not self.cells and not self.grid:
+            raise ValueError("neither cells nor grid: there is nothing to compare")
+        return self
+
+
+class Cell(Strict):
+    """One arm of a study."""
+
+    name: ArmName
+    variant: str  # the name without the seed: repetitions share it
+    arm: Arm
+
+
+def names(root: Path = Path()) -> list[str]:
+    return sorted(path.stem for path in (root / STUDIES).glob("*.yaml"))
+
+
+def read(name: str, root: Path = Path()) -> Study:
+    """Raises SettingsError with everything that is wrong in the file, or the studies that there are."""
+    path = root / STUDIES / f"{name}.yaml"
+    if name not in names(root):
+        known = ", ".join(names(root)) or "none"
+        raise SettingsError(f"there is no study {name!r}: {path.relative_to(root)} is missing; there are: {known}")
+    try:
+        return Study.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise SettingsError(_problems(path, error)) from None
+
+
+def cells(name: str, root: Path = Path()) -> list[Cell]:
+    """Every arm of the study, in the order of the file. Raises SettingsError naming the arms that are no valid arms."""
+    study, settings = read(name, root), load_settings(root)
+    found, problems = [], []
+    for (cell, changes), point in itertools.product(study.cells.items() or [("", {})], _points(study.grid)):
+        arm: dict[str, Any] = {}
+        for path, value in [*study.base.items(), *changes.items(), *point.items()]:
+            _set(arm, path, value, settings)
+        label = "-".join([*filter(None, [cell]), *(_label(path, value) for path, value in point.items() if path != SEED)])
+        seed = _label(SEED, point[SEED]) if SEED in point else ""
+        try:
+            named = "-".join(filter(None, [label, seed]))
+            found.append(Cell(name=named, variant=label or "base", arm=Arm.model_validate(arm)))
+        except ValidationError as error:
+            problems.append(_problems(Path(f"{STUDIES / name}.yaml: {named}"), error))
+    repeated = {cell.name for cell in found if sum(cell.name == other.name for other in found) > 1}
+    problems += [f"{STUDIES / name}.yaml: two arms would be called {arm}" for arm in sorted(repeated)]
+    variants = list(dict.fromkeys(cell.variant for cell in found))
+    problems += [
+        f"{STUDIES / name}.yaml: baselines: {baseline!r} is none of the variants {', '.join(variants)}"
+        for baseline in study.baselines
+        if baseline not in variants and not problems
+    ]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return found
+
+
+def expand(name: str, root: Path = Path()) -> str:
+    """Make the study's arms those of params/study.yaml, and its baselines those of params/evaluate.yaml; returns the diff.
+
+    Nothing is written unless the outcome is valid.
+    """
+    from components.recipes import checked_texts
+
+    arms = cells(name, root)
+    first = {variant: next(cell.name for cell in arms if cell.variant == variant) for variant in read(name, root).baselines}
+    wanted = {
+        "study": {"arms": {cell.name: cell.arm.model_dump(mode="json", exclude_none=True) for cell in arms}},
+        "evaluate": {"baselines": list(first.values())},
+    }
+    diff = ""
+    for path, text in checked_texts(wanted, f"study {name}", root).items():
+        before, shown = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
+        diff += "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"before/{shown}", shown, n=1))
+        write_text(path, text)
+    return diff
+
+
+def _points(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _set(arm: dict[str, Any], path: str, value: Any, settings: Settings) -> None:
+    """`weights.tpa` = value; a block that the arm has not set begins as params/distill.yaml has it."""
+    block, _, key = path.partition(".")
+    if not key:
+        arm[block] = dict(value) if isinstance(value, dict) else value
+        return
+    if block in SHARED and arm.get(block) is None:
+        arm[block] = getattr(settings.distill, block).model_dump(mode="json")
+    inside = arm.setdefault(block, {})
+    if not isinstance(inside, dict) or "." in key:
+        raise SettingsError(f"{path}: no such place in an arm; paths are like `weights.tpa`, `tpa.draws`, `seed`")
+    inside[key] = value
+
+
+def _label(path: str, value: Any) -> str:
+    """`weights.tpa`, 0.5 -> `tpa0_5`; what an arm's name may hold."""
+    said = "none" if value is None else str(value).lower() if not isinstance(value, float) else f"{value:g}"
+    key = path.rpartition(".")[2] if not isinstance(value, str) else ""
+    return re.sub(r"[^a-z0-9_]+", "_", f"{key}{said}")
+
+
+def _problems(where: Path, error: ValidationError) -> str:
+    lines = (
+        f"{where}: {'.'.join(map(str, p['loc'])) or '(file)'}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()
+    )
+    return "\n".join(lines)

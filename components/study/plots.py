@@ -1,0 +1,77 @@
+"""The pictures of a study. Each is a pure function of the result and a theme."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+
+from components.figures import Theme
+from components.study.compare import HOURS, MEMORY, SCORE, StudyResult
+
+POINTS = 100
+
+
+def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
+    """A line per run through what was varied, the cost and the score, the darker the better."""
+    axes_names = [*result.factors, HOURS, MEMORY, SCORE]
+    columns = {name: _positions(result, name) for name in axes_names}
+    scores = [run.metrics[SCORE] for run in result.runs]
+    shade = LinearSegmentedColormap.from_list("faint-to-accent", [theme.faint, theme.accent])
+    scale = Normalize(min(scores), max(scores) if max(scores) > min(scores) else min(scores) + 1)
+    figure = Figure(figsize=(max(5.0, 1.5 * len(axes_names)), 3.6))
+    axes = figure.subplots()
+    for index in sorted(range(len(scores)), key=lambda i: scores[i]):  # the best on top
+        values = [columns[name][0][index] for name in axes_names]
+        axes.plot(range(len(axes_names)), values, color=shade(scale(scores[index])), linewidth=1.3, alpha=0.85)
+    for place, name in enumerate(axes_names):
+        axes.axvline(place, color=theme.muted, linewidth=0.8)
+        for height, label in columns[name][1]:
+            axes.annotate(label, (place, height), (4, 0), textcoords="offset points", fontsize=7.5, va="center")
+    axes.set_xticks(range(len(axes_names)), [name.removeprefix("cost/").replace("_", " ") for name in axes_names])
+    axes.set_yticks([])
+    axes.set_xlim(-0.1, len(axes_names) - 0.6)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure
+
+
+def pareto(result: StudyResult, theme: Theme) -> Figure:
+    """Score against device hours and against memory, a point per variant; the line joins those that none beats on both."""
+    figure = Figure(figsize=(9.0, 3.6))
+    left, right = figure.subplots(1, 2, sharey=True)
+    hours = [variant.hours for variant in result.variants]
+    memory = [variant.memory_mib for variant in result.variants]
+    _front(left, result, hours, "device hours per student", theme)
+    _front(right, result, memory, "peak memory, MiB", theme)
+    left.set_ylabel("exact match, %")
+    return figure
+
+
+def _front(axes: Axes, result: StudyResult, costs: list[float], label: str, theme: Theme) -> None:
+    scores = [POINTS * variant.score.mean for variant in result.variants]
+    kept: list[int] = []  # from the cheapest up, each better than all that cost less
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
+        if not kept or scores[index] > scores[kept[-1]]:
+            kept.append(index)
+    axes.plot([costs[i] for i in kept], [scores[i] for i in kept], color=theme.accent, linewidth=1.2, drawstyle="steps-post")
+    for index, variant in enumerate(result.variants):
+        on = index in kept
+        axes.plot(costs[index], scores[index], "o", color=theme.accent if on else theme.muted, markersize=6 if on else 4)
+        if on or len(result.variants) <= 12:
+            axes.annotate(variant.name, (costs[index], scores[index]), (5, 4), textcoords="offset points", fontsize=7.5)
+    axes.set_xlim(0, 1.25 * max(costs))
+    axes.set_xlabel(label)
+    axes.grid()
+
+
+def _positions(result: StudyResult, name: str) -> tuple[list[float], list[tuple[float, str]]]:
+    """Where each run crosses the axis, 0..1, and what is written there."""
+    if name in result.factors:
+        levels = list(dict.fromkeys(run.params.get(name, "") for run in result.runs))
+        place = {level: index / max(len(levels) - 1, 1) for index, level in enumerate(levels)}
+        return [place[run.params.get(name, "")] for run in result.runs], [(height, level) for level, height in place.items()]
+    values = [run.metrics[name] for run in result.runs]
+    low, high = min(values), max(values)
+    spread = high - low or 1.0
+    return [(value - low) / spread for value in values], [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]

@@ -1,0 +1,74 @@
+"""What became of one cell of a study, as one run of MLflow: what was varied beside what came out.
+
+A stage's own runs say how it went; this one says what stands. It is told once for each outcome, whether the stages ran or were
+restored, and names the runs that made the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from components import tracking
+from components.artifacts import SCORES, STUDENTS, Cost
+from components.settings import RuntimeSettings
+from components.study.expand import Cell
+
+STAGE = "cell"  # the tag by which `compare` finds these runs
+FINGERPRINT = "eval.fingerprint"
+
+
+def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: RuntimeSettings, parent: str) -> bool:
+    """Journal the cell's outcome; `digest` is DVC's of the student, `parent` the study's run. False if it was told before.
+
+    Raises DataError if the cell has no cost record.
+    """
+    scores_file, cost_file = SCORES / cell.name / "scores.json", STUDENTS / cell.name / "cost.json"
+    text = scores_file.read_text(encoding="utf-8")
+    scores, cost = json.loads(text), Cost.read(cost_file)
+    outcome = hashlib.sha256(f"{digest}{text}{cost_file.read_text(encoding='utf-8')}".encode()).hexdigest()
+    made_by = {f"run.{stage}": tracking.last_run(f"{stage}@{cell.name}") for stage in ("distill", "evaluate")}
+    flat = flatten(cell.arm.model_dump(mode="json"))
+    return tracking.record(
+        f"cell-{study}-{cell.name}-{outcome[:12]}",
+        cell.name,
+        runtime=runtime,
+        parent=parent,
+        tags={
+            "stage": STAGE,
+            "study": study,
+            "cell": cell.name,
+            "variant": cell.variant,
+            FINGERPRINT: json.dumps(scores.get("fingerprint"), sort_keys=True),
+            "dvc.path": str(STUDENTS / cell.name),
+            "dvc.md5": digest,
+            "device": cost.device,
+            **{key: value for key, value in made_by.items() if value},
+        },
+        params={path: flat[path] for path in varied},
+        metrics={
+            "exact_match": scores["exact_match"],
+            **{f"exact_match/{kind}": value for kind, value in scores["per_kind"].items()},
+            "cost/train_seconds": cost.train_seconds,
+            "cost/device_hours": cost.train_seconds / 3600,
+            "cost/peak_memory_mib": cost.peak_memory_mib,
+            "cost/steps": cost.steps,
+        },
+        artifacts=[scores_file, SCORES / cell.name / "predictions.jsonl"],
+    )
+
+
+def varied(cells: Sequence[Cell]) -> list[str]:
+    """The paths in which the arms differ, e.g. `weights.tpa`: what MLflow's table and plots should show, and no more."""
+    arms = [flatten(cell.arm.model_dump(mode="json")) for cell in cells]
+    paths = dict.fromkeys(path for arm in arms for path in arm)
+    return [path for path in paths if len({json.dumps(arm.get(path)) for arm in arms}) > 1]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,154 @@
+"""A study's result as Markdown, CSV and one HTML page that needs no other file: reports/studies/NAME/."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from components.artifacts import REPORTS, write_bytes, write_text
+from components.figures import draw
+from components.study import plots
+from components.study.compare import Estimate, StudyResult
+
+FOLDER = REPORTS / "studies"
+POINTS = 100
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Study {{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem } th, td { padding: 0.25rem 0.8rem; text-align: left }
+th { border-bottom: 1px solid #667080; font-weight: 600 } tr:nth-child(odd) td { background: #f5f6f8 }
+img { max-width: 100% } p.note { color: #667080 }
+</style>
+<h1>Study {{ title }}</h1><p>{{ about }}</p><p>{{ standing }}</p>
+{% for heading, note, head, rows in tables %}<h2>{{ heading }}</h2><p class="note">{{ note }}</p>
+<table><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endfor %}
+{% for heading, picture in pictures %}<h2>{{ heading }}</h2><img alt="{{ heading }}" src="data:image/png;base64,{{ picture }}">
+{% endfor %}</html>
+"""
+
+Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, names of columns, rows
+
+
+def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
+    """Writes compare.md, compare.csv and compare.html; returns where they are."""
+    from jinja2 import Environment
+
+    tables = _tables(result, confidence)
+    pictures = [
+        ("Every run: what was varied, what it cost, what it scored", draw(plots.parallel_coordinates, result)),
+        ("Score against cost", draw(plots.pareto, result)),
+    ]
+    page = Environment(autoescape=True).from_string(PAGE)
+    html = page.render(
+        title=result.study,
+        about=about,
+        standing=standing(result),
+        tables=tables,
+        pictures=[(heading, base64.b64encode(picture).decode()) for heading, picture in pictures],
+    )
+    folder = FOLDER / result.study
+    write_text(folder / "compare.md", _markdown(result, about, tables))
+    write_text(folder / "compare.csv", _csv(result))
+    write_text(folder / "compare.html", html)
+    for name, (_, picture) in zip(("runs.png", "pareto.png"), pictures, strict=True):
+        write_bytes(folder / name, picture)
+    return [folder / f"compare.{ending}" for ending in ("md", "csv", "html")]
+
+
+def standing(result: StudyResult) -> str:
+    """What is there and what is not, in a sentence or three."""
+    best = result.variants[0]
+    said = f"{len(result.runs)} runs of {len(result.variants)} variants; the best is {best.name} with {_percent(best.score)}."
+    clear = [t for t in result.tests if t.p_holm is not None and t.p_holm < 0.05]
+    said += " Different from a baseline beyond chance (Holm, 5%): "
+    said += ", ".join(f"{t.variant} against {t.against}" for t in clear) + "." if clear else "none."
+    if result.missing:
+        said += f" Missing: {', '.join(result.missing)}."
+    if result.superseded:
+        said += f" {result.superseded} older or unasked-for runs are left out."
+    return said
+
+
+def _tables(result: StudyResult, confidence: float) -> list[Table]:
+    sure = f"{confidence:.0%} interval"
+    variants = [
+        [v.name, _percent(v.score), _interval(v.score), str(v.score.n), f"{v.hours:.4f}", f"{v.memory_mib:,.0f}",
+         "yes" if v.best_at_its_cost else ""]
+        for v in result.variants
+    ]  # fmt: skip
+    tests = [
+        [t.variant, t.against, _points(t.difference), _interval(t.difference), str(t.difference.n), _p(t.p_value), _p(t.p_holm)]
+        for t in result.tests
+    ]
+    effects = [
+        [e.factor, f"{e.reference} to {e.level}", _points(e.effect), _interval(e.effect), str(e.effect.n)]
+        for e in result.effects
+    ]
+    return [
+        (
+            "Variants",
+            "Mean over seeds, with the t interval; the last column: no other variant scores as much in as few hours.",
+            ["variant", "exact match", sure, "seeds", "device hours", "peak MiB", "best at its cost"],
+            variants,
+        ),
+        (
+            "Against the baselines",
+            "Points of exact match over the seeds that both ran; paired t test, adjusted for all tests here (Holm).",
+            ["variant", "against", "difference", sure, "seeds", "p", "p (Holm)"],
+            tests,
+        ),
+        (
+            "Main effects",
+            "Points of exact match over pairs of runs that agree in all else; pairs that share a factor's other levels are not"
+            " independent of one another where effects depend on them.",
+            ["factor", "from, to", "effect", sure, "pairs"],
+            effects,
+        ),
+    ]
+
+
+def _markdown(result: StudyResult, about: str, tables: Sequence[Table]) -> str:
+    parts = [f"# Study {result.study}", about, standing(result)]
+    for heading, note, head, rows in tables:
+        lines = [head, ["---"] * len(head), *rows]
+        parts += [f"## {heading}", note, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    return "\n\n".join([*parts, "![every run](runs.png)", "![score against cost](pareto.png)"]) + "\n"
+
+
+def _csv(result: StudyResult) -> str:
+    """One line per run, everything that it varied and measured."""
+    params = list(dict.fromkeys(name for run in result.runs for name in run.params))
+    metrics = sorted({name for run in result.runs for name in run.metrics})
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, lineterminator="\n")
+    rows.writerow(["run_id", "cell", "variant", *params, *metrics])
+    for run in result.runs:
+        rows.writerow(
+            [run.id, run.cell, run.variant, *(run.params.get(p) for p in params), *(run.metrics.get(m) for m in metrics)]
+        )
+    return buffer.getvalue()
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{POINTS * estimate.mean:.1f}%"
+
+
+def _points(estimate: Estimate) -> str:
+    return f"{POINTS * estimate.mean:+.2f}"
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.interval is None:
+        return "one value"
+    return " to ".join(f"{POINTS * bound:.2f}" for bound in estimate.interval)
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"

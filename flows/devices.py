@@ -1,0 +1,55 @@
+"""Which accelerators there are, and one stage at a time on each.
+
+A lock file per GPU says who has it: the kernel frees it when its holder dies, which no server's count of slots does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+LOCKS = Path(tempfile.gettempdir()) / f"alignti-gpus-{os.getuid()}"  # of the machine: clones share its GPUs
+PAUSE_S = 2
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none without NVIDIA's driver."""
+    if VISIBLE in os.environ:
+        return [gpu for gpu in os.environ[VISIBLE].split(",") if gpu]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    return told.stdout.split() if told.returncode == 0 else []
+
+
+@contextmanager
+def one() -> Iterator[dict[str, str]]:
+    """Hold a free GPU, waiting for one; gives the environment that shows a stage this GPU alone ({} where there are none)."""
+    there = gpus()
+    if not there:
+        yield {}
+        return
+    gpu, lock = _free(there)
+    with lock:
+        yield {VISIBLE: gpu}
+
+
+def _free(there: list[str]) -> tuple[str, IO[str]]:
+    LOCKS.mkdir(mode=0o700, exist_ok=True)
+    while True:
+        for gpu in there:
+            lock = (LOCKS / gpu.replace("/", "_")).open("w")
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return gpu, lock
+            lock.close()
+        time.sleep(PAUSE_S)

@@ -1,0 +1,97 @@
+"""The pool of workers: `alignti deploy` tells Prefect what may run and where, `alignti worker` runs it.
+
+Two work pools of processes, `cpu` and `gpu`, of as many runs at a time as this machine has devices, each with three queues:
+what waits in `urgent` goes before `default`, and that before `background`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from components.errors import AlignTIError, end_with_parent
+from flows import devices, servers
+
+QUEUES = {"urgent": 1, "default": 10, "background": 20}  # priority; the lowest number goes first
+POLL_S = "5"  # how often a worker asks for work
+GRACE_S = 30  # from asking workers to stop until they are killed: a training saves meanwhile
+PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+
+
+def name() -> str:
+    """The pool that this machine serves."""
+    return "gpu" if devices.gpus() else "cpu"
+
+
+def deploy() -> Iterator[str]:
+    """Idempotent. Says what it made, line by line. Raises InputError if no server is up, AlignTIError if Prefect refuses."""
+    environment = os.environ | servers.client_environment() | {"ALIGNTI_ROOT": str(Path.cwd()), "ALIGNTI_POOL": name()}
+    os.environ |= environment
+    for pool, limit in {"cpu": 1, "gpu": max(len(devices.gpus()), 1)}.items():
+        _make_pool(pool, limit)
+        yield f"pool {pool}: {limit} flow run(s) at a time; queues {', '.join(QUEUES)}"
+    done = subprocess.run([*PREFECT, "deploy", "--all"], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise AlignTIError(f"`prefect deploy` failed:\n{(done.stdout + done.stderr)[-3000:].strip()}")
+    yield f"deployments of prefect.yaml, on pool {name()}; start them at {servers.running('prefect').url}/deployments"
+
+
+def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
+    """Run `count` workers, or one per GPU, or one; until one ends or this is stopped, and then stop them all.
+
+    Raises:
+        AlignTIError: a worker ended by itself.
+    """
+    environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S}
+    gpus = devices.gpus()
+    places: list[dict[str, str]] = [{devices.VISIBLE: gpu} for gpu in gpus[:count]] or [{}] * (count or 1)
+    workers = [_start(index, environment | place) for index, place in enumerate(places)]
+    say(f"{len(workers)} worker(s) on pool {name()}; Ctrl-C stops them")
+    try:
+        while all(worker.poll() is None for worker in workers):
+            time.sleep(1)
+        ended = next(worker for worker in workers if worker.poll() is not None)
+        raise AlignTIError(f"a worker ended with exit code {ended.returncode}; what it said is above. The others are stopped.")
+    finally:
+        _stop(workers)
+
+
+def _make_pool(pool: str, limit: int) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectAlreadyExists
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.create_work_pool(WorkPoolCreate(name=pool, type="process", concurrency_limit=limit))
+        except ObjectAlreadyExists:
+            client.update_work_pool(pool, WorkPoolUpdate(concurrency_limit=limit))
+        for queue, priority in QUEUES.items():
+            try:
+                client.create_work_queue(queue, priority=priority, work_pool_name=pool)
+            except ObjectAlreadyExists:
+                client.update_work_queue(client.read_work_queue_by_name(queue, pool).id, priority=priority)
+
+
+def _start(index: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    title = f"{name()}-{environment.get(devices.VISIBLE, index)}"
+    command = [*PREFECT, "worker", "start", "--pool", name(), "--name", title, "--limit", "1"]
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
+
+
+def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGTERM)
+    until = time.monotonic() + GRACE_S
+    for worker in workers:
+        try:
+            worker.wait(max(until - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()

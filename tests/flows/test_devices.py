@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import devices
+
+
+@pytest.fixture(autouse=True)
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "LOCKS", tmp_path / "locks")
+    monkeypatch.setattr(devices, "PAUSE_S", 0.05)
+    monkeypatch.setenv(devices.VISIBLE, "0,1")
+
+
+def test_each_holder_sees_a_gpu_of_its_own() -> None:
+    with devices.one() as first, devices.one() as second:
+        assert [first, second] == [{devices.VISIBLE: "0"}, {devices.VISIBLE: "1"}]
+    with devices.one() as again:
+        assert again == first
+
+
+def test_without_gpus_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.VISIBLE, "")
+    with devices.one() as first, devices.one() as second:
+        assert first == second == {}
+
+
+def test_a_killed_holder_frees_its_gpu(tmp_path: Path) -> None:
+    code = (
+        "import time; from pathlib import Path; from flows import devices\n"
+        f"devices.LOCKS = Path({str(tmp_path / 'locks')!r})\n"
+        "with devices.one() as held: print(held['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert holder.stdout is not None and holder.stdout.readline() == b"0\n"
+    with devices.one() as mine:
+        assert mine == {devices.VISIBLE: "1"}
+    holder.kill()
+    holder.communicate()
+    with devices.one() as mine:
+        assert mine == {devices.VISIBLE: "0"}

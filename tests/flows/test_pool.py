@@ -1,0 +1,73 @@
+"""`alignti worker` looks after its workers; here they are processes that wait. And prefect.yaml says what flows take."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.errors import AlignTIError
+from flows import devices, pool, servers
+from flows.pipeline import pipeline
+from flows.study import study
+
+ROOT = Path(__file__).parents[2]
+Workers = list[subprocess.Popen[bytes]]
+DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    """Workers started so far."""
+    started: Workers = []
+
+    def start(index: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True, env=environment
+        )
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(pool, "_start", start)
+    monkeypatch.setattr(servers, "client_environment", dict)
+    return started
+
+
+def test_a_worker_per_gpu_and_if_one_ends_all_do(
+    waiting: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(devices.VISIBLE, "0,1,2")
+
+    def kill_one() -> None:
+        while len(waiting) < 3:
+            time.sleep(0.01)
+        waiting[1].kill()
+
+    threading.Thread(target=kill_one).start()
+    with pytest.raises(AlignTIError, match="a worker ended with exit code -9"):
+        pool.work(say=lambda _: None)
+    assert len(waiting) == 3
+    assert all(process.poll() is not None for process in waiting)
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
+def test_a_deployment_names_a_flow_its_parameters_and_a_queue(deployment: dict[str, Any]) -> None:
+    flow = {"flows.pipeline.pipeline": pipeline, "flows.study.study": study}[deployment["entrypoint"]]
+    flow.validate_parameters(deployment["parameters"])
+    assert set(deployment["parameters"]) <= set(inspect.signature(flow.fn).parameters)
+    assert deployment["work_pool"]["work_queue_name"] in pool.QUEUES
+    if flow is pipeline:
+        assert deployment["parameters"]["own_workspace"]  # a schedule never touches what somebody is editing
+
+
+def test_the_form_of_a_deployment_explains_every_parameter() -> None:
+    for flow in (pipeline, study):
+        for parameter in flow.parameters.properties.values():
+            assert len(parameter["description"]) > 15

@@ -1,0 +1,169 @@
+"""The servers themselves: a pair of real ones for the session, and what is refused before any is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from components.errors import InputError, TryAgainError
+from flows import servers
+from flows.servers import Server
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(servers.AUTH, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-box"])
+def test_an_address_that_lets_others_in_is_refused_without_a_password(here: Path, host: str) -> None:
+    with pytest.raises(InputError, match="ALIGNTI_SERVER_AUTH=user:password"):
+        servers.up(host)
+    assert not (here / ".servers").exists()
+
+
+@pytest.mark.parametrize("weak", ["nobody", "user:short", ":a-long-enough-password"])
+def test_a_weak_password_is_refused(here: Path, weak: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(servers.AUTH, weak)
+    with pytest.raises(InputError, match="12 or more characters"):
+        servers.up("0.0.0.0")
+
+
+def test_a_taken_port_is_refused_by_name_and_holder(here: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        with pytest.raises(InputError, match=rf"mlflow cannot listen on 127.0.0.1:{taken}.*--mlflow-port"):
+            servers.up(ports={"mlflow": taken, "prefect": 1})
+    assert not (here / ".servers").exists()
+
+
+@pytest.mark.parametrize("url", ["mysql://u@h/", "postgresql://u:p@h:5432/one", "sqlite:///x.db"])
+def test_postgres_wants_a_server_not_a_database(here: Path, url: str) -> None:
+    with pytest.raises(InputError, match="without a database"):
+        servers.up(ports={"mlflow": free_port(), "prefect": free_port()}, postgres=url)
+
+
+def test_a_server_that_ends_is_told_with_its_log_and_the_other_is_stopped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleeper(*_: object) -> tuple[list[str], dict[str, str]]:
+        return [sys.executable, "-c", "import time; time.sleep(600)"], {}
+
+    def broken(*_: object) -> tuple[list[str], dict[str, str]]:
+        return [sys.executable, "-c", "raise SystemExit('no such table: runs')"], {}
+
+    monkeypatch.setattr(servers, "_prefect", sleeper)
+    monkeypatch.setattr(servers, "_mlflow", broken)
+    born: list[Server] = []
+    start = servers._start
+    monkeypatch.setattr(servers, "_start", lambda *words: born.append(start(*words)) or born[-1])
+    with pytest.raises(TryAgainError, match="mlflow ended while it started; its log:\nno such table: runs"):
+        servers.up(ports={"mlflow": free_port(), "prefect": free_port()})
+    assert [server.name for server in born] == ["mlflow", "prefect"]
+    assert not any(server.alive() for server in born)
+    assert servers.started() == []
+
+
+def test_what_a_server_started_is_stopped_with_it_willing_or_not(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "GRACE_S", 1)
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}]).wait()"
+    monkeypatch.setattr(servers, "_prefect", lambda *_: ([sys.executable, "-c", code], {}))
+    server = servers._start("prefect", "127.0.0.1", free_port(), "", None)
+    while b"\n" not in server.log.read_bytes():
+        assert server.alive()
+    (child,) = psutil.Process(server.pid).children()
+    assert servers.down() == [server]
+    assert not servers._lives(child) and not server.alive()
+
+
+def test_a_pid_that_another_process_has_now_is_left_alone(here: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        pid_file = here / ".servers/prefect.pid"
+        pid_file.parent.mkdir()
+        born = psutil.Process(other.pid).create_time() - 100
+        pid_file.write_text(json.dumps(Server("prefect", other.pid, born, "127.0.0.1", 4200).__dict__))
+        assert dict(servers.report())["prefect"].startswith("ended by itself")
+        assert servers.down() == []
+        assert other.poll() is None and not pid_file.exists()
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_real_pair_answers_is_hardened_and_ends_whole(pair: Path) -> None:
+    mlflow, prefect = (servers.running(name) for name in servers.NAMES)
+    assert servers.up() == [mlflow, prefect]  # a second time: nothing to do
+    for server in (mlflow, prefect):
+        assert f"up at {server.url}" in dict(servers.report())[server.name]
+        listening = {c.laddr.ip for c in psutil.Process(server.pid).net_connections() if c.status == psutil.CONN_LISTEN}
+        assert listening <= {"127.0.0.1"}
+    environment = psutil.Process(mlflow.pid).environ()
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == environment["DO_NOT_TRACK"] == "true"
+
+    search = f"{mlflow.url}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert answer(search) == 200
+    assert answer(search, Host="evil.example") == 403  # a page that has its name point here
+    assert answer(f"{prefect.url}/api/admin/version") == 200
+    assert answer(f"{prefect.url}/api/flows/", data=b'{"name": "x"}') == 403  # a page elsewhere has no CSRF token
+    with urllib.request.urlopen(f"{prefect.url}/ui-settings", timeout=30) as told:
+        assert json.load(told)["api_url"] == "/api"  # the page asks the server that it came from
+    family = [psutil.Process(s.pid) for s in (mlflow, prefect)]
+    family += [child for parent in family for child in parent.children(recursive=True)]
+    assert servers.down() == [mlflow, prefect]
+    assert not any(servers._lives(process) for process in family)
+    assert dict(servers.report()) == {"mlflow": "not started", "prefect": "not started"}
+
+
+def answer(url: str, data: bytes | None = None, **headers: str) -> int:
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def pair(here: Path) -> Iterator[Path]:
+    """Both servers, real, from nothing."""
+    servers.up(ports={"mlflow": free_port(), "prefect": free_port()})
+    yield here
+    servers.down()
+
+
+def test_commands_find_the_servers_by_themselves(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="`alignti up` starts it"):
+        servers.client_environment()
+    me = psutil.Process(os.getpid())
+    for name, port in servers.PORTS.items():
+        (here / ".servers").mkdir(exist_ok=True)
+        server = Server(name, me.pid, me.create_time(), "0.0.0.0", port)
+        (here / f".servers/{name}.pid").write_text(json.dumps(server.__dict__))
+    monkeypatch.setenv(servers.AUTH, "user:a-long-password")
+    environment = servers.client_environment()
+    assert environment["ALIGNTI_TRACKING_URI"] == "http://127.0.0.1:5000"
+    assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
+    assert environment["PREFECT_API_AUTH_STRING"] == "user:a-long-password"
+    assert environment["MLFLOW_TRACKING_PASSWORD"] == "a-long-password"

@@ -1,0 +1,182 @@
+"""A study from end to end, with Prefect, DVC and git as they are, and stages that take no time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.errors import AlignTIError
+from flows import dvc
+from flows import study as module
+from flows.divergence import diverged
+from flows.study import Budget, BudgetSpent, study
+from tests.flows.conftest import ran
+
+PIPELINE = """
+vars:
+  - params/study.yaml:arms
+stages:
+  first:
+    cmd: python stage.py first
+    deps: [stage.py]
+    outs: [artifacts/first]
+  distill:
+    foreach: ${arms}
+    do:
+      cmd: python stage.py distill ${key}
+      deps: [artifacts/first]
+      params:
+        - params/study.yaml:
+            - arms.${key}
+      outs: ["artifacts/students/${key}"]
+  evaluate:
+    foreach: ${arms}
+    do:
+      cmd: python stage.py evaluate ${key}
+      deps: ["artifacts/students/${key}"]
+      outs: ["artifacts/scores/${key}"]
+  compare:
+    cmd: python stage.py compare
+    deps: [artifacts/scores]
+    outs: [reports/compare.md]
+"""
+
+STAGE = """
+import json, sys
+from pathlib import Path
+stage, *arm = sys.argv[1:]
+name = "-".join([stage, *arm])
+main = Path(".runs").resolve().parent  # what the test looks at, wherever this workspace is
+with (main / "ran.log").open("a") as log:
+    log.write(name + "\\n")
+if (main / f"fail-{name}").exists():
+    sys.exit(2)
+def write(path, text):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+if stage == "first":
+    write("artifacts/first", "1")
+if stage == "distill":
+    cost = {"train_seconds": 60.0, "peak_memory_mib": 10.0, "device": "cpu", "steps": 1}
+    write(f"artifacts/students/{arm[0]}/cost.json", json.dumps(cost))
+if stage == "evaluate":
+    scores = {"exact_match": 0.5, "per_kind": {"digit": 0.5}, "fingerprint": {"kit": "stub"}}
+    write(f"artifacts/scores/{arm[0]}/scores.json", json.dumps(scores))
+    write(f"artifacts/scores/{arm[0]}/predictions.jsonl", "")
+if stage == "compare":
+    write("reports/compare.md", "compared")
+"""
+
+STUDY: dict[str, Any] = {
+    "about": "a test",
+    "base": {"weights": {"sft": 1.0, "kd": 1.0, "iva": 0.0, "tpa": 0.0}, "student": "student"},
+    "cells": {},
+    "grid": {"weights.tpa": [0.0, 1.0], "seed": [1]},
+    "baselines": ["tpa0"],
+    "device_hours": None,
+    "diverged_above": None,
+}
+
+
+def git(*words: str) -> None:
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], check=True, capture_output=True)
+
+
+def declare(**changes: Any) -> None:
+    Path("params/studies/mine.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+    git("add", "--all")
+    git("commit", "--quiet", "-m", "study")
+
+
+@pytest.fixture
+def clone(project: Path, prefect_server: None) -> Path:
+    (project / "dvc.yaml").write_text(PIPELINE)
+    (project / "stage.py").write_text(STAGE)
+    ignored = ("artifacts", "reports", ".runs", ".mlflow", "ran.log", "fail-*", ".dvc/tmp", ".dvc/cache", ".dvc/config.local")
+    (project / ".gitignore").write_text("\n".join(ignored))
+    (project / ".dvc/config").write_text("[core]\n    analytics = false\n")
+    git("init", "--quiet")
+    declare()
+    return project
+
+
+def records() -> dict[str, list[dict[str, Any]]]:
+    journals = (path.read_text().splitlines() for path in Path(".runs/journal").glob("cell-*.jsonl"))
+    found = [[json.loads(line) for line in lines] for lines in journals]
+    return {lines[0]["name"]: lines for lines in found}
+
+
+def test_a_failed_arm_leaves_the_rest_and_the_next_try_runs_only_what_is_missing(clone: Path) -> None:
+    before = Path("params/study.yaml").read_bytes()
+    (clone / "fail-distill-tpa0-seed1").touch()
+    with pytest.raises(AlignTIError, match=r"1 of 2 arms of study mine are missing(.|\n)*tpa0-seed1: .*exit code 2"):
+        study("mine")
+    assert sorted(ran(clone)) == ["distill-tpa0-seed1", "distill-tpa1-seed1", "evaluate-tpa1-seed1", "first"]
+    assert set(records()) == {"tpa1-seed1"}
+
+    (clone / "fail-distill-tpa0-seed1").unlink()
+    assert study("mine") == {"tpa0-seed1": "ran", "tpa1-seed1": "restored"}
+    assert sorted(ran(clone)) == ["compare", "distill-tpa0-seed1", "evaluate-tpa0-seed1"]
+    assert set(records()) == {"tpa0-seed1", "tpa1-seed1"}  # each once
+
+    start, params, metrics, *_ = records()["tpa1-seed1"]
+    assert start["tags"]["study"] == "mine" and start["tags"]["variant"] == "tpa1"
+    assert json.loads(start["tags"]["eval.fingerprint"]) == {"kit": "stub"}
+    assert start["tags"]["dvc.md5"].endswith(".dir")
+    assert params["values"] == {"weights.tpa": "1.0"}  # what the study varies, and no more
+    assert metrics["values"]["exact_match"] == 0.5 and metrics["values"]["cost/device_hours"] == pytest.approx(1 / 60)
+
+    assert Path.cwd() == clone and Path("params/study.yaml").read_bytes() == before
+    assert not any((clone / ".runs/workspaces").iterdir())  # no worktree is left,
+    branches = subprocess.run(["git", "branch", "--list", "runs/*"], capture_output=True, text=True).stdout.split()
+    assert len(branches) == 2  # but what ran, and what came of it, is
+
+
+def test_no_arm_is_started_that_would_pass_the_budget() -> None:
+    budget = Budget(hours=1.0)
+    budget.reserve("a")  # nothing is known of what an arm takes
+    budget.spend("a", 1500)
+    budget.reserve("b")
+    budget.spend("b", 1500)
+    with pytest.raises(BudgetSpent, match=r"c is not run: 0\.83 of 1 device hours are spent"):
+        budget.reserve("c")
+    Budget(hours=None).reserve("c")
+
+
+def test_arms_that_run_count_as_what_the_others_took() -> None:
+    budget = Budget(hours=1.0)
+    budget.reserve("a")
+    budget.spend("a", 1500)
+    budget.reserve("b")
+    with pytest.raises(BudgetSpent):
+        budget.reserve("c")
+
+
+@pytest.mark.parametrize(
+    ("losses", "stops"), [([2.0, 1.0], False), ([2.0, 5.9], False), ([2.0, 6.1], True), ([2.0, float("nan")], True)]
+)
+def test_a_training_whose_loss_explodes_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float], stops: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reason = diverged("kd-seed1", 3.0)
+    assert reason is not None and reason() is None
+    journal = tmp_path / ".runs/journal/20260101T000000-distill@kd-seed1-0a0a0a0a.jsonl"
+    journal.parent.mkdir(parents=True)
+    lines = [{"event": "metrics", "step": step, "values": {"loss/total": loss}} for step, loss in enumerate(losses)]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "met')
+    assert (reason() is not None) == stops
+    other = diverged("kd-seed2", 3.0)
+    assert other is not None and other() is None
+
+
+def test_a_stopped_arm_says_why(project: Path) -> None:
+    (project / "stage.py").write_text("import time; time.sleep(600)")
+    with pytest.raises(dvc.StageFailed, match="the loss exploded"):
+        dvc.reproduce("first", stop_when=lambda: "the loss exploded")
+    assert module.DONE == ("unchanged", "restored", "ran")

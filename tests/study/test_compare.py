@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from components.errors import DataError, InputError
+from components.mirror import client
+from components.study import compare as module
+from components.study import report
+from components.study.compare import HOURS, MEMORY, SCORE, Run, StudyResult, compare
+
+KNOWN = json.dumps({"kit": "alignti", "dataset_hash": "abc"})
+SCORES = {("0.0", "0.0"): 0.50, ("1.0", "0.0"): 0.52, ("0.0", "1.0"): 0.57, ("1.0", "1.0"): 0.60}
+NOISE = {1: -0.01, 2: 0.0, 3: 0.012}
+
+
+def run(iva: str, tpa: str, seed: int, score: float, fingerprint: str = KNOWN, made: int = 0) -> Run:
+    variant = f"iva{iva[0]}-tpa{tpa[0]}"
+    return Run(
+        id=f"{variant}-{seed}-{made}",
+        cell=f"{variant}-seed{seed}",
+        variant=variant,
+        params={"weights.iva": iva, "weights.tpa": tpa, "seed": str(seed)},
+        metrics={SCORE: score, HOURS: 0.1 + float(tpa), MEMORY: 1000.0 + 100 * float(iva)},
+        fingerprint=fingerprint,
+        made=made,
+    )
+
+
+RUNS = [run(iva, tpa, s, score + n + 0.001 * s * float(tpa)) for (iva, tpa), score in SCORES.items() for s, n in NOISE.items()]
+CELLS = [r.cell for r in RUNS]
+
+
+def result(runs: list[Run] = RUNS, cells: list[str] = CELLS) -> StudyResult:
+    return compare("terms", runs, cells, ["iva0-tpa0"], 0.95)
+
+
+def test_variants_are_means_over_seeds_with_t_intervals() -> None:
+    found = result()
+    assert [v.name for v in found.variants] == ["iva1-tpa1", "iva0-tpa1", "iva1-tpa0", "iva0-tpa0"]
+    worst = found.variants[-1].score
+    values = [0.50 + n for n in NOISE.values()]
+    assert worst.mean == pytest.approx(sum(values) / 3)
+    assert worst.interval == pytest.approx(stats.t.interval(0.95, 2, worst.mean, stats.sem(values)))
+
+
+def test_pairs_are_tested_over_common_seeds_and_adjusted_together() -> None:
+    tests = {t.variant: t for t in result().tests}
+    scores = {v: [r.metrics[SCORE] for r in RUNS if r.variant == v] for v in (*tests, "iva0-tpa0")}
+    for variant, test in tests.items():
+        if test.p_value is not None:
+            assert test.p_value == pytest.approx(stats.ttest_rel(scores[variant], scores["iva0-tpa0"]).pvalue)
+    told = sorted(t.p_value for t in tests.values() if t.p_value is not None)
+    smallest = min(t.p_holm for t in tests.values() if t.p_holm is not None)
+    assert smallest == pytest.approx(min(1.0, told[0] * len(told)))
+
+
+def test_the_main_effect_of_a_term_is_over_all_pairs_that_differ_in_it_alone() -> None:
+    effects = {e.factor: e for e in result().effects}
+    assert set(effects) == {"weights.iva", "weights.tpa"}  # repetitions are no factor
+    assert effects["weights.iva"].effect.n == effects["weights.tpa"].effect.n == 6
+    assert effects["weights.iva"].effect.mean == pytest.approx((0.02 + 0.03) / 2)
+    assert effects["weights.tpa"].effect.mean == pytest.approx((0.07 + 0.08) / 2 + 0.002)
+
+
+def test_a_missing_cell_is_named_and_the_rest_is_compared() -> None:
+    found = result(RUNS[:-1])
+    assert found.missing == ["iva1-tpa1-seed3"]
+    assert "Missing: iva1-tpa1-seed3." in report.standing(found)
+    assert next(t for t in found.tests if t.variant == "iva1-tpa1").difference.n == 2
+
+
+def test_the_latest_run_of_a_cell_counts() -> None:
+    newer = run("0.0", "0.0", 1, 0.9, made=5)
+    found = result([newer, *RUNS])
+    assert newer in found.runs and len(found.runs) == len(CELLS)
+    assert found.superseded == 1
+
+
+def test_one_seed_gives_no_interval_and_no_p() -> None:
+    found = result([r for r in RUNS if r.seed == "1"])
+    assert all(v.score.interval is None for v in found.variants)
+    assert all(t.p_value is None and t.p_holm is None for t in found.tests)
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "said"),
+    [
+        ("null", r"how iva0-tpa0-seed1 was measured is not known"),
+        (json.dumps({"kit": "alignti", "dataset_hash": "other"}), r"measured differently.*dataset_hash: abc and other"),
+    ],
+)
+def test_scores_that_were_not_measured_alike_are_refused(fingerprint: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        result([run("0.0", "0.0", 1, 0.5, fingerprint), *RUNS[1:]])
+
+
+def test_a_study_that_has_not_run_is_told_how_to() -> None:
+    with pytest.raises(DataError, match="alignti study run terms"):
+        result([])
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
+def test_what_is_not_on_the_front_is_beaten_by_something_on_it(points: list[tuple[int, int]]) -> None:
+    means = {str(i): [float(score), float(cost)] for i, (score, cost) in enumerate(points)}
+    front = [name for name in means if module.on_front(name, means, 1)]
+    assert front
+    for name, (score, cost) in means.items():
+        if name not in front:
+            assert any(means[f][0] >= score and means[f][1] <= cost for f in front)
+
+
+def test_the_files_say_what_was_found_and_need_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = {path.suffix: path for path in report.write(result(), "What <each> term does", 0.95)}
+    rows = list(csv.DictReader(written[".csv"].open()))
+    assert [float(row[SCORE]) for row in rows] == [r.metrics[SCORE] for r in RUNS]
+    page = written[".html"].read_text()
+    assert "What &lt;each&gt; term does" in page and not re.search(r'(?:src|href)="(?!data:)', page)
+    for text in (page, written[".md"].read_text()):
+        assert "weights.tpa" in text and "+7.70" in text
+
+
+def test_a_thousand_runs_compare_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From MLflow's own database to the written report. Made in bulk, as MLflow takes a minute to take a thousand runs."""
+    monkeypatch.chdir(tmp_path)
+    mlflow = client("sqlite:///mlflow.db")
+    experiment = mlflow.create_experiment("align-ti")
+    with pytest.raises(InputError, match="no experiment 'other'"):
+        module.read(mlflow, "other", "terms")
+    cells = _fill(tmp_path / "mlflow.db", experiment, seeds=10)
+    began = time.perf_counter()
+    runs = module.read(mlflow, "align-ti", "terms")
+    found = compare("terms", runs, cells, ["iva0-tpa0-draws1"], 0.95)
+    report.write(found, "a thousand", 0.95)
+    assert len(found.runs) == 1000 and not found.missing
+    assert time.perf_counter() - began < 60  # 10 s is what docs/orchestration.md says of an idle machine
+
+
+def _fill(database: Path, experiment: str, seeds: int) -> list[str]:
+    """1,000 finished runs of 5 x 5 x 4 variants, straight into MLflow's tables."""
+    import sqlite3
+
+    dice = random.Random(1)
+    cells = []
+    with sqlite3.connect(database) as connection:
+        for iva, tpa, draws, seed in itertools.product(range(5), range(5), range(1, 5), range(seeds)):
+            variant = f"iva{iva}-tpa{tpa}-draws{draws}"
+            cell = f"{variant}-seed{seed}"
+            cells.append(cell)
+            key = f"{len(cells):032x}"
+            connection.execute(
+                "insert into runs (run_uuid, name, user_id, status, start_time, end_time, lifecycle_stage, experiment_id,"
+                " artifact_uri) values (?, ?, 'me', 'FINISHED', ?, ?, 'active', ?, '')",
+                (key, cell, len(cells), len(cells), experiment),
+            )
+            tags = {"stage": "cell", "study": "terms", "cell": cell, "variant": variant, "eval.fingerprint": KNOWN}
+            params = {"weights.iva": iva, "weights.tpa": tpa, "tpa.draws": draws, "seed": seed}
+            metrics = {SCORE: 0.5 + 0.02 * tpa + dice.gauss(0, 0.01), HOURS: 0.1 * draws + 0.01 * seed, MEMORY: 900.0 + draws}
+            metrics |= {f"{SCORE}/kind{k}": dice.random() for k in range(9)}
+            for table, values in (("tags", tags), ("params", params)):
+                rows = [(k, str(v), key) for k, v in values.items()]
+                connection.executemany(f"insert into {table} (key, value, run_uuid) values (?, ?, ?)", rows)
+            for table in ("metrics", "latest_metrics"):
+                connection.executemany(
+                    f"insert into {table} (key, value, timestamp, run_uuid, step, is_nan) values (?, ?, 1, ?, 0, 0)",
+                    [(k, v, key) for k, v in metrics.items()],
+                )
+    return cells

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.errors import SettingsError
+from components.settings import load_settings
+from components.study import expand
+
+ROOT = Path(__file__).parents[2]
+STUDY: dict[str, Any] = {
+    "about": "a test",
+    "base": {"weights": {"sft": 1.0, "kd": 1.0, "iva": 0.0, "tpa": 0.0}, "student": "student"},
+    "cells": {"kd": {}, "ours": {"weights.iva": 1.0, "weights.tpa": 1.0}},
+    "grid": {"tpa.draws": [1, 4], "seed": [1, 2]},
+    "baselines": ["kd-draws1"],
+    "device_hours": None,
+    "diverged_above": None,
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    return tmp_path
+
+
+def write(root: Path, **changes: Any) -> None:
+    (root / "params/studies/mine.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+
+
+@pytest.mark.parametrize("name", expand.names(ROOT))
+def test_every_shipped_study_is_valid(name: str, root: Path) -> None:
+    expand.expand(name, root)
+    assert [cell.name for cell in expand.cells(name, root)] == list(load_settings(root).study.arms)
+
+
+def test_each_cell_runs_through_the_grid(root: Path) -> None:
+    write(root)
+    cells = {cell.name: cell for cell in expand.cells("mine", root)}
+    names = [f"{cell}-draws{draws}-seed{seed}" for cell in ("kd", "ours") for draws in (1, 4) for seed in (1, 2)]
+    assert list(cells) == names
+    arm = cells["ours-draws4-seed2"].arm
+    assert (arm.weights.kd, arm.weights.tpa, arm.seed) == (1.0, 1.0, 2)
+    assert arm.tpa is not None and arm.tpa.draws == 4
+    assert arm.tpa.source == load_settings(root).distill.tpa.source  # the rest of a block is as in params/distill.yaml
+    assert cells["ours-draws4-seed2"].variant == "ours-draws4"
+
+
+def test_expanding_writes_arms_and_baselines_and_says_so(root: Path) -> None:
+    write(root)
+    diff = expand.expand("mine", root)
+    assert "+  kd-draws1-seed1:" in diff
+    settings = load_settings(root)
+    assert settings.arm("ours-draws1-seed1").weights.iva == 1.0
+    assert settings.evaluate.baselines == ["kd-draws1-seed1"]
+    assert expand.expand("mine", root) == ""
+
+
+def test_an_added_value_leaves_the_arms_that_were_there_as_they_were(root: Path) -> None:
+    write(root)
+    before = {cell.name: cell.arm for cell in expand.cells("mine", root)}
+    write(root, grid={"tpa.draws": [1, 2, 4], "seed": [1, 2, 3]})
+    after = {cell.name: cell.arm for cell in expand.cells("mine", root)}
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grid": {"weights.tpaa": [1.0]}}, "weights.tpaa"),
+        ({"grid": {"weights.tpa": [-1.0], "seed": [1]}, "baselines": []}, "weights.tpa: Input should be greater than or equal"),
+        ({"cells": {}, "grid": {}}, "there is nothing to compare"),
+        ({"baselines": ["sft"]}, "'sft' is none of the variants kd-draws1"),
+        ({"grid": {"tpa.draws": [2, 2], "seed": [1]}, "baselines": []}, "two arms would be called kd-draws2-seed1"),
+        ({"grid": {"a.b.c": [1]}}, "no such place in an arm"),
+        ({"budget": 3}, "budget: Extra inputs"),
+        ({"base": STUDY["base"] | {"student": "nobody"}}, "'nobody' is none of the students"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(root: Path, changes: dict[str, Any], said: str) -> None:
+    before = (root / "params/study.yaml").read_bytes()
+    write(root, **changes)
+    with pytest.raises(SettingsError, match=said.replace(".", r"\.")):
+        expand.expand("mine", root)
+    assert (root / "params/study.yaml").read_bytes() == before
+
+
+def test_an_unknown_study_is_told_with_those_there_are(root: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no study 'term'.*smoke, terms"):
+        expand.read("term", root)
