@@ -171,6 +171,21 @@ class YesNo(Record):
     yes_ratio: float
 
 
+class Fingerprint(Record):
+    """How a score was measured. Two scores are compared only if theirs agree (components/evaluate/fingerprint.py)."""
+
+    kit: str  # "alignti", "vlmeval", "lm-eval"
+    kit_version: str  # a version, a commit, or a digest of the kit's code
+    dataset: str  # its name, and the split
+    dataset_hash: str  # of what was asked: images, questions, references
+    prompt_hash: str  # of every prompt as the model read it, in order
+    decoding: dict[str, bool | int | float | str]  # how answers were generated
+    judge: str  # what decided that an answer is right
+    transformers: str  # version
+    dtype: str  # of the weights
+    device: str  # its kind: "cpu", "cuda", "mps"
+
+
 class Scores(Record):
     """artifacts/scores/ARM/scores.json"""
 
@@ -179,6 +194,7 @@ class Scores(Record):
     exact_match: float  # over all samples
     per_kind: dict[str, float]
     yes_no: dict[str, YesNo]
+    fingerprint: Fingerprint | None = None  # None: not known how it was measured, so it compares with nothing
 
 
 class Difference(Record):

@@ -21,7 +21,7 @@ def main() -> None:
     arm: str = parser.parse_args().arm
 
     from components import tracking
-    from components.evaluate import generate, metrics
+    from components.evaluate import fingerprint, generate, metrics
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
@@ -37,7 +37,8 @@ def main() -> None:
         template = Template(settings.models.template.system)
         answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm)
         predicted = metrics.predictions((samples[row] for row in rows), answers)
-        scores = metrics.score(arm, predicted)
+        measured = fingerprint.own(loaded, samples, rows, template, asked)
+        scores = metrics.score(arm, predicted).model_copy(update={"fingerprint": measured})
         write_text(SCORES / arm / "predictions.jsonl", jsonl(predicted))
         path = scores.write(SCORES / arm / "scores.json")
         run.metrics({"exact_match": scores.exact_match, **{f"exact_match/{k}": v for k, v in scores.per_kind.items()}})

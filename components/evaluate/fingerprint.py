@@ -1,0 +1,70 @@
+"""How a score was measured, and whether two scores were measured alike.
+
+A difference between two scores is one between two models only if nothing else differs: the questions, the prompts around them,
+the decoding, the judge, and the software and number format that ran it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.artifacts import Fingerprint, sha256
+from components.models.template import Template
+
+if TYPE_CHECKING:
+    from components.models.load import Loaded
+    from components.settings import EvaluateSettings
+    from components.shards import Samples
+
+KIT = "alignti"
+JUDGE = "exact match of the normalised answer"
+CODE = [Path(__file__).with_name(name) for name in ("generate.py", "metrics.py")]  # what makes the stage's scores
+
+
+def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings) -> Fingerprint:
+    """Of the stage `evaluate` itself: greedy answers to `rows` of one split, matched with the references."""
+    import transformers
+
+    image = loaded.processor.image_token
+    prompts = (
+        template.render(sample.turns, None if sample.image is None else image, answer=False).text
+        for sample in (samples[row] for row in rows)
+    )
+    return Fingerprint(
+        kit=KIT,
+        kit_version=sha256(CODE)[:12],
+        dataset=f"{samples.manifest.source}/{settings.split}",
+        dataset_hash=digest(shard.sha256 for shard in samples.record.shards),
+        prompt_hash=digest(prompts),
+        decoding={"do_sample": False, "max_new_tokens": settings.max_new_tokens},
+        judge=JUDGE,
+        transformers=transformers.__version__,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=loaded.model.device.type,
+    )
+
+
+def digest(texts: Iterable[str]) -> str:
+    """sha256 over texts in order; where one ends and the next begins counts."""
+    found = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode("utf-8", errors="surrogatepass")
+        found.update(len(encoded).to_bytes(8, "big") + encoded)
+    return found.hexdigest()
+
+
+def differences(one: Fingerprint | None, other: Fingerprint | None) -> list[str]:
+    """What differs, as `field: value of one, not value of other`; empty if the two scores may stand side by side."""
+    if one is None or other is None:
+        return ["no fingerprint: it is not known how it was measured"]
+    pairs = ((name, getattr(one, name), getattr(other, name)) for name in Fingerprint.model_fields)
+    return [f"{name.replace('_', ' ')}: {_said(a)}, not {_said(b)}" for name, a, b in pairs if a != b]
+
+
+def _said(value: str | dict[str, bool | int | float | str]) -> str:
+    if isinstance(value, str):
+        return value[:12] if len(value) == 64 else value  # a hash is told apart by its first digits
+    return " ".join(f"{key}={setting}" for key, setting in sorted(value.items()))

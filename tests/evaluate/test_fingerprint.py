@@ -1,0 +1,89 @@
+"""A fingerprint changes with whatever changes a score, and with nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.artifacts import Fingerprint
+from components.evaluate.fingerprint import differences, digest, own
+from components.evaluate.generate import questions
+from components.models.load import Loaded, load
+from components.models.template import Template
+from components.settings import EvaluateSettings, load_settings
+from components.shards import Samples
+from tests.evaluate import tiny
+
+FIRST = Fingerprint(
+    kit="alignti",
+    kit_version="1",
+    dataset="digits/test",
+    dataset_hash="a" * 64,
+    prompt_hash="b" * 64,
+    decoding={"do_sample": False, "max_new_tokens": 8},
+    judge="exact match",
+    transformers="5.23.0",
+    dtype="float32",
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def asked() -> EvaluateSettings:
+    return load_settings(Path(__file__).parents[2]).evaluate
+
+
+def test_what_the_stage_measured_is_on_record(loaded: Loaded, samples: Samples, asked: EvaluateSettings) -> None:
+    found = own(loaded, samples, questions(samples), Template(""), asked)
+    assert (found.kit, found.dataset, found.dtype, found.device) == ("alignti", "tests/test", "float32", "cpu")
+    assert found.transformers == transformers.__version__
+    assert found.decoding == {"do_sample": False, "max_new_tokens": asked.max_new_tokens}
+    assert len(found.kit_version) == 12 and len(found.dataset_hash) == len(found.prompt_hash) == 64
+
+
+def test_two_models_measured_alike_agree_and_what_differs_is_named(
+    loaded: Loaded, model_folder: Path, samples: Samples, asked: EvaluateSettings, tmp_path: Path
+) -> None:
+    rows = questions(samples)
+    first = own(loaded, samples, rows, Template(""), asked)
+    other = load(tiny.save_model(tmp_path / "other", seed=5), "cpu")
+    assert own(other, samples, rows, Template(""), asked) == first
+    changed = {
+        "prompt hash": own(loaded, samples, rows, Template("A system."), asked),
+        "decoding": own(loaded, samples, rows, Template(""), asked.model_copy(update={"max_new_tokens": 5})),
+        "dtype": own(load(model_folder, "cpu", torch.bfloat16), samples, rows, Template(""), asked),
+    }
+    for name, found in changed.items():
+        (said,) = differences(found, first)
+        assert said.startswith(f"{name}: ")
+    another = Samples(tiny.save_dataset(tmp_path / "data", images=3), "test")
+    assert {said.split(":")[0] for said in differences(own(loaded, another, [0], Template(""), asked), first)} == {
+        "dataset hash",
+        "prompt hash",
+    }
+
+
+@pytest.mark.parametrize("name", Fingerprint.model_fields)
+def test_every_field_counts(name: str) -> None:
+    value = {"temperature": 0.2} if name == "decoding" else "other"
+    (said,) = differences(FIRST.model_copy(update={name: value}), FIRST)
+    assert said.startswith(name.replace("_", " "))
+    assert "other, not" in said or "temperature=0.2, not do_sample=False max_new_tokens=8" in said
+
+
+def test_without_a_fingerprint_nothing_compares() -> None:
+    assert differences(FIRST, FIRST) == []
+    assert differences(None, FIRST) == differences(FIRST, None) == differences(None, None) != []
+
+
+WORDS = st.lists(st.sampled_from(["", "a", "b", "ab"]), max_size=4)
+
+
+@given(WORDS, WORDS)
+def test_a_digest_tells_lists_of_texts_apart(one: list[str], other: list[str]) -> None:
+    assert (digest(one) == digest(other)) == (one == other)
