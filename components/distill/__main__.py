@@ -85,7 +85,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             steps=outcome.steps,
         )
         if accelerator.is_main_process:
-            export(STUDENTS / name, student, model_card(name, facts), outcome.losses, cost)
+            export(STUDENTS / name, student, collator.template, model_card(name, facts), outcome.losses, cost)
             checkpoints.clear()
     return cost
 

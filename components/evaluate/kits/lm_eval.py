@@ -1,4 +1,4 @@
-"""lm-evaluation-harness scores a model: our questions about images, what is left of its language, and any stock task by name."""
+"""lm-evaluation-harness scores a model: our questions about images, what is left of its language, any stock task by name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,13 @@ def installed() -> str:
 
 
 def evaluate(
-    model: Path, device: torch.device, tasks: Sequence[str], stock: Sequence[str], batch_size: int, new_tokens: int, journal: Path
+    model: Path,
+    device: torch.device,
+    tasks: Sequence[str],
+    stock: Sequence[str],
+    batch_size: int,
+    new_tokens: int,
+    journal: Path,
 ) -> Measured:
     """Score the checkpoint folder `model`.
 

@@ -26,6 +26,7 @@ from components.models.folder import weight_files
 LOOPBACK = "127.0.0.1"
 START_S = 900  # a large model's weights take minutes to read
 STOP_S = 20
+DTYPE = "float32"  # as the stage `evaluate` loads it, so that answers are the same
 
 # Dies with the process that started it (Linux), also if that one is killed; stands in for `transformers serve`.
 TRANSFORMERS = """
@@ -46,7 +47,8 @@ def command(model: Path, host: str, port: int, device: str) -> list[str]:
         if not is_loopback(host) and not key:
             raise InputError(f"{host} is open to others: set {KEY} to what they have to know, or serve on {LOOPBACK}")
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        return [*serve, "--served-model-name", str(model), "--host", host, "--port", str(port), "--generation-config", "vllm"]
+        serve += ["--served-model-name", str(model), "--generation-config", "vllm", "--dtype", DTYPE]
+        return [*serve, "--host", host, "--port", str(port)]
     absent = [name for name in ("openai", "uvicorn", "fastapi") if not find_spec(name)]
     if absent:
         raise InputError(f"{absent[0]} is not installed, which serving needs: pip install -c constraints.txt -e '.[kits]'")
@@ -55,7 +57,7 @@ def command(model: Path, host: str, port: int, device: str) -> list[str]:
             f"{host} is open to others, and `transformers serve` asks nobody for a key: serve on {LOOPBACK}, with a proxy that"
             f" asks before it, or install vLLM and set {KEY}"
         )
-    serve = [sys.executable, "-c", TRANSFORMERS, "serve", str(model), "--device", device, "--dtype", "auto"]
+    serve = [sys.executable, "-c", TRANSFORMERS, "serve", str(model), "--device", device, "--dtype", DTYPE]
     return [*serve, "--host", host, "--port", str(port)]
 
 
@@ -112,7 +114,9 @@ def _wait(endpoint: Endpoint, process: subprocess.Popen[bytes], log: Path) -> No
             if process.poll() is not None:
                 raise TryAgainError(f"the server ended with {process.returncode}: {last_words(log)} (all of it: {log})")
             if time.monotonic() > end:
-                raise TryAgainError(f"the server was not ready in {START_S // 60} minutes: {last_words(log)} (all of it: {log})")
+                raise TryAgainError(
+                    f"the server was not ready in {START_S // 60} minutes: {last_words(log)} (all of it: {log})"
+                )
             time.sleep(0.2)
             bar.update()
 

@@ -183,8 +183,8 @@ def score_files(
         sets[name] = form
     work = run(using, endpoint, sets, [], folder, journal, new_tokens)
     figures: dict[str, float] = {}
-    for name, form in sets.items():
-        if form == "vqa":
+    for name, scored_as in sets.items():
+        if scored_as == "vqa":
             told = list(_table(work / f"{MODEL}_{name}.tsv"))
             right = [export.normalise(line["prediction"]) == export.normalise(line["answer"]) for line in told]
             figures[f"{name}/exact match (ours)"] = sum(right) / len(right)
