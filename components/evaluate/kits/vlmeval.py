@@ -35,6 +35,14 @@ FULL = "ALIGNTI_VLMEVAL_PYTHON"  # in the environment: the interpreter of the fu
 FULL_HERE = Path(".venv-vlmeval/bin/python")
 ROOT = Path(__file__).parents[3]
 CLIENTS = 4  # questions on their way at once: hides the client's work behind the server's, and lets vLLM batch
+VERSION = """
+import importlib.metadata, importlib.util, pathlib, subprocess
+try:
+    print(importlib.metadata.version("ms-vlmeval"))
+except importlib.metadata.PackageNotFoundError:
+    folder = pathlib.Path(importlib.util.find_spec("vlmeval").submodule_search_locations[0])
+    print(subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout)
+"""  # of the package, or the commit of a checkout
 LONGEST_FIELD = 2**27  # characters of one TSV field: an image
 
 
@@ -68,9 +76,8 @@ def kit(full: bool) -> Kit:
         python = os.environ.get(FULL) or (str(FULL_HERE) if FULL_HERE.exists() else None)
         if python is None:
             raise InputError("the full VLMEvalKit is not installed: `make vlmeval-env` does that (some GB)")
-        asked = [python, "-c", "import importlib.metadata as m; print(m.version('ms-vlmeval'))"]
         try:
-            said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+            said = subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             raise InputError(f"{python} has no VLMEvalKit: `make vlmeval-env` installs it") from None
         return Kit(python, None, said)
