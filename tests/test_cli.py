@@ -68,3 +68,15 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys, components.cli; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert not HEAVY & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("serve", "nowhere"), "ModelError: "),
+        (("evaluate", "--kit", "lmms"), "InputError: --kit lmms: there are own, vlmeval, lm-eval\n"),
+    ],
+)
+def test_what_cannot_be_served_or_evaluated_is_named(root: Path, words: tuple[str, ...], said: str) -> None:
+    done = alignti(root, *words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

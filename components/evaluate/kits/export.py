@@ -35,8 +35,8 @@ class KitSet(NamedTuple):
 def sets(samples: Sequence[Sample], rows: Sequence[int]) -> tuple[list[KitSet], list[int]]:
     """The sets that there are questions for, and the rows without an image, which an image kit does not ask.
 
-    A kind is yes/no if all its references are; multiple choice if its references are 2 to 26 texts of which none is in another
-    (the kit takes for chosen the only option that an answer contains); open otherwise.
+    A kind is yes/no if all its references are; multiple choice if its references are 2 to 26 texts of one line, none of which
+    is in another (the kit takes for chosen the only option that an answer contains, to the letter); open otherwise.
     """
     kinds: dict[str, list[int]] = defaultdict(list)
     textual = []
@@ -48,7 +48,7 @@ def sets(samples: Sequence[Sample], rows: Sequence[int]) -> tuple[list[KitSet], 
             kinds[sample.kind].append(row)
     found: dict[Form, list[int]] = defaultdict(list)
     for of_kind in kinds.values():
-        found[_form(options([samples[row] for row in of_kind]))] += of_kind
+        found[_form([samples[row] for row in of_kind])] += of_kind
     return [KitSet(form, sorted(found[form])) for form in ("mcq", "yes_no", "vqa") if found[form]], textual
 
 
@@ -57,11 +57,13 @@ def options(samples: Sequence[Sample]) -> list[str]:
     return sorted({normalise(sample.turns[0].answer) for sample in samples})
 
 
-def _form(references: list[str]) -> Form:
+def _form(samples: Sequence[Sample]) -> Form:
+    references = options(samples)
     if set(references) <= {"yes", "no"}:
         return "yes_no"
-    contained = any(a in b for a in references for b in references if a != b)
-    return "mcq" if 2 <= len(references) <= len(LETTERS) and not contained else "vqa"
+    if not 2 <= len(references) <= len(LETTERS) or any(len(s.turns[0].answer.split("\n")) > 1 for s in samples):
+        return "vqa"
+    return "vqa" if any(a in b for a in references for b in references if a != b) else "mcq"
 
 
 def write(kit_set: KitSet, samples: Sequence[Sample], folder: Path) -> Path:

@@ -22,9 +22,10 @@ def test_each_kind_gets_the_form_that_the_kit_scores_rightly() -> None:
     found = [sample(0, "exist", "Yes"), sample(1, "exist", "no"), sample(2, "colour", "red"), sample(3, "colour", "blue")]
     found += [sample(4, "sum", "six"), sample(5, "sum", "sixteen")]  # an answer `sixteen` names both: the kit could not choose
     found += [sample(6, "one", "only"), sample(7, "text", "red", image=None)]
+    found += [sample(35, "lines", "one"), sample(36, "lines", "two\nlines")]
     found += [sample(8 + i, "many", f"word{chr(97 + i // 26)}{chr(97 + i % 26)}") for i in range(27)]
     sets, textual = export.sets(found, range(len(found)))
-    assert [(s.form, s.rows) for s in sets] == [("mcq", [2, 3]), ("yes_no", [0, 1]), ("vqa", [4, 5, 6, *range(8, 35)])]
+    assert [(s.form, s.rows) for s in sets] == [("mcq", [2, 3]), ("yes_no", [0, 1]), ("vqa", [4, 5, 6, *range(8, 37)])]
     assert textual == [7]
 
 
