@@ -22,11 +22,11 @@ def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str]) -> 
     if strange:
         raise InputError(f"--arm {strange[0]}: there are {', '.join(known)} and {measure.BEFORE}STUDENT")
     bench = measure.Bench(settings)
-    found = table.read(_current)
     for arm in arms or list(settings.study.arms):
         for kit in kits:
             if tasks:
                 figures = measure.stock(bench, kit, arm, tasks)
+                found = table.read(_current)  # only now: another command may have written in the meantime
                 before = found.tasks.get(f"{kit}/{arm}", {})
                 found = found.model_copy(update={"tasks": found.tasks | {f"{kit}/{arm}": before | figures}})
                 said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -34,7 +34,7 @@ def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str]) -> 
                 continue  # the stage `evaluate` asks trained students alone
             else:
                 scores = measure.measure(bench, kit, arm)
-                found = table.with_scores(found, scores)
+                found = table.with_scores(table.read(_current), scores)
                 said = f"{scores.exact_match:.2%} of {scores.samples:,} right"
             path = table.write(found)  # after each: what follows may break off
             print(f"{kit} {arm}: {said} -> {path}")
