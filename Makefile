@@ -18,11 +18,15 @@ export PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY := false
 # What a loaded machine needs to start Prefect's own server.
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 
+# VLMEvalKit and DVC cannot share an environment (antlr4), so the kit's package alone goes into a folder of its own.
+VLMEVAL := ms-vlmeval==0.0.20 validators==0.36.0 sty==1.0.6
+KITS := $(VENV)/.kits
+
 .DEFAULT_GOAL := help
-.PHONY: help venv data repro flow plan test check format
+.PHONY: help venv kits vlmeval-env data repro flow plan test check format
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo "  PYTHON=... chooses the interpreter that .venv is made with (3.11 or newer)."
 
 venv: $(STAMP) ## install everything into .venv (again only when pyproject.toml or constraints.txt change)
@@ -35,6 +39,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'
 	@touch $@
+
+kits: $(KITS) ## add lm-eval, a server's client, and VLMEvalKit without its 75 dependencies (`alignti evaluate --kit`)
+
+$(KITS): $(STAMP)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[kits]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/vlmeval $(VLMEVAL)
+	@touch $@
+
+vlmeval-env: ## VLMEvalKit with them, in .venv-vlmeval, for its own benchmarks (some GB); CHECKOUT=/path/to/a/clone takes that
+	@test -x .venv-vlmeval/bin/pip || $(PYTHON) -m venv .venv-vlmeval
+	@.venv-vlmeval/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CHECKOUT),-e '$(CHECKOUT)',ms-vlmeval==0.0.20)
+	@.venv-vlmeval/bin/python -c 'import vlmeval.dataset' && echo "alignti evaluate --kit vlmeval --task BENCHMARK now works."
 
 data: $(STAMP) ## fetch the raw data that data.dvc names
 	@$(IN_VENV) dvc pull data.dvc </dev/null >/dev/null || \
@@ -51,8 +67,8 @@ flow: data ## the same stages through Prefect, in the order of DVC's graph
 plan: $(STAMP) ## what `make repro` would run, why, and how long that takes
 	@$(IN_VENV) alignti plan
 
-test: $(STAMP) ## all tests, offline
-	@$(IN_VENV) python -m pytest $(TESTS)
+test: $(KITS) ## all tests, offline
+	@$(IN_VENV) python -m pytest -n 2 --dist loadfile $(TESTS)
 
 check: $(STAMP) ## lint, format, types, and a dry validation of every recipe
 	@$(IN_VENV) ruff check .

@@ -320,6 +320,40 @@ def compare(study: str) -> None:
     typer.echo(f"-> {', '.join(map(str, written))}")
 
 
+@app.command()
+def serve(
+    model: Path,
+    port: int = typer.Option(8000, help="Where to listen."),
+    host: str = typer.Option("127.0.0.1", help="An address of this machine; one that is open to others needs a key."),
+) -> None:
+    """Serve the checkpoint folder MODEL behind an OpenAI-compatible API until interrupted."""
+    import signal
+
+    from components.artifacts import RUNS
+    from components.evaluate.kits.serve import served
+    from components.runtime import prepare_torch
+    from components.settings import load_settings
+
+    log = RUNS / "serve" / f"{port}.log"
+    device = prepare_torch(load_settings().runtime, seed=0)
+    with served(model, device.type, log, host, port) as endpoint:
+        typer.echo(f"{endpoint.url}/v1 serves the model named {endpoint.model}; log: {log}; Ctrl-C ends it")
+        signal.pause()
+
+
+Kits = Annotated[list[str] | None, typer.Option(help="own, vlmeval or lm-eval; all of them if not given.")]
+Arms = Annotated[list[str] | None, typer.Option(help="Arms, `teacher`, before-STUDENT; every arm of the study if not given.")]
+Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the kit's own, or .tsv files for vlmeval; else our questions.")]
+
+
+@app.command()
+def evaluate(kit: Kits = None, arm: Arms = None, task: Tasks = None) -> None:
+    """Measure students with the field's own kits, beside our own scores: reports/kits.md."""
+    from components.evaluate.kits.command import evaluate as run
+
+    run(kit or (), arm or (), task or ())
+
+
 def main() -> None:
     exit_from(lambda: app(windows_expand_args=False))
 

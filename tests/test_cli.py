@@ -78,3 +78,15 @@ def test_benchmarks_say_how_to_get_each_and_what_is_open(root: Path) -> None:
     assert "Reference OCR token: {ocr}" in done.stdout and "  open     " in done.stdout
     wrong = alignti(root, "benchmarks", "vqa2")
     assert wrong.returncode == 2 and "there is no benchmark 'vqa2'; there are gqa, sqa" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("serve", "nowhere"), "ModelError: "),
+        (("evaluate", "--kit", "lmms"), "InputError: --kit lmms: there are own, vlmeval, lm-eval\n"),
+    ],
+)
+def test_what_cannot_be_served_or_evaluated_is_named(root: Path, words: tuple[str, ...], said: str) -> None:
+    done = alignti(root, *words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -125,7 +125,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
                 student.model.load_state_dict(state)
             if settings.distill.trainable.lora is not None:
                 merge_adapters(student.model)
-            export(STUDENTS / name, student, model_card(name, facts), outcome.losses, cost)
+            export(STUDENTS / name, student, collator.template, model_card(name, facts), outcome.losses, cost)
             checkpoints.clear()
     return cost
 

@@ -1,15 +1,28 @@
 """Stage `evaluate@ARM`: a student's, or the teacher's, own answers scored. `python -m components.evaluate --arm ARM|teacher`
 
 Writes artifacts/scores/ARM/predictions.jsonl, every sample with its answer, and scores.json. The same model and data give the
-same bytes.
+same bytes, also if the stage was killed: it goes on at the batch where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 
-from components.artifacts import DATASET, SCORES, STUDENTS, TEACHER, TEACHER_ARM, TeacherChoice, jsonl, write_text
+from components.artifacts import (
+    DATASET,
+    RUNS,
+    SCORES,
+    STUDENTS,
+    TEACHER,
+    TEACHER_ARM,
+    Fingerprint,
+    TeacherChoice,
+    jsonl,
+    sha256,
+    write_text,
+)
 from components.errors import exit_from
 from components.settings import load_settings
 
@@ -22,6 +35,7 @@ def main() -> None:
 
     from components import tracking
     from components.evaluate import fingerprint, generate, metrics
+    from components.evaluate.journal import Journal
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
@@ -35,12 +49,14 @@ def main() -> None:
         run.dataset(str(DATASET), samples.manifest.digest)
         loaded = load(model_of(arm), prepare_torch(settings.runtime, seed=0))
         template = Template(settings.models.template.system)
-        answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm)
-        predicted = metrics.predictions((samples[row] for row in rows), answers)
         measured = fingerprint.own(loaded, samples, rows, template, asked)
+        journal = Journal(RUNS / "evaluate" / arm / f"{_resumable(measured, model_of(arm), asked.batch_size)}.jsonl")
+        answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm, journal)
+        predicted = metrics.predictions((samples[row] for row in rows), answers)
         scores = metrics.score(arm, predicted).model_copy(update={"fingerprint": measured})
         write_text(SCORES / arm / "predictions.jsonl", jsonl(predicted))
         path = scores.write(SCORES / arm / "scores.json")
+        journal.close()
         run.metrics({"exact_match": scores.exact_match, **{f"exact_match/{k}": v for k, v in scores.per_kind.items()}})
         for kind, figures in scores.yes_no.items():
             run.metrics({f"{name}/{kind}": value for name, value in figures.model_dump(exclude={"samples"}).items()})
@@ -58,6 +74,12 @@ def main() -> None:
 def model_of(arm: str) -> Path:
     """The folder of the arm's student, or of the chosen teacher. Raises DataError if there is no choice yet."""
     return Path(TeacherChoice.read(TEACHER / "choice.json").path) if arm == TEACHER_ARM else STUDENTS / arm / "model"
+
+
+def _resumable(measured: Fingerprint, model: Path, batch_size: int) -> str:
+    """16 hex digits over what decides the answers: only a run with the same goes on from a journal."""
+    facts = f"{measured.model_dump_json()} {sha256([model])} {batch_size}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.artifacts import Fingerprint, sha256
 from components.models.template import Template
@@ -28,22 +28,26 @@ def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Templat
     """Of the stage `evaluate` itself: greedy answers to `rows` of one split, matched with the references."""
     import transformers
 
-    image = loaded.processor.image_token
-    prompts = (
-        template.render(sample.turns, None if sample.image is None else image, answer=False).text
-        for sample in (samples[row] for row in rows)
-    )
     return Fingerprint(
         kit=KIT,
         kit_version=sha256(CODE)[:12],
         dataset=f"{samples.manifest.source}/{settings.split}",
         dataset_hash=digest(shard.sha256 for shard in samples.record.shards),
-        prompt_hash=digest(prompts),
+        prompt_hash=prompts(loaded.processor, samples, rows, template),
         decoding={"do_sample": False, "max_new_tokens": settings.max_new_tokens},
         judge=JUDGE,
         transformers=transformers.__version__,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=loaded.model.device.type,
+    )
+
+
+def prompts(processor: Any, samples: Samples, rows: Sequence[int], template: Template) -> str:
+    """Digest of the first prompt of each sample, as the model reads it."""
+    image = processor.image_token
+    return digest(
+        template.render(sample.turns, None if sample.image is None else image, answer=False).text
+        for sample in (samples[row] for row in rows)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from components.models.load import Loaded
 from components.models.template import Template
 from components.settings import EvaluateSettings
 from components.shards import CAPTION, Sample, Samples
+
+if TYPE_CHECKING:
+    from components.evaluate.journal import Journal
 
 
 def questions(samples: Samples) -> list[int]:
@@ -30,6 +34,7 @@ def answers(
     max_length: int,
     settings: EvaluateSettings,
     title: str,
+    journal: Journal | None = None,
 ) -> list[str]:
     """The model's greedy answer to the first question of each sample, in the order of `rows`.
 
@@ -41,6 +46,8 @@ def answers(
         template, max_length: as the model was trained with; max_length is of the prompt, in tokens.
         settings: batch_size in samples; max_new_tokens, where an answer that has not ended is cut.
         title: names the progress bar.
+        journal: batches that are whole in it are not answered again, and new ones are added. The batches stay those of an
+            uninterrupted run, so the answers do too, to the last near-tie.
 
     Raises:
         DataError: a prompt is longer than max_length.
@@ -51,13 +58,20 @@ def answers(
     with _greedy(loaded, settings.max_new_tokens), tqdm(total=len(order), desc=title, unit="sample") as bar:
         for start in range(0, len(order), settings.batch_size):
             these = order[start : start + settings.batch_size]
+            if journal is not None and all(str(row) in journal.known for row in these):
+                found.update((row, journal.known[str(row)]) for row in these)
+                bar.update(len(these))
+                continue
             batch = collator([samples[row] for row in these]).to(loaded.model.device)
             tokens = loaded.model.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
             )
             written = tokens[:, batch.input_ids.shape[1] :]
             texts = loaded.processor.batch_decode(written, skip_special_tokens=True)
-            found.update(zip(these, (text.strip() for text in texts), strict=True))
+            given = dict(zip(these, (text.strip() for text in texts), strict=True))
+            found.update(given)
+            if journal is not None:
+                journal.add({str(row): text for row, text in given.items()})
             bar.update(len(these))
     return [found[row] for row in rows]
 

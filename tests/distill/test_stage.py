@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from components.artifacts import STUDENTS, Cost
 from components.distill.__main__ import distill
 from components.errors import InputError, Interrupted, SettingsError, TryAgainError
+from components.models.template import Template
 from components.settings import load_settings
+from components.shards import Turn
 from components.tracking import Run
 from tests.distill.conftest import REPOSITORY, STEPS, write_params
 
@@ -66,6 +68,9 @@ def test_the_student_loads_with_stock_transformers_and_answers(workplace: Path) 
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     inputs = processor(text="what digit is at a1 ?", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit?"}]}]
+    trained = Template(load_settings().models.template.system).render((Turn("what digit?", ""),), "<image>", answer=False)
+    assert processor.apply_chat_template(asked, tokenize=False) == trained.text  # what servers and kits will send it
 
 
 def test_same_seed_same_bytes_and_another_seed_others(workplace: Path) -> None:

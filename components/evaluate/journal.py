@@ -1,0 +1,40 @@
+"""Answers already given, on disk as they come: a killed evaluation asks again only what had no answer yet.
+
+Standard library only: the kit's own process writes one too (components/evaluate/kits/inside.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+
+
+class Journal:
+    """Answers by key, in a file of JSON lines. The file's name has to tell everything that an answer depends on."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.known: dict[str, str] = {}
+        path.touch()
+        lines = path.read_bytes().split(b"\n")
+        for line in lines[:-1]:
+            self.known.update(json.loads(line))
+        os.truncate(path, path.stat().st_size - len(lines[-1]))  # the run was killed while it wrote its last line
+        self._lock = Lock()
+
+    def add(self, answers: Mapping[str, str]) -> None:
+        """On disk when this returns."""
+        line = json.dumps(dict(answers), ensure_ascii=False) + "\n"
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+            self.known.update(answers)
+
+    def close(self) -> None:
+        """The scores are written: nothing is left to go on from."""
+        self.path.unlink(missing_ok=True)

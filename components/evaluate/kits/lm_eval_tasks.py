@@ -1,0 +1,89 @@
+"""What the tasks of params/lm_eval/ are made of: the prepared split, as lm-eval's documents."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from components.artifacts import DATASET
+from components.evaluate.generate import questions as scored
+from components.evaluate.metrics import normalise
+from components.models.collate import decode
+from components.models.template import Template, question_of
+from components.settings import load_settings
+from components.shards import Sample, Samples, Turn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
+OTHERS = 3  # wrong choices of `manners`
+SEED = 1
+
+
+@cache
+def split() -> Samples:
+    """Of the working directory, as every stage reads it."""
+    return Samples(DATASET, load_settings().evaluate.split)
+
+
+def questions(**_: Any) -> dict[str, Dataset]:
+    """Every scored question that has an image; `row` is its sample's index."""
+    samples = split()
+    asked = ((row, samples[row]) for row in scored(samples))
+    return _documents(
+        {"row": row, "id": s.id, "question": question_of(s.turns[0]), "answer": s.turns[0].answer}
+        for row, s in asked
+        if s.image is not None
+    )
+
+
+def image(document: dict[str, Any]) -> list[Image.Image]:
+    return [decode(split()[document["row"]])]
+
+
+def conversations(**_: Any) -> dict[str, Dataset]:
+    """Each scored question with its reference answer, as the text that a student is trained on."""
+    template = Template(load_settings().models.template.system, eos="")
+    samples = split()
+    return _documents({"text": template.render(_unmarked(samples[row]), None).text} for row in scored(samples))
+
+
+def manners(**_: Any) -> dict[str, Dataset]:
+    """Questions with one answer of the right kind among answers that no question of that kind has."""
+    samples = split()
+    rows = scored(samples)
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        kinds[samples[row].kind].add(normalise(samples[row].turns[0].answer))
+    drawn = random.Random(SEED)
+    documents = []
+    for row in rows:
+        sample = samples[row]
+        own = kinds[sample.kind]
+        foreign = sorted(set().union(*kinds.values()) - own)
+        if len(foreign) < OTHERS:
+            continue
+        choices = [drawn.choice(sorted(own)), *drawn.sample(foreign, OTHERS)]
+        order = drawn.sample(range(OTHERS + 1), OTHERS + 1)
+        documents.append(
+            {
+                "question": question_of(sample.turns[0]),
+                "choices": [choices[place] for place in order],
+                "right": order.index(0),
+            }
+        )
+    return _documents(documents)
+
+
+def _unmarked(sample: Sample) -> list[Turn]:
+    return [Turn(question_of(turn), turn.answer) for turn in sample.turns[:1]]
+
+
+def _documents(found: Iterable[dict[str, Any]]) -> dict[str, Dataset]:
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list(list(found))}

@@ -1,0 +1,270 @@
+"""One model measured one way: by the stage `evaluate`, by VLMEvalKit over a server, or by lm-eval in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from components.artifacts import DATASET, MODELS, SCORES, Fingerprint, ModelIndex, Prediction, Scores, sha256
+from components.errors import DataError, InputError, TryAgainError
+from components.evaluate import fingerprint, metrics
+from components.evaluate.__main__ import model_of
+from components.evaluate.generate import questions
+from components.evaluate.kits import export, lm_eval, scores, serve, vlmeval
+from components.evaluate.kits.inside import JUDGE
+from components.evaluate.kits.scores import KitScores
+from components.models.folder import weight_files
+from components.models.load import load_processor
+from components.models.template import Template
+from components.runtime import prepare_torch
+from components.settings import Settings
+from components.shards import Samples
+
+BEFORE = "before-"  # and the name of a student that nothing was distilled into yet
+OURS = "our exact match"
+
+
+@dataclass
+class Bench:
+    """The questions, the settings and the device; the same for every model and every way of measuring."""
+
+    settings: Settings
+
+    @cached_property
+    def samples(self) -> Samples:
+        return Samples(DATASET, self.settings.evaluate.split)
+
+    @cached_property
+    def rows(self) -> list[int]:
+        return questions(self.samples)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return prepare_torch(self.settings.runtime, seed=0)
+
+
+def measure(bench: Bench, kit: str, arm: str) -> KitScores:
+    """All questions of the split to one model, through `kit`: "own", "vlmeval" or "lm-eval".
+
+    Raises:
+        ModelError, DataError: no such model, or no scores of the stage `evaluate` for it yet.
+        InputError: the kit is not installed.
+        TryAgainError: the kit or the server broke off; or another process measures the same. What was answered is kept.
+    """
+    way = {"own": _own, "vlmeval": _vlmeval, "lm-eval": _lm_eval}[kit]
+    model = folder_of(arm)
+    weight_files(model)
+    return way(bench, arm, model)
+
+
+def folder_of(arm: str) -> Path:
+    """Raises InputError for `before-NAME` if there is no student NAME."""
+    if not arm.startswith(BEFORE):
+        return model_of(arm)
+    students = ModelIndex.read(MODELS / "index.json").students
+    name = arm.removeprefix(BEFORE)
+    if name not in students:
+        raise InputError(f"there is no student {name!r}; there are {', '.join(students)}")
+    return Path(students[name].path)
+
+
+def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str]) -> dict[str, float]:
+    """The kit's own benchmarks, or TSV files in VLMEvalKit's format: `task/figure` -> value. Raises as `measure`."""
+    model = folder_of(arm)
+    weight_files(model)
+    asked = bench.settings.evaluate
+    if kit == "lm-eval":
+        journal = _journal(lm_eval.folder_of(arm), model, "stock", *tasks)
+        return lm_eval.evaluate(model, bench.device, [], tasks, asked.batch_size, asked.max_new_tokens, journal).figures
+    if kit != "vlmeval":
+        raise InputError("--task goes with --kit vlmeval or --kit lm-eval")
+    using = vlmeval.kit(full=not all(task.endswith(".tsv") for task in tasks))
+    folder = vlmeval.folder_of(arm)
+    for task in tasks:
+        if task.endswith(".tsv"):
+            vlmeval.checked(Path(task))  # before a server is started
+    journal = _journal(folder, model, using.version, asked.max_new_tokens)
+    with _alone(folder), serve.served(model, bench.device.type, folder / "server.log") as endpoint:
+        return vlmeval.score_files(using, endpoint, tasks, folder, journal, asked.max_new_tokens)
+
+
+def _own(bench: Bench, arm: str, model: Path) -> KitScores:
+    found = Scores.read(SCORES / arm / "scores.json")
+    predicted = predictions(arm)
+    return KitScores(
+        arm=arm,
+        kit="own",
+        model=sha256([model]),
+        samples=found.samples,
+        exact_match=found.exact_match,
+        per_kind=found.per_kind,
+        ours=found.per_kind,
+        judges=dict.fromkeys(found.per_kind, OURS),
+        figures=_yes_no(found),
+        disagreements=[],
+        other_answers=[],
+        empty=scores.empty(predicted),
+        overlong=[],
+        failed={},
+        not_asked=[],
+        seconds=0,
+        fingerprint=found.fingerprint or _fingerprint(bench, model, bench.rows, fingerprint.KIT, "?", fingerprint.JUDGE),
+    )
+
+
+def _vlmeval(bench: Bench, arm: str, model: Path) -> KitScores:
+    started = time.monotonic()
+    using = vlmeval.kit(full=False)
+    sets, textual = export.sets(bench.samples, bench.rows)
+    folder, new_tokens = vlmeval.folder_of(arm), bench.settings.evaluate.max_new_tokens
+    journal = _journal(folder, model, using.version, new_tokens, bench.device.type)
+    with _alone(folder), serve.served(model, bench.device.type, folder / "server.log") as endpoint:
+        found = vlmeval.score_split(using, endpoint, bench.samples, sets, folder, journal, new_tokens)
+    rows = [row for row in bench.rows if row in found.answers]
+    out = set(found.overlong) | set(found.failed)
+    judged = {bench.samples[row].kind for row in found.verdicts}
+    return _assembled(
+        bench, arm, "vlmeval", model, rows, found.answers, found.verdicts, out,
+        judges=dict.fromkeys(judged, f"the kit's {JUDGE}"),
+        figures=found.figures,
+        overlong=[bench.samples[row].id for row in found.overlong],
+        failed={bench.samples[row].id: reason for row, reason in found.failed.items()},
+        not_asked=[bench.samples[row].id for row in textual],
+        seconds=time.monotonic() - started,
+        version=f"ms-vlmeval {using.version}",
+        judge=JUDGE,
+    )  # fmt: skip
+
+
+def _lm_eval(bench: Bench, arm: str, model: Path) -> KitScores:
+    started = time.monotonic()
+    version = lm_eval.installed()
+    asked, folder = bench.settings.evaluate, lm_eval.folder_of(arm)
+    journal = _journal(folder, model, version, asked.max_new_tokens, asked.batch_size, bench.device.type)
+    tasks = [lm_eval.QUESTIONS, *lm_eval.TEXT]
+    with _alone(folder):
+        found = lm_eval.evaluate(model, bench.device, tasks, [], asked.batch_size, asked.max_new_tokens, journal)
+    rows = [row for row in bench.rows if row in found.answers]
+    return _assembled(
+        bench, arm, "lm-eval", model, rows, found.answers, found.verdicts, set(),
+        judges={bench.samples[row].kind: "the kit's exact_match" for row in rows},
+        figures=found.figures,
+        overlong=[],
+        failed={},
+        not_asked=[bench.samples[row].id for row in bench.rows if row not in found.answers],
+        seconds=time.monotonic() - started,
+        version=version,
+        judge="exact_match",
+    )  # fmt: skip
+
+
+def _assembled(
+    bench: Bench,
+    arm: str,
+    kit: str,
+    model: Path,
+    rows: Sequence[int],
+    answers: dict[int, str],
+    verdicts: dict[int, bool],
+    out: set[int],
+    *,
+    judges: dict[str, str],
+    figures: dict[str, float],
+    overlong: list[str],
+    failed: dict[str, str],
+    not_asked: list[str],
+    seconds: float,
+    version: str,
+    judge: str,
+) -> KitScores:
+    """The record of a kit's run: its verdict counts where it has one, ours elsewhere; what is no answer is never right."""
+    if not rows:
+        raise DataError(f"{arm}: {kit} cannot ask any of the {len(bench.rows)} questions: none has an image")
+    samples = [bench.samples[row] for row in rows]
+    predicted = metrics.predictions(samples, (answers[row] for row in rows))
+    nothing = set(scores.empty(predicted))
+    right = [
+        verdicts.get(row, p.correct) and row not in out and p.id not in nothing for row, p in zip(rows, predicted, strict=True)
+    ]
+    kinds = sorted({p.kind for p in predicted})
+    path = SCORES / arm / "predictions.jsonl"
+    return KitScores(
+        arm=arm,
+        kit=kit,
+        model=sha256([model]),
+        samples=len(rows),
+        exact_match=sum(right) / len(right),
+        per_kind=scores.shares(predicted, right),
+        ours=scores.shares(predicted, [p.correct for p in predicted]),
+        judges={kind: judges.get(kind, OURS) for kind in kinds},
+        figures=figures,
+        disagreements=scores.disagreements(predicted, right),
+        other_answers=scores.other_answers(predicted, predictions(arm)) if path.exists() else [],
+        empty=sorted(nothing - set(failed) - set(overlong)),
+        overlong=overlong,
+        failed=failed,
+        not_asked=not_asked,
+        seconds=round(seconds, 1),
+        fingerprint=_fingerprint(bench, model, rows, kit, version, judge),
+    )
+
+
+def predictions(arm: str) -> list[Prediction]:
+    """What the stage `evaluate` wrote. Raises DataError if it has not yet."""
+    path = SCORES / arm / "predictions.jsonl"
+    if not path.exists():
+        raise DataError(f"{path} is missing; `dvc repro evaluate@{arm}` makes it")
+    return [Prediction.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _yes_no(found: Scores) -> dict[str, float]:
+    figures = found.yes_no.get(metrics.OVERALL)
+    return {f"yes_no/{name}": getattr(figures, name) for name in ("f1", "accuracy", "precision", "recall")} if figures else {}
+
+
+def _fingerprint(bench: Bench, model: Path, rows: Sequence[int], kit: str, version: str, judge: str) -> Fingerprint:
+    import transformers
+
+    template = Template(bench.settings.models.template.system)
+    return Fingerprint(
+        kit=kit,
+        kit_version=version,
+        dataset=f"{bench.samples.manifest.source}/{bench.settings.evaluate.split}",
+        dataset_hash=fingerprint.digest(shard.sha256 for shard in bench.samples.record.shards),
+        prompt_hash=fingerprint.prompts(load_processor(model), bench.samples, rows, template),
+        decoding={"do_sample": False, "max_new_tokens": bench.settings.evaluate.max_new_tokens},
+        judge=judge,
+        transformers=transformers.__version__,
+        dtype=serve.DTYPE,
+        device=bench.device.type,
+    )
+
+
+def _journal(folder: Path, model: Path, *facts: object) -> Path:
+    """Named by all that answers depend on, so that only a run that would get the same goes on from it."""
+    told = repr((sha256([model]), *facts))
+    return folder / f"answers-{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
+
+
+class _alone:  # noqa: N801
+    """One process at a time in a kit's folder. Raises TryAgainError while another is there."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / "lock")
+
+    def __enter__(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise TryAgainError(f"another process measures this arm ({self._lock.lock_file} is held); wait for it") from None
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

@@ -1,0 +1,137 @@
+"""A student behind an OpenAI-compatible door, opened by a server that exists: vLLM where it is installed, `transformers serve`
+elsewhere. Images come as data URLs; the folder's own chat template makes the prompt, which is the one it was trained with.
+
+`transformers serve` answers vision-language requests one at a time (its continuous batching is for text models); vLLM batches.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from tqdm import tqdm
+
+from components.errors import InputError, TryAgainError
+from components.evaluate.kits.client import KEY, Endpoint, healthy
+from components.models.folder import weight_files
+
+LOOPBACK = "127.0.0.1"
+START_S = 900  # a large model's weights take minutes to read
+STOP_S = 20
+DTYPE = "float32"  # as the stage `evaluate` loads it, so that answers are the same
+
+# Dies with the process that started it (Linux), also if that one is killed; stands in for `transformers serve`.
+TRANSFORMERS = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() == 1:
+    sys.exit("whoever asked for this server is gone")
+from transformers.cli.transformers import main
+main()
+"""
+
+
+def command(model: Path, host: str, port: int, device: str) -> list[str]:
+    """Raises InputError if no server is installed, or for an open bind that nobody has to show a key for."""
+    key = KEY in os.environ
+    if find_spec("vllm"):
+        if not is_loopback(host) and not key:
+            raise InputError(f"{host} is open to others: set {KEY} to what they have to know, or serve on {LOOPBACK}")
+        serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        serve += ["--served-model-name", str(model), "--generation-config", "vllm", "--dtype", DTYPE]
+        return [*serve, "--host", host, "--port", str(port)]
+    absent = [name for name in ("openai", "uvicorn", "fastapi") if not find_spec(name)]
+    if absent:
+        raise InputError(f"{absent[0]} is not installed, which serving needs: `make kits`")
+    if not is_loopback(host):
+        raise InputError(
+            f"{host} is open to others, and `transformers serve` asks nobody for a key: serve on {LOOPBACK}, with a proxy that"
+            f" asks before it, or install vLLM and set {KEY}"
+        )
+    serve = [sys.executable, "-c", TRANSFORMERS, "serve", str(model), "--device", device, "--dtype", DTYPE]
+    return [*serve, "--host", host, "--port", str(port)]
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name that may lead anywhere
+
+
+@contextmanager
+def served(model: Path, device: str, log: Path, host: str = LOOPBACK, port: int | None = None) -> Iterator[Endpoint]:
+    """A server for `model`, ready when the block is entered and gone when it is left; what it says goes to `log`.
+
+    Args:
+        device: "cpu", "cuda" or "mps".
+        port: a free one if None.
+
+    Raises:
+        ModelError: the folder is no whole checkpoint.
+        InputError: see `command`; also if something else listens on `port`.
+        TryAgainError: the server ends, or is not ready in 15 minutes; says its last words.
+    """
+    model = model.resolve()
+    weight_files(model)
+    endpoint = Endpoint(f"http://{_bracketed(host)}:{port or _free_port()}", str(model))
+    if healthy(endpoint.url):
+        raise InputError(f"something serves at {endpoint.url} already: choose another --port")
+    environment = {name: value for name, value in os.environ.items() if name != KEY}
+    if KEY in os.environ:
+        environment["VLLM_API_KEY"] = os.environ[KEY]  # not on the command line, where every user of the machine could read it
+    words = command(model, host, int(endpoint.url.rsplit(":", 1)[1]), device)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as said:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=environment)
+    try:
+        _wait(endpoint, process, log)
+        yield endpoint
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(endpoint: Endpoint, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_S
+    with tqdm(desc="server starting", unit="s", bar_format="{desc}: {elapsed}", delay=2) as bar:
+        while not healthy(endpoint.url):
+            if process.poll() is not None:
+                raise TryAgainError(f"the server ended with {process.returncode}: {last_words(log)} (all of it: {log})")
+            if time.monotonic() > end:
+                raise TryAgainError(
+                    f"the server was not ready in {START_S // 60} minutes: {last_words(log)} (all of it: {log})"
+                )
+            time.sleep(0.2)
+            bar.update()
+
+
+def last_words(log: Path) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

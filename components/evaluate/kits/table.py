@@ -1,0 +1,152 @@
+"""reports/kits.{json,md}: the ways of measuring side by side, equal where they must be and explained where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from components.artifacts import REPORTS, Record, write_text
+from components.errors import DataError
+from components.evaluate.fingerprint import differences
+from components.evaluate.kits.lm_eval import TEXT
+from components.evaluate.kits.scores import KitScores
+
+KITS = ("own", "vlmeval", "lm-eval")
+SHOWN = 5  # disagreements, and samples in trouble, per model and kit; kits.json has all
+
+
+class Table(Record):
+    """reports/kits.json"""
+
+    scores: list[KitScores]  # by arm, then kit
+    tasks: dict[str, dict[str, float]]  # "kit/arm" -> stock tasks and files, `task/figure` -> value
+
+
+def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
+    """What earlier commands measured, less what is of models that are no longer there. `current` says an arm's model's hash."""
+    if not (folder / "kits.json").exists():
+        return Table(scores=[], tasks={})
+    try:
+        before = Table.read(folder / "kits.json")
+    except DataError:  # of another version of this code; measuring again costs minutes
+        return Table(scores=[], tasks={})
+    return before.model_copy(update={"scores": [found for found in before.scores if current(found.arm) == found.model]})
+
+
+def with_scores(table: Table, new: KitScores) -> Table:
+    """`new` in the place of what the same kit said of the same arm before."""
+    kept = [found for found in table.scores if (found.arm, found.kit) != (new.arm, new.kit)]
+    order = sorted([*kept, new], key=lambda found: (found.arm, KITS.index(found.kit)))
+    return table.model_copy(update={"scores": order})
+
+
+def write(table: Table, folder: Path = REPORTS) -> Path:
+    table.write(folder / "kits.json")
+    write_text(folder / "kits.md", markdown(table))
+    return folder / "kits.md"
+
+
+def markdown(table: Table) -> str:
+    parts = ["# The same models, measured in three ways\n", _overview(table.scores)]
+    for arm in dict.fromkeys(found.arm for found in table.scores):
+        parts.append(_of_arm([found for found in table.scores if found.arm == arm]))
+    parts += [_language(table.scores), _tasks(table)]
+    return "\n".join(part for part in parts if part)
+
+
+def _overview(found: Sequence[KitScores]) -> str:
+    lines = [
+        "Share right. `own` is the stage `evaluate`; `vlmeval` asks a served student over HTTP, one question at a time;"
+        " `lm-eval` runs the model in its own loop.\n",
+        _row("model", *KITS, "answers unlike own's", "verdicts unlike ours", "no answer", "measured alike"),
+        _row("---", *["---:"] * len(KITS), "---:", "---:", "---:", "---"),
+    ]
+    for arm in dict.fromkeys(scores.arm for scores in found):
+        of_arm = {scores.kit: scores for scores in found if scores.arm == arm}
+        kits = [of_arm[kit] for kit in KITS if kit in of_arm]
+        lines.append(
+            _row(
+                arm,
+                *(f"{of_arm[kit].exact_match:.2%}" if kit in of_arm else "" for kit in KITS),
+                sum(len(scores.other_answers) for scores in kits),
+                sum(len(scores.disagreements) for scores in kits),
+                sum(len(scores.empty) + len(scores.overlong) + len(scores.failed) for scores in kits),
+                "; ".join(_unlike(kits)) or "yes, but for kit and judge",
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _unlike(kits: Sequence[KitScores]) -> list[str]:
+    """What else differs in how the kits measured, beyond who asked and who judged."""
+    said = []
+    for scores in kits[1:]:
+        told = differences(scores.fingerprint, kits[0].fingerprint)
+        said += [f"{scores.kit}: {what}" for what in told if not what.startswith(("kit:", "kit version:", "judge:"))]
+    return said
+
+
+def _of_arm(found: Sequence[KitScores]) -> str:
+    kinds = sorted({kind for scores in found for kind in scores.per_kind})
+    lines = [
+        f"## {found[0].arm}\n",
+        _row("kind", *(scores.kit for scores in found), "judges"),
+        _row("---", *["---:"] * len(found), "---"),
+    ]
+    for kind in kinds:
+        judges = dict.fromkeys(f"{scores.kit}: {scores.judges[kind]}" for scores in found if kind in scores.judges)
+        shown = (f"{scores.per_kind[kind]:.2%}" if kind in scores.per_kind else "" for scores in found)
+        lines.append(_row(kind, *shown, "; ".join(judges)))
+    lines.append("")
+    for scores in found:
+        lines += _explained(scores)
+    return "\n".join(lines) + "\n"
+
+
+def _explained(scores: KitScores) -> list[str]:
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.figures.items() if name.startswith("yes_no/"))
+    timed = f" in {scores.seconds:.0f} s" if scores.seconds else ""
+    lines = [f"- **{scores.kit}**: {scores.samples:,} questions{timed}" + (f"; {figures}" if figures else "")]
+    for what, ids in (
+        ("were not put to it", scores.not_asked),
+        ("got an empty answer", scores.empty),
+        ("got an overlong answer", scores.overlong),
+        ("were refused by the server", list(scores.failed)),
+        ("have another answer than in `own`", scores.other_answers),
+    ):
+        if ids:
+            lines.append(f"  - {len(ids):,} {what}: {', '.join(ids[:SHOWN])}{' ...' if len(ids) > SHOWN else ''}")
+    for verdict in scores.disagreements[:SHOWN]:
+        said = f"the kit says {'right' if verdict.kit else 'wrong'} of {verdict.answer[:80]!r}"
+        lines.append(f"  - {verdict.id} ({verdict.kind}): {said}, reference {verdict.reference!r}")
+    if len(scores.disagreements) > SHOWN:
+        lines.append(f"  - ... {len(scores.disagreements):,} such verdicts in all (kits.json)")
+    return lines
+
+
+def _language(found: Sequence[KitScores]) -> str:
+    measured = [scores for scores in found if any(name.startswith(TEXT) for name in scores.figures)]
+    if not measured:
+        return ""
+    names = [name for name in measured[0].figures if name.startswith(TEXT)]
+    lines = [
+        "## Language without an image (lm-eval)\n",
+        "`alignti_language`: perplexity per word of questions and answers as plain text, lower is better. `alignti_manners`:"
+        " how often the right kind of answer is the likeliest of four; guessing gives 25%.\n",
+        _row("model", *names),
+        _row("---", *["---:"] * len(names)),
+        *(_row(scores.arm, *(f"{scores.figures[name]:.4g}" for name in names)) for scores in measured),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tasks(table: Table) -> str:
+    if not table.tasks:
+        return ""
+    lines = ["## Tasks by name\n", _row("kit/model", "task/figure", "value"), _row("---", "---", "---:")]
+    lines += [_row(who, name, f"{value:.4g}") for who, figures in table.tasks.items() for name, value in figures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

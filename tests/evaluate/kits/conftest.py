@@ -1,0 +1,69 @@
+"""One tiny student, served once for the session; kits that are not installed are a reason to skip, with the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.evaluate.kits.client import Endpoint
+from components.evaluate.kits.serve import served
+
+LIGHT = sorted((Path(sys.prefix) / "vlmeval").glob("ms_vlmeval-*.dist-info"))
+needs_vlmeval = pytest.mark.skipif(not LIGHT, reason="VLMEvalKit is not installed: `make kits`")
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: `make kits`")
+needs_server = pytest.mark.skipif(find_spec("openai") is None, reason="the server's extra is not installed: `make kits`")
+
+
+@pytest.fixture(scope="session")
+def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served") / "server.log"
+
+
+@pytest.fixture(scope="session")
+def endpoint(model_folder: Path, server_log: Path) -> Iterator[Endpoint]:
+    with served(model_folder, "cpu", server_log) as found:
+        yield found
+
+
+class Scripted:
+    """A server whose answers a test chooses: `answer` says (status, text) for a question. Counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.answer: Any = lambda question: (200, "yes")
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = body["messages"][0]["content"][-1]["text"]
+                outer.asked.append(question)
+                status, text = outer.answer(question)
+                told = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(told)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = Endpoint(f"http://127.0.0.1:{self.server.server_port}", "scripted")
+
+
+@pytest.fixture
+def scripted() -> Iterator[Scripted]:
+    found = Scripted()
+    thread = threading.Thread(target=found.server.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()

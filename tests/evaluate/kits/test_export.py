@@ -1,0 +1,65 @@
+"""A split as the kit's TSV files."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from pathlib import Path
+
+import pytest
+
+from components.errors import DataError
+from components.evaluate.kits import export, vlmeval
+from components.shards import Sample, Turn
+
+
+def sample(number: int, kind: str, answer: str, image: bytes | None = b"png" * 50) -> Sample:
+    mark = "<image>\n" if image else ""
+    return Sample(f"s{number}", f"i{number}", kind, image, (Turn(f"{mark}What, {number}?", answer),))
+
+
+def test_each_kind_gets_the_form_that_the_kit_scores_rightly() -> None:
+    found = [sample(0, "exist", "Yes"), sample(1, "exist", "no"), sample(2, "colour", "red"), sample(3, "colour", "blue")]
+    found += [sample(4, "sum", "six"), sample(5, "sum", "sixteen")]  # an answer `sixteen` names both: the kit could not choose
+    found += [sample(6, "one", "only"), sample(7, "text", "red", image=None)]
+    found += [sample(35, "lines", "one"), sample(36, "lines", "two\nlines")]
+    found += [sample(8 + i, "many", f"word{chr(97 + i // 26)}{chr(97 + i % 26)}") for i in range(27)]
+    sets, textual = export.sets(found, range(len(found)))
+    assert [(s.form, s.rows) for s in sets] == [("mcq", [2, 3]), ("yes_no", [0, 1]), ("vqa", [4, 5, 6, *range(8, 37)])]
+    assert textual == [7]
+
+
+def test_the_files_hold_what_the_kit_reads(tmp_path: Path) -> None:
+    found = [sample(0, "colour", "Red."), sample(1, "colour", "blue"), sample(2, "digit", "one"), sample(3, "digit", "two")]
+    (kit_set,) = export.sets(found, range(4))[0]
+    path = export.write(kit_set, found, tmp_path)
+    rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
+    assert [(r["index"], r["A"], r["B"], r["answer"], r["category"]) for r in rows] == [
+        ("0", "blue", "red", "B", "colour"),
+        ("1", "blue", "red", "A", "colour"),
+        ("2", "one", "two", "A", "digit"),
+        ("3", "one", "two", "B", "digit"),
+    ]
+    assert rows[0]["question"] == "What, 0?" and base64.b64decode(rows[0]["image"]) == found[0].image
+    assert vlmeval.checked(path) == "mcq"
+
+
+def tsv(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(["index\timage\tquestion\tanswer", *rows]) + "\n")
+    return path
+
+
+IMAGE = base64.b64encode(b"x" * 100).decode()
+
+
+def test_a_file_that_the_kit_would_mix_up_or_thin_out_is_refused_by_row(tmp_path: Path) -> None:
+    twice = tsv(tmp_path / "twice.tsv", f"1\t{IMAGE}\tq\tyes", f"1\t{IMAGE}\tr\tno", "2\t\tq\tno", "3\tgone.png\tq\tno")
+    with pytest.raises(DataError) as refused:
+        vlmeval.checked(twice)
+    for problem in ("index 1 stands 2 times", "index 2 has no image", "index 3: its image is missing", "nothing was asked"):
+        assert problem in str(refused.value)
+    assert vlmeval.checked(tsv(tmp_path / "fine.tsv", f"1\t{IMAGE}\tq\tYes", "2\t1\tr\tno")) == "yes_no"  # 2 shares 1's image
+    assert vlmeval.checked(tsv(tmp_path / "open.tsv", f"1\t{IMAGE}\tq\ta red car")) == "vqa"
+    for broken in (tmp_path / "none.tsv", tsv(tmp_path / "empty.tsv")):
+        with pytest.raises(DataError):
+            vlmeval.checked(broken)

@@ -1,0 +1,99 @@
+"""lm-eval on a tiny student: the same answers and verdicts as the stage `evaluate`, and a journal that knows images apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.artifacts import DATASET, STUDENTS
+from components.errors import DataError, InputError, ModelError
+from components.evaluate.generate import answers, questions
+from components.evaluate.kits import lm_eval, lm_eval_tasks
+from components.evaluate.metrics import matches
+from components.models.load import load
+from components.models.template import Template
+from components.settings import load_settings
+from components.shards import Samples
+from tests.evaluate.kits.conftest import needs_lm_eval
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    lm_eval_tasks.split.cache_clear()
+    return workplace
+
+
+def measure(journal: Path, tasks: list[str], batch_size: int = 7) -> lm_eval.Measured:
+    return lm_eval.evaluate(STUDENTS / "sft/model", CPU, tasks, [], batch_size, 8, journal)
+
+
+@needs_lm_eval
+def test_its_answers_and_verdicts_are_ours_and_text_is_measured_too(here: Path) -> None:
+    found = measure(here / "answers.jsonl", [lm_eval.QUESTIONS, *lm_eval.TEXT])
+    samples = Samples(DATASET, "test")
+    rows = questions(samples)
+    own = answers(load(STUDENTS / "sft/model", "cpu"), samples, rows, Template(""), 64, load_settings().evaluate, "tests")
+    assert [found.answers[row] for row in rows] == own
+    assert [found.verdicts[row] for row in rows] == [
+        matches(answer, samples[row].turns[0].answer) for row, answer in zip(rows, own, strict=True)
+    ]
+    assert 0 < sum(found.verdicts.values()) < len(rows) or len(set(own)) > len(rows) / 2
+    assert set(found.figures) == {"alignti_language/word_perplexity", "alignti_manners/acc"}
+    assert found.figures["alignti_language/word_perplexity"] > 1 and 0 <= found.figures["alignti_manners/acc"] <= 1
+
+
+@needs_lm_eval
+def test_what_the_journal_has_is_not_generated_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    generated = HFMultimodalLM._model_multimodal_generate
+    batches: list[int] = []
+
+    def killed(self: HFMultimodalLM, inputs: dict[str, torch.Tensor], *args: object, **kwargs: object) -> object:
+        batches.append(len(inputs["input_ids"]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return generated(self, inputs, *args, **kwargs)
+
+    whole = measure(here / "whole.jsonl", [lm_eval.QUESTIONS], batch_size=8)
+    monkeypatch.setattr(HFMultimodalLM, "_model_multimodal_generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure(here / "cut.jsonl", [lm_eval.QUESTIONS], batch_size=8)
+    assert measure(here / "cut.jsonl", [lm_eval.QUESTIONS], batch_size=8) == whole
+    assert batches == [8, 8, 8, 8, 8]  # 32 questions: two batches, one killed, two to go
+
+
+def test_without_the_kit_one_sentence_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"lm-eval is not installed here: `make kits`"):
+        lm_eval.installed()
+
+
+@needs_lm_eval
+def test_no_model_and_a_broken_image_are_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        lm_eval.evaluate(Path("nowhere"), CPU, [lm_eval.QUESTIONS], [], 8, 8, here / "a.jsonl")
+
+    def broken(document: dict[str, object]) -> object:
+        raise DataError(f"sample {document['id']}: image does not decode")
+
+    monkeypatch.setattr(lm_eval_tasks, "image", broken)
+    with pytest.raises(DataError, match="does not decode"):
+        measure(here / "a.jsonl", [lm_eval.QUESTIONS])
+
+
+def test_manners_offers_one_answer_of_the_right_kind(here: Path) -> None:
+    samples = Samples(DATASET, "test")
+    kinds: dict[str, set[str]] = {}
+    for row in questions(samples):
+        kinds.setdefault(samples[row].kind, set()).add(lm_eval_tasks.normalise(samples[row].turns[0].answer))
+    documents = lm_eval_tasks.manners()["test"]
+    by_question = {lm_eval_tasks.question_of(samples[r].turns[0]): samples[r].kind for r in questions(samples)}
+    assert len(documents) == len(questions(samples)) and len(set(documents["right"])) > 1
+    for document in documents:
+        own = kinds[by_question[document["question"]]]
+        assert [choice in own for choice in document["choices"]] == [place == document["right"] for place in range(4)]

@@ -1,0 +1,91 @@
+"""The served student says what direct generation says, and its door is not open to everybody."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from components.errors import InputError, ModelError, TryAgainError
+from components.evaluate.generate import answers, questions
+from components.evaluate.kits import client, serve
+from components.evaluate.kits.client import Endpoint, Refused, ask
+from components.models.load import Loaded
+from components.models.template import Template, question_of
+from components.settings import load_settings
+from components.shards import Samples
+from tests.evaluate.kits.conftest import Scripted, needs_server
+
+ROOT = Path(__file__).parents[3]
+
+
+@needs_server
+def test_the_served_student_says_what_direct_generation_says(endpoint: Endpoint, loaded: Loaded, samples: Samples) -> None:
+    settings = load_settings(ROOT).evaluate.model_copy(update={"batch_size": 5, "max_new_tokens": 6})
+    rows = questions(samples)[:12]
+    expected = answers(loaded, samples, rows, Template(""), 64, settings, "tests")
+    asked = [samples[row] for row in rows]
+    assert [ask(endpoint, question_of(s.turns[0]), [s.image or b""], 6) for s in asked] == expected
+    assert len(set(expected)) > 6
+
+
+@needs_server
+def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answered(
+    endpoint: Endpoint, samples: Samples
+) -> None:
+    with pytest.raises(Refused, match="HTTP 500"):
+        ask(endpoint, "List all.", [b"no image"], 2)
+    assert ask(endpoint, "List all.", [samples[0].image or b""], 2)
+
+
+@needs_server
+def test_a_server_that_ends_says_its_last_words(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "TRANSFORMERS", "import sys; sys.exit('out of memory')")
+    with pytest.raises(TryAgainError, match="ended with 1: out of memory"), serve.served(model_folder, "cpu", tmp_path / "log"):
+        pass
+
+
+def test_no_checkpoint_no_server(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"), serve.served(tmp_path / "none", "cpu", tmp_path / "log"):
+        pass
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
+def test_an_open_door_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(client.KEY, raising=False)
+    assert not serve.is_loopback(host)
+    for server in ("openai uvicorn fastapi", "vllm"):
+        monkeypatch.setattr(serve, "find_spec", lambda name, there=server: name in there)
+        with pytest.raises(InputError, match="open to others"):
+            serve.command(Path("m"), host, 1, "cpu")
+    monkeypatch.setenv(client.KEY, "secret")
+    assert "secret" not in serve.command(Path("m"), host, 1, "cpu")  # vLLM asks for keys, and reads its own elsewhere
+    monkeypatch.setattr(serve, "find_spec", lambda name: name != "vllm")
+    with pytest.raises(InputError, match="asks nobody for a key"):
+        serve.command(Path("m"), host, 1, "cpu")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: name != "vllm")
+    assert serve.command(Path("m"), host, 1, "cpu")[-4:] == ["--host", host, "--port", "1"]
+
+
+def test_what_is_missing_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"openai is not installed.*pip install"):
+        serve.command(Path("m"), "127.0.0.1", 1, "cpu")
+
+
+def test_a_model_that_says_nothing_a_busy_server_and_none_at_all(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not for loopback
+    scripted.answer = lambda question: (200, None)
+    assert ask(scripted.endpoint, "q", [], 2) == ""  # a model that says nothing
+    scripted.answer = lambda question: (503, "busy")
+    with pytest.raises(Refused, match="HTTP 503"):
+        ask(scripted.endpoint, "q", [], 2)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with pytest.raises(OSError):
+            ask(Endpoint(f"http://127.0.0.1:{nobody.getsockname()[1]}", "m"), "q", [], 2, timeout_s=2)

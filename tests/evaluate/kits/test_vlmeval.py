@@ -1,0 +1,134 @@
+"""VLMEvalKit in its own process: its verdicts against ours on the same answers, and what happens to bad ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from components.errors import InputError, TryAgainError
+from components.evaluate.kits import export, vlmeval
+from components.evaluate.kits.inside import NOTHING
+from components.evaluate.metrics import matches
+from components.shards import Sample, Turn
+from tests.evaluate import tiny
+from tests.evaluate.kits.conftest import Scripted, needs_vlmeval
+
+ANSWERS = {  # question -> (kind, reference, what the model says)
+    "colour right": ("colour", "red", "red"),
+    "colour with a point": ("colour", "blue", "Blue."),
+    "colour wrong": ("colour", "red", "blue"),
+    "colour both": ("colour", "blue", "red blue"),
+    "colour nothing": ("colour", "nan", ""),
+    "colour endless": ("colour", "red", "word " * 20_000 + "red"),
+    "colour refused": ("colour", "blue", None),
+    "exist right": ("exist", "yes", "Yes"),
+    "exist wrong": ("exist", "no", "yes"),
+    "exist nothing": ("exist", "no", ""),
+    "exist endless": ("exist", "yes", "a " * 50_000 + "yes"),
+    "sum right": ("sum", "sixteen", "sixteen"),
+    "sum wrong": ("sum", "six", "sixteen"),
+    "sum nothing": ("sum", "six", ""),
+}
+
+
+def found() -> list[Sample]:
+    image = tiny._row("x", 0, {}).image
+    return [
+        Sample(f"s{i}", f"i{i}", kind, image, (Turn(f"<image>\n{question}", reference),))
+        for i, (question, (kind, reference, _)) in enumerate(ANSWERS.items())
+    ]
+
+
+def say(question: str) -> tuple[int, str]:
+    text = ANSWERS[question][2]
+    return (500, "broken") if text is None else (200, text)
+
+
+def light() -> vlmeval.Kit:
+    return vlmeval.kit(full=False)
+
+
+@needs_vlmeval
+def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scripted, tmp_path: Path) -> None:
+    samples = found()
+    sets, _ = export.sets(samples, range(len(samples)))
+    assert [s.form for s in sets] == ["mcq", "yes_no", "vqa"]
+    scripted.answer = say
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/student_AlignTI_MCQ.tsv").write_text("left over from another run")
+    told = vlmeval.score_split(light(), scripted.endpoint, samples, sets, tmp_path, tmp_path / "answers.jsonl", 8)
+    asked = list(ANSWERS)
+    said = {asked[row]: answer for row, answer in told.answers.items()}
+    assert set(said) == set(ANSWERS)  # nothing is lost
+    assert {asked[row] for row in told.verdicts} == {name for name in asked if not name.startswith("sum")}
+    for row, verdict in told.verdicts.items():
+        assert verdict == matches(said[asked[row]], samples[row].turns[0].answer), asked[row]
+    assert {asked[row] for row, verdict in told.verdicts.items() if verdict} == {
+        "colour right", "colour with a point", "exist right"
+    }  # fmt: skip
+    assert {asked[row] for row in told.failed} == {"colour refused"} and "broken" in str(told.failed)
+    assert {asked[row] for row in told.overlong} == {"colour endless", "exist endless"}
+    assert said["colour nothing"] == said["colour refused"] == said["colour endless"] == ""
+    assert told.figures == {
+        "yes_no/f1": pytest.approx(0.5),  # of two yes one said, of two said one right
+        "yes_no/accuracy": pytest.approx(0.25),
+        "yes_no/precision": pytest.approx(0.5),
+        "yes_no/recall": pytest.approx(0.5),
+    }
+    kept = (tmp_path / "answers.jsonl").read_text()
+    assert kept.count("\n") == len(ANSWERS) - 1 and len(kept) > 200_000  # all of the overlong ones; not the refused one
+
+
+@needs_vlmeval
+def test_a_crash_half_way_keeps_the_answers_and_the_next_run_asks_the_rest(scripted: Scripted, tmp_path: Path) -> None:
+    samples = found()
+    sets, _ = export.sets(samples, range(len(samples)))
+
+    def breaking(question: str) -> tuple[int, str]:
+        if len(scripted.asked) > 5:
+            scripted.server.socket.close()  # the server is gone
+        return say(question)
+
+    journal = tmp_path / "answers.jsonl"
+    scripted.answer = breaking
+    with pytest.raises(TryAgainError, match=r"VLMEvalKit ended with 1.*kept"):
+        vlmeval.score_split(light(), scripted.endpoint, samples, sets, tmp_path, journal, 8)
+    known = {key for line in journal.read_text().splitlines() for key in json.loads(line)}
+    assert 3 <= len(known) < len(ANSWERS) - 1
+    again = Scripted()
+    again.answer = say
+    threading.Thread(target=again.server.serve_forever, daemon=True).start()
+    try:
+        told = vlmeval.score_split(light(), again.endpoint, samples, sets, tmp_path, journal, 8)
+    finally:
+        again.server.shutdown()
+        again.server.server_close()
+    assert len(again.asked) == len(ANSWERS) - len(known)
+    assert len(told.answers) == len(ANSWERS) and sum(told.verdicts.values()) == 3
+
+
+def test_a_kit_that_is_not_there_is_one_sentence_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(InputError, match="`make kits`"):
+        vlmeval.kit(full=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(vlmeval.FULL, raising=False)
+    with pytest.raises(InputError, match="`make vlmeval-env`"):
+        vlmeval.kit(full=True)
+    monkeypatch.setenv(vlmeval.FULL, sys.executable)  # an interpreter without the kit
+    with pytest.raises(InputError, match="has no VLMEvalKit: `make vlmeval-env`"):
+        vlmeval.kit(full=True)
+
+
+def test_a_benchmark_of_the_kits_own_needs_the_full_kit(scripted: Scripted, tmp_path: Path) -> None:
+    using = vlmeval.Kit(sys.executable, tmp_path, "0")
+    with pytest.raises(InputError, match=r"MMStar.*make vlmeval-env"):
+        vlmeval.score_files(using, scripted.endpoint, ["MMStar"], tmp_path, tmp_path / "a.jsonl", 8)
+
+
+def test_the_mark_of_no_answer_is_in_no_option_and_no_verdict() -> None:
+    assert not set(NOTHING) & set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ")

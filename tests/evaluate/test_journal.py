@@ -1,0 +1,96 @@
+"""Answers on disk as they come: a killed evaluation goes on where it stopped, with the same result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.artifacts import RUNS, SCORES
+from components.evaluate import generate
+from components.evaluate.__main__ import main
+from components.evaluate.generate import answers, questions
+from components.evaluate.journal import Journal
+from components.models.load import Loaded
+from components.models.template import Template
+from components.settings import load_settings
+from components.shards import Samples
+from tests.evaluate.conftest import Tracked
+
+TEXTS = st.dictionaries(st.text(min_size=1), st.text(), max_size=4)
+
+
+@settings(deadline=None, max_examples=20)  # each answer waits for the disk
+@given(batches=st.lists(TEXTS, max_size=4), cut=st.integers(0, 400))
+def test_wherever_the_file_is_cut_whole_lines_are_kept_and_writing_goes_on(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[dict[str, str]], cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "answers.jsonl"
+    written = Journal(path)
+    ends = [0]
+    for batch in batches:
+        written.add(batch)
+        ends.append(path.stat().st_size)
+    size = min(cut, ends[-1])
+    with path.open("r+b") as file:
+        file.truncate(size)
+    whole = sum(end <= size for end in ends) - 1
+    expected: dict[str, str] = {}
+    for batch in batches[:whole]:
+        expected |= batch
+    again = Journal(path)
+    assert again.known == expected
+    again.add({"more": "\u2028 line\nbreaks"})
+    assert Journal(path).known == expected | {"more": "\u2028 line\nbreaks"}
+
+
+def test_only_what_was_not_answered_is_generated(
+    loaded: Loaded, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = load_settings(Path(__file__).parents[2]).evaluate.model_copy(update={"batch_size": 5, "max_new_tokens": 6})
+    rows = questions(samples)
+    whole = answers(loaded, samples, rows, Template(""), 64, asked, "tests")
+    calls = 0
+    generated = loaded.model.generate
+
+    def killed(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return generated(*args, **kwargs)
+
+    monkeypatch.setattr(loaded.model, "generate", killed)
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answers(loaded, samples, rows, Template(""), 64, asked, "tests", Journal(path))
+    assert len(Journal(path).known) == 15
+    resumed = answers(loaded, samples, rows, Template(""), 64, asked, "tests", Journal(path))
+    assert resumed == whole
+    assert calls == 4 + 4  # 32 questions are 7 batches: three done, one killed, four to go
+
+
+def test_the_killed_stage_goes_on_to_the_same_bytes(workplace: Path, tracked: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "--arm", "kd"])
+    main()
+    expected = {file.name: file.read_bytes() for file in (SCORES / "kd").iterdir()}
+    assert not list((RUNS / "evaluate/kd").glob("*.jsonl"))  # nothing is left to go on from
+    params = workplace / "params/evaluate.yaml"
+    params.write_text(params.read_text().replace("batch_size: 250", "batch_size: 10"))
+    real = generate.Collator.__call__
+    seen: list[int] = []
+
+    def counting(self: generate.Collator, batch: list[object]) -> object:
+        seen.append(len(batch))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate.Collator, "__call__", counting)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    main()
+    assert seen == [10, 10, 10, 10, 2]
+    assert {file.name: file.read_bytes() for file in (SCORES / "kd").iterdir()} == expected
