@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """This environment, with this Python first: a stage's `python` is looked up in PATH."""
+    """This environment, with this Python first: a stage's `python` is looked up in PATH.
+
+    And with bash, where there is one, for DVC to start stages with: it gives way to the stage, while dash stays between the two
+    and hides from the stage that DVC has died.
+    """
+    shell = shutil.which("bash") or os.environ.get("SHELL", "/bin/sh")
     here = os.path.dirname(sys.executable)  # noqa: PTH120  (resolving the link would leave the virtual environment)
-    return {**os.environ, "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
+    return {**os.environ, "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1", "SHELL": shell}

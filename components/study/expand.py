@@ -107,7 +107,7 @@ def expand(name: str, root: Path = Path()) -> str:
     arms = cells(name, root)
     first = {variant: next(cell.name for cell in arms if cell.variant == variant) for variant in read(name, root).baselines}
     wanted = {
-        "study": {"arms": {cell.name: cell.arm.model_dump(mode="json", exclude_none=True) for cell in arms}},
+        "study": {"arms": {cell.name: _stated(cell.arm) for cell in arms}},
         "evaluate": {"baselines": list(first.values())},
     }
     diff = ""
@@ -116,6 +116,11 @@ def expand(name: str, root: Path = Path()) -> str:
         diff += "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"before/{shown}", shown, n=1))
         write_text(path, text)
     return diff
+
+
+def _stated(arm: Arm) -> dict[str, Any]:
+    """The arm as params/study.yaml states it: without the blocks that are as in params/distill.yaml."""
+    return {key: value for key, value in arm.model_dump(mode="json").items() if value is not None}
 
 
 def _points(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:

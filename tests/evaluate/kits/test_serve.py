@@ -74,7 +74,7 @@ def test_loopback_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_is_missing_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"openai is not installed.*pip install"):
+    with pytest.raises(InputError, match=r"openai is not installed.*make kits"):
         serve.command(Path("m"), "127.0.0.1", 1, "cpu")
 
 
