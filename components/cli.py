@@ -304,7 +304,6 @@ def run_study(name: str, parallel: int = typer.Option(1, min=1), recipe: str = t
 @app.command()
 def compare(study: str) -> None:
     """Say what a study shows, from its runs in MLflow: reports/studies/STUDY/compare.{md,csv,html}."""
-    from components.mirror import client
     from components.settings import load_settings
     from components.study import compare as comparison
     from components.study import expand, report
@@ -312,7 +311,7 @@ def compare(study: str) -> None:
 
     use_running()
     settings, plan = load_settings(), expand.read(study)
-    runs = comparison.read(client(settings.runtime.tracking_uri), settings.runtime.experiment, study)
+    runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
     cells = [cell.name for cell in expand.cells(study)]
     result = comparison.compare(study, runs, cells, plan.baselines, settings.evaluate.confidence)
     written = report.write(result, plan.about, settings.evaluate.confidence)

@@ -98,7 +98,7 @@ class Method:
     top_p: float | None = None  # and among the fewest whose probabilities reach this
     max_expanded_length: int | None = None  # tokens of one sample with its alternatives; response steps beyond are left out
     eos: int = 0
-    shared_vocabulary: int = 0  # columns that both heads share
+    shared_vocabulary: int | None = None  # columns that both heads share; None: those of the narrower one
     route: str = "continuation"  # continuation | expanded
 
     def wants(self, *terms: str) -> bool:
@@ -291,7 +291,7 @@ class AlignTI(nn.Module):
             kind=method.kind,
             mix=method.mix,
             temperature=method.temperature,
-            shared=method.shared_vocabulary or None,
+            shared=method.shared_vocabulary,
             chunk_mib=method.chunk_mib,
         )
 

@@ -76,7 +76,7 @@ def top_k_row_divergence(
     student_rows: Tensor,
     student_head: Head,
     *,
-    shared: int,
+    shared: int | None,
     temperature: float = 1.0,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:

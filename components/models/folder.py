@@ -22,7 +22,7 @@ def weight_files(path: Path) -> list[Path]:
     Raises ModelError if the folder is missing, has no configuration, has pickled weights only, or is half-downloaded.
     """
     if not path.is_dir():
-        raise ModelError(f"{path}: no such folder")
+        raise ModelError(f"{path}: no such folder; if a stage makes it, `dvc repro` does")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; it is not a Hugging Face checkpoint folder")
     if (path / INDEX).is_file():

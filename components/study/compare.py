@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from components.errors import DataError, InputError
+from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.statistics import Interval, holm
 from components.study.expand import SEED
 from components.study.record import FINGERPRINT, STAGE
+from components.tracking import JOURNAL_ONLY
 
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
 PAGE = 1000  # runs asked for at once
@@ -90,6 +91,32 @@ class StudyResult:
     tests: list[Test]
     effects: list[Effect]
     factors: list[str] = field(default_factory=list)
+
+
+def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
+    """`read` from the MLflow at that address, which is not repeated, since it may hold a password.
+
+    Raises:
+        InputError: it names no MLflow, or one without such an experiment.
+        TryAgainError: it does not answer.
+    """
+    from components.mirror import client
+
+    if tracking_uri == JOURNAL_ONLY:
+        raise InputError(
+            f"tracking_uri is {JOURNAL_ONLY} (params/runtime.yaml, ALIGNTI_TRACKING_URI), and studies are compared in MLflow:"
+            " give its address, and `alignti sync` sends it what the journals hold"
+        )
+    opened = client(tracking_uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return read(opened, experiment, study)
+    except MlflowException as error:
+        raise TryAgainError(
+            f"the MLflow of tracking_uri (params/runtime.yaml, ALIGNTI_TRACKING_URI) does not answer ({error.error_code});"
+            " `alignti status` says whether this folder's own is up"
+        ) from None
 
 
 def read(client: Any, experiment: str, study: str) -> list[Run]:

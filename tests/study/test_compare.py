@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from components.errors import DataError, InputError
+from components.errors import DataError, InputError, TryAgainError
 from components.mirror import client
 from components.study import compare as module
 from components.study import report
@@ -177,3 +177,11 @@ def _fill(database: Path, experiment: str, seeds: int) -> list[str]:
                     [(k, v, key) for k, v in metrics.items()],
                 )
     return cells
+
+
+def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
+    with pytest.raises(InputError, match="tracking_uri is journal"):
+        module.recorded("journal", "x", "terms")
+    with pytest.raises(TryAgainError, match="does not answer") as said:
+        module.recorded("http://me:secret@127.0.0.1:9", "x", "terms")
+    assert "secret" not in str(said.value)
