@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 
 from components.tracking import JOURNALS
@@ -16,11 +15,12 @@ def diverged(arm: str, above: float | None) -> Callable[[], str | None] | None:
     """What `dvc.reproduce` asks while it trains `arm`: a reason to stop as soon as the loss is `above` times its first."""
     if above is None:
         return None
-    since = time.time()
+    pattern = f"*-distill@{arm}-*.jsonl"
+    earlier = frozenset(JOURNALS.glob(pattern))  # each run opens a journal of its own; a file's time is coarser than ours
 
     def reason() -> str | None:
-        for journal in JOURNALS.glob(f"*-distill@{arm}-*.jsonl"):
-            if journal.stat().st_mtime >= since and (losses := _losses(journal.read_text(encoding="utf-8"))):
+        for journal in frozenset(JOURNALS.glob(pattern)) - earlier:
+            if losses := _losses(journal.read_text(encoding="utf-8")):
                 first, last = losses[0], losses[-1]
                 if not math.isfinite(last) or last > above * first:
                     return f"distill@{arm} diverged: {LOSS} is {last:.3g}, more than {above:g} times its first, {first:.3g}"

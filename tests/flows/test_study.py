@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,10 @@ def test_a_training_whose_loss_explodes_is_stopped(
     journal.parent.mkdir(parents=True)
     lines = [{"event": "metrics", "step": step, "values": {"loss/total": loss}} for step, loss in enumerate(losses)]
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "met')
+    os.utime(journal, (0, 0))  # whatever the file's clock says
     assert (reason() is not None) == stops
+    again = diverged("kd-seed1", 3.0)
+    assert again is not None and again() is None  # an earlier run's end is not the next one's
     other = diverged("kd-seed2", 3.0)
     assert other is not None and other() is None
 
