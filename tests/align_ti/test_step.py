@@ -145,6 +145,23 @@ def test_identical_teacher_and_student_have_nothing_to_align(route: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", [(1.0, 0.7, 1.3, 0.9), (0.0, 0.0, 0.0, 1.0)], ids=["all terms", "tpa alone"])
+def test_a_ribbon_that_leaves_its_rows_takes_the_same_step(
+    family: str, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for least in (0, 10**9):
+        monkeypatch.setattr("components.align_ti.step.SHARED_FROM", least)
+        student, teacher = pair(family)
+        terms = step(student, teacher, weights=dict(zip(TERMS, weights, strict=True)))(batch(), KEYS)
+        assert terms.ribbon_rows > 0
+        loss = total(terms.sums, terms.counts, torch.tensor(weights, dtype=torch.float64))
+        seen.append((terms.sums.detach(), *gradients(student, loss)))
+    for got, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("flex_on_a_cpu")
 def test_flex_attention_takes_the_same_step(family: str) -> None:
     seen = []
