@@ -341,8 +341,12 @@ def serve(
 
 
 Kits = Annotated[list[str] | None, typer.Option(help="own, vlmeval or lm-eval; all of them if not given.")]
-Arms = Annotated[list[str] | None, typer.Option(help="Arms, `teacher`, before-STUDENT; every arm of the study if not given.")]
-Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the kit's own, or .tsv files for vlmeval; else our questions.")]
+Arms = Annotated[
+    list[str] | None, typer.Option(help="Arms, `teacher`, before-STUDENT; the teacher and every arm of the study if not given.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option(help="Tasks of the kit's own; vlmeval: .tsv files, BENCHMARK=FILE.tsv, options, circular.")
+]
 
 
 @app.command()

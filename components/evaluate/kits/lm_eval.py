@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from components.artifacts import RUNS
 from components.errors import DataError, InputError
 from components.evaluate.journal import Journal
@@ -49,6 +51,7 @@ def evaluate(
     batch_size: int,
     new_tokens: int,
     journal: Path,
+    title: str = "lm-eval",
 ) -> Measured:
     """Score the checkpoint folder `model`.
 
@@ -58,6 +61,7 @@ def evaluate(
         batch_size: samples at once.
         new_tokens: where an answer that has not ended is cut.
         journal: of answers that were already given by this model to these settings.
+        title: names the progress bar.
 
     Raises:
         InputError: no lm-eval, or no such stock task.
@@ -73,7 +77,7 @@ def evaluate(
     unknown = [name for name in stock if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
-    student = _student(model, device, batch_size, journal)
+    student = _student(model, device, batch_size, journal, title)
     try:
         found = simple_evaluate(
             model=student,
@@ -102,7 +106,7 @@ def evaluate(
     )
 
 
-def _student(model: Path, device: torch.device, batch_size: int, journal: Path) -> Any:
+def _student(model: Path, device: torch.device, batch_size: int, journal: Path, title: str) -> Any:
     from lm_eval.models.hf_vlms import HFMultimodalLM
     from transformers import GenerationConfig
 
@@ -114,11 +118,13 @@ def _student(model: Path, device: torch.device, batch_size: int, journal: Path) 
             known = Journal(journal)
             keys = [_key(request.args) for request in requests]
             order = sorted(range(len(requests)), key=lambda place: len(requests[place].args[0]), reverse=True)
-            for start in range(0, len(order), batch_size):
-                these = order[start : start + batch_size]
-                if not all(keys[place] in known.known for place in these):
-                    texts = super().generate_until([requests[place] for place in these], disable_tqdm=True)
-                    known.add({keys[place]: text for place, text in zip(these, texts, strict=True)})
+            with tqdm(total=len(order), desc=title, unit="question", delay=2) as bar:
+                for start in range(0, len(order), batch_size):
+                    these = order[start : start + batch_size]
+                    if not all(keys[place] in known.known for place in these):
+                        texts = super().generate_until([requests[place] for place in these], disable_tqdm=True)
+                        known.add({keys[place]: text for place, text in zip(these, texts, strict=True)})
+                    bar.update(len(these))
             return [known.known[key] for key in keys]
 
     student = Student(

@@ -49,6 +49,7 @@ class Scripted:
                 status, text = outer.answer(question)
                 told = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
                 self.send_response(status)
+                self.send_header("Content-Length", str(len(told)))
                 self.end_headers()
                 self.wfile.write(told)
 
