@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from tqdm import tqdm
 
-from components.artifacts import RUNS
+from components.artifacts import RUNS, write_text
 from components.errors import DataError, InputError
 from components.evaluate.journal import Journal
 from components.models.folder import weight_files
@@ -57,7 +58,7 @@ def evaluate(
 
     Args:
         tasks: of params/lm_eval/; no network is needed.
-        stock: of the kit's own, which fetch their data.
+        stock: NAME of the kit's own, which fetches its data; or NAME=FOLDER, its data set being there as the hub has it.
         batch_size: samples at once.
         new_tokens: where an answer that has not ended is cut.
         journal: of answers that were already given by this model to these settings.
@@ -65,7 +66,7 @@ def evaluate(
 
     Raises:
         InputError: no lm-eval, or no such stock task.
-        DataError: a task that failed.
+        DataError: a task that failed; no such folder.
     """
     installed()
     weight_files(model)
@@ -74,14 +75,20 @@ def evaluate(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at length
     manager = TaskManager(include_path=str(TASKS.resolve()), include_defaults=bool(stock))
-    unknown = [name for name in stock if name not in manager.all_tasks]
+    folders = {name: Path(folder) for name, _, folder in (task.partition("=") for task in stock) if folder}
+    names = [task.partition("=")[0] for task in stock]
+    unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
+    absent = [folder for folder in folders.values() if not folder.is_dir()]
+    if absent:
+        raise DataError(f"{absent[0]}: no such folder")
+    moved = [_with_local_data(name, manager, folder, journal.parent) for name, folder in folders.items()]
     student = _student(model, device, batch_size, journal, title)
     try:
         found = simple_evaluate(
             model=student,
-            tasks=[*tasks, *stock],
+            tasks=[*tasks, *(name for name in names if name not in folders), *moved],
             task_manager=manager,
             apply_chat_template=True,
             gen_kwargs={"max_gen_toks": new_tokens} if QUESTIONS in tasks else None,
@@ -93,7 +100,7 @@ def evaluate(
         raise DataError(f"lm-eval on {model}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     logged = found["samples"].get(QUESTIONS, [])
     figures = {
-        f"{task}/{name.removesuffix(',none')}": float(value)
+        f"{task}{f' (data: {folders[task]})' if task in folders else ''}/{name.removesuffix(',none')}": float(value)
         for task, figures in found["results"].items()
         if task != QUESTIONS
         for name, value in figures.items()
@@ -104,6 +111,14 @@ def evaluate(
         verdicts={entry["doc"]["row"]: entry["exact_match"] == 1 for entry in logged},
         figures=figures,
     )
+
+
+def _with_local_data(name: str, manager: Any, data: Path, scratch: Path) -> str:
+    """A task file that is the kit's own in all but where its data set lies."""
+    file = scratch / "tasks" / f"{name}.yaml"
+    told = {"include": str(manager.task_index[name].yaml_path), "task": name, "dataset_path": str(data.resolve())}
+    write_text(file, yaml.safe_dump(told))
+    return str(file)
 
 
 def _student(model: Path, device: torch.device, batch_size: int, journal: Path, title: str) -> Any:

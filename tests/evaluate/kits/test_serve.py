@@ -80,7 +80,7 @@ def test_what_is_missing_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_connection_is_kept_and_opened_again_when_the_server_has_closed_it(scripted: Scripted) -> None:
-    handler = scripted.server.RequestHandlerClass
+    handler: Any = scripted.server.RequestHandlerClass
     opened: list[Any] = []
     setup = handler.setup
 
@@ -88,8 +88,8 @@ def test_a_connection_is_kept_and_opened_again_when_the_server_has_closed_it(scr
         opened.append(self)
         setup(self)
 
-    handler.setup = counted  # type: ignore[method-assign]
-    handler.protocol_version = "HTTP/1.1"  # type: ignore[attr-defined]
+    handler.setup = counted
+    handler.protocol_version = "HTTP/1.1"
     assert [ask(scripted.endpoint, "q", [], 2) for _ in range(3)] == ["yes"] * 3 and len(opened) == 1
     opened[0].connection.shutdown(socket.SHUT_RDWR)  # as after seconds of silence
     assert ask(scripted.endpoint, "q", [], 2) == "yes" and len(opened) == 2
