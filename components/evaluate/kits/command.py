@@ -13,8 +13,12 @@ from components.evaluate.kits import measure, table
 from components.settings import load_settings
 
 
-def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str]) -> None:
-    """Raises InputError for an unknown kit or arm before anything is run; else as components/evaluate/kits/measure.py."""
+def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], blank: bool = False) -> None:
+    """Each arm through each kit, into the table.
+
+    Raises InputError for an unknown kit or arm, or what cannot go together, before anything is run; else as
+    components/evaluate/kits/measure.py.
+    """
     settings = load_settings()
     kits = kits or table.KITS
     unknown = [kit for kit in kits if kit not in table.KITS]
@@ -24,19 +28,21 @@ def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str]) -> 
     strange = [arm for arm in arms if arm not in known and not arm.startswith(measure.BEFORE)]
     if strange:
         raise InputError(f"--arm {strange[0]}: there are {', '.join(known)} and {measure.BEFORE}STUDENT")
+    if blank and (not tasks or set(kits) != {"vlmeval"}):
+        raise InputError("--blank goes with --kit vlmeval and --task; `alignti controls` asks our own questions without images")
     bench = measure.Bench(settings)
     asked = [(arm, kit) for arm in arms or [TEACHER_ARM, *settings.study.arms] for kit in kits]
     asked = [(arm, kit) for arm, kit in asked if kit != "own" or not arm.startswith(measure.BEFORE)]  # a stage asks the trained
     with tqdm(asked, desc="models x kits", unit="run", disable=None if len(asked) > 1 else True) as bar:
         for arm, kit in bar:
-            path, said = _run(bench, kit, arm, tasks)
+            path, said = _run(bench, kit, arm, tasks, blank)
             bar.write(f"{kit} {arm}: {said} -> {path}")
 
 
-def _run(bench: measure.Bench, kit: str, arm: str, tasks: Sequence[str]) -> tuple[Path, str]:
+def _run(bench: measure.Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -> tuple[Path, str]:
     """Where the table is and what is new in it. It is written after each run: what follows may break off."""
     if tasks:
-        figures = measure.stock(bench, kit, arm, tasks)
+        figures = measure.stock(bench, kit, arm, tasks, blank)
         found = table.read(_current)  # only now: another command may have written in the meantime
         before = found.tasks.get(f"{kit}/{arm}", {})
         found = found.model_copy(update={"tasks": found.tasks | {f"{kit}/{arm}": before | figures}})

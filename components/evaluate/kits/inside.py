@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import ssl
@@ -25,6 +26,7 @@ LONGEST = 10_000  # characters; the kit would find an option at the end of any l
 MODEL = "student"
 JUDGE = "exact_matching"
 LIGHT = ("image_mcq", "image_yorn", "image_vqa")  # modules with benchmarks that need none of the 75 dependencies
+GREY = (127, 127, 127)
 REFUSED = 2  # exit code: the question was wrong, not the kit
 
 
@@ -163,6 +165,8 @@ def _student(job: dict[str, Any]) -> Any:
             paths = [part["value"] for part in message if part["type"] == "image"]
             question = "\n".join(part["value"] for part in message if part["type"] == "text")
             images = [Path(path).read_bytes() for path in paths]
+            if job["blank"]:
+                images = [blank(image) for image in images]
             named = f"{dataset}/{Path(paths[0]).stem}" if paths else question  # the kit names an image after its row
             key = hashlib.sha256(b"\0".join([question.encode(), *images])).hexdigest()
             if key not in journal.known:
@@ -181,6 +185,16 @@ def _student(job: dict[str, Any]) -> Any:
             return answer or NOTHING
 
     return Student()
+
+
+def blank(image: bytes) -> bytes:
+    """A plain grey image of the same size, as `alignti controls` shows."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(image)) as shown:
+        Image.new("RGB", shown.size, GREY).save(file, "PNG")
+    return file.getvalue()
 
 
 if __name__ == "__main__":

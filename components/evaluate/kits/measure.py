@@ -88,7 +88,7 @@ def folder_of(arm: str) -> Path:
     return Path(students[name].path)
 
 
-def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str]) -> dict[str, float]:
+def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -> dict[str, float]:
     """The kit's own benchmarks, or TSV files in VLMEvalKit's format: `task/figure` -> value. Raises as `measure`."""
     model = folder_of(arm)
     weight_files(model)
@@ -109,7 +109,7 @@ def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str]) -> dict[str, f
             vlmeval.checked(Path(task.rpartition("=")[2]))  # before a server is started
     journal = _journal(folder, model, using.version, asked.max_new_tokens)
     with _alone(folder), serve.served(model, bench.device.type, folder / "server.log") as endpoint:
-        return vlmeval.score_tasks(using, endpoint, asked_for, folder, journal, asked.max_new_tokens, f"{arm}: vlmeval")
+        return vlmeval.score_tasks(using, endpoint, asked_for, folder, journal, asked.max_new_tokens, blank, f"{arm}: vlmeval")
 
 
 def _turned(bench: Bench, folder: Path, task: str) -> str:

@@ -75,6 +75,7 @@ class Job:
     plain: list[str]  # sets that are asked word by word, as the model was trained; the others as the kit words them
     questions: int | None  # None: only the kit knows
     md5: dict[str, str] = field(default_factory=dict)  # of files that the user gives for a benchmark's
+    blank: bool = False  # a plain grey image in each image's place: what a score is worth without looking
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def run(using: Kit, endpoint: Endpoint, job: Job, folder: Path, journal: Path, n
         "sets": job.sets,
         "plain": job.plain,
         "md5": job.md5,
+        "blank": job.blank,
         "work": str(work.resolve()),
         "journal": str(journal.resolve()),
         "done": str(done.resolve()),
@@ -212,12 +214,13 @@ def score_split(
 
 
 def score_tasks(
-    using: Kit, endpoint: Endpoint, tasks: Sequence[str], folder: Path, journal: Path, new_tokens: int, title: str = "vlmeval"
-) -> dict[str, float]:
+    using: Kit, endpoint: Endpoint, tasks: Sequence[str], folder: Path, journal: Path, new_tokens: int, blank: bool = False,
+    title: str = "vlmeval",
+) -> dict[str, float]:  # fmt: skip
     """Benchmarks of the kit by name, and TSV files in its format, asked as the kit words them: `task/figure` -> value.
 
     A task is the NAME of a benchmark, whose file the kit keeps in $LMUData (~/LMUData); NAME=FILE.tsv, its file being yours; or
-    FILE.tsv, questions of your own.
+    FILE.tsv, questions of your own. With `blank` each image is a plain grey one, and the figures say so.
 
     Raises:
         InputError: the kit has no such benchmark.
@@ -226,19 +229,19 @@ def score_tasks(
     own = [task for task in tasks if task.endswith(".tsv")]
     figures: dict[str, float] = {}
     if own:
-        figures |= _scored(using, endpoint, _files(own, _fresh(folder), title), folder, journal, new_tokens)
+        figures |= _scored(using, endpoint, _files(own, _fresh(folder), title, blank), folder, journal, new_tokens)
     named = [task for task in tasks if task not in own]
     if named:
         kept = Path(os.environ.get(DATA) or "~/LMUData").expanduser()
         kept.mkdir(parents=True, exist_ok=True)  # the kit would look elsewhere for one that is not there
-        job = Job(title, kept, dict.fromkeys(named, "stock"), [], None)
+        job = Job(title, kept, dict.fromkeys(named, "stock"), [], None, blank=blank)
         figures |= _scored(using, endpoint, job, folder, journal, new_tokens)
     return figures
 
 
-def _files(tasks: Sequence[str], data: Path, title: str) -> Job:
+def _files(tasks: Sequence[str], data: Path, title: str, blank: bool) -> Job:
     """The files, checked and copied to where the kit reads them."""
-    job = Job(title, data, {}, [], 0)
+    job = Job(title, data, {}, [], 0, blank=blank)
     for task in tasks:
         benchmark, _, file = task.rpartition("=")
         form, rows = checked(Path(file))
@@ -258,6 +261,7 @@ def _scored(
     figures: dict[str, float] = {}
     for name, form in job.sets.items():
         shown = f"{name} (file {told['md5'][name][:8]}, not the kit's)" if name in told["md5"] else name
+        shown += ", blank images" if job.blank else ""
         lines = list(table(folder / "work" / f"{MODEL}_{name}.tsv"))
         if form == "vqa":
             right = [export.normalise(line["prediction"]) == export.normalise(line["answer"]) for line in lines]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import ast
 import base64
 import csv
+import hashlib
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.benchmarks.scoring import Answer, score
 from components.evaluate.benchmarks.table import BENCHMARKS
 from components.evaluate.kits import vlmeval
+from components.evaluate.kits.inside import GREY
 from tests.evaluate import tiny
 from tests.evaluate.kits.conftest import Scripted, needs_vlmeval
 
@@ -130,6 +134,10 @@ def plant(name: str, folder: Path) -> tuple[Path, dict[str, str], list[Answer]]:
     return path, said, answers
 
 
+def digest(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()[:8]
+
+
 def test_every_benchmark_that_is_no_video_has_a_case() -> None:
     assert set(CASES) | set(VIDEO) == set(BENCHMARKS)
 
@@ -155,6 +163,23 @@ def test_the_light_kit_scores_its_own_benchmarks_as_we_do_and_as_is_known_by_han
     hallusion = {key.rsplit("/", 1)[1]: v for key, v in told.items() if key.startswith("HallusionBench") and "/Overall/" in key}
     assert hallusion == pytest.approx({"aAcc": 75, "fAcc": 50, "qAcc": 50})
     assert sum(key.endswith("/no answer") for key in told) == sum("" in [s for _, s in CASES[n][0](n)] for n in CASES)
+
+
+@needs_vlmeval
+def test_a_benchmark_is_asked_without_its_images_as_a_control(scripted: Scripted, tmp_path: Path) -> None:
+    path, said, _ = plant("pope", tmp_path)
+    scripted.answer = lambda prompt: (200, said[re.search(r"What, \w+ \d+\?", prompt).group()])  # type: ignore[union-attr]
+    using = vlmeval.kit(full=False)
+    told = vlmeval.score_tasks(using, scripted.endpoint, [f"POPE={path}"], tmp_path, tmp_path / "a.jsonl", 8, blank=True)
+    assert {key.split("/")[0] for key in told if "no answer" not in key} == {
+        f"POPE (file {digest(path)}, not the kit's), blank images"
+    }
+    (shown,) = set(scripted.images)
+    with (
+        Image.open(io.BytesIO(base64.b64decode(shown.split(",")[1]))) as image,
+        Image.open(io.BytesIO(base64.b64decode(IMAGE))) as own,
+    ):
+        assert image.size == own.size and image.getcolors() == [(own.size[0] * own.size[1], GREY)]
 
 
 @needs_vlmeval

@@ -67,4 +67,6 @@ def test_what_is_not_there_is_named_before_anything_runs(workplace: Path) -> Non
         evaluate([], ["nobody"], [])
     with pytest.raises(DataError, match=r"scores.json is missing; `dvc repro`"):
         evaluate(["own"], ["sft"], [])
+    with pytest.raises(InputError, match="--blank goes with --kit vlmeval and --task"):
+        evaluate(["lm-eval"], ["sft"], ["arc_easy"], blank=True)
     assert not REPORTS.exists()
