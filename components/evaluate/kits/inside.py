@@ -115,7 +115,7 @@ def _benchmark(name: str, light: bool, md5: dict[str, str]) -> Any:
     found = next(own, None)
     if found is None:
         more = "; the full one has more: `make vlmeval-env`" if light else ""
-        _refuse(f"this VLMEvalKit has no benchmark {name!r}{more}")
+        _refuse(f"this VLMEvalKit has no benchmark {name!r} of questions about images{more}")
     if found.MODALITY != "IMAGE":
         _refuse(f"{name} asks about {found.MODALITY.lower()}s, and students see one image")
     if name in md5:

@@ -56,7 +56,7 @@ def markdown(table: Table) -> str:
 
 def _overview(found: Sequence[KitScores]) -> str:
     lines = [
-        "Share right. `own` is the stage `evaluate`; `vlmeval` asks a served student over HTTP, one question at a time;"
+        "Share right. `own` is the stage `evaluate`; `vlmeval` asks a served student over HTTP;"
         " `lm-eval` runs the model in its own loop.\n",
         _row("model", *KITS, "answers unlike own's", "verdicts unlike ours", "no answer", "measured alike"),
         _row("---", *["---:"] * len(KITS), "---:", "---:", "---:", "---"),
