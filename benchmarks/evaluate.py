@@ -1,96 +1,182 @@
-"""How fast students are evaluated: `python -m benchmarks.evaluate artifacts/students/align_ti/model [--samples N] [--json OUT]`
+"""How fast students are evaluated, and what the bridge to VLMEvalKit costs.
 
-The same questions of the prepared split four times, in turn, `--rounds` times over: in batches sorted by length (what the stage
-`evaluate` does), one by one, one by one through the served student, and through VLMEvalKit. Says the medians and their ratios.
+    python -m benchmarks.evaluate artifacts/students/align_ti/model --json benchmarks/results/evaluate-digits.json
+    python -m benchmarks.evaluate artifacts/students/align_ti/model --size small --samples 16 --json ...
+
+The same questions of the prepared split: in batches sorted by length (what the stage `evaluate` does), one by one, and through
+VLMEvalKit over the served student, in turn, `--rounds` times over. The kit is then run once more with every answer known, which
+says what a run costs once: its imports, files and scoring. `--size small` takes a student of that shape (benchmarks/shapes.py)
+with random weights, which reads prompts and images as the student does that is named.
+
+The bridge's overhead is all that is spent beside generation itself, which is measured inside the server: HTTP, data URLs, the
+processor, the kit. In CPU time, which other programs hardly lengthen; what overlaps with generation counts all the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from components.artifacts import DATASET, write_text
+import torch
+
+from benchmarks.measure import where_and_when, write_json
+from benchmarks.shapes import SIZES, Size, llava
+from components.artifacts import DATASET
 from components.errors import exit_from
 from components.evaluate.generate import answers, questions
-from components.evaluate.kits import export, vlmeval
-from components.evaluate.kits.client import Endpoint, ask
-from components.evaluate.kits.serve import served
-from components.models.load import load
+from components.evaluate.kits import export, serve, vlmeval
+from components.evaluate.kits.client import ask
+from components.models.load import load, load_processor
 from components.models.template import Template, question_of
 from components.runtime import prepare_torch
 from components.settings import load_settings
 from components.shards import Samples
 
+SPENT = "ALIGNTI_BENCH_SPENT"  # in the server's environment: the file where it keeps what it has spent
+TIMED = """
+import json, time
+from transformers import LlavaForConditionalGeneration as Model
+generate, spent = Model.generate, [0.0, 0.0]
+def timed(*args, **kwargs):
+    started = time.perf_counter(), time.thread_time()
+    try:
+        return generate(*args, **kwargs)
+    finally:
+        spent[0] += time.perf_counter() - started[0]
+        spent[1] += time.thread_time() - started[1]
+        with open(os.environ["ALIGNTI_BENCH_SPENT"], "w") as file:
+            json.dump([*spent, time.process_time()], file)
+Model.generate = timed
+main()
+"""  # in the place of the server's last line
+
+
+class Spent(NamedTuple):
+    """Seconds so far."""
+
+    wall: float
+    generating: float  # wall time of generation inside the server
+    generating_cpu: float
+    server_cpu: float
+    own_cpu: float  # of this process
+    kit_cpu: float  # of the kit's processes that have ended
+
+    def since(self, before: Spent) -> Spent:
+        return Spent._make(now - then for now, then in zip(self, before, strict=True))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate", description="Samples per second of each way.")
     parser.add_argument("model", type=Path, help="a student's checkpoint folder")
+    parser.add_argument("--size", choices=["digits", "small"], default="digits")
     parser.add_argument("--samples", type=int, default=250, help="questions of the split, from its start")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        figures = measure(asked.model, asked.samples, asked.rounds, Path(scratch))
-    text = json.dumps(figures, indent=2)
-    print(text)
+        model = (
+            asked.model if asked.size == "digits" else random_student(SIZES[asked.size], asked.model, Path(scratch) / "model")
+        )
+        result = {"benchmark": "evaluate", "size": asked.size} | measure(model, asked.samples, asked.rounds, Path(scratch))
+    print(json.dumps(result, indent=2))
     if asked.json:
-        write_text(asked.json, text + "\n")
+        write_json(asked.json, result)
 
 
-def measure(model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, float]:
-    """Seconds per way (medians over rounds), and the ratios that docs/performance.md speaks of."""
+def random_student(size: Size, like: Path, folder: Path) -> Path:
+    """A checkpoint folder of that shape, which reads prompts and images as the student in `like` does."""
+    processor = load_processor(like)
+    tokenizer = processor.tokenizer
+    processor.image_processor.size = {"height": size.tower.image_px, "width": size.tower.image_px}
+    processor.patch_size = size.tower.patch_px
+    model = llava(size.student, size.tower, torch.device("cpu"), torch.float32, seed=0)
+    model.config.image_token_index = tokenizer.convert_tokens_to_ids(processor.image_token)
+    for config in (model.config.text_config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def measure(model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    """Medians over rounds, and the ratios that docs/performance.md speaks of."""
     settings = load_settings()
     device = prepare_torch(settings.runtime, seed=0)
     samples = Samples(DATASET, settings.evaluate.split)
     rows = questions(samples)[:amount]
     loaded, template, using = load(model, device), Template(settings.models.template.system), vlmeval.kit(full=False)
+    sets, _ = export.sets(samples, rows)
+    tokens, journal, spent = settings.evaluate.max_new_tokens, scratch / "answers.jsonl", scratch / "spent.json"
 
     def own(batch_size: int) -> None:
         chosen = settings.evaluate.model_copy(update={"batch_size": batch_size})
         answers(loaded, samples, rows, template, settings.models.max_length, chosen, f"batches of {batch_size}")
 
-    with served(model, device.type, scratch / "server.log") as endpoint:
-        ways: dict[str, Callable[[], None]] = {
-            "batched": lambda: own(settings.evaluate.batch_size),
-            "one_by_one": lambda: own(1),
-            "served": lambda: _served(endpoint, samples, rows, settings.evaluate.max_new_tokens),
-            "vlmeval": lambda: _kit(using, endpoint, samples, rows, settings.evaluate.max_new_tokens, scratch),
-        }
-        _served(endpoint, samples, rows[:5], settings.evaluate.max_new_tokens)  # its first answers are slow
-        own(settings.evaluate.batch_size)
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds):
-            for way, run in ways.items():
-                started = time.perf_counter()
-                run()
-                seconds[way].append(time.perf_counter() - started)
-    median = {way: statistics.median(found) for way, found in seconds.items()}
-    return {
-        "samples": len(rows),
-        "rounds": rounds,
-        **{f"seconds_{way}": round(found, 3) for way, found in median.items()},
-        "batched_over_one_by_one": round(median["one_by_one"] / median["batched"], 2),  # samples/s
-        "served_over_one_by_one": round(median["served"] / median["one_by_one"], 3),  # time: HTTP, PNG, template
-        "vlmeval_over_served": round(median["vlmeval"] / median["served"], 3),  # its imports, files, scoring
+    def kit() -> None:
+        vlmeval.score_split(using, endpoint, samples, sets, scratch / "kit", journal, tokens, settings.evaluate.seed)
+
+    def now() -> Spent:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall, cpu, server = json.loads(spent.read_text()) if spent.exists() else (0.0, 0.0, 0.0)
+        return Spent(time.perf_counter(), wall, cpu, server, time.process_time(), children.ru_utime + children.ru_stime)
+
+    serve.TRANSFORMERS = serve.TRANSFORMERS.removesuffix("main()\n") + TIMED
+    os.environ[SPENT] = str(spent)
+    ways: dict[str, Callable[[], None]] = {
+        "batched": lambda: own(settings.evaluate.batch_size),
+        "one by one": lambda: own(1),
+        "vlmeval": kit,
+        "vlmeval, all answers known": kit,
     }
+    taken: dict[str, list[Spent]] = {way: [] for way in ways}
+    with serve.served(model, device.type, scratch / "server.log") as endpoint:
+
+        def one(row: int) -> None:
+            ask(endpoint, question_of(samples[row].turns[0]), [samples[row].image or b""], tokens)
+
+        for row in rows[:3]:  # its first answers are slow
+            one(row)
+        own(settings.evaluate.batch_size)
+        for _ in range(rounds):
+            journal.unlink(missing_ok=True)
+            for way, run in ways.items():
+                one(rows[0])  # so that the server's file is of now, and not of before it idled
+                before = now()
+                run()
+                taken[way].append(now().since(before))
+    return _figures(taken, len(rows), rounds, device)
 
 
-def _served(endpoint: Endpoint, samples: Samples, rows: Sequence[int], new_tokens: int) -> None:
-    for sample in (samples[row] for row in rows):
-        images = [] if sample.image is None else [sample.image]
-        ask(endpoint, question_of(sample.turns[0]), images, new_tokens)
+def _figures(taken: dict[str, list[Spent]], amount: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    def median(way: str, of: Callable[[Spent], float]) -> float:
+        return statistics.median(of(one) for one in taken[way])
 
-
-def _kit(using: vlmeval.Kit, endpoint: Endpoint, samples: Samples, rows: Sequence[int], new_tokens: int, scratch: Path) -> None:
-    journal = scratch / "answers.jsonl"
-    journal.unlink(missing_ok=True)
-    found, _ = export.sets(samples, rows)
-    vlmeval.score_split(using, endpoint, samples, found, scratch / "kit", journal, new_tokens)
+    cpu = {way: median(way, lambda s: s.own_cpu) for way in ("batched", "one by one")}
+    generating = median("vlmeval", lambda s: s.generating_cpu)
+    server = median("vlmeval", lambda s: s.server_cpu - s.generating_cpu)
+    once = median("vlmeval, all answers known", lambda s: s.kit_cpu)
+    client = median("vlmeval", lambda s: s.kit_cpu) - once
+    arms = {way: {"seconds": found, "samples_per_second": amount / found} for way, found in cpu.items()}
+    parts = {"generation": generating, "server beside it": server, "kit, per question": client, "kit, once": once}
+    return {
+        "about": f"{amount} questions; over VLMEvalKit a question's generation takes {1000 * generating / amount:.0f} ms",
+        **where_and_when(device),
+        "repeats": rounds,
+        "ratios": {
+            "batched_vs_one_by_one": cpu["one by one"] / cpu["batched"],
+            "bridge_overhead": (server + client) / generating,
+            "bridge_wall_vs_generation": median("vlmeval", lambda s: s.wall) / median("vlmeval", lambda s: s.generating),
+        },
+        "arms": arms | {f"vlmeval: {name}": {"seconds": s, "ms_per_question": 1000 * s / amount} for name, s in parts.items()},
+    }
 
 
 if __name__ == "__main__":

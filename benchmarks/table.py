@@ -36,6 +36,8 @@ GOALS = (
     Goal("Align-TI step / plain reference of the same loss", "align_ti_vs_reference", 0.5),
     Goal("KD-only tokens/s / TRL's trainer", "kd_vs_trl", 1.2, at_least=True, others="1.0"),
     Goal("IRS search / plain teacher forward", "search_vs_plain", 1.10, others="eager 3x"),
+    Goal("evaluation in sorted batches / one by one, samples/s", "batched_vs_one_by_one", 5.0, at_least=True),
+    Goal("bridge to VLMEvalKit: CPU time beside generation / generation", "bridge_overhead", 0.10),
     Goal("IRS search / plain teacher forward, memory", "memory_search_vs_plain", 1.05, others="eager O(L^2)"),
 )
 
@@ -76,6 +78,8 @@ def _run(result: dict[str, Any]) -> list[str]:
         "seconds": ("s", "{:.4g}"),
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
         "pairs_per_second": ("pairs/s", "{:,.1f}"),
+        "samples_per_second": ("samples/s", "{:,.1f}"),
+        "ms_per_question": ("ms a question", "{:,.2f}"),
         "images_per_second": ("images/s", "{:,.0f}"),
         "peak_mib": ("peak MiB", "{:,.1f}"),
         "tflop": ("TFLOP", "{:.3g}"),

@@ -341,16 +341,21 @@ def serve(
 
 
 Kits = Annotated[list[str] | None, typer.Option(help="own, vlmeval or lm-eval; all of them if not given.")]
-Arms = Annotated[list[str] | None, typer.Option(help="Arms, `teacher`, before-STUDENT; every arm of the study if not given.")]
-Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the kit's own, or .tsv files for vlmeval; else our questions.")]
+Arms = Annotated[list[str] | None, typer.Option(help="Arms, `teacher`, before-STUDENT; else the teacher and every arm.")]
+Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the kit's own, or as docs/kits.md says; else our questions.")]
 
 
 @app.command()
-def evaluate(kit: Kits = None, arm: Arms = None, task: Tasks = None) -> None:
+def evaluate(
+    kit: Kits = None,
+    arm: Arms = None,
+    task: Tasks = None,
+    blank: bool = typer.Option(False, "--blank", help="vlmeval's tasks with a plain grey image in each image's place."),
+) -> None:
     """Measure students with the field's own kits, beside our own scores: reports/kits.md."""
     from components.evaluate.kits.command import evaluate as run
 
-    run(kit or (), arm or (), task or ())
+    run(kit or (), arm or (), task or (), blank)
 
 
 def main() -> None:

@@ -7,24 +7,19 @@ one and babble; another picture of the split is like those that it knows. What a
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
-
-from PIL import Image
 
 from components.artifacts import DATASET, REPORTS, Record, Split, write_text
 from components.errors import DataError
 from components.evaluate import generate, metrics
 from components.evaluate.contamination import Contamination, contamination
+from components.evaluate.kits.inside import blank
 from components.models.load import load
 from components.models.template import Template
 from components.runtime import prepare_torch
 from components.settings import Settings
 from components.shards import Sample, Samples
-
-GREY = (127, 127, 127)
 
 
 class Blind(Record):
@@ -62,9 +57,7 @@ class Blank(Sequence[Sample]):
         sample = self._samples[index]
         if sample.image is None:
             return sample
-        with Image.open(io.BytesIO(sample.image)) as image:
-            blank = _blank(image.size)
-        return Sample(sample.id, f"blank {sample.image_id}", sample.kind, blank, sample.turns)
+        return Sample(sample.id, f"blank {sample.image_id}", sample.kind, blank(sample.image), sample.turns)
 
 
 class Other(Sequence[Sample]):
@@ -169,13 +162,6 @@ def _contaminated(found: Contamination) -> str:
         for pair in found.pairs
     ]
     return "\n".join([words, "", *listed]).strip()
-
-
-@cache
-def _blank(size: tuple[int, int]) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, GREY).save(file, "PNG")
-    return file.getvalue()
 
 
 def _row(*shares: float) -> str:

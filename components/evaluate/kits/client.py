@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPConnection, HTTPException
+from threading import local
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 KEY = "ALIGNTI_SERVE_KEY"  # in the environment: the bearer token that the server asks for
 MIME = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
@@ -34,24 +35,25 @@ def ask(endpoint: Endpoint, question: str, images: Sequence[bytes], max_new_toke
     headers = {"Content-Type": "application/json"}
     if KEY in os.environ:
         headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    request = urllib.request.Request(f"{endpoint.url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    status, told = _post(endpoint.url, json.dumps(body).encode(), headers, timeout_s)
+    if status != 200:
+        raise Refused(f"HTTP {status}: {told[:500].decode(errors='replace')}")
     try:
-        with _DIRECT.open(request, timeout=timeout_s) as response:
-            answered = json.load(response)
-        return str(answered["choices"][0]["message"].get("content") or "").strip()
-    except urllib.error.HTTPError as error:
-        raise Refused(f"HTTP {error.code}: {error.read(500).decode(errors='replace')}") from None
+        return str(json.loads(told)["choices"][0]["message"].get("content") or "").strip()
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise Refused(f"an answer of another shape: {type(error).__name__}: {error}") from None
 
 
 def healthy(url: str) -> bool:
     """Whether a server there says that it is ready."""
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=5)
     try:
-        with _DIRECT.open(f"{url}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:  # refused, reset, timed out, or an HTTP error: not yet
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):  # refused, reset, timed out, or no HTTP: not yet
         return False
+    finally:
+        connection.close()
 
 
 def data_url(image: bytes) -> str:
@@ -59,4 +61,36 @@ def data_url(image: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(image).decode()}"
 
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the environment is not for loopback
+class _Kept(local):
+    """Open connections of this thread by server: opening one for each question would cost as much as asking it."""
+
+    def __init__(self) -> None:
+        self.by_url: dict[str, HTTPConnection] = {}
+
+
+_KEPT = _Kept()
+
+
+def _post(url: str, body: bytes, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:
+    """Status and body of the answer, from the server itself: a proxy of the environment is not for loopback."""
+    kept = _KEPT.by_url.pop(url, None)
+    if kept is not None:
+        try:
+            return _exchange(url, kept, body, headers)
+        except TimeoutError:
+            raise
+        except OSError:  # the server has closed it meanwhile; if it is gone, a new connection says so
+            pass
+    return _exchange(url, HTTPConnection(urlsplit(url).netloc, timeout=timeout_s), body, headers)
+
+
+def _exchange(url: str, connection: HTTPConnection, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+    try:
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        response = connection.getresponse()
+        told = response.read()
+    except (OSError, HTTPException) as error:
+        connection.close()
+        raise error if isinstance(error, OSError) else ConnectionError(f"{type(error).__name__}: {error}") from error
+    _KEPT.by_url[url] = connection
+    return response.status, told

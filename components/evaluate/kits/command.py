@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
 
 from components.artifacts import TEACHER_ARM, sha256
 from components.errors import AlignTIError, InputError
@@ -10,8 +13,12 @@ from components.evaluate.kits import measure, table
 from components.settings import load_settings
 
 
-def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str]) -> None:
-    """Raises InputError for an unknown kit or arm before anything is run; else as components/evaluate/kits/measure.py."""
+def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], blank: bool = False) -> None:
+    """Each arm through each kit, into the table.
+
+    Raises InputError for an unknown kit or arm, or what cannot go together, before anything is run; else as
+    components/evaluate/kits/measure.py.
+    """
     settings = load_settings()
     kits = kits or table.KITS
     unknown = [kit for kit in kits if kit not in table.KITS]
@@ -21,23 +28,30 @@ def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str]) -> 
     strange = [arm for arm in arms if arm not in known and not arm.startswith(measure.BEFORE)]
     if strange:
         raise InputError(f"--arm {strange[0]}: there are {', '.join(known)} and {measure.BEFORE}STUDENT")
+    if blank and (not tasks or set(kits) != {"vlmeval"}):
+        raise InputError("--blank goes with --kit vlmeval and --task; `alignti controls` asks our own questions without images")
     bench = measure.Bench(settings)
-    for arm in arms or list(settings.study.arms):
-        for kit in kits:
-            if tasks:
-                figures = measure.stock(bench, kit, arm, tasks)
-                found = table.read(_current)  # only now: another command may have written in the meantime
-                before = found.tasks.get(f"{kit}/{arm}", {})
-                found = found.model_copy(update={"tasks": found.tasks | {f"{kit}/{arm}": before | figures}})
-                said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            elif kit == "own" and arm.startswith(measure.BEFORE):
-                continue  # the stage `evaluate` asks trained students alone
-            else:
-                scores = measure.measure(bench, kit, arm)
-                found = table.with_scores(table.read(_current), scores)
-                said = f"{scores.exact_match:.2%} of {scores.samples:,} right"
-            path = table.write(found)  # after each: what follows may break off
-            print(f"{kit} {arm}: {said} -> {path}")
+    asked = [(arm, kit) for arm in arms or [TEACHER_ARM, *settings.study.arms] for kit in kits]
+    asked = [(arm, kit) for arm, kit in asked if kit != "own" or not arm.startswith(measure.BEFORE)]  # a stage asks the trained
+    with tqdm(asked, desc="models x kits", unit="run", disable=None if len(asked) > 1 else True) as bar:
+        for arm, kit in bar:
+            path, said = _run(bench, kit, arm, tasks, blank)
+            bar.write(f"{kit} {arm}: {said} -> {path}")
+
+
+def _run(bench: measure.Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -> tuple[Path, str]:
+    """Where the table is and what is new in it. It is written after each run: what follows may break off."""
+    if tasks:
+        figures = measure.stock(bench, kit, arm, tasks, blank)
+        found = table.read(_current)  # only now: another command may have written in the meantime
+        before = found.tasks.get(f"{kit}/{arm}", {})
+        found = found.model_copy(update={"tasks": found.tasks | {f"{kit}/{arm}": before | figures}})
+        return table.write(found), ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    known = next((s for s in table.read(_current).scores if (s.arm, s.kit) == (arm, kit)), None)
+    fresh = known is None or not measure.is_current(bench, known)
+    scores = measure.measure(bench, kit, arm) if known is None or fresh else known
+    said = f"{scores.exact_match:.2%} of {scores.samples:,} right" + ("" if fresh else ", measured before")
+    return table.write(table.with_scores(table.read(_current), scores)), said
 
 
 def _current(arm: str) -> str | None:

@@ -1,5 +1,8 @@
 """A split as VLMEvalKit's TSV files: multiple choice, yes/no, and open questions.
 
+Options stand in an order drawn for each question, so that the right letter says nothing. A row holds its own options, and thus
+what each of its letters meant.
+
 Made where the kit is run and not by `prepare`: a TSV is a base64 copy of every image, and follows `evaluate.split`.
 """
 
@@ -8,17 +11,20 @@ from __future__ import annotations
 import base64
 import csv
 import string
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from components.evaluate.benchmarks.choices import rotations, shuffled
 from components.evaluate.metrics import normalise
 from components.models.template import question_of
 from components.shards import Sample
 
 Form = Literal["mcq", "yes_no", "vqa"]
 LETTERS = string.ascii_uppercase
+TURN = 10**6  # the kit takes rows whose indices differ by multiples of it for one question with its options in other orders
 
 
 class KitSet(NamedTuple):
@@ -66,29 +72,64 @@ def _form(samples: Sequence[Sample]) -> Form:
     return "vqa" if any(a in b for a in references for b in references if a != b) else "mcq"
 
 
-def write(kit_set: KitSet, samples: Sequence[Sample], folder: Path) -> Path:
+def write(kit_set: KitSet, samples: Sequence[Sample], folder: Path, seed: int) -> Path:
     """folder/NAME.tsv. `category` is the kind; questions are as the model was trained on them, without the options."""
-    chosen = [samples[row] for row in kit_set.rows]
-    by_kind: dict[str, list[str]] = {}
-    if kit_set.form == "mcq":
-        for kind in {sample.kind for sample in chosen}:
-            by_kind[kind] = options([sample for sample in chosen if sample.kind == kind])
-    letters = LETTERS[: max((len(found) for found in by_kind.values()), default=0)]
     path = folder / f"{kit_set.name}.tsv"
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(["index", "image", "question", *letters, "answer", "category"])
-        for row, sample in zip(kit_set.rows, chosen, strict=True):
-            assert sample.image is not None
-            reference = normalise(sample.turns[0].answer)
-            among = by_kind.get(sample.kind, [])
-            offered = among + [""] * (len(letters) - len(among))
-            answer = {
-                "mcq": LETTERS[among.index(reference)] if among else "",
-                "yes_no": reference.capitalize(),
-                "vqa": sample.turns[0].answer,
-            }[kit_set.form]
-            image = base64.b64encode(sample.image).decode()
-            table.writerow([row, image, question_of(sample.turns[0]), *offered, answer, sample.kind])
+    if kit_set.form == "mcq":
+        return write_options(kit_set, samples, path, seed)
+    answers = {row: samples[row].turns[0].answer for row in kit_set.rows}
+    if kit_set.form == "yes_no":  # as the kit writes them
+        answers = {row: normalise(answer).capitalize() for row, answer in answers.items()}
+    _table(path, [_row(row, samples[row]) | {"answer": answer} for row, answer in answers.items()])
     return path
+
+
+def write_options(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int) -> Path:
+    """The multiple choice, each question with its options in one drawn order."""
+    ordered = _ordered(kit_set.rows, samples, seed)
+    _table(path, [_choice(row, samples[row], offered) for row, offered in ordered.items()])
+    return path
+
+
+def write_turned(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int) -> Path:
+    """The multiple choice with its options in every rotation, for circular evaluation (see `rotations`)."""
+    ordered = _ordered(kit_set.rows, samples, seed)
+    _table(
+        path,
+        [
+            _choice(row + turn * TURN, samples[row], offered)
+            for row, drawn in ordered.items()
+            for turn, offered in enumerate(rotations(drawn))
+        ],
+    )
+    return path
+
+
+def _ordered(rows: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[int, list[str]]:
+    """Each question's options, those of its kind, in an order that `seed` and the sample's name decide."""
+    kinds: dict[str, list[Sample]] = defaultdict(list)
+    for row in rows:
+        kinds[samples[row].kind].append(samples[row])
+    offered = {kind: options(found) for kind, found in kinds.items()}
+    return {row: shuffled(offered[samples[row].kind], zlib.crc32(f"{seed} {samples[row].id}".encode())) for row in rows}
+
+
+def _choice(index: int, sample: Sample, offered: Sequence[str]) -> dict[str, object]:
+    right = LETTERS[offered.index(normalise(sample.turns[0].answer))]
+    return _row(index, sample) | dict(zip(LETTERS, offered, strict=False)) | {"answer": right}
+
+
+def _row(index: int, sample: Sample) -> dict[str, object]:
+    assert sample.image is not None
+    image = base64.b64encode(sample.image).decode()
+    return {"index": index, "image": image, "question": question_of(sample.turns[0]), "category": sample.kind}
+
+
+def _table(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    letters = [letter for letter in LETTERS if any(letter in row for row in rows)]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        columns = ["index", "image", "question", *letters, "answer", "category"]
+        table = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n", restval="")
+        table.writeheader()
+        table.writerows(rows)

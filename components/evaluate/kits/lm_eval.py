@@ -12,7 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import RUNS
+import yaml
+from tqdm import tqdm
+
+from components.artifacts import RUNS, write_text
 from components.errors import DataError, InputError
 from components.evaluate.journal import Journal
 from components.models.folder import weight_files
@@ -49,19 +52,21 @@ def evaluate(
     batch_size: int,
     new_tokens: int,
     journal: Path,
+    title: str = "lm-eval",
 ) -> Measured:
     """Score the checkpoint folder `model`.
 
     Args:
         tasks: of params/lm_eval/; no network is needed.
-        stock: of the kit's own, which fetch their data.
+        stock: NAME of the kit's own, which fetches its data; or NAME=FOLDER, its data set being there as the hub has it.
         batch_size: samples at once.
         new_tokens: where an answer that has not ended is cut.
         journal: of answers that were already given by this model to these settings.
+        title: names the progress bar.
 
     Raises:
         InputError: no lm-eval, or no such stock task.
-        DataError: a task that failed.
+        DataError: a task that failed; no such folder.
     """
     installed()
     weight_files(model)
@@ -70,14 +75,20 @@ def evaluate(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at length
     manager = TaskManager(include_path=str(TASKS.resolve()), include_defaults=bool(stock))
-    unknown = [name for name in stock if name not in manager.all_tasks]
+    folders = {name: Path(folder) for name, _, folder in (task.partition("=") for task in stock) if folder}
+    names = [task.partition("=")[0] for task in stock]
+    unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
-    student = _student(model, device, batch_size, journal)
+    absent = [folder for folder in folders.values() if not folder.is_dir()]
+    if absent:
+        raise DataError(f"{absent[0]}: no such folder")
+    moved = [_with_local_data(name, manager, folder, journal.parent) for name, folder in folders.items()]
+    student = _student(model, device, batch_size, journal, title)
     try:
         found = simple_evaluate(
             model=student,
-            tasks=[*tasks, *stock],
+            tasks=[*tasks, *(name for name in names if name not in folders), *moved],
             task_manager=manager,
             apply_chat_template=True,
             gen_kwargs={"max_gen_toks": new_tokens} if QUESTIONS in tasks else None,
@@ -89,7 +100,7 @@ def evaluate(
         raise DataError(f"lm-eval on {model}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     logged = found["samples"].get(QUESTIONS, [])
     figures = {
-        f"{task}/{name.removesuffix(',none')}": float(value)
+        f"{task}{f' (data: {folders[task]})' if task in folders else ''}/{name.removesuffix(',none')}": float(value)
         for task, figures in found["results"].items()
         if task != QUESTIONS
         for name, value in figures.items()
@@ -102,7 +113,15 @@ def evaluate(
     )
 
 
-def _student(model: Path, device: torch.device, batch_size: int, journal: Path) -> Any:
+def _with_local_data(name: str, manager: Any, data: Path, scratch: Path) -> str:
+    """A task file that is the kit's own in all but where its data set lies."""
+    file = scratch / "tasks" / f"{name}.yaml"
+    told = {"include": str(manager.task_index[name].yaml_path), "task": name, "dataset_path": str(data.resolve())}
+    write_text(file, yaml.safe_dump(told))
+    return str(file)
+
+
+def _student(model: Path, device: torch.device, batch_size: int, journal: Path, title: str) -> Any:
     from lm_eval.models.hf_vlms import HFMultimodalLM
     from transformers import GenerationConfig
 
@@ -114,11 +133,13 @@ def _student(model: Path, device: torch.device, batch_size: int, journal: Path) 
             known = Journal(journal)
             keys = [_key(request.args) for request in requests]
             order = sorted(range(len(requests)), key=lambda place: len(requests[place].args[0]), reverse=True)
-            for start in range(0, len(order), batch_size):
-                these = order[start : start + batch_size]
-                if not all(keys[place] in known.known for place in these):
-                    texts = super().generate_until([requests[place] for place in these], disable_tqdm=True)
-                    known.add({keys[place]: text for place, text in zip(these, texts, strict=True)})
+            with tqdm(total=len(order), desc=title, unit="question", delay=2) as bar:
+                for start in range(0, len(order), batch_size):
+                    these = order[start : start + batch_size]
+                    if not all(keys[place] in known.known for place in these):
+                        texts = super().generate_until([requests[place] for place in these], disable_tqdm=True)
+                        known.add({keys[place]: text for place, text in zip(these, texts, strict=True)})
+                    bar.update(len(these))
             return [known.known[key] for key in keys]
 
     student = Student(

@@ -29,6 +29,10 @@ from components.shards import Samples
 
 BEFORE = "before-"  # and the name of a student that nothing was distilled into yet
 OURS = "our exact match"
+TURNED = {  # tasks of ours for VLMEvalKit: our multiple choice with its options in the prompt
+    "options": ("AlignTI_Options", export.write_options),  # in one drawn order per question
+    "circular": ("AlignTI_Circular", export.write_turned),  # in every rotation; right only if right in all
+}
 
 
 @dataclass
@@ -64,6 +68,15 @@ def measure(bench: Bench, kit: str, arm: str) -> KitScores:
     return way(bench, arm, model)
 
 
+def is_current(bench: Bench, found: KitScores) -> bool:
+    """Whether measuring again would give the same: nothing that a score depends on has changed, and no question was refused."""
+    if found.kit == "own" or found.failed:
+        return False  # own: read from its stage's scores in no time
+    asked = [row for row in bench.rows if bench.samples[row].image is not None]
+    model = folder_of(found.arm)
+    return found.fingerprint == _fingerprint(bench, model, asked, found.kit, *_kit_and_judge(found.kit))
+
+
 def folder_of(arm: str) -> Path:
     """Raises InputError for `before-NAME` if there is no student NAME."""
     if not arm.startswith(BEFORE):
@@ -75,24 +88,37 @@ def folder_of(arm: str) -> Path:
     return Path(students[name].path)
 
 
-def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str]) -> dict[str, float]:
+def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -> dict[str, float]:
     """The kit's own benchmarks, or TSV files in VLMEvalKit's format: `task/figure` -> value. Raises as `measure`."""
     model = folder_of(arm)
     weight_files(model)
     asked = bench.settings.evaluate
     if kit == "lm-eval":
         journal = _journal(lm_eval.folder_of(arm), model, "stock", *tasks)
-        return lm_eval.evaluate(model, bench.device, [], tasks, asked.batch_size, asked.max_new_tokens, journal).figures
+        return lm_eval.evaluate(
+            model, bench.device, [], tasks, asked.batch_size, asked.max_new_tokens, journal, f"{arm}: lm-eval"
+        ).figures
     if kit != "vlmeval":
         raise InputError("--task goes with --kit vlmeval or --kit lm-eval")
-    using = vlmeval.kit(full=not all(task.endswith(".tsv") for task in tasks))
+    files_alone = all(task.endswith(".tsv") or task in TURNED for task in tasks)
+    using = vlmeval.kit(full=False) if files_alone else vlmeval.kit_for_benchmarks()
     folder = vlmeval.folder_of(arm)
-    for task in tasks:
+    asked_for = [_turned(bench, folder, task) if task in TURNED else task for task in tasks]
+    for task in asked_for:
         if task.endswith(".tsv"):
-            vlmeval.checked(Path(task))  # before a server is started
+            vlmeval.checked(Path(task.rpartition("=")[2]))  # before a server is started
     journal = _journal(folder, model, using.version, asked.max_new_tokens)
     with _alone(folder), serve.served(model, bench.device.type, folder / "server.log") as endpoint:
-        return vlmeval.score_files(using, endpoint, tasks, folder, journal, asked.max_new_tokens)
+        return vlmeval.score_tasks(using, endpoint, asked_for, folder, journal, asked.max_new_tokens, blank, f"{arm}: vlmeval")
+
+
+def _turned(bench: Bench, folder: Path, task: str) -> str:
+    """The file of one of TURNED. Raises InputError if the split has no multiple choice."""
+    multiple = [found for found in export.sets(bench.samples, bench.rows)[0] if found.form == "mcq"]
+    if not multiple:
+        raise InputError(f"--task {task}: the {bench.settings.evaluate.split} split has no multiple choice")
+    name, write = TURNED[task]
+    return str(write(multiple[0], bench.samples, folder / "turned" / f"{name}.tsv", bench.settings.evaluate.seed))
 
 
 def _own(bench: Bench, arm: str, model: Path) -> KitScores:
@@ -126,7 +152,9 @@ def _vlmeval(bench: Bench, arm: str, model: Path) -> KitScores:
     folder, new_tokens = vlmeval.folder_of(arm), bench.settings.evaluate.max_new_tokens
     journal = _journal(folder, model, using.version, new_tokens, bench.device.type)
     with _alone(folder), serve.served(model, bench.device.type, folder / "server.log") as endpoint:
-        found = vlmeval.score_split(using, endpoint, bench.samples, sets, folder, journal, new_tokens)
+        found = vlmeval.score_split(
+            using, endpoint, bench.samples, sets, folder, journal, new_tokens, bench.settings.evaluate.seed, f"{arm}: vlmeval"
+        )
     rows = [row for row in bench.rows if row in found.answers]
     out = set(found.overlong) | set(found.failed)
     judged = {bench.samples[row].kind for row in found.verdicts}
@@ -138,8 +166,6 @@ def _vlmeval(bench: Bench, arm: str, model: Path) -> KitScores:
         failed={bench.samples[row].id: reason for row, reason in found.failed.items()},
         not_asked=[bench.samples[row].id for row in textual],
         seconds=time.monotonic() - started,
-        version=f"ms-vlmeval {using.version}",
-        judge=JUDGE,
     )  # fmt: skip
 
 
@@ -150,7 +176,9 @@ def _lm_eval(bench: Bench, arm: str, model: Path) -> KitScores:
     journal = _journal(folder, model, version, asked.max_new_tokens, asked.batch_size, bench.device.type)
     tasks = [lm_eval.QUESTIONS, *lm_eval.TEXT]
     with _alone(folder):
-        found = lm_eval.evaluate(model, bench.device, tasks, [], asked.batch_size, asked.max_new_tokens, journal)
+        found = lm_eval.evaluate(
+            model, bench.device, tasks, [], asked.batch_size, asked.max_new_tokens, journal, f"{arm}: lm-eval"
+        )
     rows = [row for row in bench.rows if row in found.answers]
     return _assembled(
         bench, arm, "lm-eval", model, rows, found.answers, found.verdicts, set(),
@@ -160,8 +188,6 @@ def _lm_eval(bench: Bench, arm: str, model: Path) -> KitScores:
         failed={},
         not_asked=[bench.samples[row].id for row in bench.rows if row not in found.answers],
         seconds=time.monotonic() - started,
-        version=version,
-        judge="exact_match",
     )  # fmt: skip
 
 
@@ -181,8 +207,6 @@ def _assembled(
     failed: dict[str, str],
     not_asked: list[str],
     seconds: float,
-    version: str,
-    judge: str,
 ) -> KitScores:
     """The record of a kit's run: its verdict counts where it has one, ours elsewhere; what is no answer is never right."""
     if not rows:
@@ -212,7 +236,7 @@ def _assembled(
         failed=failed,
         not_asked=not_asked,
         seconds=round(seconds, 1),
-        fingerprint=_fingerprint(bench, model, rows, kit, version, judge),
+        fingerprint=_fingerprint(bench, model, rows, kit, *_kit_and_judge(kit)),
     )
 
 
@@ -245,6 +269,16 @@ def _fingerprint(bench: Bench, model: Path, rows: Sequence[int], kit: str, versi
         dtype=serve.DTYPE,
         device=bench.device.type,
     )
+
+
+def _kit_and_judge(kit: str) -> tuple[str, str]:
+    """The kit's version, with a digest of our bridge to it, and its judge."""
+    here = Path(__file__).parent
+    if kit == "vlmeval":
+        bridge = sha256([here / "export.py", here / "inside.py"])
+        return f"ms-vlmeval {vlmeval.kit(full=False).version}, bridge {bridge[:8]}", JUDGE
+    bridge = sha256([here / "lm_eval.py", here / "lm_eval_tasks.py", lm_eval.TASKS])
+    return f"lm-eval {lm_eval.installed()}, bridge {bridge[:8]}", "exact_match"
 
 
 def _journal(folder: Path, model: Path, *facts: object) -> Path:

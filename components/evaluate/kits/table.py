@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from components.artifacts import REPORTS, Record, write_text
+from components.artifacts import REPORTS, TEACHER_ARM, Record, write_text
 from components.errors import DataError
 from components.evaluate.fingerprint import differences
 from components.evaluate.kits.lm_eval import TEXT
@@ -18,7 +18,7 @@ SHOWN = 5  # disagreements, and samples in trouble, per model and kit; kits.json
 class Table(Record):
     """reports/kits.json"""
 
-    scores: list[KitScores]  # by arm, then kit
+    scores: list[KitScores]  # the teacher's, then by arm, then kit
     tasks: dict[str, dict[str, float]]  # "kit/arm" -> stock tasks and files, `task/figure` -> value
 
 
@@ -36,7 +36,7 @@ def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
 def with_scores(table: Table, new: KitScores) -> Table:
     """`new` in the place of what the same kit said of the same arm before."""
     kept = [found for found in table.scores if (found.arm, found.kit) != (new.arm, new.kit)]
-    order = sorted([*kept, new], key=lambda found: (found.arm, KITS.index(found.kit)))
+    order = sorted([*kept, new], key=lambda found: (found.arm != TEACHER_ARM, found.arm, KITS.index(found.kit)))
     return table.model_copy(update={"scores": order})
 
 
@@ -56,7 +56,7 @@ def markdown(table: Table) -> str:
 
 def _overview(found: Sequence[KitScores]) -> str:
     lines = [
-        "Share right. `own` is the stage `evaluate`; `vlmeval` asks a served student over HTTP, one question at a time;"
+        "Share right. `own` is the stage `evaluate`; `vlmeval` asks a served student over HTTP;"
         " `lm-eval` runs the model in its own loop.\n",
         _row("model", *KITS, "answers unlike own's", "verdicts unlike ours", "no answer", "measured alike"),
         _row("---", *["---:"] * len(KITS), "---:", "---:", "---:", "---"),

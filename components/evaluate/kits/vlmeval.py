@@ -3,14 +3,16 @@
 Each run has a fresh data folder and a fresh work folder; only TSV, CSV and JSON that this run wrote are read back, never the
 kit's pickles. Answers stand in a journal of ours, so a run that is killed, or whose kit crashes, goes on where it stopped.
 
-Light (`make` puts it in .venv/vlmeval): the kit's package alone, which is enough for our own sets. Full (`make vlmeval-env`, or
-ALIGNTI_VLMEVAL_PYTHON): an environment with all it needs, which its own benchmarks need.
+Light (`make kits` puts it in .venv/vlmeval): the kit's package alone, which is enough for our own sets and for the benchmarks
+of components/evaluate/benchmarks/table.py, video aside. Full (`make vlmeval-env`, or ALIGNTI_VLMEVAL_PYTHON): an environment
+with all that the kit's other benchmarks need.
 """
 
 from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -18,23 +20,27 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from components.artifacts import RUNS, write_text
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.kits import export
 from components.evaluate.kits.client import Endpoint
-from components.evaluate.kits.inside import JUDGE, MODEL, NOTHING
+from components.evaluate.kits.inside import JUDGE, MODEL, NOTHING, REFUSED
 from components.evaluate.kits.serve import last_words
 from components.shards import Sample
 
 FULL = "ALIGNTI_VLMEVAL_PYTHON"  # in the environment: the interpreter of the full kit
+DATA = "LMUData"  # in the environment: where the kit keeps the files of its benchmarks
 FULL_HERE = Path(".venv-vlmeval/bin/python")
 ROOT = Path(__file__).parents[3]
 CLIENTS = 4  # questions on their way at once: hides the client's work behind the server's, and lets vLLM batch
+POLL_S = 0.5
 VERSION = """
 import importlib.metadata, importlib.util, pathlib, subprocess
 try:
@@ -57,6 +63,19 @@ class Kit:
     @property
     def light(self) -> bool:
         return self.path is not None
+
+
+@dataclass
+class Job:
+    """Sets for one process of the kit."""
+
+    title: str  # of the progress bar
+    data: Path  # the kit's data folder
+    sets: dict[str, str]  # name -> mcq, yes_no, vqa, or stock for a benchmark of the kit's
+    plain: list[str]  # sets that are asked word by word, as the model was trained; the others as the kit words them
+    questions: int | None  # None: only the kit knows
+    md5: dict[str, str] = field(default_factory=dict)  # of files that the user gives for a benchmark's
+    blank: bool = False  # a plain grey image in each image's place: what a score is worth without looking
 
 
 @dataclass(frozen=True)
@@ -88,74 +107,103 @@ def kit(full: bool) -> Kit:
     return Kit(sys.executable, folder, found[-1].name.removeprefix("ms_vlmeval-").removesuffix(".dist-info"))
 
 
-def run(
-    using: Kit, endpoint: Endpoint, sets: dict[str, str], plain: Sequence[str], folder: Path, journal: Path, new_tokens: int
-) -> Path:
-    """Let the kit ask and score `sets` (name -> form) whose files are in folder/data; returns its work folder.
+def kit_for_benchmarks() -> Kit:
+    """The full kit where there is one, which knows more benchmarks; else the light one. Raises as `kit`."""
+    return kit(full=FULL in os.environ or FULL_HERE.exists())
 
-    Raises TryAgainError if the kit's process ends badly: the answers that it had are in `journal`.
+
+def run(using: Kit, endpoint: Endpoint, job: Job, folder: Path, journal: Path, new_tokens: int) -> dict[str, Any]:
+    """Let the kit ask and score the job's sets, into folder/work; returns what `inside` says at its end.
+
+    Raises:
+        InputError: the kit has no such benchmark, or one that is not about single images.
+        TryAgainError: the kit's process ends badly; the answers that it had are in `journal`.
     """
     work, done, log = folder / "work", folder / "done.json", folder / "kit.log"
     for path in (work, done, log):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     work.mkdir(parents=True)
-    job = {
+    journal.touch()
+    told = {
         "light": using.light,
         "endpoint": endpoint._asdict(),
-        "sets": sets,
-        "plain": list(plain),
+        "sets": job.sets,
+        "plain": job.plain,
+        "md5": job.md5,
+        "blank": job.blank,
         "work": str(work.resolve()),
         "journal": str(journal.resolve()),
         "done": str(done.resolve()),
         "clients": CLIENTS,
         "max_new_tokens": new_tokens,
     }
-    write_text(folder / "job.json", json.dumps(job, indent=2))
+    write_text(folder / "job.json", json.dumps(told, indent=2))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, using.path) if path),
-        "LMUData": str((folder / "data").resolve()),
+        DATA: str(job.data.resolve()),
         "PRED_FORMAT": "tsv",
         "EVAL_FORMAT": "csv",
     }
     words = [using.python, "-m", "components.evaluate.kits.inside", str((folder / "job.json").resolve())]
-    with log.open("w") as said:
-        ended = subprocess.run(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-    if ended.returncode or not done.exists():
+    ended = _watched(words, environment, log, journal, job)
+    if ended == REFUSED:
+        raise InputError(last_words(log))
+    if ended or not done.exists():
         raise TryAgainError(
-            f"VLMEvalKit ended with {ended.returncode}: {last_words(log)} (all of it: {log}); the answers that it had are kept"
+            f"VLMEvalKit ended with {ended}: {last_words(log)} (all of it: {log}); the answers that it had are kept"
         )
-    return work
+    return dict(json.loads(done.read_text(encoding="utf-8")))
+
+
+def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journal: Path, job: Job) -> int:
+    """The exit code of the kit's process; meanwhile a bar of the answers in the journal. Ends it if this is interrupted."""
+    with (
+        log.open("w") as said,
+        journal.open("rb") as answers,
+        tqdm(total=job.questions, desc=job.title, unit="question", delay=2) as bar,
+    ):
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            while True:
+                try:
+                    return process.wait(POLL_S)
+                except subprocess.TimeoutExpired:
+                    bar.update(answers.read().count(b"\n"))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
 
 
 def score_split(
     using: Kit, endpoint: Endpoint, samples: Sequence[Sample], found: Sequence[export.KitSet], folder: Path, journal: Path,
-    new_tokens: int,
+    new_tokens: int, seed: int, title: str = "vlmeval",
 ) -> Scored:  # fmt: skip
     """Our own sets through the kit. Raises TryAgainError if it crashes, DataError if it lost an answer."""
-    data = folder / "data"
-    shutil.rmtree(data, ignore_errors=True)
+    data = _fresh(folder)
     for kit_set in found:
-        export.write(kit_set, samples, data)
+        export.write(kit_set, samples, data, seed)
     forms = {kit_set.name: str(kit_set.form) for kit_set in found}
-    work = run(using, endpoint, forms, list(forms), folder, journal, new_tokens)
+    job = Job(title, data, forms, list(forms), questions=sum(len(kit_set.rows) for kit_set in found))
+    told_of = run(using, endpoint, job, folder, journal, new_tokens)
+    work = folder / "work"
     answers: dict[int, str] = {}
     verdicts: dict[int, bool] = {}
     figures: dict[str, float] = {}
     for kit_set in found:
         stem = f"{MODEL}_{kit_set.name}"
-        told = {int(line["index"]): line["prediction"] for line in _table(work / f"{stem}.tsv")}
+        told = {int(line["index"]): line["prediction"] for line in table(work / f"{stem}.tsv")}
         if set(told) != set(kit_set.rows):
             raise DataError(f"{work / stem}.tsv: the kit answered {len(told)} of {len(kit_set.rows)} questions")
         answers |= {row: "" if text == NOTHING else text for row, text in told.items()}
         if kit_set.form == "mcq":
-            marks = _table(work / f"{stem}_{JUDGE}_result.tsv")
+            marks = table(work / f"{stem}_{JUDGE}_result.tsv")
             verdicts |= {int(line["index"]): float(line["hit"]) == 1 for line in marks}
         elif kit_set.form == "yes_no":
-            verdicts |= {int(line["index"]): line["score"] == "True" for line in _table(work / f"{stem}_auxmatch.tsv")}
-            total = next(line for line in _table(work / f"{stem}_score.csv") if line["split"] == "Overall")
+            verdicts |= {int(line["index"]): line["score"] == "True" for line in table(work / f"{stem}_auxmatch.tsv")}
+            total = next(line for line in told_of["figures"][kit_set.name] if line["split"] == "Overall")
             names = {"Overall": "f1", "acc": "accuracy", "precision": "precision", "recall": "recall"}
             figures |= {f"yes_no/{ours}": float(total[theirs]) / 100 for theirs, ours in names.items()}
-    told_of = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     return Scored(
         answers=answers,
         verdicts=verdicts,
@@ -165,50 +213,83 @@ def score_split(
     )
 
 
-def score_files(
-    using: Kit, endpoint: Endpoint, tasks: Sequence[str], folder: Path, journal: Path, new_tokens: int
-) -> dict[str, float]:
+def score_tasks(
+    using: Kit, endpoint: Endpoint, tasks: Sequence[str], folder: Path, journal: Path, new_tokens: int, blank: bool = False,
+    title: str = "vlmeval",
+) -> dict[str, float]:  # fmt: skip
     """Benchmarks of the kit by name, and TSV files in its format, asked as the kit words them: `task/figure` -> value.
 
+    A task is the NAME of a benchmark, whose file the kit keeps in $LMUData (~/LMUData); NAME=FILE.tsv, its file being yours; or
+    FILE.tsv, questions of your own. With `blank` each image is a plain grey one, and the figures say so.
+
     Raises:
-        InputError: a benchmark by name, with the light kit.
+        InputError: the kit has no such benchmark.
         DataError: a file with duplicate indices, missing images or missing columns; see `checked`.
     """
-    data = folder / "data"
-    shutil.rmtree(data, ignore_errors=True)
-    data.mkdir(parents=True)
-    sets: dict[str, str] = {}
-    for task in tasks:
-        if not task.endswith(".tsv"):
-            if using.light:
-                raise InputError(f"{task} is a benchmark of the kit's own, which needs the full kit: `make vlmeval-env`")
-            sets[task] = "stock"
-            continue
-        form = checked(Path(task))
-        name = f"{Path(task).stem}{'_POPE' if form == 'yes_no' else ''}"
-        shutil.copyfile(task, data / f"{name}.tsv")
-        sets[name] = form
-    work = run(using, endpoint, sets, [], folder, journal, new_tokens)
+    own = [task for task in tasks if task.endswith(".tsv")]
     figures: dict[str, float] = {}
-    for name, scored_as in sets.items():
-        if scored_as == "vqa":
-            told = list(_table(work / f"{MODEL}_{name}.tsv"))
-            right = [export.normalise(line["prediction"]) == export.normalise(line["answer"]) for line in told]
-            figures[f"{name}/exact match (ours)"] = sum(right) / len(right)
-        for file in sorted(work.glob(f"{MODEL}_{name}_*.csv")):
-            for line in _table(file):
-                split = line.pop("split", "")
-                figures |= {f"{name}/{split}/{key}".replace("//", "/"): float(v) for key, v in line.items() if _number(v)}
-    if not figures:
-        raise DataError(f"{work}: the kit wrote no scores")
+    if own:
+        figures |= _scored(using, endpoint, _files(own, _fresh(folder), title, blank), folder, journal, new_tokens)
+    named = [task for task in tasks if task not in own]
+    if named:
+        kept = Path(os.environ.get(DATA) or "~/LMUData").expanduser()
+        kept.mkdir(parents=True, exist_ok=True)  # the kit would look elsewhere for one that is not there
+        job = Job(title, kept, dict.fromkeys(named, "stock"), [], None, blank=blank)
+        figures |= _scored(using, endpoint, job, folder, journal, new_tokens)
     return figures
 
 
-def checked(path: Path) -> export.Form:
-    """The form of a TSV in the kit's format. Raises DataError naming every row that the kit would lose or mix up."""
+def _files(tasks: Sequence[str], data: Path, title: str, blank: bool) -> Job:
+    """The files, checked and copied to where the kit reads them."""
+    job = Job(title, data, {}, [], 0, blank=blank)
+    for task in tasks:
+        benchmark, _, file = task.rpartition("=")
+        form, rows = checked(Path(file))
+        name = benchmark or f"{Path(file).stem}{'_POPE' if form == 'yes_no' else ''}"
+        shutil.copyfile(file, data / f"{name}.tsv")
+        job.sets[name] = "stock" if benchmark else form
+        job.questions = (job.questions or 0) + rows
+        if benchmark:
+            job.md5[name] = hashlib.md5((data / f"{name}.tsv").read_bytes(), usedforsecurity=False).hexdigest()
+    return job
+
+
+def _scored(
+    using: Kit, endpoint: Endpoint, job: Job, folder: Path, journal: Path, new_tokens: int
+) -> dict[str, float]:  # fmt: skip
+    told = run(using, endpoint, job, folder, journal, new_tokens)
+    figures: dict[str, float] = {}
+    for name, form in job.sets.items():
+        shown = f"{name} (file {told['md5'][name][:8]}, not the kit's)" if name in told["md5"] else name
+        shown += ", blank images" if job.blank else ""
+        lines = list(table(folder / "work" / f"{MODEL}_{name}.tsv"))
+        if form == "vqa":
+            right = [export.normalise(line["prediction"]) == export.normalise(line["answer"]) for line in lines]
+            figures[f"{shown}/exact match (ours)"] = sum(right) / len(right)
+        for row in told["figures"].get(name, []):
+            split = row.pop("split", "")
+            figures |= {f"{shown}/{split}/{key}".replace("//", "/"): float(v) for key, v in row.items() if _number(v)}
+        silent = sum(line["prediction"] == NOTHING for line in lines)
+        if silent:
+            figures[f"{shown}/no answer"] = float(silent)
+    return figures
+
+
+def _fresh(folder: Path) -> Path:
+    data = folder / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
+    return data
+
+
+def checked(path: Path) -> tuple[export.Form, int]:
+    """The form of a TSV in the kit's format, and its number of questions.
+
+    Raises DataError naming every row that the kit would lose or mix up.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    lines = list(_table(path))
+    lines = list(table(path))
     columns = set(lines[0]) if lines else set()
     missing = {"index", "question", "answer"} - columns
     if not lines or missing or not columns & {"image", "image_path"}:
@@ -226,8 +307,8 @@ def checked(path: Path) -> export.Form:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise DataError(f"{path}: {'; '.join(problems[:5])}{more}; nothing was asked")
     if {"A", "B"} <= columns:
-        return "mcq"
-    return "yes_no" if {export.normalise(line["answer"]) for line in lines} <= {"yes", "no"} else "vqa"
+        return "mcq", len(lines)
+    return ("yes_no" if {export.normalise(line["answer"]) for line in lines} <= {"yes", "no"} else "vqa"), len(lines)
 
 
 def folder_of(arm: str) -> Path:
@@ -241,7 +322,7 @@ def _decodes(image: str) -> bool:
         return False
 
 
-def _table(path: Path) -> Iterator[dict[str, str]]:
+def table(path: Path) -> Iterator[dict[str, str]]:
     """Rows of a CSV or TSV; text alone is read. Raises DataError if the kit did not write it."""
     csv.field_size_limit(LONGEST_FIELD)
     try:

@@ -38,6 +38,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.images: list[str] = []  # as data URLs
         self.answer: Any = lambda question: (200, "yes")
         outer = self
 
@@ -46,9 +47,11 @@ class Scripted:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 question = body["messages"][0]["content"][-1]["text"]
                 outer.asked.append(question)
+                outer.images += [part["image_url"]["url"] for part in body["messages"][0]["content"][:-1]]
                 status, text = outer.answer(question)
                 told = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
                 self.send_response(status)
+                self.send_header("Content-Length", str(len(told)))
                 self.end_headers()
                 self.wfile.write(told)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,19 +30,51 @@ def test_each_kind_gets_the_form_that_the_kit_scores_rightly() -> None:
     assert textual == [7]
 
 
+COLOURS = ["red", "green", "blue", "grey"]
+
+
 def test_the_files_hold_what_the_kit_reads(tmp_path: Path) -> None:
     found = [sample(0, "colour", "Red."), sample(1, "colour", "blue"), sample(2, "digit", "one"), sample(3, "digit", "two")]
     (kit_set,) = export.sets(found, range(4))[0]
-    path = export.write(kit_set, found, tmp_path)
+    path = export.write(kit_set, found, tmp_path, seed=1)
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
-    assert [(r["index"], r["A"], r["B"], r["answer"], r["category"]) for r in rows] == [
-        ("0", "blue", "red", "B", "colour"),
-        ("1", "blue", "red", "A", "colour"),
-        ("2", "one", "two", "A", "digit"),
-        ("3", "one", "two", "B", "digit"),
+    assert [(r["index"], r[r["answer"]], {r["A"], r["B"]}, r["category"]) for r in rows] == [
+        ("0", "red", {"blue", "red"}, "colour"),
+        ("1", "blue", {"blue", "red"}, "colour"),
+        ("2", "one", {"one", "two"}, "digit"),
+        ("3", "two", {"one", "two"}, "digit"),
     ]
     assert rows[0]["question"] == "What, 0?" and base64.b64decode(rows[0]["image"]) == found[0].image
-    assert vlmeval.checked(path) == "mcq"
+    assert vlmeval.checked(path) == ("mcq", 4)
+
+
+def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_path: Path) -> None:
+    found = [sample(i, "colour", COLOURS[i % 4]) for i in range(200)]
+    (kit_set,) = export.sets(found, range(200))[0]
+
+    def orders(seed: int, rows: Sequence[int] = kit_set.rows) -> dict[str, list[str]]:
+        path = export.write_options(export.KitSet("mcq", list(rows)), found, tmp_path / "o.tsv", seed)
+        table = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
+        assert [r[r["answer"]] for r in table] == [COLOURS[int(r["index"]) % 4] for r in table]  # the letter moved along
+        return {r["index"]: [r[letter] for letter in "ABCD"] for r in table}
+
+    one = orders(seed=1)
+    assert one == orders(seed=1) and one != orders(seed=2)
+    assert orders(seed=1, rows=kit_set.rows[50:]) == {row: order for row, order in one.items() if int(row) >= 50}
+    assert len({tuple(order) for order in one.values()}) == 24
+    right = [order.index(COLOURS[int(row) % 4]) for row, order in one.items()]
+    assert all(30 <= right.count(place) <= 70 for place in range(4))  # no letter is a good guess
+
+
+def test_every_rotation_of_a_question_is_a_row(tmp_path: Path) -> None:
+    found = [sample(i, "colour", COLOURS[i]) for i in range(4)]
+    (kit_set,) = export.sets(found, range(4))[0]
+    path = export.write_turned(kit_set, found, tmp_path / "turned.tsv", seed=1)
+    rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
+    for row in range(4):
+        mine = [r for r in rows if int(r["index"]) % export.TURN == row]
+        assert [int(r["index"]) // export.TURN for r in mine] == [0, 1, 2, 3]
+        assert {r["answer"] for r in mine} == set("ABCD") and {r[r["answer"]] for r in mine} == {COLOURS[row]}
 
 
 def tsv(path: Path, *rows: str) -> Path:
@@ -58,8 +91,11 @@ def test_a_file_that_the_kit_would_mix_up_or_thin_out_is_refused_by_row(tmp_path
         vlmeval.checked(twice)
     for problem in ("index 1 stands 2 times", "index 2 has no image", "index 3: its image is missing", "nothing was asked"):
         assert problem in str(refused.value)
-    assert vlmeval.checked(tsv(tmp_path / "fine.tsv", f"1\t{IMAGE}\tq\tYes", "2\t1\tr\tno")) == "yes_no"  # 2 shares 1's image
-    assert vlmeval.checked(tsv(tmp_path / "open.tsv", f"1\t{IMAGE}\tq\ta red car")) == "vqa"
+    assert vlmeval.checked(tsv(tmp_path / "fine.tsv", f"1\t{IMAGE}\tq\tYes", "2\t1\tr\tno")) == (
+        "yes_no",
+        2,
+    )  # 2 shares 1's image
+    assert vlmeval.checked(tsv(tmp_path / "open.tsv", f"1\t{IMAGE}\tq\ta red car")) == ("vqa", 1)
     for broken in (tmp_path / "none.tsv", tsv(tmp_path / "empty.tsv")):
         with pytest.raises(DataError):
             vlmeval.checked(broken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,66 @@ def test_what_the_journal_has_is_not_generated_again(here: Path, monkeypatch: py
         measure(here / "cut.jsonl", [lm_eval.QUESTIONS], batch_size=8)
     assert measure(here / "cut.jsonl", [lm_eval.QUESTIONS], batch_size=8) == whole
     assert batches == [8, 8, 8, 8, 8]  # 32 questions: two batches, one killed, two to go
+
+
+ARC = """---
+configs:
+- config_name: ARC-Easy
+  data_files:
+  - {split: train, path: ARC-Easy/test.jsonl}
+  - {split: validation, path: ARC-Easy/test.jsonl}
+  - {split: test, path: ARC-Easy/test.jsonl}
+---
+"""  # as the hub's card of allenai/ai2_arc lists them
+
+
+@needs_lm_eval
+def test_a_task_of_the_kits_own_is_found_by_name_and_scores_local_data(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right whatever the model: three questions with one choice. Wrong: the second of two equal choices, as the first wins."""
+    texts = [["red"], ["blue"], ["grey"], ["red", "red"]]
+    rows = [
+        {
+            "id": str(i),
+            "question": "Which?",
+            "choices": {"text": t, "label": list("AB")[: len(t)]},
+            "answerKey": "AB"[len(t) - 1],
+        }
+        for i, t in enumerate(texts)
+    ]
+    (here / "arc/ARC-Easy").mkdir(parents=True)
+    (here / "arc/README.md").write_text(ARC)
+    (here / "arc/ARC-Easy/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    from lm_eval import tasks
+
+    def manager(include_path: str, include_defaults: bool, of: type = tasks.TaskManager) -> tasks.TaskManager:
+        assert include_defaults  # thousands of files; the test reads the one folder of them that it needs
+        return of(include_path=[include_path, str(Path(tasks.__file__).parent / "arc")], include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", manager)
+
+    def asked(task: str) -> dict[str, float]:
+        return lm_eval.evaluate(STUDENTS / "sft/model", CPU, [], [task], 4, 8, here / "a.jsonl").figures
+
+    assert asked(f"arc_easy={here / 'arc'}") == {
+        f"arc_easy (data: {here / 'arc'})/{name}": 0.75 for name in ("acc", "acc_norm")
+    }
+
+
+@needs_lm_eval
+def test_a_stock_task_or_its_data_that_is_not_there_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import tasks
+
+    class Manager:  # the kit's own reads thousands of files to know its tasks
+        all_tasks = ("arc_easy",)
+
+    monkeypatch.setattr(tasks, "TaskManager", lambda **_: Manager())
+    for task, error, said in (
+        ("arc_hard", InputError, "no task 'arc_hard'"),
+        ("arc_easy=gone", DataError, "gone: no such folder"),
+    ):
+        with pytest.raises(error, match=said):
+            lm_eval.evaluate(STUDENTS / "sft/model", CPU, [], [task], 4, 8, here / "a.jsonl")
 
 
 def test_without_the_kit_one_sentence_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

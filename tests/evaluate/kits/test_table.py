@@ -50,6 +50,12 @@ def test_three_ways_of_measuring_one_student_agree(
     share = f"{own.exact_match:.2%}"
     assert f"| sft | {share} | {share} | {share} | 0 | 0 |" in shown and "yes, but for kit and judge" in shown
     assert capsys.readouterr().out.count("reports/kits.md") == 3
+    monkeypatch.setattr(serve, "served", None)  # nothing is asked again
+    evaluate(["vlmeval", "lm-eval"], ["sft"], [])
+    assert capsys.readouterr().out.count("measured before") == 2
+    assert [scores.model_dump() for scores in Table.read(REPORTS / "kits.json").scores] == [
+        s.model_dump() for s in found.values()
+    ]
     shutil.copytree(STUDENTS / "kd/model", STUDENTS / "sft/model", dirs_exist_ok=True)  # the student is trained again
     assert table.read(lambda arm: sha256([STUDENTS / arm / "model"])).scores == []
 
@@ -61,4 +67,6 @@ def test_what_is_not_there_is_named_before_anything_runs(workplace: Path) -> Non
         evaluate([], ["nobody"], [])
     with pytest.raises(DataError, match=r"scores.json is missing; `dvc repro`"):
         evaluate(["own"], ["sft"], [])
+    with pytest.raises(InputError, match="--blank goes with --kit vlmeval and --task"):
+        evaluate(["lm-eval"], ["sft"], ["arc_easy"], blank=True)
     assert not REPORTS.exists()

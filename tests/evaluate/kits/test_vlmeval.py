@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import InputError, TryAgainError
+from components.evaluate.benchmarks.scoring import Answer, score
 from components.evaluate.kits import export, vlmeval
 from components.evaluate.kits.inside import NOTHING
 from components.evaluate.metrics import matches
@@ -60,7 +62,7 @@ def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scrip
     scripted.answer = say
     (tmp_path / "work").mkdir()
     (tmp_path / "work/student_AlignTI_MCQ.tsv").write_text("left over from another run")
-    told = vlmeval.score_split(light(), scripted.endpoint, samples, sets, tmp_path, tmp_path / "answers.jsonl", 8)
+    told = vlmeval.score_split(light(), scripted.endpoint, samples, sets, tmp_path, tmp_path / "answers.jsonl", 8, seed=1)
     asked = list(ANSWERS)
     said = {asked[row]: answer for row, answer in told.answers.items()}
     assert set(said) == set(ANSWERS)  # nothing is lost
@@ -96,19 +98,65 @@ def test_a_crash_half_way_keeps_the_answers_and_the_next_run_asks_the_rest(scrip
     journal = tmp_path / "answers.jsonl"
     scripted.answer = breaking
     with pytest.raises(TryAgainError, match=r"VLMEvalKit ended with 1.*kept"):
-        vlmeval.score_split(light(), scripted.endpoint, samples, sets, tmp_path, journal, 8)
+        vlmeval.score_split(light(), scripted.endpoint, samples, sets, tmp_path, journal, 8, seed=1)
     known = {key for line in journal.read_text().splitlines() for key in json.loads(line)}
     assert 3 <= len(known) < len(ANSWERS) - 1
     again = Scripted()
     again.answer = say
     threading.Thread(target=again.server.serve_forever, daemon=True).start()
     try:
-        told = vlmeval.score_split(light(), again.endpoint, samples, sets, tmp_path, journal, 8)
+        told = vlmeval.score_split(light(), again.endpoint, samples, sets, tmp_path, journal, 8, seed=1)
     finally:
         again.server.shutdown()
         again.server.server_close()
     assert len(again.asked) == len(ANSWERS) - len(known)
     assert len(told.answers) == len(ANSWERS) and sum(told.verdicts.values()) == 3
+
+
+@needs_vlmeval
+def test_shown_in_other_orders_an_option_is_found_and_a_favourite_letter_is_not(scripted: Scripted, tmp_path: Path) -> None:
+    """Colours are found wherever they stand; digits are always answered with A: right in one order, in none of all."""
+    image = tiny._row("x", 0, {}).image
+    kinds = {"colour": ["red", "blue", "grey"], "digit": ["one", "two", "three"]}
+    asked = [(kind, word) for kind, words in kinds.items() for word in words]
+    samples = [
+        Sample(f"s{i}", f"i{i}", kind, image, (Turn(f"<image>\nWhich {kind}: {word}?", word),))
+        for i, (kind, word) in enumerate(asked)
+    ]
+    (kit_set,) = export.sets(samples, range(len(samples)))[0]
+
+    def chosen(prompt: str) -> tuple[int, str]:
+        kind, word = re.findall(r"Which (\w+): (\w+)\?", prompt)[0]
+        letters = {text: letter for letter, text in re.findall(r"^([A-C])\. (\w+)$", prompt, re.MULTILINE)}
+        return 200, letters[word] if kind == "colour" else "A"
+
+    scripted.answer = chosen
+    files = [
+        str(export.write_options(kit_set, samples, tmp_path / "AlignTI_Options.tsv", seed=1)),
+        str(export.write_turned(kit_set, samples, tmp_path / "AlignTI_Circular.tsv", seed=1)),
+    ]
+    told = vlmeval.score_tasks(light(), scripted.endpoint, files, tmp_path, tmp_path / "answers.jsonl", 8)
+    ours = {}
+    for name, metric in (("AlignTI_Options", "choice_vlmeval"), ("AlignTI_Circular", "choice_circular")):
+        rows = list(vlmeval.table(tmp_path / f"work/student_{name}.tsv"))
+        ours[name] = [
+            Answer(
+                r["prediction"],
+                (r["answer"],),
+                {c: r[c] for c in "ABC"},
+                question=str(int(r["index"]) % export.TURN),
+                category=r["category"],
+            )
+            for r in rows
+        ]
+        for kind in kinds:
+            of_kind = [a for a in ours[name] if a.category == kind]
+            assert 100 * told[f"{name}/none/{kind}"] == pytest.approx(score(metric, of_kind)["score"])  # type: ignore[arg-type]
+    assert told["AlignTI_Options/none/colour"] == told["AlignTI_Circular/none/colour"] == 1
+    assert told["AlignTI_Circular/none/digit"] == 0
+    assert len(ours["AlignTI_Circular"]) == 3 * len(samples) == 3 * len(ours["AlignTI_Options"])
+    digits = [a for a in ours["AlignTI_Circular"] if a.category == "digit"]
+    assert score("choice_vlmeval", digits)["accuracy"] == pytest.approx(100 / 3)
 
 
 def test_a_kit_that_is_not_there_is_one_sentence_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,12 +170,6 @@ def test_a_kit_that_is_not_there_is_one_sentence_with_the_command(tmp_path: Path
     monkeypatch.setenv(vlmeval.FULL, sys.executable)  # an interpreter without the kit
     with pytest.raises(InputError, match="has no VLMEvalKit: `make vlmeval-env`"):
         vlmeval.kit(full=True)
-
-
-def test_a_benchmark_of_the_kits_own_needs_the_full_kit(scripted: Scripted, tmp_path: Path) -> None:
-    using = vlmeval.Kit(sys.executable, tmp_path, "0")
-    with pytest.raises(InputError, match=r"MMStar.*make vlmeval-env"):
-        vlmeval.score_files(using, scripted.endpoint, ["MMStar"], tmp_path, tmp_path / "a.jsonl", 8)
 
 
 def test_the_mark_of_no_answer_is_in_no_option_and_no_verdict() -> None:
