@@ -267,6 +267,22 @@ def worker(count: int = typer.Option(None, min=1, help="How many; else one per G
     pool.work(count, typer.echo)
 
 
+@app.command()
+def doctor(free_slots: bool = typer.Option(False, "--free-slots", help="Free them, too.")) -> None:
+    """List what dead flow runs still hold: slots of pools, queues and deployments, and worktrees."""
+    from flows import doctor as flows_doctor
+
+    said = list(flows_doctor.free() if free_slots else (leak.what for leak in flows_doctor.leaks()))
+    for what in said:
+        typer.echo(f"{'freed' if free_slots else 'leaked'}: {what}")
+    if not flows_doctor.reachable():
+        typer.echo("No Prefect server is up here (`alignti up`), so only this folder was looked at.")
+    if not said:
+        typer.echo("Nothing is held by a run that is dead.")
+    elif not free_slots:
+        typer.echo("`alignti doctor --free-slots` frees what leaked.")
+
+
 study = typer.Typer(help="What params/studies/*.yaml ask for.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(study, name="study")
 

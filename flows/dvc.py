@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from components.errors import AlignTIError, InputError, end_with_parent
+from components.errors import AlignTIError, InputError, Interrupted, end_with_parent
 from components.settings import read_yaml
 
 DVC = [sys.executable, "-m", "dvc"]
@@ -28,6 +28,10 @@ GRACE_S = 20  # from asking a stage to stop until it is killed
 WATCH_S = 1  # between two looks at a stage that runs
 
 Outcome = Literal["unchanged", "restored", "ran"]
+_running: set[subprocess.Popen[bytes]] = set()
+_starting = threading.Lock()
+_over = threading.Event()
+
 _RAN = re.compile(r"^Running stage '", re.MULTILINE)
 _RESTORED = re.compile(r"^Stage '.*' is cached - skipping run", re.MULTILINE)
 
@@ -92,6 +96,20 @@ def reproduce_all(targets: Sequence[str] = ()) -> Outcome:
     return _repro("(all)", list(targets), None, None)
 
 
+def stop_all() -> None:
+    """Stop what runs, each with its time to save, and let nothing begin any more: this process is being stopped.
+
+    A signal reaches the main thread alone, and those that wait for stages would wait on.
+    """
+    with _starting:
+        _over.set()
+        stopping = [threading.Thread(target=_stop, args=[process]) for process in _running]
+    for thread in stopping:
+        thread.start()
+    for thread in stopping:
+        thread.join()
+
+
 def fetch(target: str) -> None:
     """Bring what a .dvc file names here, from the cache or the remote. Raises InputError."""
     done = subprocess.run(
@@ -120,14 +138,18 @@ def digests() -> dict[str, str]:
 
 
 def _repro(stage: str, words: list[str], env: Mapping[str, str] | None, stop_when: Callable[[], str | None] | None) -> Outcome:
-    process = subprocess.Popen(
-        [*DVC, "--wait-for-lock", "repro", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=_environment() | dict(env or {}),
-        start_new_session=True,
-        preexec_fn=end_with_parent,  # the thread that starts it waits for it, so it is no orphan while that lives
-    )
+    with _starting:
+        if _over.is_set():
+            raise Interrupted(f"stage {stage} is not begun: this process is being stopped")
+        process = subprocess.Popen(
+            [*DVC, "--wait-for-lock", "repro", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_environment() | dict(env or {}),
+            start_new_session=True,
+            preexec_fn=end_with_parent,  # the thread that starts it waits for it, so it is no orphan while that lives
+        )
+        _running.add(process)
     try:
         with _watched(process, stop_when) as stopped_because:
             said = _pass_on(process)
@@ -135,6 +157,8 @@ def _repro(stage: str, words: list[str], env: Mapping[str, str] | None, stop_whe
     except BaseException:  # Ctrl-C, a cancelled flow: nothing may go on running unseen
         _stop(process)
         raise
+    finally:
+        _running.discard(process)
     if stopped_because:
         raise StageFailed(stage, StageFailed.exit_code, stopped_because[0])
     if code:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from components.errors import AlignTIError, end_with_parent
-from flows import devices, servers
+from flows import devices, doctor, servers
 
 QUEUES = {"urgent": 1, "default": 10, "background": 20}  # priority; the lowest number goes first
+ROOT = "ALIGNTI_ROOT"  # the clone that a worker works in; each machine of a pool has one
 POLL_S = "5"  # how often a worker asks for work
 GRACE_S = 30  # from asking workers to stop until they are killed: a training saves meanwhile
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
@@ -30,7 +31,7 @@ def name() -> str:
 
 def deploy() -> Iterator[str]:
     """Idempotent. Says what it made, line by line. Raises InputError if no server is up, AlignTIError if Prefect refuses."""
-    environment = os.environ | servers.client_environment() | {"ALIGNTI_ROOT": str(Path.cwd()), "ALIGNTI_POOL": name()}
+    environment = os.environ | servers.client_environment() | {"ALIGNTI_POOL": name()}
     os.environ |= environment
     for pool, limit in {"cpu": 1, "gpu": max(len(devices.gpus()), 1)}.items():
         _make_pool(pool, limit)
@@ -47,7 +48,9 @@ def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
     Raises:
         AlignTIError: a worker ended by itself.
     """
-    environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S}
+    environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S, ROOT: str(Path.cwd())}
+    for freed in doctor.free():  # a machine that went down cannot have done it
+        say(f"freed: {freed}")
     gpus = devices.gpus()
     places: list[dict[str, str]] = [{devices.VISIBLE: gpu} for gpu in gpus[:count]] or [{}] * (count or 1)
     workers = [_start(index, environment | place) for index, place in enumerate(places)]

@@ -15,7 +15,7 @@ from typing import Annotated, get_args
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectFuture
 from pydantic import Field
 
 from components import mirror, recipes, tracking
@@ -26,7 +26,7 @@ from components.study import expand, record
 from components.study.expand import Cell, Study
 from flows import dvc
 from flows.divergence import diverged
-from flows.pipeline import RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, worth_another_try
+from flows.pipeline import RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, settle, worth_another_try
 
 CLOSING = "compare"  # the stage over all arms: run when none is missing
 DONE = get_args(dvc.Outcome)
@@ -137,11 +137,11 @@ def _run(cells: list[Cell], plan: Study, parent: str, parallel: int) -> dict[str
         if stage not in of_cells and stage != CLOSING:
             upstream = [shared[before] for before in needs]
             shared[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
-    wait(list(shared.values()))
+    settle(shared.values())
     for future in shared.values():
         future.result()  # without it no arm can run: the whole study fails here
     futures = {cell.name: run_cell.submit(cell, plan, parent, slots, budget, return_state=False) for cell in cells}
-    wait(list(futures.values()))
+    settle(futures.values())
     return {cell: _became(future) for cell, future in futures.items()}
 
 

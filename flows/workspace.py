@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,15 +53,23 @@ def workspace(name: str) -> Iterator[Path]:
             _remove(name)
 
 
+def left() -> list[str]:
+    """The names of the worktrees whose runs died; what they had finished is in the cache."""
+    return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if _claimed(lock, lambda _: None)]
+
+
 def sweep() -> list[str]:
-    """Remove the worktrees of runs that died; what they had finished is in the cache. Returns their names."""
-    dead = []
-    for lock in FOLDERS.glob("*.lock"):
-        with lock.open() as file, suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(lock.stem)
-            dead.append(lock.stem)
-    return dead
+    """Remove the worktrees of runs that died. Returns their names."""
+    return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if _claimed(lock, _remove)]
+
+
+def _claimed(lock: Path, then: Callable[[str], None]) -> bool:
+    """Do `then` with the worktree's name under its lock; False if a living run has it."""
+    with suppress(BlockingIOError, FileNotFoundError), lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        then(lock.stem)
+        return True
+    return False
 
 
 def _keep(name: str) -> None:

@@ -16,7 +16,7 @@ from flows import dvc
 from flows import study as module
 from flows.divergence import diverged
 from flows.study import Budget, BudgetSpent, study
-from tests.flows.conftest import ran
+from tests.flows.conftest import git, ran
 
 PIPELINE = """
 vars:
@@ -82,10 +82,6 @@ STUDY: dict[str, Any] = {
     "device_hours": None,
     "diverged_above": None,
 }
-
-
-def git(*words: str) -> None:
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], check=True, capture_output=True)
 
 
 def declare(**changes: Any) -> None:
