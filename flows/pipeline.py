@@ -57,6 +57,9 @@ def run_stage(
         return dvc.reproduce(stage, {tracking.PARENT: parent, **device}, stop_when)
 
 
+FREE = threading.Semaphore(2**20)  # of a stage that need not wait, or whose caller holds a slot already
+
+
 @flow(name="alignti-pipeline")
 def pipeline(
     parallel: Annotated[int, Field(ge=1, le=64)] = 1,
@@ -105,17 +108,18 @@ def end_with_worker() -> None:
     If both are killed, `alignti doctor` sees it.
     """
     if "PREFECT__FLOW_RUN_ID" in os.environ:
+        presence.outlive_output()
         end_with_parent()
     presence.announce(str(flow_run.id))
 
 
 @contextmanager
-def folder(own: bool) -> Iterator[None]:
+def folder(own: bool, commit: str = "HEAD") -> Iterator[None]:
     """The current folder, or a workspace of this flow run's own."""
     if not own:
         yield
         return
-    with workspace(flow_run.name or str(flow_run.id)) as path:
+    with workspace(flow_run.name or str(flow_run.id), commit) as path:
         print(f"workspace {path}: what is committed, {path.parent.parent.parent} as it lies is not touched")
         yield
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import os
+import select
+import threading
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +28,24 @@ def announce(run: str) -> None:
     fcntl.flock(file, fcntl.LOCK_EX)
     _held.append(file)
     atexit.register(path.unlink, missing_ok=True)
+
+
+def outlive_output() -> None:
+    """When nobody reads what this process says any more, as when its worker was killed, let it speak to nobody.
+
+    Else the log's line that tells of the end raises (rich: SystemExit), and the server is never told.
+    """
+
+    def watch() -> None:
+        unheard = select.poll()
+        for stream in (1, 2):
+            unheard.register(stream, 0)
+        unheard.poll()  # nothing is waited for but errors
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nobody, stream)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def left() -> list[str]:

@@ -2,7 +2,8 @@
 
 So a run on a recipe or a study changes nothing that you are editing, two runs do not wait for each other's locks, and what was
 made in one is restored, not made again, in all others. Journals, checkpoints and the local MLflow store stay in the main
-folder. What ran, its `params/` and `dvc.lock`, is left on a branch `runs/NAME`.
+folder. What ran, its `params/` and `dvc.lock`, is left on a branch `runs/NAME`. Machines that do not share a cache exchange
+what they made through a DVC remote called `pool`, where this clone has one.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ AUTHOR = ["-c", "user.name=alignti", "-c", "user.email=alignti@localhost"]  # a 
 
 
 @contextmanager
-def workspace(name: str) -> Iterator[Path]:
-    """Go into a new worktree of HEAD for the time of the block. Raises InputError outside a git repository."""
+def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
+    """Go into a new worktree of `commit` for the time of the block.
+
+    Raises InputError outside a git repository, or if this clone has no such commit and cannot fetch it either.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"{name!r} cannot name a folder and a branch: letters, digits, `.`, `_` and `-`")
     main = Path.cwd()
@@ -37,20 +41,34 @@ def workspace(name: str) -> Iterator[Path]:
     sweep()
     with (FOLDERS / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held while this run lives: how `sweep` knows that it does
-        _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), "HEAD")
+        _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), _here(commit))
         try:
             for shared in SHARED:
                 (folder / shared).symlink_to(shared.resolve())
-            dvc.share_cache(folder, dvc.cache())
+            dvc.share(folder, dvc.cache())
             os.chdir(folder)
             for data in Path().glob("[!.]*.dvc"):
                 dvc.fetch(str(data))
             yield folder
+            dvc.send_to_pool()
         finally:
             os.chdir(folder)
             _keep(name)
             os.chdir(main)
             _remove(name)
+
+
+def head() -> str:
+    """The commit that this folder is a worktree of."""
+    return _git("rev-parse", "HEAD")
+
+
+def _here(commit: str) -> str:
+    """`commit`, fetched if this clone does not have it."""
+    known = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
+    if known.returncode:
+        _git("fetch", "--quiet", "--all")
+    return _git("rev-parse", "--verify", f"{commit}^{{commit}}")
 
 
 def left() -> list[str]:

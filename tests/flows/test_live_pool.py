@@ -21,8 +21,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
+from components.errors import AlignTIError
 from flows import doctor, dvc, pool, servers
-from tests.flows.conftest import ROOT, git
+from flows.study import study
+from tests.flows import test_study as study_of
+from tests.flows.conftest import ROOT, git, ran
 from tests.flows.test_servers import free_port
 
 STEPS = 8
@@ -163,7 +166,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     try:
         servers._wait(prefect)
         with temporary_settings({PREFECT_API_URL: talk["PREFECT_API_URL"]}):
-            list(pool.deploy())
+            list(pool.deploy(at_once=2))
             os.chdir(before)
             yield talk
     finally:
@@ -181,17 +184,17 @@ def client(server: dict[str, str]) -> Iterator[SyncPrefectClient]:
         yield found
 
 
-Start = Callable[[], subprocess.Popen[bytes]]
+Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def worker(server: dict[str, str], clone: Clone) -> Iterator[Start]:
-    """Starts a worker of this clone; those that still live are stopped at the end."""
+def worker(server: dict[str, str]) -> Iterator[Start]:
+    """Starts a worker of this clone, or another; those that still live are stopped at the end."""
     started: list[subprocess.Popen[bytes]] = []
-    environment = {**os.environ, **server, "PREFECT_WORKER_QUERY_SECONDS": "1", pool.ROOT: str(Path.cwd())}
 
-    def start() -> subprocess.Popen[bytes]:
-        started.append(pool._start(len(started), environment))
+    def start(clone: Path | None = None) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, **server, "PREFECT_WORKER_QUERY_SECONDS": "1", pool.ROOT: str(clone or Path.cwd())}
+        started.append(pool._start("cpu", str(len(started)), 1, environment))
         return started[-1]
 
     yield start
@@ -277,3 +280,50 @@ def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
     client.increment_concurrency_slots([limit.name], 1, "concurrency")
     assert list(doctor.free()) == ["1 slot(s) of deployment nightly that no run holds"]
     assert slots(client) == 0
+
+
+MEETING = """
+from time import sleep
+if stage == "distill":  # until another arm's has begun too: two are trained at once, or this waits in vain
+    meeting = Path(MEETING)
+    (meeting / name).touch()
+    while len(list(meeting.iterdir())) < 2:
+        sleep(0.05)
+"""
+
+
+@pytest.mark.timeout(900)
+def test_two_clones_share_out_a_study_and_do_again_only_what_is_missing(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, worker: Start
+) -> None:
+    meeting, remote, other = (tmp_path_factory.mktemp(name) for name in ("meeting", "remote", "other"))
+    study_of.make_clone(project)
+    code = (project / "stage.py").read_text()
+    head, mark, tail = code.partition('if stage == "first"')
+    (project / "stage.py").write_text(head + MEETING.replace("MEETING", repr(str(meeting))) + mark + tail)
+    study_of.declare(grid={"weights.tpa": [0.0, 0.5, 1.0], "seed": [1]}, device_hours=1.0)
+    git("clone", "--quiet", str(project), str(other))
+    for clone in (project, other):  # what the one makes, the other has of the remote: each has a cache of its own
+        (clone / ".dvc/config.local").write_text(f"['remote \"pool\"']\n    url = {remote}\n")
+        (clone / "fail-distill-tpa1-seed1").touch()
+        worker(clone)
+    git("commit", "--quiet", "--allow-empty", "-m", "the other clone has yet to fetch this")
+
+    with pytest.raises(AlignTIError, match=r"1 of 3 arms of study mine are missing(.|\n)*tpa1-seed1: .*exit code 2"):
+        study("mine", over_pool=True)
+    assert study_of.records().keys() == {"tpa0-seed1", "tpa0_5-seed1"}
+    done = [*ran(project), *ran(other)]
+    assert sorted(done) == [
+        "distill-tpa0-seed1",
+        "distill-tpa0_5-seed1",
+        "distill-tpa1-seed1",
+        "evaluate-tpa0-seed1",
+        "evaluate-tpa0_5-seed1",
+        "first",
+    ]
+
+    for clone in (project, other):
+        (clone / "fail-distill-tpa1-seed1").unlink()
+    assert study("mine", over_pool=True) == {"tpa0-seed1": "restored", "tpa0_5-seed1": "restored", "tpa1-seed1": "ran"}
+    assert sorted([*ran(project), *ran(other)]) == ["compare", "distill-tpa1-seed1", "evaluate-tpa1-seed1"]
+    assert not any((clone / ".runs/workspaces").iterdir() for clone in (project, other))

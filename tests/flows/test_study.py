@@ -92,6 +92,12 @@ def declare(**changes: Any) -> None:
 
 @pytest.fixture
 def clone(project: Path, prefect_server: None) -> Path:
+    make_clone(project)
+    return project
+
+
+def make_clone(project: Path) -> None:
+    """The study `mine` in a git repository."""
     (project / "dvc.yaml").write_text(PIPELINE)
     (project / "stage.py").write_text(STAGE)
     ignored = ("artifacts", "reports", ".runs", ".mlflow", "ran.log", "fail-*", ".dvc/tmp", ".dvc/cache", ".dvc/config.local")
@@ -99,7 +105,6 @@ def clone(project: Path, prefect_server: None) -> Path:
     (project / ".dvc/config").write_text("[core]\n    analytics = false\n")
     git("init", "--quiet")
     declare()
-    return project
 
 
 def records() -> dict[str, list[dict[str, Any]]]:
