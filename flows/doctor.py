@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from components.errors import TryAgainError
 from flows import presence, servers, workspace
 
 if TYPE_CHECKING:
@@ -33,8 +34,16 @@ class Leak:
 
 
 def leaks() -> list[Leak]:
-    """Everything here that is held by nobody: on the server that is up (or that PREFECT_API_URL names), and on this machine."""
-    return [*(_on_server() if reachable() else ()), *_on_this_machine()]
+    """Everything here that is held by nobody: on the server that is up (or that PREFECT_API_URL names), and on this machine.
+
+    Raises TryAgainError if that server does not answer.
+    """
+    import httpx
+
+    try:
+        return [*(_on_server() if reachable() else ()), *_on_this_machine()]
+    except httpx.TransportError as error:
+        raise TryAgainError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from None
 
 
 def free() -> Iterator[str]:

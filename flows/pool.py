@@ -51,7 +51,8 @@ def deploy(at_once: int | None = None) -> Iterator[str]:
     done = subprocess.run([*PREFECT, "deploy", "--all"], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise AlignTIError(f"`prefect deploy` failed:\n{(done.stdout + done.stderr)[-3000:].strip()}")
-    yield f"deployments of prefect.yaml, on pool {name()}; start them at {servers.running('prefect').url}/deployments"
+    page = environment["PREFECT_API_URL"].removesuffix("/api")
+    yield f"deployments of prefect.yaml, on pool {name()}; start them at {page}/deployments"
 
 
 def work(count: int | None = None, say: Callable[[str], None] = print) -> None:

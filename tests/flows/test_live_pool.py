@@ -162,7 +162,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     talk = {"PREFECT_API_URL": f"{prefect.url}/api", "PREFECT_HOME": str(home / "prefect-home"), "PYTHONPATH": str(ROOT)}
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "client_environment", lambda: talk)
-    patch.setattr(servers, "running", lambda _: prefect)
     try:
         servers._wait(prefect)
         with temporary_settings({PREFECT_API_URL: talk["PREFECT_API_URL"]}):
@@ -301,7 +300,7 @@ def test_two_clones_share_out_a_study_and_do_again_only_what_is_missing(
     code = (project / "stage.py").read_text()
     head, mark, tail = code.partition('if stage == "first"')
     (project / "stage.py").write_text(head + MEETING.replace("MEETING", repr(str(meeting))) + mark + tail)
-    study_of.declare(grid={"weights.tpa": [0.0, 0.5, 1.0], "seed": [1]}, device_hours=1.0)
+    study_of.declare(grid={"weights.tpa": [0.0, 0.5, 1.0], "seed": [1]})
     git("clone", "--quiet", str(project), str(other))
     for clone in (project, other):  # what the one makes, the other has of the remote: each has a cache of its own
         (clone / ".dvc/config.local").write_text(f"['remote \"pool\"']\n    url = {remote}\n")

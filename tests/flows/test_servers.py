@@ -206,6 +206,9 @@ def pair(here: Path) -> Iterator[Path]:
 def test_commands_find_the_servers_by_themselves(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="`alignti up` starts it"):
         servers.client_environment()
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere:4200/api")  # as on another machine of a pool
+    monkeypatch.setenv("ALIGNTI_TRACKING_URI", "http://elsewhere:5000")
+    assert servers.client_environment()["PREFECT_API_URL"] == "http://elsewhere:4200/api"
     me = psutil.Process(os.getpid())
     for name, port in servers.PORTS.items():
         (here / ".servers").mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,23 @@ def test_arms_that_run_count_as_what_the_others_took() -> None:
     budget.reserve("b")
     with pytest.raises(BudgetSpent):
         budget.reserve("c")
+
+
+def test_with_a_cap_nothing_begins_beside_the_first_whose_cost_nobody_knows() -> None:
+    budget, began = Budget(hours=1.0), threading.Event()
+    budget.reserve("a")
+
+    def second() -> None:
+        with pytest.raises(BudgetSpent):
+            budget.reserve("b")
+        began.set()
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    assert not began.wait(0.2)
+    budget.spend("a", 3600)
+    waiting.join(60)
+    assert began.is_set()
 
 
 @pytest.mark.parametrize(
