@@ -21,7 +21,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.states import Cancelling
 
 from components import recipes
@@ -148,10 +148,12 @@ def _living(client: SyncPrefectClient, tag: str, parameters: dict[str, Any]) -> 
 
 def _finished(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
     """Wait for it; if this process is stopped meanwhile, it is cancelled. Raises Interrupted."""
-    while True:
-        run = client.read_flow_run(run.id)
-        if run.state is not None and run.state.is_final():
-            return run
-        if dvc.stopping(POLL_S):
-            client.set_flow_run_state(run.id, Cancelling())
-            raise Interrupted(f"flow run {run.name} is cancelled with the study that ordered it")
+    try:
+        while run.state is None or not run.state.is_final():
+            if dvc.stopping(POLL_S):
+                raise Interrupted(f"flow run {run.name} is cancelled with the study that ordered it")
+            run = client.read_flow_run(run.id)
+    except (Interrupted, TerminationSignal, KeyboardInterrupt):
+        client.set_flow_run_state(run.id, Cancelling())
+        raise
+    return run

@@ -29,11 +29,13 @@ from tests.flows.conftest import ROOT, git, ran
 from tests.flows.test_servers import free_port
 
 STEPS = 8
+ON = STEPS + 1
 PATIENCE_S = 120
-GOAL = "goal"  # the step at which the training waits, until this file lets it go on
 
-TRAINER = """
-import hashlib, os, signal, sys, time
+TRAINER = (
+    f"STEPS = {STEPS}"
+    + """
+import hashlib, os, time
 from pathlib import Path
 from components.errors import Interrupted, exit_from
 here = Path(".runs").resolve()  # of the clone, wherever this workspace is
@@ -57,9 +59,9 @@ def main():
 def save(path, text):
     path.with_suffix(".tmp").write_text(text)
     path.with_suffix(".tmp").replace(path)
-STEPS = 8
 exit_from(main)
 """
+)
 PIPELINE = """
 stages:
   train:
@@ -89,11 +91,11 @@ class Clone:
         git("add", "--all")
         git("commit", "--quiet", "-m", "a stage")
         self.runs.mkdir()
-        self.let(10**9)
+        self.let(ON)
 
     def let(self, goal: int) -> None:
         """The training may go on to step `goal`, and waits there."""
-        (self.runs / "goal").write_text(str(goal))
+        _write(self.runs / "goal", str(goal))
 
     def step(self) -> int:
         state = self.runs / "step"
@@ -106,6 +108,12 @@ class Clone:
 
     def log(self) -> list[str]:
         return (self.runs / "log").read_text().splitlines()
+
+
+def _write(path: Path, text: str) -> None:
+    """At once: a training reads it meanwhile."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").replace(path)
 
 
 @pytest.fixture
@@ -146,7 +154,7 @@ def test_after_kill_9_the_next_run_goes_on_to_the_same_hash(clone: Clone, victim
     assert flow.wait(PATIENCE_S) != 0  # it says so,
     until(lambda: gone(training, above))  # and no other is left
     assert clone.step() == 3
-    clone.let(10**9)
+    clone.let(ON)
     assert dvc.reproduce("train", {"PYTHONPATH": str(ROOT)}) == "ran"
     assert clone.log() == ["from 0", *(["interrupted"] if victim == "dvc" else []), "from 3"]
     assert Path("out/student").read_text() == wanted()
@@ -265,7 +273,7 @@ def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
     assert clone.log()[4:] == ["from 4", "interrupted"]
 
     # and the next makes what an undisturbed one makes
-    clone.let(10**9)
+    clone.let(ON)
     run = ask(client)
     until(lambda: state(client, run) == "Completed")
     assert clone.log()[6:] == ["from 6"]
