@@ -25,7 +25,7 @@ from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.states import Cancelling
 
 from components import recipes
-from components.errors import AlignTIError, InputError, Interrupted
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
 from components.study import expand
 from flows import dvc
 from flows.divergence import diverged
@@ -39,11 +39,13 @@ POLL_S = 2
 
 
 class NotMade(AlignTIError):
-    """A flow run of the pool did not end well; `seconds` is how long it ran."""
+    """A flow run of the pool did not end well; `seconds` is how long it ran. If its worker died, another may do better."""
 
     def __init__(self, run: FlowRun) -> None:
         assert run.state is not None
         super().__init__(f"flow run {run.name} is {run.state.name}: {run.state.message or 'it does not say why'}")
+        if run.state.is_crashed():
+            self.exit_code = TryAgainError.exit_code
         self.seconds = run.total_run_time.total_seconds()
 
 

@@ -6,16 +6,21 @@ import json
 import os
 import subprocess
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Crashed, Failed
 
 from components.errors import AlignTIError
 from flows import dvc
 from flows import study as module
 from flows.divergence import diverged
+from flows.handed_out import NotMade
 from flows.study import Budget, BudgetSpent, study
 from tests.flows.conftest import git, ran
 
@@ -203,3 +208,11 @@ def test_a_stopped_arm_says_why(project: Path) -> None:
     with pytest.raises(dvc.StageFailed, match="the loss exploded"):
         dvc.reproduce("first", stop_when=lambda: "the loss exploded")
     assert module.DONE == ("unchanged", "restored", "ran")
+
+
+@pytest.mark.parametrize(("state", "exit_code"), [(Crashed(message="its worker died"), 75), (Failed(message="exit code 2"), 2)])
+def test_an_arm_whose_worker_died_is_handed_out_again_and_one_that_failed_is_not(state: State, exit_code: int) -> None:
+    run = FlowRun(flow_id=uuid4(), name="mine-tpa0", state=state, total_run_time=timedelta(seconds=7))
+    failure = NotMade(run)
+    assert (failure.exit_code, failure.seconds) == (exit_code, 7.0)
+    assert str(failure) == f"flow run mine-tpa0 is {state.name}: {state.message}"
