@@ -333,4 +333,4 @@ def test_two_clones_share_out_a_study_and_do_again_only_what_is_missing(
         (clone / "fail-distill-tpa1-seed1").unlink()
     assert study("mine", over_pool=True) == {"tpa0-seed1": "restored", "tpa0_5-seed1": "restored", "tpa1-seed1": "ran"}
     assert sorted([*ran(project), *ran(other)]) == ["compare", "distill-tpa1-seed1", "evaluate-tpa1-seed1"]
-    assert not any((clone / ".runs/workspaces").iterdir() for clone in (project, other))
+    assert [left for clone in (project, other) for left in (clone / ".runs/workspaces").iterdir()] == []
