@@ -251,11 +251,15 @@ def status() -> None:
 
 
 @app.command()
-def deploy() -> None:
+def deploy(
+    at_once: int = typer.Option(
+        None, min=1, help="Flow runs at a time on this pool; else as many as this machine has devices."
+    ),
+) -> None:
     """Make the work pools, queues and limits, and the deployments of prefect.yaml, on the server that is up."""
     from flows import pool
 
-    for line in pool.deploy():
+    for line in pool.deploy(at_once):
         typer.echo(line)
 
 
@@ -265,6 +269,22 @@ def worker(count: int = typer.Option(None, min=1, help="How many; else one per G
     from flows import pool
 
     pool.work(count, typer.echo)
+
+
+@app.command()
+def doctor(free_slots: bool = typer.Option(False, "--free-slots", help="Free them, too.")) -> None:
+    """List what dead flow runs still hold: slots of pools, queues and deployments, and worktrees."""
+    from flows import doctor as flows_doctor
+
+    said = list(flows_doctor.free() if free_slots else (leak.what for leak in flows_doctor.leaks()))
+    for what in said:
+        typer.echo(f"{'freed' if free_slots else 'leaked'}: {what}")
+    if not flows_doctor.reachable():
+        typer.echo("No Prefect server is up here (`alignti up`), so only this folder was looked at.")
+    if not said:
+        typer.echo("Nothing is held by a run that is dead.")
+    elif not free_slots:
+        typer.echo("`alignti doctor --free-slots` frees what leaked.")
 
 
 study = typer.Typer(help="What params/studies/*.yaml ask for.", no_args_is_help=True, rich_markup_mode=None)
@@ -290,14 +310,21 @@ def expand_study(name: str) -> None:
 
 
 @study.command("run")
-def run_study(name: str, parallel: int = typer.Option(1, min=1), recipe: str = typer.Option(None)) -> None:
+def run_study(
+    name: str,
+    parallel: int = typer.Option(None, min=1, help="Arms at a time; else one, or over the pool as many as workers take."),
+    recipe: str = typer.Option(None),
+    pool: bool = typer.Option(False, "--pool", help="Hand the arms out to the workers of the pool."),
+) -> None:
     """Run what is missing of a study, in a workspace of its own, and record it."""
-    from flows.servers import use_running
+    from flows.servers import client_environment, use_running
 
+    if pool:
+        client_environment()  # says what is not up
     use_running()
     from flows.study import study as flow
 
-    outcomes = flow(name, parallel, recipe)
+    outcomes = flow(name, parallel, recipe, pool)
     typer.echo(f"study {name}: {len(outcomes)} arms run and recorded; `alignti compare {name}` says what they show.")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+LOCK = "ALIGNTI_DEVICE_LOCK"  # the lock file of the device that a stage was given, flows/devices.py
 
 
 class AlignTIError(Exception):
@@ -68,12 +71,20 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
+def share_lock() -> None:
+    """Hold the lock of the device that this process was given, beside the flow that gave it, until this process ends."""
+    if path := os.environ.get(LOCK):
+        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # never closed, but by the kernel
+        fcntl.flock(held, fcntl.LOCK_SH)
+
+
 def exit_from(main: Callable[[], None]) -> None:
     """Run a stage's `main` and leave with the exit code of what happened; our errors print as one sentence, no trace."""
     try:
         with _terminate_as_exception():
             if "DVC_STAGE" in os.environ:
                 end_with_parent()
+                share_lock()
             main()
     except AlignTIError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Which accelerators there are, and one stage at a time on each.
 
-A lock file per GPU says who has it: the kernel frees it when its holder dies, which no server's count of slots does.
+A lock file per GPU says that it is taken: the kernel frees it when its holders die, which no server's count of slots does. Its
+holders are the flow that asked for it and the stage that runs on it (components/errors.py): a training that outlives a killed
+flow, because it saves, keeps it until it ends.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from components.errors import LOCK
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOCKS = Path(tempfile.gettempdir()) / f"alignti-gpus-{os.getuid()}"  # of the machine: clones share its GPUs
@@ -40,7 +44,7 @@ def one() -> Iterator[dict[str, str]]:
         return
     gpu, lock = _free(there)
     with lock:
-        yield {VISIBLE: gpu}
+        yield {VISIBLE: gpu, LOCK: lock.name}
 
 
 def _free(there: list[str]) -> tuple[str, IO[str]]:
@@ -49,7 +53,8 @@ def _free(there: list[str]) -> tuple[str, IO[str]]:
         for gpu in there:
             lock = (LOCKS / gpu.replace("/", "_")).open("w")
             with suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else has it,
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # and now it may be shared with the stage
                 return gpu, lock
             lock.close()
         time.sleep(PAUSE_S)

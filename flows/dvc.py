@@ -19,15 +19,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from components.errors import AlignTIError, InputError, end_with_parent
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, end_with_parent
 from components.settings import read_yaml
 
 DVC = [sys.executable, "-m", "dvc"]
+POOL = "pool"  # the remote over which machines exchange results, where they do not share a cache
 STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # so that no name is taken for an option
 GRACE_S = 20  # from asking a stage to stop until it is killed
 WATCH_S = 1  # between two looks at a stage that runs
 
 Outcome = Literal["unchanged", "restored", "ran"]
+_running: set[subprocess.Popen[bytes]] = set()
+_starting = threading.Lock()
+_over = threading.Event()
+_looking = threading.Lock()  # DVC's own objects know nothing of threads
+
 _RAN = re.compile(r"^Running stage '", re.MULTILINE)
 _RESTORED = re.compile(r"^Stage '.*' is cached - skipping run", re.MULTILINE)
 
@@ -92,6 +98,57 @@ def reproduce_all(targets: Sequence[str] = ()) -> Outcome:
     return _repro("(all)", list(targets), None, None)
 
 
+def stop_all() -> None:
+    """Stop what runs, each with its time to save, and let nothing begin any more: this process is being stopped.
+
+    A signal reaches the main thread alone, and those that wait for stages would wait on.
+    """
+    with _starting:
+        _over.set()
+        stopping = [threading.Thread(target=_stop, args=[process]) for process in _running]
+    for thread in stopping:
+        thread.start()
+    for thread in stopping:
+        thread.join()
+
+
+def stopping(within_s: float) -> bool:
+    """Wait so long at most for `stop_all`; was it called?"""
+    return _over.wait(within_s)
+
+
+def restore(stage: str) -> bool:
+    """Bring what `stage` makes of what is here from the cache, or from the remote of the pool; False if neither has it.
+
+    `reproduce` then finds it, and writes it into `dvc.lock`.
+    """
+    with _looking:
+        return _restore(stage) or (_has_pool() and _restore(stage, config={"core": {"remote": POOL}}))
+
+
+def _restore(stage: str, config: dict[str, dict[str, str]] | None = None) -> bool:
+    from dvc.dependency.base import DependencyDoesNotExistError
+    from dvc.repo import Repo
+    from dvc.stage.cache import RunCacheNotFoundError
+
+    with Repo(config=config, _wait_for_lock=True) as repo, repo.lock:
+        (found,) = repo.stage.collect(stage)
+        try:
+            if config:
+                repo.stage_cache.pull(None)
+            found.save_deps()
+            repo.stage_cache.restore(found, pull=config is not None)
+        except (RunCacheNotFoundError, DependencyDoesNotExistError):
+            return False
+    return True
+
+
+def _has_pool() -> bool:
+    from dvc.config import Config
+
+    return POOL in Config(str(Path(".dvc").resolve()))["remote"]
+
+
 def fetch(target: str) -> None:
     """Bring what a .dvc file names here, from the cache or the remote. Raises InputError."""
     done = subprocess.run(
@@ -107,10 +164,24 @@ def cache() -> Path:
     return Path(told.strip()).resolve()
 
 
-def share_cache(folder: Path, cache: Path) -> None:
-    """Let the clone at `folder` use `cache`, so that what is made there is there for this one too."""
-    command = [*DVC, "config", "--local", "cache.dir", str(cache)]
-    subprocess.run(command, check=True, cwd=folder, capture_output=True, env=_environment())
+def share(folder: Path, cache: Path) -> None:
+    """Let the worktree at `folder` use `cache`, and all else that is configured for this clone alone."""
+    from dvc.config import Config
+
+    mine = Config(str(Path(".dvc").resolve())).load_one("local")  # paths made absolute
+    mine["cache"]["dir"] = str(cache)
+    with Config(str(folder / ".dvc")).edit("local") as config:
+        config.update(mine)
+
+
+def send_to_pool() -> None:
+    """Send what was made here, and of what, to the remote of the pool, if there is one. Raises TryAgainError."""
+    if not _has_pool():
+        return
+    command = [*DVC, "--wait-for-lock", "push", "--quiet", "--run-cache", "--remote", POOL]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    if done.returncode:
+        raise TryAgainError(f"`dvc push --run-cache --remote {POOL}` failed: {done.stderr.strip()[-2000:]}")
 
 
 def digests() -> dict[str, str]:
@@ -120,14 +191,18 @@ def digests() -> dict[str, str]:
 
 
 def _repro(stage: str, words: list[str], env: Mapping[str, str] | None, stop_when: Callable[[], str | None] | None) -> Outcome:
-    process = subprocess.Popen(
-        [*DVC, "--wait-for-lock", "repro", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=_environment() | dict(env or {}),
-        start_new_session=True,
-        preexec_fn=end_with_parent,  # the thread that starts it waits for it, so it is no orphan while that lives
-    )
+    with _starting:
+        if _over.is_set():
+            raise Interrupted(f"stage {stage} is not begun: this process is being stopped")
+        process = subprocess.Popen(
+            [*DVC, "--wait-for-lock", "repro", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_environment() | dict(env or {}),
+            start_new_session=True,
+            preexec_fn=end_with_parent,  # the thread that starts it waits for it, so it is no orphan while that lives
+        )
+        _running.add(process)
     try:
         with _watched(process, stop_when) as stopped_because:
             said = _pass_on(process)
@@ -135,6 +210,8 @@ def _repro(stage: str, words: list[str], env: Mapping[str, str] | None, stop_whe
     except BaseException:  # Ctrl-C, a cancelled flow: nothing may go on running unseen
         _stop(process)
         raise
+    finally:
+        _running.discard(process)
     if stopped_because:
         raise StageFailed(stage, StageFailed.exit_code, stopped_because[0])
     if code:

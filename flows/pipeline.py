@@ -12,9 +12,9 @@ import argparse
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -29,7 +29,7 @@ from components import recipes, tracking
 from components.artifacts import REPORTS
 from components.errors import AlignTIError, InputError, TryAgainError, end_with_parent, exit_from
 from components.settings import load_settings
-from flows import devices, dvc
+from flows import devices, dvc, presence
 from flows.workspace import workspace
 
 RETRIES = 2
@@ -55,6 +55,9 @@ def run_stage(
 ) -> dvc.Outcome:
     with slots, devices.one() as device:
         return dvc.reproduce(stage, {tracking.PARENT: parent, **device}, stop_when)
+
+
+FREE = threading.Semaphore(2**20)  # of a stage that need not wait, or whose caller holds a slot already
 
 
 @flow(name="alignti-pipeline")
@@ -90,7 +93,7 @@ def pipeline(
             for stage, needs in wanted.items():
                 upstream = [futures[before] for before in needs]
                 futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=upstream, return_state=False)
-            wait(list(futures.values()))
+            settle(futures.values())
             outcomes = {stage: future.result() for stage, future in futures.items()}
             for stage, outcome in outcomes.items():
                 run.tag(f"stage.{stage}", outcome)
@@ -100,20 +103,34 @@ def pipeline(
 
 
 def end_with_worker() -> None:
-    """Where a worker started this flow run, end with it, even if it is killed: a pool's slot is no longer ours then."""
+    """Where a worker started this flow run, end with it, even if it is killed: a pool's slot is no longer ours then.
+
+    If both are killed, `alignti doctor` sees it.
+    """
     if "PREFECT__FLOW_RUN_ID" in os.environ:
+        presence.outlive_output()
         end_with_parent()
+    presence.announce(str(flow_run.id))
 
 
 @contextmanager
-def folder(own: bool) -> Iterator[None]:
+def folder(own: bool, commit: str = "HEAD") -> Iterator[None]:
     """The current folder, or a workspace of this flow run's own."""
     if not own:
         yield
         return
-    with workspace(flow_run.name or str(flow_run.id)) as path:
+    with workspace(flow_run.name or str(flow_run.id), commit) as path:
         print(f"workspace {path}: what is committed, {path.parent.parent.parent} as it lies is not touched")
         yield
+
+
+def settle(futures: Iterable[PrefectFuture[Any]]) -> None:
+    """Wait for all. If this flow run is cancelled meanwhile, or its worker dies, its stages are stopped first."""
+    try:
+        wait(list(futures))
+    except BaseException:
+        dvc.stop_all()
+        raise
 
 
 def gate(targets: Sequence[str] = ()) -> None:

@@ -1,12 +1,14 @@
 """The pool of workers: `alignti deploy` tells Prefect what may run and where, `alignti worker` runs it.
 
-Two work pools of processes, `cpu` and `gpu`, of as many runs at a time as this machine has devices, each with three queues:
-what waits in `urgent` goes before `default`, and that before `background`.
+Two work pools of processes, `cpu` and `gpu`, of as many runs at a time as there are devices, each with three queues: what waits
+in `urgent` goes before `default`, and that before `background`. And a third, `studies`, for flow runs that hand their work out
+to the others and wait: on a device they would keep it idle, and with one worker wait for ever.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,12 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from components.errors import AlignTIError, end_with_parent
-from flows import devices, servers
+from flows import devices, doctor, servers
 
 QUEUES = {"urgent": 1, "default": 10, "background": 20}  # priority; the lowest number goes first
+ROOT = "ALIGNTI_ROOT"  # the clone that a worker works in; each machine of a pool has one
 POLL_S = "5"  # how often a worker asks for work
 GRACE_S = 30  # from asking workers to stop until they are killed: a training saves meanwhile
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+
+
+STUDIES = "studies"
+AT_ONCE = 8  # studies that wait for their arms
 
 
 def name() -> str:
@@ -28,30 +35,40 @@ def name() -> str:
     return "gpu" if devices.gpus() else "cpu"
 
 
-def deploy() -> Iterator[str]:
-    """Idempotent. Says what it made, line by line. Raises InputError if no server is up, AlignTIError if Prefect refuses."""
-    environment = os.environ | servers.client_environment() | {"ALIGNTI_ROOT": str(Path.cwd()), "ALIGNTI_POOL": name()}
+def deploy(at_once: int | None = None) -> Iterator[str]:
+    """Idempotent. Says what it made, line by line. Raises InputError if no server is up, AlignTIError if Prefect refuses.
+
+    `at_once`: how many runs this machine's kind of pool may have, where it is not alone in it; else as many as it has devices.
+    """
+    environment = os.environ | servers.client_environment() | {"ALIGNTI_POOL": name()}
     os.environ |= environment
-    for pool, limit in {"cpu": 1, "gpu": max(len(devices.gpus()), 1)}.items():
+    limits = {"cpu": 1, "gpu": max(len(devices.gpus()), 1), STUDIES: AT_ONCE}
+    if at_once:
+        limits[name()] = at_once
+    for pool, limit in limits.items():
         _make_pool(pool, limit)
         yield f"pool {pool}: {limit} flow run(s) at a time; queues {', '.join(QUEUES)}"
     done = subprocess.run([*PREFECT, "deploy", "--all"], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise AlignTIError(f"`prefect deploy` failed:\n{(done.stdout + done.stderr)[-3000:].strip()}")
-    yield f"deployments of prefect.yaml, on pool {name()}; start them at {servers.running('prefect').url}/deployments"
+    page = environment["PREFECT_API_URL"].removesuffix("/api")
+    yield f"deployments of prefect.yaml, on pool {name()}; start them at {page}/deployments"
 
 
 def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
-    """Run `count` workers, or one per GPU, or one; until one ends or this is stopped, and then stop them all.
+    """Run `count` workers, or one per GPU, or one, and one for studies; until one ends or this is stopped, and then stop all.
 
     Raises:
         AlignTIError: a worker ended by itself.
     """
-    environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S}
+    environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S, ROOT: str(Path.cwd())}
+    for freed in doctor.free():  # a machine that went down cannot have done it
+        say(f"freed: {freed}")
     gpus = devices.gpus()
     places: list[dict[str, str]] = [{devices.VISIBLE: gpu} for gpu in gpus[:count]] or [{}] * (count or 1)
-    workers = [_start(index, environment | place) for index, place in enumerate(places)]
-    say(f"{len(workers)} worker(s) on pool {name()}; Ctrl-C stops them")
+    workers = [_start(name(), place.get(devices.VISIBLE, str(at)), 1, environment | place) for at, place in enumerate(places)]
+    say(f"{len(workers)} worker(s) on pool {name()}, and one for studies; Ctrl-C stops them")
+    workers.append(_start(STUDIES, platform.node(), AT_ONCE, environment))
     try:
         while all(worker.poll() is None for worker in workers):
             time.sleep(1)
@@ -78,9 +95,8 @@ def _make_pool(pool: str, limit: int) -> None:
                 client.update_work_queue(client.read_work_queue_by_name(queue, pool).id, priority=priority)
 
 
-def _start(index: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    title = f"{name()}-{environment.get(devices.VISIBLE, index)}"
-    command = [*PREFECT, "worker", "start", "--pool", name(), "--name", title, "--limit", "1"]
+def _start(pool: str, title: str, limit: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [*PREFECT, "worker", "start", "--pool", pool, "--name", f"{pool}-{title}", "--limit", str(limit)]
     return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
 
 

@@ -1,9 +1,9 @@
 """A study as a Prefect flow: its arms become DVC's stages, are trained and scored, recorded, and compared.
 
-    alignti study run NAME [--parallel N] [--recipe NAME]
+    alignti study run NAME [--parallel N] [--recipe NAME] [--pool]
 
-It runs in a workspace of its own. An arm that fails leaves the others; run again, only what is missing is run, the rest is
-restored from DVC's cache.
+It runs in a workspace of its own; with `--pool` it trains nothing itself, but hands the arms out to workers. An arm that fails
+leaves the others; run again, only what is missing is run, the rest is restored from DVC's cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, get_args
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectFuture
 from pydantic import Field
 
 from components import mirror, recipes, tracking
@@ -24,12 +24,14 @@ from components.errors import AlignTIError
 from components.settings import RuntimeSettings, load_settings
 from components.study import expand, record
 from components.study.expand import Cell, Study
-from flows import dvc
+from flows import dvc, workspace
 from flows.divergence import diverged
-from flows.pipeline import RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, worth_another_try
+from flows.handed_out import NotMade, Orders
+from flows.pipeline import FREE, RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, settle, worth_another_try
 
 CLOSING = "compare"  # the stage over all arms: run when none is missing
 DONE = get_args(dvc.Outcome)
+MOST = 64  # arms handed out at a time
 
 
 class BudgetSpent(AlignTIError):
@@ -43,11 +45,12 @@ class Budget:
         self._seconds = None if hours is None else 3600 * hours
         self._spent: dict[str, float] = {}
         self._reserved: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def reserve(self, arm: str) -> None:
-        """Raises BudgetSpent if an arm like those before would pass the cap."""
-        with self._lock:
+        """Raises BudgetSpent if an arm like those before would pass the cap. The first goes alone: it tells what one takes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._seconds is None or self._spent or not self._reserved)
             expected = sum(self._spent.values()) / len(self._spent) if self._spent else 0.0
             total = sum(self._spent.values()) + sum(self._reserved.values())
             if self._seconds is not None and total + expected > self._seconds:
@@ -55,9 +58,10 @@ class Budget:
             self._reserved[arm] = expected
 
     def spend(self, arm: str, seconds: float) -> None:
-        with self._lock:
+        with self._changed:
             self._reserved.pop(arm, None)
             self._spent[arm] = seconds
+            self._changed.notify_all()
 
 
 @task(
@@ -68,31 +72,44 @@ class Budget:
     retry_delay_seconds=RETRY_DELAY_S,
     retry_condition_fn=worth_another_try,
 )
-def run_cell(cell: Cell, plan: Study, parent: str, slots: threading.Semaphore, budget: Budget) -> dvc.Outcome:
-    """Train and score one arm. Raises BudgetSpent, or dvc.StageFailed."""
+def run_cell(
+    cell: Cell, plan: Study, parent: str, slots: threading.Semaphore, budget: Budget, pool: Orders | None = None
+) -> dvc.Outcome:
+    """Train and score one arm, here or by the pool. Raises BudgetSpent, dvc.StageFailed, or AlignTIError of the pool."""
+    train, score = f"distill@{cell.name}", f"evaluate@{cell.name}"
     with slots:
         budget.reserve(cell.name)
-        began = time.monotonic()
+        began, waited = time.monotonic(), 0.0
         try:
-            outcome = run_stage.fn(f"distill@{cell.name}", parent, FREE, diverged(cell.name, plan.diverged_above))
-            run_stage.fn(f"evaluate@{cell.name}", parent, FREE)
+            if pool:
+                by_pool = pool.bring(cell.name, [train, score], lambda stage: run_stage.fn(stage, parent, FREE))
+                outcome: dvc.Outcome = "ran" if by_pool else "restored"
+            else:
+                outcome = run_stage.fn(train, parent, FREE, diverged(cell.name, plan.diverged_above))
+                run_stage.fn(score, parent, FREE)
+        except NotMade as failure:  # it has waited for a worker too, which costs nothing
+            waited = time.monotonic() - began - failure.seconds
+            raise
         finally:
-            budget.spend(cell.name, time.monotonic() - began)
+            budget.spend(cell.name, time.monotonic() - began - waited)
         budget.spend(cell.name, Cost.read(STUDENTS / cell.name / "cost.json").train_seconds)
     return outcome
 
 
-FREE = threading.Semaphore(2**20)  # of a stage inside a cell, which holds a slot already
-
-
 @flow(name="alignti-study")
-def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: str | None = None) -> dict[str, str]:
+def study(
+    name: str,
+    parallel: Annotated[int, Field(ge=1, le=64)] | None = None,
+    recipe: str | None = None,
+    over_pool: bool = False,
+) -> dict[str, str]:
     """Run every arm of the study that has not been run; returns what became of each.
 
     Args:
         name: params/studies/NAME.yaml.
-        parallel: arms at a time; each takes a GPU where there are any.
+        parallel: arms at a time, each on a GPU where there are any; none: 1, or over the pool as many as workers take.
         recipe: params/recipes/NAME.yaml, merged into params/ first.
+        over_pool: hand each arm out as a flow run of its own, for any worker of the pool; else all are run here.
 
     Raises:
         AlignTIError: naming the arms that are missing and why; all others were run and recorded.
@@ -106,7 +123,8 @@ def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: s
         runtime = load_settings().runtime
         with tracking.stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}) as run:
             run.tag("study", name)
-            became = _run(cells, plan, run.id, parallel)
+            pool = Orders(name, workspace.head(), recipe, run.id) if over_pool else None
+            became = _run(cells, plan, run.id, parallel or (MOST if pool else 1), pool)
             for cell, outcome in became.items():
                 run.tag(f"cell.{cell}", outcome)
             digests, varied = dvc.digests(), record.varied(cells)
@@ -128,21 +146,33 @@ def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: s
     return became
 
 
-def _run(cells: list[Cell], plan: Study, parent: str, parallel: int) -> dict[str, str]:
+def _run(cells: list[Cell], plan: Study, parent: str, parallel: int, pool: Orders | None) -> dict[str, str]:
     """What all arms share, then the arms."""
     slots, budget = threading.Semaphore(parallel), Budget(plan.device_hours)
-    of_cells = {f"{stage}@{cell.name}" for cell in cells for stage in ("distill", "evaluate")}
-    shared: dict[str, PrefectFuture[dvc.Outcome]] = {}
-    for stage, needs in dvc.graph().items():
-        if stage not in of_cells and stage != CLOSING:
-            upstream = [shared[before] for before in needs]
-            shared[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
-    wait(list(shared.values()))
-    for future in shared.values():
-        future.result()  # without it no arm can run: the whole study fails here
-    futures = {cell.name: run_cell.submit(cell, plan, parent, slots, budget, return_state=False) for cell in cells}
-    wait(list(futures.values()))
+    if pool:
+        pool.bring("shared", _shared(cells), lambda stage: run_stage(stage, parent, FREE))
+    else:
+        _run_shared(cells, parent, slots)
+    futures = {cell.name: run_cell.submit(cell, plan, parent, slots, budget, pool, return_state=False) for cell in cells}
+    settle(futures.values())
     return {cell: _became(future) for cell, future in futures.items()}
+
+
+def _shared(cells: list[Cell]) -> list[str]:
+    """The stages before the arms, in DVC's order."""
+    of_cells = {f"{stage}@{cell.name}" for cell in cells for stage in ("distill", "evaluate")}
+    return [stage for stage in dvc.graph() if stage not in of_cells and stage != CLOSING]
+
+
+def _run_shared(cells: list[Cell], parent: str, slots: threading.Semaphore) -> None:
+    """Raises dvc.StageFailed: without them no arm can run, and the whole study fails."""
+    graph, futures = dvc.graph(), dict[str, PrefectFuture[dvc.Outcome]]()
+    for stage in _shared(cells):
+        upstream = [futures[before] for before in graph[stage]]
+        futures[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
+    settle(futures.values())
+    for future in futures.values():
+        future.result()
 
 
 def _became(future: PrefectFuture[dvc.Outcome]) -> str:

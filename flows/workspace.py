@@ -2,7 +2,8 @@
 
 So a run on a recipe or a study changes nothing that you are editing, two runs do not wait for each other's locks, and what was
 made in one is restored, not made again, in all others. Journals, checkpoints and the local MLflow store stay in the main
-folder. What ran, its `params/` and `dvc.lock`, is left on a branch `runs/NAME`.
+folder. What ran, its `params/` and `dvc.lock`, is left on a branch `runs/NAME`. Machines that do not share a cache exchange
+what they made through a DVC remote called `pool`, where this clone has one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import fcntl
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,8 +26,11 @@ AUTHOR = ["-c", "user.name=alignti", "-c", "user.email=alignti@localhost"]  # a 
 
 
 @contextmanager
-def workspace(name: str) -> Iterator[Path]:
-    """Go into a new worktree of HEAD for the time of the block. Raises InputError outside a git repository."""
+def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
+    """Go into a new worktree of `commit` for the time of the block.
+
+    Raises InputError outside a git repository, or if this clone has no such commit and cannot fetch it either.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"{name!r} cannot name a folder and a branch: letters, digits, `.`, `_` and `-`")
     main = Path.cwd()
@@ -37,15 +41,16 @@ def workspace(name: str) -> Iterator[Path]:
     sweep()
     with (FOLDERS / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held while this run lives: how `sweep` knows that it does
-        _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), "HEAD")
+        _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), _here(commit))
         try:
             for shared in SHARED:
                 (folder / shared).symlink_to(shared.resolve())
-            dvc.share_cache(folder, dvc.cache())
+            dvc.share(folder, dvc.cache())
             os.chdir(folder)
             for data in Path().glob("[!.]*.dvc"):
                 dvc.fetch(str(data))
             yield folder
+            dvc.send_to_pool()
         finally:
             os.chdir(folder)
             _keep(name)
@@ -53,15 +58,36 @@ def workspace(name: str) -> Iterator[Path]:
             _remove(name)
 
 
+def head() -> str:
+    """The commit that this folder is a worktree of."""
+    return _git("rev-parse", "HEAD")
+
+
+def _here(commit: str) -> str:
+    """`commit`, fetched if this clone does not have it."""
+    known = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
+    if known.returncode:
+        _git("fetch", "--quiet", "--all")
+    return _git("rev-parse", "--verify", f"{commit}^{{commit}}")
+
+
+def left() -> list[str]:
+    """The names of the worktrees whose runs died; what they had finished is in the cache."""
+    return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if _claimed(lock, lambda _: None)]
+
+
 def sweep() -> list[str]:
-    """Remove the worktrees of runs that died; what they had finished is in the cache. Returns their names."""
-    dead = []
-    for lock in FOLDERS.glob("*.lock"):
-        with lock.open() as file, suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(lock.stem)
-            dead.append(lock.stem)
-    return dead
+    """Remove the worktrees of runs that died. Returns their names."""
+    return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if _claimed(lock, _remove)]
+
+
+def _claimed(lock: Path, then: Callable[[str], None]) -> bool:
+    """Do `then` with the worktree's name under its lock; False if a living run has it."""
+    with suppress(BlockingIOError, FileNotFoundError), lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        then(lock.stem)
+        return True
+    return False
 
 
 def _keep(name: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_holder_sees_a_gpu_of_its_own() -> None:
     with devices.one() as first, devices.one() as second:
-        assert [first, second] == [{devices.VISIBLE: "0"}, {devices.VISIBLE: "1"}]
+        assert [shown[devices.VISIBLE] for shown in (first, second)] == ["0", "1"]
     with devices.one() as again:
         assert again == first
 
@@ -38,8 +39,24 @@ def test_a_killed_holder_frees_its_gpu(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert holder.stdout is not None and holder.stdout.readline() == b"0\n"
     with devices.one() as mine:
-        assert mine == {devices.VISIBLE: "1"}
+        assert mine[devices.VISIBLE] == "1"
     holder.kill()
     holder.communicate()
     with devices.one() as mine:
-        assert mine == {devices.VISIBLE: "0"}
+        assert mine[devices.VISIBLE] == "0"
+
+
+def test_a_training_that_outlives_its_flow_keeps_its_gpu_until_it_ends() -> None:
+    code = "import time; from components.errors import share_lock\nshare_lock(); print('held', flush=True); time.sleep(600)"
+    with devices.one() as given:
+        assert given[devices.VISIBLE] == "0"
+        training = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], env={**os.environ, **given}
+        )
+        assert training.stdout is not None and training.stdout.readline() == b"held\n"
+    with devices.one() as mine:  # the flow is gone, the training is not
+        assert mine[devices.VISIBLE] == "1"
+    training.kill()
+    training.communicate()
+    with devices.one() as mine:
+        assert mine[devices.VISIBLE] == "0"

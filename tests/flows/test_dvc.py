@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from components.errors import InputError
 from flows import dvc
@@ -55,7 +57,7 @@ def test_a_pipeline_that_dvc_cannot_read_is_an_input_error(project: Path) -> Non
 def test_a_result_survives_a_lock_that_is_held_while_the_stage_ends(project: Path) -> None:
     # DVC alone waits 3 s for its lock, then leaves the finished stage unrecorded.
     (project / "stage.py").write_text("import time; time.sleep(2)\n" + (project / "stage.py").read_text())
-    held = "import time; from dvc.repo import Repo; lock = Repo().lock; lock.lock(); print(1, flush=True); time.sleep(5)"
+    held = "import time; from dvc.repo import Repo; lock = Repo().lock; lock.lock(); print(1, flush=True); time.sleep(8)"
     stage = subprocess.Popen(
         [*dvc.DVC, "--wait-for-lock", "repro", "-s", "first"], stdout=subprocess.PIPE, env=dvc._environment()
     )
@@ -68,6 +70,18 @@ def test_a_result_survives_a_lock_that_is_held_while_the_stage_ends(project: Pat
     assert stage.returncode == 0
     assert time.monotonic() - began > 3
     assert "first" not in dvc.status()
+
+
+def test_cells_side_by_side_leave_a_lock_file_with_all_of_them(project: Path) -> None:
+    cells = ["one", "two", "three"]
+    stages = {cell: {"cmd": f"python stage.py {cell} raw.txt", "deps": ["raw.txt"], "outs": [f"out/{cell}"]} for cell in cells}
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    for _ in range(2):
+        with ThreadPoolExecutor(len(cells)) as threads:
+            assert list(threads.map(dvc.reproduce, cells)) == ["ran"] * 3
+        assert set(yaml.safe_load((project / "dvc.lock").read_text())["stages"]) == set(cells)
+        assert dvc.status() == {} and dvc.reproduce_all() == "unchanged"
+        (project / "raw.txt").write_text("another")
 
 
 # Says which process it is, then works for ever; in place of a training.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -130,6 +134,52 @@ def test_a_real_pair_answers_is_hardened_and_ends_whole(pair: Path) -> None:
     assert dict(servers.report()) == {"mlflow": "not started", "prefect": "not started"}
 
 
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a PostgreSQL of this test's own, with a password."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("needs Debian's package postgresql, and psycopg2: pip install -e '.[postgres]'")
+    user = "postgres" if os.getuid() == 0 else None  # it does not run as root; the package makes this user
+    home = Path(tempfile.mkdtemp(prefix="alignti-postgres-"))
+    (home / "password").write_text("a-secret")
+    for path in (home, home / "password"):
+        shutil.chown(path, user or os.getuid())
+    data, port, programs = home / "data", free_port(), found[-1].parent
+    words = ["-D", str(data), "-U", "pool", "--auth", "scram-sha-256", "--pwfile", str(home / "password")]
+    subprocess.run([programs / "initdb", *words], user=user, check=True, capture_output=True, cwd=home)
+    options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1"
+    control = [str(programs / "pg_ctl"), "-D", str(data), "-w", "-t", "120"]
+    subprocess.run(
+        [*control, "-l", str(home / "log"), "-o", options, "start"], user=user, check=True, stdout=subprocess.DEVNULL, cwd=home
+    )
+    try:
+        yield f"postgresql://pool:a-secret@127.0.0.1:{port}"
+    finally:
+        subprocess.run([*control, "-m", "fast", "stop"], user=user, check=True, stdout=subprocess.DEVNULL, cwd=home)
+        shutil.rmtree(home)
+
+
+def test_a_pool_keeps_its_tables_in_postgresql(here: Path, postgres: str) -> None:
+    import psycopg2
+
+    ports: dict[servers.Name, int] = {"mlflow": free_port(), "prefect": free_port()}
+    mlflow, prefect = servers.up(ports=ports, postgres=postgres)
+    try:
+        assert answer(f"{prefect.url}/api/admin/version") == 200
+        made = json.dumps({"name": "in-postgres"}).encode()
+        assert answer(f"{mlflow.url}/api/2.0/mlflow/experiments/create", data=made) == 200
+    finally:
+        servers.down()
+    for name, table in (("mlflow", "experiments"), ("prefect", "flow_run")):
+        with contextlib.closing(psycopg2.connect(f"{postgres}/alignti_{name}")) as connection, connection.cursor() as cursor:
+            cursor.execute(f"select count(*) from {table}")
+            assert cursor.fetchone()[0] == {"mlflow": 2, "prefect": 0}[name]
+    assert not list(here.rglob("*.db"))
+    with pytest.raises(TryAgainError, match="PostgreSQL does not answer"):
+        servers.up(ports=ports, postgres=postgres.replace("a-secret", "another"))
+
+
 def answer(url: str, data: bytes | None = None, **headers: str) -> int:
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     try:
@@ -156,6 +206,9 @@ def pair(here: Path) -> Iterator[Path]:
 def test_commands_find_the_servers_by_themselves(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="`alignti up` starts it"):
         servers.client_environment()
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere:4200/api")  # as on another machine of a pool
+    monkeypatch.setenv("ALIGNTI_TRACKING_URI", "http://elsewhere:5000")
+    assert servers.client_environment()["PREFECT_API_URL"] == "http://elsewhere:4200/api"
     me = psutil.Process(os.getpid())
     for name, port in servers.PORTS.items():
         (here / ".servers").mkdir(exist_ok=True)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Crashed, Failed
 
 from components.errors import AlignTIError
 from flows import dvc
 from flows import study as module
 from flows.divergence import diverged
+from flows.handed_out import NotMade
 from flows.study import Budget, BudgetSpent, study
-from tests.flows.conftest import ran
+from tests.flows.conftest import git, ran
 
 PIPELINE = """
 vars:
@@ -84,10 +90,6 @@ STUDY: dict[str, Any] = {
 }
 
 
-def git(*words: str) -> None:
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], check=True, capture_output=True)
-
-
 def declare(**changes: Any) -> None:
     Path("params/studies/mine.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
     git("add", "--all")
@@ -96,6 +98,12 @@ def declare(**changes: Any) -> None:
 
 @pytest.fixture
 def clone(project: Path, prefect_server: None) -> Path:
+    make_clone(project)
+    return project
+
+
+def make_clone(project: Path) -> None:
+    """The study `mine` in a git repository."""
     (project / "dvc.yaml").write_text(PIPELINE)
     (project / "stage.py").write_text(STAGE)
     ignored = ("artifacts", "reports", ".runs", ".mlflow", "ran.log", "fail-*", ".dvc/tmp", ".dvc/cache", ".dvc/config.local")
@@ -103,7 +111,6 @@ def clone(project: Path, prefect_server: None) -> Path:
     (project / ".dvc/config").write_text("[core]\n    analytics = false\n")
     git("init", "--quiet")
     declare()
-    return project
 
 
 def records() -> dict[str, list[dict[str, Any]]]:
@@ -158,6 +165,23 @@ def test_arms_that_run_count_as_what_the_others_took() -> None:
         budget.reserve("c")
 
 
+def test_with_a_cap_nothing_begins_beside_the_first_whose_cost_nobody_knows() -> None:
+    budget, began = Budget(hours=1.0), threading.Event()
+    budget.reserve("a")
+
+    def second() -> None:
+        with pytest.raises(BudgetSpent):
+            budget.reserve("b")
+        began.set()
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    assert not began.wait(0.2)
+    budget.spend("a", 3600)
+    waiting.join(60)
+    assert began.is_set()
+
+
 @pytest.mark.parametrize(
     ("losses", "stops"), [([2.0, 1.0], False), ([2.0, 5.9], False), ([2.0, 6.1], True), ([2.0, float("nan")], True)]
 )
@@ -184,3 +208,11 @@ def test_a_stopped_arm_says_why(project: Path) -> None:
     with pytest.raises(dvc.StageFailed, match="the loss exploded"):
         dvc.reproduce("first", stop_when=lambda: "the loss exploded")
     assert module.DONE == ("unchanged", "restored", "ran")
+
+
+@pytest.mark.parametrize(("state", "exit_code"), [(Crashed(message="its worker died"), 75), (Failed(message="exit code 2"), 2)])
+def test_an_arm_whose_worker_died_is_handed_out_again_and_one_that_failed_is_not(state: State, exit_code: int) -> None:
+    run = FlowRun(flow_id=uuid4(), name="mine-tpa0", state=state, total_run_time=timedelta(seconds=7))
+    failure = NotMade(run)
+    assert (failure.exit_code, failure.seconds) == (exit_code, 7.0)
+    assert str(failure) == f"flow run mine-tpa0 is {state.name}: {state.message}"

@@ -1,0 +1,136 @@
+"""What dead flow runs left behind: `alignti doctor` lists it, `alignti doctor --free-slots` frees it.
+
+Prefect counts a run that says `Running` as one of its pool, queue and deployment, whether its process lives or not. And a
+server that was restarted has forgotten who held the slots that its database still counts as taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from components.errors import TryAgainError
+from flows import presence, servers, workspace
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
+
+DEPLOYMENT = "deployment:"  # how Prefect names the limit of a deployment
+PENDING = timedelta(minutes=10)  # a worker that takes a run starts its process at once
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Something held by nobody. `what` says it, `free` ends it."""
+
+    what: str
+    free: Callable[[], object]
+
+
+def leaks() -> list[Leak]:
+    """Everything here that is held by nobody: on the server that is up (or that PREFECT_API_URL names), and on this machine.
+
+    Raises TryAgainError if that server does not answer.
+    """
+    import httpx
+
+    try:
+        return [*(_on_server() if reachable() else ()), *_on_this_machine()]
+    except httpx.TransportError as error:
+        raise TryAgainError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from None
+
+
+def free() -> Iterator[str]:
+    """Free all of it; says what."""
+    for leak in leaks():
+        leak.free()
+        yield leak.what
+    if reachable():
+        for run in presence.left():  # those that their workers reported
+            presence.forget(run)
+
+
+def reachable() -> bool:
+    """Is there a server to ask?"""
+    servers.use_running()
+    return "PREFECT_API_URL" in os.environ
+
+
+def _on_server() -> Iterator[Leak]:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        before, limits, after = _holding(client), client.read_global_concurrency_limits(limit=200), _holding(client)
+        holding = {run.id: run for run in [*before, *after]}  # whoever came or went while the limits were read
+        yield from (_as_leak(run) for run in after if _died(run))
+        yield from _surplus(client, limits, list(holding.values()))
+
+
+def _on_this_machine() -> Iterator[Leak]:
+    for name in workspace.left():
+        yield Leak(f"worktree .runs/workspaces/{name} of a run that died", workspace.sweep)
+
+
+def _holding(client: SyncPrefectClient) -> list[FlowRun]:
+    """The runs that the server counts: of those that hold slots, all."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+
+    states = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)))
+    found: list[FlowRun] = []
+    while page := client.read_flow_runs(flow_run_filter=wanted, limit=200, offset=len(found)):
+        found += page
+    return found
+
+
+def _died(run: FlowRun) -> bool:
+    """Its process was on this machine and is no more, or none ever came."""
+    if str(run.id) in presence.left():
+        return True
+    assert run.state is not None
+    return run.state.is_pending() and datetime.now(UTC) - run.state.timestamp > PENDING
+
+
+def _as_leak(run: FlowRun) -> Leak:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import State
+    from prefect.states import Crashed
+
+    assert run.state is not None
+
+    def end() -> None:
+        with get_client(sync_client=True) as client:
+            state: State[None] = Crashed(message="Its process died without a word; `alignti doctor` ended the run.")
+            client.set_flow_run_state(run.id, state, force=True)
+        presence.forget(str(run.id))
+
+    where = f" of pool {run.work_pool_name}, queue {run.work_queue_name}" if run.work_pool_name else ""
+    return Leak(f"flow run {run.name} says {run.state.name}, but its process is gone: its slot{where}", end)
+
+
+def _surplus(client: SyncPrefectClient, limits: list[GlobalConcurrencyLimitResponse], holding: list[FlowRun]) -> Iterator[Leak]:
+    """Limits with more slots taken than there are runs, dead or alive, to take them; those of no deployment only if none is."""
+    per_deployment = Counter(f"{DEPLOYMENT}{run.deployment_id}" for run in holding)
+    for limit in limits:
+        held = per_deployment[limit.name] if limit.name.startswith(DEPLOYMENT) else len(holding)
+        if limit.active_slots > held and (limit.name.startswith(DEPLOYMENT) or not holding):
+            yield _as_surplus(client, limit.name, limit.active_slots - held)
+
+
+def _as_surplus(client: SyncPrefectClient, name: str, slots: int) -> Leak:
+    from prefect.client.orchestration import get_client
+
+    def release() -> None:
+        with get_client(sync_client=True) as client:
+            client.release_concurrency_slots([name], slots, occupancy_seconds=1)
+
+    of_deployment = name.startswith(DEPLOYMENT)
+    shown = f"deployment {client.read_deployment(name.removeprefix(DEPLOYMENT)).name}" if of_deployment else name
+    return Leak(f"{slots} slot(s) of {shown} that no run holds", release)

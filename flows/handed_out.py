@@ -1,0 +1,161 @@
+"""Stages of a study for the workers of the pool: a flow run of their own each, which any worker may take, on any machine.
+
+The study orders them and restores what they made: from the cache, if the machines share it, or else through a DVC remote named
+`pool`, to which each workspace sends what it made (flows/workspace.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.states import Cancelling
+
+from components import recipes
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
+from components.study import expand
+from flows import dvc
+from flows.divergence import diverged
+from flows.pipeline import FREE, end_with_worker, folder, run_stage
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+DEPLOYMENT = "alignti-stages/of-study"
+POLL_S = 2
+
+
+class NotMade(AlignTIError):
+    """A flow run of the pool did not end well; `seconds` is how long it ran. If its worker died, another may do better."""
+
+    def __init__(self, run: FlowRun) -> None:
+        assert run.state is not None
+        super().__init__(f"flow run {run.name} is {run.state.name}: {run.state.message or 'it does not say why'}")
+        if run.state.is_crashed():
+            self.exit_code = TryAgainError.exit_code
+        self.seconds = run.total_run_time.total_seconds()
+
+
+@flow(name="alignti-stages")
+def stages(study: str, targets: list[str], commit: str, recipe: str | None = None, parent: str = "") -> dict[str, dvc.Outcome]:
+    """Bring some stages of a study, and what they need, up to date in a workspace; a study orders this of the pool.
+
+    Args:
+        study: params/studies/NAME.yaml.
+        targets: stages, as DVC names them.
+        commit: the code and params to run; fetched if this clone does not have it.
+        recipe: params/recipes/NAME.yaml, merged into params/ first.
+        parent: the tracked run that this is part of.
+
+    Raises:
+        dvc.StageFailed: of the first stage that failed.
+    """
+    end_with_worker()
+    with folder(own=True, commit=commit):
+        if recipe:
+            recipes.use(recipe)
+        expand.expand(study)
+        above = expand.read(study).diverged_above
+        outcomes: dict[str, dvc.Outcome] = {}
+        for stage in dvc.graph(targets):
+            dvc.restore(stage)
+            kind, _, arm = stage.partition("@")
+            watch = diverged(arm, above) if kind == "distill" else None
+            outcomes[stage] = run_stage(stage, parent, FREE, watch)
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What all orders of one run of a study have in common."""
+
+    study: str
+    commit: str
+    recipe: str | None
+    parent: str
+
+    def bring(self, title: str, targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> bool:
+        """Restore each target here, in order, and `record` it; what nobody has made yet, the pool makes first. Did it?
+
+        Raises:
+            NotMade: the pool failed, with what it said.
+            AlignTIError: what it made did not get here.
+        """
+        left = _restored(targets, record)
+        if left:
+            self._make(title, left)
+            if lost := _restored(left, record):
+                raise AlignTIError(
+                    f"{lost[0]} was made by the pool, but it is not in DVC's cache here: let the machines share a cache"
+                    " (`dvc cache dir --local`) or give each a remote called `pool` (docs/orchestration.md)"
+                )
+        return bool(left)
+
+    def _make(self, title: str, targets: Sequence[str]) -> None:
+        parameters = {"study": self.study, "targets": list(targets), "commit": self.commit, "recipe": self.recipe}
+        with get_client(sync_client=True) as client:
+            run = _living(client, self._tag(title), parameters) or self._ordered(title, parameters)
+            run = _finished(client, run)
+        assert run.state is not None
+        if not run.state.is_completed():
+            raise NotMade(run)
+
+    def _ordered(self, title: str, parameters: dict[str, Any]) -> FlowRun:
+        try:
+            return run_deployment(  # type: ignore[return-value]  # it is no coroutine outside an event loop
+                DEPLOYMENT,
+                parameters={**parameters, "parent": self.parent},
+                flow_run_name=f"{self.study}-{title}-{int(time.time())}",
+                tags=[self._tag(title)],
+                timeout=0,
+            )
+        except ObjectNotFound:
+            raise InputError(f"there is no deployment {DEPLOYMENT} on the server: `alignti deploy` makes it") from None
+
+    def _tag(self, title: str) -> str:
+        return f"{self.study}/{title}"
+
+
+def _restored(targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> Sequence[str]:
+    """Restore targets in order, up to the first that nobody has made; returns that and what follows."""
+    for done, target in enumerate(targets):
+        if not dvc.restore(target):
+            return targets[done:]
+        record(target)
+    return []
+
+
+def _living(client: SyncPrefectClient, tag: str, parameters: dict[str, Any]) -> FlowRun | None:
+    """One that was ordered before, by a study that died meanwhile, and has not ended."""
+    states = [state for state in StateType if state not in TERMINAL_STATES]
+    wanted = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[tag]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
+    )
+    runs = client.read_flow_runs(flow_run_filter=wanted)
+    return next((run for run in runs if parameters.items() <= run.parameters.items()), None)
+
+
+def _finished(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
+    """Wait for it; if this process is stopped meanwhile, it is cancelled. Raises Interrupted."""
+    try:
+        while run.state is None or not run.state.is_final():
+            if dvc.stopping(POLL_S):
+                raise Interrupted(f"flow run {run.name} is cancelled with the study that ordered it")
+            run = client.read_flow_run(run.id)
+    except (Interrupted, TerminationSignal, KeyboardInterrupt):
+        client.set_flow_run_state(run.id, Cancelling())
+        raise
+    return run

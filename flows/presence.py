@@ -1,0 +1,66 @@
+"""Which flow runs live on this machine: each holds a lock file for as long as its process lives, however that ends.
+
+A server hears of the end of a run only from the run itself or from its worker; killed together they leave it `Running`, and the
+slots that it held taken. The kernel frees a lock whatever happens.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import select
+import threading
+from pathlib import Path
+from typing import IO
+
+from components.artifacts import RUNS
+
+FOLDER = RUNS / "flow-runs"
+_held: list[IO[str]] = []  # open, and so locked, until this process ends
+
+
+def announce(run: str) -> None:
+    """Be seen as the process of flow run `run` (its id) until this process ends."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = (FOLDER / run).resolve()
+    file = path.open("a")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    _held.append(file)
+    atexit.register(path.unlink, missing_ok=True)
+
+
+def outlive_output() -> None:
+    """When nobody reads what this process says any more, as when its worker was killed, let it speak to nobody.
+
+    Else the log's line that tells of the end raises (rich: SystemExit), and the server is never told.
+    """
+
+    def watch() -> None:
+        unheard = select.poll()
+        for stream in (1, 2):
+            unheard.register(stream, 0)
+        unheard.poll()  # nothing is waited for but errors
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nobody, stream)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def left() -> list[str]:
+    """The ids of the runs that were here and died: their files are there, and nobody holds them."""
+    return [file.name for file in sorted(FOLDER.glob("*")) if _free(file)]
+
+
+def forget(run: str) -> None:
+    (FOLDER / run).unlink(missing_ok=True)
+
+
+def _free(path: Path) -> bool:
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        return False

@@ -1,0 +1,336 @@
+"""A Prefect server, workers, DVC and a training as they are, killed and cancelled in turn; then `alignti doctor`.
+
+The training counts, a checkpoint each step, and what it makes is a hash over all its steps: the same for every way there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID
+
+import psutil
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling
+
+from components.errors import AlignTIError
+from flows import doctor, dvc, pool, servers
+from flows.study import study
+from tests.flows import test_study as study_of
+from tests.flows.conftest import ROOT, git, ran
+from tests.flows.test_servers import free_port
+
+STEPS = 8
+ON = STEPS + 1
+PATIENCE_S = 120
+
+TRAINER = (
+    f"STEPS = {STEPS}"
+    + """
+import hashlib, os, time
+from pathlib import Path
+from components.errors import Interrupted, exit_from
+here = Path(".runs").resolve()  # of the clone, wherever this workspace is
+def main():
+    state = here / "step"
+    step, digest = state.read_text().split() if state.exists() else ("0", "")
+    (here / "log").open("a").write(f"from {step}\\n")
+    (here / "trainer.pid").write_text(str(os.getpid()))
+    try:
+        for step in range(int(step) + 1, STEPS + 1):
+            digest = hashlib.sha256(f"{digest}{step}".encode()).hexdigest()
+            save(state, f"{step} {digest}")
+            while step >= int((here / "goal").read_text()):
+                time.sleep(0.02)
+    except Interrupted:
+        (here / "log").open("a").write("interrupted\\n")
+        raise
+    Path("out").mkdir(exist_ok=True)
+    Path("out/student").write_text(digest)
+    state.unlink()
+def save(path, text):
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").replace(path)
+exit_from(main)
+"""
+)
+PIPELINE = """
+stages:
+  train:
+    cmd: python train.py
+    deps: [train.py]
+    outs: [out/student]
+"""
+
+
+def wanted() -> str:
+    digest = ""
+    for step in range(1, STEPS + 1):
+        digest = hashlib.sha256(f"{digest}{step}".encode()).hexdigest()
+    return digest
+
+
+class Clone:
+    """A git clone with a stage that trains, and what the training says of itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runs = folder / ".runs"
+        (folder / "dvc.yaml").write_text(PIPELINE)
+        (folder / "train.py").write_text(TRAINER)
+        (folder / ".gitignore").write_text(".runs\n.mlflow\n.servers\nout\n.dvc/tmp\n.dvc/cache\n.dvc/config.local\n")
+        (folder / ".dvc/config").write_text("[core]\n    analytics = false\n")
+        git("init", "--quiet")
+        git("add", "--all")
+        git("commit", "--quiet", "-m", "a stage")
+        self.runs.mkdir()
+        self.let(ON)
+
+    def let(self, goal: int) -> None:
+        """The training may go on to step `goal`, and waits there."""
+        _write(self.runs / "goal", str(goal))
+
+    def step(self) -> int:
+        state = self.runs / "step"
+        return int(state.read_text().split()[0]) if state.exists() else 0
+
+    def training(self, at: int) -> psutil.Process:
+        """The process that trains, once it is at step `at`."""
+        until(lambda: self.step() == at and (self.runs / "trainer.pid").exists())
+        return psutil.Process(int((self.runs / "trainer.pid").read_text()))
+
+    def log(self) -> list[str]:
+        return (self.runs / "log").read_text().splitlines()
+
+
+def _write(path: Path, text: str) -> None:
+    """At once: a training reads it meanwhile."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.fixture
+def clone(project: Path) -> Clone:
+    return Clone(project)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Poll; a test that has waited this long tells what it saw last."""
+    end = time.monotonic() + PATIENCE_S
+    while not (seen := condition()):
+        assert time.monotonic() < end, f"waited in vain; last seen: {seen!r}"
+        time.sleep(0.1)
+
+
+def gone(*processes: psutil.Process) -> bool:
+    return not any(servers._lives(process) for process in processes)
+
+
+def ancestors(training: psutil.Process) -> tuple[psutil.Process, psutil.Process]:
+    """The DVC that runs it, and the flow that runs that."""
+    above = next(parent for parent in training.parents() if "dvc" in parent.cmdline())
+    flow = above.parent()
+    assert flow is not None
+    return above, flow
+
+
+@pytest.mark.parametrize("victim", ["trainer", "dvc"])
+def test_after_kill_9_the_next_run_goes_on_to_the_same_hash(clone: Clone, victim: str) -> None:
+    code = "from flows import dvc; dvc.reproduce('train')"
+    clone.let(3)
+    flow = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    )
+    training = clone.training(at=3)
+    above, _ = ancestors(training)
+    (training if victim == "trainer" else above).kill()
+    assert flow.wait(PATIENCE_S) != 0  # it says so,
+    until(lambda: gone(training, above))  # and no other is left
+    assert clone.step() == 3
+    clone.let(ON)
+    assert dvc.reproduce("train", {"PYTHONPATH": str(ROOT)}) == "ran"
+    assert clone.log() == ["from 0", *(["interrupted"] if victim == "dvc" else []), "from 3"]
+    assert Path("out/student").read_text() == wanted()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Prefect server with our pools and deployments; gives what makes a process talk to it."""
+    home, before, environment = tmp_path_factory.mktemp("server"), Path.cwd(), dict(os.environ)
+    os.chdir(home)
+    (home / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+    prefect = servers._start("prefect", "127.0.0.1", free_port(), servers._databases(None)["prefect"], None)
+    talk = {"PREFECT_API_URL": f"{prefect.url}/api", "PREFECT_HOME": str(home / "prefect-home"), "PYTHONPATH": str(ROOT)}
+    patch = pytest.MonkeyPatch()
+    patch.setattr(servers, "client_environment", lambda: talk)
+    try:
+        servers._wait(prefect)
+        with temporary_settings({PREFECT_API_URL: talk["PREFECT_API_URL"]}):
+            list(pool.deploy(at_once=2))
+            os.chdir(before)
+            yield talk
+    finally:
+        os.chdir(home)
+        servers._stop(prefect)
+        patch.undo()
+        os.chdir(before)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@pytest.fixture
+def client(server: dict[str, str]) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as found:
+        yield found
+
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def worker(server: dict[str, str]) -> Iterator[Start]:
+    """Starts a worker of this clone, or another; those that still live are stopped at the end."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(clone: Path | None = None) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, **server, "PREFECT_WORKER_QUERY_SECONDS": "1", pool.ROOT: str(clone or Path.cwd())}
+        started.append(pool._start("cpu", str(len(started)), 1, environment))
+        return started[-1]
+
+    yield start
+    pool._stop(started)
+
+
+def ask(client: SyncPrefectClient, deployment: str = "nightly") -> UUID:
+    found = client.read_deployment_by_name(f"alignti-pipeline/{deployment}")
+    return client.create_flow_run_from_deployment(found.id, parameters={"own_workspace": True}).id
+
+
+def state(client: SyncPrefectClient, run: UUID) -> str:
+    found: FlowRun = client.read_flow_run(run)
+    assert found.state is not None
+    return found.state.name
+
+
+def slots(client: SyncPrefectClient, deployment: str = "nightly") -> int:
+    limit = client.read_deployment_by_name(f"alignti-pipeline/{deployment}").global_concurrency_limit
+    assert limit is not None
+    return limit.active_slots
+
+
+@pytest.mark.timeout(900)
+def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
+    clone: Clone, worker: Start, client: SyncPrefectClient
+) -> None:
+    # kill -9 of the worker: flow, DVC and training end, the run says so, and its slot is free
+    clone.let(2)
+    killed, run = worker(), ask(client)
+    training = clone.training(at=2)
+    above, flow = ancestors(training)
+    assert state(client, run) == "Running" and slots(client) == 1
+    killed.kill()
+    until(lambda: gone(training, above, flow))
+    until(lambda: slots(client) == 0)
+    assert state(client, run) == "Crashed"
+    assert clone.step() == 2 and clone.log() == ["from 0", "interrupted"]
+
+    # kill -9 of worker and flow at once: nobody is left to tell the server, until the doctor comes
+    clone.let(4)
+    killed, run = worker(), ask(client)
+    training = clone.training(at=4)
+    above, flow = ancestors(training)
+    assert flow.ppid() == killed.pid
+    killed.kill()
+    flow.kill()
+    until(lambda: gone(training, above, flow))
+    assert state(client, run) == "Running" and slots(client) == 1
+    name = client.read_flow_run(run).name
+    assert [leak.what for leak in doctor.leaks()] == [
+        f"flow run {name} says Running, but its process is gone: its slot of pool cpu, queue default",
+        f"worktree .runs/workspaces/{name} of a run that died",
+    ]
+    assert len(list(doctor.free())) == 2
+    assert state(client, run) == "Crashed" and slots(client) == 0 and doctor.leaks() == []
+    assert clone.log()[2:] == ["from 2", "interrupted"]
+
+    # a run that lives is none of the doctor's business; cancelled as the UI does it, it ends whole
+    clone.let(6)
+    worker()
+    run = ask(client)
+    training = clone.training(at=6)
+    above, flow = ancestors(training)
+    assert list(doctor.free()) == [] and state(client, run) == "Running" and slots(client) == 1
+    client.set_flow_run_state(run, Cancelling())
+    until(lambda: state(client, run) == "Cancelled" and slots(client) == 0)
+    until(lambda: gone(training, above, flow))
+    assert clone.log()[4:] == ["from 4", "interrupted"]
+
+    # and the next makes what an undisturbed one makes
+    clone.let(ON)
+    run = ask(client)
+    until(lambda: state(client, run) == "Completed")
+    assert clone.log()[6:] == ["from 6"]
+    assert dvc.reproduce("train") == "restored"  # from the cache that the clone shares with its workspaces
+    assert Path("out/student").read_text() == wanted()
+    assert doctor.leaks() == []
+
+    # a slot that the server counts and no run holds, as after a restart of the server
+    limit = client.read_deployment_by_name("alignti-pipeline/nightly").global_concurrency_limit
+    assert limit is not None
+    client.increment_concurrency_slots([limit.name], 1, "concurrency")
+    assert list(doctor.free()) == ["1 slot(s) of deployment nightly that no run holds"]
+    assert slots(client) == 0
+
+
+MEETING = """
+from time import sleep
+if stage == "distill":  # until another arm's has begun too: two are trained at once, or this waits in vain
+    meeting = Path(MEETING)
+    (meeting / name).touch()
+    while len(list(meeting.iterdir())) < 2:
+        sleep(0.05)
+"""
+
+
+@pytest.mark.timeout(900)
+def test_two_clones_share_out_a_study_and_do_again_only_what_is_missing(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, worker: Start
+) -> None:
+    meeting, remote, other = (tmp_path_factory.mktemp(name) for name in ("meeting", "remote", "other"))
+    study_of.make_clone(project)
+    code = (project / "stage.py").read_text()
+    head, mark, tail = code.partition('if stage == "first"')
+    (project / "stage.py").write_text(head + MEETING.replace("MEETING", repr(str(meeting))) + mark + tail)
+    study_of.declare(grid={"weights.tpa": [0.0, 0.5, 1.0], "seed": [1]})
+    git("clone", "--quiet", str(project), str(other))
+    for clone in (project, other):  # what the one makes, the other has of the remote: each has a cache of its own
+        (clone / ".dvc/config.local").write_text(f"['remote \"pool\"']\n    url = {remote}\n")
+        (clone / "fail-distill-tpa1-seed1").touch()
+        worker(clone)
+    git("commit", "--quiet", "--allow-empty", "-m", "the other clone has yet to fetch this")
+
+    with pytest.raises(AlignTIError, match=r"1 of 3 arms of study mine are missing(.|\n)*tpa1-seed1: .*exit code 2"):
+        study("mine", over_pool=True)
+    assert study_of.records().keys() == {"tpa0-seed1", "tpa0_5-seed1"}
+    done = [*ran(project), *ran(other)]
+    assert sorted(done) == [
+        "distill-tpa0-seed1",
+        "distill-tpa0_5-seed1",
+        "distill-tpa1-seed1",
+        "evaluate-tpa0-seed1",
+        "evaluate-tpa0_5-seed1",
+        "first",
+    ]
+
+    for clone in (project, other):
+        (clone / "fail-distill-tpa1-seed1").unlink()
+    assert study("mine", over_pool=True) == {"tpa0-seed1": "restored", "tpa0_5-seed1": "restored", "tpa1-seed1": "ran"}
+    assert sorted([*ran(project), *ran(other)]) == ["compare", "distill-tpa1-seed1", "evaluate-tpa1-seed1"]
+    assert [left for clone in (project, other) for left in (clone / ".runs/workspaces").iterdir()] == []
