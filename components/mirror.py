@@ -75,7 +75,7 @@ class Mirror:
     def _open(self) -> str:
         """The MLflow run of this journal, and its parent: found, or made."""
         start = self._opening
-        experiment = self._experiment(start["experiment"])
+        self._state["experiment"] = experiment = self._experiment(start["experiment"])
         tags = dict(start["tags"])
         if parent := start["parent"]:
             tags["mlflow.parentRunId"] = self._parent_id(experiment, parent, start["time"])

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from components.artifacts import RUNS, write_text
 from components.errors import AlignTIError, Interrupted
+from components.redact import redacted
 from components.settings import RuntimeSettings
 
 JOURNALS = RUNS / "journal"
@@ -191,6 +192,14 @@ def record(
     return True
 
 
+def sent(run: str) -> dict[str, Any] | None:
+    """What the mirror noted of this journal: `run_id` and `experiment` in MLflow, `done`; None before it has begun."""
+    try:
+        return dict(json.loads((JOURNALS / f"{run}.sent").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
 def last_run(stage: str) -> str | None:
     """The journal of the run that last made this stage's outputs here, None if none did."""
     try:
@@ -209,8 +218,8 @@ def last_seconds(stage: str) -> tuple[float, str | None] | None:
 
 
 def warn(message: str, to: IO[str] | None = None) -> None:
-    """One line on stderr, without the user:password of any address in it."""
-    print("tracking: " + re.sub(r"//[^/@\s]+@", "//***@", message), file=to or sys.stderr, flush=True)
+    """One line on stderr, without secrets."""
+    print("tracking: " + redacted(message), file=to or sys.stderr, flush=True)
 
 
 def _remember(stage: str, run: str, seconds: float) -> None:

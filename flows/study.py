@@ -13,9 +13,8 @@ import time
 from typing import Annotated, get_args
 
 from prefect import flow, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectFuture
 from pydantic import Field
 
 from components import mirror, recipes, tracking
@@ -24,7 +23,7 @@ from components.errors import AlignTIError
 from components.settings import RuntimeSettings, load_settings
 from components.study import expand, record
 from components.study.expand import Cell, Study
-from flows import dvc
+from flows import dvc, page
 from flows.divergence import diverged
 from flows.pipeline import RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, worth_another_try
 
@@ -104,7 +103,8 @@ def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: s
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
         runtime = load_settings().runtime
-        with tracking.stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}) as run:
+        opening = tracking.stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)})
+        with page.linked(runtime, opening) as run:
             run.tag("study", name)
             became = _run(cells, plan, run.id, parallel)
             for cell, outcome in became.items():
@@ -113,9 +113,6 @@ def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: s
             for arm in (arm for arm in cells if became[arm.name] in DONE):
                 record.record(name, arm, varied, digests[str(STUDENTS / arm.name)], runtime, run.id)
             _send(runtime)
-            create_table_artifact(
-                key=f"study-{name}", table=[{"arm": c, "outcome": o} for c, o in became.items()], description=plan.about
-            )
             missing = {cell: outcome for cell, outcome in became.items() if outcome not in DONE}
             if missing:
                 lines = "\n".join(f"  {cell}: {why}" for cell, why in missing.items())
@@ -125,6 +122,7 @@ def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: s
                 )
             dvc.reproduce(CLOSING, {tracking.PARENT: run.id})
             gate()
+            page.leaderboard()
     return became
 
 
@@ -137,11 +135,11 @@ def _run(cells: list[Cell], plan: Study, parent: str, parallel: int) -> dict[str
         if stage not in of_cells and stage != CLOSING:
             upstream = [shared[before] for before in needs]
             shared[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
-    wait(list(shared.values()))
+    page.follow("shared-stages", shared)
     for future in shared.values():
         future.result()  # without it no arm can run: the whole study fails here
     futures = {cell.name: run_cell.submit(cell, plan, parent, slots, budget, return_state=False) for cell in cells}
-    wait(list(futures.values()))
+    page.follow("arms", futures)
     return {cell: _became(future) for cell, future in futures.items()}
 
 
