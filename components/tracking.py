@@ -17,12 +17,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from components import meter
 from components.artifacts import RUNS, write_text
 from components.errors import AlignTIError, Interrupted
 from components.redact import redacted
@@ -45,6 +47,7 @@ class Run:
         self.id = journal.stem if journal else ""
         self._journal = journal
         self._file: IO[str] | None = None
+        self._lock = threading.Lock()  # the meter's thread writes too
         self._latest: dict[str, float] = {}
         self._best: dict[str, float] = {}
         if journal is not None:
@@ -65,6 +68,10 @@ class Run:
             for name, value in clean.items():
                 better = min if name.startswith("loss/") else max
                 self._best[name] = better(value, self._best.get(name, value))
+
+    def sample(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics without a best and a final one: what the machine does."""
+        self._write("metrics", values=dict(values), step=step)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """What was asked for, nested mappings as dotted names. Once set, a value cannot change."""
@@ -104,13 +111,14 @@ class Run:
             self._file.close()
 
     def _write(self, event: str, **fields: Any) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps({"event": event, "time": _now_ms(), **fields}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._stop(error)
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                self._file.write(json.dumps({"event": event, "time": _now_ms(), **fields}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self._stop(error)
 
     def _stop(self, error: OSError) -> None:
         warn(f"this run is not tracked: {error}")
@@ -119,9 +127,16 @@ class Run:
 
 @contextlib.contextmanager
 def stage_run(
-    stage: str, cell: str | None = None, *, runtime: RuntimeSettings, params: Mapping[str, Any] | None = None
+    stage: str,
+    cell: str | None = None,
+    *,
+    runtime: RuntimeSettings,
+    params: Mapping[str, Any] | None = None,
+    works: bool = True,
 ) -> Iterator[Run]:
     """Track one stage (and cell: `distill`, `align_ti`) on rank 0; elsewhere the run given does nothing.
+
+    `works`: it uses the machine itself, which is metered; a flow does not, its stages do.
 
     The run's parent is the one that $ALIGNTI_PARENT_RUN_ID names, else one per enclosing `dvc` process, else none.
     """
@@ -143,14 +158,15 @@ def stage_run(
     began = time.monotonic()
     status = "FAILED"
     try:
-        yield run
+        with meter.metered(run, runtime, warn) if works else contextlib.nullcontext():
+            yield run
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
         seconds = time.monotonic() - began
-        run.metrics({"seconds": seconds})
+        run.metrics({"seconds": seconds, **({meter.DEVICE_HOURS: seconds * runtime.devices / 3600} if works else {})})
         run.end(status)
         if status == "FINISHED":
             _remember(os.environ.get("DVC_STAGE", name), run.id, seconds)
@@ -198,6 +214,16 @@ def sent(run: str) -> dict[str, Any] | None:
         return dict(json.loads((JOURNALS / f"{run}.sent").read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+
+
+def energy(run: str) -> dict[str, float]:
+    """What the run of this journal took, in Wh, as far as that was measured, and here: `cost/gpu_wh`, `cost/cpu_wh`."""
+    try:
+        lines = (JOURNALS / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    told = [event["values"] for event in map(json.loads, lines) if event["event"] == "metrics" and event["step"] is None]
+    return {name: values[name] for values in told for name in (meter.GPU_WH, meter.CPU_WH) if name in values}
 
 
 def last_run(stage: str) -> str | None:

@@ -82,7 +82,7 @@ def pipeline(
             print(recipes.use(recipe))
         runtime = load_settings().runtime
         slots = threading.Semaphore(parallel)
-        with page.linked(runtime, tracking.stage_run("pipeline", runtime=runtime)) as run:
+        with page.linked(runtime, tracking.stage_run("pipeline", runtime=runtime, works=False)) as run:
             wanted = dvc.graph(targets or ())
             futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
             for stage, needs in wanted.items():

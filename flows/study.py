@@ -103,7 +103,7 @@ def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: s
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
         runtime = load_settings().runtime
-        opening = tracking.stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)})
+        opening = tracking.stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, works=False)
         with page.linked(runtime, opening) as run:
             run.tag("study", name)
             became = _run(cells, plan, run.id, parallel)
