@@ -37,6 +37,7 @@ GOALS = (
     Goal("KD-only tokens/s / TRL's trainer", "kd_vs_trl", 1.2, at_least=True, others="1.0"),
     Goal("IRS search / plain teacher forward", "search_vs_plain", 1.10, others="eager 3x"),
     Goal("IRS search / plain teacher forward, memory", "memory_search_vs_plain", 1.05, others="eager O(L^2)"),
+    Goal("flow and tracking beyond DVC's own, share of the work's time", "orchestration_beyond_dvc", 0.05),
 )
 
 
@@ -74,6 +75,8 @@ def _run(result: dict[str, Any]) -> list[str]:
     arms = result["arms"]
     columns = {
         "seconds": ("s", "{:.4g}"),
+        "cpu_seconds": ("CPU s of all processes", "{:.4g}"),
+        "load": ("load", "{:.1f}"),
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
         "pairs_per_second": ("pairs/s", "{:,.1f}"),
         "images_per_second": ("images/s", "{:,.0f}"),
@@ -104,8 +107,8 @@ def _run(result: dict[str, Any]) -> list[str]:
     if result.get("parts"):
         lines += ["", "Share of a step's time:", ""]
         lines += [f"- {arm}: " + ", ".join(f"{p} {s:.0%}" for p, s in parts.items()) for arm, parts in result["parts"].items()]
-    if result["benchmark"] == "prepare":
-        lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
+    if result["benchmark"] in ("prepare", "orchestration"):
+        lines += ["", ", ".join(f"{name}: {value:.3g}" for name, value in result["ratios"].items())]
     return lines
 
 

@@ -194,6 +194,7 @@ def client(tracking_uri: str) -> Any:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # MLflow's own: 120 s
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_DISABLE_AGENT_HINT": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the address, with its login, at the end of each run
         "DO_NOT_TRACK": "true",
     }.items():
         os.environ.setdefault(name, value)

@@ -18,7 +18,7 @@ from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = "no Chromium here to open the page with; apt-get install chromium"
-PATIENCE_S = 60
+PATIENCE_S = 180  # a comparison's charts are megabytes of script
 
 
 class Page:
