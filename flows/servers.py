@@ -153,10 +153,11 @@ def running(name: Name) -> Server:
 
 
 def client_environment() -> dict[str, str]:
-    """What makes this project's commands talk to the servers that are up. Raises InputError if one is not."""
+    """What makes this project's commands talk to the servers that are up here, or to those of another machine that the
+    environment names. Raises InputError if there are neither."""
     environment = QUIET | {
-        "ALIGNTI_TRACKING_URI": running("mlflow").url,
-        "PREFECT_API_URL": running("prefect").url + "/api",
+        "ALIGNTI_TRACKING_URI": _address("mlflow", "", "ALIGNTI_TRACKING_URI"),
+        "PREFECT_API_URL": _address("prefect", "/api", "PREFECT_API_URL"),
         "PREFECT_HOME": str((HOME / "prefect-home").resolve()),
     }
     if given := os.environ.get(AUTH):
@@ -167,6 +168,15 @@ def client_environment() -> dict[str, str]:
             "MLFLOW_TRACKING_PASSWORD": password,
         }
     return environment
+
+
+def _address(name: Name, path: str, variable: str) -> str:
+    try:
+        return running(name).url + path
+    except InputError:
+        if given := os.environ.get(variable):
+            return given
+        raise
 
 
 def use_running() -> bool:
