@@ -36,7 +36,7 @@ def test_every_error_of_ours_is_free_of_them() -> None:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.text(), st.text())
 def test_wherever_it_stands(before: str, after: str) -> None:
     assert "canary3" not in redacted(f"{before}canary3{after}")
