@@ -217,13 +217,20 @@ def sent(run: str) -> dict[str, Any] | None:
 
 
 def energy(run: str) -> dict[str, float]:
-    """What the run of this journal took, in Wh, as far as that was measured, and here: `cost/gpu_wh`, `cost/cpu_wh`."""
+    """What the run of this journal took, in Wh, as far as that was measured, and here: `cost/gpu_wh`, `cost/cpu_wh`.
+
+    A run that went on after it was stopped has told more than once; its attempts are added up.
+    """
     try:
         lines = (JOURNALS / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
-    told = [event["values"] for event in map(json.loads, lines) if event["event"] == "metrics" and event["step"] is None]
-    return {name: values[name] for values in told for name in (meter.GPU_WH, meter.CPU_WH) if name in values}
+    used: dict[str, float] = {}
+    for event in map(json.loads, lines):
+        if event["event"] == "metrics" and event["step"] is None:
+            for name in {meter.GPU_WH, meter.CPU_WH} & set(event["values"]):
+                used[name] = used.get(name, 0.0) + event["values"][name]
+    return used
 
 
 def last_run(stage: str) -> str | None:

@@ -153,11 +153,12 @@ def running(name: Name) -> Server:
 
 
 def client_environment() -> dict[str, str]:
-    """What makes this project's commands talk to the servers that are up here, or to those of another machine that the
-    environment names. Raises InputError if there are neither."""
+    """What makes this project's commands talk to the servers that are up here, or else to those that the environment names.
+
+    Raises InputError if there are neither.
+    """
     environment = QUIET | {
-        "ALIGNTI_TRACKING_URI": _address("mlflow", "", "ALIGNTI_TRACKING_URI"),
-        "PREFECT_API_URL": _address("prefect", "/api", "PREFECT_API_URL"),
+        **(_named() or {"ALIGNTI_TRACKING_URI": running("mlflow").url, "PREFECT_API_URL": running("prefect").url + "/api"}),
         "PREFECT_HOME": str((HOME / "prefect-home").resolve()),
     }
     if given := os.environ.get(AUTH):
@@ -170,13 +171,12 @@ def client_environment() -> dict[str, str]:
     return environment
 
 
-def _address(name: Name, path: str, variable: str) -> str:
-    try:
-        return running(name).url + path
-    except InputError:
-        if given := os.environ.get(variable):
-            return given
-        raise
+def _named() -> dict[str, str] | None:
+    """The servers of another machine, as a worker of a pool finds them."""
+    names = ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL")
+    if started() or not all(name in os.environ for name in names):
+        return None
+    return {name: os.environ[name] for name in names}
 
 
 def use_running() -> bool:

@@ -154,13 +154,8 @@ def pair(here: Path) -> Iterator[Path]:
 
 
 def test_commands_find_the_servers_by_themselves(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    with pytest.raises(InputError, match="the prefect server is not running here; `alignti up` starts it"):
+    with pytest.raises(InputError, match="`alignti up` starts it"):
         servers.client_environment()
-    elsewhere = {"ALIGNTI_TRACKING_URI": "http://there:5000", "PREFECT_API_URL": "http://there:4200/api"}
-    for variable, address in elsewhere.items():
-        monkeypatch.setenv(variable, address)
-    assert elsewhere.items() <= servers.client_environment().items()  # a worker on another machine
     me = psutil.Process(os.getpid())
     for name, port in servers.PORTS.items():
         (here / ".servers").mkdir(exist_ok=True)
