@@ -32,10 +32,11 @@ def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
 
     `what` they are, e.g. "stages", also names the table, and with `-progress` the bar.
     """
+    key = what.replace(" ", "-")
     names = {id(future): name for name, future in futures.items()}
     became: dict[str, str] = {}
     began = time.monotonic()
-    bar = _put(create_progress_artifact, progress=0.0, key=f"{what}-progress", description=f"0 of {len(names)} {what} done")
+    bar = _put(create_progress_artifact, progress=0.0, key=f"{key}-progress", description=f"0 of {len(names)} {what} done")
     for future in as_completed(list(futures.values())):
         became[names[id(future)]] = _became(future)
         if bar is not None:
@@ -49,7 +50,7 @@ def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
     table = [{"name": name, "outcome": became[name]} for name in futures]
     _put(
         create_table_artifact,
-        key=what,
+        key=key,
         table=table,
         description=f"What became of the {what}: ran, restored, unchanged, or why not",
     )

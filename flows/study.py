@@ -135,7 +135,7 @@ def _run(cells: list[Cell], plan: Study, parent: str, parallel: int) -> dict[str
         if stage not in of_cells and stage != CLOSING:
             upstream = [shared[before] for before in needs]
             shared[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
-    page.follow("shared-stages", shared)
+    page.follow("shared stages", shared)
     for future in shared.values():
         future.result()  # without it no arm can run: the whole study fails here
     futures = {cell.name: run_cell.submit(cell, plan, parent, slots, budget, return_state=False) for cell in cells}
