@@ -93,14 +93,15 @@ class Mirror:
     def _parent_id(self, experiment: str, parent: dict[str, Any], started: int) -> str:
         if len(parent["id"]) == 32 and set(parent["id"]) <= set("0123456789abcdef"):
             return parent["id"]  # an MLflow run id, given by whoever opened that run
-        return self._find_or_make(experiment, parent["id"], parent["name"], started, {"stage": "pipeline"})
+        return self._find_or_make(experiment, parent["id"], parent["name"], started, {"stage": "pipeline"}, ours=False)
 
-    def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str]) -> str:
+    def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str], ours: bool = True) -> str:
+        """`ours`: the run of this journal, which knows its name and tags better than a child that made it before."""
         with _alone():
             found = self._client.search_runs([experiment], f"tags.`alignti.run` = '{key}'", max_results=1)
             if found:
                 run_id = found[0].info.run_id
-                for tag, value in {**tags, "mlflow.runName": name}.items():
+                for tag, value in {**tags, "mlflow.runName": name}.items() if ours else ():
                     self._client.set_tag(run_id, tag, value)
                 return run_id
             made = self._client.create_run(experiment, started, {**tags, "alignti.run": key}, run_name=name)

@@ -265,13 +265,13 @@ def test_an_outcome_is_recorded_once_and_arrives_whole(workspace: Path) -> None:
     scores = workspace / "scores.json"
     scores.write_text("{}")
     outcome: Any = {"tags": {"study": "terms"}, "params": {"weights.tpa": 1.0}, "metrics": {"exact_match": 0.5}}
-    with tracking.stage_run("study", runtime=runtime()) as parent:
+    with tracking.stage_run("study-terms", runtime=runtime()) as parent:
         for expected in (True, False):
             told = tracking.record("cell-a", "kd-seed1", runtime=runtime(), parent=parent.id, artifacts=[scores], **outcome)
             assert told is expected
     assert mirror.sync(SQLITE) == (2, 0)
     run = runs()["kd-seed1"]
-    assert run.data.tags["mlflow.parentRunId"] == runs()["study"].info.run_id
+    assert run.data.tags["mlflow.parentRunId"] == runs()["study-terms"].info.run_id  # which keeps its own name
     assert (run.data.tags["study"], run.data.params, run.data.metrics) == (
         "terms", {"weights.tpa": "1.0"}, {"exact_match": 0.5},
     )  # fmt: skip
