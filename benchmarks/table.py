@@ -39,6 +39,7 @@ GOALS = (
     Goal("evaluation in sorted batches / one by one, samples/s", "batched_vs_one_by_one", 5.0, at_least=True),
     Goal("bridge to VLMEvalKit: CPU time beside generation / generation", "bridge_overhead", 0.10),
     Goal("IRS search / plain teacher forward, memory", "memory_search_vs_plain", 1.05, others="eager O(L^2)"),
+    Goal("flow and tracking beyond DVC's own, share of the work's time", "orchestration_beyond_dvc", 0.05),
 )
 
 
@@ -76,6 +77,8 @@ def _run(result: dict[str, Any]) -> list[str]:
     arms = result["arms"]
     columns = {
         "seconds": ("s", "{:.4g}"),
+        "cpu_seconds": ("CPU s of all processes", "{:.4g}"),
+        "load": ("load", "{:.1f}"),
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
         "pairs_per_second": ("pairs/s", "{:,.1f}"),
         "samples_per_second": ("samples/s", "{:,.1f}"),
@@ -108,8 +111,8 @@ def _run(result: dict[str, Any]) -> list[str]:
     if result.get("parts"):
         lines += ["", "Share of a step's time:", ""]
         lines += [f"- {arm}: " + ", ".join(f"{p} {s:.0%}" for p, s in parts.items()) for arm, parts in result["parts"].items()]
-    if result["benchmark"] == "prepare":
-        lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
+    if result["benchmark"] in ("prepare", "orchestration"):
+        lines += ["", ", ".join(f"{name}: {value:.3g}" for name, value in result["ratios"].items())]
     return lines
 
 

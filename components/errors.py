@@ -10,13 +10,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from components.redact import redacted
+
 LOCK = "ALIGNTI_DEVICE_LOCK"  # the lock file of the device that a stage was given, flows/devices.py
 
 
 class AlignTIError(Exception):
-    """Root of every error that this project raises on purpose. The message says what, where, and what to do."""
+    """Root of every error that this project raises on purpose. The message says what, where, and what to do, and no secret:
+    it ends in logs and on servers."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class InputError(AlignTIError):

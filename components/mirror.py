@@ -75,7 +75,7 @@ class Mirror:
     def _open(self) -> str:
         """The MLflow run of this journal, and its parent: found, or made."""
         start = self._opening
-        experiment = self._experiment(start["experiment"])
+        self._state["experiment"] = experiment = self._experiment(start["experiment"])
         tags = dict(start["tags"])
         if parent := start["parent"]:
             tags["mlflow.parentRunId"] = self._parent_id(experiment, parent, start["time"])
@@ -93,14 +93,15 @@ class Mirror:
     def _parent_id(self, experiment: str, parent: dict[str, Any], started: int) -> str:
         if len(parent["id"]) == 32 and set(parent["id"]) <= set("0123456789abcdef"):
             return parent["id"]  # an MLflow run id, given by whoever opened that run
-        return self._find_or_make(experiment, parent["id"], parent["name"], started, {"stage": "pipeline"})
+        return self._find_or_make(experiment, parent["id"], parent["name"], started, {"stage": "pipeline"}, ours=False)
 
-    def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str]) -> str:
+    def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str], ours: bool = True) -> str:
+        """`ours`: the run of this journal, which knows its name and tags better than a child that made it before."""
         with _alone():
             found = self._client.search_runs([experiment], f"tags.`alignti.run` = '{key}'", max_results=1)
             if found:
                 run_id = found[0].info.run_id
-                for tag, value in {**tags, "mlflow.runName": name}.items():
+                for tag, value in {**tags, "mlflow.runName": name}.items() if ours else ():
                     self._client.set_tag(run_id, tag, value)
                 return run_id
             made = self._client.create_run(experiment, started, {**tags, "alignti.run": key}, run_name=name)
@@ -194,6 +195,7 @@ def client(tracking_uri: str) -> Any:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # MLflow's own: 120 s
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_DISABLE_AGENT_HINT": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the address, with its login, at the end of each run
         "DO_NOT_TRACK": "true",
     }.items():
         os.environ.setdefault(name, value)

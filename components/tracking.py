@@ -17,14 +17,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from components import meter
 from components.artifacts import RUNS, write_text
 from components.errors import AlignTIError, Interrupted
+from components.redact import redacted
 from components.settings import RuntimeSettings
 
 JOURNALS = RUNS / "journal"
@@ -44,6 +47,7 @@ class Run:
         self.id = journal.stem if journal else ""
         self._journal = journal
         self._file: IO[str] | None = None
+        self._lock = threading.Lock()  # the meter's thread writes too
         self._latest: dict[str, float] = {}
         self._best: dict[str, float] = {}
         if journal is not None:
@@ -64,6 +68,10 @@ class Run:
             for name, value in clean.items():
                 better = min if name.startswith("loss/") else max
                 self._best[name] = better(value, self._best.get(name, value))
+
+    def sample(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics without a best and a final one: what the machine does."""
+        self._write("metrics", values=dict(values), step=step)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """What was asked for, nested mappings as dotted names. Once set, a value cannot change."""
@@ -103,13 +111,14 @@ class Run:
             self._file.close()
 
     def _write(self, event: str, **fields: Any) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps({"event": event, "time": _now_ms(), **fields}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._stop(error)
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                self._file.write(json.dumps({"event": event, "time": _now_ms(), **fields}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self._stop(error)
 
     def _stop(self, error: OSError) -> None:
         warn(f"this run is not tracked: {error}")
@@ -118,9 +127,16 @@ class Run:
 
 @contextlib.contextmanager
 def stage_run(
-    stage: str, cell: str | None = None, *, runtime: RuntimeSettings, params: Mapping[str, Any] | None = None
+    stage: str,
+    cell: str | None = None,
+    *,
+    runtime: RuntimeSettings,
+    params: Mapping[str, Any] | None = None,
+    works: bool = True,
 ) -> Iterator[Run]:
     """Track one stage (and cell: `distill`, `align_ti`) on rank 0; elsewhere the run given does nothing.
+
+    `works`: it uses the machine itself, which is metered; a flow does not, its stages do.
 
     The run's parent is the one that $ALIGNTI_PARENT_RUN_ID names, else one per enclosing `dvc` process, else none.
     """
@@ -142,14 +158,15 @@ def stage_run(
     began = time.monotonic()
     status = "FAILED"
     try:
-        yield run
+        with meter.metered(run, runtime, warn) if works else contextlib.nullcontext():
+            yield run
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
         seconds = time.monotonic() - began
-        run.metrics({"seconds": seconds})
+        run.metrics({"seconds": seconds, **({meter.DEVICE_HOURS: seconds * runtime.devices / 3600} if works else {})})
         run.end(status)
         if status == "FINISHED":
             _remember(os.environ.get("DVC_STAGE", name), run.id, seconds)
@@ -191,6 +208,31 @@ def record(
     return True
 
 
+def sent(run: str) -> dict[str, Any] | None:
+    """What the mirror noted of this journal: `run_id` and `experiment` in MLflow, `done`; None before it has begun."""
+    try:
+        return dict(json.loads((JOURNALS / f"{run}.sent").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def energy(run: str) -> dict[str, float]:
+    """What the run of this journal took, in Wh, as far as that was measured, and here: `cost/gpu_wh`, `cost/cpu_wh`.
+
+    A run that went on after it was stopped has told more than once; its attempts are added up.
+    """
+    try:
+        lines = (JOURNALS / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    used: dict[str, float] = {}
+    for event in map(json.loads, lines):
+        if event["event"] == "metrics" and event["step"] is None:
+            for name in {meter.GPU_WH, meter.CPU_WH} & set(event["values"]):
+                used[name] = used.get(name, 0.0) + event["values"][name]
+    return used
+
+
 def last_run(stage: str) -> str | None:
     """The journal of the run that last made this stage's outputs here, None if none did."""
     try:
@@ -209,8 +251,8 @@ def last_seconds(stage: str) -> tuple[float, str | None] | None:
 
 
 def warn(message: str, to: IO[str] | None = None) -> None:
-    """One line on stderr, without the user:password of any address in it."""
-    print("tracking: " + re.sub(r"//[^/@\s]+@", "//***@", message), file=to or sys.stderr, flush=True)
+    """One line on stderr, without secrets."""
+    print("tracking: " + redacted(message), file=to or sys.stderr, flush=True)
 
 
 def _remember(stage: str, run: str, seconds: float) -> None:

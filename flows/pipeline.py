@@ -12,24 +12,22 @@ import argparse
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.tasks import Task
 from pydantic import Field
 
 from components import recipes, tracking
-from components.artifacts import REPORTS
 from components.errors import AlignTIError, InputError, TryAgainError, end_with_parent, exit_from
 from components.settings import load_settings
-from flows import devices, dvc, presence
+from flows import devices, dvc, page, presence
 from flows.workspace import workspace
 
 RETRIES = 2
@@ -87,18 +85,18 @@ def pipeline(
             print(recipes.use(recipe))
         runtime = load_settings().runtime
         slots = threading.Semaphore(parallel)
-        with tracking.stage_run("pipeline", runtime=runtime) as run:
+        with page.linked(runtime, tracking.stage_run("pipeline", runtime=runtime, works=False)) as run:
             wanted = dvc.graph(targets or ())
             futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
             for stage, needs in wanted.items():
                 upstream = [futures[before] for before in needs]
                 futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=upstream, return_state=False)
-            settle(futures.values())
+            settle("stages", futures)
             outcomes = {stage: future.result() for stage, future in futures.items()}
             for stage, outcome in outcomes.items():
                 run.tag(f"stage.{stage}", outcome)
             gate(targets or ())
-        show(outcomes)
+            page.leaderboard()
     return outcomes
 
 
@@ -124,10 +122,10 @@ def folder(own: bool, commit: str = "HEAD") -> Iterator[None]:
         yield
 
 
-def settle(futures: Iterable[PrefectFuture[Any]]) -> None:
-    """Wait for all. If this flow run is cancelled meanwhile, or its worker dies, its stages are stopped first."""
+def settle(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
+    """Wait for all, and show it. If this flow run is cancelled meanwhile, or its worker dies, its stages are stopped first."""
     try:
-        wait(list(futures))
+        page.follow(what, futures)
     except BaseException:
         dvc.stop_all()
         raise
@@ -138,17 +136,6 @@ def gate(targets: Sequence[str] = ()) -> None:
     outcome, left = dvc.reproduce_all(targets), {} if targets else dvc.status()
     if outcome != "unchanged" or left:
         raise AlignTIError(f"`dvc repro` after the flow should have nothing to do, but stages {outcome}; status: {left}")
-
-
-def show(outcomes: dict[str, dvc.Outcome]) -> None:
-    """What became of each stage, and the scores where there are some, on the flow run's page."""
-    create_table_artifact(
-        key="stages",
-        table=[{"stage": stage, "outcome": outcome} for stage, outcome in outcomes.items()],
-        description="What became of each stage: ran, restored from DVC's cache, or unchanged",
-    )
-    if "compare" in outcomes:
-        create_markdown_artifact(key="leaderboard", markdown=(REPORTS / "compare.md").read_text(encoding="utf-8"))
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import time
 from typing import Annotated, get_args
 
 from prefect import flow, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from pydantic import Field
@@ -24,7 +23,7 @@ from components.errors import AlignTIError
 from components.settings import RuntimeSettings, load_settings
 from components.study import expand, record
 from components.study.expand import Cell, Study
-from flows import dvc, workspace
+from flows import dvc, page, workspace
 from flows.divergence import diverged
 from flows.handed_out import NotMade, Orders
 from flows.pipeline import FREE, RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, settle, worth_another_try
@@ -121,7 +120,8 @@ def study(
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
         runtime = load_settings().runtime
-        with tracking.stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}) as run:
+        opening = tracking.stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, works=False)
+        with page.linked(runtime, opening) as run:
             run.tag("study", name)
             pool = Orders(name, workspace.head(), recipe, run.id) if over_pool else None
             became = _run(cells, plan, run.id, parallel or (MOST if pool else 1), pool)
@@ -131,9 +131,6 @@ def study(
             for arm in (arm for arm in cells if became[arm.name] in DONE):
                 record.record(name, arm, varied, digests[str(STUDENTS / arm.name)], runtime, run.id)
             _send(runtime)
-            create_table_artifact(
-                key=f"study-{name}", table=[{"arm": c, "outcome": o} for c, o in became.items()], description=plan.about
-            )
             missing = {cell: outcome for cell, outcome in became.items() if outcome not in DONE}
             if missing:
                 lines = "\n".join(f"  {cell}: {why}" for cell, why in missing.items())
@@ -143,6 +140,7 @@ def study(
                 )
             dvc.reproduce(CLOSING, {tracking.PARENT: run.id})
             gate()
+            page.leaderboard()
     return became
 
 
@@ -154,7 +152,7 @@ def _run(cells: list[Cell], plan: Study, parent: str, parallel: int, pool: Order
     else:
         _run_shared(cells, parent, slots)
     futures = {cell.name: run_cell.submit(cell, plan, parent, slots, budget, pool, return_state=False) for cell in cells}
-    settle(futures.values())
+    settle("arms", futures)
     return {cell: _became(future) for cell, future in futures.items()}
 
 
@@ -170,7 +168,7 @@ def _run_shared(cells: list[Cell], parent: str, slots: threading.Semaphore) -> N
     for stage in _shared(cells):
         upstream = [futures[before] for before in graph[stage]]
         futures[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
-    settle(futures.values())
+    settle("shared stages", futures)
     for future in futures.values():
         future.result()
 

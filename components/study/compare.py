@@ -17,6 +17,7 @@ import numpy as np
 
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.statistics import Interval, holm
+from components.meter import CPU_WH, GPU_WH
 from components.study.expand import SEED
 from components.study.record import FINGERPRINT, STAGE
 from components.tracking import JOURNAL_ONLY
@@ -78,6 +79,8 @@ class Variant:
     score: Estimate
     hours: float  # mean
     memory_mib: float  # mean
+    gpu_wh: float | None  # mean; None unless it was measured in all of its runs
+    cpu_wh: float | None
     best_at_its_cost: bool  # no other variant has as much score for as few hours
 
 
@@ -224,12 +227,19 @@ def _variants(by_variant: dict[str, list[Run]], confidence: float) -> list[Varia
                 score=estimate([run.metrics[SCORE] for run in runs], confidence),
                 hours=means[name][1],
                 memory_mib=means[name][2],
+                gpu_wh=_mean_of_all(runs, GPU_WH),
+                cpu_wh=_mean_of_all(runs, CPU_WH),
                 best_at_its_cost=on_front(name, means, 1),
             )
             for name, runs in by_variant.items()
         ),
         key=lambda variant: -variant.score.mean,
     )
+
+
+def _mean_of_all(runs: Sequence[Run], metric: str) -> float | None:
+    values = [run.metrics.get(metric) for run in runs]
+    return None if None in values else float(np.mean([value for value in values if value is not None]))
 
 
 def on_front(name: str, means: dict[str, list[float]], cost: int) -> bool:

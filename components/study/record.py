@@ -55,6 +55,7 @@ def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: 
             "cost/device_hours": cost.train_seconds / 3600,
             "cost/peak_memory_mib": cost.peak_memory_mib,
             "cost/steps": cost.steps,
+            **tracking.energy(made_by["run.distill"] or ""),
         },
         artifacts=[scores_file, SCORES / cell.name / "predictions.jsonl"],
     )

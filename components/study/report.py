@@ -78,10 +78,16 @@ def standing(result: StudyResult) -> str:
 
 def _tables(result: StudyResult, confidence: float) -> list[Table]:
     sure = f"{confidence:.0%} interval"
+    energy = {
+        "GPU Wh": [v.gpu_wh for v in result.variants],
+        "processor Wh": [v.cpu_wh for v in result.variants],
+    }
+    measured = {name: values for name, values in energy.items() if any(value is not None for value in values)}
     variants = [
         [v.name, _percent(v.score), _interval(v.score), str(v.score.n), f"{v.hours:.4f}", f"{v.memory_mib:,.0f}",
+         *("-" if values[i] is None else f"{values[i]:.3g}" for values in measured.values()),
          "yes" if v.best_at_its_cost else ""]
-        for v in result.variants
+        for i, v in enumerate(result.variants)
     ]  # fmt: skip
     tests = [
         [t.variant, t.against, _points(t.difference), _interval(t.difference), str(t.difference.n), _p(t.p_value), _p(t.p_holm)]
@@ -94,8 +100,9 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
     return [
         (
             "Variants",
-            "Mean over seeds, with the t interval; the last column: no other variant scores as much in as few hours.",
-            ["variant", "exact match", sure, "seeds", "device hours", "peak MiB", "best at its cost"],
+            "Mean over seeds, with the t interval; the last column: no other variant scores as much in as few hours."
+            + (" Energy of the training; the processor's is of all that ran on the machine meanwhile." if measured else ""),
+            ["variant", "exact match", sure, "seeds", "device hours", "peak MiB", *measured, "best at its cost"],
             variants,
         ),
         (

@@ -45,15 +45,19 @@ Path("out", name).write_text(name + "".join(Path(i).read_text() for i in inputs)
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A DVC project of four stages that take no time, as the current directory."""
-    shutil.copytree(ROOT / "params", tmp_path / "params")
-    (tmp_path / "dvc.yaml").write_text(PIPELINE)
-    (tmp_path / "stage.py").write_text(STAGE)
-    for name in ("raw", "a", "b"):
-        (tmp_path / f"{name}.txt").write_text(name)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".dvc").mkdir()
-    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")  # what `dvc init --no-scm` writes
+    lay_out(tmp_path)
     return tmp_path
+
+
+def lay_out(folder: Path) -> None:
+    shutil.copytree(ROOT / "params", folder / "params")
+    (folder / "dvc.yaml").write_text(PIPELINE)
+    (folder / "stage.py").write_text(STAGE)
+    for name in ("raw", "a", "b"):
+        (folder / f"{name}.txt").write_text(name)
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc/config").write_text("[core]\n    no_scm = True\n")  # what `dvc init --no-scm` writes
 
 
 def ran(project: Path) -> list[str]:

@@ -16,6 +16,7 @@ import yaml
 from components.errors import InputError
 from flows import dvc
 from tests.flows.conftest import ROOT, ran
+from tests.planted import CANARY, REMOTE
 
 
 def test_graph_is_in_running_order_with_what_each_stage_needs(project: Path) -> None:
@@ -141,3 +142,13 @@ def test_a_killed_flow_leaves_neither_dvc_nor_a_training_behind(project: Path) -
     flow.kill()
     flow.wait()
     assert ends(above) and ends(training)
+
+
+def test_a_remote_that_does_not_answer_is_told_without_its_password(project: Path) -> None:
+    (project / ".dvc/config").write_text(
+        f"[core]\n    no_scm = True\n    remote = theirs\n['remote \"theirs\"']\n    url = {REMOTE}\n"
+    )
+    (project / "data.dvc").write_text(f"outs:\n- md5: {'a' * 32}\n  size: 1\n  path: data\n")
+    with pytest.raises(InputError, match=r"`dvc pull data\.dvc` failed") as failure:
+        dvc.fetch("data.dvc")
+    assert CANARY not in str(failure.value)

@@ -304,7 +304,7 @@ def test_two_clones_share_out_a_study_and_do_again_only_what_is_missing(
     project: Path, tmp_path_factory: pytest.TempPathFactory, worker: Start
 ) -> None:
     meeting, remote, other = (tmp_path_factory.mktemp(name) for name in ("meeting", "remote", "other"))
-    study_of.make_clone(project)
+    study_of.commit(study_of.STAGE)
     code = (project / "stage.py").read_text()
     head, mark, tail = code.partition('if stage == "first"')
     (project / "stage.py").write_text(head + MEETING.replace("MEETING", repr(str(meeting))) + mark + tail)

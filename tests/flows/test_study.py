@@ -98,17 +98,17 @@ def declare(**changes: Any) -> None:
 
 @pytest.fixture
 def clone(project: Path, prefect_server: None) -> Path:
-    make_clone(project)
+    commit(STAGE)
     return project
 
 
-def make_clone(project: Path) -> None:
-    """The study `mine` in a git repository."""
-    (project / "dvc.yaml").write_text(PIPELINE)
-    (project / "stage.py").write_text(STAGE)
-    ignored = ("artifacts", "reports", ".runs", ".mlflow", "ran.log", "fail-*", ".dvc/tmp", ".dvc/cache", ".dvc/config.local")
-    (project / ".gitignore").write_text("\n".join(ignored))
-    (project / ".dvc/config").write_text("[core]\n    analytics = false\n")
+def commit(stage: str) -> None:
+    """Make the current folder, a DVC project, a git repository with the study `mine`; every stage is `stage`."""
+    Path("dvc.yaml").write_text(PIPELINE)
+    Path("stage.py").write_text(stage)
+    ignored = ("artifacts", "reports", ".runs", ".mlflow", ".servers", "ran.log", "fail-*")
+    Path(".gitignore").write_text("\n".join([*ignored, ".dvc/tmp", ".dvc/cache", ".dvc/config.local"]))
+    Path(".dvc/config").write_text("[core]\n    analytics = false\n")
     git("init", "--quiet")
     declare()
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from components import recipes
+from tests.planted import CANARY, REMOTE, SECRETS, leaks
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
@@ -34,14 +35,21 @@ STAGES = {
 
 def call(root: Path, *command: str) -> str:
     """Its output. Fails with it, too."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, **SECRETS, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
+    assert CANARY not in done.stdout
     return done.stdout
 
 
 def dvc(root: Path, *words: str) -> str:
     return call(root, sys.executable, "-m", "dvc", *words)
+
+
+def processor_time() -> float:
+    """Seconds, of all processes that were waited for: what a repro takes on an idle machine, on a busy one too."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def ran(said: str) -> set[str]:
@@ -59,6 +67,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call(root, "git", "init", "--quiet")
     recipes.use("smoke", root)
     dvc(root, "pull", "--quiet", "data.dvc")
+    dvc(root, "remote", "add", "--quiet", "--local", "theirs", REMOTE)
     return root
 
 
@@ -92,11 +101,11 @@ def test_all_stages_are_tracked_under_one_parent(done: Path) -> None:
 
 
 def test_a_second_repro_runs_nothing_soon(done: Path) -> None:
-    began = time.monotonic()
+    began = processor_time()
     said = dvc(done, "--wait-for-lock", "repro")
     assert ran(said) == set()
     assert "Data and pipelines are up to date." in said
-    assert time.monotonic() - began < 10
+    assert processor_time() - began < 10
 
 
 def test_dvc_shows_metrics_and_plots(done: Path) -> None:
@@ -112,9 +121,17 @@ def test_the_flow_runs_what_repro_left_to_do_and_leaves_it_nothing(done: Path, m
     from flows.pipeline import pipeline
 
     monkeypatch.chdir(done)
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     study = done / "params/study.yaml"
     study.write_text(study.read_text().replace("iva: 1.0, tpa: 1.0", "iva: 0.5, tpa: 1.0"))
     changed = {"distill@align_ti", "evaluate@align_ti", "compare"}
     assert pipeline(parallel=2) == {stage: "ran" if stage in changed else "unchanged" for stage in STAGES}
     assert runner.reproduce_all() == "unchanged"
     assert runner.status() == {}
+
+
+def test_no_secret_of_the_environment_was_written_by_repro_or_flow(done: Path) -> None:
+    """Journals, checkpoints, artifacts, reports, dvc.lock, DVC's cache; tests/flows/test_finished_study.py has the servers."""
+    assert (done / ".dvc/config.local").read_text().count(CANARY) == 1
+    assert leaks(done, but=(".dvc/config.local",)) == []

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def test_the_main_effect_of_a_term_is_over_all_pairs_that_differ_in_it_alone() -
     assert effects["weights.iva"].effect.n == effects["weights.tpa"].effect.n == 6
     assert effects["weights.iva"].effect.mean == pytest.approx((0.02 + 0.03) / 2)
     assert effects["weights.tpa"].effect.mean == pytest.approx((0.07 + 0.08) / 2 + 0.002)
+
+
+def test_energy_is_a_column_where_it_was_measured_and_blank_where_a_run_lacks_it() -> None:
+    assert "Wh" not in str(report._tables(result(), 0.95)[0])
+    runs = [replace(r, metrics={**r.metrics, "cost/gpu_wh": 10.0 * r.metrics[HOURS]}) for r in RUNS]
+    runs[0] = RUNS[0]
+    _, note, head, rows = report._tables(result(runs), 0.95)[0]
+    told = {row[0]: row[head.index("GPU Wh")] for row in rows}
+    assert told == {"iva1-tpa1": "11", "iva0-tpa1": "11", "iva1-tpa0": "1", "iva0-tpa0": "-"}
+    assert "processor Wh" not in head and "Energy of the training" in note
 
 
 def test_a_missing_cell_is_named_and_the_rest_is_compared() -> None:

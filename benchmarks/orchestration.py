@@ -1,0 +1,179 @@
+"""What flow, DVC and tracking cost beside the work: `python -m benchmarks.orchestration`
+
+A study of 20 cells of 10 seconds, one at a time: components that sleep, and log as a training does (five points a second), run
+
+- bare: one after the other, without DVC, Prefect or tracking;
+- by one `dvc repro`, and by a `dvc repro --single-item` each, as a flow that spreads stages has to do: DVC's own cost;
+- by the flow `alignti-pipeline`, tracked, with the real Prefect and MLflow servers up, its graph, gate and page included.
+
+Sleeping cells take 10 seconds however busy the machine is; what is around them does not, so the processor time of all processes
+is told too, with the machine's load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks import measure
+from components import mirror, tracking
+from flows import servers
+
+ROOT = Path(__file__).parents[1]
+CELLS, SECONDS, POINTS_PER_S = 20, 10.0, 5
+PORTS: dict[servers.Name, int] = {"mlflow": 5970, "prefect": 5971}
+TRACKED = "ALIGNTI_BENCHMARK_TRACKED"
+
+PIPELINE = """
+stages:
+  cell:
+    foreach: [{cells}]
+    do:
+      cmd: python cell.py ${{item}}
+      deps: [cell.py]
+      outs: ["out/${{item}}"]
+"""
+
+CELL = """
+import contextlib, os, sys, time
+from pathlib import Path
+from components import tracking
+from components.settings import load_settings
+cell = sys.argv[1]
+runtime = load_settings().runtime
+tracked = tracking.stage_run("distill", cell, runtime=runtime, params={"cell": cell}) if "TRACKED" in os.environ else None
+with tracked or contextlib.nullcontext(tracking.Run(None)) as run:
+    until = time.monotonic() + SECONDS
+    step = 0
+    while (left := until - time.monotonic()) > 0:
+        run.metrics({"loss/total": 1 / (1 + step), "loss/sft": 0.5}, step=step)
+        step += 1
+        time.sleep(min(left, 1 / POINTS))
+Path("out").mkdir(exist_ok=True)
+Path("out", cell).write_text(cell)
+"""
+
+
+def lay_out(folder: Path, cells: int, seconds: float) -> None:
+    """A DVC project of that many cells."""
+    shutil.copytree(ROOT / "params", folder / "params")
+    (folder / "dvc.yaml").write_text(PIPELINE.format(cells=", ".join(f"c{i}" for i in range(cells))))
+    cell = CELL.replace("SECONDS", str(seconds)).replace("POINTS", str(POINTS_PER_S)).replace("TRACKED", TRACKED)
+    (folder / "cell.py").write_text(cell)
+    (folder / ".gitignore").write_text(".runs/\n.mlflow/\n.servers/\nout/\n")
+    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def forget(folder: Path) -> None:
+    """As if nothing had run: neither outputs, nor lock, nor DVC's run cache."""
+    for path in ("out", ".dvc/cache", ".dvc/tmp"):
+        shutil.rmtree(folder / path, ignore_errors=True)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+
+
+def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        folder = Path(name)
+        lay_out(folder, cells, seconds)
+        here = os.path.dirname(sys.executable)  # noqa: PTH120  (resolving the link would leave the virtual environment)
+        base = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
+        base |= {"ALIGNTI_TRACKING_URI": tracking.JOURNAL_ONLY, "DVC_NO_ANALYTICS": "1"}
+
+        def call(environment: Mapping[str, str], *words: str) -> None:
+            done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(words)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+
+        def one_by_one(*words: str) -> None:
+            for cell in tqdm(range(cells), desc=words[-1], unit="cell"):
+                call(base, *(word.format(cell) for word in words))
+
+        with servers_up() as answers:
+            flow = base | answers | {TRACKED: "1"}
+            ways: dict[str, Callable[[], None]] = {
+                "bare": lambda: one_by_one("cell.py", "c{}"),
+                "dvc repro": lambda: call(base, "-m", "dvc", "repro"),
+                "dvc repro per cell": lambda: one_by_one("-m", "dvc", "--wait-for-lock", "repro", "--single-item", "cell@c{}"),
+                "flow, DVC, tracking": lambda: call(flow, "-m", "flows.pipeline"),
+            }
+            arms = {}
+            for way, work in ways.items():
+                forget(folder)
+                arms[way] = timed(work)
+            arrived = runs_in_mlflow(answers["ALIGNTI_TRACKING_URI"])
+    work_s = arms["bare"]["seconds"]
+    dvc, whole = arms["dvc repro per cell"], arms["flow, DVC, tracking"]
+    return {
+        "benchmark": "orchestration",
+        "size": f"{cells} cells of {seconds:g} s",
+        "about": f"{cells} cells that sleep {seconds:g} s and log {POINTS_PER_S} points a second, one at a time;"
+        f" {arrived} of them arrived in MLflow; load of the machine at the end of each in the last column",
+        **measure.where_and_when(measure.prepare()),
+        "clock": "wall time",
+        "arms": arms,
+        "ratios": {
+            "orchestration_dvc": (dvc["seconds"] - work_s) / work_s,
+            "orchestration_beyond_dvc": (whole["seconds"] - dvc["seconds"]) / work_s,
+            "orchestration_beyond_dvc_cpu": (whole["cpu_seconds"] - dvc["cpu_seconds"]) / work_s,
+        },
+    }
+
+
+@contextlib.contextmanager
+def servers_up() -> Iterator[dict[str, str]]:
+    """Both, in the current folder; gives what makes commands talk to them."""
+    servers.up(ports=PORTS)
+    try:
+        yield servers.client_environment()
+    finally:
+        servers.down()
+
+
+def timed(work: Callable[[], None]) -> dict[str, float]:
+    """Seconds by the clock and of all processes that it waited for, and how many others wanted a core meanwhile."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "load": os.getloadavg()[1],
+    }
+
+
+def runs_in_mlflow(address: str) -> int:
+    client = mirror.client(address)
+    return len(client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.stage = 'distill'"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", type=int, default=CELLS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each cell")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
+    args = parser.parse_args()
+    target = args.json.resolve() if args.json else None
+    result = run(args.cells, args.seconds)
+    print(result["about"])
+    for name, arm in result["arms"].items():
+        print(f"{name:<22}{arm['seconds']:>9.1f} s {arm['cpu_seconds']:>8.1f} CPU s   load {arm['load']:.1f}")
+    print("\n".join(f"{name:<32}{value:.4f}" for name, value in result["ratios"].items()))
+    if target:
+        measure.write_json(target, result)
+
+
+if __name__ == "__main__":
+    main()

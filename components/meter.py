@@ -1,0 +1,181 @@
+"""What a stage uses while it runs: processor, memory, GPUs, and the energy that they take.
+
+A thread samples into the stage's journal, under `system/` with MLflow's own names, so that MLflow's page of system metrics
+draws them. Energy is what counters have gained: NVML's of each GPU that the stage sees, and RAPL's of each processor package
+(https://www.kernel.org/doc/html/latest/power/powercap/powercap.html), which counts all that runs on this machine. Where there
+is no such counter, or it may not be read, nothing is recorded, and a tag of the run says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from components.settings import RuntimeSettings
+
+SAMPLE_S = 10
+POWERCAP = Path("/sys/class/powercap")
+GPU_WH, CPU_WH, DEVICE_HOURS = "cost/gpu_wh", "cost/cpu_wh", "cost/device_hours"
+MJ_PER_WH, UJ_PER_WH, MB = 3.6e6, 3.6e9, 1e6
+
+
+class Sink(Protocol):
+    """Where samples go: a run of components/tracking.py."""
+
+    def sample(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None: ...
+
+    def tag(self, key: str, value: str) -> None: ...
+
+
+@dataclass
+class Package:
+    """The RAPL counter of one processor package, which starts again from 0 at `wraps_uj`. Reading raises OSError."""
+
+    file: Path
+    wraps_uj: int
+    last_uj: int = field(init=False)
+    used_uj: int = 0
+
+    def __post_init__(self) -> None:
+        self.last_uj = int(self.file.read_text())
+
+    def read(self) -> None:
+        now = int(self.file.read_text())
+        self.used_uj += (now - self.last_uj) % (self.wraps_uj + 1)
+        self.last_uj = now
+
+
+class Gpu:
+    """One GPU as NVML counts it. Reading raises pynvml.NVMLError."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
+        self._first_mj = int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+
+    def used_mj(self) -> int:
+        return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) - self._first_mj
+
+    def sample(self) -> dict[str, float]:
+        memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        return {
+            "utilization_percentage": self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu,
+            "memory_usage_megabytes": memory.used / MB,
+            "memory_usage_percentage": 100 * memory.used / memory.total,
+            "power_usage_watts": self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000,
+        }
+
+
+def packages(root: Path = POWERCAP) -> tuple[list[Package], str | None]:
+    """The processor packages, or none and why."""
+    zones = sorted(root.glob("intel-rapl:[0-9]*"))  # AMD's too have that name; intel-rapl:0:0 is a part of intel-rapl:0
+    try:
+        found = [
+            Package(zone / "energy_uj", int((zone / "max_energy_range_uj").read_text()))
+            for zone in zones
+            if zone.name.count(":") == 1 and (zone / "name").read_text().startswith("package")
+        ]
+    except OSError as error:
+        return [], f"not measured: {error.filename} may not be read ({error.strerror})"
+    return found, None if found else f"not measured: there is no RAPL counter in {root}"
+
+
+def gpus(nvml: Any = None) -> tuple[list[Gpu], str | None]:
+    """Those that this process sees (CUDA_VISIBLE_DEVICES, else all), or none and why. `nvml`: the module pynvml."""
+    if nvml is None:
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return [], "not measured: nvidia-ml-py is not installed (pip install -c constraints.txt -e '.[gpu]')"
+    try:
+        nvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [str(i) for i in range(nvml.nvmlDeviceGetCount())] if visible is None else visible.split(",")
+        return [Gpu(nvml, _handle(nvml, name.strip())) for name in names if name.strip()], None
+    except nvml.NVMLError as error:
+        return [], f"not measured: {error}"
+
+
+def _handle(nvml: Any, name: str) -> Any:
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+
+
+class Meter:
+    """What has been used since it was made."""
+
+    def __init__(self, gpus: Sequence[Gpu], packages: Sequence[Package]) -> None:
+        self._gpus, self._packages = gpus, packages
+
+    def sample(self) -> dict[str, float]:
+        """Under MLflow's names. Also keeps up with the RAPL counters, which start again within minutes to hours."""
+        import psutil  # accelerate needs it too
+
+        for package in self._packages:
+            package.read()
+        memory = psutil.virtual_memory()
+        values = {
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/system_memory_usage_megabytes": memory.used / MB,
+            "system/system_memory_usage_percentage": memory.percent,
+            "system/process_memory_usage_megabytes": psutil.Process().memory_info().rss / MB,
+        }
+        for index, gpu in enumerate(self._gpus):
+            values |= {f"system/gpu_{index}_{name}": float(value) for name, value in gpu.sample().items()}
+        return values
+
+    def energy(self) -> dict[str, float]:
+        """Wh, of what has a counter."""
+        for package in self._packages:
+            package.read()
+        used = {}
+        if self._gpus:
+            used[GPU_WH] = sum(gpu.used_mj() for gpu in self._gpus) / MJ_PER_WH
+        if self._packages:
+            used[CPU_WH] = sum(package.used_uj for package in self._packages) / UJ_PER_WH
+        return used
+
+
+@contextmanager
+def metered(run: Sink, runtime: RuntimeSettings, warn: Callable[[str], None]) -> Iterator[None]:
+    """Sample into `run` during the block, and record at its end what it took. A counter that fails ends the samples only."""
+    here, no_gpus = ([], "not measured: params/runtime.yaml says cpu") if runtime.device == "cpu" else gpus()
+    there, no_packages = packages()
+    for key, why in {"energy.gpu": no_gpus, "energy.cpu": no_packages}.items():
+        if why:
+            run.tag(key, why)
+    meter, done = Meter(here, there), threading.Event()
+
+    def watch() -> None:
+        step = 0
+        with _faults_told(warn):
+            while True:
+                run.sample(meter.sample(), step)
+                step += 1
+                if done.wait(SAMPLE_S):
+                    return
+
+    watcher = threading.Thread(target=watch, name="meter", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        with _faults_told(warn):
+            run.metrics(meter.energy())
+
+
+@contextmanager
+def _faults_told(warn: Callable[[str], None]) -> Iterator[None]:
+    """A GPU that falls off its bus, a file that goes away, a process that psutil cannot see: a line, and the work goes on."""
+    try:
+        yield
+    except Exception as error:
+        warn(f"what this stage uses is no longer sampled: {error}")

@@ -1,0 +1,130 @@
+"""What a flow run's page in Prefect shows beside its log: how far it is, the scores, the way to its MLflow run and report.
+
+The page is for people to look at, and nothing is read back from it; so what Prefect does not take costs a line in the log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.futures import PrefectFuture, as_completed
+from prefect.logging import get_logger
+
+from components import tracking
+from components.artifacts import REPORTS, Comparison
+from components.errors import AlignTIError
+from components.redact import redacted, without_login
+from components.settings import RuntimeSettings
+
+REPORT = REPORTS / "report.html"
+COMPARISON = REPORTS / "compare.json"
+LONGEST = 300  # characters of a reason in a table
+
+Shown = Callable[..., Any]
+
+
+def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
+    """Wait for all `futures`, by name, showing how many of them are done; then a table of what became of each.
+
+    `what` they are, e.g. "stages", also names the table, and with `-progress` the bar.
+    """
+    key = what.replace(" ", "-")
+    names = {id(future): name for name, future in futures.items()}
+    became: dict[str, str] = {}
+    began = time.monotonic()
+    bar = _put(create_progress_artifact, progress=0.0, key=f"{key}-progress", description=f"0 of {len(names)} {what} done")
+    for future in as_completed(list(futures.values())):
+        became[names[id(future)]] = _became(future)
+        if bar is not None:
+            _put(
+                update_progress_artifact,
+                artifact_id=bar,
+                progress=100 * len(became) / len(names),
+                description=f"{len(became)} of {len(names)} {what} done; the last was {names[id(future)]},"
+                f" {time.monotonic() - began:.0f} s after the start",
+            )
+    table = [{"name": name, "outcome": became[name]} for name in futures]
+    _put(
+        create_table_artifact,
+        key=key,
+        table=table,
+        description=f"What became of the {what}: ran, restored, unchanged, or why not",
+    )
+
+
+def leaderboard() -> None:
+    """The scores of reports/compare.json, best arm first, below the teacher's."""
+    if not COMPARISON.exists():
+        return
+    found = Comparison.read(COMPARISON)
+    teacher = {"arm": "teacher", "exact match": _percent(found.teacher.exact_match), "95%": _interval(found.teacher.ci95)}
+    rows = [
+        {
+            "arm": arm,
+            "exact match": _percent(result.exact_match),
+            "95%": _interval(result.ci95),
+            "of the teacher": "" if result.share_of_teacher is None else _percent(result.share_of_teacher),
+            "training, s": f"{result.train_seconds:.0f}",
+            "peak MiB": f"{result.peak_memory_mib:,.0f}",
+        }
+        for arm, result in ((arm, found.arms[arm]) for arm in found.order)
+    ]
+    _put(create_table_artifact, key="leaderboard", table=[teacher, *rows], description=f"{found.headline}\n\n{found.standing}")
+
+
+@contextmanager
+def linked(runtime: RuntimeSettings, opening: AbstractContextManager[tracking.Run]) -> Iterator[tracking.Run]:
+    """The run that `opening` opens; when it has ended, links to it and to the report that it kept."""
+    run = None
+    try:
+        with opening as run:
+            try:
+                yield run
+            finally:
+                if REPORT.exists():
+                    run.artifact(REPORT)  # a workspace goes when its flow run ends, and the report in it
+    finally:
+        if run is not None and (address := mlflow_page(run.id, runtime)):
+            _put(create_link_artifact, key="mlflow-run", link=address, link_text="this run in MLflow")
+            if REPORT.exists():
+                _put(create_link_artifact, key="report", link=f"{address}/artifacts/{REPORT.name}", link_text="the report")
+
+
+def mlflow_page(run: str, runtime: RuntimeSettings) -> str | None:
+    """Where a browser finds the run of this journal, without a password; None where no server shows it, or not yet."""
+    if not runtime.tracking_uri.startswith(("http://", "https://")):
+        return None
+    sent = tracking.sent(run)
+    if not sent or not sent.get("experiment"):
+        return None
+    return f"{without_login(runtime.tracking_uri).rstrip('/')}/#/experiments/{sent['experiment']}/runs/{sent['run_id']}"
+
+
+def _became(future: PrefectFuture[Any]) -> str:
+    try:
+        return str(future.result())
+    except AlignTIError as error:
+        return redacted(str(error))[:LONGEST]
+    except Exception as error:  # Prefect's own, of a stage whose inputs failed, among others
+        return f"not run: {redacted(str(error))[:LONGEST]}"
+
+
+def _put(show: Shown, **what: Any) -> Any:
+    """Prefect's answer, or None and a line in the log."""
+    try:
+        return show(**what)
+    except Exception as error:  # its server, its database, the network: whatever it is, no stage fails for it
+        get_logger("alignti").warning("not shown on the flow run's page: %s", redacted(" ".join(str(error).split())[:LONGEST]))
+        return None
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _interval(bounds: tuple[float, float]) -> str:
+    return " to ".join(_percent(bound) for bound in bounds)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from components.errors import TryAgainError
+from components.redact import redacted, without_login
+
+SECRETS = {
+    "HF_TOKEN": "hf_canary1",
+    "AWS_SECRET_ACCESS_KEY": "canary/2+key",
+    "MLFLOW_TRACKING_PASSWORD": "canary3",
+    "ALIGNTI_SERVER_AUTH": "user:canary-four",
+    "ALIGNTI_WEBHOOK": "https://hooks.example/canary5",
+}
+WORDS = {"TOKENIZERS_PARALLELISM": "false", "SSH_AUTH_SOCK": "/run/agent", "SHORT_TOKEN": "abc"}
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SECRETS, **WORDS}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_values_of_secret_variables_and_logins_are_hidden_and_words_are_not() -> None:
+    said = redacted(f"{' '.join(SECRETS.values())} canary-four https://me:canary6@host:5000/x postgresql://a:b@h/ {WORDS}")
+    assert "canary" not in said
+    assert "https://***@host:5000/x postgresql://***@h/" in said
+    assert str(WORDS) in said
+
+
+def test_every_error_of_ours_is_free_of_them() -> None:
+    assert str(TryAgainError("no answer from http://user:canary@host, token hf_canary1")) == (
+        "no answer from http://***@host, token ***"
+    )
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.text(), st.text())
+def test_wherever_it_stands(before: str, after: str) -> None:
+    assert "canary3" not in redacted(f"{before}canary3{after}")
+
+
+def test_an_address_without_its_login() -> None:
+    assert without_login("http://me:pass@host:5000/a") == "http://host:5000/a"
+    assert without_login("http://host:5000/a@b") == "http://host:5000/a@b"
