@@ -48,7 +48,7 @@ def measure(model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, f
     device = prepare_torch(settings.runtime, seed=0)
     samples = Samples(DATASET, settings.evaluate.split)
     rows = questions(samples)[:amount]
-    loaded, template, using = load(model, device), Template(settings.models.template.system), vlmeval.kit(full=False)
+    loaded, template, using = load(model, device), Template.asked(settings.models.template), vlmeval.kit(full=False)
 
     def own(batch_size: int) -> None:
         chosen = settings.evaluate.model_copy(update={"batch_size": batch_size})

@@ -98,7 +98,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             )
         teacher = load_teacher(Path(choice.path), device, settings)
         module = _live(arm, settings.distill, student, teacher, layer)
-    collator = Collator(student.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
+    collator = Collator(student.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
     instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
     order = Order(instructions, settings.distill.batch_size, arm.seed)
     origin = Origin(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from components.align_ti.step import AlignTI, Batch
+from components.models.families import parts
 
 
 class Replica(nn.Module):
@@ -41,7 +42,6 @@ class Replica(nn.Module):
 
         Ranks exchange gradients parameter by parameter: one that has none would be waited for, or get another's.
         """
-        whole = self.method.student.model.model  # type: ignore[attr-defined]
-        used_by_images = (p for part in (whole.vision_tower, whole.multi_modal_projector) for p in part.parameters())
-        zeros = [p.flatten()[0] * 0.0 for p in used_by_images if p.requires_grad]
+        of = parts(self.method.student.model)  # type: ignore[attr-defined]
+        zeros = [p.flatten()[0] * 0.0 for p in (*of["vision_tower"], *of["projector"]) if p.requires_grad]
         return torch.stack(zeros).sum() if zeros else torch.zeros(())

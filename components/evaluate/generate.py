@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from components.models.collate import Collator
+from components.models.families import inputs
 from components.models.load import Loaded
 from components.models.template import Template
 from components.settings import EvaluateSettings
@@ -64,7 +65,10 @@ def answers(
                 continue
             batch = collator([samples[row] for row in these]).to(loaded.model.device)
             tokens = loaded.model.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                pixel_values=batch.pixel_values,
+                **inputs(loaded.model, batch),
             )
             written = tokens[:, batch.input_ids.shape[1] :]
             texts = loaded.processor.batch_decode(written, skip_special_tokens=True)

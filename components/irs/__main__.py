@@ -35,7 +35,7 @@ def main() -> None:
     with tracking.stage_run("search_layer", runtime=settings.runtime, params=settings.irs.model_dump()) as run:
         samples = Samples(DATASET, "train")
         loaded = load(Path(teacher.path), device)
-        seen = look(loaded, samples, Template(settings.models.template.system), settings.irs)
+        seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)
         choice = choose(seen.attention)
         choice.write(IRS / "layer.json")
         run.dataset("train", samples.manifest.digest)

@@ -144,5 +144,5 @@ def _attention(view: VLM, batch: Batch) -> Tensor:
         )
     layers = list(attention_layers(view.model))
     with watching(view.model, layers, Look.at(batch.instruction, batch.visual)) as seen:
-        view.plain(batch, view.features(batch.pixel_values), keep=False)
+        view.plain(batch, view.features(batch), keep=False)
     return torch.stack([seen.seen[layer] for layer in layers]).cpu()

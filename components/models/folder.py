@@ -56,7 +56,7 @@ def parameters(path: Path) -> int:
 
 
 def record(
-    path: Path, role: Literal["teacher", "student"], origin: str, revision: str | None, visual_tokens: int
+    path: Path, role: Literal["teacher", "student"], origin: str, revision: str | None, visual_tokens: int | None
 ) -> ModelRecord:
     """What the index says of one model; its name is the folder's."""
     return ModelRecord(
