@@ -10,7 +10,8 @@ from torch import Tensor
 from components.align_ti.head import Head
 from components.align_ti.step import Batch
 from components.irs.probe import Look, watching
-from components.models.vlm import VLM, Kept, reads_one_layer
+from components.models.families import reads_one_layer
+from components.models.vlm import VLM, Kept
 
 
 class FrozenTeacher:

@@ -7,13 +7,15 @@ features (`get_image_features`) and take those in place of pixels (`mm_encoder_o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from components.align_ti.step import Batch
 from components.errors import ModelError
+
+if TYPE_CHECKING:
+    from components.align_ti.step import Batch
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ FAMILIES = {  # by `model_type` of config.json
 }
 
 
-def family_of(model: Any) -> Family:
-    """Raises ModelError if the model is of none of the families that are known to work."""
-    kind = model.config.model_type
+def family_of(config: Any) -> Family:
+    """Raises ModelError if the configuration's is none of the families that are known to work."""
+    kind = config.model_type
     if kind not in FAMILIES:
         raise ModelError(
-            f"{model.name_or_path}: models of type {kind!r} are not supported: no test says which of their tokens are visual,"
+            f"{config.name_or_path}: models of type {kind!r} are not supported: no test says which of their tokens are visual,"
             f" nor what their masks and position ids are; there are {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[kind]
@@ -59,7 +61,7 @@ def family_of(model: Any) -> Family:
 
 def parts(model: Any) -> dict[str, list[nn.Parameter]]:
     """The model's parameters as `trainable` of params/distill.yaml names them. Every one is in exactly one part."""
-    names = [name.split(".") for name in family_of(model).projector]
+    names = [name.split(".") for name in family_of(model.config).projector]
     encoder = {id(p): "vision_tower" for p in model.get_encoder(modality="image").parameters()}
     projector = {id(p): "projector" for path in names for p in _parameters(model.model, path)}
     of = encoder | projector
@@ -67,6 +69,11 @@ def parts(model: Any) -> dict[str, list[nn.Parameter]]:
     for parameter in model.parameters():
         found[of.get(id(parameter), "language_model")].append(parameter)
     return found
+
+
+def reads_one_layer(model: Any) -> bool:
+    """Is it LLaVA-1.5's way from pixels to features: one layer of the tower, then the projector?"""
+    return model.config.model_type == "llava" and isinstance(model.config.vision_feature_layer, int)
 
 
 def _parameters(module: Any, path: list[str]) -> list[nn.Parameter]:
@@ -77,7 +84,7 @@ def _parameters(module: Any, path: list[str]) -> list[nn.Parameter]:
 
 def inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     """What the model's forward and `generate` take beside tokens, attention mask and pixels: sizes of images, token types."""
-    wanted = family_of(model).token_types
+    wanted = family_of(model.config).token_types
     if wanted is None:
         return dict(batch.image_inputs)
     name, of = wanted

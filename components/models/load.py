@@ -12,10 +12,9 @@ from safetensors import SafetensorError
 
 from components.errors import ModelError
 from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
-from components.models.families import family_of
+from components.models.families import family_of, reads_one_layer
 from components.models.folder import weight_files
 from components.models.processor import load_processor
-from components.models.vlm import reads_one_layer
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,17 @@ def load(
     return Loaded((model if quantised else model.to(device)).eval(), processor)
 
 
+def check_kind(path: Path) -> None:
+    """Raises ModelError if the folder's model is of a family that is not supported; reads its configuration alone."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: its config.json cannot be read: {_first_line(error)}") from None
+    family_of(config)
+
+
 def _attention(config: Any) -> str | dict[str, str]:
     """Fused, but for language models that cap their scores (Gemma 2), which PyTorch's fused kernel leaves out."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -134,7 +144,7 @@ def check_images(loaded: Loaded) -> None:
     Raises ModelError if the model is of a family that is not supported, the image token is missing on one side, or the
     processor writes another number of visual tokens than the model makes of the image.
     """
-    family_of(loaded.model)
+    family_of(loaded.model.config)
     _check_image_token(loaded)
     if reads_one_layer(loaded.model) and visual_tokens(loaded.processor) is None:
         raise ModelError(f"{loaded.name}: the number of visual tokens varies with the image's shape, which LLaVA-1.5's cannot")

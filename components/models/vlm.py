@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from components.align_ti.head import Head
 from components.align_ti.step import Batch
-from components.models.families import inputs
+from components.models.families import inputs, reads_one_layer
 
 Masks = dict[str, Tensor | None] | Tensor | None  # what each row sees: (B or 1, 1, T, T) bool; None: all before it
 
@@ -114,10 +113,15 @@ class VLM(nn.Module):
 
     def _stock(self, batch: Batch, features: Any, door: Callable[[dict[str, Any]], None], **options: Any) -> Any:
         """The stock forward, in which `door` may read and change what the language model is given."""
-        if isinstance(features, Tensor):
-            projected: Any = list(self.model.model.multi_modal_projector(features))
-            features = BaseModelOutputWithPooling(pooler_output=projected)
-        encoded = {} if features is None else {"mm_encoder_outputs": {"image": features}}
+        tokens: dict[str, Any] = {"input_ids": batch.input_ids}
+        if isinstance(
+            features, Tensor
+        ):  # LLaVA-1.5: placed here, without the stock check, for which the device would be waited
+            projected = self.model.model.multi_modal_projector(features).flatten(0, 1)
+            words = self.model.get_input_embeddings()(batch.input_ids)
+            tokens = {"inputs_embeds": words.masked_scatter(batch.visual[..., None], projected.to(words.dtype))}
+        elif features is not None:
+            tokens["mm_encoder_outputs"] = {"image": features}
 
         def hook(_module: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             door(given)
@@ -125,7 +129,7 @@ class VLM(nn.Module):
 
         handle = self.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            return self.model.model(input_ids=batch.input_ids, **encoded, **inputs(self.model, batch), **options)
+            return self.model.model(**tokens, **inputs(self.model, batch), **options)
         finally:
             handle.remove()
 
@@ -139,11 +143,6 @@ class VLM(nn.Module):
         if isinstance(masks, dict):
             return {kind: _allowed(mask) for kind, mask in masks.items()}
         return _allowed(masks)
-
-
-def reads_one_layer(model: Any) -> bool:
-    """Is it LLaVA-1.5's way from pixels to features: one layer of the tower, then the projector?"""
-    return model.config.model_type == "llava" and isinstance(model.config.vision_feature_layer, int)
 
 
 def _allowed(mask: Tensor | None) -> Tensor | None:

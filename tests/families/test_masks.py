@@ -15,7 +15,7 @@ TITLE = "masks"
 
 
 def eager_maps(family: str) -> tuple[torch.Tensor, ...]:
-    """Per layer (B, H, T, T), of real rows. Without a padding mask: in float64 the least number, added to a score, overflows."""
+    """Per layer (B, H, T, T), of real rows. Without a padding mask: added to a score, the least number overflows."""
     model = load(toy.folder(family), "cpu", torch.float64).model
     model.set_attn_implementation("eager")
     batch = toy.batch(family)
