@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from components.errors import DataError, ModelError
-from components.models.template import IMAGE, Template
+from components.models.template import IMAGE, Template, special_tokens
 from components.shards import Sample
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Collator:
         self.max_length = max_length
         self.train = train
         self._image_text = image_text(processor)  # None: each image has its own
-        self._reserved = tuple(self.tokenizer.all_special_tokens)
+        self._reserved = special_tokens(self.tokenizer)
         self._processed: dict[str, Processed] = {}
         self._processed_bytes = 0
 

@@ -169,7 +169,7 @@ class ChatTemplate:
     def _end(self, rest: str) -> str:
         """The special token that ends an answer."""
         tail = rest.partition("Yes")[2]
-        found = [(tail.find(token), token) for token in self._tokenizer.all_special_tokens if token in tail]
+        found = [(tail.find(token), token) for token in special_tokens(self._tokenizer) if token in tail]
         if not found:
             raise ModelError(
                 f"{self._name}: its chat template ends an answer without a special token, and a model trained so never learns"
@@ -181,3 +181,9 @@ class ChatTemplate:
 def question_of(turn: Turn) -> str:
     """The question without the mark of the image's place."""
     return turn.question.replace(IMAGE, "").strip()
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Those with a name (EOS, ...) and those without, such as the marks of a turn."""
+    marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *marked]))
