@@ -114,9 +114,7 @@ class VLM(nn.Module):
     def _stock(self, batch: Batch, features: Any, door: Callable[[dict[str, Any]], None], **options: Any) -> Any:
         """The stock forward, in which `door` may read and change what the language model is given."""
         tokens: dict[str, Any] = {"input_ids": batch.input_ids}
-        if isinstance(
-            features, Tensor
-        ):  # LLaVA-1.5: placed here, as the stock check would wait for the device
+        if isinstance(features, Tensor):  # LLaVA-1.5: placed here, as the stock check would wait for the device
             projected = self.model.model.multi_modal_projector(features).flatten(0, 1)
             words = self.model.get_input_embeddings()(batch.input_ids)
             tokens = {"inputs_embeds": words.masked_scatter(batch.visual[..., None], projected.to(words.dtype))}

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from components.errors import ModelError
-from components.models.template import IMAGE, ChatTemplate, Template
+from components.models.template import ChatTemplate, Template, question_of
 from components.shards import Turn
 from tests.families import toy
 from tests.families.table import documented
@@ -38,7 +38,7 @@ def check(family: str) -> str:
     images = [toy.image(40, 20, sum(b"wide"))]
     turn = toy.SAMPLES[0].turns[0]
     messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turn.question.replace(IMAGE, "").strip()}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question_of(turn)}]},
         {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]},
     ]
     text = tokenizer.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
@@ -58,7 +58,9 @@ def template(jinja: str) -> ChatTemplate:
     return Template("", style="processor").of(processor)
 
 
-ROLE = "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+ROLE = (
+    "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+)
 BAD = {
     "nothing ends an answer": (ROLE + "{% endfor %} {% endfor %}", "never learns to stop"),
     "no place for an image": (ROLE.replace("<image>", "") + "{% endfor %}<|im_end|>{% endfor %}", "no place for an image"),
@@ -86,6 +88,5 @@ def test_a_tokenizers_template_serves_where_the_processor_has_none() -> None:
 
 
 def test_tokenizers_are_the_folders_own() -> None:
-    assert AutoTokenizer.from_pretrained(toy.folder("qwen2_vl")).encode("red") == toy.loaded("qwen2_vl").processor.tokenizer.encode(
-        "red"
-    )
+    own = AutoTokenizer.from_pretrained(toy.folder("qwen2_vl"))
+    assert own.encode("what digit") == toy.loaded("qwen2_vl").processor.tokenizer.encode("what digit")

@@ -212,7 +212,7 @@ def qwen3_vl() -> tuple[Any, Any]:
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 1],
     }
-    return _qwen("Qwen3VL", vision, {"rope": {"mrope_interleaved": True}}, 4)
+    return _qwen("Qwen3VL", vision, {"num_hidden_layers": LAYERS[0] + 1, "rope": {"mrope_interleaved": True}}, 4)
 
 
 def internvl() -> tuple[Any, Any]:
