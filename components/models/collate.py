@@ -83,6 +83,7 @@ class Collator:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template.of(processor)
+        self.eos_id: int = self.tokenizer.convert_tokens_to_ids(self.template.eos)  # what ends an answer
         self._visual_id = visual_id(processor)
         self.max_length = max_length
         self.train = train
@@ -147,6 +148,22 @@ class Collator:
             rows.append(Encoded(input_ids, response, after & ~visual & ~response & (end > start), visual))
             self._check_encoded(sample, rows[-1])
         return rows
+
+    def spelt_out(self, sample: Sample) -> str:
+        """What the model reads of a sample and what of it is trained on, decoded from its tokens, for the log.
+
+        Raises ModelError if the answers' mask does not hold one end of an answer per turn.
+        """
+        (row,) = self.encode([sample])
+        ends = int((row.input_ids[row.response] == self.eos_id).sum())
+        if ends != len(sample.turns):
+            raise ModelError(
+                f"sample {sample.id}: {len(sample.turns)} answer(s), and {ends} times {self.template.eos!r} in what is trained"
+                " on: the template and the tokenizer do not go together"
+            )
+        read = self.tokenizer.decode(row.input_ids[~row.visual])
+        said = self.tokenizer.decode(row.input_ids[row.response])
+        return f"sample {sample.id} reads {read!r} around {int(row.visual.sum())} visual tokens; trained on: {said!r}"
 
     def images(self, samples: Sequence[Sample]) -> list[Processed]:
         """The images of the samples that have one, in their order; each is processed once, as long as the cache has room."""

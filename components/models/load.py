@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,11 @@ from components.models.collate import Processed, check_special_tokens, processed
 from components.models.families import family_of, reads_one_layer
 from components.models.folder import weight_files
 from components.models.processor import load_processor
+from components.models.template import Template
+from components.shards import Turn
+
+if TYPE_CHECKING:
+    from components.settings import Template as TemplateSettings
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,19 @@ def check_pair(teacher: Loaded, student: Loaded) -> int:
         if theirs.text != mine.text or not _alike(theirs.tensors, mine.tensors):
             raise ModelError(f"{between}: their image processors prepare the same image differently (size, mean or std)")
     return shared
+
+
+def check_same_template(teacher: Loaded, student: Loaded, settings: TemplateSettings) -> None:
+    """Raises ModelError if the two would write one conversation differently, each with its own chat template."""
+    if settings.style == "vicuna":
+        return
+    turns = (Turn("What?", "This."), Turn("And?", "That."))
+    texts = [Template.asked(settings).of(loaded.processor).render(turns, "<image>").text for loaded in (teacher, student)]
+    if texts[0] != texts[1]:
+        raise ModelError(
+            f"teacher {teacher.name} and student {student.name}: their chat templates write one conversation differently,"
+            f" {texts[0]!r} and {texts[1]!r}; set template.style: vicuna"
+        )
 
 
 def check_images(loaded: Loaded) -> None:

@@ -35,7 +35,7 @@ def _without_video(path: Path) -> Any:
     if is_torchvision_available():
         return None
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    kind = PROCESSOR_MAPPING.get(type(config), None)
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
     return images_only(kind) if kind is not None and "video_processor" in kind.get_attributes() else None
 
 

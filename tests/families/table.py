@@ -6,6 +6,7 @@ python -m tests.families.table     runs all checks and writes the table
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 from components.models.families import FAMILIES
@@ -17,9 +18,8 @@ CHECKS = ("visual_tokens", "several_images", "positions", "masks", "probe", "rib
 
 def documented(family: str, title: str) -> str:
     """The cell of docs/families.md. Raises KeyError if there is none."""
-    header, _, *rows = [
-        [cell.strip() for cell in line.strip("|\n").split("|")] for line in _parts()[1].splitlines() if line.startswith("|")
-    ]
+    lines = [line for line in _parts()[1].splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     cells = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     return cells[FAMILIES[family].title][title]
 
@@ -38,7 +38,7 @@ def main() -> None:
         lines.append([about.title, *(module.check(family) for module in modules)])
         print(*lines[-1], sep=" | ")
     before, _, after = _parts()
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
     PAGE.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
 
 

@@ -56,7 +56,7 @@ def tokenizer(pad: str, eos: str, bos: str | None = None, special: tuple[str, ..
 
 def text_shape(tok: Any, **more: Any) -> dict[str, Any]:
     return {
-        "vocab_size": len(tok) + 8,  # padded heads, as released ones are
+        "vocab_size": len(tok) + 8 * (LAYERS[0] - 1),  # padded heads, larger models' more, as released ones are
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": LAYERS[0],
