@@ -18,6 +18,7 @@ from components.align_ti.step import AlignTI, Method
 from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
 from components.distill.checkpoint import Checkpoints, fingerprint
 from components.distill.export import export, gathered, model_card
+from components.distill.grids import Regridded
 from components.distill.launch import check_came_up, launch, to_be_launched
 from components.distill.loop import train
 from components.distill.order import Order
@@ -27,7 +28,7 @@ from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.errors import exit_from
 from components.models.collate import Collator
-from components.models.load import Loaded, check_layer, check_pair, check_same_template, load
+from components.models.load import Loaded, check_layer, check_pair, check_same_template, grids, load
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
@@ -99,7 +100,15 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             )
         teacher = load_teacher(Path(choice.path), device, settings)
         check_same_template(teacher, student, settings.models.template)
-        module = _live(arm, settings.distill, student, teacher, layer, collator)
+        sides = grids(teacher, student)
+        if sides is not None:
+            accelerator.print(
+                f"distill@{name}: the teacher sees an image on {sides[0]} x {sides[0]} tokens, the student on {sides[1]} x"
+                f" {sides[1]}; its rows there and the weights of L_iva are interpolated bilinearly to the student's grid"
+            )
+            template = Template.asked(settings.models.template)
+            collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=teacher.processor)
+        module = _live(arm, settings.distill, student, teacher, layer, collator, sides)
     instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
     order = Order(instructions, settings.distill.batch_size, arm.seed)
     accelerator.print(f"distill@{name}: {collator.spelt_out(samples[instructions[0]])}")
@@ -137,13 +146,23 @@ def _most(mib: float, accelerator: Accelerator) -> float:
     return float(accelerator.gather(torch.tensor([mib], device=accelerator.device)).max())
 
 
-def _live(arm: Arm, distill: DistillSettings, student: Loaded, teacher: Loaded, layer: int, collator: Collator) -> AlignTI:
+def _live(
+    arm: Arm,
+    distill: DistillSettings,
+    student: Loaded,
+    teacher: Loaded,
+    layer: int,
+    collator: Collator,
+    sides: tuple[int, int] | None,
+) -> AlignTI:
     """The step with the teacher in it. Raises ModelError if it cannot teach this student, or has no such layer."""
     assert arm.iva is not None
     look = layer if arm.iva.layer is None else arm.iva.layer
     check_layer(teacher, look)
-    method = _method(arm, distill, collator, check_pair(teacher, student))
+    method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
     pupil, master = VLM(student.model), VLM(teacher.model)
+    if sides is not None:
+        return AlignTI(pupil, Regridded(FrozenTeacher(master, look, shares_tower=False), *sides), method)
     frozen_tower = not distill.trainable.vision_tower
     return AlignTI(pupil, FrozenTeacher(master, look, frozen_tower and same_tower(pupil, master)), method)
 

@@ -114,7 +114,9 @@ def replay(folder: Path) -> Iterator[str | Finding]:
     """
     about = _about(folder)
     if about["live_teacher"] is None:
-        raise ModelError(f"{folder}: the step ran without the live teacher, which is needed to run it again")
+        raise ModelError(
+            f"{folder}: the step ran without the live teacher, or with one on another grid; it cannot be run again"
+        )
     for role in ("student", "teacher"):
         path = Path(about[role]["path"])
         if not path.exists() or sha256([path]) != about[role]["sha256"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -36,12 +37,13 @@ class Batch:
     visual: Tensor  # (B, T) bool: the image's tokens
     pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what else the model asks of the images: sizes, grids, masks
+    teacher: Batch | None = None  # the same samples as the teacher reads them, where it sees images on another grid
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         moved["image_inputs"] = {name: tensor.to(device, non_blocking=True) for name, tensor in self.image_inputs.items()}
-        return replace(self, **moved)
+        return replace(self, **moved, teacher=None if self.teacher is None else self.teacher.to(device))
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,10 @@ class Collator:
             contains a special token, no response token, an image that does not decode.
     """
 
-    def __init__(self, processor: Any, template: Template, max_length: int, train: bool) -> None:
+    def __init__(self, processor: Any, template: Template, max_length: int, train: bool, teacher: Any = None) -> None:
+        """`teacher`: the processor by which the teacher reads the same samples, if not by this one."""
         check_special_tokens(processor)
+        self._teacher = None if teacher is None else Collator(teacher, template, sys.maxsize, train)
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template.of(processor)
@@ -94,6 +98,8 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         batch = self.text(samples)
+        if self._teacher is not None:
+            batch = replace(batch, teacher=_checked(self._teacher(samples), batch))
         images = [image.tensors for image in self.images(samples)]
         if not images:
             return batch
@@ -243,6 +249,18 @@ def check_special_tokens(processor: Any) -> None:
     known = tokenizer.encode(image_token, add_special_tokens=False) if image_token else []
     if len(known) != 1 or known[0] == tokenizer.unk_token_id or known[0] != processor.image_token_id:
         raise ModelError(f"{name}: the image token {image_token!r} is missing from the tokenizer; add it as a special token")
+
+
+def _checked(theirs: Batch, mine: Batch) -> Batch:
+    """Raises ModelError if the two read other words beside the visual tokens."""
+    for row, name in enumerate(mine.ids):
+        one, other = (b.input_ids[row][b.attention_mask[row].bool() & ~b.visual[row]] for b in (theirs, mine))
+        if not torch.equal(one, other):
+            raise ModelError(
+                f"sample {name}: beside the visual tokens, teacher and student read different tokens, so rows of one have no"
+                " counterpart in the other (what stands between the tiles of an image?)"
+            )
+    return theirs
 
 
 @cache

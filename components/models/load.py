@@ -111,8 +111,29 @@ def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: 
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def check_pair(teacher: Loaded, student: Loaded) -> int:
+def grids(teacher: Loaded, student: Loaded) -> tuple[int, int] | None:
+    """The sides of the square grids on which teacher and student see any image, if they differ; None if they do not.
+
+    Raises ModelError if they differ and one of them is no square, or goes by the image's shape.
+    """
+    counts = [visual_tokens(loaded.processor) for loaded in (teacher, student)]
+    if counts[0] == counts[1]:
+        return None
+    sides = [0 if count is None else math.isqrt(count) for count in counts]
+    if any(side * side != count for side, count in zip(sides, counts, strict=True)):
+        said = ["a number that goes by its shape" if count is None else f"{count}" for count in counts]
+        raise ModelError(
+            f"teacher {teacher.name} and student {student.name}: an image has {said[0]} and {said[1]} visual tokens; rows of"
+            " one have no counterpart in the other unless both grids are squares of one size for all images"
+        )
+    return sides[0], sides[1]
+
+
+def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
     """The size of the vocabulary that the two share: the columns that both heads are cut to (METHOD.md, "Shared vocabulary").
+
+    Args:
+        own_images: each reads images in its own way (distill/grids.py), so these need not agree.
 
     Raises ModelError, naming the models, if one is of a family that is not supported, the image token is missing, pad == EOS,
     a model and its processor disagree about how many tokens an image has, the two see different visual tokens or pixels, or
@@ -121,7 +142,7 @@ def check_pair(teacher: Loaded, student: Loaded) -> int:
     for loaded in (teacher, student):
         check_images(loaded)
     between = f"teacher {teacher.name} and student {student.name}"
-    for shown in shapes():
+    for shown in () if own_images else shapes():
         theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))
         counts = [_visual(loaded, image) for loaded, image in ((teacher, theirs), (student, mine))]
         if counts[0] != counts[1]:
@@ -136,7 +157,7 @@ def check_pair(teacher: Loaded, student: Loaded) -> int:
         ]
         if ids[0] != ids[1]:
             raise ModelError(f"{between}: {role} is {ids[0]} and {ids[1]}; both read the same batch, so they must agree")
-    for shown in shapes():
+    for shown in () if own_images else shapes():
         theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))
         if theirs.text != mine.text or not _alike(theirs.tensors, mine.tensors):
             raise ModelError(f"{between}: their image processors prepare the same image differently (size, mean or std)")
