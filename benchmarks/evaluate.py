@@ -112,7 +112,7 @@ def measure(model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, A
     device = prepare_torch(settings.runtime, seed=0)
     samples = Samples(DATASET, settings.evaluate.split)
     rows = questions(samples)[:amount]
-    loaded, template, using = load(model, device), Template(settings.models.template.system), vlmeval.kit(full=False)
+    loaded, template, using = load(model, device), Template.asked(settings.models.template), vlmeval.kit(full=False)
     sets, _ = export.sets(samples, rows)
     tokens, journal, spent = settings.evaluate.max_new_tokens, scratch / "answers.jsonl", scratch / "spent.json"
 

@@ -46,13 +46,13 @@ class Ways:
 
     @torch.inference_mode()
     def plain(self) -> Tensor:
-        return self.view.plain(self.batch, self.view.features(self.batch.pixel_values), keep=False)[0]
+        return self.view.plain(self.batch, self.view.features(self.batch), keep=False)[0]
 
     @torch.inference_mode()
     def search(self) -> Tensor:
         """(L, B, Nv), as `components.irs.search.look` gets it."""
         with watching(self.watched.model, self.layers, Look.at(self.batch.instruction, self.batch.visual)) as seen:
-            self.watched.plain(self.batch, self.watched.features(self.batch.pixel_values), keep=False)
+            self.watched.plain(self.batch, self.watched.features(self.batch), keep=False)
         return torch.stack([seen.seen[layer] for layer in self.layers])
 
     @torch.inference_mode()

@@ -127,6 +127,10 @@ class Batch:
     pixel_values: Tensor | None  # (B, 3, H, W)
 
     @property
+    def image_inputs(self) -> dict[str, Tensor]:
+        return {}
+
+    @property
     def ids(self) -> list[str]:
         return [str(row) for row in range(len(self.input_ids))]
 

@@ -90,7 +90,7 @@ class ModelRecord(Record):
     parameters: int
     size_bytes: int
     sha256: str  # over the folder's files
-    visual_tokens: int  # per image
+    visual_tokens: int | None  # per image; None where it depends on the image's shape
 
 
 class ModelIndex(Record):

@@ -202,6 +202,7 @@ class PretrainedFamily(Strict):
 
 
 class Template(Strict):
+    style: Literal["vicuna", "processor"] = Field(description="the paper's | each checkpoint's own chat template")
     system: str = Field(description="text before the first turn; may be empty")
 
 

@@ -82,4 +82,5 @@ def batch(samples: list[tuple[int, int, int]], seed: int = 0) -> SimpleNamespace
         instruction=table(lambda kind, token: kind == "instruction", False),
         visual=table(lambda kind, token: kind == "visual", False),
         pixel_values=pixels if len(pixels) else None,
+        image_inputs={},
     )

@@ -54,16 +54,18 @@ class Batch(Protocol):
     def visual(self) -> Tensor: ...
     @property
     def pixel_values(self) -> Tensor | None: ...
+    @property
+    def image_inputs(self) -> dict[str, Tensor]: ...
     def to(self, device: torch.device) -> Batch: ...
 
 
 class Student(Protocol):
     """A vision-language model seen as the method sees it. d is its width; hidden states are those before the head."""
 
-    def features(self, pixel_values: Tensor | None) -> Tensor | None: ...
-    def plain(self, batch: Batch, features: Tensor | None, keep: bool) -> tuple[Tensor, Any]: ...
+    def features(self, batch: Batch) -> Any: ...
+    def plain(self, batch: Batch, features: Any, keep: bool) -> tuple[Tensor, Any]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
-    def expanded(self, batch: Batch, features: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
+    def expanded(self, batch: Batch, features: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
     @property
     def head(self) -> Head: ...
 
@@ -71,8 +73,8 @@ class Student(Protocol):
 class Teacher(Protocol):
     """The frozen teacher. `features` may be given the student's, when both have the same vision tower."""
 
-    def features(self, pixel_values: Tensor | None, of_student: Tensor | None) -> Tensor | None: ...
-    def plain(self, batch: Batch, features: Tensor | None, keep: bool, look: bool) -> tuple[Tensor, Any, Tensor | None]: ...
+    def features(self, batch: Batch, of_student: Any) -> Any: ...
+    def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, Any, Tensor | None]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
     @property
     def head(self) -> Head: ...
@@ -195,7 +197,7 @@ class AlignTI(nn.Module):
         method = self.method
         aligned, tpa = method.wants("kd", "iva", "tpa"), method.wants("tpa")
         expanded = tpa and method.route == "expanded"
-        features = self.student.features(batch.pixel_values)
+        features = self.student.features(batch)
         nothing = batch.input_ids.new_zeros(0)
         shared, continues = SharedWeights(), tpa and self._shares_weights
         theirs, their_cache, attention, known, cache, ribbon = nothing, None, None, None, None, None
@@ -210,7 +212,7 @@ class AlignTI(nn.Module):
             known, attention = self._signals.look_up(batch, visual=method.wants("iva"), look=look)
         elif aligned:
             with torch.no_grad():
-                seen = self.teacher.features(batch.pixel_values, None if features is None else features.detach())
+                seen = self.teacher.features(batch, features)
                 theirs, their_cache, attention = self.teacher.plain(batch, seen, keep=tpa, look=look)
         if not tpa:
             return _Passes(mine, theirs if known is None else known, attention, None, nothing, nothing)
@@ -239,9 +241,9 @@ class AlignTI(nn.Module):
     def draw(self, batch: Batch, keys: list[int]) -> Tensor:
         """(N, d) alternatives in a pass of its own, for when they have to be known before the pass with gradients."""
         if self.method.source == "student":
-            hidden, _ = self.student.plain(batch, self.student.features(batch.pixel_values), keep=False)
+            hidden, _ = self.student.plain(batch, self.student.features(batch), keep=False)
             return self._draw_from(self.student.head, hidden, batch, keys)
-        hidden, _, _ = self.teacher.plain(batch, self.teacher.features(batch.pixel_values, None), keep=False, look=False)
+        hidden, _, _ = self.teacher.plain(batch, self.teacher.features(batch, None), keep=False, look=False)
         return self._draw_from(self.teacher.head, hidden, batch, keys)
 
     def count(self, batch: Batch, draws: Tensor | None) -> Tensor:
@@ -272,7 +274,7 @@ class AlignTI(nn.Module):
         whole = (batch.input_ids, batch.attention_mask, batch.response)
         return fit(draws, places(response, keys), *whole, method.eos, method.max_expanded_length)
 
-    def _expanded(self, batch: Batch, features: Tensor | None, ribbon: Ribbon) -> tuple[Tensor, Tensor]:
+    def _expanded(self, batch: Batch, features: Any, ribbon: Ribbon) -> tuple[Tensor, Tensor]:
         """(B, T, d) and (M, d) hidden states of one pass over the sequence with the ribbon appended."""
         T = batch.input_ids.shape[1]
         mask = expanded_mask(ribbon, batch.attention_mask)

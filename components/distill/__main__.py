@@ -18,6 +18,7 @@ from components.align_ti.step import AlignTI, Method
 from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
 from components.distill.checkpoint import Checkpoints, fingerprint
 from components.distill.export import export, gathered, model_card
+from components.distill.grids import Regridded
 from components.distill.launch import check_came_up, launch, to_be_launched
 from components.distill.loop import train
 from components.distill.order import Order
@@ -27,7 +28,7 @@ from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.errors import exit_from
 from components.models.collate import Collator
-from components.models.load import Loaded, check_layer, check_pair, load
+from components.models.load import Loaded, check_layer, check_pair, check_same_template, grids, load
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
@@ -87,8 +88,9 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
 
     student = load(Path(start.path), device)
     choose_trainable(student, settings.distill)
+    collator = Collator(student.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
     if settings.uses_cache(arm):
-        module = _cached(arm, settings, student)
+        module = _cached(arm, settings, student, collator)
         facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
     else:
         if settings.distill.teacher_signals.source == "cache":
@@ -97,10 +99,19 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
                 " this arm runs the live teacher for all its terms"
             )
         teacher = load_teacher(Path(choice.path), device, settings)
-        module = _live(arm, settings.distill, student, teacher, layer)
-    collator = Collator(student.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
+        check_same_template(teacher, student, settings.models.template)
+        sides = grids(teacher, student)
+        if sides is not None:
+            accelerator.print(
+                f"distill@{name}: the teacher sees an image on {sides[0]} x {sides[0]} tokens, the student on {sides[1]} x"
+                f" {sides[1]}; its rows there and the weights of L_iva are interpolated bilinearly to the student's grid"
+            )
+            template = Template.asked(settings.models.template)
+            collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=teacher.processor)
+        module = _live(arm, settings.distill, student, teacher, layer, collator, sides)
     instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
     order = Order(instructions, settings.distill.batch_size, arm.seed)
+    accelerator.print(f"distill@{name}: {collator.spelt_out(samples[instructions[0]])}")
     origin = Origin(
         arm=name,
         student={"path": start.path, "sha256": start.sha256},
@@ -135,29 +146,40 @@ def _most(mib: float, accelerator: Accelerator) -> float:
     return float(accelerator.gather(torch.tensor([mib], device=accelerator.device)).max())
 
 
-def _live(arm: Arm, distill: DistillSettings, student: Loaded, teacher: Loaded, layer: int) -> AlignTI:
+def _live(
+    arm: Arm,
+    distill: DistillSettings,
+    student: Loaded,
+    teacher: Loaded,
+    layer: int,
+    collator: Collator,
+    sides: tuple[int, int] | None,
+) -> AlignTI:
     """The step with the teacher in it. Raises ModelError if it cannot teach this student, or has no such layer."""
     assert arm.iva is not None
     look = layer if arm.iva.layer is None else arm.iva.layer
     check_layer(teacher, look)
-    method = _method(arm, distill, student, check_pair(teacher, student))
+    method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
     pupil, master = VLM(student.model), VLM(teacher.model)
-    if distill.flex_attention and method.route == "expanded" and method.wants("tpa") and student.model.device.type == "cuda":
+    appends = method.route == "expanded" and method.wants("tpa")
+    if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
+    if sides is not None:
+        return AlignTI(pupil, Regridded(FrozenTeacher(master, look, shares_tower=False), *sides), method)
     frozen_tower = not distill.trainable.vision_tower
     return AlignTI(pupil, FrozenTeacher(master, look, frozen_tower and same_tower(pupil, master)), method)
 
 
-def _cached(arm: Arm, settings: Settings, student: Loaded) -> AlignTI:
+def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator) -> AlignTI:
     """The step with what `cache_teacher` kept, if the arm has any use for it. Raises DataError if that is of another run."""
     signals, shared = None, student.vocabulary
     if arm.weights.kd or arm.weights.iva:
         cache = read_manifest(SIGNALS, facts_of(settings))
         signals, shared = Signals(SIGNALS, cache.shards), cache.shared_vocabulary
-    return AlignTI(VLM(student.model), None, _method(arm, settings.distill, student, shared), signals)
+    return AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, shared), signals)
 
 
-def _method(arm: Arm, distill: DistillSettings, student: Loaded, shared_vocabulary: int) -> Method:
+def _method(arm: Arm, distill: DistillSettings, collator: Collator, shared_vocabulary: int) -> Method:
     assert arm.iva is not None and arm.tpa is not None and arm.divergence is not None  # filled in by Settings.arm
     return Method(
         weights=arm.weights.model_dump(),
@@ -165,7 +187,7 @@ def _method(arm: Arm, distill: DistillSettings, student: Loaded, shared_vocabula
         chunk_mib=distill.logits_chunk_mib,
         uniform=arm.iva.weighting == "uniform",
         **arm.tpa.model_dump(),
-        eos=student.processor.tokenizer.eos_token_id,
+        eos=collator.eos_id,
         shared_vocabulary=shared_vocabulary,
         route="expanded" if distill.gradient_checkpointing else "continuation",
     )

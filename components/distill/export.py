@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from components.artifacts import Cost, jsonl, write_text
 from components.models.load import Loaded
-from components.models.template import IMAGE, Template
+from components.models.template import IMAGE, ChatTemplate, Template
 
 
 def gathered(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor] | None:
@@ -27,7 +27,9 @@ def gathered(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor] 
     return {name.removeprefix(prefix): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
 
 
-def export(folder: Path, student: Loaded, template: Template, card: str, losses: list[dict[str, float]], cost: Cost) -> None:
+def export(
+    folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, losses: list[dict[str, float]], cost: Cost
+) -> None:
     """Write `folder/model/`, `losses.jsonl` and `cost.json`; the folder gets its name once all of it is there."""
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)

@@ -77,7 +77,7 @@ def shard(model: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    language_model = model.model.language_model
+    language_model = model.get_decoder()
     outside = set(language_model.parameters()) - set(language_model.layers.parameters())
     mesh = init_device_mesh(next(language_model.parameters()).device.type, (torch.distributed.get_world_size(),))
     for layer in language_model.layers:

@@ -30,6 +30,7 @@ from components.models.load import load
 from components.models.vlm import VLM
 
 DUMPS = RUNS / "dumps"
+BESIDE = "image_inputs."
 TENSORS = ("input_ids", "attention_mask", "response", "instruction", "visual", "pixel_values")
 
 
@@ -64,7 +65,7 @@ class Origin:
         accelerator.wait_for_everyone()
         for i, (batch, keys) in enumerate(batches):
             name = f"rank-{accelerator.process_index}-batch-{i}"
-            held = {key: getattr(batch, key) for key in TENSORS}
+            held = {key: getattr(batch, key) for key in TENSORS} | {f"{BESIDE}{k}": v for k, v in batch.image_inputs.items()}
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in held.items() if v is not None}, draft / f"{name}.safetensors"
             )
@@ -113,7 +114,9 @@ def replay(folder: Path) -> Iterator[str | Finding]:
     """
     about = _about(folder)
     if about["live_teacher"] is None:
-        raise ModelError(f"{folder}: the step ran without the live teacher, which is needed to run it again")
+        raise ModelError(
+            f"{folder}: the step ran without the live teacher, or with one on another grid; it cannot be run again"
+        )
     for role in ("student", "teacher"):
         path = Path(about[role]["path"])
         if not path.exists() or sha256([path]) != about[role]["sha256"]:
@@ -123,6 +126,11 @@ def replay(folder: Path) -> Iterator[str | Finding]:
         raise ModelError(f"{folder}: the step trained adapters (trainable.lora), which replay cannot build; look at the batch")
     yield from (f"student's weights before the step: {name} is not finite" for name in _bad(state))
     batches = [_read(path) for path in sorted(folder.glob("rank-*.safetensors"))]
+    if any(b.pixel_values is not None and (b.image_inputs or len(b.pixel_values) != len(b.image_ids)) for b, _ in batches):
+        raise ModelError(
+            f"{folder}: replay takes samples apart, which it can where an image is one block of pixels, as LLaVA-1.5's is; the"
+            " batch, with its pixels, lies there to be looked at"
+        )
     for batch, _ in batches:
         yield from (f"pixels of image {name} are not finite" for name in _bad_images(batch))
     for precision in dict.fromkeys((about["precision"], "fp32")):
@@ -145,7 +153,8 @@ def _about(folder: Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[Batch, list[int]]:
     names = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     tensors: dict[str, Any] = dict.fromkeys(TENSORS) | load_file(path)
-    return Batch(ids=names["ids"], image_ids=names["image_ids"], **tensors), names["keys"]
+    beside = {name.removeprefix(BESIDE): tensors.pop(name) for name in list(tensors) if name.startswith(BESIDE)}
+    return Batch(ids=names["ids"], image_ids=names["image_ids"], image_inputs=beside, **tensors), names["keys"]
 
 
 def _module(about: dict[str, Any], state: dict[str, Tensor], precision: str) -> AlignTI:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from components.align_ti.step import AlignTI, Batch
+from components.models.families import parts
 
 
 class Replica(nn.Module):
@@ -45,6 +46,7 @@ class Replica(nn.Module):
         Ranks exchange gradients parameter by parameter: one that has none would be waited for, or get another's.
         """
         model: Any = self.method.student.model  # type: ignore[attr-defined]
-        parts = (model.model.vision_tower, model.model.multi_modal_projector, model.get_output_embeddings())
-        zeros = [p.flatten()[0] * 0.0 for part in parts for p in part.parameters() if p.requires_grad]
+        of = parts(model)
+        used = (*of["vision_tower"], *of["projector"], *model.get_output_embeddings().parameters())
+        zeros = [p.flatten()[0] * 0.0 for p in used if p.requires_grad]
         return torch.stack(zeros).sum() if zeros else torch.zeros(())

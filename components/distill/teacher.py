@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from components.align_ti.head import Head
 from components.align_ti.step import Batch
 from components.irs.probe import Look, watching
-from components.models.vlm import VLM
+from components.models.families import reads_one_layer
+from components.models.vlm import VLM, Kept
 
 
 class FrozenTeacher:
@@ -28,19 +30,17 @@ class FrozenTeacher:
         self.layer = layer
         self.shares_tower = shares_tower
 
-    def features(self, pixel_values: Tensor | None, of_student: Tensor | None) -> Tensor | None:
+    def features(self, batch: Batch, of_student: Any) -> Any:
         if self.shares_tower and of_student is not None:
-            return of_student
-        return self.vlm.features(None if pixel_values is None else pixel_values.to(self.device))
+            return of_student.detach()
+        return self.vlm.features(self._here(batch))
 
-    def plain(
-        self, batch: Batch, features: Tensor | None, keep: bool, look: bool
-    ) -> tuple[Tensor, DynamicCache | None, Tensor | None]:
+    def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, Kept | None, Tensor | None]:
         """Hidden states (B, T, d), the cache if `keep`, and if `look` the instruction's attention (B, Nv) at `layer`."""
         home = batch.input_ids.device
-        if home != self.device:
-            batch = batch.to(self.device)  # type: ignore[attr-defined]  # as collated ones have
-            features = None if features is None else features.to(self.device)
+        batch = self._here(batch)
+        if isinstance(features, Tensor):
+            features = features.to(self.device)
         if not look:
             hidden, cache = self.vlm.plain(batch, features, keep)
             return hidden.to(home), cache, None
@@ -49,9 +49,12 @@ class FrozenTeacher:
             hidden, cache = self.vlm.plain(batch, features, keep)
         return hidden.to(home), cache, eyes.seen[self.layer].to(home)
 
-    def continued(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def continued(self, cache: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         there = (tensor.to(self.device) for tensor in (tokens, positions, mask))
         return self.vlm.continued(cache, *there).to(tokens.device)
+
+    def _here(self, batch: Batch) -> Batch:
+        return batch if batch.input_ids.device == self.device else batch.to(self.device)
 
     @property
     def head(self) -> Head:
@@ -60,6 +63,8 @@ class FrozenTeacher:
 
 def same_tower(one: VLM, other: VLM) -> bool:
     """Do two models carry the same vision tower, weight for weight, read at the same layer?"""
+    if not (reads_one_layer(one.model) and reads_one_layer(other.model)):
+        return False  # what their features are depends on more than the tower
     if any(
         getattr(one.model.config, key) != getattr(other.model.config, key)
         for key in ("vision_feature_layer", "vision_feature_select_strategy")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from components.errors import InputError
+from components.models.families import parts
 from components.models.load import Loaded
 from components.settings import DistillSettings, Lora
 
@@ -17,20 +18,15 @@ def choose_trainable(student: Loaded, distill: DistillSettings) -> None:
     Raises InputError if `trainable.lora` cannot be had: peft is missing, or no module has a name of its targets.
     """
     trainable, model = distill.trainable, student.model
-    parts: dict[str, Any] = {
-        "vision_tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language_model": model.model.language_model,
-    }
-    model.get_output_embeddings().requires_grad_(trainable.language_model)
-    for part, module in parts.items():
-        module.requires_grad_(getattr(trainable, part))
+    for part, parameters in parts(model).items():
+        for parameter in parameters:
+            parameter.requires_grad_(getattr(trainable, part))
     if trainable.lora is not None:
         add_adapters(model, trainable.lora)
     if distill.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if distill.compile:
-        for layer in model.model.language_model.layers:
+        for layer in model.get_decoder().layers:
             layer.compile(dynamic=True)
 
 
@@ -48,9 +44,9 @@ def add_adapters(model: Any, lora: Lora) -> None:
     )
     model.get_output_embeddings().requires_grad_(False)
     try:
-        inject_adapter_in_model(config, model.model.language_model)
+        inject_adapter_in_model(config, model.get_decoder())
     except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, m in model.model.language_model.named_modules() if isinstance(m, nn.Linear)}
+        linear = {name.rpartition(".")[2] for name, m in model.get_decoder().named_modules() if isinstance(m, nn.Linear)}
         raise InputError(
             f"params/distill.yaml: trainable.lora.targets {list(lora.targets)}: {error}; the language model has"
             f" {', '.join(sorted(linear))}"
@@ -65,4 +61,4 @@ def merge_adapters(model: Any) -> None:
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    del model.model.language_model.peft_config
+    del model.get_decoder().peft_config

@@ -48,7 +48,7 @@ def main() -> None:
     with tracking.stage_run("evaluate", cell=arm, runtime=settings.runtime, params=varying) as run:
         run.dataset(str(DATASET), samples.manifest.digest)
         loaded = load(model_of(arm), prepare_torch(settings.runtime, seed=0))
-        template = Template(settings.models.template.system)
+        template = Template.asked(settings.models.template)
         measured = fingerprint.own(loaded, samples, rows, template, asked)
         journal = Journal(RUNS / "evaluate" / arm / f"{_resumable(measured, model_of(arm), asked.batch_size)}.jsonl")
         answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm, journal)

@@ -86,7 +86,7 @@ def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
     asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split)
     rows = generate.questions(samples)
     device = prepare_torch(settings.runtime, seed=0)
-    template = Template(settings.models.template.system)
+    template = Template.asked(settings.models.template)
     found = {}
     for name, path in models:
         loaded, scores = load(path, device), []

@@ -44,9 +44,9 @@ def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Templat
 
 def prompts(processor: Any, samples: Samples, rows: Sequence[int], template: Template) -> str:
     """Digest of the first prompt of each sample, as the model reads it."""
-    image = processor.image_token
+    image, own = processor.image_token, template.of(processor)
     return digest(
-        template.render(sample.turns, None if sample.image is None else image, answer=False).text
+        own.render(sample.turns, None if sample.image is None else image, answer=False).text
         for sample in (samples[row] for row in rows)
     )
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from components.models.collate import Collator
+from components.models.families import inputs
 from components.models.load import Loaded
 from components.models.template import Template
 from components.settings import EvaluateSettings
@@ -55,7 +56,7 @@ def answers(
     collator = Collator(loaded.processor, template, max_length, train=False)
     found: dict[int, str] = {}
     order = sorted(rows, key=lambda row: _length(samples[row]), reverse=True)
-    with _greedy(loaded, settings.max_new_tokens), tqdm(total=len(order), desc=title, unit="sample") as bar:
+    with _greedy(loaded, settings.max_new_tokens, collator.eos_id), tqdm(total=len(order), desc=title, unit="sample") as bar:
         for start in range(0, len(order), settings.batch_size):
             these = order[start : start + settings.batch_size]
             if journal is not None and all(str(row) in journal.known for row in these):
@@ -64,7 +65,10 @@ def answers(
                 continue
             batch = collator([samples[row] for row in these]).to(loaded.model.device)
             tokens = loaded.model.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                pixel_values=batch.pixel_values,
+                **inputs(loaded.model, batch),
             )
             written = tokens[:, batch.input_ids.shape[1] :]
             texts = loaded.processor.batch_decode(written, skip_special_tokens=True)
@@ -88,14 +92,14 @@ def _length(sample: Sample) -> tuple[bool, int]:
 
 
 @contextmanager
-def _greedy(loaded: Loaded, max_new_tokens: int) -> Iterator[nn.Module]:
+def _greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]:
     """The model generating greedily: a checkpoint's own sampling settings (a repetition penalty, say) stand aside."""
     model, tokenizer = loaded.model, loaded.processor.tokenizer
     own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted({eos, tokenizer.eos_token_id}),
         pad_token_id=tokenizer.pad_token_id,
     )
     try:

@@ -93,14 +93,14 @@ def looks(loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: 
     ids = {p.id for p in asked}
     rows = [row for row in generate.questions(samples) if (sample := samples[row]).id in ids and sample.image is not None]
     # As the layer search does: the answer follows, but no instruction row sees it.
-    collator = Collator(loaded.processor, Template(settings.models.template.system), max_length=sys.maxsize, train=True)
+    collator = Collator(loaded.processor, Template.asked(settings.models.template), max_length=sys.maxsize, train=True)
     view, size, found = VLM(loaded.model), settings.evaluate.batch_size, {}
     for start in tqdm(range(0, len(rows), size), desc="samples: where the teacher looks", unit="batch"):
         these = [replace(sample, turns=sample.turns[:1]) for sample in map(samples.__getitem__, rows[start : start + size])]
         batch = collator(these).to(loaded.model.device)
         look = Look.at(batch.instruction, batch.visual)
         with watching(loaded.model, [layer], look):
-            view.plain(batch, view.features(batch.pixel_values), keep=False)
+            view.plain(batch, view.features(batch), keep=False)
         for sample, seen in zip(these, look.seen[layer].cpu().numpy(), strict=True):
             found[sample.id] = _grid(sample, seen)
     return found

@@ -6,6 +6,7 @@ Writes artifacts/irs/layer.json and, under reports/irs, curve.json, curve.png an
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def main() -> None:
     with tracking.stage_run("search_layer", runtime=settings.runtime, params=settings.irs.model_dump()) as run:
         samples = Samples(DATASET, "train")
         loaded = load(Path(teacher.path), device)
-        seen = look(loaded, samples, Template(settings.models.template.system), settings.irs)
+        seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)
         choice = choose(seen.attention)
         choice.write(IRS / "layer.json")
         run.dataset("train", samples.manifest.digest)
@@ -85,11 +86,15 @@ def _overlays(loaded: Loaded, seen: Seen, layer: int, count: int) -> list[Path]:
     from components.figures import draw
     from components.irs.overlays import Gaze, overlay, seen_by
     from components.irs.search import furthest_apart
-    from components.models.collate import decode
+    from components.models.collate import decode, visual_tokens
     from components.models.template import question_of
 
     for stale in FOLDER.glob("overlay_*.png"):
         stale.unlink()
+    tokens = visual_tokens(loaded.processor)
+    if tokens is None or math.isqrt(tokens) ** 2 != tokens:
+        print("search_layer: no overlays, for the teacher's visual tokens are no square grid that all images share")
+        return []
     paths = []
     for index, samples in enumerate(tqdm(seen.samples[:count], desc="overlays", unit="image")):
         attention = seen.attention[layer, index]

@@ -8,7 +8,7 @@ the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,11 +52,15 @@ def watching(model: Any, layers: list[int], look: Look) -> Iterator[Look]:
         model: a transformers vision-language model; its language model's attention is switched to the probing function
             and stays so (the function is SDPA where nobody looks). The vision tower keeps its own.
     """
-    if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+    kind = model.config.get_text_config()._attn_implementation
+    if kind not in (IMPLEMENTATION, "eager"):
         model.set_attn_implementation({"text_config": IMPLEMENTATION})
     watched = {index: attention for index, attention in attention_layers(model).items() if index in layers}
     if len(watched) != len(layers):
         raise IndexError(f"asked to watch layers {layers}; the model has {len(attention_layers(model))}")
+    # Eager: there is no fused kernel to keep (Gemma 2, whose scores are capped), and the whole maps are at hand.
+    hooked = watched if kind == "eager" else {}
+    handles = [attention.register_forward_hook(_read(look, index)) for index, attention in hooked.items()]
     for attention in watched.values():
         attention._alignti_look = look
     try:
@@ -64,12 +68,13 @@ def watching(model: Any, layers: list[int], look: Look) -> Iterator[Look]:
     finally:
         for attention in watched.values():
             del attention._alignti_look
+        for handle in handles:
+            handle.remove()
 
 
 def attention_layers(model: Any) -> dict[int, Any]:
     """The language model's attention modules by layer index."""
-    language_model = model.model.language_model
-    return {index: layer.self_attn for index, layer in enumerate(language_model.layers)}
+    return {index: layer.self_attn for index, layer in enumerate(model.get_decoder().layers)}
 
 
 def _forward(
@@ -91,7 +96,7 @@ def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
     """
     B, H, T, d = query.shape
     K = key.shape[1]
-    rows, columns = look.rows.clamp_min(0), look.columns.clamp_min(0)
+    rows = look.rows.clamp_min(0)
     Ni = rows.shape[1]
     asked = query.gather(2, rows[:, None, :, None].expand(B, H, Ni, d)).view(B, K, H // K, Ni, d)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -102,10 +107,25 @@ def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
     else:
         row_mask = mask.expand(B, -1, T, T)[:, 0].gather(1, rows[:, :, None].expand(B, Ni, T))[:, None, None]
         scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask.to(wide)
-    over_heads = scores.softmax(-1).mean((1, 2))  # (B, Ni, T)
+    return _at_columns(scores.softmax(-1).mean((1, 2)), look)
+
+
+def _at_columns(over_heads: Tensor, look: Look) -> Tensor:
+    """(B, Nv) of (B, Ni, T): the mean over the look's rows, at its columns."""
     counted = (look.rows >= 0)[:, :, None]
     mean = (over_heads * counted).sum(1) / counted.sum(1).clamp_min(1)
-    return mean.gather(1, columns) * (look.columns >= 0)
+    return mean.gather(1, look.columns.clamp_min(0)) * (look.columns >= 0)
+
+
+def _read(look: Look, layer: int) -> Callable[[Any, Any, Any], None]:
+    """A hook that reads a layer's whole map, (B, H, T, T), after an eager forward."""
+
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        whole = output[1].detach().mean(1)  # (B, T, T)
+        rows = look.rows.clamp_min(0)[:, :, None].expand(-1, -1, whole.shape[-1])
+        look.seen[layer] = _at_columns(whole.gather(1, rows), look)
+
+    return hook
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

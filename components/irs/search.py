@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,8 +48,7 @@ def look(loaded: Loaded, samples: Samples, template: Template, settings: IrsSett
     """Attention from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
 
     Raises:
-        DataError: fewer than two images have `settings.instructions_per_image` different instructions, or an image has
-            another number of visual tokens.
+        DataError: fewer than two images have `settings.instructions_per_image` different instructions.
     """
     chosen = draw_images(samples, settings)
     prompts = [prompt for image in chosen for prompt in image]
@@ -59,7 +59,8 @@ def look(loaded: Loaded, samples: Samples, template: Template, settings: IrsSett
     for start in tqdm(range(0, len(prompts), settings.batch_size), desc="attention", unit="batch"):
         batch = collator(prompts[start : start + settings.batch_size]).to(loaded.model.device)
         parts.append(_attention(view, batch))
-    attention = torch.cat(parts, dim=1)
+    most = max(part.shape[-1] for part in parts)  # zeros behind the tokens of smaller images change no cosine
+    attention = torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in parts], dim=1)
     return Seen(chosen, attention.unflatten(1, (len(chosen), settings.instructions_per_image)))
 
 
@@ -135,14 +136,8 @@ def _instructions(samples: Sequence[Sample]) -> list[Sample]:
 
 @torch.inference_mode()
 def _attention(view: VLM, batch: Batch) -> Tensor:
-    """(L, B, Nv) float32, on the CPU."""
-    counts = batch.visual.sum(1)
-    if int(counts.min()) != int(counts.max()):
-        raise DataError(
-            f"samples {batch.ids[int(counts.argmin())]} and {batch.ids[int(counts.argmax())]} have {int(counts.min())} and"
-            f" {int(counts.max())} visual tokens; IRS compares images of one size"
-        )
+    """(L, B, Nv) float32, on the CPU; 0 behind an image's own tokens, Nv being the most of the batch."""
     layers = list(attention_layers(view.model))
     with watching(view.model, layers, Look.at(batch.instruction, batch.visual)) as seen:
-        view.plain(batch, view.features(batch.pixel_values), keep=False)
+        view.plain(batch, view.features(batch), keep=False)
     return torch.stack([seen.seen[layer] for layer in layers]).cpu()

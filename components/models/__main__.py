@@ -52,10 +52,12 @@ def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
     """Records of the models that lie under `folder`. Raises ModelError if a processor cannot serve."""
     from components.models.collate import check_special_tokens, visual_tokens
     from components.models.folder import record
-    from components.models.load import load_processor
+    from components.models.load import check_kind
+    from components.models.processor import load_processor
 
     def of(role: Literal["teacher", "student"], name: str, member: object) -> ModelRecord:
         path = folder / f"{role}s" / name
+        check_kind(path)
         processor = load_processor(path)
         check_special_tokens(processor)
         origin, revision = (member.source, member.revision) if isinstance(member, Checkpoint) else ("embedded", None)

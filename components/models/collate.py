@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +14,13 @@ import torch
 from torch import Tensor
 
 from components.errors import DataError, ModelError
-from components.models.template import IMAGE, Template
+from components.models.template import IMAGE, Template, special_tokens
 from components.shards import Sample
 
 if TYPE_CHECKING:
     from PIL import Image
 
+IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
 PIXEL_CACHE_BYTES = 2**29  # the image processor costs 0.3 ms an image, as much as a small student's whole step
 
 
@@ -32,11 +35,27 @@ class Batch:
     response: Tensor  # (B, T) bool: answers, the EOS of each included
     instruction: Tensor  # (B, T) bool: text after the image that is not response
     visual: Tensor  # (B, T) bool: the image's tokens
-    pixel_values: Tensor | None  # (images, 3, H, W) float32; None if no sample has an image
+    pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what else the model asks of the images: sizes, grids, masks
+    teacher: Batch | None = None  # the same samples as the teacher reads them, where it sees images on another grid
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        moved["image_inputs"] = {name: tensor.to(device, non_blocking=True) for name, tensor in self.image_inputs.items()}
+        return replace(self, **moved, teacher=None if self.teacher is None else self.teacher.to(device))
+
+
+@dataclass(frozen=True)
+class Processed:
+    """One image as the model takes it."""
+
+    text: str  # what stands for it among the tokens
+    tensors: dict[str, Tensor]  # pixel_values, and what else the model asks of it
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -56,26 +75,36 @@ class Collator:
     `generate` goes on from the last column.
 
     Raises:
-        ModelError: at construction, if the processor cannot serve (see `visual_tokens`, `check_special_tokens`).
+        ModelError: at construction, if the processor cannot serve (see `check_special_tokens`).
         DataError: naming the sample: longer than `max_length` tokens, `<image>` that does not match its image, text that
             contains a special token, no response token, an image that does not decode.
     """
 
-    def __init__(self, processor: Any, template: Template, max_length: int, train: bool) -> None:
+    def __init__(self, processor: Any, template: Template, max_length: int, train: bool, teacher: Any = None) -> None:
+        """`teacher`: the processor by which the teacher reads the same samples, if not by this one."""
         check_special_tokens(processor)
+        self._teacher = None if teacher is None else Collator(teacher, template, sys.maxsize, train)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = replace(template, eos=self.tokenizer.eos_token)
+        self.template = template.of(processor)
+        self.eos_id: int = self.tokenizer.convert_tokens_to_ids(self.template.eos)  # what ends an answer
+        self._visual_id = visual_id(processor)
         self.max_length = max_length
         self.train = train
-        self._image_text = processor.image_token * visual_tokens(processor)
-        self._reserved = tuple(self.tokenizer.all_special_tokens)
-        self._pixels: dict[str, Tensor] = {}
-        self._pixel_bytes = 0
+        self._image_text = image_text(processor)  # None: each image has its own
+        self._reserved = special_tokens(self.tokenizer)
+        self._processed: dict[str, Processed] = {}
+        self._processed_bytes = 0
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         batch = self.text(samples)
-        return replace(batch, pixel_values=self.pixels(samples))
+        if self._teacher is not None:
+            batch = replace(batch, teacher=_checked(self._teacher(samples), batch))
+        images = [image.tensors for image in self.images(samples)]
+        if not images:
+            return batch
+        tensors = {name: joined([image[name] for image in images]) for name in images[0]}
+        return replace(batch, pixel_values=tensors.pop("pixel_values"), image_inputs=tensors)
 
     def text(self, samples: Sequence[Sample]) -> Batch:
         """The batch without its pixels, for callers that hold the images' features already."""
@@ -106,11 +135,10 @@ class Collator:
         """Token ids and masks. A token is response if its characters overlap a response's, whatever the tokenizer's kind."""
         for sample in samples:
             self._check(sample)
-        rendered = [
-            self.template.render(sample.turns, self._image_text if sample.image is not None else None, self.train)
-            for sample in samples
-        ]
-        tokens = self.tokenizer([r.text for r in rendered], return_offsets_mapping=True)
+        rendered = [self.template.render(sample.turns, self._text_of(sample), self.train) for sample in samples]
+        tokens = self.tokenizer(
+            [r.text for r in rendered], return_offsets_mapping=True, add_special_tokens=self.template.wants_special_tokens
+        )
         rows = []
         for sample, text, ids, offsets in zip(samples, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
             start, end = np.asarray(offsets).T
@@ -121,26 +149,47 @@ class Collator:
                 if answer.sum() < 2:  # its EOS, and nothing else
                     raise DataError(f"sample {sample.id}: an answer has no response tokens: {text.text[a:b]!r}")
                 response |= answer
-            visual = input_ids == self.processor.image_token_id
+            visual = input_ids == self._visual_id
             after = np.cumsum(visual) == visual.sum() if visual.any() else np.zeros_like(visual)
             rows.append(Encoded(input_ids, response, after & ~visual & ~response & (end > start), visual))
             self._check_encoded(sample, rows[-1])
         return rows
 
-    def pixels(self, samples: Sequence[Sample]) -> Tensor | None:
-        """(images, 3, H, W) float32 of the samples that have an image, in their order; None if none has."""
-        wanted = {sample.image_id: sample for sample in samples if sample.image is not None}
-        fresh = [sample for key, sample in wanted.items() if key not in self._pixels]
-        found = {key: self._pixels[key] for key in wanted if key in self._pixels}
-        if fresh:
-            images = [decode(sample) for sample in fresh]
-            processed = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-            for sample, pixels in zip(fresh, processed, strict=True):
-                found[sample.image_id] = pixels
-                if self._pixel_bytes + pixels.nbytes <= PIXEL_CACHE_BYTES:
-                    self._pixels[sample.image_id] = pixels
-                    self._pixel_bytes += pixels.nbytes
-        return torch.stack([found[sample.image_id] for sample in samples if sample.image is not None]) if found else None
+    def spelt_out(self, sample: Sample) -> str:
+        """What the model reads of a sample and what of it is trained on, decoded from its tokens, for the log.
+
+        Raises ModelError if the answers' mask does not hold one end of an answer per turn.
+        """
+        (row,) = self.encode([sample])
+        ends = int((row.input_ids[row.response] == self.eos_id).sum())
+        if ends != len(sample.turns):
+            raise ModelError(
+                f"sample {sample.id}: {len(sample.turns)} answer(s), and {ends} times {self.template.eos!r} in what is trained"
+                " on: the template and the tokenizer do not go together"
+            )
+        read = self.tokenizer.decode(row.input_ids[~row.visual])
+        said = self.tokenizer.decode(row.input_ids[row.response])
+        return f"sample {sample.id} reads {read!r} around {int(row.visual.sum())} visual tokens; trained on: {said!r}"
+
+    def images(self, samples: Sequence[Sample]) -> list[Processed]:
+        """The images of the samples that have one, in their order; each is processed once, as long as the cache has room."""
+        shown = [sample for sample in samples if sample.image is not None]
+        found: dict[str, Processed] = {}
+        for sample in shown:
+            key = sample.image_id
+            if key in self._processed or key in found:
+                found[key] = self._processed.get(key) or found[key]
+                continue
+            found[key] = processed(self.processor, decode(sample))
+            if self._processed_bytes + found[key].nbytes <= PIXEL_CACHE_BYTES:
+                self._processed[key] = found[key]
+                self._processed_bytes += found[key].nbytes
+        return [found[sample.image_id] for sample in shown]
+
+    def _text_of(self, sample: Sample) -> str | None:
+        if sample.image is None:
+            return None
+        return self.images([sample])[0].text if self._image_text is None else self._image_text
 
     def _check(self, sample: Sample) -> None:
         if not sample.turns:
@@ -202,20 +251,63 @@ def check_special_tokens(processor: Any) -> None:
         raise ModelError(f"{name}: the image token {image_token!r} is missing from the tokenizer; add it as a special token")
 
 
-def visual_tokens(processor: Any) -> int:
-    """Nv: visual tokens per image, asked of the processor itself.
+def _checked(theirs: Batch, mine: Batch) -> Batch:
+    """Raises ModelError if the two read other words beside the visual tokens."""
+    for row, name in enumerate(mine.ids):
+        one, other = (b.input_ids[row][b.attention_mask[row].bool() & ~b.visual[row]] for b in (theirs, mine))
+        if not torch.equal(one, other):
+            raise ModelError(
+                f"sample {name}: beside the visual tokens, teacher and student read different tokens, so rows of one have no"
+                " counterpart in the other (what stands between the tiles of an image?)"
+            )
+    return theirs
 
-    Raises ModelError if the processor cannot say or if the count varies with the image's shape: teacher and student are
-    aligned token by token.
-    """
+
+@cache
+def shapes() -> list[Image.Image]:
+    """Square, tall, wide, and large enough for tiles."""
     from PIL import Image
 
-    if getattr(processor, "patch_size", None) is None or not hasattr(processor, "replace_image_token"):
-        raise ModelError(f"{type(processor).__name__} is not LLaVA-like, or its processor_config.json lacks patch_size")
-    counts = set()
-    for shape in ((64, 64), (96, 48)):
-        images = processor.image_processor(images=[Image.new("RGB", shape)], return_tensors="np")
-        counts.add(processor.replace_image_token(images, 0).count(processor.image_token))
-    if len(counts) > 1:
-        raise ModelError(f"{type(processor).__name__}: the number of visual tokens varies with the image's shape: {counts}")
-    return counts.pop()
+    whole = Image.linear_gradient("L").convert("RGB")
+    return [whole.resize(size) for size in ((64, 64), (96, 48), (48, 96), (600, 400))]
+
+
+def processed(processor: Any, image: Image.Image) -> Processed:
+    """Raises ModelError if the processor is not of a kind that is known to work."""
+    if not hasattr(processor, "replace_image_token"):
+        raise ModelError(f"{type(processor).__name__} does not say how many visual tokens an image has")
+    options = getattr(processor, "images_kwargs", {})  # what this processor asks of its image processor beside its defaults
+    found = processor.image_processor(images=[image], return_tensors="pt", **options)
+    try:
+        text: str = processor.replace_image_token(found, 0)
+    except (TypeError, AttributeError) as error:
+        raise ModelError(f"{type(processor).__name__}: its processor_config.json is incomplete: {error}") from None
+    return Processed(text, {name: found[name] for name in ("pixel_values", *IMAGE_INPUTS) if name in found})
+
+
+def image_text(processor: Any) -> str | None:
+    """What stands for an image among the tokens; None if that depends on the image's shape."""
+    texts = {processed(processor, shown).text for shown in shapes()}
+    return texts.pop() if len(texts) == 1 else None
+
+
+def visual_tokens(processor: Any) -> int | None:
+    """Nv: visual tokens per image, asked of the processor itself; None if the number depends on the image's shape."""
+    text = image_text(processor)
+    return None if text is None else processor.tokenizer.encode(text, add_special_tokens=False).count(visual_id(processor))
+
+
+def visual_id(processor: Any) -> int:
+    """The id of the tokens that hold an image's features. Gemma 3's `image_token` is another, that stands before them."""
+    named: int | None = getattr(processor.tokenizer, "image_token_id", None)
+    return int(processor.image_token_id) if named is None else named
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; zeros fill the others up to the largest, as the families' own processors do with tiles."""
+    largest = torch.tensor([tensor.shape[1:] for tensor in tensors]).amax(0).tolist()
+    filled = []
+    for tensor in tensors:
+        missing = [most - has for most, has in zip(largest, tensor.shape[1:], strict=True)]
+        filled.append(torch.nn.functional.pad(tensor, [n for each in reversed(missing) for n in (0, each)]))
+    return torch.cat(filled)

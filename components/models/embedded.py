@@ -80,7 +80,7 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, device: torc
     family = settings.embedded
     assert family is not None
     corpus = read_corpus(samples)
-    template = Template(settings.template.system)
+    template = Template.asked(settings.template)
     processor = build_processor(corpus.texts, template, corpus.images.shape[-1], family.tower.patch_px)
     collator = Collator(processor, template, settings.max_length, train=True)
     tower = _tower(family, corpus, collator, device, log)
@@ -124,7 +124,7 @@ def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaPr
         image_token_index=processor.image_token_id,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        image_seq_length=visual_tokens(processor),
+        image_seq_length=visual_tokens(processor),  # type: ignore[arg-type]  # all images have one size
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
@@ -196,7 +196,9 @@ def _tower(family: EmbeddedFamily, corpus: Corpus, collator: Collator, device: t
     generator = _seeded(family.seed, "tower")
     tower: SiglipVisionModel = new_tower(family.tower, corpus.images.shape[-1]).to(device)  # type: ignore[arg-type]
     answers = [sample.turns[0].answer for sample in corpus.captions]
-    words = cell_words(collator.tokenizer(answers)["input_ids"], visual_tokens(collator.processor))
+    count = visual_tokens(collator.processor)
+    assert count is not None  # all images of one size
+    words = cell_words(collator.tokenizer(answers)["input_ids"], count)
     read = train_tower(tower, corpus.images, words, family.tower_training, generator, log)
     print(f"vision tower: reads {read:.1%} of what the captions say of a cell, each word counting the same")
     return tower

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -13,13 +13,15 @@ from components.artifacts import ModelRecord, sha256
 from components.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
+STORED = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # the last two: buffers of old checkpoints
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def weight_files(path: Path) -> list[Path]:
     """The folder's weight files, sorted. Reads their headers only.
 
-    Raises ModelError if the folder is missing, has no configuration, has pickled weights only, or is half-downloaded.
+    Raises ModelError if the folder is missing, has no configuration, has pickled or quantised weights only, or is
+    half-downloaded.
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; if a stage makes it, `dvc repro` does")
@@ -37,13 +39,29 @@ def weight_files(path: Path) -> list[Path]:
                 f"{path}: only pickled weights ({pickled[0]}), which can run code when read; convert them to safetensors"
             )
         raise ModelError(f"{path}: no *.safetensors weights; the download is incomplete")
+    if quantised := _config(path).get("quantization_config"):
+        raise ModelError(
+            f"{path}: its weights are quantised ({quantised.get('quant_method', 'in some way')}), which is not supported; take"
+            " the unquantised release (teacher_weights in params/distill.yaml quantises a teacher as it is loaded)"
+        )
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as weights:
+                kinds = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+            odd = [f"{key} in {kind}" for key, kind in kinds.items() if kind not in STORED]
+            if odd:
+                raise ModelError(f"{file}: {odd[0]}: weights are read in {', '.join(STORED)}; take an unquantised release")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: missing or cut short ({error}); delete the folder and obtain it again") from None
     return files
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}/config.json: not JSON ({error}); delete the folder and obtain it again") from None
+    return config
 
 
 def parameters(path: Path) -> int:
@@ -56,7 +74,7 @@ def parameters(path: Path) -> int:
 
 
 def record(
-    path: Path, role: Literal["teacher", "student"], origin: str, revision: str | None, visual_tokens: int
+    path: Path, role: Literal["teacher", "student"], origin: str, revision: str | None, visual_tokens: int | None
 ) -> ModelRecord:
     """What the index says of one model; its name is the folder's."""
     return ModelRecord(

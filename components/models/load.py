@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
 from components.errors import ModelError
-from components.models.collate import check_special_tokens, visual_tokens
+from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
+from components.models.families import family_of, reads_one_layer
 from components.models.folder import weight_files
+from components.models.processor import load_processor
+from components.models.template import Template
+from components.shards import Turn
+
+if TYPE_CHECKING:
+    from components.settings import Template as TemplateSettings
 
 
 @dataclass(frozen=True)
@@ -32,19 +40,6 @@ class Loaded:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
 
-def load_processor(path: Path) -> Any:
-    """The folder's processor, padding on the right. Raises ModelError if it cannot be read."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: no usable processor: {_first_line(error)}") from None
-    if getattr(processor, "tokenizer", None) is not None:
-        processor.tokenizer.padding_side = "right"
-    return processor
-
-
 def load(
     path: Path,
     device: torch.device | str,
@@ -59,15 +54,17 @@ def load(
     Raises ModelError if the folder is missing or incomplete, is no image-text model, wants code of its own, or lacks
     weights that the model needs (which transformers would fill with random numbers).
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     weight_files(path)
-    processor = load_processor(path)
     try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        processor = load_processor(path)
         opened: Any = AutoModelForImageTextToText.from_pretrained(
             path,
+            config=config,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=_attention(config),
             **(_quantised(quantised, device, dtype) if quantised else {}),
             use_safetensors=True,
             local_files_only=True,
@@ -83,6 +80,23 @@ def load(
     return Loaded((model if quantised else model.to(device)).eval(), processor)
 
 
+def check_kind(path: Path) -> None:
+    """Raises ModelError if the folder's model is of a family that is not supported; reads its configuration alone."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: its config.json cannot be read: {_first_line(error)}") from None
+    family_of(config)
+
+
+def _attention(config: Any) -> str | dict[str, str]:
+    """Fused, but for language models that cap their scores (Gemma 2), which PyTorch's fused kernel leaves out."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"} if capped else "sdpa"
+
+
 def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
     """Only the language model's linear layers: the head's rows are needed in float, and the tower's may be the student's."""
     from transformers import BitsAndBytesConfig
@@ -92,37 +106,112 @@ def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: 
         load_in_4bit=kind == "nf4",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"],
+        llm_int8_skip_modules=["lm_head", "vision_tower", "visual", "vision_model", "multi_modal_projector", "connector"],
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def check_pair(teacher: Loaded, student: Loaded) -> int:
+def grids(teacher: Loaded, student: Loaded) -> tuple[int, int] | None:
+    """The sides of the square grids on which teacher and student see any image, if they differ; None if they do not.
+
+    Raises ModelError if they differ and one of them is no square, or goes by the image's shape.
+    """
+    counts = [visual_tokens(loaded.processor) for loaded in (teacher, student)]
+    if counts[0] == counts[1]:
+        return None
+    sides = [0 if count is None else math.isqrt(count) for count in counts]
+    if any(side * side != count for side, count in zip(sides, counts, strict=True)):
+        said = ["a number that goes by its shape" if count is None else f"{count}" for count in counts]
+        raise ModelError(
+            f"teacher {teacher.name} and student {student.name}: an image has {said[0]} and {said[1]} visual tokens; rows of"
+            " one have no counterpart in the other unless both grids are squares of one size for all images"
+        )
+    return sides[0], sides[1]
+
+
+def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
     """The size of the vocabulary that the two share: the columns that both heads are cut to (METHOD.md, "Shared vocabulary").
 
-    Raises ModelError, naming the models, if the image token is missing, pad == EOS, the two see different visual tokens or
-    pixels, or their tokenizers mean different strings by one id.
-    """
-    from PIL import Image
+    Args:
+        own_images: each reads images in its own way (distill/grids.py), so these need not agree.
 
+    Raises ModelError, naming the models, if one is of a family that is not supported, the image token is missing, pad == EOS,
+    a model and its processor disagree about how many tokens an image has, the two see different visual tokens or pixels, or
+    their tokenizers mean different strings by one id.
+    """
     for loaded in (teacher, student):
-        _check_image_token(loaded)
+        check_images(loaded)
     between = f"teacher {teacher.name} and student {student.name}"
-    counts = [visual_tokens(loaded.processor) for loaded in (teacher, student)]
-    if counts[0] != counts[1]:
-        raise ModelError(
-            f"{between}: {counts[0]} and {counts[1]} visual tokens per image; alignment is token by token, so they must agree"
-        )
+    for shown in () if own_images else shapes():
+        theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))
+        counts = [_visual(loaded, image) for loaded, image in ((teacher, theirs), (student, mine))]
+        if counts[0] != counts[1]:
+            raise ModelError(
+                f"{between}: {counts[0]} and {counts[1]} visual tokens per image; alignment is token by token: they must agree"
+            )
     shared = _shared_vocabulary(teacher, student, between)
-    for role in ("image_token_id", "eos_token_id", "pad_token_id"):
-        ids = [getattr(x.processor if role == "image_token_id" else x.processor.tokenizer, role) for x in (teacher, student)]
+    for role in ("image token id", "eos_token_id", "pad_token_id"):
+        ids = [
+            visual_id(x.processor) if role == "image token id" else getattr(x.processor.tokenizer, role)
+            for x in (teacher, student)
+        ]
         if ids[0] != ids[1]:
             raise ModelError(f"{between}: {role} is {ids[0]} and {ids[1]}; both read the same batch, so they must agree")
-    probe = [Image.linear_gradient("L").convert("RGB")]
-    pixels = [x.processor.image_processor(images=probe, return_tensors="pt")["pixel_values"] for x in (teacher, student)]
-    if pixels[0].shape != pixels[1].shape or not torch.allclose(pixels[0], pixels[1], atol=1e-3):
-        raise ModelError(f"{between}: their image processors prepare the same image differently (size, mean or std)")
+    for shown in () if own_images else shapes():
+        theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))
+        if theirs.text != mine.text or not _alike(theirs.tensors, mine.tensors):
+            raise ModelError(f"{between}: their image processors prepare the same image differently (size, mean or std)")
     return shared
+
+
+def check_same_template(teacher: Loaded, student: Loaded, settings: TemplateSettings) -> None:
+    """Raises ModelError if the two would write one conversation differently, each with its own chat template."""
+    if settings.style == "vicuna":
+        return
+    turns = (Turn("What?", "This."), Turn("And?", "That."))
+    texts = [Template.asked(settings).of(loaded.processor).render(turns, "<image>").text for loaded in (teacher, student)]
+    if texts[0] != texts[1]:
+        raise ModelError(
+            f"teacher {teacher.name} and student {student.name}: their chat templates write one conversation differently,"
+            f" {texts[0]!r} and {texts[1]!r}; set template.style: vicuna"
+        )
+
+
+def check_images(loaded: Loaded) -> None:
+    """Does the model find in its processor's output what it looks for?
+
+    Raises ModelError if the model is of a family that is not supported, the image token is missing on one side, or the
+    processor writes another number of visual tokens than the model makes of the image.
+    """
+    family_of(loaded.model.config)
+    _check_image_token(loaded)
+    if reads_one_layer(loaded.model) and visual_tokens(loaded.processor) is None:
+        raise ModelError(f"{loaded.name}: the number of visual tokens varies with the image's shape, which LLaVA-1.5's cannot")
+    device, dtype = loaded.model.device, loaded.model.dtype
+    for shown in shapes()[:2]:
+        image = processed(loaded.processor, shown)
+        tensors = {name: tensor.to(device) for name, tensor in image.tensors.items()}
+        tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
+        with torch.inference_mode():
+            features = loaded.model.model.get_image_features(**tensors, return_dict=True).pooler_output
+        made = sum(math.prod(part.shape[:-1]) for part in ([features] if isinstance(features, torch.Tensor) else features))
+        written = _visual(loaded, image)
+        if made != written:
+            raise ModelError(
+                f"{loaded.name}: its processor writes {written} image tokens for {shown.width} x {shown.height} pixels, and"
+                f" the model makes {made} features of it; the processor's files are not this model's"
+            )
+
+
+def _visual(loaded: Loaded, image: Processed) -> int:
+    return loaded.processor.tokenizer.encode(image.text, add_special_tokens=False).count(visual_id(loaded.processor))
+
+
+def _alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].shape == other[name].shape and torch.allclose(one[name].float(), other[name].float(), atol=1e-3)
+        for name in one
+    )
 
 
 def check_layer(teacher: Loaded, layer: int) -> None:
@@ -135,9 +224,10 @@ def check_layer(teacher: Loaded, layer: int) -> None:
 def _check_image_token(loaded: Loaded) -> None:
     check_special_tokens(loaded.processor)
     wanted = getattr(loaded.model.config, "image_token_id", None)
-    if wanted != loaded.processor.image_token_id:
+    found = visual_id(loaded.processor)
+    if wanted != found:
         raise ModelError(
-            f"{loaded.name}: the model's image token is {wanted}, the processor's is {loaded.processor.image_token_id} "
+            f"{loaded.name}: the model's image token is {wanted}, the processor's is {found} "
             f"({loaded.processor.image_token!r}); the image token is missing on one side"
         )
 

@@ -1,24 +1,41 @@
-"""A LLaVA-like transformers model seen as the method sees it: features, plain pass, continuation, expanded pass, head.
+"""A vision-language model of transformers seen as the method sees it: features, plain pass, continuation, expanded pass, head.
 
-Each view is one call into the stock modules, with the attention masks and position ids of the ribbon; the plain pass equals
-the stock forward (tests/models/test_vlm.py).
+The plain pass is the stock forward. What the ribbon needs to know of it - position ids, however many axes they have, and
+masks, whatever they let see what - is what the model hands its language model, read there at the door; and in the expanded
+pass the ribbon's rows come in by that door (tests/families).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 
 from components.align_ti.head import Head
 from components.align_ti.step import Batch
+from components.models.families import inputs, reads_one_layer
+
+Masks = dict[str, Tensor | None] | Tensor | None  # what each row sees: (B or 1, 1, T, T) bool; None: all before it
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A plain pass to continue over: keys and values of T tokens, their position ids, what each of them saw."""
+
+    cache: DynamicCache
+    positions: Tensor | None  # ([axes,] B or 1, T); None: 0..T-1
+    masks: Masks
 
 
 class VLM(nn.Module):
-    """The view of `LlavaForConditionalGeneration` and its like: a vision tower, a projector, a language model, a head."""
+    """The view of any model in components/models/families.py."""
 
     model: Any  # transformers' own types do not say what a vision-language model holds
 
@@ -26,58 +43,82 @@ class VLM(nn.Module):
         super().__init__()
         self.model = model
 
-    def features(self, pixel_values: Tensor | None) -> Tensor | None:
-        """(N, 3, H, W) pixels -> (N, Nv, D) features of the tower's chosen layer, before the projector; None for None.
+    def features(self, batch: Batch) -> Any:
+        """What the vision tower says of the batch's images; None if there are none. No graph is kept through a frozen tower.
 
-        No graph is kept through a frozen tower.
+        LLaVA's are (N, Nv, D), before the projector, so that models with one tower can share them. Others' are the stock
+        output, after the projector, for what lies between differs.
         """
-        if pixel_values is None:
+        if batch.pixel_values is None:
             return None
+        if not reads_one_layer(self.model):
+            return self.model.model.get_image_features(pixel_values=batch.pixel_values, return_dict=True, **batch.image_inputs)
         config = self.model.config
         tower = self.model.model.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
-            states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
+            states = tower(batch.pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
             features: Tensor = states[config.vision_feature_layer]
             return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
-    def plain(self, batch: Batch, features: Tensor | None, keep: bool) -> tuple[Tensor, DynamicCache | None]:
-        """One causal pass. Returns hidden states (B, T, d) and, if `keep`, the key/value cache to continue over.
+    def plain(self, batch: Batch, features: Any, keep: bool) -> tuple[Tensor, Kept | None]:
+        """One pass over the sequence. Returns hidden states (B, T, d) and, if `keep`, what `continued` continues over.
 
         Without a mask: padding is on the right, where no real token sees it, and the fused causal kernel is the faster one.
         """
-        out = self.model.model.language_model(inputs_embeds=self._embedded(batch, features), use_cache=keep)
-        return out.last_hidden_state, out.past_key_values if keep else None
+        seen: dict[str, Any] = {}
+        # A cache that knows of no layer's window: it would keep the last keys only, and alternatives stand further back.
+        cache = DynamicCache() if keep else None
+        out = self._stock(batch, features, lambda given: seen.update(given), past_key_values=cache, use_cache=keep)
+        if cache is None:
+            return out.last_hidden_state, None
+        return out.last_hidden_state, Kept(cache, seen.get("position_ids"), self._masks(seen))
 
-    def continued(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """(B, E, d) hidden states of `tokens` at `positions`, over the cache, each seeing what (B, 1, E, T + E) `mask` says."""
+    def continued(self, kept: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """(B, E, d) hidden states of `tokens`, each in place of the gold token at its position, over the plain pass's keys and
+        values; each sees what the (B, 1, E, T + E) `mask` allows of what that gold token saw.
+        """
         embedded = self.model.get_input_embeddings()(tokens)
         if not tokens.shape[1]:
             return embedded  # no rows, which attention layers do not take
-        return self.model.model.language_model(
+        return self.model.get_decoder()(
             inputs_embeds=embedded,
-            past_key_values=cache,
-            attention_mask=_additive(mask, embedded.dtype),
-            position_ids=positions,
+            past_key_values=kept.cache,
+            attention_mask=_each(kept.masks, lambda gold: _additive(_of_rows(mask, gold, positions), embedded.dtype)),
+            position_ids=_at(kept.positions, positions),
             use_cache=True,
         ).last_hidden_state
 
-    def expanded(self, batch: Batch, features: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def expanded(self, batch: Batch, features: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, T + E, d) hidden states of one pass with `tokens` appended, under the (B, 1, T + E, T + E) `mask`."""
         B, T = batch.input_ids.shape
-        gold_positions = torch.arange(T, device=tokens.device).expand(B, T)
-        embedded = torch.cat([self._embedded(batch, features), self.model.get_input_embeddings()(tokens)], dim=1)
-        return self.model.model.language_model(
-            inputs_embeds=embedded,
-            attention_mask=_blocks(mask) if self.flexes else _additive(mask, embedded.dtype),
-            position_ids=torch.cat([gold_positions, positions], dim=1),
-            use_cache=False,
-        ).last_hidden_state
+
+        form = _blocks if self.flexes else _additive
+
+        def join(given: dict[str, Any]) -> None:
+            embedded = torch.cat([given["inputs_embeds"], self.model.get_input_embeddings()(tokens)], dim=1)
+            masks = self._masks(given)
+            gold = given.get("position_ids")
+            gold = torch.arange(T, device=tokens.device).expand(B, T) if gold is None else gold
+            rows = _at(gold, positions)
+            given["inputs_embeds"] = embedded
+            given["position_ids"] = torch.cat([gold.expand(*rows.shape[:-1], T), rows], dim=-1)
+            given["attention_mask"] = _each(masks, lambda gold: form(_of_all(mask, gold, positions), embedded.dtype))
+            if given.get("visual_pos_masks") is not None:  # where features enter deeper layers: not at the rows
+                given["visual_pos_masks"] = torch.cat([given["visual_pos_masks"], torch.zeros_like(tokens).bool()], dim=1)
+
+        states: Tensor = self._stock(batch, features, join, use_cache=False).last_hidden_state
+        return states
 
     def flex(self) -> None:
         """From now on the language model attends by FlexAttention, whose kernel leaves out the blocks that `expanded`'s mask
         leaves empty: alternatives see no alternatives. Its backward pass needs a GPU. For route "expanded" alone: a cache
         cannot be continued with it."""
         self.model.set_attn_implementation({"text_config": "flex_attention"})
+
+    @property
+    def can_flex(self) -> bool:
+        """LLaVA-1.5 alone, whose language model makes its masks itself: those that others hand theirs were not tried."""
+        return reads_one_layer(self.model)
 
     @property
     def flexes(self) -> bool:
@@ -89,16 +130,75 @@ class VLM(nn.Module):
         layer = self.model.get_output_embeddings()
         return Head(layer.weight, layer.bias, getattr(self.model.config.get_text_config(), "final_logit_softcapping", None))
 
-    def _embedded(self, batch: Batch, features: Tensor | None) -> Tensor:
-        """(B, T, d): token embeddings with the projected features at the visual tokens.
+    def _stock(self, batch: Batch, features: Any, door: Callable[[dict[str, Any]], None], **options: Any) -> Any:
+        """The stock forward, in which `door` may read and change what the language model is given."""
+        tokens: dict[str, Any] = {"input_ids": batch.input_ids}
+        if isinstance(features, Tensor):  # LLaVA-1.5: placed here, as the stock check would wait for the device
+            projected = self.model.model.multi_modal_projector(features).flatten(0, 1)
+            words = self.model.get_input_embeddings()(batch.input_ids)
+            tokens = {"inputs_embeds": words.masked_scatter(batch.visual[..., None], projected.to(words.dtype))}
+        elif features is not None:
+            tokens["mm_encoder_outputs"] = {"image": features}
 
-        By the batch's own mask, not by token id as the stock forward does: an alternative may happen to be the image token.
-        """
-        embedded = self.model.get_input_embeddings()(batch.input_ids)
-        if features is None:
-            return embedded
-        projected = self.model.model.multi_modal_projector(features).flatten(0, 1)
-        return embedded.masked_scatter(batch.visual[..., None], projected.to(embedded.dtype))
+        def hook(_module: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            door(given)
+            return args, given
+
+        handle = self.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            return self.model.model(**tokens, **inputs(self.model, batch), **options)
+        finally:
+            handle.remove()
+
+    def _masks(self, given: dict[str, Any]) -> Masks:
+        """What every row of the plain pass sees, by kind of layer if there are several."""
+        masks = given.get("attention_mask")
+        if masks is None:
+            config = copy(self.model.config.get_text_config())
+            if self.flexes:
+                config._attn_implementation = "sdpa"  # a mask to read, where FlexAttention has a function
+            masks = create_masks_for_generate(config, given["inputs_embeds"], None, None)
+        if isinstance(masks, dict) and len(masks) == 1:
+            (masks,) = masks.values()
+        if isinstance(masks, dict):
+            return {kind: _allowed(mask) for kind, mask in masks.items()}
+        return _allowed(masks)
+
+
+def _allowed(mask: Tensor | None) -> Tensor | None:
+    """Bool, from what SDPA takes (bool) or eager attention (0, or a large negative number)."""
+    return mask if mask is None or mask.dtype == torch.bool else mask == 0
+
+
+def _each(masks: Masks, made: Callable[[Tensor | None], Tensor | BlockMask]) -> Any:
+    return {kind: made(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else made(masks)
+
+
+def _at(positions: Tensor | None, index: Tensor) -> Tensor:
+    """Position ids ([axes,] B or 1, T) at (B, E) indices: ([axes,] B, E)."""
+    if positions is None:
+        return index
+    index = index.expand(*positions.shape[:-2], *index.shape)
+    return positions.expand(*index.shape[:-1], -1).gather(-1, index)
+
+
+def _of_rows(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
+    """(B, 1, E, T + E): of what `mask` allows, what the gold tokens at (B, E) `positions` see, and the rows themselves."""
+    if gold is None:
+        return mask
+    B, E = positions.shape
+    T = gold.shape[-1]
+    seen = gold.expand(B, 1, T, T).gather(2, positions[:, None, :, None].expand(B, 1, E, T))
+    return torch.cat([mask[..., :T] & seen, mask[..., T:]], dim=-1)
+
+
+def _of_all(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
+    """(B, 1, T + E, T + E): gold rows see what they do in the plain pass."""
+    if gold is None:
+        return mask
+    T = gold.shape[-1]
+    top = torch.cat([gold.expand(len(mask), 1, T, T), mask[:, :, :T, T:]], dim=-1)
+    return torch.cat([top, _of_rows(mask[:, :, T:], gold, positions)], dim=2)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +206,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _blocks(mask: Tensor) -> BlockMask:
+def _blocks(mask: Tensor, _dtype: torch.dtype) -> BlockMask:
     """A (B, 1, Q, K) bool mask as FlexAttention takes it: which blocks are empty, which whole, and the mask for the rest."""
     B, _, Q, K = mask.shape
 

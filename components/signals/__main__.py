@@ -101,7 +101,7 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     records = ModelIndex.read(MODELS / "index.json").students
     students = {name: load(Path(record.path), device) for name, record in sorted(records.items())}
     shared = _shared_vocabulary(teacher, students)
-    collator = Collator(teacher.processor, Template(settings.models.template.system), settings.models.max_length, train=True)
+    collator = Collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
     speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib)
     samples = Samples(DATASET, "train")
     paths = build(speaker, samples, settings.distill.micro_batch_size, folder)

@@ -33,7 +33,7 @@ def measure(
         batch, hidden, _ = speaker.hear(chosen[start : start + batch_size])
         known, _ = signals.look_up(batch, visual=True, look=False)
         with torch.inference_mode():
-            mine, _ = student.plain(batch, student.features(batch.pixel_values), keep=False)
+            mine, _ = student.plain(batch, student.features(batch), keep=False)
         masks: dict[Kind, Tensor] = {"text": predicting(batch.response), "visual": batch.visual}
         for kind, rows in masks.items():
             found[kind].append(_rows(speaker, known.at(rows), hidden[rows], student, mine[rows]))

@@ -54,7 +54,7 @@ class Speaker:
         eyes = Look.at(batch.instruction, batch.visual)
         autocast = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16)
         with autocast, watching(self.vlm.model, [layer], eyes):
-            hidden, _ = self.vlm.plain(batch, self.vlm.features(batch.pixel_values), keep=False)
+            hidden, _ = self.vlm.plain(batch, self.vlm.features(batch), keep=False)
         return batch, hidden, visual_weights(eyes.seen[layer], batch.visual)
 
     @torch.inference_mode()

@@ -54,7 +54,7 @@ def facts(settings: Settings) -> SignalFacts:
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
         students={name: student.sha256 for name, student in sorted(students.items())},
         dataset=Manifest.read(DATASET / "manifest.json").digest,
-        template=hashlib.sha256(Template(settings.models.template.system).jinja.encode()).hexdigest(),
+        template=hashlib.sha256(Template.asked(settings.models.template).identity.encode()).hexdigest(),
         precision=distill.precision,
         layer=layer,
         temperature=distill.divergence.temperature,

@@ -45,7 +45,7 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
     irs: of its best layer, over `irs.images` images of the same split.
     """
     loaded = load(Path(record.path), device)
-    template = Template(settings.models.template.system)
+    template = Template.asked(settings.models.template)
 
     def answer(these: Sequence[int], title: str) -> list[str]:
         return generate.answers(loaded, samples, these, template, settings.models.max_length, settings.evaluate, title)
@@ -83,7 +83,7 @@ def nats_per_token(
     nats, tokens, size = 0.0, 0, settings.evaluate.batch_size
     for start in tqdm(range(0, len(rows), size), desc=title, unit="batch"):
         batch = collator([samples[row] for row in rows[start : start + size]]).to(loaded.model.device)
-        hidden, _ = view.plain(batch, view.features(batch.pixel_values), keep=False)
+        hidden, _ = view.plain(batch, view.features(batch), keep=False)
         response = batch.response[:, 1:]  # the row at t predicts token t + 1
         logits = view.head(hidden[:, :-1][response])
         nats += float(F.cross_entropy(logits, batch.input_ids[:, 1:][response], reduction="sum"))

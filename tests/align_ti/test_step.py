@@ -95,7 +95,7 @@ def test_step_equals_separate_forward_passes(family: str, route: str) -> None:
     draws = fixed_draws(b)
     look = Look.at(b.instruction, b.visual)
     with torch.no_grad(), watching(teacher.model, [1], look):
-        teacher.plain(b, teacher.features(b.pixel_values), keep=False)
+        teacher.plain(b, teacher.features(b), keep=False)
     attention = look.seen[1]
     spread = torch.cat([row / row.sum() for row in attention if row.sum() > 0])
 
@@ -115,7 +115,7 @@ def test_ribbon_rows_equal_separate_passes_and_gold_rows_are_untouched(family: s
     vlm, _ = pair(family)
     b = batch()
     ribbon = plan(fixed_draws(b), b.input_ids, b.response, tiny.EOS)
-    features = vlm.features(b.pixel_values)
+    features = vlm.features(b)
     with torch.no_grad():
         plain, cache = vlm.plain(b, features, keep=True)
         continued = vlm.continued(cache, ribbon.tokens, ribbon.positions, continuation_mask(ribbon, b.attention_mask))
@@ -272,7 +272,7 @@ def test_sources_of_alternatives(source: str, replacement: bool) -> None:
         assert all(len(set(row)) == 4 for row in draws.tolist())
     model = student if source == "student" else teacher
     with torch.no_grad():
-        hidden, _ = model.plain(b, model.features(b.pixel_values), keep=False)
+        hidden, _ = model.plain(b, model.features(b), keep=False)
     likely = model.head(hidden[predicting(b.response)]).softmax(-1).gather(1, draws)
     assert likely.mean() > 2 / tiny.VOCABULARY  # drawn from that model, not uniformly
     assert module(b, KEYS).counts[3] == (draws != tiny.EOS).sum()
@@ -284,7 +284,7 @@ def test_uniform_weights_are_a_plain_mean_over_visual_rows() -> None:
     terms = step(student, teacher, uniform=True)(b, KEYS)
     logits = []
     for vlm in (teacher, student):
-        hidden, _ = vlm.plain(b, vlm.features(b.pixel_values), keep=False)
+        hidden, _ = vlm.plain(b, vlm.features(b), keep=False)
         logits.append(vlm.head(hidden[b.visual]).log_softmax(-1))
     expected = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
     torch.testing.assert_close(terms.sums[2] / terms.counts[2], expected)

@@ -84,7 +84,7 @@ class Kept:
 
     @torch.no_grad()
     def look_up(self, batch, visual: bool, look: bool) -> tuple[Known, torch.Tensor | None]:
-        hidden, _, attention = self.teacher.plain(batch, self.teacher.features(batch.pixel_values, None), False, look)
+        hidden, _, attention = self.teacher.plain(batch, self.teacher.features(batch, None), False, look)
         where = predicting(batch.response) | (batch.visual if visual else False)
         index = torch.full(batch.input_ids.shape, -1)
         index[where] = torch.arange(int(where.sum()))

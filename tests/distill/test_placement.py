@@ -39,9 +39,9 @@ def test_hidden_states_come_home_from_another_device() -> None:
         bring_head(model, home)
         teacher = FrozenTeacher(VLM(model), 1, shares_tower=False)
         batch = Batch(image_ids=[], **vars(tiny.batch([(1, 3, 3), (1, 5, 2)])))
-        features = teacher.features(batch.pixel_values, None)
+        features = teacher.features(batch, None)
         hidden, cache, _ = teacher.plain(batch, features, keep=True, look=False)
-        assert cache is not None and cache.layers[0].keys.is_meta, "what is large stays there"
+        assert cache is not None and cache.cache.layers[0].keys.is_meta, "what is large stays there"
         B, T = batch.input_ids.shape
         tokens = torch.ones(B, 2, dtype=torch.long)
         after = teacher.continued(cache, tokens, tokens, torch.ones(B, 1, 2, T + 2, dtype=torch.bool))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from components.artifacts import MODELS, ModelIndex
 from components.distill.replay import DUMPS, Finding, replay
 from components.errors import AlignTIError, DataError, ModelError
-from components.models.collate import Collator
+from components.models.collate import Collator, Processed
 from components.models.folder import record
 from tests.distill.conftest import write_params
 from tests.distill.test_stage import run
@@ -23,16 +23,18 @@ START = MODELS / "students/student"
 
 def planted(monkeypatch: pytest.MonkeyPatch, sample_id: str, value: float) -> None:
     """One pixel of one sample's image is `value`."""
-    clean = Collator.pixels
+    clean = Collator.images
 
-    def pixels(self: Collator, samples) -> torch.Tensor | None:
-        made = clean(self, samples).clone()
+    def images(self: Collator, samples) -> list[Processed]:
+        made = clean(self, samples)
         for i, sample in enumerate(samples):
             if sample.id == sample_id:
-                made[i, 0, 0, 0] = value
+                pixels = made[i].tensors["pixel_values"].clone()
+                pixels[0, 0, 0, 0] = value
+                made[i] = Processed(made[i].text, {"pixel_values": pixels})
         return made
 
-    monkeypatch.setattr(Collator, "pixels", pixels)
+    monkeypatch.setattr(Collator, "images", images)
 
 
 def stopped(arm: str = "align_ti") -> Path:

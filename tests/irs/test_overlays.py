@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -11,9 +14,12 @@ from PIL import Image
 from components.artifacts import LayerChoice
 from components.errors import DataError
 from components.figures import DARK, LIGHT, draw
+from components.irs.__main__ import _overlays
 from components.irs.overlays import Gaze, curve, overlay, seen_by
+from components.irs.search import Seen
 from components.models.template import Template
 from components.models.tokenizer import build_processor
+from tests.families import toy
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -69,3 +75,12 @@ def test_curve_marks_the_winner_and_shows_every_layer() -> None:
 def test_same_picture_same_bytes_and_themes_differ() -> None:
     choice = LayerChoice(layer=0, irs=[0.1], standard_error=[0.01], separated=False, runner_up=0, images=9, pairs=27)
     assert draw(curve, choice) == draw(curve, choice) != draw(curve, choice, theme=DARK)
+
+
+def test_without_a_grid_that_all_images_share_there_are_no_overlays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = Seen(samples=[], attention=torch.zeros(1, 0, 2, 8))
+    assert _overlays(toy.loaded("qwen2_vl"), seen, layer=0, count=2) == []
+    assert "no overlays, for the teacher's visual tokens are no square grid" in capsys.readouterr().out

@@ -173,7 +173,7 @@ def family(steps: int = 4) -> ModelsSettings:
     return ModelsSettings.model_validate(
         {
             "family": "embedded",
-            "template": {"system": ""},
+            "template": {"style": "vicuna", "system": ""},
             "max_length": 160,
             "embedded": {
                 "seed": 3,

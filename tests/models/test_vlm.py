@@ -17,20 +17,20 @@ def test_plain_pass_and_head_equal_the_stock_forward(family: str, layer: int) ->
     b = tiny.batch([(1, 3, 4), (0, 2, 3), (1, 5, 2)])
     vlm = VLM(model)
     with torch.no_grad():
-        hidden, cache = vlm.plain(b, vlm.features(b.pixel_values), keep=True)
+        hidden, cache = vlm.plain(b, vlm.features(b), keep=True)
         stock = model(input_ids=b.input_ids, pixel_values=b.pixel_values, attention_mask=b.attention_mask).logits
     real = b.attention_mask.bool()
     torch.testing.assert_close(vlm.head(hidden[real]), stock[real], rtol=1e-5, atol=1e-5)
-    assert cache is not None and cache.get_seq_length() == b.input_ids.shape[1]
+    assert cache is not None and cache.cache.get_seq_length() == b.input_ids.shape[1]
 
 
 def test_a_frozen_tower_keeps_no_graph_and_a_trained_one_does() -> None:
     vlm = VLM(tiny.llava("qwen2", 1))
-    pixels = tiny.batch([(1, 1, 1)]).pixel_values
-    assert vlm.features(pixels).requires_grad
+    b = tiny.batch([(1, 1, 1)])
+    assert vlm.features(b).requires_grad
     vlm.model.model.vision_tower.requires_grad_(False)
-    assert not vlm.features(pixels).requires_grad
-    assert vlm.features(None) is None
+    assert not vlm.features(b).requires_grad
+    assert vlm.features(tiny.batch([(0, 1, 1)])) is None
 
 
 def test_the_head_computes_in_float32_from_bf16_operands_even_under_autocast() -> None:

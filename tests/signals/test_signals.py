@@ -110,7 +110,7 @@ def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, 
     known, attention = opened().look_up(batch, visual=True, look=True)
     frozen = FrozenTeacher(VLM(teacher.model), 1, False)
     with torch.no_grad():
-        hidden, _, look = frozen.plain(batch, frozen.features(batch.pixel_values, None), keep=False, look=True)
+        hidden, _, look = frozen.plain(batch, frozen.features(batch, None), keep=False, look=True)
         for rows in (predicting(batch.response), batch.visual):
             wanted, got = top_k(frozen.head(hidden[rows]), ALL_TOKENS), known.at(rows)
             back = torch.zeros_like(wanted.log_probs).scatter(1, wanted.tokens, wanted.log_probs)

@@ -256,7 +256,7 @@ def _yes_no(found: Scores) -> dict[str, float]:
 def _fingerprint(bench: Bench, model: Path, rows: Sequence[int], kit: str, version: str, judge: str) -> Fingerprint:
     import transformers
 
-    template = Template(bench.settings.models.template.system)
+    template = Template.asked(bench.settings.models.template)
     return Fingerprint(
         kit=kit,
         kit_version=version,

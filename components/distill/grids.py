@@ -1,0 +1,90 @@
+"""A teacher that sees an image on another grid of visual tokens than the student does.
+
+Each reads the sample as its own processor writes it. Text rows are the same tokens in both, and go over as they are. At visual
+tokens the teacher's rows and the attention that weighs them are interpolated bilinearly from its square grid to the student's;
+on hidden states this interpolates logits, so that a distribution there is the teacher's neighbouring ones' geometric mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.align_ti.head import Head
+from components.align_ti.step import Batch
+from components.distill.teacher import FrozenTeacher
+from components.models.vlm import VLM
+
+
+def bilinear(theirs: int, mine: int) -> Tensor:
+    """(mine^2, theirs^2) weights, rows of sum 1, from a square grid of side `theirs` to one of side `mine`."""
+    basis = torch.eye(theirs**2).view(theirs**2, 1, theirs, theirs)
+    return F.interpolate(basis, size=(mine, mine), mode="bilinear", align_corners=False).flatten(1).T.contiguous()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    own: Any  # what the teacher continues over
+    batch: Batch  # as the teacher reads it
+    index: Tensor  # (B, T) of the student's text tokens among the teacher's T'
+
+
+class Regridded:
+    """A teacher over batches that carry its own reading (`Batch.teacher`), seen by the student on the student's grid."""
+
+    def __init__(self, teacher: FrozenTeacher, theirs: int, mine: int) -> None:
+        """`theirs`, `mine`: sides of the teacher's and the student's grid."""
+        self.teacher = teacher
+        self.weights = bilinear(theirs, mine)
+
+    def features(self, batch: Batch, of_student: Any) -> Any:
+        return self.teacher.features(_own(batch), None)
+
+    def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, _Kept | None, Tensor | None]:
+        """As `FrozenTeacher.plain`, at the student's T positions and Nv visual tokens."""
+        own = _own(batch)
+        theirs, cache, attention = self.teacher.plain(own, features, keep, look)
+        text, their_text = _text(batch), _text(own)
+        hidden = theirs.new_zeros(*batch.input_ids.shape, theirs.shape[-1])
+        hidden[text] = theirs[their_text]
+        weights = self.weights.to(theirs)
+        hidden[batch.visual] = (weights @ theirs[own.visual].unflatten(0, (-1, weights.shape[1]))).flatten(0, 1)
+        if attention is not None and attention.shape[1]:
+            attention = attention @ weights.T.to(attention)
+        if not keep:
+            return hidden, None, attention
+        index = torch.zeros_like(batch.input_ids)
+        index[text] = their_text.nonzero()[:, 1]
+        return hidden, _Kept(cache, own, index), attention
+
+    def continued(self, kept: _Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """As `FrozenTeacher.continued`; positions and mask (B, 1, E, T + E) are the student's."""
+        T = kept.index.shape[1]
+        there = kept.index.gather(1, positions)
+        real = kept.batch.attention_mask.bool()
+        column = torch.arange(real.shape[1], device=real.device)
+        prefix = (column < there[..., None]) & real[:, None, :] & mask[:, 0, :, :T].any(-1, keepdim=True)
+        return self.teacher.continued(kept.own, tokens, there, torch.cat([prefix[:, None], mask[..., T:]], dim=-1))
+
+    @property
+    def vlm(self) -> VLM:
+        return self.teacher.vlm
+
+    @property
+    def head(self) -> Head:
+        return self.teacher.head
+
+
+def _own(batch: Batch) -> Batch:
+    own: Batch | None = batch.teacher  # type: ignore[attr-defined]  # as collated ones have
+    assert own is not None, "the collator was not told of the teacher's processor"
+    return own
+
+
+def _text(batch: Batch) -> Tensor:
+    """(B, T) bool: tokens that teacher and student both read."""
+    return batch.attention_mask.bool() & ~batch.visual

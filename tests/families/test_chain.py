@@ -1,0 +1,101 @@
+"""The chain on a hub-style folder, as `family: pretrained` runs it: obtain, open, search the layer, train, export, answer."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from components.align_ti.losses import TERMS, total
+from components.align_ti.step import AlignTI, Method
+from components.artifacts import Cost
+from components.distill.export import export
+from components.distill.teacher import FrozenTeacher
+from components.irs.search import choose, look
+from components.models.families import inputs, parts
+from components.models.load import Loaded, check_pair, load
+from components.models.obtain import obtain
+from components.models.template import Template
+from components.models.vlm import VLM
+from components.settings import Checkpoint, IrsSettings
+from components.shards import ImageRow, Samples, Turn
+from tests.families import toy
+from tests.families.table import documented
+from tests.models.conftest import write_dataset
+
+TITLE = "chain"
+IRS = IrsSettings(seed=0, images=3, instructions_per_image=2, batch_size=4, overlays=1)
+QUESTIONS = ("what digit is at a1 ?", "is b2 green ?")
+
+
+def obtained(family: str, folder: Path, seed: int, layers: int) -> Loaded:
+    source = Checkpoint(source=str(toy.folder(family, seed, layers)), revision=None)
+    return load(obtain(source, folder), "cpu")
+
+
+def dataset(folder: Path) -> Samples:
+    """Three images of three shapes, two questions on each."""
+    rows = []
+    for i, size in enumerate([(40, 20), (16, 16), (20, 40)]):
+        about = tuple((f"{i}-{j}", "digit_at", (Turn(f"<image>\n{q}", "red"),)) for j, q in enumerate(QUESTIONS))
+        rows.append(ImageRow(f"image-{i}", toy.png(*size, i), about))
+    return Samples(write_dataset(folder, rows), "train")
+
+
+def trained(student: Loaded, teacher: Loaded, layer: int, route: str) -> list[float]:
+    """The loss before and after three steps on one batch, all four terms."""
+    pupil = VLM(student.model).train()
+    eos = student.processor.tokenizer.eos_token_id
+    method = Method(dict.fromkeys(TERMS, 1.0), eos=eos, draws=2, route=route, shared_vocabulary=check_pair(teacher, student))
+    module = AlignTI(pupil, FrozenTeacher(VLM(teacher.model), layer, shares_tower=False), method)
+    batch = toy.collator(student.model.config.model_type)(toy.SAMPLES)
+    optimiser = torch.optim.AdamW(pupil.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        terms = module(batch, [1, 2, 3])
+        loss = total(terms.sums, terms.counts, torch.ones(4))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert (terms.counts > 0).all() and (terms.sums > 0).all()
+    return losses
+
+
+def check(family: str) -> str:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        teacher, student = obtained(family, folder / "t", 1, 3), obtained(family, folder / "s", 2, 2)
+        found = parts(student.model)
+        everything = {id(p) for p in student.model.parameters()}
+        assert {id(p) for of in found.values() for p in of} == everything and all(found.values())
+        seen = look(teacher, dataset(folder / "data"), Template(""), IRS)
+        layer = choose(seen.attention).layer
+        losses = trained(student, teacher, layer, "continuation")
+        assert losses[-1] < losses[0], losses
+        student.model.eval()
+        template = toy.collator(family).template
+        export(folder / "out", student, template, "# card", [], Cost(train_seconds=0, peak_memory_mib=0, device="cpu", steps=4))
+        again = AutoModelForImageTextToText.from_pretrained(folder / "out/model")
+        assert type(again) is type(student.model)
+        for key, weight in student.model.state_dict().items():
+            assert torch.equal(weight, again.state_dict()[key]), key
+        opened = load(folder / "out/model", "cpu")
+        prompts = toy.Collator(opened.processor, Template(""), 400, train=False)(toy.SAMPLES)
+        options = {
+            "input_ids": prompts.input_ids,
+            "attention_mask": prompts.attention_mask,
+            "pixel_values": prompts.pixel_values,
+            **inputs(opened.model, prompts),
+        }
+        written = [model.generate(**options, max_new_tokens=4, do_sample=False) for model in (student.model, opened.model)]
+        assert torch.equal(*written) and written[0].shape[1] > prompts.input_ids.shape[1]
+    return "yes"
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_from_two_folders_to_a_student(family: str) -> None:
+    assert check(family) == documented(family, TITLE)

@@ -1,0 +1,123 @@
+"""Which two models can be teacher and student, and which folders are refused before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.errors import ModelError
+from components.models.families import FAMILIES, family_of
+from components.models.load import check_images, check_kind, check_pair, check_same_template, load
+from components.models.template import Template
+from components.settings import Template as TemplateSettings
+from tests.families import toy
+
+OWN = TemplateSettings(style="processor", system="")
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_two_sizes_of_one_family_share_the_vocabulary(family: str) -> None:
+    teacher = load(toy.folder(family, 1, 3), "cpu")
+    student = toy.loaded(family)
+    assert check_pair(teacher, student) == student.vocabulary < teacher.vocabulary
+
+
+def test_families_that_agree_by_vocabulary_and_pixels_are_a_pair() -> None:
+    idefics, smolvlm = toy.loaded("idefics3"), toy.loaded("smolvlm")
+    assert check_pair(idefics, smolvlm) == smolvlm.vocabulary
+    check_same_template(idefics, smolvlm, OWN)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "said"),
+    [
+        ("llava_next", "llava_onevision", "disagree, first at id|is .* and .*; both read"),
+        ("llava_next", "qwen2_vl", "visual tokens per image"),
+        ("llava", "paligemma", "tokenizers disagree"),
+    ],
+)
+def test_families_that_do_not_agree_are_refused(teacher: str, student: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        check_pair(toy.loaded(teacher), toy.loaded(student))
+
+
+def test_different_chat_templates_are_refused_only_where_they_are_used() -> None:
+    pair = toy.loaded("qwen2_vl"), toy.loaded("internvl")
+    with pytest.raises(ModelError, match="write one conversation differently"):
+        check_same_template(*pair, OWN)
+    check_same_template(*pair, TemplateSettings(style="vicuna", system=""))
+
+
+def test_the_table_of_families_is_whole() -> None:
+    assert list(toy.FAMILIES) == list(FAMILIES)
+    for family in toy.FAMILIES:
+        assert toy.loaded(family).model.config.model_type == family
+
+
+def test_another_type_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"models of type 'blip-2' are not supported.*llava_next"):
+        family_of(SimpleNamespace(model_type="blip-2", name_or_path="somewhere"))
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def stored_as(kind: torch.dtype) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        save_file({key: w.to(kind) for key, w in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another number of image tokens": (
+        lambda f: edited(f / "processor_config.json", image_seq_length=9),
+        r"its processor writes \d+ image tokens for 64 x 64 pixels, and the model makes \d+ features",
+    ),
+    "another image token": (lambda f: edited(f / "config.json", image_token_id=3), "the image token is missing on one side"),
+    "quantised": (lambda f: edited(f / "config.json", quantization_config={"quant_method": "awq"}), r"are quantised \(awq\)"),
+    "float8": (stored_as(torch.float8_e4m3fn), "in F8_E4M3: weights are read in F64, F32, F16, BF16"),
+    "a broken configuration": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "a type that is not supported": (lambda f: edited(f / "config.json", model_type="blip-2"), "'blip-2' are not supported"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_folders_get_one_sentence(case: str, tmp_path: Path) -> None:
+    damage, said = BAD[case]
+    folder = shutil.copytree(toy.folder("internvl"), tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ModelError, match=said) as refusal:
+        check_kind(folder)
+        check_images(load(folder, "cpu"))
+    assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert refusal.value.exit_code == 2
+
+
+def test_weights_in_half_precision_are_read_as_asked(tmp_path: Path) -> None:
+    folder = shutil.copytree(toy.folder("internvl"), tmp_path / "model")
+    stored_as(torch.float16)(folder)
+    assert load(folder, "cpu").model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("style", ["vicuna", "processor"])
+def test_a_sample_is_spelt_out_for_the_log(style: Any) -> None:
+    said = toy.collator("qwen2_vl", style=style).spelt_out(toy.SAMPLES[0])
+    assert "around 8 visual tokens" in said and said.endswith("red one<|im_end|>'") and "what digit ?" in said
+
+
+def test_a_mask_without_the_answers_end_is_refused() -> None:
+    collator = toy.Collator(toy.loaded("qwen2_vl").processor, Template(""), 400, train=True)
+    collator.eos_id = 5
+    with pytest.raises(ModelError, match="do not go together"):
+        collator.spelt_out(toy.SAMPLES[0])

@@ -1,0 +1,36 @@
+"""The instruction-to-vision probe against the attention maps of the whole stock model in eager mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from components.irs.probe import Look, attention_layers, watching
+from components.models.load import load
+from components.models.vlm import VLM
+from tests.families import toy
+from tests.families.table import documented
+from tests.families.test_masks import eager_maps
+
+TITLE = "probe"
+
+
+def check(family: str) -> str:
+    vlm, batch = VLM(load(toy.folder(family), "cpu", torch.float64).model), toy.batch(family)
+    layers = list(attention_layers(vlm.model))
+    look = Look.at(batch.instruction, batch.visual)
+    with torch.no_grad(), watching(vlm.model, layers, look):
+        vlm.plain(batch, vlm.features(batch), keep=False)
+    for layer, attention in zip(layers, eager_maps(family), strict=True):
+        for row in (0, 2):
+            expected = attention[row].mean(0)[batch.instruction[row]][:, batch.visual[row]].mean(0)
+            found = look.seen[layer][row]
+            torch.testing.assert_close(found[: len(expected)].double(), expected, rtol=1e-5, atol=1e-7)
+            assert not found[len(expected) :].any()
+        assert not look.seen[layer][1].any(), "no image, no attention"
+    return "eager maps" if vlm.model.config.get_text_config()._attn_implementation == "eager" else "beside fused"
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_equals_the_eager_maps(family: str) -> None:
+    assert check(family) == documented(family, TITLE)
