@@ -107,6 +107,30 @@ def cache() -> Path:
     return Path(told.strip()).resolve()
 
 
+def bring(md5: str, folder: Path) -> None:
+    """Put the folder that DVC keeps under `md5` (`....dir`) at `folder`, from the cache, else the remote. Raises InputError."""
+    from dvc.exceptions import DvcException
+    from dvc.fs import localfs
+    from dvc.repo import Repo
+    from dvc_data.hashfile import load
+    from dvc_data.hashfile.checkout import checkout
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_objects.errors import ObjectDBError, ObjectFormatError
+
+    wanted = HashInfo("md5", md5)
+    with Repo() as repo:
+        odb = repo.cache.local
+        try:
+            if not odb.exists(md5):
+                repo.cloud.pull([wanted])
+            checkout(str(folder.resolve()), localfs, load(odb, wanted), odb, force=True, quiet=True)
+        except (DvcException, ObjectDBError, ObjectFormatError, OSError) as error:
+            raise InputError(
+                f"DVC has nothing under md5 {md5} here, in its cache or its remote ({' '.join(str(error).split())[:200]});"
+                " `dvc push` where it was made, or point `dvc cache dir --local` at the cache of that folder"
+            ) from None
+
+
 def share_cache(folder: Path, cache: Path) -> None:
     """Let the clone at `folder` use `cache`, so that what is made there is there for this one too."""
     command = [*DVC, "config", "--local", "cache.dir", str(cache)]

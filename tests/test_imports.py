@@ -14,6 +14,7 @@ LEVELS = [
     {"errors"},
     {"artifacts"},
     {"settings"},
+    {"lineage", "registry"},
     {"shards", "runtime", "recipes", "tracking", "mirror", "figures"},
     {"align_ti"},
     {"models"},
@@ -21,7 +22,7 @@ LEVELS = [
     {"signals"},
     {"dataset", "distill", "evaluate"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
-    {"study"},
+    {"study", "champion"},
     {"flows"},
     {"cli"},
 ]
