@@ -354,7 +354,7 @@ def evaluate(kit: Kits = None, arm: Arms = None, task: Tasks = None) -> None:
     run(kit or (), arm or (), task or ())
 
 
-for _command in (commands.register, commands.promote):
+for _command in (commands.register, commands.promote, commands.reproduce):
     app.command()(_command)
 
 

@@ -107,8 +107,9 @@ def params() -> dict[str, str]:
 
 
 def note_maker(md5: str, run: str) -> None:
-    """`run` is the id of a journal."""
-    write_text(MADE / md5, run + "\n")
+    """`run` is the id of a journal. Of two that made the same bytes the first is kept."""
+    if not (MADE / md5).exists():
+        write_text(MADE / md5, run + "\n")
 
 
 def maker(md5: str) -> str | None:

@@ -167,7 +167,7 @@ class Mirror:
 
         for line in lines:
             source = json.dumps({"digest": line["digest"]})
-            entry = Dataset(line["name"], line["digest"][:DIGEST_CHARS], line["source"], source)
+            entry = Dataset(line["name"], line["digest"][:DIGEST_CHARS], line.get("source", "manifest"), source)
             self._client.log_inputs(run_id, [DatasetInput(entry, tags=[])])
 
     def _tag(self, run_id: str, lines: list[dict[str, Any]]) -> None:
@@ -222,6 +222,7 @@ def client(tracking_uri: str) -> Any:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # MLflow's own: 120 s
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_DISABLE_AGENT_HINT": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "DO_NOT_TRACK": "true",
     }.items():
         os.environ.setdefault(name, value)

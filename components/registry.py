@@ -36,8 +36,8 @@ class Version:
 def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     """Make the version that a journal's `register` line tells of, if it is not there.
 
-    A candidate takes that alias from those registered before it. `run_id` is the run that says what stands; the version's own is
-    the training that made the bytes, if MLflow has it.
+    A candidate takes that alias from those registered before it. `run_id` is the run that says what stands; the version's own
+    is the training that made the bytes, if MLflow has it.
     """
     experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
     trained = client.search_runs([experiment.experiment_id], f"tags.`alignti.run` = '{line['made_by']}'", max_results=1)
@@ -55,7 +55,11 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     if line["candidate"]:
         before = aliased(client, experiment.name, CANDIDATE)
         if before is None or int(before.tags.get(REGISTERED, 0)) <= line["time"]:
-            client.set_registered_model_alias(experiment.name, CANDIDATE, found.number)
+            nominate(client, found)
+
+
+def nominate(client: Any, version: Version) -> None:
+    client.set_registered_model_alias(version.model, CANDIDATE, version.number)
 
 
 def aliased(client: Any, model: str, alias: str) -> Version | None:

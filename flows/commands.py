@@ -40,3 +40,24 @@ def promote(
     use_running()
     verdict = module.promote(candidate, load_settings(), measure)
     typer.echo(verdict.model_dump_json(indent=2) if json else f"{verdict.model}: {verdict.why}.")
+
+
+def reproduce(
+    run_id: Annotated[str, typer.Argument(help="Of a stage's run: MLflow's id, or a journal's name in .runs/journal.")],
+    stage_only: Annotated[
+        bool, typer.Option("--stage-only", help="Take what comes before the stage from DVC's cache, where it is there.")
+    ] = False,
+) -> None:
+    """Run again what a run ran, in a worktree of its commit, and say whether the same bytes come out (exit code 1 if not)."""
+    from components.settings import load_settings
+    from flows import reproduce as module
+    from flows.servers import use_running
+
+    use_running()
+    settings = load_settings()
+    recorded = module.find(run_id, settings)
+    typer.echo(f"{recorded.stage} as of commit {recorded.commit[:12]}, with the params of run {recorded.run}")
+    outcome = module.reproduce(recorded, settings, stage_only)
+    typer.echo(f"{outcome}.")
+    if not outcome.same:
+        raise typer.Exit(1)

@@ -74,17 +74,22 @@ def status() -> dict[str, list[object]]:
     return json.loads(found.stdout)
 
 
-def reproduce(stage: str, env: Mapping[str, str] | None = None, stop_when: Callable[[], str | None] | None = None) -> Outcome:
+def reproduce(
+    stage: str,
+    env: Mapping[str, str] | None = None,
+    stop_when: Callable[[], str | None] | None = None,
+    anew: bool = False,
+) -> Outcome:
     """Run `stage` alone if it is stale; whether it needs what comes before it is for the caller to know.
 
-    `stop_when` is asked each second, and ends the stage when it gives a reason.
+    `stop_when` is asked each second, and ends the stage when it gives a reason. `anew`: run it even if DVC has its result.
 
     Raises:
         StageFailed: with the stage's exit code.
     """
     if not STAGE.fullmatch(stage):
         raise InputError(f"{stage!r} is no name of a stage")
-    return _repro(stage, ["--single-item", stage], env, stop_when)
+    return _repro(stage, [*(["--force"] if anew else []), "--single-item", stage], env, stop_when)
 
 
 def reproduce_all(targets: Sequence[str] = ()) -> Outcome:

@@ -7,6 +7,8 @@ the test sample allows by chance (components/champion/duel.py). The answers of b
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,21 @@ class Verdict(Record):
 
 
 def register(arms: list[str], settings: Settings, parent: str | None = None) -> tuple[list[str], bool]:
-    """Tell MLflow of these arms of the folder; returns those not told before, and whether MLflow has taken them."""
-    told = record.register(record.standing(arms), settings, parent)
-    return told, send(settings)
+    """Tell MLflow of these arms of the folder, the best of them as the candidate.
+
+    Returns those not told before, and whether MLflow has taken them. Raises DataError if one has not been trained and scored.
+    """
+    students = record.standing(arms)
+    best = record.best(students)
+    told = record.register(students, settings, parent, best)
+    if not send(settings):
+        return told, False
+    if best.arm not in told:  # it was registered once, and others have been the candidate since
+        client, model = _client(settings), settings.runtime.experiment
+        with _asking():
+            if known := registry.of_md5(client, model, best.md5, best.arm):
+                registry.nominate(client, known)
+    return told, True
 
 
 def send(settings: Settings) -> bool:
@@ -73,25 +87,31 @@ def promote(candidate: str | None, settings: Settings, measure: bool = False) ->
         TryAgainError: MLflow does not answer.
     """
     client, model = _client(settings), settings.runtime.experiment
-    try:
+    with _asking():
         challenger = _challenger(client, model, candidate, settings)
-        champion = registry.aliased(client, model, CHAMPION)
-        verdict = _verdict(challenger, champion, settings, measure)
-        _write(client, challenger, champion, verdict)
-    except AlignTIError:
-        raise
-    except Exception as error:  # MLflow, its server and its database raise all sorts
-        raise TryAgainError(f"MLflow does not answer ({_short(error)}); nothing was promoted") from error
+        before = registry.aliased(client, model, CHAMPION)
+    verdict = _verdict(challenger, before, settings, measure)
+    with _asking():
+        _write(client, challenger, before, verdict)
     return verdict
 
 
 def champion(settings: Settings) -> Version | None:
     """Raises InputError or TryAgainError as `promote`."""
     client = _client(settings)
-    try:
+    with _asking():
         return registry.aliased(client, settings.runtime.experiment, CHAMPION)
-    except Exception as error:  # MLflow, its server and its database raise all sorts
-        raise TryAgainError(f"MLflow does not answer ({_short(error)})") from error
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    """Raises TryAgainError for whatever MLflow, its server and its database raise."""
+    try:
+        yield
+    except AlignTIError:
+        raise
+    except Exception as error:
+        raise TryAgainError(f"MLflow does not answer ({_short(error)}); the champion is as it was") from error
 
 
 def _client(settings: Settings) -> Any:

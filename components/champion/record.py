@@ -45,10 +45,16 @@ def standing(arms: Sequence[str]) -> list[Student]:
     return found
 
 
-def register(students: Sequence[Student], settings: Settings, parent: str | None) -> list[str]:
-    """Journal each that was not before, the best of them as the candidate; returns the arms told now."""
-    best = max(students, key=lambda student: student.scores.exact_match)  # of equals the first, as in the report
-    return [student.arm for student in students if _tell(student, settings, parent, candidate=student is best)]
+def best(students: Sequence[Student]) -> Student:
+    """Of equals the first, as in the report."""
+    return max(students, key=lambda student: student.scores.exact_match)
+
+
+def register(
+    students: Sequence[Student], settings: Settings, parent: str | None, candidate: Student | None = None
+) -> list[str]:
+    """Journal each that was not before, `candidate` as such; returns the arms told now."""
+    return [student.arm for student in students if _tell(student, settings, parent, candidate=student is candidate)]
 
 
 def _tell(student: Student, settings: Settings, parent: str | None, candidate: bool) -> bool:
@@ -68,7 +74,7 @@ def _tell(student: Student, settings: Settings, parent: str | None, candidate: b
         "samples": str(student.scores.samples),
         **_commit(made_by),
     }
-    outcome = hashlib.sha256(json.dumps([student.md5, student.scores_md5, candidate]).encode()).hexdigest()
+    outcome = hashlib.sha256(json.dumps([student.md5, student.scores_md5]).encode()).hexdigest()
     return tracking.record(
         f"student-{student.arm}-{outcome[:12]}",
         f"student/{student.arm}",
