@@ -196,10 +196,7 @@ def sync(tracking_uri: str) -> tuple[int, int]:
 
     sent = live = 0
     refused: MlflowException | None = None
-    for journal in sorted(JOURNALS.glob("*.jsonl")):
-        state = journal.with_suffix(".sent")
-        if state.exists() and json.loads(state.read_text(encoding="utf-8"))["done"]:
-            continue
+    for journal in sorted(filter(_is_left, JOURNALS.glob("*.jsonl")), key=_began):  # a run is linked to earlier ones
         if _is_being_written(journal):
             live += 1
             continue
@@ -243,6 +240,18 @@ def _alone() -> Iterator[None]:
     with (JOURNALS / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _is_left(journal: Path) -> bool:
+    if not journal.stat().st_size:
+        return False  # its process was killed before it wrote a word
+    state = journal.with_suffix(".sent")
+    return not (state.exists() and json.loads(state.read_text(encoding="utf-8"))["done"])
+
+
+def _began(journal: Path) -> tuple[int, str]:
+    with journal.open(encoding="utf-8") as lines:
+        return json.loads(lines.readline())["time"], journal.name
 
 
 def _is_being_written(journal: Path) -> bool:

@@ -25,11 +25,11 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 from pydantic import Field
 
-from components import recipes, tracking
+from components import lineage, recipes, tracking
 from components.artifacts import REPORTS
 from components.errors import AlignTIError, InputError, TryAgainError, end_with_parent, exit_from
 from components.settings import load_settings
-from flows import devices, dvc
+from flows import devices, dvc, notify, promote
 from flows.workspace import workspace
 
 RETRIES = 2
@@ -57,7 +57,7 @@ def run_stage(
         return dvc.reproduce(stage, {tracking.PARENT: parent, **device}, stop_when)
 
 
-@flow(name="alignti-pipeline")
+@flow(name="alignti-pipeline", on_failure=[notify.failed], on_crashed=[notify.failed])
 def pipeline(
     parallel: Annotated[int, Field(ge=1, le=64)] = 1,
     recipe: str | None = None,
@@ -94,7 +94,11 @@ def pipeline(
             outcomes = {stage: future.result() for stage, future in futures.items()}
             for stage, outcome in outcomes.items():
                 run.tag(f"stage.{stage}", outcome)
+                for path, md5 in list(lineage.locked().get(stage, {}).items())[:1]:  # the run that made it, whenever that was
+                    run.link(f"stage.{stage}.run", lineage.maker(md5), path, md5)
             gate(targets or ())
+            if "compare" in outcomes:
+                promote.register_all(run.id)
         show(outcomes)
     return outcomes
 

@@ -19,7 +19,7 @@ from components.champion.duel import MeasuredDifferently, duel
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
 from components.registry import CANDIDATE, CHAMPION, Version
-from components.settings import Settings
+from components.settings import Settings, load_settings
 from flows import dvc
 
 Answers = tuple[list[Prediction], Fingerprint | None]
@@ -61,6 +61,15 @@ def register(arms: list[str], settings: Settings, parent: str | None = None) -> 
             if known := registry.of_md5(client, model, best.md5, best.arm):
                 registry.nominate(client, known)
     return told, True
+
+
+def register_all(parent: str) -> None:
+    """`register` for every arm, at the end of a pipeline that has done its work: a fault costs a warning."""
+    try:
+        settings = load_settings()
+        register(list(settings.study.arms), settings, parent)
+    except (AlignTIError, OSError) as error:
+        tracking.warn(f"the students are not registered: {error}; `alignti register` does it")
 
 
 def send(settings: Settings) -> bool:

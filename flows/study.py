@@ -24,7 +24,7 @@ from components.errors import AlignTIError
 from components.settings import RuntimeSettings, load_settings
 from components.study import expand, record
 from components.study.expand import Cell, Study
-from flows import dvc
+from flows import dvc, notify
 from flows.divergence import diverged
 from flows.pipeline import RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, worth_another_try
 
@@ -85,7 +85,7 @@ def run_cell(cell: Cell, plan: Study, parent: str, slots: threading.Semaphore, b
 FREE = threading.Semaphore(2**20)  # of a stage inside a cell, which holds a slot already
 
 
-@flow(name="alignti-study")
+@flow(name="alignti-study", on_failure=[notify.failed], on_crashed=[notify.failed])
 def study(name: str, parallel: Annotated[int, Field(ge=1, le=64)] = 1, recipe: str | None = None) -> dict[str, str]:
     """Run every arm of the study that has not been run; returns what became of each.
 

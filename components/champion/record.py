@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components import lineage, tracking
-from components.artifacts import DATASET, RAW, SCORES, STUDENTS, Cost, Scores
+from components.artifacts import DATASET, RAW, SCORES, STUDENTS, Cost, Manifest, Scores
+from components.champion import drift
 from components.errors import DataError
 from components.settings import Settings
 from components.tracking import JOURNALS
@@ -104,7 +105,8 @@ def _data() -> dict[str, str]:
     """What it was trained on: the raw data and the prepared set."""
     prepared = lineage.locked().get("prepare", {}).get(str(DATASET))
     known = {"dvc.raw": lineage.raw().get(str(RAW)), "dvc.dataset": prepared}
-    return {key: md5 for key, md5 in known.items() if md5}
+    figures = drift.statistics(Manifest.read(DATASET / "manifest.json"))
+    return {key: md5 for key, md5 in known.items() if md5} | {"data.statistics": json.dumps(figures)}
 
 
 def _commit(journal: str | None) -> Mapping[str, str]:
