@@ -7,7 +7,8 @@ The alias `candidate` is the best student registered last, `champion` the one th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,13 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     found = of_md5(client, experiment.name, md5, line["tags"]["arm"])
     if found is None:
         tags = {**line["tags"], "run.scores": run_id, REGISTERED: str(line["time"])}
-        logged = _external(client, line["tags"]["arm"], source, tags, line["params"], experiment.experiment_id)
-        made = client.create_model_version(
-            experiment.name, f"models:/{logged}", source, tags=tags, description=line["description"], model_id=logged
-        )
+        with _addressed(client) as mlflow:
+            logged = mlflow.create_external_model(
+                tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
+            )
+            made = client.create_model_version(
+                experiment.name, logged.model_uri, source, tags=tags, description=line["description"], model_id=logged.model_id
+            )
         found = _version(made)
     if line["candidate"]:
         before = aliased(client, experiment.name, CANDIDATE)
@@ -106,14 +110,15 @@ def _make_model(client: Any, name: str) -> None:
             raise
 
 
-def _external(client: Any, name: str, run_id: str, tags: dict[str, str], params: dict[str, str], experiment: str) -> str:
-    """A logged model without weights, by MLflow's own function, which takes the address from one place only."""
+@contextmanager
+def _addressed(client: Any) -> Iterator[Any]:
+    """MLflow's functions of external models, which know one address alone: for the time of the block that of `client`."""
     import mlflow
 
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(client.tracking_uri)
     try:
-        return str(mlflow.create_external_model(name, run_id, tags=tags, params=params, experiment_id=experiment).model_id)
+        yield mlflow
     finally:
         mlflow.set_tracking_uri(before)
 

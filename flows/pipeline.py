@@ -96,6 +96,8 @@ def pipeline(
                 run.tag(f"stage.{stage}", outcome)
                 for path, md5 in list(lineage.locked().get(stage, {}).items())[:1]:  # the run that made it, whenever that was
                     run.link(f"stage.{stage}.run", lineage.maker(md5), path, md5)
+            took = [tracking.last_seconds(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
+            run.metrics({"cost/stage_hours": sum(seconds for seconds, _ in filter(None, took)) / 3600})
             gate(targets or ())
             if "compare" in outcomes:
                 promote.register_all(run.id)

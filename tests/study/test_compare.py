@@ -73,6 +73,16 @@ def test_the_main_effect_of_a_term_is_over_all_pairs_that_differ_in_it_alone() -
     assert effects["weights.tpa"].effect.mean == pytest.approx((0.07 + 0.08) / 2 + 0.002)
 
 
+def test_at_equal_compute_a_variant_stands_beside_the_best_that_costs_no_more() -> None:
+    found = {e.variant: e for e in result().equal_compute}
+    assert {name: e.against for name, e in found.items()} == {
+        "iva1-tpa1": "iva0-tpa1", "iva0-tpa1": "iva1-tpa1", "iva1-tpa0": "iva0-tpa0", "iva0-tpa0": "iva1-tpa0",
+    }  # fmt: skip
+    assert found["iva1-tpa1"].difference == pytest.approx(0.03) and found["iva0-tpa0"].difference == pytest.approx(-0.02)
+    (cheapest,) = module.equal_compute([v for v in result().variants if v.name == "iva0-tpa0"])
+    assert cheapest.against is None and cheapest.difference is None
+
+
 def test_a_missing_cell_is_named_and_the_rest_is_compared() -> None:
     found = result(RUNS[:-1])
     assert found.missing == ["iva1-tpa1-seed3"]
