@@ -264,10 +264,10 @@ def equal_compute(variants: Sequence[Variant]) -> list[EqualCompute]:
         found.append(
             EqualCompute(
                 variant=variant.name,
-                against=best and best.name,
-                difference=best and variant.score.mean - best.score.mean,
+                against=best.name if best else None,
+                difference=variant.score.mean - best.score.mean if best else None,
                 hours=variant.hours,
-                their_hours=best and best.hours,
+                their_hours=best.hours if best else None,
             )
         )
     return found
