@@ -125,43 +125,54 @@ def commit(**files: str) -> None:
     git("commit", "--quiet", "--allow-empty", "-m", "change")
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Path:
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "ALIGNTI_EXPERIMENT": "tests"}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
     """A clone in which three arms were trained and scored."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("ALIGNTI_TRACKING_URI", SQLITE)
-    monkeypatch.setenv("ALIGNTI_EXPERIMENT", "tests")
-    shutil.copytree(ROOT / "params", "params")
-    Path(".mlflow").mkdir()
-    shutil.copy(empty_database, ".mlflow/mlflow.db")
-    study, evaluate = Path("params/study.yaml"), Path("params/evaluate.yaml")
+    root = tmp_path_factory.mktemp("clone")
     arm = {"weights": {"sft": 1.0, "kd": 0.0, "iva": 0.0, "tpa": 0.0}, "student": "student", "seed": 1}
-    study.write_text(yaml.safe_dump({"arms": dict.fromkeys(ARMS, arm)}))
-    asked = yaml.safe_load(evaluate.read_text()) | {"baselines": ["weak"], "bootstrap_resamples": 200}
-    evaluate.write_text(yaml.safe_dump(asked))
-    for name, text in {
-        "dvc.yaml": PIPELINE,
-        "stage.py": STAGE,
-        ".gitignore": "\n".join(IGNORED),
-        "data/raw.txt": "100",
-    }.items():
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text(text)
-    Path(".dvc").mkdir()
-    Path(".dvc/config").write_text("[core]\n    analytics = false\n")
-    Path("components").mkdir()
-    git("init", "--quiet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name, value in {**ENVIRONMENT, "ALIGNTI_TRACKING_URI": tracking.JOURNAL_ONLY}.items():
+            patch.setenv(name, value)
+        shutil.copytree(ROOT / "params", "params")
+        Path(".mlflow").mkdir()
+        shutil.copy(empty_database, ".mlflow/mlflow.db")
+        Path("params/study.yaml").write_text(json.dumps({"arms": dict.fromkeys(ARMS, arm)}))
+        asked = yaml.safe_load(Path("params/evaluate.yaml").read_text()) | {"baselines": ["weak"], "bootstrap_resamples": 200}
+        Path("params/evaluate.yaml").write_text(yaml.safe_dump(asked))
+        files = {"dvc.yaml": PIPELINE, "stage.py": STAGE, ".gitignore": "\n".join(IGNORED), "data/raw.txt": "100"}
+        for name, text in {**files, ".dvc/config": "[core]\n    analytics = false\n"}.items():
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).write_text(text)
+        Path("components").mkdir()
+        git("init", "--quiet")
+        add_data("100")
+        commit(skill_weak="0.5", skill_like="0.52", skill_strong="0.9")
+        dvc.reproduce_all()
+    return root
+
+
+def add_data(text: str) -> None:
+    Path("data/raw.txt").write_text(text)
     subprocess.run([*dvc.DVC, "add", "--quiet", "data"], check=True, env=dvc._environment(), capture_output=True)
-    commit(skill_weak="0.5", skill_like="0.52", skill_strong="0.9")
-    return tmp_path
 
 
 @pytest.fixture
-def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setenv("ALIGNTI_TRACKING_URI", tracking.JOURNAL_ONLY)  # a process per stage that sends it costs seconds
-    dvc.reproduce_all()
-    monkeypatch.setenv("ALIGNTI_TRACKING_URI", SQLITE)
+def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the current directory."""
+    root = tmp_path / "clone"
+    shutil.copytree(template, root, symlinks=True)
+    monkeypatch.chdir(root)
+    for name, value in {**ENVIRONMENT, "ALIGNTI_TRACKING_URI": SQLITE}.items():
+        monkeypatch.setenv(name, value)
+    return root
+
+
+@pytest.fixture
+def trained(folder: Path) -> Settings:
     return load_settings()
 
 
@@ -201,10 +212,9 @@ def test_the_champion_changes_only_on_a_lead_beyond_chance(trained: Settings) ->
 def test_what_was_measured_differently_is_refused_or_measured_anew(trained: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     promote.register(["weak"], trained)
     promote.promote(None, trained)
-    Path("data/raw.txt").write_text("200")
-    subprocess.run([*dvc.DVC, "add", "--quiet", "data"], check=True, env=dvc._environment(), capture_output=True)
+    add_data("200")
     monkeypatch.setenv("ALIGNTI_TRACKING_URI", tracking.JOURNAL_ONLY)
-    dvc.reproduce_all()
+    dvc.reproduce_all(["evaluate@strong"])
     monkeypatch.setenv("ALIGNTI_TRACKING_URI", SQLITE)
     with pytest.raises(MeasuredDifferently, match=r"dataset hash: .*promote --measure"):
         promote.promote("strong", trained)
@@ -217,7 +227,8 @@ def test_what_was_measured_differently_is_refused_or_measured_anew(trained: Sett
         from components.artifacts import SCORES, Scores
         from components.evaluate.outcomes import read_predictions
 
-        return read_predictions(SCORES / "weak/predictions.jsonl"), Scores.read(SCORES / "weak/scores.json").fingerprint
+        measured = Scores.read(SCORES / "strong/scores.json").fingerprint
+        return read_predictions(SCORES / "weak/predictions.jsonl"), measured
 
     monkeypatch.setattr(measure, "answers", answers)
     assert promote.promote("strong", trained, measure=True).promoted and len(asked) == 1
@@ -273,8 +284,9 @@ def test_a_run_of_code_that_was_not_committed_is_refused(folder: Path, monkeypat
     Path("components/skill-weak").write_text("0.6")
     Path("components/new.py").write_text("")
     Path("params/evaluate.yaml").write_text(Path("params/evaluate.yaml").read_text() + "\n")  # recorded, so no matter
+    before = set(tracking.JOURNALS.glob("*-distill@weak-*.jsonl"))
     dvc.reproduce_all(["distill@weak"])
-    (journal,) = tracking.JOURNALS.glob("*-distill@weak-*.jsonl")
+    (journal,) = set(tracking.JOURNALS.glob("*-distill@weak-*.jsonl")) - before
     recorded = reproduce.find(journal.stem, load_settings())
     with pytest.raises(InputError, match=r"not committed \(components/skill-weak, components/new.py\)"):
         reproduce.reproduce(recorded, load_settings())
@@ -293,8 +305,7 @@ def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(folder: Path, m
         worse = nightly.nightly()
         assert "1 file(s) of code or params differ" in worse["reasons"][0]
         assert not worse["verdict"]["promoted"] and "stays the champion" in worse["said"]
-        Path("data/raw.txt").write_text("120")
-        subprocess.run([*dvc.DVC, "add", "--quiet", "data"], check=True, env=dvc._environment(), capture_output=True)
+        add_data("120")
         commit()
         monkeypatch.setattr(measure, "answers", lambda *_: pytest.fail("only where fingerprints differ"))
         with pytest.raises(BaseException, match="only where fingerprints differ"):

@@ -15,10 +15,16 @@ import yaml
 
 from components.errors import AlignTIError
 from flows import devices, pool, servers
+from flows.nightly import nightly
 from flows.pipeline import pipeline
 from flows.study import study
 
 ROOT = Path(__file__).parents[2]
+FLOWS: dict[str, Any] = {
+    "flows.pipeline.pipeline": pipeline,
+    "flows.study.study": study,
+    "flows.nightly.nightly": nightly,
+}
 Workers = list[subprocess.Popen[bytes]]
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 
@@ -59,7 +65,7 @@ def test_a_worker_per_gpu_and_if_one_ends_all_do(
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
 def test_a_deployment_names_a_flow_its_parameters_and_a_queue(deployment: dict[str, Any]) -> None:
-    flow = {"flows.pipeline.pipeline": pipeline, "flows.study.study": study}[deployment["entrypoint"]]
+    flow: Any = FLOWS[deployment["entrypoint"]]
     flow.validate_parameters(deployment["parameters"])
     assert set(deployment["parameters"]) <= set(inspect.signature(flow.fn).parameters)
     assert deployment["work_pool"]["work_queue_name"] in pool.QUEUES
@@ -68,6 +74,6 @@ def test_a_deployment_names_a_flow_its_parameters_and_a_queue(deployment: dict[s
 
 
 def test_the_form_of_a_deployment_explains_every_parameter() -> None:
-    for flow in (pipeline, study):
+    for flow in FLOWS.values():
         for parameter in flow.parameters.properties.values():
             assert len(parameter["description"]) > 15
