@@ -15,9 +15,11 @@ import pytest
 import yaml
 
 from components import lineage, mirror, registry, tracking
+from components.artifacts import SCORES, Scores
 from components.champion import measure
 from components.champion.duel import MeasuredDifferently
 from components.errors import DataError, InputError, TryAgainError
+from components.evaluate.outcomes import read_predictions
 from components.settings import Settings, load_settings
 from flows import dvc, nightly, promote, reproduce
 from tests.flows.test_notify import webhook
@@ -219,19 +221,9 @@ def test_what_was_measured_differently_is_refused_or_measured_anew(trained: Sett
     with pytest.raises(MeasuredDifferently, match=r"dataset hash: .*promote --measure"):
         promote.promote("strong", trained)
 
-    asked: list[Path] = []
-
-    def answers(model: Path, title: str, settings: Settings) -> Any:
-        asked.append(model)
-        assert (model / "weights").read_text() == "0.5"  # the champion's own, from DVC's cache
-        from components.artifacts import SCORES, Scores
-        from components.evaluate.outcomes import read_predictions
-
-        measured = Scores.read(SCORES / "strong/scores.json").fingerprint
-        return read_predictions(SCORES / "weak/predictions.jsonl"), measured
-
-    monkeypatch.setattr(measure, "answers", answers)
-    assert promote.promote("strong", trained, measure=True).promoted and len(asked) == 1
+    monkeypatch.setattr(measure, "answers", todays_answers)
+    verdict = promote.promote("strong", trained, measure=True)
+    assert verdict.promoted and verdict.champion is not None and verdict.champion.exact_match == 0.5
 
 
 def test_a_server_that_is_away_keeps_nothing_from_being_registered_later(
@@ -293,23 +285,42 @@ def test_a_run_of_code_that_was_not_committed_is_refused(folder: Path, monkeypat
         reproduce.reproduce(recorded, load_settings())
 
 
+@pytest.mark.timeout(900)  # a whole pipeline, on a machine that may be busy
 @pytest.mark.usefixtures("prefect_server")
-def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(
+    trained: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote.register(["weak"], trained)
+    promote.promote(None, trained)
     monkeypatch.setattr(tracking, "_start_mirror", lambda *_: None)  # all is sent at the end
     with webhook() as (address, got):
         monkeypatch.setenv("ALIGNTI_WEBHOOK", address)
-        first = nightly.nightly()
-        assert first["reasons"] == ["there is no champion yet"] and first["verdict"]["promoted"]
         quiet = nightly.nightly()
-        assert quiet["reasons"] == [] and "nothing was trained" in quiet["said"]
-        commit(skill_strong="0.89")
-        worse = nightly.nightly()
-        assert "1 file(s) of code or params differ" in worse["reasons"][0]
-        assert not worse["verdict"]["promoted"] and "stays the champion" in worse["said"]
+        assert quiet["reasons"] == [] and "nothing was trained" in quiet["said"] and got == []
+
         add_data("120")
-        commit()
-        monkeypatch.setattr(measure, "answers", lambda *_: pytest.fail("only where fingerprints differ"))
-        with pytest.raises(BaseException, match="only where fingerprints differ"):
+        commit(skill_strong="0.8")
+        monkeypatch.setattr(measure, "answers", todays_answers)
+        night = nightly.nightly()
+        data, moved, code = night["reasons"]
+        assert data.startswith("new data: data is ") and "train/images 100 -> 120" in moved
+        assert code.startswith("1 file(s) of code or params differ")
+        assert night["verdict"]["promoted"] and night["verdict"]["candidate"]["arm"] == "strong"
+        found = registry.aliased(mirror.client(SQLITE), "tests", registry.CANDIDATE)
+        assert found is not None and found.arm == "strong"  # the pipeline registered what it made
+
+        monkeypatch.setenv("ALIGNTI_TRACKING_URI", tracking.JOURNAL_ONLY)
+        with pytest.raises(InputError, match="the champion is an alias in MLflow's registry"):
             nightly.nightly()
-    events = [json.loads(body)["event"] for _, _, body in got]
-    assert events == ["champion", "failed"]
+    champion, failed = (json.loads(body) for _, _, body in got)
+    assert champion["event"] == "champion" and champion["verdict"] == night["verdict"]
+    assert failed["event"] == "failed" and failed["flow"] == "alignti-nightly"
+    assert Path.cwd() == folder
+
+
+def todays_answers(model: Path, title: str, settings: Settings) -> Any:
+    """What the model `weak` would say to today's questions; for a test whose students are no models."""
+    assert (model / "weights").read_text() == "0.5"  # the champion's own, from DVC's cache
+    measured = Scores.read(SCORES / "strong/scores.json").fingerprint
+    strong = read_predictions(SCORES / "strong/predictions.jsonl")
+    return [p.model_copy(update={"correct": index < 50}) for index, p in enumerate(strong)], measured
