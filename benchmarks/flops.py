@@ -26,6 +26,8 @@ def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
         sft_rows, kl_rows, added, towers = responses, responses + visual + ribbon_rows, ribbon_rows, 1
     models = 3 * body(size.student, size, batch, added) + body(size.teacher, size, batch, added)
     heads = 3 * head(size.student, sft_rows + kl_rows) + head(size.teacher, kl_rows)
+    if arm in ("align_ti_expanded", "align_ti_flex"):  # the pass that draws
+        models += body(size.student, size, batch, 0) + head(size.student, responses)
     return models + heads + towers * tower(size.tower, size.batch)
 
 

@@ -37,11 +37,17 @@ ENGINE = {  # arm -> its terms and its draws
     "align_ti_start": (ALL, START),
     "align_ti_worst": (ALL, WORST),
 }
+APPENDED = {  # arms of a GPU: alternatives appended, as under gradient checkpointing -> attention over them
+    "align_ti_expanded": "sdpa",
+    "align_ti_flex": "flex_attention",
+}
 RATIOS = {  # name -> time of the first arm over that of the second
     "align_ti_vs_kd": ("align_ti", "kd"),
     "align_ti_start_vs_kd": ("align_ti_start", "kd"),
     "align_ti_vs_kd_worst": ("align_ti_worst", "kd"),
     "align_ti_vs_reference": ("align_ti", "reference"),
+    "expanded_vs_continuation": ("align_ti_expanded", "align_ti"),
+    "flex_vs_sdpa": ("align_ti_flex", "align_ti_expanded"),
     "kd_vs_trl": ("trl", "kd_only"),  # tokens per second of ours over theirs
 }
 MEMORY_RATIOS = {
@@ -97,9 +103,9 @@ class Bench:
     def script(self, distinct: float) -> Tensor:
         return script(self.batch, distinct, min(self.size.student.vocabulary, self.size.teacher.vocabulary))
 
-    def method(self, weights: dict[str, float]) -> Method:
+    def method(self, weights: dict[str, float], route: str = "continuation") -> Method:
         shared = min(self.size.student.vocabulary, self.size.teacher.vocabulary)
-        return Method(weights=weights, draws=DRAWS, eos=EOS, shared_vocabulary=shared)
+        return Method(weights=weights, draws=DRAWS, eos=EOS, shared_vocabulary=shared, route=route)
 
     def engine(self, arm: str) -> Callable[[], Tensor]:
         weights, distinct = ENGINE[arm]
@@ -109,6 +115,24 @@ class Bench:
 
         def loss() -> Tensor:
             terms = module(self.batch, self.keys)
+            self.ribbon_rows[arm] = terms.ribbon_rows
+            return total(terms.sums, terms.counts, wanted)
+
+        return loss
+
+    def appended(self, arm: str) -> Callable[[], Tensor]:
+        """`align_ti` with the alternatives appended to the sequence, under the arm's kind of attention."""
+        module = Scripted(self.student, self.teacher, self.method(ALL, "expanded"))
+        module.script = self.script(TRAINED)
+        wanted = torch.ones(len(TERMS), device=self.device)
+        student = self.student.model
+
+        def loss() -> Tensor:
+            student.set_attn_implementation({"text_config": APPENDED[arm]})
+            try:
+                terms = module(self.batch, self.keys)
+            finally:
+                student.set_attn_implementation({"text_config": "sdpa"})
             self.ribbon_rows[arm] = terms.ribbon_rows
             return total(terms.sums, terms.counts, wanted)
 
@@ -165,6 +189,8 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     bench = Bench.of(size, device)
     missing: dict[str, str] = {}
     losses: dict[str, Callable[[], Tensor]] = {arm: bench.engine(arm) for arm in ENGINE}
+    if device.type == "cuda":
+        losses |= {arm: bench.appended(arm) for arm in APPENDED}
     equal = None
     try:
         equal = equality(bench)

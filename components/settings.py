@@ -342,6 +342,9 @@ class DistillSettings(Strict):
     trainable: Trainable
     teacher_weights: Literal["same", "fp32", "bf16", "int8", "nf4"] = Field(description="same: as `precision`")
     gradient_checkpointing: bool
+    flex_attention: bool = Field(
+        description="with gradient_checkpointing on CUDA: FlexAttention over the sequence with its alternatives; else SDPA"
+    )
     compile: bool = Field(description="torch.compile of the student's decoder layers")
     logits_chunk_mib: PositiveFloat = Field(
         description="MiB of float32 logits per chunk of rows, of one model: the losses' memory (about six such) against speed"

@@ -48,3 +48,14 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     mirror.client(f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture
+def flex_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FlexAttention uncompiled, whose arithmetic differentiates on a CPU too: only its check of the device forbids that."""
+    import torch
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk
+from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk, weighted_loss
 
 
 def divergence(
@@ -56,9 +56,10 @@ def row_divergence(
     mix: float = 0.5,
     temperature: float = 1.0,
     shared: int | None = None,
+    weights: Tensor | None = None,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
-    """(N,) `divergence` of hidden rows (N, d_T) and (N, d_S) through their heads.
+    """(N,) `divergence` of hidden rows (N, d_T) and (N, d_S) through their heads; given `weights` (N,), their weighted sum ().
 
     Args:
         shared: columns of both heads that mean the same tokens; None: those of the narrower one.
@@ -73,7 +74,10 @@ def row_divergence(
         )
 
     columns = max(len(teacher_head.weight), len(student_head.weight))
-    return row_losses(student_rows, student_head, of_chunk, rows_per_chunk(columns, chunk_mib))
+    size = rows_per_chunk(columns, chunk_mib)
+    if weights is None:
+        return row_losses(student_rows, student_head, of_chunk, size)
+    return weighted_loss(student_rows, student_head, of_chunk, weights, size)
 
 
 @torch.no_grad()

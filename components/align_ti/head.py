@@ -6,7 +6,7 @@ holds several. So rows go through the head in chunks, whose logits are computed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,19 @@ def row_losses(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor]
     return losses
 
 
+def weighted_loss(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], weights: Tensor, size: int) -> Tensor:
+    """() sum of `weights` (N,) x `row_losses`, no gradient reaching the weights.
+
+    Its gradient is one number times what can be worked out chunk by chunk along with the value, so that no chunk's logits are
+    computed twice, as `row_losses` has to, whose rows each have a number of their own that only the backward pass tells. What
+    is kept for that is of the size of the rows and of the head.
+    """
+    if len(rows) <= size or not torch.is_grad_enabled():
+        return (weights.detach() * row_losses(rows, head, loss, size)).sum()
+    summed: Tensor = _Weighted.apply(rows, head.weight, head.bias, head.cap, loss, weights, size)
+    return summed
+
+
 def cross_entropy(rows: Tensor, head: Head, targets: Tensor, chunk_mib: float = CHUNK_MIB) -> Tensor:
     """Sum of the cross-entropies of hidden rows (N, d) against (N,) tokens, in nats."""
     size = rows_per_chunk(len(head.weight), chunk_mib)
@@ -119,29 +132,74 @@ class _Chunks(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias = ctx.saved_tensors
-        head = Head(weight, bias, ctx.cap)
-        wide = at_least_float32(rows.dtype)
-        for_rows, for_weight, for_bias, *_ = ctx.needs_input_grad
-        rows_gradient = torch.zeros_like(rows, dtype=wide) if for_rows else None
-        weight_gradient = torch.zeros_like(weight, dtype=wide) if for_weight else None
-        bias_gradient = torch.zeros_like(bias, dtype=wide) if for_bias else None
-        with torch.autocast(rows.device.type, enabled=False):
-            for at in _slices(len(rows), ctx.size):
-                chunk = rows[at].to(wide)
-                logits = head.uncapped(chunk).requires_grad_()
-                with torch.enable_grad():
-                    (gradient,) = torch.autograd.grad(ctx.loss(at, head.capped(logits)), logits, upstream[at])
-                del logits
-                if rows_gradient is not None:
-                    for columns, part in head.widened(wide):
-                        rows_gradient[at].addmm_(gradient[:, columns], part)
-                if weight_gradient is not None:
-                    weight_gradient.addmm_(gradient.T, chunk)
-                if bias_gradient is not None:
-                    bias_gradient += gradient.sum(0)
-        gradients = (rows_gradient, weight_gradient, bias_gradient)
-        given = zip(gradients, (rows, weight, bias), strict=True)
-        return *(None if gradient is None else gradient.to(of.dtype) for gradient, of in given), None, None, None
+        _, gradients = _by_chunks(rows, Head(weight, bias, ctx.cap), ctx.loss, upstream, ctx.size, ctx.needs_input_grad)
+        return *_narrowed(gradients, (rows, weight, bias)), None, None, None
+
+
+class _Weighted(torch.autograd.Function):
+    """`weighted_loss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cap: float | None,
+        loss: Callable[[slice, Tensor], Tensor],
+        weights: Tensor,
+        size: int,
+    ) -> Tensor:
+        summed, gradients = _by_chunks(rows, Head(weight, bias, cap), loss, weights, size, ctx.needs_input_grad)
+        ctx.save_for_backward(rows, weight, bias)
+        ctx.gradients = gradients
+        return summed
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors  # says so where a graph is gone through a second time: the gradients are given away below
+        scaled = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
+        del ctx.gradients
+        return *_narrowed(scaled, inputs), None, None, None, None
+
+
+def _by_chunks(
+    rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], upstream: Tensor, size: int, wanted: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """() sum of `upstream` (N,) x losses, and its gradients, in float32 or wider, to rows, weight and bias where `wanted`."""
+    wide = at_least_float32(rows.dtype)
+    inputs = (rows, head.weight, head.bias)
+    gradients = [
+        torch.zeros_like(x, dtype=wide) if want and x is not None else None for x, want in zip(inputs, wanted, strict=False)
+    ]
+    for_rows, for_weight, for_bias = gradients
+    summed = upstream.new_zeros((), dtype=wide)
+    with torch.autocast(rows.device.type, enabled=False):
+        for at in _slices(len(rows), size):
+            chunk = rows[at].to(wide)
+            logits = head.uncapped(chunk).requires_grad_(any(wanted[:3]))
+            with torch.set_grad_enabled(logits.requires_grad):
+                weighted = (upstream[at] * loss(at, head.capped(logits))).sum()
+            summed += weighted.detach()
+            if not logits.requires_grad:
+                continue
+            (gradient,) = torch.autograd.grad(weighted, logits)
+            del logits
+            if for_rows is not None:
+                for columns, part in head.widened(wide):
+                    for_rows[at].addmm_(gradient[:, columns], part)
+            if for_weight is not None:
+                for_weight.addmm_(gradient.T, chunk)
+            if for_bias is not None:
+                for_bias += gradient.sum(0)
+    return summed, gradients
+
+
+def _narrowed(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in the dtype of what they are of."""
+    pairs = zip(gradients, inputs, strict=True)
+    return [None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in pairs]
 
 
 def _slices(rows: int, size: int) -> Iterator[slice]:

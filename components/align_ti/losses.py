@@ -24,11 +24,6 @@ def kd(text_divergence: Tensor, predicts: Tensor) -> Tensor:
     return text_divergence[predicts].sum()
 
 
-def iva(visual_divergence: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i D(p_T(.|v_<=i), p_S(.|v_<=i)) over the visual rows of all images; both (N,). Units: images."""
-    return (weights.detach() * visual_divergence).sum()
-
-
 def tpa(text_divergence: Tensor, gold_hits: Tensor, ribbon_divergence: Tensor, multiplicity: Tensor) -> Tensor:
     """Sum over counted draws of D after the draw. Units: counted draws.
 
@@ -40,9 +35,10 @@ def tpa(text_divergence: Tensor, gold_hits: Tensor, ribbon_divergence: Tensor, m
 
 
 def visual_weights(attention: Tensor, visual: Tensor) -> Tensor:
-    """IVA weights: attention (B, Nv), zero at columns beyond a sample's own, normalised to sum 1 over each image.
+    """The w_i of L_iva = sum_i w_i D(p_T(.|v_<=i), p_S(.|v_<=i)) over the visual rows of all images. Units: images.
 
-    An image that no instruction token follows has no attention to speak of: its tokens weigh the same.
+    They are the attention (B, Nv), zero at columns beyond a sample's own, normalised to sum 1 over each image. An image that
+    no instruction token follows has no attention to speak of: its tokens weigh the same.
 
     Args:
         visual: (B, T) bool, as in the batch. Nv is the most visual tokens of a sample.

@@ -8,6 +8,7 @@ runs once over the sequence with the ribbon appended. Both give the same numbers
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +31,10 @@ from components.align_ti.ribbon import (
     probabilities,
     uniforms,
 )
+from components.align_ti.shared_weights import SharedWeights
 from components.align_ti.top_k import Known, TopK, top_k_row_divergence
+
+SHARED_FROM = 10_000_000  # trained parameters: below, working out whole gradients twice is cheaper than keeping book of rows
 
 
 class Batch(Protocol):
@@ -143,6 +147,7 @@ class AlignTI(nn.Module):
         self._teacher = (teacher,)
         self._signals = signals
         self.method = method
+        self._shares_weights = sum(p.numel() for p in self.parameters() if p.requires_grad) >= SHARED_FROM
 
     @property
     def teacher(self) -> Teacher:
@@ -177,8 +182,7 @@ class AlignTI(nn.Module):
         if method.wants("iva") and bool(batch.visual.any()):
             attention = losses.uniform_attention(batch.visual) if passes.attention is None else passes.attention
             weights = losses.visual_weights(attention, batch.visual)
-            seen = self._divergence(_at(passes.theirs, batch.visual), passes.mine[batch.visual])
-            sums["iva"] = losses.iva(seen, weights) + zero
+            sums["iva"] = self._divergence(_at(passes.theirs, batch.visual), passes.mine[batch.visual], weights) + zero
         return Terms(
             torch.stack([sums[term] for term in losses.TERMS]),
             self._counts(batch, None if ribbon is None else ribbon.counted),
@@ -193,12 +197,14 @@ class AlignTI(nn.Module):
         expanded = tpa and method.route == "expanded"
         features = self.student.features(batch.pixel_values)
         nothing = batch.input_ids.new_zeros(0)
+        shared, continues = SharedWeights(), tpa and self._shares_weights
         theirs, their_cache, attention, known, cache, ribbon = nothing, None, None, None, None, None
         if expanded:
             ribbon = self._plan(self.draw(batch, keys) if draws is None else draws, batch)
             mine, my_ribbon = self._expanded(batch, features, ribbon)
         else:
-            mine, cache = self.student.plain(batch, features, keep=tpa)
+            with shared.first if continues else nullcontext():
+                mine, cache = self.student.plain(batch, features, keep=tpa)
         look = method.wants("iva") and not method.uniform
         if aligned and self._signals is not None:
             known, attention = self._signals.look_up(batch, visual=method.wants("iva"), look=look)
@@ -214,7 +220,8 @@ class AlignTI(nn.Module):
                 drawn_from = (self.student.head, mine) if from_student else (self.teacher.head, theirs)
                 draws = self._draw_from(*drawn_from, batch, keys)
             ribbon = self._plan(draws, batch)
-            my_ribbon = self._continued(self.student, cache, ribbon, batch)
+            with shared.second if continues else nullcontext():
+                my_ribbon = self._continued(self.student, cache, ribbon, batch)
         with torch.no_grad():
             their_ribbon = self._continued(self.teacher, their_cache, ribbon, batch)
         return _Passes(mine, theirs, attention, ribbon, my_ribbon, their_ribbon)
@@ -272,7 +279,7 @@ class AlignTI(nn.Module):
         hidden = self.student.expanded(batch, features, ribbon.tokens, ribbon.positions, mask)
         return hidden[:, :T], hidden[:, T:][ribbon.valid]
 
-    def _divergence(self, teacher_rows: Tensor | TopK, student_rows: Tensor) -> Tensor:
+    def _divergence(self, teacher_rows: Tensor | TopK, student_rows: Tensor, weights: Tensor | None = None) -> Tensor:
         method = self.method
         if isinstance(teacher_rows, TopK):
             return top_k_row_divergence(
@@ -281,6 +288,7 @@ class AlignTI(nn.Module):
                 self.student.head,
                 shared=method.shared_vocabulary,
                 temperature=method.temperature,
+                weights=weights,
                 chunk_mib=method.chunk_mib,
             )
         return row_divergence(
@@ -292,6 +300,7 @@ class AlignTI(nn.Module):
             mix=method.mix,
             temperature=method.temperature,
             shared=method.shared_vocabulary,
+            weights=weights,
             chunk_mib=method.chunk_mib,
         )
 

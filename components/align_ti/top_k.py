@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from components.align_ti.divergence import kl
-from components.align_ti.head import CHUNK_MIB, Head, row_losses, rows_per_chunk
+from components.align_ti.head import CHUNK_MIB, Head, row_losses, rows_per_chunk, weighted_loss
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,16 @@ def top_k_row_divergence(
     *,
     shared: int | None,
     temperature: float = 1.0,
+    weights: Tensor | None = None,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
-    """`top_k_divergence` of hidden rows (N, d_S) through the student's head cut to `shared` columns, in chunks of rows."""
+    """(N,) `top_k_divergence` of hidden rows (N, d_S) through the student's head cut to `shared` columns, in chunks of rows;
+    or, given `weights` (N,), their weighted sum ()."""
 
     def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
         return top_k_divergence(teacher[at], student_logits[:, :shared], temperature)
 
-    return row_losses(student_rows, student_head, of_chunk, rows_per_chunk(len(student_head.weight), chunk_mib))
+    size = rows_per_chunk(len(student_head.weight), chunk_mib)
+    if weights is None:
+        return row_losses(student_rows, student_head, of_chunk, size)
+    return weighted_loss(student_rows, student_head, of_chunk, weights, size)

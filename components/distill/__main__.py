@@ -142,6 +142,8 @@ def _live(arm: Arm, distill: DistillSettings, student: Loaded, teacher: Loaded, 
     check_layer(teacher, look)
     method = _method(arm, distill, student, check_pair(teacher, student))
     pupil, master = VLM(student.model), VLM(teacher.model)
+    if distill.flex_attention and method.route == "expanded" and method.wants("tpa") and student.model.device.type == "cuda":
+        pupil.flex()
     frozen_tower = not distill.trainable.vision_tower
     return AlignTI(pupil, FrozenTeacher(master, look, frozen_tower and same_tower(pupil, master)), method)
 

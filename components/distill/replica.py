@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,11 +39,12 @@ class Replica(nn.Module):
         return sums, terms.counts, terms.counts.new_tensor([terms.steps_left_out])
 
     def _idle(self) -> Tensor:
-        """Zero, with a gradient of zeros for what a batch without an image does not use.
+        """Zero, with a gradient of zeros for what a batch without an image does not use: tower, projector and, where L_iva
+        is the only term, the head.
 
         Ranks exchange gradients parameter by parameter: one that has none would be waited for, or get another's.
         """
-        whole = self.method.student.model.model  # type: ignore[attr-defined]
-        used_by_images = (p for part in (whole.vision_tower, whole.multi_modal_projector) for p in part.parameters())
-        zeros = [p.flatten()[0] * 0.0 for p in used_by_images if p.requires_grad]
+        model: Any = self.method.student.model  # type: ignore[attr-defined]
+        parts = (model.model.vision_tower, model.model.multi_modal_projector, model.get_output_embeddings())
+        zeros = [p.flatten()[0] * 0.0 for part in parts for p in part.parameters() if p.requires_grad]
         return torch.stack(zeros).sum() if zeros else torch.zeros(())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache
 
 from components.align_ti.head import Head
@@ -67,10 +68,20 @@ class VLM(nn.Module):
         embedded = torch.cat([self._embedded(batch, features), self.model.get_input_embeddings()(tokens)], dim=1)
         return self.model.model.language_model(
             inputs_embeds=embedded,
-            attention_mask=_additive(mask, embedded.dtype),
+            attention_mask=_blocks(mask) if self.flexes else _additive(mask, embedded.dtype),
             position_ids=torch.cat([gold_positions, positions], dim=1),
             use_cache=False,
         ).last_hidden_state
+
+    def flex(self) -> None:
+        """From now on the language model attends by FlexAttention, whose kernel leaves out the blocks that `expanded`'s mask
+        leaves empty: alternatives see no alternatives. Its backward pass needs a GPU. For route "expanded" alone: a cache
+        cannot be continued with it."""
+        self.model.set_attn_implementation({"text_config": "flex_attention"})
+
+    @property
+    def flexes(self) -> bool:
+        return bool(self.model.config.get_text_config()._attn_implementation == "flex_attention")
 
     @property
     def head(self) -> Head:
@@ -93,3 +104,13 @@ class VLM(nn.Module):
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask as the numbers to add to scores: eager attention would add True as 1, silently."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _blocks(mask: Tensor) -> BlockMask:
+    """A (B, 1, Q, K) bool mask as FlexAttention takes it: which blocks are empty, which whole, and the mask for the rest."""
+    B, _, Q, K = mask.shape
+
+    def seen(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return mask[b, 0, q, k]
+
+    return create_block_mask(seen, B, None, Q, K, device=mask.device)

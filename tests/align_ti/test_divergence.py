@@ -133,6 +133,41 @@ def test_chunks_equal_full_logits_in_values_and_gradients(
     same(*map(list, gradients), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 4, 13])
+@pytest.mark.parametrize(("kind", "bias", "cap"), [("forward", False, None), ("jsd", True, 2.5)])
+@pytest.mark.parametrize("frozen_part", [None, "head", "rows"])
+def test_a_weighted_sum_is_that_of_the_rows_in_values_and_gradients(
+    dtype: torch.dtype, chunk: int, kind: str, bias: bool, cap: float | None, frozen_part: str | None
+) -> None:
+    teacher, frozen, rows, head, trained = heads(dtype, bias, cap)
+    if frozen_part:
+        gone = (rows,) if frozen_part == "rows" else (head.weight, head.bias)
+        trained = [x for x in trained if all(x is not y for y in gone)]
+        for x in gone:
+            if x is not None:
+                x.requires_grad_(False)
+    weights = WEIGHTS.clone().requires_grad_()
+    got = row_divergence(teacher, frozen, rows, head, kind=kind, weights=weights, chunk_mib=mib(chunk))
+    wanted = (WEIGHTS * divergence(plain_logits(teacher, frozen), plain_logits(rows, head), kind)).sum()
+    same([got], [wanted], dtype)
+    same(*(list(torch.autograd.grad(x * 0.3, trained)) for x in (got, wanted)), dtype)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(got, [*trained, weights], allow_unused=True)
+    with torch.no_grad():
+        again = row_divergence(teacher, frozen, rows, head, kind=kind, weights=weights, chunk_mib=mib(chunk))
+    same([again], [wanted], dtype)
+    assert not again.requires_grad
+
+
+def test_no_gradient_reaches_the_weights() -> None:
+    teacher, frozen, rows, head, _ = heads(torch.float64)
+    weights = torch.rand(ROWS, requires_grad=True)
+    for chunk in (4, ROWS):
+        row_divergence(teacher, frozen, rows, head, weights=weights, chunk_mib=mib(chunk)).backward()
+    assert weights.grad is None and rows.grad is not None
+
+
 @pytest.mark.parametrize("frozen_part", ["head", "rows"])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen_part: str) -> None:
     teacher, frozen, rows, head, _ = heads(torch.float64)

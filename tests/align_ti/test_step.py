@@ -144,6 +144,56 @@ def test_identical_teacher_and_student_have_nothing_to_align(route: str) -> None
     assert terms.sums[0] > 1 and terms.counts.min() > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", [(1.0, 0.7, 1.3, 0.9), (0.0, 0.0, 0.0, 1.0)], ids=["all terms", "tpa alone"])
+def test_a_ribbon_that_leaves_its_rows_takes_the_same_step(
+    family: str, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for least in (0, 10**9):
+        monkeypatch.setattr("components.align_ti.step.SHARED_FROM", least)
+        student, teacher = pair(family)
+        terms = step(student, teacher, weights=dict(zip(TERMS, weights, strict=True)))(batch(), KEYS)
+        assert terms.ribbon_rows > 0
+        loss = total(terms.sums, terms.counts, torch.tensor(weights, dtype=torch.float64))
+        seen.append((terms.sums.detach(), *gradients(student, loss)))
+    for got, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("flex_on_a_cpu")
+def test_flex_attention_takes_the_same_step(family: str) -> None:
+    seen = []
+    for flexes in (False, True):
+        student, teacher = pair(family)
+        student.train()
+        if flexes:
+            student.flex()
+        terms = step(student, teacher, route="expanded")(batch(), KEYS)
+        assert terms.ribbon_rows > 0
+        weights = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
+        seen.append((terms.sums.detach(), *gradients(student, total(terms.sums, terms.counts, weights))))
+    for got, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels, forward and backward, are for a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flex_attention_compiled_on_a_gpu(family: str) -> None:
+    seen = []
+    b = batch(torch.float32).to(torch.device("cuda"))
+    for flexes in (False, True):
+        # Its kernels take heads of 16 and more.
+        student, teacher = (VLM(tiny.llava(family, seed, hidden=64).cuda()) for seed in (1, 2))
+        if flexes:
+            student.flex()
+        terms = step(student, teacher, route="expanded")(b, KEYS)
+        seen.append((terms.sums.detach(), *gradients(student, total(terms.sums, terms.counts, terms.sums.new_ones(4)))))
+    for got, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-3)  # TF32 inside
+
+
 @pytest.mark.parametrize("options", [{}, {"draw_temperature": 1.5, "top_k": 12, "top_p": 0.9, "max_expanded_length": 16}])
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_routes_agree_on_what_is_drawn(options: dict, source: str) -> None:

@@ -46,6 +46,17 @@ def test_reference_equals_engine_on_values_and_gradients(bench: step.Bench, arm:
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("arm", ["align_ti_expanded", "align_ti_flex"])
+@pytest.mark.usefixtures("flex_on_a_cpu")
+def test_the_arms_of_a_gpu_equal_the_engines(bench: step.Bench, arm: str) -> None:
+    mine, my_gradients = bench.gradients(bench.appended(arm))
+    other, other_gradients = bench.gradients(bench.engine("align_ti"))
+    assert mine == pytest.approx(other, rel=1e-5) and bench.ribbon_rows[arm] == bench.ribbon_rows["align_ti"]
+    for got, wanted in zip(my_gradients, other_gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    assert bench.student.model.config.get_text_config()._attn_implementation == "sdpa"
+
+
 def test_each_term_of_the_reference_is_the_engines(bench: step.Bench) -> None:
     module = step.Scripted(bench.student, bench.teacher, bench.method(step.ALL))
     module.script = bench.script(1.29)

@@ -1,0 +1,129 @@
+"""One weight gradient for two passes over the same weights.
+
+The ribbon continues over the plain pass, so a step uses each weight twice. Left to itself, autograd goes back through the
+ribbon first: it works out a gradient of the model's whole size for the ribbon's few rows, holds all of it while the plain
+pass's activations are still there, and adds the plain pass's gradient to it weight by weight. Here the ribbon leaves its rows
+instead, each layer's inputs and the gradients of its outputs, and the plain pass adds their product to its own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+
+class SharedWeights:
+    """Of one step: `with shared.first:` around the pass whose backward comes last, `with shared.second:` around the other.
+
+    Linear layers and embeddings are served; what compiles or has no gradient stays as it is. The loss must depend on
+    the first pass's output, if only by zero times it: rows that nobody comes to fetch are lost.
+    """
+
+    def __init__(self) -> None:
+        slots: dict[int, _Slot] = {}
+        self.first = _Pass(slots, leaves=False)
+        self.second = _Pass(slots, leaves=True)
+
+
+class _Slot:
+    """Of one weight: what the second pass leaves for the first."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight  # as both passes compute with it: under autocast narrowed, once
+        self._left: list[tuple[Tensor, Tensor]] = []
+        self._closed = False
+
+    def leave(self, gradients: Tensor, inputs: Tensor) -> bool:
+        """Whether somebody will come for them. After the first pass nobody does, and the second returns its own gradient."""
+        if not self._closed:
+            self._left.append((gradients, inputs))
+        return not self._closed
+
+    def fetch(self) -> list[tuple[Tensor, Tensor]]:
+        self._closed = True
+        left, self._left = self._left, []
+        return left
+
+
+class _Pass(TorchFunctionMode):
+    """Puts the functions below in the place of F.linear and F.embedding."""
+
+    def __init__(self, slots: dict[int, _Slot], leaves: bool) -> None:
+        super().__init__()
+        self._slots = slots
+        self._leaves = leaves
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if func is F.linear and not kwargs and args[1].requires_grad:
+                return self._linear(*args)
+            if func is F.embedding and args[1].requires_grad and not any(args[3:]) and not any(kwargs.values()):
+                return _Embedding.apply(args[0], args[1], args[2] if len(args) > 2 else None, self._slot(args[1]), self._leaves)
+        return func(*args, **kwargs)
+
+    def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if torch.is_autocast_enabled(inputs.device.type):
+            dtype = torch.get_autocast_dtype(inputs.device.type)
+            inputs, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
+        slot = self._slot(weight, inputs.dtype)
+        out: Tensor = _Linear.apply(inputs, slot.weight, bias, slot, self._leaves)
+        return out
+
+    def _slot(self, weight: Tensor, dtype: torch.dtype | None = None) -> _Slot:
+        if id(weight) not in self._slots:
+            self._slots[id(weight)] = _Slot(weight if dtype is None else weight.to(dtype))
+        return self._slots[id(weight)]
+
+
+class _Linear(torch.autograd.Function):
+    """(..., a) inputs, (b, a) weight -> (..., b)."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, slot: _Slot, leaves: bool) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.slot, ctx.leaves = slot, leaves
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        for_inputs, for_weight, for_bias, *_ = ctx.needs_input_grad
+        rows, gradients = inputs.flatten(0, -2), upstream.flatten(0, -2)
+        weight_gradient = None
+        if for_weight and not (ctx.leaves and ctx.slot.leave(gradients, rows)):
+            weight_gradient = gradients.T @ rows
+            for more_gradients, more_rows in [] if ctx.leaves else ctx.slot.fetch():
+                weight_gradient.addmm_(more_gradients.T, more_rows)
+        return upstream @ weight if for_inputs else None, weight_gradient, gradients.sum(0) if for_bias else None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """(...) tokens, (V, d) weight -> (..., d)."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int | None, slot: _Slot, leaves: bool) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.columns, ctx.padding, ctx.slot, ctx.leaves = len(weight), -1 if padding is None else padding, slot, leaves
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        rows, gradients = tokens.flatten(), upstream.flatten(0, -2)
+        if ctx.leaves and ctx.slot.leave(gradients, rows):
+            return None, None, None, None, None
+        left = [(gradients, rows), *([] if ctx.leaves else ctx.slot.fetch())]
+        all_gradients, all_rows = (torch.cat(parts) for parts in zip(*left, strict=True))
+        weight_gradient = torch.ops.aten.embedding_dense_backward(all_gradients, all_rows, ctx.columns, ctx.padding, False)
+        return None, weight_gradient, None, None, None
