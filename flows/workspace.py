@@ -25,8 +25,8 @@ AUTHOR = ["-c", "user.name=alignti", "-c", "user.email=alignti@localhost"]  # a 
 
 
 @contextmanager
-def workspace(name: str, at: str = "HEAD") -> Iterator[Path]:
-    """Go into a new worktree of the commit `at` for the time of the block. Raises InputError outside a git repository."""
+def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
+    """Go into a new worktree of `commit` for the time of the block. Raises InputError outside a git repository."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"{name!r} cannot name a folder and a branch: letters, digits, `.`, `_` and `-`")
     main = Path.cwd()
@@ -37,7 +37,7 @@ def workspace(name: str, at: str = "HEAD") -> Iterator[Path]:
     sweep()
     with (FOLDERS / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held while this run lives: how `sweep` knows that it does
-        _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), at)
+        _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), commit)
         try:
             for shared in SHARED:
                 (folder / shared).symlink_to(shared.resolve())
