@@ -76,7 +76,8 @@ def _changed_since(commit: str | None) -> str | None:
     """Whether code or params differ from those of `commit`, in words."""
     if commit is None:
         return "it is not known which code made the champion"
-    done = subprocess.run(["git", "diff", "--name-only", commit, "--", *lineage.CODE, "params"], capture_output=True, text=True)
+    code = [path for path in lineage.CODE if path != f"{RAW}.dvc"]  # new data is a reason of its own
+    done = subprocess.run(["git", "diff", "--name-only", commit, "--", *code, "params"], capture_output=True, text=True)
     if done.returncode:
         return f"the champion's commit {commit[:12]} is not in this clone"
     files = done.stdout.split()
