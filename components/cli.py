@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from components.errors import exit_from
+from flows import commands
 
 app = typer.Typer(
     help="Distil a multimodal model with Align-TI. `make repro` runs the whole job; these commands prepare and explain it.",
@@ -383,6 +384,10 @@ def evaluate(
     from components.evaluate.kits.command import evaluate as run
 
     run(kit or (), arm or (), task or (), blank)
+
+
+for _command in (commands.register, commands.promote, commands.reproduce):
+    app.command()(_command)
 
 
 def main() -> None:

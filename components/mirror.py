@@ -23,6 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
+from components import registry
 from components.artifacts import write_text
 from components.tracking import FORBIDDEN_IN_NAME, JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
@@ -32,7 +33,10 @@ PAUSE_AFTER_FAULT_S = 30
 METRICS_PER_CALL = 1000  # MLflow's limit
 PARAMS_PER_CALL = 100  # MLflow's limit
 PARAM_CHARS = 6000  # MLflow's limit
-DIGEST_CHARS = 36  # MLflow's limit
+DIGEST_CHARS = 36  # MLflow's limit; an md5 of DVC's, `.dir` and all, just fits
+TAG_CHARS = 8000  # MLflow's limit
+
+ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run: what `alignti reproduce` reads
 
 
 class Mirror:
@@ -112,6 +116,31 @@ class Mirror:
     def _start(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         pass  # sent by _open
 
+    def _resume(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        self._client.update_run(run_id, status="RUNNING")
+        self._client.set_tag(run_id, "attempts", str(lines[-1]["attempt"]))
+
+    def _origin(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        self._client.log_dict(run_id, {key: lines[-1][key] for key in ("params", "uncommitted")}, ORIGIN)
+        self._client.set_tag(run_id, "git.uncommitted", " ".join(lines[-1]["uncommitted"])[:TAG_CHARS])
+
+    def _made(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            self._client.set_tag(run_id, f"out.{line['path']}", line["md5"])
+            self._client.log_dict(run_id, {key: line[key] for key in ("path", "md5", "files")}, f"{MADE}/{line['path']}.json")
+
+    def _link(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        experiment = self._client.get_run(run_id).info.experiment_id
+        for line in lines:
+            asked = f"tags.`alignti.run` = '{line['run']}'" if line["run"] else f"tags.`out.{line['path']}` = '{line['md5']}'"
+            found = self._client.search_runs([experiment], asked, max_results=1, order_by=["attributes.start_time ASC"])
+            if named := found[0].info.run_id if found else line["run"]:
+                self._client.set_tag(run_id, FORBIDDEN_IN_NAME.sub("_", line["key"]), named)
+
+    def _register(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            registry.register(self._client, run_id, line)
+
     def _params(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Param
 
@@ -139,9 +168,8 @@ class Mirror:
 
         for line in lines:
             source = json.dumps({"digest": line["digest"]})
-            self._client.log_inputs(
-                run_id, [DatasetInput(Dataset(line["name"], line["digest"][:DIGEST_CHARS], "dvc", source), tags=[])]
-            )
+            entry = Dataset(line["name"], line["digest"][:DIGEST_CHARS], line.get("source", "manifest"), source)
+            self._client.log_inputs(run_id, [DatasetInput(entry, tags=[])])
 
     def _tag(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -169,10 +197,7 @@ def sync(tracking_uri: str) -> tuple[int, int]:
 
     sent = live = 0
     refused: MlflowException | None = None
-    for journal in sorted(JOURNALS.glob("*.jsonl")):
-        state = journal.with_suffix(".sent")
-        if state.exists() and json.loads(state.read_text(encoding="utf-8"))["done"]:
-            continue
+    for journal in sorted(filter(_is_left, JOURNALS.glob("*.jsonl")), key=_began):  # a run is linked to earlier ones
         if _is_being_written(journal):
             live += 1
             continue
@@ -216,6 +241,18 @@ def _alone() -> Iterator[None]:
     with (JOURNALS / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _is_left(journal: Path) -> bool:
+    if not journal.stat().st_size:
+        return False  # its process was killed before it wrote a word
+    state = journal.with_suffix(".sent")
+    return not (state.exists() and json.loads(state.read_text(encoding="utf-8"))["done"])
+
+
+def _began(journal: Path) -> tuple[int, str]:
+    with journal.open(encoding="utf-8") as lines:
+        return json.loads(lines.readline())["time"], journal.name
 
 
 def _is_being_written(journal: Path) -> bool:

@@ -3,7 +3,11 @@
 The journal comes first and is all that the work waits for, so a tracking server that is away, slow or broken costs one
 warning, never a training: `alignti sync` sends what is left. `components/mirror.py` is the sending side.
 
-Lines of a journal are JSON objects with `event` (start, params, metrics, artifact, dataset, tag, end) and `time` (ms).
+Lines of a journal are JSON objects with `event` and `time` (ms): start, resume, origin, params, metrics, artifact, dataset,
+tag, link (to another run), made, register, end.
+
+A stage that was stopped or failed goes on in its journal, and so in its MLflow run, if nothing that decides its result has
+changed since; else it opens a run that is linked to that one.
 """
 
 from __future__ import annotations
@@ -21,10 +25,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from components import meter
+import yaml
+
+from components import lineage, meter
 from components.artifacts import RUNS, write_text
 from components.errors import AlignTIError, Interrupted
 from components.redact import redacted
@@ -32,6 +39,7 @@ from components.settings import RuntimeSettings
 
 JOURNALS = RUNS / "journal"
 LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
+UNFINISHED = RUNS / "unfinished"  # one record per stage x cell whose last run did not
 PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
 JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
 PATIENCE_S = 10  # how long a finished stage waits for its journal to be sent
@@ -44,6 +52,7 @@ class Run:
     """One run being journalled. No method raises on a tracking fault; with `journal` None each does nothing."""
 
     def __init__(self, journal: Path | None) -> None:
+        """A journal that is there already is gone on with. Raises BlockingIOError if another process is writing it."""
         self.id = journal.stem if journal else ""
         self._journal = journal
         self._file: IO[str] | None = None
@@ -54,7 +63,10 @@ class Run:
             try:
                 journal.parent.mkdir(parents=True, exist_ok=True)
                 self._file = journal.open("a", encoding="utf-8")
-                fcntl.flock(self._file, fcntl.LOCK_EX)  # held while this process lives: how `sync` knows that it does
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while we live: how `sync` knows that we do
+                self._take_up(journal)
+            except BlockingIOError:
+                raise
             except OSError as error:
                 self._stop(error)
 
@@ -64,10 +76,7 @@ class Run:
         clean = {FORBIDDEN_IN_NAME.sub("_", name): float(value) for name, value in values.items()}
         self._write("metrics", values=clean, step=step)
         if step is not None:
-            self._latest |= clean
-            for name, value in clean.items():
-                better = min if name.startswith("loss/") else max
-                self._best[name] = better(value, self._best.get(name, value))
+            self._note(clean)
 
     def sample(self, values: Mapping[str, float], step: int) -> None:
         """Metrics without a best and a final one: what the machine does."""
@@ -75,7 +84,7 @@ class Run:
 
     def params(self, values: Mapping[str, Any]) -> None:
         """What was asked for, nested mappings as dotted names. Once set, a value cannot change."""
-        self._write("params", values={name: str(value) for name, value in _flatten(values)})
+        self._write("params", values={name: str(value) for name, value in flatten(values)})
 
     def artifact(self, path: Path) -> None:
         """A picture or a small table. It is copied, so that what is sent later is what was there now; weights stay with DVC."""
@@ -93,11 +102,28 @@ class Run:
         else:
             self._write("artifact", path=str(copy.relative_to(self._journal.parent)))
 
-    def dataset(self, name: str, digest: str) -> None:
-        self._write("dataset", name=name, digest=digest)
+    def dataset(self, name: str, digest: str, source: str = "manifest") -> None:
+        """`source`: whose digest it is, "dvc" or that of the data's own manifest."""
+        self._write("dataset", name=name, digest=digest, source=source)
 
     def tag(self, key: str, value: str) -> None:
         self._write("tag", key=key, value=str(value))
+
+    def link(self, key: str, run: str | None, path: str = "", md5: str = "") -> None:
+        """A tag that names another run: that of the journal `run`, or, if none is known here, the one that made `path`."""
+        if run or md5:
+            self._write("link", key=key, run=run, path=path, md5=md5)
+
+    def made(self, path: str, digest: lineage.Digest) -> None:
+        """What the stage wrote, as DVC will know it."""
+        self._write("made", path=path, md5=digest.md5, files=digest.files)
+
+    def origin(self, params: Mapping[str, str], uncommitted: Sequence[str]) -> None:
+        """What a rerun needs beside the commit: the text of params/, and which code was not committed."""
+        self._write("origin", params=dict(params), uncommitted=list(uncommitted))
+
+    def resume(self, attempt: int, **fields: Any) -> None:
+        self._write("resume", attempt=attempt, **fields)
 
     def start(self, **fields: Any) -> None:
         self._write("start", **fields)
@@ -109,6 +135,21 @@ class Run:
         self._write("end", status=status)
         if self._file is not None:
             self._file.close()
+
+    def _take_up(self, journal: Path) -> None:
+        """Of an earlier process that was stopped: its values count for `best/` and `final/`; half a line of it is cut off."""
+        text = journal.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        os.truncate(journal, whole)
+        for line in map(json.loads, text[:whole].splitlines()):
+            if line["event"] == "metrics" and line["step"] is not None:
+                self._note(line["values"])
+
+    def _note(self, values: Mapping[str, float]) -> None:
+        self._latest |= values
+        for name, value in values.items():
+            better = min if name.startswith("loss/") else max
+            self._best[name] = better(value, self._best.get(name, value))
 
     def _write(self, event: str, **fields: Any) -> None:
         with self._lock:
@@ -145,15 +186,23 @@ def stage_run(
         yield Run(None)
         return
     name = f"{stage}@{cell}" if cell else stage
-    journal = JOURNALS / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{uuid.uuid4().hex[:8]}.jsonl"
-    run = Run(journal)
-    run.start(
-        name=f"{stage}/{cell}" if cell else stage,
-        experiment=runtime.experiment,
-        parent=_parent(),
-        tags={"stage": stage, "host": socket.gethostname(), **({"cell": cell} if cell else {}), **_origin()},
-    )
+    known_as = os.environ.get("DVC_STAGE", name)
+    of = _read_lineage(known_as)
+    run, spent, before = _open(name, known_as, of)
+    if spent is None:
+        run.start(
+            name=f"{stage}/{cell}" if cell else stage,
+            experiment=runtime.experiment,
+            parent=_parent(),
+            tags={"stage": stage, "host": socket.gethostname(), **({"cell": cell} if cell else {}), **recipe(), **_origin()},
+        )
+        run.link("resumed_from", before)
     run.params(params or {})
+    if of is not None:
+        run.origin(of.params, _uncommitted())
+        for path, md5 in of.inputs.items():
+            run.dataset(path, md5, source="dvc")
+    journal = JOURNALS / f"{run.id}.jsonl"
     mirror = _start_mirror(journal, runtime)
     began = time.monotonic()
     status = "FAILED"
@@ -165,11 +214,14 @@ def stage_run(
         status = "KILLED"
         raise
     finally:
-        seconds = time.monotonic() - began
-        run.metrics({"seconds": seconds, **({meter.DEVICE_HOURS: seconds * runtime.devices / 3600} if works else {})})
+        seconds = time.monotonic() - began + (spent or 0.0)
+        run.metrics({"seconds": seconds, **_cost(seconds, runtime, works)})
+        if status == "FINISHED" and of is not None:
+            _note_made(run, of)
         run.end(status)
         if status == "FINISHED":
-            _remember(os.environ.get("DVC_STAGE", name), run.id, seconds)
+            _remember(known_as, run.id, seconds)
+            _forget_unfinished(known_as, run.id)
         _finish_mirror(mirror, journal)
 
 
@@ -178,24 +230,26 @@ def record(
     name: str,
     *,
     runtime: RuntimeSettings,
-    parent: str,
+    parent: str | None,
     tags: Mapping[str, str],
     params: Mapping[str, Any],
     metrics: Mapping[str, float],
     artifacts: Sequence[Path] = (),
+    registers: Mapping[str, Any] | None = None,
 ) -> bool:
     """Journal, whole and at once, a run that says what lies there already; `alignti sync` or the caller sends it.
 
-    False if `key`, which names what lies there, was journalled before: nothing is told twice.
+    `registers`: the student, as `components/registry.py` takes it. False if `key`, which names what lies there, was journalled
+    before: nothing is told twice.
     """
     journal = JOURNALS / f"{key}.jsonl"
     if journal.exists():
         return False
-    above = {"id": parent, "name": "study", "ends_with_stages": False}
+    above = {"id": parent, "name": "study", "ends_with_stages": False} if parent else None
     start = {"name": name, "experiment": runtime.experiment, "parent": above, "tags": {**tags, **_origin()}}
     events: list[dict[str, Any]] = [
         {"event": "start", **start},
-        {"event": "params", "values": {name: str(value) for name, value in _flatten(params)}},
+        {"event": "params", "values": {name: str(value) for name, value in flatten(params)}},
         {"event": "metrics", "values": {FORBIDDEN_IN_NAME.sub("_", k): float(v) for k, v in metrics.items()}, "step": None},
     ]
     files = journal.with_suffix(".files")
@@ -203,6 +257,8 @@ def record(
         files.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, files / path.name)
         events.append({"event": "artifact", "path": f"{files.name}/{path.name}"})
+    if registers:
+        events.append({"event": "register", **registers})
     events.append({"event": "end", "status": "FINISHED"})
     write_text(journal, "".join(json.dumps({"time": _now_ms(), **event}) + "\n" for event in events))
     return True
@@ -250,6 +306,28 @@ def last_seconds(stage: str) -> tuple[float, str | None] | None:
         return None
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted names."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def recipe() -> dict[str, str]:
+    """The recipe that `params/` are nearest to, for the table of runs."""
+    from components.recipes import nearest
+
+    try:
+        name, differing = nearest()
+    except (OSError, AlignTIError):  # no params/ here, or edited meanwhile: the stage itself says so
+        return {}
+    if name is None:
+        return {}
+    return {"recipe": f"{name} with {differing} value(s) changed" if differing else name}
+
+
 def warn(message: str, to: IO[str] | None = None) -> None:
     """One line on stderr, without secrets."""
     print("tracking: " + redacted(message), file=to or sys.stderr, flush=True)
@@ -264,6 +342,103 @@ def _remember(stage: str, run: str, seconds: float) -> None:
         write_text(LAST / f"{stage}.json", json.dumps(record, indent=2) + "\n")
     except (OSError, AlignTIError) as error:  # params/ may have been edited meanwhile
         warn(f"how long {stage} took is not recorded: {error}")
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    """A stage of dvc.yaml at its start."""
+
+    declared: lineage.Declared
+    fingerprint: str
+    inputs: dict[str, str]  # path -> md5
+    params: dict[str, str]  # file -> text
+
+
+def _read_lineage(stage: str) -> _Lineage | None:
+    """None for what is no stage of dvc.yaml. A fault costs a warning: that run is not tied to its bytes."""
+    try:
+        declared = lineage.Declared.read(stage)
+        if declared is None:
+            return None
+        return _Lineage(declared, declared.fingerprint(), declared.inputs(), lineage.params())
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        warn(f"what {stage} reads and makes is not tracked: {type(error).__name__}: {error}")
+        return None
+
+
+def _open(name: str, stage: str, of: _Lineage | None) -> tuple[Run, float | None, str | None]:
+    """The run of this process; the seconds it took so far, if it goes on with one that was stopped; else which one that is."""
+    note = UNFINISHED / f"{stage}.json"
+    before = json.loads(note.read_text(encoding="utf-8")) if of and note.exists() else None
+    if of and before and before["fingerprint"] == of.fingerprint and (JOURNALS / f"{before['run']}.jsonl").exists():
+        journal, attempt = JOURNALS / f"{before['run']}.jsonl", before["attempt"] + 1
+        try:
+            run = Run(journal)
+        except BlockingIOError:
+            before = None  # it lives, in another workspace
+        else:
+            spent = _seconds(journal)
+            run.resume(attempt, host=socket.gethostname())
+            _write_note(note, {**before, "attempt": attempt})
+            return run, spent, None
+    run = Run(JOURNALS / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{uuid.uuid4().hex[:8]}.jsonl")
+    if of:
+        _write_note(note, {"run": run.id, "fingerprint": of.fingerprint, "attempt": 1})
+    return run, None, before and before["run"]
+
+
+def _forget_unfinished(stage: str, run: str) -> None:
+    note = UNFINISHED / f"{stage}.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8"))["run"] == run:
+        note.unlink(missing_ok=True)
+
+
+def _write_note(note: Path, content: Mapping[str, Any]) -> None:
+    try:
+        write_text(note, json.dumps(content) + "\n")
+    except OSError as error:
+        warn(f"{note}: {error}; if this run is stopped, the next does not go on in its MLflow run")
+
+
+def _seconds(journal: Path) -> float:
+    """What the processes took that wrote to `journal`, each from its first line to its last."""
+    total, first, last = 0, 0, 0
+    for text in journal.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line["event"] in ("start", "resume"):
+            total, first = total + last - first, line["time"]
+        last = line["time"]
+    return (total + last - first) / 1000
+
+
+def _note_made(run: Run, of: _Lineage) -> None:
+    """Each output's md5, in the journal and in `.runs/made`."""
+    for out in of.declared.outs:
+        try:
+            found = lineage.digest(Path(out))
+            run.made(out, found)
+            lineage.note_maker(found.md5, run.id)
+        except OSError as error:
+            warn(f"{out}: what this run made is not noted: {error}")
+
+
+def _cost(seconds: float, runtime: RuntimeSettings, works: bool) -> dict[str, float]:
+    """Hours of processor, children among them, and of the devices that a stage held."""
+    used = os.times()
+    cpu = used.user + used.system + used.children_user + used.children_system
+    hours = {"cost/cpu_hours": cpu / 3600}
+    if works:
+        hours[meter.DEVICE_HOURS] = runtime.devices * seconds / 3600
+    return hours
+
+
+def _uncommitted() -> list[str]:
+    """Files of `lineage.CODE` that are not as they were committed, new ones among them; none outside a git repository."""
+    try:
+        said = _git("status", "--porcelain", "--untracked-files=all", "--", *lineage.CODE)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [line.split(maxsplit=1)[1] for line in said.splitlines()]
 
 
 def _parent() -> dict[str, Any] | None:
@@ -325,14 +500,6 @@ def _finish_mirror(mirror: subprocess.Popen[bytes] | None, journal: Path) -> Non
     with contextlib.suppress(subprocess.TimeoutExpired):
         if mirror.wait(PATIENCE_S) not in (SENT, NOT_SENT_AND_SAID_SO):
             warn(f"what sends {journal} to MLflow failed with exit code {mirror.returncode}; `alignti sync` sends it later")
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _now_ms() -> int:

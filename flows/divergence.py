@@ -16,12 +16,14 @@ def diverged(arm: str, above: float | None) -> Callable[[], str | None] | None:
     if above is None:
         return None
     pattern = f"*-distill@{arm}-*.jsonl"
-    earlier = frozenset(JOURNALS.glob(pattern))  # each run opens a journal of its own; a file's time is coarser than ours
+    # A run opens a journal of its own or goes on with one: what it writes is told by size, a file's time is coarser than ours.
+    earlier = {journal: journal.stat().st_size for journal in JOURNALS.glob(pattern)}
 
     def reason() -> str | None:
-        for journal in frozenset(JOURNALS.glob(pattern)) - earlier:
-            if losses := _losses(journal.read_text(encoding="utf-8")):
-                first, last = losses[0], losses[-1]
+        for journal in JOURNALS.glob(pattern):
+            text = journal.read_bytes()
+            if gained := _losses(text[earlier.get(journal, 0) :]):
+                first, last = _losses(text)[0], gained[-1]
                 if not math.isfinite(last) or last > above * first:
                     return f"distill@{arm} diverged: {LOSS} is {last:.3g}, more than {above:g} times its first, {first:.3g}"
         return None
@@ -29,6 +31,6 @@ def diverged(arm: str, above: float | None) -> Callable[[], str | None] | None:
     return reason
 
 
-def _losses(journal: str) -> list[float]:
-    lines = (json.loads(line) for line in journal[: journal.rfind("\n") + 1].splitlines())
+def _losses(journal: bytes) -> list[float]:
+    lines = (json.loads(line) for line in journal[: journal.rfind(b"\n") + 1].splitlines())
     return [line["values"][LOSS] for line in lines if line["event"] == "metrics" and LOSS in line["values"]]

@@ -80,17 +80,22 @@ def status() -> dict[str, list[object]]:
     return json.loads(found.stdout)
 
 
-def reproduce(stage: str, env: Mapping[str, str] | None = None, stop_when: Callable[[], str | None] | None = None) -> Outcome:
+def reproduce(
+    stage: str,
+    env: Mapping[str, str] | None = None,
+    stop_when: Callable[[], str | None] | None = None,
+    anew: bool = False,
+) -> Outcome:
     """Run `stage` alone if it is stale; whether it needs what comes before it is for the caller to know.
 
-    `stop_when` is asked each second, and ends the stage when it gives a reason.
+    `stop_when` is asked each second, and ends the stage when it gives a reason. `anew`: run it even if DVC has its result.
 
     Raises:
         StageFailed: with the stage's exit code.
     """
     if not STAGE.fullmatch(stage):
         raise InputError(f"{stage!r} is no name of a stage")
-    return _repro(stage, ["--single-item", stage], env, stop_when)
+    return _repro(stage, [*(["--force"] if anew else []), "--single-item", stage], env, stop_when)
 
 
 def reproduce_all(targets: Sequence[str] = ()) -> Outcome:
@@ -182,6 +187,30 @@ def send_to_pool() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode:
         raise TryAgainError(f"`dvc push --run-cache --remote {POOL}` failed: {done.stderr.strip()[-2000:]}")
+
+
+def bring(md5: str, folder: Path) -> None:
+    """Put the folder that DVC keeps under `md5` (`....dir`) at `folder`, from the cache, else the remote. Raises InputError."""
+    from dvc.exceptions import DvcException
+    from dvc.fs import localfs
+    from dvc.repo import Repo
+    from dvc_data.hashfile import load
+    from dvc_data.hashfile.checkout import checkout
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_objects.errors import ObjectDBError, ObjectFormatError
+
+    wanted = HashInfo("md5", md5)
+    with Repo() as repo:
+        odb = repo.cache.local
+        try:
+            if not odb.exists(md5):
+                repo.cloud.pull([wanted])
+            checkout(str(folder.resolve()), localfs, load(odb, wanted), odb, force=True, quiet=True)
+        except (DvcException, ObjectDBError, ObjectFormatError, OSError) as error:
+            raise InputError(
+                f"DVC has nothing under md5 {md5} here, in its cache or its remote ({' '.join(str(error).split())[:200]});"
+                " `dvc push` where it was made, or point `dvc cache dir --local` at the cache of that folder"
+            ) from None
 
 
 def digests() -> dict[str, str]:

@@ -24,10 +24,10 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 from pydantic import Field
 
-from components import recipes, tracking
+from components import lineage, recipes, tracking
 from components.errors import AlignTIError, InputError, TryAgainError, end_with_parent, exit_from
 from components.settings import load_settings
-from flows import devices, dvc, page, presence
+from flows import devices, dvc, notify, page, presence, promote
 from flows.workspace import workspace
 
 RETRIES = 2
@@ -58,7 +58,7 @@ def run_stage(
 FREE = threading.Semaphore(2**20)  # of a stage that need not wait, or whose caller holds a slot already
 
 
-@flow(name="alignti-pipeline")
+@flow(name="alignti-pipeline", on_failure=[notify.failed], on_crashed=[notify.failed])
 def pipeline(
     parallel: Annotated[int, Field(ge=1, le=64)] = 1,
     recipe: str | None = None,
@@ -95,7 +95,13 @@ def pipeline(
             outcomes = {stage: future.result() for stage, future in futures.items()}
             for stage, outcome in outcomes.items():
                 run.tag(f"stage.{stage}", outcome)
+                for path, md5 in list(lineage.locked().get(stage, {}).items())[:1]:  # the run that made it, whenever that was
+                    run.link(f"stage.{stage}.run", lineage.maker(md5), path, md5)
+            took = [tracking.last_seconds(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
+            run.metrics({"cost/stage_hours": sum(seconds for seconds, _ in filter(None, took)) / 3600})
             gate(targets or ())
+            if "compare" in outcomes:
+                promote.register_all(run.id)
             page.leaderboard()
     return outcomes
 

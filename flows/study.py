@@ -23,7 +23,7 @@ from components.errors import AlignTIError
 from components.settings import RuntimeSettings, load_settings
 from components.study import expand, record
 from components.study.expand import Cell, Study
-from flows import dvc, page, workspace
+from flows import dvc, notify, page, workspace
 from flows.divergence import diverged
 from flows.handed_out import NotMade, Orders
 from flows.pipeline import FREE, RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, settle, worth_another_try
@@ -95,7 +95,7 @@ def run_cell(
     return outcome
 
 
-@flow(name="alignti-study")
+@flow(name="alignti-study", on_failure=[notify.failed], on_crashed=[notify.failed])
 def study(
     name: str,
     parallel: Annotated[int, Field(ge=1, le=64)] | None = None,

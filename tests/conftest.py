@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,16 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow takes seconds to make one."""
+    from components import mirror
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mirror.client(f"sqlite:///{path}").search_experiments()
+    return path
 
 
 @pytest.fixture

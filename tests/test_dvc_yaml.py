@@ -26,7 +26,10 @@ COMMAND = re.compile(r"python -m (components(?:\.\w+)+)(?: --arm (?:\$\{key\}|te
 # Code that no stage lists; dvc.yaml says why.
 NOT_LISTED = frozenset(
     ["components"]
-    + [f"components.{name}" for name in ("settings", "artifacts", "errors", "tracking", "mirror", "recipes", "runtime")]
+    + [
+        f"components.{name}"
+        for name in ("settings", "artifacts", "errors", "tracking", "lineage", "mirror", "registry", "recipes", "runtime")
+    ]
 )
 
 # Files beside the code of commands that are no stage: `alignti leaderboard` and `alignti samples`.

@@ -15,7 +15,7 @@ LEVELS = [
     {"errors"},
     {"artifacts"},
     {"settings"},
-    {"meter"},
+    {"meter", "lineage", "registry"},
     {"shards", "runtime", "recipes", "tracking", "mirror", "figures"},
     {"align_ti"},
     {"models"},
@@ -23,7 +23,7 @@ LEVELS = [
     {"signals"},
     {"dataset", "distill", "evaluate"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
-    {"study"},
+    {"study", "champion"},
     {"flows"},
     {"cli"},
 ]

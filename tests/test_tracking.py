@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from components import mirror, tracking
+from components import lineage, mirror, tracking
 from components.errors import Interrupted, SettingsError
 from components.settings import RuntimeSettings
 
@@ -151,14 +151,6 @@ def test_mlflow_run_id_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None
 # --- MLflow -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes seconds to make one."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mirror.client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def database(workspace: Path, empty_database: Path) -> None:
     (workspace / ".mlflow").mkdir()
@@ -276,6 +268,116 @@ def test_an_outcome_is_recorded_once_and_arrives_whole(workspace: Path) -> None:
         "terms", {"weights.tpa": "1.0"}, {"exact_match": 0.5},
     )  # fmt: skip
     assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["scores.json"]
+
+
+# --- stages of dvc.yaml: what they read and make, and going on ----------------------------------------------------------
+
+STAGES = """
+stages:
+  distill:
+    foreach: [align_ti]
+    do:
+      cmd: python -m components.distill --arm ${key}
+      deps: [data, components/code.py]
+      params:
+        - params/study.yaml:
+            - arms.${key}
+      outs: ["artifacts/students/${key}"]
+"""
+
+
+@pytest.fixture
+def stage(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose dvc.yaml has the stage distill@align_ti."""
+    for name, text in {
+        "dvc.yaml": STAGES,
+        "data.dvc": "outs:\n- {md5: 0123.dir, path: data}\n",
+        "params/study.yaml": "arms: {align_ti: {seed: 1}, other: {seed: 1}}\n",
+        "components/code.py": "1\n",
+        "artifacts/students/align_ti/model/weights": "bytes",
+    }.items():
+        path = workspace / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setenv("DVC_STAGE", "distill@align_ti")
+    return workspace
+
+
+def stopped(uri: str = tracking.JOURNAL_ONLY) -> None:
+    """A training that is stopped after two steps."""
+    with pytest.raises(Interrupted), tracking.stage_run("distill", cell="align_ti", runtime=runtime(uri)) as run:
+        for step, loss in enumerate((0.5, 9.0)):
+            run.metrics({"loss/sft": loss}, step=step)
+        raise Interrupted("x")
+
+
+@pytest.mark.usefixtures("database")
+def test_a_stopped_stage_goes_on_in_its_run_and_tells_what_it_read_and_made(stage: Path) -> None:
+    stopped(SQLITE)
+    (journal,) = journals()
+    with journal.open("a") as file:
+        file.write('{"event": "metr')  # what a kill may leave
+    (stage / "params/study.yaml").write_text("arms: {align_ti: {seed: 1}, other: {seed: 2}}\n")  # none of its params
+    work(SQLITE)
+    assert journals() == [journal]
+    (run,) = runs().values()
+    assert (run.info.status, run.data.tags["attempts"]) == ("FINISHED", "2")
+    history = client().get_metric_history(run.info.run_id, "loss/sft")
+    assert [(p.step, p.value) for p in history] == [(0, 0.5), (1, 9.0), (0, 2.0), (1, 3.0), (2, 2.0)]
+    assert run.data.metrics["best/loss/sft"] == 0.5  # of both
+    made = lineage.digest(stage / "artifacts/students/align_ti").md5
+    assert run.data.tags["out.artifacts/students/align_ti"] == made
+    assert lineage.maker(made) == journal.stem
+    assert {i.dataset.name: i.dataset.digest for i in run.inputs.dataset_inputs}["data"] == "0123.dir"
+    assert {a.path for a in client().list_artifacts(run.info.run_id)} == {"curve.png", "made", "origin.json"}
+    work(SQLITE)
+    assert len(journals()) == 2  # what is finished is not gone on with
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize("change", ["params/study.yaml", "components/code.py", "data.dvc"])
+def test_a_stopped_stage_that_would_make_something_else_now_opens_a_linked_run(stage: Path, change: str) -> None:
+    stopped()
+    path = stage / change
+    path.write_text(path.read_text().replace("1", "7"))
+    work()
+    first, second = sorted(journals(), key=lambda journal: int(lines(journal)[0]["time"]))
+    assert mirror.sync(SQLITE) == (2, 0)
+    experiment = client().get_experiment_by_name("tests").experiment_id
+    by_journal = {run.data.tags["alignti.run"]: run for run in client().search_runs([experiment])}
+    assert by_journal[second.stem].data.tags["resumed_from"] == by_journal[first.stem].info.run_id
+    assert by_journal[first.stem].info.status == "KILLED"
+
+
+def test_a_stage_that_another_process_is_running_is_not_gone_on_with(stage: Path) -> None:
+    with tracking.stage_run("distill", cell="align_ti", runtime=runtime()):
+        assert len(journals()) == 1
+        work()
+    assert len(journals()) == 2
+
+
+@pytest.mark.usefixtures("database")
+def test_restored_bytes_are_linked_to_the_run_that_made_them(stage: Path) -> None:
+    work()
+    (maker,) = journals()
+    made = lineage.digest(stage / "artifacts/students/align_ti")
+    with tracking.stage_run("pipeline", runtime=runtime()) as run:
+        run.link("stage.known", lineage.maker(made.md5))
+        run.link("stage.elsewhere", None, "artifacts/students/align_ti", made.md5)  # as on a machine without that journal
+        run.link("stage.nowhere", None, "artifacts/students/align_ti", "0000.dir")
+    mirror.sync(SQLITE)
+    found = runs()
+    tags = found["pipeline"].data.tags
+    assert found["distill/align_ti"].data.tags["alignti.run"] == maker.stem
+    assert tags["stage.known"] == tags["stage.elsewhere"] == found["distill/align_ti"].info.run_id
+    assert "stage.nowhere" not in tags
+
+
+def test_a_dvc_yaml_that_cannot_be_read_costs_a_warning(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (stage / "dvc.yaml").write_text("stages: [\n")
+    work()
+    assert "is not tracked: ParserError" in capsys.readouterr().err
+    assert lines(journals()[0])[-1]["status"] == "FINISHED"
 
 
 ROOT = str(Path(__file__).parents[1])

@@ -31,7 +31,7 @@ def read(arms: Iterable[str]) -> Outcomes:
     """Raises DataError if a file is missing or malformed, or if the arms were scored on different samples."""
     arms = list(arms)
     scores = {arm: Scores.read(SCORES / arm / "scores.json") for arm in [TEACHER_ARM, *arms]}
-    predictions = {arm: _predictions(SCORES / arm / "predictions.jsonl") for arm in scores}
+    predictions = {arm: read_predictions(SCORES / arm / "predictions.jsonl") for arm in scores}
     for arm, found in scores.items():
         _check_against_scores(arm, predictions[arm], found)
     return Outcomes(
@@ -43,7 +43,8 @@ def read(arms: Iterable[str]) -> Outcomes:
     )
 
 
-def _predictions(path: Path) -> list[Prediction]:
+def read_predictions(path: Path) -> list[Prediction]:
+    """Raises DataError if the file is missing, or a line is no prediction."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

@@ -24,6 +24,7 @@ from components.tracking import JOURNAL_ONLY
 
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
 PAGE = 1000  # runs asked for at once
+SLACK = 0.05  # two trainings whose hours differ by less cost the same: one run's time varies by as much
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,17 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class EqualCompute:
+    """A variant beside the best of the others that took no more device hours than it, SLACK aside."""
+
+    variant: str
+    against: str | None  # None: nothing else is as cheap
+    difference: float | None  # of mean scores
+    hours: float
+    their_hours: float | None
+
+
+@dataclass(frozen=True)
 class StudyResult:
     study: str
     runs: list[Run]
@@ -94,6 +106,7 @@ class StudyResult:
     tests: list[Test]
     effects: list[Effect]
     factors: list[str] = field(default_factory=list)
+    equal_compute: list[EqualCompute] = field(default_factory=list)
 
 
 def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
@@ -170,15 +183,17 @@ def compare(study: str, runs: Sequence[Run], cells: Sequence[str], baselines: Se
     for run in chosen:
         by_variant[run.variant].append(run)
     factors = [p for p in chosen[0].params if p != SEED and len({run.params.get(p) for run in chosen}) > 1]
+    variants = _variants(by_variant, confidence)
     return StudyResult(
         study=study,
         runs=chosen,
         missing=[cell for cell in cells if cell not in latest],
         superseded=len(runs) - len(chosen),
-        variants=_variants(by_variant, confidence),
+        variants=variants,
         tests=_tests(by_variant, baselines, confidence),
         effects=[effect for factor in factors for effect in _effects(factor, chosen, confidence)],
         factors=factors,
+        equal_compute=equal_compute(variants),
     )
 
 
@@ -248,6 +263,24 @@ def on_front(name: str, means: dict[str, list[float]], cost: int) -> bool:
     return not any(
         other[0] >= score and other[cost] <= paid and (other[0], other[cost]) != (score, paid) for other in means.values()
     )
+
+
+def equal_compute(variants: Sequence[Variant]) -> list[EqualCompute]:
+    """What the hours of each variant buy otherwise: the best score among variants that cost as much or less."""
+    found = []
+    for variant in variants:
+        affordable = [v for v in variants if v is not variant and v.hours <= variant.hours * (1 + SLACK)]
+        best = max(affordable, key=lambda v: v.score.mean, default=None)
+        found.append(
+            EqualCompute(
+                variant=variant.name,
+                against=best.name if best else None,
+                difference=variant.score.mean - best.score.mean if best else None,
+                hours=variant.hours,
+                their_hours=best.hours if best else None,
+            )
+        )
+    return found
 
 
 def _tests(by_variant: dict[str, list[Run]], baselines: Sequence[str], confidence: float) -> list[Test]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components import tracking
+from components import lineage, tracking
 from components.artifacts import SCORES, STUDENTS, Cost
 from components.settings import RuntimeSettings
 from components.study.expand import Cell
@@ -30,6 +30,7 @@ def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: 
     scores, cost = json.loads(text), Cost.read(cost_file)
     outcome = hashlib.sha256(f"{digest}{text}{cost_file.read_text(encoding='utf-8')}".encode()).hexdigest()
     made_by = {f"run.{stage}": tracking.last_run(f"{stage}@{cell.name}") for stage in ("distill", "evaluate")}
+    made_by["run.distill"] = lineage.maker(digest) or made_by["run.distill"]  # restored bytes are an earlier run's
     flat = flatten(cell.arm.model_dump(mode="json"))
     return tracking.record(
         f"cell-{study}-{cell.name}-{outcome[:12]}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from components.artifacts import REPORTS, write_bytes, write_text
 from components.figures import draw
 from components.study import plots
-from components.study.compare import Estimate, StudyResult
+from components.study.compare import SLACK, Estimate, StudyResult
 
 FOLDER = REPORTS / "studies"
 POINTS = 100
@@ -97,6 +97,12 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
         [e.factor, f"{e.reference} to {e.level}", _points(e.effect), _interval(e.effect), str(e.effect.n)]
         for e in result.effects
     ]
+    equal = [
+        [e.variant, f"{e.hours:.4f}", e.against or "nothing else is as cheap",
+         "-" if e.their_hours is None else f"{e.their_hours:.4f}",
+         "-" if e.difference is None else f"{POINTS * e.difference:+.2f}"]
+        for e in result.equal_compute
+    ]  # fmt: skip
     return [
         (
             "Variants",
@@ -117,6 +123,12 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
             " independent of one another where effects depend on them.",
             ["factor", "from, to", "effect", sure, "pairs"],
             effects,
+        ),
+        (
+            "At equal compute",
+            f"Each variant against the best other that took no more device hours ({SLACK:.0%} of slack); points.",
+            ["variant", "device hours", "best for as much or less", "its hours", "difference"],
+            equal,
         ),
     ]
 

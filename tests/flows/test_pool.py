@@ -16,6 +16,7 @@ import yaml
 from components.errors import AlignTIError
 from flows import devices, pool, servers
 from flows.handed_out import stages
+from flows.nightly import nightly
 from flows.pipeline import pipeline
 from flows.study import study
 
@@ -24,6 +25,7 @@ Workers = list[subprocess.Popen[bytes]]
 FLOWS: dict[str, Any] = {
     "flows.pipeline.pipeline": pipeline,
     "flows.study.study": study,
+    "flows.nightly.nightly": nightly,
     "flows.handed_out.stages": stages,
 }
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
@@ -65,7 +67,7 @@ def test_a_worker_per_gpu_and_if_one_ends_all_do(
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
 def test_a_deployment_names_a_flow_its_parameters_and_a_queue(deployment: dict[str, Any]) -> None:
-    flow = FLOWS[deployment["entrypoint"]]
+    flow: Any = FLOWS[deployment["entrypoint"]]
     if flow is not stages:  # a study says what
         flow.validate_parameters(deployment["parameters"])
     assert set(deployment["parameters"]) <= set(inspect.signature(flow.fn).parameters)

@@ -84,6 +84,16 @@ def test_energy_is_a_column_where_it_was_measured_and_blank_where_a_run_lacks_it
     assert "processor Wh" not in head and "Energy of the training" in note
 
 
+def test_at_equal_compute_a_variant_stands_beside_the_best_that_costs_no_more() -> None:
+    found = {e.variant: e for e in result().equal_compute}
+    assert {name: e.against for name, e in found.items()} == {
+        "iva1-tpa1": "iva0-tpa1", "iva0-tpa1": "iva1-tpa1", "iva1-tpa0": "iva0-tpa0", "iva0-tpa0": "iva1-tpa0",
+    }  # fmt: skip
+    assert found["iva1-tpa1"].difference == pytest.approx(0.03) and found["iva0-tpa0"].difference == pytest.approx(-0.02)
+    (cheapest,) = module.equal_compute([v for v in result().variants if v.name == "iva0-tpa0"])
+    assert cheapest.against is None and cheapest.difference is None
+
+
 def test_a_missing_cell_is_named_and_the_rest_is_compared() -> None:
     found = result(RUNS[:-1])
     assert found.missing == ["iva1-tpa1-seed3"]

@@ -1,0 +1,58 @@
+"""Two students on the same questions: is the one better than the other beyond what the test sample allows by chance?
+
+The test is that of the report (components/evaluate/statistics.py): a bootstrap over images, both students on the same draws, at
+the confidence of params/evaluate.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from components.artifacts import Difference, Fingerprint, Prediction
+from components.errors import DataError
+from components.evaluate.fingerprint import differences
+from components.evaluate.statistics import bootstrap, interval, p_value
+from components.settings import EvaluateSettings
+
+
+class MeasuredDifferently(DataError):
+    """The scores are of two measurements, so their difference is not of the students alone."""
+
+
+def duel(
+    names: tuple[str, str],
+    answers: tuple[Sequence[Prediction], Sequence[Prediction]],
+    fingerprints: tuple[Fingerprint | None, Fingerprint | None],
+    settings: EvaluateSettings,
+) -> Difference:
+    """The first student minus the second; `larger_than_noise` and above 0 means that it is better.
+
+    Raises:
+        MeasuredDifferently: naming all that differs in how the two were measured.
+        DataError: same fingerprint, other questions.
+    """
+    if differs := differences(*fingerprints):
+        raise MeasuredDifferently(f"{names[0]} and {names[1]} were measured differently ({'; '.join(differs)})")
+    ours, theirs = ({p.id: p for p in answered} for answered in answers)
+    if ours.keys() != theirs.keys() or any(ours[key].reference != theirs[key].reference for key in ours):
+        raise DataError(f"the answers of {names[0]} and {names[1]} are to different questions, though their fingerprints agree")
+    asked = list(ours)
+    images = {image: index for index, image in enumerate(dict.fromkeys(ours[key].image_id for key in asked))}
+    kinds = {kind: index for index, kind in enumerate(sorted({ours[key].kind for key in asked}))}
+    observed, resampled = bootstrap(
+        correct=[[side[key].correct for key in asked] for side in (ours, theirs)],
+        images=[images[ours[key].image_id] for key in asked],
+        kinds=[kinds[ours[key].kind] for key in asked],
+        resamples=settings.bootstrap_resamples,
+        seed=settings.seed,
+    )
+    draws = resampled.overall[:, 0] - resampled.overall[:, 1]
+    p = p_value(draws)
+    return Difference(
+        arm=names[0],
+        against=names[1],
+        difference=float(observed.overall[0] - observed.overall[1]),
+        ci95=interval(draws, settings.confidence),
+        p_value=p,
+        p_holm=p,  # a single test
+    )

@@ -1,0 +1,23 @@
+"""A student of another day, asked today's questions: what its score is on the benchmark as it stands now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.artifacts import DATASET, Fingerprint, Prediction
+from components.evaluate import fingerprint, generate, metrics
+from components.models.load import load
+from components.models.template import Template
+from components.runtime import prepare_torch
+from components.settings import Settings
+from components.shards import Samples
+
+
+def answers(model: Path, title: str, settings: Settings) -> tuple[list[Prediction], Fingerprint]:
+    """The answers of the checkpoint folder `model` to the split that `evaluate` scores, and how they were measured."""
+    samples = Samples(DATASET, settings.evaluate.split)
+    rows = generate.questions(samples)
+    loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template(settings.models.template.system)
+    said = generate.answers(loaded, samples, rows, template, settings.models.max_length, settings.evaluate, title)
+    measured = fingerprint.own(loaded, samples, rows, template, settings.evaluate)
+    return metrics.predictions((samples[row] for row in rows), said), measured

@@ -1,0 +1,118 @@
+"""Students of this folder, told to MLflow: a run per student that says what stands, and a version in the registry.
+
+It goes through the journal like everything else: a server that is away costs a line, and `alignti sync` sends it later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from components import lineage, tracking
+from components.artifacts import DATASET, RAW, SCORES, STUDENTS, Cost, Manifest, Scores
+from components.champion import drift
+from components.errors import DataError
+from components.settings import Settings
+from components.tracking import JOURNALS
+
+STAGE = "student"  # the tag of these runs
+
+
+@dataclass(frozen=True)
+class Student:
+    """An arm whose weights and scores lie in this folder, as `dvc.lock` knows them."""
+
+    arm: str
+    md5: str  # of STUDENTS/ARM
+    scores_md5: str  # of SCORES/ARM
+    scores: Scores
+
+
+def standing(arms: Sequence[str]) -> list[Student]:
+    """Raises DataError if one of them has not been trained and scored here, or was changed since."""
+    locked = lineage.locked()
+    found = []
+    for arm in arms:
+        md5 = locked.get(f"distill@{arm}", {}).get(str(STUDENTS / arm))
+        scores = locked.get(f"evaluate@{arm}", {}).get(str(SCORES / arm))
+        if md5 is None or scores is None or lineage.digest(SCORES / arm).md5 != scores:
+            raise DataError(
+                f"{arm} has not been trained and scored here, or {SCORES / arm} was changed since; `dvc repro` does both"
+            )
+        found.append(Student(arm, md5, scores, Scores.read(SCORES / arm / "scores.json")))
+    return found
+
+
+def best(students: Sequence[Student]) -> Student:
+    """Of equals the first, as in the report."""
+    return max(students, key=lambda student: student.scores.exact_match)
+
+
+def register(
+    students: Sequence[Student], settings: Settings, parent: str | None, candidate: Student | None = None
+) -> list[str]:
+    """Journal each that was not before, `candidate` as such; returns the arms told now."""
+    return [student.arm for student in students if _tell(student, settings, parent, candidate=student is candidate)]
+
+
+def _tell(student: Student, settings: Settings, parent: str | None, candidate: bool) -> bool:
+    cost, arm = Cost.read(STUDENTS / student.arm / "cost.json"), settings.arm(student.arm)
+    made_by = lineage.maker(student.md5)
+    fingerprint = student.scores.fingerprint
+    tags = {
+        "stage": STAGE,
+        "arm": student.arm,
+        **tracking.recipe(),
+        "dvc.path": str(STUDENTS / student.arm),
+        "dvc.md5": student.md5,
+        "dvc.scores": student.scores_md5,
+        **_data(),
+        "eval.fingerprint": "null" if fingerprint is None else fingerprint.model_dump_json(),
+        "exact_match": f"{student.scores.exact_match:.6f}",
+        "samples": str(student.scores.samples),
+        **_commit(made_by),
+    }
+    outcome = hashlib.sha256(json.dumps([student.md5, student.scores_md5]).encode()).hexdigest()
+    return tracking.record(
+        f"student-{student.arm}-{outcome[:12]}",
+        f"student/{student.arm}",
+        runtime=settings.runtime,
+        parent=parent,
+        tags=tags,
+        params=arm.model_dump(mode="json"),
+        metrics={
+            "exact_match": student.scores.exact_match,
+            **{f"exact_match/{kind}": value for kind, value in student.scores.per_kind.items()},
+            "cost/train_seconds": cost.train_seconds,
+            "cost/device_hours": cost.train_seconds / 3600,
+            "cost/peak_memory_mib": cost.peak_memory_mib,
+        },
+        artifacts=[SCORES / student.arm / name for name in ("scores.json", "predictions.jsonl")],
+        registers={
+            "made_by": made_by or "",
+            "candidate": candidate,
+            "tags": tags,
+            "params": {key: str(value) for key, value in tracking.flatten(arm.model_dump(mode="json"))},
+            "description": f"{student.arm}: {student.scores.exact_match:.1%} exact match on {student.scores.samples:,} samples",
+        },
+    )
+
+
+def _data() -> dict[str, str]:
+    """What it was trained on: the raw data and the prepared set."""
+    prepared = lineage.locked().get("prepare", {}).get(str(DATASET))
+    known = {"dvc.raw": lineage.raw().get(str(RAW)), "dvc.dataset": prepared}
+    figures = drift.statistics(Manifest.read(DATASET / "manifest.json"))
+    return {key: md5 for key, md5 in known.items() if md5} | {"data.statistics": json.dumps(figures)}
+
+
+def _commit(journal: str | None) -> Mapping[str, str]:
+    """The commit that the training ran at, and whether the tree differed from it; none if its journal is not here."""
+    if journal is None or not (path := JOURNALS / f"{journal}.jsonl").exists():
+        return {}
+    with Path(path).open(encoding="utf-8") as lines:
+        tags = json.loads(lines.readline())["tags"]
+    return {key: tags[key] for key in ("mlflow.source.git.commit", "git.dirty") if key in tags}

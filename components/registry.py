@@ -1,0 +1,141 @@
+"""Students in MLflow's registry: one registered model, named after the experiment, a version per student.
+
+A version points at a logged model that MLflow calls external: its weights stay with DVC, under the md5 in its tag `dvc.md5`.
+The alias `candidate` is the best student registered last, `champion` the one that others have to beat (`alignti promote`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+MD5 = "dvc.md5"  # of the student's folder
+REGISTERED = "registered"  # ms since 1970
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model; no such alias or version
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered student."""
+
+    model: str
+    number: str
+    arm: str
+    md5: str
+    run_id: str
+    tags: Mapping[str, str]
+    aliases: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"version {self.number} ({self.arm})"
+
+
+def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
+    """Make the version that a journal's `register` line tells of, if it is not there.
+
+    A candidate takes that alias from those registered before it. `run_id` is the run that says what stands; the version's own
+    is the training that made the bytes, if MLflow has it.
+    """
+    experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
+    trained = client.search_runs([experiment.experiment_id], f"tags.`alignti.run` = '{line['made_by']}'", max_results=1)
+    source = trained[0].info.run_id if trained else run_id
+    _make_model(client, experiment.name)
+    md5 = line["tags"][MD5]
+    found = of_md5(client, experiment.name, md5, line["tags"]["arm"])
+    if found is None:
+        tags = {**line["tags"], "run.scores": run_id, REGISTERED: str(line["time"])}
+        with _addressed(client) as mlflow:
+            logged = mlflow.create_external_model(
+                tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
+            )
+            made = client.create_model_version(
+                experiment.name, logged.model_uri, source, tags=tags, description=line["description"], model_id=logged.model_id
+            )
+        found = _version(made)
+    if line["candidate"]:
+        before = aliased(client, experiment.name, CANDIDATE)
+        if before is None or int(before.tags.get(REGISTERED, 0)) <= line["time"]:
+            nominate(client, found)
+
+
+def nominate(client: Any, version: Version) -> None:
+    client.set_registered_model_alias(version.model, CANDIDATE, version.number)
+
+
+def aliased(client: Any, model: str, alias: str) -> Version | None:
+    """The version that has the alias, None if none has."""
+    return _or_none(lambda: _version(client.get_model_version_by_alias(model, alias)))
+
+
+def numbered(client: Any, model: str, number: str) -> Version | None:
+    return _or_none(lambda: _version(client.get_model_version(model, number)))
+
+
+def of_md5(client: Any, model: str, md5: str, arm: str) -> Version | None:
+    """The version of these bytes; two arms may come out the same."""
+    found = client.search_model_versions(f"name = '{model}' and tags.`{MD5}` = '{md5}' and tags.arm = '{arm}'")
+    return _version(client.get_model_version(model, found[0].version)) if found else None
+
+
+def crown(client: Any, version: Version, over: Version | None, why: Mapping[str, str]) -> None:
+    """Give `version` the alias `champion`, and write on it, and on the one before, why."""
+    say(client, version, why)
+    client.update_model_version(version.model, version.number, description=why["promotion"])
+    client.set_registered_model_alias(version.model, CHAMPION, version.number)
+    if over is not None:
+        client.set_model_version_tag(over.model, over.number, "succeeded_by", version.number)
+
+
+def say(client: Any, version: Version, why: Mapping[str, str]) -> None:
+    for key, value in why.items():
+        client.set_model_version_tag(version.model, version.number, key, value)
+
+
+def fingerprint(version: Version) -> Any:
+    """How its score was measured, as `components/artifacts.py` writes it; None if it was not told."""
+    return json.loads(version.tags.get("eval.fingerprint", "null"))
+
+
+def _make_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description="Students distilled with Align-TI; their weights are DVC's.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextmanager
+def _addressed(client: Any) -> Iterator[Any]:
+    """MLflow's functions of external models, which know one address alone: for the time of the block that of `client`."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(client.tracking_uri)
+    try:
+        yield mlflow
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def _or_none(read: Any) -> Version | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return read()  # type: ignore[no-any-return]
+    except MlflowException as error:
+        if error.error_code in ABSENT:
+            return None
+        raise
+
+
+def _version(made: Any) -> Version:
+    tags = dict(made.tags)
+    return Version(
+        made.name, str(made.version), tags.get("arm", "?"), tags.get(MD5, "?"), made.run_id, tags, tuple(made.aliases)
+    )

@@ -1,0 +1,99 @@
+"""Every night: is there anything new since the champion? Then train what is stale, compare, and promote or say why not.
+
+New is: other raw data, a prepared set whose figures have moved, or other code or params than those the champion was made with.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from pydantic import Field
+
+from components import lineage, recipes
+from components.artifacts import DATASET, RAW, Manifest
+from components.champion import drift, record
+from components.registry import Version
+from components.settings import load_settings
+from flows import dvc, notify, promote
+from flows.pipeline import end_with_worker, folder, pipeline
+
+
+@flow(name="alignti-nightly", on_failure=[notify.failed], on_crashed=[notify.failed])
+def nightly(
+    recipe: str | None = None,
+    parallel: Annotated[int, Field(ge=1, le=64)] = 1,
+    drift_above: Annotated[float, Field(gt=0, lt=1)] = 0.05,
+) -> dict[str, Any]:
+    """Retrain if there is reason to, and let the best student challenge the champion; returns the reasons and the verdict.
+
+    Args:
+        recipe: params/recipes/NAME.yaml, merged into params/ first.
+        parallel: stages at a time, where the graph allows.
+        drift_above: change of a figure of the prepared set that counts: of a share by so much, of a count by that part of it.
+
+    Raises:
+        dvc.StageFailed: of the first stage that failed; the champion stays.
+        TryAgainError: MLflow, which knows the champion, does not answer.
+    """
+    end_with_worker()
+    with folder(own=True):
+        if recipe:
+            print(recipes.use(recipe))
+        settings = load_settings()
+        champion = promote.champion(settings)
+        dvc.reproduce("prepare")
+        reasons = why(champion, Manifest.read(DATASET / "manifest.json"), drift_above)
+        if not reasons:
+            return _told(reasons, None, f"nothing new since {champion}: nothing was trained")
+        print("retraining, since " + "; ".join(reasons))
+        pipeline(parallel=parallel)
+        best = record.best(record.standing(list(settings.study.arms)))
+        verdict = promote.promote(best.arm, settings, measure=True)
+        return _told(reasons, verdict, verdict.why)
+
+
+def why(champion: Version | None, manifest: Manifest, drift_above: float) -> list[str]:
+    """Reasons to train, in words; none if all is as it was when the champion was made."""
+    if champion is None:
+        return ["there is no champion yet"]
+    reasons = []
+    raw, then = lineage.raw().get(str(RAW)), champion.tags.get("dvc.raw")
+    if raw != then:
+        reasons.append(f"new data: {RAW} is {_digits(raw)}, the champion's was {_digits(then)}")
+    figures = json.loads(champion.tags.get("data.statistics", "{}"))
+    if moved := drift.moved(figures, drift.statistics(manifest), drift_above) if figures else []:
+        reasons.append(f"the prepared set has moved: {', '.join(moved)}")
+    if changed := _changed_since(champion.tags.get("mlflow.source.git.commit")):
+        reasons.append(changed)
+    return reasons
+
+
+def _changed_since(commit: str | None) -> str | None:
+    """Whether code or params differ from those of `commit`, in words."""
+    if commit is None:
+        return "it is not known which code made the champion"
+    code = [path for path in lineage.CODE if path != f"{RAW}.dvc"]  # new data is a reason of its own
+    done = subprocess.run(["git", "diff", "--name-only", commit, "--", *code, "params"], capture_output=True, text=True)
+    if done.returncode:
+        return f"the champion's commit {commit[:12]} is not in this clone"
+    files = done.stdout.split()
+    return f"{len(files)} file(s) of code or params differ from the champion's commit ({files[0]}, ...)" if files else None
+
+
+def _told(reasons: list[str], verdict: promote.Verdict | None, said: str) -> dict[str, Any]:
+    """On the flow run's page, and, if there is a new champion, to the webhook."""
+    lines = "\n".join(f"- {reason}" for reason in reasons) or "- none"
+    create_markdown_artifact(key="champion", markdown=f"Reasons to train:\n\n{lines}\n\n**{said}**")
+    print(said)
+    found = verdict.model_dump(mode="json") if verdict else None
+    if verdict and verdict.promoted:
+        notify.post("champion", f"{verdict.model}: {verdict.why}", reasons=reasons, verdict=found)
+    return {"reasons": reasons, "said": said, "verdict": found}
+
+
+def _digits(md5: str | None) -> str:
+    return md5[:8] if md5 else "not known"

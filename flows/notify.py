@@ -1,0 +1,48 @@
+"""Tells a webhook of yours that a flow run failed, or that there is a new champion: one POST of JSON (docs/orchestration.md).
+
+The address is $ALIGNTI_WEBHOOK. It may hold a token, so it is never printed, nor what an error says of it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+from typing import Any
+
+from components import tracking
+
+WEBHOOK = "ALIGNTI_WEBHOOK"
+TIMEOUT_S = 10
+CHARS = 1000  # of a failure's message
+
+
+def post(event: str, text: str, **facts: Any) -> bool:
+    """Whether somebody took it. A webhook that is away costs a warning."""
+    address = os.environ.get(WEBHOOK)
+    if not address:
+        return False
+    payload = {"event": event, "text": text, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+    try:
+        request = urllib.request.Request(address, json.dumps(payload).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S):
+            return True
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        what = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        tracking.warn(f"the webhook of {WEBHOOK} did not take `{event}` ({what})")
+        return False
+
+
+def failed(flow: Any, flow_run: Any, state: Any) -> None:
+    """A hook of Prefect's for flow runs that failed or crashed; one inside another is told of by that one."""
+    if flow_run.parent_task_run_id is not None:
+        return
+    message = re.sub(r"//[^/@\s]+@", "//***@", state.message or "")[:CHARS]
+    text = f"{flow.name}: flow run {flow_run.name} {state.name.lower()}"
+    post(
+        "failed", text, flow=flow.name, flow_run=flow_run.name, flow_run_id=str(flow_run.id), state=state.name, message=message
+    )

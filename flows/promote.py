@@ -1,0 +1,244 @@
+"""`alignti register` and `alignti promote`: which student is the champion, and why.
+
+A candidate takes the alias `champion` only if it answers more of the agreed questions right than the champion does, beyond what
+the test sample allows by chance (components/champion/duel.py). The answers of both are those that DVC keeps.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components import mirror, registry, tracking
+from components.artifacts import Difference, Fingerprint, Prediction, Record
+from components.champion import record
+from components.champion.duel import MeasuredDifferently, duel
+from components.errors import AlignTIError, InputError, TryAgainError
+from components.evaluate.outcomes import read_predictions
+from components.registry import CANDIDATE, CHAMPION, Version
+from components.settings import Settings, load_settings
+from flows import dvc
+
+Answers = tuple[list[Prediction], Fingerprint | None]
+
+
+class Contender(Record):
+    """A registered student in a verdict."""
+
+    version: str
+    arm: str
+    md5: str
+    exact_match: float  # on the questions of this comparison
+
+
+class Verdict(Record):
+    """What `promote` decided, and from what."""
+
+    model: str
+    promoted: bool
+    candidate: Contender
+    champion: Contender | None  # the one before; None: there was none
+    difference: Difference | None  # candidate minus champion; None: nothing to compare
+    why: str
+
+
+def register(arms: list[str], settings: Settings, parent: str | None = None) -> tuple[list[str], bool]:
+    """Tell MLflow of these arms of the folder, the best of them as the candidate.
+
+    Returns those not told before, and whether MLflow has taken them. Raises DataError if one has not been trained and scored.
+    """
+    students = record.standing(arms)
+    best = record.best(students)
+    told = record.register(students, settings, parent, best)
+    if not send(settings):
+        return told, False
+    if best.arm not in told:  # it was registered once, and others have been the candidate since
+        client, model = _client(settings), settings.runtime.experiment
+        with _asking():
+            if known := registry.of_md5(client, model, best.md5, best.arm):
+                registry.nominate(client, known)
+    return told, True
+
+
+def register_all(parent: str) -> None:
+    """`register` for every arm, at the end of a pipeline that has done its work: a fault costs a warning."""
+    try:
+        settings = load_settings()
+        register(list(settings.study.arms), settings, parent)
+    except (AlignTIError, OSError) as error:
+        tracking.warn(f"the students are not registered: {error}; `alignti register` does it")
+
+
+def send(settings: Settings) -> bool:
+    """Send what the journals hold; false, after a line that says why, if MLflow does not take it now."""
+    uri = settings.runtime.tracking_uri
+    if uri == tracking.JOURNAL_ONLY:
+        return False
+    try:
+        mirror.sync(uri)
+    except Exception as error:  # MLflow, its server and its database raise all sorts
+        tracking.warn(f"MLflow does not take the journals ({_short(error)}); `alignti sync` sends them later")
+        return False
+    return True
+
+
+def promote(candidate: str | None, settings: Settings, measure: bool = False) -> Verdict:
+    """Make `candidate` (an arm of this folder, a version's number; none: the alias `candidate`) the champion, if it is better.
+
+    `measure`: ask the champion today's questions, if it was measured otherwise.
+
+    Raises:
+        InputError: there is no such student, or no MLflow to ask.
+        MeasuredDifferently: the two scores do not compare.
+        TryAgainError: MLflow does not answer.
+    """
+    client, model = _client(settings), settings.runtime.experiment
+    with _asking():
+        challenger = _challenger(client, model, candidate, settings)
+        before = registry.aliased(client, model, CHAMPION)
+    verdict = _verdict(challenger, before, settings, measure)
+    with _asking():
+        _write(client, challenger, before, verdict)
+    return verdict
+
+
+def champion(settings: Settings) -> Version | None:
+    """Raises InputError or TryAgainError as `promote`."""
+    client = _client(settings)
+    with _asking():
+        return registry.aliased(client, settings.runtime.experiment, CHAMPION)
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    """Raises TryAgainError for whatever MLflow, its server and its database raise."""
+    try:
+        yield
+    except AlignTIError:
+        raise
+    except Exception as error:
+        raise TryAgainError(f"MLflow does not answer ({_short(error)}); the champion is as it was") from error
+
+
+def _client(settings: Settings) -> Any:
+    if settings.runtime.tracking_uri == tracking.JOURNAL_ONLY:
+        raise InputError(
+            "the champion is an alias in MLflow's registry, and params/runtime.yaml (or ALIGNTI_TRACKING_URI) asks for no"
+            " MLflow; name an address there"
+        )
+    try:
+        return mirror.client(settings.runtime.tracking_uri)
+    except ImportError:
+        raise InputError("MLflow is not installed here: pip install -c constraints.txt -e '.[pipeline]'") from None
+
+
+def _challenger(client: Any, model: str, asked: str | None, settings: Settings) -> Version:
+    """Raises InputError if there is none such."""
+    if asked is None:
+        found = registry.aliased(client, model, CANDIDATE)
+        if found is None:
+            raise InputError(f"no student of {model} is registered; `alignti register` registers those of this folder")
+        return found
+    if asked.removeprefix("v").isdigit():
+        found = registry.numbered(client, model, asked.removeprefix("v"))
+        if found is None:
+            raise InputError(f"{model} has no version {asked}; MLflow's page Models lists them")
+        return found
+    if asked not in settings.study.arms:
+        raise InputError(f"{asked!r} is neither a version nor an arm of params/study.yaml ({', '.join(settings.study.arms)})")
+    (student,) = record.standing([asked])
+    record.register([student], settings, None)
+    mirror.sync(settings.runtime.tracking_uri)
+    found = registry.of_md5(client, model, student.md5, asked)
+    if found is None:
+        raise TryAgainError(f"{asked} is registered, but MLflow does not show it yet")
+    return found
+
+
+def _verdict(challenger: Version, champion: Version | None, settings: Settings, measure: bool) -> Verdict:
+    def contender(version: Version, answers: list[Prediction] | None) -> Contender:
+        right = sum(p.correct for p in answers) / len(answers) if answers else float(version.tags["exact_match"])
+        return Contender(version=version.number, arm=version.arm, md5=version.md5, exact_match=right)
+
+    def decided(promoted: bool, why: str, difference: Difference | None = None, theirs: Answers | None = None) -> Verdict:
+        return Verdict(
+            model=challenger.model,
+            promoted=promoted,
+            candidate=contender(challenger, None),
+            champion=contender(champion, theirs and theirs[0]) if champion else None,
+            difference=difference,
+            why=why,
+        )
+
+    if champion is None:
+        return decided(True, f"{challenger} is the first champion: there was none to compare it with")
+    if champion.md5 == challenger.md5:
+        return decided(False, f"{challenger} has the bytes of the champion already")
+    ours, theirs = _recorded(challenger), _recorded(champion)
+    if measure and ours[1] != theirs[1]:
+        theirs = _measured(champion, settings)
+    names = f"{challenger.arm}@{challenger.number}", f"{champion.arm}@{champion.number}"
+    try:
+        gap = duel(names, (ours[0], theirs[0]), (ours[1], theirs[1]), settings.evaluate)
+    except MeasuredDifferently as error:
+        raise MeasuredDifferently(
+            f"{error}: their scores do not compare, and {champion} stays; `alignti promote --measure` asks it the questions of"
+            " this folder's test split"
+        ) from None
+    low, high = (100 * bound for bound in gap.ci95)
+    found = (
+        f"{100 * gap.difference:+.2f} points ({settings.evaluate.confidence:.0%} interval {low:+.2f} to {high:+.2f},"
+        f" p = {gap.p_value:.2g}) on {len(ours[0]):,} questions against {champion}"
+    )
+    better = gap.difference > 0 and gap.larger_than_noise
+    said = f"{challenger} is the champion: {found}" if better else f"{champion} stays the champion: {challenger} has {found}"
+    return decided(better, said if better else f"{said}, which is no lead beyond chance", gap, theirs)
+
+
+def _recorded(version: Version) -> Answers:
+    """The version's answers as its stage `evaluate` wrote them. Raises InputError if DVC does not have them here."""
+    md5 = version.tags.get("dvc.scores")
+    if md5 is None:
+        raise InputError(f"{version} says no `dvc.scores`, so its answers cannot be found; register it anew")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dvc.bring(md5, Path(folder) / "scores")
+        except InputError as error:
+            raise InputError(f"the answers of {version} are not here: {error}") from None
+        said = registry.fingerprint(version)
+        measured = None if said is None else Fingerprint.model_validate(said)
+        return read_predictions(Path(folder) / "scores/predictions.jsonl"), measured
+
+
+def _measured(version: Version, settings: Settings) -> Answers:
+    """Its answers to the questions of this folder. Raises InputError if DVC does not have its weights here."""
+    from components.champion import measure
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dvc.bring(version.md5, Path(folder) / "student")
+        except InputError as error:
+            raise InputError(f"the weights of {version} are not here: {error}") from None
+        return measure.answers(Path(folder) / "student/model", f"champion {version.arm}", settings)
+
+
+def _write(client: Any, challenger: Version, champion: Version | None, verdict: Verdict) -> None:
+    why = {"promotion": verdict.why}
+    if verdict.difference is not None:
+        gap = verdict.difference
+        why |= {
+            "promotion.against": verdict.champion.version if verdict.champion else "",
+            "promotion.difference": f"{gap.difference:.6f}",
+            "promotion.p_value": f"{gap.p_value:.6g}",
+        }
+    if verdict.promoted:
+        registry.crown(client, challenger, champion, why)
+    elif champion is not None and champion.number != challenger.number:
+        registry.say(client, challenger, why)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

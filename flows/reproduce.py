@@ -1,0 +1,204 @@
+"""`alignti reproduce RUN_ID`: run again what a recorded run ran, and say whether the same bytes come out.
+
+The code is that of the run's commit, in a worktree of its own; the raw data is what that commit's .dvc files name; params/ are
+those that the run recorded. A run whose code was not committed is refused: what it ran is nowhere to be had.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components import lineage, mirror, tracking
+from components.artifacts import write_text
+from components.errors import InputError, TryAgainError
+from components.settings import Settings
+from components.tracking import JOURNALS
+from flows import dvc
+from flows.workspace import workspace
+
+TIMED = ("cost.json",)  # what a training took: never the same twice
+PAGES = "reports/"  # pages and plots, which print such figures
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a stage's run told of itself."""
+
+    run: str
+    stage: str
+    commit: str
+    uncommitted: list[str]  # code that was not committed when it ran
+    params: dict[str, str]  # file -> text
+    inputs: dict[str, str]  # path -> md5
+    made: dict[str, lineage.Digest]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The second run beside the first, file by file."""
+
+    recorded: Recorded
+    ran: list[str]  # stages, in order
+    equal: list[str] = field(default_factory=list)
+    timed: list[str] = field(default_factory=list)  # different, as figures of time are
+    different: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)  # of the stage, that came out different
+
+    @property
+    def same(self) -> bool:
+        return not self.different and bool(self.equal)
+
+    def __str__(self) -> str:
+        stage, run = self.recorded.stage, self.recorded.run
+        besides = f"; {', '.join(self.timed)} hold(s) times, which differ" if self.timed else ""
+        if self.same:
+            return f"{stage} of run {run}: the same bytes, {len(self.equal)} file(s) compared by md5{besides}"
+        before = f", and so does what it read ({', '.join(self.inputs)})" if self.inputs else ", from the same inputs"
+        return (
+            f"{stage} of run {run}: NOT the same bytes: {', '.join(self.different)} differ(s){before};"
+            f" {len(self.equal)} file(s) are equal{besides}"
+        )
+
+
+def find(run: str, settings: Settings) -> Recorded:
+    """What is recorded of `run`: an id of MLflow's, or the name of a journal in .runs/journal.
+
+    Raises:
+        InputError: there is none such, or it is no stage's, or it was recorded before runs told what they made.
+        TryAgainError: MLflow does not answer.
+    """
+    if not re.fullmatch(r"[\w@.-]+", run):
+        raise InputError(f"{run!r} is no id of a run")
+    journal = JOURNALS / f"{run}.jsonl"
+    if not journal.exists():
+        sent = (file for file in JOURNALS.glob("*.sent") if json.loads(file.read_text(encoding="utf-8"))["run_id"] == run)
+        journal = next(sent, journal).with_suffix(".jsonl")
+    if journal.exists():
+        return _from_journal(run, journal, settings)
+    if settings.runtime.tracking_uri == tracking.JOURNAL_ONLY:
+        raise InputError(f"there is no journal {run} in {JOURNALS}, and no MLflow to ask (tracking_uri is `journal`)")
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _from_mlflow(run, mirror.client(settings.runtime.tracking_uri))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}") from None
+        raise TryAgainError(f"MLflow does not answer ({error.error_code})") from None
+
+
+def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) -> Outcome:
+    """Run the stage again, and before it all that it needs (`stage_only`: that is taken from DVC's cache where it is there).
+
+    Raises:
+        InputError: its code or its data cannot be had.
+        dvc.StageFailed: a stage failed.
+    """
+    _can_be_had(recorded)
+    title = f"reproduce-{recorded.run[:32].replace('@', '-')}"
+    with workspace(title, recorded.commit), tracking.stage_run("reproduce", runtime=settings.runtime) as run:
+        for file, text in recorded.params.items():
+            write_text(Path(file), text)
+        run.tag("reproduces", recorded.run)
+        chain = list(dvc.graph([recorded.stage]))
+        for stage in chain:
+            dvc.reproduce(stage, {tracking.PARENT: run.id}, anew=stage == recorded.stage or not stage_only)
+        outcome = _compare(recorded, [recorded.stage] if stage_only else chain)
+        run.tag("same_bytes", str(outcome.same).lower())
+    return outcome
+
+
+def _can_be_had(recorded: Recorded) -> None:
+    if recorded.uncommitted:
+        raise InputError(
+            f"run {recorded.run} ran code that was not committed ({', '.join(recorded.uncommitted)}), so it cannot be checked"
+            " out; runs of committed code can be reproduced, and `alignti study run` and the deployments run no other"
+        )
+    if not re.fullmatch(r"[0-9a-f]{40,64}", recorded.commit):
+        raise InputError(f"run {recorded.run} was made outside a git repository, so its code is nowhere to be had")
+    there = subprocess.run(["git", "cat-file", "-e", f"{recorded.commit}^{{commit}}"], capture_output=True)
+    if there.returncode:
+        raise InputError(
+            f"commit {recorded.commit} of run {recorded.run} is not in this clone; `git fetch` the branch it is on"
+        )
+
+
+def _compare(recorded: Recorded, ran: list[str]) -> Outcome:
+    outcome = Outcome(recorded, ran)
+    for path, before in recorded.made.items():
+        now = lineage.digest(Path(path)).files
+        for name in sorted(before.files.keys() | now.keys()):
+            shown = path if name == "." else f"{path}/{name}"
+            if before.files.get(name) == now.get(name):
+                outcome.equal.append(shown)
+            elif Path(name).name in TIMED or shown.startswith(PAGES):
+                outcome.timed.append(shown)
+            else:
+                outcome.different.append(shown)
+    made = {path: md5 for outs in lineage.locked().values() for path, md5 in outs.items()} | lineage.raw()
+    outcome.inputs.extend(path for path, md5 in recorded.inputs.items() if made.get(path) != md5)
+    return outcome
+
+
+def _from_journal(run: str, journal: Path, settings: Settings) -> Recorded:
+    text = journal.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    tags = lines[0]["tags"]
+    of = [line for line in lines if line["event"] == "origin"]
+    if (told_of := tags.get("run.distill") or next((e["made_by"] for e in lines if e["event"] == "register"), None)) and not of:
+        return find(told_of, settings)
+    return _recorded(
+        run,
+        tags,
+        of[-1] if of else None,
+        {line["name"]: line["digest"] for line in lines if line["event"] == "dataset" and line.get("source") == "dvc"},
+        {line["path"]: line for line in lines if line["event"] == "made"},
+    )
+
+
+def _from_mlflow(run: str, client: Any) -> Recorded:
+    from mlflow.artifacts import load_dict
+
+    found = client.get_run(run)
+    base, tags = found.info.artifact_uri, found.data.tags
+    files = {entry.path for entry in _files(client, run, "")}
+    inputs = {i.dataset.name: i.dataset.digest for i in found.inputs.dataset_inputs if i.dataset.source_type == "dvc"}
+    made = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mirror.MADE}/")]
+    origin = load_dict(f"{base}/{mirror.ORIGIN}") if mirror.ORIGIN in files else None
+    return _recorded(run, tags, origin, inputs, {entry["path"]: entry for entry in made})
+
+
+def _files(client: Any, run: str, folder: str) -> list[Any]:
+    found = []
+    for entry in client.list_artifacts(run, folder):
+        found += _files(client, run, entry.path) if entry.is_dir else [entry]
+    return found
+
+
+def _recorded(
+    run: str, tags: Mapping[str, str], origin: Mapping[str, Any] | None, inputs: dict[str, str], made: Mapping[str, Any]
+) -> Recorded:
+    """Raises InputError if that is not enough to run it again."""
+    stage = tags.get("DVC_STAGE")
+    if stage is None or origin is None:
+        raise InputError(
+            f"run {run} ({tags.get('stage', 'of no stage')}) cannot be reproduced: it is no stage of dvc.yaml that `dvc repro`"
+            " or a flow ran, or it was recorded before runs told their params; name a run such as distill/ARM"
+        )
+    if not made:
+        raise InputError(f"run {run} of {stage} did not finish, so there is nothing to compare with")
+    return Recorded(
+        run=run,
+        stage=stage,
+        commit=tags.get("mlflow.source.git.commit", "none"),
+        uncommitted=origin["uncommitted"],
+        params=origin["params"],
+        inputs=inputs,
+        made={path: lineage.Digest(entry["md5"], entry["files"]) for path, entry in made.items()},
+    )

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.artifacts import Fingerprint, Manifest, Prediction, SplitRecord
+from components.champion import drift
+from components.champion.duel import MeasuredDifferently, duel
+from components.errors import DataError
+from components.settings import load_settings
+
+ASKED = load_settings().evaluate.model_copy(update={"bootstrap_resamples": 500})
+MEASURED = Fingerprint(
+    kit="alignti", kit_version="1", dataset="digits/test", dataset_hash="a", prompt_hash="b", decoding={}, judge="c",
+    transformers="5", dtype="float32", device="cpu",
+)  # fmt: skip
+
+
+def answers(right: list[bool]) -> list[Prediction]:
+    return [
+        Prediction(id=str(i), image_id=str(i // 2), kind="count", question="?", reference="1", answer="1", correct=correct)
+        for i, correct in enumerate(right)
+    ]
+
+
+def run(ours: list[bool], theirs: list[bool], measured: Any = (MEASURED, MEASURED)) -> Any:
+    return duel(("new", "old"), (answers(ours), answers(theirs)), measured, ASKED)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=4, max_size=40))
+def test_a_duel_is_the_same_seen_from_the_other_side(pairs: list[tuple[bool, bool]]) -> None:
+    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    one, other = run(ours, theirs), run(theirs, ours)
+    assert one.difference == pytest.approx(sum(ours) / len(ours) - sum(theirs) / len(theirs))
+    assert one.difference == pytest.approx(-other.difference)
+    assert one.ci95 == pytest.approx((-other.ci95[1], -other.ci95[0]))
+    assert one.p_value == other.p_value
+
+
+def test_only_a_lead_beyond_chance_is_larger_than_noise() -> None:
+    assert run([True] * 40, [True] * 20 + [False] * 20).larger_than_noise
+    assert not run([True] * 40, [True] * 39 + [False]).larger_than_noise
+    assert not run([True] * 40, [True] * 40).larger_than_noise
+
+
+@pytest.mark.parametrize("other", [None, MEASURED.model_copy(update={"prompt_hash": "z"})])
+def test_what_was_measured_differently_is_not_compared(other: Fingerprint | None) -> None:
+    with pytest.raises(
+        MeasuredDifferently, match=r"new and old were measured differently .*(prompt hash: b, not z|no fingerprint)"
+    ):
+        run([True] * 4, [True] * 4, (MEASURED, other))
+
+
+def test_answers_to_different_questions_are_refused_whatever_the_fingerprints_say() -> None:
+    with pytest.raises(DataError, match="to different questions"):
+        run([True] * 4, [True] * 6)
+
+
+def manifest(**kinds: int) -> Manifest:
+    split = SplitRecord(images=100, samples=sum(kinds.values()), kinds=kinds, shards=[])
+    return Manifest(source="digits", rows_in=1000, rows_out=990, quarantined=10, splits={"train": split}, digest="d")
+
+
+def test_drift_names_each_figure_that_moved_and_no_other() -> None:
+    then = drift.statistics(manifest(count=500, where=500))
+    assert drift.moved(then, then, 0.05) == []
+    assert drift.moved(then, drift.statistics(manifest(count=510, where=490)), 0.05) == []
+    assert drift.moved(then, drift.statistics(manifest(count=900, where=300)), 0.05) == [
+        "train/count/share 0.500 -> 0.750",
+        "train/samples 1,000 -> 1,200",
+        "train/where/share 0.500 -> 0.250",
+    ]
+    gone = drift.moved(then, drift.statistics(manifest(count=1000)), 0.05)
+    assert "train/where/share 0.500 -> 0.000" in gone
