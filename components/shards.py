@@ -76,22 +76,24 @@ def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, str]]:
 
 
 class SplitWriter:
-    """Writes one split row by row as `folder/shard-00000.arrow`, ...; `close` returns its record.
+    """Writes one split row by row as `folder/shard-00000.arrow`, ... (from number `first` on); `close` returns its record.
 
-    Rows are handed to the file in batches, so memory holds one batch and never a shard.
+    Rows are handed to the file in batches, so memory holds one batch and never a shard. Files get their names when they are
+    whole; whoever does not come to `close` calls `discard`.
     """
 
-    def __init__(self, folder: Path, images_per_shard: int) -> None:
+    def __init__(self, folder: Path, images_per_shard: int, first: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._images_per_shard = images_per_shard
+        self._first = first
         self._kinds: Counter[str] = Counter()
         self._shards: list[ShardRecord] = []
         self._shard: _ShardWriter | None = None
 
     def add(self, row: ImageRow) -> None:
         if self._shard is None:
-            self._shard = _ShardWriter(self._folder / f"shard-{len(self._shards):05d}.arrow")
+            self._shard = _ShardWriter(self._folder / f"shard-{self._first + len(self._shards):05d}.arrow")
         self._shard.add(row)
         self._kinds.update(kind for _, kind, _ in row.samples)
         if self._shard.images == self._images_per_shard:
@@ -99,12 +101,13 @@ class SplitWriter:
 
     def close(self) -> SplitRecord:
         self._finish_shard()
-        return SplitRecord(
-            images=sum(shard.images for shard in self._shards),
-            samples=self._kinds.total(),
-            kinds=dict(sorted(self._kinds.items())),
-            shards=self._shards,
-        )
+        return joined([SplitRecord(images=0, samples=0, kinds=dict(self._kinds), shards=self._shards)])
+
+    def discard(self) -> None:
+        """Remove what has no name yet; after `close` there is nothing."""
+        if self._shard is not None:
+            self._shard.discard()
+            self._shard = None
 
     def _finish_shard(self) -> None:
         if self._shard is not None:
@@ -118,7 +121,8 @@ class _ShardWriter:
 
         self._path = path
         self._draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._stream = pa.ipc.new_stream(str(self._draft), schema())
+        self._file = pa.OSFile(str(self._draft), "wb")
+        self._stream = pa.ipc.new_stream(self._file, schema())
         self._pending: list[ImageRow] = []
         self._bytes = 0
         self.images = 0
@@ -140,9 +144,18 @@ class _ShardWriter:
             self._pending.clear()
             self._bytes = 0
 
+    def discard(self) -> None:
+        try:
+            self._file.close()
+        finally:
+            self._draft.unlink(missing_ok=True)
+
     def close(self) -> ShardRecord:
         self._flush()
         self._stream.close()
+        self._file.close()
+        with self._draft.open("rb+") as file:
+            os.fsync(file.fileno())
         self._draft.replace(self._path)
         return ShardRecord(file=self._path.name, images=self.images, samples=self.samples, sha256=sha256([self._path]))
 
@@ -153,6 +166,48 @@ def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -
     for row in rows:
         writer.add(row)
     return writer.close()
+
+
+def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> SplitRecord:
+    """Leave images out of the shards of `record`, which are written anew; the same again changes nothing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kinds: Counter[str] = Counter()
+    shards: list[ShardRecord] = []
+    for shard in record.shards:
+        path = folder / shard.file
+        if not path.exists():  # nothing was left of it, and the one who removed it was interrupted
+            continue
+        table = open_shard(path)
+        kept = table.filter(pc.invert(pc.is_in(table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))))
+        if not kept.num_rows:
+            path.unlink()
+            continue
+        if kept.num_rows < table.num_rows:
+            draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            try:
+                with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema()) as stream:
+                    stream.write_table(kept)
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+        its_kinds = pc.struct_field(pc.list_flatten(kept.column("samples")), "kind").to_pylist()
+        kinds.update(its_kinds)
+        shards.append(ShardRecord(file=path.name, images=kept.num_rows, samples=len(its_kinds), sha256=sha256([path])))
+    return joined([SplitRecord(images=0, samples=kinds.total(), kinds=dict(kinds), shards=shards)])
+
+
+def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
+    """The record of a split that is stored in parts."""
+    kinds: Counter[str] = Counter()
+    shards: list[ShardRecord] = []
+    for part in parts:
+        kinds.update(part.kinds)
+        shards += part.shards
+    return SplitRecord(
+        images=sum(shard.images for shard in shards), samples=kinds.total(), kinds=dict(sorted(kinds.items())), shards=shards
+    )
 
 
 class Samples(Sequence[Sample]):
@@ -171,7 +226,7 @@ class Samples(Sequence[Sample]):
         self.record = self.manifest.splits[split]
         self._dataset, self._split = dataset, split
         self._table = pa.concat_tables(
-            [schema().empty_table(), *(_open_shard(dataset / split / shard.file) for shard in self.record.shards)]
+            [schema().empty_table(), *(open_shard(dataset / split / shard.file) for shard in self.record.shards)]
         )
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
@@ -234,7 +289,7 @@ def _sample(stored: dict[str, Any], image_id: str, image: bytes | None) -> Sampl
     return Sample(stored["id"], image_id, stored["kind"], image, asked)
 
 
-def _open_shard(path: Path) -> pa.Table:
+def open_shard(path: Path) -> pa.Table:
     import pyarrow as pa
 
     try:

@@ -14,7 +14,7 @@ LEVELS = [
     {"errors"},
     {"artifacts"},
     {"settings"},
-    {"shards", "runtime", "recipes", "tracking", "mirror", "figures"},
+    {"shards", "looks", "runtime", "recipes", "tracking", "mirror", "figures"},
     {"align_ti"},
     {"models"},
     {"irs"},

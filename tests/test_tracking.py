@@ -24,6 +24,7 @@ SQLITE = "sqlite:///.mlflow/mlflow.db"
 REST: dict[str, Any] = {
     "device": "cpu",
     "threads": 1,
+    "workers": None,
     "devices": 1,
     "accelerate": None,
     "teacher_device": "same",

@@ -13,7 +13,7 @@ def main() -> None:
     from components.dataset.prepare import prepare
 
     with tracking.stage_run("prepare", runtime=settings.runtime, params=settings.data.model_dump(mode="json")) as run:
-        manifest = prepare(settings.data)
+        manifest = prepare(settings.data, workers=settings.runtime.workers)
         run.dataset("prepared", manifest.digest)
         run.metrics({"rows_in": manifest.rows_in, "rows_out": manifest.rows_out, "quarantined": manifest.quarantined})
         run.artifact(DATASET / "card.md")
