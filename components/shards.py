@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles 
     import pyarrow as pa
 
 CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
+ANEW = "`dvc checkout --force` brings it back, or `dvc repro prepare` makes it anew"
 BATCH_BYTES = 32 * 2**20  # of images, in one record batch
 
 
@@ -211,12 +213,13 @@ def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
 
 
 class Samples(Sequence[Sample]):
-    """The samples of one split, in stored order, by index. Opening reads the structure, not the images.
+    """The samples of one split, in stored order, by index. Opening checks each shard against the manifest, count and hash;
+    after that the images stay on disk until they are asked for.
 
-    Raises DataError if the split is missing or its shards disagree with the manifest.
+    Raises DataError if the split is missing or a shard is not what the manifest says.
     """
 
-    def __init__(self, dataset: Path, split: Split) -> None:
+    def __init__(self, dataset: Path, split: Split, check: bool = True) -> None:
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -225,22 +228,25 @@ class Samples(Sequence[Sample]):
             raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
         self.record = self.manifest.splits[split]
         self._dataset, self._split = dataset, split
-        self._table = pa.concat_tables(
-            [schema().empty_table(), *(open_shard(dataset / split / shard.file) for shard in self.record.shards)]
-        )
+        tables = [open_shard(dataset / split / shard.file) for shard in self.record.shards]
+        for shard, table in zip(self.record.shards, tables, strict=True):
+            if table.num_rows != shard.images:
+                raise DataError(f"{dataset / split / shard.file} holds {table.num_rows:,} images, not {shard.images:,}; {ANEW}")
+        if check:
+            check_hashes(dataset / split, self.record.shards)
+        self._table = pa.concat_tables([schema().empty_table(), *tables])
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
-            raise DataError(
-                f"{dataset / split}: shards do not hold what the manifest says; `dvc repro prepare` makes them anew"
-            )
+            raise DataError(f"{dataset / split}: shards do not hold what the manifest says; {ANEW}")
         self.row_of = np.repeat(np.arange(len(counts)), counts)  # sample index -> image row
         self._first = np.concatenate([[0], np.cumsum(counts)])
 
     def __len__(self) -> int:
         return len(self.row_of)
 
-    def __reduce__(self) -> tuple[type[Samples], tuple[Path, Split]]:
-        return Samples, (self._dataset, self._split)  # a loader's worker opens the files itself, instead of receiving them
+    def __reduce__(self) -> tuple[type[Samples], tuple[Path, Split, bool]]:
+        """A loader's worker opens the files itself, which have been checked, instead of receiving them."""
+        return Samples, (self._dataset, self._split, False)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         """Raises IndexError past either end."""
@@ -289,13 +295,27 @@ def _sample(stored: dict[str, Any], image_id: str, image: bytes | None) -> Sampl
     return Sample(stored["id"], image_id, stored["kind"], image, asked)
 
 
+def check_hashes(folder: Path, shards: Sequence[ShardRecord]) -> None:
+    """Raises DataError naming the first shard whose bytes are not those that were written. Reads as fast as the disk."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        hashes = pool.map(lambda shard: sha256([folder / shard.file]), shards)  # hashing and reading release the interpreter
+        bar = tqdm(hashes, desc=f"check {folder.name}", total=len(shards), unit="shard", delay=2)
+        for shard, found in zip(shards, bar, strict=True):
+            if found != shard.sha256:
+                raise DataError(
+                    f"{folder / shard.file} has changed since it was written: its sha256 is not the manifest's; {ANEW}"
+                )
+
+
 def open_shard(path: Path) -> pa.Table:
     import pyarrow as pa
 
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: {error}; `dvc repro prepare` makes it anew") from None
+        raise DataError(f"{path}: {error}; {ANEW}") from None
     if table.schema != schema():
-        raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; `dvc repro prepare` makes it anew")
+        raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; {ANEW}")
     return table

@@ -14,6 +14,7 @@ from components.errors import DataError
 
 READ = 2**20  # characters read ahead in a JSON list
 LONGEST = 2**26  # characters of one element of it: past them it is not the element that is long but a quote that is missing
+NUMBER = "0123456789.eE+-"
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -94,7 +95,7 @@ class _Text:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self.text, self.at)
-                if end < len(self.text):  # else it may go on: 12 of 123
+                if end < len(self.text) and self.text[end] not in NUMBER:  # else it may go on: 12 of 123, 1 of 1.5
                     self.at = end
                     return value
                 problem = "it ends in the middle"
