@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.artifacts import Manifest, ShardRecord, Split, SplitRecord, sha256
+from components.artifacts import Manifest, ShardRecord, SourceRecord, Sources, Split, SplitRecord, sha256
 from components.errors import DataError
 
 if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles samples alone does without it
@@ -270,6 +270,23 @@ class Samples(Sequence[Sample]):
 
         kinds: list[str] = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind").to_pylist()
         return kinds
+
+    @property
+    def sources(self) -> dict[str, SourceRecord] | None:
+        """Of a mixture, by name; None of any other data set."""
+        return Sources.read(self._dataset / "sources.json").sources if self.manifest.source == "mixture" else None
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Of each sample its source's weight; None if the data set is no mixture."""
+        import pyarrow.compute as pc
+
+        if (sources := self.sources) is None:
+            return None
+        names = pc.list_element(pc.split_pattern(self._table.column("image_id"), "/", max_splits=1), 0).to_pylist()
+        of_image = np.array([sources[name].weight for name in names])
+        weights: list[float] = of_image[self.row_of].tolist()
+        return weights
 
     def of_image(self, row: int) -> range:
         """Indices of the samples about image `row`."""

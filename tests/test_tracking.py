@@ -25,6 +25,7 @@ REST: dict[str, Any] = {
     "device": "cpu",
     "threads": 1,
     "workers": None,
+    "loaders": 0,
     "devices": 1,
     "accelerate": None,
     "teacher_device": "same",

@@ -6,6 +6,7 @@ then fetch that image by itself. Nothing is unpacked.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -226,11 +227,10 @@ def members(tar: Path) -> Iterator[tarfile.TarInfo]:
 def _cut(path: Path, offset: int, size: int, max_mib: float) -> bytes:
     if size > max_mib * 2**20:
         raise too_large(f"{path} at byte {offset:,}", size, max_mib)
-    with _opened(path) as file:
-        file.seek(offset)
-        return bytes(file.read(size))
+    return os.pread(_opened(path).fileno(), size, offset)
 
 
+@lru_cache(maxsize=8)  # images of a part lie beside one another
 def _opened(path: Path) -> Any:
     try:
         return path.open("rb")
