@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,10 +24,11 @@ from components.dataset.images import Refusal
 from components.dataset.mixture import source
 from components.dataset.prepare import prepare, write
 from components.dataset.source import Refused
-from components.dataset.stores import store
+from components.dataset.stores import HUB, store
 from components.errors import DataError, TryAgainError
 from components.settings import DataLimits, DataSettings, Mixture, MixtureSource
 from components.shards import Sample, Samples
+from tests.dataset.conftest import REPOSITORY
 
 LIMITS = DataLimits(max_pixels=100_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
 PICTURES = 24
@@ -155,6 +157,17 @@ def test_several_sources_keep_apart_and_say_where_what_is_from(tmp_path: Path) -
     assert "| parquet | 24 | 0.5 | of parquet |" in (tmp_path / "dataset" / "card.md").read_text()
     by_split = {split: {s.image for s in Samples(tmp_path / "dataset", split)} for split in SPLITS}
     assert not by_split["train"] & by_split["test"] and not by_split["train"] & by_split["val"]  # copies in one split
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "params" / "mixtures").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_mixtures_are_valid_and_their_addresses_pinned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = Mixture.model_validate(yaml.safe_load(file.read_text()))
+    assert mixture.sources
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for one in mixture.sources.values():
+        if one.files.startswith(HUB):
+            with pytest.raises(TryAgainError):  # well-formed, and not here
+                store(one.files, one.images)
 
 
 # --- looks ------------------------------------------------------------------------------------------------------------
