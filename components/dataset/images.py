@@ -12,7 +12,7 @@ import hashlib
 import io
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -95,10 +95,20 @@ def _decode(content: bytes, path: str) -> Picture:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         plain = image.mode == "RGB" and not turned and not getattr(image, "is_animated", False)
         rgb = image if plain else ImageOps.exif_transpose(_rgb(image, path))
-        digest = hashlib.sha256(f"{rgb.size} {xxh3_128_hexdigest(rgb.tobytes())}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{rgb.size} {xxh3_128_hexdigest(_pixels(rgb))}".encode()).hexdigest()
         if not plain or image.format not in KEPT:
             content = _encode(rgb, "JPEG" if image.format in ("JPEG", "MPO") else "PNG")
         return Picture(content, digest, look_of(rgb))
+
+
+def _pixels(image: Image.Image) -> Any:
+    """Four bytes a pixel, as Pillow holds RGB; copied only where the image is so large that it lies in several blocks."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(image).buffers()[-1]
+    except ValueError:
+        return image.tobytes("raw", "RGBX")
 
 
 def _rgb(image: Image.Image, path: str) -> Image.Image:
