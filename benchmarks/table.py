@@ -35,6 +35,8 @@ GOALS = (
     Goal("peak memory of the divergence / full logits", "memory_divergence_vs_full_logits", 0.10, others="Liger 0.16"),
     Goal("Align-TI step / plain reference of the same loss", "align_ti_vs_reference", 0.5),
     Goal("KD-only tokens/s / TRL's trainer", "kd_vs_trl", 1.2, at_least=True, others="1.0"),
+    Goal("`prepare` / Pillow alone decoding the same JPEG images, images/s", "prepare_rate_vs_pillow", 0.80, at_least=True),
+    Goal("memory of `prepare`, most rows / fewest", "memory_of_prepare", 1.20),
     Goal("IRS search / plain teacher forward", "search_vs_plain", 1.10, others="eager 3x"),
     Goal("evaluation in sorted batches / one by one, samples/s", "batched_vs_one_by_one", 5.0, at_least=True),
     Goal("bridge to VLMEvalKit: CPU time beside generation / generation", "bridge_overhead", 0.10),
@@ -111,8 +113,8 @@ def _run(result: dict[str, Any]) -> list[str]:
     if result.get("parts"):
         lines += ["", "Share of a step's time:", ""]
         lines += [f"- {arm}: " + ", ".join(f"{p} {s:.0%}" for p, s in parts.items()) for arm, parts in result["parts"].items()]
-    if result["benchmark"] in ("prepare", "orchestration"):
-        lines += ["", ", ".join(f"{name}: {value:.3g}" for name, value in result["ratios"].items())]
+    if result["benchmark"] in ("prepare", "streaming", "orchestration"):
+        lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
     return lines
 
 

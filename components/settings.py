@@ -89,15 +89,47 @@ class LlavaFolder(Strict):
     """A user's own LLaVA-format JSON / JSONL and image folder (`source: llava`)."""
 
     annotations: Path = Field(strict=False, description="JSON list or JSONL of {id, image, conversations}")
-    images: Path = Field(strict=False, description="folder that the rows' image paths are relative to")
+    images: Path = Field(strict=False, description="folder that the rows' image paths are relative to, or tar files: `x/*.tar`")
     val: Share = Field(description="share of images that go to the validation split")
     test: Share = Field(description="share of images that go to the test split")
 
     @model_validator(mode="after")
     def _train_left(self) -> LlavaFolder:
-        if self.val + self.test >= 1:
-            raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on")
+        _leave_some_to_train(self.val, self.test)
         return self
+
+
+class MixtureSource(Strict):
+    """One source of a mixture; `files` says by its ending what it is."""
+
+    files: str = Field(
+        description="x.json or x.jsonl (LLaVA), x/*.tar (WebDataset), x/*.parquet, or hf://datasets/ORG/NAME@COMMIT/x"
+    )
+    images: Path | None = Field(strict=False, description="for LLaVA files: their folder of images, or tar files `x/*.tar`")
+    weight: PositiveFloat = Field(description="times that each sample stands in an epoch of training, on average")
+    licence: str = Field(min_length=1, description="goes into the data card and the student's")
+
+
+class Mixture(Strict):
+    """Several sources in one data set (`source: mixture`)."""
+
+    val: Share = Field(description="share of images that go to the validation split")
+    test: Share = Field(description="share of images that go to the test split")
+    near_duplicates: Literal["report", "drop"] = Field(description="training images that look like an evaluated one")
+    evaluation_images: list[Path] = Field(
+        strict=False, description="folders of benchmarks' images, evaluated on as val and test are"
+    )
+    sources: dict[Name, MixtureSource] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _train_left(self) -> Mixture:
+        _leave_some_to_train(self.val, self.test)
+        return self
+
+
+def _leave_some_to_train(val: float, test: float) -> None:
+    if val + test >= 1:
+        raise ValueError(f"val {val} + test {test} leave nothing to train on")
 
 
 class DataLimits(Strict):
@@ -108,12 +140,13 @@ class DataLimits(Strict):
 
 
 class DataSettings(Strict):
-    source: Literal["digits", "llava"]
+    source: Literal["digits", "llava", "mixture"]
     seed: int
     images_per_shard: PositiveInt
     limits: DataLimits
     digits: DigitsGrid | None
     llava: LlavaFolder | None
+    mixture: Mixture | None
 
     @model_validator(mode="after")
     def _block_of_source(self) -> DataSettings:
@@ -421,6 +454,8 @@ class RuntimeSettings(Strict):
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: PositiveInt = Field(strict=False, description="CPU threads of one process")
+    workers: PositiveInt | None = Field(strict=False, description="processes that prepare data; null: one per core")
+    loaders: Annotated[int, Field(ge=0)] = Field(strict=False, description="processes that load batches ahead; 0: none")
     devices: PositiveInt = Field(strict=False, description="processes of one training, one device each")
     accelerate: Name | None = Field(description="a file of params/accelerate/; null: ddp or ddp-cpu if devices > 1")
     teacher_device: Annotated[str, Field(pattern=r"^(same|cpu|cuda:\d+)$")] = Field(description="same: with the student")

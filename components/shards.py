@@ -9,19 +9,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.artifacts import Manifest, ShardRecord, Split, SplitRecord, sha256
+from components.artifacts import Manifest, ShardRecord, SourceRecord, Sources, Split, SplitRecord, sha256
 from components.errors import DataError
 
 if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles samples alone does without it
     import pyarrow as pa
 
 CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
+ANEW = "`dvc checkout --force` brings it back, or `dvc repro prepare` makes it anew"
 BATCH_BYTES = 32 * 2**20  # of images, in one record batch
 
 
@@ -76,22 +78,24 @@ def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, str]]:
 
 
 class SplitWriter:
-    """Writes one split row by row as `folder/shard-00000.arrow`, ...; `close` returns its record.
+    """Writes one split row by row as `folder/shard-00000.arrow`, ... (from number `first` on); `close` returns its record.
 
-    Rows are handed to the file in batches, so memory holds one batch and never a shard.
+    Rows are handed to the file in batches, so memory holds one batch and never a shard. Files get their names when they are
+    whole; whoever does not come to `close` calls `discard`.
     """
 
-    def __init__(self, folder: Path, images_per_shard: int) -> None:
+    def __init__(self, folder: Path, images_per_shard: int, first: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._images_per_shard = images_per_shard
+        self._first = first
         self._kinds: Counter[str] = Counter()
         self._shards: list[ShardRecord] = []
         self._shard: _ShardWriter | None = None
 
     def add(self, row: ImageRow) -> None:
         if self._shard is None:
-            self._shard = _ShardWriter(self._folder / f"shard-{len(self._shards):05d}.arrow")
+            self._shard = _ShardWriter(self._folder / f"shard-{self._first + len(self._shards):05d}.arrow")
         self._shard.add(row)
         self._kinds.update(kind for _, kind, _ in row.samples)
         if self._shard.images == self._images_per_shard:
@@ -99,12 +103,13 @@ class SplitWriter:
 
     def close(self) -> SplitRecord:
         self._finish_shard()
-        return SplitRecord(
-            images=sum(shard.images for shard in self._shards),
-            samples=self._kinds.total(),
-            kinds=dict(sorted(self._kinds.items())),
-            shards=self._shards,
-        )
+        return joined([SplitRecord(images=0, samples=0, kinds=dict(self._kinds), shards=self._shards)])
+
+    def discard(self) -> None:
+        """Remove what has no name yet; after `close` there is nothing."""
+        if self._shard is not None:
+            self._shard.discard()
+            self._shard = None
 
     def _finish_shard(self) -> None:
         if self._shard is not None:
@@ -118,7 +123,8 @@ class _ShardWriter:
 
         self._path = path
         self._draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._stream = pa.ipc.new_stream(str(self._draft), schema())
+        self._file = pa.OSFile(str(self._draft), "wb")
+        self._stream = pa.ipc.new_stream(self._file, schema())
         self._pending: list[ImageRow] = []
         self._bytes = 0
         self.images = 0
@@ -140,9 +146,18 @@ class _ShardWriter:
             self._pending.clear()
             self._bytes = 0
 
+    def discard(self) -> None:
+        try:
+            self._file.close()
+        finally:
+            self._draft.unlink(missing_ok=True)
+
     def close(self) -> ShardRecord:
         self._flush()
         self._stream.close()
+        self._file.close()
+        with self._draft.open("rb+") as file:
+            os.fsync(file.fileno())
         self._draft.replace(self._path)
         return ShardRecord(file=self._path.name, images=self.images, samples=self.samples, sha256=sha256([self._path]))
 
@@ -155,13 +170,56 @@ def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -
     return writer.close()
 
 
-class Samples(Sequence[Sample]):
-    """The samples of one split, in stored order, by index. Opening reads the structure, not the images.
+def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> SplitRecord:
+    """Leave images out of the shards of `record`, which are written anew; the same again changes nothing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    Raises DataError if the split is missing or its shards disagree with the manifest.
+    kinds: Counter[str] = Counter()
+    shards: list[ShardRecord] = []
+    for shard in record.shards:
+        path = folder / shard.file
+        if not path.exists():  # nothing was left of it, and the one who removed it was interrupted
+            continue
+        table = open_shard(path)
+        kept = table.filter(pc.invert(pc.is_in(table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))))
+        if not kept.num_rows:
+            path.unlink()
+            continue
+        if kept.num_rows < table.num_rows:
+            draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            try:
+                with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema()) as stream:
+                    stream.write_table(kept)
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+        its_kinds = pc.struct_field(pc.list_flatten(kept.column("samples")), "kind").to_pylist()
+        kinds.update(its_kinds)
+        shards.append(ShardRecord(file=path.name, images=kept.num_rows, samples=len(its_kinds), sha256=sha256([path])))
+    return joined([SplitRecord(images=0, samples=kinds.total(), kinds=dict(kinds), shards=shards)])
+
+
+def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
+    """The record of a split that is stored in parts."""
+    kinds: Counter[str] = Counter()
+    shards: list[ShardRecord] = []
+    for part in parts:
+        kinds.update(part.kinds)
+        shards += part.shards
+    return SplitRecord(
+        images=sum(shard.images for shard in shards), samples=kinds.total(), kinds=dict(sorted(kinds.items())), shards=shards
+    )
+
+
+class Samples(Sequence[Sample]):
+    """The samples of one split, in stored order, by index. Opening checks each shard against the manifest, count and hash;
+    after that the images stay on disk until they are asked for.
+
+    Raises DataError if the split is missing or a shard is not what the manifest says.
     """
 
-    def __init__(self, dataset: Path, split: Split) -> None:
+    def __init__(self, dataset: Path, split: Split, check: bool = True) -> None:
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -170,22 +228,25 @@ class Samples(Sequence[Sample]):
             raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
         self.record = self.manifest.splits[split]
         self._dataset, self._split = dataset, split
-        self._table = pa.concat_tables(
-            [schema().empty_table(), *(_open_shard(dataset / split / shard.file) for shard in self.record.shards)]
-        )
+        tables = [open_shard(dataset / split / shard.file) for shard in self.record.shards]
+        for shard, table in zip(self.record.shards, tables, strict=True):
+            if table.num_rows != shard.images:
+                raise DataError(f"{dataset / split / shard.file} holds {table.num_rows:,} images, not {shard.images:,}; {ANEW}")
+        if check:
+            check_hashes(dataset / split, self.record.shards)
+        self._table = pa.concat_tables([schema().empty_table(), *tables])
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
-            raise DataError(
-                f"{dataset / split}: shards do not hold what the manifest says; `dvc repro prepare` makes them anew"
-            )
+            raise DataError(f"{dataset / split}: shards do not hold what the manifest says; {ANEW}")
         self.row_of = np.repeat(np.arange(len(counts)), counts)  # sample index -> image row
         self._first = np.concatenate([[0], np.cumsum(counts)])
 
     def __len__(self) -> int:
         return len(self.row_of)
 
-    def __reduce__(self) -> tuple[type[Samples], tuple[Path, Split]]:
-        return Samples, (self._dataset, self._split)  # a loader's worker opens the files itself, instead of receiving them
+    def __reduce__(self) -> tuple[type[Samples], tuple[Path, Split, bool]]:
+        """A loader's worker opens the files itself, which have been checked, instead of receiving them."""
+        return Samples, (self._dataset, self._split, False)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         """Raises IndexError past either end."""
@@ -209,6 +270,23 @@ class Samples(Sequence[Sample]):
 
         kinds: list[str] = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind").to_pylist()
         return kinds
+
+    @property
+    def sources(self) -> dict[str, SourceRecord] | None:
+        """Of a mixture, by name; None of any other data set."""
+        return Sources.read(self._dataset / "sources.json").sources if self.manifest.source == "mixture" else None
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Of each sample its source's weight; None if the data set is no mixture."""
+        import pyarrow.compute as pc
+
+        if (sources := self.sources) is None:
+            return None
+        names = pc.list_element(pc.split_pattern(self._table.column("image_id"), "/", max_splits=1), 0).to_pylist()
+        of_image = np.array([sources[name].weight for name in names])
+        weights: list[float] = of_image[self.row_of].tolist()
+        return weights
 
     def of_image(self, row: int) -> range:
         """Indices of the samples about image `row`."""
@@ -234,13 +312,27 @@ def _sample(stored: dict[str, Any], image_id: str, image: bytes | None) -> Sampl
     return Sample(stored["id"], image_id, stored["kind"], image, asked)
 
 
-def _open_shard(path: Path) -> pa.Table:
+def check_hashes(folder: Path, shards: Sequence[ShardRecord]) -> None:
+    """Raises DataError naming the first shard whose bytes are not those that were written. Reads as fast as the disk."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        hashes = pool.map(lambda shard: sha256([folder / shard.file]), shards)  # hashing and reading release the interpreter
+        bar = tqdm(hashes, desc=f"check {folder.name}", total=len(shards), unit="shard", delay=2)
+        for shard, found in zip(shards, bar, strict=True):
+            if found != shard.sha256:
+                raise DataError(
+                    f"{folder / shard.file} has changed since it was written: its sha256 is not the manifest's; {ANEW}"
+                )
+
+
+def open_shard(path: Path) -> pa.Table:
     import pyarrow as pa
 
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: {error}; `dvc repro prepare` makes it anew") from None
+        raise DataError(f"{path}: {error}; {ANEW}") from None
     if table.schema != schema():
-        raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; `dvc repro prepare` makes it anew")
+        raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; {ANEW}")
     return table

@@ -25,6 +25,8 @@ SQLITE = "sqlite:///.mlflow/mlflow.db"
 REST: dict[str, Any] = {
     "device": "cpu",
     "threads": 1,
+    "workers": None,
+    "loaders": 0,
     "devices": 1,
     "accelerate": None,
     "teacher_device": "same",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from components import tracking
-from components.artifacts import DATASET
+from components.artifacts import DATASET, Overlap
 from components.errors import exit_from
 from components.settings import load_settings
 
@@ -13,7 +13,7 @@ def main() -> None:
     from components.dataset.prepare import prepare
 
     with tracking.stage_run("prepare", runtime=settings.runtime, params=settings.data.model_dump(mode="json")) as run:
-        manifest = prepare(settings.data)
+        manifest = prepare(settings.data, workers=settings.runtime.workers)
         run.dataset("prepared", manifest.digest)
         run.metrics({"rows_in": manifest.rows_in, "rows_out": manifest.rows_out, "quarantined": manifest.quarantined})
         run.artifact(DATASET / "card.md")
@@ -21,8 +21,15 @@ def main() -> None:
     images = sum(split.images for split in manifest.splits.values())
     print(
         f"prepare: {images:,} images, {manifest.rows_out:,} samples in {len(manifest.splits)} splits,"
-        f" {manifest.quarantined:,} quarantined -> {DATASET} (card.md, contact_sheet.png)"
+        f" {manifest.quarantined:,} quarantined{_overlap()} -> {DATASET} (card.md, contact_sheet.png)"
     )
+
+
+def _overlap() -> str:
+    if not (DATASET / "overlap.json").exists():  # digits: images are made, and no raw digit is in two splits
+        return ""
+    found = Overlap.read(DATASET / "overlap.json")
+    return f"; {found.near:,} training images look like evaluated ones ({'dropped; ' if found.dropped else ''}overlap.json)"
 
 
 if __name__ == "__main__":

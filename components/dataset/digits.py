@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from components.artifacts import SPLITS, Split
 from components.dataset import raw
 from components.dataset.questions import CAPTIONS, DIGITS, Balance, Digit, Scene, ask, captions, places
-from components.dataset.source import Provenance, Source
+from components.dataset.source import Provenance, Refused, Stored
 from components.errors import DataError
 from components.settings import Augmentation, DataSettings, DigitsGrid
 from components.shards import ImageRow, Turn
@@ -28,18 +29,36 @@ LICENCE = (
 )
 
 
-def source(settings: DataSettings, folder: Path) -> Source:
-    design = settings.digits
-    assert design is not None  # settings guarantee it
-    images, questions = design.images, design.instructions_per_image
-    samples = images.train * (questions.train + CAPTIONS) + images.val * questions.val + images.test * questions.test
-    return Source(
-        title=TITLE,
-        licence=LICENCE,
-        images=images.train + images.val + images.test,
-        rows_in=samples,
-        rows=_rows(design, settings.seed, folder),
-    )
+@dataclass(frozen=True)
+class Digits:
+    """One part: which question is asked of an image depends on what the images before it were asked."""
+
+    design: DigitsGrid
+    seed: int
+    folder: Path
+    title: str = TITLE
+    licence: str = LICENCE
+    parts: int = 1
+
+    @property
+    def images(self) -> int:
+        return sum(self.design.images.model_dump().values())
+
+    @property
+    def rows_in(self) -> int:
+        images, questions = self.design.images, self.design.instructions_per_image
+        return images.train * (questions.train + CAPTIONS) + images.val * questions.val + images.test * questions.test
+
+    def rows(self, part: int) -> Iterator[Stored]:
+        return (Stored(row, origin, look=None) for row, origin in _rows(self.design, self.seed, self.folder))
+
+    def refused(self) -> Iterator[Refused]:
+        return iter(())
+
+
+def source(settings: DataSettings, folder: Path) -> Digits:
+    assert settings.digits is not None  # settings guarantee it
+    return Digits(settings.digits, settings.seed, folder)
 
 
 def _rows(design: DigitsGrid, seed: int, folder: Path) -> Iterator[tuple[ImageRow, Provenance]]:

@@ -12,12 +12,14 @@ import hashlib
 import io
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from xxhash import xxh3_128_hexdigest
 
 from components.errors import AlignTIError
+from components.looks import look_of
 from components.settings import DataLimits
 
 KEPT = ("JPEG", "PNG", "WEBP")
@@ -34,12 +36,21 @@ class Refusal(Exception):
 
 class Picture(NamedTuple):
     content: bytes  # the file to store
-    sha256: str  # of the pixels: the same for equal pictures, however they are named or encoded
+    sha256: str  # of the size and the pixels' XXH3: the same for equal pictures, however they are named or encoded
+    look: int  # see components/looks.py
 
 
 def load(path: Path, limits: DataLimits) -> Picture:
     """Raises Refusal: missing_file, zero_bytes, too_large, not_an_image, damaged or unsupported."""
-    content = _read(path, limits.max_image_mib)
+    return check(read(path, limits.max_image_mib), str(path), limits)
+
+
+def check(content: bytes, path: str, limits: DataLimits) -> Picture:
+    """`path` is what messages call the file. Raises Refusal as `load`."""
+    if not content:
+        raise Refusal("zero_bytes", f"{path} is empty")
+    if len(content) > limits.max_image_mib * 2**20:
+        raise too_large(path, len(content), limits.max_image_mib)
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = limits.max_pixels
     try:
@@ -59,7 +70,12 @@ def load(path: Path, limits: DataLimits) -> Picture:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _read(path: Path, max_mib: float) -> bytes:
+def too_large(path: str, size: int, max_mib: float) -> Refusal:
+    return Refusal("too_large", f"{path} has {size / 2**20:.1f} MiB, more than limits.max_image_mib = {max_mib:g}")
+
+
+def read(path: Path, max_mib: float) -> bytes:
+    """The file, if it is there and not too large to be read. Raises Refusal: missing_file, zero_bytes or too_large."""
     try:
         if not path.is_file():
             raise Refusal("missing_file", f"{path} is no file")
@@ -67,26 +83,35 @@ def _read(path: Path, max_mib: float) -> bytes:
         if size == 0:
             raise Refusal("zero_bytes", f"{path} is empty")
         if size > max_mib * 2**20:
-            raise Refusal("too_large", f"{path} has {size / 2**20:.1f} MiB, more than limits.max_image_mib = {max_mib:g}")
+            raise too_large(str(path), size, max_mib)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise Refusal("missing_file", f"{str(path)!r} cannot be read: {error}") from None
 
 
-def _decode(content: bytes, path: Path) -> Picture:
+def _decode(content: bytes, path: str) -> Picture:
     with Image.open(io.BytesIO(content), formats=READ) as image:
         image.load()  # the first frame
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         plain = image.mode == "RGB" and not turned and not getattr(image, "is_animated", False)
         rgb = image if plain else ImageOps.exif_transpose(_rgb(image, path))
-        pixels = np.asarray(rgb)
-        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{rgb.size} {xxh3_128_hexdigest(_pixels(rgb))}".encode()).hexdigest()
         if not plain or image.format not in KEPT:
-            content = _encode(pixels, "JPEG" if image.format in ("JPEG", "MPO") else "PNG")
-        return Picture(content, digest)
+            content = _encode(rgb, "JPEG" if image.format in ("JPEG", "MPO") else "PNG")
+        return Picture(content, digest, look_of(rgb))
 
 
-def _rgb(image: Image.Image, path: Path) -> Image.Image:
+def _pixels(image: Image.Image) -> Any:
+    """Four bytes a pixel, as Pillow holds RGB; copied only where the image is so large that it lies in several blocks."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(image).buffers()[-1]
+    except ValueError:
+        return image.tobytes("raw", "RGBX")
+
+
+def _rgb(image: Image.Image, path: str) -> Image.Image:
     """8-bit RGB, with the EXIF data that say how to turn it."""
     exif = image.getexif()
     if image.mode.startswith("I;16"):
@@ -102,7 +127,7 @@ def _rgb(image: Image.Image, path: Path) -> Image.Image:
     return converted
 
 
-def _encode(pixels: np.ndarray, format_: str) -> bytes:
+def _encode(image: Image.Image, format_: str) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format_, quality=95)
+    Image.frombytes("RGB", image.size, image.tobytes()).save(file, format_, quality=95)  # the pixels and nothing else
     return file.getvalue()

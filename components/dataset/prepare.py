@@ -1,76 +1,166 @@
 """Stage `prepare`: whatever the source, checked rows become shards, a manifest, a quarantine list and a data card.
 
-Everything is written to a neighbour folder and put in place at the end: there is a whole data set or the one before.
+Everything is written to a neighbour folder, part by part, and put in place at the end: there is a whole data set or the one
+before. What an interrupted run left there is gone on from, if it was made of the same settings, files and code.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from components.artifacts import DATASET, RAW, RUNS, SPLITS, Manifest, Split, SplitRecord, jsonl, write_text
-from components.dataset import digits, llava
+from components.artifacts import (
+    DATASET,
+    RAW,
+    RUNS,
+    SPLITS,
+    Manifest,
+    Overlap,
+    SourceRecord,
+    Sources,
+    Split,
+    SplitRecord,
+    fingerprint,
+    jsonl,
+    write_text,
+)
+from components.dataset import digits, mixture, overlap
 from components.dataset.card import write_card
-from components.dataset.source import Provenance, Refused, Source
-from components.errors import DataError
+from components.dataset.parts import Part, Parts, cores, make
+from components.dataset.source import Refused, Source
+from components.errors import DataError, InputError, TryAgainError
 from components.settings import DataSettings
-from components.shards import SplitWriter
+from components.shards import joined
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET) -> Manifest:
-    """Build `target` from `settings.source`. Raises DataError if too many rows are bad or a split stays empty."""
-    source = digits.source(settings, raw) if settings.source == "digits" else llava.source(settings)
+def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, workers: int | None = None) -> Manifest:
+    """Build `target` from `settings.source` with so many processes, by default one per core.
+
+    Raises:
+        DataError: a source cannot be read, too many rows are bad, or a split stays empty; nothing is left behind.
+        TryAgainError: the disk is full, a worker was killed, or the hub is not there; whole parts are kept.
+    """
     draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
     try:
-        manifest = write(source, settings, draft)
+        _begin(draft, settings)
+        index = draft / "index.sqlite"
+        source: Source = digits.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index)
+        manifest = write(source, settings, draft, workers or cores())
         write_card(draft, source, manifest)
+        _finish(draft)
         _swap(draft, target)
-    finally:
+    except InputError:
         shutil.rmtree(draft, ignore_errors=True)
+        raise
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise TryAgainError(
+            f"{draft} cannot grow ({error.strerror or error}); free space and run again: what is whole there is gone on from"
+        ) from None
     return manifest
 
 
-def write(source: Source, settings: DataSettings, folder: Path) -> Manifest:
+def _begin(draft: Path, settings: DataSettings) -> None:
+    """An empty draft, or one of the same settings, files and code without what was half-written in it."""
+    started = draft / "started"
+    paths = [] if settings.source == "digits" else [path for one in mixture.stores(settings).values() for path in one.paths]
+    files = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()}
+    same = fingerprint({"settings": settings.model_dump(mode="json"), "files": files}, ["dataset"])
+    if not started.exists() or started.read_text(encoding="utf-8") != same:
+        shutil.rmtree(draft, ignore_errors=True)
+        write_text(started, same)
+    for stray in draft.rglob(".*.tmp"):
+        stray.unlink()
+
+
+def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1) -> Manifest:
     """Read the source to its end into `folder`: shards, manifest, provenance and quarantine. Raises DataError as `prepare`."""
-    writers = {split: SplitWriter(folder / split, settings.images_per_shard) for split in SPLITS}
-    provenance: list[Provenance] = []
-    for row, origin in tqdm(source.rows, desc="prepare", total=source.images, unit="image", mininterval=1):
-        writers[origin.split].add(row)
-        provenance.append(origin)
-    splits = {split: writer.close() for split, writer in writers.items()}
-    source.refused.sort(key=lambda refused: refused.row)
-    _accept(source, splits, settings.limits.max_bad_ratio)
+    parts = Parts(folder)
+    early = list(source.refused())
+    _accept(early, source.rows_in, settings.limits.max_bad_ratio)
+    with tqdm(desc="prepare", total=source.images, unit="image", mininterval=1) as bar:
+        make(source, folder, settings.images_per_shard, workers, bar.update)
+    left_out: set[str] = set()
+    if isinstance(source, mixture.Mixed):
+        left_out = _compare(source, settings, folder)
+    records = [Part.read(parts.record(part)) for part in range(source.parts)]
+    refused = sorted([*early, *_quarantined(parts, source.parts)], key=lambda one: (one.source or "", one.row))
+    splits = {split: joined(record.splits[split] for record in records) for split in SPLITS}
+    if source.rows_in != len(refused) + sum(split.samples for split in splits.values()):
+        raise AssertionError(f"{source.title}: of {source.rows_in} rows some are neither stored nor quarantined")
+    _accept(refused, source.rows_in, settings.limits.max_bad_ratio)
+    _check_splits(splits)
     hashes = "".join(shard.sha256 for split in SPLITS for shard in splits[split].shards)
     manifest = Manifest(
         source=settings.source,
         rows_in=source.rows_in,
         rows_out=sum(split.samples for split in splits.values()),
-        quarantined=len(source.refused),
+        quarantined=len(refused),
         splits=splits,
         digest=hashlib.sha256(hashes.encode()).hexdigest(),
     )
-    write_text(folder / "provenance.jsonl", jsonl(provenance))
-    write_text(folder / "quarantine.jsonl", jsonl(source.refused))
+    _write_provenance(folder, parts, source.parts, left_out)
+    write_text(folder / "quarantine.jsonl", jsonl(refused))
     manifest.write(folder / "manifest.json")
     return manifest
 
 
-def _accept(source: Source, splits: dict[Split, SplitRecord], max_bad_ratio: float) -> None:
-    bad = len(source.refused)
-    if source.rows_in != bad + sum(split.samples for split in splits.values()):
-        raise AssertionError(f"{source.title}: of {source.rows_in} rows some are neither stored nor quarantined")
-    if bad > max_bad_ratio * source.rows_in:
+def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path) -> set[str]:
+    """Write overlap.json, and sources.json of a mixture. Returns the images that were left out because of it."""
+    asked = settings.mixture if settings.source == "mixture" else None
+    folders = asked.evaluation_images if asked else []
+    found, concerned = overlap.report(Parts(folder), source.parts, source.index, folders, settings.limits)
+    dropped = asked is not None and asked.near_duplicates == "drop"
+    if dropped:
+        overlap.drop(folder, concerned, source.index)
+    Overlap(**{**found.model_dump(), "dropped": dropped}).write(folder / "overlap.json")
+    if asked:
+        rows = source.rows_by_source
+        Sources(
+            sources={
+                name: SourceRecord(weight=one.weight, licence=one.licence, files=one.files, rows=rows[name])
+                for name, one in asked.sources.items()
+            }
+        ).write(folder / "sources.json")
+    return set().union(*concerned.values()) if dropped else set()
+
+
+def _quarantined(parts: Parts, count: int) -> Iterator[Refused]:
+    for part in range(count):
+        for line in parts.quarantine(part).read_text(encoding="utf-8").splitlines():
+            yield Refused.model_validate_json(line)
+
+
+def _write_provenance(folder: Path, parts: Parts, count: int, left_out: set[str]) -> None:
+    with (folder / "provenance.jsonl").open("w", encoding="utf-8") as file:
+        for part in range(count):
+            lines = parts.provenance(part).read_text(encoding="utf-8").splitlines(keepends=True)
+            file.writelines(line for line in lines if not left_out or json.loads(line)["image_id"] not in left_out)
+
+
+def _accept(refused: list[Refused], rows_in: int, max_bad_ratio: float) -> None:
+    """Raises DataError, and leaves the list, if more rows are bad than may be. Near duplicates are not bad."""
+    bad = [one for one in refused if one.reason != "near_duplicate"]
+    if len(bad) > max_bad_ratio * rows_in:
         listing = RUNS / "prepare" / "quarantine.jsonl"
-        write_text(listing, jsonl(source.refused))
+        write_text(listing, jsonl(bad))
         raise DataError(
-            f"{bad:,} of {source.rows_in:,} rows are bad, more than limits.max_bad_ratio = {max_bad_ratio} of params/data.yaml"
-            f" allows: {summary(source.refused)}; each row and its reason is in {listing}"
+            f"{len(bad):,} of {rows_in:,} rows are bad, more than limits.max_bad_ratio = {max_bad_ratio} of params/data.yaml"
+            f" allows: {summary(bad)}; each row and its reason is in {listing}"
         )
+
+
+def _check_splits(splits: dict[Split, SplitRecord]) -> None:
     empty = [name for name, split in splits.items() if not split.samples]
     if empty:
         raise DataError(f"no image fell into {' and '.join(empty)}: give more images, or raise the shares in params/data.yaml")
@@ -79,6 +169,13 @@ def _accept(source: Source, splits: dict[Split, SplitRecord], max_bad_ratio: flo
 def summary(refused: list[Refused]) -> str:
     """`3 missing, 1 truncated`, the most frequent first."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in refused).most_common())
+
+
+def _finish(draft: Path) -> None:
+    """Leave what readers need; from here on the draft is no longer one to go on from."""
+    (draft / "started").unlink()
+    (draft / "index.sqlite").unlink(missing_ok=True)
+    shutil.rmtree(draft / "parts")
 
 
 def _swap(draft: Path, target: Path) -> None:

@@ -1,9 +1,9 @@
-"""What a source of data hands to `prepare`: rows to store, each in its split, and the rows that it had to refuse."""
+"""What a source of data hands to `prepare`: parts, each of rows to store in their splits and of rows that had to be refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from components.artifacts import Record, Split
 from components.shards import ImageRow
@@ -16,6 +16,7 @@ class Refused(Record):
     id: str | None
     reason: str
     detail: str
+    source: str | None = None  # of a mixture
 
 
 class Provenance(Record):
@@ -28,11 +29,35 @@ class Provenance(Record):
     sha256: str | None = None  # of its pixels, by which splits are told apart
 
 
-@dataclass
-class Source:
-    title: str
-    licence: str
-    images: int  # at most: what the progress bar counts to
-    rows_in: int
-    rows: Iterator[tuple[ImageRow, Provenance]]
-    refused: list[Refused] = field(default_factory=list)  # grows while `rows` is read
+class Stored(NamedTuple):
+    row: ImageRow
+    origin: Provenance
+    look: int | None  # components/looks.py; None: not to be compared
+
+
+class Source(Protocol):
+    """Parts do not depend on one another: any process can make any of them, in any order, with the same result.
+
+    A part becomes at most one shard of each split, unless it is the only one.
+    """
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    @property
+    def images(self) -> int:
+        """At most: what the progress bar counts to."""
+
+    @property
+    def rows_in(self) -> int: ...
+
+    @property
+    def parts(self) -> int: ...
+
+    def rows(self, part: int) -> Iterator[Stored | list[Refused]]: ...
+
+    def refused(self) -> Iterator[Refused]:
+        """What was refused before there were parts."""

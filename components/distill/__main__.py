@@ -84,6 +84,8 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
         "irs_layer": layer,
         "student": {"name": start.name, "sha256": start.sha256},
     }
+    if samples.sources is not None:
+        facts["weights"] = {name: source.weight for name, source in samples.sources.items()}
     run.dataset("train", samples.manifest.digest[:32])
 
     student = load(Path(start.path), device)
@@ -110,7 +112,8 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=teacher.processor)
         module = _live(arm, settings.distill, student, teacher, layer, collator, sides)
     instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
-    order = Order(instructions, settings.distill.batch_size, arm.seed)
+    weights = samples.weights
+    order = Order(instructions, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in instructions])
     accelerator.print(f"distill@{name}: {collator.spelt_out(samples[instructions[0]])}")
     origin = Origin(
         arm=name,
@@ -121,7 +124,19 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     resumable = fingerprint({**facts, "steps_logged": settings.distill.log_every})
     with Checkpoints(name, resumable, main=accelerator.is_main_process) as checkpoints:
         title = f"distill@{name}"
-        outcome = train(module, samples, collator, order, settings.distill, accelerator, checkpoints, run, title, origin)
+        outcome = train(
+            module,
+            samples,
+            collator,
+            order,
+            settings.distill,
+            accelerator,
+            checkpoints,
+            run,
+            title,
+            origin,
+            loaders=settings.runtime.loaders,
+        )
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
             peak_memory_mib=round(_most(peak_memory_mib(device), accelerator), 1),

@@ -21,8 +21,9 @@ from components.align_ti.losses import TERMS, total
 from components.align_ti.step import AlignTI
 from components.distill.checkpoint import Checkpoints
 from components.distill.launch import prepare_sharding
+from components.distill.loader import Steps, batches
 from components.distill.memory import explained
-from components.distill.order import Order, draw_key, shared_out, shared_out_by_length
+from components.distill.order import Order
 from components.distill.replay import Origin
 from components.distill.replica import Replica
 from components.errors import AlignTIError, Interrupted
@@ -51,6 +52,7 @@ def train(
     run: Run,
     title: str,
     origin: Origin,
+    loaders: int = 0,
 ) -> Outcome:
     """Train `module`'s student for `settings.steps` steps, from the latest checkpoint if there is one.
 
@@ -80,21 +82,22 @@ def train(
     if latest := checkpoints.latest():
         progress = checkpoints.restore(accelerator, latest)
         accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}", flush=True)
-    stream = _batches(samples, collator, order, settings, progress["step"], accelerator)
+    steps = Steps(samples, collator, order, settings, accelerator.process_index, accelerator.num_processes)
+    stream = batches(steps, progress["step"], settings.steps, loaders)
     bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter() - progress["seconds"]
     wrapped.train()
     with bar, _stop_request() as stop:
         for step in range(progress["step"] + 1, settings.steps + 1):
-            batches = next(stream)
-            with explained(module, batches, settings):
-                done = _step(wrapped, module, batches, weights, optimiser, settings, accelerator, stop)
+            micro_batches = [(batch.to(accelerator.device), keys) for batch, keys in next(stream)]
+            with explained(module, micro_batches, settings):
+                done = _step(wrapped, module, micro_batches, weights, optimiser, settings, accelerator, stop)
             terms, norm, left_out, stopping = done
             record = dict(zip(TERMS, terms.tolist(), strict=True))
             if not all(map(math.isfinite, [*record.values(), norm])):
                 state = {name.removeprefix("method."): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
-                dump = origin.dump(step, module, state, batches, {**record, "gradient norm": norm}, accelerator)
-                raise _not_finite(step, record, norm, [id_ for batch, _ in batches for id_ in batch.ids], dump)
+                dump = origin.dump(step, module, state, micro_batches, {**record, "gradient norm": norm}, accelerator)
+                raise _not_finite(step, record, norm, [id_ for batch, _ in micro_batches for id_ in batch.ids], dump)
             schedule.step()
             record["total"] = float((weights.cpu() * torch.tensor(list(record.values()))).sum())
             bar.update()
@@ -163,37 +166,6 @@ def _step(
         optimiser.step()
     optimiser.zero_grad()
     return means, norm, int(all_left_out), bool(asked)
-
-
-def _batches(
-    samples: Samples,
-    collator: Collator,
-    order: Order,
-    settings: DistillSettings,
-    first_step: int,
-    accelerator: Accelerator,
-) -> Iterator[list[tuple[Batch, list[int]]]]:
-    """Step by step, the collated micro-batches of this rank with the keys of their samples."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    lengths: dict[int, int] = {}
-    for step in range(first_step, settings.steps):
-        batch = order.batch(step)
-        if settings.micro_batch_tokens is None:
-            micro_batches = shared_out(batch, settings.micro_batch_size, rank, ranks)
-        else:
-            fresh = [index for _, index in batch if index not in lengths]
-            if fresh:
-                encoded = collator.encode([samples[index] for index in fresh])
-                lengths |= {index: len(row.input_ids) for index, row in zip(fresh, encoded, strict=True)}
-            of_batch = [lengths[index] for _, index in batch]
-            micro_batches = shared_out_by_length(batch, of_batch, settings.micro_batch_tokens, rank, ranks)
-        yield [
-            (
-                collator([samples[index] for _, index in micro]).to(accelerator.device),
-                [draw_key(order.seed, key) for key, _ in micro],
-            )
-            for micro in micro_batches
-        ]
 
 
 def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str], dump: Path) -> AlignTIError:

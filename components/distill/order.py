@@ -20,21 +20,43 @@ class Order:
     Args:
         samples: indices of the samples to train on.
         batch_size: of one optimiser step, over all ranks and accumulation steps.
+        weights: times that each sample stands in an epoch, on average; None: all of them once. Of samples that weigh 2.25,
+            each epoch holds all twice and a quarter once more: a quarter that goes round, so that all come equally often.
     """
 
-    def __init__(self, samples: list[int], batch_size: int, seed: int) -> None:
+    def __init__(self, samples: list[int], batch_size: int, seed: int, weights: list[float] | None = None) -> None:
         if not samples:
             raise DataError("the train split has no instruction to distil on; see artifacts/dataset/card.md")
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
+        alike: dict[float, list[int]] = {}
+        for sample, weight in zip(samples, weights or [1.0] * len(samples), strict=True):
+            alike.setdefault(weight, []).append(sample)
+        self._alike = [(weight, alike[weight]) for weight in sorted(alike)]
+        self.epoch_size = len(self._pool(0))
+        if not self.epoch_size:
+            raise DataError("the weights of the mixture leave nothing to train on; raise one in params/data.yaml")
         self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def _pool(self, epoch: int) -> list[int]:
+        """What the epoch holds, not shuffled yet."""
+        pool: list[int] = []
+        for weight, members in self._alike:
+            whole, rest = divmod(weight, 1)
+            some = round(rest * len(members))
+            pool += members * int(whole)
+            stream = torch.Generator().manual_seed(self.seed)
+            line = torch.randperm(len(members), generator=stream).tolist()
+            pool += [members[line[place % len(line)]] for place in range(epoch * some, (epoch + 1) * some)]
+        return pool
 
     def _shuffled(self, epoch: int) -> list[int]:
         if self._epoch[0] != epoch:
+            pool = self._pool(epoch)
             stream = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            shuffled = torch.randperm(len(self.samples), generator=stream).tolist()
-            self._epoch = (epoch, [self.samples[i] for i in shuffled])
+            shuffled = torch.randperm(len(pool), generator=stream).tolist()
+            self._epoch = (epoch, [pool[i] for i in shuffled])
         return self._epoch[1]
 
     def batch(self, step: int) -> list[tuple[int, int]]:
@@ -42,7 +64,7 @@ class Order:
         return [(key, self._at(key)) for key in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
     def _at(self, key: int) -> int:
-        epoch, place = divmod(key, len(self.samples))
+        epoch, place = divmod(key, self.epoch_size)
         return self._shuffled(epoch)[place]
 
 

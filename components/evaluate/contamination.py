@@ -1,8 +1,6 @@
 """Is the test in the training data? Images by their pixels and by their look, and questions word for word.
 
-Exact: the decoded pixels agree. Near: the difference hashes (64 bits: is each of 8 x 9 grey cells brighter than its neighbour
-to the right; Krawetz, hackerfactor.com, "Kind of Like That", 2013) differ in at most NEAR bits, which finds copies that were
-resized, recompressed or recoloured a little. A near pair is a suspicion to look at, not a proof.
+Exact: the decoded pixels agree. Near: they look alike (components/looks.py).
 """
 
 from __future__ import annotations
@@ -16,10 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from components.artifacts import Record, Split
+from components.looks import NEAR, look_of
 from components.models.template import question_of
 from components.shards import CAPTION, Samples
 
-NEAR = 3  # bits of 64
 LISTED = 50  # pairs named in the report
 
 
@@ -80,13 +78,6 @@ def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
     )
 
 
-def difference_hash(content: bytes) -> np.uint64:
-    """64 bits of an encoded image's look."""
-    with Image.open(io.BytesIO(content)) as image:
-        grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)[0]
-
-
 class _Seen:
     """What the training images are, by pixels, by look and by their questions."""
 
@@ -120,4 +111,4 @@ def _fingerprint(samples: Samples, row: int) -> tuple[str, str | None, np.uint64
     with Image.open(io.BytesIO(content)) as image:
         rgb = image.convert("RGB")
         digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-    return about[0].image_id, digest, difference_hash(content), asked
+    return about[0].image_id, digest, np.uint64(look_of(rgb)), asked

@@ -23,7 +23,7 @@ def test_a_search_that_sees_something_else_stops_the_benchmark(monkeypatch: pyte
 
 
 def test_prepare_result_has_its_fields() -> None:
-    found = prepare.run(images=24, repeats=1)
+    found = prepare.run(images=60, repeats=1)
     assert found["ratios"]["prepare_rate_vs_pillow"] > 0
     assert found["arms"]["pillow"]["images_per_second"] > 0
     assert "images/s" in prepare.report(found)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from components.dataset.images import Picture, Refusal, load
+from components.dataset.images import Picture, Refusal, _pixels, load
 from components.settings import DataLimits
 
 LIMITS = DataLimits(max_pixels=10_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=0.1)
@@ -199,3 +199,11 @@ def test_whatever_the_bytes_it_is_a_picture_or_a_refusal(tmp_path: Path, format_
         assert refusal.reason in ("damaged", "not_an_image", "too_large", "unsupported")
     else:
         assert decoded(picture).size
+
+
+@pytest.mark.parametrize("size", [(30, 20), (3000, 2000)], ids=["in one block", "in several"])
+def test_pixels_are_the_same_bytes_copied_or_not(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    assert bytes(_pixels(image)) == image.tobytes("raw", "RGBX")
+    assert np.array_equal(np.frombuffer(_pixels(image), np.uint8).reshape(*size[::-1], 4)[..., :3], noise)

@@ -1,6 +1,7 @@
 """A user's own data: what is kept, what is refused and why, and that nothing is lost."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.artifacts import SPLITS, Manifest
-from components.dataset.llava import assign, check, source
+from components.dataset.llava import check
+from components.dataset.mixture import assign, source
 from components.dataset.prepare import prepare, write
 from components.dataset.source import Provenance, Refused
 from components.errors import DataError
@@ -26,13 +28,14 @@ LIMITS = DataLimits(max_pixels=1_000_000, max_image_mib=1, max_text_chars=1000, 
 
 def ask_for(annotations: Path, images: Path, **changes: Any) -> DataSettings:
     folder = LlavaFolder(annotations=annotations, images=images, val=0.25, test=0.25)
-    asked = DataSettings(source="llava", seed=1, images_per_shard=4, limits=LIMITS, digits=None, llava=folder)
+    asked = DataSettings(source="llava", seed=1, images_per_shard=4, limits=LIMITS, digits=None, llava=folder, mixture=None)
     return asked.model_copy(update=changes)
 
 
 def write_only(asked: DataSettings, folder: Path) -> Manifest:
     """`prepare` without the card, which takes most of its time on so few rows."""
-    return write(source(asked), asked, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return write(source(asked, folder / "index.sqlite"), asked, folder)
 
 
 def stored(folder: Path) -> list[Sample]:
@@ -358,7 +361,7 @@ def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.M
     annotations = tmp_path / "rows.json"
     annotations.write_text(json.dumps(GOOD_ROWS))
     events: list[str] = []
-    from components.dataset import llava
+    from components.dataset.stores import Folder
     from components.shards import SplitWriter
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -368,7 +371,7 @@ def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.M
 
         return call
 
-    monkeypatch.setattr(llava, "load", watched("read", llava.load))
+    monkeypatch.setattr(Folder, "image", watched("read", Folder.image))
     monkeypatch.setattr(SplitWriter, "add", watched("stored", SplitWriter.add))
     prepare(ask_for(annotations, images), target=tmp_path / "dataset")
     assert events == ["read", "stored"] * len(GOOD_ROWS)

@@ -11,9 +11,11 @@ import yaml
 from PIL import Image
 
 from components.artifacts import SPLITS, Manifest
+from components.dataset import parts
 from components.dataset import prepare as stage
 from components.dataset.card import contact_sheet
 from components.dataset.prepare import prepare
+from components.errors import TryAgainError
 from components.settings import DataSettings
 from components.shards import Sample, Samples, Turn
 from tests.dataset.conftest import REPOSITORY, Prepared
@@ -52,20 +54,24 @@ def test_the_card_has_counts_licence_hash_and_examples(prepared: Prepared) -> No
         assert len(set(sheet.resize((60, 60)).getdata())) > 100  # pictures are on it
 
 
-def test_a_failure_leaves_the_data_set_before(
+def test_a_full_disk_leaves_the_data_set_before_and_the_parts_to_go_on_from(
     raw_folder: Path, small: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "artifacts" / "dataset"
     first = prepare(small, raw_folder, target)
+    other = small.model_copy(update={"seed": 2})
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stage, "write_card", fail)
-    with pytest.raises(OSError, match="No space"):
-        prepare(small.model_copy(update={"seed": 2}), raw_folder, target)
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "write_card", fail)
+        with pytest.raises(TryAgainError, match=r"cannot grow .* free space and run again"):
+            prepare(other, raw_folder, target)
     assert Manifest.read(target / "manifest.json") == first
     assert len(list(Samples(target, "train"))) == first.splits["train"].samples
+    monkeypatch.setattr(parts, "write_part", None)  # it is not called again
+    assert prepare(other, raw_folder, target) != first
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -87,7 +93,8 @@ def test_a_row_that_gets_lost_is_noticed(
 
     def lossy(*given: object) -> object:
         source = real(*given)  # type: ignore[arg-type]
-        next(source.rows)
+        rows = list(source.rows(0))
+        monkeypatch.setattr(stage.digits.Digits, "rows", lambda self, part: iter(rows[1:]))
         return source
 
     monkeypatch.setattr(stage.digits, "source", lossy)

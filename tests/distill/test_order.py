@@ -23,6 +23,43 @@ def test_every_epoch_holds_every_sample_once(samples: int, size: int, seed: int)
         assert sorted(index for _, index in drawn[epoch * samples : (epoch + 1) * samples]) == order.samples
 
 
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    weights=st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.75, 2.0, 3.4]), min_size=3, max_size=3),
+    seed=st.integers(0, 3),
+    size=st.integers(1, 7),
+)
+@settings(max_examples=80, deadline=None)
+def test_weighted_samples_come_as_often_as_they_weigh(sizes: list[int], weights: list[float], seed: int, size: int) -> None:
+    """In every epoch as often as the weight, rounded one way or the other; over epochs all that weigh alike equally often."""
+    of_sample = [weight for number, weight in zip(sizes, weights, strict=False) for _ in range(number)]
+    shares = {w: of_sample.count(w) * int(w) + round(w % 1 * of_sample.count(w)) for w in set(of_sample)}
+    if not sum(shares.values()):
+        with pytest.raises(DataError, match="leave nothing to train on"):
+            Order(list(range(len(of_sample))), size, seed, of_sample)
+        return
+    order = Order(list(range(len(of_sample))), size, seed, of_sample)
+    assert order.epoch_size == sum(shares.values())
+    epochs = 5
+    drawn = [index for step in range(-(-epochs * order.epoch_size // size)) for _, index in order.batch(step)]
+    for epoch in range(epochs):
+        held = drawn[epoch * order.epoch_size : (epoch + 1) * order.epoch_size]
+        for index, weight in enumerate(of_sample):
+            assert int(weight) <= held.count(index) <= int(weight) + 1
+        assert {w: sum(of_sample[index] == w for index in held) for w in shares} == shares
+    whole = drawn[: epochs * order.epoch_size]
+    for weight, share in shares.items():
+        counts = [whole.count(index) for index, its in enumerate(of_sample) if its == weight]
+        assert max(counts) - min(counts) <= 1 and sum(counts) == epochs * share
+    again = Order(list(range(len(of_sample))), size, seed, of_sample)  # resumed: no state but the step
+    assert again.batch(3) == order.batch(3)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    plain, weighted = Order(list(range(50)), 20, 1), Order(list(range(50)), 20, 1, [1.0] * 50)
+    assert [plain.batch(step) for step in range(9)] == [weighted.batch(step) for step in range(9)]
+
+
 def test_another_seed_and_another_epoch_are_other_orders() -> None:
     one, other = Order(list(range(50)), 50, 1), Order(list(range(50)), 50, 2)
     assert [i for _, i in one.batch(0)] != [i for _, i in other.batch(0)]

@@ -12,8 +12,9 @@ from PIL import Image
 
 from components.artifacts import DATASET, MODELS, Manifest
 from components.evaluate import controls
-from components.evaluate.contamination import NEAR, contamination, difference_hash
+from components.evaluate.contamination import contamination
 from components.evaluate.controls import Blank, Other, majority, markdown, measure
+from components.looks import NEAR
 from components.settings import load_settings
 from components.shards import ImageRow, Samples, Turn, write_split
 
@@ -59,14 +60,6 @@ def test_twins_are_found_by_pixels_and_by_look(tmp_path: Path) -> None:
     assert found.pairs[0].bits == 0 and found.pairs[1].bits <= NEAR
     assert found.verbatim == 2  # "What is it?" of recoded, "only 1?" of smaller
     assert found.questions_in_training == 4  # all but "Is it new?"
-
-
-def test_the_look_survives_a_small_change_and_tells_pictures_apart() -> None:
-    image = picture(1)
-    look = difference_hash(encoded(image))
-    darker = image.point(lambda value: int(0.8 * value))
-    assert np.bitwise_count(look ^ difference_hash(encoded(darker, "JPEG"))) <= NEAR
-    assert min(np.bitwise_count(look ^ difference_hash(encoded(picture(seed)))) for seed in range(2, 40)) > NEAR
 
 
 def test_blank_images_have_the_size_of_those_that_they_replace(samples: Samples) -> None:

@@ -1,0 +1,118 @@
+"""`source: llava` and `source: mixture`: a user's own data, from one place or several.
+
+A row that cannot be used is refused with its reason; the rest goes on. All rows about one image are stored with it, and
+the split goes by the picture's pixels, so that copies of a picture under other names never cross splits.
+
+Rows and what has been seen of them are on disk (index.py), images in memory one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.artifacts import Split
+from components.dataset.images import Refusal, check
+from components.dataset.index import Index, Indexed, build
+from components.dataset.source import Provenance, Refused, Stored
+from components.dataset.stores import Store, store
+from components.settings import DataSettings, LlavaFolder, Mixture
+from components.shards import ImageRow
+
+OWN = "These are your own data; their licence is known to you. Note it here before you pass the data set on."
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Parts of `images_per_shard` images, in the order in which rows first name them."""
+
+    settings: DataSettings
+    index: Path
+    stores: dict[str, Store]
+    title: str
+    licence: str
+    images: int
+    rows_by_source: dict[str, int]
+
+    @property
+    def rows_in(self) -> int:
+        return sum(self.rows_by_source.values())
+
+    @property
+    def parts(self) -> int:
+        return -(-self.images // self.settings.images_per_shard)
+
+    def rows(self, part: int) -> Iterator[Stored | list[Refused]]:
+        size = self.settings.images_per_shard
+        with Index(self.index) as index:
+            for found in index.part(part * size, (part + 1) * size):
+                try:
+                    yield self._stored(found)
+                except Refusal as refusal:
+                    yield [self._refused(found, row, id_, refusal) for row, id_, *_ in found.rows]
+
+    def refused(self) -> Iterator[Refused]:
+        with Index(self.index) as index:
+            yield from index.refused()
+
+    def _stored(self, found: Indexed) -> Stored:
+        content, look, limits = None, None, self.settings.limits
+        if found.place is None:
+            digest = hashlib.sha256(repr(found.rows[0][-1]).encode()).hexdigest()
+        else:
+            raw = self.stores[found.source].image(found.place, limits.max_image_mib)
+            content, digest, look = check(raw, f"{found.source}: {found.file}", limits)
+        split = assign(digest, self.settings.seed, shares(self.settings))
+        row = ImageRow(found.name, content, tuple((id_, kind, turns) for _, id_, kind, turns in found.rows))
+        return Stored(row, Provenance(image_id=found.name, split=split, file=found.file, sha256=digest), look)
+
+    def _refused(self, found: Indexed, row: int, id_: str, refusal: Refusal) -> Refused:
+        source = found.source if self.settings.source == "mixture" else None
+        own = id_.removeprefix(f"{source}/") if source else id_
+        return Refused(row=row, id=own, reason=refusal.reason, detail=refusal.detail, source=source)
+
+
+def source(settings: DataSettings, index: Path) -> Mixed:
+    """Reads all rows into the file `index`, unless a run before has. Raises DataError as `build` does."""
+    sources = stores(settings)
+    if not index.exists():
+        build(index, sources, settings.limits, prefixed=settings.source == "mixture")
+    with Index(index) as rows:
+        title, licence = _title_and_licence(settings, rows.rows)
+        return Mixed(settings, index, sources, title, licence, rows.images, rows.rows)
+
+
+def stores(settings: DataSettings) -> dict[str, Store]:
+    """By name. Raises DataError if a source's files are not there."""
+    if settings.source == "llava":
+        assert settings.llava is not None  # settings guarantee it
+        return {"llava": store(str(settings.llava.annotations), settings.llava.images)}
+    assert settings.mixture is not None
+    return {name: store(one.files, one.images) for name, one in settings.mixture.sources.items()}
+
+
+def shares(settings: DataSettings) -> LlavaFolder | Mixture:
+    asked = settings.llava if settings.source == "llava" else settings.mixture
+    assert asked is not None
+    return asked
+
+
+def assign(digest: str, seed: int, asked: LlavaFolder | Mixture) -> Split:
+    """The split of a picture: a fixed draw in 0..1 made of the seed and the picture."""
+    draw = int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:8]) / 2**64
+    if draw < asked.test:
+        return "test"
+    return "val" if draw < asked.test + asked.val else "train"
+
+
+def _title_and_licence(settings: DataSettings, rows: dict[str, int]) -> tuple[str, str]:
+    if settings.source == "llava":
+        assert settings.llava is not None
+        return f"{settings.llava.annotations.name} with the images of {settings.llava.images}", OWN
+    assert settings.mixture is not None
+    lines = ["| source | rows | weight | licence | files |", "|---|---:|---:|---|---|"]
+    for name, one in settings.mixture.sources.items():
+        lines.append(f"| {name} | {rows[name]:,} | {one.weight:g} | {one.licence} | `{one.files}` |")
+    return "Mixture of " + ", ".join(settings.mixture.sources), "\n".join(lines)

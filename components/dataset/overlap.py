@@ -1,0 +1,128 @@
+"""Training images that look like evaluated ones: found by their looks when all parts are there, reported, dropped if asked.
+
+Equal pictures are in one split from the start (mixture.py), so what is found here are resized, recompressed and recoloured
+copies across splits, and copies of any kind among the images of benchmarks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from components.artifacts import SPLITS, Likeness, Overlap, jsonl, write_text
+from components.dataset.images import Refusal, load
+from components.dataset.index import Index
+from components.dataset.parts import LOOK, Part, Parts
+from components.dataset.source import Refused
+from components.errors import DataError
+from components.looks import nearest
+from components.settings import DataLimits
+from components.shards import without
+
+LISTED = 50  # pairs named in the report
+EVALUATED = [SPLITS.index("val"), SPLITS.index("test")]
+
+
+class Evaluated(NamedTuple):
+    """What training images are compared with."""
+
+    looks: np.ndarray  # (n,) uint64
+    names: list[tuple[str, str]]  # (where, image)
+    compared: dict[str, int]
+
+
+def report(
+    parts: Parts, count: int, index: Path, folders: list[Path], limits: DataLimits
+) -> tuple[Overlap, dict[int, set[str]]]:
+    """The overlap, and the training images concerned by part. Raises DataError if a folder of evaluation images is empty."""
+    evaluated = _evaluated(parts, count, folders, limits)
+    pairs: list[tuple[int, int, str, int]] = []  # (bits, part, training image, evaluated one)
+    with_train = 0
+    for part in range(count):
+        looks = _looks(parts, part)
+        train = looks[looks["split"] == SPLITS.index("train")]
+        with_train += len(train)
+        best, bits = nearest(train["look"], evaluated.looks)
+        if (hits := np.flatnonzero(best >= 0)).size:
+            names = _names(parts, part)
+            pairs += [(int(bits[i]), part, names[train["row"][i]], int(best[i])) for i in hits]
+    pairs.sort()
+    with Index(index) as rows:
+        likenesses = [
+            Likeness(train=image, other=other, where=where, bits=bits, verbatim=len(rows.texts(image) & rows.texts(other)))
+            for bits, _, image, (where, other) in ((*pair[:3], evaluated.names[pair[3]]) for pair in pairs)
+        ]
+    concerned: dict[int, set[str]] = {}
+    for _, part, image, _ in pairs:
+        concerned.setdefault(part, set()).add(image)
+    overlap = Overlap(
+        compared={"train": with_train, **evaluated.compared},
+        near=len(pairs),
+        verbatim=sum(pair.verbatim for pair in likenesses),
+        dropped=False,
+        pairs=likenesses[:LISTED],
+    )
+    return overlap, concerned
+
+
+def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:
+    """Take these training images out of their shards; their rows are quarantined. The same again changes nothing."""
+    parts = Parts(folder)
+    with Index(index) as rows:
+        for part, images in concerned.items():
+            record = Part.read(parts.record(part))
+            splits = {**record.splits, "train": without(folder / "train", record.splits["train"], images)}
+            before = [Refused.model_validate_json(line) for line in parts.quarantine(part).read_text("utf-8").splitlines()]
+            refused = [one for one in before if one.reason != "near_duplicate"]
+            for image in sorted(images):
+                for source, row, id_ in rows.rows_of(image):
+                    detail = f"{image} looks like an image that is evaluated on (overlap.json)"
+                    own = id_.removeprefix(f"{source}/")
+                    refused.append(Refused(row=row, id=own, reason="near_duplicate", detail=detail, source=source))
+            write_text(parts.quarantine(part), jsonl(refused))
+            Part(images=record.images, splits=splits, refused=len(refused)).write(parts.record(part))
+
+
+def _evaluated(parts: Parts, count: int, folders: list[Path], limits: DataLimits) -> Evaluated:
+    found: list[int] = []
+    names: list[tuple[str, str]] = []
+    compared = dict.fromkeys(("val", "test"), 0)
+    for part in range(count):
+        looks = _looks(parts, part)
+        held_out = looks[np.isin(looks["split"], EVALUATED)]
+        if held_out.size:
+            of_part = _names(parts, part)
+            for split, row, look in held_out.tolist():
+                compared[SPLITS[split]] += 1
+                names.append((SPLITS[split], of_part[row]))
+                found.append(look)
+    for folder in folders:
+        before = len(found)
+        for path in tqdm(sorted(folder.rglob("*")), desc=f"prepare: images of {folder}", unit="image", delay=2):
+            if path.suffix.lower() in Image.registered_extensions() and path.is_file():
+                found.append(_look(path, limits))
+                names.append((str(folder), str(path.relative_to(folder))))
+        compared[str(folder)] = len(found) - before
+        if not compared[str(folder)]:
+            raise DataError(f"params/data.yaml: mixture.evaluation_images: {folder} holds no image")
+    return Evaluated(np.array(found, dtype=np.uint64), names, compared)
+
+
+def _look(path: Path, limits: DataLimits) -> int:
+    try:
+        return load(path, limits).look
+    except Refusal as refusal:
+        raise DataError(f"params/data.yaml: mixture.evaluation_images: {refusal.detail}") from None
+
+
+def _looks(parts: Parts, part: int) -> np.ndarray:
+    return np.fromfile(parts.looks(part), dtype=LOOK)
+
+
+def _names(parts: Parts, part: int) -> list[str]:
+    return [json.loads(line)["image_id"] for line in parts.provenance(part).read_text("utf-8").splitlines()]

@@ -1,0 +1,130 @@
+"""Parts of a data set, made by all cores: each is whole on disk, or is not there and will be made again.
+
+A part is a function of its number alone, so neither the number of workers nor an interruption changes a byte.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+
+from components.artifacts import SPLITS, Record, Split, SplitRecord, jsonl, write_bytes, write_text
+from components.dataset.source import Provenance, Refused, Source, Stored
+from components.errors import TryAgainError, end_with_parent
+from components.shards import SplitWriter
+
+LOOK = np.dtype([("split", "u1"), ("row", "u4"), ("look", "u8")])  # of one image: where it is stored, in which row of the part
+
+WORTH_A_WORKER = 200  # images: about as much work as starting a process
+
+
+class Part(Record):
+    """parts/NUMBER.json: written last, so where it is, the part is whole."""
+
+    images: int  # looked at, those refused among them
+    splits: dict[Split, SplitRecord]
+    refused: int
+
+
+class Parts:
+    """Where the parts of a data set lie beside its shards, until it is finished."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def record(self, part: int) -> Path:
+        return self.folder / "parts" / f"{part:05d}.json"
+
+    def provenance(self, part: int) -> Path:
+        return self.folder / "parts" / f"{part:05d}.provenance.jsonl"
+
+    def quarantine(self, part: int) -> Path:
+        return self.folder / "parts" / f"{part:05d}.quarantine.jsonl"
+
+    def looks(self, part: int) -> Path:
+        return self.folder / "parts" / f"{part:05d}.looks"
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar: Callable[[int], object]) -> None:
+    """Make all parts that are not there yet; `bar` is told how many more images have been looked at.
+
+    Raises TryAgainError if a worker was killed, and whatever a part raises; parts that are whole stay.
+    """
+    todo = []
+    for part in range(source.parts):
+        if Parts(folder).record(part).exists():
+            bar(Part.read(Parts(folder).record(part)).images)
+        else:
+            todo.append(part)
+    workers = min(workers, len(todo), len(todo) * images_per_shard // WORTH_A_WORKER)
+    if workers <= 1:
+        for part in todo:
+            write_part(source, part, folder, images_per_shard, bar)
+        return
+    for record in _by_workers(source, todo, folder, images_per_shard, workers):
+        bar(record.images)
+
+
+def _by_workers(source: Source, todo: list[int], folder: Path, images_per_shard: int, workers: int) -> Iterator[Part]:
+    spawn = multiprocessing.get_context("spawn")  # forking beside the tracker's threads may lock up
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker) as pool:
+        try:
+            for done in as_completed([pool.submit(write_part, source, part, folder, images_per_shard) for part in todo]):
+                yield done.result()
+        except BrokenProcessPool:
+            raise TryAgainError(
+                "a process that prepared data was killed, for want of memory perhaps; run again to go on, with fewer:"
+                " ALIGNTI_WORKERS=1"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # parts under way are finished, and kept
+
+
+def _worker() -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which lets this part be finished
+
+
+def write_part(
+    source: Source, part: int, folder: Path, images_per_shard: int, bar: Callable[[int], object] | None = None
+) -> Part:
+    """Write one part: its shards, what they were made of, what was refused, what it looks like, and its record at last."""
+    writers = {split: SplitWriter(folder / split, images_per_shard, first=part) for split in SPLITS}
+    origins: list[Provenance] = []
+    refused: list[Refused] = []
+    looks: list[tuple[int, int, int]] = []
+    images = 0
+    try:
+        for found in source.rows(part):
+            images += 1
+            if isinstance(found, Stored):
+                if found.look is not None:
+                    looks.append((SPLITS.index(found.origin.split), len(origins), found.look))
+                writers[found.origin.split].add(found.row)
+                origins.append(found.origin)
+            else:
+                refused += found
+            if bar is not None:
+                bar(1)
+        record = Part(images=images, splits={split: writer.close() for split, writer in writers.items()}, refused=len(refused))
+    finally:
+        for writer in writers.values():
+            writer.discard()
+    place = Parts(folder)
+    write_text(place.provenance(part), jsonl(origins))
+    write_text(place.quarantine(part), jsonl(refused))
+    write_bytes(place.looks(part), np.array(looks, dtype=LOOK).tobytes())
+    record.write(place.record(part))
+    return record

@@ -1,0 +1,82 @@
+"""The batches of each step, collated here or ahead by other processes: the same ones, in the same order, either way."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from components.distill.order import Order, draw_key, shared_out, shared_out_by_length
+from components.errors import AlignTIError
+from components.models.collate import Batch, Collator
+from components.settings import DistillSettings
+from components.shards import Samples
+
+MicroBatches = list[tuple[Batch, list[int]]]
+
+
+class Steps(Dataset[MicroBatches | AlignTIError]):
+    """Step -> the collated micro-batches of one rank, with the seeds of their samples' draws: a function of the step alone.
+
+    What is wrong with a sample comes as the error, so that it keeps its one sentence on the way out of a process.
+    """
+
+    def __init__(
+        self, samples: Samples, collator: Collator, order: Order, settings: DistillSettings, rank: int, ranks: int
+    ) -> None:
+        self.samples, self.collator, self.order, self.settings = samples, collator, order, settings
+        self.rank, self.ranks = rank, ranks
+        self._lengths: dict[int, int] = {}
+
+    def __getitem__(self, step: int) -> MicroBatches | AlignTIError:
+        try:
+            return [self._collated(micro) for micro in self._shared_out(self.order.batch(step))]
+        except AlignTIError as error:
+            return error
+
+    def _collated(self, micro: list[tuple[int, int]]) -> tuple[Batch, list[int]]:
+        batch = self.collator([self.samples[index] for _, index in micro])
+        return batch, [draw_key(self.order.seed, key) for key, _ in micro]
+
+    def _shared_out(self, batch: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        tokens = self.settings.micro_batch_tokens
+        if tokens is None:
+            return shared_out(batch, self.settings.micro_batch_size, self.rank, self.ranks)
+        fresh = [index for _, index in batch if index not in self._lengths]
+        if fresh:
+            encoded = self.collator.encode([self.samples[index] for index in fresh])
+            self._lengths |= {index: len(row.input_ids) for index, row in zip(fresh, encoded, strict=True)}
+        lengths = [self._lengths[index] for _, index in batch]
+        return shared_out_by_length(batch, lengths, tokens, self.rank, self.ranks)
+
+
+def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[MicroBatches]:
+    """Steps `first` .. `last` - 1, two ahead in each of `loaders` processes; 0: in this one, when asked.
+
+    Raises what `Collator` and `shared_out` do, when its step is asked for.
+    """
+    loader = DataLoader(
+        steps,
+        batch_size=None,  # a step is a batch already
+        sampler=range(first, last),
+        num_workers=loaders,
+        collate_fn=_as_is,
+        generator=torch.Generator(),  # it draws a seed that nobody needs: not from the run's own stream
+        multiprocessing_context="spawn" if loaders else None,  # forking beside a GPU or threads may lock up
+        worker_init_fn=_worker if loaders else None,
+    )
+    for found in loader:
+        if isinstance(found, AlignTIError):
+            raise found
+        yield found
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _worker(_number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the loop is asked too, and ends between steps

@@ -1,0 +1,380 @@
+"""The same rows and pictures from wherever they lie; what is cut off or damaged is said in one sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from components.artifacts import SPLITS, Overlap, Sources
+from components.dataset import json_rows
+from components.dataset.images import Refusal
+from components.dataset.mixture import source
+from components.dataset.prepare import prepare, write
+from components.dataset.source import Refused
+from components.dataset.stores import HUB, store
+from components.errors import DataError, TryAgainError
+from components.settings import DataLimits, DataSettings, Mixture, MixtureSource
+from components.shards import Sample, Samples
+from tests.dataset.conftest import REPOSITORY
+
+LIMITS = DataLimits(max_pixels=100_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
+PICTURES = 24
+
+
+def picture(number: int) -> bytes:
+    coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+def conversations(number: int) -> list[dict[str, str]]:
+    return [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"Number {number}."}]
+
+
+def llava_rows() -> list[dict[str, Any]]:
+    return [{"id": str(n), "image": f"in/{n}.png", "conversations": conversations(n)} for n in range(PICTURES)]
+
+
+def tar_of(path: Path, entries: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in entries.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def as_folder(root: Path) -> dict[str, Any]:
+    (root / "images" / "in").mkdir(parents=True)
+    for n in range(PICTURES):
+        (root / "images" / "in" / f"{n}.png").write_bytes(picture(n))
+    (root / "rows.json").write_text(json.dumps(llava_rows(), indent=1))
+    return {"files": str(root / "rows.json"), "images": root / "images"}
+
+
+def as_tars(root: Path) -> dict[str, Any]:
+    for tar in range(2):
+        tar_of(root / f"{tar}.tar", {f"./in/{n}.png": picture(n) for n in range(tar, PICTURES, 2)})
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in llava_rows()))
+    return {"files": str(root / "rows.jsonl"), "images": root / "*.tar"}
+
+
+def as_webdataset(root: Path) -> dict[str, Any]:
+    for tar, numbers in enumerate((range(10), range(10, PICTURES))):
+        entries = {}
+        for n in numbers:
+            entries[f"{n:03d}.json"] = json.dumps({"id": n, "image": "elsewhere", "conversations": conversations(n)}).encode()
+            entries[f"{n:03d}.PNG"] = picture(n)
+        tar_of(root / f"{tar}.tar", entries)
+    return {"files": str(root / "*.tar"), "images": None}
+
+
+def as_parquet(root: Path) -> dict[str, Any]:
+    for file, numbers in enumerate((range(10), range(10, PICTURES))):
+        columns = {
+            "id": [str(n) for n in numbers],
+            "image": [{"bytes": picture(n), "path": f"{n}.png"} for n in numbers],
+            "conversations": [conversations(n) for n in numbers],
+        }
+        pq.write_table(pa.table(columns), root / f"{file}.parquet", row_group_size=4)
+    return {"files": str(root / "*.parquet"), "images": None}
+
+
+def as_cauldron(root: Path) -> dict[str, Any]:
+    columns = {
+        "images": [[{"bytes": picture(n), "path": None}] for n in range(PICTURES)],
+        "texts": [[{"user": "What?", "assistant": f"Number {n}.", "source": "x"}] for n in range(PICTURES)],
+    }
+    pq.write_table(pa.table(columns), root / "c.parquet", row_group_size=5)
+    return {"files": str(root / "c.parquet"), "images": None}
+
+
+KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "folder": as_folder,
+    "tars": as_tars,
+    "webdataset": as_webdataset,
+    "parquet": as_parquet,
+    "cauldron": as_cauldron,
+}
+
+
+def ask_for(sources: dict[str, dict[str, Any]], **changes: Any) -> DataSettings:
+    members = {name: MixtureSource(**{"weight": 1.0, "licence": "CC0", **one}) for name, one in sources.items()}
+    mixture = {"val": 0.2, "test": 0.2, "near_duplicates": "report", "evaluation_images": [], "sources": members, **changes}
+    return DataSettings(
+        source="mixture", seed=1, images_per_shard=7, limits=LIMITS, digits=None, llava=None, mixture=Mixture(**mixture)
+    )
+
+
+def stored(folder: Path) -> list[Sample]:
+    return [sample for split in SPLITS for sample in Samples(folder, split)]
+
+
+def quarantine(folder: Path) -> list[Refused]:
+    return [Refused.model_validate_json(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_samples_come_from_every_kind_of_store(kind: str, tmp_path: Path) -> None:
+    asked = ask_for({"mine": KINDS[kind](tmp_path)})
+    manifest = write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
+    assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (PICTURES, PICTURES, 0)
+    found = {(s.turns[0].question, s.turns[0].answer, s.image) for s in stored(tmp_path / "out")}
+    assert found == {("<image>\nWhat?", f"Number {n}.", picture(n)) for n in range(PICTURES)}
+    assert all(s.id.startswith("mine/") and s.image_id.startswith("mine/") for s in stored(tmp_path / "out"))
+    if kind != "cauldron":
+        assert {s.id for s in stored(tmp_path / "out")} == {f"mine/{n}" for n in range(PICTURES)}
+
+
+def test_several_sources_keep_apart_and_say_where_what_is_from(tmp_path: Path) -> None:
+    sources = {}
+    for name in ("folder", "parquet"):
+        (tmp_path / name).mkdir()
+        sources[name] = KINDS[name](tmp_path / name) | {"weight": 2.5 if name == "folder" else 0.5, "licence": f"of {name}"}
+    (tmp_path / "folder" / "images" / "in" / "5.png").write_bytes(b"")
+    manifest = prepare(ask_for(sources), target=tmp_path / "dataset", workers=1)
+    assert (manifest.rows_in, manifest.rows_out) == (2 * PICTURES, 2 * PICTURES - 1)
+    (refused,) = quarantine(tmp_path / "dataset")
+    assert (refused.source, refused.row, refused.id, refused.reason) == ("folder", 6, "5", "zero_bytes")
+    found = Sources.read(tmp_path / "dataset" / "sources.json").sources
+    assert {name: (one.weight, one.licence, one.rows) for name, one in found.items()} == {
+        "folder": (2.5, "of folder", PICTURES),
+        "parquet": (0.5, "of parquet", PICTURES),
+    }
+    assert "| parquet | 24 | 0.5 | of parquet |" in (tmp_path / "dataset" / "card.md").read_text()
+    by_split = {split: {s.image for s in Samples(tmp_path / "dataset", split)} for split in SPLITS}
+    assert not by_split["train"] & by_split["test"] and not by_split["train"] & by_split["val"]  # copies in one split
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "params" / "mixtures").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_mixtures_are_valid_and_their_addresses_pinned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = Mixture.model_validate(yaml.safe_load(file.read_text()))
+    assert mixture.sources
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for one in mixture.sources.values():
+        if one.files.startswith(HUB):
+            with pytest.raises(TryAgainError):  # well-formed, and not here
+                store(one.files, one.images)
+
+
+# --- looks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["report", "drop"])
+def test_training_images_that_look_like_evaluated_ones(what: str, tmp_path: Path) -> None:
+    """Every picture is there a second time, smaller: of a pair in different splits the one to train on is found."""
+    asked_for = as_folder(tmp_path)
+    rows = llava_rows()
+    for n in range(PICTURES):
+        with Image.open(io.BytesIO(picture(n))) as image:
+            image.resize((40, 40), Image.Resampling.LANCZOS).save(tmp_path / "images" / f"small-{n}.png")
+        rows.append({"id": f"small-{n}", "image": f"small-{n}.png", "conversations": conversations(n)})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    benchmark = tmp_path / "benchmark"
+    benchmark.mkdir()
+    (benchmark / "x.png").write_bytes(picture(1))
+    asked = ask_for({"mine": asked_for}, near_duplicates=what, evaluation_images=[benchmark])
+    manifest = prepare(asked, target=tmp_path / "dataset", workers=1)
+    found = Overlap.read(tmp_path / "dataset" / "overlap.json")
+    of_split = {split: {s.image_id for s in Samples(tmp_path / "dataset", split)} for split in SPLITS}
+    held_out = of_split["val"] | of_split["test"]
+    twins = {f"mine/in/{n}.png": f"mine/small-{n}.png" for n in range(PICTURES)}
+    twins |= {small: large for large, small in twins.items()}
+    everywhere = set().union(*of_split.values()) | {pair.train for pair in found.pairs}
+    expected = {image for image in everywhere - held_out if twins[image] in held_out}
+    expected |= {image for image in ("mine/in/1.png", "mine/small-1.png") if image in everywhere - held_out}
+    assert expected and {pair.train for pair in found.pairs} == expected
+    assert found.near == len(expected) and found.compared["test"] and found.compared[str(benchmark)] == 1
+    assert sum(pair.verbatim for pair in found.pairs) == found.verbatim == sum(twins[i] in held_out for i in expected)
+    if what == "drop":
+        assert found.dropped and not of_split["train"] & expected
+        assert {
+            f"mine/{'in/' if not one.id.startswith('small') else ''}{one.id}.png" for one in quarantine(tmp_path / "dataset")
+        } == expected
+        assert {one.reason for one in quarantine(tmp_path / "dataset")} == {"near_duplicate"}
+        assert manifest.rows_in == manifest.rows_out + len(expected)
+        provenance = (tmp_path / "dataset" / "provenance.jsonl").read_text()
+        assert len(provenance.splitlines()) == 2 * PICTURES - len(expected)
+    else:
+        assert not found.dropped and expected <= of_split["train"] and not manifest.quarantined
+
+
+# --- rows that cannot be used -----------------------------------------------------------------------------------------
+
+
+def test_odd_samples_of_a_webdataset_are_quarantined(tmp_path: Path) -> None:
+    good = {}
+    for n in range(PICTURES):
+        good |= {f"{n}.json": json.dumps({"conversations": conversations(n)}).encode(), f"{n}.png": picture(n)}
+    text = json.dumps({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}).encode()
+    bad = {"a.png": picture(1), "b.json": b"{", "c.json": b"[]", "d.json": text, "d.png": b"", "d.jpg": b"", "e.json": text}
+    tar_of(tmp_path / "x.tar", {**good, **bad})
+    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
+    write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
+    assert [(one.row - PICTURES, one.reason) for one in quarantine(tmp_path / "out")] == [
+        (1, "missing_key"),
+        (2, "malformed_json"),
+        (3, "wrong_type"),
+        (4, "wrong_type"),
+    ]
+    assert "mine/x/e" in {sample.id for sample in stored(tmp_path / "out")}  # text alone
+
+
+def test_odd_rows_of_parquet_are_quarantined(tmp_path: Path) -> None:
+    one = {"bytes": picture(1), "path": None}
+    columns = {
+        "images": [[{"bytes": picture(n), "path": None}] for n in range(PICTURES)]
+        + [[one, one], [{"bytes": None, "path": "x"}], [], None],
+        "texts": [[{"user": "What?", "assistant": "That."}]] * (PICTURES + 4),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    asked = ask_for({"mine": {"files": str(tmp_path / "x.parquet"), "images": None}})
+    manifest = write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
+    assert [(one.row - PICTURES, one.reason) for one in quarantine(tmp_path / "out")] == [
+        (1, "wrong_type"),
+        (2, "missing_file"),
+    ]
+    assert manifest.rows_out == PICTURES + 2  # two of text alone
+
+
+def test_a_member_that_no_tar_file_has_is_quarantined(tmp_path: Path) -> None:
+    asked_for = as_tars(tmp_path)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "x", "image": "in/x.png", "conversations": conversations(1)}))
+    asked = ask_for({"mine": asked_for})
+    write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
+    (refused,) = quarantine(tmp_path / "out")
+    assert (refused.row, refused.reason) == (PICTURES + 1, "missing_file")
+
+
+# --- files that cannot be used ----------------------------------------------------------------------------------------
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def gzipped(path: Path) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("x"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: cut(path, path.stat().st_size // 2), "0.tar"),
+        (lambda path: cut(path, 1024), "is cut off after 1,024 bytes; fetch it again"),
+        (lambda path: cut(path, 700), "0.tar"),
+        (gzipped, "is no uncompressed tar file"),
+        (lambda path: path.write_bytes(b"text" * 500), "is no uncompressed tar file"),
+        (lambda path: path.write_bytes(b""), "is no uncompressed tar file"),
+    ],
+    ids=["half", "at a member's end", "in a member", "compressed", "text", "empty"],
+)
+def test_a_tar_file_that_is_not_whole_is_an_error(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    asked_for = as_tars(tmp_path)
+    tar_of(tmp_path / "0.tar", {"x": b"x" * 100, "y": b"y" * 9000})
+    damage(tmp_path / "0.tar")
+    with pytest.raises(DataError, match=message) as stop:
+        prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+    assert "\n" not in str(stop.value) and "fetch it again" in str(stop.value)
+    assert not list(tmp_path.glob("*dataset*"))
+
+
+def test_a_parquet_file_that_is_not_whole_is_an_error(tmp_path: Path) -> None:
+    asked_for = as_parquet(tmp_path)
+    cut(tmp_path / "1.parquet", 3000)
+    with pytest.raises(DataError, match=r"1\.parquet is no Parquet file, or is cut off.*fetch it again"):
+        prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+    assert not list(tmp_path.glob("*dataset*"))
+
+
+@pytest.mark.parametrize(
+    ("files", "images", "message"),
+    [
+        ("x.zip", None, "ends in .tar"),
+        ("rows.json", None, "need `images`"),
+        ("rows.json", Path("nowhere"), "is no folder"),
+        ("rows.json", Path("nowhere/*.tar"), "there is no file"),
+        ("nowhere/*.parquet", None, "there is no file"),
+        ("hf://datasets/a/b/c.parquet", None, "all 40 digits"),
+        ("hf://datasets/a/b@main/c.parquet", None, "all 40 digits"),
+    ],
+)
+def test_what_is_no_source_is_said_at_once(files: str, images: Path | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        store(files, images)
+
+
+def test_without_the_hub_the_same_command_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(TryAgainError, match="hub cannot be reached"):
+        store(f"hf://datasets/nobody/nothing@{'0' * 40}/*.parquet", None)
+
+
+# --- JSON lists of any length -----------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def streamed(text: bytes, read: int) -> Any:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(json_rows, "READ", read)
+        try:
+            return list(json_rows.elements(io.BytesIO(text)))
+        except Refusal as refusal:
+            return refusal.reason
+
+
+@given(st.lists(JSON, max_size=6), st.integers(1, 20), st.sampled_from([None, 0, 2]), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_list_is_read_as_json_does_however_it_is_cut_into_pieces(
+    rows: list[Any], read: int, indent: Any, ascii_: bool
+) -> None:
+    assert streamed(json.dumps(rows, indent=indent, ensure_ascii=ascii_).encode("utf-8", "replace"), read) == json.loads(
+        json.dumps(rows, ensure_ascii=ascii_).encode("utf-8", "replace")
+    )
+
+
+@given(
+    st.lists(JSON, max_size=3),
+    st.integers(0, 60),
+    st.sampled_from(['"', "[", "]", ",", "x", " ", "", "1", "\\"]),
+    st.integers(1, 9),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_json_refuses_is_refused(rows: list[Any], at: int, symbol: str, read: int) -> None:
+    text = json.dumps(rows)
+    broken = text[:at] + symbol + text[at + 1 :]
+    try:
+        wanted = json.loads(broken)
+    except ValueError:
+        wanted = "malformed_json"
+    assert streamed(broken.encode(), read) == (wanted if isinstance(wanted, list) else "malformed_json")
+
+
+def test_a_quote_that_is_missing_does_not_read_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_rows, "LONGEST", 1000)
+    monkeypatch.setattr(json_rows, "READ", 100)
+    file = io.BytesIO(b'["' + b"a" * 100_000)
+    with pytest.raises(Refusal, match="Unterminated string"):
+        list(json_rows.elements(file))
+    assert file.closed or file.tell() < 50_000
