@@ -56,7 +56,11 @@ def launch(runtime: RuntimeSettings, device: str, arguments: list[str], module: 
     }
     try:
         launch_command(launch_command_parser().parse_args([*words, "-m", module, *arguments]))
-    except SignalException as signal:
+    except (SignalException, UnboundLocalError) as error:
+        # A signal that comes while elastic's timer starts is hidden behind the name that the timer has not bound yet.
+        signal = error if isinstance(error, SignalException) else error.__context__
+        if not isinstance(signal, SignalException):
+            raise
         raise Interrupted(
             f"{runtime.devices} processes stopped by {signal.sigval.name}; run the same command to go on"
         ) from None

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from components.align_ti.losses import TERMS
 from components.artifacts import DATASET, STUDENTS, Manifest
@@ -199,6 +200,22 @@ def test_deepspeed_that_is_not_installed_is_refused(workplace: Path, own_environ
         pytest.skip("DeepSpeed is installed here")
     with pytest.raises(InputError, match="DeepSpeed is not installed"):
         launch(runtime(devices=2, accelerate="deepspeed_zero2"), "cuda", [])
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["as raised", "behind elastic's timer"])
+def test_a_signal_is_an_interruption_wherever_it_comes(
+    workplace: Path, own_environment: None, monkeypatch: pytest.MonkeyPatch, hidden: bool
+) -> None:
+    def stopped(_: Any) -> None:
+        try:
+            raise SignalException("Process got signal", signal.SIGTERM)
+        finally:
+            if hidden:  # as torch.distributed.elastic.metrics does
+                raise UnboundLocalError("cannot access local variable 'start'")
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", stopped)
+    with pytest.raises(Interrupted, match="2 processes stopped by SIGTERM"):
+        launch(runtime(devices=2), "cpu", [])
 
 
 def test_a_checkpoint_of_another_layout_is_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
