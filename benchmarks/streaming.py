@@ -2,7 +2,7 @@
 
 The sets are generated: LLaVA JSONL and tar files of small JPEG images (32 x 32, 100,000 different ones, then the same again
 under other names), one question each, one image in a thousand cut in half. `prepare` runs in processes of its own; their
-memory is what is theirs alone (USS: mapped files that the kernel can drop are not in it), added up, sampled all along.
+memory is what is theirs alone (USS, pages of shards that they have mapped included), added up, sampled all along.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ def test_a_search_that_sees_something_else_stops_the_benchmark(monkeypatch: pyte
         search.run(SMALLEST, CPU, repeats=2)
 
 
-def test_prepare_result_has_its_fields() -> None:
+def test_prepare_result_has_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "COPIES", 1)
     found = prepare.run(images=60, repeats=1)
     assert found["ratios"]["prepare_rate_vs_pillow"] > 0
     assert found["arms"]["pillow"]["images_per_second"] > 0
