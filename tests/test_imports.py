@@ -16,7 +16,7 @@ LEVELS = [
     {"artifacts"},
     {"settings"},
     {"meter", "lineage", "registry"},
-    {"shards", "looks", "runtime", "recipes", "tracking", "mirror", "figures"},
+    {"shards", "looks", "extract", "runtime", "recipes", "tracking", "mirror", "figures"},
     {"align_ti"},
     {"models"},
     {"irs"},

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from components.dataset.extract import Caps, extract
 from components.errors import DataError
+from components.extract import Caps, extract
 
 NOISE = random.Random(0).randbytes(3000)
 PLAIN = {"a/one.jpg": NOISE, "two.txt": b"", "a/b/c.json": b"{}"}

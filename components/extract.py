@@ -1,4 +1,4 @@
-"""`python -m components.dataset.extract ARCHIVE FOLDER`: unpack a tar or zip file that somebody else made.
+"""`python -m components.extract ARCHIVE FOLDER`: unpack a tar or zip file that somebody else made.
 
 Plain files and folders alone: a link, a device, an absolute or parent path, a name twice, or more files, bytes or growth
 than allowed, and nothing at all is unpacked. The folder is there whole or not at all.
@@ -146,7 +146,7 @@ def _of_tar(archive: tarfile.TarFile) -> Iterator[tuple[Entry, IO[bytes] | None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m components.dataset.extract", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m components.extract", description=__doc__.splitlines()[0])
     parser.add_argument("archive", type=Path, help=".zip, .tar, .tar.gz, .tar.bz2, .tar.xz")
     parser.add_argument("folder", type=Path, help="made new")
     parser.add_argument("--max-files", type=int, default=FILES, metavar="N")
