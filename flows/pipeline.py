@@ -93,9 +93,10 @@ def pipeline(
                 futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=upstream, return_state=False)
             settle("stages", futures)
             outcomes = {stage: future.result() for stage, future in futures.items()}
+            locked = lineage.locked()
             for stage, outcome in outcomes.items():
                 run.tag(f"stage.{stage}", outcome)
-                for path, md5 in list(lineage.locked().get(stage, {}).items())[:1]:  # the run that made it, whenever that was
+                for path, md5 in list(locked.get(stage, {}).items())[:1]:  # the run that made it, whenever that was
                     run.link(f"stage.{stage}.run", lineage.maker(md5), path, md5)
             took = [tracking.last_seconds(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
             run.metrics({"cost/stage_hours": sum(seconds for seconds, _ in filter(None, took)) / 3600})

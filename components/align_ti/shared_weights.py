@@ -34,7 +34,8 @@ class SharedWeights:
 class _Slot:
     """Of one weight: what the second pass leaves for the first."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, of: Tensor, weight: Tensor) -> None:
+        self.of = of  # kept, since it is found by its id: no other tensor may come by that meanwhile
         self.weight = weight  # as both passes compute with it: under autocast narrowed, once
         self._left: list[tuple[Tensor, Tensor]] = []
         self._closed = False
@@ -80,7 +81,7 @@ class _Pass(TorchFunctionMode):
 
     def _slot(self, weight: Tensor, dtype: torch.dtype | None = None) -> _Slot:
         if id(weight) not in self._slots:
-            self._slots[id(weight)] = _Slot(weight if dtype is None else weight.to(dtype))
+            self._slots[id(weight)] = _Slot(weight, weight if dtype is None else weight.to(dtype))
         return self._slots[id(weight)]
 
 

@@ -17,7 +17,7 @@ def answers(model: Path, title: str, settings: Settings) -> tuple[list[Predictio
     """The answers of the checkpoint folder `model` to the split that `evaluate` scores, and how they were measured."""
     samples = Samples(DATASET, settings.evaluate.split)
     rows = generate.questions(samples)
-    loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template(settings.models.template.system)
+    loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template.asked(settings.models.template)
     said = generate.answers(loaded, samples, rows, template, settings.models.max_length, settings.evaluate, title)
     measured = fingerprint.own(loaded, samples, rows, template, settings.evaluate)
     return metrics.predictions((samples[row] for row in rows), said), measured

@@ -1,0 +1,26 @@
+"""A champion of another day is asked as `evaluate` asks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.champion import measure
+from components.settings import load_settings
+
+
+@pytest.mark.parametrize("style", ["vicuna", "processor"])
+def test_it_is_asked_with_the_template_of_the_settings(monkeypatch: pytest.MonkeyPatch, style: str) -> None:
+    settings = load_settings()
+    template = settings.models.template.model_copy(update={"style": style})
+    settings = settings.model_copy(update={"models": settings.models.model_copy(update={"template": template})})
+    asked: list[Any] = []
+    monkeypatch.setattr(measure, "Samples", lambda *_: [])
+    monkeypatch.setattr(measure, "load", lambda *_: None)
+    monkeypatch.setattr(measure.generate, "questions", lambda *_: [])
+    monkeypatch.setattr(measure.generate, "answers", lambda _l, _s, _r, template, *_: asked.append(template) or [])
+    monkeypatch.setattr(measure.fingerprint, "own", lambda _l, _s, _r, template, *_: asked.append(template))
+    measure.answers(Path("model"), "champion", settings)
+    assert [t.style for t in asked] == [style, style]
