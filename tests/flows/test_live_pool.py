@@ -17,6 +17,7 @@ from uuid import UUID
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Cancelling
@@ -337,3 +338,61 @@ def test_two_clones_share_out_a_study_and_do_again_only_what_is_missing(
     assert study("mine", over_pool=True) == {"tpa0-seed1": "restored", "tpa0_5-seed1": "restored", "tpa1-seed1": "ran"}
     assert sorted([*ran(project), *ran(other)]) == ["compare", "distill-tpa1-seed1", "evaluate-tpa1-seed1"]
     assert [left for clone in (project, other) for left in (clone / ".runs/workspaces").iterdir()] == []
+
+
+GATE = """
+from os import getpid
+from time import sleep
+if stage == "distill":
+    (main / "training.pid").write_text(str(getpid()))
+    while not (main / "go").exists():
+        sleep(0.05)
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_study_leaves_its_arms_to_the_next_and_a_cancelled_one_takes_them_along(
+    project: Path, server: dict[str, str], worker: Start, client: SyncPrefectClient
+) -> None:
+    head, mark, tail = study_of.STAGE.partition('if stage == "first"')
+    study_of.commit(head + GATE + mark + tail)
+    arms = ["tpa0-seed1", "tpa1-seed1"]
+
+    def start() -> subprocess.Popen[str]:
+        code = "from components.errors import exit_from; from flows.study import study"
+        code += "; exit_from(lambda: study('mine', over_pool=True))"
+        command, environment = [sys.executable, "-u", "-c", code], {**os.environ, **server}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def ordered() -> list[str]:
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(any_=[f"mine/{arm}" for arm in arms]))
+        )
+        return sorted(run.state_name or "" for run in runs)
+
+    worker()
+    killed = start()
+    until(lambda: (project / "training.pid").exists())  # one arm is trained; the other waits for the worker
+    training = psutil.Process(int((project / "training.pid").read_text()))
+    until(lambda: len(ordered()) == 2)
+    killed.kill()
+    killed.wait()
+
+    again = start()
+    assert again.stdout is not None
+    for _ in arms:  # it says of each arm that it waits for what was ordered before; if it never does, its output ends
+        assert any("ordered before" in line for line in again.stdout)
+    assert not gone(training) and len(ordered()) == 2  # it ordered none again
+    again.terminate()
+    again.communicate(timeout=PATIENCE_S)
+    assert again.returncode != 0
+    until(lambda: gone(training))
+    until(lambda: ordered() == ["Cancelled", "Cancelled"])
+
+    (project / "go").touch()
+    last = start()
+    last.communicate(timeout=PATIENCE_S)
+    assert last.returncode == 0
+    assert ordered() == ["Cancelled", "Cancelled", "Completed", "Completed"]
+    assert study_of.records().keys() == set(arms)
+    assert doctor.leaks() == []
