@@ -76,7 +76,7 @@ def stepped(stream: Iterator[MicroBatches], bench: Bench, count: int) -> tuple[l
 
 def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
     bench = Bench.of(size, device)
-    arms: dict[str, dict[str, float]] = {}
+    arms: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = (AHEAD + count) * size.batch
