@@ -355,7 +355,8 @@ def test_a_killed_study_leaves_its_arms_to_the_next_and_a_cancelled_one_takes_th
 ) -> None:
     head, mark, tail = study_of.STAGE.partition('if stage == "first"')
     study_of.commit(head + GATE + mark + tail)
-    arms = ["tpa0-seed1", "tpa1-seed1"]
+    study_of.declare(grid={"weights.tpa": [0.0, 1.0], "seed": [7]})  # arms that no other test orders of this server
+    arms = ["tpa0-seed7", "tpa1-seed7"]
 
     def start() -> subprocess.Popen[str]:
         code = "from components.errors import exit_from; from flows.study import study"
