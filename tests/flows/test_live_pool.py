@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -200,16 +201,22 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 @pytest.fixture
 def worker(server: dict[str, str]) -> Iterator[Start]:
-    """Starts a worker of this clone, or another; those that still live are stopped at the end."""
+    """Starts a worker of this clone, or another; those that still live are stopped at the end, and end by themselves."""
     started: list[subprocess.Popen[bytes]] = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
 
     def start(clone: Path | None = None) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **server, "PREFECT_WORKER_QUERY_SECONDS": "1", pool.ROOT: str(clone or Path.cwd())}
         started.append(pool._start("cpu", str(len(started)), 1, environment))
         return started[-1]
 
-    yield start
-    pool._stop(started)
+    try:
+        yield start
+        living = [one for one in started if one.poll() is None]
+        pool._stop(started)
+        assert [one.returncode for one in living] == [0] * len(living)  # -9: they did not hear, and had to be killed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ask(client: SyncPrefectClient, deployment: str = "nightly") -> UUID:
