@@ -293,7 +293,9 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
     sent = follow(Path(sys.argv[1]), os.environ["ALIGNTI_TRACKING_URI"], voice)
     voice.flush()
-    os._exit(SENT if sent else NOT_SENT_AND_SAID_SO)  # the stage waits, and to take MLflow's modules down lasts as long as sending
+    os._exit(
+        SENT if sent else NOT_SENT_AND_SAID_SO
+    )  # the stage waits, and to take MLflow's modules down lasts as long as sending
 
 
 if __name__ == "__main__":
