@@ -644,7 +644,8 @@ def _stage_checks(settings: Settings) -> list[str]:
     """What goes with captions and no teacher, and what with one."""
     align, teachers = settings.distill.stage == "align", settings.models.members.teachers
     if not align:
-        return [] if teachers else ["params/models.yaml: pretrained.teachers: {} is for `stage: align`; name a teacher"]
+        empty = f"params/models.yaml: {settings.models.family}.teachers: {{}} is for `stage: align`; name a teacher"
+        return [] if teachers else [empty]
     problems = []
     if settings.models.family == "embedded":
         problems.append(
