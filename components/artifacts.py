@@ -140,7 +140,7 @@ class ModelRecord(Record):
     name: str
     role: Literal["teacher", "student"]
     path: str
-    origin: str  # "embedded", a hub id, or a local folder
+    origin: str  # "embedded", a hub id, a local folder, two of those, or the teacher that it was cut from
     revision: str | None
     parameters: int
     size_bytes: int

@@ -259,7 +259,7 @@ def _kind(entry: Any) -> str:
 
 
 def _keys_by_kind(entry: Any) -> dict[str, list[str]]:
-    keys = list(entry) if isinstance(entry, dict) else []
+    keys = entry.model_fields_set if isinstance(entry, Strict) else entry if isinstance(entry, dict) else ()
     return {kind: [key for key in keys if key in model.model_fields] for kind, model in _MEMBERS.items()}
 
 

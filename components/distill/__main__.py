@@ -29,7 +29,7 @@ from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.errors import exit_from
 from components.models.collate import Collator
-from components.models.load import Loaded, check_layer, check_pair, check_same_template, grids, load
+from components.models.load import Loaded, check_images, check_layer, check_pair, check_same_template, grids, load
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
@@ -94,6 +94,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     choose_trainable(student, settings.distill)
     collator = Collator(student.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
     if choice is None or layer is None:
+        check_images(student)
         module = AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, student.vocabulary))
     elif settings.uses_cache(arm):
         module = _cached(arm, settings, student, collator)
