@@ -22,6 +22,7 @@ LEVELS = [
     {"irs"},
     {"signals"},
     {"dataset", "distill", "evaluate"},
+    {"cost"},  # what the training loop holds, and what it takes
     {"teacher"},  # scores candidates with the metrics of `evaluate`
     {"study", "champion"},
     {"flows"},
