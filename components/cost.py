@@ -150,9 +150,8 @@ def body(model: Model, work: Work, added: float) -> float:
     """Forward pass of projector and layers with `added` rows more in all, causal attention, without the head."""
     shape = model.language
     tokens = sum(work.lengths) + added
-    seen = sum(length * (length + 1) / 2 for length in work.lengths) + added * max(
-        work.lengths
-    )  # pairs of a row and what it sees
+    longest = max(work.lengths)
+    pairs = sum(length * (length + 1) / 2 for length in work.lengths) + added * longest  # of a row and what it sees
     layers = shape.layers * (2 * shape.per_layer * tokens + 4 * shape.attention * pairs)
     return 2 * model.projector * work.visual + layers
 
