@@ -20,7 +20,7 @@ class Step:
 def plan() -> tuple[list[Step], str]:
     """One step per stage, in DVC's order, and where the times come from."""
     recipe, differing = recipes.nearest()
-    expected = recipes.about(recipe).seconds if recipe else {}
+    expected = (recipes.about(recipe).seconds if recipe else None) or {}
     steps = foresee(dvc.graph(), dvc.status())
     timed = [Step(step.stage, step.reasons, _seconds(step.stage, recipe, expected)) for step in steps]
     same = "is" if not differing else f"in {differing} value(s) differs from"

@@ -23,6 +23,7 @@ LEVELS = [
     {"signals"},
     {"dataset", "distill", "evaluate"},
     {"cost"},  # what the training loop holds, and what it takes
+    {"shapes"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
     {"study", "champion"},
     {"flows"},
