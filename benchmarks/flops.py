@@ -20,7 +20,7 @@ def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
     if arm != "reference":
         draws_first = arm in ("align_ti_expanded", "align_ti_flex")
         towers = 2 if arm == "trl" else 1
-        return step_of(student, teacher, work, Way(TERMS.get(arm, ALL), draws_first=draws_first, towers=towers))
+        return step_of(student, teacher, work, Way(TERMS.get(arm, ALL), draws_first=draws_first, towers=towers)).all
     added = DRAWS * work.response
     rows = sum(work.lengths) + added
     towers_of_all = 3 * tower(student, work.images)

@@ -127,23 +127,36 @@ class Way:
     towers: int = 1
 
 
-def step(student: Model, teacher: Model | None, work: Work, way: Way) -> float:
-    """Operations of one optimiser step, the optimiser's own apart. `teacher`: None if no term asks it."""
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations, those of the output heads apart: their products are in float32 (align_ti/head.py)."""
+
+    layers: float
+    heads: float
+
+    @property
+    def all(self) -> float:
+        return self.layers + self.heads
+
+
+def step(student: Model, teacher: Model | None, work: Work, way: Way) -> Operations:
+    """Of one optimiser step, the optimiser's own apart. `teacher`: None if no term asks it."""
     wants = {term: way.terms.get(term, 0) > 0 for term in ("sft", "kd", "iva", "tpa")}
     added = work.ribbon if wants["tpa"] else 0
     again = wants["kd"] * work.response + added  # rows whose numbers only the backward pass tells
     compared = again + wants["iva"] * work.visual
     own = wants["sft"] * work.response + compared
     computed_twice = again if again > way.chunk_rows else 0
-    passes = 2 + way.trained + way.checkpointed
-    done = passes * body(student, work, added) + (2 + way.trained) * head(student.language, own)
-    done += head(student.language, computed_twice)
+    layers = (2 + way.trained + way.checkpointed) * body(student, work, added) + way.towers * tower(student, work.images)
+    heads = (2 + way.trained) * head(student.language, own) + head(student.language, computed_twice)
     if wants["tpa"] and way.draws_first:
-        done += body(student, work, 0) + head(student.language, work.response)
-    if teacher is not None and (compared or added):
-        done += body(teacher, work, added) + head(teacher.language, compared + computed_twice)
-        done += 2 * teacher.language.attention * work.instruction * work.visual / max(1, len(work.lengths)) * wants["iva"]
-    return done + way.towers * tower(student, work.images)
+        layers += body(student, work, 0)
+        heads += head(student.language, work.response)
+    if teacher is not None and compared:
+        watched = 2 * teacher.language.attention * work.instruction * work.visual / max(1, len(work.lengths)) * wants["iva"]
+        layers += body(teacher, work, added) + watched
+        heads += head(teacher.language, compared + computed_twice)
+    return Operations(layers, heads)
 
 
 def body(model: Model, work: Work, added: float) -> float:
@@ -165,13 +178,6 @@ def tower(model: Model, images: float) -> float:
     per_patch = 2 * 3 * shape.patch_px**2 * shape.hidden
     attention = 4 * (shape.window or shape.tokens) * shape.hidden
     return images * model.patches * (per_patch + shape.layers * (2 * shape.per_layer + attention))
-
-
-def generation(model: Model, samples: float, prompt: float, written: float) -> float:
-    """Operations of answering `samples` questions of `prompt` tokens with `written` tokens each."""
-    work = Work(lengths=(prompt,), response=0, visual=model.visual, images=1)
-    one = tower(model, 1) + body(model, work, added=written) + head(model.language, 1 + written)
-    return samples * one
 
 
 @dataclass(frozen=True)
@@ -217,27 +223,43 @@ def memory(student: Model, teacher: Model | None, work: Work, way: Way, held: Ho
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator, by its maker's data sheet: dense bf16 operations per second, bytes per second, GiB of memory."""
+    """An accelerator, by its maker's data sheet: dense operations per second in bf16 and in float32, bytes per second, GiB."""
 
     title: str
     peak: float
+    single: float
     bandwidth: float
     gib: float
 
 
 DEVICES = {
-    "a100-80gb": Device("NVIDIA A100 80 GB", 312e12, 2.0e12, 80),
-    "h100-80gb": Device("NVIDIA H100 SXM 80 GB", 989e12, 3.35e12, 80),
-    "h200": Device("NVIDIA H200", 989e12, 4.8e12, 141),
-    "rtx-4090": Device("NVIDIA RTX 4090", 165e12, 1.0e12, 24),
+    "a100-80gb": Device("NVIDIA A100 80 GB", 312e12, 19.5e12, 2.0e12, 80),
+    "h100-80gb": Device("NVIDIA H100 SXM 80 GB", 989e12, 67e12, 3.35e12, 80),
+    "h200": Device("NVIDIA H200", 989e12, 67e12, 4.8e12, 141),
+    "rtx-4090": Device("NVIDIA RTX 4090", 165e12, 82.6e12, 1.0e12, 24),
 }
 
 # Share of a GPU's data-sheet peak that training reaches. Assumed, not measured: what is measured are shares of 0.6 to 0.7 of
 # a CPU's rate at large products (benchmarks/results/step-small.json).
 UTILISATION = 0.35
+
+# Alternatives per response token that are neither gold nor EOS nor drawn twice, of d = 4: measured at the start of the digits'
+# distillation. They become fewer as the student learns (0.20 there); 4 is the most there can be.
+ALTERNATIVES = 1.29
 GIB = 2**30
 
 
-def hours(operations: float, device: Device) -> float:
-    """Device hours."""
-    return operations / (device.peak * UTILISATION) / 3600
+def hours(done: Operations, device: Device) -> float:
+    """Device hours under bf16."""
+    return (done.layers / device.peak + done.heads / device.single) / UTILISATION / 3600
+
+
+def answering(model: Model, samples: float, batch: int, prompt: float, written: float, device: Device) -> float:
+    """Device hours of answering questions of `prompt` tokens with `written` tokens each, `batch` at a time, weights in 16 bits.
+
+    Reading a prompt takes operations; writing takes reading all weights once for a token of each answer in the batch.
+    """
+    work = Work(lengths=(prompt,), response=0, visual=model.visual, images=1)
+    reading = Operations(samples * (tower(model, 1) + body(model, work, 0)), samples * head(model.language, 1))
+    writing = samples / batch * written * 2 * model.weights / (device.bandwidth * UTILISATION)
+    return hours(reading, device) + writing / 3600

@@ -70,18 +70,28 @@ def about(name: str, root: Path = Path()) -> About:
         raise SettingsError(f"{_path(name, root)}: {where}: {first['msg']}") from None
 
 
+def settings_with(name: str, root: Path = Path()) -> Settings:
+    """What `params/` would ask for with recipe `name` merged in; nothing is written. Raises SettingsError."""
+    raw = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
+    _lay_over(overlay(name, root), raw)
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(f"recipe {name} does not fit these params: {error.errors()[0]['msg']}") from None
+
+
 def merged(name: str, root: Path = Path()) -> dict[Path, str]:
     """The new text of every params file that recipe `name` would change, comments kept; nothing is written.
 
     Raises SettingsError if there is no such recipe, or if the outcome is not valid (naming every problem).
     """
     about(name, root)
-    return checked_texts(overlay(name, root, _round_trip().load), f"recipe {name}", root)
+    return checked_texts(overlay(name, root, round_trip().load), f"recipe {name}", root)
 
 
 def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> dict[Path, str]:
     """The new text of every params file that `values` (file -> values) changes. Raises SettingsError if that is not valid."""
-    yaml = _round_trip()
+    yaml = round_trip()
     changed = {}
     with tempfile.TemporaryDirectory() as draft:
         for file in FILES:
@@ -92,7 +102,7 @@ def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> 
                 raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
             document = yaml.load(text)
             if _merge(values.get(file, {}), document, _annotation(file)):
-                changed[path] = text = _text(document)
+                changed[path] = text = text_of(document)
             write_text(Path(draft) / "params" / f"{file}.yaml", text)
         try:
             load_settings(Path(draft))
@@ -116,12 +126,12 @@ def restate(name: str, root: Path = Path()) -> None:
     if name not in names(root):
         raise _unknown(name, root)
     path = _path(name, root)
-    yaml = _round_trip()
+    yaml = round_trip()
     recipe = yaml.load(path.read_text(encoding="utf-8"))
     for file in FILES:
         params = yaml.load((root / "params" / f"{file}.yaml").read_text(encoding="utf-8"))
         _merge(params, recipe.setdefault(file, yaml.map()), _annotation(file))
-    write_text(path, _text(recipe))
+    write_text(path, text_of(recipe))
 
 
 def nearest(root: Path = Path()) -> tuple[str | None, int]:
@@ -255,13 +265,13 @@ def _leaves(node: Any) -> int:
     return sum(map(_leaves, node.values())) if isinstance(node, Mapping) else 1
 
 
-def _text(document: Any) -> str:
+def text_of(document: Any) -> str:
     stream = io.StringIO()
-    _round_trip().dump(document, stream)
+    round_trip().dump(document, stream)
     return stream.getvalue()
 
 
-def _round_trip() -> Any:
+def round_trip() -> Any:
     """YAML that is written back as it was read: comments, order, 2.0e-3, 50_000_000, null."""
     from ruamel.yaml import YAML
 

@@ -6,15 +6,13 @@ parameters that they add up to against what is published of the sizes of the wei
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from components.cost import Language, Model, Tower
 
-LICENCES = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research Licence: no commercial use",
-    "google/siglip-so400m-patch14-384": "Apache 2.0",
-}
-APACHE = "Apache 2.0"
 IMAGE = (640, 480)  # pixels of the image that models are reckoned with whose visual tokens go by its shape
 
 SIGLIP = Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=384, patch_px=14)
@@ -79,3 +77,65 @@ MODELS = {
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": _tiled(SIGLIP, replace(_QWEN2_7B, vocabulary=152_128)),
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _tiled(SIGLIP, replace(_QWEN2_0_5B, vocabulary=152_000)),
 }
+
+# By their cards; none of these repositories is gated.
+LICENCES = dict.fromkeys([*MODELS, *LANGUAGE_MODELS, *TOWERS], "Apache 2.0") | {
+    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research Licence, not for commercial use"
+}
+
+
+def of_folder(folder: Path) -> Model | None:
+    """By the folder's config.json; None if it is of a family that this module has no rule for."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    build: Any = {
+        "llava": llava,
+        "llava_onevision": _tiled,
+        "qwen2_5_vl": lambda tower, text: _merged(tower, text, 1, _native(config)),
+        "qwen3_vl": lambda tower, text: _merged(
+            tower, text, 1 + len(config.vision_config.deepstack_visual_indexes), _native(config)
+        ),
+        "idefics3": lambda tower, text: _shuffled(tower, text, config.scale_factor),
+        "smolvlm": lambda tower, text: _shuffled(tower, text, config.scale_factor),
+    }.get(config.model_type)
+    return build(tower_of(config.vision_config), language_of(config.get_text_config())) if build else None
+
+
+def language_of(config: Any) -> Language:
+    """Of a language model's configuration."""
+    return Language(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        mlp=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        head_dim=getattr(config, "head_dim", None),
+    )
+
+
+def tower_of(config: Any) -> Tower:
+    """Of a vision tower's configuration: SigLIP's and CLIP's names of things, or Qwen's."""
+    qwen = hasattr(config, "depth")
+    gated = config.model_type == "qwen2_5_vl"
+    return Tower(
+        hidden=config.hidden_size,
+        layers=config.depth if qwen else config.num_hidden_layers,
+        heads=config.num_heads if qwen else config.num_attention_heads,
+        mlp=config.intermediate_size,
+        image_px=math.isqrt(getattr(config, "num_position_embeddings", 0)) * config.patch_size if qwen else config.image_size,
+        patch_px=config.patch_size,
+        gated=gated,
+        window=4 * _side(IMAGE[0], config) * _side(IMAGE[1], config) if qwen else None,
+    )
+
+
+def _native(config: Any) -> int:
+    """Visual tokens of IMAGE, two by two patches each, where images are seen in their own resolution."""
+    return _side(IMAGE[0], config.vision_config) * _side(IMAGE[1], config.vision_config)
+
+
+def _side(pixels: int, vision: Any) -> int:
+    return round(pixels / (vision.spatial_merge_size * vision.patch_size))
