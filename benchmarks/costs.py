@@ -79,8 +79,8 @@ def _paper(root: Path) -> list[str]:
     kd, align_ti = (gib for _, gib in PAPER.values())
     lines += [
         "",
-        f"The paper's peak memory is {kd} GiB for KD and {align_ti} GiB for Align-TI ({align_ti / kd:.2f} times), at a batch per",
-        f"device that it does not state; this recipe's passes of 4 samples are counted at {found.gib:.0f} GiB for Align-TI.",
+        f"The paper's peak memory is {kd} GiB for KD and {align_ti} GiB for Align-TI ({align_ti / kd:.2f} times), at a batch",
+        f"per device that it does not state; this recipe's passes of 4 samples are counted at {found.gib:.0f} GiB for Align-TI.",
     ]
     return lines
 

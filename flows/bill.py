@@ -68,7 +68,8 @@ def _caveat(root: Path) -> str:
     )
     return (
         f"Hours are an estimate: counted operations at {cost.UTILISATION:.0%} of the data sheet's rate, a share that is assumed,"
-        f" with samples of assumed length.{error} The paper reports several times these hours for its own runs (docs/recipes.md)."
+        f" with samples of assumed length.{error} The paper reports several times these hours for its own runs"
+        " (docs/recipes.md)."
     )
 
 
