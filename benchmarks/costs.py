@@ -80,7 +80,7 @@ def _paper(root: Path) -> list[str]:
     lines += [
         "",
         f"The paper's peak memory is {kd} GiB for KD and {align_ti} GiB for Align-TI ({align_ti / kd:.2f} times), at a batch",
-        f"per device that it does not state; this recipe's passes of 4 samples are counted at {found.gib:.0f} GiB for Align-TI.",
+        f"per device that it does not state; this recipe's passes of 4 samples: counted at {found.gib:.0f} GiB for Align-TI.",
     ]
     return lines
 

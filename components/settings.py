@@ -259,7 +259,7 @@ def _kind(entry: Any) -> str:
 
 
 def _keys_by_kind(entry: Any) -> dict[str, list[str]]:
-    keys = list(entry) if isinstance(entry, dict) else []
+    keys = entry.model_fields_set if isinstance(entry, Strict) else entry if isinstance(entry, dict) else ()
     return {kind: [key for key in keys if key in model.model_fields] for kind, model in _MEMBERS.items()}
 
 
@@ -650,7 +650,8 @@ def _stage_checks(settings: Settings) -> list[str]:
     """What goes with captions and no teacher, and what with one."""
     align, teachers = settings.distill.stage == "align", settings.models.members.teachers
     if not align:
-        return [] if teachers else ["params/models.yaml: pretrained.teachers: {} is for `stage: align`; name a teacher"]
+        empty = f"params/models.yaml: {settings.models.family}.teachers: {{}} is for `stage: align`; name a teacher"
+        return [] if teachers else [empty]
     problems = []
     if settings.models.family == "embedded":
         problems.append(

@@ -67,7 +67,7 @@ def _caveat(root: Path) -> str:
         "" if worst is None else f" Ratios between arms, counted so, are off by up to {worst:.0%} from those measured on a CPU."
     )
     return (
-        f"Hours are an estimate: counted operations at {cost.UTILISATION:.0%} of the data sheet's rate, a share that is assumed,"
+        f"Hours are an estimate: counted operations at {cost.UTILISATION:.0%} of the data sheet's rate, an assumed share,"
         f" with samples of assumed length.{error} The paper reports several times these hours for its own runs"
         " (docs/recipes.md)."
     )

@@ -45,9 +45,18 @@ def export(
     draft.replace(folder)
 
 
+ALIGNED = (
+    "A model that learnt to read its vision tower from captions, before distillation: cross-entropy on the captions alone."
+)
+DISTILLED = """\
+A student distilled with Align-TI (arXiv 2602.09483): L = w_sft L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa, with the
+weights below."""
+
+
 def model_card(arm: str, facts: dict[str, Any]) -> str:
     """Deterministic: what varies from run to run (seconds, memory) stands in cost.json."""
     settings = json.dumps(facts, indent=2, sort_keys=True, default=str)
+    made = ALIGNED if facts["distill"]["stage"] == "align" else DISTILLED
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -56,8 +65,7 @@ tags: [align-ti, knowledge-distillation]
 
 # {arm}
 
-A student distilled with Align-TI (arXiv 2602.09483): L = w_sft L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa, with the
-weights below. Scores with intervals are in `reports/compare.md` of the repository that made it.
+{made} Scores with intervals are in `reports/compare.md` of the repository that made it.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor

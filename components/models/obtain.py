@@ -32,29 +32,35 @@ SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints
 
 
 def obtain(checkpoint: Checkpoint, target: Path) -> Path:
-    """Bring `checkpoint` to the folder `target`, whole.
+    """Bring `checkpoint` to the folder `target`, whole. Raises as `locate` does."""
+    source = locate(checkpoint)
+    target.mkdir(parents=True, exist_ok=True)
+    files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
+    for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
+        _place(file.resolve(), target / file.name, link=checkpoint.revision is not None)
+    return target
+
+
+def locate(checkpoint: Checkpoint) -> Path:
+    """The user's own folder, or the hub's snapshot of that commit, fetched if it is not in the cache.
 
     Raises:
         ModelError: no such repository, revision or folder; gated; no safetensors weights; a file cut short.
         TryAgainError: the hub cannot be reached, or the download broke off; what came is kept and not fetched again.
     """
     if checkpoint.revision is None:
-        source, link = Path(checkpoint.source).expanduser(), False
+        source = Path(checkpoint.source).expanduser()
         if not source.is_dir():
             raise ModelError(f"{source}: no such folder; for a hub id, give its 40-digit commit as `revision`")
     else:
-        source, link = _snapshot(checkpoint.source, checkpoint.revision), True
+        source = _snapshot(checkpoint.source, checkpoint.revision)
         if not any(source.glob("*.safetensors")):
             raise ModelError(
                 f"{checkpoint.source} at {checkpoint.revision[:8]} has no *.safetensors weights, and pickled ones are not "
                 "taken, since reading them can run code; convert them, or choose another revision"
             )
     weight_files(source)
-    target.mkdir(parents=True, exist_ok=True)
-    files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
-    for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
-        _place(file.resolve(), target / file.name, link)
-    return target
+    return source
 
 
 def _snapshot(source: str, revision: str) -> Path:
