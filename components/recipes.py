@@ -12,6 +12,7 @@ params/mixtures/, as data.mixture) and `phases:`, runs that come before it, each
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import sys
@@ -51,8 +52,7 @@ class About(Strict):
 
 def names(root: Path = Path()) -> list[str]:
     """All recipes, each followed by its phases as NAME/PHASE in the order in which they are run."""
-    stems = sorted(path.stem for path in (root / "params/recipes").glob("[!_]*.yaml"))
-    return [name for stem in stems for name in (stem, *(f"{stem}/{phase}" for phase in phases(stem, root)))]
+    return [name for stem in _stems(root) for name in (stem, *(f"{stem}/{phase}" for phase in phases(stem, root)))]
 
 
 def phases(name: str, root: Path = Path()) -> list[str]:
@@ -138,8 +138,7 @@ def nearest(root: Path = Path()) -> tuple[str | None, int]:
     """The recipe that `params/` are nearest to, and in how many values they differ; of equals, the fuller one."""
     params = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
     best: tuple[int, int, str] | None = None
-    for name in names(root):
-        said = overlay(name, root)
+    for name, said in _overlays(root):
         differing = sum(1 for file in said for _ in _updates(said[file], params[file], _annotation(file)))
         rank = (differing, -_leaves(said), name)
         best = min(best, rank) if best else rank
@@ -161,18 +160,35 @@ def _document(name: str, root: Path, load: Load | None = None) -> dict[str, Any]
     stem, _, phase = name.partition("/")
     if not _path(stem, root).is_file() or stem.startswith("_"):
         raise _unknown(name, root)
-    document = _whole(stem, root, load)
-    overlays = document.get("phases") or {}
-    if phase and phase not in overlays:
+    whole = _whole(stem, root, load)
+    if phase and phase not in (whole.get("phases") or {}):
         raise _unknown(name, root)
+    return _unfolded(whole, name, root, load)
+
+
+def _unfolded(whole: dict[str, Any], name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
+    """`whole` with phase and mixture laid over it, in place."""
+    phase = name.partition("/")[2]
     if phase:
-        _lay_over({"about": {"run": f"alignti use {name} && make repro"}}, document)
-        _lay_over(overlays[phase], document)
-    if mixture := document.get("mixture"):
-        path = root / "params/mixtures" / f"{mixture}.yaml"
-        block = {"source": "mixture", "mixture": _read(path, load)}
-        _lay_over({"data": block}, document)
-    return document
+        _lay_over({"about": {"run": f"alignti use {name} && make repro"}}, whole)
+        _lay_over(whole["phases"][phase], whole)
+    if mixture := whole.get("mixture"):
+        block = {"source": "mixture", "mixture": _read(root / "params/mixtures" / f"{mixture}.yaml", load)}
+        _lay_over({"data": block}, whole)
+    return whole
+
+
+def _overlays(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every recipe and phase with its values, each file read once or twice."""
+    for stem in _stems(root):
+        whole = _whole(stem, root)
+        for name in (stem, *(f"{stem}/{phase}" for phase in whole.get("phases") or {})):
+            document = _unfolded(copy.deepcopy(whole), name, root)
+            yield name, {file: document[file] for file in FILES if file in document}
+
+
+def _stems(root: Path) -> list[str]:
+    return sorted(path.stem for path in (root / "params/recipes").glob("[!_]*.yaml"))
 
 
 def _whole(stem: str, root: Path, load: Load | None = None) -> dict[str, Any]:

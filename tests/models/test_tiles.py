@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import ModelError
+from components.irs.overlays import seen_by
 from components.models.collate import visual_tokens
 from components.models.processor import load_processor
 from components.models.tiles import as_one_tile
@@ -28,7 +29,9 @@ def test_an_image_is_one_tile_whatever_its_shape(family: str, layout: str, tmp_p
         (folder / "processor_config.json").write_text(json.dumps(kept))
     (folder / "linked").hardlink_to(folder / layout)
     as_one_tile(folder)
-    assert visual_tokens(load_processor(folder)) == 4
+    processor = load_processor(folder)
+    assert visual_tokens(processor) == 4
+    assert seen_by(processor, toy.image(40, 20)).shape == (16, 16, 3)
     assert layout != "processor_config.json" or (folder / "linked").read_text() == before  # the hub's own copy
 
 
