@@ -16,6 +16,7 @@ from components.cost import Language, Model, Tower
 IMAGE = (640, 480)  # pixels of the image that models are reckoned with whose visual tokens go by its shape
 
 SIGLIP = Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=384, patch_px=14)
+_SIGLIP_26 = replace(SIGLIP, layers=26)  # less the last, which LLaVA-OneVision does not read
 _QWEN_VIT = Tower(hidden=1280, layers=32, heads=16, mlp=3420, image_px=384, patch_px=14, gated=True, window=251)
 _QWEN3_VIT = Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=768, patch_px=16, window=1200)
 _QWEN3_VIT_SMALL = Tower(hidden=1024, layers=24, heads=16, mlp=4096, image_px=768, patch_px=16, window=1200)
@@ -74,8 +75,8 @@ MODELS = {
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _shuffled(
         _SIGLIP_512, Language(hidden=960, layers=32, heads=15, kv_heads=5, mlp=2560, vocabulary=49_280, tied=False), side=4
     ),
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _tiled(SIGLIP, replace(_QWEN2_7B, vocabulary=152_128)),
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _tiled(SIGLIP, replace(_QWEN2_0_5B, vocabulary=152_000)),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _tiled(_SIGLIP_26, replace(_QWEN2_7B, vocabulary=152_128)),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _tiled(_SIGLIP_26, replace(_QWEN2_0_5B, vocabulary=152_000)),
 }
 
 # By their cards; none of these repositories is gated.
@@ -99,7 +100,11 @@ def of_folder(folder: Path) -> Model | None:
         "idefics3": lambda tower, text: _shuffled(tower, text, config.scale_factor),
         "smolvlm": lambda tower, text: _shuffled(tower, text, config.scale_factor),
     }.get(config.model_type)
-    return build(tower_of(config.vision_config), language_of(config.get_text_config())) if build else None
+    if build is None:
+        return None
+    language = replace(language_of(config.get_text_config()), tied=bool(config.tie_word_embeddings))
+    made: Model = build(tower_of(config.vision_config), language)
+    return made
 
 
 def language_of(config: Any) -> Language:
@@ -111,7 +116,7 @@ def language_of(config: Any) -> Language:
         kv_heads=config.num_key_value_heads,
         mlp=config.intermediate_size,
         vocabulary=config.vocab_size,
-        tied=bool(config.tie_word_embeddings),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
         head_dim=getattr(config, "head_dim", None),
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from components.settings import Arm, Checkpoint, Cut, Parts, Settings
 
 STUDENT_PATH = re.compile(r"artifacts/students/([a-z0-9_-]+)/model")
 IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # of the prepare benchmark (docs/performance.md): its images, its two cores
+EMBEDDED_VOCABULARY, EMBEDDED_TOKENS = 128, (12, 6)  # of digits' questions: text before the answer, answer
 TEACHER_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}
 
 # What is published of data: rows and, where it is known, bytes to download.
@@ -228,6 +229,58 @@ def _share(settings: Settings) -> float:
     if block is None or settings.data.source == "digits":
         return 0.0
     return (block.test if settings.evaluate.split == "test" else block.val) / (1 - block.val - block.test)
+
+
+def scaled_seconds(settings: Settings, base: Settings, measured: Mapping[str, float]) -> dict[str, float]:
+    """Seconds per stage of an embedded recipe, from those `measured` of another, by the ratio of operations.
+
+    An upper bound where `settings` is the larger: more of a tiny model's time goes into calls.
+    """
+    here, there = _embedded_operations(settings), _embedded_operations(base)
+    return {stage: seconds * here[stage] / there[stage] for stage, seconds in measured.items()}
+
+
+def _embedded_operations(settings: Settings) -> dict[str, float]:
+    """Per stage, up to a factor that depends on no setting; images, for `prepare`."""
+    family, digits = settings.models.embedded, settings.data.digits
+    assert family is not None and digits is not None
+    shape = family.tower
+    px = digits.grid * digits.cell_px
+    tower = cost.Tower(shape.hidden, shape.layers, shape.heads, shape.mlp, image_px=px, patch_px=shape.patch_px)
+    models = {
+        name: shapes.llava(tower, cost.Language(t.hidden, t.layers, t.heads, t.kv_heads, t.mlp, EMBEDDED_VOCABULARY))
+        for name, t in family.teachers.items()
+    }
+
+    def sample(turns: int) -> Work:
+        text, response = turns * EMBEDDED_TOKENS[0], turns * EMBEDDED_TOKENS[1]
+        return Work((float(tower.tokens + text + response),), response, tower.tokens, 1, text, response * cost.ALTERNATIVES)
+
+    def training(model: Model, work: Work) -> float:
+        return cost.step(model, None, work, Way({"sft": 1.0}, towers=0)).all
+
+    captions, instructions = family.teacher_captions, family.teacher_instructions
+    reading = family.tower_training.steps * family.tower_training.batch_size * 3 * cost.tower(next(iter(models.values())), 1)
+    made = reading + sum(
+        captions.steps * captions.batch_size * training(model, sample(tower.tokens // 8))
+        + instructions.steps * instructions.batch_size * training(model, sample(instructions.turns))
+        for model in models.values()
+    )
+    teacher, student = max(models.values(), key=lambda m: m.weights), models[next(iter(family.students.values()))]
+    one = cost.step(student, teacher, sample(1), Way(dict.fromkeys(("sft", "kd", "iva", "tpa"), 1.0))).all
+    asked = digits.images.test * digits.instructions_per_image.test
+    images = digits.images
+    return {
+        "prepare": images.train + images.val + images.test,
+        "obtain_models": made,
+        "select_teacher": settings.teacher.samples * sum(cost.body(model, sample(1), 0) for model in models.values()),
+        "search_layer": settings.irs.images * settings.irs.instructions_per_image * cost.body(teacher, sample(1), 0),
+        "cache_teacher": 1.0,  # a note that there is none
+        "distill": settings.distill.steps * settings.distill.batch_size * one,
+        "evaluate": asked * cost.body(student, sample(1), 0),
+        "evaluate_teacher": asked * cost.body(teacher, sample(1), 0),
+        "compare": float(asked * len(settings.study.arms)),
+    }
 
 
 def missing(settings: Settings, root: Path = Path()) -> list[Missing]:

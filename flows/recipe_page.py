@@ -10,13 +10,23 @@ from components import recipes
 from components.artifacts import write_text
 from flows import costs
 
+SCALED = "digits-large"  # by digits, whose times were measured
 PAGE = Path("docs/recipes.md")
 BEGIN, END = "<!-- recipes: written by `python -m flows.recipe_page` -->", "<!-- recipes: end -->"
 
 
-def estimated(name: str, root: Path = Path()) -> dict[str, str]:
-    """`time` and `memory` of the header of recipe `name`, by the cost model; empty where its own were measured."""
-    found = costs.estimate(name, recipes.settings_with(name, root), root)
+def estimated(name: str, root: Path = Path()) -> dict[str, Any]:
+    """`time` with `memory` or `seconds` for the header of recipe `name`, by the cost model; empty where its own were measured."""
+    settings = recipes.settings_with(name, root)
+    if name == SCALED:
+        seconds = costs.scaled_seconds(
+            settings, recipes.settings_with("digits", root), recipes.about("digits", root).seconds or {}
+        )
+        rounded = {stage: float(f"{value:.2g}") for stage, value in seconds.items()}
+        arms = len(settings.study.arms)
+        total = sum(value * (arms if stage in ("distill", "evaluate") else 1) for stage, value in seconds.items())
+        return {"time": f"at most {_rounded(total / 3600)} h on 2 CPU cores; an estimate (docs/recipes.md)", "seconds": rounded}
+    found = costs.estimate(name, settings, root)
     if found is None:
         return {}
     hours, here = found.device_hours, found.device_hours / found.devices
@@ -37,8 +47,12 @@ def headers(root: Path = Path()) -> dict[Path, str]:
         part = document.get("phases", {}).get(phase) if phase else document
         if part is None:  # of the recipe that this one is like
             continue
-        for key, text in estimated(name, root).items():
-            part.setdefault("about", yaml.map())[key] = text
+        for key, said in estimated(name, root).items():
+            about = part.setdefault("about", yaml.map())
+            if isinstance(said, dict):
+                about[key].update(said)  # as it is written, on one line
+            else:
+                about[key] = said
         texts[path] = recipes.text_of(document)
     return texts
 

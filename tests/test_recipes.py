@@ -41,7 +41,8 @@ def test_a_recipe_fits_and_says_what_it_is(name: str, root: Path) -> None:
     assert differing == 0
     if name not in TWICE:
         assert nearest == name
-    assert recipes.use(name, root) == ""
+    if "/" not in name:
+        assert recipes.use(name, root) == ""
 
 
 # A teacher's runs, which serve two students.
