@@ -16,7 +16,7 @@ BEGIN, END = "<!-- recipes: written by `python -m flows.recipe_page` -->", "<!--
 
 
 def estimated(name: str, root: Path = Path()) -> dict[str, Any]:
-    """`time` with `memory` or `seconds` for the header of recipe `name`, by the cost model; empty where its own were measured."""
+    """`time` with `memory` or `seconds` for a recipe's header, by the cost model; empty where its own were measured."""
     settings = recipes.settings_with(name, root)
     if name == SCALED:
         seconds = costs.scaled_seconds(
