@@ -129,7 +129,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations, those of the output heads apart: their products are in float32 (align_ti/head.py)."""
+    """Floating-point operations, those of the output heads apart: their products are in TF32 under bf16 (runtime.py)."""
 
     layers: float
     heads: float
@@ -223,19 +223,19 @@ def memory(student: Model, teacher: Model | None, work: Work, way: Way, held: Ho
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator, by its maker's data sheet: dense operations per second in bf16 and in float32, bytes per second, GiB."""
+    """An accelerator, by its maker's data sheet: dense operations per second in bf16 and in TF32, bytes per second, GiB."""
 
     title: str
     peak: float
-    single: float
+    tf32: float
     bandwidth: float
     gib: float
 
 
 DEVICES = {
-    "a100-80gb": Device("NVIDIA A100 80 GB", 312e12, 19.5e12, 2.0e12, 80),
-    "h100-80gb": Device("NVIDIA H100 SXM 80 GB", 989e12, 67e12, 3.35e12, 80),
-    "h200": Device("NVIDIA H200", 989e12, 67e12, 4.8e12, 141),
+    "a100-80gb": Device("NVIDIA A100 80 GB", 312e12, 156e12, 2.0e12, 80),
+    "h100-80gb": Device("NVIDIA H100 SXM 80 GB", 989e12, 495e12, 3.35e12, 80),
+    "h200": Device("NVIDIA H200", 989e12, 495e12, 4.8e12, 141),
     "rtx-4090": Device("NVIDIA RTX 4090", 165e12, 82.6e12, 1.0e12, 24),
 }
 
@@ -251,7 +251,7 @@ GIB = 2**30
 
 def hours(done: Operations, device: Device) -> float:
     """Device hours under bf16."""
-    return (done.layers / device.peak + done.heads / device.single) / UTILISATION / 3600
+    return (done.layers / device.peak + done.heads / device.tf32) / UTILISATION / 3600
 
 
 def answering(model: Model, samples: float, batch: int, prompt: float, written: float, device: Device) -> float:

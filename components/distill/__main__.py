@@ -61,7 +61,7 @@ def main() -> None:
 
 def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     """Train and export one arm. Returns what it took."""
-    device = prepare_torch(settings.runtime, arm.seed)
+    device = prepare_torch(settings.runtime, arm.seed, settings.distill.precision)
     bf16 = settings.distill.precision == "bf16"
     accelerator = Accelerator(
         cpu=device.type == "cpu",
