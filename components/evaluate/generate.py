@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from components.errors import DataError
 from components.models.collate import Collator
 from components.models.families import inputs
 from components.models.load import Loaded
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
 
 def questions(samples: Samples) -> list[int]:
-    """Indices of the samples that are scored: all but captions, which are for training."""
-    return [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
+    """Indices of the samples that are scored: all but captions, which are for training. Raises DataError if there are none."""
+    found = [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
+    if not found:
+        raise DataError(f"none of the split's {len(samples):,} samples is a question to answer; see artifacts/dataset/card.md")
+    return found
 
 
 def answers(

@@ -69,8 +69,10 @@ def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
     return cut(target.parents[1] / "teachers" / member.teacher, member, target)
 
 
-def origin_of(member: object) -> tuple[str, str | None]:
-    """Of a member of `models.members`: what the index says of where it comes from, and its commit."""
+def origin_of(member: object, path: Path) -> tuple[str, str | None]:
+    """Of a member of `models.members` at `path`: what the index says of where it comes from, and its commit."""
+    from components.models.cut import layers_kept
+
     if isinstance(member, Checkpoint):
         return member.source, member.revision
     if isinstance(member, Parts):
@@ -78,7 +80,7 @@ def origin_of(member: object) -> tuple[str, str | None]:
         return " + ".join(part.source + (f"@{part.revision}" if part.revision else "") for part in parts), None
     if isinstance(member, Cut):
         mlp = "" if member.mlp is None else f", {member.mlp} neurons of each MLP"
-        return f"teacher {member.teacher}, layers 0, {member.every}, {2 * member.every}, ...{mlp}", None
+        return f"teacher {member.teacher}, layers {', '.join(map(str, layers_kept(path, member)))}{mlp}", None
     return "embedded", None
 
 
@@ -94,7 +96,7 @@ def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
         check_kind(path)
         processor = load_processor(path)
         check_special_tokens(processor)
-        return record(path, role, *origin_of(member), visual_tokens(processor))
+        return record(path, role, *origin_of(member, path), visual_tokens(processor))
 
     return ModelIndex(
         teachers={name: of("teacher", name, member) for name, member in models.members.teachers.items()},

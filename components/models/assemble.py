@@ -55,30 +55,23 @@ def assemble(tower: Path, language_model: Path, parts: Parts, system: str, targe
 
 def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
     """The model, in the precision that it is stored in. Raises ModelError if it is none of `kinds`, or not whole."""
-    from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
+    from transformers import AutoModelForCausalLM, PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
 
     class Eyes(SiglipVisionModel):
         # Its other half and its head: no need to warn of them.
         _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(vision_model\.)?head\.", r"^logit_"]  # noqa: RUF012
 
     weight_files(path)
+    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if config.model_type not in kinds:
-            raise ModelError(f"{path}: is of type {config.model_type!r}; {wanted} is of type {' or '.join(kinds)}")
+        kind = PreTrainedConfig.get_config_dict(path, local_files_only=True)[0].get("model_type")
+        if kind not in kinds:
+            raise ModelError(f"{path}: is of type {kind!r}; {wanted} is of type {' or '.join(kinds)}")
         opener: Any = AutoModelForCausalLM
         if kinds == TOWERS:
-            opener, config = Eyes, getattr(config, "vision_config", config)
-            config.vision_use_head = False
-        model, report = opener.from_pretrained(
-            path,
-            config=config,
-            dtype="auto",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+            opener = Eyes
+            options["config"] = SiglipVisionConfig.from_pretrained(path, vision_use_head=False, local_files_only=True)
+        model, report = opener.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be opened as {wanted}: {_first_line(error)}") from None
     if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):

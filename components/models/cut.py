@@ -68,6 +68,14 @@ def cut(teacher: Path, asked: Cut, target: Path) -> Path:
     return target
 
 
+def layers_kept(path: Path, asked: Cut) -> list[int]:
+    """Of the teacher's layers, those that the cut student at `path` has."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return [place * asked.every for place in range(config.get_text_config().num_hidden_layers)]
+
+
 def _layers(config: Any, asked: Cut, teacher: Path) -> list[int]:
     """The layers that are kept. Raises ModelError if the cut would not be exact."""
     text = config.get_text_config()

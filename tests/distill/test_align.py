@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from components.artifacts import IRS, MODELS, TEACHER, ModelIndex, TeacherChoice
+from components.artifacts import IRS, MODELS, TEACHER, LayerChoice, ModelIndex, TeacherChoice
 from components.distill.__main__ import trained_on
 from components.errors import DataError
 from components.irs.__main__ import main as search_layer
+from components.models.__main__ import main as obtain_models
 from components.settings import DistillSettings, load_settings
 from components.teacher.__main__ import main as select_teacher
 from tests.distill.conftest import write_params
 from tests.distill.test_stage import run
+from tests.models.conftest import saved, word_processor
 
 
 @pytest.fixture
@@ -53,6 +55,27 @@ def test_it_trains_on_the_captions(aligning: Path, capsys: pytest.CaptureFixture
     assert "8 samples of 24; " in capsys.readouterr().out
     card = (folder / "model/README.md").read_text()
     assert "from captions, before distillation" in card and '"teacher": null' in card
+
+
+def test_what_it_made_is_the_start_of_a_distillation(aligning: Path) -> None:
+    run("align")
+    teacher = saved(aligning / "theirs", word_processor(), hidden=48)
+    made = {"source": "artifacts/students/align/model", "revision": None}
+    family = {"teachers": {"base": {"source": str(teacher), "revision": None}}, "students": {"student": made}}
+    write_params(aligning, "models", {"pretrained": family})
+    weights = dict.fromkeys(("sft", "kd", "iva", "tpa"), 1.0)
+    write_params(aligning, "study", {"arms": {"next": {"weights": weights, "student": "student", "seed": 1}}})
+    write_params(aligning, "evaluate", {"baselines": ["next"]})
+    trainable = {"vision_tower": False, "projector": True, "language_model": True, "lora": None}
+    write_params(aligning, "distill", {"stage": "distill", "trainable": trainable})
+    obtain_models()
+    chosen = ModelIndex.read(MODELS / "index.json").teachers["base"]
+    TeacherChoice(name="base", path=chosen.path, sha256=chosen.sha256).write(TEACHER / "choice.json")
+    LayerChoice(layer=1, irs=[0, 1], standard_error=[0, 0], separated=True, runner_up=0, images=8, pairs=8).write(
+        IRS / "layer.json"
+    )
+    losses = [json.loads(line) for line in (run("next") / "losses.jsonl").read_text().splitlines()]
+    assert losses[-1]["total"] < losses[0]["total"] and all(losses[0][term] > 0 for term in weights)
 
 
 def test_captions_are_those_marked_so_or_all_there_is(aligning: Path) -> None:

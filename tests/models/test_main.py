@@ -69,7 +69,7 @@ def test_models_made_of_parts_and_cut_from_a_teacher_are_indexed(place: Path, ca
     teacher, student, less = index.teachers["made"], index.students["student"], index.students["cut"]
     assert (teacher.origin, teacher.visual_tokens) == (f"{tower} + {words}", 4)
     assert sha256([Path(teacher.path)]) == sha256([Path(student.path)])
-    assert less.origin == "teacher made, layers 0, 2, 4, ..., 16 neurons of each MLP"
+    assert less.origin == "teacher made, layers 0, 16 neurons of each MLP"
     hidden, layer = 32, 2 * 32 * (32 + 16) + 2 * 8 + 2 * 32  # q, o, k, v, their two norms, the layer's two
     assert teacher.parameters - less.parameters == layer + 3 * hidden * (48 + 48 - 16)
 
