@@ -21,8 +21,7 @@ BEGIN, END = "<!-- cost model: written by `python -m benchmarks.costs` -->", "<!
 ARMS = ("kd", "align_ti", "align_ti_worst")
 CHUNK_MIB = 40.0
 
-# arXiv 2602.09483, its table of costs: Qwen2.5-0.5B taught by 7B, one epoch. It names no device and no batch per device.
-PAPER = {"kd": (355, 70.6), "align_ti": (509, 75.6)}  # GPU hours, GiB
+PAPER_GIB = {"kd": 70.6, "align_ti": 75.6}  # of the same table of the paper as flows.costs.PAPER_HOURS
 
 
 def render() -> str:
@@ -66,23 +65,24 @@ def peak_mib(result: dict[str, Any], arm: str) -> float:
 
 
 def _paper(root: Path) -> list[str]:
-    name = "paper-qwen2.5-0.5b"
-    found = costs.estimate(name, recipes.settings_with(name, root), root)
+    found = costs.estimate(costs.PAPER, recipes.settings_with(costs.PAPER, root), root)
     assert found is not None
     title = f"GPU hours here, {found.device.title} | GPU hours in the paper, device not named"
-    lines = [f"| `{name}`, one epoch of an arm | {title} | paper / here |", "|---|---:|---:|---:|"]
-    hours = {arm: found.hours[f"distill@{arm}"] for arm in PAPER}
-    for arm, (paper, _) in PAPER.items():
-        lines.append(f"| {arm} | {hours[arm]:,.0f} | {paper} | {paper / hours[arm]:.1f} |")
-    ours, theirs = hours["align_ti"] / hours["kd"], PAPER["align_ti"][0] / PAPER["kd"][0]
+    lines = [f"| `{costs.PAPER}`, one epoch of an arm | {title} | paper / here |", "|---|---:|---:|---:|"]
+    hours = costs.paper_hours(root)
+    for arm, (here, paper) in hours.items():
+        lines.append(f"| {arm} | {here:,.0f} | {paper} | {paper / here:.1f} |")
+    ours, theirs = (hours["align_ti"][i] / hours["kd"][i] for i in range(2))
     lines.append(f"| align_ti / kd | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} |")
-    kd, align_ti = (gib for _, gib in PAPER.values())
-    lines += [
+    kd, align_ti = PAPER_GIB.values()
+    a100 = cost.UTILISATION * hours["kd"][0] / hours["kd"][1] * found.device.peak / cost.DEVICES["a100-80gb"].peak
+    return [
+        *lines,
         "",
-        f"The paper's peak memory is {kd} GiB for KD and {align_ti} GiB for Align-TI ({align_ti / kd:.2f} times), at a batch",
-        f"per device that it does not state; this recipe's passes of 4 samples: counted at {found.gib:.0f} GiB for Align-TI.",
+        f"The paper's hours for KD would be {a100:.0%} of an A100's rate. Its peak memory is {kd} GiB for KD and {align_ti} GiB for",
+        f"Align-TI ({align_ti / kd:.2f} times), at a batch per device that it does not state; this recipe's passes of 4 samples are",
+        f"counted at {found.gib:.0f} GiB for Align-TI.",
     ]
-    return lines
 
 
 def refresh(page: str, tables: str) -> str:

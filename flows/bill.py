@@ -66,10 +66,11 @@ def _caveat(root: Path) -> str:
     error = (
         "" if worst is None else f" Ratios between arms, counted so, are off by up to {worst:.0%} from those measured on a CPU."
     )
+    counted, reported = costs.paper_hours(root)["align_ti"]
     return (
         f"Hours are an estimate: counted operations at {cost.UTILISATION:.0%} of the data sheet's rate, an assumed share,"
-        f" with samples of assumed length.{error} The paper reports several times these hours for its own runs"
-        " (docs/recipes.md)."
+        f" with samples of assumed length.{error} What the paper reports for its own runs is"
+        f" {reported / counted:.0f} times what is counted for them, on devices that it does not name (docs/recipes.md)."
     )
 
 

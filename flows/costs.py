@@ -31,6 +31,9 @@ ROWS = {
 }
 DATA_BYTES = {"data/llava/pretrain": 27_356_108_382, "data/mix2m/MobileVLM_V2_FT_Mix2M.json": 1.4e9}
 
+# arXiv 2602.09483, its table of costs: Qwen2.5-0.5B taught by 7B, one epoch. It names no device and no batch per device.
+PAPER, PAPER_HOURS = "paper-qwen2.5-0.5b", {"kd": 355, "align_ti": 509}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -116,6 +119,13 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         "prepared images": rows * IMAGE_BYTES,
     }
     return Estimate(device, runtime.devices, hours, dearest, disk, rows / PREPARED_PER_SECOND / 3600)
+
+
+def paper_hours(root: Path = Path()) -> dict[str, tuple[float, float]]:
+    """Arm of the paper's recipe -> device hours by the cost model, GPU hours that the paper reports."""
+    found = estimate(PAPER, recipes.settings_with(PAPER, root), root)
+    assert found is not None
+    return {arm: (found.hours[f"distill@{arm}"], hours) for arm, hours in PAPER_HOURS.items()}
 
 
 def _model(entry: Checkpoint | Parts | Cut, name: str, settings: Settings, root: Path) -> Model:

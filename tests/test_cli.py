@@ -38,9 +38,7 @@ def test_an_unknown_recipe_names_the_nearest_and_all(root: Path) -> None:
     done = alignti(root, "use", "digit")
     assert done.returncode == 2
     known = ", ".join(recipes.names(ROOT))
-    assert done.stderr == (
-        f"SettingsError: there is no recipe 'digit'; did you mean 'digits'? params/recipes/ has {known}\n"
-    )
+    assert done.stderr == (f"SettingsError: there is no recipe 'digit'; did you mean 'digits'? params/recipes/ has {known}\n")
 
 
 def test_check_passes_the_shipped_params_and_recipes() -> None:
