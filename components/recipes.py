@@ -94,6 +94,7 @@ def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> 
     yaml = round_trip()
     changed = {}
     with tempfile.TemporaryDirectory() as draft:
+        (Path(draft) / "params").mkdir()
         for file in FILES:
             path = root / "params" / f"{file}.yaml"
             try:
@@ -103,7 +104,7 @@ def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> 
             document = yaml.load(text)
             if _merge(values.get(file, {}), document, _annotation(file)):
                 changed[path] = text = text_of(document)
-            write_text(Path(draft) / "params" / f"{file}.yaml", text)
+            (Path(draft) / "params" / f"{file}.yaml").write_text(text, encoding="utf-8")
         try:
             load_settings(Path(draft))
         except SettingsError as error:
