@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.shapes import Language, Tower, llava
+from benchmarks.shapes import llava
 from components.align_ti.divergence import row_divergence
+from components.cost import Language, Tower
 from components.models.vlm import VLM
 
 ROWS, VOCABULARY, STUDENT, TEACHER = 729 + 128, 151_936, 896, 1536

@@ -10,6 +10,8 @@ import typer
 from components.errors import exit_from
 from flows import commands
 
+LONG_S = 3 * 3600
+
 app = typer.Typer(
     help="Distil a multimodal model with Align-TI. `make repro` runs the whole job; these commands prepare and explain it.",
     no_args_is_help=True,
@@ -33,6 +35,8 @@ def use(recipe: str) -> None:
         f"params/ {'now say' if diff else 'said already'} what recipe {recipe} says. On {about.hardware} the whole job takes"
         f" {about.time}: `make repro`, or `alignti plan` to see it first."
     )
+    if before := recipes.phases(recipe) if "/" not in recipe else []:
+        typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in before)}.")
 
 
 @app.command()
@@ -41,12 +45,12 @@ def plan() -> None:
     from components.settings import load_settings
     from flows.plan import plan as make_plan
 
-    load_settings()
-    steps, basis = make_plan()
+    settings = load_settings()
+    steps, basis, recipe = make_plan(settings)
     width = max(len(step.stage) for step in steps)
     for step in steps:
         state = typer.style("would run" if step.reasons else "cached   ", fg=typer.colors.YELLOW if step.reasons else None)
-        time = f"{step.seconds:6.0f} s" if step.reasons and step.seconds is not None else " " * 8
+        time = _duration(step.seconds) if step.reasons and step.seconds is not None else " " * 8
         typer.echo(f"{step.stage:{width}}  {state} {time}  {'; '.join(step.reasons)}".rstrip())
     running = [step for step in steps if step.reasons]
     if not running:
@@ -55,8 +59,17 @@ def plan() -> None:
     total = sum(step.seconds or 0 for step in running)
     unknown = [step.stage for step in running if step.seconds is None]
     but = f", not counting {', '.join(unknown)}: never timed" if unknown else ""
-    typer.echo(f"{len(running)} of {len(steps)} stages would run: about {total / 60:.1f} min, one at a time{but}.")
+    in_all = f"{total / 60:.1f} min" if total < LONG_S else f"{total / 3600:,.0f} h"
+    typer.echo(f"{len(running)} of {len(steps)} stages would run: about {in_all}, one at a time{but}.")
     typer.echo(f"Times: {basis}. DVC restores a stage at once instead if it has run on the same inputs before.")
+    if recipe is not None and settings.models.family == "pretrained":
+        from flows import bill
+
+        bill.show(recipe, settings)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:6.0f} s" if seconds < LONG_S else f"{seconds / 3600:6.1f} h"
 
 
 @app.command()

@@ -307,6 +307,7 @@ class ModelsSettings(Strict):
     family: Literal["embedded", "pretrained"]
     template: Template
     max_length: PositiveInt = Field(description="tokens of one sample, visual tokens included; longer is an error")
+    image_splitting: bool = Field(description="false: Idefics3 and SmolVLM take each image as one tile")
     embedded: EmbeddedFamily | None
     pretrained: PretrainedFamily | None
 
@@ -314,6 +315,8 @@ class ModelsSettings(Strict):
     def _block_of_family(self) -> ModelsSettings:
         if getattr(self, self.family) is None:
             raise ValueError(f"family is {self.family}, so the block `{self.family}:` must be filled in")
+        if not self.image_splitting and self.family == "embedded":
+            raise ValueError("image_splitting: false is for `family: pretrained`; embedded models split no image")
         return self
 
     @property

@@ -22,6 +22,8 @@ LEVELS = [
     {"irs"},
     {"signals"},
     {"dataset", "distill", "evaluate"},
+    {"cost"},  # what the training loop holds, and what it takes
+    {"shapes"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
     {"study", "champion"},
     {"flows"},

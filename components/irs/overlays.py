@@ -34,7 +34,8 @@ def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
     pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)[
         "pixel_values"
     ]
-    return np.clip(np.moveaxis(pixels[0], 0, -1), 0, 255).astype(np.uint8)
+    shown = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # one tile, of families that split others into several
+    return np.clip(np.moveaxis(shown, 0, -1), 0, 255).astype(np.uint8)
 
 
 def curve(choice: LayerChoice, theme: Theme) -> Figure:

@@ -20,6 +20,7 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from components.models import embedded
+    from components.models.tiles import as_one_tile
     from components.runtime import prepare_torch
     from components.shards import Samples
     from components.tracking import stage_run
@@ -39,6 +40,9 @@ def main() -> None:
             for role, members in (("teachers", models.pretrained.teachers), ("students", models.pretrained.students)):
                 for name, member in members.items():
                     bring(member, MODELS / role / name, models.template.system)
+            if not models.image_splitting:
+                for folder in sorted(MODELS.glob("*/*")):
+                    as_one_tile(folder)
         index = index_of(models, MODELS)
         index.write(MODELS / "index.json")
     sizes = "; ".join(
