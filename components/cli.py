@@ -386,6 +386,22 @@ def evaluate(
     run(kit or (), arm or (), task or (), blank)
 
 
+@app.command("try")
+def try_model(
+    student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder, or ORG/NAME[@REVISION] of the hub.")],
+    question: str,
+    image: Annotated[Path, typer.Option(help="What the question is about: JPEG, PNG, WebP, GIF, BMP or TIFF.")],
+    vs: Annotated[str | None, typer.Option(help="Another model, to answer beside it.")] = None,
+    look: Annotated[bool, typer.Option("--look", help="Write a picture of where each looked.")] = False,
+    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
+) -> None:
+    """Ask a model a question about an image: its answer as it comes, with timings."""
+    from components.release.ask import run
+    from components.settings import load_settings
+
+    run([student] if vs is None else [student, vs], image, question, load_settings(), longest, look)
+
+
 for _command in (commands.register, commands.promote, commands.reproduce):
     app.command()(_command)
 

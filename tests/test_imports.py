@@ -23,7 +23,7 @@ LEVELS = [
     {"signals"},
     {"dataset", "distill", "evaluate"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
-    {"study", "champion"},
+    {"study", "champion", "release"},
     {"flows"},
     {"cli"},
 ]

@@ -43,12 +43,7 @@ def obtain(checkpoint: Checkpoint, target: Path) -> Path:
         if not source.is_dir():
             raise ModelError(f"{source}: no such folder; for a hub id, give its 40-digit commit as `revision`")
     else:
-        source, link = _snapshot(checkpoint.source, checkpoint.revision), True
-        if not any(source.glob("*.safetensors")):
-            raise ModelError(
-                f"{checkpoint.source} at {checkpoint.revision[:8]} has no *.safetensors weights, and pickled ones are not "
-                "taken, since reading them can run code; convert them, or choose another revision"
-            )
+        source, link = snapshot(checkpoint.source, checkpoint.revision), True
     weight_files(source)
     target.mkdir(parents=True, exist_ok=True)
     files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
@@ -57,9 +52,13 @@ def obtain(checkpoint: Checkpoint, target: Path) -> Path:
     return target
 
 
-def _snapshot(source: str, revision: str) -> Path:
+def snapshot(source: str, revision: str | None) -> Path:
+    """The folder of a model of the hub in the hub client's cache, fetched if need be; the newest without a revision.
+
+    Raises ModelError and TryAgainError as `obtain`.
+    """
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
+        found = Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
     except GatedRepoError:
         raise ModelError(
             f"{source} is gated: accept its terms on huggingface.co, then `hf auth login` or set HF_TOKEN, and run again"
@@ -75,6 +74,12 @@ def _snapshot(source: str, revision: str) -> Path:
         ) from None
     except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
         raise TryAgainError(f"{source}: the download broke off ({_cause(error)}); run again to go on from there") from None
+    if not any(found.glob("*.safetensors")):
+        raise ModelError(
+            f"{source}{f' at {revision[:8]}' if revision else ''} has no *.safetensors weights, and pickled ones are not "
+            "taken, since reading them can run code; convert them, or choose another revision"
+        )
+    return found
 
 
 def _place(file: Path, target: Path, link: bool) -> None:
