@@ -71,7 +71,7 @@ def _merged(path: Path, device: torch.device | str, dtype: torch.dtype) -> Loade
         raise InputError(f"{path} holds LoRA adapters, and peft is not installed; `pip install 'alignti[lora]'`") from None
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path}: no adapter_model.safetensors; pickled adapters are not read, since that can run code")
-    base = _base_of(path)
+    base = base_of(path)
     loaded = load(base, device, dtype)
     try:
         model: Any = PeftModel.from_pretrained(loaded.model, str(path)).merge_and_unload(safe_merge=True)
@@ -81,7 +81,7 @@ def _merged(path: Path, device: torch.device | str, dtype: torch.dtype) -> Loade
     return Loaded(model.eval(), load_processor(path) if own else loaded.processor)
 
 
-def _base_of(path: Path) -> Path:
+def base_of(path: Path) -> Path:
     """The folder of the model that the adapters stand beside. Raises ModelError if it is not here."""
     try:
         config = json.loads((path / ADAPTER).read_text(encoding="utf-8"))
