@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from components.artifacts import whole_folder
 from components.errors import ModelError, TryAgainError
 from components.models.folder import weight_files
 from components.settings import Checkpoint
@@ -36,7 +37,8 @@ def obtain(checkpoint: Checkpoint, target: Path) -> Path:
 
     Raises:
         ModelError: no such repository, revision or folder; gated; no safetensors weights; a file cut short.
-        TryAgainError: the hub cannot be reached, or the download broke off; what came is kept and not fetched again.
+        TryAgainError: the hub cannot be reached, the download broke off (what came is kept and not fetched again), or the disk
+            is full.
     """
     if checkpoint.revision is None:
         source, link = Path(checkpoint.source).expanduser(), False
@@ -45,10 +47,10 @@ def obtain(checkpoint: Checkpoint, target: Path) -> Path:
     else:
         source, link = snapshot(checkpoint.source, checkpoint.revision), True
     weight_files(source)
-    target.mkdir(parents=True, exist_ok=True)
     files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
-    for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
-        _place(file.resolve(), target / file.name, link)
+    with whole_folder(target) as draft:
+        for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
+            _place(file.resolve(), draft / file.name, link)
     return target
 
 
