@@ -50,11 +50,31 @@ class Record(BaseModel):
     def read(cls, path: Path) -> Self:
         """Raises DataError if the file is missing or not such a record."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            return cls.model_validate_json(text)
         except FileNotFoundError:
             raise DataError(f"{path} is missing; `dvc repro` makes it") from None
         except ValidationError as error:
+            if reason := Absent.reason_in(text):
+                raise DataError(f"{path} holds no {cls.__name__}: {reason}") from None
             raise DataError(f"{path} is no {cls.__name__}: {error.errors()[0]['msg']}; `dvc repro` makes it anew") from None
+
+
+class Absent(Record):
+    """In place of a record that a run does without."""
+
+    none: str  # why
+
+    @classmethod
+    def reason_in(cls, text: str) -> str | None:
+        """None if the text is another record's."""
+        try:
+            return cls.model_validate_json(text).none
+        except ValidationError:
+            return None
+
+
+NO_TEACHER = Absent(none="params/distill.yaml:stage is align, which has no teacher")
 
 
 class ShardRecord(Record):
@@ -123,7 +143,7 @@ class ModelRecord(Record):
     name: str
     role: Literal["teacher", "student"]
     path: str
-    origin: str  # "embedded", a hub id, or a local folder
+    origin: str  # "embedded", a hub id, a local folder, two of those, or the teacher that it was cut from
     revision: str | None
     parameters: int
     size_bytes: int

@@ -14,6 +14,7 @@ import yaml
 
 from components.artifacts import DATASET, MODELS, STUDENTS, Manifest, ModelIndex, ModelRecord, Sources
 
+TERMS = ("sft", "kd", "iva", "tpa")
 NOT_STATED = "not stated"
 START, END = "<!-- everything that decided its weights -->\n```json\n", "\n```\n<!-- end -->\n"
 
@@ -24,27 +25,29 @@ def model_card(arm: str, facts: dict[str, Any]) -> str:
     Raises DataError if the data set or the models have no records.
     """
     index, manifest = ModelIndex.read(MODELS / "index.json"), Manifest.read(DATASET / "manifest.json")
-    teacher, start = index.teachers[facts["teacher"]["name"]], index.students[facts["student"]["name"]]
+    models = {"student before it": index.students[facts["student"]["name"]]}
+    if facts["teacher"]:
+        models["teacher"] = index.teachers[facts["teacher"]["name"]]
     title, licence = _of_data(DATASET / "card.md", manifest)
     front = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["align-ti", "knowledge-distillation"],
-        "base_model": [one.origin for one in (start, teacher) if one.revision is not None],
+        "base_model": [model.origin for model in models.values() if model.revision is not None],
         "licences_of_inputs": {
-            "student before distillation": licence_of(start),
-            "teacher": licence_of(teacher),
+            **{role: licence_of(model) for role, model in models.items()},
             "data": licences_of_data(licence),
         },
     }
     named = {key: value for key, value in front.items() if value}
+    rows = "\n".join(f"| {role} | {_described(model)} | {licence_of(model)} |" for role, model in models.items())
     train = manifest.splits["train"]
     return f"""---
 {yaml.safe_dump(named, sort_keys=False, allow_unicode=True, width=120)}---
 
 # {arm}
 
-A student distilled with Align-TI (arXiv 2602.09483): {_loss(facts["arm"]["weights"])}.
+{_what(facts)}
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -57,16 +60,14 @@ processor = AutoProcessor.from_pretrained("{(STUDENTS / arm / "model").as_posix(
 
 | | | licence |
 |---|---|---|
-| student before distillation | {_described(start)} | {licence_of(start)} |
-| teacher | {_described(teacher)} | {licence_of(teacher)} |
+{rows}
 | data | {title}: {train.samples:,} training samples about {train.images:,} images, `{manifest.digest[:16]}` | below |
 
 {licence}
 
 ## How
 
-- Loss: {_loss(facts["arm"]["weights"])}.
-- {_looked(facts)}
+- {_losses(facts)}
 - {_steps(facts["distill"])}
 - Asked as the chat template in this folder writes it ({facts["template"]["style"]} style).
 
@@ -120,27 +121,39 @@ def _described(model: ModelRecord) -> str:
     return f"`{model.name}`: {where}, {model.parameters / 1e6:,.1f} million parameters"
 
 
-def _loss(weights: dict[str, float]) -> str:
-    return "L = " + " + ".join(f"{'' if w == 1 else f'{w:g} '}L_{term}" for term, w in weights.items() if w)
+def _aligned(facts: dict[str, Any]) -> bool:
+    return bool(facts["distill"]["stage"] == "align")
 
 
-def _looked(facts: dict[str, Any]) -> str:
-    iva = facts["arm"]["iva"]
-    if not facts["arm"]["weights"]["iva"]:
-        return f"Layer l* of the teacher: {facts['irs_layer']} (not used: no L_iva)."
-    how = {
-        "irs": f"layer l* = {facts['irs_layer']} of the teacher, the layer search's",
-        "layer": f"layer {iva['layer']} of the teacher, as asked",
-        "uniform": "no layer: all weigh the same",
+def _what(facts: dict[str, Any]) -> str:
+    if _aligned(facts):
+        return "A model that learnt to read its vision tower from captions, before distillation."
+    return "A student distilled with Align-TI (arXiv 2602.09483)."
+
+
+def _losses(facts: dict[str, Any]) -> str:
+    """The terms with their weights, and which layer's attention weighs the visual tokens of L_iva."""
+    if _aligned(facts):
+        return "Loss: cross-entropy on the captions alone."
+    weights, iva, layer = facts["arm"]["weights"], facts["arm"]["iva"], facts["irs_layer"]
+    terms = " + ".join(f"{'' if weights[t] == 1 else f'{weights[t]:g} '}L_{t}" for t in TERMS if weights[t])
+    looked = {
+        "irs": f"layer l* = {layer} of the teacher, the layer search's",
+        "layer": f"layer {iva['layer']} of the teacher, as asked (the layer search's l* is {layer})",
+        "uniform": f"no layer: all weigh the same (the layer search's l* is {layer})",
     }
-    return f"L_iva weighs visual tokens by {how[iva['weighting']]}."
+    if not weights["iva"]:
+        return f"Loss: L = {terms}. The layer search's l* is {layer}, which only L_iva would use."
+    return f"Loss: L = {terms}. L_iva weighs visual tokens by {looked[iva['weighting']]}."
 
 
 def _steps(distill: dict[str, Any]) -> str:
     trained = [part.replace("_", " ") for part in ("vision_tower", "projector", "language_model") if distill["trainable"][part]]
     lora = distill["trainable"]["lora"]
     with_lora = f" (the language model by LoRA of rank {lora['rank']}, folded in)" if lora else ""
+    own = {part.replace("_", " "): rate for part, rate in distill.get("learning_rates", {}).items() if rate is not None}
+    rates = "".join(f", {rate:g} for the {part}" for part, rate in own.items())
     return (
         f"{distill['steps']:,} steps of {distill['batch_size']} samples, learning rate"
-        f" {distill['optimiser']['learning_rate']:g}, {distill['precision']}; trained: {', '.join(trained)}{with_lora}."
+        f" {distill['optimiser']['learning_rate']:g}{rates}, {distill['precision']}; trained: {', '.join(trained)}{with_lora}."
     )

@@ -33,25 +33,30 @@ SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints
 
 
 def obtain(checkpoint: Checkpoint, target: Path) -> Path:
-    """Bring `checkpoint` to the folder `target`, whole.
-
-    Raises:
-        ModelError: no such repository, revision or folder; gated; no safetensors weights; a file cut short.
-        TryAgainError: the hub cannot be reached, the download broke off (what came is kept and not fetched again), or the disk
-            is full.
-    """
-    if checkpoint.revision is None:
-        source, link = Path(checkpoint.source).expanduser(), False
-        if not source.is_dir():
-            raise ModelError(f"{source}: no such folder; for a hub id, give its 40-digit commit as `revision`")
-    else:
-        source, link = snapshot(checkpoint.source, checkpoint.revision), True
-    weight_files(source)
+    """Bring `checkpoint` to the folder `target`, whole. Raises as `locate` does, and TryAgainError if the disk is full."""
+    source = locate(checkpoint)
     files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
     with whole_folder(target) as draft:
         for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
-            _place(file.resolve(), draft / file.name, link)
+            _place(file.resolve(), draft / file.name, link=checkpoint.revision is not None)
     return target
+
+
+def locate(checkpoint: Checkpoint) -> Path:
+    """The user's own folder, or the hub's snapshot of that commit, fetched if it is not in the cache.
+
+    Raises:
+        ModelError: no such repository, revision or folder; gated; no safetensors weights; a file cut short.
+        TryAgainError: the hub cannot be reached, or the download broke off; what came is kept and not fetched again.
+    """
+    if checkpoint.revision is None:
+        source = Path(checkpoint.source).expanduser()
+        if not source.is_dir():
+            raise ModelError(f"{source}: no such folder; for a hub id, give its 40-digit commit as `revision`")
+    else:
+        source = snapshot(checkpoint.source, checkpoint.revision)
+    weight_files(source)
+    return source
 
 
 def snapshot(source: str, revision: str | None) -> Path:

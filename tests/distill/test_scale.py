@@ -143,6 +143,8 @@ def test_one_process_then_two_then_one_train_as_one_and_sigterm_stops_two(uneven
 
 
 def test_fsdp2_trains_as_one_process_with_its_teacher_sharded_too(uneven: Path, own_environment: None) -> None:
+    rates = {"vision_tower": None, "projector": 1e-3, "language_model": None}
+    write_params(uneven, "distill", {"learning_rates": rates, "checkpoint_every": 2})
     wanted = alone()
     os.environ["ALIGNTI_TEACHER_SHARDED"] = "true"
     launch(runtime(devices=2, accelerate="fsdp2"), "cpu", ["--arm", ARM], module="tests.distill.fsdp2_on_cpu")

@@ -67,6 +67,7 @@ def facts(**changed: Any) -> dict[str, Any]:
     arm = {"weights": {"sft": 1.0, "kd": 0.5, "iva": 1.0, "tpa": 0.0}, "iva": {"weighting": "irs", "layer": None}}
     trainable = {"vision_tower": False, "projector": True, "language_model": True, "lora": None}
     distill = {
+        "stage": "distill",
         "steps": 800,
         "batch_size": 32,
         "optimiser": {"learning_rate": 1e-3},

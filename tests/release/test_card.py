@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,10 +40,10 @@ def test_the_first_card_is_valid_and_the_same_each_time(project: Path) -> None:
     front = ModelCard(text).data.to_dict()
     assert front["base_model"] == ["org/small", "org/large"] and front["library_name"] == "transformers"
     assert front["licences_of_inputs"] == {
-        "student before distillation": "apache-2.0", "teacher": "large-community", "data": "CC0, by me."
+        "student before it": "apache-2.0", "teacher": "large-community", "data": "CC0, by me."
     }  # fmt: skip
     for said in (
-        "L = L_sft + 0.5 L_kd + L_iva.",
+        "Loss: L = L_sft + 0.5 L_kd + L_iva. L_iva weighs",
         "layer l* = 1 of the teacher",
         "My cats: 2 training samples about 2 images",
         f"`org/large` at `{COMMIT[:12]}`",
@@ -65,6 +66,12 @@ def test_licences_that_nobody_stated_are_said_not_to_be(project: Path) -> None:
     assert f"{NOT_STATED}\n\n## How" in model_card("align_ti", facts())
 
 
+def test_a_model_aligned_on_captions_has_no_teacher_on_its_card(project: Path) -> None:
+    text = model_card("align_ti", facts(teacher=None, irs_layer=None, distill={**facts()["distill"], "stage": "align"}))
+    assert "| teacher |" not in text and "cross-entropy on the captions alone" in text
+    assert ModelCard(text).data.to_dict()["base_model"] == ["org/small"]
+
+
 def test_a_mixture_names_each_sources_licence(project: Path) -> None:
     sources = {
         name: SourceRecord(weight=1, licence=licence, files="x", rows=2) for name, licence in {"a": "MIT", "b": "CC0"}.items()
@@ -77,12 +84,12 @@ def test_a_mixture_names_each_sources_licence(project: Path) -> None:
 def comparison() -> Comparison:
     """One arm of 84.1%, its gain over `kd` within the noise."""
     interval = (0.8255, 0.8565)
-    scores = {
+    scores: dict[str, Any] = {
         "exact_match": 0.841, "ci95": interval, "average": 0.84, "average_ci95": interval,
         "per_kind": {"digit_at": 0.841}, "per_kind_ci95": {"digit_at": interval}, "yes_no": {},
     }  # fmt: skip
     gain = Difference(arm="align_ti", against="kd", difference=-0.001, ci95=(-0.011, 0.009), p_value=0.9, p_holm=1)
-    cost = {"train_seconds": 90.4, "peak_memory_mib": 1036.2, "device": "cpu", "steps": 800}
+    cost: dict[str, Any] = {"train_seconds": 90.4, "peak_memory_mib": 1036.2, "device": "cpu", "steps": 800}
     arm = ArmResult(**scores, **cost, share_of_teacher=0.95, share_ci95=interval, gains={"kd": gain})
     return Comparison(
         headline="", standing="", split="test", n=2000, images=500, kinds={"digit_at": 2000}, confidence=0.95, resamples=100,
@@ -119,8 +126,9 @@ def test_the_full_card_has_scores_cost_and_the_way_to_make_it_again(compared: Co
     text, missing = full("align_ti", Path("out/mine"), "bf16")
     assert missing == []
     card, result = ModelCard(text), compared.arms["align_ti"]
-    (value,) = card.data.eval_results
-    assert (value.metric_value, value.dataset_split, value.metric_type) == (result.exact_match, compared.split, "exact_match")
+    (value,) = card.data.to_dict()["model-index"][0]["results"]
+    assert value["dataset"]["split"] == compared.split
+    assert (value["metrics"][0]["type"], value["metrics"][0]["value"]) == ("exact_match", result.exact_match)
     assert "| **all** | 2,000 | **84.1% (82.5 to 85.7)** |" in text
     assert "800 steps in 90 s on cpu, at most 1,036 MiB. Energy: 1.25 Wh of the GPUs and 0.5 Wh of the processors." in text
     assert f"git checkout {COMMIT}\ndvc repro distill@align_ti\nalignti export align_ti mine --dtype bf16\n" in text
