@@ -116,9 +116,11 @@ def _of_data(card: Path, manifest: Manifest) -> tuple[str, str]:
 
 
 def _described(model: ModelRecord) -> str:
+    """A folder of somebody's own by its name alone: where it lies on their machine is theirs."""
     at = f" at `{model.revision[:12]}`" if model.revision else ""
-    where = "built and trained here" if model.origin == "embedded" else f"`{model.origin}`{at}"
-    return f"`{model.name}`: {where}, {model.parameters / 1e6:,.1f} million parameters"
+    origin = Path(model.origin).name if Path(model.origin).is_absolute() else model.origin
+    where = "built and trained here" if model.origin == "embedded" else f"`{origin}`{at}"
+    return f"`{model.name}`: {where}, {model.parameters:,} parameters"
 
 
 def _aligned(facts: dict[str, Any]) -> bool:

@@ -66,6 +66,15 @@ def test_licences_that_nobody_stated_are_said_not_to_be(project: Path) -> None:
     assert f"{NOT_STATED}\n\n## How" in model_card("align_ti", facts())
 
 
+def test_a_folder_of_ones_own_is_named_without_where_it_lies(project: Path) -> None:
+    index = ModelIndex.read(MODELS / "index.json")
+    own = index.students["student"].model_copy(update={"origin": "/home/ann/secret/mine", "revision": None})
+    index.model_copy(update={"students": {"student": own}}).write(MODELS / "index.json")
+    text = model_card("align_ti", facts())
+    assert "`mine`" in text and "ann" not in text
+    assert ModelCard(text).data.to_dict()["base_model"] == ["org/large"]
+
+
 def test_a_model_aligned_on_captions_has_no_teacher_on_its_card(project: Path) -> None:
     text = model_card("align_ti", facts(teacher=None, irs_layer=None, distill={**facts()["distill"], "stage": "align"}))
     assert "| teacher |" not in text and "cross-entropy on the captions alone" in text
