@@ -38,6 +38,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.systems: list[str] = []
         self.images: list[str] = []  # as data URLs
         self.answer: Any = lambda question: (200, "yes")
         outer = self
@@ -45,9 +46,11 @@ class Scripted:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                question = body["messages"][0]["content"][-1]["text"]
+                *before, message = body["messages"]
+                question = message["content"][-1]["text"]
+                outer.systems += [told["content"] for told in before]
                 outer.asked.append(question)
-                outer.images += [part["image_url"]["url"] for part in body["messages"][0]["content"][:-1]]
+                outer.images += [part["image_url"]["url"] for part in message["content"][:-1]]
                 status, text = outer.answer(question)
                 told = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
                 self.send_response(status)

@@ -103,7 +103,9 @@ def test_a_connection_is_kept_and_opened_again_when_the_server_has_closed_it(scr
 def test_a_model_that_says_nothing_a_busy_server_and_none_at_all(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not for loopback
     scripted.answer = lambda question: (200, None)
-    assert ask(scripted.endpoint, "q", [], 2) == ""  # a model that says nothing
+    assert ask(scripted.endpoint, "q", [], 2) == "" and not scripted.systems  # a model that says nothing
+    ask(scripted.endpoint._replace(system="Be brief."), "q", [], 2)
+    assert scripted.systems == ["Be brief."]
     scripted.answer = lambda question: (503, "busy")
     with pytest.raises(Refused, match="HTTP 503"):
         ask(scripted.endpoint, "q", [], 2)
