@@ -136,6 +136,7 @@ def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, wit
     """List the benchmarks: what each asks, how it is scored, where to get it, and what is not verified."""
     from components.errors import InputError
     from components.evaluate.benchmarks.table import BENCHMARKS
+    from components.evaluate.statistics import noise_unpaired
 
     if name is not None and name not in BENCHMARKS:
         raise InputError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
@@ -145,6 +146,9 @@ def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, wit
         typer.secho(f"{key}: {entry.title}, {entry.split}, {items}{' (paper)' if entry.in_paper else ''}", bold=True)
         typer.echo(f"  score    {entry.metric}: {entry.rule}")
         typer.echo(f"  licence  {entry.licence or 'not verified'}")
+        if entry.independent:
+            gap = 100 * noise_unpaired(0.5, entry.independent, 0.95)
+            typer.echo(f"  noise    two scores less than {gap:.1f} points apart may differ by chance (unpaired, 95%, near 50)")
         typer.echo(f"  get      {entry.get}")
         for point in entry.open_points:
             typer.echo(f"  open     {point}")

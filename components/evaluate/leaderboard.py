@@ -213,9 +213,8 @@ def _noise(published: Iterable[Published], confidence: float) -> dict[str, float
     noise: dict[str, float | None] = {}
     for name in PAPER:
         scores = sorted(row.scores[name] or 0.0 for row in published if row.scores[name] is not None)
-        items = BENCHMARKS[name].items
-        known = items is not None and BENCHMARKS[name].metric not in ("mme", "choice_circular")
-        noise[name] = 100 * noise_unpaired(scores[len(scores) // 2] / 100, items or 1, confidence) if known else None
+        items = BENCHMARKS[name].independent
+        noise[name] = 100 * noise_unpaired(scores[len(scores) // 2] / 100, items, confidence) if items else None
     return noise
 
 
