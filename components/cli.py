@@ -116,6 +116,8 @@ def leaderboard(
     """Write reports/leaderboard.*: our students and their teacher beside the published rows."""
     from components.artifacts import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM, Comparison, ModelIndex, TeacherChoice
     from components.evaluate import leaderboard as board
+    from components.evaluate.kits import table
+    from components.evaluate.kits.command import current
     from components.settings import load_settings
 
     settings = load_settings()
@@ -127,7 +129,8 @@ def leaderboard(
 
         models = [(TEACHER_ARM, Path(teacher.path)), *((arm, STUDENTS / arm / "model") for arm in comparison.arms)]
         speed.measure(models, settings, prepare_torch(settings.runtime, seed=0)).write(speed.SPEED)
-    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed()))
+    asked = {who.removeprefix("vlmeval/"): told.figures for who, told in table.read(current).tasks.items() if "vlmeval/" in who}
+    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed(), asked))
     typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, made))}")
 
 

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import divergence, flops, measure, reference, step
 from benchmarks.shapes import DRAWS, EOS, FIRST_WORD, SIZES, TRAINED, Language, Size, Tower, batch, script
+from components.evaluate.memory import peak_bytes
 from tests.graph_of_code import ROOT
 
 CPU = torch.device("cpu")
@@ -156,7 +157,7 @@ def test_peak_memory_is_the_allocators() -> None:
         two = torch.zeros(1000, 1000)
         (two + 1).sum()
 
-    assert measure.peak_bytes(work, CPU) == pytest.approx(8e6, rel=0.01)
+    assert peak_bytes(work, CPU) == pytest.approx(8e6, rel=0.01)
 
 
 def test_arms_take_turns() -> None:
