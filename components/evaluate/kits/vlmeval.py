@@ -247,12 +247,24 @@ def _files(tasks: Sequence[str], data: Path, title: str, blank: bool) -> Job:
         benchmark, _, file = task.rpartition("=")
         form, rows = checked(Path(file))
         name = benchmark or f"{Path(file).stem}{'_POPE' if form == 'yes_no' else ''}"
-        shutil.copyfile(file, data / f"{name}.tsv")
+        if form == "yes_no" and not benchmark:
+            _copy_as_yes_no(Path(file), data / f"{name}.tsv")
+        else:
+            shutil.copyfile(file, data / f"{name}.tsv")
         job.sets[name] = "stock" if benchmark else form
         job.questions = (job.questions or 0) + rows
         if benchmark:
             job.md5[name] = hashlib.md5((data / f"{name}.tsv").read_bytes(), usedforsecurity=False).hexdigest()
     return job
+
+
+def _copy_as_yes_no(file: Path, copy: Path) -> None:
+    """As the kit wants them: it fails without a category, and no answer equals a `yes` that is not written `Yes`."""
+    lines = [{"category": "all", **line, "answer": export.normalise(line["answer"]).capitalize()} for line in table(file)]
+    with copy.open("w", encoding="utf-8", newline="") as written:
+        writer = csv.DictWriter(written, list(lines[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def _scored(
