@@ -129,6 +129,8 @@ def leaderboard(
     """Write reports/leaderboard.*: our students and their teacher beside the published rows."""
     from components.artifacts import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM, Comparison, ModelIndex, TeacherChoice
     from components.evaluate import leaderboard as board
+    from components.evaluate.kits import table
+    from components.evaluate.kits.command import current
     from components.settings import load_settings
 
     settings = load_settings()
@@ -140,7 +142,8 @@ def leaderboard(
 
         models = [(TEACHER_ARM, Path(teacher.path)), *((arm, STUDENTS / arm / "model") for arm in comparison.arms)]
         speed.measure(models, settings, prepare_torch(settings.runtime, seed=0)).write(speed.SPEED)
-    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed()))
+    asked = {who.removeprefix("vlmeval/"): told.figures for who, told in table.read(current).tasks.items() if "vlmeval/" in who}
+    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed(), asked))
     typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, made))}")
 
 
@@ -149,6 +152,7 @@ def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, wit
     """List the benchmarks: what each asks, how it is scored, where to get it, and what is not verified."""
     from components.errors import InputError
     from components.evaluate.benchmarks.table import BENCHMARKS
+    from components.evaluate.statistics import noise_unpaired
 
     if name is not None and name not in BENCHMARKS:
         raise InputError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
@@ -158,6 +162,9 @@ def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, wit
         typer.secho(f"{key}: {entry.title}, {entry.split}, {items}{' (paper)' if entry.in_paper else ''}", bold=True)
         typer.echo(f"  score    {entry.metric}: {entry.rule}")
         typer.echo(f"  licence  {entry.licence or 'not verified'}")
+        if entry.independent:
+            gap = 100 * noise_unpaired(0.5, entry.independent, 0.95)
+            typer.echo(f"  noise    two scores less than {gap:.1f} points apart may differ by chance (unpaired, 95%, near 50)")
         typer.echo(f"  get      {entry.get}")
         for point in entry.open_points:
             typer.echo(f"  open     {point}")
