@@ -80,11 +80,12 @@ MODELS = {
 }
 
 # Bytes to download, where that is not 16 bits for each of these weights: SigLIP's text half comes along, in float32; Qwen3's
-# small ones hold their tied head twice.
+# small ones hold their tied head twice; SmolVLM2's smaller one is in float32.
 DOWNLOADS = {
     "google/siglip-so400m-patch14-384": 3.51e9,
     "Qwen/Qwen3-0.6B": 1_503_300_328,
     "Qwen/Qwen3-1.7B": 4.06e9,
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 2.03e9,
 }
 
 
