@@ -17,6 +17,7 @@ from benchmarks import measure
 from benchmarks.shapes import llava
 from components.align_ti.divergence import row_divergence
 from components.cost import Language, Tower
+from components.evaluate.memory import peak_bytes
 from components.models.vlm import VLM
 
 ROWS, VOCABULARY, STUDENT, TEACHER = 729 + 128, 151_936, 896, 1536
@@ -72,7 +73,7 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
             def once(way: Callable[[], Tensor] = way, seconds: list[float] = seconds, loss: list[float] = loss) -> None:
                 seconds.append(measure.stopwatch(lambda: loss.append(work(way)), device))
 
-            peak = measure.peak_bytes(once, device)
+            peak = peak_bytes(once, device)
             found[f"{name}, head {'trained' if trained else 'frozen'}"] = {
                 "peak_mib": peak / measure.MIB,
                 "gradients_mib": owed / measure.MIB,

@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,26 +95,6 @@ def quartiles(values: list[float]) -> list[float]:
         return [values[0], values[0]]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return [low, high]
-
-
-def peak_bytes(work: Work, device: torch.device) -> int:
-    """The most that torch's allocator had given out at one time while `work` ran, beyond what it held before.
-
-    On a CPU the allocator is followed by torch's profiler; scratch memory inside a kernel's library is not seen. Memory that
-    was there before and is freed meanwhile is not subtracted.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as followed:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        followed.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_bytes().decode(errors="replace"))["traceEvents"]
-    return max((event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"), default=0)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.reference import twin
 from benchmarks.shapes import SIZES, Batch, Size, batch, llava
+from components.evaluate.memory import peak_bytes
 from components.irs.probe import Look, attention_layers, watching
 from components.models.vlm import VLM
 
@@ -73,7 +74,7 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     assert difference <= most, f"the search and the eager maps differ by {difference:.1e}, at most {most}"
     arms: dict[str, measure.Work] = {"plain": ways.plain, "search": ways.search, "eager maps": ways.eager}
     weights = measure.bytes_of(ways.view.parameters())
-    peaks = {name: weights + measure.peak_bytes(work, device) for name, work in arms.items()}
+    peaks = {name: weights + peak_bytes(work, device) for name, work in arms.items()}
     seconds = measure.interleaved(arms, repeats or size.repeats, device, f"search {size.name}")
     compared = {name: measure.ratio(seconds[a], seconds[b]) for name, (a, b) in RATIOS.items()}
     prompts = len(ways.batch.input_ids)

@@ -25,6 +25,7 @@ from benchmarks.shapes import DRAWS, EOS, SIZES, START, TRAINED, WORST, Batch, S
 from components.align_ti.losses import TERMS, total
 from components.align_ti.step import AlignTI, Method
 from components.distill.teacher import FrozenTeacher
+from components.evaluate.memory import peak_bytes
 from components.models.vlm import VLM
 
 ALL = dict.fromkeys(TERMS, 1.0)
@@ -209,7 +210,7 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
 
     bench.optimise(losses["kd"])  # the optimiser's state is there before memory is counted
     standing = _standing(bench)
-    peaks = {arm: standing + measure.peak_bytes(work, device) for arm, work in arms.items()}
+    peaks = {arm: standing + peak_bytes(work, device) for arm, work in arms.items()}
     seconds = measure.interleaved(arms, repeats or size.repeats, device, f"step {size.name}")
     parts = {arm: _parts(bench, losses[arm]) for arm in ("kd", "align_ti", "align_ti_worst")}
     return _result(bench, equal, missing, peaks, seconds, parts, standing)

@@ -129,6 +129,8 @@ def leaderboard(
     """Write reports/leaderboard.*: our students and their teacher beside the published rows."""
     from components.artifacts import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM, Comparison, ModelIndex, TeacherChoice
     from components.evaluate import leaderboard as board
+    from components.evaluate.kits import table
+    from components.evaluate.kits.command import current
     from components.settings import load_settings
 
     settings = load_settings()
@@ -140,7 +142,8 @@ def leaderboard(
 
         models = [(TEACHER_ARM, Path(teacher.path)), *((arm, STUDENTS / arm / "model") for arm in comparison.arms)]
         speed.measure(models, settings, prepare_torch(settings.runtime, seed=0)).write(speed.SPEED)
-    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed()))
+    asked = {who.removeprefix("vlmeval/"): told.figures for who, told in table.read(current).tasks.items() if "vlmeval/" in who}
+    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed(), asked))
     typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, made))}")
 
 
@@ -149,6 +152,7 @@ def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, wit
     """List the benchmarks: what each asks, how it is scored, where to get it, and what is not verified."""
     from components.errors import InputError
     from components.evaluate.benchmarks.table import BENCHMARKS
+    from components.evaluate.statistics import noise_unpaired
 
     if name is not None and name not in BENCHMARKS:
         raise InputError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
@@ -158,6 +162,9 @@ def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, wit
         typer.secho(f"{key}: {entry.title}, {entry.split}, {items}{' (paper)' if entry.in_paper else ''}", bold=True)
         typer.echo(f"  score    {entry.metric}: {entry.rule}")
         typer.echo(f"  licence  {entry.licence or 'not verified'}")
+        if entry.independent:
+            gap = 100 * noise_unpaired(0.5, entry.independent, 0.95)
+            typer.echo(f"  noise    two scores less than {gap:.1f} points apart may differ by chance (unpaired, 95%, near 50)")
         typer.echo(f"  get      {entry.get}")
         for point in entry.open_points:
             typer.echo(f"  open     {point}")
@@ -397,6 +404,60 @@ def evaluate(
     from components.evaluate.kits.command import evaluate as run
 
     run(kit or (), arm or (), task or (), blank)
+
+
+@app.command("try")
+def try_model(
+    student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder, or ORG/NAME[@REVISION] of the hub.")],
+    question: str,
+    image: Annotated[Path, typer.Option(help="What the question is about: JPEG, PNG, WebP, GIF, BMP or TIFF.")],
+    vs: Annotated[str | None, typer.Option(help="Another model, to answer beside it.")] = None,
+    look: Annotated[bool, typer.Option("--look", help="Write a picture of where each looked.")] = False,
+    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
+) -> None:
+    """Ask a model a question about an image: its answer as it comes, with timings."""
+    from components.release.ask import run
+    from components.settings import load_settings
+
+    run([student] if vs is None else [student, vs], image, question, load_settings(), longest, look)
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder (LoRA adapters too), or ORG/NAME of the hub.")],
+    folder: Path,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; else as the weights are stored.")] = None,
+    shard: Annotated[str, typer.Option("--max-shard-size", help="The largest file of weights.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at FOLDER.")] = False,
+) -> None:
+    """Write a model to FOLDER for others, with its full card, and read it back to see that it answers as before."""
+    from components.errors import InputError
+    from components.release.export import DTYPES
+    from components.release.export import export as write
+    from components.settings import load_settings
+
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    typer.echo(str(write(student, folder, load_settings(), dtype, shard, force)))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="As `alignti export` writes it.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME")],
+    yes: Annotated[bool, typer.Option("--yes-upload", help="Upload; without it nothing leaves this machine.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is private without it.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that holds files.")] = False,
+) -> None:
+    """Upload a model's folder to the hub; without --yes-upload say what would go there, and what its licences leave open."""
+    from components.release import push as hub
+
+    upload = hub.plan(folder, repo, private=not public)
+    typer.echo(str(upload))
+    if yes:
+        typer.echo(f"uploaded: {hub.push(upload, update)}")
+    else:
+        typer.echo("Nothing was uploaded; add --yes-upload to do it.")
 
 
 for _command in (commands.register, commands.promote, commands.reproduce):

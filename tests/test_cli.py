@@ -77,6 +77,7 @@ def test_benchmarks_say_how_to_get_each_and_what_is_open(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "textvqa: TextVQA, val 0.5.1, 5,000 questions (paper)" in done.stdout
     assert "curl -fL -o $LMUData/TextVQA_VAL.tsv https://" in done.stdout
+    assert "two scores less than 2.0 points apart may differ by chance" in done.stdout  # 1.96 sqrt(2 x 0.25 / 5000)
     assert "Reference OCR token: {ocr}" in done.stdout and "  open     " in done.stdout
     wrong = alignti(root, "benchmarks", "vqa2")
     assert wrong.returncode == 2 and "there is no benchmark 'vqa2'; there are gqa, sqa" in wrong.stderr

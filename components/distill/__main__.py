@@ -17,8 +17,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from components import tracking
 from components.align_ti.step import AlignTI, Method
 from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
+from components.distill.card import model_card
 from components.distill.checkpoint import Checkpoints, fingerprint
-from components.distill.export import export, gathered, model_card
+from components.distill.export import export, gathered
 from components.distill.grids import Regridded
 from components.distill.launch import check_came_up, launch, to_be_launched
 from components.distill.loop import train

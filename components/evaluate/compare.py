@@ -105,7 +105,7 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, 
 
 
 def headline(comparison: Comparison) -> str:
-    """What may be said of the best arms, claiming of each lead only what its interval says."""
+    """What may be said of the best arms: of each lead what its interval says, and what Holm's correction leaves of it."""
     best = leaders(comparison)
     alike = {pair.against for pair in comparison.pairs if pair.arm == best[0] and not pair.differs}
     others = [arm for arm in comparison.order[len(best) :] if arm in alike]
@@ -120,11 +120,14 @@ def headline(comparison: Comparison) -> str:
     beyond = [arm for arm in others if arm in clear]
     within = [arm for arm in others if arm not in clear]
     lead = "Its lead" if len(best) == 1 else f"The lead of {best[0]}"
-    if not within:
-        return f"{words} {lead} over every other arm is larger than the noise of the test sample."
     if not beyond:
         return f"{words} {lead} over no other arm is larger than the noise of the test sample."
-    return f"{words} {lead} over {listed(beyond)} is larger than the noise of the test sample; over {listed(within)} it is not."
+    words += f" {lead} over {listed(beyond) if within else 'every other arm'} is larger than the noise of the test sample"
+    words += f"; over {listed(within)} it is not." if within else "."
+    kept = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.p_holm < 1 - comparison.confidence}
+    still = [arm for arm in beyond if arm in kept]
+    held = "all of them" if still == beyond else listed(still) if still else "none of them"
+    return f"{words} Adjusted for {len(comparison.pairs)} pairs (Holm), this holds over {held}."
 
 
 def same_but_seed(study: Mapping[str, Arm]) -> list[list[str]]:

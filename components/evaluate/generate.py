@@ -60,7 +60,7 @@ def answers(
     collator = Collator(loaded.processor, template, max_length, train=False)
     found: dict[int, str] = {}
     order = sorted(rows, key=lambda row: _length(samples[row]), reverse=True)
-    with _greedy(loaded, settings.max_new_tokens, collator.eos_id), tqdm(total=len(order), desc=title, unit="sample") as bar:
+    with greedy(loaded, settings.max_new_tokens, collator.eos_id), tqdm(total=len(order), desc=title, unit="sample") as bar:
         for start in range(0, len(order), settings.batch_size):
             these = order[start : start + settings.batch_size]
             if journal is not None and all(str(row) in journal.known for row in these):
@@ -96,7 +96,7 @@ def _length(sample: Sample) -> tuple[bool, int]:
 
 
 @contextmanager
-def _greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]:
+def greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]:
     """The model generating greedily: a checkpoint's own sampling settings (a repetition penalty, say) stand aside."""
     model, tokenizer = loaded.model, loaded.processor.tokenizer
     own = model.generation_config

@@ -1,24 +1,23 @@
 """The table: our students and their teacher beside the published rows, with what may be compared and what not.
 
 Our rows are scored on our own test questions, the published ones on the paper's six benchmarks: the two halves share a page,
-not a column. A score of ours on one of the six comes from an evaluation kit (`benchmarks.json` beside an arm's scores, name ->
-percent). What was not measured is a dash.
+not a column. A score of ours on one of the six is what VLMEvalKit said of it (`alignti evaluate --kit vlmeval --task`). What
+was not measured is a dash.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 
 from components.artifacts import (
     REPORTS,
-    SCORES,
     TEACHER_ARM,
     Comparison,
     ModelIndex,
@@ -37,6 +36,19 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 SFT, KD = "SFT", "Vanilla KD"  # the published baselines, by method
 FORMATS = ("md", "csv", "html", "json")
 DASH = "\N{EN DASH}"
+
+FIGURES = {  # which of VLMEvalKit's figures is the benchmark's, and what a unit of it is worth in the paper's
+    "gqa": ("/Overall", 1.0),
+    "sqa": ("/Overall", 100.0),
+    "textvqa": ("/Overall", 1.0),
+    "pope": ("/Overall/Overall", 1.0),  # F1
+    "mme": ("/perception", 1 / 20),  # of 2,000 points
+    "mmb": ("/Overall", 100.0),
+}
+KIT_NOTE = (
+    "Scores of ours on the six are VLMEvalKit's, by its prompts and its rules without a judge, which are not the paper's"
+    " (docs/evaluation.md): what they differ by from a published one is not the model's alone."
+)
 
 
 class Row(Record):
@@ -82,18 +94,24 @@ class Published:
 
 
 def build(
-    comparison: Comparison, index: ModelIndex, teacher: TeacherChoice, study: Mapping[str, Arm], speed: SpeedReport | None
-) -> Leaderboard:
-    """Our rows, teacher first and arms from the best down, then the published ones in their file's order."""
+    comparison: Comparison, index: ModelIndex, teacher: TeacherChoice, study: Mapping[str, Arm], speed: SpeedReport | None,
+    kit: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+) -> Leaderboard:  # fmt: skip
+    """Our rows, teacher first and arms from the best down, then the published ones in their file's order.
+
+    `kit`: what VLMEvalKit said of each of our models, `benchmark/figure` -> value (components/evaluate/kits/table.py).
+    """
     published = read_published()
     measured = speed.models if speed is not None else {}
     rows = [_teacher(comparison, index, teacher, measured), *_students(comparison, index, study, measured)]
+    rows = [row.model_copy(update=_on_the_six(kit.get(row.name, {}))) for row in rows]
+    notes = _notes(comparison, speed) + ([KIT_NOTE] if any(value for row in rows for value in row.scores.values()) else [])
     rows += [_published(row, published) for row in published]
     return Leaderboard(
         own_questions=f"{comparison.n:,} {comparison.split} questions about {comparison.images:,} images",
         rows=rows,
         noise=_noise(published, comparison.confidence),
-        notes=_notes(comparison, speed),
+        notes=notes,
     )
 
 
@@ -181,16 +199,14 @@ def _own_gain(comparison: Comparison, arm: str, base: str) -> float | None:
 
 
 def _ours(group: str, name: str, score: float, ci95: tuple[float, float], parameters: int, speed: Speed | None) -> Row:
-    scores = _kit_scores(name)
-    six = [value for value in scores.values() if value is not None]
     return Row(
         group=group,
         name=name,
         ours=True,
         own=100 * score,
         own_ci95=(100 * ci95[0], 100 * ci95[1]),
-        scores=scores,
-        average=fmean(six) if len(six) == len(PAPER) else None,
+        scores=dict.fromkeys(PAPER),
+        average=None,
         gain_sft=None,
         gain_kd=None,
         parameters=parameters,
@@ -202,10 +218,15 @@ def _ours(group: str, name: str, score: float, ci95: tuple[float, float], parame
     )
 
 
-def _kit_scores(arm: str) -> dict[str, float | None]:
-    path = SCORES / arm / "benchmarks.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {name: found.get(name) for name in PAPER}
+def _on_the_six(figures: Mapping[str, float]) -> dict[str, object]:
+    """Scores in the paper's units, of the kit's own files alone, and their average once there are six."""
+    scores: dict[str, float | None] = {}
+    for name in PAPER:
+        end, unit = FIGURES[name]
+        of_it = [v for key, v in figures.items() if key.startswith(f"{BENCHMARKS[name].kit_dataset}/") and key.endswith(end)]
+        scores[name] = of_it[0] * unit if len(of_it) == 1 else None
+    six = [value for value in scores.values() if value is not None]
+    return {"scores": scores, "average": fmean(six) if len(six) == len(PAPER) else None}
 
 
 def _noise(published: Iterable[Published], confidence: float) -> dict[str, float | None]:
@@ -213,9 +234,8 @@ def _noise(published: Iterable[Published], confidence: float) -> dict[str, float
     noise: dict[str, float | None] = {}
     for name in PAPER:
         scores = sorted(row.scores[name] or 0.0 for row in published if row.scores[name] is not None)
-        items = BENCHMARKS[name].items
-        known = items is not None and BENCHMARKS[name].metric not in ("mme", "choice_circular")
-        noise[name] = 100 * noise_unpaired(scores[len(scores) // 2] / 100, items or 1, confidence) if known else None
+        items = BENCHMARKS[name].independent
+        noise[name] = 100 * noise_unpaired(scores[len(scores) // 2] / 100, items, confidence) if items else None
     return noise
 
 

@@ -93,10 +93,12 @@ def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings
     own = _plots(comparison, outcomes)
     layer = LayerChoice.read(IRS / "layer.json")
     inherited: dict[str, Plot] = {"irs": partial(curve, layer)}  # search_layer wrote its PNG; drawn again for dark pages
-    yield [_written(REPORTS / "plots" / f"{name}.png", draw(plot)) for name, plot in own.items()]
+    drawn = {name: draw(plot) for name, plot in own.items()}
+    yield [_written(REPORTS / "plots" / f"{name}.png", picture) for name, picture in drawn.items()]
     write_text(REPORTS / "compare.md", markdown(comparison))
     yield [REPORTS / "compare.md"]
-    pictures = {name: _picture(draw(plot), draw(plot, theme=DARK)) for name, plot in (own | inherited).items()}
+    drawn |= {name: draw(plot) for name, plot in inherited.items()}
+    pictures = {name: _picture(drawn[name], draw(plot, theme=DARK)) for name, plot in (own | inherited).items()}
     yield []
     write_text(REPORTS / "report.html", html(comparison, outcomes, settings, layer, pictures))
     yield [REPORTS / "report.html"]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from components.artifacts import DATASET, REPORTS, Record
 from components.evaluate import generate
+from components.evaluate.memory import peak_bytes
 from components.models.load import Loaded, load
 from components.models.template import Template
 from components.settings import Settings
@@ -27,7 +28,7 @@ class Speed(Record):
     device: str
     tokens_per_second: float  # written, over batches of evaluate.batch_size, pictures and prompts included
     first_token_ms: float  # median over single questions
-    memory_mib: float | None  # peak on the device; None where the device does not count it
+    memory_mib: float  # the most that was held at one time for such a batch, weights included
     parameters: int
 
 
@@ -61,14 +62,14 @@ def _one(loaded: Loaded, samples: Samples, rows: Sequence[int], settings: Settin
         return said, time.perf_counter() - start
 
     answers(rows[:1], 1)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     said, seconds = answers(rows, settings.evaluate.max_new_tokens)
+    held = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    taken = peak_bytes(lambda: answers(rows, settings.evaluate.max_new_tokens), device)
     written = loaded.processor.tokenizer(said, add_special_tokens=False).input_ids
     return Speed(
         device=device.type,
         tokens_per_second=sum(len(tokens) + 1 for tokens in written) / seconds,  # and the token that ends each answer
         first_token_ms=1000 * median(answers([row], 1)[1] for row in rows[:ALONE]),
-        memory_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        memory_mib=(held + taken) / 2**20,
         parameters=sum(p.numel() for p in loaded.model.parameters()),
     )

@@ -14,6 +14,7 @@ from benchmarks import divergence, flops, measure, reference, step
 from benchmarks.shapes import DRAWS, EOS, FIRST_WORD, SIZES, TRAINED, Size, batch, script
 from components import cost
 from components.cost import Language, Tower
+from components.evaluate.memory import peak_bytes
 from tests.graph_of_code import ROOT
 
 CPU = torch.device("cpu")
@@ -158,7 +159,7 @@ def test_peak_memory_is_the_allocators() -> None:
         two = torch.zeros(1000, 1000)
         (two + 1).sum()
 
-    assert measure.peak_bytes(work, CPU) == pytest.approx(8e6, rel=0.01)
+    assert peak_bytes(work, CPU) == pytest.approx(8e6, rel=0.01)
 
 
 def test_arms_take_turns() -> None:

@@ -154,17 +154,27 @@ def test_headline_claims_exactly_what_the_intervals_say(comparison: Comparison) 
     best, second, third, *rest = comparison.order
     assert comparison.arms[best].exact_match > comparison.arms[second].exact_match
 
-    def words(beyond: list[str]) -> str:
+    def words(beyond: list[str], adjusted: list[str] | None = None) -> str:
         said = {arm: (0.01, 0.02) if arm in beyond else (-0.01, 0.02) for arm in comparison.order}
-        pairs = [p.model_copy(update={"ci95": said[p.against]}) if p.arm == best else p for p in comparison.pairs]
+        holm = {arm: 0.01 if arm in (beyond if adjusted is None else adjusted) else 1.0 for arm in comparison.order}
+        pairs = [
+            p.model_copy(update={"ci95": said[p.against], "p_holm": holm[p.against]}) if p.arm == best else p
+            for p in comparison.pairs
+        ]
         return headline(comparison.model_copy(update={"pairs": pairs}))
 
     assert words([]).endswith("Its lead over no other arm is larger than the noise of the test sample.")
-    assert words(comparison.order[1:]).endswith("Its lead over every other arm is larger than the noise of the test sample.")
-    assert words([second, third]).endswith(
+    pairs = f" Adjusted for {len(comparison.pairs)} pairs (Holm), this holds over"
+    assert words(comparison.order[1:]).endswith(
+        f"Its lead over every other arm is larger than the noise of the test sample.{pairs} all of them."
+    )
+    two = (
         f"Its lead over {second} and {third} is larger than the noise of the test sample;"
         f" over {rest[0]}, {rest[1]} and {rest[2]} it is not."
     )
+    assert words([second, third]).endswith(f"{two}{pairs} all of them.")
+    assert words([second, third], [third]).endswith(f"{two}{pairs} {third}.")
+    assert words([second, third], []).endswith(f"{two}{pairs} none of them.")
 
 
 def test_arms_that_tie_share_the_headline(outcomes: Outcomes) -> None:

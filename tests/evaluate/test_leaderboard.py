@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import pytest
 
-from components.artifacts import SCORES, Comparison, ModelIndex, ModelRecord, TeacherChoice, write_text
+from components.artifacts import Comparison, ModelIndex, ModelRecord, TeacherChoice
 from components.evaluate.benchmarks.table import PAPER
 from components.evaluate.compare import compare
 from components.evaluate.leaderboard import (
+    KIT_NOTE,
     Leaderboard,
     build,
     cells,
@@ -30,7 +30,7 @@ from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
 
 TEACHER = TeacherChoice(name="base", path="artifacts/models/teachers/base", sha256="0" * 64)
-SPEED = Speed(device="cpu", tokens_per_second=512.4, first_token_ms=12.34, memory_mib=None, parameters=9)
+SPEED = Speed(device="cpu", tokens_per_second=512.4, first_token_ms=12.34, memory_mib=5.6, parameters=9)
 Finished = tuple[Path, Comparison, dict[str, Arm]]
 
 
@@ -109,20 +109,26 @@ def test_what_was_not_measured_is_a_dash(board: Leaderboard, finished: Finished)
     _, comparison, study = finished
     timed = build(comparison, INDEX, TEACHER, study, SpeedReport(questions=250, models={"teacher": SPEED, "kd": SPEED}))
     shown = {row.name: cells(row)[-3:] for row in timed.rows if row.ours}
-    assert shown["teacher"] == shown["kd"] == ["512", "12.3", "\N{EN DASH}"]
+    assert shown["teacher"] == shown["kd"] == ["512", "12.3", "6"]
     assert shown["sft"] == ["\N{EN DASH}"] * 3
     assert "250 questions to each model in one run on cpu" in markdown(timed)
 
 
 def test_a_kit_s_scores_stand_in_the_paper_s_columns(board: Leaderboard, finished: Finished) -> None:
     _, comparison, study = finished
-    path = SCORES / "kd" / "benchmarks.json"
-    write_text(path, json.dumps({"gqa": 51.2}))
-    try:
-        row = next(r for r in build(comparison, INDEX, TEACHER, study, None).rows if r.ours and r.name == "kd")
-    finally:
-        path.unlink()
-    assert row.scores["gqa"] == 51.2 and row.scores["pope"] is None and row.average is None
+    told = {
+        "GQA_TestDev_Balanced/Overall": 51.2,
+        "POPE, blank images/Overall/Overall": 50,
+        "MME (file 0, not the kit's)/perception": 9,
+    }
+    partly = build(comparison, INDEX, TEACHER, study, None, {"kd": told})
+    row = next(r for r in partly.rows if r.ours and r.name == "kd")
+    assert row.scores["gqa"] == 51.2 and row.scores["pope"] is row.scores["mme"] is row.average is None
+    assert KIT_NOTE in partly.notes and KIT_NOTE not in board.notes
+    told |= {"ScienceQA_TEST/test/Overall": 0.5, "TextVQA_VAL/Overall": 40, "POPE/Overall/Overall": 80, "POPE/Overall/acc": 70}
+    told |= {"MME/perception": 1000, "MME/cognition": 200, "MMBench_DEV_EN/dev/Overall": 0.25}
+    row = next(r for r in build(comparison, INDEX, TEACHER, study, None, {"kd": told}).rows if r.ours and r.name == "kd")
+    assert list(row.scores.values()) == [51.2, 50, 40, 80, 50, 25] and row.average == pytest.approx(296.2 / 6)
 
 
 def test_noise_beside_each_benchmark(board: Leaderboard) -> None:

@@ -44,6 +44,11 @@ class Benchmark(BaseModel):
         return PurePosixPath(f"{self.kit_dataset}.tsv")
 
     @property
+    def independent(self) -> int | None:
+        """Questions that the score is a share of, each counting by itself; None if it is no such share, or not known."""
+        return None if self.metric in ("mme", "choice_circular", "hallusion") else self.items
+
+    @property
     def get(self) -> str:
         """How to get it."""
         if self.address is None:

@@ -16,10 +16,11 @@ MIME = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/
 
 
 class Endpoint(NamedTuple):
-    """An OpenAI-compatible server and the name under which it knows its model."""
+    """An OpenAI-compatible server, the name under which it knows its model, and what that is told before every question."""
 
     url: str  # without /v1
     model: str
+    system: str = ""  # for chat templates that have a place for it; that of `style: vicuna` has it built in
 
 
 class Refused(Exception):
@@ -30,8 +31,9 @@ def ask(endpoint: Endpoint, question: str, images: Sequence[bytes], max_new_toke
     """The greedy answer, stripped. Raises Refused for an HTTP error or an answer of another shape, OSError for no server."""
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     content.append({"type": "text", "text": question})
-    message = {"role": "user", "content": content}
-    body = {"model": endpoint.model, "messages": [message], "temperature": 0, "max_tokens": max_new_tokens}
+    messages: list[dict[str, Any]] = [{"role": "system", "content": endpoint.system}] if endpoint.system else []
+    messages.append({"role": "user", "content": content})
+    body = {"model": endpoint.model, "messages": messages, "temperature": 0, "max_tokens": max_new_tokens}
     headers = {"Content-Type": "application/json"}
     if KEY in os.environ:
         headers["Authorization"] = f"Bearer {os.environ[KEY]}"

@@ -43,18 +43,18 @@ def _run(bench: measure.Bench, kit: str, arm: str, tasks: Sequence[str], blank: 
     """Where the table is and what is new in it. It is written after each run: what follows may break off."""
     if tasks:
         figures = measure.stock(bench, kit, arm, tasks, blank)
-        found = table.read(_current)  # only now: another command may have written in the meantime
-        before = found.tasks.get(f"{kit}/{arm}", {})
-        found = found.model_copy(update={"tasks": found.tasks | {f"{kit}/{arm}": before | figures}})
+        # Read only now: another command may have written in the meantime.
+        found = table.with_tasks(table.read(current), kit, arm, sha256([measure.folder_of(arm)]), figures)
         return table.write(found), ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    known = next((s for s in table.read(_current).scores if (s.arm, s.kit) == (arm, kit)), None)
+    known = next((s for s in table.read(current).scores if (s.arm, s.kit) == (arm, kit)), None)
     fresh = known is None or not measure.is_current(bench, known)
     scores = measure.measure(bench, kit, arm) if known is None or fresh else known
     said = f"{scores.exact_match:.2%} of {scores.samples:,} right" + ("" if fresh else ", measured before")
-    return table.write(table.with_scores(table.read(_current), scores)), said
+    return table.write(table.with_scores(table.read(current), scores)), said
 
 
-def _current(arm: str) -> str | None:
+def current(arm: str) -> str | None:
+    """Hash of the arm's model as it is now; None if there is none."""
     try:
         return sha256([measure.folder_of(arm)])
     except (AlignTIError, OSError):

@@ -53,6 +53,7 @@ def evaluate(
     new_tokens: int,
     journal: Path,
     title: str = "lm-eval",
+    system: str = "",
 ) -> Measured:
     """Score the checkpoint folder `model`.
 
@@ -63,6 +64,7 @@ def evaluate(
         new_tokens: where an answer that has not ended is cut.
         journal: of answers that were already given by this model to these settings.
         title: names the progress bar.
+        system: the text before the first turn, for chat templates that have a place for it.
 
     Raises:
         InputError: no lm-eval, or no such stock task.
@@ -74,7 +76,7 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at length
-    manager = TaskManager(include_path=str(TASKS.resolve()), include_defaults=bool(stock))
+    manager = TaskManager(include_path=str(TASKS.resolve()), include_defaults=bool(stock), metadata={"model": str(model)})
     folders = {name: Path(folder) for name, _, folder in (task.partition("=") for task in stock) if folder}
     names = [task.partition("=")[0] for task in stock]
     unknown = [name for name in names if name not in manager.all_tasks]
@@ -91,6 +93,7 @@ def evaluate(
             tasks=[*tasks, *(name for name in names if name not in folders), *moved],
             task_manager=manager,
             apply_chat_template=True,
+            system_instruction=system or None,
             gen_kwargs={"max_gen_toks": new_tokens} if QUESTIONS in tasks else None,
             bootstrap_iters=0,
             log_samples=True,

@@ -6,12 +6,14 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.artifacts import DATASET
 from components.evaluate.generate import questions as scored
 from components.evaluate.metrics import normalise
 from components.models.collate import decode
+from components.models.load import load_processor
 from components.models.template import Template, question_of
 from components.settings import load_settings
 from components.shards import Sample, Samples, Turn
@@ -45,11 +47,21 @@ def image(document: dict[str, Any]) -> list[Image.Image]:
     return [decode(split()[document["row"]])]
 
 
-def conversations(**_: Any) -> dict[str, Dataset]:
-    """Each scored question with its reference answer, as the text that a student is trained on."""
-    template = Template(load_settings().models.template.system, eos="")
+def conversations(model: str, **_: Any) -> dict[str, Dataset]:
+    """Each scored question with its reference answer, as the text that the student in the folder `model` was trained on.
+
+    Without the BOS and EOS around it: lm-eval puts a token before the first by itself.
+    """
+    processor = load_processor(Path(model))
+    template = Template.asked(load_settings().models.template).of(processor)
+    bos = "" if template.wants_special_tokens else processor.tokenizer.bos_token
     samples = split()
-    return _documents({"text": template.render(_unmarked(samples[row]), None).text} for row in scored(samples))
+
+    def text(sample: Sample) -> str:
+        shown = template.render(_unmarked(sample), None)
+        return shown.text[: shown.response_spans[0][1]].removesuffix(template.eos).removeprefix(bos)
+
+    return _documents({"text": text(samples[row])} for row in scored(samples))
 
 
 def manners(**_: Any) -> dict[str, Dataset]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from components.evaluate import fingerprint, metrics
 from components.evaluate.__main__ import model_of
 from components.evaluate.generate import questions
 from components.evaluate.kits import export, lm_eval, scores, serve, vlmeval
+from components.evaluate.kits.client import Endpoint
 from components.evaluate.kits.inside import JUDGE
 from components.evaluate.kits.scores import KitScores
 from components.models.folder import weight_files
@@ -48,6 +50,10 @@ class Bench:
     @cached_property
     def rows(self) -> list[int]:
         return questions(self.samples)
+
+    @property
+    def system(self) -> str:
+        return self.settings.models.template.system
 
     @cached_property
     def device(self) -> torch.device:
@@ -96,7 +102,7 @@ def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -
     if kit == "lm-eval":
         journal = _journal(lm_eval.folder_of(arm), model, "stock", *tasks)
         return lm_eval.evaluate(
-            model, bench.device, [], tasks, asked.batch_size, asked.max_new_tokens, journal, f"{arm}: lm-eval"
+            model, bench.device, [], tasks, asked.batch_size, asked.max_new_tokens, journal, f"{arm}: lm-eval", bench.system
         ).figures
     if kit != "vlmeval":
         raise InputError("--task goes with --kit vlmeval or --kit lm-eval")
@@ -107,9 +113,15 @@ def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -
     for task in asked_for:
         if task.endswith(".tsv"):
             vlmeval.checked(Path(task.rpartition("=")[2]))  # before a server is started
-    journal = _journal(folder, model, using.version, asked.max_new_tokens)
-    with _alone(folder), serve.served(model, bench.device.type, folder / "server.log") as endpoint:
+    journal = _journal(folder, model, using.version, asked.max_new_tokens, bench.system)
+    with _alone(folder), _served(bench, model, folder) as endpoint:
         return vlmeval.score_tasks(using, endpoint, asked_for, folder, journal, asked.max_new_tokens, blank, f"{arm}: vlmeval")
+
+
+@contextmanager
+def _served(bench: Bench, model: Path, folder: Path) -> Iterator[Endpoint]:
+    with serve.served(model, bench.device.type, folder / "server.log") as endpoint:
+        yield endpoint._replace(system=bench.system)
 
 
 def _turned(bench: Bench, folder: Path, task: str) -> str:
@@ -141,7 +153,7 @@ def _own(bench: Bench, arm: str, model: Path) -> KitScores:
         failed={},
         not_asked=[],
         seconds=0,
-        fingerprint=found.fingerprint or _fingerprint(bench, model, bench.rows, fingerprint.KIT, "?", fingerprint.JUDGE),
+        fingerprint=found.fingerprint,
     )
 
 
@@ -150,8 +162,8 @@ def _vlmeval(bench: Bench, arm: str, model: Path) -> KitScores:
     using = vlmeval.kit(full=False)
     sets, textual = export.sets(bench.samples, bench.rows)
     folder, new_tokens = vlmeval.folder_of(arm), bench.settings.evaluate.max_new_tokens
-    journal = _journal(folder, model, using.version, new_tokens, bench.device.type)
-    with _alone(folder), serve.served(model, bench.device.type, folder / "server.log") as endpoint:
+    journal = _journal(folder, model, using.version, new_tokens, bench.device.type, bench.system)
+    with _alone(folder), _served(bench, model, folder) as endpoint:
         found = vlmeval.score_split(
             using, endpoint, bench.samples, sets, folder, journal, new_tokens, bench.settings.evaluate.seed, f"{arm}: vlmeval"
         )
@@ -177,7 +189,7 @@ def _lm_eval(bench: Bench, arm: str, model: Path) -> KitScores:
     tasks = [lm_eval.QUESTIONS, *lm_eval.TEXT]
     with _alone(folder):
         found = lm_eval.evaluate(
-            model, bench.device, tasks, [], asked.batch_size, asked.max_new_tokens, journal, f"{arm}: lm-eval"
+            model, bench.device, tasks, [], asked.batch_size, asked.max_new_tokens, journal, f"{arm}: lm-eval", bench.system
         )
     rows = [row for row in bench.rows if row in found.answers]
     return _assembled(
@@ -254,9 +266,10 @@ def _yes_no(found: Scores) -> dict[str, float]:
 
 
 def _fingerprint(bench: Bench, model: Path, rows: Sequence[int], kit: str, version: str, judge: str) -> Fingerprint:
+    """Of a kit, which asks with the template that is saved with the model, whatever the settings say."""
     import transformers
 
-    template = Template.asked(bench.settings.models.template)
+    template = Template(bench.system, style="processor")
     return Fingerprint(
         kit=kit,
         kit_version=version,

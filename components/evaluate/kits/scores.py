@@ -39,7 +39,7 @@ class KitScores(Record):
     failed: dict[str, str]  # samples that the server would not answer, and what it said
     not_asked: list[str]  # samples that this kit cannot put
     seconds: float  # starting the model and the kit included
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint | None  # as in Scores
 
 
 def shares(predicted: Sequence[Prediction], right: Sequence[bool]) -> dict[str, float]:

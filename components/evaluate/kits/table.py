@@ -15,11 +15,18 @@ KITS = ("own", "vlmeval", "lm-eval")
 SHOWN = 5  # disagreements, and samples in trouble, per model and kit; kits.json has all
 
 
+class Asked(Record):
+    """One model's benchmarks and files by name, through one kit."""
+
+    model: str  # sha256 over its folder
+    figures: dict[str, float]  # `task/figure` -> value
+
+
 class Table(Record):
     """reports/kits.json"""
 
     scores: list[KitScores]  # the teacher's, then by arm, then kit
-    tasks: dict[str, dict[str, float]]  # "kit/arm" -> stock tasks and files, `task/figure` -> value
+    tasks: dict[str, Asked]  # "kit/arm" -> stock tasks and files
 
 
 def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
@@ -30,7 +37,10 @@ def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
         before = Table.read(folder / "kits.json")
     except DataError:  # of another version of this code; measuring again costs minutes
         return Table(scores=[], tasks={})
-    return before.model_copy(update={"scores": [found for found in before.scores if current(found.arm) == found.model]})
+    return Table(
+        scores=[found for found in before.scores if current(found.arm) == found.model],
+        tasks={who: asked for who, asked in before.tasks.items() if current(who.partition("/")[2]) == asked.model},
+    )
 
 
 def with_scores(table: Table, new: KitScores) -> Table:
@@ -38,6 +48,13 @@ def with_scores(table: Table, new: KitScores) -> Table:
     kept = [found for found in table.scores if (found.arm, found.kit) != (new.arm, new.kit)]
     order = sorted([*kept, new], key=lambda found: (found.arm != TEACHER_ARM, found.arm, KITS.index(found.kit)))
     return table.model_copy(update={"scores": order})
+
+
+def with_tasks(table: Table, kit: str, arm: str, model: str, figures: dict[str, float]) -> Table:
+    """`figures` beside, or in the place of, what the same kit said of the same arm before."""
+    who = f"{kit}/{arm}"
+    before = table.tasks[who].figures if who in table.tasks else {}
+    return table.model_copy(update={"tasks": table.tasks | {who: Asked(model=model, figures=before | figures)}})
 
 
 def write(table: Table, folder: Path = REPORTS) -> Path:
@@ -144,7 +161,7 @@ def _tasks(table: Table) -> str:
     if not table.tasks:
         return ""
     lines = ["## Tasks by name\n", _row("kit/model", "task/figure", "value"), _row("---", "---", "---:")]
-    lines += [_row(who, name, f"{value:.4g}") for who, figures in table.tasks.items() for name, value in figures.items()]
+    lines += [_row(who, name, f"{value:.4g}") for who, asked in table.tasks.items() for name, value in asked.figures.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from components.artifacts import RUNS, write_text
@@ -149,9 +151,8 @@ def run(using: Kit, endpoint: Endpoint, job: Job, folder: Path, journal: Path, n
     if ended == REFUSED:
         raise InputError(last_words(log))
     if ended or not done.exists():
-        raise TryAgainError(
-            f"VLMEvalKit ended with {ended}: {last_words(log)} (all of it: {log}); the answers that it had are kept"
-        )
+        how = f"was killed by signal {-ended}" if ended < 0 else f"ended with {ended}: {last_words(log)}"
+        raise TryAgainError(f"VLMEvalKit {how} (all that it said: {log}); the answers that it had are kept")
     return dict(json.loads(done.read_text(encoding="utf-8")))
 
 
@@ -246,12 +247,24 @@ def _files(tasks: Sequence[str], data: Path, title: str, blank: bool) -> Job:
         benchmark, _, file = task.rpartition("=")
         form, rows = checked(Path(file))
         name = benchmark or f"{Path(file).stem}{'_POPE' if form == 'yes_no' else ''}"
-        shutil.copyfile(file, data / f"{name}.tsv")
+        if form == "yes_no" and not benchmark:
+            _copy_as_yes_no(Path(file), data / f"{name}.tsv")
+        else:
+            shutil.copyfile(file, data / f"{name}.tsv")
         job.sets[name] = "stock" if benchmark else form
         job.questions = (job.questions or 0) + rows
         if benchmark:
             job.md5[name] = hashlib.md5((data / f"{name}.tsv").read_bytes(), usedforsecurity=False).hexdigest()
     return job
+
+
+def _copy_as_yes_no(file: Path, copy: Path) -> None:
+    """As the kit wants them: it fails without a category, and no answer equals a `yes` that is not written `Yes`."""
+    lines = [{"category": "all", **line, "answer": export.normalise(line["answer"]).capitalize()} for line in table(file)]
+    with copy.open("w", encoding="utf-8", newline="") as written:
+        writer = csv.DictWriter(written, list(lines[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def _scored(
@@ -301,8 +314,8 @@ def checked(path: Path) -> tuple[export.Form, int]:
         shared = images.get(image, image)  # the kit lets a row name another whose image it shares
         if not image:
             problems.append(f"index {line['index']} has no image")
-        elif not (_decodes(shared) or Path(line.get("image_path") or "\0").is_file()):
-            problems.append(f"index {line['index']}: its image is missing or no base64")
+        elif not (_is_picture(shared) or Path(line.get("image_path") or "\0").is_file()):
+            problems.append(f"index {line['index']}: its image is missing, or no picture in base64")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise DataError(f"{path}: {'; '.join(problems[:5])}{more}; nothing was asked")
@@ -315,10 +328,13 @@ def folder_of(arm: str) -> Path:
     return RUNS / "kits" / "vlmeval" / arm
 
 
-def _decodes(image: str) -> bool:
+def _is_picture(image: str) -> bool:
+    """Whether the kit will open it; it takes 64 characters or less for another row's index."""
     try:
-        return len(base64.b64decode(image, validate=True)) > 16
-    except ValueError:
+        with Image.open(io.BytesIO(base64.b64decode(image, validate=True))) as shown:
+            shown.verify()
+            return len(image) > 64
+    except (ValueError, OSError, SyntaxError):  # no base64, no picture, or (PNG) a broken one
         return False
 
 

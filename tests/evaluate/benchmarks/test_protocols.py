@@ -36,44 +36,44 @@ def mme(said: Callable[[str], str]) -> list[Answer]:
     return [a for task in PERCEPTION + COGNITION for a in closed(said, task)]
 
 
-def verbose(word: str) -> str:
-    return f"I have looked at this picture for a while and what I can say about it with confidence is {word}"
+PLANTED: dict[str, Callable[[str], str]] = {
+    "perfect": lambda r: r,
+    "empty": lambda r: "",
+    "all yes": lambda r: "Yes",
+    "all A": lambda r: "A",
+    "verbose": lambda r: f"I have looked at this picture for a while and what I can say of it with confidence is {r}",
+    "in prose": lambda r: f"The answer is {r}.",
+    "foreign": lambda r: "Ich weiß es nicht",
+}
+F1 = 200 / 3  # all yes where half the answers are: precision 1/2, recall 1
 
-
-PERFECT, EMPTY, YES, FOREIGN = (lambda r: r), (lambda r: ""), (lambda r: "Yes"), (lambda r: "Ich weiß es nicht")
-F1 = 200 / 3
-A = lambda r: "A"  # noqa: E731
-
+# the score of each of PLANTED, in its order
+LETTERS = (100, 0, 0, 25, 100, 100, 0)  # the right letter is each letter once
 CASES = {
-    "gqa": (texts, {"perfect": (PERFECT, 100), "empty": (EMPTY, 0), "verbose": (verbose, 0), "foreign": (FOREIGN, 0)}),
-    "textvqa": (texts, {"perfect": (PERFECT, 100), "empty": (EMPTY, 0), "verbose": (verbose, 0), "foreign": (FOREIGN, 0)}),
-    "chartqa": (texts, {"perfect": (PERFECT, 100), "empty": (EMPTY, 0), "verbose": (verbose, 0), "foreign": (FOREIGN, 0)}),
-    # OCRBench looks for the reference within the answer, so prose does not hurt
-    "ocrbench": (texts, {"perfect": (PERFECT, 100), "empty": (EMPTY, 0), "verbose": (verbose, 100), "foreign": (FOREIGN, 0)}),
-    "sqa": (choices, {"perfect": (PERFECT, 100), "all A": (A, 25), "empty": (EMPTY, 0), "verbose": (verbose, 0)}),
-    "mmstar": (choices, {"perfect": (PERFECT, 100), "all A": (A, 25), "empty": (EMPTY, 0), "letter in prose": (verbose, 100)}),
-    # every question has its right letter at each place once: all A is right in one order of four, hence in none
-    "mmb": (choices, {"perfect": (PERFECT, 100), "all A": (A, 0), "empty": (EMPTY, 0), "letter in prose": (verbose, 100)}),
-    # all yes: precision 1/2, recall 1, F1 2/3. POPE takes silence and what is not English for yes
-    "pope": (pope, {"perfect": (PERFECT, 100), "all yes": (YES, F1), "empty": (EMPTY, F1), "foreign": (FOREIGN, F1)}),
-    # all yes: accuracy 50, accuracy+ 0 in each of ten tasks: 500 of 2000
-    "mme": (mme, {"perfect": (PERFECT, 100), "all yes": (YES, 25), "empty": (EMPTY, 0), "verbose": (verbose, 0)}),
-    # all yes: half the answers, no figure (each has a no), half the questions
-    "hallusion": (closed, {"perfect": (PERFECT, 100), "all yes": (YES, 100 / 3), "empty": (EMPTY, 0), "foreign": (FOREIGN, 0)}),
-}  # fmt: skip
-LIKE = dict.fromkeys(("mmmu", "ai2d", "seed", "realworldqa", "mvbench", "video_mme"), "mmstar")
+    "gqa": (texts, (100, 0, 0, 0, 0, 0, 0)),
+    "textvqa": (texts, (100, 0, 0, 0, 0, 0, 0)),
+    "chartqa": (texts, (100, 0, 0, 0, 0, 0, 0)),
+    "ocrbench": (texts, (100, 0, 0, 0, 100, 100, 0)),  # looks for the reference within the answer, so prose does not hurt
+    "sqa": (choices, (100, 0, 0, 25, 0, 100, 0)),  # of all prose it reads `The answer is A.` alone
+    **dict.fromkeys(("mmstar", "mmmu", "ai2d", "seed", "realworldqa", "mvbench", "video_mme"), (choices, LETTERS)),
+    "mmb": (choices, (100, 0, 0, 0, 100, 100, 0)),  # all A is right in one order of four, hence in none
+    "pope": (pope, (100, F1, F1, F1, 100, 100, F1)),  # takes for yes whatever does not say no
+    "mme": (mme, (100, 0, 25, 0, 0, 0, 0)),  # reads four letters; all yes: accuracy 50, accuracy+ 0 in ten tasks: 500 of 2000
+    "hallusion": (closed, (100, 0, 100 / 3, 0, 100, 100, 0)),  # all yes: half the answers, half the questions, no figure
+}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_planted_answers_have_the_score_known_by_hand(name: str) -> None:
-    planted, cases = CASES[LIKE.get(name, name)]
-    for what, (said, expected) in cases.items():
-        assert score(BENCHMARKS[name].metric, planted(said))["score"] == pytest.approx(expected), what
+    planted, expected = CASES[name]
+    metric = BENCHMARKS[name].metric
+    found = {what: score(metric, planted(said))["score"] for what, said in PLANTED.items()}
+    assert found == pytest.approx(dict(zip(PLANTED, expected, strict=True)))
 
 
 def test_the_kit_s_pope_differs_from_the_paper_s() -> None:
-    assert score("pope", pope(EMPTY))["yes_ratio"] == 100
-    assert score("pope_vlmeval", pope(EMPTY)) == {"score": 0.0, "accuracy": 0.0, "yes_ratio": 0.0}
+    assert score("pope", pope(PLANTED["empty"]))["yes_ratio"] == 100
+    assert score("pope_vlmeval", pope(PLANTED["empty"])) == {"score": 0.0, "accuracy": 0.0, "yes_ratio": 0.0}
     once = [Answer("yes", ("yes",), category="random,popular"), Answer("yes", ("no",), category="random")]
     # the first counts in both splits: F1 of random 2/3, of popular 1; pooled over three rows 2 * 2 / (3 + 2)
     assert score("pope", once)["score"] == pytest.approx(100 * (2 / 3 + 1) / 2)
@@ -95,7 +95,7 @@ def test_circular_evaluation_is_never_above_the_plain_one() -> None:
 
 
 def test_answers_that_name_no_option_are_counted() -> None:
-    assert score("choice_vlmeval", choices(FOREIGN))["unread"] == 100
+    assert score("choice_vlmeval", choices(PLANTED["foreign"]))["unread"] == 100
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from components.evaluate.kits import serve
 from components.evaluate.kits.client import Endpoint
-from components.evaluate.kits.serve import served
 
 LIGHT = sorted((Path(sys.prefix) / "vlmeval").glob("ms_vlmeval-*.dist-info"))
 needs_vlmeval = pytest.mark.skipif(not LIGHT, reason="VLMEvalKit is not installed: `make kits`")
@@ -22,15 +22,34 @@ needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval
 needs_server = pytest.mark.skipif(find_spec("openai") is None, reason="the server's extra is not installed: `make kits`")
 
 
-@pytest.fixture(scope="session")
-def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("served") / "server.log"
+# In the place of the server's last line: it is the same server, and what `generate` is given and returns is written down.
+RECORDING = """
+import json
+from transformers import LlavaForConditionalGeneration as Model
+generate = Model.generate
+def recorded(*args, **inputs):
+    found = generate(*args, **inputs)
+    with open(os.environ["ALIGNTI_TEST_TOKENS"], "a") as file:
+        print(json.dumps([inputs["input_ids"][0].tolist(), found[0, inputs["input_ids"].shape[1] :].tolist()]), file=file)
+    return found
+Model.generate = recorded
+main()
+"""
 
 
 @pytest.fixture(scope="session")
-def endpoint(model_folder: Path, server_log: Path) -> Iterator[Endpoint]:
-    with served(model_folder, "cpu", server_log) as found:
-        yield found
+def served_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lines of [prompt's token ids, answer's], one for each question that the served student has answered."""
+    return tmp_path_factory.mktemp("served") / "tokens.jsonl"
+
+
+@pytest.fixture(scope="session")
+def endpoint(model_folder: Path, served_tokens: Path) -> Iterator[Endpoint]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGNTI_TEST_TOKENS", str(served_tokens))
+        patch.setattr(serve, "TRANSFORMERS", serve.TRANSFORMERS.removesuffix("main()\n") + RECORDING)
+        with serve.served(model_folder, "cpu", served_tokens.with_name("server.log")) as found:
+            yield found
 
 
 class Scripted:
@@ -38,6 +57,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.systems: list[str] = []
         self.images: list[str] = []  # as data URLs
         self.answer: Any = lambda question: (200, "yes")
         outer = self
@@ -45,9 +65,11 @@ class Scripted:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                question = body["messages"][0]["content"][-1]["text"]
+                *before, message = body["messages"]
+                question = message["content"][-1]["text"]
+                outer.systems += [told["content"] for told in before]
                 outer.asked.append(question)
-                outer.images += [part["image_url"]["url"] for part in body["messages"][0]["content"][:-1]]
+                outer.images += [part["image_url"]["url"] for part in message["content"][:-1]]
                 status, text = outer.answer(question)
                 told = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
                 self.send_response(status)

@@ -12,9 +12,10 @@ import pytest
 from components.errors import DataError
 from components.evaluate.kits import export, vlmeval
 from components.shards import Sample, Turn
+from tests.evaluate import tiny
 
 
-def sample(number: int, kind: str, answer: str, image: bytes | None = b"png" * 50) -> Sample:
+def sample(number: int, kind: str, answer: str, image: bytes | None = tiny._row("x", 0, {}).image) -> Sample:
     mark = "<image>\n" if image else ""
     return Sample(f"s{number}", f"i{number}", kind, image, (Turn(f"{mark}What, {number}?", answer),))
 
@@ -82,14 +83,17 @@ def tsv(path: Path, *rows: str) -> Path:
     return path
 
 
-IMAGE = base64.b64encode(b"x" * 100).decode()
+IMAGE = base64.b64encode(tiny._row("x", 0, {}).image or b"").decode()
+NO_PICTURE = base64.b64encode(b"x" * 100).decode()
 
 
 def test_a_file_that_the_kit_would_mix_up_or_thin_out_is_refused_by_row(tmp_path: Path) -> None:
-    twice = tsv(tmp_path / "twice.tsv", f"1\t{IMAGE}\tq\tyes", f"1\t{IMAGE}\tr\tno", "2\t\tq\tno", "3\tgone.png\tq\tno")
+    rows = [f"1\t{IMAGE}\tq\tyes", f"1\t{IMAGE}\tr\tno", "2\t\tq\tno", "3\tgone.png\tq\tno", f"4\t{NO_PICTURE}\tq\tno"]
+    twice = tsv(tmp_path / "twice.tsv", *rows)
     with pytest.raises(DataError) as refused:
         vlmeval.checked(twice)
-    for problem in ("index 1 stands 2 times", "index 2 has no image", "index 3: its image is missing", "nothing was asked"):
+    told = ["index 1 stands 2 times", "index 2 has no image", "index 3: its image is missing", "index 4: its image is missing"]
+    for problem in (*told, "nothing was asked"):
         assert problem in str(refused.value)
     assert vlmeval.checked(tsv(tmp_path / "fine.tsv", f"1\t{IMAGE}\tq\tYes", "2\t1\tr\tno")) == (
         "yes_no",

@@ -10,10 +10,12 @@ import torch
 
 from components.artifacts import DATASET, STUDENTS
 from components.errors import DataError, InputError, ModelError
+from components.evaluate import fingerprint
 from components.evaluate.generate import answers, questions
-from components.evaluate.kits import lm_eval, lm_eval_tasks
+from components.evaluate.kits import lm_eval, lm_eval_tasks, measure
+from components.evaluate.kits.measure import Bench
 from components.evaluate.metrics import matches
-from components.models.load import load
+from components.models.load import load, load_processor
 from components.models.template import Template
 from components.settings import load_settings
 from components.shards import Samples
@@ -28,13 +30,13 @@ def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace
 
 
-def measure(journal: Path, tasks: list[str], batch_size: int = 7) -> lm_eval.Measured:
+def measured(journal: Path, tasks: list[str], batch_size: int = 7) -> lm_eval.Measured:
     return lm_eval.evaluate(STUDENTS / "sft/model", CPU, tasks, [], batch_size, 8, journal)
 
 
 @needs_lm_eval
 def test_its_answers_and_verdicts_are_ours_and_text_is_measured_too(here: Path) -> None:
-    found = measure(here / "answers.jsonl", [lm_eval.QUESTIONS, *lm_eval.TEXT])
+    found = measured(here / "answers.jsonl", [lm_eval.QUESTIONS, *lm_eval.TEXT])
     samples = Samples(DATASET, "test")
     rows = questions(samples)
     own = answers(load(STUDENTS / "sft/model", "cpu"), samples, rows, Template(""), 64, load_settings().evaluate, "tests")
@@ -45,6 +47,49 @@ def test_its_answers_and_verdicts_are_ours_and_text_is_measured_too(here: Path) 
     assert 0 < sum(found.verdicts.values()) < len(rows) or len(set(own)) > len(rows) / 2
     assert set(found.figures) == {"alignti_language/word_perplexity", "alignti_manners/acc"}
     assert found.figures["alignti_language/word_perplexity"] > 1 and 0 <= found.figures["alignti_manners/acc"] <= 1
+
+
+OWN = (
+    "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+    "{{ '<|endoftext|>' if m['role'] == 'assistant' }} {% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+)
+
+
+@needs_lm_eval
+def test_a_student_with_a_template_of_its_own_is_asked_and_read_in_that(here: Path) -> None:
+    settings = here / "params/models.yaml"
+    asked = settings.read_text().replace("style: vicuna", "style: processor").replace('system: ""', "system: List a red yes.")
+    settings.write_text(asked)
+    processor = load_processor(STUDENTS / "sft/model")
+    processor.chat_template = OWN.replace("<image>", processor.image_token)
+    processor.save_pretrained(STUDENTS / "sft/model")
+    found = lm_eval.evaluate(
+        STUDENTS / "sft/model",
+        CPU,
+        [lm_eval.QUESTIONS, "alignti_language"],
+        [],
+        7,
+        8,
+        here / "a.jsonl",
+        system="List a red yes.",
+    )
+    bench = Bench(load_settings())
+    template = Template.asked(bench.settings.models.template)
+    own = answers(
+        load(STUDENTS / "sft/model", "cpu"), bench.samples, bench.rows, template, 64, bench.settings.evaluate, "tests"
+    )
+    assert [found.answers[row] for row in bench.rows] == own and len(set(own)) > 6
+    texts = lm_eval_tasks.conversations(model=str(STUDENTS / "sft/model"))["test"]["text"]
+    shown = bench.samples[bench.rows[0]].turns[0]
+    question = lm_eval_tasks.question_of(shown)
+    assert texts[0] == f"system:List a red yes. user:{question} assistant:{shown.answer}"
+    assert found.figures["alignti_language/word_perplexity"] > 1
+    ours = fingerprint.prompts(processor, bench.samples, bench.rows, template)
+    kits = measure._fingerprint(bench, STUDENTS / "sft/model", bench.rows, "lm-eval", "1", "exact_match").prompt_hash
+    settings.write_text(asked.replace("style: processor", "style: vicuna"))
+    told = measure._fingerprint(Bench(load_settings()), STUDENTS / "sft/model", bench.rows, "lm-eval", "1", "exact_match")
+    assert told.prompt_hash == kits == ours  # kits ask with the saved template, whatever the settings say
 
 
 @needs_lm_eval
@@ -60,11 +105,11 @@ def test_what_the_journal_has_is_not_generated_again(here: Path, monkeypatch: py
             raise KeyboardInterrupt
         return generated(self, inputs, *args, **kwargs)
 
-    whole = measure(here / "whole.jsonl", [lm_eval.QUESTIONS], batch_size=8)
+    whole = measured(here / "whole.jsonl", [lm_eval.QUESTIONS], batch_size=8)
     monkeypatch.setattr(HFMultimodalLM, "_model_multimodal_generate", killed)
     with pytest.raises(KeyboardInterrupt):
-        measure(here / "cut.jsonl", [lm_eval.QUESTIONS], batch_size=8)
-    assert measure(here / "cut.jsonl", [lm_eval.QUESTIONS], batch_size=8) == whole
+        measured(here / "cut.jsonl", [lm_eval.QUESTIONS], batch_size=8)
+    assert measured(here / "cut.jsonl", [lm_eval.QUESTIONS], batch_size=8) == whole
     assert batches == [8, 8, 8, 8, 8]  # 32 questions: two batches, one killed, two to go
 
 
@@ -98,7 +143,7 @@ def test_a_task_of_the_kits_own_is_found_by_name_and_scores_local_data(here: Pat
 
     from lm_eval import tasks
 
-    def manager(include_path: str, include_defaults: bool, of: type = tasks.TaskManager) -> tasks.TaskManager:
+    def manager(include_path: str, include_defaults: bool, of: type = tasks.TaskManager, **_: object) -> tasks.TaskManager:
         assert include_defaults  # thousands of files; the test reads the one folder of them that it needs
         return of(include_path=[include_path, str(Path(tasks.__file__).parent / "arc")], include_defaults=False)
 
@@ -144,7 +189,7 @@ def test_no_model_and_a_broken_image_are_named(here: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(lm_eval_tasks, "image", broken)
     with pytest.raises(DataError, match="does not decode"):
-        measure(here / "a.jsonl", [lm_eval.QUESTIONS])
+        measured(here / "a.jsonl", [lm_eval.QUESTIONS])
 
 
 def test_manners_offers_one_answer_of_the_right_kind(here: Path) -> None:

@@ -166,6 +166,22 @@ def test_the_light_kit_scores_its_own_benchmarks_as_we_do_and_as_is_known_by_han
 
 
 @needs_vlmeval
+def test_questions_of_ones_own_need_no_more_than_the_four_columns(scripted: Scripted, tmp_path: Path) -> None:
+    """Of two right answers each, one: a yes for two, an A for two, a word for two."""
+    forms = {"closed": ("", ["yes", "no"]), "lettered": ("\tred\tblue", ["A", "B"]), "open": ("", ["red", "blue"])}
+    for name, (options, right) in forms.items():
+        lines = [f"{i}\t{IMAGE}\tWhat, {name} {i}?\t{answer}{options}" for i, answer in enumerate(right)]
+        head = "index\timage\tquestion\tanswer" + ("\tA\tB" if options else "")
+        (tmp_path / f"{name}.tsv").write_text("\n".join([head, *lines]) + "\n")
+    said = {"closed": "yes", "lettered": "A", "open": "red"}
+    scripted.answer = lambda prompt: (200, next(answer for name, answer in said.items() if name in prompt))
+    files = [str(tmp_path / f"{name}.tsv") for name in forms]
+    told = vlmeval.score_tasks(vlmeval.kit(full=False), scripted.endpoint, files, tmp_path, tmp_path / "a.jsonl", 8)
+    assert told["closed_POPE/Overall/acc"] == told["closed_POPE/Overall/precision"] == 50
+    assert told["lettered/none/Overall"] == told["open/exact match (ours)"] == 0.5
+
+
+@needs_vlmeval
 def test_a_benchmark_is_asked_without_its_images_as_a_control(scripted: Scripted, tmp_path: Path) -> None:
     path, said, _ = plant("pope", tmp_path)
     scripted.answer = lambda prompt: (200, said[re.search(r"What, \w+ \d+\?", prompt).group()])  # type: ignore[union-attr]

@@ -1,0 +1,32 @@
+"""How much memory a piece of work takes, on a GPU or a CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """The most that torch's allocator had given out at one time while `work` ran, beyond what it held before.
+
+    On a CPU the allocator is followed by torch's profiler; scratch memory inside a kernel's library is not seen. Memory that
+    was there before and is freed meanwhile is not subtracted.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as followed:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        followed.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_bytes().decode(errors="replace"))["traceEvents"]
+    return max((event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"), default=0)

@@ -1,0 +1,107 @@
+"""What needs a served student, in one file so that it is started once: its answers token for token; three kits that agree."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.artifacts import REPORTS, STUDENTS, sha256
+from components.evaluate.__main__ import main as evaluate_stage
+from components.evaluate.generate import answers, questions
+from components.evaluate.kits import lm_eval_tasks, serve, table
+from components.evaluate.kits.client import Endpoint, Refused, ask
+from components.evaluate.kits.command import evaluate
+from components.evaluate.kits.table import Table
+from components.models.load import Loaded
+from components.models.template import Template, question_of
+from components.settings import load_settings
+from components.shards import Samples
+from tests.evaluate.conftest import Tracked
+from tests.evaluate.kits.conftest import needs_lm_eval, needs_server, needs_vlmeval
+
+ROOT = Path(__file__).parents[3]
+
+
+@needs_server
+def test_the_served_student_says_what_direct_generation_says_token_for_token(
+    endpoint: Endpoint, served_tokens: Path, loaded: Loaded, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the whole test split; direct generation in batches, padded on the left."""
+    settings = load_settings(ROOT).evaluate.model_copy(update={"batch_size": 5, "max_new_tokens": 6})
+    rows = questions(samples)
+    direct: list[list[list[int]]] = []
+    generate = loaded.model.generate
+
+    def recorded(**inputs: Any) -> torch.Tensor:
+        found: torch.Tensor = generate(**inputs)
+        width = inputs["input_ids"].shape[1]
+        for prompt, mask, tokens in zip(inputs["input_ids"], inputs["attention_mask"], found, strict=True):
+            answer = tokens[width:].tolist()
+            end = answer.index(eos) + 1 if eos in answer else len(answer)  # the rest is padding
+            direct.append([prompt[mask.bool()].tolist(), answer[:end]])
+        return found
+
+    eos = loaded.processor.tokenizer.eos_token_id
+    monkeypatch.setattr(loaded.model, "generate", recorded)
+    expected = answers(loaded, samples, rows, Template(""), 64, settings, "tests")
+    before = len(served_tokens.read_text().splitlines()) if served_tokens.exists() else 0
+    assert [ask(endpoint, question_of(s.turns[0]), [s.image or b""], 6) for s in (samples[row] for row in rows)] == expected
+    served = [json.loads(line) for line in served_tokens.read_text().splitlines()[before:]]
+    assert len(served) == len(rows) and sorted(served) == sorted(direct)
+    assert len(set(expected)) > 6
+
+
+@needs_server
+def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answered(
+    endpoint: Endpoint, samples: Samples
+) -> None:
+    with pytest.raises(Refused, match="HTTP 500"):
+        ask(endpoint, "List all.", [b"no image"], 2)
+    assert ask(endpoint, "List all.", [samples[0].image or b""], 2)
+
+
+@needs_server
+@needs_vlmeval
+@needs_lm_eval
+def test_three_ways_of_measuring_one_student_agree(
+    workplace: Path,
+    endpoint: Endpoint,
+    tracked: Tracked,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(serve, "served", lambda *_: nullcontext(endpoint))  # the session's: sft is the same model
+    lm_eval_tasks.split.cache_clear()
+    monkeypatch.setattr("sys.argv", ["evaluate", "--arm", "sft"])
+    evaluate_stage()
+    evaluate([], ["sft"], [])
+    found = {scores.kit: scores for scores in Table.read(REPORTS / "kits.json").scores}
+    assert list(found) == list(table.KITS)
+    own = found["own"]
+    for kit in ("vlmeval", "lm-eval"):
+        assert [verdict.model_dump() for verdict in found[kit].disagreements] == []
+        assert found[kit].exact_match == own.exact_match and found[kit].per_kind == own.per_kind == found[kit].ours
+        assert not found[kit].other_answers and not found[kit].failed
+        assert found[kit].samples == own.samples == 32
+        same = {"dataset", "dataset_hash", "prompt_hash", "decoding", "transformers", "dtype", "device"}
+        for name in same:
+            assert getattr(found[kit].fingerprint, name) == getattr(own.fingerprint, name), name
+    assert 0.5 < own.exact_match <= 1
+    shown = (REPORTS / "kits.md").read_text()
+    share = f"{own.exact_match:.2%}"
+    assert f"| sft | {share} | {share} | {share} | 0 | 0 |" in shown and "yes, but for kit and judge" in shown
+    assert capsys.readouterr().out.count("reports/kits.md") == 3
+    monkeypatch.setattr(serve, "served", None)  # nothing is asked again
+    evaluate(["vlmeval", "lm-eval"], ["sft"], [])
+    assert capsys.readouterr().out.count("measured before") == 2
+    assert [scores.model_dump() for scores in Table.read(REPORTS / "kits.json").scores] == [
+        s.model_dump() for s in found.values()
+    ]
+    shutil.copytree(STUDENTS / "kd/model", STUDENTS / "sft/model", dirs_exist_ok=True)  # the student is trained again
+    assert table.read(lambda arm: sha256([STUDENTS / arm / "model"])).scores == []
