@@ -79,9 +79,9 @@ def _paper(root: Path) -> list[str]:
     return [
         *lines,
         "",
-        f"The paper's hours for KD would be {a100:.0%} of an A100's rate. Its peak memory is {kd} GiB for KD and",
-        f"{align_ti} GiB for Align-TI ({align_ti / kd:.2f} times), at a batch per device that it does not state; this recipe's passes of 4",
-        f"samples are counted at {found.gib:.0f} GiB for Align-TI.",
+        f"The paper's hours for KD would be {a100:.0%} of an A100's rate. Its peak memory is {kd} GiB for KD and {align_ti}",
+        f"GiB for Align-TI ({align_ti / kd:.2f} times), at a batch per device that it does not state; passes of 4 samples, as",
+        f"in this recipe, are counted at {found.gib:.0f} GiB for Align-TI.",
     ]
 
 

@@ -79,6 +79,22 @@ MODELS = {
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _tiled(_SIGLIP_26, replace(_QWEN2_0_5B, vocabulary=152_000)),
 }
 
+# Bytes to download, where that is not 16 bits for each of these weights: SigLIP's text half comes along, in float32; Qwen3's
+# small ones hold their tied head twice; SmolVLM2's smaller one is in float32.
+DOWNLOADS = {
+    "google/siglip-so400m-patch14-384": 3.51e9,
+    "Qwen/Qwen3-0.6B": 1_503_300_328,
+    "Qwen/Qwen3-1.7B": 4.06e9,
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 2.03e9,
+}
+
+
+def download_bytes(source: str) -> float | None:
+    """About; None if the repository is not known here."""
+    model = MODELS.get(source) or LANGUAGE_MODELS.get(source) or TOWERS.get(source)
+    return DOWNLOADS.get(source, None if model is None else 2.0 * model.weights)
+
+
 # By their cards; none of these repositories is gated.
 LICENCES = dict.fromkeys([*MODELS, *LANGUAGE_MODELS, *TOWERS], "Apache 2.0") | {
     "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research Licence, not for commercial use"

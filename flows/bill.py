@@ -97,7 +97,9 @@ def _all_missing(name: str, settings: Settings, root: Path) -> list[costs.Missin
 def _missing(found: list[costs.Missing]) -> Table:
     sizes = [item.size for item in found if item.size]
     unknown = len(found) - len(sizes)
-    title = f"Not on this machine yet: {sum(sizes) / 1e9:,.1f} GB" + (f" and {unknown} of unknown size" if unknown else "")
+    title = f"Not on this machine yet: about {sum(sizes) / 1e9:,.1f} GB" + (
+        f" and {unknown} of unknown size" if unknown else ""
+    )
     table = Table(title=title, title_justify="left")
     for column in ("what", "GB", "terms", "how it gets here"):
         table.add_column(column, overflow="fold", justify="right" if column == "GB" else "left")

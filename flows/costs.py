@@ -315,13 +315,10 @@ def _missing_models(settings: Settings, root: Path) -> Iterator[Missing]:
         if checkpoint.revision is None:
             yield Missing(source, None, "yours", "put it there; an earlier run makes it if it lies under artifacts/students")
             continue
-        known: dict[str, float] = {
-            name: 2.0 * of.weights
-            for of_kind in (shapes.MODELS, shapes.LANGUAGE_MODELS, shapes.TOWERS)
-            for name, of in of_kind.items()
-        }
         terms = f"{shapes.LICENCES[source]}; not gated" if source in shapes.LICENCES else "see its page"
-        yield Missing(f"{source}@{checkpoint.revision[:8]}", known.get(source), terms, "obtain_models fetches it from the hub")
+        yield Missing(
+            f"{source}@{checkpoint.revision[:8]}", shapes.download_bytes(source), terms, "obtain_models fetches it from the hub"
+        )
 
 
 def _missing_data(settings: Settings, root: Path) -> Iterator[Missing]:

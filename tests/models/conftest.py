@@ -175,6 +175,7 @@ def family(steps: int = 4) -> ModelsSettings:
             "family": "embedded",
             "template": {"style": "vicuna", "system": ""},
             "max_length": 160,
+            "image_splitting": True,
             "embedded": {
                 "seed": 3,
                 "tower": {"hidden": 32, "layers": 1, "heads": 2, "mlp": 64, "patch_px": PATCH_PX},
