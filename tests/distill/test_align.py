@@ -35,7 +35,7 @@ def aligning(workplace: Path) -> Path:
     write_params(workplace, "study", {"arms": {"align": {"weights": weights, "student": "student", "seed": 1}}})
     write_params(workplace, "evaluate", {"baselines": ["align"]})
     trainable = {"vision_tower": False, "projector": True, "language_model": False, "lora": None}
-    write_params(workplace, "distill", {"stage": "align", "trainable": trainable, "steps": 30})
+    write_params(workplace, "distill", {"stage": "align", "trainable": trainable, "steps": 12})
     return workplace
 
 
