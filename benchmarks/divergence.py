@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.shapes import Language, Tower, llava
+from benchmarks.shapes import llava
 from components.align_ti.divergence import row_divergence
+from components.cost import Language, Tower
 from components.evaluate.memory import peak_bytes
 from components.models.vlm import VLM
 

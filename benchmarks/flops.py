@@ -5,53 +5,36 @@ A matrix product of (n, a) and (a, b) is 2 n a b. A backward pass is twice its f
 
 from __future__ import annotations
 
-from benchmarks.shapes import DRAWS, Batch, Language, Size, Tower
+from benchmarks.shapes import DRAWS, Batch, Size
+from components.cost import Way, Work, body, head, tower
+from components.cost import step as step_of
+
+KD = {"sft": 1.0, "kd": 1.0}
+TERMS = {"kd": KD, "kd_only": {"kd": 1.0}, "trl": {"kd": 1.0}}
+ALL = KD | {"iva": 1.0, "tpa": 1.0}
 
 
 def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
     """Of one optimiser step of an arm of `benchmarks.step`, the optimiser's own apart."""
-    responses = int(batch.response.sum())
-    visual = int(batch.visual.sum())
-    tokens = int(batch.attention_mask.sum())
-    if arm == "reference":
-        added = DRAWS * responses
-        rows = tokens + added
-        sampling = body(size.student, size, batch, 0) + head(size.student, tokens) + tower(size.tower, size.batch)
-        models = 3 * body(size.student, size, batch, added) + body(size.teacher, size, batch, added)
-        return models + sampling + 3 * head(size.student, rows) + head(size.teacher, rows) + 2 * tower(size.tower, size.batch)
-    if arm in ("kd", "kd_only", "trl"):
-        sft_rows = responses if arm == "kd" else 0
-        kl_rows, added, towers = responses, 0, 2 if arm == "trl" else 1
-    else:
-        sft_rows, kl_rows, added, towers = responses, responses + visual + ribbon_rows, ribbon_rows, 1
-    models = 3 * body(size.student, size, batch, added) + body(size.teacher, size, batch, added)
-    heads = 3 * head(size.student, sft_rows + kl_rows) + head(size.teacher, kl_rows)
-    if arm in ("align_ti_expanded", "align_ti_flex"):  # the pass that draws
-        models += body(size.student, size, batch, 0) + head(size.student, responses)
-    return models + heads + towers * tower(size.tower, size.batch)
+    student, teacher, work = size.model(size.student), size.model(size.teacher), work_of(batch, ribbon_rows)
+    if arm != "reference":
+        draws_first = arm in ("align_ti_expanded", "align_ti_flex")
+        towers = 2 if arm == "trl" else 1
+        return step_of(student, teacher, work, Way(TERMS.get(arm, ALL), draws_first=draws_first, towers=towers)).all
+    added = DRAWS * work.response
+    rows = sum(work.lengths) + added
+    towers_of_all = 3 * tower(student, work.images)
+    sampling = body(student, work, 0) + head(size.student, sum(work.lengths))
+    models = 3 * body(student, work, added) + body(teacher, work, added)
+    return models + sampling + 3 * head(size.student, rows) + head(size.teacher, rows) + towers_of_all
 
 
-def body(language: Language, size: Size, batch: Batch, added: int) -> float:
-    """Forward pass of projector and layers over the batch with `added` rows more in all, causal attention, without the head."""
-    head_dim = language.hidden // language.heads
-    per_layer = (
-        2 * language.hidden * language.hidden  # queries, output
-        + 2 * language.hidden * language.kv_heads * head_dim
-        + 3 * language.hidden * language.mlp
+def work_of(batch: Batch, ribbon_rows: int) -> Work:
+    return Work(
+        lengths=tuple(batch.attention_mask.sum(1).tolist()),
+        response=int(batch.response.sum()),
+        visual=int(batch.visual.sum()),
+        images=len(batch.input_ids),
+        instruction=int(batch.instruction.sum()),
+        ribbon=ribbon_rows,
     )
-    lengths = batch.attention_mask.sum(1).tolist()
-    tokens = sum(lengths) + added
-    seen = sum(length * (length + 1) / 2 for length in lengths) + added * max(lengths)  # pairs of a row and what it sees
-    projector = (size.tower.hidden + language.hidden) * language.hidden * int(batch.visual.sum())
-    return 2 * projector + language.layers * (2 * per_layer * tokens + 4 * language.hidden * seen)
-
-
-def head(language: Language, rows: int) -> float:
-    return 2.0 * language.hidden * language.vocabulary * rows
-
-
-def tower(shape: Tower, images: int) -> float:
-    per_layer = 4 * shape.hidden**2 + 2 * shape.hidden * shape.mlp
-    patches = 3 * shape.patch_px**2 * shape.hidden
-    attention = 4 * shape.tokens**2 * shape.hidden
-    return images * (2 * shape.tokens * patches + shape.layers * (2 * shape.tokens * per_layer + attention))

@@ -13,41 +13,14 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
+from components.cost import ALTERNATIVES, Language, Model, Tower
+
 PAD, EOS, IMAGE, FIRST_WORD = 0, 1, 2, 3
 DRAWS = 4
 
 # Distinct alternatives per response step that are neither gold nor EOS, of d = 4: measured with a prototype of the digits
 # recipe, at the start of distillation and for a student that has learnt the task. The last is the most there can be.
-START, TRAINED, WORST = 1.29, 0.20, 4.0
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A SigLIP-shaped vision tower."""
-
-    hidden: int
-    layers: int
-    heads: int
-    mlp: int
-    image_px: int
-    patch_px: int
-
-    @property
-    def tokens(self) -> int:
-        return (self.image_px // self.patch_px) ** 2
-
-
-@dataclass(frozen=True)
-class Language:
-    """A Qwen2-shaped language model."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocabulary: int
-    tied: bool = True
+START, TRAINED, WORST = ALTERNATIVES, 0.20, 4.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +41,11 @@ class Size:
     @property
     def prompt(self) -> int:
         return 1 + self.tower.tokens + self.instruction
+
+    def model(self, language: Language) -> Model:
+        """A LLaVA-1.5 of this tower: its projector is two linear layers, its visual tokens are the tower's patches."""
+        projector = (self.tower.hidden + language.hidden) * language.hidden
+        return Model(self.tower, language, projector, patches=self.tower.tokens, visual=self.tower.tokens)
 
 
 _DIGITS_TOWER = Tower(hidden=64, layers=2, heads=4, mlp=128, image_px=64, patch_px=16)

@@ -6,16 +6,19 @@ atomically (a reader sees the old file or the new one, never half of one).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.errors import DataError
+from components.errors import DataError, TryAgainError
 
 RAW = Path("data")
 DATASET = Path("artifacts/dataset")
@@ -47,11 +50,31 @@ class Record(BaseModel):
     def read(cls, path: Path) -> Self:
         """Raises DataError if the file is missing or not such a record."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            return cls.model_validate_json(text)
         except FileNotFoundError:
             raise DataError(f"{path} is missing; `dvc repro` makes it") from None
         except ValidationError as error:
+            if reason := Absent.reason_in(text):
+                raise DataError(f"{path} holds no {cls.__name__}: {reason}") from None
             raise DataError(f"{path} is no {cls.__name__}: {error.errors()[0]['msg']}; `dvc repro` makes it anew") from None
+
+
+class Absent(Record):
+    """In place of a record that a run does without."""
+
+    none: str  # why
+
+    @classmethod
+    def reason_in(cls, text: str) -> str | None:
+        """None if the text is another record's."""
+        try:
+            return cls.model_validate_json(text).none
+        except ValidationError:
+            return None
+
+
+NO_TEACHER = Absent(none="params/distill.yaml:stage is align, which has no teacher")
 
 
 class ShardRecord(Record):
@@ -120,7 +143,7 @@ class ModelRecord(Record):
     name: str
     role: Literal["teacher", "student"]
     path: str
-    origin: str  # "embedded", a hub id, or a local folder
+    origin: str  # "embedded", a hub id, a local folder, two of those, or the teacher that it was cut from
     revision: str | None
     parameters: int
     size_bytes: int
@@ -364,6 +387,30 @@ def write_bytes(path: Path, content: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft beside `folder` that takes its name, and the place of what had it, when the block ends well; else it is removed.
+
+    Raises TryAgainError if the disk is full, of which safetensors, being Rust, tells in its own way.
+    """
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    before = draft.with_suffix(".old")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if folder.exists():
+            folder.replace(before)
+        draft.replace(folder)
+    except Exception as error:
+        if "os error 28" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+            raise TryAgainError(f"the disk is full, so {folder} was not written; free space and run again") from None
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def sha256(paths: Iterable[Path]) -> str:

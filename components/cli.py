@@ -10,6 +10,8 @@ import typer
 from components.errors import exit_from
 from flows import commands
 
+LONG_S = 3 * 3600
+
 app = typer.Typer(
     help="Distil a multimodal model with Align-TI. `make repro` runs the whole job; these commands prepare and explain it.",
     no_args_is_help=True,
@@ -33,6 +35,8 @@ def use(recipe: str) -> None:
         f"params/ {'now say' if diff else 'said already'} what recipe {recipe} says. On {about.hardware} the whole job takes"
         f" {about.time}: `make repro`, or `alignti plan` to see it first."
     )
+    if before := recipes.phases(recipe) if "/" not in recipe else []:
+        typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in before)}.")
 
 
 @app.command()
@@ -41,12 +45,12 @@ def plan() -> None:
     from components.settings import load_settings
     from flows.plan import plan as make_plan
 
-    load_settings()
-    steps, basis = make_plan()
+    settings = load_settings()
+    steps, basis, recipe = make_plan(settings)
     width = max(len(step.stage) for step in steps)
     for step in steps:
         state = typer.style("would run" if step.reasons else "cached   ", fg=typer.colors.YELLOW if step.reasons else None)
-        time = f"{step.seconds:6.0f} s" if step.reasons and step.seconds is not None else " " * 8
+        time = _duration(step.seconds) if step.reasons and step.seconds is not None else " " * 8
         typer.echo(f"{step.stage:{width}}  {state} {time}  {'; '.join(step.reasons)}".rstrip())
     running = [step for step in steps if step.reasons]
     if not running:
@@ -55,8 +59,17 @@ def plan() -> None:
     total = sum(step.seconds or 0 for step in running)
     unknown = [step.stage for step in running if step.seconds is None]
     but = f", not counting {', '.join(unknown)}: never timed" if unknown else ""
-    typer.echo(f"{len(running)} of {len(steps)} stages would run: about {total / 60:.1f} min, one at a time{but}.")
+    in_all = f"{total / 60:.1f} min" if total < LONG_S else f"{total / 3600:,.0f} h"
+    typer.echo(f"{len(running)} of {len(steps)} stages would run: about {in_all}, one at a time{but}.")
     typer.echo(f"Times: {basis}. DVC restores a stage at once instead if it has run on the same inputs before.")
+    if recipe is not None and settings.models.family == "pretrained":
+        from flows import bill
+
+        bill.show(recipe, settings)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:6.0f} s" if seconds < LONG_S else f"{seconds / 3600:6.1f} h"
 
 
 @app.command()
@@ -391,6 +404,60 @@ def evaluate(
     from components.evaluate.kits.command import evaluate as run
 
     run(kit or (), arm or (), task or (), blank)
+
+
+@app.command("try")
+def try_model(
+    student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder, or ORG/NAME[@REVISION] of the hub.")],
+    question: str,
+    image: Annotated[Path, typer.Option(help="What the question is about: JPEG, PNG, WebP, GIF, BMP or TIFF.")],
+    vs: Annotated[str | None, typer.Option(help="Another model, to answer beside it.")] = None,
+    look: Annotated[bool, typer.Option("--look", help="Write a picture of where each looked.")] = False,
+    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
+) -> None:
+    """Ask a model a question about an image: its answer as it comes, with timings."""
+    from components.release.ask import run
+    from components.settings import load_settings
+
+    run([student] if vs is None else [student, vs], image, question, load_settings(), longest, look)
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder (LoRA adapters too), or ORG/NAME of the hub.")],
+    folder: Path,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; else as the weights are stored.")] = None,
+    shard: Annotated[str, typer.Option("--max-shard-size", help="The largest file of weights.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at FOLDER.")] = False,
+) -> None:
+    """Write a model to FOLDER for others, with its full card, and read it back to see that it answers as before."""
+    from components.errors import InputError
+    from components.release.export import DTYPES
+    from components.release.export import export as write
+    from components.settings import load_settings
+
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    typer.echo(str(write(student, folder, load_settings(), dtype, shard, force)))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="As `alignti export` writes it.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME")],
+    yes: Annotated[bool, typer.Option("--yes-upload", help="Upload; without it nothing leaves this machine.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is private without it.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that holds files.")] = False,
+) -> None:
+    """Upload a model's folder to the hub; without --yes-upload say what would go there, and what its licences leave open."""
+    from components.release import push as hub
+
+    upload = hub.plan(folder, repo, private=not public)
+    typer.echo(str(upload))
+    if yes:
+        typer.echo(f"uploaded: {hub.push(upload, update)}")
+    else:
+        typer.echo("Nothing was uploaded; add --yes-upload to do it.")
 
 
 for _command in (commands.register, commands.promote, commands.reproduce):

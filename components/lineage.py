@@ -91,6 +91,12 @@ def locked() -> dict[str, dict[str, str]]:
     return {stage: {out["path"]: out["md5"] for out in entry.get("outs", [])} for stage, entry in stages.items()}
 
 
+def read_by(stage: str) -> dict[str, str]:
+    """Path -> md5 of what `dvc.lock` says that the stage read; empty if it has not run."""
+    stages = _yaml(LOCK).get("stages", {}) if LOCK.exists() else {}
+    return {dep["path"]: dep["md5"] for dep in stages.get(stage, {}).get("deps", [])}
+
+
 def raw() -> dict[str, str]:
     """Path -> md5 of the raw data, as the .dvc files here have it."""
     found: dict[str, str] = {}

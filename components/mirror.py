@@ -292,7 +292,10 @@ def main() -> None:
     voice = os.fdopen(os.dup(2), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
     sent = follow(Path(sys.argv[1]), os.environ["ALIGNTI_TRACKING_URI"], voice)
-    sys.exit(SENT if sent else NOT_SENT_AND_SAID_SO)
+    voice.flush()
+    os._exit(
+        SENT if sent else NOT_SENT_AND_SAID_SO
+    )  # the stage waits, and to take MLflow's modules down lasts as long as sending
 
 
 if __name__ == "__main__":

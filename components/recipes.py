@@ -3,12 +3,16 @@
 A mapping is merged key by key, except one whose keys are the user's own names (arms, teachers, students): such a mapping
 is replaced whole, since an arm left over from before would be trained too. Lists are replaced.
 
+Beside params files a recipe may have `like: OTHER` (whose values stand where it says nothing), `mixture: NAME` (of
+params/mixtures/, as data.mixture) and `phases:`, runs that come before it, each an overlay of it, named NAME/PHASE.
+
     alignti use NAME                      the recipe into params/
     python -m components.recipes NAME     params/ into the recipe: what it restates after the shipped values have changed
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import sys
@@ -21,7 +25,16 @@ from pydantic import BaseModel, Field, ValidationError
 
 from components.artifacts import write_text
 from components.errors import SettingsError
-from components.settings import FILES, PositiveFloat, Settings, Strict, load_settings, read_yaml
+from components.settings import FILES, PositiveFloat, PositiveInt, Settings, Strict, load_settings, read_yaml
+
+Load = Callable[[str], Any]
+
+
+class SampleSize(Strict):
+    """Tokens of a mean sample beside its image's, as the cost model takes it."""
+
+    text: PositiveInt = Field(description="before the answer")
+    response: PositiveInt
 
 
 class About(Strict):
@@ -30,23 +43,41 @@ class About(Strict):
     run: str = Field(description="the command")
     hardware: str
     time: str = Field(description="of the whole job on that hardware")
-    result: str
-    seconds: dict[str, PositiveFloat] = Field(description="per stage, one cell of it: what `alignti plan` starts from")
+    memory: str | None = Field(None, description="of one device; of small recipes, `hardware` says it")
+    result: str = Field(description="what to expect, or what is published, and where")
+    seconds: dict[str, PositiveFloat] | None = Field(description="per stage, one cell of it; null: the cost model foresees it")
+    device: str | None = Field(None, description="of components/cost.py, that the cost model reckons with")
+    sample: SampleSize | None = None
 
 
 def names(root: Path = Path()) -> list[str]:
-    return sorted(path.stem for path in (root / "params/recipes").glob("*.yaml"))
+    """All recipes, each followed by its phases as NAME/PHASE in the order in which they are run."""
+    return [name for stem in _stems(root) for name in (stem, *(f"{stem}/{phase}" for phase in phases(stem, root)))]
+
+
+def phases(name: str, root: Path = Path()) -> list[str]:
+    """The runs that come before recipe `name`, in order."""
+    return list(_whole(name.partition("/")[0], root).get("phases") or {})
 
 
 def about(name: str, root: Path = Path()) -> About:
     """Raises SettingsError if the recipe does not say all of it."""
-    path = _path(name, root)
     try:
-        return About.model_validate(read_yaml(path).get("about"))
+        return About.model_validate(_document(name, root).get("about"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("about", *first["loc"])))
-        raise SettingsError(f"{path}: {where}: {first['msg']}") from None
+        raise SettingsError(f"{_path(name, root)}: {where}: {first['msg']}") from None
+
+
+def settings_with(name: str, root: Path = Path()) -> Settings:
+    """What `params/` would ask for with recipe `name` merged in; nothing is written. Raises SettingsError."""
+    raw = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
+    _lay_over(overlay(name, root), raw)
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(f"recipe {name} does not fit these params: {error.errors()[0]['msg']}") from None
 
 
 def merged(name: str, root: Path = Path()) -> dict[Path, str]:
@@ -55,14 +86,15 @@ def merged(name: str, root: Path = Path()) -> dict[Path, str]:
     Raises SettingsError if there is no such recipe, or if the outcome is not valid (naming every problem).
     """
     about(name, root)
-    return checked_texts(_overlay(name, root, _round_trip().load), f"recipe {name}", root)
+    return checked_texts(overlay(name, root, round_trip().load), f"recipe {name}", root)
 
 
-def checked_texts(overlay: Mapping[str, Any], what: str, root: Path = Path()) -> dict[Path, str]:
-    """The new text of every params file that `overlay` (file -> values) changes. Raises SettingsError if that is not valid."""
-    yaml = _round_trip()
+def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> dict[Path, str]:
+    """The new text of every params file that `values` (file -> values) changes. Raises SettingsError if that is not valid."""
+    yaml = round_trip()
     changed = {}
     with tempfile.TemporaryDirectory() as draft:
+        (Path(draft) / "params").mkdir()
         for file in FILES:
             path = root / "params" / f"{file}.yaml"
             try:
@@ -70,9 +102,9 @@ def checked_texts(overlay: Mapping[str, Any], what: str, root: Path = Path()) ->
             except FileNotFoundError:
                 raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
             document = yaml.load(text)
-            if _merge(overlay.get(file, {}), document, _annotation(file)):
-                changed[path] = text = _text(document)
-            write_text(Path(draft) / "params" / f"{file}.yaml", text)
+            if _merge(values.get(file, {}), document, _annotation(file)):
+                changed[path] = text = text_of(document)
+            (Path(draft) / "params" / f"{file}.yaml").write_text(text, encoding="utf-8")
         try:
             load_settings(Path(draft))
         except SettingsError as error:
@@ -92,44 +124,113 @@ def use(name: str, root: Path = Path()) -> str:
 
 def restate(name: str, root: Path = Path()) -> None:
     """Merge every value of `params/` into recipe `name`, which keeps its comments."""
+    if name not in names(root):
+        raise _unknown(name, root)
     path = _path(name, root)
-    yaml = _round_trip()
+    yaml = round_trip()
     recipe = yaml.load(path.read_text(encoding="utf-8"))
     for file in FILES:
         params = yaml.load((root / "params" / f"{file}.yaml").read_text(encoding="utf-8"))
         _merge(params, recipe.setdefault(file, yaml.map()), _annotation(file))
-    write_text(path, _text(recipe))
+    write_text(path, text_of(recipe))
 
 
 def nearest(root: Path = Path()) -> tuple[str | None, int]:
     """The recipe that `params/` are nearest to, and in how many values they differ; of equals, the fuller one."""
     params = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
     best: tuple[int, int, str] | None = None
-    for name in names(root):
-        overlay = _overlay(name, root)
-        differing = sum(1 for file in overlay for _ in _updates(overlay[file], params[file], _annotation(file)))
-        rank = (differing, -_leaves(overlay), name)
+    for name, said in _overlays(root):
+        differing = sum(1 for file in said for _ in _updates(said[file], params[file], _annotation(file)))
+        rank = (differing, -_leaves(said), name)
         best = min(best, rank) if best else rank
     return (best[2], best[0]) if best else (None, 0)
 
 
 def _path(name: str, root: Path) -> Path:
-    known = names(root)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise SettingsError(f"there is no recipe {name!r}; {hint}params/recipes/ has {', '.join(known)}")
-    return root / "params/recipes" / f"{name}.yaml"
+    return root / "params/recipes" / f"{name.partition('/')[0]}.yaml"
 
 
-def _overlay(name: str, root: Path, load: Callable[[str], Any] | None = None) -> dict[str, Any]:
-    path = _path(name, root)
-    overlay = read_yaml(path)  # says file and line if it is malformed
-    if unknown := sorted(set(overlay) - {"about", *FILES}):
+def overlay(name: str, root: Path = Path(), load: Load | None = None) -> dict[str, Any]:
+    """File -> values of recipe `name`."""
+    document = _document(name, root, load)
+    return {file: document[file] for file in FILES if file in document}
+
+
+def _document(name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
+    """The recipe with what it is like, its phase and its mixture merged in. Raises SettingsError."""
+    stem, _, phase = name.partition("/")
+    if not _path(stem, root).is_file() or stem.startswith("_"):
+        raise _unknown(name, root)
+    whole = _whole(stem, root, load)
+    if phase and phase not in (whole.get("phases") or {}):
+        raise _unknown(name, root)
+    return _unfolded(whole, name, root, load)
+
+
+def _unfolded(whole: dict[str, Any], name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
+    """`whole` with phase and mixture laid over it, in place."""
+    phase = name.partition("/")[2]
+    if phase:
+        _lay_over({"about": {"run": f"alignti use {name} && make repro"}}, whole)
+        _lay_over(whole["phases"][phase], whole)
+    if mixture := whole.get("mixture"):
+        block = {"source": "mixture", "mixture": _read(root / "params/mixtures" / f"{mixture}.yaml", load)}
+        _lay_over({"data": block}, whole)
+    return whole
+
+
+def _overlays(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every recipe and phase with its values, each file read once or twice."""
+    for stem in _stems(root):
+        whole = _whole(stem, root)
+        for name in (stem, *(f"{stem}/{phase}" for phase in whole.get("phases") or {})):
+            document = _unfolded(copy.deepcopy(whole), name, root)
+            yield name, {file: document[file] for file in FILES if file in document}
+
+
+def _stems(root: Path) -> list[str]:
+    return sorted(path.stem for path in (root / "params/recipes").glob("[!_]*.yaml"))
+
+
+def _whole(stem: str, root: Path, load: Load | None = None) -> dict[str, Any]:
+    """A recipe's file on top of the one that it is like."""
+    path = _path(stem, root)
+    own = _read(path, load)
+    if unknown := sorted(set(own) - {"about", "like", "mixture", "phases", *FILES}):
         raise SettingsError(f"{path}: {', '.join(unknown)}: no such file in params/; known: {', '.join(FILES)}")
-    if load:
-        overlay = load(path.read_text(encoding="utf-8"))
-    return {file: overlay[file] for file in FILES if file in overlay}
+    if "like" not in own:
+        return own
+    if not _path(own["like"], root).is_file():
+        raise SettingsError(f"{path}: like: params/recipes/ has no {own['like']!r}")
+    whole = _whole(own["like"], root, load)
+    _lay_over(own, whole)
+    return whole
+
+
+def _lay_over(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:
+    """Put a recipe's values, and those of its phases, on top of a document's."""
+    for key, value in overlay.items():
+        if key == "phases":
+            for phase, its in (value or {}).items():
+                _lay_over(its, document.setdefault("phases", {}).setdefault(phase, {}))
+        elif key in FILES:
+            _merge(value, document.setdefault(key, {}), _annotation(key))
+        elif key == "about":
+            document[key] = {**document.get(key, {}), **value}
+        else:
+            document[key] = value
+
+
+def _read(path: Path, load: Load | None) -> dict[str, Any]:
+    document = read_yaml(path)  # says file and line if it is malformed
+    return load(path.read_text(encoding="utf-8")) if load else document
+
+
+def _unknown(name: str, root: Path) -> SettingsError:
+    known = names(root)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return SettingsError(f"there is no recipe {name!r}; {hint}params/recipes/ has {', '.join(known)}")
 
 
 def _annotation(file: str) -> Any:
@@ -165,6 +266,8 @@ def _bare(node: Any) -> Any:
     """A copy that keeps how values are written, without the recipe's comments."""
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+    if isinstance(node, CommentedMap | CommentedSeq) and not node:
+        return [] if isinstance(node, CommentedSeq) else {}  # ruamel would write an empty one of its own behind the comment
     if isinstance(node, CommentedMap):
         copy: Any = CommentedMap((key, _bare(value)) for key, value in node.items())
     elif isinstance(node, CommentedSeq):
@@ -179,13 +282,13 @@ def _leaves(node: Any) -> int:
     return sum(map(_leaves, node.values())) if isinstance(node, Mapping) else 1
 
 
-def _text(document: Any) -> str:
+def text_of(document: Any) -> str:
     stream = io.StringIO()
-    _round_trip().dump(document, stream)
+    round_trip().dump(document, stream)
     return stream.getvalue()
 
 
-def _round_trip() -> Any:
+def round_trip() -> Any:
     """YAML that is written back as it was read: comments, order, 2.0e-3, 50_000_000, null."""
     from ruamel.yaml import YAML
 

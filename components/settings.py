@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from components.artifacts import TEACHER_ARM
 from components.errors import SettingsError
 
+QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: a tenth of the time
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -229,9 +230,72 @@ class Checkpoint(Strict):
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
 
 
+class Parts(Strict):
+    """LLaVA from its parts, as the paper's models are: a tower, a fresh two-layer projector, a language model."""
+
+    tower: Checkpoint = Field(description="SigLIP: its vision tower and image processor")
+    language_model: Checkpoint = Field(description="Qwen2, Qwen2.5 or Qwen3")
+    feature_layer: int = Field(description="the tower's layer that is read: -2 the last but one, as METHOD.md has it")
+    seed: int = Field(description="of the projector's weights")
+
+
+class Cut(Strict):
+    """A teacher less some of its language model's layers and neurons; everything else is copied."""
+
+    teacher: Name = Field(description="one of `teachers`")
+    every: PositiveInt = Field(description="of L layers keep 0, every, 2 every, ...; 1: all of them")
+    mlp: PositiveInt | None = Field(description="neurons kept in each MLP, those of the largest weights; null: all of them")
+
+
+_MEMBERS: dict[str, type[Strict]] = {  # by tags of the unions below, which are no keys of a YAML file
+    "(checkpoint)": Checkpoint,
+    "(parts)": Parts,
+    "(cut)": Cut,
+}
+
+
+def _kind(entry: Any) -> str:
+    """Which of `_MEMBERS` an entry is, by its keys; a checkpoint if they say nothing."""
+    return next((kind for kind, keys in _keys_by_kind(entry).items() if keys), "(checkpoint)")
+
+
+def _keys_by_kind(entry: Any) -> dict[str, list[str]]:
+    keys = entry.model_fields_set if isinstance(entry, Strict) else entry if isinstance(entry, dict) else ()
+    return {kind: [key for key in keys if key in model.model_fields] for kind, model in _MEMBERS.items()}
+
+
+def _one_of(*kinds: str) -> BeforeValidator:
+    """One sentence for an entry that mixes kinds, where pydantic would list keys missing here and unknown there."""
+
+    def check(entry: Any) -> Any:
+        found = {kind: keys for kind, keys in _keys_by_kind(entry).items() if keys}
+        if len(found) > 1 or not found.keys() <= set(kinds):
+            said = " and ".join(f"{', '.join(keys)} {kind}" for kind, keys in found.items())
+            forms = " or ".join(f"{{{', '.join(_MEMBERS[kind].model_fields)}}}" for kind in kinds)
+            raise ValueError(f"has {said}; give {forms}")
+        return entry
+
+    return BeforeValidator(check)
+
+
+_Checkpoint = Annotated[Checkpoint, Tag("(checkpoint)")]
+_Parts = Annotated[Parts, Tag("(parts)")]
+_Cut = Annotated[Cut, Tag("(cut)")]
+Whole = Annotated[_Checkpoint | _Parts, Discriminator(_kind), _one_of("(checkpoint)", "(parts)")]
+Start = Annotated[_Checkpoint | _Parts | _Cut, Discriminator(_kind), _one_of(*_MEMBERS)]
+
+
 class PretrainedFamily(Strict):
-    teachers: dict[Name, Checkpoint]
-    students: dict[Name, Checkpoint]
+    teachers: dict[Name, Whole] = Field(description="none for `stage: align`")
+    students: dict[Name, Start]
+
+    @model_validator(mode="after")
+    def _cut_from_teachers(self) -> PretrainedFamily:
+        for name, student in self.students.items():
+            if isinstance(student, Cut) and student.teacher not in self.teachers:
+                known = ", ".join(self.teachers) or "there are none"
+                raise ValueError(f"students.{name}.teacher: {student.teacher!r} is none of the teachers ({known})")
+        return self
 
 
 class Template(Strict):
@@ -243,6 +307,7 @@ class ModelsSettings(Strict):
     family: Literal["embedded", "pretrained"]
     template: Template
     max_length: PositiveInt = Field(description="tokens of one sample, visual tokens included; longer is an error")
+    image_splitting: bool = Field(description="false: Idefics3 and SmolVLM take each image as one tile")
     embedded: EmbeddedFamily | None
     pretrained: PretrainedFamily | None
 
@@ -250,6 +315,8 @@ class ModelsSettings(Strict):
     def _block_of_family(self) -> ModelsSettings:
         if getattr(self, self.family) is None:
             raise ValueError(f"family is {self.family}, so the block `{self.family}:` must be filled in")
+        if not self.image_splitting and self.family == "embedded":
+            raise ValueError("image_splitting: false is for `family: pretrained`; embedded models split no image")
         return self
 
     @property
@@ -360,7 +427,16 @@ class Trainable(Strict):
         return self
 
 
+class LearningRates(Strict):
+    """Of the parts that are trained; null: the optimiser's."""
+
+    vision_tower: PositiveFloat | None
+    projector: PositiveFloat | None
+    language_model: PositiveFloat | None
+
+
 class DistillSettings(Strict):
+    stage: Literal["align", "distill"] = Field(description="align: captions, cross-entropy alone, no teacher")
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="samples per optimiser step, over all ranks and accumulation steps")
     micro_batch_size: PositiveInt = Field(description="samples per forward pass on one device, at most")
@@ -368,6 +444,7 @@ class DistillSettings(Strict):
         description="tokens per forward pass, padding included: passes hold samples of like length; null: micro_batch_size"
     )
     optimiser: Optimiser
+    learning_rates: LearningRates
     precision: Literal["fp32", "bf16"]
     divergence: Divergence
     iva: Iva
@@ -390,6 +467,13 @@ class DistillSettings(Strict):
     def _batches(self) -> DistillSettings:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_of_what_is_trained(self) -> DistillSettings:
+        for part, rate in self.learning_rates.model_dump().items():
+            if rate is not None and not getattr(self.trainable, part):
+                raise ValueError(f"learning_rates.{part} is {rate}, and trainable.{part} is false")
         return self
 
 
@@ -521,7 +605,7 @@ def load_settings(root: Path = Path()) -> Settings:
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML mapping. Raises SettingsError with file and line if it is missing, malformed or no mapping."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), QUICK)
     except FileNotFoundError:
         raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -547,6 +631,7 @@ def _cross_checks(settings: Settings) -> list[str]:
                 f" ({', '.join(students)})"
             )
         problems += _cache_checks(settings, name)
+    problems += _stage_checks(settings)
     tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
     if tokens is not None and tokens < longest:
         problems.append(
@@ -556,6 +641,32 @@ def _cross_checks(settings: Settings) -> list[str]:
     for name in settings.evaluate.baselines:
         if name not in settings.study.arms:
             problems.append(f"params/evaluate.yaml: baselines: {name!r} is no arm of params/study.yaml")
+    return problems
+
+
+def _stage_checks(settings: Settings) -> list[str]:
+    """What goes with captions and no teacher, and what with one."""
+    align, teachers = settings.distill.stage == "align", settings.models.members.teachers
+    if not align:
+        empty = f"params/models.yaml: {settings.models.family}.teachers: {{}} is for `stage: align`; name a teacher"
+        return [] if teachers else [empty]
+    problems = []
+    if settings.models.family == "embedded":
+        problems.append(
+            "params/distill.yaml: stage: align is for `family: pretrained`; embedded models learn captions as built"
+        )
+    elif teachers:
+        problems.append(
+            f"params/models.yaml: pretrained.teachers: stage align has none, and here are {', '.join(teachers)}; set it to {{}}"
+        )
+    if settings.distill.teacher_signals.source == "cache":
+        problems.append("params/distill.yaml: teacher_signals.source is cache, and stage align has no teacher; set it to live")
+    for name, arm in settings.study.arms.items():
+        if asking := [term for term in ("kd", "iva", "tpa") if getattr(arm.weights, term)]:
+            problems.append(
+                f"params/study.yaml: arms.{name}.weights: {', '.join(asking)} ask a teacher, and stage align has none; set all"
+                " but sft to 0"
+            )
     return problems
 
 
@@ -579,11 +690,12 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
 
 def _describe(root: Path, raw: dict[str, Any], problem: Any) -> str:
     """`file:line: key: message`, with the nearest known key for an unknown one."""
-    file, *keys = problem["loc"]
+    file, *steps = problem["loc"]
+    keys = [step for step in steps if step not in _MEMBERS]
     path = root / "params" / f"{file}.yaml"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1], str(file))
+        known = _known_keys(steps[:-1], str(file))
         near = difflib.get_close_matches(str(keys[-1]), known, n=1)
         message = f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {', '.join(known)}"
     elif problem["type"] == "missing":
@@ -608,6 +720,9 @@ def _known_keys(keys: list[Any], file: str) -> list[str]:
     annotation: Any = Settings.model_fields[file].annotation
     for key in keys:
         model = _model_in(annotation)
+        if key in _MEMBERS:
+            annotation = _MEMBERS[key]
+            continue
         annotation = model.model_fields[str(key)].annotation if model is not None else get_args(annotation)[-1]
     model = _model_in(annotation)
     return list(model.model_fields) if model else []

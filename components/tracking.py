@@ -289,6 +289,28 @@ def energy(run: str) -> dict[str, float]:
     return used
 
 
+def ran(run: str) -> tuple[str | None, list[str]]:
+    """The commit that the run of this journal ran, None if that is not known, and the files, of params/ too, that were not
+    as that commit has them."""
+    try:
+        lines = (JOURNALS / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None, []
+    events = [event for event in map(json.loads, lines) if event["event"] in ("start", "origin")]
+    commits = [event["tags"].get("mlflow.source.git.commit", "none") for event in events if "tags" in event]
+    commit = commits[-1] if commits else "none"
+    if commit == "none":
+        return None, []
+    changed = [file for event in events for file in event.get("uncommitted", ())]
+    for file, text in events[-1].get("params", {}).items():
+        try:
+            same = _git("show", f"{commit}:{file}") == text.strip()
+        except (OSError, subprocess.CalledProcessError):
+            same = False  # a file, or a commit, that is not here
+        changed += [] if same else [file]
+    return commit, sorted(set(changed))
+
+
 def last_run(stage: str) -> str | None:
     """The journal of the run that last made this stage's outputs here, None if none did."""
     try:

@@ -5,7 +5,6 @@ Always `--wait-for-lock`: DVC must lock again after a stage has run, and without
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -73,11 +72,16 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
 
 
 def status() -> dict[str, list[object]]:
-    """What has changed per stage, as `dvc status --json` has it; empty when everything is up to date."""
-    found = subprocess.run([*DVC, "status", "--json"], capture_output=True, text=True, env=_environment())
-    if found.returncode:
-        raise InputError(f"`dvc status` failed: {found.stderr.strip()[-2000:]}")
-    return json.loads(found.stdout)
+    """What has changed per stage, as `dvc status --json` has it; empty when everything is up to date. Raises InputError."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with _looking, Repo(_wait_for_lock=True) as repo:
+            found: dict[str, list[object]] = repo.status()
+    except DvcException as error:
+        raise InputError(f"`dvc status` failed: {error}") from None
+    return found
 
 
 def reproduce(

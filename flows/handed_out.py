@@ -107,8 +107,9 @@ class Orders:
     def _make(self, title: str, targets: Sequence[str]) -> None:
         parameters = {"study": self.study, "targets": list(targets), "commit": self.commit, "recipe": self.recipe}
         with get_client(sync_client=True) as client:
-            run = _living(client, self._tag(title), parameters) or self._ordered(title, parameters)
-            run = _finished(client, run)
+            if run := _living(client, self._tag(title), parameters):
+                print(f"{title}: flow run {run.name}, which was ordered before, has not ended; waiting for it", flush=True)
+            run = _finished(client, run or self._ordered(title, parameters))
         assert run.state is not None
         if not run.state.is_completed():
             raise NotMade(run)

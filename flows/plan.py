@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from components import recipes
+from components.errors import InputError
+from components.settings import Settings
 from components.tracking import last_seconds
-from flows import dvc
+from flows import costs, dvc
 
 
 @dataclass(frozen=True)
@@ -17,14 +19,27 @@ class Step:
     seconds: float | None  # None: it never ran here, and the recipe does not say
 
 
-def plan() -> tuple[list[Step], str]:
-    """One step per stage, in DVC's order, and where the times come from."""
+def plan(settings: Settings) -> tuple[list[Step], str, str | None]:
+    """One step per stage, in DVC's order; where the times come from; the recipe that `settings` are nearest to."""
     recipe, differing = recipes.nearest()
-    expected = recipes.about(recipe).seconds if recipe else {}
+    expected = _expected(recipe, settings)
     steps = foresee(dvc.graph(), dvc.status())
     timed = [Step(step.stage, step.reasons, _seconds(step.stage, recipe, expected)) for step in steps]
     same = "is" if not differing else f"in {differing} value(s) differs from"
-    return timed, f"from the last runs here, else what the recipe expects (params/ {same} {recipe})"
+    return timed, f"from the last runs here, else what the recipe expects (params/ {same} {recipe})", recipe
+
+
+def _expected(recipe: str | None, settings: Settings) -> dict[str, float]:
+    """Seconds per stage, by the recipe's own figures or else by the cost model."""
+    if recipe is None:
+        return {}
+    if said := recipes.about(recipe).seconds:
+        return said
+    try:
+        found = costs.estimate(recipe, settings)
+    except InputError:  # a model whose shape is not known: the stages are untimed, and the bill says which model
+        return {}
+    return found.seconds if found else {}
 
 
 def foresee(graph: dict[str, list[str]], status: dict[str, Any]) -> list[Step]:
@@ -56,4 +71,4 @@ def _seconds(stage: str, recipe: str | None, expected: dict[str, float]) -> floa
     last = last_seconds(stage)
     if last and last[1] == recipe:
         return last[0]
-    return expected.get(stage.partition("@")[0], last[0] if last else None)
+    return expected.get(stage, expected.get(stage.partition("@")[0], last[0] if last else None))

@@ -97,7 +97,13 @@ def _make_pool(pool: str, limit: int) -> None:
 
 def _start(pool: str, title: str, limit: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     command = [*PREFECT, "worker", "start", "--pool", pool, "--name", f"{pool}-{title}", "--limit", str(limit)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_before_worker)
+
+
+def _before_worker() -> None:
+    """What a shell starts in the background, as a batch script does, ignores SIGINT; and that is how Prefect's worker stops."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
 
 
 def _stop(workers: list[subprocess.Popen[bytes]]) -> None:

@@ -22,8 +22,10 @@ LEVELS = [
     {"irs"},
     {"signals"},
     {"dataset", "distill", "evaluate"},
+    {"cost"},  # what the training loop holds, and what it takes
+    {"shapes"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
-    {"study", "champion"},
+    {"study", "champion", "release"},
     {"flows"},
     {"cli"},
 ]

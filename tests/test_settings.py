@@ -149,6 +149,81 @@ def test_runtime_fields_come_from_the_environment_and_others_do_not(monkeypatch:
         load_settings(ROOT)
 
 
+CHECKPOINT = {"source": "x", "revision": None}
+PARTS = {"tower": CHECKPOINT, "language_model": CHECKPOINT, "feature_layer": -2, "seed": 1}
+CUT = {"teacher": "base", "every": 2, "mlp": None}
+
+
+def pretrained(root: Path, teachers: dict[str, Any], students: dict[str, Any]) -> None:
+    path = root / "params/models.yaml"
+    family = {"teachers": teachers, "students": {"student": CHECKPOINT, **students}}
+    asked = {"family": "pretrained", "embedded": None, "pretrained": family}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | asked, sort_keys=False))
+
+
+def test_a_model_is_a_checkpoint_or_parts_or_cut_from_a_teacher(root: Path) -> None:
+    pretrained(root, {"base": PARTS}, {"whole": CHECKPOINT, "made": PARTS, "cut": CUT})
+    family = load_settings(root).models.pretrained
+    assert family is not None
+    assert [type(student).__name__ for student in family.students.values()] == ["Checkpoint", "Checkpoint", "Parts", "Cut"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "said"),
+    [
+        (
+            CHECKPOINT,
+            {"source": "x", "tower": CHECKPOINT},
+            r"students.s: has source \(checkpoint\) and tower \(parts\); give {so",
+        ),
+        (CUT, CHECKPOINT, r"teachers.base: has teacher, every, mlp \(cut\); give {source, revision} or {tower, lan[^{]*$"),
+        (CHECKPOINT, {**PARTS, "towr": 1}, "students.s.towr: unknown key; did you mean 'tower'"),
+        (
+            CHECKPOINT,
+            {**PARTS, "tower": {**CHECKPOINT, "revison": None}},
+            "s.tower.revison: unknown key; did you mean 'revision'",
+        ),
+        (CHECKPOINT, {"source": "x"}, "students.s.revision: required, and missing"),
+        (CHECKPOINT, {**CUT, "every": 0}, "students.s.every: .*greater than 0, not 0"),
+        (CHECKPOINT, {**CUT, "teacher": "bas"}, r"students.s.teacher: 'bas' is none of the teachers \(base\)"),
+        (CHECKPOINT, "org/model", "students.s: .*not 'org/model'"),
+    ],
+)
+def test_of_an_entry_that_is_none_of_the_three_one_sentence_says_what_is_wrong(
+    root: Path, teacher: Any, student: Any, said: str
+) -> None:
+    pretrained(root, {"base": teacher}, {"s": student})
+    (told,) = problems(root)
+    assert told.startswith("params/models.yaml:") and re.search(said, told), told
+    assert "(parts)." not in told
+
+
+def test_the_first_stage_has_captions_and_no_teacher(root: Path) -> None:
+    put(root, "distill", "stage: distill", "stage: align")
+    (told, *_) = problems(root)
+    assert "stage: align is for `family: pretrained`" in told
+    pretrained(root, {"base": CHECKPOINT}, {})
+    put(root, "distill", "source: live", "source: cache")
+    told, *arms = problems(root)[:-1]
+    assert told == "params/models.yaml: pretrained.teachers: stage align has none, and here are base; set it to {}"
+    assert "teacher_signals.source is cache" in arms.pop(0)
+    assert arms[0].startswith("params/study.yaml: arms.kd.weights: kd ask a teacher, and stage align has none; set all but sft")
+    assert "arms.sft" not in " ".join(arms)
+    pretrained(root, {}, {})
+    put(root, "distill", "source: cache", "source: live")
+    put(root, "study", r"(?s)  kd:.*", "")
+    put(root, "evaluate", r"baselines: \[.*?\]", "baselines: [sft]")
+    assert load_settings(root).distill.stage == "align"
+    put(root, "distill", "stage: align", "stage: distill")
+    assert problems(root) == ["params/models.yaml: pretrained.teachers: {} is for `stage: align`; name a teacher"]
+
+
+def test_a_learning_rate_is_of_a_part_that_is_trained(root: Path) -> None:
+    put(root, "distill", "learning_rates: {vision_tower: null", "learning_rates: {vision_tower: 1.0e-6")
+    (told,) = problems(root)
+    assert "learning_rates.vision_tower is 1e-06, and trainable.vision_tower is false" in told
+
+
 def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     if isinstance(node, dict):
         return [leaf for key, value in node.items() for leaf in leaves(value, (*at, key))]

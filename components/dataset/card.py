@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from components.artifacts import SPLITS, Manifest, write_bytes, write_text
+from components.artifacts import SPLITS, Manifest, SplitRecord, write_bytes, write_text
 from components.dataset.source import Source
-from components.shards import Sample, Samples
+from components.shards import Sample, about, open_shard
 
 SHOWN, COLUMNS, QUESTIONS = 12, 4, 3
 WIDTH, PICTURE, LINE, MARGIN = 340, 256, 22, 16  # pixels: of a tile, its picture, a line of text, the space around
@@ -20,15 +20,19 @@ INK, GREY, ACCENT, PAPER = "#1b1f24", "#6b7280", "#0b5cad", "#ffffff"
 
 def write_card(folder: Path, source: Source, manifest: Manifest) -> None:
     """Write `card.md` and `contact_sheet.png` into the finished data set `folder`."""
-    examples = [samples for split in SPLITS for samples in _examples(Samples(folder, split), SHOWN // len(SPLITS))]
+    examples = [some for split in SPLITS for some in _examples(folder / split, manifest.splits[split], SHOWN // len(SPLITS))]
     write_bytes(folder / "contact_sheet.png", contact_sheet(examples))
     write_text(folder / "card.md", card(source, manifest, examples))
 
 
-def _examples(samples: Samples, amount: int) -> list[list[Sample]]:
-    """Evenly spaced images of a split, each with some of its samples, captions last."""
-    rows = np.unique(np.linspace(0, samples.images - 1, amount).round().astype(int))
-    chosen = [[samples[i] for i in list(samples.of_image(int(row)))] for row in rows]
+def _examples(folder: Path, split: SplitRecord, amount: int) -> list[list[Sample]]:
+    """Evenly spaced images of a split, each with some of its samples, captions last. No shard is opened that has none."""
+    ends = np.cumsum([shard.images for shard in split.shards])
+    chosen = []
+    for row in np.unique(np.linspace(0, split.images - 1, amount).round().astype(int)):
+        shard = int(np.searchsorted(ends, row, side="right"))
+        table = open_shard(folder / split.shards[shard].file)
+        chosen.append(about(table, int(row - ends[shard] + table.num_rows)))
     return [sorted(some, key=lambda s: s.kind == "caption")[:QUESTIONS] for some in chosen]
 
 

@@ -68,7 +68,7 @@ def build(path: Path, stores: dict[str, Store], limits: DataLimits, prefixed: bo
 
 
 def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLimits, prefixed: bool) -> None:
-    database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;" + SCHEMA)
+    database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;" + SCHEMA)
     for name, store in stores.items():
         database.executemany(
             "INSERT OR IGNORE INTO members VALUES (?, ?, ?)",

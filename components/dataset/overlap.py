@@ -41,33 +41,27 @@ def report(
 ) -> tuple[Overlap, dict[int, set[str]]]:
     """The overlap, and the training images concerned by part. Raises DataError if a folder of evaluation images is empty."""
     evaluated = _evaluated(parts, count, folders, limits)
-    pairs: list[tuple[int, int, str, int]] = []  # (bits, part, training image, evaluated one)
-    with_train = 0
-    for part in range(count):
-        looks = _looks(parts, part)
-        train = looks[looks["split"] == SPLITS.index("train")]
-        with_train += len(train)
-        best, bits = nearest(train["look"], evaluated.looks)
-        if (hits := np.flatnonzero(best >= 0)).size:
-            names = _names(parts, part)
-            pairs += [(int(bits[i]), part, names[train["row"][i]], int(best[i])) for i in hits]
-    pairs.sort()
-    with Index(index) as rows:
-        likenesses = [
-            Likeness(train=image, other=other, where=where, bits=bits, verbatim=len(rows.texts(image) & rows.texts(other)))
-            for bits, _, image, (where, other) in ((*pair[:3], evaluated.names[pair[3]]) for pair in pairs)
-        ]
+    with_train = near = verbatim = 0
+    likest: list[Likeness] = []
     concerned: dict[int, set[str]] = {}
-    for _, part, image, _ in pairs:
-        concerned.setdefault(part, set()).add(image)
-    overlap = Overlap(
-        compared={"train": with_train, **evaluated.compared},
-        near=len(pairs),
-        verbatim=sum(pair.verbatim for pair in likenesses),
-        dropped=False,
-        pairs=likenesses[:LISTED],
-    )
-    return overlap, concerned
+    with Index(index) as rows:
+        for part in range(count):
+            looks = _looks(parts, part)
+            train = looks[looks["split"] == SPLITS.index("train")]
+            with_train += len(train)
+            best, bits = nearest(train["look"], evaluated.looks)
+            hits = np.flatnonzero(best >= 0)
+            names = _names(parts, part) if hits.size else []
+            for i in hits:
+                image, (where, other) = names[train["row"][i]], evaluated.names[best[i]]
+                same = len(rows.texts(image) & rows.texts(other))
+                likest.append(Likeness(train=image, other=other, where=where, bits=int(bits[i]), verbatim=same))
+                concerned.setdefault(part, set()).add(image)
+                near += 1
+                verbatim += same
+            likest = sorted(likest, key=lambda pair: pair.bits)[:LISTED]  # no more are kept: there may be a million
+    compared = {"train": with_train, **evaluated.compared}
+    return Overlap(compared=compared, near=near, verbatim=verbatim, dropped=False, pairs=likest), concerned
 
 
 def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from components import tracking
 from components.align_ti.step import AlignTI, Method
 from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
+from components.distill.card import model_card
 from components.distill.checkpoint import Checkpoints, fingerprint
-from components.distill.export import export, gathered, model_card
+from components.distill.export import export, gathered
 from components.distill.grids import Regridded
 from components.distill.launch import check_came_up, launch, to_be_launched
 from components.distill.loop import train
@@ -28,7 +30,7 @@ from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.errors import exit_from
 from components.models.collate import Collator
-from components.models.load import Loaded, check_layer, check_pair, check_same_template, grids, load
+from components.models.load import Loaded, check_images, check_layer, check_pair, check_same_template, grids, load
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
@@ -60,7 +62,7 @@ def main() -> None:
 
 def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     """Train and export one arm. Returns what it took."""
-    device = prepare_torch(settings.runtime, arm.seed)
+    device = prepare_torch(settings.runtime, arm.seed, settings.distill.precision)
     bf16 = settings.distill.precision == "bf16"
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -70,8 +72,9 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     check_came_up(accelerator, settings.runtime)
     device = accelerator.device
     samples = Samples(DATASET, "train")
-    choice = TeacherChoice.read(TEACHER / "choice.json")
-    layer = LayerChoice.read(IRS / "layer.json").layer
+    align = settings.distill.stage == "align"
+    choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
+    layer = None if align else LayerChoice.read(IRS / "layer.json").layer
     start = ModelIndex.read(MODELS / "index.json").students[arm.student]
     facts = {
         "arm": arm.model_dump(mode="json"),
@@ -80,7 +83,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
         ),
         "template": settings.models.template.model_dump(mode="json"),
         "dataset": samples.manifest.digest,
-        "teacher": {"name": choice.name, "sha256": choice.sha256},
+        "teacher": {"name": choice.name, "sha256": choice.sha256} if choice else None,
         "irs_layer": layer,
         "student": {"name": start.name, "sha256": start.sha256},
     }
@@ -91,7 +94,10 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     student = load(Path(start.path), device)
     choose_trainable(student, settings.distill)
     collator = Collator(student.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
-    if settings.uses_cache(arm):
+    if choice is None or layer is None:
+        check_images(student)
+        module = AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, student.vocabulary))
+    elif settings.uses_cache(arm):
         module = _cached(arm, settings, student, collator)
         facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
     else:
@@ -111,14 +117,14 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             template = Template.asked(settings.models.template)
             collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=teacher.processor)
         module = _live(arm, settings.distill, student, teacher, layer, collator, sides)
-    instructions = [i for i, kind in enumerate(samples.kinds) if kind != CAPTION]  # captions belong to the models' first stage
+    chosen = trained_on(samples.kinds, settings.distill)
     weights = samples.weights
-    order = Order(instructions, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in instructions])
-    accelerator.print(f"distill@{name}: {collator.spelt_out(samples[instructions[0]])}")
+    order = Order(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
+    accelerator.print(f"distill@{name}: {len(chosen):,} samples of {len(samples):,}; {collator.spelt_out(samples[chosen[0]])}")
     origin = Origin(
         arm=name,
         student={"path": start.path, "sha256": start.sha256},
-        teacher={"path": choice.path, "sha256": choice.sha256},
+        teacher={"path": choice.path, "sha256": choice.sha256} if choice else None,
         precision=settings.distill.precision,
     )
     resumable = fingerprint({**facts, "steps_logged": settings.distill.log_every})
@@ -154,6 +160,14 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             export(STUDENTS / name, student, collator.template, model_card(name, facts), outcome.losses, cost)
             checkpoints.clear()
     return cost
+
+
+def trained_on(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
+    """Captions belong to stage align: those that are marked so, or all samples where none is. The others to distillation."""
+    captions = [i for i, kind in enumerate(kinds) if kind == CAPTION]
+    if distill.stage == "align":
+        return captions or list(range(len(kinds)))
+    return [i for i, kind in enumerate(kinds) if kind != CAPTION]
 
 
 def _most(mib: float, accelerator: Accelerator) -> float:

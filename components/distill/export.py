@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from components.artifacts import Cost, jsonl, write_text
+from components.artifacts import Cost, jsonl, whole_folder, write_text
 from components.models.load import Loaded
 from components.models.template import IMAGE, ChatTemplate, Template
 
@@ -30,45 +28,20 @@ def gathered(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor] 
 def export(
     folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, losses: list[dict[str, float]], cost: Cost
 ) -> None:
-    """Write `folder/model/`, `losses.jsonl` and `cost.json`; the folder gets its name once all of it is there."""
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    model = draft / "model"
-    student.model.save_pretrained(model, safe_serialization=True)
+    """Write `folder/model/`, `losses.jsonl` and `cost.json`; the folder gets its name once all of it is there.
+
+    Raises TryAgainError if the disk is full; nothing half-written is left.
+    """
+    with whole_folder(folder) as draft:
+        save(draft / "model", student, template, card)
+        write_text(draft / "losses.jsonl", jsonl(losses))
+        cost.write(draft / "cost.json")
+
+
+def save(folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, **how: Any) -> None:
+    """The model's folder. `how`: options of `save_pretrained`."""
+    student.model.save_pretrained(folder, safe_serialization=True, **how)
     asked = template.jinja.replace(IMAGE, student.processor.image_token)
     student.processor.chat_template = asked  # servers and kits then ask as the student was trained
-    student.processor.save_pretrained(model)
-    write_text(model / "README.md", card)
-    write_text(draft / "losses.jsonl", jsonl(losses))
-    cost.write(draft / "cost.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.replace(folder)
-
-
-def model_card(arm: str, facts: dict[str, Any]) -> str:
-    """Deterministic: what varies from run to run (seconds, memory) stands in cost.json."""
-    settings = json.dumps(facts, indent=2, sort_keys=True, default=str)
-    return f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [align-ti, knowledge-distillation]
----
-
-# {arm}
-
-A student distilled with Align-TI (arXiv 2602.09483): L = w_sft L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa, with the
-weights below. Scores with intervals are in `reports/compare.md` of the repository that made it.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{arm}/model")
-processor = AutoProcessor.from_pretrained("{arm}/model")
-```
-
-Everything that decided its weights:
-
-```json
-{settings}
-```
-"""
+    student.processor.save_pretrained(folder)
+    write_text(folder / "README.md", card)

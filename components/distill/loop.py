@@ -26,6 +26,7 @@ from components.distill.memory import explained
 from components.distill.order import Order
 from components.distill.replay import Origin
 from components.distill.replica import Replica
+from components.distill.trainable import parameter_groups, rates
 from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch, Collator
 from components.settings import DistillSettings
@@ -64,10 +65,9 @@ def train(
     """
     lora = settings.trainable.lora
     replica = Replica(module, accelerator.num_processes, seeded=lora is not None and lora.dropout > 0)
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    student: Any = module.student
     optimiser = torch.optim.AdamW(
-        parameters,
-        lr=settings.optimiser.learning_rate,
+        parameter_groups(student.model, settings),
         betas=settings.optimiser.betas,
         weight_decay=settings.optimiser.weight_decay,
     )
@@ -103,7 +103,7 @@ def train(
             bar.update()
             if step % settings.log_every == 0 or step == settings.steps:
                 bar.set_postfix({name: f"{record[name]:.3f}" for name in (*TERMS, "total") if record[name]})
-                line = {"step": step, **record, "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+                line = {"step": step, **record, "grad_norm": norm, **rates(optimiser)}
                 if module.method.max_expanded_length is not None:
                     line["tpa_steps_left_out"] = left_out
                 progress["losses"].append(line)

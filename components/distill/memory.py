@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from components.align_ti.head import rows_per_chunk
 from components.align_ti.step import AlignTI
+from components.distill.footprint import FLOAT, OPTIMISER, activations_per_token, logits
 from components.errors import InputError
 from components.models.collate import Batch
 from components.settings import DistillSettings
-
-FLOAT = 4  # bytes
-LOGITS_AT_ONCE = 6  # chunks that a divergence holds (docs/performance.md)
-PER_LAYER = 16  # activations of one layer that the backward pass needs, in hidden states beside the MLP's and the attention's
 
 KNOBS = {
     "the student's activations": "lower micro_batch_size, or set gradient_checkpointing: true, in params/distill.yaml",
@@ -58,23 +54,18 @@ def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[s
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     text = student.config.get_text_config()
     head_rows = int(batch.response.sum()) + (int(batch.visual.sum()) if method.wants("iva") else 0)
-    chunk = min(max(head_rows, rows), rows_per_chunk(text.vocab_size, method.chunk_mib))
-    per_token = _activations_per_token(text, settings.gradient_checkpointing) * wide
+    at_once = rows_per_chunk(text.vocab_size, method.chunk_mib)
+    checkpointed = settings.gradient_checkpointing
+    numbers = activations_per_token(text.hidden_size, text.intermediate_size, text.num_hidden_layers, checkpointed)
+    per_token = numbers * wide
     return {
         "the student's activations": B * T * per_token,
         "the ribbon's activations": rows * per_token,
-        "logits": LOGITS_AT_ONCE * chunk * text.vocab_size * FLOAT,
-        "gradients and optimiser state": 3 * trained * FLOAT,
+        "logits": int(logits(max(head_rows, rows), at_once, text.vocab_size)),
+        "gradients and optimiser state": OPTIMISER * trained * FLOAT,
         "the student's weights": sum(p.nbytes for p in module.parameters()),
         "the teacher": _teacher(module, B * T),
     }
-
-
-def _activations_per_token(text: Any, checkpointed: bool) -> int:
-    """Numbers that the backward pass needs of one token; with checkpointing one state per layer, and one whole layer."""
-    layer = PER_LAYER * text.hidden_size + 4 * text.intermediate_size
-    layers: int = text.num_hidden_layers
-    return layers * text.hidden_size + layer if checkpointed else layers * layer
 
 
 def _teacher(module: AlignTI, tokens: int) -> int:

@@ -40,7 +40,7 @@ class Origin:
 
     arm: str
     student: dict[str, str]  # path, sha256
-    teacher: dict[str, str]
+    teacher: dict[str, str] | None  # None: stage align
     precision: str
 
     def dump(

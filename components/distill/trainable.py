@@ -1,4 +1,4 @@
-"""Which of the student's weights are trained: whole parts of it, or low-rank adapters inside its language model."""
+"""Which of the student's weights are trained, how fast: whole parts of it, or low-rank adapters inside its language model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,25 @@ def choose_trainable(student: Loaded, distill: DistillSettings) -> None:
     if distill.compile:
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=True)
+
+
+def parameter_groups(model: Any, distill: DistillSettings) -> list[dict[str, Any]]:
+    """What is trained, for the optimiser: a group per part, with its learning rate, under the part's name."""
+    trained = {name: [p for p in of if p.requires_grad] for name, of in parts(model).items()}
+    own = distill.learning_rates.model_dump()
+    return [
+        {"name": name, "params": parameters, "lr": own[name] or distill.optimiser.learning_rate}
+        for name, parameters in trained.items()
+        if parameters
+    ]
+
+
+def rates(optimiser: Any) -> dict[str, float]:
+    """For the log: the learning rate as the schedule has it now, or each part's where they differ."""
+    groups = optimiser.param_groups
+    if len({group["initial_lr"] for group in groups}) == 1:
+        return {"lr": groups[0]["lr"]}
+    return {f"lr_{group['name']}": group["lr"] for group in groups}
 
 
 def add_adapters(model: Any, lora: Lora) -> None:

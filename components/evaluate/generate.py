@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from components.errors import DataError
 from components.models.collate import Collator
 from components.models.families import inputs
 from components.models.load import Loaded
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
 
 def questions(samples: Samples) -> list[int]:
-    """Indices of the samples that are scored: all but captions, which are for training."""
-    return [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
+    """Indices of the samples that are scored: all but captions, which are for training. Raises DataError if there are none."""
+    found = [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
+    if not found:
+        raise DataError(f"none of the split's {len(samples):,} samples is a question to answer; see artifacts/dataset/card.md")
+    return found
 
 
 def answers(
@@ -56,7 +60,7 @@ def answers(
     collator = Collator(loaded.processor, template, max_length, train=False)
     found: dict[int, str] = {}
     order = sorted(rows, key=lambda row: _length(samples[row]), reverse=True)
-    with _greedy(loaded, settings.max_new_tokens, collator.eos_id), tqdm(total=len(order), desc=title, unit="sample") as bar:
+    with greedy(loaded, settings.max_new_tokens, collator.eos_id), tqdm(total=len(order), desc=title, unit="sample") as bar:
         for start in range(0, len(order), settings.batch_size):
             these = order[start : start + settings.batch_size]
             if journal is not None and all(str(row) in journal.known for row in these):
@@ -92,7 +96,7 @@ def _length(sample: Sample) -> tuple[bool, int]:
 
 
 @contextmanager
-def _greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]:
+def greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]:
     """The model generating greedily: a checkpoint's own sampling settings (a repetition penalty, say) stand aside."""
     model, tokenizer = loaded.model, loaded.processor.tokenizer
     own = model.generation_config

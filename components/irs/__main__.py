@@ -1,16 +1,28 @@
 """Stage `search_layer`: the teacher's layer whose look at an image depends most on the instruction. `python -m components.irs`
 
-Writes artifacts/irs/layer.json and, under reports/irs, curve.json, curve.png and overlay_*.png.
+Writes artifacts/irs/layer.json and, under reports/irs, curve.json, curve.png and overlay_*.png. For stage align
+they say that there is no teacher.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.artifacts import DATASET, IRS, REPORTS, TEACHER, LayerChoice, TeacherChoice, write_bytes, write_text
+from components.artifacts import (
+    DATASET,
+    IRS,
+    NO_TEACHER,
+    REPORTS,
+    TEACHER,
+    LayerChoice,
+    TeacherChoice,
+    write_bytes,
+    write_text,
+)
 from components.errors import exit_from
 from components.settings import load_settings
 
@@ -23,6 +35,12 @@ FOLDER = REPORTS / "irs"
 
 def main() -> None:
     settings = load_settings()
+    if settings.distill.stage == "align":
+        NO_TEACHER.write(IRS / "layer.json")
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        write_text(FOLDER / "curve.json", "[]\n")
+        print(f"search_layer: nothing to do, {NO_TEACHER.none}")
+        return
     teacher = TeacherChoice.read(TEACHER / "choice.json")
 
     from components import tracking

@@ -34,7 +34,8 @@ def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
     pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)[
         "pixel_values"
     ]
-    return np.clip(np.moveaxis(pixels[0], 0, -1), 0, 255).astype(np.uint8)
+    shown = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # one tile, of families that split others into several
+    return np.clip(np.moveaxis(shown, 0, -1), 0, 255).astype(np.uint8)
 
 
 def curve(choice: LayerChoice, theme: Theme) -> Figure:
@@ -62,30 +63,49 @@ def curve(choice: LayerChoice, theme: Theme) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Heat:
+    """One panel of `heatmaps`."""
+
+    above: str
+    below: str
+    grid: NDArray[np.float32]  # (rows, columns) of visual tokens, 1 being an equal share of the attention
+
+
 def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], layer: int, theme: Theme) -> Figure:
     """The image (H, W, 3) as the teacher sees it, and once per instruction with the attention of `layer` laid over it.
 
     The colour says how many times its equal share a visual token receives, on one scale for all instructions.
     Raises DataError if the visual tokens are no square grid.
     """
-    maps = [_grid(gaze.attention) for gaze in gazes]
-    most = max(float(grid.max()) for grid in maps)
-    figure = Figure(figsize=(2.9 * (1 + len(gazes)) + 0.5, 3.35))
-    panels = figure.subplots(1, 1 + len(gazes))
+    heats = [Heat(gaze.question, f"reference: {gaze.reference}", _grid(gaze.attention)) for gaze in gazes]
+    return heatmaps(image, heats, f"layer {layer}: attention / equal share", theme)
+
+
+def heatmaps(image: NDArray[np.uint8], heats: Sequence[Heat], label: str, theme: Theme) -> Figure:
+    """The image (H, W, 3), and once per heat with that laid over it, on one scale."""
+    most = max(float(heat.grid.max()) for heat in heats)
+    figure = Figure(figsize=(2.9 * (1 + len(heats)) + 0.5, 3.35))
+    panels = figure.subplots(1, 1 + len(heats))
     height, width = image.shape[:2]
     panels[0].imshow(image, interpolation="nearest")
     panels[0].set_title("the image", color=theme.muted, fontweight="normal")
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
-    for axes, gaze, grid in zip(panels[1:], gazes, maps, strict=True):
+    for axes, heat in zip(panels[1:], heats, strict=True):
         axes.imshow(grey, interpolation="nearest")
-        heat = axes.imshow(
-            grid, cmap="magma", vmin=0, vmax=most, extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=_visible(grid / most)
+        drawn = axes.imshow(
+            heat.grid,
+            cmap="magma",
+            vmin=0,
+            vmax=most,
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+            alpha=_visible(heat.grid / most),
         )
-        axes.set_title("\n".join(textwrap.wrap(gaze.question, 34)))
-        axes.set_xlabel(f"reference: {textwrap.shorten(gaze.reference, 34, placeholder=' …')}")
+        axes.set_title("\n".join(textwrap.wrap(heat.above, 34)))
+        axes.set_xlabel(textwrap.shorten(heat.below, 45, placeholder=" …"))
     for axes in panels:
         _bare(axes)
-    figure.colorbar(heat, ax=panels, shrink=0.75, aspect=28, label=f"layer {layer}: attention / equal share")
+    figure.colorbar(drawn, ax=panels, shrink=0.75, aspect=28, label=label)
     return figure
 
 

@@ -12,14 +12,15 @@ from typing import Literal
 
 from components.artifacts import DATASET, MODELS, ModelIndex, ModelRecord
 from components.errors import exit_from
-from components.settings import Checkpoint, ModelsSettings, load_settings
+from components.settings import Checkpoint, Cut, ModelsSettings, Parts, load_settings
 
 
 def main() -> None:
     settings = load_settings()
     from transformers.utils.logging import disable_progress_bar
 
-    from components.models import embedded, obtain
+    from components.models import embedded
+    from components.models.tiles import as_one_tile
     from components.runtime import prepare_torch
     from components.shards import Samples
     from components.tracking import stage_run
@@ -37,15 +38,50 @@ def main() -> None:
             embedded.build(models, samples, MODELS, device, lambda name, loss, step: run.metrics({f"loss/{name}": loss}, step))
         elif models.pretrained is not None:
             for role, members in (("teachers", models.pretrained.teachers), ("students", models.pretrained.students)):
-                for name, checkpoint in members.items():
-                    obtain.obtain(checkpoint, MODELS / role / name)
+                for name, member in members.items():
+                    bring(member, MODELS / role / name, models.template.system)
+            if not models.image_splitting:
+                for folder in sorted(MODELS.glob("*/*")):
+                    as_one_tile(folder)
         index = index_of(models, MODELS)
         index.write(MODELS / "index.json")
     sizes = "; ".join(
         f"{role} " + ", ".join(f"{name} {entry.parameters / 1e6:,.2f}M" for name, entry in sorted(entries.items()))
         for role, entries in (("teachers", index.teachers), ("students", index.students))
+        if entries
     )
     print(f"obtain_models: {sizes} parameters; in {time.perf_counter() - began:,.0f} s -> {MODELS / 'index.json'}")
+
+
+def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
+    """Bring or make one model of `family: pretrained`; teachers come before students, which may be cut from them.
+
+    Raises as `obtain.locate`, `assemble` and `cut` do.
+    """
+    from components.models.assemble import assemble
+    from components.models.cut import cut
+    from components.models.obtain import locate, obtain
+
+    if isinstance(member, Checkpoint):
+        return obtain(member, target)
+    if isinstance(member, Parts):
+        return assemble(locate(member.tower), locate(member.language_model), member, system, target)
+    return cut(target.parents[1] / "teachers" / member.teacher, member, target)
+
+
+def origin_of(member: object, path: Path) -> tuple[str, str | None]:
+    """Of a member of `models.members` at `path`: what the index says of where it comes from, and its commit."""
+    from components.models.cut import layers_kept
+
+    if isinstance(member, Checkpoint):
+        return member.source, member.revision
+    if isinstance(member, Parts):
+        parts = (member.tower, member.language_model)
+        return " + ".join(part.source + (f"@{part.revision}" if part.revision else "") for part in parts), None
+    if isinstance(member, Cut):
+        mlp = "" if member.mlp is None else f", {member.mlp} neurons of each MLP"
+        return f"teacher {member.teacher}, layers {', '.join(map(str, layers_kept(path, member)))}{mlp}", None
+    return "embedded", None
 
 
 def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
@@ -60,8 +96,7 @@ def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
         check_kind(path)
         processor = load_processor(path)
         check_special_tokens(processor)
-        origin, revision = (member.source, member.revision) if isinstance(member, Checkpoint) else ("embedded", None)
-        return record(path, role, origin, revision, visual_tokens(processor))
+        return record(path, role, *origin_of(member, path), visual_tokens(processor))
 
     return ModelIndex(
         teachers={name: of("teacher", name, member) for name, member in models.members.teachers.items()},

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from components.artifacts import whole_folder
 from components.errors import ModelError, TryAgainError
 from components.models.folder import weight_files
 from components.settings import Checkpoint
@@ -32,34 +33,39 @@ SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints
 
 
 def obtain(checkpoint: Checkpoint, target: Path) -> Path:
-    """Bring `checkpoint` to the folder `target`, whole.
+    """Bring `checkpoint` to the folder `target`, whole. Raises as `locate` does, and TryAgainError if the disk is full."""
+    source = locate(checkpoint)
+    files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
+    with whole_folder(target) as draft:
+        for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
+            _place(file.resolve(), draft / file.name, link=checkpoint.revision is not None)
+    return target
+
+
+def locate(checkpoint: Checkpoint) -> Path:
+    """The user's own folder, or the hub's snapshot of that commit, fetched if it is not in the cache.
 
     Raises:
         ModelError: no such repository, revision or folder; gated; no safetensors weights; a file cut short.
         TryAgainError: the hub cannot be reached, or the download broke off; what came is kept and not fetched again.
     """
     if checkpoint.revision is None:
-        source, link = Path(checkpoint.source).expanduser(), False
+        source = Path(checkpoint.source).expanduser()
         if not source.is_dir():
             raise ModelError(f"{source}: no such folder; for a hub id, give its 40-digit commit as `revision`")
     else:
-        source, link = _snapshot(checkpoint.source, checkpoint.revision), True
-        if not any(source.glob("*.safetensors")):
-            raise ModelError(
-                f"{checkpoint.source} at {checkpoint.revision[:8]} has no *.safetensors weights, and pickled ones are not "
-                "taken, since reading them can run code; convert them, or choose another revision"
-            )
+        source = snapshot(checkpoint.source, checkpoint.revision)
     weight_files(source)
-    target.mkdir(parents=True, exist_ok=True)
-    files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
-    for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
-        _place(file.resolve(), target / file.name, link)
-    return target
+    return source
 
 
-def _snapshot(source: str, revision: str) -> Path:
+def snapshot(source: str, revision: str | None) -> Path:
+    """The folder of a model of the hub in the hub client's cache, fetched if need be; the newest without a revision.
+
+    Raises ModelError and TryAgainError as `obtain`.
+    """
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
+        found = Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
     except GatedRepoError:
         raise ModelError(
             f"{source} is gated: accept its terms on huggingface.co, then `hf auth login` or set HF_TOKEN, and run again"
@@ -75,6 +81,12 @@ def _snapshot(source: str, revision: str) -> Path:
         ) from None
     except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
         raise TryAgainError(f"{source}: the download broke off ({_cause(error)}); run again to go on from there") from None
+    if not any(found.glob("*.safetensors")):
+        raise ModelError(
+            f"{source}{f' at {revision[:8]}' if revision else ''} has no *.safetensors weights, and pickled ones are not "
+            "taken, since reading them can run code; convert them, or choose another revision"
+        )
+    return found
 
 
 def _place(file: Path, target: Path, link: bool) -> None:

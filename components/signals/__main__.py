@@ -67,7 +67,7 @@ def make(settings: Settings) -> SignalCache:
     from components.runtime import prepare_torch
     from components.signals.store import facts
 
-    device = prepare_torch(settings.runtime, 0)
+    device = prepare_torch(settings.runtime, 0, settings.distill.precision)
     wanted = facts(settings)
     draft = RUNS / "signals" / fingerprint(wanted.model_dump(), CODE)
     draft.mkdir(parents=True, exist_ok=True)

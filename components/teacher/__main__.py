@@ -1,14 +1,17 @@
 """Stage `select_teacher`: every candidate measured, one chosen, and why. `python -m components.teacher`
 
 Writes artifacts/teacher/choice.json, which later stages depend on, and reports/teacher/{candidates.json,table.md,
-quality_cost.png}, whose seconds vary from run to run.
+quality_cost.png}, whose seconds vary from run to run. For stage align they say that there is none.
 """
 
 from __future__ import annotations
 
+import shutil
+
 from components.artifacts import (
     DATASET,
     MODELS,
+    NO_TEACHER,
     REPORTS,
     TEACHER,
     ModelIndex,
@@ -23,6 +26,12 @@ from components.settings import load_settings
 
 def main() -> None:
     settings = load_settings()
+    if settings.distill.stage == "align":
+        NO_TEACHER.write(TEACHER / "choice.json")
+        shutil.rmtree(REPORTS / "teacher", ignore_errors=True)
+        write_text(REPORTS / "teacher/table.md", f"{NO_TEACHER.none}\n")
+        print(f"select_teacher: nothing to do, {NO_TEACHER.none}")
+        return
 
     from components import tracking
     from components.evaluate.generate import questions

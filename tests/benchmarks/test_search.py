@@ -1,11 +1,11 @@
-"""The search benchmark and the preparation benchmark, on shapes of nothing."""
+"""The benchmarks of searching, preparing and loading, on shapes of nothing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import prepare, search
+from benchmarks import loading, prepare, search
 from tests.benchmarks.test_step import CPU, SMALLEST
 
 
@@ -28,3 +28,13 @@ def test_prepare_result_has_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ratios"]["prepare_rate_vs_pillow"] > 0
     assert found["arms"]["pillow"]["images_per_second"] > 0
     assert "images/s" in prepare.report(found)
+
+
+def test_a_step_on_batches_in_memory_waits_for_none_and_the_loader_s_rate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "LOADERS", (0,))
+    monkeypatch.setattr(prepare, "COPIES", 1)
+    found = loading.run(SMALLEST, 2, CPU)
+    in_memory, here = found["arms"]["in memory"], found["arms"]["0 loaders"]
+    assert in_memory["share_waited"] < here["share_waited"] < 1
+    assert found["arms"]["loading alone, one process"]["images_per_second"] > 1
+    assert found["ratios"].keys() == {"loading_vs_memory", "loading_waited"}

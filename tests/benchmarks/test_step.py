@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from benchmarks import divergence, flops, measure, reference, step
-from benchmarks.shapes import DRAWS, EOS, FIRST_WORD, SIZES, TRAINED, Language, Size, Tower, batch, script
+from benchmarks.shapes import DRAWS, EOS, FIRST_WORD, SIZES, TRAINED, Size, batch, script
+from components import cost
+from components.cost import Language, Tower
 from components.evaluate.memory import peak_bytes
 from tests.graph_of_code import ROOT
 
@@ -144,8 +146,8 @@ def test_flops_of_a_matrix_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=b.input_ids, pixel_values=b.pixel_values)
     T = b.input_ids.shape[1]
-    shape = SMALLEST.student
-    mine = flops.body(shape, SMALLEST, b, 0) + flops.head(shape, T) + flops.tower(SMALLEST.tower, 1)
+    shape, model, work = SMALLEST.student, SMALLEST.model(SMALLEST.student), flops.work_of(b, 0)
+    mine = cost.body(model, work, 0) + cost.head(shape, T) + cost.tower(model, 1)
     causal = shape.layers * 4 * shape.hidden * (T * T - T * (T + 1) / 2)  # which eager attention computes and masks
     assert mine + causal == pytest.approx(counter.get_total_flops(), rel=0.02)
 

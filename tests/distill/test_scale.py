@@ -36,7 +36,8 @@ ARM = "align_ti"
 
 @pytest.fixture
 def uneven(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A workplace whose samples differ in length, and some of which have no image, so that ranks differ in every count."""
+    """A workplace whose samples differ in length, and some of which have no image, so that ranks differ in every count; the
+    projector has a learning rate of its own."""
     words = [
         ImageRow(f"text-{i}", None, ((f"t-{i}", "list", (Turn("list the red .", " ".join(WORDS[: 1 + i])),)),))
         for i in range(5)
@@ -46,6 +47,8 @@ def uneven(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         source="digits", rows_in=13, rows_out=13, quarantined=0, splits={"train": train}, digest=train.shards[0].sha256
     ).write(DATASET / "manifest.json")
     legible(workplace)
+    rates = {"vision_tower": None, "projector": 1e-3, "language_model": None}
+    write_params(workplace, "distill", {"learning_rates": rates})
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
     return workplace
@@ -143,6 +146,7 @@ def test_one_process_then_two_then_one_train_as_one_and_sigterm_stops_two(uneven
 
 
 def test_fsdp2_trains_as_one_process_with_its_teacher_sharded_too(uneven: Path, own_environment: None) -> None:
+    write_params(uneven, "distill", {"checkpoint_every": 2})
     wanted = alone()
     os.environ["ALIGNTI_TEACHER_SHARDED"] = "true"
     launch(runtime(devices=2, accelerate="fsdp2"), "cpu", ["--arm", ARM], module="tests.distill.fsdp2_on_cpu")

@@ -14,7 +14,7 @@ from components.align_ti.step import AlignTI, Method
 from components.artifacts import STUDENTS
 from components.distill import loop
 from components.distill.teacher import FrozenTeacher
-from components.distill.trainable import choose_trainable, merge_adapters
+from components.distill.trainable import choose_trainable, merge_adapters, parameter_groups
 from components.errors import InputError, Interrupted, SettingsError
 from components.models.load import load
 from components.models.vlm import VLM
@@ -25,6 +25,9 @@ from tests.distill.test_scale import StopsAt, alone, assert_same_training, legib
 
 STUDENT = Path("artifacts/models/students/student")
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+
+
+RATES = dict.fromkeys(("vision_tower", "projector", "language_model"))
 
 
 def ask(workplace: Path, lora: dict[str, Any] | None = None, **distill: Any) -> DistillSettings:
@@ -41,9 +44,9 @@ def test_adapters_alone_are_trained_and_end_in_plain_weights(workplace: Path, mo
     optimised: list[int] = []
 
     class Spy(torch.optim.AdamW):
-        def __init__(self, parameters: list[torch.nn.Parameter], **options: Any) -> None:
-            optimised.append(sum(p.numel() for p in parameters))
-            super().__init__(parameters, **options)
+        def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+            optimised.append(sum(p.numel() for group in groups for p in group["params"]))
+            super().__init__(groups, **options)
 
     monkeypatch.setattr(loop.torch.optim, "AdamW", Spy)
     _, after = alone()
@@ -59,6 +62,55 @@ def test_adapters_alone_are_trained_and_end_in_plain_weights(workplace: Path, mo
     assert optimised == [LORA["rank"] * sum(outputs_and_inputs) + sum(before[name].numel() for name in projector)]
     _, report = AutoModelForImageTextToText.from_pretrained(STUDENTS / "align_ti/model", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "adapters"])
+def test_each_part_that_is_trained_is_a_group_with_its_own_rate(workplace: Path, lora: dict[str, Any] | None) -> None:
+    distill = ask(workplace, lora, learning_rates={**RATES, "projector": 5e-3})
+    student = load(STUDENT, "cpu")
+    choose_trainable(student, distill)
+    groups = {group.pop("name"): group for group in parameter_groups(student.model, distill)}
+    assert {name: group["lr"] for name, group in groups.items()} == {"projector": 5e-3, "language_model": 1e-3}
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in student.model.parameters() if p.requires_grad)
+    projector = student.model.model.multi_modal_projector
+    assert {id(p) for p in groups["projector"]["params"]} == {id(p) for p in projector.parameters()}
+
+
+def test_equal_rates_are_to_the_last_bit_one_group(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(workplace)
+    wanted = alone()
+
+    class OneGroup(torch.optim.AdamW):
+        def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+            (rate,) = {group["lr"] for group in groups}
+            super().__init__([p for group in groups for p in group["params"]], lr=rate, **options)
+
+    monkeypatch.setattr(loop.torch.optim, "AdamW", OneGroup)
+    losses, weights = alone()
+    assert losses == wanted[0] and all(torch.equal(weights[name], wanted[1][name]) for name in weights)
+
+
+def test_rates_of_its_own_follow_the_schedule_and_survive_a_resume(workplace: Path) -> None:
+    ask(workplace, checkpoint_every=100, learning_rates={**RATES, "projector": 1e-2})
+    losses, wanted = alone()
+    assert all(line["lr_projector"] == pytest.approx(10 * line["lr_language_model"]) for line in losses)
+    with pytest.raises(Interrupted):
+        alone(StopsAt(3))
+    again, resumed = alone()
+    assert again == losses and all(torch.equal(resumed[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_projector_alone(workplace: Path, checkpointing: bool) -> None:
+    trainable = {"vision_tower": False, "projector": True, "language_model": False, "lora": None}
+    write_params(workplace, "distill", {"trainable": trainable, "gradient_checkpointing": checkpointing})
+    losses, after = alone()
+    before = load_file(STUDENT / "model.safetensors")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if "multi_modal_projector" in name
+    }
+    assert all(line["grad_norm"] > 0 for line in losses)
 
 
 def test_folding_in_changes_no_output(workplace: Path) -> None:

@@ -48,6 +48,17 @@ def test_captions_are_not_asked(samples: Samples) -> None:
     assert samples.kinds == [sample.kind for sample in samples]
 
 
+class Captions(list[str]):
+    def __init__(self) -> None:
+        super().__init__(["caption"] * 2)
+        self.kinds = self
+
+
+def test_captions_alone_are_nothing_to_score() -> None:
+    with pytest.raises(DataError, match="none of the split's 2 samples is a question"):
+        questions(Captions())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("batch_size", [5, 32])
 def test_batched_answers_equal_answers_one_by_one(
     loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str], batch_size: int

@@ -247,7 +247,8 @@ IDEFICS_CHAT = (
 )
 
 
-def _idefics(kind: str, build_processor: Callable[..., Any]) -> tuple[Any, Any]:
+def _idefics(kind: str, build_processor: Callable[..., Any], px: int = 16) -> tuple[Any, Any]:
+    """Tiles of `px` pixels, a token for each 8 x 8 of them."""
     rows = tuple(f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4))
     named = {
         "image_token": "<image>",
@@ -256,7 +257,7 @@ def _idefics(kind: str, build_processor: Callable[..., Any]) -> tuple[Any, Any]:
         "end_of_utterance_token": "<end_of_utterance>",
     }
     tok = tokenizer("<|endoftext|>", "<end_of_utterance>", "<|im_start|>", rows, **named)
-    vision = getattr(tf, f"{kind}VisionConfig")(**VISION, image_size=16, patch_size=4)
+    vision = getattr(tf, f"{kind}VisionConfig")(**VISION, image_size=px, patch_size=4)
     config = getattr(tf, f"{kind}Config")(
         vision_config=vision,
         text_config=tf.LlamaConfig(**text_shape(tok)),
@@ -264,8 +265,8 @@ def _idefics(kind: str, build_processor: Callable[..., Any]) -> tuple[Any, Any]:
         scale_factor=2,
         pad_token_id=tok.pad_token_id,
     )
-    pixels = getattr(tf, f"{kind}ImageProcessorPil")(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    processor = build_processor(pixels, tok, image_seq_len=4, chat_template=IDEFICS_CHAT)
+    pixels = getattr(tf, f"{kind}ImageProcessorPil")(size={"longest_edge": 2 * px}, max_image_size={"longest_edge": px})
+    processor = build_processor(pixels, tok, image_seq_len=(px // 8) ** 2, chat_template=IDEFICS_CHAT)
     return getattr(tf, f"{kind}ForConditionalGeneration")(config), processor
 
 
@@ -273,8 +274,8 @@ def idefics3() -> tuple[Any, Any]:
     return _idefics("Idefics3", tf.Idefics3Processor)
 
 
-def smolvlm() -> tuple[Any, Any]:
-    return _idefics("SmolVLM", partial(images_only(tf.SmolVLMProcessor), video_processor=None))
+def smolvlm(px: int = 16) -> tuple[Any, Any]:
+    return _idefics("SmolVLM", partial(images_only(tf.SmolVLMProcessor), video_processor=None), px)
 
 
 GEMMA_CHAT = (
@@ -323,7 +324,7 @@ def paligemma() -> tuple[Any, Any]:
     return tf.PaliGemmaForConditionalGeneration(config), processor
 
 
-FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
@@ -338,11 +339,11 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
 }
 
 
-def save(family: str, folder: Path, seed: int = 0, layers: int = 2) -> Path:
+def save(family: str, folder: Path, seed: int = 0, layers: int = 2, **shape: int) -> Path:
     """The family's model and processor as a hub-style folder; its language model has so many layers."""
     torch.manual_seed(seed)
     LAYERS[0] = layers
-    model, processor = FAMILIES[family]()
+    model, processor = FAMILIES[family](**shape)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from uuid import UUID
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Cancelling
@@ -199,16 +201,22 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 @pytest.fixture
 def worker(server: dict[str, str]) -> Iterator[Start]:
-    """Starts a worker of this clone, or another; those that still live are stopped at the end."""
+    """Starts a worker of this clone, or another; those that still live are stopped at the end, and end by themselves."""
     started: list[subprocess.Popen[bytes]] = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
 
     def start(clone: Path | None = None) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **server, "PREFECT_WORKER_QUERY_SECONDS": "1", pool.ROOT: str(clone or Path.cwd())}
         started.append(pool._start("cpu", str(len(started)), 1, environment))
         return started[-1]
 
-    yield start
-    pool._stop(started)
+    try:
+        yield start
+        living = [one for one in started if one.poll() is None]
+        pool._stop(started)
+        assert [one.returncode for one in living] == [0] * len(living)  # -9: they did not hear, and had to be killed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ask(client: SyncPrefectClient, deployment: str = "nightly") -> UUID:
@@ -337,3 +345,57 @@ def test_two_clones_share_out_a_study_and_do_again_only_what_is_missing(
     assert study("mine", over_pool=True) == {"tpa0-seed1": "restored", "tpa0_5-seed1": "restored", "tpa1-seed1": "ran"}
     assert sorted([*ran(project), *ran(other)]) == ["compare", "distill-tpa1-seed1", "evaluate-tpa1-seed1"]
     assert [left for clone in (project, other) for left in (clone / ".runs/workspaces").iterdir()] == []
+
+
+GATE = """
+from os import getpid
+from time import sleep
+if stage == "distill":
+    (main / "training.pid").write_text(str(getpid()))
+    sleep(600)
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_study_leaves_its_arms_to_the_next_and_a_cancelled_one_takes_them_along(
+    project: Path, server: dict[str, str], worker: Start, client: SyncPrefectClient
+) -> None:
+    head, mark, tail = study_of.STAGE.partition('if stage == "first"')
+    study_of.commit(head + GATE + mark + tail)
+    study_of.declare(grid={"weights.tpa": [0.0, 1.0], "seed": [7]})  # arms that no other test orders of this server
+    arms = ["tpa0-seed7", "tpa1-seed7"]
+
+    def start() -> subprocess.Popen[str]:
+        code = "from components.errors import exit_from; from flows.study import study"
+        code += "; exit_from(lambda: study('mine', over_pool=True))"
+        command, environment = [sys.executable, "-u", "-c", code], {**os.environ, **server}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def ordered() -> list[str]:
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(any_=[f"mine/{arm}" for arm in arms]))
+        )
+        return sorted(run.state_name or "" for run in runs)
+
+    worker()
+    killed = start()
+    until(lambda: (project / "training.pid").exists())  # one arm is trained; the other waits for the worker
+    training = psutil.Process(int((project / "training.pid").read_text()))
+    until(lambda: len(ordered()) == 2)
+    killed.kill()
+    killed.wait()
+
+    again = start()
+    assert again.stdout is not None
+    for _ in arms:  # it says of each arm that it waits for what was ordered before; if it never does, its output ends
+        assert any("ordered before" in line for line in again.stdout)
+    assert not gone(training) and len(ordered()) == 2  # it ordered none again
+    again.terminate()
+    again.communicate(timeout=PATIENCE_S)
+    assert again.returncode != 0
+    until(lambda: gone(training))
+    until(lambda: ordered() == ["Cancelled", "Cancelled"])
+
+    freed = list(doctor.free())
+    assert [line for line in freed if "says Running, but its process is gone" in line] == freed  # the killed study itself
+    assert doctor.leaks() == [] and list((project / ".runs/workspaces").iterdir()) == []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from components import recipes, tracking
+from components.settings import load_settings
 from flows import dvc
 from flows.plan import foresee, plan
 from tests.flows.conftest import ran
@@ -49,7 +50,7 @@ def test_a_changed_command_is_a_reason() -> None:
 def test_plan_agrees_with_what_dvc_then_runs(project: Path) -> None:
     dvc.reproduce_all()
     (project / "a.txt").write_text("changed")
-    expected = [step.stage for step in plan()[0] if step.reasons]
+    expected = [step.stage for step in plan(load_settings())[0] if step.reasons]
     ran(project)
     dvc.reproduce_all()
     assert expected == ["cell@a", "last"]
@@ -65,6 +66,6 @@ def test_times_come_from_the_last_run_of_this_recipe_else_from_what_it_says(
     tracking.LAST.mkdir(parents=True)
     (tracking.LAST / "prepare.json").write_text(json.dumps({"seconds": 7.5, "recipe": recorded_of}))
     (project / "dvc.yaml").write_text("stages: {prepare: {cmd: 'true', outs: [x]}}")
-    (step,), basis = plan()
+    (step,), basis, recipe = plan(load_settings())
     assert step.seconds == (seconds or recipes.about("digits").seconds["prepare"])
-    assert "params/ is digits" in basis
+    assert recipe == "digits" and "params/ is digits" in basis

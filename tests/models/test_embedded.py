@@ -11,11 +11,13 @@ from components.models.collate import Collator
 from components.models.load import check_pair, load
 from components.models.template import Template
 from components.models.tokenizer import build_tokenizer
+from components.recipes import settings_with
 from components.settings import LanguageShape, ModelsSettings
 from components.shards import ImageRow, Samples
-from tests.models.conftest import family, grid_row, sample, tiny_llava, word_processor, write_dataset
+from tests.models.conftest import PATCH_PX, family, grid_row, sample, tiny_llava, word_processor, write_dataset
 
 CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).parents[2]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -190,3 +192,17 @@ def test_impossible_shapes_are_refused() -> None:
     for shape in ({"hidden": 30, "heads": 4, "kv_heads": 2}, {"hidden": 32, "heads": 4, "kv_heads": 3}):
         with pytest.raises(ModelError, match="must divide"):
             embedded.new_model(LanguageShape(layers=1, mlp=8, **shape), tower, processor)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-large"])
+def test_the_models_of_the_embedded_recipes_can_be_built_and_teach_each_other(name: str, dataset: Path, tmp_path: Path) -> None:
+    """At their full size, after one step of each training."""
+    raw = settings_with(name, REPOSITORY).models.model_dump(mode="json")
+    raw["embedded"]["tower"]["patch_px"] = PATCH_PX  # of these images
+    for training in ("tower_training", "teacher_captions", "teacher_instructions"):
+        raw["embedded"][training].update(steps=1, batch_size=2)
+    paths = built(dataset, tmp_path, ModelsSettings.model_validate(raw))
+    teacher, student = (load(paths[path], "cpu") for path in ("teachers/base", "students/student"))
+    assert check_pair(teacher, student) == len(student.processor.tokenizer)
+    large = 12 if name == "digits-large" else 1
+    assert sum(p.numel() for p in student.model.get_decoder().layers.parameters()) == pytest.approx(large * 123_000, rel=0.02)

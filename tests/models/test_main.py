@@ -11,6 +11,7 @@ import yaml
 from components.artifacts import MODELS, ModelIndex, sha256
 from components.errors import exit_from
 from components.models.__main__ import main
+from tests.families.parts import qwen_folder, siglip_folder
 from tests.models.conftest import NV, family, saved, word_processor
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,22 @@ def test_pretrained_family_is_indexed(place: Path) -> None:
     main()
     entry = ModelIndex.read(MODELS / "index.json").teachers["theirs"]
     assert (entry.origin, entry.revision, entry.visual_tokens) == (str(folder), None, NV)
+
+
+def test_models_made_of_parts_and_cut_from_a_teacher_are_indexed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower, words = siglip_folder(place / "siglip"), qwen_folder(place / "qwen", "qwen3")
+    parts = {"tower": str(tower), "language_model": str(words)}
+    made = {name: {"source": source, "revision": None} for name, source in parts.items()} | {"feature_layer": -2, "seed": 1}
+    students = {"student": made, "cut": {"teacher": "made", "every": 2, "mlp": 16}}
+    set_models(place, family="pretrained", embedded=None, pretrained={"teachers": {"made": made}, "students": students})
+    main()
+    index = ModelIndex.read(MODELS / "index.json")
+    teacher, student, less = index.teachers["made"], index.students["student"], index.students["cut"]
+    assert (teacher.origin, teacher.visual_tokens) == (f"{tower} + {words}", 4)
+    assert sha256([Path(teacher.path)]) == sha256([Path(student.path)])
+    assert less.origin == "teacher made, layers 0, 16 neurons of each MLP"
+    hidden, layer = 32, 2 * 32 * (32 + 16) + 2 * 8 + 2 * 32  # q, o, k, v, their two norms, the layer's two
+    assert teacher.parameters - less.parameters == layer + 3 * hidden * (48 + 48 - 16)
 
 
 def test_a_refusal_is_one_sentence_and_leaves_no_index(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,132 @@
+"""Does a step wait for its batch? `python -m benchmarks.loading --size small`
+
+Steps of vanilla KD, the quickest there are with a teacher, on a prepared set of JPEG images of 640 x 480: on batches that are
+in memory already, and on batches that are read from shards, decoded, resized and tokenised, by the training itself or ahead of
+it by processes of their own (`loaders` in params/runtime.yaml). No image comes twice, so nothing is remembered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import measure
+from benchmarks import prepare as jpegs
+from benchmarks.shapes import SIZES, Size
+from benchmarks.step import KD, Bench
+from components.align_ti.losses import TERMS, total
+from components.align_ti.step import AlignTI
+from components.dataset.prepare import prepare
+from components.distill.loader import MicroBatches, Steps, batches
+from components.distill.order import Order
+from components.models.collate import Collator
+from components.models.template import Template
+from components.models.tokenizer import build_processor
+from components.settings import load_settings
+from components.shards import Samples
+
+AHEAD = 3  # steps before the clock starts: a loader starts, and gets its two batches ready
+DIFFERENT = 50  # pictures at least, so that some fall into each split
+LOADERS = (0, 1, 4)
+STEPS = {"small": 12, "paper": 60}
+
+
+def read_ahead(size: Size, samples: Samples, count: int) -> Steps:
+    """`count` steps of `size.batch` images each, in an order of the set's own, each image once."""
+    settings = load_settings().distill.model_copy(update={"batch_size": size.batch, "micro_batch_size": size.batch})
+    template = Template(system="")
+    texts = (f"{turn.question} {turn.answer}" for sample in samples.about(0) for turn in sample.turns)
+    processor = build_processor(texts, template, size.tower.image_px, size.tower.patch_px)
+    collator = Collator(processor, template, size.prompt + size.response + 100, train=True)
+    firsts = [samples.of_image(row)[0] for row in range(count * size.batch)]
+    return Steps(samples, collator, Order(firsts, size.batch, seed=0), settings, rank=0, ranks=1)
+
+
+def stepped(stream: Iterator[MicroBatches], bench: Bench, count: int) -> tuple[list[float], list[float]]:
+    """Seconds of each of `count` steps by the clock on the wall, and how many of them it waited for its batch."""
+    module = AlignTI(bench.student, bench.teacher, bench.method(KD))
+    weights = torch.tensor([KD[term] for term in TERMS], device=bench.device)
+    seconds, waited = [], []
+    for step in tqdm(range(AHEAD + count), unit="step"):
+        started = time.perf_counter()
+        ((batch, keys),) = next(stream)
+        came = time.perf_counter()
+        here = batch.to(bench.device)
+
+        def loss(here: Any = here, keys: list[int] = keys) -> torch.Tensor:
+            terms = module(here, keys)
+            return total(terms.sums, terms.counts, weights)
+
+        bench.optimise(loss)
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize(bench.device)
+        if step >= AHEAD:
+            seconds.append(time.perf_counter() - started)
+            waited.append(came - started)
+    return seconds, waited
+
+
+def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
+    bench = Bench.of(size, device)
+    arms: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = (AHEAD + count) * size.batch
+        prepare(jpegs.generate(folder / "raw", max(DIFFERENT, 2 * images // jpegs.COPIES)), target=folder / "dataset")
+        samples = Samples(folder / "dataset", "train")
+        for arm, loaders in {"in memory": None, **{f"{n} loaders": n for n in LOADERS}}.items():
+            steps = read_ahead(size, samples, AHEAD + count)  # anew: what it has processed it remembers
+            stream = batches(steps, 0, AHEAD + count, loaders or 0)
+            began = time.perf_counter()
+            if loaders is None:
+                held = list(stream)
+                alone = (time.perf_counter() - began) / images
+                stream = iter(held)
+            seconds, waited = stepped(stream, bench, count)
+            arms[arm] = {
+                "seconds": statistics.median(seconds),
+                "seconds_quartiles": measure.quartiles(seconds),
+                "share_waited": sum(waited) / sum(seconds),
+                "images_per_second": count * size.batch / sum(seconds),
+            }
+    arms["loading alone, one process"] = {"seconds": alone * size.batch, "images_per_second": 1 / alone}
+    best = min((f"{n} loaders" for n in LOADERS), key=lambda arm: arms[arm]["seconds"])
+    return {
+        "benchmark": "loading",
+        "size": size.name,
+        "about": f"{size.about}; batch {size.batch}, JPEG of {jpegs.WIDTH} x {jpegs.HEIGHT}, {count} steps of vanilla KD",
+        **measure.where_and_when(device),
+        "clock": "wall time",
+        "arms": arms,
+        "ratios": {
+            "loading_vs_memory": arms[best]["seconds"] / arms["in memory"]["seconds"],
+            "loading_waited": arms[best]["share_waited"],
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(STEPS), required=True)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
+    args = parser.parse_args()
+    result = run(SIZES[args.size], STEPS[args.size], measure.prepare())
+    print(result["about"])
+    for name, arm in result["arms"].items():
+        waited = f"  {arm['share_waited']:.1%} of it waiting" if "share_waited" in arm else ""
+        print(f"{name:<28}{arm['seconds']:>9.3f} s a step{arm['images_per_second']:>9.1f} images/s{waited}")
+    print("\n".join(f"{name:<28}{value:.3f}" for name, value in result["ratios"].items()))
+    if args.json:
+        measure.write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What training costs, counted from shapes: floating-point operations of a step, bytes on a device. Pure arithmetic.
+
+A matrix product of (n, a) and (a, b) is 2 n a b. A backward pass is twice its forward pass: once for the activations' gradient,
+once for the weights'. Norms, rotations, softmaxes and the optimiser are not counted. How far that is from what was measured:
+docs/recipes.md, "The cost model".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from components.distill import footprint
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer. `window`: patches that one patch attends to; None: all of its image or tile."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    image_px: int
+    patch_px: int
+    gated: bool = False
+    window: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Patches of one image or tile of `image_px`."""
+        return (self.image_px // self.patch_px) ** 2
+
+    @property
+    def per_layer(self) -> int:
+        return 4 * self.hidden**2 + (3 if self.gated else 2) * self.hidden * self.mlp
+
+    @property
+    def weights(self) -> int:
+        return self.layers * self.per_layer + (3 * self.patch_px**2 + self.tokens) * self.hidden
+
+
+@dataclass(frozen=True)
+class Language:
+    """A Llama- or Qwen-shaped language model. `head_dim`: None where the heads share out `hidden`."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int
+    tied: bool = True
+    head_dim: int | None = None
+
+    @property
+    def attention(self) -> int:
+        """Width of all heads' queries."""
+        return self.heads * (self.head_dim or self.hidden // self.heads)
+
+    @property
+    def per_layer(self) -> int:
+        keys_and_values = 2 * self.attention * self.kv_heads // self.heads
+        return self.hidden * (2 * self.attention + keys_and_values) + 3 * self.hidden * self.mlp
+
+    @property
+    def weights(self) -> int:
+        return self.layers * self.per_layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True)
+class Model:
+    """A vision-language model and what it makes of one image.
+
+    Args:
+        projector: weights between tower and language model, each used once per visual token.
+        patches: that the tower reads of one image, over all tiles.
+        visual: tokens that the language model reads of one image (Nv).
+    """
+
+    tower: Tower
+    language: Language
+    projector: int
+    patches: int
+    visual: int
+
+    @property
+    def weights(self) -> int:
+        return self.tower.weights + self.projector + self.language.weights
+
+
+@dataclass(frozen=True)
+class Work:
+    """B samples of T_i tokens, visual ones included.
+
+    Args:
+        response, visual, instruction: tokens of all samples that are an answer's, an image's, or text before the answer.
+        ribbon: rows of alternatives that are neither gold nor EOS nor twice the same.
+    """
+
+    lengths: tuple[float, ...]
+    response: float
+    visual: float
+    images: float
+    instruction: float = 0
+    ribbon: float = 0
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is gone about, as far as that costs.
+
+    Args:
+        terms: weights of sft, kd, iva, tpa; a term that weighs nothing costs nothing.
+        trained: share of the language model's weight gradients that are computed: 1, or 0 where it is frozen.
+        draws_first: a pass before the others makes the draws: where a step has several passes, or checkpoints.
+        checkpointed: layers are computed again in the backward pass.
+        chunk_rows: rows of logits at a time; where there are more, those of L_kd and L_tpa are computed again.
+        towers: passes of the vision tower over each image; one where teacher and student share a frozen one.
+    """
+
+    terms: Mapping[str, float]
+    trained: float = 1
+    draws_first: bool = False
+    checkpointed: bool = False
+    chunk_rows: float = float("inf")
+    towers: int = 1
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations, those of the output heads apart: their products are in TF32 under bf16 (runtime.py)."""
+
+    layers: float
+    heads: float
+
+    @property
+    def all(self) -> float:
+        return self.layers + self.heads
+
+
+def step(student: Model, teacher: Model | None, work: Work, way: Way) -> Operations:
+    """Of one optimiser step, the optimiser's own apart. `teacher`: None if no term asks it."""
+    wants = {term: way.terms.get(term, 0) > 0 for term in ("sft", "kd", "iva", "tpa")}
+    added = work.ribbon if wants["tpa"] else 0
+    again = wants["kd"] * work.response + added  # rows whose numbers only the backward pass tells
+    compared = again + wants["iva"] * work.visual
+    own = wants["sft"] * work.response + compared
+    computed_twice = again if again > way.chunk_rows else 0
+    layers = (2 + way.trained + way.checkpointed) * body(student, work, added) + way.towers * tower(student, work.images)
+    heads = (2 + way.trained) * head(student.language, own) + head(student.language, computed_twice)
+    if wants["tpa"] and way.draws_first:
+        layers += body(student, work, 0)
+        heads += head(student.language, work.response)
+    if teacher is not None and compared:
+        watched = 2 * teacher.language.attention * work.instruction * work.visual / max(1, len(work.lengths)) * wants["iva"]
+        layers += body(teacher, work, added) + watched
+        heads += head(teacher.language, compared + computed_twice)
+    return Operations(layers, heads)
+
+
+def body(model: Model, work: Work, added: float) -> float:
+    """Forward pass of projector and layers with `added` rows more in all, causal attention, without the head."""
+    shape = model.language
+    tokens = sum(work.lengths) + added
+    longest = max(work.lengths)
+    pairs = sum(length * (length + 1) / 2 for length in work.lengths) + added * longest  # of a row and what it sees
+    layers = shape.layers * (2 * shape.per_layer * tokens + 4 * shape.attention * pairs)
+    return 2 * model.projector * work.visual + layers
+
+
+def head(shape: Language, rows: float) -> float:
+    return 2.0 * shape.hidden * shape.vocabulary * rows
+
+
+def tower(model: Model, images: float) -> float:
+    shape = model.tower
+    per_patch = 2 * 3 * shape.patch_px**2 * shape.hidden
+    attention = 4 * (shape.window or shape.tokens) * shape.hidden
+    return images * model.patches * (per_patch + shape.layers * (2 * shape.per_layer + attention))
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What decides how much memory a device needs; `devices` share what `sharded` names ("student", "teacher")."""
+
+    trained: float  # parameters
+    wide: int  # bytes of an activation: 2 under bf16, 4 in float32
+    teacher_bytes: float  # of one of its parameters
+    checkpointed: bool
+    chunk_rows: float
+    continues: bool  # alternatives continue over the key/value caches of both models
+    devices: int = 1
+    sharded: frozenset[str] = frozenset()
+
+
+def memory(student: Model, teacher: Model | None, work: Work, way: Way, held: Holding) -> dict[str, float]:
+    """Bytes per part on one device at the peak of a step over `work`, the largest micro-batch.
+
+    The teacher's activations are those of one layer, as nothing goes back through it.
+    """
+    shape = student.language
+    parts_of = {name: held.devices if name in held.sharded else 1 for name in ("student", "teacher")}
+    tokens, added = sum(work.lengths), work.ribbon if way.terms.get("tpa") else 0
+    per_token = footprint.activations_per_token(shape.hidden, shape.mlp, shape.layers, held.checkpointed) * held.wide
+    rows = work.response + work.visual * (way.terms.get("iva", 0) > 0) + added
+    casts = held.wide * held.trained if held.wide < footprint.FLOAT else 0  # autocast keeps a 16-bit copy of what it has cast
+    parts = {
+        "student's weights": footprint.FLOAT * student.weights / parts_of["student"] + casts,
+        "gradients and optimiser state": footprint.OPTIMISER * footprint.FLOAT * held.trained / parts_of["student"],
+        "activations": (tokens + added) * per_token,
+        "logits": footprint.logits(rows, held.chunk_rows, shape.vocabulary),
+        "teacher": 0.0,
+    }
+    if teacher is not None and any(way.terms.get(term) for term in ("kd", "iva", "tpa")):
+        theirs = teacher.language
+        cache = 2 * theirs.layers * theirs.attention * theirs.kv_heads / theirs.heads * held.wide * tokens
+        one_layer = footprint.activations_per_token(theirs.hidden, theirs.mlp, 1, checkpointed=False) * held.wide * tokens
+        weights = held.teacher_bytes * teacher.weights / parts_of["teacher"]
+        parts["teacher"] = weights + one_layer + (cache if held.continues and added else 0)
+    return parts
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator, by its maker's data sheet: dense operations per second in bf16 and in TF32, bytes per second, GiB."""
+
+    title: str
+    peak: float
+    tf32: float
+    bandwidth: float
+    gib: float
+
+
+DEVICES = {
+    "a100-80gb": Device("NVIDIA A100 80 GB", 312e12, 156e12, 2.0e12, 80),
+    "h100-80gb": Device("NVIDIA H100 SXM 80 GB", 989e12, 495e12, 3.35e12, 80),
+    "h200": Device("NVIDIA H200", 989e12, 495e12, 4.8e12, 141),
+    "rtx-4090": Device("NVIDIA RTX 4090", 165e12, 82.6e12, 1.0e12, 24),
+}
+
+# Share of a GPU's data-sheet peak that training reaches. Assumed, not measured: what is measured are shares of 0.6 to 0.7 of
+# a CPU's rate at large products (benchmarks/results/step-small.json).
+UTILISATION = 0.35
+
+# Alternatives per response token that are neither gold nor EOS nor drawn twice, of d = 4: measured at the start of the digits'
+# distillation. They become fewer as the student learns (0.20 there); 4 is the most there can be.
+ALTERNATIVES = 1.29
+GIB = 2**30
+
+
+def hours(done: Operations, device: Device) -> float:
+    """Device hours under bf16."""
+    return (done.layers / device.peak + done.heads / device.tf32) / UTILISATION / 3600
+
+
+def answering(model: Model, samples: float, batch: int, prompt: float, written: float, device: Device) -> float:
+    """Device hours of answering questions of `prompt` tokens with `written` tokens each, `batch` at a time, weights in 16 bits.
+
+    Reading a prompt takes operations; writing takes reading all weights once for a token of each answer in the batch.
+    """
+    work = Work(lengths=(prompt,), response=0, visual=model.visual, images=1)
+    reading = Operations(samples * (tower(model, 1) + body(model, work, 0)), samples * head(model.language, 1))
+    writing = samples / batch * written * 2 * model.weights / (device.bandwidth * UTILISATION)
+    return hours(reading, device) + writing / 3600

@@ -1,0 +1,161 @@
+"""The model card of a student: what it was made of and how. What varies from run to run (seconds, memory) is in cost.json.
+
+The same inputs give the same bytes: a card is part of what DVC versions, so it names no commit, no time and no machine.
+`alignti export` adds what is known later: scores, cost, and how to make it again (components/release/card.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.artifacts import DATASET, MODELS, STUDENTS, Manifest, ModelIndex, ModelRecord, Sources
+
+TERMS = ("sft", "kd", "iva", "tpa")
+NOT_STATED = "not stated"
+START, END = "<!-- everything that decided its weights -->\n```json\n", "\n```\n<!-- end -->\n"
+
+
+def model_card(arm: str, facts: dict[str, Any]) -> str:
+    """The card of `arm`. `facts` is everything that decided its weights; they are read back by `facts_in`.
+
+    Raises DataError if the data set or the models have no records.
+    """
+    index, manifest = ModelIndex.read(MODELS / "index.json"), Manifest.read(DATASET / "manifest.json")
+    models = {"student before it": index.students[facts["student"]["name"]]}
+    if facts["teacher"]:
+        models["teacher"] = index.teachers[facts["teacher"]["name"]]
+    title, licence = _of_data(DATASET / "card.md", manifest)
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["align-ti", "knowledge-distillation"],
+        "base_model": [model.origin for model in models.values() if model.revision is not None],
+        "licences_of_inputs": {
+            **{role: licence_of(model) for role, model in models.items()},
+            "data": licences_of_data(licence),
+        },
+    }
+    named = {key: value for key, value in front.items() if value}
+    rows = "\n".join(f"| {role} | {_described(model)} | {licence_of(model)} |" for role, model in models.items())
+    train = manifest.splits["train"]
+    return f"""---
+{yaml.safe_dump(named, sort_keys=False, allow_unicode=True, width=120)}---
+
+# {arm}
+
+{_what(facts)}
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{(STUDENTS / arm / "model").as_posix()}")
+processor = AutoProcessor.from_pretrained("{(STUDENTS / arm / "model").as_posix()}")
+```
+
+## What it was made of
+
+| | | licence |
+|---|---|---|
+{rows}
+| data | {title}: {train.samples:,} training samples about {train.images:,} images, `{manifest.digest[:16]}` | below |
+
+{licence}
+
+## How
+
+- {_losses(facts)}
+- {_steps(facts["distill"])}
+- Asked as the chat template in this folder writes it ({facts["template"]["style"]} style).
+
+## Everything that decided its weights
+
+{START}{json.dumps(facts, indent=2, sort_keys=True, default=str)}{END}"""
+
+
+def facts_in(card: str) -> dict[str, Any]:
+    """The facts that `model_card` wrote into this card; none if it is no card of ours."""
+    _, found, rest = card.partition(START)
+    facts: dict[str, Any] = json.loads(rest.partition(END)[0]) if found else {}
+    return facts
+
+
+def licence_of(model: ModelRecord) -> str:
+    """What the front matter of the checkpoint's own README says."""
+    if model.origin == "embedded":
+        return "built here from nothing"
+    readme = Path(model.path) / "README.md"
+    parts = readme.read_text(encoding="utf-8").split("---\n", 2) if readme.is_file() else []
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        front = None
+    stated = front if isinstance(front, dict) else {}
+    named = stated.get("license_name") if stated.get("license") == "other" else None
+    return str(named or stated.get("license") or NOT_STATED)
+
+
+def licences_of_data(licence: str) -> dict[str, str] | str:
+    """Of a mixture, each source's; else what the data card says."""
+    file = DATASET / "sources.json"
+    if file.is_file():
+        return {name: source.licence for name, source in Sources.read(file).sources.items()}
+    return " ".join(licence.split())
+
+
+def _of_data(card: Path, manifest: Manifest) -> tuple[str, str]:
+    """Title and licence, as the data card has them."""
+    if not card.is_file():
+        return manifest.source, NOT_STATED
+    text = card.read_text(encoding="utf-8")
+    licence = text.partition("## Licence\n")[2].partition("\n## ")[0].strip()
+    return text.partition("\n")[0].removeprefix("# "), licence or NOT_STATED
+
+
+def _described(model: ModelRecord) -> str:
+    """A folder of somebody's own by its name alone: where it lies on their machine is theirs."""
+    at = f" at `{model.revision[:12]}`" if model.revision else ""
+    origin = Path(model.origin).name if Path(model.origin).is_absolute() else model.origin
+    where = "built and trained here" if model.origin == "embedded" else f"`{origin}`{at}"
+    return f"`{model.name}`: {where}, {model.parameters:,} parameters"
+
+
+def _aligned(facts: dict[str, Any]) -> bool:
+    return bool(facts["distill"]["stage"] == "align")
+
+
+def _what(facts: dict[str, Any]) -> str:
+    if _aligned(facts):
+        return "A model that learnt to read its vision tower from captions, before distillation."
+    return "A student distilled with Align-TI (arXiv 2602.09483)."
+
+
+def _losses(facts: dict[str, Any]) -> str:
+    """The terms with their weights, and which layer's attention weighs the visual tokens of L_iva."""
+    if _aligned(facts):
+        return "Loss: cross-entropy on the captions alone."
+    weights, iva, layer = facts["arm"]["weights"], facts["arm"]["iva"], facts["irs_layer"]
+    terms = " + ".join(f"{'' if weights[t] == 1 else f'{weights[t]:g} '}L_{t}" for t in TERMS if weights[t])
+    looked = {
+        "irs": f"layer l* = {layer} of the teacher, the layer search's",
+        "layer": f"layer {iva['layer']} of the teacher, as asked (the layer search's l* is {layer})",
+        "uniform": f"no layer: all weigh the same (the layer search's l* is {layer})",
+    }
+    if not weights["iva"]:
+        return f"Loss: L = {terms}. The layer search's l* is {layer}, which only L_iva would use."
+    return f"Loss: L = {terms}. L_iva weighs visual tokens by {looked[iva['weighting']]}."
+
+
+def _steps(distill: dict[str, Any]) -> str:
+    trained = [part.replace("_", " ") for part in ("vision_tower", "projector", "language_model") if distill["trainable"][part]]
+    lora = distill["trainable"]["lora"]
+    with_lora = f" (the language model by LoRA of rank {lora['rank']}, folded in)" if lora else ""
+    own = {part.replace("_", " "): rate for part, rate in distill.get("learning_rates", {}).items() if rate is not None}
+    rates = "".join(f", {rate:g} for the {part}" for part, rate in own.items())
+    return (
+        f"{distill['steps']:,} steps of {distill['batch_size']} samples, learning rate"
+        f" {distill['optimiser']['learning_rate']:g}{rates}, {distill['precision']}; trained: {', '.join(trained)}{with_lora}."
+    )

@@ -1,0 +1,172 @@
+"""LLaVA put together from its parts, as the paper's models are: SigLIP, a fresh two-layer projector, Qwen2, Qwen2.5 or Qwen3.
+
+The parts' weights stay as they are stored, each in its own precision. SigLIP's head, which LLaVA does not read, is left out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from components.errors import ModelError
+from components.models.folder import weight_files
+from components.models.template import EOS, IMAGE, Template
+from components.settings import Parts
+
+TOWERS = ("siglip", "siglip_vision_model")
+LANGUAGE_MODELS = ("qwen2", "qwen3")
+PADS = ("<|vision_pad|>", "<pad>")  # the first that Qwen's vocabulary has; the last is added if it has none
+LICENCES = ("LICENSE*", "NOTICE*")
+
+
+def assemble(tower: Path, language_model: Path, parts: Parts, system: str, target: Path) -> Path:
+    """Write a stock LLaVA folder: the same parts, the same bytes.
+
+    Args:
+        tower: a SigLIP checkpoint, whole or its vision half, with its image processor.
+        language_model: a Qwen checkpoint with its tokenizer.
+        system: text before the first turn, for the chat template.
+
+    Raises ModelError if a part is missing, broken, or of another kind than these.
+    """
+    with tqdm(total=3, desc=f"{target.parent.name} {target.name}", unit="part") as bar:
+        eyes = _open(tower, TOWERS, "a SigLIP tower")
+        bar.update()
+        language = _open(language_model, LANGUAGE_MODELS, "a Qwen language model")
+        bar.update()
+        tokenizer = _tokenizer(language_model)
+        processor = _processor(tower, eyes, tokenizer, parts)
+        processor.chat_template = Template(system).of(processor).jinja
+        _make_room(language, tokenizer)
+        llava = _joined(eyes, language, processor, parts)
+        llava.save_pretrained(target)
+        processor.save_pretrained(target)
+        for name, folder in (("tower", tower), ("language_model", language_model)):
+            for file in (file for pattern in LICENCES for file in folder.glob(pattern)):
+                shutil.copyfile(file, target / f"{file.name}.{name}")
+        bar.update()
+    return target
+
+
+def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
+    """The model, in the precision that it is stored in. Raises ModelError if it is none of `kinds`, or not whole."""
+    from transformers import AutoModelForCausalLM, PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
+
+    class Eyes(SiglipVisionModel):
+        # Its other half and its head: no need to warn of them.
+        _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(vision_model\.)?head\.", r"^logit_"]  # noqa: RUF012
+
+    weight_files(path)
+    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+    try:
+        kind = PreTrainedConfig.get_config_dict(path, local_files_only=True)[0].get("model_type")
+        if kind not in kinds:
+            raise ModelError(f"{path}: is of type {kind!r}; {wanted} is of type {' or '.join(kinds)}")
+        opener: Any = AutoModelForCausalLM
+        if kinds == TOWERS:
+            opener = Eyes
+            options["config"] = SiglipVisionConfig.from_pretrained(path, vision_use_head=False, local_files_only=True)
+        model, report = opener.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be opened as {wanted}: {_first_line(error)}") from None
+    if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
+    return model
+
+
+def _tokenizer(path: Path) -> Any:
+    """The language model's, with an image token and a pad that is not EOS.
+
+    Answers end with `EOS` where the vocabulary has it: released chat models end them with <|im_end|>, the paper's do not.
+    """
+    from transformers import AddedToken, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: no usable tokenizer: {_first_line(error)}") from None
+    text = "USER: what? ASSISTANT: 1, two."
+    if not tokenizer.is_fast or tokenizer.decode(tokenizer.encode(text)) != text:
+        raise ModelError(f"{path}: its tokenizer does not give back a text that it reads; is it the language model's own?")
+    vocabulary = tokenizer.get_vocab()
+    if EOS in vocabulary:
+        tokenizer.eos_token = EOS
+    if tokenizer.eos_token is None:
+        raise ModelError(f"{path}: its tokenizer has neither {EOS} nor an EOS token of its own")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.add_special_tokens({"pad_token": next((pad for pad in PADS if pad in vocabulary), PADS[-1])})
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _processor(path: Path, eyes: Any, tokenizer: Any, parts: Parts) -> Any:
+    """Of the tower's image processor. Raises ModelError if that is missing, or makes images that the tower does not take."""
+    from transformers import AutoImageProcessor, LlavaProcessor
+
+    try:
+        pixels: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: no usable image processor: {_first_line(error)}") from None
+    vision, side = eyes.config, eyes.config.image_size
+    if (pixels.size["height"], pixels.size["width"]) != (side, side):
+        raise ModelError(f"{path}: its image processor makes {dict(pixels.size)}, and its tower takes {side} x {side} pixels")
+    if not -vision.num_hidden_layers - 1 <= parts.feature_layer <= vision.num_hidden_layers:
+        raise ModelError(f"{path}: feature_layer is {parts.feature_layer}, and the tower has {vision.num_hidden_layers} layers")
+    return LlavaProcessor(
+        image_processor=pixels,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+    )
+
+
+def _make_room(language: Any, tokenizer: Any) -> None:
+    """Rows of embeddings and head for the tokens that were added. Released vocabularies are padded and have some to spare;
+    where there are none, new rows are the mean of the others (Hewitt 2021), which no answer is likely to begin with.
+    """
+    rows, known = len(tokenizer), language.get_input_embeddings().num_embeddings
+    if rows <= known:
+        return
+    language.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in (language.get_input_embeddings(), language.get_output_embeddings()):
+        with torch.no_grad():
+            layer.weight[known:] = layer.weight[:known].float().mean(0).to(layer.weight.dtype)
+
+
+def _joined(eyes: Any, language: Any, processor: Any, parts: Parts) -> Any:
+    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer, vision, text = processor.tokenizer, eyes.config, language.config
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text.update({"bos_token_id": None, **ends})
+    text._name_or_path = vision._name_or_path = ""  # where the parts lay is no part of the model
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=parts.feature_layer,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    with torch.device("meta"):  # every module is replaced below
+        llava: Any = LlavaForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(parts.seed)
+        llava.model.multi_modal_projector = type(llava.model.multi_modal_projector)(config)
+    llava.model.vision_tower = eyes
+    llava.model.language_model = language.model
+    llava.lm_head = language.lm_head
+    llava.generation_config = GenerationConfig(**ends)
+    return llava
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,141 @@
+"""A student cut from its teacher: fewer decoder layers, narrower MLPs, everything else copied.
+
+Layers 0, every, 2 every, ... stay. Of each MLP those neurons stay whose weights are largest: the l2 norm over what belongs to
+a neuron, its rows of gate and up and its column of down (group magnitude: DepGraph, arXiv 2301.12900; the l2 criterion of
+LLM-Pruner, arXiv 2305.11627). Neurons add up, so that the cut MLP is the teacher's with the others silent.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from components.errors import ModelError
+from components.models.folder import INDEX, weight_files
+from components.settings import Cut
+
+EXACT = (  # language models whose layers are alike but for `layer_types`, each with an MLP of gate, up and down
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+)
+
+
+def cut(teacher: Path, asked: Cut, target: Path) -> Path:
+    """Write `target`, the folder of `teacher` less what `asked` leaves out.
+
+    Raises ModelError if the teacher's language model is not one that can be cut exactly, or has no more neurons than are asked.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    weight_files(teacher)
+    try:
+        config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
+        kept = _layers(config, asked, teacher)
+        with tqdm(total=2, desc=f"{target.parent.name} {target.name}: layers {', '.join(map(str, kept))}", unit="pass") as bar:
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                teacher, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+            bar.update()
+            layers = next(name for name, module in model.named_modules() if module is model.get_decoder().layers)
+            weights = narrowed(thinned(model.state_dict(), layers, kept), layers, asked.mlp)
+            _shrink(config, kept, asked.mlp)
+            with torch.device("meta"):
+                student: Any = type(model)(config)
+            student.load_state_dict(weights, assign=True)
+            student.tie_weights()
+            student.generation_config = model.generation_config
+            student.save_pretrained(target)
+            bar.update()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{teacher}: cannot be cut: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        ) from None
+    for file in teacher.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+    return target
+
+
+def layers_kept(path: Path, asked: Cut) -> list[int]:
+    """Of the teacher's layers, those that the cut student at `path` has."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return [place * asked.every for place in range(config.get_text_config().num_hidden_layers)]
+
+
+def _layers(config: Any, asked: Cut, teacher: Path) -> list[int]:
+    """The layers that are kept. Raises ModelError if the cut would not be exact."""
+    text = config.get_text_config()
+    if text.model_type not in EXACT:
+        raise ModelError(
+            f"{teacher}: its language model is of type {text.model_type!r}, which is not cut: no test says that its layers"
+            f" are alike and its MLPs made of gate, up and down, as those of {', '.join(EXACT)} are"
+        )
+    entered = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+    if entered and asked.every > 1:
+        raise ModelError(
+            f"{teacher}: image features enter its first {len(entered)} layers, each its own, so that none of them can be left"
+            " out; set every: 1, and narrow the MLPs"
+        )
+    if asked.mlp is not None and asked.mlp > text.intermediate_size:
+        raise ModelError(f"{teacher}: its MLPs have {text.intermediate_size} neurons, fewer than mlp: {asked.mlp}")
+    return list(range(0, text.num_hidden_layers, asked.every))
+
+
+def _shrink(config: Any, kept: list[int], mlp: int | None) -> None:
+    """Make `config` the student's."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:  # which layers have a window
+        text.layer_types = [kinds[layer] for layer in kept]
+    text.num_hidden_layers = len(kept)
+    text.intermediate_size = mlp or text.intermediate_size
+
+
+def thinned(weights: dict[str, Tensor], layers: str, kept: list[int]) -> dict[str, Tensor]:
+    """Of what is named `layers`.NUMBER. ..., the kept under their new numbers; and all that belongs to no layer."""
+    places = {str(layer): str(place) for place, layer in enumerate(kept)}
+    thin = {}
+    for name, weight in weights.items():
+        number, _, rest = name.removeprefix(f"{layers}.").partition(".")
+        if not name.startswith(f"{layers}."):
+            thin[name] = weight
+        elif number in places:
+            thin[f"{layers}.{places[number]}.{rest}"] = weight
+    return thin
+
+
+def narrowed(weights: dict[str, Tensor], layers: str, mlp: int | None) -> dict[str, Tensor]:
+    """With `mlp` neurons in each MLP of `layers`, in the order that they were in."""
+    if mlp is None:
+        return weights
+    narrow = dict(weights)
+    ending = ".gate_proj.weight"
+    for name in [name for name in weights if name.startswith(f"{layers}.") and name.endswith(ending)]:
+        gate, up, down = (name.removesuffix(ending) + f".{part}_proj" for part in ("gate", "up", "down"))
+        keep = largest(weights[f"{gate}.weight"], weights[f"{up}.weight"], weights[f"{down}.weight"], mlp)
+        for key in (f"{part}.{kind}" for part in (gate, up) for kind in ("weight", "bias")):
+            if key in weights:
+                narrow[key] = weights[key][keep]
+        narrow[f"{down}.weight"] = weights[f"{down}.weight"][:, keep].contiguous()
+    return narrow
+
+
+def largest(gate: Tensor, up: Tensor, down: Tensor, count: int) -> Tensor:
+    """(count,) sorted indices of the neurons of gate (m, d), up (m, d) and down (d, m) with the largest l2 norm over all three;
+    of equal ones the first."""
+    squares = gate.double().square().sum(1) + up.double().square().sum(1) + down.double().square().sum(0)
+    return squares.sort(descending=True, stable=True).indices[:count].sort().values

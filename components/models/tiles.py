@@ -1,0 +1,29 @@
+"""`image_splitting: false`: a model of a family that splits images into tiles sees each as one, a square of fixed size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from components.artifacts import write_text
+from components.errors import ModelError
+
+SWITCH = "do_image_splitting"  # of Idefics3's and SmolVLM's image processors
+FILES = ("processor_config.json", "preprocessor_config.json")  # of transformers 5 and before
+
+
+def as_one_tile(folder: Path) -> None:
+    """Turn splitting off in the checkpoint at `folder`. Raises ModelError if its image processor has no such switch."""
+    found = False
+    for path in (folder / name for name in FILES):
+        written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = written.get("image_processor", written)
+        if SWITCH in settings:
+            settings[SWITCH] = False
+            write_text(path, json.dumps(written, indent=2) + "\n")  # a new file: this one may be a link into the hub's cache
+            found = True
+    if not found:
+        raise ModelError(
+            f"{folder}: image_splitting is false, and its image processor has no {SWITCH} to turn off; set image_splitting:"
+            " true in params/models.yaml"
+        )

@@ -1,0 +1,156 @@
+"""`alignti try`: one question about one image, answered as the words come, by one model or by two side by side."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import TextStreamer
+
+from components.dataset.images import Refusal
+from components.dataset.images import load as load_image
+from components.errors import InputError
+from components.evaluate.generate import greedy
+from components.models.collate import Batch, Collator
+from components.models.families import inputs
+from components.models.load import Loaded
+from components.models.template import IMAGE
+from components.release.look import draw_looks, look
+from components.release.model import Named, find, open_model, template_of
+from components.runtime import prepare_torch
+from components.settings import DataLimits, Settings
+from components.shards import Sample, Turn
+
+
+@dataclass
+class Answer:
+    """What one model says, while it says it, and its timings."""
+
+    named: Named
+    text: str = ""
+    state: str = "waiting"
+    load_seconds: float = 0.0
+    written: list[float] = field(default_factory=list)  # seconds from the question to each token, the last one's EOS included
+
+    @property
+    def timings(self) -> str:
+        """The first token takes the image and the prompt with it; the rate is that of the tokens after it."""
+        if not self.written:
+            return self.state
+        said = [f"loaded in {self.load_seconds:.1f} s", f"first token after {1000 * self.written[0]:.0f} ms"]
+        if len(self.written) > 1:
+            said.append(f"then {(len(self.written) - 1) / (self.written[-1] - self.written[0]):.0f} tokens/s")
+        return "\n".join([*said, f"{len(self.written)} tokens"])
+
+
+class _Stream(TextStreamer):
+    """Hands words on when they are whole, and notes when each token came."""
+
+    def __init__(self, tokenizer: Any, answer: Answer, changed: Callable[[], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._answer, self._changed = answer, changed
+        self._start = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self._answer.written.append(time.perf_counter() - self._start)
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._answer.text += text
+        self._changed()
+
+
+def run(names: list[str], image: Path, question: str, settings: Settings, longest: int, overlay: bool) -> None:
+    """Print the answers of the models called `names`, and where they looked if `overlay` asks for that.
+
+    Args:
+        longest: tokens at which an answer that has not ended is cut.
+
+    Raises:
+        InputError: no question, no such model, or an image that cannot be used.
+        ModelError, DataError: a model that cannot be opened; a question that does not fit the template or the model.
+        TryAgainError: a model of the hub that does not come.
+    """
+    sample = sample_of(image, question, settings.data.limits)
+    device = prepare_torch(settings.runtime, seed=0)
+    answers = [Answer(find(name, settings)) for name in names]
+    console = Console()
+    looks = []
+    with Live(_columns(answers), console=console, refresh_per_second=12) as live:
+        for answer in answers:
+
+            def show(state: str = "") -> None:
+                answer.state = state  # noqa: B023
+                live.update(_columns(answers))
+
+            show("loading")
+            start = time.perf_counter()
+            loaded = open_model(answer.named.path, device)
+            answer.load_seconds = time.perf_counter() - start
+            show("reading")
+            batch, eos = read(loaded, answer.named, sample, settings)
+            respond(loaded, batch, eos, longest, answer, show)
+            if overlay:
+                looks.append(look(answer.named, loaded, batch, sample, answer.text))
+    if not console.is_terminal:
+        console.print()  # which Live leaves to us
+    if overlay:
+        path = draw_looks("-".join([image.stem, *(re.sub(r"[^\w.]+", "_", answer.named.name) for answer in answers)]), looks)
+        for seen in looks:
+            console.print(Text(f"{seen.heat.above}: {seen.how}"))
+        console.print(Text(f"-> {path}"), soft_wrap=True)
+
+
+def sample_of(image: Path, question: str, limits: DataLimits) -> Sample:
+    """The question about the image as `prepare` would store it. Raises InputError."""
+    asked = question.replace(IMAGE, "").strip()
+    if not asked:
+        raise InputError('the question is empty: alignti try MODEL --image X "What is on the table?"')
+    try:
+        picture = load_image(image, limits)
+    except Refusal as refusal:
+        raise InputError(f"--image: {refusal.detail}") from None
+    return Sample("your question", str(image), "instruction", picture.content, (Turn(f"{IMAGE}\n{asked}", ""),))
+
+
+def read(loaded: Loaded, named: Named, sample: Sample, settings: Settings) -> tuple[Batch, int]:
+    """The prompt as the model was trained on, and the token that ends an answer. Raises DataError, ModelError."""
+    collator = Collator(loaded.processor, template_of(named, loaded, settings), settings.models.max_length, train=False)
+    return collator([sample]).to(loaded.model.device), collator.eos_id
+
+
+def respond(loaded: Loaded, batch: Batch, eos: int, longest: int, answer: Answer, changed: Callable[[], None]) -> None:
+    """Fill in the greedy answer word by word. One token is written before, unheard: what a process does once is not timed."""
+    given = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "pixel_values": batch.pixel_values,
+        **inputs(loaded.model, batch),
+    }
+    with greedy(loaded, 1, eos) as model:
+        model.generate(**given)  # type: ignore[operator]
+    with greedy(loaded, longest, eos) as model:
+        model.generate(**given, streamer=_Stream(loaded.processor.tokenizer, answer, changed))  # type: ignore[operator]
+    answer.text = answer.text.strip()
+    answer.state = ""
+    changed()
+
+
+def _columns(answers: list[Answer]) -> Table:
+    table = Table(expand=True)
+    for answer in answers:
+        table.add_column(Text(answer.named.name), ratio=1, overflow="fold")
+    table.add_row(*(Text(answer.text) for answer in answers))
+    table.add_section()
+    table.add_row(*(Text(answer.timings, style="dim") for answer in answers))
+    return table

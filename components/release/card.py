@@ -1,0 +1,148 @@
+"""The full model card of an export: what `distill` wrote, and what is known since: scores, cost, and how to make it again."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from components import lineage, tracking
+from components.artifacts import DATASET, REPORTS, STUDENTS, ArmResult, Comparison, Cost, Manifest
+from components.distill.card import START
+from components.meter import CPU_WH, GPU_WH
+from components.redact import without_login
+
+BEFORE = ("prepare", "obtain_models", "select_teacher", "search_layer", "cache_teacher")  # what `distill@ARM` stands on
+
+
+def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
+    """The card of `arm` exported to `folder` in `dtype`, and what is missing from it, in words.
+
+    Raises DataError if a record of the arm is missing or unreadable.
+    """
+    trained = STUDENTS / arm
+    text = (trained / "model/README.md").read_text(encoding="utf-8")
+    text = text.replace(f'"{(trained / "model").as_posix()}"', f'"{folder.name}"')
+    scores, front, without_scores = _scores(arm)
+    again, without_origin = _again(arm, folder, dtype)
+    added = f"{scores}\n{_cost(arm)}\n{again}\n## Everything that decided its weights\n\n{START}"
+    card = ModelCard(text.replace(f"## Everything that decided its weights\n\n{START}", added))
+    for key, value in front.items():
+        setattr(card.data, key, value)
+    return str(card), [*without_scores, *without_origin]
+
+
+def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
+    """The section, what goes into the front matter, and what is missing: scores of other weights are not this student's."""
+    file, entry = REPORTS / "compare.json", lineage.read_by(f"evaluate@{arm}")
+    model = (STUDENTS / arm / "model").as_posix()
+    if not file.is_file() or entry.get(model) != lineage.digest(STUDENTS / arm / "model").md5:
+        missing = f"scores: {file} has none of these weights; `dvc repro` measures them"
+        return "## Scores\n\nNot measured.\n", {}, [missing]
+    comparison = Comparison.read(file)
+    if arm not in comparison.arms:
+        return "## Scores\n\nNot measured.\n", {}, [f"scores: {file} has no arm {arm}; `dvc repro` measures it"]
+    result, teacher = comparison.arms[arm], comparison.teacher
+    percent = round(100 * comparison.confidence)
+    rows = [
+        f"| **all** | {comparison.n:,} | **{_with(result.exact_match, result.ci95)}**"
+        f" | {_with(teacher.exact_match, teacher.ci95)} |",
+        *(
+            f"| {kind} | {count:,} | {_with(result.per_kind[kind], result.per_kind_ci95[kind])}"
+            f" | {_with(teacher.per_kind[kind], teacher.per_kind_ci95[kind])} |"
+            for kind, count in comparison.kinds.items()
+        ),
+    ]
+    text = "\n".join(
+        [
+            "## Scores\n",
+            f"Exact match on {comparison.n:,} questions about {comparison.images:,} images of the {comparison.split} split;"
+            f" in brackets {percent}% intervals.\n",
+            "| questions | number | student | teacher |",
+            "|---|---:|---|---|",
+            *rows,
+            "",
+            *_gains(result),
+            f"{comparison.method}\n",
+        ]
+    )
+    title = Manifest.read(DATASET / "manifest.json").source
+    value = EvalResult(
+        task_type="visual-question-answering",
+        dataset_type=title,
+        dataset_name=f"{title}, made by this pipeline",
+        dataset_split=comparison.split,
+        metric_type="exact_match",
+        metric_name=f"exact match ({percent}% interval {result.ci95[0]:.4f} to {result.ci95[1]:.4f})",
+        metric_value=result.exact_match,
+    )
+    return text, {"model-index": eval_results_to_model_index(arm, [value])}, []
+
+
+def _gains(result: ArmResult) -> list[str]:
+    said = []
+    for name, gain in result.gains.items():
+        noise = "more than" if gain.larger_than_noise else "not more than"
+        low, high = (100 * end for end in gain.ci95)
+        said.append(f"- Over {name}: {100 * gain.difference:+.1f} points ({low:+.1f} to {high:+.1f}), {noise} the noise.")
+    return [*said, ""] if said else []
+
+
+def _with(value: float, interval: tuple[float, float]) -> str:
+    return f"{100 * value:.1f}% ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def _cost(arm: str) -> str:
+    cost = Cost.read(STUDENTS / arm / "cost.json")
+    used = tracking.energy(_run(arm) or "")
+    energy = [f"{used[key]:.3g} Wh of the {what}" for key, what in ((GPU_WH, "GPUs"), (CPU_WH, "processors")) if key in used]
+    return (
+        f"## Cost\n\n{cost.steps:,} steps in {cost.train_seconds:,.0f} s on {cost.device}, at most"
+        f" {cost.peak_memory_mib:,.0f} MiB. Energy: {' and '.join(energy) or 'not measured'}.\n"
+    )
+
+
+def _again(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
+    """Commit, hashes and commands, and what is missing of them."""
+    run, missing = _run(arm), []
+    commit, changed = tracking.ran(run) if run else (None, [])
+    if commit is None:
+        missing.append("the commit: no journal here says which run made these weights")
+    if changed:
+        missing.append(f"a commit of all that ran: {', '.join(changed)} differed from {commit}")
+    locked = lineage.locked()
+    mine = locked.get(f"distill@{arm}", {})
+    if mine.get((STUDENTS / arm).as_posix()) != lineage.digest(STUDENTS / arm).md5:
+        missing.append("DVC's hashes: dvc.lock is of other weights than these; `dvc repro`, or `dvc checkout`")
+        rows = []
+    else:
+        outs = {**lineage.raw(), **{path: md5 for stage in BEFORE for path, md5 in locked.get(stage, {}).items()}, **mine}
+        rows = ["| what | DVC's md5 |", "|---|---|", *(f"| `{path}` | `{md5}` |" for path, md5 in outs.items()), ""]
+    with_others = f", but with other {', '.join(changed)} (below is what decided the weights)" if changed else ""
+    lines = [
+        "## How to make it again\n",
+        f"Commit `{commit or 'not known'}` of {_remote()}{with_others}.\n",
+        "```sh",
+        f"git checkout {commit or 'COMMIT'}",
+        f"dvc repro distill@{arm}",
+        f"alignti export {arm} {folder.name} --dtype {dtype}",
+        *([f"alignti reproduce {run}   # where it was made: runs it again and compares the bytes"] if run else []),
+        "```\n",
+        *rows,
+    ]
+    return "\n".join(lines), missing
+
+
+def _run(arm: str) -> str | None:
+    """The journal of the run that made these weights, whichever cache they went through."""
+    return lineage.maker(lineage.digest(STUDENTS / arm).md5)
+
+
+def _remote() -> str:
+    """Where this repository lies, without a login."""
+    done = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
+    address = done.stdout.strip()
+    return without_login(address) if not done.returncode and "://" in address else "this project"

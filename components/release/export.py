@@ -1,0 +1,202 @@
+"""`alignti export`: a model's folder to hand on, cast and sharded; it stands once stock transformers has read it back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from components.artifacts import DATASET, whole_folder
+from components.distill.export import save
+from components.errors import InputError, ModelError
+from components.evaluate.generate import answers, questions
+from components.models.collate import Collator
+from components.models.families import inputs
+from components.models.folder import weight_files
+from components.models.load import Loaded
+from components.models.processor import load_processor
+from components.models.template import Template
+from components.release import card
+from components.release.model import ADAPTER, base_of, find, open_model, template_of
+from components.settings import Settings
+from components.shards import Sample, Samples
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+# KL(as it was, in float32 || exported, in its own arithmetic) per answer token, nats: rounding to 23, 10 and 7 bits.
+TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
+ASKED = 8  # prepared samples that both answer
+# Whose text and vision parts llama.cpp's converter names, as its sources say; it was not run here.
+GGUF = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what reading it back showed."""
+
+    folder: Path
+    files: int
+    size_bytes: int
+    dtype: str
+    kl: float  # nats per answer token
+    same_answers: int
+    asked: int
+    missing: list[str]  # from the card
+    gguf: bool
+
+    def __str__(self) -> str:
+        lines = [
+            f"export: {self.files} files, {self.size_bytes / 2**20:,.1f} MiB in {self.dtype} -> {self.folder}",
+            f"Read back with stock transformers, on {self.asked} prepared samples: every weight as it was, rounded;"
+            f" KL {self.kl:.1g} nats a token (at most {TOLERANCE[self.dtype]:g}); {self.same_answers} of {self.asked} greedy"
+            " answers the same.",
+            *(f"The card lacks {what}." for what in self.missing),
+        ]
+        if self.gguf:
+            lines.append(
+                f"GGUF: llama.cpp's convert_hf_to_gguf.py {self.folder}, and again with --mmproj; see docs/students.md."
+            )
+        return "\n".join(lines)
+
+
+def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard: str, force: bool) -> Exported:
+    """Write the model called `name` to `folder`, whole or not at all.
+
+    Args:
+        dtype: fp32, fp16 or bf16; None: as it is stored.
+        shard: largest file of weights, such as 5GB.
+        force: replace what is at `folder`.
+
+    Raises:
+        InputError, ModelError, DataError: no such model; something is at `folder`; no samples to compare on; what was read
+            back is not what was written, or rounding changed it more than TOLERANCE.
+        TryAgainError: the disk is full, or the hub does not answer.
+    """
+    if folder.exists() and not force:
+        raise InputError(f"{folder} is there already; choose another folder, or --force to replace it")
+    if folder.is_file() or folder.resolve() == Path.cwd().resolve():
+        raise InputError(f"{folder} is no folder that could be replaced")
+    named = find(name, settings)
+    source = open_model(named.path, "cpu")
+    dtype = dtype or stored(named.path)
+    template = template_of(named, source, settings)
+    written = template.of(source.processor)
+    samples = some(settings)
+    before = Answers.of(source, samples, template, settings)
+    source.model.to(DTYPES[dtype])
+    text, missing = card.full(named.arm, folder, dtype) if named.arm in settings.study.arms else (_readme(named.path), [])
+    with whole_folder(folder) as draft:
+        try:
+            save(draft, source, written, text, max_shard_size=shard)
+        except ValueError as error:
+            raise InputError(f"--max-shard-size {shard}: {error}") from None
+        for kept in ("LICENSE*", "NOTICE*"):
+            for file in named.path.glob(kept):
+                shutil.copy2(file, draft / file.name)
+        again = reopened(draft)
+        _same_weights(source.model, again.model, folder)
+        after = Answers.of(again, samples, Template("", style="processor"), settings)
+        kl = before.divergence(after)
+        if not kl <= TOLERANCE[dtype]:
+            raise ModelError(
+                f"{name} in {dtype} answers differently: KL {kl:.2g} nats a token on {len(samples)} prepared samples, more than"
+                f" {TOLERANCE[dtype]:g}; {folder} was not written; export with --dtype fp32, or bf16 if this was fp16"
+            )
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return Exported(
+        folder=folder,
+        files=len(files),
+        size_bytes=sum(file.stat().st_size for file in files),
+        dtype=dtype,
+        kl=kl,
+        same_answers=sum(a == b for a, b in zip(before.texts, after.texts, strict=True)),
+        asked=len(samples),
+        missing=missing,
+        gguf=source.model.config.model_type in GGUF,
+    )
+
+
+def some(settings: Settings) -> list[Sample]:
+    """The first prepared questions of the evaluated split. Raises DataError if there is no data set."""
+    samples = Samples(DATASET, settings.evaluate.split)
+    return [samples[row] for row in questions(samples)[:ASKED]]
+
+
+def stored(path: Path) -> str:
+    """In what the folder's weights are stored, its first floating-point tensor telling; adapters: as their model."""
+    folder = base_of(path) if (path / ADAPTER).is_file() else path
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            kinds = (weights.get_slice(key).get_dtype() for key in weights.keys())  # noqa: SIM118
+            if found := next((STORED[kind] for kind in kinds if kind in STORED), None):
+                return found
+    raise ModelError(f"{path}: no floating-point weights")
+
+
+def reopened(folder: Path) -> Loaded:
+    """As a user opens it."""
+    from transformers import AutoModelForImageTextToText
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
+    return Loaded(model.eval(), load_processor(folder))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of some samples."""
+
+    texts: list[str]  # greedy
+    log_probs: list[Tensor]  # per sample (R, V), float32, at the tokens of the reference answer
+
+    @classmethod
+    def of(cls, loaded: Loaded, samples: list[Sample], template: Template, settings: Settings) -> Answers:
+        longest = settings.models.max_length
+        said = answers(loaded, samples, range(len(samples)), template, longest, settings.evaluate, "export: answers")
+        collator = Collator(loaded.processor, template, longest, train=True)
+        return cls(said, [_log_probs(loaded, collator, sample) for sample in samples])
+
+    def divergence(self, other: Answers) -> float:
+        """Mean KL(self || other) over all tokens, nats."""
+        pairs = zip(self.log_probs, other.log_probs, strict=True)
+        kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
+        return float(kl.mean())
+
+
+@torch.inference_mode()
+def _log_probs(loaded: Loaded, collator: Collator, sample: Sample) -> Tensor:
+    batch = collator([sample])
+    pixels = None if batch.pixel_values is None else batch.pixel_values.to(loaded.model.dtype)
+    logits = loaded.model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        pixel_values=pixels,
+        **inputs(loaded.model, batch),
+    ).logits
+    return logits[0, :-1][batch.response[0, 1:]].float().log_softmax(-1)
+
+
+def _same_weights(written: Any, read: Any, folder: Path) -> None:
+    found = read.state_dict()
+    for key, weight in written.state_dict().items():
+        if key not in found or not torch.equal(weight, found[key]):
+            raise ModelError(f"{folder} was not written: {key} does not come back as it was saved; is the disk sound?")
+
+
+def _readme(path: Path) -> str:
+    """The model's own card, or a line that says what it was merged from."""
+    if (path / "README.md").is_file():
+        return (path / "README.md").read_text(encoding="utf-8")
+    base = (
+        json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if (path / ADAPTER).is_file()
+        else ""
+    )
+    about = f"LoRA adapters folded into {base}." if base else "Exported as it was; it had no card."
+    return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n# {path.name}\n\n{about}\n"

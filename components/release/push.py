@@ -1,0 +1,156 @@
+"""`alignti push`: a model's folder to the hub, after saying what would go there. Without the explicit flag nothing leaves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from components.distill.card import NOT_STATED
+from components.errors import InputError, ModelError, TryAgainError
+from components.models.folder import weight_files
+from components.models.obtain import WANTED
+from components.redact import HIDDEN
+
+CARD = "README.md"
+RESERVED = re.compile(r"\bNC\b|non-?commercial|research only", re.IGNORECASE)
+UNSAID = re.compile(r"note it here before|not verified|unknown", re.IGNORECASE)  # as our data cards put it
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What would go to the hub."""
+
+    folder: Path
+    repo: str
+    files: dict[str, int]  # name -> bytes
+    left_out: list[str]
+    warnings: list[str]
+    private: bool
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.files)
+        lines = [f"{self.folder} -> {self.repo} on huggingface.co ({'private' if self.private else 'PUBLIC'}):"]
+        lines += [f"  {name:{width}}  {size / 2**20:10,.2f} MiB" for name, size in self.files.items()]
+        lines.append(f"  {len(self.files)} files, {sum(self.files.values()) / 2**20:,.2f} MiB")
+        lines += [f"  not uploaded: {name}" for name in self.left_out]
+        return "\n".join([*lines, *(f"  WARNING: {warning}" for warning in self.warnings)])
+
+
+def plan(folder: Path, repo: str, private: bool) -> Upload:
+    """Raises ModelError if the folder holds no whole model with a card, InputError if `repo` is no ORG/NAME."""
+    if "/" not in repo:
+        raise InputError(f"{repo!r}: name the repository ORG/NAME")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"{repo!r} is no name of a repository: {_line(error)}") from None
+    weight_files(folder)
+    if not (folder / CARD).is_file():
+        raise ModelError(
+            f"{folder}: no {CARD}, and a model without a card tells nobody what it is; `alignti export` writes one"
+        )
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {p.name: p.stat().st_size for p in found if p.parent == folder and any(fnmatch(p.name, kind) for kind in WANTED)}
+    left_out = [path.relative_to(folder).as_posix() for path in found if path.parent != folder or path.name not in files]
+    return Upload(folder, repo, files, left_out, list(warnings(folder / CARD)), private)
+
+
+def warnings(card: Path) -> Iterator[str]:
+    """What to settle before others get the model, as far as its front matter tells. Raises ModelError if that is not valid."""
+    try:
+        front = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
+    except Exception as error:  # yaml's, and the hub client's own
+        raise ModelError(f"{card}: its front matter is not valid: {_line(error)}") from None
+    if not front.get("license"):
+        yield f"{card.name} names no `license:`; choose one that all that went in allows, and put it into its front matter"
+    inputs = front.get("licences_of_inputs")
+    if not inputs:
+        yield f"{card.name} does not say under which licences its teacher, its start and its data are"
+    for what, licence in _flat(inputs or {}):
+        if licence == NOT_STATED or UNSAID.search(licence):
+            yield f"the licence of {what} is not stated; find out whether you may pass on what was made of it"
+        elif RESERVED.search(licence):
+            yield f"{what} is for non-commercial use or research ({licence})"
+    if not front.get("model-index"):
+        yield f"{card.name} has no scores"
+
+
+def push(upload: Upload, update: bool, api: HfApi | None = None) -> str:
+    """Upload as one commit; returns its address. The repository is made if it is not there.
+
+    Args:
+        update: add a commit to a repository that holds files already.
+
+    Raises:
+        InputError: no token, or one that may not write there; gated; the repository holds files and `update` is not set.
+        TryAgainError: no network, or the hub broke off; the same command goes on.
+    """
+    api = api or HfApi()
+    try:
+        if not (api.token or get_token()):
+            raise LocalTokenNotFoundError
+        made = api.create_repo(upload.repo, private=upload.private, exist_ok=True)
+        there = [name for name in api.list_repo_files(upload.repo) if name != ".gitattributes"]
+        if there and not update:
+            raise InputError(
+                f"{upload.repo} is on the hub already and holds {len(there)} files; choose another name, or --update to add a"
+                " commit"
+            )
+        done = api.upload_folder(
+            repo_id=upload.repo,
+            folder_path=upload.folder,
+            allow_patterns=list(upload.files),
+            commit_message="Upload by alignti push",
+        )
+    except LocalTokenNotFoundError:
+        raise InputError("no token of the hub: `hf auth login`, or set HF_TOKEN to one that may write") from None
+    except GatedRepoError:
+        raise InputError(f"{upload.repo} is gated, and this token's account has no access; ask its owner") from None
+    except (OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        raise TryAgainError(f"the hub cannot be reached ({_line(error)}); check the network and HF_HUB_OFFLINE") from None
+    except (RepositoryNotFoundError, HfHubHTTPError) as error:
+        raise _refused(upload.repo, error) from None
+    except HTTPError as error:
+        raise TryAgainError(f"the hub cannot be reached ({_line(error)}); check the network and run again") from None
+    return str(getattr(done, "commit_url", None) or made)
+
+
+def _refused(repo: str, error: HfHubHTTPError) -> InputError | TryAgainError:
+    status = getattr(error.response, "status_code", 0)
+    if status == 401:
+        return InputError("the hub does not take this token; `hf auth login`, or set HF_TOKEN to one that may write")
+    if status in (403, 404):
+        return InputError(f"this token may not write to {repo}; name your own account or an organisation that you may write to")
+    if status == 429 or status >= 500:
+        return TryAgainError(f"{repo}: the hub answers {status}; run again later, and it goes on")
+    return InputError(f"{repo}: the hub refuses: {_line(error)}")
+
+
+def _flat(licences: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for what, licence in licences.items():
+        if isinstance(licence, Mapping):
+            yield from ((f"{what} {name}", str(one)) for name, one in licence.items())
+        else:
+            yield what, str(licence)
+
+
+def _line(error: Exception) -> str:
+    """What it says first, without the token: `redact` knows that of the environment alone, not that of `hf auth login`."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return said.replace(token, HIDDEN) if (token := get_token()) else said

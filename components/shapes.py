@@ -1,0 +1,146 @@
+"""Shapes of models: of those that the recipes name, for plans made before anything is downloaded; and of any downloaded one.
+
+The numbers are those of each repository's config.json at the revision that the recipes pin. `tests/test_shapes.py` holds the
+parameters that they add up to against what is published of the sizes of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from components.cost import Language, Model, Tower
+
+IMAGE = (640, 480)  # pixels of the image that models are reckoned with whose visual tokens go by its shape
+
+SIGLIP = Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=384, patch_px=14)
+_SIGLIP_26 = replace(SIGLIP, layers=26)  # less the last, which LLaVA-OneVision does not read
+_QWEN_VIT = Tower(hidden=1280, layers=32, heads=16, mlp=3420, image_px=384, patch_px=14, gated=True, window=251)
+_QWEN3_VIT = Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=768, patch_px=16, window=1200)
+_QWEN3_VIT_SMALL = Tower(hidden=1024, layers=24, heads=16, mlp=4096, image_px=768, patch_px=16, window=1200)
+_SIGLIP_512 = Tower(hidden=768, layers=12, heads=12, mlp=3072, image_px=512, patch_px=16)
+
+_QWEN2_0_5B = Language(hidden=896, layers=24, heads=14, kv_heads=2, mlp=4864, vocabulary=151_936)
+_QWEN2_7B = Language(hidden=3584, layers=28, heads=28, kv_heads=4, mlp=18_944, vocabulary=152_064, tied=False)
+_QWEN3_1_7B = Language(hidden=2048, layers=28, heads=16, kv_heads=8, mlp=6144, vocabulary=151_936, head_dim=128)
+_QWEN3_8B = Language(hidden=4096, layers=36, heads=32, kv_heads=8, mlp=12_288, vocabulary=151_936, tied=False, head_dim=128)
+
+LANGUAGE_MODELS = {
+    "Qwen/Qwen2.5-0.5B": _QWEN2_0_5B,
+    "Qwen/Qwen2.5-1.5B": Language(hidden=1536, layers=28, heads=12, kv_heads=2, mlp=8960, vocabulary=151_936),
+    "Qwen/Qwen2.5-7B": _QWEN2_7B,
+    "Qwen/Qwen3-0.6B": Language(hidden=1024, layers=28, heads=16, kv_heads=8, mlp=3072, vocabulary=151_936, head_dim=128),
+    "Qwen/Qwen3-1.7B": _QWEN3_1_7B,
+    "Qwen/Qwen3-8B": _QWEN3_8B,
+}
+TOWERS = {"google/siglip-so400m-patch14-384": SIGLIP}
+
+
+def llava(tower: Tower, language: Language) -> Model:
+    """LLaVA-1.5: two linear layers between them, a visual token per patch."""
+    return Model(tower, language, (tower.hidden + language.hidden) * language.hidden, tower.tokens, tower.tokens)
+
+
+def _merged(tower: Tower, language: Language, mergers: int, visual: int) -> Model:
+    """Qwen-VL: patches merged two by two, by two linear layers; Qwen3-VL does so after three more layers of the tower."""
+    wide = 4 * tower.hidden
+    return Model(tower, language, mergers * (wide + language.hidden) * wide, patches=4 * visual, visual=visual)
+
+
+def _shuffled(tower: Tower, language: Language, side: int) -> Model:
+    """Idefics3: side x side neighbours become one token, by one linear layer; one tile."""
+    return Model(tower, language, side**2 * tower.hidden * language.hidden, tower.tokens, tower.tokens // side**2)
+
+
+def _tiled(tower: Tower, language: Language) -> Model:
+    """LLaVA-OneVision: IMAGE whole and in 2 x 2 tiles, whose padding goes, with a token that ends each row."""
+    return replace(llava(tower, language), patches=5 * tower.tokens, visual=tower.tokens + 40 * (54 + 1))
+
+
+MODELS = {
+    "Qwen/Qwen2.5-VL-7B-Instruct": _merged(_QWEN_VIT, _QWEN2_7B, mergers=1, visual=23 * 17),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _merged(
+        _QWEN_VIT,
+        Language(hidden=2048, layers=36, heads=16, kv_heads=2, mlp=11_008, vocabulary=151_936),
+        mergers=1,
+        visual=23 * 17,
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": _merged(_QWEN3_VIT, _QWEN3_8B, mergers=4, visual=20 * 15),
+    "Qwen/Qwen3-VL-2B-Instruct": _merged(_QWEN3_VIT_SMALL, _QWEN3_1_7B, mergers=4, visual=20 * 15),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _shuffled(
+        SIGLIP, Language(hidden=2048, layers=24, heads=32, kv_heads=32, mlp=8192, vocabulary=49_280, tied=False), side=3
+    ),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _shuffled(
+        _SIGLIP_512, Language(hidden=960, layers=32, heads=15, kv_heads=5, mlp=2560, vocabulary=49_280, tied=False), side=4
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _tiled(_SIGLIP_26, replace(_QWEN2_7B, vocabulary=152_128)),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _tiled(_SIGLIP_26, replace(_QWEN2_0_5B, vocabulary=152_000)),
+}
+
+# By their cards; none of these repositories is gated.
+LICENCES = dict.fromkeys([*MODELS, *LANGUAGE_MODELS, *TOWERS], "Apache 2.0") | {
+    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research Licence, not for commercial use"
+}
+
+
+def of_folder(folder: Path) -> Model | None:
+    """By the folder's config.json; None if it is of a family that this module has no rule for."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    build: Any = {
+        "llava": llava,
+        "llava_onevision": _tiled,
+        "qwen2_5_vl": lambda tower, text: _merged(tower, text, 1, _native(config)),
+        "qwen3_vl": lambda tower, text: _merged(
+            tower, text, 1 + len(config.vision_config.deepstack_visual_indexes), _native(config)
+        ),
+        "idefics3": lambda tower, text: _shuffled(tower, text, config.scale_factor),
+        "smolvlm": lambda tower, text: _shuffled(tower, text, config.scale_factor),
+    }.get(config.model_type)
+    if build is None:
+        return None
+    language = replace(language_of(config.get_text_config()), tied=bool(config.tie_word_embeddings))
+    made: Model = build(tower_of(config.vision_config), language)
+    return made
+
+
+def language_of(config: Any) -> Language:
+    """Of a language model's configuration."""
+    return Language(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        mlp=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        head_dim=getattr(config, "head_dim", None),
+    )
+
+
+def tower_of(config: Any) -> Tower:
+    """Of a vision tower's configuration: SigLIP's and CLIP's names of things, or Qwen's."""
+    qwen = hasattr(config, "depth")
+    gated = config.model_type == "qwen2_5_vl"
+    return Tower(
+        hidden=config.hidden_size,
+        layers=config.depth if qwen else config.num_hidden_layers,
+        heads=config.num_heads if qwen else config.num_attention_heads,
+        mlp=config.intermediate_size,
+        image_px=math.isqrt(getattr(config, "num_position_embeddings", 0)) * config.patch_size if qwen else config.image_size,
+        patch_px=config.patch_size,
+        gated=gated,
+        window=4 * _side(IMAGE[0], config) * _side(IMAGE[1], config) if qwen else None,
+    )
+
+
+def _native(config: Any) -> int:
+    """Visual tokens of IMAGE, two by two patches each, where images are seen in their own resolution."""
+    return _side(IMAGE[0], config.vision_config) * _side(IMAGE[1], config.vision_config)
+
+
+def _side(pixels: int, vision: Any) -> int:
+    return round(pixels / (vision.spatial_merge_size * vision.patch_size))

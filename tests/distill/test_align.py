@@ -1,0 +1,86 @@
+"""Stage 1: captions and cross-entropy alone, with no teacher anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.artifacts import IRS, MODELS, TEACHER, LayerChoice, ModelIndex, TeacherChoice
+from components.distill.__main__ import trained_on
+from components.errors import DataError
+from components.irs.__main__ import main as search_layer
+from components.models.__main__ import main as obtain_models
+from components.settings import DistillSettings, load_settings
+from components.teacher.__main__ import main as select_teacher
+from tests.distill.conftest import write_params
+from tests.distill.test_stage import run
+from tests.models.conftest import saved, word_processor
+
+
+@pytest.fixture
+def aligning(workplace: Path) -> Path:
+    """No teacher in the settings, none on the disk."""
+    for folder in (TEACHER, IRS, MODELS / "teachers"):
+        shutil.rmtree(folder)
+    index = ModelIndex.read(MODELS / "index.json")
+    ModelIndex(teachers={}, students=index.students).write(MODELS / "index.json")
+    student = {"source": "theirs", "revision": None}
+    family: dict[str, Any] = {"teachers": {}, "students": {"student": student}}
+    write_params(workplace, "models", {"family": "pretrained", "embedded": None, "pretrained": family})
+    weights = {"sft": 1.0, "kd": 0.0, "iva": 0.0, "tpa": 0.0}
+    write_params(workplace, "study", {"arms": {"align": {"weights": weights, "student": "student", "seed": 1}}})
+    write_params(workplace, "evaluate", {"baselines": ["align"]})
+    trainable = {"vision_tower": False, "projector": True, "language_model": False, "lora": None}
+    write_params(workplace, "distill", {"stage": "align", "trainable": trainable, "steps": 30})
+    return workplace
+
+
+def test_stage_1_has_no_teacher_and_says_so(aligning: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    select_teacher()
+    search_layer()
+    assert capsys.readouterr().out.count("nothing to do, params/distill.yaml:stage is align") == 2
+    assert json.loads(Path("reports/irs/curve.json").read_text()) == []  # what dvc.yaml plots
+    with pytest.raises(DataError, match=r"choice.json holds no TeacherChoice: .*stage is align"):
+        TeacherChoice.read(TEACHER / "choice.json")
+
+
+def test_it_trains_on_the_captions(aligning: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("align")
+    losses = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    assert losses[-1]["sft"] < losses[0]["sft"] and not any(losses[0][term] for term in ("kd", "iva", "tpa"))
+    assert "8 samples of 24; " in capsys.readouterr().out
+    card = (folder / "model/README.md").read_text()
+    assert "from captions, before distillation" in card and '"teacher": null' in card
+
+
+def test_what_it_made_is_the_start_of_a_distillation(aligning: Path) -> None:
+    run("align")
+    teacher = saved(aligning / "theirs", word_processor(), hidden=48)
+    made = {"source": "artifacts/students/align/model", "revision": None}
+    family = {"teachers": {"base": {"source": str(teacher), "revision": None}}, "students": {"student": made}}
+    write_params(aligning, "models", {"pretrained": family})
+    weights = dict.fromkeys(("sft", "kd", "iva", "tpa"), 1.0)
+    write_params(aligning, "study", {"arms": {"next": {"weights": weights, "student": "student", "seed": 1}}})
+    write_params(aligning, "evaluate", {"baselines": ["next"]})
+    trainable = {"vision_tower": False, "projector": True, "language_model": True, "lora": None}
+    write_params(aligning, "distill", {"stage": "distill", "trainable": trainable})
+    obtain_models()
+    chosen = ModelIndex.read(MODELS / "index.json").teachers["base"]
+    TeacherChoice(name="base", path=chosen.path, sha256=chosen.sha256).write(TEACHER / "choice.json")
+    LayerChoice(layer=1, irs=[0, 1], standard_error=[0, 0], separated=True, runner_up=0, images=8, pairs=8).write(
+        IRS / "layer.json"
+    )
+    losses = [json.loads(line) for line in (run("next") / "losses.jsonl").read_text().splitlines()]
+    assert losses[-1]["total"] < losses[0]["total"] and all(losses[0][term] > 0 for term in weights)
+
+
+def test_captions_are_those_marked_so_or_all_there_is(aligning: Path) -> None:
+    align: DistillSettings = load_settings().distill
+    distill = align.model_copy(update={"stage": "distill"})
+    assert trained_on(["caption", "list", "caption"], align) == [0, 2]
+    assert trained_on(["caption", "list", "caption"], distill) == [1]
+    assert trained_on(["instruction", "instruction"], align) == [0, 1]

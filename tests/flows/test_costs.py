@@ -1,0 +1,110 @@
+"""What `alignti plan` says of a full-size recipe on a machine that has nothing of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from components import recipes, shapes
+from components.errors import InputError
+from components.settings import Checkpoint, Cut
+from flows import bill, costs, recipe_page
+from tests.families import toy
+
+ROOT = Path(__file__).parents[2]
+NAME = "paper-qwen2.5-0.5b"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone without data, with an empty cache of the hub."""
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    monkeypatch.setattr(costs, "hub_cache", lambda: tmp_path / "hub")
+    return tmp_path
+
+
+def told(name: str, root: Path) -> str:
+    console = Console(file=io.StringIO(), width=160, highlight=False)
+    bill.show(name, recipes.settings_with(name, root), root, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_all_runs_and_all_that_is_missing_are_told(root: Path) -> None:
+    said = told(NAME, root)
+    for run in ("teacher-align", "teacher ", "align ", " (these params)"):
+        assert f"{NAME}/{run}" in said or f"{NAME}{run}" in said
+    for source in ("Qwen/Qwen2.5-7B@d1497293", "Qwen/Qwen2.5-0.5B@060db649", "siglip-so400m-patch14-384@9fdffc58"):
+        assert said.count(source) == 1
+    assert "MobileVLM_V2_FT_Mix2M.json, 2,428,000 rows" in said and "data/llava/pretrain (images)" in said
+    assert "15.2" in said and "of unknown size" in said and "not gated" in said
+    assert "an assumed share" in said and "by up to" not in said  # a clone without the benchmark's results
+    assert "artifacts/students" not in said
+
+
+def test_what_is_here_is_not_missing(root: Path) -> None:
+    settings = recipes.settings_with(f"{NAME}/align", root)
+    before = {item.what for item in costs.missing(settings, root)}
+    snapshot = root / "hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6499f32faf8b98477b0a26969ef7d8b9987"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    halfway = {item.what for item in costs.missing(settings, root)}
+    (snapshot / "model.safetensors").touch()
+    (root / "data/sharegpt4v").mkdir(parents=True)
+    (root / "data/sharegpt4v/one.jpg").touch()
+    after = {item.what for item in costs.missing(settings, root)}
+    assert halfway == before and before - after == {"Qwen/Qwen2.5-0.5B@060db649", "data/sharegpt4v (images)"}
+
+
+def test_a_student_that_a_run_will_make_has_the_shape_of_its_parts(root: Path) -> None:
+    found = costs.estimate(NAME, recipes.settings_with(NAME, root), root)
+    align = costs.estimate(f"{NAME}/align", recipes.settings_with(f"{NAME}/align", root), root)
+    assert found is not None and align is not None
+    assert found.disk["students"] == 3 * align.disk["students"]
+    assert found.hours["distill@sft"] < found.hours["distill@kd"] < found.hours["distill@align_ti"]
+    assert found.seconds["distill@kd"] == pytest.approx(3600 * found.hours["distill@kd"] / 8)
+
+
+def test_a_config_that_is_here_comes_before_what_is_known(root: Path) -> None:
+    settings = recipes.settings_with("qwen3-vl-8b-to-2b", root)
+    plain = costs.estimate("qwen3-vl-8b-to-2b", settings, root)
+    assert settings.models.pretrained is not None and plain is not None
+    student = settings.models.pretrained.students["student"]
+    assert isinstance(student, Checkpoint) and student.revision is not None
+    shutil.copytree(toy.folder("qwen3_vl"), root / "hub/models--Qwen--Qwen3-VL-2B-Instruct/snapshots" / student.revision)
+    toy_sized = costs.estimate("qwen3-vl-8b-to-2b", settings, root)
+    assert toy_sized is not None and toy_sized.disk["students"] < plain.disk["students"] / 1000
+
+
+def test_a_cut_student_is_smaller_and_an_unknown_model_is_named(root: Path) -> None:
+    settings = recipes.settings_with("qwen3-vl-8b-to-2b", root)
+    cut = costs._model(Cut(teacher="teacher", every=2, mlp=4096), "qwen3-vl-8b-to-2b", settings, root)
+    whole = shapes.MODELS["Qwen/Qwen3-VL-8B-Instruct"]
+    assert cut.language.layers == 18 and cut.language.mlp == 4096 and cut.tower == whole.tower
+    with pytest.raises(InputError, match="the shape of me/mine is not known"):
+        costs._model(Checkpoint(source="me/mine", revision="0" * 40), "qwen3-vl-8b-to-2b", settings, root)
+
+
+def test_the_recipes_headers_and_the_page_are_up_to_date() -> None:
+    for path, text in recipe_page.headers(ROOT).items():
+        assert text == path.read_text(encoding="utf-8"), f"{path.name}: run `python -m flows.recipe_page`"
+    page = (ROOT / recipe_page.PAGE).read_text(encoding="utf-8")
+    assert page == recipe_page.refreshed(page, ROOT)
+
+
+def test_published_targets_are_those_of_the_table() -> None:
+    with (ROOT / "components/evaluate/published.csv").open(encoding="utf-8") as file:
+        averages = {row["backbone"]: row["average"] for row in csv.DictReader(file) if row["method"] == "Align-TI"}
+    found = {}
+    for name in recipes.names(ROOT):
+        if stated := re.match(
+            r"published: ([\d.]+) on average of six benchmarks \(Align-TI, ([\w.-]+) in", recipes.about(name, ROOT).result
+        ):
+            found[stated[2]] = stated[1]
+            assert stated[2].lower() in name
+    assert found == {backbone: averages[backbone] for backbone in found} and len(found) == 4

@@ -1,0 +1,175 @@
+"""A pair of LLaVA-OneVision distilled by `dvc repro` from a user's folder in which one row in a hundred is faulty.
+
+python -m tests.pipeline.planted_faults FOLDER     makes the workspace FOLDER, runs the pipeline there, says what came of it
+
+Fails if a planted row was stored, if a good one was not, if a reason is not the planted one, or if the loss did not fall.
+It takes minutes, so `make test` does not run it; the outcome is in docs/data.md. Teacher and student are the toy ones of
+tests/families, with random weights, saved as the hub has them. The code is that of the last commit.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from components import recipes
+from components.artifacts import Manifest
+from tests.families import toy
+
+ROOT = Path(__file__).parents[2]
+ROWS, ONE_IN, PER_IMAGE = 3000, 100, 3
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "empty": (12, 12, 12)}
+PLACES = ("a1", "b1", "a2", "b2")
+
+Row = dict[str, Any]
+
+
+# --- what is planted: reason -> how a good row is spoilt; the row itself is changed, or a file of its own is made ------------
+
+
+def own_image(row: Row, folder: Path, content: bytes) -> None:
+    row["image"] = f"planted/{row['id']}.jpg"
+    (folder / row["image"]).write_bytes(content)
+
+
+def turns(row: Row) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = row["conversations"]
+    return found
+
+
+def jpeg(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(7).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+PLANTS: dict[str, Callable[[Row, Path], object]] = {
+    "missing_file": lambda row, _: row.update(image=f"planted/gone-{row['id']}.jpg"),
+    "damaged": lambda row, folder: own_image(row, folder, jpeg(64, 64)[:-400]),
+    "zero_bytes": lambda row, folder: own_image(row, folder, b""),
+    "not_an_image": lambda row, folder: own_image(row, folder, b"<html>404 Not Found</html>"),
+    "too_large": lambda row, folder: own_image(row, folder, jpeg(500, 500)),
+    "turns": lambda row, _: turns(row).reverse(),
+    "image_marks": lambda row, _: turns(row)[0].update(value="what is at a1 ?"),
+    "duplicate_id": lambda row, _: row.update(id="0"),
+    "too_long": lambda row, _: turns(row)[1].update(value="red " * 600),
+    "image_path": lambda row, _: row.update(image=f"../../{row['image']}"),
+    "empty_answer": lambda row, _: turns(row)[1].update(value="  "),
+    "empty_question": lambda row, _: turns(row)[0].update(value="<image>\n"),
+    "missing_key": lambda row, _: row.pop("conversations"),
+    "wrong_type": lambda row, _: row.update(image=[row["image"]]),
+    "malformed_json": lambda row, _: row.update(cut=True),  # its line is cut when it is written
+}
+LIMITS = {"max_pixels": 200_000, "max_image_mib": 1, "max_text_chars": 2_000, "max_bad_ratio": 0.02}
+
+
+# --- the user's folder ------------------------------------------------------------------------------------------------------
+
+
+def write_data(folder: Path) -> dict[int, str]:
+    """`folder/rows.jsonl` and `folder/images`; returns line number -> reason of the planted rows."""
+    (folder / "images/planted").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = [row for number in range(ROWS // PER_IMAGE) for row in about(number, folder / "images", rng)]
+    planted = {}
+    reasons = list(PLANTS)
+    for count, at in enumerate(range(ONE_IN - 1, ROWS, ONE_IN)):
+        planted[at + 1] = reasons[count % len(reasons)]
+        PLANTS[planted[at + 1]](rows[at], folder / "images")
+    lines = [json.dumps(row)[: -9 if row.pop("cut", False) else None] for row in rows]
+    (folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return planted
+
+
+def about(number: int, images: Path, rng: np.random.Generator) -> list[Row]:
+    """Three questions about one image of 2 x 2 coloured cells, of one of three shapes."""
+    cells = [list(COLOURS)[i] for i in rng.integers(0, 3, 4)]
+    width, height = [(40, 20), (16, 16), (20, 40)][number % 3]
+    pixels = np.zeros((height, width, 3), np.uint8)
+    for i, colour in enumerate(cells):
+        top, left = (i // 2) * height // 2, (i % 2) * width // 2
+        pixels[top : top + height // 2, left : left + width // 2] = COLOURS[colour]
+    pixels += rng.integers(0, 20, pixels.shape, dtype=np.uint8)
+    name = f"{number:05}.png"
+    Image.fromarray(pixels).save(images / name)
+    rows = []
+    for i in range(PER_IMAGE):
+        asked = {"from": "human", "value": f"<image>\nwhat is at {PLACES[i]} ?"}
+        rows.append(
+            {"id": str(PER_IMAGE * number + i), "image": name, "conversations": [asked, {"from": "gpt", "value": cells[i]}]}
+        )
+    return rows
+
+
+# --- the workspace ----------------------------------------------------------------------------------------------------------
+
+
+def workspace(root: Path) -> dict[int, str]:
+    """A clone with these data, these models and params for them; returns what is planted."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
+    shutil.rmtree(root / "data", ignore_errors=True)
+    planted = write_data(root / "data/mine")
+    checkpoints = {
+        role: {name: {"source": str(toy.save("llava_onevision", root / "hub" / name, seed, layers)), "revision": None}}
+        for role, name, seed, layers in (("teachers", "large", 1, 3), ("students", "student", 2, 2))
+    }
+    recipes.use("smoke", root)
+    change(root, "data", source="llava", limits=LIMITS, images_per_shard=200)
+    change(root, "data", llava={"annotations": "data/mine/rows.jsonl", "images": "data/mine/images", "val": 0.05, "test": 0.05})
+    change(root, "models", family="pretrained", pretrained=checkpoints, max_length=256)
+    change(root, "models", template={"style": "processor", "system": ""})
+    change(root, "distill", steps=120, batch_size=16, micro_batch_size=16, log_every=10, checkpoint_every=60)
+    change(root, "evaluate", max_new_tokens=4)
+    dvc(root, "add", "--quiet", "data")
+    return planted
+
+
+def change(root: Path, file: str, **values: Any) -> None:
+    path = root / f"params/{file}.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}, sort_keys=False))
+
+
+def dvc(root: Path, *words: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, check=True, env={**os.environ, "PYTHONPATH": "."})
+
+
+def outcome(root: Path, planted: dict[int, str]) -> str:
+    """Raises AssertionError if it is not what the planted rows ask for."""
+    manifest = Manifest.read(root / "artifacts/dataset/manifest.json")
+    refused = [json.loads(line) for line in (root / "artifacts/dataset/quarantine.jsonl").read_text().splitlines()]
+    assert {one["row"]: one["reason"] for one in refused} == planted, "each planted row, and no other, for its own reason"
+    assert (manifest.rows_in, manifest.rows_out) == (ROWS, ROWS - len(planted))
+    lines = [f"{ROWS:,} rows, {len(planted)} planted, {len(refused)} quarantined, each for the reason planted:"]
+    lines.append("  " + ", ".join(f"{reason} {count}" for reason, count in Counter(planted.values()).items()))
+    for arm in ("sft", "align_ti"):
+        losses = [json.loads(line) for line in (root / f"artifacts/students/{arm}/losses.jsonl").read_text().splitlines()]
+        terms = [name for name in ("sft", "kd", "iva", "tpa") if losses[0].get(name)]
+        first, last = ({name: one[name] for name in terms} for one in (losses[0], losses[-1]))
+        assert last["sft"] < first["sft"], (arm, first, last)
+        lines.append(f"{arm}: " + ", ".join(f"L_{name} {first[name]:.3f} -> {last[name]:.3f}" for name in terms))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    root = Path(sys.argv[1]).resolve()
+    planted = workspace(root)
+    start = time.perf_counter()
+    dvc(root, "repro")
+    print(f"{outcome(root, planted)}\ndvc repro: {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

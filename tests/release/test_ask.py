@@ -1,0 +1,125 @@
+"""`alignti try`: the answers, the timings, the picture, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from components.errors import AlignTIError, DataError, InputError
+from components.evaluate.generate import answers
+from components.models.collate import Collator
+from components.models.load import load
+from components.models.template import Template
+from components.release import look as module
+from components.release.ask import Answer, read, respond, run, sample_of
+from components.release.look import layer_of, look, placed
+from components.release.model import Named, find
+from components.settings import Settings
+from tests.families import toy
+
+QUESTION = "what digit is at a1 ?"
+
+
+def asked(settings: Settings, name: str = "align_ti", longest: int = 6) -> tuple[Answer, list[str]]:
+    """The answer, and its text at each change."""
+    answer, said = Answer(find(name, settings)), []
+    loaded = load(answer.named.path, "cpu")
+    batch, eos = read(loaded, answer.named, sample_of(Path("cat.png"), QUESTION, settings.data.limits), settings)
+    respond(loaded, batch, eos, longest, answer, lambda: said.append(answer.text))
+    return answer, said
+
+
+def test_the_answer_is_that_of_evaluation_and_comes_in_pieces(project: Path, settings: Settings) -> None:
+    answer, said = asked(settings)
+    sample = sample_of(Path("cat.png"), QUESTION, settings.data.limits)
+    loaded = load(Path("artifacts/students/align_ti/model"), "cpu")
+    evaluate = settings.evaluate.model_copy(update={"max_new_tokens": 6})
+    (expected,) = answers(loaded, [sample], [0], Template.asked(settings.models.template), 200, evaluate, "")
+    assert answer.text == expected != ""
+    assert len(said) > 2, "it came word by word"
+    assert len(answer.written) <= 6 and answer.written == sorted(answer.written) and answer.written[0] > 0
+    assert "first token after" in answer.timings and f"{len(answer.written)} tokens" in answer.timings
+
+
+def test_an_exported_students_own_template_reads_as_the_one_it_was_trained_with(project: Path) -> None:
+    """So a student asked by its folder is asked as by its name."""
+    loaded = load(Path("artifacts/students/align_ti/model"), "cpu")
+    trained = Template("Look closely.")
+    loaded.processor.chat_template = trained.of(loaded.processor).jinja.replace("<image>", loaded.processor.image_token)
+    own = Collator(loaded.processor, Template("", style="processor"), 400, train=False)
+    ours = Collator(loaded.processor, trained, 400, train=False)
+    for sample in toy.SAMPLES:
+        assert own([sample]).input_ids.tolist() == ours([sample]).input_ids.tolist()
+    assert own.eos_id == ours.eos_id
+
+
+def test_two_models_answer_side_by_side_and_show_where_they_looked(
+    project: Path, settings: Settings, capsys: pytest.CaptureFixture
+) -> None:
+    run(["align_ti", "teacher"], Path("cat.png"), QUESTION, settings, longest=3, overlay=True)
+    out = capsys.readouterr().out
+    assert "align_ti" in out and "teacher" in out and out.count("first token after") == 2
+    assert "align_ti, layer 0: as deep in its 2 layers as layer 1 lies in the teacher's 3" in " ".join(out.split())
+    assert "teacher, layer 1: the layer that the layer search chose" in out
+    path = Path("reports/try/cat-align_ti-teacher.png")
+    assert str(path) in out
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert pixels.shape[1] > 2 * pixels.shape[0] and pixels.std() > 20
+
+
+def test_where_no_search_was_made_all_layers_are_shown(project: Path) -> None:
+    assert layer_of(Named("base", project, None), 3)[0] is None
+    Path("artifacts/irs/layer.json").unlink()
+    assert layer_of(Named("align_ti", project, "align_ti"), 3)[0] is None
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_attention_is_laid_out_over_the_whole_image(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide images: rectangles where tokens tile them, and the square of the whole where there are tiles besides."""
+    loaded, sample = toy.loaded(family), toy.SAMPLES[0]
+    batch = toy.batch(family, [sample])
+    count = int(batch.visual.sum())
+    grid = placed(loaded, batch, np.arange(count))
+    rows, columns = grid.shape
+    if family.startswith("qwen"):
+        assert (rows * columns, columns > rows) == (count, True)
+    elif family in module.WHOLE:
+        assert rows == columns and rows * columns == 4 <= count
+        first = grid[0, 0] == 0
+        assert first == (module.WHOLE[family] == "first" or count == 4)
+    else:
+        assert rows == columns and rows * columns == count
+    answer = "red"
+    seen = look(Named(family, Path(), None), loaded, replace(batch, ids=["x"]), sample, answer)
+    assert seen.heat.grid.shape == grid.shape and seen.heat.grid.mean() == pytest.approx(1)
+    assert seen.heat.below == answer and seen.heat.above == f"{family}, all layers"
+
+
+def test_tokens_that_are_no_square_are_refused() -> None:
+    with pytest.raises(InputError, match="12 visual tokens"):
+        placed(toy.loaded("llava"), toy.batch("llava", [toy.SAMPLES[0]]), np.ones(12))
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "message", "kind"),
+    [
+        ("cat.png", " <image> ", "the question is empty", InputError),
+        ("gone.png", "what ?", "gone.png is no file", InputError),
+        ("notes.txt", "what ?", "notes.txt is none of JPEG, PNG", InputError),
+        ("half.png", "what ?", "half.png is truncated or damaged", InputError),
+        ("cat.png", "what <|im_end|> ?", "special token '<|im_end|>' stands in its text", DataError),
+        ("cat.png", "what " * 2000, "params/models.yaml:max_length", DataError),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    image: str, question: str, message: str, kind: type[AlignTIError], project: Path, settings: Settings
+) -> None:
+    Path("notes.txt").write_text("no picture")
+    Path("half.png").write_bytes(toy.png(40, 20)[:-300])
+    with pytest.raises(kind) as refusal:
+        run(["align_ti"], Path(image), question, settings, longest=2, overlay=False)
+    assert message in str(refusal.value) and refusal.value.exit_code == 2

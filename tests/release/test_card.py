@@ -1,0 +1,163 @@
+"""The model card: the same bytes each time when the student is made, and all that is known when it is exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from components import lineage
+from components.artifacts import (
+    DATASET,
+    MODELS,
+    REPORTS,
+    STUDENTS,
+    ArmResult,
+    Comparison,
+    Difference,
+    ModelIndex,
+    SourceRecord,
+    Sources,
+    TeacherResult,
+    write_text,
+)
+from components.distill.card import NOT_STATED, facts_in, licence_of, model_card
+from components.meter import CPU_WH, GPU_WH
+from components.release.card import full
+from components.tracking import JOURNALS
+from tests.release.conftest import COMMIT, facts
+
+ARM = STUDENTS / "align_ti"
+
+
+def test_the_first_card_is_valid_and_the_same_each_time(project: Path) -> None:
+    text = model_card("align_ti", facts())
+    assert text == model_card("align_ti", facts()) == (ARM / "model/README.md").read_text()
+    front = ModelCard(text).data.to_dict()
+    assert front["base_model"] == ["org/small", "org/large"] and front["library_name"] == "transformers"
+    assert front["licences_of_inputs"] == {
+        "student before it": "apache-2.0", "teacher": "large-community", "data": "CC0, by me."
+    }  # fmt: skip
+    for said in (
+        "Loss: L = L_sft + 0.5 L_kd + L_iva. L_iva weighs",
+        "layer l* = 1 of the teacher",
+        "My cats: 2 training samples about 2 images",
+        f"`org/large` at `{COMMIT[:12]}`",
+        "800 steps of 32 samples, learning rate 0.001, fp32; trained: projector, language model.",
+    ):
+        assert said in text
+    assert facts_in(text) == json.loads(json.dumps(facts()))
+    assert COMMIT not in text.replace(COMMIT[:12], ""), "no commit of ours: it would change the bytes"
+
+
+def test_licences_that_nobody_stated_are_said_not_to_be(project: Path) -> None:
+    record = ModelIndex.read(MODELS / "index.json").teachers["base"]
+    readme = Path(record.path) / "README.md"
+    for text in ("", "no front matter\n---\n", "---\n: [\n---\n", "---\ntags: [x]\n---\n", "---\n- a list\n---\n"):
+        readme.write_text(text)
+        assert licence_of(record) == NOT_STATED
+    readme.unlink()
+    assert licence_of(record) == NOT_STATED
+    (DATASET / "card.md").unlink()
+    assert f"{NOT_STATED}\n\n## How" in model_card("align_ti", facts())
+
+
+def test_a_folder_of_ones_own_is_named_without_where_it_lies(project: Path) -> None:
+    index = ModelIndex.read(MODELS / "index.json")
+    own = index.students["student"].model_copy(update={"origin": "/home/ann/secret/mine", "revision": None})
+    index.model_copy(update={"students": {"student": own}}).write(MODELS / "index.json")
+    text = model_card("align_ti", facts())
+    assert "`mine`" in text and "ann" not in text
+    assert ModelCard(text).data.to_dict()["base_model"] == ["org/large"]
+
+
+def test_a_model_aligned_on_captions_has_no_teacher_on_its_card(project: Path) -> None:
+    text = model_card("align_ti", facts(teacher=None, irs_layer=None, distill={**facts()["distill"], "stage": "align"}))
+    assert "| teacher |" not in text and "cross-entropy on the captions alone" in text
+    assert ModelCard(text).data.to_dict()["base_model"] == ["org/small"]
+
+
+def test_a_mixture_names_each_sources_licence(project: Path) -> None:
+    sources = {
+        name: SourceRecord(weight=1, licence=licence, files="x", rows=2) for name, licence in {"a": "MIT", "b": "CC0"}.items()
+    }
+    Sources(sources=sources).write(DATASET / "sources.json")
+    front = ModelCard(model_card("align_ti", facts())).data.to_dict()
+    assert front["licences_of_inputs"]["data"] == {"a": "MIT", "b": "CC0"}
+
+
+def comparison() -> Comparison:
+    """One arm of 84.1%, its gain over `kd` within the noise."""
+    interval = (0.8255, 0.8565)
+    scores: dict[str, Any] = {
+        "exact_match": 0.841, "ci95": interval, "average": 0.84, "average_ci95": interval,
+        "per_kind": {"digit_at": 0.841}, "per_kind_ci95": {"digit_at": interval}, "yes_no": {},
+    }  # fmt: skip
+    gain = Difference(arm="align_ti", against="kd", difference=-0.001, ci95=(-0.011, 0.009), p_value=0.9, p_holm=1)
+    cost: dict[str, Any] = {"train_seconds": 90.4, "peak_memory_mib": 1036.2, "device": "cpu", "steps": 800}
+    arm = ArmResult(**scores, **cost, share_of_teacher=0.95, share_ci95=interval, gains={"kd": gain})
+    return Comparison(
+        headline="", standing="", split="test", n=2000, images=500, kinds={"digit_at": 2000}, confidence=0.95, resamples=100,
+        method="Percentile intervals of a cluster bootstrap.", teacher=TeacherResult(**scores), arms={"align_ti": arm},
+        order=["align_ti"], pairs=[], noise=None, detectable=None, seeds=[],
+    )  # fmt: skip
+
+
+def locked(arm_digest: str, model_digest: str) -> None:
+    """dvc.lock, the journal of the run that made the student, and the note of who made what."""
+    stages = {
+        "prepare": {"outs": [{"path": "artifacts/dataset", "md5": "11.dir"}]},
+        "distill@align_ti": {"outs": [{"path": str(ARM), "md5": arm_digest}]},
+        "evaluate@align_ti": {"deps": [{"path": str(ARM / "model"), "md5": model_digest}], "outs": []},
+    }
+    write_text(Path("dvc.lock"), yaml.safe_dump({"stages": stages}))
+    events = [
+        {"event": "start", "tags": {"mlflow.source.git.commit": COMMIT}},
+        {"event": "origin", "params": {}, "uncommitted": []},
+        {"event": "metrics", "step": None, "values": {GPU_WH: 1.25, CPU_WH: 0.5}},
+    ]
+    write_text(JOURNALS / "run-1.jsonl", "".join(json.dumps(event) + "\n" for event in events))
+    lineage.note_maker(lineage.digest(ARM).md5, "run-1")
+
+
+@pytest.fixture
+def compared(project: Path) -> Comparison:
+    locked(lineage.digest(ARM).md5, lineage.digest(ARM / "model").md5)
+    comparison().write(REPORTS / "compare.json")
+    return comparison()
+
+
+def test_the_full_card_has_scores_cost_and_the_way_to_make_it_again(compared: Comparison) -> None:
+    text, missing = full("align_ti", Path("out/mine"), "bf16")
+    assert missing == []
+    card, result = ModelCard(text), compared.arms["align_ti"]
+    (value,) = card.data.to_dict()["model-index"][0]["results"]
+    assert value["dataset"]["split"] == compared.split
+    assert (value["metrics"][0]["type"], value["metrics"][0]["value"]) == ("exact_match", result.exact_match)
+    assert "| **all** | 2,000 | **84.1% (82.5 to 85.7)** |" in text
+    assert "800 steps in 90 s on cpu, at most 1,036 MiB. Energy: 1.25 Wh of the GPUs and 0.5 Wh of the processors." in text
+    assert f"git checkout {COMMIT}\ndvc repro distill@align_ti\nalignti export align_ti mine --dtype bf16\n" in text
+    assert "alignti reproduce run-1" in text
+    assert f"| `{ARM}` | `{lineage.digest(ARM).md5}` |" in text and "| `artifacts/dataset` | `11.dir` |" in text
+    assert 'from_pretrained("mine")' in text and facts_in(text)["irs_layer"] == 1
+    assert "- Over kd: -0.1 points (-1.1 to +0.9), not more than the noise." in text
+
+
+def test_scores_hashes_and_runs_of_other_weights_are_not_taken_for_these(compared: Comparison) -> None:
+    (ARM / "model/extra.txt").write_text("other bytes")
+    text, missing = full("align_ti", Path("out"), "fp32")
+    assert "## Scores\n\nNot measured." in text and "model-index" not in text
+    assert "Commit `not known`" in text and "Energy: not measured" in text and "11.dir" not in text
+    assert [line.partition(":")[0] for line in missing] == ["scores", "the commit", "DVC's hashes"]
+
+
+def test_code_that_was_not_committed_is_named(compared: Comparison) -> None:
+    journal = JOURNALS / "run-1.jsonl"
+    journal.write_text(journal.read_text().replace('"uncommitted": []', '"uncommitted": ["components/x.py"]'))
+    text, missing = full("align_ti", Path("out"), "fp32")
+    assert missing == [f"a commit of all that ran: components/x.py differed from {COMMIT}"]
+    assert "but with other components/x.py" in text

@@ -1,0 +1,133 @@
+"""`alignti export`: the folder comes back as it was, rounded; whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText
+
+from components.artifacts import DATASET, STUDENTS
+from components.distill.export import save
+from components.errors import AlignTIError, DataError, InputError, ModelError, TryAgainError
+from components.models.load import load
+from components.release import export as module
+from components.release.export import DTYPES, TOLERANCE, export
+from components.settings import Settings
+
+MODEL = STUDENTS / "align_ti/model"
+OUT = Path("out/mine")
+
+
+def left_behind() -> list[str]:
+    return sorted(str(path) for path in Path("out").rglob("*")) if Path("out").exists() else []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stock_transformers_reads_the_weights_rounded(dtype: str, project: Path, settings: Settings) -> None:
+    done = export("align_ti", OUT, settings, dtype, "5GB", force=False)
+    assert (done.dtype, done.asked, done.missing != []) == (dtype, 2, True) and done.kl <= TOLERANCE[dtype]
+    if dtype == "fp32":
+        assert (done.kl, done.same_answers) == (0, 2)
+    else:
+        assert done.kl > 0
+    model = AutoModelForImageTextToText.from_pretrained(OUT)
+    assert model.dtype == DTYPES[dtype]
+    source = load(MODEL, "cpu").model.state_dict()
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, source[key].to(DTYPES[dtype])), key
+    assert left_behind()[0] == str(OUT) and not list(OUT.parent.glob(".*")), "no draft is left"
+    assert str(OUT) in str(done) and f"in {dtype}" in str(done)
+
+
+def test_without_a_dtype_it_stays_as_stored_and_shards_are_no_larger_than_asked(project: Path, settings: Settings) -> None:
+    source = load(MODEL, "cpu", torch.bfloat16)
+    save(Path("half"), source, module.Template("", style="processor").of(source.processor), "# It")
+    assert module.stored(Path("half")) == "bf16" and module.stored(MODEL) == "fp32"
+    done = export("half", OUT, settings, None, "40KB", force=False)
+    shards = sorted(OUT.glob("*.safetensors"))
+    assert done.dtype == "bf16" and len(shards) > 1 and (OUT / "model.safetensors.index.json").is_file()
+    assert (OUT / "README.md").read_text() == "# It", "another's card goes along as it is"
+
+
+def test_what_is_there_stays_unless_forced(project: Path, settings: Settings) -> None:
+    OUT.mkdir(parents=True)
+    (OUT / "precious").write_text("mine")
+    with pytest.raises(InputError, match=r"out/mine is there already; .*--force"):
+        export("align_ti", OUT, settings, None, "5GB", force=False)
+    assert left_behind() == ["out/mine", "out/mine/precious"]
+    export("align_ti", OUT, settings, None, "5GB", force=True)
+    assert "out/mine/precious" not in left_behind() and (OUT / "model.safetensors").is_file()
+    with pytest.raises(InputError, match="no folder that could be replaced"):
+        export("align_ti", Path("cat.png"), settings, None, "5GB", force=True)
+
+
+FULL = {
+    "Python": OSError(28, "No space left on device", "x"),
+    "Rust": SafetensorError("Error while serializing: IoError(Os { code: 28, kind: StorageFull }) (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("error", FULL)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_full_disk_asks_to_try_again_and_leaves_nothing(
+    error: str, before: bool, project: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before:
+        OUT.mkdir(parents=True)
+        (OUT / "precious").write_text("mine")
+
+    def full(folder: Path, *_: Any, **__: Any) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise FULL[error]
+
+    monkeypatch.setattr(module, "save", full)
+    with pytest.raises(TryAgainError, match="the disk is full, so out/mine was not written; free space") as refusal:
+        export("align_ti", OUT, settings, None, "5GB", force=before)
+    assert refusal.value.exit_code == 75
+    assert [path for path in left_behind() if path != "out/mine"] == (["out/mine/precious"] if before else [])
+
+
+def test_weights_that_do_not_come_back_are_not_handed_on(
+    project: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reopened = module.reopened
+
+    def flipped(folder: Path) -> Any:
+        loaded = reopened(folder)
+        with torch.no_grad():
+            next(loaded.model.parameters()).view(-1)[0] += 1
+        return loaded
+
+    monkeypatch.setattr(module, "reopened", flipped)
+    with pytest.raises(ModelError, match="does not come back as it was saved"):
+        export("align_ti", OUT, settings, None, "5GB", force=False)
+    assert not left_behind()
+
+
+def test_rounding_that_changes_answers_is_refused(project: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.TOLERANCE, "bf16", 1e-9)
+    with pytest.raises(ModelError, match=r"align_ti in bf16 answers differently: KL .* more than 1e-09; .* was not written"):
+        export("align_ti", OUT, settings, "bf16", "5GB", force=False)
+    assert not left_behind()
+
+
+@pytest.mark.parametrize(
+    ("name", "shard", "message", "kind"),
+    [
+        ("kd", "5GB", "artifacts/students/kd/model: no such folder", ModelError),
+        ("align_ti", "large", "--max-shard-size large", InputError),
+        ("align_ti", "5GB", r"manifest.json is missing; `dvc repro` makes it", DataError),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(
+    name: str, shard: str, message: str, kind: type[AlignTIError], project: Path, settings: Settings
+) -> None:
+    if kind is DataError:
+        (DATASET / "manifest.json").unlink()
+    with pytest.raises(kind, match=message):
+        export(name, OUT, settings, None, shard, force=False)
+    assert not left_behind()

@@ -1,0 +1,207 @@
+"""`alignti push`: nothing leaves without the flag, and every refusal of the hub is one sentence without the token."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub
+from typer.testing import CliRunner
+
+from components.cli import app
+from components.errors import InputError, ModelError, TryAgainError
+from components.release import push as module
+from components.release.push import Upload, plan, push
+from tests.families import toy
+
+TOKEN = "hf_canaryAbCdEfGhIj"
+REPO = "org/mine"
+CARD = """---
+license: apache-2.0
+licences_of_inputs:
+  teacher: mit
+  data:
+    a: CC BY 4.0
+model-index:
+- name: mine
+  results: []
+---
+# Mine
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = Path(shutil.copytree(toy.folder("llava_onevision", 2, 2), "out"))
+    (path / "README.md").write_text(CARD)
+    (path / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    (path / "optimizer.pt").write_bytes(b"x")
+    (path / "logs").mkdir()
+    (path / "logs/config.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `hf auth login`: the token is in a file, not in the environment."""
+    monkeypatch.setattr(module, "get_token", lambda: TOKEN)
+
+
+class Hub:
+    """What push asks of HfApi."""
+
+    token = None
+
+    def __init__(self, files: list[str] | None = None, fails: dict[str, Exception] | None = None) -> None:
+        self.files = files or [".gitattributes"]
+        self.fails = fails or {}
+        self.made: dict[str, Any] = {}
+        self.uploaded: dict[str, Any] = {}
+
+    def create_repo(self, repo: str, **asked: Any) -> str:
+        self._fail("create_repo")
+        self.made = {"repo": repo, **asked}
+        return f"https://hub/{repo}"
+
+    def list_repo_files(self, repo: str) -> list[str]:
+        self._fail("list_repo_files")
+        return self.files
+
+    def upload_folder(self, **asked: Any) -> SimpleNamespace:
+        self._fail("upload_folder")
+        self.uploaded = asked
+        return SimpleNamespace(commit_url=f"https://hub/{asked['repo_id']}/commit/1")
+
+    def _fail(self, step: str) -> None:
+        if step in self.fails:
+            raise self.fails[step]
+
+
+def test_the_plan_names_files_and_sizes_and_leaves_out_what_is_no_models(folder: Path) -> None:
+    upload = plan(folder, REPO, private=True)
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(upload.files)
+    assert upload.left_out == [".env", "logs/config.json", "optimizer.pt"]
+    assert upload.warnings == []
+    said = str(upload)
+    assert "out -> org/mine on huggingface.co (private):" in said and "not uploaded: .env" in said
+    assert f"{len(upload.files)} files, {sum(upload.files.values()) / 2**20:,.2f} MiB" in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warning"),
+    [
+        ("license: apache-2.0\n", "", "names no `license:`"),
+        ("teacher: mit", "teacher: not stated", "the licence of teacher is not stated"),
+        ("a: CC BY 4.0", "a: CC BY-NC 4.0", r"data a is for non-commercial use or research \(CC BY-NC 4.0\)"),
+        ("a: CC BY 4.0", "a: Note it here before you pass it on.", "the licence of data a is not stated"),
+        ("model-index:\n- name: mine\n  results: []\n", "", "has no scores"),
+        (CARD[4:-12], "tags: [x]\n", "does not say under which licences"),
+    ],
+)
+def test_open_questions_about_licences_are_said(old: str, new: str, warning: str, folder: Path) -> None:
+    (folder / "README.md").write_text(CARD.replace(old, new))
+    (found,) = [line for line in plan(folder, REPO, True).warnings if re.search(warning, line)]
+    assert f"WARNING: {found}" in str(plan(folder, REPO, True))
+
+
+def test_without_the_flag_nothing_is_asked_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(module, "HfApi", asked)
+    done = CliRunner().invoke(app, ["push", str(folder), REPO])
+    assert (done.exit_code, done.exception) == (0, None)
+    assert done.output.endswith("Nothing was uploaded; add --yes-upload to do it.\n") and "model.safetensors" in done.output
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_with_the_flag_it_goes_up_as_one_commit(public: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Hub()
+    monkeypatch.setattr(module, "HfApi", lambda: there)
+    words = ["push", str(folder), REPO, "--yes-upload", *(["--public"] if public else [])]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "uploaded: https://hub/org/mine/commit/1" in done.output
+    assert there.made == {"repo": REPO, "private": not public, "exist_ok": True}
+    assert there.uploaded["folder_path"] == folder and there.uploaded["allow_patterns"] == list(plan(folder, REPO, True).files)
+    assert TOKEN not in done.output
+
+
+def upload(folder: Path) -> Upload:
+    return plan(folder, REPO, private=True)
+
+
+def test_what_is_on_the_hub_is_not_written_over_unasked(folder: Path) -> None:
+    there: Any = Hub(files=[".gitattributes", "model.safetensors"])
+    with pytest.raises(InputError, match=r"org/mine is on the hub already and holds 1 files; .*--update"):
+        push(upload(folder), update=False, api=there)
+    assert not there.uploaded
+    push(upload(folder), update=True, api=there)
+    assert there.uploaded
+
+
+def response(status: int) -> Any:
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+FAILURES = {
+    "gated": (hub.GatedRepoError("gated", response=response(403)), InputError, "org/mine is gated"),
+    "bad token": (hub.HfHubHTTPError(f"401 for {TOKEN}", response=response(401)), InputError, "does not take this token"),
+    "not ours": (hub.HfHubHTTPError("403", response=response(403)), InputError, "may not write to org/mine"),
+    "no org": (hub.RepositoryNotFoundError("404", response=response(404)), InputError, "may not write to org/mine"),
+    "odd": (hub.HfHubHTTPError(f"422 {TOKEN} no", response=response(422)), InputError, r"the hub refuses: 422 \*\*\* no"),
+    "busy": (hub.HfHubHTTPError("429", response=response(429)), TryAgainError, "answers 429; run again later"),
+    "down": (hub.HfHubHTTPError("503", response=response(503)), TryAgainError, "answers 503; run again later"),
+    "offline": (hub.OfflineModeIsEnabled("offline"), TryAgainError, "cannot be reached"),
+    "reset": (ConnectionResetError("reset by peer"), TryAgainError, "cannot be reached"),
+    "no network": (httpx2.ConnectError("no route to host"), TryAgainError, "cannot be reached"),
+    "slow": (httpx2.ReadTimeout("timed out"), TryAgainError, "cannot be reached"),
+}
+
+
+@pytest.mark.parametrize("step", ["create_repo", "list_repo_files", "upload_folder"])
+@pytest.mark.parametrize("case", FAILURES)
+def test_refusals_of_the_hub_say_what_to_do(case: str, step: str, folder: Path) -> None:
+    error, kind, message = FAILURES[case]
+    api: Any = Hub(fails={step: error})
+    with pytest.raises(kind, match=message) as refusal:
+        push(upload(folder), update=False, api=api)
+    assert refusal.value.exit_code == (75 if kind is TryAgainError else 2)
+    assert TOKEN not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_without_a_token_the_real_client_is_not_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_token", lambda: None)
+    with pytest.raises(InputError, match="no token of the hub: `hf auth login`, or set HF_TOKEN"):
+        push(upload(folder), update=False)
+
+
+def test_offline_the_real_client_asks_to_try_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TryAgainError, match="the hub cannot be reached"):
+        push(upload(folder), update=False, api=HfApi(token=TOKEN))
+
+
+@pytest.mark.parametrize(
+    ("change", "repo", "message", "kind"),
+    [
+        (lambda f: None, "mine", "name the repository ORG/NAME", InputError),
+        (lambda f: None, "org/--mine", "is no name of a repository", InputError),
+        (lambda f: (f / "README.md").unlink(), REPO, "no README.md, and a model without a card", ModelError),
+        (lambda f: (f / "README.md").write_text("---\n: [\n---\n"), REPO, "front matter is not valid", ModelError),
+        (lambda f: (f / "model.safetensors").unlink(), REPO, "only pickled weights", ModelError),
+        (lambda f: (f / "model.safetensors").write_bytes(b"half"), REPO, "missing or cut short", ModelError),
+    ],
+)
+def test_what_is_no_model_to_hand_on_is_refused(
+    change: Any, repo: str, message: str, kind: type[Exception], folder: Path
+) -> None:
+    change(folder)
+    with pytest.raises(kind, match=message):
+        plan(folder, repo, private=True)
