@@ -428,7 +428,7 @@ def export(
     folder: Path,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; else as the weights are stored.")] = None,
     shard: Annotated[str, typer.Option("--max-shard-size", help="The largest file of weights.")] = "5GB",
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at FOLDER.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is at FOLDER.")] = False,
 ) -> None:
     """Write a model to FOLDER for others, with its full card, and read it back to see that it answers as before."""
     from components.errors import InputError

@@ -72,7 +72,7 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
     Args:
         dtype: fp32, fp16 or bf16; None: as it is stored.
         shard: largest file of weights, such as 5GB.
-        force: replace what is at `folder`.
+        force: replace the model that is at `folder`.
 
     Raises:
         InputError, ModelError, DataError: no such model; something is at `folder`; no samples to compare on; what was read
@@ -81,8 +81,8 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
     """
     if folder.exists() and not force:
         raise InputError(f"{folder} is there already; choose another folder, or --force to replace it")
-    if folder.is_file() or folder.resolve() == Path.cwd().resolve():
-        raise InputError(f"{folder} is no folder that could be replaced")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no model, and --force replaces nothing else; choose another folder")
     named = find(name, settings)
     source = open_model(named.path, "cpu")
     dtype = dtype or stored(named.path)

@@ -58,10 +58,13 @@ def test_what_is_there_stays_unless_forced(project: Path, settings: Settings) ->
     (OUT / "precious").write_text("mine")
     with pytest.raises(InputError, match=r"out/mine is there already; .*--force"):
         export("align_ti", OUT, settings, None, "5GB", force=False)
+    with pytest.raises(InputError, match=r"out/mine holds no model, and --force replaces nothing else"):
+        export("align_ti", OUT, settings, None, "5GB", force=True)
     assert left_behind() == ["out/mine", "out/mine/precious"]
+    (OUT / "config.json").write_text("{}")
     export("align_ti", OUT, settings, None, "5GB", force=True)
     assert "out/mine/precious" not in left_behind() and (OUT / "model.safetensors").is_file()
-    with pytest.raises(InputError, match="no folder that could be replaced"):
+    with pytest.raises(InputError, match=r"cat.png holds no model"):
         export("align_ti", Path("cat.png"), settings, None, "5GB", force=True)
 
 
@@ -78,7 +81,7 @@ def test_a_full_disk_asks_to_try_again_and_leaves_nothing(
 ) -> None:
     if before:
         OUT.mkdir(parents=True)
-        (OUT / "precious").write_text("mine")
+        (OUT / "config.json").write_text("mine")
 
     def full(folder: Path, *_: Any, **__: Any) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
@@ -88,7 +91,7 @@ def test_a_full_disk_asks_to_try_again_and_leaves_nothing(
     with pytest.raises(TryAgainError, match="the disk is full, so out/mine was not written; free space") as refusal:
         export("align_ti", OUT, settings, None, "5GB", force=before)
     assert refusal.value.exit_code == 75
-    assert [path for path in left_behind() if path != "out/mine"] == (["out/mine/precious"] if before else [])
+    assert [path for path in left_behind() if path != "out/mine"] == (["out/mine/config.json"] if before else [])
 
 
 def test_weights_that_do_not_come_back_are_not_handed_on(

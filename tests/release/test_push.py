@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx2
 import pytest
@@ -205,3 +209,64 @@ def test_what_is_no_model_to_hand_on_is_refused(
     change(folder)
     with pytest.raises(kind, match=message):
         plan(folder, repo, private=True)
+
+
+class Stub(BaseHTTPRequestHandler):
+    """What the real client asks of the hub to make a repository and add one commit, all of its files small ones."""
+
+    asked: ClassVar[list[str]] = []  # paths
+    files: ClassVar[dict[str, bytes]] = {}
+    made: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.headers['host']}"
+
+    def do_GET(self) -> None:
+        self._answer([] if "/tree/" in self.path else {"id": REPO, "sha": "1" * 40, "siblings": []})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        assert self.headers["authorization"] == f"Bearer {TOKEN}"
+        if self.path == "/api/repos/create":
+            self.made.update(json.loads(body))
+            self._answer({"url": f"{self.address}/{REPO}", "id": REPO})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self._answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            added = [line["value"] for line in lines if line["key"] == "file"]
+            self.files.update({one["path"]: base64.b64decode(one["content"]) for one in added})
+            self._answer({"commitUrl": f"{self.address}/{REPO}/commit/1", "commitOid": "1" * 40, "success": True})
+        else:
+            self._answer({"errors": [], "warnings": []})
+
+    def _answer(self, said: object) -> None:
+        self.asked.append(self.path)
+        content = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_the_real_client_makes_a_private_repository_and_sends_the_planned_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        planned = upload(folder)
+        done = push(planned, update=False, api=HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token=TOKEN))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.endswith(f"/{REPO}/commit/1") and Stub.made["visibility"] == "private"
+    assert Stub.files == {name: (folder / name).read_bytes() for name in planned.files}
+    assert sum("/commit/" in path for path in Stub.asked) == 1
