@@ -66,6 +66,11 @@ class Absent(Record):
     none: str  # why
 
     @classmethod
+    def reason_at(cls, path: Path) -> str | None:
+        """None if there is no file, or another record in it."""
+        return cls.reason_in(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @classmethod
     def reason_in(cls, text: str) -> str | None:
         """None if the text is another record's."""
         try:

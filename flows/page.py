@@ -15,7 +15,7 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_logger
 
 from components import tracking
-from components.artifacts import REPORTS, Comparison
+from components.artifacts import REPORTS, Absent, Comparison
 from components.errors import AlignTIError
 from components.redact import redacted, without_login
 from components.settings import RuntimeSettings
@@ -58,7 +58,7 @@ def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
 
 def leaderboard() -> None:
     """The scores of reports/compare.json, best arm first, below the teacher's."""
-    if not COMPARISON.exists():
+    if not COMPARISON.exists() or Absent.reason_at(COMPARISON):
         return
     found = Comparison.read(COMPARISON)
     teacher = {"arm": "teacher", "exact match": _percent(found.teacher.exact_match), "95%": _interval(found.teacher.ci95)}

@@ -17,6 +17,7 @@ from components.artifacts import (
     STUDENTS,
     TEACHER,
     TEACHER_ARM,
+    Absent,
     Fingerprint,
     TeacherChoice,
     jsonl,
@@ -32,6 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m components.evaluate", description="Score one arm's answers.")
     parser.add_argument("--arm", required=True, choices=[TEACHER_ARM, *settings.study.arms], help="whose answers")
     arm: str = parser.parse_args().arm
+    if arm == TEACHER_ARM and (none := Absent.reason_at(TEACHER / "choice.json")):
+        Absent(none=none).write(SCORES / arm / "scores.json")
+        print(f"evaluate teacher: nothing to do, {none}")
+        return
 
     from components import tracking
     from components.evaluate import fingerprint, generate, metrics

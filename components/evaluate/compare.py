@@ -8,8 +8,9 @@ writes reports/compare.json, compare.md, plots/*.png and the self-contained repo
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from statistics import fmean, median, stdev
 from typing import Any
@@ -17,7 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.artifacts import REPORTS, TEACHER_ARM, ArmResult, Comparison, Difference, OverSeeds, TeacherResult
+from components.artifacts import (
+    REPORTS,
+    SCORES,
+    TEACHER_ARM,
+    Absent,
+    ArmResult,
+    Comparison,
+    Difference,
+    OverSeeds,
+    Scores,
+    TeacherResult,
+    write_text,
+)
 from components.errors import exit_from
 from components.evaluate.fingerprint import differences
 from components.evaluate.metrics import OVERALL
@@ -228,8 +241,25 @@ def _share(draws: NDArray[np.float64], of: NDArray[np.float64], confidence: floa
     return interval(np.divide(draws, of, out=np.full_like(draws, np.nan), where=of > 0), confidence)
 
 
+def without_teacher(arms: Iterable[str], none: str) -> str:
+    """Where there is no teacher (stage align) nothing is compared; each arm's own score as Markdown."""
+    lines = [f"No comparison: {none}. What each arm answers by itself:", "", "| arm | exact match |", "|---|---:|"]
+    for arm in arms:
+        lines.append(f"| {arm} | {Scores.read(SCORES / arm / 'scores.json').exact_match:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     settings = load_settings()
+    if none := Absent.reason_at(SCORES / TEACHER_ARM / "scores.json"):
+        text = without_teacher(settings.study.arms, none)
+        Absent(none=none).write(REPORTS / "compare.json")
+        write_text(REPORTS / "compare.md", text)
+        write_text(REPORTS / "report.html", f"<!doctype html><title>Align-TI</title><pre>{text}</pre>\n")
+        shutil.rmtree(REPORTS / "plots", ignore_errors=True)
+        (REPORTS / "plots").mkdir()
+        print(f"compare: nothing to do, {none}")
+        return
 
     from tqdm import tqdm
 

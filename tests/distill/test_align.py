@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.artifacts import IRS, MODELS, TEACHER, LayerChoice, ModelIndex, TeacherChoice
+from components.artifacts import IRS, MODELS, TEACHER, Comparison, LayerChoice, ModelIndex, Scores, TeacherChoice
 from components.distill.__main__ import trained_on
 from components.errors import DataError
+from components.evaluate.__main__ import main as evaluate
+from components.evaluate.compare import main as compare
 from components.irs.__main__ import main as search_layer
 from components.models.__main__ import main as obtain_models
 from components.settings import DistillSettings, load_settings
@@ -46,6 +49,22 @@ def test_stage_1_has_no_teacher_and_says_so(aligning: Path, capsys: pytest.Captu
     assert json.loads(Path("reports/irs/curve.json").read_text()) == []  # what dvc.yaml plots
     with pytest.raises(DataError, match=r"choice.json holds no TeacherChoice: .*stage is align"):
         TeacherChoice.read(TEACHER / "choice.json")
+
+
+def test_nothing_is_compared_and_dvc_repro_comes_to_its_end(
+    aligning: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select_teacher()
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--arm", "teacher"])
+    evaluate()
+    Scores(arm="align", samples=4, exact_match=0.25, per_kind={}, yes_no={}).write(Path("artifacts/scores/align/scores.json"))
+    compare()
+    told = capsys.readouterr().out
+    assert "evaluate teacher: nothing to do" in told and "compare: nothing to do" in told
+    assert "| align | 25.0% |" in Path("reports/compare.md").read_text()
+    assert Path("reports/plots").is_dir() and Path("reports/report.html").exists()  # dvc.yaml lists them
+    with pytest.raises(DataError, match=r"compare.json holds no Comparison: .*stage is align"):
+        Comparison.read(Path("reports/compare.json"))
 
 
 def test_it_trains_on_the_captions(aligning: Path, capsys: pytest.CaptureFixture[str]) -> None:
