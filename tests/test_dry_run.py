@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 from components import recipes
 from components.artifacts import DATASET, IRS, MODELS, STUDENTS, TEACHER
@@ -67,6 +68,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(root)
         patch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)  # of the whole process
         yield root
+
+
+@pytest.fixture(autouse=True)
+def precision_of_its_own() -> Iterator[None]:
+    """accelerate keeps its first precision for the whole process, and other tests have another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def folder_of(source: str) -> str:
