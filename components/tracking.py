@@ -27,7 +27,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 
@@ -188,13 +188,14 @@ def stage_run(
     name = f"{stage}@{cell}" if cell else stage
     known_as = os.environ.get("DVC_STAGE", name)
     of = _read_lineage(known_as)
+    nearest = nearest_recipe()
     run, spent, before = _open(name, known_as, of)
     if spent is None:
         run.start(
             name=f"{stage}/{cell}" if cell else stage,
             experiment=runtime.experiment,
             parent=_parent(),
-            tags={"stage": stage, "host": socket.gethostname(), **({"cell": cell} if cell else {}), **recipe(), **_origin()},
+            tags={"stage": stage, "host": socket.gethostname(), **({"cell": cell} if cell else {}), **nearest.tag, **_origin()},
         )
         run.link("resumed_from", before)
     run.params(params or {})
@@ -220,7 +221,7 @@ def stage_run(
             _note_made(run, of)
         run.end(status)
         if status == "FINISHED":
-            _remember(known_as, run.id, seconds)
+            _remember(known_as, run.id, seconds, nearest.name)
             _forget_unfinished(known_as, run.id)
         _finish_mirror(mirror, journal)
 
@@ -337,17 +338,23 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def recipe() -> dict[str, str]:
-    """The recipe that `params/` are nearest to, for the table of runs."""
+class NearestRecipe(NamedTuple):
+    """The recipe that `params/` are nearest to at a run's start."""
+
+    name: str | None
+    tag: dict[str, str]  # for the table of runs
+
+
+def nearest_recipe() -> NearestRecipe:
     from components.recipes import nearest
 
     try:
         name, differing = nearest()
     except (OSError, AlignTIError):  # no params/ here, or edited meanwhile: the stage itself says so
-        return {}
+        return NearestRecipe(None, {})
     if name is None:
-        return {}
-    return {"recipe": f"{name} with {differing} value(s) changed" if differing else name}
+        return NearestRecipe(None, {})
+    return NearestRecipe(name, {"recipe": f"{name} with {differing} value(s) changed" if differing else name})
 
 
 def warn(message: str, to: IO[str] | None = None) -> None:
@@ -355,14 +362,12 @@ def warn(message: str, to: IO[str] | None = None) -> None:
     print("tracking: " + redacted(message), file=to or sys.stderr, flush=True)
 
 
-def _remember(stage: str, run: str, seconds: float) -> None:
+def _remember(stage: str, run: str, seconds: float, recipe: str | None) -> None:
     """The record that `alignti plan` estimates from. No stage depends on it."""
-    from components.recipes import nearest
-
+    record = {"run": run, "seconds": round(seconds, 3), "recipe": recipe, **_origin()}
     try:
-        record = {"run": run, "seconds": round(seconds, 3), "recipe": nearest()[0], **_origin()}
         write_text(LAST / f"{stage}.json", json.dumps(record, indent=2) + "\n")
-    except (OSError, AlignTIError) as error:  # params/ may have been edited meanwhile
+    except OSError as error:
         warn(f"how long {stage} took is not recorded: {error}")
 
 

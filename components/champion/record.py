@@ -65,7 +65,7 @@ def _tell(student: Student, settings: Settings, parent: str | None, candidate: b
     tags = {
         "stage": STAGE,
         "arm": student.arm,
-        **tracking.recipe(),
+        **tracking.nearest_recipe().tag,
         "dvc.path": str(STUDENTS / student.arm),
         "dvc.md5": student.md5,
         "dvc.scores": student.scores_md5,
