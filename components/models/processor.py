@@ -1,15 +1,20 @@
-"""A folder's processor, opened for images and text alone where the packages that its video part needs are absent.
+"""A folder's processor, opened for images and text alone.
 
-Without torchvision, transformers 5.23 builds no processor that has a video part, also where nobody asks it for videos.
+Without torchvision, transformers 5.23 builds no processor that has a video part, also where nobody asks it for videos. So
+none is opened with one, whatever is installed; what a checkpoint says of videos is written out again, for those who go on.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from components.artifacts import write_text
 from components.errors import ModelError
+
+VIDEO_FILE = "video_preprocessor_config.json"
 
 
 def load_processor(path: Path) -> Any:
@@ -27,20 +32,30 @@ def load_processor(path: Path) -> Any:
 
 
 def _without_video(path: Path) -> Any:
-    """The folder's processor class less its video part, if it has one that cannot be had here; else None."""
+    """The folder's processor class less its video part; None if it has none."""
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-    from transformers.utils import is_torchvision_available
 
-    if is_torchvision_available():
-        return None
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     kind: Any = PROCESSOR_MAPPING.get(type(config), None)
-    return images_only(kind) if kind is not None and "video_processor" in kind.get_attributes() else None
+    if kind is None or "video_processor" not in kind.get_attributes():
+        return None
+    return images_only(kind, _video_part(path))
 
 
-def images_only(kind: Any) -> Any:
-    """`kind`, a processor class, less its video processor (pass None); saved under the name of `kind`."""
+def _video_part(path: Path) -> dict[str, Any] | None:
+    """What the folder says of videos: in the processor's own file, in one of its own, or, in old releases, with images."""
+    for name, key in (("processor_config.json", "video_processor"), (VIDEO_FILE, None), ("preprocessor_config.json", None)):
+        if (path / name).exists():
+            said = json.loads((path / name).read_text(encoding="utf-8"))
+            if found := said.get(key) if key else said:
+                return dict(found)
+    return None
+
+
+def images_only(kind: Any, video: dict[str, Any] | None = None) -> Any:
+    """`kind`, a processor class, less its video processor (pass None); saved under the name of `kind`, with `video` as the
+    configuration of the part that was left out."""
 
     class ImagesOnly(kind):  # type: ignore[misc]
         @classmethod
@@ -50,6 +65,12 @@ def images_only(kind: Any) -> Any:
         @classmethod
         def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
             return [*super()._get_arguments_from_pretrained(*args, **kwargs), None]
+
+        def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+            saved = super().save_pretrained(save_directory, **kwargs)
+            if video is not None:
+                write_text(Path(save_directory) / VIDEO_FILE, json.dumps(video, indent=2, sort_keys=True) + "\n")
+            return saved
 
     module = sys.modules[kind.__module__]
     if getattr(module, "num2words", kind) is None:  # SmolVLM's, which spells out how many frames a video has
