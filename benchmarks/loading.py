@@ -35,7 +35,7 @@ from components.shards import Samples
 
 AHEAD = 3  # steps before the clock starts: a loader starts, and gets its two batches ready
 DIFFERENT = 50  # pictures at least, so that some fall into each split
-LOADERS = (0, 1, 4)
+LOADERS = (0, 1, 2)
 STEPS = {"small": 12, "paper": 60}
 
 
