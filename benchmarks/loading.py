@@ -95,7 +95,6 @@ def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
                 "seconds": statistics.median(seconds),
                 "seconds_quartiles": measure.quartiles(seconds),
                 "share_waited": sum(waited) / sum(seconds),
-                "images_per_second": count * size.batch / sum(seconds),
             }
     arms["loading alone, one process"] = {"seconds": alone * size.batch, "images_per_second": 1 / alone}
     best = min((f"{n} loaders" for n in LOADERS), key=lambda arm: arms[arm]["seconds"])
@@ -121,8 +120,10 @@ def main() -> None:
     result = run(SIZES[args.size], STEPS[args.size], measure.prepare())
     print(result["about"])
     for name, arm in result["arms"].items():
-        waited = f"  {arm['share_waited']:.1%} of it waiting" if "share_waited" in arm else ""
-        print(f"{name:<28}{arm['seconds']:>9.3f} s a step{arm['images_per_second']:>9.1f} images/s{waited}")
+        rest = (
+            f"{arm['share_waited']:.1%} of it waiting" if "share_waited" in arm else f"{arm['images_per_second']:.0f} images/s"
+        )
+        print(f"{name:<28}{arm['seconds']:>9.3f} s a step  {rest}")
     print("\n".join(f"{name:<28}{value:.3f}" for name, value in result["ratios"].items()))
     if args.json:
         measure.write_json(args.json, result)
