@@ -60,7 +60,8 @@ def plan() -> None:
     unknown = [step.stage for step in running if step.seconds is None]
     but = f", not counting {', '.join(unknown)}: never timed" if unknown else ""
     in_all = f"{total / 60:.1f} min" if total < LONG_S else f"{total / 3600:,.0f} h"
-    typer.echo(f"{len(running)} of {len(steps)} stages would run: about {in_all}, one at a time{but}.")
+    long = f"about {in_all}, one at a time{but}" if len(unknown) < len(running) else "how long was never timed"
+    typer.echo(f"{len(running)} of {len(steps)} stages would run: {long}.")
     typer.echo(f"Times: {basis}. DVC restores a stage at once instead if it has run on the same inputs before.")
     if recipe is not None and settings.models.family == "pretrained":
         from flows import bill

@@ -9,18 +9,26 @@ from rich.console import Console
 from rich.table import Table
 
 from components import cost, recipes
+from components.errors import InputError
 from components.settings import Settings
 from flows import costs
 
 
 def show(name: str, settings: Settings, root: Path = Path(), console: Console | None = None) -> None:
-    """Print the tables for `settings`, which are as near to recipe `name`; nothing if the cost model has nothing to go by."""
+    """Print the tables for `settings`, which are as near to recipe `name`; nothing if the cost model has nothing to go by.
+
+    Of a model whose shape is not known it says so, and counts nothing; what is missing it lists all the same.
+    """
     console = console or Console(highlight=False)
-    now = costs.estimate(name, settings, root)
-    if now is None:
-        return
-    console.print(_runs(name, now, root))
-    console.print(_memory(now), _disk(now), _caveat(root), "", sep="\n")
+    try:
+        now = costs.estimate(name, settings, root)
+    except InputError as unknown:
+        console.print(f"Costs are not counted: {unknown}.", "", sep="\n")
+    else:
+        if now is None:
+            return
+        console.print(_runs(name, now, root))
+        console.print(_memory(now), _disk(now), _caveat(root), "", sep="\n")
     missing = _all_missing(name, settings, root)
     console.print(_missing(missing) if missing else "Everything that these runs read is here.")
 

@@ -140,7 +140,10 @@ def _model(entry: Checkpoint | Parts | Cut, name: str, settings: Settings, root:
         tower = shapes.TOWERS.get(entry.tower.source)
         language_model = shapes.LANGUAGE_MODELS.get(entry.language_model.source)
         if tower is None or language_model is None:
-            raise InputError(f"the shape of {entry.tower.source} or of {entry.language_model.source} is not known here")
+            raise InputError(
+                f"the shape of {entry.tower.source} or of {entry.language_model.source} is none that this project knows"
+                " (components/shapes.py)"
+            )
         return shapes.llava(tower, language_model)
     folder = downloaded(entry, root)
     if folder is not None and (found := shapes.of_folder(folder)) is not None:
@@ -154,7 +157,7 @@ def _model(entry: Checkpoint | Parts | Cut, name: str, settings: Settings, root:
         if made and made[1] in earlier.study.arms and earlier.models.pretrained is not None:
             start = earlier.models.pretrained.students[earlier.study.arms[made[1]].student]
             return _model(start, run, earlier, root)
-    raise InputError(f"the shape of {entry.source} is not known before it is here: it has no config.json yet")
+    raise InputError(f"the shape of {entry.source} is not known before it is here; `dvc repro obtain_models` brings it")
 
 
 def downloaded(entry: Checkpoint, root: Path = Path()) -> Path | None:

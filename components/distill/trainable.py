@@ -57,7 +57,9 @@ def add_adapters(model: Any, lora: Lora) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise InputError("params/distill.yaml: trainable.lora needs peft; `pip install 'alignti[lora]'`") from None
+        raise InputError(
+            "params/distill.yaml: trainable.lora needs peft: pip install -c constraints.txt -e '.[lora]'"
+        ) from None
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
     )

@@ -68,7 +68,9 @@ def _merged(path: Path, device: torch.device | str, dtype: torch.dtype) -> Loade
     try:
         from peft import PeftModel
     except ImportError:
-        raise InputError(f"{path} holds LoRA adapters, and peft is not installed; `pip install 'alignti[lora]'`") from None
+        raise InputError(
+            f"{path} holds LoRA adapters, and peft is not installed: pip install -c constraints.txt -e '.[lora]'"
+        ) from None
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path}: no adapter_model.safetensors; pickled adapters are not read, since that can run code")
     base = base_of(path)

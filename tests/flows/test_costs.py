@@ -90,6 +90,14 @@ def test_a_cut_student_is_smaller_and_an_unknown_model_is_named(root: Path) -> N
         costs._model(Checkpoint(source="me/mine", revision="0" * 40), "qwen3-vl-8b-to-2b", settings, root)
 
 
+def test_a_model_of_unknown_shape_costs_the_figures_and_not_the_list_of_what_is_missing(root: Path) -> None:
+    path = root / "params/recipes/qwen3-vl-8b-to-2b.yaml"
+    path.write_text(path.read_text().replace("Qwen/Qwen3-VL-2B-Instruct", "me/mine"))
+    said = told("qwen3-vl-8b-to-2b", root)
+    assert "Costs are not counted: the shape of me/mine is not known" in said and "`dvc repro obtain_models` brings it" in said
+    assert "Not on this machine yet" in said and "me/mine@" in said and "GPU hours" not in said
+
+
 def test_the_recipes_headers_and_the_page_are_up_to_date() -> None:
     for path, text in recipe_page.headers(ROOT).items():
         assert text == path.read_text(encoding="utf-8"), f"{path.name}: run `python -m flows.recipe_page`"
