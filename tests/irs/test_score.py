@@ -21,7 +21,8 @@ def test_equal_attention_scores_zero() -> None:
 
 def test_disjoint_attention_scores_one() -> None:
     scores, per_image = irs_scores(torch.eye(4).expand(2, 3, 4, 4))
-    assert torch.equal(scores, torch.ones(2)) and torch.equal(per_image, torch.ones(2, 3))
+    torch.testing.assert_close(scores, torch.ones(2))
+    torch.testing.assert_close(per_image, torch.ones(2, 3))
 
 
 @given(seed=st.integers(0, 1000), images=st.integers(1, 4), instructions=st.integers(2, 5))
