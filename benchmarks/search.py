@@ -20,7 +20,7 @@ from benchmarks import measure
 from benchmarks.reference import twin
 from benchmarks.shapes import SIZES, Batch, Size, batch, llava
 from components.evaluate.memory import peak_bytes
-from components.irs.probe import Look, attention_layers, watching
+from components.models.attention import Look, attention_layers, watching
 from components.models.vlm import VLM
 
 RATIOS = {"search_vs_plain": ("search", "plain"), "eager_vs_plain": ("eager maps", "plain")}

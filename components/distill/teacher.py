@@ -9,7 +9,7 @@ from torch import Tensor
 
 from components.align_ti.head import Head
 from components.align_ti.step import Batch
-from components.irs.probe import Look, watching
+from components.models.attention import Look, watching
 from components.models.families import reads_one_layer
 from components.models.vlm import VLM, Kept
 

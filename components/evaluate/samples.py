@@ -24,7 +24,7 @@ from components.artifacts import DATASET, REPORTS, TEACHER_ARM, Comparison, Pred
 from components.errors import DataError
 from components.evaluate import generate
 from components.evaluate.pages import data_uri, templates, thumbnail
-from components.irs.probe import Look, watching
+from components.models.attention import Look, watching
 from components.models.collate import Collator
 from components.models.load import Loaded
 from components.models.template import IMAGE, Template

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from components.artifacts import LayerChoice
 from components.errors import DataError
-from components.irs.probe import Look, attention_layers, watching
 from components.irs.score import irs_scores
+from components.models.attention import Look, attention_layers, watching
 from components.models.collate import Batch, Collator
 from components.models.load import Loaded
 from components.models.template import Template, question_of

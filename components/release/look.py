@@ -15,7 +15,7 @@ from components.artifacts import IRS, REPORTS, TEACHER_ARM, LayerChoice, write_b
 from components.errors import InputError
 from components.figures import draw
 from components.irs.overlays import Heat, heatmaps, seen_by
-from components.irs.probe import Look, watching
+from components.models.attention import Look, watching
 from components.models.collate import Batch, decode
 from components.models.load import Loaded
 from components.models.vlm import VLM

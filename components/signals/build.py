@@ -17,7 +17,7 @@ from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import TopK, top_k
 from components.artifacts import SignalFacts
 from components.errors import DataError
-from components.irs.probe import Look, watching
+from components.models.attention import Look, watching
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
 from components.shards import CAPTION, Sample, Samples

@@ -9,7 +9,7 @@ from components.align_ti.losses import TERMS, total
 from components.align_ti.ribbon import continuation_mask, expanded_mask, left_out, plan, predicting
 from components.align_ti.step import AlignTI, Method
 from components.distill.teacher import FrozenTeacher
-from components.irs.probe import Look, watching
+from components.models.attention import Look, watching
 from components.models.vlm import VLM
 from tests import tiny
 

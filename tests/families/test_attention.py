@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.irs.probe import Look, attention_layers, watching
+from components.models.attention import Look, attention_layers, watching
 from components.models.load import load
 from components.models.vlm import VLM
 from tests.families import toy

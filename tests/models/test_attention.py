@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.irs.probe import IMPLEMENTATION, Look, watching
+from components.models.attention import IMPLEMENTATION, Look, watching
 from components.models.vlm import VLM
 from tests import tiny
 

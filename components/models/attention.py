@@ -1,4 +1,4 @@
-"""The probe: how much of an instruction's attention falls on each visual token, while the model keeps its fused kernel.
+"""Attention maps: how much of an instruction's attention falls on each visual token, while the model keeps its fused kernel.
 
 The model runs on an attention function of ours, registered with transformers, that calls its fused SDPA and, only in the
 layers being watched, computes softmax(q k) again for the instruction rows alone: (B, heads, Ni, T) instead of
