@@ -6,7 +6,6 @@ because a mean of means would depend on how the batch was split over devices and
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from components.align_ti.head import CHUNK_MIB, Head, cross_entropy
@@ -32,29 +31,6 @@ def tpa(text_divergence: Tensor, gold_hits: Tensor, ribbon_divergence: Tensor, m
         ribbon_divergence, multiplicity: (M,), rows of distinct other draws and how often each was drawn.
     """
     return (gold_hits * text_divergence).sum() + (multiplicity * ribbon_divergence).sum()
-
-
-def visual_weights(attention: Tensor, visual: Tensor) -> Tensor:
-    """The w_i of L_iva = sum_i w_i D(p_T(.|v_<=i), p_S(.|v_<=i)) over the visual rows of all images. Units: images.
-
-    They are the attention (B, Nv), zero at columns beyond a sample's own, normalised to sum 1 over each image. An image that
-    no instruction token follows has no attention to speak of: its tokens weigh the same.
-
-    Args:
-        visual: (B, T) bool, as in the batch. Nv is the most visual tokens of a sample.
-
-    Returns:
-        (N,) the weights of the batch's visual rows, in order of (sample, position).
-    """
-    owned = torch.arange(attention.shape[1], device=visual.device) < visual.sum(1, keepdim=True)
-    attention = torch.where(attention.sum(1, keepdim=True) > 0, attention, owned.to(attention.dtype))
-    return (attention / attention.sum(1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny))[owned]
-
-
-def uniform_attention(visual: Tensor) -> Tensor:
-    """(B, Nv) equal attention: the control arm that tells whether the weighting matters."""
-    owned = torch.arange(int(visual.sum(1).max()), device=visual.device) < visual.sum(1, keepdim=True)
-    return owned.float()
 
 
 def total(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:

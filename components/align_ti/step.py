@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from components.align_ti import losses
+from components.align_ti.batch import Batch
 from components.align_ti.divergence import row_divergence
 from components.align_ti.head import CHUNK_MIB, Head, rows_per_chunk
 from components.align_ti.ribbon import (
@@ -33,30 +34,9 @@ from components.align_ti.ribbon import (
 )
 from components.align_ti.shared_weights import SharedWeights
 from components.align_ti.top_k import Known, TopK, top_k_row_divergence
+from components.align_ti.visual_weights import uniform_attention, visual_weights
 
 SHARED_FROM = 10_000_000  # trained parameters: below, working out whole gradients twice is cheaper than keeping book of rows
-
-
-class Batch(Protocol):
-    """Right-padded sequences of T tokens; the masks are (B, T) bool."""
-
-    @property
-    def ids(self) -> list[str]: ...
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def attention_mask(self) -> Tensor: ...
-    @property
-    def response(self) -> Tensor: ...
-    @property
-    def instruction(self) -> Tensor: ...
-    @property
-    def visual(self) -> Tensor: ...
-    @property
-    def pixel_values(self) -> Tensor | None: ...
-    @property
-    def image_inputs(self) -> dict[str, Tensor]: ...
-    def to(self, device: torch.device) -> Batch: ...
 
 
 class Student(Protocol):
@@ -182,8 +162,8 @@ class AlignTI(nn.Module):
                 after = self._divergence(passes.their_ribbon, passes.my_ribbon)
                 sums["tpa"] = losses.tpa(text, ribbon.gold[rows], after, ribbon.multiplicity[ribbon.valid]) + zero
         if method.wants("iva") and bool(batch.visual.any()):
-            attention = losses.uniform_attention(batch.visual) if passes.attention is None else passes.attention
-            weights = losses.visual_weights(attention, batch.visual)
+            attention = uniform_attention(batch.visual) if passes.attention is None else passes.attention
+            weights = visual_weights(attention, batch.visual)
             sums["iva"] = self._divergence(_at(passes.theirs, batch.visual), passes.mine[batch.visual], weights) + zero
         return Terms(
             torch.stack([sums[term] for term in losses.TERMS]),

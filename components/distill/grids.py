@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from components.align_ti.batch import Batch
 from components.align_ti.head import Head
-from components.align_ti.step import Batch
 from components.distill.teacher import FrozenTeacher
 from components.models.vlm import VLM
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.align_ti.step import AlignTI, Batch
+from components.align_ti.batch import Batch
+from components.align_ti.step import AlignTI
 from components.models.families import parts
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.align_ti.batch import Batch
 from components.align_ti.head import Head
-from components.align_ti.step import Batch
 from components.models.attention import Look, watching
 from components.models.families import reads_one_layer
 from components.models.vlm import VLM, Kept

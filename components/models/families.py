@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from components.errors import ModelError
 
 if TYPE_CHECKING:
-    from components.align_ti.step import Batch
+    from components.align_ti.batch import Batch
 
 
 @dataclass(frozen=True)

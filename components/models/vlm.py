@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
+from components.align_ti.batch import Batch
 from components.align_ti.head import Head
-from components.align_ti.step import Batch
 from components.models.families import inputs, reads_one_layer
 
 Masks = dict[str, Tensor | None] | Tensor | None  # what each row sees: (B or 1, 1, T, T) bool; None: all before it

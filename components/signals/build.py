@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.align_ti.head import rows_per_chunk
-from components.align_ti.losses import visual_weights
 from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import TopK, top_k
+from components.align_ti.visual_weights import visual_weights
 from components.artifacts import SignalFacts
 from components.errors import DataError
 from components.models.attention import Look, watching

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from components.align_ti.batch import Batch
 from components.align_ti.ribbon import predicting
-from components.align_ti.step import Batch
 from components.align_ti.top_k import Known, TopK
 from components.artifacts import (
     DATASET,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from components.align_ti.head import Head
-from components.align_ti.losses import TERMS, kd, sft, total, tpa, uniform_attention, visual_weights
+from components.align_ti.losses import TERMS, kd, sft, total, tpa
+from components.align_ti.visual_weights import uniform_attention, visual_weights
 
 VISUAL = torch.tensor([[False, True, True, True, False], [False] * 5, [True, True, False, False, False]])
 

@@ -12,9 +12,9 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from components.align_ti.losses import visual_weights
 from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import top_k
+from components.align_ti.visual_weights import visual_weights
 from components.artifacts import DATASET, RUNS, SIGNALS, STUDENTS, SignalFacts, SignalManifest
 from components.distill import __main__ as stage
 from components.distill.teacher import FrozenTeacher

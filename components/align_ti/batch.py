@@ -1,0 +1,30 @@
+"""One micro-batch as the method sees it: what the models need to import of the method, beside its head."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Batch(Protocol):
+    """Right-padded sequences of T tokens; the masks are (B, T) bool."""
+
+    @property
+    def ids(self) -> list[str]: ...
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
+    @property
+    def response(self) -> Tensor: ...
+    @property
+    def instruction(self) -> Tensor: ...
+    @property
+    def visual(self) -> Tensor: ...
+    @property
+    def pixel_values(self) -> Tensor | None: ...
+    @property
+    def image_inputs(self) -> dict[str, Tensor]: ...
+    def to(self, device: torch.device) -> Batch: ...
