@@ -22,8 +22,7 @@ from benchmarks import measure
 from benchmarks import prepare as jpegs
 from benchmarks.shapes import SIZES, Size
 from benchmarks.step import KD, Bench
-from components.align_ti.losses import TERMS, total
-from components.align_ti.step import AlignTI
+from components.align_ti.step import AlignTI, total
 from components.dataset.prepare import prepare
 from components.distill.loader import MicroBatches, Steps, batches
 from components.distill.order import Order
@@ -53,7 +52,7 @@ def read_ahead(size: Size, samples: Samples, count: int) -> Steps:
 def stepped(stream: Iterator[MicroBatches], bench: Bench, count: int) -> tuple[list[float], list[float]]:
     """Seconds of each of `count` steps by the clock on the wall, and how many of them it waited for its batch."""
     module = AlignTI(bench.student, bench.teacher, bench.method(KD))
-    weights = torch.tensor([KD[term] for term in TERMS], device=bench.device)
+    weights = module.method.weight_vector(bench.device)
     seconds, waited = [], []
     for step in tqdm(range(AHEAD + count), unit="step"):
         started = time.perf_counter()

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from benchmarks import divergence, flops, measure, reference
 from benchmarks.shapes import DRAWS, EOS, SIZES, START, TRAINED, WORST, Batch, Size, batch, llava, script
-from components.align_ti.losses import TERMS, total
-from components.align_ti.step import AlignTI, Method
+from components.align_ti.step import AlignTI, Method, total
+from components.align_ti.terms import CORE
 from components.distill.teacher import FrozenTeacher
 from components.evaluate.memory import peak_bytes
 from components.models.vlm import VLM
 
-ALL = dict.fromkeys(TERMS, 1.0)
+ALL = dict.fromkeys(CORE, 1.0)
 KD = ALL | {"iva": 0.0, "tpa": 0.0}
 KD_ONLY = KD | {"sft": 0.0}
 ENGINE = {  # arm -> its terms and its draws
@@ -112,7 +112,7 @@ class Bench:
         weights, distinct = ENGINE[arm]
         module = Scripted(self.student, self.teacher, self.method(weights))
         module.script = None if distinct is None else self.script(distinct)
-        wanted = torch.tensor([weights[term] for term in TERMS], device=self.device)
+        wanted = module.method.weight_vector(self.device)
 
         def loss() -> Tensor:
             terms = module(self.batch, self.keys)
@@ -125,7 +125,7 @@ class Bench:
         """`align_ti` with the alternatives appended to the sequence, under the arm's kind of attention."""
         module = Scripted(self.student, self.teacher, self.method(ALL, "expanded"))
         module.script = self.script(TRAINED)
-        wanted = torch.ones(len(TERMS), device=self.device)
+        wanted = module.method.weight_vector(self.device)
         student = self.student.model
 
         def loss() -> Tensor:

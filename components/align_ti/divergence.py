@@ -7,11 +7,24 @@ driver then works through them in chunks (head.py), so that its memory is a few 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk, weighted_loss
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The arguments of `divergence`."""
+
+    kind: str = "forward"
+    mix: float = 0.5
+    temperature: float = 1.0
+
+    def __call__(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        return divergence(teacher_logits, student_logits, self.kind, self.mix, self.temperature)
 
 
 def divergence(

@@ -1,4 +1,7 @@
-"""One distillation step: the passes through student and teacher, and the sums and counts of the four terms.
+"""One distillation step: the passes through student and teacher that the arm's terms need, and each term's sum and count.
+
+L = sum over terms of weight x sum / count (METHOD.md, "Total"; arXiv 2602.09483). A term is a sum over its own units and their
+count, because a mean of means would depend on how the batch was split over devices and accumulation steps.
 
 Route "continuation": each model runs once over the plain sequence; the ribbon's rows then continue over that pass's
 key/value cache, gradients flowing through it, so that the pass which says what to draw is not an extra one. Route
@@ -8,16 +11,16 @@ runs once over the sequence with the ribbon appended. Both give the same numbers
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from components.align_ti import losses
 from components.align_ti.batch import Batch
-from components.align_ti.divergence import row_divergence
+from components.align_ti.divergence import Divergence
 from components.align_ti.head import CHUNK_MIB, Head, rows_per_chunk
 from components.align_ti.ribbon import (
     Ribbon,
@@ -32,9 +35,11 @@ from components.align_ti.ribbon import (
     probabilities,
     uniforms,
 )
+from components.align_ti.seen import Seen
 from components.align_ti.shared_weights import SharedWeights
-from components.align_ti.top_k import Known, TopK, top_k_row_divergence
-from components.align_ti.visual_weights import uniform_attention, visual_weights
+from components.align_ti.terms import CORE, Needs, Term, Trained, term_class, union
+from components.align_ti.top_k import Known
+from components.align_ti.watch import Watch, Watched
 
 SHARED_FROM = 10_000_000  # trained parameters: below, working out whole gradients twice is cheaper than keeping book of rows
 
@@ -46,6 +51,7 @@ class Student(Protocol):
     def plain(self, batch: Batch, features: Any, keep: bool) -> tuple[Tensor, Any]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
     def expanded(self, batch: Batch, features: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
+    def watched(self, batch: Batch, watch: Watch) -> AbstractContextManager[Watched]: ...
     @property
     def head(self) -> Head: ...
 
@@ -56,6 +62,7 @@ class Teacher(Protocol):
     def features(self, batch: Batch, of_student: Any) -> Any: ...
     def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, Any, Tensor | None]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
+    def watched(self, batch: Batch, watch: Watch) -> AbstractContextManager[Watched]: ...
     @property
     def head(self) -> Head: ...
 
@@ -70,12 +77,12 @@ class Signals(Protocol):
 class Method:
     """What to compute; the fields are those of params/distill.yaml and of an arm of params/study.yaml."""
 
-    weights: dict[str, float]  # of each of losses.TERMS; a term of weight 0 is not computed
-    kind: str = "forward"
+    weights: dict[str, float]  # of terms by name; one that is absent or 0 is not computed
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a term, by its name: the fields of its `Term`
+    kind: str = "forward"  # this and the next two: the divergence of terms that have none of their own
     mix: float = 0.5
     temperature: float = 1.0
     chunk_mib: float = CHUNK_MIB  # of float32 logits that are held at a time, of one model
-    uniform: bool = False  # IVA weights: equal instead of the teacher's attention
     draws: int = 4
     source: str = "student"  # of the alternatives: student | teacher | gold
     replacement: bool = True
@@ -87,14 +94,48 @@ class Method:
     shared_vocabulary: int | None = None  # columns that both heads share; None: those of the narrower one
     route: str = "continuation"  # continuation | expanded
 
-    def wants(self, *terms: str) -> bool:
-        return any(self.weights[term] > 0 for term in terms)
+    @cached_property
+    def terms(self) -> dict[str, Term]:
+        """Those reported, in this order: the core terms, then others that weigh something."""
+        active = (name for name, weight in self.weights.items() if weight > 0)
+        return {name: self._term(name) for name in dict.fromkeys((*CORE, *active))}
+
+    def _term(self, name: str) -> Term:
+        options = dict(self.options.get(name, {}))
+        if isinstance(options.get("divergence"), dict):
+            options["divergence"] = Divergence(**options["divergence"])
+        term: Term = term_class(name)(**options)
+        return term
+
+    @property
+    def divergence(self) -> Divergence:
+        return Divergence(self.kind, self.mix, self.temperature)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """Of all terms that weigh something."""
+        return union(term.needs for name, term in self.terms.items() if self.weighs(name))
+
+    def weighs(self, name: str) -> bool:
+        return self.weights.get(name, 0) > 0
+
+    def weight_vector(self, device: torch.device | None = None) -> Tensor:
+        """The weights in the order of `terms`."""
+        return torch.tensor([float(self.weights.get(name, 0)) for name in self.terms], device=device)
+
+
+def total(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    """L from sums, counts over the global batch and weights, all in the order of `Method.terms`.
+
+    A term without units (no image in the whole batch, every draw EOS) is 0.
+    """
+    return (weights * sums / counts.clamp_min(1)).sum()
 
 
 @dataclass(frozen=True)
-class Terms:
-    """(4,) sums and counts in the order of losses.TERMS, how many ribbon rows it took, and how many response steps a cap
-    on the length left without alternatives."""
+class Sums:
+    """Sums and counts in the order of `Method.terms`, how many ribbon rows it took, and how many response steps a cap on the
+    length left without alternatives."""
 
     sums: Tensor
     counts: Tensor
@@ -102,34 +143,40 @@ class Terms:
     steps_left_out: int
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """Hidden states: of the sequence (B, T, d), student's and teacher's, and of the ribbon's M rows (M, d). Empty if unused."""
-
-    mine: Tensor
-    theirs: Tensor | Known
-    attention: Tensor | None  # (B, Nv), the teacher's
-    ribbon: Ribbon | None
-    my_ribbon: Tensor
-    their_ribbon: Tensor
-
-
 class AlignTI(nn.Module):
-    """The student with the method around it: the module to wrap in DDP or FSDP, whose parameters are the student's alone."""
+    """The student with the method around it: the module to wrap in DDP or FSDP.
+
+    Its parameters are the student's, and those of `term_modules`, which terms train for themselves and nobody exports.
+    """
+
+    progress = 0.0  # of the training, as the loop says before each step
 
     def __init__(self, student: Student, teacher: Teacher | None, method: Method, signals: Signals | None = None) -> None:
-        """`signals` take the teacher's place for L_kd and L_iva under the forward divergence."""
+        """`signals` take the teacher's place where no term needs it live, under the forward divergence."""
         super().__init__()
-        if teacher is None and signals is None and method.wants("kd", "iva", "tpa"):
-            raise ValueError("kd, iva and tpa need a teacher")
-        if signals is not None and (method.wants("tpa") or method.kind != "forward"):
-            raise ValueError("kept signals serve kd and iva under the forward divergence, and nothing else")
+        needs = method.needs
+        asking = ", ".join(name for name, term in method.terms.items() if method.weighs(name) and term.needs.teacher)
+        if teacher is None and signals is None and needs.teacher:
+            raise ValueError(f"{asking} need a teacher")
+        if signals is not None and (needs.live_teacher or any(kind != "forward" for kind in self._kinds(method))):
+            raise ValueError(f"kept signals serve kd and iva under the forward divergence, and not all of {asking}")
         self.student = student
         # Hidden from nn.Module: the teacher has no optimiser state, is not wrapped, and never enters a checkpoint.
         self._teacher = (teacher,)
         self._signals = signals
         self.method = method
         self._shares_weights = sum(p.numel() for p in self.parameters() if p.requires_grad) >= SHARED_FROM
+        self.term_modules = nn.ModuleDict()
+        for name, term in method.terms.items():
+            if method.weighs(name) and isinstance(term, Trained):
+                weight = student.head.weight
+                made = term.module(weight.shape[1], self.teacher.head.weight.shape[1])
+                self.term_modules[name] = made.to(weight.device)
+
+    @staticmethod
+    def _kinds(method: Method) -> list[str]:
+        own = [getattr(term, "divergence", None) for name, term in method.terms.items() if method.weighs(name)]
+        return [(divergence or method.divergence).kind for divergence in own]
 
     @property
     def teacher(self) -> Teacher:
@@ -137,76 +184,90 @@ class AlignTI(nn.Module):
         assert teacher is not None
         return teacher
 
-    def forward(self, batch: Batch, keys: list[int], draws: Tensor | None = None) -> Terms:
+    def forward(self, batch: Batch, keys: list[int], draws: Tensor | None = None) -> Sums:
         """Sums and counts of the terms with a positive weight.
 
         Args:
             keys: one integer per sample, the seed of its draws.
             draws: (N, d) from `draw`, where the caller had to count before the backward pass; else drawn here.
         """
-        method = self.method
-        passes = self._passes(batch, keys, draws)
-        ribbon = passes.ribbon
-        # A batch without units still has a graph to go back through.
-        zero = passes.mine.sum(dtype=torch.promote_types(passes.mine.dtype, torch.float32)) * 0.0
-        sums = dict.fromkeys(losses.TERMS, zero)
-        predicts = predicting(batch.response)
-        if method.wants("sft"):
-            targets = batch.input_ids[:, 1:][batch.response[:, 1:]]
-            sums["sft"] = losses.sft(passes.mine[predicts], self.student.head, targets, method.chunk_mib) + zero
-        if method.wants("kd", "tpa"):
-            rows = predicts if ribbon is None else predicts | (ribbon.gold > 0)
-            text = self._divergence(_at(passes.theirs, rows), passes.mine[rows])
-            sums["kd"] = losses.kd(text, predicts[rows]) + zero
-            if ribbon is not None:
-                after = self._divergence(passes.their_ribbon, passes.my_ribbon)
-                sums["tpa"] = losses.tpa(text, ribbon.gold[rows], after, ribbon.multiplicity[ribbon.valid]) + zero
-        if method.wants("iva") and bool(batch.visual.any()):
-            attention = uniform_attention(batch.visual) if passes.attention is None else passes.attention
-            weights = visual_weights(attention, batch.visual)
-            sums["iva"] = self._divergence(_at(passes.theirs, batch.visual), passes.mine[batch.visual], weights) + zero
-        return Terms(
-            torch.stack([sums[term] for term in losses.TERMS]),
+        method, terms = self.method, self.method.terms
+        seen = self._see(batch, keys, draws)
+        ribbon = seen.ribbon
+        sums = dict.fromkeys(terms, seen.zero)
+        for name in dict.fromkeys(("sft", "kd", "tpa", *terms)):  # in this order gradients have always been summed
+            # L_kd is told where it weighs nothing too, if L_tpa has its rows.
+            if method.weighs(name) or (name == "kd" and ribbon is not None):
+                sums[name] = terms[name].loss(seen) + seen.zero
+        return Sums(
+            torch.stack(list(sums.values())),
             self._counts(batch, None if ribbon is None else ribbon.counted),
             0 if ribbon is None else int(ribbon.valid.sum()),
             0 if ribbon is None else ribbon.steps_left_out,
         )
 
-    def _passes(self, batch: Batch, keys: list[int], draws: Tensor | None) -> _Passes:
-        """Every pass of the step: student and teacher over the sequence, then both over the ribbon."""
-        method = self.method
-        aligned, tpa = method.wants("kd", "iva", "tpa"), method.wants("tpa")
-        expanded = tpa and method.route == "expanded"
-        features = self.student.features(batch)
-        nothing = batch.input_ids.new_zeros(0)
-        shared, continues = SharedWeights(), tpa and self._shares_weights
-        theirs, their_cache, attention, known, cache, ribbon = nothing, None, None, None, None, None
+    def _see(self, batch: Batch, keys: list[int], draws: Tensor | None) -> Seen:
+        """Every pass of the step: student and teacher over the sequence and its views, then both over the ribbon."""
+        method, needs, student = self.method, self.method.needs, self.student
+        expanded = needs.ribbon and method.route == "expanded"
+        features = student.features(batch)
+        shared, continues = SharedWeights(), needs.ribbon and self._shares_weights
+        ribbon, cache, my_ribbon = None, None, None
         if expanded:
             ribbon = self._plan(self.draw(batch, keys) if draws is None else draws, batch)
-            mine, my_ribbon = self._expanded(batch, features, ribbon)
-        else:
-            with shared.first if continues else nullcontext():
-                mine, cache = self.student.plain(batch, features, keep=tpa)
-        look = method.wants("iva") and not method.uniform
-        if aligned and self._signals is not None:
-            known, attention = self._signals.look_up(batch, visual=method.wants("iva"), look=look)
-        elif aligned:
+        with student.watched(batch, needs.in_student) as in_student:
+            if ribbon is not None:
+                mine, my_ribbon = self._expanded(batch, features, ribbon)
+            else:
+                with shared.first if continues else nullcontext():
+                    mine, cache = student.plain(batch, features, keep=needs.ribbon)
+        T = batch.input_ids.shape[1]
+        in_student.hidden = {layer: states[:, :T] for layer, states in in_student.hidden.items()}
+        seen = Seen(
+            batch,
+            mine,
+            student.head,
+            in_student=in_student,
+            divergence_of_arm=method.divergence,
+            shared_vocabulary=method.shared_vocabulary,
+            chunk_mib=method.chunk_mib,
+            progress=self.progress,
+            modules=dict(self.term_modules.items()),
+        )
+        their_cache = None
+        if needs.teacher and self._signals is not None:
+            seen.teacher, seen.attention = self._signals.look_up(batch, visual=needs.visual, look=needs.attention)
+        elif needs.teacher:
+            seen.teacher_head = self.teacher.head
             with torch.no_grad():
-                seen = self.teacher.features(batch, features)
-                theirs, their_cache, attention = self.teacher.plain(batch, seen, keep=tpa, look=look)
-        if not tpa:
-            return _Passes(mine, theirs if known is None else known, attention, None, nothing, nothing)
+                of_teacher = self.teacher.features(batch, features)
+                with self.teacher.watched(batch, needs.in_teacher) as seen.in_teacher:
+                    seen.teacher, their_cache, seen.attention = self.teacher.plain(
+                        batch, of_teacher, keep=needs.ribbon, look=needs.attention
+                    )
+        for view in needs.views:
+            seen.views[view.name] = self._viewed(view.edit(batch), view.student, view.teacher)
+        if not needs.ribbon:
+            return seen
         if ribbon is None:
             if draws is None:
-                from_student = method.source == "student"
-                drawn_from = (self.student.head, mine) if from_student else (self.teacher.head, theirs)
+                drawn_from = (student.head, mine) if method.source == "student" else (self.teacher.head, seen.teacher)
                 draws = self._draw_from(*drawn_from, batch, keys)
             ribbon = self._plan(draws, batch)
             with shared.second if continues else nullcontext():
-                my_ribbon = self._continued(self.student, cache, ribbon, batch)
+                my_ribbon = self._continued(student, cache, ribbon, batch)
+        seen.ribbon, seen.student_ribbon = ribbon, my_ribbon
         with torch.no_grad():
-            their_ribbon = self._continued(self.teacher, their_cache, ribbon, batch)
-        return _Passes(mine, theirs, attention, ribbon, my_ribbon, their_ribbon)
+            seen.teacher_ribbon = self._continued(self.teacher, their_cache, ribbon, batch)
+        return seen
+
+    def _viewed(self, batch: Batch, by_student: bool, by_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Hidden states (B, T, d) of an edited batch: the student's, and the teacher's, without a gradient."""
+        mine = self.student.plain(batch, self.student.features(batch), keep=False)[0] if by_student else None
+        if not by_teacher:
+            return mine, None
+        with torch.no_grad():
+            return mine, self.teacher.plain(batch, self.teacher.features(batch, None), keep=False, look=False)[0]
 
     def _plan(self, draws: Tensor, batch: Batch) -> Ribbon:
         return plan(draws, batch.input_ids, batch.response, self.method.eos)
@@ -227,7 +288,7 @@ class AlignTI(nn.Module):
         return self._draw_from(self.teacher.head, hidden, batch, keys)
 
     def count(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        """(4,) the units of each term in this batch, given its draws."""
+        """The units of each term in this batch, given its draws, in the order of `Method.terms`."""
         return self._counts(batch, None if draws is None else counted(draws, self.method.eos))
 
     @torch.no_grad()
@@ -261,37 +322,5 @@ class AlignTI(nn.Module):
         hidden = self.student.expanded(batch, features, ribbon.tokens, ribbon.positions, mask)
         return hidden[:, :T], hidden[:, T:][ribbon.valid]
 
-    def _divergence(self, teacher_rows: Tensor | TopK, student_rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        method = self.method
-        if isinstance(teacher_rows, TopK):
-            return top_k_row_divergence(
-                teacher_rows,
-                student_rows,
-                self.student.head,
-                shared=method.shared_vocabulary,
-                temperature=method.temperature,
-                weights=weights,
-                chunk_mib=method.chunk_mib,
-            )
-        return row_divergence(
-            teacher_rows,
-            self.teacher.head,
-            student_rows,
-            self.student.head,
-            kind=method.kind,
-            mix=method.mix,
-            temperature=method.temperature,
-            shared=method.shared_vocabulary,
-            weights=weights,
-            chunk_mib=method.chunk_mib,
-        )
-
     def _counts(self, batch: Batch, counted_draws: Tensor | None) -> Tensor:
-        responses = batch.response[:, 1:].sum().float()
-        images = batch.visual.any(1).sum().float()
-        return torch.stack([responses, responses, images, responses.new_zeros(()) if counted_draws is None else counted_draws])
-
-
-def _at(theirs: Tensor | Known, rows: Tensor) -> Tensor | TopK:
-    """The teacher at the rows of a (B, T) bool mask: hidden states, or the kept word."""
-    return theirs.at(rows) if isinstance(theirs, Known) else theirs[rows]
+        return torch.stack([term.units(batch, counted_draws) for term in self.method.terms.values()])

@@ -190,7 +190,7 @@ def _live(
     check_layer(teacher, look)
     method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
     pupil, master = VLM(student.model), VLM(teacher.model)
-    appends = method.route == "expanded" and method.wants("tpa")
+    appends = method.route == "expanded" and method.needs.ribbon and not method.needs.in_student.maps
     if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
     if sides is not None:
@@ -214,7 +214,7 @@ def _method(arm: Arm, distill: DistillSettings, collator: Collator, shared_vocab
         weights=arm.weights.model_dump(),
         **arm.divergence.model_dump(),
         chunk_mib=distill.logits_chunk_mib,
-        uniform=arm.iva.weighting == "uniform",
+        options={"iva": {"uniform": arm.iva.weighting == "uniform"}},
         **arm.tpa.model_dump(),
         eos=collator.eos_id,
         shared_vocabulary=shared_vocabulary,

@@ -22,7 +22,8 @@ def gathered(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor] 
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
     prefix = "method.student.model."
-    return {name.removeprefix(prefix): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
+    state = accelerator.get_state_dict(wrapped).items()  # of the student, and of terms that train a module of their own
+    return {name.removeprefix(prefix): tensor for name, tensor in state if name.startswith(prefix)}
 
 
 def export(

@@ -7,6 +7,8 @@ on hidden states this interpolates logits, so that a distribution there is the t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch
 from components.align_ti.head import Head
+from components.align_ti.watch import Watch, Watched
 from components.distill.teacher import FrozenTeacher
+from components.errors import ModelError
 from components.models.vlm import VLM
 
 
@@ -48,18 +52,41 @@ class Regridded:
         """As `FrozenTeacher.plain`, at the student's T positions and Nv visual tokens."""
         own = _own(batch)
         theirs, cache, attention = self.teacher.plain(own, features, keep, look)
-        text, their_text = _text(batch), _text(own)
-        hidden = theirs.new_zeros(*batch.input_ids.shape, theirs.shape[-1])
-        hidden[text] = theirs[their_text]
-        weights = self.weights.to(theirs)
-        hidden[batch.visual] = (weights @ theirs[own.visual].unflatten(0, (-1, weights.shape[1]))).flatten(0, 1)
-        if attention is not None and attention.shape[1]:
-            attention = attention @ weights.T.to(attention)
+        hidden = self._of_student(theirs, batch)
+        attention = None if attention is None else self._on_grid(attention)
         if not keep:
             return hidden, None, attention
         index = torch.zeros_like(batch.input_ids)
-        index[text] = their_text.nonzero()[:, 1]
+        index[_text(batch)] = _text(own).nonzero()[:, 1]
         return hidden, _Kept(cache, own, index), attention
+
+    @contextmanager
+    def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
+        """As `FrozenTeacher.watched`, over the student's visual tokens. Raises ModelError for maps row by row."""
+        if any(map.each_row or map.rows == "visual" for map in watch.maps):
+            raise ModelError(
+                "a loss term reads attention row by row or of visual rows; teacher and student see an image on different grids,"
+                " between which only the mean over text rows is interpolated"
+            )
+        with self.teacher.watched(_own(batch), watch) as seen:
+            yield seen
+        seen.maps = {
+            map: tensor @ self.weights.T.to(tensor) if tensor.shape[1] else tensor for map, tensor in seen.maps.items()
+        }
+        seen.hidden = {layer: self._of_student(states, batch) for layer, states in seen.hidden.items()}
+
+    def _on_grid(self, attention: Tensor) -> Tensor:
+        """(B, Nv) of the teacher's (B, Nv'); without an image both are 0 wide."""
+        return attention @ self.weights.T.to(attention) if attention.shape[1] else attention
+
+    def _of_student(self, theirs: Tensor, batch: Batch) -> Tensor:
+        """(B, T, d) at the student's positions, of the teacher's (B, T', d)."""
+        own = _own(batch)
+        hidden = theirs.new_zeros(*batch.input_ids.shape, theirs.shape[-1])
+        hidden[_text(batch)] = theirs[_text(own)]
+        weights = self.weights.to(theirs)
+        hidden[batch.visual] = (weights @ theirs[own.visual].unflatten(0, (-1, weights.shape[1]))).flatten(0, 1)
+        return hidden
 
     def continued(self, kept: _Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """As `FrozenTeacher.continued`; positions and mask (B, 1, E, T + E) are the student's."""

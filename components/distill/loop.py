@@ -17,8 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from components.align_ti.losses import TERMS, total
-from components.align_ti.step import AlignTI
+from components.align_ti.step import AlignTI, total
 from components.distill.checkpoint import Checkpoints
 from components.distill.launch import prepare_sharding
 from components.distill.loader import Steps, batches
@@ -26,7 +25,7 @@ from components.distill.memory import explained
 from components.distill.order import Order
 from components.distill.replay import Origin
 from components.distill.replica import Replica
-from components.distill.trainable import parameter_groups, rates
+from components.distill.trainable import of_terms, parameter_groups, rates
 from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch, Collator
 from components.settings import DistillSettings
@@ -67,7 +66,7 @@ def train(
     replica = Replica(module, accelerator.num_processes, seeded=lora is not None and lora.dropout > 0)
     student: Any = module.student
     optimiser = torch.optim.AdamW(
-        parameter_groups(student.model, settings),
+        [*parameter_groups(student.model, settings), *of_terms(module, settings)],
         betas=settings.optimiser.betas,
         weight_decay=settings.optimiser.weight_decay,
     )
@@ -76,7 +75,7 @@ def train(
     prepare_sharding(accelerator, module, settings)
     wrapped, optimiser = accelerator.prepare(replica, optimiser)
     accelerator.register_for_checkpointing(schedule)
-    weights = torch.tensor([module.method.weights[term] for term in TERMS], device=accelerator.device)
+    weights = module.method.weight_vector(accelerator.device)
 
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
     if latest := checkpoints.latest():
@@ -90,10 +89,11 @@ def train(
     with bar, _stop_request() as stop:
         for step in range(progress["step"] + 1, settings.steps + 1):
             micro_batches = [(batch.to(accelerator.device), keys) for batch, keys in next(stream)]
+            module.progress = (step - 1) / settings.steps
             with explained(module, micro_batches, settings):
                 done = _step(wrapped, module, micro_batches, weights, optimiser, settings, accelerator, stop)
             terms, norm, left_out, stopping = done
-            record = dict(zip(TERMS, terms.tolist(), strict=True))
+            record = dict(zip(module.method.terms, terms.tolist(), strict=True))
             if not all(map(math.isfinite, [*record.values(), norm])):
                 state = {name.removeprefix("method."): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
                 dump = origin.dump(step, module, state, micro_batches, {**record, "gradient norm": norm}, accelerator)
@@ -102,7 +102,7 @@ def train(
             record["total"] = float((weights.cpu() * torch.tensor(list(record.values()))).sum())
             bar.update()
             if step % settings.log_every == 0 or step == settings.steps:
-                bar.set_postfix({name: f"{record[name]:.3f}" for name in (*TERMS, "total") if record[name]})
+                bar.set_postfix({name: f"{record[name]:.3f}" for name in record if record[name]})
                 line = {"step": step, **record, "grad_norm": norm, **rates(optimiser)}
                 if module.method.max_expanded_length is not None:
                     line["tpa_steps_left_out"] = left_out
@@ -128,7 +128,7 @@ def _step(
 ) -> tuple[Tensor, float, int, bool]:
     """One optimiser step over the micro-batches of this rank.
 
-    Returns each term's global mean (4,), the gradient norm, how many response steps of the global batch a cap on the length
+    Returns each term's global mean, the gradient norm, how many response steps of the global batch a cap on the length
     left without alternatives, and whether any rank was asked to stop. Where a mean or the norm is not finite the weights
     stay as they were.
 
@@ -138,7 +138,7 @@ def _step(
     draws: list[Tensor | None] = [None] * len(batches)
     counts: Tensor | None = None
     if len(batches) > 1:
-        if module.method.wants("tpa"):
+        if module.method.needs.ribbon:
             with torch.no_grad(), accelerator.autocast():
                 draws = [wrapped(batch, keys, only_draw=True)[0] for batch, keys in batches]
         mine = sum((module.count(batch, drawn) for (batch, _), drawn in zip(batches, draws, strict=True)), weights * 0)

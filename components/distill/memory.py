@@ -49,11 +49,11 @@ def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[s
     """Bytes per part of a step over `batch`, from shapes alone: good for an order, not for a figure."""
     method, student = module.method, module.student.model  # type: ignore[attr-defined]
     B, T = batch.input_ids.shape
-    rows = int(batch.response.sum(1).max()) * method.draws * B if method.wants("tpa") else 0
+    rows = int(batch.response.sum(1).max()) * method.draws * B if method.needs.ribbon else 0
     wide = FLOAT if settings.precision == "fp32" else FLOAT // 2
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     text = student.config.get_text_config()
-    head_rows = int(batch.response.sum()) + (int(batch.visual.sum()) if method.wants("iva") else 0)
+    head_rows = int(batch.response.sum()) + (int(batch.visual.sum()) if method.needs.visual else 0)
     at_once = rows_per_chunk(text.vocab_size, method.chunk_mib)
     checkpointed = settings.gradient_checkpointing
     numbers = activations_per_token(text.hidden_size, text.intermediate_size, text.num_hidden_layers, checkpointed)
@@ -74,7 +74,7 @@ def _teacher(module: AlignTI, tokens: int) -> int:
     if vlm is None:
         return 0
     weights = sum(p.nbytes for p in vlm.parameters())
-    if not module.method.wants("tpa"):
+    if not module.method.needs.ribbon:
         return weights
     text = vlm.model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

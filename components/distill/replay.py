@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from components.align_ti.losses import TERMS, total
-from components.align_ti.step import AlignTI, Method
+from components.align_ti.step import AlignTI, Method, total
 from components.artifacts import RUNS, sha256, write_text
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError
@@ -82,6 +81,7 @@ class Origin:
                 "step": step,
                 "record": {name: str(value) for name, value in record.items()},
                 "method": asdict(module.method),
+                "progress": module.progress,
                 "live_teacher": live,
             }
             write_text(draft / "dump.json", json.dumps(about, indent=2))
@@ -163,6 +163,7 @@ def _module(about: dict[str, Any], state: dict[str, Tensor], precision: str) -> 
     teacher = VLM(load(Path(about["teacher"]["path"]), "cpu", dtype).model)
     method = {field.name: about["method"][field.name] for field in fields(Method)}
     module = AlignTI(student, FrozenTeacher(teacher, **about["live_teacher"]), Method(**method))
+    module.progress = about["progress"]
     module.load_state_dict(state)
     return module
 
@@ -181,9 +182,8 @@ def _not_finite(module: AlignTI, batch: Batch, key: int, precision: str) -> dict
     module.zero_grad()
     with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
         terms = module(batch, [key])
-    values = dict(zip(TERMS, (terms.sums / terms.counts.clamp_min(1)).tolist(), strict=True))
-    weights = torch.tensor([module.method.weights[term] for term in TERMS])
-    total(terms.sums, terms.counts, weights).backward()  # type: ignore[no-untyped-call]
+    values = dict(zip(module.method.terms, (terms.sums / terms.counts.clamp_min(1)).tolist(), strict=True))
+    total(terms.sums, terms.counts, module.method.weight_vector()).backward()  # type: ignore[no-untyped-call]
     gradients = [p.grad.norm() for p in module.parameters() if p.grad is not None]
     values["gradient norm"] = float(torch.stack(gradients).norm())
     return {name: value for name, value in values.items() if not math.isfinite(value)}

@@ -31,7 +31,7 @@ class Replica(nn.Module):
     def forward(
         self, batch: Batch, keys: list[int], draws: Tensor | None = None, only_draw: bool = False
     ) -> tuple[Tensor, ...]:
-        """(4,) sums and counts of the terms and (1,) response steps left out; or, `only_draw`, the (N, d) alternatives."""
+        """Sums and counts of the terms and (1,) response steps left out; or, `only_draw`, the (N, d) alternatives."""
         if self._seeded:
             torch.manual_seed(keys[0])
         if only_draw:
@@ -41,13 +41,14 @@ class Replica(nn.Module):
         return sums, terms.counts, terms.counts.new_tensor([terms.steps_left_out])
 
     def _idle(self) -> Tensor:
-        """Zero, with a gradient of zeros for what a batch without an image does not use: tower, projector and, where L_iva
-        is the only term, the head.
+        """Zero, with a gradient of zeros for what a batch without an image does not use: tower, projector, modules of terms
+        and, where no term has text rows, the head.
 
         Ranks exchange gradients parameter by parameter: one that has none would be waited for, or get another's.
         """
         model: Any = self.method.student.model  # type: ignore[attr-defined]
+        head = model.get_output_embeddings().parameters()
         of = parts(model)
-        used = (*of["vision_tower"], *of["projector"], *model.get_output_embeddings().parameters())
+        used = (*of["vision_tower"], *of["projector"], *head, *self.method.term_modules.parameters())
         zeros = [p.flatten()[0] * 0.0 for p in used if p.requires_grad]
         return torch.stack(zeros).sum() if zeros else torch.zeros(())

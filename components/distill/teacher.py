@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch
 from components.align_ti.head import Head
+from components.align_ti.watch import Watch, Watched
 from components.models.attention import Look, watching
 from components.models.families import reads_one_layer
 from components.models.vlm import VLM, Kept
@@ -48,6 +51,15 @@ class FrozenTeacher:
         with watching(self.vlm.model, [self.layer], eyes):
             hidden, cache = self.vlm.plain(batch, features, keep)
         return hidden.to(home), cache, eyes.seen[self.layer].to(home)
+
+    @contextmanager
+    def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
+        """As `VLM.watched`; what was read is where the batch is."""
+        with self.vlm.watched(self._here(batch), watch) as seen:
+            yield seen
+        home = batch.input_ids.device
+        seen.maps = {map: tensor.to(home) for map, tensor in seen.maps.items()}
+        seen.hidden = {layer: states.to(home) for layer, states in seen.hidden.items()}
 
     def continued(self, cache: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         there = (tensor.to(self.device) for tensor in (tokens, positions, mask))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from components.align_ti.step import AlignTI
 from components.errors import InputError
+from components.models.attention import recomputing
 from components.models.families import parts
 from components.models.load import Loaded
 from components.settings import DistillSettings, Lora
@@ -24,7 +27,7 @@ def choose_trainable(student: Loaded, distill: DistillSettings) -> None:
     if trainable.lora is not None:
         add_adapters(model, trainable.lora)
     if distill.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing, model)})
     if distill.compile:
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=True)
@@ -39,6 +42,12 @@ def parameter_groups(model: Any, distill: DistillSettings) -> list[dict[str, Any
         for name, parameters in trained.items()
         if parameters
     ]
+
+
+def of_terms(module: AlignTI, distill: DistillSettings) -> list[dict[str, Any]]:
+    """The group of what loss terms train for themselves, if any does."""
+    parameters = list(module.term_modules.parameters())
+    return [{"name": "terms", "params": parameters, "lr": distill.optimiser.learning_rate}] if parameters else []
 
 
 def rates(optimiser: Any) -> dict[str, float]:

@@ -1,15 +1,17 @@
-"""Attention maps: how much of an instruction's attention falls on each visual token, while the model keeps its fused kernel.
+"""Attention maps: how much of some rows' attention falls on each visual token, while the model keeps its fused kernel.
 
 The model runs on an attention function of ours, registered with transformers, that calls its fused SDPA and, only in the
-layers being watched, computes softmax(q k) again for the instruction rows alone: (B, heads, Ni, T) instead of
-(B, heads, T, T) in every layer. Queries and keys arrive there after rotary embedding and normalisation, so the weights are
-the model's own.
+layers being watched, computes softmax(q k) again for the rows asked for: (B, heads, Nr, T) instead of (B, heads, T, T) in
+every layer. Queries and keys arrive there after rotary embedding and normalisation, so the weights are the model's own.
+
+Under gradient checkpointing a layer runs again in the backward pass, and has to compute there what it did at first, for
+torch compares the tensors that it saves; `recomputing` sees to that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +24,35 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 IMPLEMENTATION = "alignti_probe"
 
 
-@dataclass
+@dataclass(eq=False)
 class Look:
-    """Which rows and columns of a batch to look at, and what was seen: layer -> (B, Nv), averaged over heads and rows."""
+    """Which rows and columns of a batch to look at, and what was seen: layer -> (B, Nc), averaged over heads and rows.
 
-    rows: Tensor  # (B, Ni) positions of the instruction tokens, padded with -1
-    columns: Tensor  # (B, Nv) positions of the visual tokens, padded with -1
+    Args:
+        each_row: keep the rows apart: (B, Nr, Nc), zeros where a sample has fewer.
+        gradients: let them through, where the pass has any.
+    """
+
+    rows: Tensor  # (B, Nr) positions, padded with -1
+    columns: Tensor  # (B, Nc) positions, padded with -1
     seen: dict[int, Tensor] = field(default_factory=dict)
+    each_row: bool = False
+    gradients: bool = False
 
     @classmethod
-    def at(cls, instruction: Tensor, visual: Tensor) -> Look:
+    def at(cls, rows: Tensor, columns: Tensor, each_row: bool = False, gradients: bool = False) -> Look:
         """From (B, T) bool masks."""
-        return cls(_positions(instruction), _positions(visual))
+        return cls(_positions(rows), _positions(columns), each_row=each_row, gradients=gradients)
+
+    def keep(self, layer: int, over_heads: Tensor) -> None:
+        """Of (B, Nr, T), the mean over heads at this look's rows. When a layer runs again, what it gave at first stands."""
+        counted = (self.rows >= 0)[:, :, None]
+        of_rows = over_heads * counted
+        if not self.each_row:
+            of_rows = of_rows.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)
+        columns = self.columns[:, None, :].expand(-1, of_rows.shape[1], -1)
+        at_columns = of_rows.gather(2, columns.clamp_min(0)) * (columns >= 0)
+        self.seen.setdefault(layer, at_columns if self.each_row else at_columns[:, 0])
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -46,7 +65,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 @contextmanager
 def watching(model: Any, layers: list[int], look: Look) -> Iterator[Look]:
-    """While open, a forward pass of `model` over the look's batch fills `look.seen` for each of `layers`.
+    """While open, a forward pass of `model` over the look's batch fills `look.seen` for each of `layers`. Several may be open.
 
     Args:
         model: a transformers vision-language model; its language model's attention is switched to the probing function
@@ -55,77 +74,94 @@ def watching(model: Any, layers: list[int], look: Look) -> Iterator[Look]:
     kind = model.config.get_text_config()._attn_implementation
     if kind not in (IMPLEMENTATION, "eager"):
         model.set_attn_implementation({"text_config": IMPLEMENTATION})
-    watched = {index: attention for index, attention in attention_layers(model).items() if index in layers}
-    if len(watched) != len(layers):
-        raise IndexError(f"asked to watch layers {layers}; the model has {len(attention_layers(model))}")
-    # Eager: there is no fused kernel to keep (Gemma 2, whose scores are capped), and the whole maps are at hand.
-    hooked = watched if kind == "eager" else {}
-    handles = [attention.register_forward_hook(_read(look, index)) for index, attention in hooked.items()]
-    for attention in watched.values():
-        attention._alignti_look = look
-    try:
+    every = attention_layers(model)
+    if not set(layers) <= set(every):
+        raise IndexError(f"asked to watch layers {layers}; the model has {len(every)}")
+    with _Open(model, {every[index]: [*_looks(every[index]), look] for index in layers}):
         yield look
-    finally:
-        for attention in watched.values():
-            del attention._alignti_look
-        for handle in handles:
-            handle.remove()
+
+
+def recomputing(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch.utils.checkpoint: in the backward pass the same looks are open as are now."""
+    return nullcontext(), _Open(model, {m: _looks(m) for m in attention_layers(model).values() if _looks(m)})
+
+
+class _Open(AbstractContextManager[None]):
+    """While open, these attention modules have these looks."""
+
+    def __init__(self, model: Any, looks: dict[Any, list[Look]]) -> None:
+        # Eager: there is no fused kernel to keep (Gemma 2, whose scores are capped), and the whole maps are at hand.
+        self._eager = model.config.get_text_config()._attn_implementation == "eager"
+        self._looks = looks
+
+    def __enter__(self) -> None:
+        self._before = {module: _looks(module) for module in self._looks}
+        unread = [module for module, looks in self._before.items() if self._eager and not looks]
+        self._hooks = [module.register_forward_hook(_read_whole_map) for module in unread]
+        for module, looks in self._looks.items():
+            module._alignti_looks = looks
+
+    def __exit__(self, *_: object) -> None:
+        for module, looks in self._before.items():
+            module._alignti_looks = looks
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _looks(attention: Any) -> list[Look]:
+    looks: list[Look] = getattr(attention, "_alignti_looks", [])
+    return looks
+
+
+def decoder_layers(model: Any) -> Any:
+    """The language model's layers in order."""
+    return model.get_decoder().layers
 
 
 def attention_layers(model: Any) -> dict[int, Any]:
     """The language model's attention modules by layer index."""
-    return {index: layer.self_attn for index, layer in enumerate(model.get_decoder().layers)}
+    return {index: layer.self_attn for index, layer in enumerate(decoder_layers(model))}
 
 
 def _forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    look: Look | None = getattr(module, "_alignti_look", None)
-    if look is not None:
+    for look in _looks(module):
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        look.seen[module.layer_idx] = _attention(query, key, attention_mask, float(scaling), look)
+        with torch.set_grad_enabled(look.gradients and torch.is_grad_enabled()):
+            look.keep(module.layer_idx, _attention(query, key, attention_mask, float(scaling), look.rows))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-@torch.no_grad()
-def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, look: Look) -> Tensor:
-    """(B, Nv), float32 or wider: softmax(q k) of the instruction rows at the visual columns, mean over heads and rows.
+def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, rows: Tensor) -> Tensor:
+    """(B, Nr, T), float32 or wider: softmax(q k) at the (B, Nr) rows, mean over heads.
 
     query (B, H, T, d), key (B, K, T, d), H a multiple of K (grouped heads); mask (B, 1, T, T) bool, or additive, or None
     for plain causal attention.
     """
     B, H, T, d = query.shape
     K = key.shape[1]
-    rows = look.rows.clamp_min(0)
-    Ni = rows.shape[1]
-    asked = query.gather(2, rows[:, None, :, None].expand(B, H, Ni, d)).view(B, K, H // K, Ni, d)
+    rows = rows.clamp_min(0)
+    Nr = rows.shape[1]
+    asked = query.gather(2, rows[:, None, :, None].expand(B, H, Nr, d)).view(B, K, H // K, Nr, d)
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = torch.einsum("bkgnd,bktd->bkgnt", asked.to(wide) * scaling, key.to(wide))
     if mask is None:
-        allowed = torch.arange(T, device=query.device) <= rows[:, :, None]  # (B, Ni, T)
-        scores.masked_fill_(~allowed[:, None, None], -torch.inf)
+        allowed = torch.arange(T, device=query.device) <= rows[:, :, None]  # (B, Nr, T)
+        scores = scores.masked_fill(~allowed[:, None, None], -torch.inf)
     else:
-        row_mask = mask.expand(B, -1, T, T)[:, 0].gather(1, rows[:, :, None].expand(B, Ni, T))[:, None, None]
+        row_mask = mask.expand(B, -1, T, T)[:, 0].gather(1, rows[:, :, None].expand(B, Nr, T))[:, None, None]
         scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask.to(wide)
-    return _at_columns(scores.softmax(-1).mean((1, 2)), look)
+    return scores.softmax(-1).mean((1, 2))
 
 
-def _at_columns(over_heads: Tensor, look: Look) -> Tensor:
-    """(B, Nv) of (B, Ni, T): the mean over the look's rows, at its columns."""
-    counted = (look.rows >= 0)[:, :, None]
-    mean = (over_heads * counted).sum(1) / counted.sum(1).clamp_min(1)
-    return mean.gather(1, look.columns.clamp_min(0)) * (look.columns >= 0)
-
-
-def _read(look: Look, layer: int) -> Callable[[Any, Any, Any], None]:
+def _read_whole_map(attention: Any, _args: Any, output: Any) -> None:
     """A hook that reads a layer's whole map, (B, H, T, T), after an eager forward."""
-
-    def hook(_module: Any, _args: Any, output: Any) -> None:
-        whole = output[1].detach().mean(1)  # (B, T, T)
-        rows = look.rows.clamp_min(0)[:, :, None].expand(-1, -1, whole.shape[-1])
-        look.seen[layer] = _at_columns(whole.gather(1, rows), look)
-
-    return hook
+    for look in _looks(attention):
+        with torch.set_grad_enabled(look.gradients and torch.is_grad_enabled()):
+            whole = output[1].mean(1)  # (B, T, T)
+            rows = look.rows.clamp_min(0)[:, :, None].expand(-1, -1, whole.shape[-1])
+            look.keep(attention.layer_idx, whole.gather(1, rows))
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

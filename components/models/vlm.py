@@ -7,7 +7,8 @@ pass the ribbon's rows come in by that door (tests/families).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from transformers.masking_utils import create_masks_for_generate
 
 from components.align_ti.batch import Batch
 from components.align_ti.head import Head
+from components.align_ti.watch import Map, Watch, Watched
+from components.errors import ModelError
+from components.models.attention import Look, decoder_layers, watching
 from components.models.families import inputs, reads_one_layer
 
 Masks = dict[str, Tensor | None] | Tensor | None  # what each row sees: (B or 1, 1, T, T) bool; None: all before it
@@ -108,6 +112,33 @@ class VLM(nn.Module):
 
         states: Tensor = self._stock(batch, features, join, use_cache=False).last_hidden_state
         return states
+
+    @contextmanager
+    def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
+        """While open, one pass over the batch reads what `watch` says, gradients and all.
+
+        Raises ModelError if the model has no such layer, or attends by FlexAttention, which has no maps.
+        """
+        seen = Watched()
+        layers = decoder_layers(self.model)
+        if beyond := sorted({*(map.layer for map in watch.maps), *watch.hidden} - set(range(len(layers)))):
+            raise ModelError(f"a loss term reads layers {beyond} of a model whose layers are 0..{len(layers) - 1}")
+        if watch.maps and self.flexes:
+            raise ModelError("a loss term reads attention maps, which FlexAttention does not have: set flex_attention to false")
+        looks: dict[tuple[str, bool], list[Map]] = {}
+        for map in watch.maps:
+            looks.setdefault((map.rows, map.each_row), []).append(map)
+        with ExitStack() as stack:
+            open_looks = {}
+            for (rows, each_row), maps in looks.items():
+                look = Look.at(getattr(batch, rows), batch.visual, each_row, gradients=True)
+                open_looks |= dict.fromkeys(maps, look)
+                stack.enter_context(watching(self.model, [map.layer for map in maps], look))
+            for index in watch.hidden:
+                hook = layers[index].register_forward_hook(_keeper(seen.hidden, index))
+                stack.callback(hook.remove)
+            yield seen
+        seen.maps |= {map: look.seen[map.layer] for map, look in open_looks.items()}
 
     def flex(self) -> None:
         """From now on the language model attends by FlexAttention, whose kernel leaves out the blocks that `expanded`'s mask
@@ -214,3 +245,12 @@ def _blocks(mask: Tensor, _dtype: torch.dtype) -> BlockMask:
         return mask[b, 0, q, k]
 
     return create_block_mask(seen, B, None, Q, K, device=mask.device)
+
+
+def _keeper(hidden: dict[int, Tensor], layer: int) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that keeps what a layer passes on."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden.setdefault(layer, output[0] if isinstance(output, tuple) else output)
+
+    return hook

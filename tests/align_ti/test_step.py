@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.align_ti.losses import TERMS, total
 from components.align_ti.ribbon import continuation_mask, expanded_mask, left_out, plan, predicting
-from components.align_ti.step import AlignTI, Method
+from components.align_ti.step import AlignTI, Method, total
+from components.align_ti.terms import CORE
 from components.distill.teacher import FrozenTeacher
 from components.models.attention import Look, watching
 from components.models.vlm import VLM
@@ -15,7 +15,7 @@ from tests import tiny
 
 SAMPLES = [(1, 3, 3), (0, 2, 2), (1, 5, 2), (1, 1, 1)]
 KEYS = [11, 12, 13, 14]
-ALL = dict.fromkeys(TERMS, 1.0)
+ALL = dict.fromkeys(CORE, 1.0)
 FAMILIES = ["qwen2", "qwen3", "llama"]
 
 
@@ -152,7 +152,7 @@ def test_a_ribbon_that_leaves_its_rows_takes_the_same_step(
     for least in (0, 10**9):
         monkeypatch.setattr("components.align_ti.step.SHARED_FROM", least)
         student, teacher = pair(family)
-        terms = step(student, teacher, weights=dict(zip(TERMS, weights, strict=True)))(batch(), KEYS)
+        terms = step(student, teacher, weights=dict(zip(CORE, weights, strict=True)))(batch(), KEYS)
         assert terms.ribbon_rows > 0
         loss = total(terms.sums, terms.counts, torch.tensor(weights, dtype=torch.float64))
         seen.append((terms.sums.detach(), *gradients(student, loss)))
@@ -280,7 +280,7 @@ def test_sources_of_alternatives(source: str, replacement: bool) -> None:
 def test_uniform_weights_are_a_plain_mean_over_visual_rows() -> None:
     student, teacher = pair("qwen2")
     b = batch()
-    terms = step(student, teacher, uniform=True)(b, KEYS)
+    terms = step(student, teacher, options={"iva": {"uniform": True}})(b, KEYS)
     logits = []
     for vlm in (teacher, student):
         hidden, _ = vlm.plain(b, vlm.features(b), keep=False)
@@ -310,6 +310,12 @@ def test_tiny_chunks_change_nothing() -> None:
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-12)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # RMSNorm is float32 inside
+
+
+def test_total_divides_each_term_by_its_own_count_and_survives_a_term_without_units() -> None:
+    sums, counts = torch.tensor([6.0, 4.0, 0.0, 9.0]), torch.tensor([3.0, 4.0, 0.0, 2.0])
+    weights = torch.tensor([1.0, 2.0, 5.0, 0.5])
+    assert float(total(sums, counts, weights)) == pytest.approx(2.0 + 2.0 + 0.0 + 2.25)
 
 
 NO_EOS = object()
@@ -355,7 +361,7 @@ def test_an_empty_response_leaves_the_text_terms_of_its_neighbours_alone(route: 
 
 def test_terms_of_weight_zero_are_not_computed() -> None:
     student, _ = pair("qwen2")
-    only_sft = AlignTI(student, None, Method(weights={**dict.fromkeys(TERMS, 0.0), "sft": 1.0}, eos=tiny.EOS))
+    only_sft = AlignTI(student, None, Method(weights={**dict.fromkeys(CORE, 0.0), "sft": 1.0}, eos=tiny.EOS))
     terms = only_sft(batch(), KEYS)
     assert terms.sums[0] > 0 and terms.sums[1:].tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="need a teacher"):
@@ -383,7 +389,7 @@ PINNED_COUNTS = [8.0, 8.0, 3.0, 32.0]
 PINNED_MEANS = [3.66941, 1.31009, 1.16974, 1.40290]
 
 
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", CORE)
 @pytest.mark.parametrize("route", ["continuation", "expanded"])
 def test_gradient_of_each_term_by_finite_differences(term: str, route: str) -> None:
     """Along one random direction of all the student's parameters; the draws are held fixed, as the method does."""
@@ -391,7 +397,7 @@ def test_gradient_of_each_term_by_finite_differences(term: str, route: str) -> N
     module = step(student, teacher, route=route)
     b = batch()
     draws = fixed_draws(b)
-    only = torch.tensor([float(name == term) for name in TERMS], dtype=torch.float64)
+    only = torch.tensor([float(name == term) for name in CORE], dtype=torch.float64)
 
     def loss() -> torch.Tensor:
         terms = module(b, KEYS, draws)

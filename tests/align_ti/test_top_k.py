@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from components.align_ti.divergence import divergence
 from components.align_ti.head import Head
-from components.align_ti.losses import TERMS
 from components.align_ti.ribbon import predicting
 from components.align_ti.step import AlignTI, Method
+from components.align_ti.terms import CORE
 from components.align_ti.top_k import Known, TopK, top_k, top_k_divergence, top_k_row_divergence
 from components.distill.teacher import FrozenTeacher
 from components.models.vlm import VLM
@@ -99,7 +99,7 @@ def test_a_step_from_kept_signals_is_the_step_with_the_teacher(samples: list[tup
     batch = tiny.batch(samples)
     batch.pixel_values = None if batch.pixel_values is None else batch.pixel_values.double()
     weights = {"sft": 1.0, "kd": 0.7, "iva": 1.3, "tpa": 0.0}
-    method = Method(weights, uniform=uniform, eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY)
+    method = Method(weights, options={"iva": {"uniform": uniform}}, eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY)
     found = []
     for module in (
         AlignTI(student, teacher, method),
@@ -108,7 +108,7 @@ def test_a_step_from_kept_signals_is_the_step_with_the_teacher(samples: list[tup
     ):
         terms = module(batch, list(range(len(samples))))
         student.zero_grad()
-        (torch.tensor([weights[t] for t in TERMS]) * terms.sums).sum().backward()
+        (torch.tensor([weights[t] for t in CORE]) * terms.sums).sum().backward()
         found.append((terms.sums.detach(), [p.grad.clone() for p in student.parameters() if p.grad is not None]))
     (live, live_gradients), (kept, kept_gradients), (cut, _) = found
     torch.testing.assert_close(kept, live, rtol=1e-10, atol=1e-12)
@@ -119,7 +119,7 @@ def test_a_step_from_kept_signals_is_the_step_with_the_teacher(samples: list[tup
 
 def test_what_signals_cannot_serve_is_refused() -> None:
     student, signals = VLM(tiny.llava()), Kept(None, 3)  # type: ignore[arg-type]
-    for options in ({"kind": "reverse"}, {"weights": dict.fromkeys(TERMS, 1.0)}):
+    for options in ({"kind": "reverse"}, {"weights": dict.fromkeys(CORE, 1.0)}):
         with pytest.raises(ValueError, match="kd and iva under the forward divergence"):
             AlignTI(student, None, Method(**{"weights": {"sft": 0.0, "kd": 1.0, "iva": 0.0, "tpa": 0.0}, **options}), signals)
     known = Known(TopK(torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1)), torch.tensor([[0, -1]]))

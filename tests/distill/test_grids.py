@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.align_ti.losses import TERMS, total
-from components.align_ti.step import AlignTI, Method
+from components.align_ti.step import AlignTI, Method, total
+from components.align_ti.terms import CORE
 from components.distill.grids import Regridded, bilinear
 from components.distill.teacher import FrozenTeacher
 from components.errors import ModelError
@@ -44,7 +44,7 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def module(student: Loaded, teacher: Loaded, sides: tuple[int, int] | None, route: str) -> AlignTI:
     frozen = FrozenTeacher(VLM(teacher.model), 1, shares_tower=False)
-    method = Method(dict.fromkeys(TERMS, 1.0), eos=student.processor.tokenizer.eos_token_id, draws=3, route=route)
+    method = Method(dict.fromkeys(CORE, 1.0), eos=student.processor.tokenizer.eos_token_id, draws=3, route=route)
     return AlignTI(VLM(student.model), frozen if sides is None else Regridded(frozen, *sides), method)
 
 
@@ -96,7 +96,7 @@ def test_text_rows_are_the_teachers_own_and_the_loss_falls(coarse: Path, fine: P
         )
     terms = step(batch, KEYS)
     kd = (of_teacher.exp() * (of_teacher - of_student)).sum()
-    torch.testing.assert_close(terms.sums[TERMS.index("kd")], kd, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms.sums[CORE.index("kd")], kd, rtol=1e-4, atol=1e-5)
     assert (terms.sums > 0).all() and (terms.counts > 0).all()
     optimiser = torch.optim.AdamW(step.parameters(), lr=3e-3)
     losses = []

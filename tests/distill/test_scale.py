@@ -20,7 +20,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from components.align_ti.losses import TERMS
+from components.align_ti.terms import CORE
 from components.artifacts import DATASET, STUDENTS, Manifest
 from components.distill.__main__ import distill
 from components.distill.launch import CONFIGS, check_came_up, launch
@@ -95,8 +95,8 @@ def results() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
 
 def assert_same_training(one: tuple[list, dict], other: tuple[list, dict]) -> None:
     for mine, theirs in zip(one[0], other[0], strict=True):
-        assert all(mine[term] > 0 for term in TERMS), "each of the four terms is there to be compared"
-        for name in (*TERMS, "total"):
+        assert all(mine[term] > 0 for term in CORE), "each of the four terms is there to be compared"
+        for name in (*CORE, "total"):
             assert theirs[name] == pytest.approx(mine[name], rel=1e-6), (mine["step"], name)
         assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
     start = load_file("artifacts/models/students/student/model.safetensors")

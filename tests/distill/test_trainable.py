@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.align_ti.losses import TERMS
 from components.align_ti.step import AlignTI, Method
+from components.align_ti.terms import CORE
 from components.artifacts import STUDENTS
 from components.distill import loop
 from components.distill.teacher import FrozenTeacher
@@ -160,7 +160,7 @@ def test_passes_by_length_train_the_same(workplace: Path) -> None:
 def test_compiled_layers_give_the_same_step() -> None:
     """Traced and guarded as `compile` does it, run without a code generator, which is not ours and takes a minute."""
     student, teacher = VLM(tiny.llava(layers=1)), VLM(tiny.llava(seed=2, hidden=48))
-    method = Method(weights=dict.fromkeys(TERMS, 1.0), eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY)
+    method = Method(weights=dict.fromkeys(CORE, 1.0), eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY)
     step = AlignTI(student, FrozenTeacher(teacher, 1, False), method)
 
     def gradients() -> list[torch.Tensor]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from components.align_ti.losses import TERMS, total
-from components.align_ti.step import AlignTI, Method
+from components.align_ti.step import AlignTI, Method, total
+from components.align_ti.terms import CORE
 from components.artifacts import Cost
 from components.distill.export import export
 from components.distill.teacher import FrozenTeacher
@@ -49,7 +49,7 @@ def trained(student: Loaded, teacher: Loaded, layer: int, route: str) -> list[fl
     """The loss before and after three steps on one batch, all four terms."""
     pupil = VLM(student.model).train()
     eos = student.processor.tokenizer.eos_token_id
-    method = Method(dict.fromkeys(TERMS, 1.0), eos=eos, draws=2, route=route, shared_vocabulary=check_pair(teacher, student))
+    method = Method(dict.fromkeys(CORE, 1.0), eos=eos, draws=2, route=route, shared_vocabulary=check_pair(teacher, student))
     module = AlignTI(pupil, FrozenTeacher(VLM(teacher.model), layer, shares_tower=False), method)
     batch = toy.collator(student.model.config.model_type)(toy.SAMPLES)
     optimiser = torch.optim.AdamW(pupil.parameters(), lr=1e-3)

@@ -1,0 +1,120 @@
+"""What one step computed, for the terms to read: what two of them need is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.align_ti.batch import Batch
+from components.align_ti.divergence import Divergence, row_divergence
+from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk, weighted_loss
+from components.align_ti.ribbon import Ribbon, predicting
+from components.align_ti.top_k import Known, TopK, top_k_row_divergence
+from components.align_ti.watch import Watched
+
+Rowwise = Callable[[slice, Tensor, Tensor], Tensor]  # rows of the mask, teacher's logits and student's (n, V) -> (n,)
+
+
+@dataclass
+class Seen:
+    """One step over a batch.
+
+    Hidden states are those before the head: (B, T, d) of the sequence, (M, d) of the ribbon's rows, None where nobody needs
+    them. The teacher's carry no gradient.
+    """
+
+    batch: Batch
+    student: Tensor
+    student_head: Head
+    teacher: Tensor | Known | None = None  # Known: the cache
+    teacher_head: Head | None = None
+    attention: Tensor | None = None  # (B, Nv), the teacher's at the IRS layer
+    in_student: Watched = field(default_factory=Watched)
+    in_teacher: Watched = field(default_factory=Watched)
+    views: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)  # student's, teacher's (B, T, d)
+    ribbon: Ribbon | None = None
+    student_ribbon: Tensor | None = None
+    teacher_ribbon: Tensor | None = None
+    divergence_of_arm: Divergence = field(default_factory=Divergence)
+    shared_vocabulary: int | None = None
+    chunk_mib: float = CHUNK_MIB
+    progress: float = 0.0  # of the training: 0 at its first step, towards 1 at its last
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)  # of terms that train one, by their names
+
+    def __post_init__(self) -> None:
+        self._of_text: dict[Divergence, Tensor] = {}
+
+    @cached_property
+    def zero(self) -> Tensor:
+        """0 with a graph behind it, so that a batch without units has one to go back through."""
+        return self.student.sum(dtype=at_least_float32(self.student.dtype)) * 0.0
+
+    @cached_property
+    def predicts(self) -> Tensor:
+        """(B, T) bool: the rows that predict the response."""
+        return predicting(self.batch.response)
+
+    @cached_property
+    def text_rows(self) -> Tensor:
+        """(B, T) bool: the rows of the sequence that L_kd or L_tpa compares."""
+        return self.predicts if self.ribbon is None else self.predicts | (self.ribbon.gold > 0)
+
+    def text_divergence(self, divergence: Divergence | None = None) -> Tensor:
+        """(N,) at `text_rows`, once for all terms with this divergence."""
+        wanted = divergence or self.divergence_of_arm
+        if wanted not in self._of_text:
+            rows = self.text_rows
+            self._of_text[wanted] = self._divergence(self.teacher_at(rows), self.student[rows], wanted)
+        return self._of_text[wanted]
+
+    def divergence(self, rows: Tensor, weights: Tensor | None = None, divergence: Divergence | None = None) -> Tensor:
+        """(N,) at the rows of a (B, T) bool mask; with `weights` (N,) their weighted sum ()."""
+        return self._divergence(self.teacher_at(rows), self.student[rows], divergence, weights)
+
+    def ribbon_divergence(self, divergence: Divergence | None = None) -> Tensor:
+        """(M,) at the ribbon's rows."""
+        assert self.student_ribbon is not None and self.teacher_ribbon is not None
+        return self._divergence(self.teacher_ribbon, self.student_ribbon, divergence)
+
+    def rowwise(self, rows: Tensor, loss: Rowwise, weights: Tensor | None = None) -> Tensor:
+        """(N,) any function of both models' logits at the rows of a (B, T) bool mask, computed in chunks of rows.
+
+        With `weights` (N,) their weighted sum (), whose gradient takes no second look at the logits. The term needs `live`.
+        """
+        theirs, head = self.teacher_at(rows), self.teacher_head
+        assert isinstance(theirs, Tensor) and head is not None, "a term that reads whole logits says `live` in its needs"
+        teacher_rows = theirs
+
+        def of_chunk(at: slice, student: Tensor) -> Tensor:
+            with torch.no_grad():
+                teacher = head(teacher_rows[at])[:, : self.shared_vocabulary]
+            return loss(at, teacher, student[:, : self.shared_vocabulary])
+
+        size = rows_per_chunk(max(len(head.weight), len(self.student_head.weight)), self.chunk_mib)
+        if weights is None:
+            return row_losses(self.student[rows], self.student_head, of_chunk, size)
+        return weighted_loss(self.student[rows], self.student_head, of_chunk, weights, size)
+
+    def ones(self, like: Tensor) -> Tensor:
+        """(N,) weights of 1 for `rowwise`."""
+        return torch.ones(len(like), dtype=self.zero.dtype, device=self.student.device)
+
+    def teacher_at(self, rows: Tensor) -> Tensor | TopK:
+        """The teacher at the rows of a (B, T) bool mask: hidden states (N, d), or what the cache has."""
+        assert self.teacher is not None, "a term that reads the teacher says so in its needs"
+        return self.teacher.at(rows) if isinstance(self.teacher, Known) else self.teacher[rows]
+
+    def _divergence(
+        self, theirs: Tensor | TopK, mine: Tensor, divergence: Divergence | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        wanted = divergence or self.divergence_of_arm
+        chunked: dict[str, Any] = {"shared": self.shared_vocabulary, "weights": weights, "chunk_mib": self.chunk_mib}
+        if isinstance(theirs, TopK):
+            return top_k_row_divergence(theirs, mine, self.student_head, temperature=wanted.temperature, **chunked)
+        assert self.teacher_head is not None
+        return row_divergence(theirs, self.teacher_head, mine, self.student_head, **asdict(wanted), **chunked)

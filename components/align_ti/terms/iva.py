@@ -1,0 +1,33 @@
+"""L_iva: divergence at the visual rows, weighted by how much the instruction attends to each. Units: images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from components.align_ti.batch import Batch
+from components.align_ti.divergence import Divergence
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, images
+from components.align_ti.visual_weights import uniform_attention, visual_weights
+
+
+@dataclass(frozen=True)
+class Term:
+    uniform: bool = False  # all of an image's tokens weigh the same: the control
+    divergence: Divergence | None = None  # None: the arm's
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(visual=True, attention=not self.uniform)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return images(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        visual = seen.batch.visual
+        if not bool(visual.any()):
+            return seen.zero
+        attention = uniform_attention(visual) if self.uniform else seen.attention
+        return seen.divergence(visual, visual_weights(attention, visual), self.divergence)

@@ -1,0 +1,24 @@
+"""L_sft: cross-entropy against the response tokens. Units: response tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from components.align_ti.batch import Batch
+from components.align_ti.head import cross_entropy
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, responses
+
+
+@dataclass(frozen=True)
+class Term:
+    needs = Needs(teacher=False)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return responses(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        targets = seen.batch.input_ids[:, 1:][seen.batch.response[:, 1:]]
+        return cross_entropy(seen.student[seen.predicts], seen.student_head, targets, seen.chunk_mib)

@@ -1,0 +1,32 @@
+"""L_tpa: divergence one step after each alternative that counts. Units: counted draws.
+
+A draw that hits the gold token is a row of the plain pass; the others are the ribbon's rows, equal ones drawn once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from components.align_ti.batch import Batch
+from components.align_ti.divergence import Divergence
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, responses
+
+
+@dataclass(frozen=True)
+class Term:
+    divergence: Divergence | None = None  # None: the arm's
+    needs = Needs(ribbon=True)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return responses(batch) * 0 if draws is None else draws
+
+    def loss(self, seen: Seen) -> Tensor:
+        ribbon = seen.ribbon
+        assert ribbon is not None
+        text = seen.text_divergence(self.divergence)
+        after = seen.ribbon_divergence(self.divergence)
+        multiplicity = ribbon.multiplicity[ribbon.valid]
+        return (ribbon.gold[seen.text_rows] * text).sum() + (multiplicity * after).sum()

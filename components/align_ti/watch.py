@@ -1,0 +1,43 @@
+"""What a loss term may read inside a model: attention over the image's tokens, and hidden states, of chosen layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Map:
+    """Attention of one layer from a sample's instruction, visual or response rows to its Nv visual tokens, mean over heads.
+
+    `each_row`: (B, rows, Nv), zeros where a sample has fewer rows or tokens; else their mean over the rows, (B, Nv).
+    """
+
+    layer: int
+    rows: Literal["instruction", "visual", "response"] = "instruction"
+    each_row: bool = False
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What to read in one forward pass. Layers count from 0; a hidden state (B, T, d) is what a layer passes on."""
+
+    maps: tuple[Map, ...] = ()
+    hidden: tuple[int, ...] = ()
+
+    def __or__(self, other: Watch) -> Watch:
+        return Watch(tuple(dict.fromkeys(self.maps + other.maps)), tuple(dict.fromkeys(self.hidden + other.hidden)))
+
+    def __bool__(self) -> bool:
+        return bool(self.maps or self.hidden)
+
+
+@dataclass
+class Watched:
+    """What was read."""
+
+    maps: dict[Map, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
