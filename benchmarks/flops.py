@@ -6,12 +6,12 @@ A matrix product of (n, a) and (a, b) is 2 n a b. A backward pass is twice its f
 from __future__ import annotations
 
 from benchmarks.shapes import DRAWS, Batch, Size
+from components.align_ti.terms import CORE, needs_of
 from components.cost import Way, Work, body, head, tower
 from components.cost import step as step_of
 
-KD = {"sft": 1.0, "kd": 1.0}
-TERMS = {"kd": KD, "kd_only": {"kd": 1.0}, "trl": {"kd": 1.0}}
-ALL = KD | {"iva": 1.0, "tpa": 1.0}
+ALL = needs_of(CORE)
+TERMS = {"kd": needs_of(["sft", "kd"]), "kd_only": needs_of(["kd"]), "trl": needs_of(["kd"])}
 
 
 def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:

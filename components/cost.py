@@ -7,9 +7,9 @@ docs/recipes.md, "The cost model".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from components.align_ti.terms import Needs, union
 from components.distill import footprint
 
 
@@ -111,7 +111,7 @@ class Way:
     """How a step is gone about, as far as that costs.
 
     Args:
-        terms: weights of sft, kd, iva, tpa; a term that weighs nothing costs nothing.
+        terms: what each term that weighs something needs (`needs_of`).
         trained: share of the language model's weight gradients that are computed: 1, or 0 where it is frozen.
         draws_first: a pass before the others makes the draws: where a step has several passes, or checkpoints.
         checkpointed: layers are computed again in the backward pass.
@@ -119,7 +119,7 @@ class Way:
         towers: passes of the vision tower over each image; one where teacher and student share a frozen one.
     """
 
-    terms: Mapping[str, float]
+    terms: tuple[Needs, ...]
     trained: float = 1
     draws_first: bool = False
     checkpointed: bool = False
@@ -141,19 +141,21 @@ class Operations:
 
 def step(student: Model, teacher: Model | None, work: Work, way: Way) -> Operations:
     """Of one optimiser step, the optimiser's own apart. `teacher`: None if no term asks it."""
-    wants = {term: way.terms.get(term, 0) > 0 for term in ("sft", "kd", "iva", "tpa")}
-    added = work.ribbon if wants["tpa"] else 0
-    again = wants["kd"] * work.response + added  # rows whose numbers only the backward pass tells
-    compared = again + wants["iva"] * work.visual
-    own = wants["sft"] * work.response + compared
+    needs = union(way.terms)
+    added = work.ribbon if needs.ribbon else 0
+    # Rows whose numbers only the backward pass tells; terms share what they compare.
+    again = any(term.teacher and term.response for term in way.terms) * work.response + added
+    compared = again + needs.visual * work.visual
+    own = any(not term.teacher for term in way.terms) * work.response + compared
     computed_twice = again if again > way.chunk_rows else 0
     layers = (2 + way.trained + way.checkpointed) * body(student, work, added) + way.towers * tower(student, work.images)
     heads = (2 + way.trained) * head(student.language, own) + head(student.language, computed_twice)
-    if wants["tpa"] and way.draws_first:
+    if needs.ribbon and way.draws_first:
         layers += body(student, work, 0)
         heads += head(student.language, work.response)
-    if teacher is not None and compared:
-        watched = 2 * teacher.language.attention * work.instruction * work.visual / max(1, len(work.lengths)) * wants["iva"]
+    if teacher is not None and needs.teacher:
+        maps = needs.attention + len(needs.in_teacher.maps)
+        watched = 2 * teacher.language.attention * work.instruction * work.visual / max(1, len(work.lengths)) * maps
         layers += body(teacher, work, added) + watched
         heads += head(teacher.language, compared + computed_twice)
     return Operations(layers, heads)
@@ -199,11 +201,11 @@ def memory(student: Model, teacher: Model | None, work: Work, way: Way, held: Ho
 
     The teacher's activations are those of one layer, as nothing goes back through it.
     """
-    shape = student.language
+    shape, needs = student.language, union(way.terms)
     parts_of = {name: held.devices if name in held.sharded else 1 for name in ("student", "teacher")}
-    tokens, added = sum(work.lengths), work.ribbon if way.terms.get("tpa") else 0
+    tokens, added = sum(work.lengths), work.ribbon if needs.ribbon else 0
     per_token = footprint.activations_per_token(shape.hidden, shape.mlp, shape.layers, held.checkpointed) * held.wide
-    rows = work.response + work.visual * (way.terms.get("iva", 0) > 0) + added
+    rows = work.response + work.visual * needs.visual + added
     casts = held.wide * held.trained if held.wide < footprint.FLOAT else 0  # autocast keeps a 16-bit copy of what it has cast
     parts = {
         "student's weights": footprint.FLOAT * student.weights / parts_of["student"] + casts,
@@ -212,7 +214,7 @@ def memory(student: Model, teacher: Model | None, work: Work, way: Way, held: Ho
         "logits": footprint.logits(rows, held.chunk_rows, shape.vocabulary),
         "teacher": 0.0,
     }
-    if teacher is not None and any(way.terms.get(term) for term in ("kd", "iva", "tpa")):
+    if teacher is not None and needs.teacher:
         theirs = teacher.language
         cache = 2 * theirs.layers * theirs.attention * theirs.kv_heads / theirs.heads * held.wide * tokens
         one_layer = footprint.activations_per_token(theirs.hidden, theirs.mlp, 1, checkpointed=False) * held.wide * tokens

@@ -6,15 +6,29 @@ alone what is stale. `params/runtime.yaml` holds what does not change results (d
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
+from components.align_ti import terms
 from components.artifacts import TEACHER_ARM
 from components.errors import SettingsError
 
@@ -355,6 +369,53 @@ class IrsSettings(Strict):
 # --- params/distill.yaml ----------------------------------------------------------------------------------------------
 
 
+class WithTerms(Strict):
+    """Beside its fields: the options of loss terms, each term's in a block of its name (align_ti/terms)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _options_of_terms(self) -> Self:
+        for name, block in self.blocks.items():
+            if name not in terms.names():
+                raise _refused("extra_forbidden", (name,), block)
+            _check_options(name, block)
+        return self
+
+    @property
+    def blocks(self) -> dict[str, dict[str, Any]]:
+        return self.model_extra or {}
+
+
+def _check_options(name: str, block: Any) -> None:
+    """Raises ValidationError where a term's own dataclass has no such field, or another type, or refuses the value."""
+    term = terms.term_class(name)
+    hints = {**get_type_hints(term), "divergence": Divergence | None}
+    options: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(term)
+    }
+    try:
+        term(**create_model(name, __base__=Strict, **options).model_validate(_tuples(block)).model_dump())
+    except ValidationError as error:
+        (problem, *_) = error.errors()
+        raise _refused(problem["type"], (name, *problem["loc"]), problem["input"], problem.get("ctx", {})) from None
+    except ValueError as error:
+        raise _refused("value_error", (name,), block, {"error": error}) from None
+
+
+def _refused(kind: str, loc: tuple[int | str, ...], value: Any, context: dict[str, Any] | None = None) -> ValidationError:
+    details = InitErrorDetails(type=kind, loc=loc, input=value, ctx=context or {})
+    return ValidationError.from_exception_data("params", [details])
+
+
+def _tuples(value: Any) -> Any:
+    """YAML's lists as the tuples that frozen dataclasses hold."""
+    if isinstance(value, dict):
+        return {key: _tuples(inside) for key, inside in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 class Divergence(Strict):
     """Per-row divergence D(teacher, student) in nats; `mix` is JSD's beta or the skew's alpha."""
 
@@ -368,6 +429,7 @@ class Iva(Strict):
 
     weighting: Literal["irs", "layer", "uniform"]
     layer: Annotated[int, Field(ge=0)] | None = Field(description="for weighting: layer")
+    divergence: Divergence | None = Field(default=None, description="null: the arm's")
 
     @model_validator(mode="after")
     def _layer_given(self) -> Iva:
@@ -388,6 +450,7 @@ class Tpa(Strict):
     max_expanded_length: PositiveInt | None = Field(
         description="tokens of one sample with its alternatives; beyond it some response steps, at random, get none"
     )
+    divergence: Divergence | None = Field(default=None, description="null: the arm's")
 
     @model_validator(mode="after")
     def _enough_to_draw(self) -> Tpa:
@@ -435,7 +498,7 @@ class LearningRates(Strict):
     language_model: PositiveFloat | None
 
 
-class DistillSettings(Strict):
+class DistillSettings(WithTerms):
     stage: Literal["align", "distill"] = Field(description="align: captions, cross-entropy alone, no teacher")
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="samples per optimiser step, over all ranks and accumulation steps")
@@ -494,23 +557,23 @@ class EvaluateSettings(Strict):
 # --- params/study.yaml ------------------------------------------------------------------------------------------------
 
 
-class Weights(Strict):
-    """L = sft * L_sft + kd * L_kd + iva * L_iva + tpa * L_tpa."""
-
-    sft: NonNegative
-    kd: NonNegative
-    iva: NonNegative
-    tpa: NonNegative
-
-    @model_validator(mode="after")
-    def _some(self) -> Weights:
-        if not any(self.model_dump().values()):
-            raise ValueError("at least one weight must be above 0")
-        return self
+def _of_terms(weights: dict[str, float]) -> dict[str, float]:
+    """Those above 0."""
+    for name in weights:
+        try:
+            terms.known(name)
+        except ValueError as error:
+            raise _refused("value_error", (name,), {}, {"error": error}) from None
+    if not any(weights.values()):
+        raise ValueError("at least one weight must be above 0")
+    return {name: weight for name, weight in weights.items() if weight}
 
 
-class Arm(Strict):
-    """One student of the study. `iva`, `tpa`, `divergence`: null means as in `params/distill.yaml`."""
+Weights = Annotated[dict[str, NonNegative], AfterValidator(_of_terms)]  # L = sum of weight x L_term; a term not named: 0
+
+
+class Arm(WithTerms):
+    """One student of the study. `iva`, `tpa`, `divergence`, other terms' blocks: null means as in `params/distill.yaml`."""
 
     weights: Weights
     student: Name
@@ -518,6 +581,25 @@ class Arm(Strict):
     iva: Iva | None = None
     tpa: Tpa | None = None
     divergence: Divergence | None = None
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Of the terms that weigh something, as their dataclasses take them. Of an arm that Settings.arm has filled in."""
+        assert self.iva is not None and self.tpa is not None
+        own: dict[str, dict[str, Any]] = {
+            "iva": {"uniform": self.iva.weighting == "uniform", "divergence": _dumped(self.iva.divergence)},
+            "tpa": {"divergence": _dumped(self.tpa.divergence)},
+        }
+        return {name: _tuples((own | self.blocks).get(name, {})) for name in self.weights}
+
+    @property
+    def needs(self) -> dict[str, terms.Needs]:
+        """What each of them has the step compute."""
+        return {name: terms.term_class(name)(**options).needs for name, options in self.options.items()}
+
+
+def _dumped(divergence: Divergence | None) -> dict[str, Any] | None:
+    return None if divergence is None else divergence.model_dump()
 
 
 class StudySettings(Strict):
@@ -567,11 +649,12 @@ class Settings(Strict):
             raise SettingsError(f"params/study.yaml has no arm {name!r}; it has {', '.join(self.study.arms)}")
         arm = self.study.arms[name]
         shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
-        return arm.model_copy(update=shared)
+        blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
+        return Arm(**{field: getattr(arm, field) for field in ("weights", "student", "seed")}, **shared, **blocks)
 
     def uses_cache(self, arm: Arm) -> bool:
-        """Whether the arm does without the teacher. L_tpa does not: it asks about tokens that the student draws meanwhile."""
-        return self.distill.teacher_signals.source == "cache" and not arm.weights.tpa
+        """Whether the arm does without the live teacher. One with L_tpa does not: it compares tokens that the student draws."""
+        return self.distill.teacher_signals.source == "cache" and not terms.union(arm.needs.values()).live_teacher
 
 
 FILES = tuple(Settings.model_fields)
@@ -661,8 +744,8 @@ def _stage_checks(settings: Settings) -> list[str]:
         )
     if settings.distill.teacher_signals.source == "cache":
         problems.append("params/distill.yaml: teacher_signals.source is cache, and stage align has no teacher; set it to live")
-    for name, arm in settings.study.arms.items():
-        if asking := [term for term in ("kd", "iva", "tpa") if getattr(arm.weights, term)]:
+    for name in settings.study.arms:
+        if asking := [term for term, needs in settings.arm(name).needs.items() if needs.teacher]:
             problems.append(
                 f"params/study.yaml: arms.{name}.weights: {', '.join(asking)} ask a teacher, and stage align has none; set all"
                 " but sft to 0"
@@ -674,16 +757,19 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
     """What the cache of teacher signals, made once for all arms, cannot serve."""
     arm, shared = settings.arm(name), settings.distill
     assert arm.divergence is not None and arm.iva is not None  # filled in by Settings.arm
-    if not settings.uses_cache(arm) or not (arm.weights.kd or arm.weights.iva):
+    if not settings.uses_cache(arm) or not terms.union(arm.needs.values()).teacher:
         return []
     problems = []
     if shared.teacher_weights != "same":
         problems.append(f"teacher_weights is {shared.teacher_weights}, and the cache is made with a teacher in `precision`")
-    if arm.divergence.kind != "forward":
-        problems.append(f"divergence.kind is {arm.divergence.kind}, and the cache serves the forward divergence alone")
-    if arm.divergence.temperature != shared.divergence.temperature:
-        problems.append("divergence.temperature differs from that of params/distill.yaml, which the cache is made with")
-    if arm.weights.iva and arm.iva.weighting != "uniform" and arm.iva.layer != shared.iva.layer:
+    own = {term: options.get("divergence") for term, options in arm.options.items()}
+    for term, divergence in {"": arm.divergence.model_dump(), **own}.items():
+        where = f"{term}.divergence".lstrip(".")
+        if divergence and divergence["kind"] != "forward":
+            problems.append(f"{where}.kind is {divergence['kind']}, and the cache serves the forward divergence alone")
+        if divergence and divergence["temperature"] != shared.divergence.temperature:
+            problems.append(f"{where}.temperature differs from that of params/distill.yaml, which the cache is made with")
+    if any(needs.attention for needs in arm.needs.values()) and arm.iva.layer != shared.iva.layer:
         problems.append("iva.layer differs from that of params/distill.yaml, which the cache is made with")
     return [f"params/study.yaml: arms.{name}: {problem}; or set teacher_signals.source to live" for problem in problems]
 
@@ -722,10 +808,15 @@ def _known_keys(keys: list[Any], file: str) -> list[str]:
         model = _model_in(annotation)
         if key in _MEMBERS:
             annotation = _MEMBERS[key]
-            continue
-        annotation = model.model_fields[str(key)].annotation if model is not None else get_args(annotation)[-1]
+        elif get_origin(annotation) is dict or model is None:
+            annotation = get_args(annotation)[-1]
+        elif key in model.model_fields:
+            annotation = model.model_fields[str(key)].annotation
+        else:  # a loss term's block
+            return [field.name for field in dataclasses.fields(terms.term_class(str(key)))]
     model = _model_in(annotation)
-    return list(model.model_fields) if model else []
+    of_terms = terms.names() if model is not None and issubclass(model, WithTerms) else []
+    return list(dict.fromkeys([*model.model_fields, *of_terms])) if model else []
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

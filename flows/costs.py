@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from components import cost, recipes, shapes
+from components.align_ti.terms import CORE, needs_of
 from components.cost import DEVICES, GIB, Device, Holding, Model, Way, Work
 from components.errors import InputError
 from components.recipes import SampleSize
@@ -104,7 +105,7 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         student = students[arm.student]
         work, way = _work(student, sample, settings), _way(student, arm, settings)
         passes = distill.batch_size / len(work.lengths)
-        asked = teacher if any((arm.weights.kd, arm.weights.iva, arm.weights.tpa)) else None
+        asked = teacher if any(needs.teacher for needs in arm.needs.values()) else None
         one = cost.step(student, asked, work, way)
         hours[f"distill@{arm_name}"] = distill.steps * passes * cost.hours(one, device)
         prompt, written = student.visual + sample.text, min(settings.evaluate.max_new_tokens, sample.response)
@@ -194,7 +195,7 @@ def _way(student: Model, arm: Arm, settings: Settings) -> Way:
     distill = settings.distill
     several = distill.batch_size > distill.micro_batch_size * settings.runtime.devices
     return Way(
-        terms=arm.weights.model_dump(),
+        terms=tuple(arm.needs.values()),
         trained=float(distill.trainable.language_model and distill.trainable.lora is None),
         draws_first=several or distill.gradient_checkpointing,
         checkpointed=distill.gradient_checkpointing,
@@ -270,7 +271,7 @@ def _embedded_operations(settings: Settings) -> dict[str, float]:
         return Work((float(tower.tokens + text + response),), response, tower.tokens, 1, text, response * cost.ALTERNATIVES)
 
     def training(model: Model, work: Work) -> float:
-        return cost.step(model, None, work, Way({"sft": 1.0}, towers=0)).all
+        return cost.step(model, None, work, Way(needs_of(["sft"]), towers=0)).all
 
     captions, instructions = family.teacher_captions, family.teacher_instructions
     reading = family.tower_training.steps * family.tower_training.batch_size * 3 * cost.tower(next(iter(models.values())), 1)
@@ -280,7 +281,7 @@ def _embedded_operations(settings: Settings) -> dict[str, float]:
         for model in models.values()
     )
     teacher, student = max(models.values(), key=lambda m: m.weights), models[next(iter(family.students.values()))]
-    one = cost.step(student, teacher, sample(1), Way(dict.fromkeys(("sft", "kd", "iva", "tpa"), 1.0))).all
+    one = cost.step(student, teacher, sample(1), Way(needs_of(CORE))).all
     asked = digits.images.test * digits.instructions_per_image.test
     images = digits.images
     return {

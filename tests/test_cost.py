@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from benchmarks import costs as comparison
 from benchmarks.table import load
 from components import cost, shapes
+from components.align_ti.terms import CORE, needs_of
 from components.cost import Holding, Way, Work
 
 STUDENT = shapes.llava(shapes.SIGLIP, shapes.LANGUAGE_MODELS["Qwen/Qwen2.5-0.5B"])
 TEACHER = shapes.llava(shapes.SIGLIP, shapes.LANGUAGE_MODELS["Qwen/Qwen2.5-7B"])
-SFT, ALL = {"sft": 1.0}, dict.fromkeys(("sft", "kd", "iva", "tpa"), 1.0)
+SFT, ALL = needs_of(["sft"]), needs_of(CORE)
 WORK = Work(lengths=(909.0,) * 4, response=480, visual=4 * 729, images=4, instruction=240, ribbon=600)
 
 
@@ -27,7 +28,7 @@ def test_a_step_is_the_familiar_six_operations_per_weight_and_token() -> None:
 
 
 def test_the_teacher_costs_a_third_of_what_training_it_would() -> None:
-    kd = {"kd": 1.0}
+    kd = needs_of(["kd"])
     with_teacher, without = (cost.step(STUDENT, teacher, WORK, Way(kd)) for teacher in (TEACHER, None))
     its_own = cost.step(TEACHER, None, WORK, Way(kd))
     tower = cost.tower(STUDENT, WORK.images)
@@ -42,7 +43,7 @@ def test_the_teacher_costs_a_third_of_what_training_it_would() -> None:
         ({"chunk_rows": 69.0}, True),
         ({"towers": 2}, True),
         ({"trained": 0.0}, False),
-        ({"terms": {"sft": 1.0, "kd": 1.0}}, False),
+        ({"terms": needs_of(["sft", "kd"])}, False),
     ],
 )
 def test_what_makes_a_step_dearer_or_cheaper(way: dict, more: bool) -> None:

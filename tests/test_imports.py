@@ -13,11 +13,10 @@ from tests.graph_of_code import ROOT, closure, imports, modules
 LEVELS = [
     {"redact"},
     {"errors"},
-    {"artifacts"},
+    {"artifacts", "align_ti"},
     {"settings"},
     {"meter", "lineage", "registry"},
     {"shards", "looks", "extract", "runtime", "recipes", "tracking", "mirror", "figures"},
-    {"align_ti"},
     {"models"},
     {"irs"},
     {"signals"},

@@ -79,7 +79,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     facts = {
         "arm": arm.model_dump(mode="json"),
         "distill": settings.distill.model_dump(
-            mode="json", exclude={"iva", "tpa", "divergence", "teacher_signals", "log_every"}
+            mode="json", exclude={"iva", "tpa", "divergence", "teacher_signals", "log_every", *settings.distill.blocks}
         ),
         "template": settings.models.template.model_dump(mode="json"),
         "dataset": samples.manifest.digest,
@@ -102,10 +102,8 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
         facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
     else:
         if settings.distill.teacher_signals.source == "cache":
-            accelerator.print(
-                f"distill@{name}: L_tpa asks the teacher about tokens that the student draws meanwhile, which no cache has;"
-                " this arm runs the live teacher for all its terms"
-            )
+            live = " and ".join(f"L_{term}" for term, needs in arm.needs.items() if needs.live_teacher)
+            accelerator.print(f"distill@{name}: no cache serves {live}; this arm runs the live teacher for all its terms")
         teacher = load_teacher(Path(choice.path), device, settings)
         check_same_template(teacher, student, settings.models.template)
         sides = grids(teacher, student)
@@ -202,20 +200,20 @@ def _live(
 def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator) -> AlignTI:
     """The step with what `cache_teacher` kept, if the arm has any use for it. Raises DataError if that is of another run."""
     signals, shared = None, student.vocabulary
-    if arm.weights.kd or arm.weights.iva:
+    if any(needs.teacher for needs in arm.needs.values()):
         cache = read_manifest(SIGNALS, facts_of(settings))
         signals, shared = Signals(SIGNALS, cache.shards), cache.shared_vocabulary
     return AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, shared), signals)
 
 
 def _method(arm: Arm, distill: DistillSettings, collator: Collator, shared_vocabulary: int) -> Method:
-    assert arm.iva is not None and arm.tpa is not None and arm.divergence is not None  # filled in by Settings.arm
+    assert arm.tpa is not None and arm.divergence is not None  # filled in by Settings.arm
     return Method(
-        weights=arm.weights.model_dump(),
+        weights=arm.weights,
+        options=arm.options,
         **arm.divergence.model_dump(),
         chunk_mib=distill.logits_chunk_mib,
-        options={"iva": {"uniform": arm.iva.weighting == "uniform"}},
-        **arm.tpa.model_dump(),
+        **arm.tpa.model_dump(exclude={"divergence"}),
         eos=collator.eos_id,
         shared_vocabulary=shared_vocabulary,
         route="expanded" if distill.gradient_checkpointing else "continuation",

@@ -14,7 +14,6 @@ import yaml
 
 from components.artifacts import DATASET, MODELS, STUDENTS, Manifest, ModelIndex, ModelRecord, Sources
 
-TERMS = ("sft", "kd", "iva", "tpa")
 NOT_STATED = "not stated"
 START, END = "<!-- everything that decided its weights -->\n```json\n", "\n```\n<!-- end -->\n"
 
@@ -138,13 +137,13 @@ def _losses(facts: dict[str, Any]) -> str:
     if _aligned(facts):
         return "Loss: cross-entropy on the captions alone."
     weights, iva, layer = facts["arm"]["weights"], facts["arm"]["iva"], facts["irs_layer"]
-    terms = " + ".join(f"{'' if weights[t] == 1 else f'{weights[t]:g} '}L_{t}" for t in TERMS if weights[t])
+    terms = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}L_{term}" for term, weight in weights.items())
     looked = {
         "irs": f"layer l* = {layer} of the teacher, the layer search's",
         "layer": f"layer {iva['layer']} of the teacher, as asked (the layer search's l* is {layer})",
         "uniform": f"no layer: all weigh the same (the layer search's l* is {layer})",
     }
-    if not weights["iva"]:
+    if "iva" not in weights:
         return f"Loss: L = {terms}. The layer search's l* is {layer}, which only L_iva would use."
     return f"Loss: L = {terms}. L_iva weighs visual tokens by {looked[iva['weighting']]}."
 

@@ -13,7 +13,6 @@ from components.artifacts import Comparison, TeacherResult
 from components.evaluate.outcomes import Losses
 from components.figures import Theme
 
-TERMS = ("sft", "kd", "iva", "tpa", "total")
 POINTS = 100  # shares are drawn in percent, differences in points
 
 
@@ -110,7 +109,8 @@ def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
 
 def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
     """One panel per loss term that any arm logged, one line per arm."""
-    terms = [t for t in TERMS if any(_curve(curve, t)[1] for curve in rows.values())]
+    named = dict.fromkeys(term for curve in rows.values() for term in _terms(curve))
+    terms = [t for t in named if t != "total" and any(_curve(curve, t)[1] for curve in rows.values())] + ["total"]
     columns = min(3, max(len(terms), 1))
     lines = -(-max(len(terms), 1) // columns)
     figure = Figure(figsize=(9.6, 0.5 + 2.2 * lines))
@@ -132,11 +132,17 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
         axes.grid(which="major")
         axes.tick_params(labelbottom=True)  # the panel below may be an empty one
         axes.set_xlabel("step")
-        axes.set_ylabel("nats")
+        axes.set_ylabel("loss")
     for axes in list(figure.axes)[len(terms) :]:
         axes.remove()
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=max(len(drawn), 1))
     return figure
+
+
+def _terms(rows: list[dict[str, float]]) -> list[str]:
+    """A logged row is its step, the terms, their weighted total, and what else the loop measures."""
+    names = list(rows[0]) if rows else []
+    return names[1 : names.index("total") + 1] if rows else []
 
 
 def _curve(rows: list[dict[str, float]], term: str) -> tuple[list[float], list[float]]:

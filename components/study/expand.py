@@ -18,11 +18,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from components.artifacts import write_text
 from components.errors import SettingsError
-from components.settings import Arm, ArmName, PositiveFloat, Settings, Strict, load_settings, read_yaml
+from components.settings import Arm, ArmName, DistillSettings, PositiveFloat, Settings, Strict, load_settings, read_yaml
 
+OF_AN_ARM = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # taken from params/distill.yaml unless it sets them
 STUDIES = Path("params/studies")
 SEED = "seed"  # the grid key whose values are repetitions, not variants
-SHARED = ("iva", "tpa", "divergence")  # blocks that an arm takes from params/distill.yaml unless it sets them
 
 
 class Study(Strict):
@@ -133,8 +133,9 @@ def _set(arm: dict[str, Any], path: str, value: Any, settings: Settings) -> None
     if not key:
         arm[block] = dict(value) if isinstance(value, dict) else value
         return
-    if block in SHARED and arm.get(block) is None:
-        arm[block] = getattr(settings.distill, block).model_dump(mode="json")
+    if arm.get(block) is None:
+        shared = settings.distill.model_dump(mode="json")
+        arm[block] = shared[block] if block in OF_AN_ARM | settings.distill.blocks.keys() else {}
     inside = arm.setdefault(block, {})
     if not isinstance(inside, dict) or "." in key:
         raise SettingsError(f"{path}: no such place in an arm; paths are like `weights.tpa`, `tpa.draws`, `seed`")

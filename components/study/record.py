@@ -48,7 +48,7 @@ def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: 
             "device": cost.device,
             **{key: value for key, value in made_by.items() if value},
         },
-        params={path: flat[path] for path in varied},
+        params={path: flat.get(path, 0.0 if path.startswith("weights.") else None) for path in varied},
         metrics={
             "exact_match": scores["exact_match"],
             **{f"exact_match/{kind}": value for kind, value in scores["per_kind"].items()},

@@ -45,7 +45,7 @@ def test_each_cell_runs_through_the_grid(root: Path) -> None:
     names = [f"{cell}-draws{draws}-seed{seed}" for cell in ("kd", "ours") for draws in (1, 4) for seed in (1, 2)]
     assert list(cells) == names
     arm = cells["ours-draws4-seed2"].arm
-    assert (arm.weights.kd, arm.weights.tpa, arm.seed) == (1.0, 1.0, 2)
+    assert (arm.weights["kd"], arm.weights["tpa"], arm.seed) == (1.0, 1.0, 2)
     assert arm.tpa is not None and arm.tpa.draws == 4
     assert arm.tpa.source == load_settings(root).distill.tpa.source  # the rest of a block is as in params/distill.yaml
     assert cells["ours-draws4-seed2"].variant == "ours-draws4"
@@ -56,7 +56,7 @@ def test_expanding_writes_arms_and_baselines_and_says_so(root: Path) -> None:
     diff = expand.expand("mine", root)
     assert "+  kd-draws1-seed1:" in diff
     settings = load_settings(root)
-    assert settings.arm("ours-draws1-seed1").weights.iva == 1.0
+    assert settings.arm("ours-draws1-seed1").weights["iva"] == 1.0
     assert settings.evaluate.baselines == ["kd-draws1-seed1"]
     assert expand.expand("mine", root) == ""
 

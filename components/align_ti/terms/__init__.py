@@ -39,8 +39,8 @@ class Needs:
     """What the step has to compute for a term beyond the student's pass over the sequence.
 
     Args:
-        teacher: its pass over the sequence, of which a cache may stand in for the rows that predict the response.
-        visual: the teacher at the visual rows too.
+        teacher: its pass over the sequence.
+        response, visual: logits of the rows that predict the response, and of the visual rows.
         attention: the weights of the image's tokens, from the teacher's attention at the IRS layer.
         ribbon: alternatives, and both models after each.
         live: the teacher's hidden states or whole logits, which no cache has.
@@ -49,6 +49,7 @@ class Needs:
     """
 
     teacher: bool = True
+    response: bool = True
     visual: bool = False
     attention: bool = False
     ribbon: bool = False
@@ -58,7 +59,7 @@ class Needs:
     views: tuple[View, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(*(getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:5]),
+        return Needs(*(getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:6]),
                      self.in_student | other.in_student, self.in_teacher | other.in_teacher,
                      tuple(dict.fromkeys(self.views + other.views)))  # fmt: skip
 
@@ -104,9 +105,14 @@ def term_class(name: str) -> Any:
     return import_module(f"{__name__}.{known(name)}").Term
 
 
+def needs_of(names: Iterable[str]) -> tuple[Needs, ...]:
+    """Of terms without options."""
+    return tuple(term_class(name)().needs for name in names)
+
+
 def union(needs: Iterable[Needs]) -> Needs:
     """What all of them need together."""
-    together = Needs(teacher=False)
+    together = Needs(teacher=False, response=False)
     for each in needs:
         together |= each
     return together

@@ -20,7 +20,7 @@ class Term:
 
     @property
     def needs(self) -> Needs:
-        return Needs(visual=True, attention=not self.uniform)
+        return Needs(response=False, visual=True, attention=not self.uniform)
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return images(batch)

@@ -18,7 +18,7 @@ from components.align_ti.terms import Needs, responses
 @dataclass(frozen=True)
 class Term:
     divergence: Divergence | None = None  # None: the arm's
-    needs = Needs(ribbon=True)
+    needs = Needs(response=False, ribbon=True)
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return responses(batch) * 0 if draws is None else draws
