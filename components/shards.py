@@ -27,13 +27,17 @@ ANEW = "`dvc checkout --force` brings it back, or `dvc repro prepare` makes it a
 BATCH_BYTES = 32 * 2**20  # of images, in one record batch
 
 
-def schema() -> pa.Schema:
-    """One row per image, with all samples about it."""
+def schema(boxes: bool) -> pa.Schema:
+    """One row per image, with all samples about it. A data set none of whose questions has `boxes` has no such field."""
     import pyarrow as pa
 
-    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+    fields = [("from", pa.string()), ("value", pa.string())]
+    turn = pa.struct([*fields, ("boxes", pa.list_(pa.list_(pa.float64())))] if boxes else fields)
     sample = pa.struct([("id", pa.string()), ("kind", pa.string()), ("conversations", pa.list_(turn))])
     return pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(sample))])
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the image's width and height
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Turn:
 
     question: str
     answer: str
+    boxes: tuple[Box, ...] = ()  # the asked region of the image; empty: not known, or the whole image
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class ImageRow:
         }
 
 
-def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, str]]:
+def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, object]]:
     for turn in turns:
-        yield {"from": "human", "value": turn.question}
+        yield {"from": "human", "value": turn.question, "boxes": turn.boxes or None}
         yield {"from": "gpt", "value": turn.answer}
 
 
@@ -84,8 +89,10 @@ class SplitWriter:
     whole; whoever does not come to `close` calls `discard`.
     """
 
-    def __init__(self, folder: Path, images_per_shard: int, first: int = 0) -> None:
+    def __init__(self, folder: Path, images_per_shard: int, boxes: bool, first: int = 0) -> None:
+        """`boxes`: some question of the data set has boxes; without it they are not stored."""
         folder.mkdir(parents=True, exist_ok=True)
+        self._schema = schema(boxes)
         self._folder = folder
         self._images_per_shard = images_per_shard
         self._first = first
@@ -95,7 +102,7 @@ class SplitWriter:
 
     def add(self, row: ImageRow) -> None:
         if self._shard is None:
-            self._shard = _ShardWriter(self._folder / f"shard-{self._first + len(self._shards):05d}.arrow")
+            self._shard = _ShardWriter(self._folder / f"shard-{self._first + len(self._shards):05d}.arrow", self._schema)
         self._shard.add(row)
         self._kinds.update(kind for _, kind, _ in row.samples)
         if self._shard.images == self._images_per_shard:
@@ -118,13 +125,13 @@ class SplitWriter:
 
 
 class _ShardWriter:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
         import pyarrow as pa
 
-        self._path = path
+        self._path, self._schema = path, schema
         self._draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._file = pa.OSFile(str(self._draft), "wb")
-        self._stream = pa.ipc.new_stream(self._file, schema())
+        self._stream = pa.ipc.new_stream(self._file, schema)
         self._pending: list[ImageRow] = []
         self._bytes = 0
         self.images = 0
@@ -142,7 +149,7 @@ class _ShardWriter:
         import pyarrow as pa
 
         if self._pending:
-            self._stream.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in self._pending], schema=schema()))
+            self._stream.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in self._pending], schema=self._schema))
             self._pending.clear()
             self._bytes = 0
 
@@ -164,7 +171,9 @@ class _ShardWriter:
 
 def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -> SplitRecord:
     """Write all `rows` of one split."""
-    writer = SplitWriter(folder, images_per_shard)
+    rows = list(rows)
+    boxes = any(turn.boxes for row in rows for _, _, turns in row.samples for turn in turns)
+    writer = SplitWriter(folder, images_per_shard, boxes)
     for row in rows:
         writer.add(row)
     return writer.close()
@@ -189,7 +198,7 @@ def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> Spli
         if kept.num_rows < table.num_rows:
             draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema()) as stream:
+                with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
                     stream.write_table(kept)
                 draft.replace(path)
             finally:
@@ -234,7 +243,7 @@ class Samples(Sequence[Sample]):
                 raise DataError(f"{dataset / split / shard.file} holds {table.num_rows:,} images, not {shard.images:,}; {ANEW}")
         if check:
             check_hashes(dataset / split, self.record.shards)
-        self._table = pa.concat_tables([schema().empty_table(), *tables])
+        self._table = pa.concat_tables(tables or [schema(boxes=False).empty_table()])
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
             raise DataError(f"{dataset / split}: shards do not hold what the manifest says; {ANEW}")
@@ -314,7 +323,10 @@ def _image(table: pa.Table, row: int) -> tuple[str, bytes | None]:
 
 def _sample(stored: dict[str, Any], image_id: str, image: bytes | None) -> Sample:
     turns = stored["conversations"]
-    asked = tuple(Turn(q["value"], a["value"]) for q, a in zip(turns[::2], turns[1::2], strict=True))
+    asked = tuple(
+        Turn(q["value"], a["value"], tuple(map(tuple, q.get("boxes") or ())))
+        for q, a in zip(turns[::2], turns[1::2], strict=True)
+    )
     return Sample(stored["id"], image_id, stored["kind"], image, asked)
 
 
@@ -339,6 +351,6 @@ def open_shard(path: Path) -> pa.Table:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: {error}; {ANEW}") from None
-    if table.schema != schema():
+    if table.schema not in (schema(boxes=False), schema(boxes=True)):
         raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; {ANEW}")
     return table

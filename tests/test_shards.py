@@ -144,7 +144,7 @@ def test_a_loader_worker_is_sent_the_place_not_the_data(tmp_path: Path) -> None:
 
 def test_the_writer_holds_a_batch_and_not_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BATCH_BYTES", 1000)
-    writer = SplitWriter(tmp_path / "train", images_per_shard=100)
+    writer = SplitWriter(tmp_path / "train", images_per_shard=100, boxes=False)
     for number in range(60):
         writer.add(image_row(number, size=100))
         assert writer._shard is not None

@@ -15,11 +15,11 @@ from PIL import Image
 
 from components.artifacts import SPLITS, Split
 from components.dataset import raw
-from components.dataset.questions import CAPTIONS, DIGITS, Balance, Digit, Scene, ask, captions, places
+from components.dataset.questions import CAPTIONS, DIGITS, Asked, Balance, Digit, Scene, ask, captions, places
 from components.dataset.source import Provenance, Refused, Stored
 from components.errors import DataError
 from components.settings import Augmentation, DataSettings, DigitsGrid
-from components.shards import ImageRow, Turn
+from components.shards import Box, ImageRow, Turn
 
 TITLE = "Coloured handwritten digits on a grid, composed from the UCI set"
 LICENCE = (
@@ -39,6 +39,7 @@ class Digits:
     title: str = TITLE
     licence: str = LICENCE
     parts: int = 1
+    boxes: bool = True
 
     @property
     def images(self) -> int:
@@ -74,10 +75,10 @@ def _rows(design: DigitsGrid, seed: int, folder: Path) -> Iterator[tuple[ImageRo
             image_id = f"{split}-{number:06d}"
             asked = ask(scene, getattr(design.instructions_per_image, split), balance, rng)
             if split == "train":
-                asked.extend(("caption", *described) for described in captions(scene))
+                asked.extend(Asked("caption", *described, cells=()) for described in captions(scene))
             samples = tuple(
-                (f"{image_id}-{i}", kind, (Turn(f"<image>\n{question}", answer),))
-                for i, (kind, question, answer) in enumerate(asked)
+                (f"{image_id}-{i}", kind, (Turn(f"<image>\n{question}", answer, boxes(cells, scene, design.grid)),))
+                for i, (kind, question, answer, cells) in enumerate(asked)
             )
             row = ImageRow(image_id, paint(scene, drawings, design, rng), samples)
             yield row, Provenance(image_id=image_id, split=split, raw=tuple(digit.raw for digit in scene.digits))
@@ -123,6 +124,12 @@ def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Gener
         value, colour = one_of(values), colours[0] if index == single else one_of(others)
         digits.append(Digit(names[cell], value, palette[colour], one_of(by_value[value])))
     return Scene(names, palette, tuple(digits))
+
+
+def boxes(cells: tuple[str, ...], scene: Scene, grid: int) -> tuple[Box, ...]:
+    """Where these cells lie in the image."""
+    corners = (divmod(scene.places.index(cell), grid) for cell in cells)
+    return tuple((column / grid, row / grid, (column + 1) / grid, (row + 1) / grid) for row, column in corners)
 
 
 def paint(scene: Scene, drawings: np.ndarray, design: DigitsGrid, rng: np.random.Generator) -> bytes:

@@ -25,7 +25,9 @@ from components.shards import Turn
 
 SCHEMA = """
     CREATE TABLE images (number INTEGER PRIMARY KEY, name TEXT UNIQUE, source TEXT, file TEXT, place TEXT);
-    CREATE TABLE rows (number INTEGER PRIMARY KEY, id TEXT UNIQUE, image INTEGER, row INTEGER, kind TEXT, turns TEXT);
+    CREATE TABLE rows (
+        number INTEGER PRIMARY KEY, id TEXT UNIQUE, image INTEGER, row INTEGER, kind TEXT, turns TEXT, boxes TEXT
+    );
     CREATE TABLE members (source TEXT, name TEXT, place TEXT, PRIMARY KEY (source, name)) WITHOUT ROWID;
     CREATE TABLE refused (source TEXT, row INTEGER, record TEXT);
     CREATE TABLE sources (name TEXT, rows INTEGER);
@@ -107,8 +109,12 @@ def _insert(database: sqlite3.Connection, source: str, prefix: str, row: Row, pl
         (name, source, row.image, where),
     ).fetchone()
     database.execute(
-        "INSERT INTO rows (id, image, row, kind, turns) VALUES (?, ?, ?, ?, ?)",
-        (id_, image, row.number, row.kind, json.dumps([(turn.question, turn.answer) for turn in row.turns])),
+        "INSERT INTO rows (id, image, row, kind, turns, boxes) VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            *(id_, image, row.number, row.kind),
+            json.dumps([(turn.question, turn.answer) for turn in row.turns]),
+            json.dumps([turn.boxes for turn in row.turns]) if any(turn.boxes for turn in row.turns) else None,
+        ),
     )
 
 
@@ -147,6 +153,11 @@ class Index:
         """How many each source has, the refused ones among them."""
         return dict(self._database.execute("SELECT name, rows FROM sources"))
 
+    @property
+    def boxes(self) -> bool:
+        """Whether any row has boxes."""
+        return bool(self._database.execute("SELECT EXISTS (SELECT 1 FROM rows WHERE boxes IS NOT NULL)").fetchone()[0])
+
     def refused(self) -> Iterator[Refused]:
         for (record,) in self._database.execute("SELECT record FROM refused ORDER BY rowid"):
             yield Refused.model_validate_json(record)
@@ -154,14 +165,14 @@ class Index:
     def part(self, first: int, last: int) -> Iterator[Indexed]:
         """Images `first`..`last` - 1, in the order in which rows first name them."""
         joined = self._database.execute(
-            "SELECT images.number, source, name, file, place, row, id, kind, turns FROM images"
+            "SELECT images.number, source, name, file, place, row, id, kind, turns, boxes FROM images"
             " JOIN rows ON image = images.number WHERE images.number BETWEEN ? AND ? ORDER BY images.number, rows.number",
             (first + 1, last),
         )
         for _, of_image in groupby(joined, key=lambda row: row[0]):
             lines = list(of_image)
             source, name, file, place = lines[0][1:5]
-            rows = [(row, id_, kind, tuple(Turn(*turn) for turn in json.loads(turns))) for *_, row, id_, kind, turns in lines]
+            rows = [(row, id_, kind, _turns(turns, boxes)) for *_, row, id_, kind, turns, boxes in lines]
             yield Indexed(source, name, file, None if place is None else json.loads(place), rows)
 
     def texts(self, image: str) -> set[str]:
@@ -176,3 +187,12 @@ class Index:
         return self._database.execute(
             f"SELECT {columns} FROM images JOIN rows ON image = images.number WHERE name = ? ORDER BY rows.number", (image,)
         )
+
+
+def _turns(turns: str, boxes: str | None) -> tuple[Turn, ...]:
+    """As `_insert` wrote them."""
+    texts = json.loads(turns)
+    regions = [[]] * len(texts) if boxes is None else json.loads(boxes)
+    return tuple(
+        Turn(question, answer, tuple(map(tuple, region))) for (question, answer), region in zip(texts, regions, strict=True)
+    )

@@ -1,17 +1,19 @@
 """One row in the LLaVA format, checked: what every source of a user's own is made of.
 
 `{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}, ...], "kind"}`; `image` may be absent (a text-only
-row), `kind` too (it groups scores; `instruction` or `text` then).
+row), `kind` too (it groups scores; `instruction` or `text` then). A human's turn may have `boxes`, the
+region that it asks about.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from components.dataset.images import Refusal
 from components.settings import DataLimits
-from components.shards import Turn
+from components.shards import Box, Turn
 
 MARK = "<image>"
 
@@ -28,7 +30,7 @@ class Row(NamedTuple):
 
 def check(number: int, raw: Any, limits: DataLimits) -> Row:
     """A row as JSON -> a Row. Raises Refusal: malformed_json, wrong_type, missing_key, image_path, turns, empty_answer,
-    empty_question, image_marks or too_long."""
+    empty_question, image_marks, boxes or too_long."""
     if isinstance(raw, Refusal):
         raise raw
     if not isinstance(raw, dict):
@@ -42,9 +44,11 @@ def check(number: int, raw: Any, limits: DataLimits) -> Row:
     kind = _text(raw.get("kind", "text" if image is None else "instruction"), "'kind'")
     turns = _turns(raw["conversations"], limits.max_text_chars)
     _check_marks(turns, image is not None)
+    if image is None and any(turn.boxes for turn in turns):
+        raise Refusal("boxes", "'boxes' are regions of an image, and the row has none")
     if image is not None:  # wherever the question had its image, the template puts it first
         question = turns[0].question.replace(MARK, "").strip()
-        turns = (Turn(f"{MARK}\n{question}", turns[0].answer), *turns[1:])
+        turns = (replace(turns[0], question=f"{MARK}\n{question}"), *turns[1:])
     return Row(number, _text(str(raw["id"]), "'id'"), kind, image, turns)
 
 
@@ -89,7 +93,24 @@ def _turns(conversation: Any, max_chars: int) -> tuple[Turn, ...]:
             raise Refusal("empty_answer", "an answer is empty")
         if not question.replace(MARK, "").strip():
             raise Refusal("empty_question", "a question is empty")
-    return tuple(Turn(_text(q, "a question"), _text(a, "an answer")) for q, a in zip(values[::2], values[1::2], strict=True))
+    boxes = [_boxes(turn.get("boxes")) for turn in conversation[::2]]
+    texts = zip(values[::2], values[1::2], boxes, strict=True)
+    return tuple(Turn(_text(question, "a question"), _text(answer, "an answer"), region) for question, answer, region in texts)
+
+
+def _boxes(value: Any) -> tuple[Box, ...]:
+    """`[[left, top, right, bottom], ...]` as shares of the upright image's width and height."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(box, list) and len(box) == 4 for box in value):
+        raise Refusal("boxes", "'boxes' is a list of [left, top, right, bottom]")
+    for box in value:
+        if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in box):
+            raise Refusal("boxes", f"a box is four numbers, not {box}")
+        left, top, right, bottom = box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise Refusal("boxes", f"{box} is no [left, top, right, bottom] in shares of the image's width and height, 0 to 1")
+    return tuple((float(left), float(top), float(right), float(bottom)) for left, top, right, bottom in value)
 
 
 def _check_marks(turns: tuple[Turn, ...], has_image: bool) -> None:

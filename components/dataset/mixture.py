@@ -35,6 +35,7 @@ class Mixed:
     licence: str
     images: int
     rows_by_source: dict[str, int]
+    boxes: bool
 
     @property
     def rows_in(self) -> int:
@@ -81,7 +82,7 @@ def source(settings: DataSettings, index: Path) -> Mixed:
         build(index, sources, settings.limits, prefixed=settings.source == "mixture")
     with Index(index) as rows:
         title, licence = _title_and_licence(settings, rows.rows)
-        return Mixed(settings, index, sources, title, licence, rows.images, rows.rows)
+        return Mixed(settings, index, sources, title, licence, rows.images, rows.rows, rows.boxes)
 
 
 def stores(settings: DataSettings) -> dict[str, Store]:

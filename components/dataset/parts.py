@@ -101,7 +101,7 @@ def write_part(
     source: Source, part: int, folder: Path, images_per_shard: int, bar: Callable[[int], object] | None = None
 ) -> Part:
     """Write one part: its shards, what they were made of, what was refused, what it looks like, and its record at last."""
-    writers = {split: SplitWriter(folder / split, images_per_shard, first=part) for split in SPLITS}
+    writers = {split: SplitWriter(folder / split, images_per_shard, source.boxes, first=part) for split in SPLITS}
     origins: list[Provenance] = []
     refused: list[Refused] = []
     looks: list[tuple[int, int, int]] = []

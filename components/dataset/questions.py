@@ -2,7 +2,8 @@
 
 A kind lists every sensible question about a scene with its answer and its *strata*: labels from coarse to fine, the
 answer first. `ask` takes the option whose strata were used least so far in the split, so answers come out even, and
-yes and no exactly so, without a second pass.
+yes and no exactly so, without a second pass. An option also names the cells that the question asks about, so that it is
+known where a model should look; a question about the whole image (how many digits, which, the largest) names none.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ class Option(NamedTuple):
     question: str
     answer: str
     strata: tuple[str, ...]
+    cells: tuple[str, ...] = ()  # places asked about
+
+
+class Asked(NamedTuple):
+    kind: str
+    question: str
+    answer: str
+    cells: tuple[str, ...]
 
 
 def places(grid: int) -> tuple[str, ...]:
@@ -54,11 +63,13 @@ def places(grid: int) -> tuple[str, ...]:
 
 
 def digit_at(scene: Scene) -> list[Option]:
-    return [Option(f"What digit is at {d.place}?", DIGITS[d.value], (DIGITS[d.value], d.place)) for d in scene.digits]
+    return [
+        Option(f"What digit is at {d.place}?", DIGITS[d.value], (DIGITS[d.value], d.place), (d.place,)) for d in scene.digits
+    ]
 
 
 def colour_at(scene: Scene) -> list[Option]:
-    return [Option(f"What colour is at {d.place}?", d.colour, (d.colour, d.place)) for d in scene.digits]
+    return [Option(f"What colour is at {d.place}?", d.colour, (d.colour, d.place), (d.place,)) for d in scene.digits]
 
 
 def count(scene: Scene) -> list[Option]:
@@ -68,13 +79,18 @@ def count(scene: Scene) -> list[Option]:
 
 def count_colour(scene: Scene) -> list[Option]:
     found = Counter(d.colour for d in scene.digits)
-    return [Option(f"How many {c} digits are there?", NUMBERS[found[c]], (NUMBERS[found[c]], c)) for c in scene.colours]
+    return [
+        Option(f"How many {c} digits are there?", NUMBERS[found[c]], (NUMBERS[found[c]], c), _coloured(scene, c))
+        for c in scene.colours
+    ]
 
 
 def exist(scene: Scene) -> list[Option]:
     """Yes and no evenly, and each colour evenly in both, as POPE balances them."""
     words, there = {True: "yes", False: "no"}, {d.colour for d in scene.digits}
-    return [Option(f"Is there a {c} digit?", words[c in there], (words[c in there], c)) for c in scene.colours]
+    return [
+        Option(f"Is there a {c} digit?", words[c in there], (words[c in there], c), _coloured(scene, c)) for c in scene.colours
+    ]
 
 
 def largest(scene: Scene) -> list[Option]:
@@ -86,7 +102,7 @@ def largest(scene: Scene) -> list[Option]:
 def where(scene: Scene) -> list[Option]:
     found = Counter(d.colour for d in scene.digits)
     once = [d for d in scene.digits if found[d.colour] == 1]
-    return [Option(f"Where is the {d.colour} digit?", d.place, (d.place, d.colour)) for d in once]
+    return [Option(f"Where is the {d.colour} digit?", d.place, (d.place, d.colour), (d.place,)) for d in once]
 
 
 def list_all(scene: Scene) -> list[Option]:
@@ -97,9 +113,14 @@ def list_all(scene: Scene) -> list[Option]:
 def add(scene: Scene) -> list[Option]:
     pairs = permutations(scene.digits, 2)
     return [
-        Option(f"What is {a.place} plus {b.place}?", NUMBERS[a.value + b.value], (NUMBERS[a.value + b.value],))
+        Option(f"What is {a.place} plus {b.place}?", total, (total,), (a.place, b.place))
         for a, b in pairs
+        for total in [NUMBERS[a.value + b.value]]
     ]
+
+
+def _coloured(scene: Scene, colour: str) -> tuple[str, ...]:
+    return tuple(d.place for d in scene.digits if d.colour == colour)
 
 
 KINDS: dict[str, Callable[[Scene], list[Option]]] = {
@@ -157,12 +178,12 @@ class Balance:
         self._used.update(path[:end] for end in range(1, len(path) + 1))
 
 
-def ask(scene: Scene, amount: int, balance: Balance, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """`amount` different questions as (kind, question, answer), of different kinds as far as there are enough.
+def ask(scene: Scene, amount: int, balance: Balance, rng: np.random.Generator) -> list[Asked]:
+    """`amount` different questions, of different kinds as far as there are enough.
 
     Raises DataError if so many cannot be asked.
     """
-    asked: dict[str, tuple[str, str, str]] = {}
+    asked: dict[str, Asked] = {}
     while len(asked) < amount:
         before = len(asked)
         for kind in balance.kinds(rng):
@@ -170,7 +191,7 @@ def ask(scene: Scene, amount: int, balance: Balance, rng: np.random.Generator) -
             if options and len(asked) < amount:
                 best = balance.rarest(kind, options, rng)
                 balance.record(kind, best)
-                asked[best.question] = (kind, best.question, best.answer)
+                asked[best.question] = Asked(kind, best.question, best.answer, best.cells)
         if len(asked) == before:
             raise DataError(
                 f"params/data.yaml: digits.instructions_per_image: {amount} are too many, an image of"

@@ -57,6 +57,10 @@ class Source(Protocol):
     @property
     def parts(self) -> int: ...
 
+    @property
+    def boxes(self) -> bool:
+        """Whether any question's region is known."""
+
     def rows(self, part: int) -> Iterator[Stored | list[Refused]]: ...
 
     def refused(self) -> Iterator[Refused]:

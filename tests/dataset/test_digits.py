@@ -16,7 +16,7 @@ from components.artifacts import SPLITS
 from components.dataset import raw
 from components.dataset.digits import draw, share_out
 from components.dataset.prepare import prepare
-from components.dataset.questions import CAPTIONS, DIGITS, KINDS, NUMBERS
+from components.dataset.questions import CAPTIONS, DIGITS, KINDS, NUMBERS, places
 from components.errors import DataError
 from components.settings import DataSettings
 from components.shards import Sample, Samples
@@ -146,6 +146,28 @@ def test_answers_agree_with_the_caption(prepared: Prepared) -> None:
             question, answer = sample.turns[0].question.removeprefix("<image>\n"), sample.turns[0].answer
             if sample.kind != "caption":
                 assert answer == worked_out(question, cells), (question, cells)
+
+
+def test_boxes_are_the_cells_that_a_question_asks_about(prepared: Prepared) -> None:
+    """Worked out again from the caption alone; none where it asks about the whole image."""
+    design = prepared.settings.digits
+    assert design is not None
+    named = places(design.grid)
+    train = Samples(prepared.folder, "train")
+    found: Counter[str] = Counter()
+    for row in range(train.images):
+        samples = train.about(row)
+        words = next(s for s in samples if s.kind == "caption").turns[0].answer.split()
+        colour = {words[i]: words[i + 1] for i in range(0, len(words), 3) if words[i + 1] != "empty"}
+        for sample in samples:
+            (turn,) = sample.turns
+            asked = set(turn.question.rstrip("?.").split())
+            wanted = set() if sample.kind == "caption" else {p for p, c in colour.items() if p in asked or c in asked}
+            corners = [(round(left * design.grid), round(top * design.grid)) for left, top, *_ in turn.boxes]
+            assert {named[y * design.grid + x] for x, y in corners} == wanted, sample
+            assert all(right - left == bottom - top == 1 / design.grid for left, top, right, bottom in turn.boxes)
+            found[sample.kind] += bool(turn.boxes)
+    assert {kind for kind, count in found.items() if count} == set(KINDS) - {"count", "list", "largest"}
 
 
 def worked_out(question: str, cells: dict[str, tuple[str, str]]) -> str:

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.artifacts import SPLITS, Manifest
+from components.dataset.images import Refusal
 from components.dataset.llava import check
 from components.dataset.mixture import assign, source
 from components.dataset.prepare import prepare, write
 from components.dataset.source import Provenance, Refused
 from components.errors import DataError
 from components.settings import DataLimits, DataSettings, LlavaFolder
-from components.shards import Sample, Samples, Turn
+from components.shards import Sample, Samples, Turn, open_shard, schema
 from tests.dataset.conftest import HERE
 
 LIMITS = DataLimits(max_pixels=1_000_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
@@ -354,6 +355,55 @@ def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows
 def test_a_good_row_is_understood() -> None:
     found = check(7, row("x", "./sub//a.png", "What?\n<image>", kind="colour"), LIMITS)
     assert found == (7, "x", "colour", "sub/a.png", (Turn("<image>\nWhat?", "That."),))
+
+
+BOXES = [[0, 0.25, 0.5, 1], [0.1, 0.2, 0.3, 0.4]]
+
+
+def with_boxes(one: dict[str, Any], boxes: Any) -> dict[str, Any]:
+    human, *rest = one["conversations"]
+    return one | {"conversations": [human | {"boxes": boxes}, *rest]}
+
+
+def test_boxes_come_back_with_their_question_and_leave_other_data_sets_alone(images: Path, tmp_path: Path) -> None:
+    annotations, target = tmp_path / "rows.json", tmp_path / "dataset"
+    annotations.write_text(json.dumps(GOOD_ROWS))
+    before = write_only(ask_for(annotations, images), target)
+    assert {open_shard(path).schema for path in target.glob("*/*.arrow")} == {schema(boxes=False)}
+    plain = stored(target)
+    first = GOOD_ROWS[0]
+    boxed = [with_boxes(one, BOXES) if one is first else one for one in GOOD_ROWS]
+    annotations.write_text(json.dumps(boxed))
+    after = write_only(ask_for(annotations, images), target)
+    assert after.digest != before.digest
+    found = {sample.id: sample for sample in stored(target)}
+    turns = found.pop(str(first["id"])).turns
+    assert turns[0].boxes == tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in BOXES)
+    assert all(found[sample.id] == sample for sample in plain if sample.id in found)
+    annotations.write_text(json.dumps([with_boxes(one, None) for one in GOOD_ROWS]))
+    assert write_only(ask_for(annotations, images), target).digest == before.digest
+
+
+@pytest.mark.parametrize(
+    ("boxes", "said"),
+    [
+        ("all of it", "a list of"),
+        ([[0, 0, 1]], "a list of"),
+        ([[0, 0, 1, "1"]], "four numbers"),
+        ([[0, 0, 640, 480]], "shares of the image's width and height"),
+        ([[0.5, 0, 0.5, 1]], "shares of the image's width and height"),
+        ([[0, 0, float("nan"), 1]], "shares of the image's width and height"),
+    ],
+)
+def test_boxes_that_are_none_are_refused(boxes: Any, said: str) -> None:
+    with pytest.raises(Refusal, match=said) as refusal:
+        check(1, with_boxes(row("x", "a.png", "What?\n<image>"), boxes), LIMITS)
+    assert refusal.value.reason == "boxes"
+
+
+def test_boxes_without_an_image_are_refused() -> None:
+    with pytest.raises(Refusal, match="regions of an image, and the row has none"):
+        check(1, with_boxes(row("x", None, "What?"), BOXES), LIMITS)
 
 
 def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ class Deadly:
     images: int = 2 * parts.WORTH_A_WORKER
     rows_in: int = 2 * parts.WORTH_A_WORKER
     parts: int = 2
+    boxes: bool = False
 
     def rows(self, part: int) -> Iterator[Stored | list[Refused]]:
         if part:

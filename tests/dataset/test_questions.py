@@ -81,15 +81,16 @@ def scenes(draw: st.DrawFn) -> Scene:
 @settings(max_examples=150, deadline=None)
 def test_questions_of_an_image_are_all_different_and_their_answers_short(scene: Scene, amount: int, seed: int) -> None:
     asked = ask(scene, amount, Balance(), np.random.default_rng(seed))
-    assert len(asked) == amount == len({question for _, question, _ in asked})
+    assert len(asked) == amount == len({one.question for one in asked})
     legal = {"yes", "no", *NUMBERS, *COLOURS, *scene.places}
-    for kind, question, answer in asked:
+    for kind, question, answer, cells in asked:
+        assert {*cells} <= {*scene.places}
         assert KINDS[kind](scene)  # the kind can be asked here
         assert answers(kind, scene)[question] == answer
         assert set(answer.split()) <= legal
         assert kind == "list" or len(answer.split()) == 1
     if amount <= sum(bool(function(scene)) for function in KINDS.values()):
-        assert len({kind for kind, _, _ in asked}) == amount  # of different kinds, as there are enough
+        assert len({one.kind for one in asked}) == amount  # of different kinds, as there are enough
 
 
 def test_more_questions_than_there_are_is_an_error() -> None:
@@ -106,7 +107,7 @@ def test_the_choice_evens_out_even_what_scenes_do_not_offer_evenly() -> None:
     ]
     found: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     for scene in skewed:
-        for kind, _, answer in ask(scene, 5, balance, rng):
+        for kind, _, answer, _ in ask(scene, 5, balance, rng):
             found[kind][answer] += 1
     assert abs(found["exist"]["yes"] - found["exist"]["no"]) <= 2
     assert max(found["digit_at"].values()) - min(found["digit_at"].values()) <= 2
