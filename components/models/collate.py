@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
+Rows = Literal["all", "words"]  # of the instruction, the second without the template's own
 PIXEL_CACHE_BYTES = 2**29  # the image processor costs 0.3 ms an image, as much as a small student's whole step
 
 
@@ -33,7 +34,7 @@ class Batch:
     input_ids: Tensor  # (B, T) long
     attention_mask: Tensor  # (B, T) long, 0 at padding
     response: Tensor  # (B, T) bool: answers, the EOS of each included
-    instruction: Tensor  # (B, T) bool: text after the image that is not response
+    instruction: Tensor  # (B, T) bool: text after the image that is not response; of it the collator's `rows`
     visual: Tensor  # (B, T) bool: the image's tokens
     pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what else the model asks of the images: sizes, grids, masks
@@ -72,7 +73,8 @@ class Collator:
     """Turn samples into a Batch.
 
     `train`: all turns with their answers, padded right. Else: the first turn without its answer, padded left, so that
-    `generate` goes on from the last column.
+    `generate` goes on from the last column. `rows` says which tokens are instruction, the rows whose attention is read: all of
+    the text after the image but the response, or the words of the user's questions without the template's own.
 
     Raises:
         ModelError: at construction, if the processor cannot serve (see `check_special_tokens`).
@@ -80,10 +82,12 @@ class Collator:
             contains a special token, no response token, an image that does not decode.
     """
 
-    def __init__(self, processor: Any, template: Template, max_length: int, train: bool, teacher: Any = None) -> None:
+    def __init__(
+        self, processor: Any, template: Template, max_length: int, train: bool, teacher: Any = None, rows: Rows = "all"
+    ) -> None:
         """`teacher`: the processor by which the teacher reads the same samples, if not by this one."""
         check_special_tokens(processor)
-        self._teacher = None if teacher is None else Collator(teacher, template, sys.maxsize, train)
+        self._teacher = None if teacher is None else Collator(teacher, template, sys.maxsize, train, rows=rows)
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template.of(processor)
@@ -91,6 +95,7 @@ class Collator:
         self._visual_id = visual_id(processor)
         self.max_length = max_length
         self.train = train
+        self.rows = rows
         self._image_text = image_text(processor)  # None: each image has its own
         self._reserved = special_tokens(self.tokenizer)
         self._processed: dict[str, Processed] = {}
@@ -151,7 +156,10 @@ class Collator:
                 response |= answer
             visual = input_ids == self._visual_id
             after = np.cumsum(visual) == visual.sum() if visual.any() else np.zeros_like(visual)
-            rows.append(Encoded(input_ids, response, after & ~visual & ~response & (end > start), visual))
+            instruction = after & ~visual & ~response & (end > start)
+            if self.rows == "words":
+                instruction &= np.any([(start < b) & (end > a) for a, b in text.question_spans], axis=0)
+            rows.append(Encoded(input_ids, response, instruction, visual))
             self._check_encoded(sample, rows[-1])
         return rows
 

@@ -22,10 +22,12 @@ USER, ASSISTANT = "USER:", "ASSISTANT:"
 
 @dataclass(frozen=True)
 class Rendered:
-    """`text[a:b]` for (a, b) in `response_spans` are the answers, each from the space before it to its EOS, included."""
+    """`text[a:b]` for (a, b) in `response_spans` are the answers, each from the space before it to its EOS, included; in
+    `question_spans` the questions, without anything of the template's own."""
 
     text: str
     response_spans: tuple[tuple[int, int], ...]
+    question_spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,17 @@ class Template:
         The space before an answer belongs to the answer: tokenizers join it to the first word, and a prompt ends without it.
         """
         text = f"{self.system} " if self.system else ""
-        spans = []
+        spans, questions = [], []
         for index, turn in enumerate(turns if answer else turns[:1]):
             image = f"{image_text}\n" if image_text is not None and index == 0 else ""
-            text += f"{USER} {image}{question_of(turn)} {ASSISTANT}"
+            text += f"{USER} {image}{question_of(turn)}"
+            questions.append((len(text) - len(question_of(turn)), len(text)))
+            text += f" {ASSISTANT}"
             if answer:
                 start = len(text)
                 text += f" {turn.answer}{self.eos}"
                 spans.append((start, len(text)))
-        return Rendered(text, tuple(spans))
+        return Rendered(text, tuple(spans), tuple(questions))
 
     @property
     def jinja(self) -> str:
@@ -121,9 +125,10 @@ class ChatTemplate:
         """As `Template.render`."""
         shown = image_text is not None
         if not answer:
-            return Rendered(self._with_image(self._text(turns[:1], shown, 0), image_text), ())
+            prompt = self._with_image(self._text(turns[:1], shown, 0), image_text)
+            return Rendered(prompt, (), (self._question_in(prompt, turns[0], 0, image_text),))
         whole = self._with_image(self._text(turns, shown, len(turns)), image_text)
-        spans = []
+        spans, questions, end = [], [], 0
         for index in range(len(turns)):
             before = self._with_image(self._text(turns[: index + 1], shown, index), image_text)
             after = self._with_image(self._text(turns[: index + 1], shown, index + 1), image_text)
@@ -132,13 +137,24 @@ class ChatTemplate:
                     f"{self._name}: its chat template writes a turn differently once its answer or another turn follows, so"
                     " that where answers stand is not known; set template.style: vicuna"
                 )
+            questions.append(self._question_in(before, turns[index], end, image_text if index == 0 else None))
             rest = after[len(before) :]
             answer_at = rest.find(turns[index].answer.strip())
             if answer_at < 0:
                 raise ModelError(f"{self._name}: its chat template changes an answer's text: {turns[index].answer[:40]!r}")
             end = rest.find(self.eos, answer_at + len(turns[index].answer.strip()))
-            spans.append((len(before), len(before) + end + len(self.eos)))
-        return Rendered(whole, tuple(spans))
+            end += len(before) + len(self.eos)
+            spans.append((len(before), end))
+        return Rendered(whole, tuple(spans), tuple(questions))
+
+    def _question_in(self, text: str, turn: Turn, start: int, image_text: str | None) -> tuple[int, int]:
+        """The question's span in `text[start:]`, behind the image if there is one."""
+        if image_text is not None:
+            start = text.index(image_text, start) + len(image_text)
+        at = text.find(question_of(turn), start)
+        if at < 0:
+            raise ModelError(f"{self._name}: its chat template changes a question's text: {question_of(turn)[:40]!r}")
+        return at, at + len(question_of(turn))
 
     def _text(self, turns: Sequence[Turn], image: bool, answers: int) -> str:
         """Of `turns`, the first `answers` of them answered; else it ends where the next answer begins."""

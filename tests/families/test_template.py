@@ -32,6 +32,8 @@ def check(family: str) -> str:
         start = int(batch.response[row].int().argmax())
         prompt = prompts.text([sample]).input_ids[0]
         assert prompt.tolist() == real[:start].tolist(), "a prompt ends where the answer begins"
+        rendered = collator.template.render(sample.turns, None)
+        assert [rendered.text[a:b] for a, b in rendered.question_spans] == [question_of(turn) for turn in sample.turns]
         if tokenizer.bos_token is not None:
             assert real.tolist().count(tokenizer.bos_token_id) == 1
     # Token for token what the stock processor makes of the same turns.

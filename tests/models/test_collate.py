@@ -51,6 +51,23 @@ def test_bpe_masks_decode_to_the_answers() -> None:
     assert text == "\nwhat digit is at a1 ? ASSISTANT:USER: list the grid . ASSISTANT:"
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_rows_of_words_are_the_questions_without_the_templates_own(processor, train: bool) -> None:
+    samples = [TWO_TURNS, sample(("what ?", "no"), image=False, name="t")]
+    every, words = (Collator(processor, Template("be brief ."), 200, train, rows=rows)(samples) for rows in ("all", "words"))
+    assert torch.equal(every.input_ids, words.input_ids) and torch.equal(every.response, words.response)
+    assert not (words.instruction & ~every.instruction).any()
+    text, nothing = (processor.tokenizer.decode(words.input_ids[row][words.instruction[row]]) for row in (0, 1))
+    assert text.replace(" ", "") == "whatdigitisata1?" + "listthegrid." * train
+    assert nothing == "", "a sample without an image has no row to look from"
+
+
+def test_the_teachers_reading_has_the_same_rows() -> None:
+    batch = Collator(PROCESSORS["words"], TEMPLATE, 200, train=True, teacher=PROCESSORS["words"], rows="words")([TWO_TURNS])
+    assert batch.teacher is not None
+    assert torch.equal(batch.teacher.instruction, batch.instruction)
+
+
 def test_shifted_by_one_the_response_mask_predicts_first_word_to_eos_and_nothing_after(processor) -> None:
     """The mistake METHOD.md warns of: masking unshifted logits drops the first answer token and adds the one after EOS."""
     batch = Collator(processor, TEMPLATE, 200, train=True)([sample(("what ?", "one"), name="a"), TWO_TURNS])

@@ -13,12 +13,14 @@ def test_text_is_that_of_the_method() -> None:
     )
     answers = [rendered.text[a:b] for a, b in rendered.response_spans]
     assert answers == [" one<|endoftext|>", " red one, red two<|endoftext|>"]
+    assert [rendered.text[a:b] for a, b in rendered.question_spans] == ["what digit is at a1 ?", "list the grid ."]
 
 
 def test_prompt_is_the_first_turn_up_to_where_the_answer_begins() -> None:
     prompt = Template("").render(TURNS, "<image>", answer=False)
     assert prompt.text == "USER: <image>\nwhat digit is at a1 ? ASSISTANT:"
     assert prompt.response_spans == ()
+    assert [prompt.text[a:b] for a, b in prompt.question_spans] == ["what digit is at a1 ?"]
     whole = Template("").render(TURNS, "<image>")
     assert whole.text[: whole.response_spans[0][0]] == prompt.text
 
