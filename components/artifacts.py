@@ -192,8 +192,60 @@ class TeacherReport(Record):
     candidates: list[Candidate]
 
 
+Attention = Literal["mean", "centred"]  # over heads and rows, as it is | less what the layer attends to whatever is asked
+Rows = Literal["all", "words"]  # of the instruction | of it the question's own, without the template's
+Interval = tuple[float, float]
+
+
+class Picked(Record):
+    """What weighs the visual tokens where params/distill.yaml asks for `weighting: searched`."""
+
+    rule: Literal["irs", "pointing", "given"]  # of params/irs.yaml
+    layer: int
+    weighting: Attention
+    rows: Rows
+    runner_up: tuple[int, Attention, Rows] | None  # under `pointing`: the second best layer, weighting, rows
+    separated: bool  # the lead over it is more than 1.96 standard errors of their paired difference
+
+    @property
+    def described(self) -> str:
+        rows = "all instruction rows" if self.rows == "all" else "the question's words"
+        return f"layer {self.layer}, {self.weighting} attention over {rows}"
+
+
+class View(Record):
+    """Per layer, for one weighting and kind of rows."""
+
+    weighting: Attention
+    rows: Rows
+    irs: list[float]
+    irs_standard_error: list[float]  # over images
+    pointing: list[float]  # share of the weights on the asked region; empty where no region is known
+    pointing_ci95: list[Interval]  # over images
+    equal: list[int]  # instructions without any attention left, whose image's tokens weigh the same
+
+
+class Region(Record):
+    """The asked regions that `pointing` was measured on."""
+
+    images: int
+    questions: int
+    equal: float  # share of equal weights on the region
+    equal_ci95: Interval
+
+
+class Background(Record):
+    """Per layer, where the attention goes whatever is asked: its mean over images and instructions."""
+
+    rows: Rows
+    most: list[float]  # share of the one position that takes most
+    sinks: list[list[int]]  # positions that take more than 5 times an equal share
+    on_sinks: list[float]  # share of them together
+
+
 class LayerChoice(Record):
-    """artifacts/irs/layer.json"""
+    """artifacts/irs/layer.json: the layer of the highest IRS (mean attention over all rows, as in the paper), and what the rule
+    of params/irs.yaml picks."""
 
     layer: int
     irs: list[float]  # per layer
@@ -202,6 +254,11 @@ class LayerChoice(Record):
     runner_up: int
     images: int
     pairs: int
+    picked: Picked
+    views: list[View]
+    region: Region | None  # None: no question's region is known, or not where the visual tokens lie
+    grids: list[str]  # of visual tokens, that the images have
+    backgrounds: list[Background]  # none where the grids differ
 
 
 class SignalFacts(Record):
@@ -213,6 +270,8 @@ class SignalFacts(Record):
     template: str  # sha256
     precision: Literal["fp32", "bf16"]  # of the teacher's weights
     layer: int  # whose attention weighs the visual tokens
+    rows: Rows
+    background: str | None  # its digest, for centred attention
     temperature: float
     top_k: int
 
@@ -236,6 +295,7 @@ class SignalCache(Record):
     dtype: Literal["float16", "float32"]  # of the log-probabilities
     samples: int
     rows: int
+    equal_weights: int  # samples whose image's tokens weigh the same, for want of attention
     size_bytes: int
     shards: dict[str, str]  # file -> sha256
     errors: dict[Literal["text", "visual"], Approximation]  # none of a kind of which there are no rows

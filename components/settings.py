@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from components.align_ti import terms
-from components.artifacts import TEACHER_ARM
+from components.artifacts import TEACHER_ARM, Attention, Rows
 from components.errors import SettingsError
 
 QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: a tenth of the time
@@ -364,6 +364,18 @@ class IrsSettings(Strict):
     instructions_per_image: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt
     overlays: PositiveInt = Field(description="pictures of where two instructions look")
+    rule: Literal["irs", "pointing", "given"] = Field(description="what picks the weights of `weighting: searched`")
+    layer: Annotated[int, Field(ge=0)] | None = Field(description="for rule: given")
+    weighting: Attention | None = Field(description="mean, as in the paper, or centred; null: whichever points best")
+    instruction_rows: Rows | None = Field(description="all, or the question's words; null: whichever point best")
+
+    @model_validator(mode="after")
+    def _what_the_rule_needs(self) -> IrsSettings:
+        if (self.rule == "given") != (self.layer is not None):
+            raise ValueError("`layer` is for `rule: given`, and only for it")
+        if self.rule != "pointing" and None in (self.weighting, self.instruction_rows):
+            raise ValueError(f"`rule: {self.rule}` needs `weighting` and `instruction_rows`; null is for `rule: pointing`")
+        return self
 
 
 # --- params/distill.yaml ----------------------------------------------------------------------------------------------
@@ -425,9 +437,10 @@ class Divergence(Strict):
 
 
 class Iva(Strict):
-    """Weights over visual tokens: attention at the IRS layer, at a given layer, or equal."""
+    """Weights over visual tokens: attention (mean, all rows) at the IRS layer or at a given one; equal; or what the rule of
+    params/irs.yaml picks."""
 
-    weighting: Literal["irs", "layer", "uniform"]
+    weighting: Literal["irs", "searched", "layer", "uniform"]
     layer: Annotated[int, Field(ge=0)] | None = Field(description="for weighting: layer")
     divergence: Divergence | None = Field(default=None, description="null: the arm's")
 
@@ -769,8 +782,10 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
             problems.append(f"{where}.kind is {divergence['kind']}, and the cache serves the forward divergence alone")
         if divergence and divergence["temperature"] != shared.divergence.temperature:
             problems.append(f"{where}.temperature differs from that of params/distill.yaml, which the cache is made with")
-    if any(needs.attention for needs in arm.needs.values()) and arm.iva.layer != shared.iva.layer:
-        problems.append("iva.layer differs from that of params/distill.yaml, which the cache is made with")
+    kept = "irs" if shared.iva.weighting == "uniform" else shared.iva.weighting  # the cache holds some attention in any case
+    asked = arm.iva.weighting, arm.iva.layer
+    if any(needs.attention for needs in arm.needs.values()) and asked != (kept, shared.iva.layer):
+        problems.append("iva differs from that of params/distill.yaml, which the cache is made with")
     return [f"params/study.yaml: arms.{name}: {problem}; or set teacher_signals.source to live" for problem in problems]
 
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -29,6 +30,7 @@ from components.distill.replay import Origin
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.errors import exit_from
+from components.irs.weighting import Weighting, weighting
 from components.models.collate import Collator
 from components.models.load import Loaded, check_images, check_layer, check_pair, check_same_template, grids, load
 from components.models.template import Template
@@ -74,7 +76,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     samples = Samples(DATASET, "train")
     align = settings.distill.stage == "align"
     choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
-    layer = None if align else LayerChoice.read(IRS / "layer.json").layer
+    layers = None if align else LayerChoice.read(IRS / "layer.json")
     start = ModelIndex.read(MODELS / "index.json").students[arm.student]
     facts = {
         "arm": arm.model_dump(mode="json"),
@@ -84,7 +86,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
         "template": settings.models.template.model_dump(mode="json"),
         "dataset": samples.manifest.digest,
         "teacher": {"name": choice.name, "sha256": choice.sha256} if choice else None,
-        "irs_layer": layer,
+        "irs_layer": layers.layer if layers else None,
         "student": {"name": start.name, "sha256": start.sha256},
     }
     if samples.sources is not None:
@@ -93,11 +95,13 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
 
     student = load(Path(start.path), device)
     choose_trainable(student, settings.distill)
-    collator = Collator(student.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
-    if choice is None or layer is None:
+    template = Template.asked(settings.models.template)
+    collator = Collator(student.processor, template, settings.models.max_length, train=True)
+    if choice is None or layers is None:
         check_images(student)
         module = AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, student.vocabulary))
     elif settings.uses_cache(arm):
+        facts |= _searched(arm, layers)
         module = _cached(arm, settings, student, collator)
         facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
     else:
@@ -112,9 +116,12 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
                 f"distill@{name}: the teacher sees an image on {sides[0]} x {sides[0]} tokens, the student on {sides[1]} x"
                 f" {sides[1]}; its rows there and the weights of L_iva are interpolated bilinearly to the student's grid"
             )
-            template = Template.asked(settings.models.template)
-            collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=teacher.processor)
-        module = _live(arm, settings.distill, student, teacher, layer, collator, sides)
+        assert arm.iva is not None  # filled in by Settings.arm
+        look = weighting(arm.iva, layers)
+        own = teacher.processor if sides is not None else None
+        collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=look.rows)
+        facts |= _searched(arm, layers)
+        module = _live(arm, settings.distill, student, teacher, look, collator, sides)
     chosen = trained_on(samples.kinds, settings.distill)
     weights = samples.weights
     order = Order(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
@@ -141,6 +148,9 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             origin,
             loaders=settings.runtime.loaders,
         )
+        if equal := _equal_weights(module, accelerator):
+            run.metrics({"iva/equal_weights": equal})
+            accelerator.print(f"{title}: no attention was left for {equal:,} images, whose tokens weighed the same")
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
             peak_memory_mib=round(_most(peak_memory_mib(device), accelerator), 1),
@@ -173,28 +183,43 @@ def _most(mib: float, accelerator: Accelerator) -> float:
     return float(accelerator.gather(torch.tensor([mib], device=accelerator.device)).max())
 
 
+def _equal_weights(module: AlignTI, accelerator: Accelerator) -> int:
+    """Images in which the live teacher's attention left nothing to weigh by, over all processes since this one began."""
+    teacher = module._teacher[0]
+    found = teacher.equal_weights if isinstance(teacher, FrozenTeacher | Regridded) else torch.zeros((), dtype=torch.long)
+    return int(accelerator.gather(found.to(accelerator.device)[None]).sum())
+
+
 def _live(
     arm: Arm,
     distill: DistillSettings,
     student: Loaded,
     teacher: Loaded,
-    layer: int,
+    look: Weighting,
     collator: Collator,
     sides: tuple[int, int] | None,
 ) -> AlignTI:
     """The step with the teacher in it. Raises ModelError if it cannot teach this student, or has no such layer."""
-    assert arm.iva is not None
-    look = layer if arm.iva.layer is None else arm.iva.layer
-    check_layer(teacher, look)
+    check_layer(teacher, look.layer)
     method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
     pupil, master = VLM(student.model), VLM(teacher.model)
     appends = method.route == "expanded" and method.needs.ribbon and not method.needs.in_student.maps
     if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
     if sides is not None:
-        return AlignTI(pupil, Regridded(FrozenTeacher(master, look, shares_tower=False), *sides), method)
-    frozen_tower = not distill.trainable.vision_tower
-    return AlignTI(pupil, FrozenTeacher(master, look, frozen_tower and same_tower(pupil, master)), method)
+        frozen = FrozenTeacher(master, look.layer, shares_tower=False, background=look.background)
+        return AlignTI(pupil, Regridded(frozen, *sides), method)
+    shares_tower = not distill.trainable.vision_tower and same_tower(pupil, master)
+    return AlignTI(pupil, FrozenTeacher(master, look.layer, shares_tower, look.background), method)
+
+
+def _searched(arm: Arm, layers: LayerChoice) -> dict[str, Any]:
+    """What the card says of weights that the layer search picked; nothing of others."""
+    assert arm.iva is not None  # filled in by Settings.arm
+    if arm.iva.weighting != "searched" or "iva" not in arm.needs:
+        return {}
+    picked = layers.picked.model_dump(include={"rule", "layer", "weighting", "rows"})
+    return {"searched": picked | {"background": weighting(arm.iva, layers).digest}}
 
 
 def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator) -> AlignTI:

@@ -138,14 +138,24 @@ def _losses(facts: dict[str, Any]) -> str:
         return "Loss: cross-entropy on the captions alone."
     weights, iva, layer = facts["arm"]["weights"], facts["arm"]["iva"], facts["irs_layer"]
     terms = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}L_{term}" for term, weight in weights.items())
+    picked = facts.get("searched")
     looked = {
         "irs": f"layer l* = {layer} of the teacher, the layer search's",
+        "searched": picked and _picked(picked),
         "layer": f"layer {iva['layer']} of the teacher, as asked (the layer search's l* is {layer})",
         "uniform": f"no layer: all weigh the same (the layer search's l* is {layer})",
     }
     if "iva" not in weights:
         return f"Loss: L = {terms}. The layer search's l* is {layer}, which only L_iva would use."
     return f"Loss: L = {terms}. L_iva weighs visual tokens by {looked[iva['weighting']]}."
+
+
+def _picked(searched: dict[str, Any]) -> str:
+    rows = "all instruction rows" if searched["rows"] == "all" else "the question's words"
+    return (
+        f"{searched['weighting']} attention of the teacher's layer {searched['layer']} over {rows}, as the rule"
+        f" `{searched['rule']}` of the layer search picks"
+    )
 
 
 def _steps(distill: dict[str, Any]) -> str:

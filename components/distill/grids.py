@@ -98,6 +98,10 @@ class Regridded:
         return self.teacher.continued(kept.own, tokens, there, torch.cat([prefix[:, None], mask[..., T:]], dim=-1))
 
     @property
+    def equal_weights(self) -> Tensor:
+        return self.teacher.equal_weights
+
+    @property
     def vlm(self) -> VLM:
         return self.teacher.vlm
 

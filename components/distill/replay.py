@@ -73,9 +73,10 @@ class Origin:
         if accelerator.is_main_process:
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, draft / "student.safetensors")
             teacher = module._teacher[0]
-            live = (
-                {"layer": teacher.layer, "shares_tower": teacher.shares_tower} if isinstance(teacher, FrozenTeacher) else None
-            )
+            live = None
+            if isinstance(teacher, FrozenTeacher):
+                background = None if teacher.background is None else teacher.background.tolist()
+                live = {"layer": teacher.layer, "shares_tower": teacher.shares_tower, "background": background}
             about = {
                 **asdict(self),
                 "step": step,
@@ -162,7 +163,9 @@ def _module(about: dict[str, Any], state: dict[str, Tensor], precision: str) -> 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     teacher = VLM(load(Path(about["teacher"]["path"]), "cpu", dtype).model)
     method = {field.name: about["method"][field.name] for field in fields(Method)}
-    module = AlignTI(student, FrozenTeacher(teacher, **about["live_teacher"]), Method(**method))
+    live = about["live_teacher"]
+    background = None if live["background"] is None else torch.tensor(live["background"])
+    module = AlignTI(student, FrozenTeacher(teacher, live["layer"], live["shares_tower"], background), Method(**method))
     module.progress = about["progress"]
     module.load_state_dict(state)
     return module

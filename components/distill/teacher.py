@@ -12,6 +12,7 @@ from torch import Tensor
 from components.align_ti.batch import Batch
 from components.align_ti.head import Head
 from components.align_ti.watch import Watch, Watched
+from components.irs.weighting import centred_in_batch, without_weights
 from components.models.attention import Look, watching
 from components.models.families import reads_one_layer
 from components.models.vlm import VLM, Kept
@@ -25,13 +26,16 @@ class FrozenTeacher:
     Args:
         layer: whose attention weighs the visual tokens.
         shares_tower: the student has the same frozen vision tower, so its image features are the teacher's too.
+        background: (Nv,) of that attention, taken away from it (`centred`); None: the attention as it is.
     """
 
-    def __init__(self, vlm: VLM, layer: int, shares_tower: bool) -> None:
+    def __init__(self, vlm: VLM, layer: int, shares_tower: bool, background: Tensor | None = None) -> None:
         self.vlm = vlm.eval().requires_grad_(False)
         self.device = vlm.model.get_input_embeddings().weight.device
         self.layer = layer
         self.shares_tower = shares_tower
+        self.background = background
+        self.equal_weights = torch.zeros((), dtype=torch.long)  # images whose tokens weighed the same, for want of attention
 
     def features(self, batch: Batch, of_student: Any) -> Any:
         if self.shares_tower and of_student is not None:
@@ -39,7 +43,7 @@ class FrozenTeacher:
         return self.vlm.features(self._here(batch))
 
     def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, Kept | None, Tensor | None]:
-        """Hidden states (B, T, d), the cache if `keep`, and if `look` the instruction's attention (B, Nv) at `layer`."""
+        """Hidden states (B, T, d), the cache if `keep`, and if `look` what weighs the visual tokens (B, Nv)."""
         home = batch.input_ids.device
         batch = self._here(batch)
         if isinstance(features, Tensor):
@@ -50,7 +54,11 @@ class FrozenTeacher:
         eyes = Look.at(batch.instruction, batch.visual)
         with watching(self.vlm.model, [self.layer], eyes):
             hidden, cache = self.vlm.plain(batch, features, keep)
-        return hidden.to(home), cache, eyes.seen[self.layer].to(home)
+        weights = eyes.seen[self.layer]
+        if self.background is not None:
+            weights = centred_in_batch(weights, self.background, batch.visual, batch.ids)
+            self.equal_weights = self.equal_weights.to(weights.device) + without_weights(weights, batch.visual)
+        return hidden.to(home), cache, weights.to(home)
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:

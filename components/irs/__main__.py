@@ -1,7 +1,8 @@
-"""Stage `search_layer`: the teacher's layer whose look at an image depends most on the instruction. `python -m components.irs`
+"""Stage `search_layer`: the teacher's layer whose look at an image depends most on the instruction, and the attention that the
+rule of params/irs.yaml picks to weigh visual tokens by. `python -m components.irs`
 
-Writes artifacts/irs/layer.json and, under reports/irs, curve.json, curve.png and overlay_*.png. For stage align
-they say that there is no teacher.
+Writes artifacts/irs/layer.json, background.safetensors where images have one grid of visual tokens, and under reports/irs
+curve.json, curve.png and overlay_*.png. For stage align they say that there is no teacher.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from components.artifacts import (
     REPORTS,
     TEACHER,
     LayerChoice,
+    Picked,
+    Rows,
     TeacherChoice,
     write_bytes,
     write_text,
@@ -27,8 +30,12 @@ from components.errors import exit_from
 from components.settings import load_settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from components.irs.overlays import Gaze
+    from components.irs.regions import Tiling
     from components.irs.search import Seen
-    from components.models.load import Loaded
+    from components.shards import Sample
 
 FOLDER = REPORTS / "irs"
 
@@ -44,7 +51,9 @@ def main() -> None:
     teacher = TeacherChoice.read(TEACHER / "choice.json")
 
     from components import tracking
-    from components.irs.search import choose, look
+    from components.irs.choice import choose
+    from components.irs.regions import Tiling
+    from components.irs.search import look
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
@@ -55,22 +64,40 @@ def main() -> None:
         samples = Samples(DATASET, "train")
         loaded = load(Path(teacher.path), device)
         seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)
-        choice = choose(seen.attention)
+        tiling = Tiling.of(loaded.processor)
+        choice, backgrounds = choose(seen, tiling, settings.irs)
+        _keep(backgrounds)
         choice.write(IRS / "layer.json")
         run.dataset("train", samples.manifest.digest)
         run.tag("teacher", teacher.name)
         for point in points(choice):
-            run.metrics({"irs": point["irs"], "irs_standard_error": point["standard_error"]}, step=int(point["layer"]))
-        run.metrics({"layer": choice.layer, "separated": choice.separated})
-        for path in [*_curve(choice), *_overlays(loaded, seen, choice.layer, settings.irs.overlays)]:
+            named = {"irs_standard_error" if name == "standard_error" else name: value for name, value in point.items()}
+            run.metrics({name: value for name, value in named.items() if name != "layer"}, step=int(point["layer"]))
+        run.metrics({"layer": choice.layer, "separated": choice.separated, "picked_layer": choice.picked.layer})
+        run.tag("picked", choice.picked.described)
+        for path in [*_curve(choice), *_overlays(tiling, seen, backgrounds, choice.picked, settings.irs.overlays)]:
             run.artifact(path)
     print(closing_line(choice, settings.irs.images))
 
 
 def points(choice: LayerChoice) -> list[dict[str, float]]:
-    """The curve as data for `dvc plots`."""
-    layers = enumerate(zip(choice.irs, choice.standard_error, strict=True))
-    return [{"layer": layer, "irs": irs, "standard_error": error} for layer, (irs, error) in layers]
+    """The curve as data for `dvc plots`: per layer IRS, and for each weighting and kind of rows its own IRS and pointing."""
+    found = []
+    for layer, (irs, error) in enumerate(zip(choice.irs, choice.standard_error, strict=True)):
+        point: dict[str, float] = {"layer": layer, "irs": irs, "standard_error": error}
+        for view in choice.views:
+            name = f"{view.weighting}_{view.rows}"
+            point[f"irs_{name}"] = view.irs[layer]
+            if view.pointing:
+                low, high = view.pointing_ci95[layer]
+                point |= {f"pointing_{name}": view.pointing[layer], f"pointing_{name}_low": low, f"pointing_{name}_high": high}
+        if choice.region is not None:
+            point["pointing_equal"] = choice.region.equal
+        for background in choice.backgrounds:
+            name = f"background_{background.rows}"
+            point |= {f"{name}_most": background.most[layer], f"{name}_on_sinks": background.on_sinks[layer]}
+        found.append(point)
+    return found
 
 
 def closing_line(choice: LayerChoice, asked: int) -> str:
@@ -84,8 +111,40 @@ def closing_line(choice: LayerChoice, asked: int) -> str:
     return (
         f"search_layer: layer {best} has the highest IRS, {choice.irs[best]:.3f} ± {choice.standard_error[best]:.3f},"
         f" {verdict};"
-        f" {choice.pairs:,} pairs on {choice.images:,} images{fewer}; curve and overlays in {FOLDER}"
+        f" {choice.pairs:,} pairs on {choice.images:,} images{fewer}; {_picked(choice)}; curve and overlays in {FOLDER}"
     )
+
+
+def _picked(choice: LayerChoice) -> str:
+    """What weighs visual tokens where `weighting: searched` asks for it, how well it points, and what of it is background."""
+    picked = choice.picked
+    (view,) = (view for view in choice.views if (view.weighting, view.rows) == (picked.weighting, picked.rows))
+    parts = [f"rule {picked.rule} picks {picked.described}"]
+    if choice.region is not None:
+        low, high = view.pointing_ci95[picked.layer]
+        parts.append(
+            f"{view.pointing[picked.layer]:.1%} [{low:.1%}, {high:.1%}] of its weight on the asked region, equal weights"
+            f" {choice.region.equal:.1%}"
+        )
+    if picked.runner_up is not None and not picked.separated:
+        layer, weighting, rows = picked.runner_up
+        parts.append(f"not separated from layer {layer}, {weighting}, {rows}")
+    if view.equal[picked.layer]:
+        parts.append(f"no attention left for {view.equal[picked.layer]} instruction(s), whose weights are equal")
+    for background in choice.backgrounds:
+        if background.rows == picked.rows and (sinks := background.sinks[picked.layer]):
+            parts.append(f"{background.on_sinks[picked.layer]:.0%} of its attention on {len(sinks)} sink(s) whatever is asked")
+    return ", ".join(parts)
+
+
+def _keep(backgrounds: dict[Rows, Tensor]) -> None:
+    from safetensors.torch import save
+
+    from components.irs.weighting import BACKGROUND
+
+    BACKGROUND.unlink(missing_ok=True)
+    if backgrounds:
+        write_bytes(BACKGROUND, save({rows: found.contiguous() for rows, found in backgrounds.items()}))
 
 
 def _curve(choice: LayerChoice) -> list[Path]:
@@ -97,33 +156,48 @@ def _curve(choice: LayerChoice) -> list[Path]:
     return [FOLDER / "curve.json", FOLDER / "curve.png"]
 
 
-def _overlays(loaded: Loaded, seen: Seen, layer: int, count: int) -> list[Path]:
-    """Pictures of the first `count` images drawn, each with the two instructions that look furthest apart."""
+def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picked: Picked, count: int) -> list[Path]:
+    """Pictures of the first `count` images drawn, each with the two instructions whose attention lies furthest apart, among
+    those whose region is known if these are two or more."""
     from tqdm import tqdm
 
     from components.figures import draw
-    from components.irs.overlays import Gaze, overlay, seen_by
-    from components.irs.search import furthest_apart
-    from components.models.collate import decode, visual_tokens
-    from components.models.template import question_of
+    from components.irs.overlays import overlay
+    from components.irs.regions import seen_by
+    from components.models.collate import decode
 
     for stale in FOLDER.glob("overlay_*.png"):
         stale.unlink()
-    tokens = visual_tokens(loaded.processor)
-    if tokens is None or math.isqrt(tokens) ** 2 != tokens:
+    if tiling.tokens is None or math.isqrt(tiling.tokens) ** 2 != tiling.tokens:
         print("search_layer: no overlays, for the teacher's visual tokens are no square grid that all images share")
         return []
+    title = f"layer {picked.layer}, {'all rows' if picked.rows == 'all' else 'words'}"
     paths = []
     for index, samples in enumerate(tqdm(seen.samples[:count], desc="overlays", unit="image")):
-        attention = seen.attention[layer, index]
-        gazes = [
-            Gaze(question_of(samples[i].turns[0]), samples[i].turns[0].answer, attention[i].numpy())
-            for i in furthest_apart(attention)
-        ]
-        image = seen_by(loaded.processor, decode(samples[0]))
+        attention = seen.attention[picked.rows][picked.layer, index]
+        gazes = _gazes(tiling, samples, attention, backgrounds[picked.rows][picked.layer])
         paths.append(FOLDER / f"overlay_{index + 1}.png")
-        write_bytes(paths[-1], draw(overlay, image, gazes, layer))
+        write_bytes(paths[-1], draw(overlay, seen_by(tiling.processor, decode(samples[0])), gazes, title))
     return paths
+
+
+def _gazes(tiling: Tiling, samples: list[Sample], attention: Tensor, background: Tensor) -> list[Gaze]:
+    """Those of two of an image's instructions; `attention` (I, Nv)."""
+    from components.irs.overlays import Gaze
+    from components.irs.search import furthest_apart
+    from components.irs.weighting import centred
+    from components.models.collate import decode
+    from components.models.template import question_of
+
+    known = [i for i, sample in enumerate(samples) if sample.turns[0].boxes]
+    able = known if len(known) > 1 else list(range(len(samples)))
+    gazes = []
+    for i in (able[n] for n in furthest_apart(attention[able])):
+        turn = samples[i].turns[0]
+        region = tiling.seen(decode(samples[i]), turn.boxes) if turn.boxes else None
+        weights = centred(attention[i], background)
+        gazes.append(Gaze(question_of(turn), turn.answer, attention[i].numpy(), weights.numpy(), region))
+    return gazes
 
 
 if __name__ == "__main__":

@@ -6,16 +6,15 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
 
-from components.artifacts import LayerChoice
+from components.artifacts import LayerChoice, Region
 from components.errors import DataError
 from components.figures import Theme
 
@@ -26,23 +25,32 @@ class Gaze:
 
     question: str
     reference: str
-    attention: NDArray[np.float32]  # (Nv,) from the instruction to the visual tokens, row by row of the visual grid
-
-
-def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
-    """The RGB image as the model sees it, (H, W, 3): resized and cropped, so that the visual tokens tile it."""
-    pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)[
-        "pixel_values"
-    ]
-    shown = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # one tile, of families that split others into several
-    return np.clip(np.moveaxis(shown, 0, -1), 0, 255).astype(np.uint8)
+    mean: NDArray[np.float32]  # (Nv,) attention from the instruction to the visual tokens, row by row of the visual grid
+    centred: NDArray[np.float32]  # (Nv,) the same less its background, of sum 1 or all zero
+    region: NDArray[np.float64] | None  # (H, W) what the instruction asks about: 1 inside, 0 outside; None: not known
 
 
 def curve(choice: LayerChoice, theme: Theme) -> Figure:
-    """IRS per layer with its standard error; the winner is marked, and named as separated from the runner-up or not."""
+    """IRS per layer with its standard error; the winner is marked.
+
+    Below it, where regions are known, the share of the weights on the asked region per layer, weighting and kind of rows, with
+    95% intervals, and that of equal weights; what the rule picks is ringed.
+    """
+    figure = Figure(figsize=(7.2, 3.0) if choice.region is None else (7.2, 6.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1 if choice.region is None else 2, 1))
+    _irs(panels[0], choice, theme)
+    if choice.region is not None:
+        _pointing(panels[1], choice, choice.region, theme)
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer")
+        axes.margins(x=0.08)
+        axes.grid(axis="y")
+    return figure
+
+
+def _irs(axes: Axes, choice: LayerChoice, theme: Theme) -> None:
     layers = np.arange(len(choice.irs))
-    figure = Figure(figsize=(7.2, 3.0))
-    axes = figure.subplots()
     axes.errorbar(
         layers, choice.irs, choice.standard_error, color=theme.muted, linewidth=1.4, marker="o", markersize=5, capsize=3
     )
@@ -54,13 +62,31 @@ def curve(choice: LayerChoice, theme: Theme) -> Figure:
         f"layer {choice.layer}: {best:.3f}", (choice.layer, best + choice.standard_error[choice.layer]), (0, 7),
         textcoords="offset points", ha="center", color=theme.accent, fontweight="bold",
     )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("layer")
     axes.set_ylabel("IRS")
-    axes.margins(x=0.08)
     axes.set_ylim(0, 1.25 * max(i + e for i, e in zip(choice.irs, choice.standard_error, strict=True)) or 1)
-    axes.grid(axis="y")
-    return figure
+
+
+def _pointing(axes: Axes, choice: LayerChoice, region: Region, theme: Theme) -> None:
+    for view in choice.views:
+        shares = np.array(view.pointing)
+        axes.errorbar(
+            np.arange(len(shares)),
+            shares,
+            np.abs(np.array(view.pointing_ci95).T - shares),
+            color=theme.accent if view.weighting == "centred" else theme.muted,
+            linestyle="-" if view.rows == "all" else ":",
+            marker="o",
+            markersize=4,
+            capsize=3,
+            label=f"{view.weighting}, {view.rows}",
+        )
+        if (view.weighting, view.rows) == (choice.picked.weighting, choice.picked.rows):
+            layer = choice.picked.layer
+            axes.plot(layer, shares[layer], "o", markersize=12, markerfacecolor="none", color=theme.ink)
+    axes.axhline(region.equal, color=theme.muted, linestyle="--", linewidth=1, label="equal weights")
+    axes.set_ylabel("share on the asked region")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small", ncols=3)
 
 
 @dataclass(frozen=True)
@@ -72,14 +98,40 @@ class Heat:
     grid: NDArray[np.float32]  # (rows, columns) of visual tokens, 1 being an equal share of the attention
 
 
-def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], layer: int, theme: Theme) -> Figure:
-    """The image (H, W, 3) as the teacher sees it, and once per instruction with the attention of `layer` laid over it.
+def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], title: str, theme: Theme) -> Figure:
+    """Per instruction a row: the image (H, W, 3) as the teacher sees it, then a layer's attention laid over it, mean and
+    centred. The asked region is outlined.
 
-    The colour says how many times its equal share a visual token receives, on one scale for all instructions.
+    The colour says how many times its equal share a visual token receives, on one scale per column.
     Raises DataError if the visual tokens are no square grid.
     """
-    heats = [Heat(gaze.question, f"reference: {gaze.reference}", _grid(gaze.attention)) for gaze in gazes]
-    return heatmaps(image, heats, f"layer {layer}: attention / equal share", theme)
+    figure = Figure(figsize=(9.6, 3.3 * len(gazes)), layout="constrained")
+    table = figure.subplots(len(gazes), 3, squeeze=False)
+    grey = _grey(image)
+    for axes, gaze in zip(table[:, 0], gazes, strict=True):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title("\n".join(textwrap.wrap(gaze.question, 34)))
+        axes.set_xlabel(textwrap.shorten(f"reference: {gaze.reference}", 45, placeholder=" …"))
+    for column, name in ((1, "mean"), (2, "centred")):
+        grids = [_grid(getattr(gaze, name)) for gaze in gazes]
+        most = max(float(grid.max()) for grid in grids)
+        for axes, grid in zip(table[:, column], grids, strict=True):
+            drawn = _heat(axes, grey, grid, most)
+            axes.set_title(name, color=theme.muted, fontweight="normal")
+        figure.colorbar(drawn, ax=table[:, column], shrink=0.75, aspect=28, label=f"{title} / equal share")
+    for row, gaze in zip(table, gazes, strict=True):
+        for axes in row:
+            _outline(axes, gaze.region)
+            _bare(axes)
+    return figure
+
+
+def _outline(axes: Axes, region: NDArray[np.float64] | None) -> None:
+    """White on black, which no picture hides."""
+    if region is not None and region.any():
+        across, down = (np.arange(-1, pixels + 1) for pixels in (region.shape[1], region.shape[0]))
+        for colour, width in (("black", 3.5), ("white", 1.5)):
+            axes.contour(across, down, np.pad(region, 1), levels=[0.5], colors=[colour], linewidths=width)
 
 
 def heatmaps(image: NDArray[np.uint8], heats: Sequence[Heat], label: str, theme: Theme) -> Figure:
@@ -87,20 +139,11 @@ def heatmaps(image: NDArray[np.uint8], heats: Sequence[Heat], label: str, theme:
     most = max(float(heat.grid.max()) for heat in heats)
     figure = Figure(figsize=(2.9 * (1 + len(heats)) + 0.5, 3.35))
     panels = figure.subplots(1, 1 + len(heats))
-    height, width = image.shape[:2]
     panels[0].imshow(image, interpolation="nearest")
     panels[0].set_title("the image", color=theme.muted, fontweight="normal")
-    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
+    grey = _grey(image)
     for axes, heat in zip(panels[1:], heats, strict=True):
-        axes.imshow(grey, interpolation="nearest")
-        drawn = axes.imshow(
-            heat.grid,
-            cmap="magma",
-            vmin=0,
-            vmax=most,
-            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            alpha=_visible(heat.grid / most),
-        )
+        drawn = _heat(axes, grey, heat.grid, most)
         axes.set_title("\n".join(textwrap.wrap(heat.above, 34)))
         axes.set_xlabel(textwrap.shorten(heat.below, 45, placeholder=" …"))
     for axes in panels:
@@ -109,11 +152,24 @@ def heatmaps(image: NDArray[np.uint8], heats: Sequence[Heat], label: str, theme:
     return figure
 
 
+def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
+
+
+def _heat(axes: Axes, grey: NDArray[np.uint8], grid: NDArray[np.float32], most: float) -> AxesImage:
+    height, width = grey.shape[:2]
+    axes.imshow(grey, interpolation="nearest")
+    return axes.imshow(
+        grid, cmap="magma", vmin=0, vmax=most, extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=_visible(grid / most)
+    )
+
+
 def _grid(attention: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(Nv,) -> (side, side), 1 being an equal share of the attention that goes to the image."""
+    """(Nv,) -> (side, side), 1 being an equal share of the attention that goes to the image; all 1 where none does."""
     side = math.isqrt(len(attention))
     if side * side != len(attention):
         raise DataError(f"{len(attention)} visual tokens are no square grid, so there is no picture of where they lie")
+    attention = attention if attention.any() else np.ones_like(attention)
     return (attention / attention.mean()).reshape(side, side)
 
 

@@ -1,4 +1,5 @@
-"""IRS, the instruction-relevance score of a layer: how much its look at an image changes with the instruction."""
+"""Scores of a layer's weights of visual tokens: IRS, how much they change with the instruction, and pointing, how much of them
+falls on the region that it asks about."""
 
 from __future__ import annotations
 
@@ -31,3 +32,19 @@ def irs_scores(attention: Tensor) -> tuple[Tensor, Tensor]:
     first, second = torch.triu_indices(I, I, offset=1)
     per_image = 1 - cosine[..., first, second].mean(-1)
     return per_image.mean(1), per_image
+
+
+def pointing(weights: Tensor, region: Tensor) -> Tensor:
+    """The energy-based pointing game (Wang et al., Score-CAM, 2020): the share of the weights that lies on the asked region.
+
+    Args:
+        weights: (L, X, I, Nv), of sum 1 over the visual tokens.
+        region: (X, I, Nv), the share of each token's patch that lies in the region; all zero where none is known.
+
+    Returns:
+        (L, X'), each image's mean over its instructions with a region; X' images have one or more.
+    """
+    known = region.sum(-1) > 0  # (X, I)
+    on_region = (weights * region).sum(-1)  # (L, X, I)
+    per_image = (on_region * known).sum(-1) / known.sum(-1).clamp_min(1)
+    return per_image[:, known.any(-1)]

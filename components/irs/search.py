@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from components.artifacts import LayerChoice
+from components.artifacts import Rows
 from components.errors import DataError
 from components.irs.score import irs_scores
 from components.models.attention import Look, attention_layers, watching
@@ -36,15 +37,29 @@ class Seen:
     """Where every layer looks: per image, per instruction."""
 
     samples: list[list[Sample]]  # X images, I instructions on each
-    attention: Tensor  # (L, X, I, Nv) float32
+    attention: dict[Rows, Tensor]  # per kind of rows (L, X, I, Nv) float32, 0 behind the tokens of smaller images
+    tokens: Tensor  # (X,) visual tokens of each image
 
 
-def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> LayerChoice:
+@dataclass(frozen=True)
+class Ranking:
+    """The layers by their IRS."""
+
+    layer: int  # of the highest
+    irs: list[float]  # per layer
+    standard_error: list[float]  # per layer, over images
+    runner_up: int
+    separated: bool  # as of LayerChoice
+
+
+def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> Ranking:
     """IRS of every layer of a model, and the layer with the highest. Raises DataError as `look` does."""
-    return choose(look(loaded, samples, template, settings).attention)
+    return rank(look(loaded, samples, template, settings, ("all",)).attention["all"])
 
 
-def look(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> Seen:
+def look(
+    loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings, kinds: Sequence[Rows] = ("all", "words")
+) -> Seen:
     """Attention from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
 
     Raises:
@@ -53,15 +68,29 @@ def look(loaded: Loaded, samples: Samples, template: Template, settings: IrsSett
     chosen = draw_images(samples, settings)
     prompts = [prompt for image in chosen for prompt in image]
     # The answer is not read, so its length is no concern here; padding goes right, as in training.
-    collator = Collator(loaded.processor, template, max_length=sys.maxsize, train=True)
+    collators = {rows: Collator(loaded.processor, template, max_length=sys.maxsize, train=True, rows=rows) for rows in kinds}
     view = VLM(loaded.model)
-    parts = []
+    parts: dict[Rows, list[Tensor]] = {rows: [] for rows in kinds}
+    tokens: list[Tensor] = []
     for start in tqdm(range(0, len(prompts), settings.batch_size), desc="attention", unit="batch"):
-        batch = collator(prompts[start : start + settings.batch_size]).to(loaded.model.device)
-        parts.append(_attention(view, batch))
-    most = max(part.shape[-1] for part in parts)  # zeros behind the tokens of smaller images change no cosine
-    attention = torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in parts], dim=1)
-    return Seen(chosen, attention.unflatten(1, (len(chosen), settings.instructions_per_image)))
+        these = prompts[start : start + settings.batch_size]
+        batch = collators["all"](these).to(loaded.model.device)
+        asked = {rows: collators[rows].text(these).instruction.to(loaded.model.device) for rows in kinds}
+        for rows, found in _attention(view, batch, asked).items():
+            parts[rows].append(found)
+        tokens.append(batch.visual.sum(1).cpu())
+    shape = (len(chosen), settings.instructions_per_image)
+    return Seen(
+        chosen,
+        {rows: _padded(some).unflatten(1, shape) for rows, some in parts.items()},
+        torch.cat(tokens).unflatten(0, shape)[:, 0],
+    )
+
+
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """(L, n, Nv) of batches as one, with zeros behind the tokens of smaller images: they change no cosine."""
+    most = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in parts], dim=1)
 
 
 def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
@@ -88,7 +117,7 @@ def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
     return found
 
 
-def choose(attention: Tensor) -> LayerChoice:
+def rank(attention: Tensor) -> Ranking:
     """IRS per layer with its standard error over images, the best layer, and whether it is separated from the runner-up.
 
     A model of one layer has no runner-up: it is named as its own, and not separated.
@@ -97,19 +126,11 @@ def choose(attention: Tensor) -> LayerChoice:
         attention: (L, X, I, Nv), X >= 2 and I >= 2.
     """
     scores, per_image = irs_scores(attention.double())
-    images, instructions = attention.shape[1:3]
     ranked = scores.argsort(descending=True, stable=True).tolist()
     best, runner_up = ranked[0], ranked[min(1, len(ranked) - 1)]
     lead = per_image[best] - per_image[runner_up]
-    return LayerChoice(
-        layer=best,
-        irs=scores.tolist(),
-        standard_error=[standard_error(layer) for layer in per_image],
-        separated=float(lead.mean()) > Z * standard_error(lead),
-        runner_up=runner_up,
-        images=images,
-        pairs=images * math.comb(instructions, 2),
-    )
+    errors = [standard_error(layer) for layer in per_image]
+    return Ranking(best, scores.tolist(), errors, runner_up, separated=float(lead.mean()) > Z * standard_error(lead))
 
 
 def standard_error(values: Tensor) -> float:
@@ -118,7 +139,7 @@ def standard_error(values: Tensor) -> float:
 
 
 def furthest_apart(attention: Tensor) -> tuple[int, int]:
-    """The two instructions (I, Nv) on one image whose looks have the lowest cosine."""
+    """The two instructions (I, Nv) on one image whose weights have the lowest cosine."""
     unit = attention / attention.norm(dim=-1, keepdim=True)
     first, second = torch.triu_indices(len(unit), len(unit), offset=1)
     lowest = int((unit[first] * unit[second]).sum(-1).argmin())
@@ -135,9 +156,13 @@ def _instructions(samples: Sequence[Sample]) -> list[Sample]:
 
 
 @torch.inference_mode()
-def _attention(view: VLM, batch: Batch) -> Tensor:
-    """(L, B, Nv) float32, on the CPU; 0 behind an image's own tokens, Nv being the most of the batch."""
+def _attention(view: VLM, batch: Batch, asked: dict[Rows, Tensor]) -> dict[Rows, Tensor]:
+    """(L, B, Nv) float32 on the CPU, from each kind of rows (B, T) bool; 0 behind an image's own tokens, Nv being the most of
+    the batch."""
     layers = list(attention_layers(view.model))
-    with watching(view.model, layers, Look.at(batch.instruction, batch.visual)) as seen:
+    looks = {rows: Look.at(mask, batch.visual) for rows, mask in asked.items()}
+    with ExitStack() as stack:
+        for look in looks.values():
+            stack.enter_context(watching(view.model, layers, look))
         view.plain(batch, view.features(batch), keep=False)
-    return torch.stack([seen.seen[layer] for layer in layers]).cpu()
+    return {rows: torch.stack([look.seen[layer] for layer in layers]).cpu() for rows, look in looks.items()}

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from components.artifacts import Rows
 from components.errors import DataError, ModelError
 from components.models.template import IMAGE, Template, special_tokens
 from components.shards import Sample
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
-Rows = Literal["all", "words"]  # of the instruction, the second without the template's own
 PIXEL_CACHE_BYTES = 2**29  # the image processor costs 0.3 ms an image, as much as a small student's whole step
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from components.artifacts import IRS, REPORTS, TEACHER_ARM, LayerChoice, write_bytes
 from components.errors import InputError
 from components.figures import draw
-from components.irs.overlays import Heat, heatmaps, seen_by
+from components.irs.overlays import Heat, heatmaps
+from components.irs.regions import seen_by
 from components.models.attention import Look, watching
 from components.models.collate import Batch, decode
 from components.models.load import Loaded

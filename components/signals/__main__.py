@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from components.artifacts import (
     DATASET,
+    IRS,
     MODELS,
     RUNS,
     SIGNALS,
     TEACHER,
+    LayerChoice,
     ModelIndex,
     SignalCache,
     SignalFacts,
@@ -86,6 +88,7 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     """Write shards and manifest into `folder`."""
     import torch
 
+    from components.irs.weighting import weighting
     from components.models.collate import Collator
     from components.models.load import check_layer, load
     from components.models.template import Template
@@ -101,8 +104,10 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     records = ModelIndex.read(MODELS / "index.json").students
     students = {name: load(Path(record.path), device) for name, record in sorted(records.items())}
     shared = _shared_vocabulary(teacher, students)
-    collator = Collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
-    speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib)
+    template, longest = Template.asked(settings.models.template), settings.models.max_length
+    collator = Collator(teacher.processor, template, longest, train=True, rows=wanted.rows)
+    background = weighting(settings.distill.iva, LayerChoice.read(IRS / "layer.json")).background
+    speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib, background)
     samples = Samples(DATASET, "train")
     paths = build(speaker, samples, settings.distill.micro_batch_size, folder)
     shards = {path.name: sha256([path]) for path in paths}
@@ -115,6 +120,7 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
         dtype="float32" if speaker.dtype == torch.float32 else "float16",
         samples=len(signals),
         rows=signals.rows,
+        equal_weights=0 if background is None else signals.equal_weights,
         size_bytes=sum(path.stat().st_size for path in paths),
         shards=shards,
         errors=errors,
@@ -142,10 +148,11 @@ def closing_line(cache: SignalCache) -> str:
         for kind, error in cache.errors.items()
     )
     student = next(iter(cache.errors.values())).student
+    equal = f"; no attention left for {cache.equal_weights:,} samples, whose weights are equal" if cache.equal_weights else ""
     k = min(cache.facts.top_k, cache.shared_vocabulary)
     return (
         f"cache_teacher: {k} of {cache.shared_vocabulary:,} tokens at {cache.rows:,} rows of {cache.samples:,} samples,"
-        f" {cache.size_bytes / 2**20:,.1f} MiB in {SIGNALS}; error of KL(teacher || {student}): {errors}"
+        f" {cache.size_bytes / 2**20:,.1f} MiB in {SIGNALS}; error of KL(teacher || {student}): {errors}{equal}"
     )
 
 

@@ -17,6 +17,7 @@ from components.align_ti.top_k import TopK, top_k
 from components.align_ti.visual_weights import visual_weights
 from components.artifacts import SignalFacts
 from components.errors import DataError
+from components.irs.weighting import centred_in_batch
 from components.models.attention import Look, watching
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
@@ -37,6 +38,7 @@ class Speaker:
     facts: SignalFacts
     shared_vocabulary: int
     chunk_mib: float
+    background: Tensor | None  # (Nv,) of the attention, for `centred`
 
     @property
     def chunk_rows(self) -> int:
@@ -55,7 +57,10 @@ class Speaker:
         autocast = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16)
         with autocast, watching(self.vlm.model, [layer], eyes):
             hidden, _ = self.vlm.plain(batch, self.vlm.features(batch), keep=False)
-        return batch, hidden, visual_weights(eyes.seen[layer], batch.visual)
+        weights = eyes.seen[layer]
+        if self.background is not None:
+            weights = centred_in_batch(weights, self.background, batch.visual, batch.ids)
+        return batch, hidden, visual_weights(weights, batch.visual)
 
     @torch.inference_mode()
     def word(self, hidden: Tensor) -> TopK:

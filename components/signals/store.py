@@ -38,6 +38,7 @@ from components.artifacts import (
     sha256,
 )
 from components.errors import DataError
+from components.irs.weighting import weighting
 from components.models.template import Template
 from components.settings import Settings
 
@@ -48,7 +49,7 @@ AGAIN = "`dvc repro cache_teacher` makes it anew"
 def facts(settings: Settings) -> SignalFacts:
     """Those of a cache for these settings and what earlier stages made."""
     distill = settings.distill
-    layer = LayerChoice.read(IRS / "layer.json").layer if distill.iva.layer is None else distill.iva.layer
+    weights = weighting(distill.iva, LayerChoice.read(IRS / "layer.json"))
     students = ModelIndex.read(MODELS / "index.json").students
     return SignalFacts(
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
@@ -56,7 +57,9 @@ def facts(settings: Settings) -> SignalFacts:
         dataset=Manifest.read(DATASET / "manifest.json").digest,
         template=hashlib.sha256(Template.asked(settings.models.template).identity.encode()).hexdigest(),
         precision=distill.precision,
-        layer=layer,
+        layer=weights.layer,
+        rows=weights.rows,
+        background=weights.digest,
         temperature=distill.divergence.temperature,
         top_k=distill.teacher_signals.top_k,
     )
@@ -98,6 +101,18 @@ class Signals:
     @property
     def rows(self) -> int:
         return sum(len(shard["tokens"]) for shard in self._shards)
+
+    @property
+    def equal_weights(self) -> int:
+        """Samples whose image's tokens weigh the same."""
+        found = 0
+        for shard in self._shards:
+            table = shard["samples"].numpy()
+            table = table[table[:, VISUAL_ROWS] > 1]
+            if len(table):
+                weights, firsts = shard["attention"].numpy(), table[:, ATTENTION]
+                found += int((np.maximum.reduceat(weights, firsts) == np.minimum.reduceat(weights, firsts)).sum())
+        return found
 
     def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Known, Tensor | None]:
         """The teacher's word at the rows that predict a response and, if `visual`, at the visual tokens; if `look`, the

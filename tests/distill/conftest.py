@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from components.artifacts import DATASET, IRS, MODELS, TEACHER, LayerChoice, Manifest, ModelIndex, TeacherChoice
+from components.artifacts import DATASET, IRS, MODELS, TEACHER, Manifest, ModelIndex, TeacherChoice
 from components.models.folder import record
 from components.shards import ImageRow, Turn, write_split
+from tests.layers import layer_choice
 from tests.models.conftest import IMAGE_PX, NV, png, saved, word_processor
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,9 +47,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         index.write(MODELS / "index.json")
         chosen = index.teachers["base"]
         TeacherChoice(name="base", path=chosen.path, sha256=chosen.sha256).write(TEACHER / "choice.json")
-        LayerChoice(layer=1, irs=[0.1, 0.2], standard_error=[0.01, 0.01], separated=True, runner_up=0, images=8, pairs=8).write(
-            IRS / "layer.json"
-        )
+        layer_choice(1, [0.1, 0.2]).write(IRS / "layer.json")
     return root
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from components.artifacts import IRS, MODELS, TEACHER, Comparison, LayerChoice, ModelIndex, Scores, TeacherChoice
+from components.artifacts import IRS, MODELS, TEACHER, Comparison, ModelIndex, Scores, TeacherChoice
 from components.distill.__main__ import trained_on
 from components.errors import DataError
 from components.evaluate.__main__ import main as evaluate
@@ -21,6 +21,7 @@ from components.settings import DistillSettings, load_settings
 from components.teacher.__main__ import main as select_teacher
 from tests.distill.conftest import write_params
 from tests.distill.test_stage import run
+from tests.layers import layer_choice
 from tests.models.conftest import saved, word_processor
 
 
@@ -90,9 +91,7 @@ def test_what_it_made_is_the_start_of_a_distillation(aligning: Path) -> None:
     obtain_models()
     chosen = ModelIndex.read(MODELS / "index.json").teachers["base"]
     TeacherChoice(name="base", path=chosen.path, sha256=chosen.sha256).write(TEACHER / "choice.json")
-    LayerChoice(layer=1, irs=[0, 1], standard_error=[0, 0], separated=True, runner_up=0, images=8, pairs=8).write(
-        IRS / "layer.json"
-    )
+    layer_choice(1, [0, 1]).write(IRS / "layer.json")
     losses = [json.loads(line) for line in (run("next") / "losses.jsonl").read_text().splitlines()]
     assert losses[-1]["total"] < losses[0]["total"] and all(losses[0][term] > 0 for term in weights)
 

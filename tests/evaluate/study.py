@@ -18,6 +18,7 @@ from components.figures import draw
 from components.irs.overlays import Gaze, curve, overlay
 from components.settings import Arm, Weights
 from components.shards import ImageRow, Turn, write_split
+from tests.layers import layer_choice as shared_layer_choice
 
 ARMS = {"sft": 0.62, "kd": 0.635, "kd_uniform": 0.70, "kd_iva": 0.715, "kd_tpa": 0.65, "align_ti": 0.72}  # share answered right
 TEACHER = 0.88
@@ -156,15 +157,8 @@ def _teacher(root: Path) -> None:
 
 
 def layer_choice() -> LayerChoice:
-    return LayerChoice(
-        layer=2,
-        irs=[0.012, 0.251, 0.284, 0.243],
-        standard_error=[0.002, 0.011, 0.012, 0.013],
-        separated=True,
-        runner_up=1,
-        images=200,
-        pairs=1200,
-    )
+    errors = [0.002, 0.011, 0.012, 0.013]
+    return shared_layer_choice(2, [0.012, 0.251, 0.284, 0.243], standard_error=errors, images=200, pairs=1200)
 
 
 def _layers(root: Path, row: ImageRow) -> None:
@@ -174,11 +168,12 @@ def _layers(root: Path, row: ImageRow) -> None:
     artifacts.write_bytes(folder / "curve.png", draw(curve, choice))
     artifacts.write_text(folder / "curve.json", json.dumps([{"layer": i, "irs": irs} for i, irs in enumerate(choice.irs)]))
     rng = np.random.default_rng(1)
-    gazes = [Gaze(q, a, rng.dirichlet(np.full(64, 0.15)).astype(np.float32)) for q, a in list(KINDS.values())[:2]]
+    weights = [rng.dirichlet(np.full(64, 0.15)).astype(np.float32) for _ in range(4)]
+    gazes = [Gaze(q, a, *weights[2 * i : 2 * i + 2], region=None) for i, (q, a) in enumerate(list(KINDS.values())[:2])]
     assert row.image is not None
     image = np.asarray(Image.open(io.BytesIO(row.image)))
     for index in (1, 2):
-        artifacts.write_bytes(folder / f"overlay_{index}.png", draw(overlay, image, gazes, choice.layer))
+        artifacts.write_bytes(folder / f"overlay_{index}.png", draw(overlay, image, gazes, f"layer {choice.layer}"))
 
 
 def _sheet(rows: list[ImageRow]) -> bytes:

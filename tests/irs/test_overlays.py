@@ -8,50 +8,74 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
-from components.artifacts import LayerChoice
+from components.artifacts import Region, View
 from components.errors import DataError
 from components.figures import DARK, LIGHT, draw
 from components.irs.__main__ import _overlays
-from components.irs.overlays import Gaze, curve, overlay, seen_by
+from components.irs.overlays import Gaze, curve, overlay
+from components.irs.regions import Tiling, seen_by
 from components.irs.search import Seen
 from components.models.template import Template
 from components.models.tokenizer import build_processor
 from tests.families import toy
+from tests.layers import layer_choice
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def panels(gazes: list[Gaze]) -> tuple[Figure, list[Axes]]:
-    figure = overlay(PICTURE, gazes, 2, LIGHT)
-    return figure, figure.axes[: 1 + len(gazes)]
+def gaze(
+    question: str, answer: str, mean: np.ndarray, centred: np.ndarray | None = None, region: np.ndarray | None = None
+) -> Gaze:
+    return Gaze(question, answer, mean, mean if centred is None else centred, region)
 
 
-def test_heat_lies_where_the_attention_goes_on_one_scale() -> None:
-    first, second = np.full(16, 0.01, np.float32), np.full(16, 0.01, np.float32)
-    first[5], second[11] = 0.6, 0.3
-    _, (_, left, right) = panels([Gaze("Where?", "here", first), Gaze("What?", "that", second)])
-    heats = [axes.images[-1] for axes in (left, right)]
-    assert [int(np.argmax(heat.get_array())) for heat in heats] == [5, 11]
-    assert heats[0].get_clim() == heats[1].get_clim() == (0, pytest.approx(0.6 / first.mean(), rel=1e-5))
-    assert heats[0].get_array().mean() == pytest.approx(1)
-    assert heats[0].get_extent() == [-0.5, 31.5, 31.5, -0.5], "the grid covers the image, first row on top"
+def panels(gazes: list[Gaze]) -> list[list[Axes]]:
+    """Rows of (image, mean, centred)."""
+    axes = overlay(PICTURE, gazes, "layer 2", LIGHT).axes
+    return [axes[3 * row : 3 * row + 3] for row in range(len(gazes))]
+
+
+def spike(at: int, height: float) -> np.ndarray:
+    found = np.full(16, 0.01, np.float32)
+    found[at] = height
+    return found
+
+
+def test_heat_lies_where_the_attention_goes_on_one_scale_per_column() -> None:
+    rows = panels([gaze("Where?", "here", spike(5, 0.6), spike(7, 0.9)), gaze("What?", "that", spike(11, 0.3), spike(12, 0.2))])
+    heats = [[axes.images[-1] for axes in row[1:]] for row in rows]
+    assert [[int(np.argmax(heat.get_array())) for heat in row] for row in heats] == [[5, 7], [11, 12]]
+    for column, highest in enumerate((spike(5, 0.6), spike(7, 0.9))):
+        limits = [row[column].get_clim() for row in heats]
+        assert limits[0] == limits[1] == (0, pytest.approx(highest.max() / highest.mean(), rel=1e-5))
+    assert heats[0][0].get_array().mean() == pytest.approx(1)
+    assert heats[0][0].get_extent() == [-0.5, 31.5, 31.5, -0.5], "the grid covers the image, first row on top"
+
+
+def test_the_asked_region_is_outlined_where_it_is_known() -> None:
+    region = np.zeros((32, 32))
+    region[:16, 16:] = 1  # at the picture's corner
+    rows = panels([gaze("What is at b1?", "one", spike(5, 0.6), region=region), gaze("How many?", "two", spike(5, 0.6))])
+    for axes in rows[0]:
+        outline = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])
+        assert outline.min(0).tolist() == [15.5, -0.5] and outline.max(0).tolist() == [31.5, 15.5]
+    assert not any(axes.collections for axes in rows[1])
 
 
 def test_questions_stand_over_their_picture_and_dollars_are_no_formula() -> None:
     even = np.full(16, 1 / 16, np.float32)
-    figure, (_, left, right) = panels([Gaze("Is it $5 or $6?", "$5", even), Gaze("What?", "that", even)])
-    assert left.get_title() == "Is it $5 or $6?"
-    assert "that" in right.get_xlabel()
-    assert draw(lambda theme: overlay(PICTURE, [Gaze(r"\frac{$", "$^$", even)] * 2, 0, theme)).startswith(b"\x89PNG")
-    assert len(figure.axes) == 4
+    rows = panels([gaze("Is it $5 or $6?", "$5", even), gaze("What?", "that", even, np.zeros(16, np.float32))])
+    assert rows[0][0].get_title() == "Is it $5 or $6?"
+    assert "that" in rows[1][0].get_xlabel()
+    assert rows[1][2].images[-1].get_array().tolist() == [[1.0] * 4] * 4, "nothing left: equal weights"
+    assert draw(lambda theme: overlay(PICTURE, [gaze(r"\frac{$", "$^$", even)] * 2, "", theme)).startswith(b"\x89PNG")
 
 
 def test_visual_tokens_that_are_no_square_are_refused() -> None:
     with pytest.raises(DataError, match="12 visual tokens are no square grid"):
-        overlay(PICTURE, [Gaze("Where?", "here", np.ones(12, np.float32))], 0, LIGHT)
+        overlay(PICTURE, [gaze("Where?", "here", np.ones(12, np.float32))], "", LIGHT)
 
 
 def test_image_is_shown_as_the_model_sees_it() -> None:
@@ -64,16 +88,37 @@ def test_image_is_shown_as_the_model_sees_it() -> None:
 
 
 def test_curve_marks_the_winner_and_shows_every_layer() -> None:
-    choice = LayerChoice(
-        layer=1, irs=[0.1, 0.3, 0.2], standard_error=[0.01] * 3, separated=True, runner_up=2, images=9, pairs=27
-    )
+    choice = layer_choice(1, [0.1, 0.3, 0.2])
     (axes,) = curve(choice, LIGHT).axes
     np.testing.assert_allclose(axes.containers[0].lines[0].get_ydata(orig=False), choice.irs)
     assert axes.texts[0].get_text() == "layer 1: 0.300"
 
 
+def test_curve_shows_where_weights_point_beside_equal_ones() -> None:
+    shares = {("mean", "all"): [0.1, 0.12], ("centred", "words"): [0.5, 0.4]}
+    views = [
+        View(
+            weighting=weighting,
+            rows=rows,
+            irs=[0.1, 0.2],
+            irs_standard_error=[0.01] * 2,
+            pointing=values,
+            pointing_ci95=[(value - 0.02, value + 0.02) for value in values],
+            equal=[0, 0],
+        )
+        for (weighting, rows), values in shares.items()
+    ]
+    region = Region(images=9, questions=12, equal=0.0625, equal_ci95=(0.06, 0.065))
+    irs, points = curve(layer_choice(1, [0.1, 0.3], views=views, region=region), LIGHT).axes
+    assert irs.get_ylabel() == "IRS"
+    for container, wanted in zip(points.containers, shares.values(), strict=True):
+        np.testing.assert_allclose(container.lines[0].get_ydata(orig=False), wanted)
+        assert container.has_yerr
+    assert any(line.get_ydata()[0] == 0.0625 for line in points.lines if line.get_label() == "equal weights")
+
+
 def test_same_picture_same_bytes_and_themes_differ() -> None:
-    choice = LayerChoice(layer=0, irs=[0.1], standard_error=[0.01], separated=False, runner_up=0, images=9, pairs=27)
+    choice = layer_choice(0, [0.1])
     assert draw(curve, choice) == draw(curve, choice) != draw(curve, choice, theme=DARK)
 
 
@@ -81,6 +126,7 @@ def test_without_a_grid_that_all_images_share_there_are_no_overlays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    seen = Seen(samples=[], attention=torch.zeros(1, 0, 2, 8))
-    assert _overlays(toy.loaded("qwen2_vl"), seen, layer=0, count=2) == []
+    seen = Seen(samples=[], attention={"all": torch.zeros(1, 0, 2, 8)}, tokens=torch.zeros(0))
+    tiling = Tiling.of(toy.loaded("qwen2_vl").processor)
+    assert _overlays(tiling, seen, {}, layer_choice(0, [0.1]).picked, count=2) == []
     assert "no overlays, for the teacher's visual tokens are no square grid" in capsys.readouterr().out

@@ -17,20 +17,25 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
 
 from components import artifacts
 from components.artifacts import LayerChoice, Manifest, TeacherChoice
 from components.errors import DataError
 from components.irs import __main__ as stage
-from components.irs.search import choose, draw_images, furthest_apart, look, measure, standard_error
+from components.irs.search import draw_images, furthest_apart, look, measure, rank, standard_error
+from components.irs.weighting import BACKGROUND
 from components.models.load import Loaded, load
 from components.models.template import Template
 from components.models.tokenizer import build_processor
 from components.settings import IrsSettings
 from components.shards import ImageRow, Samples, Turn, write_split
 
-SETTINGS = IrsSettings(seed=3, images=6, instructions_per_image=3, batch_size=5, overlays=2)
+SETTINGS = IrsSettings(
+    seed=3, images=6, instructions_per_image=3, batch_size=5, overlays=2,
+    rule="irs", layer=None, weighting="mean", instruction_rows="all",
+)  # fmt: skip
 QUESTIONS = ["What is at the top?", "Is there a red one at the very bottom of it?", "How many?", "List all."]
 LAYERS, NV, IMAGE_PX, PATCH_PX = 3, 16, 32, 8
 
@@ -126,32 +131,40 @@ def test_too_few_images_or_no_pair_is_refused(tmp_path: Path, rows: list[ImageRo
 
 
 def test_attention_is_the_models_own(loaded: Loaded, samples: Samples, folder: Path) -> None:
-    """Against eager attention over one prompt at a time, hence without padding."""
+    """Against eager maps: all rows after the image, and those of the question's own words."""
     seen = look(loaded, samples, Template(""), SETTINGS)
-    assert seen.attention.shape == (LAYERS, SETTINGS.images, SETTINGS.instructions_per_image, NV)
+    assert {rows: tuple(found.shape) for rows, found in seen.attention.items()} == dict.fromkeys(
+        ("all", "words"), (LAYERS, SETTINGS.images, SETTINGS.instructions_per_image, NV)
+    )
+    assert seen.tokens.tolist() == [NV] * SETTINGS.images
     eager = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    tokenizer = loaded.processor.tokenizer
     for x, i in ((0, 0), (2, 1), (5, 2)):
         sample = seen.samples[x][i]
         question = sample.turns[0].question.removeprefix("<image>\n")
         image = Image.open(io.BytesIO(sample.image or b""))
         inputs = loaded.processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
-        visual = inputs["input_ids"][0] == loaded.processor.image_token_id
+        ids = inputs["input_ids"][0]
+        visual = ids == loaded.processor.image_token_id
         after = int(visual.nonzero().max()) + 1
+        own = [tokenizer.decode(token).strip() not in ("", "ASSISTANT:") for token in ids[after:]]
+        assert 0 < sum(own) < len(own)
         with torch.no_grad():
             maps = eager(**inputs, output_attentions=True).attentions
         for layer in range(LAYERS):
-            expected = maps[layer][0][:, after:][:, :, visual].mean((0, 1))
-            torch.testing.assert_close(seen.attention[layer, x, i], expected, atol=1e-6, rtol=1e-4)
+            over_rows = maps[layer][0][:, after:][:, :, visual].mean(0)
+            torch.testing.assert_close(seen.attention["all"][layer, x, i], over_rows.mean(0), atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(seen.attention["words"][layer, x, i], over_rows[own].mean(0), atol=1e-6, rtol=1e-4)
 
 
 def test_batches_do_not_matter(loaded: Loaded, samples: Samples) -> None:
     one, many = (look(loaded, samples, Template(""), SETTINGS.model_copy(update={"batch_size": size})) for size in (1, 18))
-    torch.testing.assert_close(one.attention, many.attention, atol=1e-6, rtol=1e-4)
+    for rows in ("all", "words"):
+        torch.testing.assert_close(one.attention[rows], many.attention[rows], atol=1e-6, rtol=1e-4)
 
 
-def test_measure_counts_pairs_and_images(loaded: Loaded, samples: Samples) -> None:
+def test_measure_ranks_the_layers(loaded: Loaded, samples: Samples) -> None:
     choice = measure(loaded, samples, Template(""), SETTINGS)
-    assert (choice.images, choice.pairs) == (6, 6 * 3)
     assert len(choice.irs) == len(choice.standard_error) == LAYERS
     assert choice.irs[choice.layer] == max(choice.irs)
     assert sorted(choice.irs)[-2] == choice.irs[choice.runner_up]
@@ -163,27 +176,26 @@ def turned(angles: list[list[float]]) -> torch.Tensor:
 
 
 def test_choice_by_hand() -> None:
-    choice = choose(turned([[0.0, 0.0, 0.0], [math.pi / 2, math.pi / 3, math.pi / 2], [0.1, 0.2, 0.3]]))
+    choice = rank(turned([[0.0, 0.0, 0.0], [math.pi / 2, math.pi / 3, math.pi / 2], [0.1, 0.2, 0.3]]))
     assert choice.irs == pytest.approx([0, (1 + 0.5 + 1) / 3, np.mean(1 - np.cos([0.1, 0.2, 0.3]))])
     assert choice.standard_error == pytest.approx([0, np.std([1, 0.5, 1], ddof=1) / 3**0.5, choice.standard_error[2]])
     assert (choice.layer, choice.runner_up, choice.separated) == (1, 2, True)
-    assert (choice.images, choice.pairs) == (3, 3)
 
 
 def test_separated_by_the_paired_difference_not_by_each_layers_own_error() -> None:
     """Images differ a lot, the two layers hardly: the better one is better on every image by the same small amount."""
     spread = np.linspace(0.1, 0.9, 12)
     angles = [np.arccos(1 - spread).tolist(), np.arccos(1 - (spread + 0.02)).tolist()]
-    choice = choose(turned(angles))
+    choice = rank(turned(angles))
     assert choice.irs[1] - choice.irs[0] < choice.standard_error[1]
     assert choice.layer == 1
     assert choice.separated
 
 
 def test_noise_is_not_separated_and_one_layer_has_no_runner_up() -> None:
-    noise = choose(turned(np.random.default_rng(0).uniform(0.4, 0.6, (2, 30)).tolist()))
+    noise = rank(turned(np.random.default_rng(0).uniform(0.4, 0.6, (2, 30)).tolist()))
     assert not noise.separated
-    alone = choose(turned([[0.1, 0.9]]))
+    alone = rank(turned([[0.1, 0.9]]))
     assert (alone.layer, alone.runner_up, alone.separated) == (0, 0, False)
 
 
@@ -205,6 +217,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Pa
     shutil.copytree(Path(__file__).parents[2] / "params", root / "params")
     text = (root / "params" / "irs.yaml").read_text(encoding="utf-8")
     for name, value in SETTINGS.model_dump().items():
+        value = json.dumps(value)
         text = "\n".join(f"{name}: {value}" if line.startswith(f"{name}:") else line for line in text.splitlines())
     (root / "params" / "irs.yaml").write_text(text + "\n", encoding="utf-8")
     dataset(root / artifacts.DATASET, [row(index) for index in range(10)])
@@ -225,7 +238,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Pa
 def test_stage_writes_choice_curve_and_overlays(finished: tuple[Path, str], loaded: Loaded, samples: Samples) -> None:
     root, said = finished
     choice = LayerChoice.read(root / artifacts.IRS / "layer.json")
-    assert choice == measure(loaded, samples, Template(""), SETTINGS)
+    ranking = measure(loaded, samples, Template(""), SETTINGS)
+    assert {name: getattr(choice, name) for name in vars(ranking)} == vars(ranking)
+    assert (choice.images, choice.pairs) == (6, 6 * 3)
+    assert (choice.picked.layer, choice.picked.weighting, choice.picked.rows) == (choice.layer, "mean", "all")
+    assert choice.views[0].irs == choice.irs and choice.region is None and choice.grids == [f"{NV} tokens"]
+    kept = load_file(root / BACKGROUND)
+    assert {rows: tuple(found.shape) for rows, found in kept.items()} == dict.fromkeys(("all", "words"), (LAYERS, NV))
     curve = json.loads((root / "reports/irs/curve.json").read_text(encoding="utf-8"))
     assert [point["layer"] for point in curve] == list(range(LAYERS))
     assert [point["irs"] for point in curve] == choice.irs

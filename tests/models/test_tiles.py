@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import ModelError
-from components.irs.overlays import seen_by
+from components.irs.regions import seen_by
 from components.models.collate import visual_tokens
 from components.models.processor import load_processor
 from components.models.tiles import as_one_tile

@@ -15,7 +15,6 @@ from components.artifacts import (
     STUDENTS,
     TEACHER,
     Cost,
-    LayerChoice,
     Manifest,
     ModelIndex,
     TeacherChoice,
@@ -26,6 +25,7 @@ from components.models.folder import record
 from components.settings import Settings, load_settings
 from components.shards import ImageRow, Turn, write_split
 from tests.families import toy
+from tests.layers import layer_choice
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -52,9 +52,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     ModelIndex(teachers={"base": records["teacher"]}, students={"student": records["student"]}).write(MODELS / "index.json")
     TeacherChoice(name="base", path=models["teacher"].as_posix(), sha256="0" * 64).write(TEACHER / "choice.json")
-    LayerChoice(layer=1, irs=[0.1, 0.3, 0.2], standard_error=[0.01] * 3, separated=True, runner_up=2, images=9, pairs=27).write(
-        IRS / "layer.json"
-    )
+    layer_choice(1, [0.1, 0.3, 0.2]).write(IRS / "layer.json")
     shutil.copytree(toy.folder("llava_onevision", 2, 2), STUDENTS / "align_ti/model")
     write_text(STUDENTS / "align_ti/model/README.md", model_card("align_ti", facts()))
     Cost(train_seconds=90.4, peak_memory_mib=1036.2, device="cpu", steps=800).write(STUDENTS / "align_ti/cost.json")

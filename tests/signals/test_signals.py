@@ -147,7 +147,7 @@ def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
     signals_stage.make(load_settings())
     manifest = SignalManifest.read(SIGNALS / "manifest.json")
     assert manifest.cache is not None
-    other = {"students": {"another": "0"}, "precision": "bf16", "layer": 0, "temperature": 2.0, "top_k": 5}
+    other = {"students": {"another": "0"}, "precision": "bf16", "layer": 0, "rows": "words", "temperature": 2.0, "top_k": 5}
     for name in SignalFacts.model_fields:
         changed = manifest.cache.facts.model_copy(update={name: other.get(name, "0")})
         SignalManifest(cache=manifest.cache.model_copy(update={"facts": changed})).write(SIGNALS / "manifest.json")
@@ -222,7 +222,7 @@ def test_what_no_cache_serves_is_refused_before_any_work(workplace: Path) -> Non
     with pytest.raises(SettingsError) as refusal:
         load_settings()
     assert str(refusal.value).count("or set teacher_signals.source to live") == 3
-    for said in ("arms.kd: divergence.kind is reverse", "arms.kd: divergence.temperature differs", "arms.kd_iva: iva.layer"):
+    for said in ("arms.kd: divergence.kind is reverse", "arms.kd: divergence.temperature differs", "arms.kd_iva: iva differs"):
         assert said in str(refusal.value)
     ask(workplace, source="live")
     load_settings()

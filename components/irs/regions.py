@@ -1,0 +1,78 @@
+"""Where the asked region lies among an image's visual tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from components.models.collate import processed, visual_tokens
+from components.shards import Box
+
+
+def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
+    """The RGB image as the model sees it, (H, W, 3): resized and cropped, so that the visual tokens tile it."""
+    pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)[
+        "pixel_values"
+    ]
+    shown = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # one tile, of families that split others into several
+    return np.clip(np.moveaxis(shown, 0, -1), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Where a model's visual tokens lie in an image."""
+
+    processor: Any
+    tokens: int | None  # of every image; None: they go by its shape
+
+    @classmethod
+    def of(cls, processor: Any) -> Tiling:
+        return cls(processor, visual_tokens(processor))
+
+    def grid(self, image: Image.Image) -> tuple[int, int] | None:
+        """(rows, columns) of visual tokens; None if that is not known, as where an image is cut into tiles."""
+        if self.tokens is not None:
+            side = math.isqrt(self.tokens)
+            return (side, side) if side * side == self.tokens else None
+        patches = processed(self.processor, image).tensors.get("image_grid_thw")
+        if patches is None:
+            return None
+        merged = self.processor.image_processor.merge_size
+        return int(patches[0, 1]) // merged, int(patches[0, 2]) // merged
+
+    def covered(self, image: Image.Image, boxes: Sequence[Box]) -> NDArray[np.float64] | None:
+        """(Nv,) share of each visual token's patch that lies in any of `boxes`, row by row; None if there is no `grid`."""
+        if (shape := self.grid(image)) is None:
+            return None
+        seen = self.seen(image, boxes)
+        down, across = (_averages(cells, pixels) for cells, pixels in zip(shape, seen.shape, strict=True))
+        return (down @ seen @ across.T).flatten()
+
+    def seen(self, image: Image.Image, boxes: Sequence[Box]) -> NDArray[np.float64]:
+        """(H, W) the region as the model sees it, 1 inside and 0 outside.
+
+        Where all images have one grid, it goes through the model's own image processor, which may crop or pad; its edges are
+        then as sharp as the image's. Other families show the image whole.
+        """
+        canvas = Image.new("RGB", image.size)
+        for left, top, right, bottom in boxes:
+            x, y = min(round(left * image.width), image.width - 1), min(round(top * image.height), image.height - 1)
+            last = max(x, round(right * image.width) - 1), max(y, round(bottom * image.height) - 1)
+            ImageDraw.Draw(canvas).rectangle((x, y, *last), "white")  # Pillow draws the last pixel too
+        shown = np.asarray(canvas) if self.tokens is None else seen_by(self.processor, canvas)
+        region: NDArray[np.float64] = shown[..., 0] / 255
+        return region
+
+
+def _averages(cells: int, pixels: int) -> NDArray[np.float64]:
+    """(cells, pixels): rows that average equal stretches of a line of pixels, those at their ends in part."""
+    edges = np.arange(cells + 1) * pixels / cells
+    pixel = np.arange(pixels)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return overlap.clip(0) * cells / pixels
