@@ -1,0 +1,127 @@
+"""Centred attention against a plain loop, and what happens where nothing is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from components.align_ti.visual_weights import visual_weights
+from components.artifacts import Picked
+from components.distill.teacher import FrozenTeacher
+from components.errors import DataError
+from components.irs.weighting import BACKGROUND, Weighting, centred, centred_in_batch, shares, weighting, without_weights
+from components.models.vlm import VLM
+from components.settings import Iva
+from tests import tiny
+from tests.layers import layer_choice
+
+
+def by_loop(attention: list[float], background: list[float]) -> list[float]:
+    whole = sum(attention)
+    if whole == 0:
+        return [0.0] * len(attention)
+    above = [max(value / whole - taken, 0) for value, taken in zip(attention, background, strict=True)]
+    return [value / sum(above) for value in above] if sum(above) > 1e-6 else [0.0] * len(above)
+
+
+@given(seed=st.integers(0, 10**6), tokens=st.integers(1, 9), rows=st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_centred_equals_a_plain_loop(seed: int, tokens: int, rows: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    attention = torch.rand(rows, tokens, generator=random, dtype=torch.float64) ** 4
+    attention[torch.rand(rows, generator=random) < 0.2] = 0
+    background = shares(torch.rand(tokens, generator=random, dtype=torch.float64))
+    found = centred(attention, background)
+    wanted = [by_loop(row, background.tolist()) for row in attention.tolist()]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+    sums = found.sum(-1)
+    assert bool((found >= 0).all()) and bool((((sums - 1).abs() < 1e-9) | (sums == 0)).all())
+
+
+def test_sinks_go_with_the_background_and_the_asked_place_stays() -> None:
+    background = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    attention = torch.tensor([0.6, 0.1, 0.2, 0.1]) * 0.03  # of all attention, little goes to the image
+    torch.testing.assert_close(centred(attention, background), torch.tensor([0.0, 0.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("attention", [[0.0] * 4, [0.21, 0.03, 0.03, 0.03]], ids=["none at all", "the background itself"])
+def test_where_nothing_is_left_tokens_weigh_the_same_and_are_counted(attention: list[float]) -> None:
+    visual = torch.tensor([[True] * 4 + [False], [True] * 4 + [False], [False] * 5])
+    rows = torch.tensor([attention, [0.1, 0.1, 0.3, 0.1], [0.0] * 4])
+    weights = centred_in_batch(rows, torch.tensor([0.7, 0.1, 0.1, 0.1]), visual, ["a", "b", "text"])
+    assert int(without_weights(weights, visual)) == 1
+    found = visual_weights(weights, visual)
+    torch.testing.assert_close(found[:4], torch.full((4,), 0.25))
+    assert float(found[4:].sum()) == pytest.approx(1)
+
+
+def test_an_image_of_another_size_is_refused_by_name_and_text_alone_is_not() -> None:
+    background = torch.full((4,), 0.25)
+    visual = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    with pytest.raises(DataError, match=r"sample other: its image has 3 visual tokens.*images of 4; set weighting: mean"):
+        centred_in_batch(torch.rand(2, 4), background, visual, ["one", "other"])
+    nothing = centred_in_batch(torch.zeros(1, 0), background, torch.zeros(1, 4, dtype=torch.bool), ["text"])
+    assert nothing.shape == (1, 0)
+
+
+def iva(kind: Any, layer: int | None = None) -> Iva:
+    return Iva(weighting=kind, layer=layer)
+
+
+def picked(weights: Any, rows: Any = "words") -> Picked:
+    return Picked(rule="pointing", layer=0, weighting=weights, rows=rows, runner_up=None, separated=False)
+
+
+def test_what_weighs_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    choice = layer_choice(1, [0.1, 0.3], picked=picked("centred"))
+    for kind in ("irs", "uniform"):
+        assert weighting(iva(kind), choice) == Weighting(1)
+    assert weighting(iva("layer", 7), choice) == Weighting(7)
+    assert weighting(iva("searched"), choice.model_copy(update={"picked": picked("mean")})) == Weighting(0, "words")
+    with pytest.raises(DataError, match=r"background.safetensors is missing; `dvc repro search_layer`"):
+        weighting(iva("searched"), choice)
+    BACKGROUND.parent.mkdir(parents=True)
+    kept = {rows: torch.rand(2, 4) for rows in ("all", "words")}
+    save_file(kept, BACKGROUND)
+    found = weighting(iva("searched"), choice)
+    assert (found.layer, found.rows) == (0, "words") and found.background is not None
+    assert torch.equal(found.background, kept["words"][0])
+    assert found.digest is not None and found.digest != Weighting(0, "words", kept["all"][0]).digest
+
+
+def test_the_live_teachers_weights_are_those_of_eager_maps() -> None:
+    model = tiny.llava("qwen3", 3)
+    batch = tiny.batch([(1, 3, 2), (0, 4, 2), (1, 1, 4)])
+    background = shares(torch.rand(tiny.NV, generator=torch.Generator().manual_seed(0)))
+    found = {}
+    for name, taken in (("mean", None), ("centred", background)):
+        teacher = FrozenTeacher(VLM(model), 1, False, taken)
+        with torch.no_grad():
+            found[name] = teacher.plain(batch, teacher.features(batch, None), keep=False, look=True)[2]
+        assert int(teacher.equal_weights) == 0
+    model.set_attn_implementation("eager")
+    inputs = {name: getattr(batch, name) for name in ("input_ids", "pixel_values", "attention_mask")}
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions[1].mean(1)
+    for row in (0, 2):
+        mean = maps[row][batch.instruction[row]][:, batch.visual[row]].mean(0)
+        torch.testing.assert_close(found["mean"][row], mean, rtol=1e-4, atol=1e-6)
+        wanted = torch.tensor(by_loop(mean.tolist(), background.tolist()))
+        torch.testing.assert_close(found["centred"][row], wanted, rtol=1e-3, atol=1e-5)
+    assert not found["centred"][1].any(), "no image, no weights"
+
+
+def test_an_image_without_instruction_is_counted() -> None:
+    batch = tiny.batch([(1, 0, 2), (1, 2, 2)])
+    teacher = FrozenTeacher(VLM(tiny.llava("qwen2", 3)), 1, False, torch.tensor([0.7, 0.1, 0.1, 0.1]))
+    with torch.no_grad():
+        for _ in range(2):
+            teacher.plain(batch, teacher.features(batch, None), keep=False, look=True)
+    assert int(teacher.equal_weights) == 2
