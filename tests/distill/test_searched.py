@@ -1,0 +1,86 @@
+"""IVA by what the layer search picks: the search, both routes, the live teacher and the cache, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from components.artifacts import IRS, SIGNALS, STUDENTS, LayerChoice
+from components.distill.__main__ import distill
+from components.distill.card import facts_in
+from components.errors import SettingsError
+from components.irs import __main__ as search
+from components.settings import load_settings
+from components.signals import __main__ as signals
+from components.signals.store import facts, read_manifest
+from components.tracking import Run
+from tests.distill.conftest import write_params
+
+SEARCHED = {"weighting": "searched", "layer": None}
+CENTRED = {"rule": "given", "layer": 1, "weighting": "centred", "instruction_rows": "words"}
+
+
+@pytest.fixture
+def searched(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The workplace after `search_layer`, asked for centred attention over the question's words."""
+    for name, value in {"TRACKING_URI": "journal", "DEVICE": "cpu", "THREADS": "1"}.items():
+        monkeypatch.setenv(f"ALIGNTI_{name}", value)
+    write_params(workplace, "irs", {"images": 8, "instructions_per_image": 2, "overlays": 1, **CENTRED})
+    write_params(workplace, "distill", {"iva": SEARCHED})
+    search.main()
+    return workplace
+
+
+def losses(arm: str) -> list[dict[str, float]]:
+    settings = load_settings()
+    distill(arm, settings.arm(arm), settings, Run(None))
+    return [json.loads(line) for line in (STUDENTS / arm / "losses.jsonl").read_text().splitlines()]
+
+
+def test_the_pick_trains_on_both_routes_and_the_card_says_which(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picked = LayerChoice.read(IRS / "layer.json").picked
+    assert (picked.rule, picked.layer, picked.weighting, picked.rows) == ("given", 1, "centred", "words")
+    one = losses("align_ti")
+    card = (STUDENTS / "align_ti/model/README.md").read_text()
+    assert "centred attention of the teacher's layer 1 over the question's words, as the rule `given`" in card
+    assert facts_in(card)["searched"]["background"]
+    write_params(searched, "distill", {"gradient_checkpointing": True})
+    for mine, theirs in zip(losses("align_ti"), one, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
+    write_params(searched, "distill", {"iva": {"weighting": "irs", "layer": None}, "gradient_checkpointing": False})
+    paper = losses("align_ti")
+    assert paper[0]["iva"] != pytest.approx(one[0]["iva"], rel=1e-3) and paper[0]["kd"] == pytest.approx(one[0]["kd"])
+    assert "searched" not in facts_in((STUDENTS / "align_ti/model/README.md").read_text())
+
+
+def test_the_cache_gives_the_same_training_as_the_live_teacher(searched: Path) -> None:
+    live = losses("kd_iva")
+    weights = load_file(STUDENTS / "kd_iva/model/model.safetensors")
+    write_params(searched, "distill", {"teacher_signals": {"source": "cache", "top_k": 1000}})
+    signals.main()
+    cache = read_manifest(SIGNALS, facts(load_settings()))
+    assert (cache.facts.layer, cache.facts.rows) == (1, "words") and cache.facts.background and cache.equal_weights == 0
+    for mine, theirs in zip(losses("kd_iva"), live, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
+    start = load_file("artifacts/models/students/student/model.safetensors")
+    for name, weight in load_file(STUDENTS / "kd_iva/model/model.safetensors").items():
+        assert (weight - weights[name]).norm() <= 1e-3 * (weights[name] - start[name]).norm() + 1e-6, name
+    study = json.loads(load_settings().study.model_dump_json())
+    study["arms"]["kd_iva"]["iva"] = {"weighting": "irs", "layer": None}
+    write_params(searched, "study", study)
+    with pytest.raises(SettingsError, match=r"arms.kd_iva: iva differs from that of params/distill.yaml"):
+        load_settings()
+
+
+def test_the_rule_irs_searches_for_what_irs_says(searched: Path) -> None:
+    """Training by `searched` under the paper's rule is training by `irs`, to the bit."""
+    write_params(searched, "irs", {"rule": "irs", "layer": None, "weighting": "mean", "instruction_rows": "all"})
+    search.main()
+    found = losses("kd_iva")
+    weights = (STUDENTS / "kd_iva/model/model.safetensors").read_bytes()
+    write_params(searched, "distill", {"iva": {"weighting": "irs", "layer": None}})
+    assert losses("kd_iva") == found
+    assert (STUDENTS / "kd_iva/model/model.safetensors").read_bytes() == weights
