@@ -187,7 +187,7 @@ def samples(
     from components.shards import Samples
 
     settings = load_settings()
-    comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").layer
+    comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").picked.layer
     predictions = read(comparison.arms).predictions
     teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), prepare_torch(settings.runtime, seed=0))
     asked = predictions[TEACHER_ARM][:most]

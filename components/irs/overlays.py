@@ -111,7 +111,7 @@ def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], title: str, theme: 
     for axes, gaze in zip(table[:, 0], gazes, strict=True):
         axes.imshow(image, interpolation="nearest")
         axes.set_title("\n".join(textwrap.wrap(gaze.question, 34)))
-        axes.set_xlabel(textwrap.shorten(f"reference: {gaze.reference}", 45, placeholder=" …"))
+        axes.set_xlabel(textwrap.shorten(f"reference: {gaze.reference}", 36, placeholder=" …"))
     for column, name in ((1, "mean"), (2, "centred")):
         grids = [_grid(getattr(gaze, name)) for gaze in gazes]
         most = max(float(grid.max()) for grid in grids)

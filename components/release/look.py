@@ -63,9 +63,9 @@ def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
         return None, "the mean over all layers, for no layer search was made of this model"
     choice = LayerChoice.read(file)
     if named.arm == TEACHER_ARM:
-        return choice.layer, "the layer that the layer search chose"
-    depth = choice.layer / max(1, len(choice.irs) - 1)
-    same = f"as deep in its {layers} layers as layer {choice.layer} lies in the teacher's {len(choice.irs)}"
+        return choice.picked.layer, "the layer that the layer search chose"
+    depth = choice.picked.layer / max(1, len(choice.irs) - 1)
+    same = f"as deep in its {layers} layers as layer {choice.picked.layer} lies in the teacher's {len(choice.irs)}"
     return round(depth * (layers - 1)), f"{same}, which the layer search chose"
 
 
