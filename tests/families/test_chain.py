@@ -14,7 +14,7 @@ from components.align_ti.terms import CORE
 from components.artifacts import Cost
 from components.distill.export import export
 from components.distill.teacher import FrozenTeacher
-from components.irs.search import choose, look
+from components.irs.search import measure
 from components.models.families import inputs, parts
 from components.models.load import Loaded, check_pair, load
 from components.models.obtain import obtain
@@ -73,8 +73,7 @@ def check(family: str) -> str:
         found = parts(student.model)
         everything = {id(p) for p in student.model.parameters()}
         assert {id(p) for of in found.values() for p in of} == everything and all(found.values())
-        seen = look(teacher, dataset(folder / "data"), Template(""), IRS)
-        layer = choose(seen.attention).layer
+        layer = measure(teacher, dataset(folder / "data"), Template(""), IRS).layer
         losses = trained(student, teacher, layer, "continuation")
         assert losses[-1] < losses[0], losses
         student.model.eval()
