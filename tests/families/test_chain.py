@@ -27,8 +27,10 @@ from tests.families.table import documented
 from tests.models.conftest import write_dataset
 
 TITLE = "chain"
-PAPER = {"rule": "irs", "layer": None, "weighting": "mean", "instruction_rows": "all"}
-IRS = IrsSettings(seed=0, images=3, instructions_per_image=2, batch_size=4, overlays=1, **PAPER)
+IRS = IrsSettings(
+    seed=0, images=3, instructions_per_image=2, batch_size=4, overlays=1,
+    rule="irs", layer=None, weighting="mean", instruction_rows="all",
+)  # fmt: skip
 QUESTIONS = ("what digit is at a1 ?", "is b2 green ?")
 
 
