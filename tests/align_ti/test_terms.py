@@ -6,6 +6,7 @@ A new term adds one line to FORMULAS: its loss written plainly in float64 from w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,7 +60,7 @@ def _weighted_kd(name: str, whole: Whole) -> Tensor:
     rows = predicting(whole.batch.response)
     p, gold = whole.teacher[rows].softmax(-1), whole.batch.input_ids[:, 1:][whole.batch.response[:, 1:]]
     weights = {
-        "entropy": -(p * p.log()).sum(-1) / torch.tensor(float(p.shape[-1])).log(),
+        "entropy": -(p * p.log()).sum(-1) / math.log(p.shape[-1]),
         "confidence": 1 - p[range(len(gold)), gold],
     }
     return (weights[name] * whole.kl(rows)).sum()
