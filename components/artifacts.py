@@ -26,6 +26,7 @@ MODELS = Path("artifacts/models")
 TEACHER = Path("artifacts/teacher")
 IRS = Path("artifacts/irs")
 SIGNALS = Path("artifacts/signals")
+TERMS = Path("artifacts/terms")
 STUDENTS = Path("artifacts/students")
 SCORES = Path("artifacts/scores")
 REPORTS = Path("reports")
@@ -489,11 +490,12 @@ def sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(facts: dict[str, Any], rooms: Iterable[str]) -> str:
-    """16 hex digits over what decides a result: settings, inputs, and the code of these rooms. Equal means resumable."""
+def fingerprint(facts: dict[str, Any], code: Iterable[str | Path]) -> str:
+    """16 hex digits over what decides a result: settings, inputs, and code: rooms, or files. Equal means resumable."""
     here = Path(__file__).parent
-    code = sha256(sorted(file for room in rooms for file in (here / room).glob("*.py")))
-    text = json.dumps({"code": code, **facts}, sort_keys=True, default=str)
+    files = (file for each in code for file in ([each] if isinstance(each, Path) else (here / each).glob("*.py")))
+    digest = sha256(sorted(files))
+    text = json.dumps({"code": digest, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

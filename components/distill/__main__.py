@@ -17,9 +17,22 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from components import tracking
 from components.align_ti.step import AlignTI, Method
-from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
+from components.artifacts import (
+    DATASET,
+    IRS,
+    MODELS,
+    SIGNALS,
+    STUDENTS,
+    TEACHER,
+    Cost,
+    LayerChoice,
+    ModelIndex,
+    TeacherChoice,
+    fingerprint,
+)
+from components.distill import code
 from components.distill.card import model_card
-from components.distill.checkpoint import Checkpoints, fingerprint
+from components.distill.checkpoint import Checkpoints
 from components.distill.export import export, gathered
 from components.distill.grids import Regridded
 from components.distill.launch import check_came_up, launch, to_be_launched
@@ -132,7 +145,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
         teacher={"path": choice.path, "sha256": choice.sha256} if choice else None,
         precision=settings.distill.precision,
     )
-    resumable = fingerprint({**facts, "steps_logged": settings.distill.log_every})
+    resumable = fingerprint({**facts, "steps_logged": settings.distill.log_every}, code.of_training(arm.weights))
     with Checkpoints(name, resumable, main=accelerator.is_main_process) as checkpoints:
         title = f"distill@{name}"
         outcome = train(

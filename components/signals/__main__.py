@@ -28,6 +28,7 @@ from components.artifacts import (
     sha256,
 )
 from components.errors import ModelError, TryAgainError, exit_from
+from components.imports import closure, modules
 from components.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from components.models.load import Loaded
 
-CODE = ("align_ti", "irs", "models", "signals")
+APART = [f"components.{name}" for name in ("settings", "artifacts", "errors", "imports", "tracking", "runtime")]
 
 
 def main() -> None:
@@ -71,7 +72,8 @@ def make(settings: Settings) -> SignalCache:
 
     device = prepare_torch(settings.runtime, 0, settings.distill.precision)
     wanted = facts(settings)
-    draft = RUNS / "signals" / fingerprint(wanted.model_dump(), CODE)
+    code = [modules()[name] for name in closure("components.signals.__main__", APART)]
+    draft = RUNS / "signals" / fingerprint(wanted.model_dump(), code)
     draft.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(draft.with_suffix(".lock"), timeout=0):
