@@ -111,13 +111,19 @@ def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(workplace: Path)
     assert (STUDENTS / "align_ti/losses.jsonl").read_text() == losses
 
 
-def test_sigterm_saves_and_leaves_with_143(workplace: Path) -> None:
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_sigterm_to_the_whole_group_saves_and_leaves_with_143(workplace: Path, loaders: int) -> None:
     write_params(workplace, "distill", {"steps": 100_000, "checkpoint_every": 100_000})
     running = subprocess.Popen(
-        command("align_ti"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command("align_ti"),
+        env=environment() | {"ALIGNTI_LOADERS": str(loaders)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     _wait_for(lambda: list(Path(".runs/journal").glob("*.jsonl")) and '"loss/sft"' in _journal(), running)
-    running.send_signal(signal.SIGTERM)
+    os.killpg(running.pid, signal.SIGTERM)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == Interrupted.exit_code == 143
     assert "saved; run the same command to go on" in errors
