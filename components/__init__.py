@@ -6,3 +6,11 @@ import sys
 if not sys.stderr.isatty():
     # A log is not a terminal: progress now and then instead of ten times a second. Read by tqdm when it is imported.
     os.environ.setdefault("TQDM_MININTERVAL", "15")
+
+if any(name.lower().endswith("_proxy") for name in os.environ):
+    # No proxy stands between this machine and itself. Read by urllib, requests and httpx, and by what is started from here.
+    _direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if _direct.strip() != "*":
+        _named = {name.strip() for name in _direct.split(",")}
+        _direct = ",".join(filter(None, [_direct, *sorted({"127.0.0.1", "localhost", "::1"} - _named)]))
+    os.environ |= {"no_proxy": _direct, "NO_PROXY": _direct}
