@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -334,7 +335,7 @@ class TeacherSettings(Strict):
 
     seed: int
     samples: PositiveInt = Field(description="validation samples that each candidate answers")
-    min_exact_match: Ratio
+    min_exact_match: Ratio | None
     max_parameters: PositiveInt | None
     max_seconds_per_1000: PositiveFloat | None
     max_memory_mib: PositiveFloat | None
@@ -602,12 +603,37 @@ def load_settings(root: Path = Path()) -> Settings:
     return settings
 
 
+class _BadKey(Exception):
+    """`line: key: what is wrong`."""
+
+
+class _Loader(QUICK):  # type: ignore[misc, valid-type]
+    """Keys are text, and each stands once: YAML itself lets the last of two win, and takes `no` for false, `1` for a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            kind = key.tag.rpartition(":")[2]
+            if kind == "str" and not key.style and _is_number(key.value):
+                kind = "float"  # to YAML 1.2, as DVC reads it
+            if kind not in ("str", "merge"):
+                raise _BadKey(f'{line}: {key.value}: YAML takes it for a {kind}, not for text; write "{key.value}"')
+            if key.value in lines:
+                raise _BadKey(f"{line}: {key.value}: stands twice, here and in line {lines[key.value]}; leave one")
+            lines[key.value] = line
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML mapping. Raises SettingsError with file and line if it is missing, malformed or no mapping."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), QUICK)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
+    except _BadKey as bad:
+        raise SettingsError(f"{path}:{bad}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -702,6 +728,8 @@ def _describe(root: Path, raw: dict[str, Any], problem: Any) -> str:
         message = "required, and missing"
     elif keys and not isinstance(problem["input"], dict):
         message += f", not {problem['input']!r}"
+        if problem["type"] == "string_type" and problem["input"] is not None:
+            message += "; YAML takes it for that unless it stands in quotes"
         if problem["type"] == "float_type" and _is_number(problem["input"]):
             message += f"; YAML takes that for text, write {float(problem['input'])!r}"
     key = ".".join(str(part) for part in keys)
@@ -722,8 +750,10 @@ def _known_keys(keys: list[Any], file: str) -> list[str]:
         model = _model_in(annotation)
         if key in _MEMBERS:
             annotation = _MEMBERS[key]
-            continue
-        annotation = model.model_fields[str(key)].annotation if model is not None else get_args(annotation)[-1]
+        elif get_origin(annotation) is dict or model is None:  # the user's own name
+            annotation = get_args(annotation)[-1]
+        else:
+            annotation = model.model_fields[str(key)].annotation
     model = _model_in(annotation)
     return list(model.model_fields) if model else []
 
@@ -752,3 +782,32 @@ def _line(path: Path, keys: list[Any]) -> int:
         else:
             break
     return line
+
+
+def not_here(settings: Settings) -> list[str]:
+    """What the user's own settings name and this folder lacks: data, images, local checkpoints; `key: path`."""
+    return [f"{key}: {path}" for key, path in _named_paths(settings) if not _is_here(path)]
+
+
+def _named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
+    data, models = settings.data, settings.models.members
+    if data.source == "llava" and data.llava is not None:
+        yield from (("data.llava.annotations", data.llava.annotations), ("data.llava.images", data.llava.images))
+    if data.source == "mixture" and data.mixture is not None:
+        for name, source in data.mixture.sources.items():
+            if not source.files.startswith("hf://"):
+                yield f"data.mixture.sources.{name}.files", Path(source.files)
+            if source.images is not None:
+                yield f"data.mixture.sources.{name}.images", source.images
+        yield from (("data.mixture.evaluation_images", folder) for folder in data.mixture.evaluation_images)
+    if isinstance(models, PretrainedFamily):
+        for name, model in (*models.teachers.items(), *models.students.items()):
+            parts = {"": model} if isinstance(model, Checkpoint) else {}
+            if isinstance(model, Parts):
+                parts = {".tower": model.tower, ".language_model": model.language_model}
+            yield from ((f"models.pretrained: {name}{part}", Path(c.source)) for part, c in parts.items() if not c.revision)
+
+
+def _is_here(path: Path) -> bool:
+    """`x/*.tar` is, if one such file is."""
+    return path.exists() or ("*" in path.name and any(path.parent.glob(path.name)))
