@@ -1,7 +1,12 @@
 """The work: one room per concern, one `python -m components.<room>` command per stage."""
 
+import io
 import os
 import sys
+
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="backslashreplace")  # a text that this terminal or log cannot show ends nothing
 
 if not sys.stderr.isatty():
     # A log is not a terminal: progress now and then instead of ten times a second. Read by tqdm when it is imported.

@@ -398,11 +398,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A draft beside `folder` that takes its name, and the place of what had it, when the block ends well; else it is removed.
 
+    Drafts of it that killed processes left are removed too: each may be as large as a model.
+
     Raises TryAgainError if the disk is full, of which safetensors, being Rust, tells in its own way.
     """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     before = draft.with_suffix(".old")
-    shutil.rmtree(draft, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.*"):
+        pid = left.name.removeprefix(f".{folder.name}.").partition(".")[0]
+        if left.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not _lives(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
@@ -416,6 +421,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
 
 
 def sha256(paths: Iterable[Path]) -> str:

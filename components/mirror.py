@@ -347,7 +347,7 @@ def follow(journal: Path, tracking_uri: str, voice: IO[str]) -> bool:
 def main() -> None:
     for ending in (signal.SIGINT, signal.SIGTERM):  # they end the stage; what it leaves is still to be sent
         signal.signal(ending, signal.SIG_IGN)
-    voice = os.fdopen(os.dup(2), "w")
+    voice = os.fdopen(os.dup(2), "w", errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
     sent = follow(Path(sys.argv[1]), os.environ["ALIGNTI_TRACKING_URI"], voice)
     voice.flush()
