@@ -786,10 +786,11 @@ def _line(path: Path, keys: list[Any]) -> int:
 
 def not_here(settings: Settings) -> list[str]:
     """What the user's own settings name and this folder lacks: data, images, local checkpoints; `key: path`."""
-    return [f"{key}: {path}" for key, path in _named_paths(settings) if not _is_here(path)]
+    return [f"{key}: {path}" for key, path in named_paths(settings) if not _is_here(path)]
 
 
-def _named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
+def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
+    """Key and path of the user's own data and local checkpoints."""
     data, models = settings.data, settings.models.members
     if data.source == "llava" and data.llava is not None:
         yield from (("data.llava.annotations", data.llava.annotations), ("data.llava.images", data.llava.images))
