@@ -168,8 +168,8 @@ class Candidate(Record):
     exact_match: float
     per_kind: dict[str, float]
     nats_per_token: float  # mean cross-entropy on the reference answers
-    irs: float  # of its best layer
-    irs_layer: int
+    irs: float | None  # of its best layer; None: no image has enough instructions, and no arm asks
+    irs_layer: int | None
     parameters: int
     seconds_per_1000: float
     memory_mib: float
@@ -202,6 +202,11 @@ class LayerChoice(Record):
     runner_up: int
     images: int
     pairs: int
+
+    @classmethod
+    def found(cls) -> Self | None:
+        """That of this folder; None where no layer could be searched for: no image has enough instructions."""
+        return None if Absent.reason_at(IRS / "layer.json") else cls.read(IRS / "layer.json")
 
 
 class SignalFacts(Record):

@@ -570,9 +570,20 @@ class Settings(Strict):
         shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
         return arm.model_copy(update=shared)
 
+    @property
+    def needs_layer(self) -> bool:
+        """Whether some arm weighs visual tokens by the attention of the layer that the search finds."""
+        return any(weighs_by_irs(self.arm(name)) for name in self.study.arms)
+
     def uses_cache(self, arm: Arm) -> bool:
         """Whether the arm does without the teacher. L_tpa does not: it asks about tokens that the student draws meanwhile."""
         return self.distill.teacher_signals.source == "cache" and not arm.weights.tpa
+
+
+def weighs_by_irs(arm: Arm) -> bool:
+    """Of an arm that `Settings.arm` has filled in."""
+    assert arm.iva is not None
+    return bool(dict(arm.weights).get("iva")) and arm.iva.weighting == "irs"
 
 
 FILES = tuple(Settings.model_fields)

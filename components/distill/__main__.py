@@ -34,7 +34,7 @@ from components.models.load import Loaded, check_images, check_layer, check_pair
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
-from components.settings import Arm, DistillSettings, Settings, load_settings
+from components.settings import Arm, DistillSettings, Settings, load_settings, weighs_by_irs
 from components.shards import CAPTION, Samples
 from components.signals.store import Signals, read_manifest
 from components.signals.store import facts as facts_of
@@ -74,7 +74,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     samples = Samples(DATASET, "train")
     align = settings.distill.stage == "align"
     choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
-    layer = None if align else LayerChoice.read(IRS / "layer.json").layer
+    layer = None if align else layer_of(arm)
     start = ModelIndex.read(MODELS / "index.json").students[arm.student]
     facts = {
         "arm": arm.model_dump(mode="json"),
@@ -160,6 +160,12 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             export(STUDENTS / name, student, collator.template, model_card(name, facts), outcome.losses, cost)
             checkpoints.clear()
     return cost
+
+
+def layer_of(arm: Arm) -> int:
+    """That of the layer search. Raises DataError if it found none and the arm needs it; one that does not looks at none."""
+    found = LayerChoice.read(IRS / "layer.json") if weighs_by_irs(arm) else LayerChoice.found()
+    return 0 if found is None else found.layer
 
 
 def trained_on(kinds: Sequence[str], distill: DistillSettings) -> list[int]:

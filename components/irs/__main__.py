@@ -18,6 +18,7 @@ from components.artifacts import (
     NO_TEACHER,
     REPORTS,
     TEACHER,
+    Absent,
     LayerChoice,
     TeacherChoice,
     write_bytes,
@@ -36,15 +37,12 @@ FOLDER = REPORTS / "irs"
 def main() -> None:
     settings = load_settings()
     if settings.distill.stage == "align":
-        NO_TEACHER.write(IRS / "layer.json")
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        write_text(FOLDER / "curve.json", "[]\n")
-        print(f"search_layer: nothing to do, {NO_TEACHER.none}")
+        _no_layer(NO_TEACHER)
         return
     teacher = TeacherChoice.read(TEACHER / "choice.json")
 
     from components import tracking
-    from components.irs.search import choose, look
+    from components.irs.search import TooFewInstructions, choose, look
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
@@ -54,7 +52,13 @@ def main() -> None:
     with tracking.stage_run("search_layer", runtime=settings.runtime, params=settings.irs.model_dump()) as run:
         samples = Samples(DATASET, "train")
         loaded = load(Path(teacher.path), device)
-        seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)
+        try:
+            seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)
+        except TooFewInstructions as error:
+            if settings.needs_layer:
+                raise
+            _no_layer(Absent(none=str(error)))
+            return
         choice = choose(seen.attention)
         choice.write(IRS / "layer.json")
         run.dataset("train", samples.manifest.digest)
@@ -65,6 +69,13 @@ def main() -> None:
         for path in [*_curve(choice), *_overlays(loaded, seen, choice.layer, settings.irs.overlays)]:
             run.artifact(path)
     print(closing_line(choice, settings.irs.images))
+
+
+def _no_layer(reason: Absent) -> None:
+    reason.write(IRS / "layer.json")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    write_text(FOLDER / "curve.json", "[]\n")
+    print(f"search_layer: nothing to do, {reason.none}")
 
 
 def points(choice: LayerChoice) -> list[dict[str, float]]:

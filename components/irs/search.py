@@ -31,6 +31,10 @@ from components.shards import CAPTION, Sample, Samples
 Z = 1.96  # a normal variable lies within so many standard errors 95 times in 100
 
 
+class TooFewInstructions(DataError):
+    """The data have no two images with enough instructions."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """Where every layer looks: per image, per instruction."""
@@ -40,7 +44,7 @@ class Seen:
 
 
 def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> LayerChoice:
-    """IRS of every layer of a model, and the layer with the highest. Raises DataError as `look` does."""
+    """IRS of every layer of a model, and the layer with the highest. Raises as `look` does."""
     return choose(look(loaded, samples, template, settings).attention)
 
 
@@ -48,7 +52,7 @@ def look(loaded: Loaded, samples: Samples, template: Template, settings: IrsSett
     """Attention from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
 
     Raises:
-        DataError: fewer than two images have `settings.instructions_per_image` different instructions.
+        TooFewInstructions: fewer than two images have `settings.instructions_per_image` different instructions.
     """
     chosen = draw_images(samples, settings)
     prompts = [prompt for image in chosen for prompt in image]
@@ -67,8 +71,8 @@ def look(loaded: Loaded, samples: Samples, template: Template, settings: IrsSett
 def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
     """`settings.images` images drawn by seed among those with enough different instructions; all of them if there are fewer.
 
-    Captions are no instructions: every image has the same one. Raises DataError if fewer than two images qualify, as one
-    has no standard error.
+    Captions are no instructions: every image has the same one. Raises TooFewInstructions if fewer than two images
+    qualify, as one has no standard error.
     """
     random = np.random.default_rng(settings.seed)
     found: list[list[Sample]] = []
@@ -80,7 +84,7 @@ def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
         if len(found) == settings.images:
             break
     if len(found) < 2:
-        raise DataError(
+        raise TooFewInstructions(
             f"IRS compares instructions on one image, over two images or more: {len(found)} of {samples.images} images have"
             f" {settings.instructions_per_image} different instructions besides captions;"
             f" lower params/irs.yaml:instructions_per_image (at least 2), or give images more questions"

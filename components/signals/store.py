@@ -25,7 +25,6 @@ from components.align_ti.step import Batch
 from components.align_ti.top_k import Known, TopK
 from components.artifacts import (
     DATASET,
-    IRS,
     MODELS,
     TEACHER,
     LayerChoice,
@@ -48,7 +47,8 @@ AGAIN = "`dvc repro cache_teacher` makes it anew"
 def facts(settings: Settings) -> SignalFacts:
     """Those of a cache for these settings and what earlier stages made."""
     distill = settings.distill
-    layer = LayerChoice.read(IRS / "layer.json").layer if distill.iva.layer is None else distill.iva.layer
+    searched = LayerChoice.found()  # None: no arm may ask for it (distill.layer_of)
+    layer = (0 if searched is None else searched.layer) if distill.iva.layer is None else distill.iva.layer
     students = ModelIndex.read(MODELS / "index.json").students
     return SignalFacts(
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,

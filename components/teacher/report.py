@@ -19,7 +19,7 @@ def table(report: TeacherReport, limits: TeacherSettings, samples: int) -> str:
     figures: dict[str, Callable[[Candidate], str]] = {
         "exact match": lambda c: f"{c.exact_match:.1%}",
         "nats per answer token": lambda c: f"{c.nats_per_token:.3f}",
-        "IRS of its best layer": lambda c: f"{c.irs:.3f} (layer {c.irs_layer})",
+        "IRS of its best layer": lambda c: "none" if c.irs is None else f"{c.irs:.3f} (layer {c.irs_layer})",
         "parameters": lambda c: f"{c.parameters:,}",
         "seconds per 1,000 samples": lambda c: f"{c.seconds_per_1000:.2f}",
         "memory, MiB": lambda c: f"{c.memory_mib:.1f}",

@@ -15,9 +15,9 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
-from components.artifacts import STUDENTS, Cost
+from components.artifacts import IRS, STUDENTS, Absent, Cost
 from components.distill.__main__ import distill
-from components.errors import InputError, Interrupted, SettingsError, TryAgainError
+from components.errors import DataError, InputError, Interrupted, SettingsError, TryAgainError
 from components.models.template import Template
 from components.settings import load_settings
 from components.shards import Turn
@@ -129,6 +129,13 @@ def test_sigterm_to_the_whole_group_saves_and_leaves_with_143(workplace: Path, l
     assert "saved; run the same command to go on" in errors
     (checkpoint,) = Path(".runs/distill/align_ti").glob("*/step-*")
     assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name.removeprefix("step-"))
+
+
+def test_without_a_layer_an_arm_that_weighs_no_visual_tokens_is_trained_and_another_refused(workplace: Path) -> None:
+    Absent(none="no image has two instructions").write(IRS / "layer.json")
+    assert (run("kd") / "model").is_dir()
+    with pytest.raises(DataError, match="holds no LayerChoice: no image has two instructions"):
+        run("align_ti")
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(workplace: Path) -> None:
