@@ -40,6 +40,7 @@ PARAM_CHARS = 6000  # MLflow's limit
 DIGEST_CHARS = 36  # MLflow's limit; an md5 of DVC's, `.dir` and all, just fits
 TAG_CHARS = 8000  # MLflow's limit
 NAME_CHARS = 250  # MLflow's limit
+MOVED = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
 FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
 
 ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run: what `alignti reproduce` reads
@@ -247,6 +248,7 @@ def client(tracking_uri: str) -> Any:
     if tracking_uri.startswith(LOCAL):
         database = Path(tracking_uri.removeprefix(LOCAL)).resolve()  # MLflow would make it again wherever we go
         make_database(database)
+        _move_artifacts(database)
         tracking_uri = f"{LOCAL}{database}"
     return _client(tracking_uri)
 
@@ -280,6 +282,21 @@ def _is_whole(path: Path) -> bool:
 
     migrations = ScriptDirectory(str(Path(mlflow.__file__).parent / "store/db_migrations"))
     return bool(_select(path, "select version_num from alembic_version") == migrations.get_current_head())
+
+
+def _move_artifacts(database: Path) -> None:
+    """Let runs look for their files beside this database: MLflow keeps whole paths, which a clone that was moved or copied
+    leaves pointing into the old folder."""
+    here = (database.parent / "artifacts").as_uri()
+    ours = re.compile(rf"(file://.*/{re.escape(database.parent.name)}/artifacts)(/.*)?$")
+    with closing(sqlite3.connect(database, timeout=30)) as opened, opened:
+        found = {ours.match(location or "") for (location,) in opened.execute("select artifact_location from experiments")}
+        for before in {match[1] for match in found if match} - {here}:
+            for table, column in MOVED:
+                opened.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or {column} like ? || '/%'",
+                    (here, len(before) + 1, before, before),
+                )
 
 
 def _select(path: Path, asked: str) -> Any:

@@ -323,6 +323,23 @@ def test_a_database_that_holds_runs_is_never_replaced(workspace: Path) -> None:
 
 
 @pytest.mark.usefixtures("database")
+def test_a_clone_that_was_copied_keeps_its_pictures_to_itself(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work()
+    mirror.sync(SQLITE)
+    copied = workspace / "a copy's folder"
+    shutil.copytree(workspace / ".mlflow", copied / ".mlflow")
+    shutil.rmtree(workspace / ".mlflow/artifacts")
+    monkeypatch.chdir(copied)
+    with tracking.stage_run("later", runtime=runtime()) as run:
+        run.artifact(workspace / "curve.png")
+    assert mirror.sync(SQLITE) == (1, 0)
+    for found in runs().values():  # those from before the move too
+        assert [a.path for a in client().list_artifacts(found.info.run_id)] == ["curve.png"]
+        assert found.info.artifact_uri.startswith((copied / ".mlflow/artifacts").as_uri())
+    assert not (workspace / ".mlflow/artifacts").exists()
+
+
+@pytest.mark.usefixtures("database")
 def test_an_outcome_is_recorded_once_and_arrives_whole(workspace: Path) -> None:
     scores = workspace / "scores.json"
     scores.write_text("{}")
