@@ -169,8 +169,8 @@ class Candidate(Record):
     exact_match: float
     per_kind: dict[str, float]
     nats_per_token: float  # mean cross-entropy on the reference answers
-    irs: float  # of its best layer
-    irs_layer: int
+    irs: float | None  # of its best layer; None: no image has enough instructions, and no arm asks
+    irs_layer: int | None
     parameters: int
     seconds_per_1000: float
     memory_mib: float
@@ -260,6 +260,11 @@ class LayerChoice(Record):
     region: Region | None  # None: no question's region is known, or not where the visual tokens lie
     grids: list[str]  # of visual tokens, that the images have
     backgrounds: list[Background]  # none where the grids differ
+
+    @classmethod
+    def found(cls) -> Self | None:
+        """That of this folder; None where no layer could be searched for: no image has enough instructions."""
+        return None if Absent.reason_at(IRS / "layer.json") else cls.read(IRS / "layer.json")
 
 
 class SignalFacts(Record):
@@ -459,11 +464,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A draft beside `folder` that takes its name, and the place of what had it, when the block ends well; else it is removed.
 
+    Drafts of it that killed processes left are removed too: each may be as large as a model.
+
     Raises TryAgainError if the disk is full, of which safetensors, being Rust, tells in its own way.
     """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     before = draft.with_suffix(".old")
-    shutil.rmtree(draft, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.*"):
+        pid = left.name.removeprefix(f".{folder.name}.").partition(".")[0]
+        if left.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not _lives(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
@@ -477,6 +487,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
 
 
 def sha256(paths: Iterable[Path]) -> str:

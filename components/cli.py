@@ -26,6 +26,8 @@ def use(recipe: str) -> None:
     """Merge params/recipes/RECIPE.yaml into params/ and print what changed."""
     from components import recipes
 
+    recipes.merged(recipe)  # says what is wrong with it before anything is kept
+    _keep_own()
     diff = recipes.use(recipe)
     for line in diff.splitlines():
         colour = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}.get(line[:1])
@@ -39,10 +41,17 @@ def use(recipe: str) -> None:
         typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in before)}.")
 
 
+def _keep_own() -> None:
+    from components import recipes
+
+    if kept := recipes.keep_own():
+        typer.echo(f"params/ held values that no recipe has; they are kept: `cp {kept}/*.yaml params/` brings them back.")
+
+
 @app.command()
 def plan() -> None:
     """Say for each stage whether it would run, why, and how long that takes."""
-    from components.settings import load_settings
+    from components.settings import load_settings, not_here
     from flows.plan import plan as make_plan
 
     settings = load_settings()
@@ -63,6 +72,8 @@ def plan() -> None:
     long = f"about {in_all}, one at a time{but}" if len(unknown) < len(running) else "how long was never timed"
     typer.echo(f"{len(running)} of {len(steps)} stages would run: {long}.")
     typer.echo(f"Times: {basis}. DVC restores a stage at once instead if it has run on the same inputs before.")
+    if missing := not_here(settings):
+        typer.secho(f"Not here, so it would fail: {', '.join(missing)}.", fg=typer.colors.RED)
     if recipe is not None and settings.models.family == "pretrained":
         from flows import bill
 
@@ -77,13 +88,17 @@ def _duration(seconds: float) -> str:
 def check(
     all_recipes: bool = typer.Option(False, "--all-recipes", help="Also merge each recipe into these params and check that."),
 ) -> None:
-    """Check params/: every problem of every file at once; exit code 2 if there is one."""
+    """Check params/, and that the data and models they name are here: every problem at once; exit code 2 if there is one."""
     from components import recipes
     from components.errors import SettingsError
-    from components.settings import load_settings
+    from components.settings import load_settings, not_here
+
+    def own() -> None:
+        if missing := not_here(load_settings()):
+            raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
 
     problems = []
-    checks = {"params/": lambda: load_settings()}
+    checks = {"params/": own}
     if all_recipes:
         checks |= {f"recipe {name}": lambda name=name: recipes.merged(name) for name in recipes.names()}  # type: ignore[misc]
     for what, run in checks.items():
@@ -327,6 +342,8 @@ def expand_study(name: str) -> None:
     """Make the study's arms those of params/study.yaml, for `make repro` to run, and print what changed."""
     from components.study import expand
 
+    expand.read(name)
+    _keep_own()
     diff = expand.expand(name)
     typer.echo(diff or f"params/study.yaml says already what study {name} says.")
 

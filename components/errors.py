@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from components.redact import redacted
 
@@ -84,10 +85,20 @@ def share_lock() -> None:
         fcntl.flock(held, fcntl.LOCK_SH)
 
 
+def _check_folder() -> None:
+    """Raises InputError in a folder below the project's: every path here is relative to its root."""
+    here = Path.cwd()
+    if not Path("params").is_dir() and not {"--help", "-h", "--version"} & set(sys.argv[1:]):
+        for root in here.parents:
+            if (root / "params").is_dir() and (root / "dvc.yaml").is_file():
+                raise InputError(f"{here} is a folder of the project in {root}: run it there (cd {os.path.relpath(root)})")
+
+
 def exit_from(main: Callable[[], None]) -> None:
     """Run a stage's `main` and leave with the exit code of what happened; our errors print as one sentence, no trace."""
     try:
         with _terminate_as_exception():
+            _check_folder()
             if "DVC_STAGE" in os.environ:
                 end_with_parent()
                 share_lock()

@@ -57,6 +57,24 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
         assert problem in done.stderr
 
 
+def test_check_names_data_that_are_not_here(root: Path) -> None:
+    path = root / "params/data.yaml"
+    llava = "llava: {annotations: data/x.json, images: data/img, val: 0.1, test: 0.1}"
+    text = re.sub(r"(?m)^llava:.*(\n  .*)*", llava, path.read_text())
+    path.write_text(text.replace("source: digits", "source: llava", 1))
+    done = alignti(root, "check")
+    assert done.returncode == 2
+    assert "not here: data.llava.annotations: data/x.json, data.llava.images: data/img" in done.stderr
+
+
+def test_use_says_where_own_values_are_kept(root: Path) -> None:
+    path = root / "params/distill.yaml"
+    path.write_text(path.read_text().replace("\nlog_every: ", "\nlog_every: 1"))
+    done = alignti(root, "use", "smoke")
+    kept = re.search(r"they are kept: `cp (\S+)/\*.yaml params/`", done.stdout)
+    assert done.returncode == 0 and kept and (root / kept[1] / "distill.yaml").is_file()
+
+
 def test_sync_without_an_address_says_where_to_put_one(root: Path) -> None:
     done = alignti(root, "sync")  # tests run with ALIGNTI_TRACKING_URI=journal
     assert done.returncode == 2

@@ -89,7 +89,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     samples = Samples(DATASET, "train")
     align = settings.distill.stage == "align"
     choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
-    layers = None if align else LayerChoice.read(IRS / "layer.json")
+    layers = None if align else searched_for(arm)
     start = ModelIndex.read(MODELS / "index.json").students[arm.student]
     facts = {
         "arm": arm.model_dump(mode="json"),
@@ -110,7 +110,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     choose_trainable(student, settings.distill)
     template = Template.asked(settings.models.template)
     collator = Collator(student.processor, template, settings.models.max_length, train=True)
-    if choice is None or layers is None:
+    if choice is None:
         check_images(student)
         module = AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, student.vocabulary))
     elif settings.uses_cache(arm):
@@ -183,6 +183,11 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     return cost
 
 
+def searched_for(arm: Arm) -> LayerChoice | None:
+    """What the layer search found. Raises DataError if it found no layer and the arm needs one."""
+    return LayerChoice.read(IRS / "layer.json") if arm.needs_layer else LayerChoice.found()
+
+
 def trained_on(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
     """Captions belong to stage align: those that are marked so, or all samples where none is. The others to distillation."""
     captions = [i for i, kind in enumerate(kinds) if kind == CAPTION]
@@ -226,10 +231,10 @@ def _live(
     return AlignTI(pupil, FrozenTeacher(master, look.layer, shares_tower, look.background), method)
 
 
-def _searched(arm: Arm, layers: LayerChoice) -> dict[str, Any]:
+def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:
     """What the card says of weights that the layer search picked; nothing of others."""
     assert arm.iva is not None  # filled in by Settings.arm
-    if arm.iva.weighting != "searched" or "iva" not in arm.needs:
+    if layers is None or arm.iva.weighting != "searched" or "iva" not in arm.needs:
         return {}
     picked = layers.picked.model_dump(include={"rule", "layer", "weighting", "rows"})
     return {"searched": picked | {"background": weighting(arm.iva, layers).digest}}

@@ -15,7 +15,6 @@ from PIL import Image
 
 from components.artifacts import (
     DATASET,
-    IRS,
     REPORTS,
     TEACHER_ARM,
     ArmResult,
@@ -91,8 +90,8 @@ def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings
     Raises DataError if a picture or record of an earlier stage is missing.
     """
     own = _plots(comparison, outcomes)
-    layer = LayerChoice.read(IRS / "layer.json")
-    inherited: dict[str, Plot] = {"irs": partial(curve, layer)}  # search_layer wrote its PNG; drawn again for dark pages
+    layer = LayerChoice.found()
+    inherited: dict[str, Plot] = {"irs": partial(curve, layer)} if layer else {}  # search_layer's PNG, again for dark pages
     drawn = {name: draw(plot) for name, plot in own.items()}
     yield [_written(REPORTS / "plots" / f"{name}.png", picture) for name, picture in drawn.items()]
     write_text(REPORTS / "compare.md", markdown(comparison))
@@ -174,7 +173,11 @@ def markdown(comparison: Comparison) -> str:
 
 
 def html(
-    comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings, layer: LayerChoice, pictures: dict[str, Picture]
+    comparison: Comparison,
+    outcomes: Outcomes,
+    settings: EvaluateSettings,
+    layer: LayerChoice | None,
+    pictures: dict[str, Picture],
 ) -> str:
     """The whole report as one page: every picture inside, nothing fetched."""
     found = disagreements(outcomes.predictions, settings.seed)

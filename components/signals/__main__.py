@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from components.artifacts import (
     DATASET,
-    IRS,
     MODELS,
     RUNS,
     SIGNALS,
@@ -108,7 +107,7 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     shared = _shared_vocabulary(teacher, students)
     template, longest = Template.asked(settings.models.template), settings.models.max_length
     collator = Collator(teacher.processor, template, longest, train=True, rows=wanted.rows)
-    background = weighting(settings.distill.iva, LayerChoice.read(IRS / "layer.json")).background
+    background = weighting(settings.distill.iva, LayerChoice.found()).background
     speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib, background)
     samples = Samples(DATASET, "train")
     paths = build(speaker, samples, settings.distill.micro_batch_size, folder)

@@ -53,7 +53,7 @@ def main() -> None:
         candidates = [measure(record, samples, rows, settings, device) for record in records.values()]
         for candidate in candidates:
             figures = candidate.model_dump(exclude={"name", "per_kind", "refused"})
-            run.metrics({f"{candidate.name}/{figure}": value for figure, value in figures.items()})
+            run.metrics({f"{candidate.name}/{figure}": value for figure, value in figures.items() if value is not None})
         name, reason = choose(candidates, settings.teacher)
         found = TeacherReport(chosen=name, reason=reason, candidates=candidates)
         folder = REPORTS / "teacher"

@@ -42,7 +42,8 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
 
     memory_mib: its weights and the most tensors alive while it answers one batch of `evaluate.batch_size` samples.
     seconds_per_1000: wall time of answering, pictures decoded and text tokenised; the memory batch has warmed it up.
-    irs: of its best layer, over `irs.images` images of the same split.
+    irs: of its best layer, over `irs.images` images of the same split; None where these have too few instructions and no arm
+        weighs visual tokens by IRS.
     """
     loaded = load(Path(record.path), device)
     template = Template.asked(settings.models.template)
@@ -57,14 +58,19 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
     seconds = time.perf_counter() - start
     scores = metrics.score(record.name, metrics.predictions((samples[row] for row in rows), answered))
     nats = nats_per_token(loaded, samples, rows, template, settings, f"{record.name}: references")
-    layer = search.measure(loaded, samples, template, settings.irs)  # last: it changes the model's attention function
+    try:
+        layer = search.measure(loaded, samples, template, settings.irs)  # last: it changes the model's attention function
+    except search.TooFewInstructions:
+        if settings.needs_layer:
+            raise
+        layer = None
     candidate = Candidate(
         name=record.name,
         exact_match=scores.exact_match,
         per_kind=scores.per_kind,
         nats_per_token=nats,
-        irs=layer.irs[layer.layer],
-        irs_layer=layer.layer,
+        irs=layer and layer.irs[layer.layer],
+        irs_layer=layer and layer.layer,
         parameters=record.parameters,
         seconds_per_1000=1000 * seconds / len(rows),
         memory_mib=memory.peak / 2**20,

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -257,6 +258,26 @@ def test_stage_writes_choice_curve_and_overlays(finished: tuple[Path, str], load
     assert f"layer {choice.layer} has the highest IRS" in said
     assert "18 pairs on 6 images" in said
     assert "reports/irs" in said
+
+
+def test_without_two_instructions_on_an_image_there_is_no_layer_and_only_arms_that_ask_are_refused(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "stage"
+    shutil.copytree(finished[0], root)
+    shutil.rmtree(root / artifacts.DATASET)
+    dataset(root / artifacts.DATASET, [row(index, ["How many?"]) for index in range(4)])
+    monkeypatch.chdir(root)
+    with pytest.raises(DataError, match="0 of 4 images have 3 different instructions"):
+        stage.main()  # L_iva of the shipped arms asks for the layer
+    study = Path("params/study.yaml")
+    kd = {"weights": {"sft": 1.0, "kd": 1.0, "iva": 0.0, "tpa": 0.0}, "student": "student", "seed": 1}
+    study.write_text(yaml.safe_dump({"arms": {"sft": kd, "kd": kd}}))
+    stage.main()
+    assert "search_layer: nothing to do, IRS compares" in capsys.readouterr().out
+    assert LayerChoice.found() is None and not list(Path("reports/irs").glob("*.png"))
+    with pytest.raises(DataError, match=r"layer.json holds no LayerChoice: IRS compares"):
+        LayerChoice.read(artifacts.IRS / "layer.json")
 
 
 def test_stage_journals_the_curve_and_the_pictures(finished: tuple[Path, str]) -> None:
