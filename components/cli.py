@@ -5,14 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from components.errors import exit_from
 from flows import commands
 
 LONG_S = 3 * 3600
 
+GROUPS = {
+    "Start": ("use", "check", "plan", "arms"),
+    "Run": ("study", "evaluate", "replay", "reproduce"),
+    "Look": ("runs", "compare", "leaderboard", "samples", "controls", "benchmarks", "try"),
+    "Hand on": ("export", "push", "serve", "register", "promote"),
+    "Operate": ("up", "down", "status", "deploy", "worker", "doctor", "sync"),
+}
+
+
+class Grouped(TyperGroup):
+    """`--help` with the commands by what they are for."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=200)) for name in names])
+
+
 app = typer.Typer(
+    cls=Grouped,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a multimodal model with Align-TI. `make repro` runs the whole job; these commands prepare and explain it.",
     no_args_is_help=True,

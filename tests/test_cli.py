@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from components import recipes
 from components.artifacts import Scores
+from components.cli import GROUPS, app
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,6 +98,13 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
     assert alignti(root, "runs").stdout.split() == [journal.stem, "FINISHED", "smoke", "0123456789"]
     assert re.fullmatch(r"alignti \S+\n", alignti(root, "--version").stdout)
     assert alignti(root, "plan", "-h").returncode == 0
+
+
+def test_every_command_stands_in_one_group_of_the_help() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    said = alignti(ROOT, "-h").stdout
+    assert [title for title in GROUPS if f"\n{title}:\n" in said] == list(GROUPS)
 
 
 def test_check_names_data_that_are_not_here(root: Path) -> None:
