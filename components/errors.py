@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import fcntl
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +33,14 @@ class InputError(AlignTIError):
 
 class SettingsError(InputError):
     """One or more problems in `params/`; the message lists all of them."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
+    """`name` is no `what`: the nearest of those that are known, and all of them."""
+    listed = list(known)
+    near = difflib.get_close_matches(name, listed, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"there is no {what} {name!r}; {hint}there are {', '.join(listed) or 'none'}")
 
 
 class ModelError(InputError):

@@ -309,6 +309,28 @@ def ran(run: str) -> tuple[str | None, list[str]]:
     return commit, sorted(set(changed))
 
 
+class Told(NamedTuple):
+    """A run as a list shows it."""
+
+    name: str  # of its journal
+    status: str
+    recipe: str | None
+    commit: str
+
+
+def recorded() -> list[Told]:
+    """Every run that was journalled here, in order of time; one whose end is not told is `open`."""
+    found = []
+    for journal in sorted(JOURNALS.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
+        lines = journal.read_text(encoding="utf-8").splitlines()
+        if not lines:
+            continue  # its process was killed before it wrote a word
+        tags = json.loads(lines[0])["tags"]
+        status = json.loads(lines[-1])["status"] if '"event": "end"' in lines[-1] else "open"
+        found.append(Told(journal.stem, status, tags.get("recipe"), tags.get("mlflow.source.git.commit", "none")))
+    return found
+
+
 def last_run(stage: str) -> str | None:
     """The journal of the run that last made this stage's outputs here, None if none did."""
     try:

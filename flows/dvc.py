@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, end_with_parent
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, end_with_parent, unknown
 from components.settings import read_yaml
 
 DVC = [sys.executable, "-m", "dvc"]
@@ -63,8 +63,9 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
             }
     except DvcException as error:
         raise InputError(f"DVC cannot read the pipeline: {error}") from None
-    if unknown := sorted(set(targets) - set(needs)):
-        raise InputError(f"no stage is called {', '.join(unknown)}; there are {', '.join(needs)}")
+    for target in targets:
+        if target not in needs:
+            raise unknown("stage", target, needs)
     wanted = set(targets) or set(needs)
     for stage in reversed(needs):
         wanted |= set(needs[stage]) if stage in wanted else set()

@@ -61,9 +61,10 @@ def quality_cost(report: TeacherReport, limits: TeacherSettings, samples: int, t
     left.set_ylabel("exact match, %")
     small: dict[str, Any] = {"color": theme.muted, "fontsize": 8, "va": "bottom", "ha": "right", "clip_on": True}
     dashed: dict[str, Any] = {"color": theme.muted, "linestyle": "--", "linewidth": 1}
-    for axes in (left, right) if limits.min_exact_match is not None else ():
-        axes.axhline(100 * limits.min_exact_match, **dashed)
-        axes.text(1, 100 * limits.min_exact_match, "min_exact_match", transform=axes.get_yaxis_transform(), **small)
+    if limits.min_exact_match is not None:
+        for axes in (left, right):
+            axes.axhline(100 * limits.min_exact_match, **dashed)
+            axes.text(1, 100 * limits.min_exact_match, "min_exact_match", transform=axes.get_yaxis_transform(), **small)
     most_of = {"max_parameters": limits.max_parameters, "max_seconds_per_1000": limits.max_seconds_per_1000}
     for axes, (name, most), unit in zip((left, right), most_of.items(), (1e6, 1), strict=True):
         if most is not None:
