@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.errors import DataError, TryAgainError
 
@@ -387,6 +387,15 @@ class ArmResult(TeacherResult):
     steps: int
 
 
+class PublishedRuns(Record):
+    """Runs of a shipped recipe on the publisher's machine (components/evaluate/published_runs.yaml)."""
+
+    recipe: str
+    differing: int  # values of params/ that differ from the recipe's
+    machine: str
+    scores: dict[str, Annotated[list[float], Field(min_length=1)]]  # teacher and arms -> exact match, one number per seed
+
+
 class Comparison(Record):
     """reports/compare.json"""
 
@@ -404,6 +413,7 @@ class Comparison(Record):
     order: list[str]  # arms from the best down
     exact_match: Contrast
     measures: dict[str, Contrast]
+    published: PublishedRuns | None = None  # of the recipe that params/ are nearest to
 
     @property
     def pairs(self) -> list[Difference]:

@@ -30,6 +30,7 @@ from components.artifacts import (
     Cost,
     Difference,
     Estimate,
+    PublishedRuns,
     Scores,
     TeacherResult,
     YesNo,
@@ -82,7 +83,9 @@ class Sampled:
         return drawn
 
 
-def compare(outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, Arm]) -> Comparison:
+def compare(
+    outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, Arm], published: PublishedRuns | None = None
+) -> Comparison:
     """All figures of the comparison; `settings` gives resamples, confidence, seed and baselines, `study` the arms' settings."""
     runs = {TEACHER_ARM: [TEACHER_ARM], **runs_of(study, outcomes.costs)}
     arms = [name for name in runs if name != TEACHER_ARM]
@@ -120,6 +123,7 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, 
         order=order,
         exact_match=contrast,
         measures={name: _contrast(found, order, runs, outcomes, settings.confidence) for name, found in sampled.items()},
+        published=published,
     )
     return comparison.model_copy(update={"headline": headline(comparison), "standing": standing(comparison)})
 
@@ -278,13 +282,13 @@ def main() -> None:
     from tqdm import tqdm
 
     from components import tracking
-    from components.evaluate import report
+    from components.evaluate import published_runs, report
 
     with tracking.stage_run(
         "compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}
     ) as run:
         outcomes = read(settings.study.arms)
-        comparison = compare(outcomes, settings.evaluate, settings.study.arms)
+        comparison = compare(outcomes, settings.evaluate, settings.study.arms, published_runs.nearest())
         written = [comparison.write(REPORTS / "compare.json")]
         with tqdm(total=4, desc="compare", unit="part") as progress:
             for part in report.write(comparison, outcomes, settings.evaluate):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from components.artifacts import Comparison, TeacherResult
+import math
+from statistics import variance
+
+from components.artifacts import TEACHER_ARM, Comparison, PublishedRuns, TeacherResult
 
 
 def headline(comparison: Comparison) -> str:
@@ -23,8 +26,18 @@ def resolution(comparison: Comparison) -> str:
         f" {100 * found.noise:.1f} points may be chance (median over pairs, {comparison.confidence:.0%})"
     )
     if found.spread is None:
-        return f"{words}; what another seed would change is not counted in."
+        expected = _published_spread(comparison.published)
+        seeds = f": seeds of one arm vary by {100 * expected:.1f} points in the published runs" if expected is not None else ""
+        return f"{words}; what another seed would change is not counted in{seeds}."
     return f"{words}. Seeds of one arm vary by {100 * found.spread:.1f} points (standard deviation), which is counted in."
+
+
+def _published_spread(published: PublishedRuns | None) -> float | None:
+    """Standard deviation between seeds of one arm, pooled over arms; None if no arm was published with several."""
+    scores = published.scores if published else {}
+    groups = [group for arm, group in scores.items() if arm != TEACHER_ARM and len(group) > 1]
+    freedom = sum(len(group) - 1 for group in groups)
+    return math.sqrt(sum((len(group) - 1) * variance(group) for group in groups) / freedom) if groups else None
 
 
 def leading(comparison: Comparison) -> str:

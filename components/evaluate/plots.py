@@ -19,7 +19,7 @@ POINTS = 100  # shares are drawn in percent, differences in points
 
 
 def scores(comparison: Comparison, theme: Theme) -> Figure:
-    """Exact match of every arm with its interval, best on top, and the teacher as a line."""
+    """Exact match of every arm with its interval, best on top, published runs below it, and the teacher as a line."""
     arms = comparison.order[::-1]
     figure = Figure(figsize=(7.2, 1.3 + 0.36 * len(arms)))
     axes = figure.subplots()
@@ -32,6 +32,8 @@ def scores(comparison: Comparison, theme: Theme) -> Figure:
             f"{POINTS * result.exact_match:.1f}", (POINTS * result.exact_match, row), (0, 7), textcoords="offset points",
             ha="center", fontsize=8.5,
         )  # fmt: skip
+        for score in comparison.published.scores.get(arm, []) if comparison.published else []:
+            axes.plot(POINTS * score, row - 0.25, "D", color=colour, markerfacecolor=theme.paper, markersize=4)
     _teacher_line(axes, comparison.teacher, theme, "v")
     axes.set_yticks(range(len(arms)), arms)
     axes.tick_params(axis="y", length=0, labelcolor=theme.ink)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -44,6 +45,7 @@ from components.shards import Samples
 
 Plot = Callable[..., Figure]  # of a theme
 
+PUBLISHED = ["", "this run, %", "published, mean, %", "deviation between seeds, points", "seeds"]
 RESOLUTION = ["measure", "unit", "may be chance below", "seen four times in five", "deviation between seeds"]
 OTHER_MEASURES = (
     "Token F1: the words that answer and reference share, counted as in SQuAD. Nats per reference token: the model's negative"
@@ -169,6 +171,26 @@ def resolutions(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
+def published(comparison: Comparison) -> list[list[str]]:
+    """Of the teacher and each arm: exact match here, and of the published runs their mean, deviation and number."""
+    rows = []
+    for name, result in _everyone(comparison) if comparison.published else []:
+        scores = comparison.published.scores.get(name, []) if comparison.published else []
+        deviation = f"{100 * stdev(scores):.1f}" if len(scores) > 1 else NOTHING.value
+        mean = _percent(fmean(scores)) if scores else NOTHING.value
+        rows.append([name, f"{_percent(result.exact_match)} {_range(result.ci95)}", mean, deviation, f"{len(scores)}"])
+    return rows
+
+
+def published_by(comparison: Comparison) -> str:
+    """Whose runs those are, in a sentence or two."""
+    found = comparison.published
+    if found is None:
+        return ""
+    words = f"Runs of recipe {found.recipe} on {found.machine}."
+    return f"{words} Your params differ from the recipe in {found.differing} values." if found.differing else words
+
+
 def markdown(comparison: Comparison) -> str:
     """The headline, the tables, the pairs and how it was measured."""
     names = ["", TEACHER_ARM, *(marked(comparison, arm) for arm in comparison.order)]
@@ -179,6 +201,8 @@ def markdown(comparison: Comparison) -> str:
         parts += ["## Yes/no questions, %", _markdown_table(header, closed)]
     parts += ["## Beyond right and wrong", _of_lines(names, measures(comparison))]
     parts += ["## What this sample can tell apart", _markdown_table(RESOLUTION, resolutions(comparison))]
+    if comparison.published:
+        parts += ["## Beside the published runs", published_by(comparison), _markdown_table(PUBLISHED, published(comparison))]
     if comparison.repeated:
         runs = [[name, *_seeds(arm)] for name, arm in comparison.arms.items()]
         parts += ["## Seeds", _markdown_table(["arm", "runs", "exact match of each, %", "mean, %"], runs)]
@@ -221,6 +245,9 @@ def html(
         measures=measures(comparison),
         resolutions=resolutions(comparison),
         resolution_header=RESOLUTION,
+        published=published(comparison),
+        published_header=PUBLISHED,
+        published_by=published_by(comparison),
         seeds=[(name, *_seeds(arm)) for name, arm in comparison.arms.items()] if comparison.repeated else [],
         noise_of=noise_of(comparison),
         unlike=unlike(comparison),

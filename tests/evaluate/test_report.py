@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from components import artifacts
-from components.artifacts import Comparison, LayerChoice
-from components.errors import DataError
+from components import artifacts, recipes
+from components.artifacts import Comparison, LayerChoice, PublishedRuns
+from components.errors import DataError, InputError
 from components.evaluate import compare as stage
-from components.evaluate import plots
+from components.evaluate import plots, published_runs
 from components.evaluate.measures import MEASURES
 from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.pages import data_uri, thumbnail
 from components.evaluate.report import Picture, disagreements, html, markdown, table
 from components.figures import LIGHT, draw
-from components.settings import Settings, load_settings
+from components.settings import Settings, load_settings, read_yaml
 from tests.evaluate.study import write_study
 
 
@@ -305,3 +305,45 @@ def test_several_seeds_of_an_arm_are_shown_as_one_arm(finished: Finished, outcom
     assert f"| sft | 2 | {each} | {50 * sum(runs.values()):.1f} |" in markdown(several.comparison)
     shown = page(rendered(several, outcomes)).text
     assert each in shown and "with other seeds" in shown and "kd_tpa" not in several.comparison.order
+
+
+def test_published_runs_of_the_recipe_stand_beside_ones_own(finished: Finished, outcomes: Outcomes) -> None:
+    assert "published runs" not in markdown(finished.comparison)
+    scores = {"teacher": [0.95], "sft": [0.52, 0.54], "align_ti": [0.58, 0.6, 0.62]}
+    runs = PublishedRuns(recipe="digits", differing=2, machine="two cores", scores=scores)
+    shown = stage.compare(outcomes, finished.settings.evaluate, finished.settings.study.arms, runs)
+    text = markdown(shown)
+    assert "Runs of recipe digits on two cores. Your params differ from the recipe in 2 values." in text
+    result = shown.arms["align_ti"]
+    own = f"{100 * result.exact_match:.1f} [{100 * result.ci95[0]:.1f}, {100 * result.ci95[1]:.1f}]"
+    assert f"| align_ti | {own} | 60.0 | 2.0 | 3 |" in text
+    assert "| 95.0 | \N{EN DASH} | 1 |" in text and "| \N{EN DASH} | \N{EN DASH} | 0 |" in text  # of one seed, and of none
+    pooled = 100 * ((2 * 0.02**2 + 0.01**2 * 2) / 3) ** 0.5
+    assert f"not counted in: seeds of one arm vary by {pooled:.1f} points in the published runs." in shown.headline
+    assert "Beside the published runs" in rendered(replace(finished, comparison=shown), outcomes)
+    (axes,) = plots.scores(shown, LIGHT).axes
+    diamonds = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
+    assert sorted(diamonds) == pytest.approx([52, 54, 58, 60, 62])
+
+
+def test_the_published_runs_are_those_of_the_nearest_recipe(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.root)
+    file = finished.root / "published.yaml"
+    file.write_text("digits: {machine: two cores, scores: {sft: [0.5]}}\n")
+    recipe, differing = recipes.nearest()
+    found = published_runs.nearest(file)
+    assert recipe == "digits" and found == PublishedRuns(
+        recipe="digits", differing=differing, machine="two cores", scores={"sft": [0.5]}
+    )
+    file.write_text("smoke: {machine: two cores, scores: {sft: [0.5]}}\n")
+    assert published_runs.nearest(file) is None
+    file.write_text("digits: {machine: two cores, scores: {sft: []}}\n")
+    with pytest.raises(InputError, match=r"published.yaml: digits.scores.sft: List should have at least 1 item"):
+        published_runs.nearest(file)
+
+
+def test_what_is_published_is_of_recipes_and_arms_that_there_are() -> None:
+    root = Path(__file__).parents[2]
+    for recipe, entry in read_yaml(published_runs.FILE).items():
+        arms = recipes.settings_with(recipe, root).study.arms
+        assert set(PublishedRuns(**entry, recipe=recipe, differing=0).scores) <= {"teacher", *arms}
