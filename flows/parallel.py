@@ -10,7 +10,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from graphlib import TopologicalSorter
 
 from components.dataset.parts import cores
@@ -68,7 +68,8 @@ def main() -> None:
     def run(stage: str) -> dvc.Outcome:
         if jobs == 1:  # all devices are its own
             return dvc.reproduce(stage)
-        with nullcontext({}) if runtime.device == "cpu" else devices.one() as device:
+        held: AbstractContextManager[dict[str, str]] = nullcontext({}) if runtime.device == "cpu" else devices.one()
+        with held as device:
             return dvc.reproduce(stage, device, label=stage)
 
     outcomes = repro(jobs, run)

@@ -17,7 +17,7 @@ FILE = Path(__file__).with_suffix(".yaml")
 def nearest(file: Path = FILE) -> PublishedRuns | None:
     """Of the recipe that `params/` are nearest to; None if none are published. Raises InputError if the file is malformed."""
     recipe, differing = recipes.nearest()
-    entry = read_yaml(file).get(recipe)
+    entry = read_yaml(file).get(recipe) if recipe else None
     try:
         return None if entry is None else PublishedRuns.model_validate({**entry, "recipe": recipe, "differing": differing})
     except ValidationError as error:
