@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.errors import DataError, TryAgainError
 
@@ -334,6 +334,15 @@ class Prediction(Record):
     correct: bool
 
 
+class Likelihood(Record):
+    """One line of artifacts/scores/ARM/likelihoods.jsonl: sums over the tokens of the reference, its EOS included."""
+
+    id: str
+    tokens: int
+    nats: float  # negative log-likelihood of the reference, teacher-forced
+    kl: float | None  # KL(teacher || model); None for the teacher
+
+
 class YesNo(Record):
     """POPE-style figures, "yes" being the positive class; one per yes/no kind and one over all of them."""
 
@@ -368,11 +377,15 @@ class Scores(Record):
     exact_match: float  # over all samples
     per_kind: dict[str, float]
     yes_no: dict[str, YesNo]
+    token_f1: float  # mean over samples
+    token_f1_per_kind: dict[str, float]
+    nats_per_token: float | None = None  # of the references; None: not measured
+    kl_per_token: float | None = None  # from the teacher; None: not measured, or the teacher itself
     fingerprint: Fingerprint | None = None  # None: not known how it was measured, so it compares with nothing
 
 
 class Difference(Record):
-    """Exact match of `arm` minus that of `against`, over the same samples; `p_holm` is adjusted for all pairs of arms."""
+    """A measure of `arm` minus that of `against`, over the same samples; `p_holm` is adjusted for all pairs of arms."""
 
     arm: str
     against: str
@@ -389,17 +402,32 @@ class Difference(Record):
         return not self.differs and not self.ci95[0] <= 0 <= self.ci95[1]
 
 
-class OverSeeds(Record):
-    """Arms that differ in their seed alone: the mean of their scores, its interval over seeds x images, and their spread."""
+class Contrast(Record):
+    """All pairs of arms by one measure, and what the sample can tell apart by it. Medians are over pairs; None for one arm."""
 
-    arms: list[str]
-    exact_match: float
+    pairs: list[Difference]  # each arm against each that ranks below it by exact match
+    noise: float | None  # gap between two arms that this sample, and these seeds, tell apart
+    detectable: float | None  # true gap that would be told apart four times in five
+    spread: float | None  # standard deviation between runs that differ in their seed alone; None: one run per arm
+
+    def gain(self, arm: str, baseline: str) -> Difference | None:
+        """`arm` minus `baseline`, whichever of the two ranks higher; None if they are no pair."""
+        pair = next((p for p in self.pairs if {p.arm, p.against} == {arm, baseline}), None)
+        if pair is None or pair.arm == arm:
+            return pair
+        low, high = pair.ci95
+        turned = {"arm": arm, "against": baseline, "difference": 0.0 - pair.difference, "ci95": (0.0 - high, 0.0 - low)}
+        return pair.model_copy(update=turned)
+
+
+class Estimate(Record):
+    value: float
     ci95: tuple[float, float]
-    standard_deviation: float  # of the arms' scores, n - 1
+    per_kind: dict[str, float]
 
 
 class TeacherResult(Record):
-    """Exact match with its interval, over all samples and as the mean over kinds."""
+    """Exact match with its interval, over all samples and as the mean over kinds; the other measures over all samples."""
 
     exact_match: float
     ci95: tuple[float, float]
@@ -408,23 +436,36 @@ class TeacherResult(Record):
     per_kind: dict[str, float]
     per_kind_ci95: dict[str, tuple[float, float]]
     yes_no: dict[str, YesNo]
+    measures: dict[str, Estimate]  # token F1, nats and KL per token (components/evaluate/measures.py)
     differs: list[str] = []  # in how it was measured, from the teacher; then it compares with nothing here
 
 
 class ArmResult(TeacherResult):
+    """Means over the arm's runs, which differ in their seed alone; intervals of those means."""
+
+    runs: dict[str, float]  # name in params/study.yaml -> exact match; the first gives the arm its name
     share_of_teacher: float | None  # exact match over the teacher's; None where the teacher has none
     share_ci95: tuple[float, float] | None
     gains: dict[str, Difference]  # over each baseline of params/evaluate.yaml
-    train_seconds: float
-    peak_memory_mib: float
+    train_seconds: float  # mean over runs
+    peak_memory_mib: float  # the most of any run
     device: str
     steps: int
+
+
+class PublishedRuns(Record):
+    """Runs of a shipped recipe on the publisher's machine (components/evaluate/published_runs.yaml)."""
+
+    recipe: str
+    differing: int  # values of params/ that differ from the recipe's
+    machine: str
+    scores: dict[str, Annotated[list[float], Field(min_length=1)]]  # teacher and arms -> exact match, one number per seed
 
 
 class Comparison(Record):
     """reports/compare.json"""
 
-    headline: str  # what may be said of the best arm
+    headline: str  # what the sample can tell apart, and what may be said of the best arm
     standing: str  # the order of all arms with their intervals, in a sentence
     split: Split
     n: int  # samples
@@ -436,10 +477,19 @@ class Comparison(Record):
     teacher: TeacherResult
     arms: dict[str, ArmResult]  # in the order of params/study.yaml
     order: list[str]  # arms from the best down
-    pairs: list[Difference]  # each better arm against each that ranks below it
-    noise: float | None  # gap between two arms that this test sample tells apart, median over pairs; None for one arm
-    detectable: float | None  # true gap that a sample of this size would tell apart four times in five
-    seeds: list[OverSeeds]  # empty if no two arms differ in their seed alone
+    exact_match: Contrast
+    measures: dict[str, Contrast]
+    published: PublishedRuns | None = None  # of the recipe that params/ are nearest to
+
+    @property
+    def pairs(self) -> list[Difference]:
+        """Each better arm against each that ranks below it, by exact match."""
+        return self.exact_match.pairs
+
+    @property
+    def repeated(self) -> bool:
+        """Whether some arm was trained with several seeds, so that intervals hold the seeds' share."""
+        return self.exact_match.spread is not None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -49,7 +49,7 @@ def duel(
     images = {image: index for index, image in enumerate(dict.fromkeys(ours[key].image_id for key in asked))}
     kinds = {kind: index for index, kind in enumerate(sorted({ours[key].kind for key in asked}))}
     observed, resampled = bootstrap(
-        correct=[[side[key].correct for key in asked] for side in (ours, theirs)],
+        values=[[side[key].correct for key in asked] for side in (ours, theirs)],
         images=[images[ours[key].image_id] for key in asked],
         kinds=[kinds[ours[key].kind] for key in asked],
         resamples=settings.bootstrap_resamples,

@@ -9,18 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from components.artifacts import Candidate, ModelRecord
-from components.evaluate import generate, metrics
+from components.evaluate import generate, likelihood, metrics
 from components.irs import search
-from components.models.collate import Collator
-from components.models.load import Loaded, load
+from components.models.load import load
 from components.models.template import Template
-from components.models.vlm import VLM
 from components.settings import Settings
-from components.shards import Sample, Samples
+from components.shards import Samples
 from components.teacher.choose import limits_broken
 from components.teacher.memory import TensorMemory
 
@@ -57,7 +53,7 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
     answered = answer(rows, f"{record.name}: answers")
     seconds = time.perf_counter() - start
     scores = metrics.score(record.name, metrics.predictions((samples[row] for row in rows), answered))
-    nats = nats_per_token(loaded, samples, rows, template, settings, f"{record.name}: references")
+    forced = likelihood.likelihoods(loaded, samples, rows, template, settings.evaluate.batch_size, f"{record.name}: references")
     try:
         layer = search.measure(loaded, samples, template, settings.irs)  # last: it changes the model's attention function
     except search.TooFewInstructions:
@@ -68,7 +64,7 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
         name=record.name,
         exact_match=scores.exact_match,
         per_kind=scores.per_kind,
-        nats_per_token=nats,
+        nats_per_token=likelihood.nats_per_token(forced),
         irs=layer and layer.irs[layer.layer],
         irs_layer=layer and layer.layer,
         parameters=record.parameters,
@@ -77,21 +73,3 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
         refused=[],
     )
     return candidate.model_copy(update={"refused": limits_broken(candidate, settings.teacher)})
-
-
-@torch.inference_mode()
-def nats_per_token(
-    loaded: Loaded, samples: Sequence[Sample], rows: Sequence[int], template: Template, settings: Settings, title: str
-) -> float:
-    """Mean cross-entropy, in nats, of the reference answers' tokens, EOS included, over all tokens of `rows` alike."""
-    collator = Collator(loaded.processor, template, settings.models.max_length, train=True)
-    view = VLM(loaded.model)
-    nats, tokens, size = 0.0, 0, settings.evaluate.batch_size
-    for start in tqdm(range(0, len(rows), size), desc=title, unit="batch"):
-        batch = collator([samples[row] for row in rows[start : start + size]]).to(loaded.model.device)
-        hidden, _ = view.plain(batch, view.features(batch), keep=False)
-        response = batch.response[:, 1:]  # the row at t predicts token t + 1
-        logits = view.head(hidden[:, :-1][response])
-        nats += float(F.cross_entropy(logits, batch.input_ids[:, 1:][response], reduction="sum"))
-        tokens += int(response.sum())
-    return nats / tokens

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from components import artifacts
-from components.artifacts import Candidate, Cost, Fingerprint, LayerChoice, Manifest, Prediction, TeacherReport
+from components.artifacts import Candidate, Cost, Fingerprint, LayerChoice, Likelihood, Manifest, Prediction, TeacherReport
 from components.evaluate.metrics import score
 from components.figures import draw
 from components.irs.overlays import Gaze, curve, overlay
@@ -84,6 +84,16 @@ def write_scores(root: Path, arm: str, predictions: list[Prediction], measured: 
     folder = root / artifacts.SCORES / arm
     score(arm, predictions).model_copy(update={"fingerprint": measured}).write(folder / "scores.json")
     artifacts.write_text(folder / "predictions.jsonl", artifacts.jsonl(predictions))
+    artifacts.write_text(folder / "likelihoods.jsonl", artifacts.jsonl(_likelihood(arm, p) for p in predictions))
+
+
+def _likelihood(arm: str, prediction: Prediction) -> Likelihood:
+    """What is answered wrong was unlikely, and further from the teacher."""
+    tokens = len(prediction.reference.split()) + 1
+    random = np.random.default_rng(zlib.crc32(f"{arm} {prediction.id}".encode()))
+    nats = tokens * (0.1 if prediction.correct else 0.9) * random.lognormal(0, 0.3)
+    kl = None if arm == artifacts.TEACHER_ARM else 0.4 * nats
+    return Likelihood(id=prediction.id, tokens=tokens, nats=nats, kl=kl)
 
 
 def _row(index: int, per_image: int, rng: np.random.Generator) -> ImageRow:

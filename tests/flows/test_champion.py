@@ -100,6 +100,7 @@ with tracking.stage_run(stage, *arm, runtime=load_settings().runtime):
         }
         score = sum(right) / 100
         scores = {"arm": arm[0], "samples": 100, "exact_match": score, "per_kind": {"count": score}, "yes_no": {}}
+        scores |= {"token_f1": score, "token_f1_per_kind": {"count": score}}
         write(f"artifacts/scores/{arm[0]}/scores.json", json.dumps({**scores, "fingerprint": fingerprint}))
     if stage == "compare":
         write("reports/compare.md", "compared")

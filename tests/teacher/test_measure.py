@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from components.artifacts import DATASET, MODELS, ModelIndex, TeacherReport
 from components.evaluate.generate import questions
 from components.irs.search import TooFewInstructions
-from components.models.load import Loaded, load
-from components.models.template import Template
 from components.settings import Settings, load_settings
 from components.shards import Samples
-from components.teacher.measure import balanced, measure, nats_per_token
+from components.teacher.measure import balanced, measure
 from components.teacher.report import table
 
 KINDS = st.lists(st.sampled_from(["exist", "list", "count"]), min_size=1, max_size=40)
@@ -50,19 +48,6 @@ def settings(workplace: Path) -> Settings:
     return found.model_copy(update={"evaluate": found.evaluate.model_copy(update={"batch_size": 7})})
 
 
-def test_nats_are_the_models_own_loss_on_the_answers(settings: Settings) -> None:
-    """transformers' own loss, sample by sample with the rest masked out, weighed by each answer's tokens."""
-    samples = Samples(DATASET, "val")
-    rows = questions(samples)
-    loaded = load(MODELS / "teachers/small", "cpu")
-    nats = nats_per_token(loaded, samples, rows, Template(""), settings, "tests")
-    total, tokens = 0.0, 0
-    for row in rows:
-        loss, count = own_loss(loaded, samples, row, settings)
-        total, tokens = total + loss * count, tokens + count
-    assert nats == pytest.approx(total / tokens, rel=1e-5)
-
-
 def test_a_candidate_has_no_irs_where_no_image_has_two_instructions_and_no_arm_asks(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,17 +65,6 @@ def test_a_candidate_has_no_irs_where_no_image_has_two_instructions_and_no_arm_a
     assert candidate.irs is None and candidate.irs_layer is None
     found = TeacherReport(chosen="small", reason="", candidates=[candidate])
     assert "| IRS of its best layer | none |" in table(found, settings.teacher, 4)
-
-
-def own_loss(loaded: Loaded, samples: Samples, row: int, settings: Settings) -> tuple[float, int]:
-    from components.models.collate import Collator
-
-    batch = Collator(loaded.processor, Template(""), settings.models.max_length, train=True)([samples[row]])
-    labels = batch.input_ids.masked_fill(~batch.response, -100)
-    with torch.no_grad():
-        out = loaded.model(input_ids=batch.input_ids, pixel_values=batch.pixel_values, labels=labels)
-    answer = loaded.processor.tokenizer(" " + samples[row].turns[0].answer, add_special_tokens=False).input_ids
-    return float(out.loss), len(answer) + 1
 
 
 def test_a_candidate_is_measured(settings: Settings) -> None:
