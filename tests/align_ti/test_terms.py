@@ -164,6 +164,8 @@ def test_its_gradient_by_finite_differences(case: Case, route: str) -> None:
     student, teacher = pair()
     module, b = step(student, teacher, case, route=route), batch()
     draws = module.draw(b, KEYS) if module.method.needs.ribbon else None
+    if draws is not None:
+        draws[draws == tiny.PAD] = tiny.PAD + 4  # the embedding of padding has no gradient
     slopes = gradients(module, loss(module, b, draws=draws))
     stream = torch.Generator().manual_seed(5)
     direction = [torch.randn(p.shape, generator=stream, dtype=p.dtype) * p.detach().abs().mean() for p in module.parameters()]
