@@ -31,6 +31,7 @@ class Part(Record):
     images: int  # looked at, those refused among them
     splits: dict[Split, SplitRecord]
     refused: int
+    rows: int  # of the source that are stored, those among them that `overlap.drop` takes out later
 
 
 class Parts:
@@ -105,7 +106,7 @@ def write_part(
     origins: list[Provenance] = []
     refused: list[Refused] = []
     looks: list[tuple[int, int, int]] = []
-    images = 0
+    images = rows = 0
     try:
         for found in source.rows(part):
             images += 1
@@ -114,11 +115,13 @@ def write_part(
                     looks.append((SPLITS.index(found.origin.split), len(origins), found.look))
                 writers[found.origin.split].add(found.row)
                 origins.append(found.origin)
+                rows += found.rows
             else:
                 refused += found
             if bar is not None:
                 bar(1)
-        record = Part(images=images, splits={split: writer.close() for split, writer in writers.items()}, refused=len(refused))
+        splits = {split: writer.close() for split, writer in writers.items()}
+        record = Part(images=images, splits=splits, refused=len(refused), rows=rows)
     finally:
         for writer in writers.values():
             writer.discard()
