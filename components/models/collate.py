@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from components.errors import DataError, ModelError
-from components.models.template import IMAGE, Template, special_tokens
+from components.models.plain import PlainText
+from components.models.template import IMAGE, Rendered, Template
 from components.shards import Sample
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class Collator:
 
     Raises:
         ModelError: at construction, if the processor cannot serve (see `check_special_tokens`).
-        DataError: naming the sample: longer than `max_length` tokens, `<image>` that does not match its image, text that
-            contains a special token, no response token, an image that does not decode.
+        DataError: naming the sample: longer than `max_length` tokens, `<image>` that does not match its image, no response
+            token, an image that does not decode. The stage `check_rows` has left such rows out.
     """
 
     def __init__(self, processor: Any, template: Template, max_length: int, train: bool, teacher: Any = None) -> None:
@@ -92,7 +93,7 @@ class Collator:
         self.max_length = max_length
         self.train = train
         self._image_text = image_text(processor)  # None: each image has its own
-        self._reserved = special_tokens(self.tokenizer)
+        self._plain = PlainText(self.tokenizer)
         self._processed: dict[str, Processed] = {}
         self._processed_bytes = 0
 
@@ -136,11 +137,8 @@ class Collator:
         for sample in samples:
             self._check(sample)
         rendered = [self.template.render(sample.turns, self._text_of(sample), self.train) for sample in samples]
-        tokens = self.tokenizer(
-            [r.text for r in rendered], return_offsets_mapping=True, add_special_tokens=self.template.wants_special_tokens
-        )
         rows = []
-        for sample, text, ids, offsets in zip(samples, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        for sample, (text, ids, offsets) in zip(samples, self._tokens(rendered), strict=True):
             start, end = np.asarray(offsets).T
             input_ids = np.asarray(ids)
             response = np.zeros(len(ids), dtype=bool)
@@ -154,6 +152,14 @@ class Collator:
             rows.append(Encoded(input_ids, response, after & ~visual & ~response & (end > start), visual))
             self._check_encoded(sample, rows[-1])
         return rows
+
+    def _tokens(self, rendered: list[Rendered]) -> Iterator[tuple[Rendered, list[int], list[tuple[int, int]]]]:
+        """Each text, its token ids and their characters. Special tokens are those of the template; what looks like one in a
+        sample's own words is plain text."""
+        special = self.template.wants_special_tokens
+        tokens = self.tokenizer([r.text for r in rendered], return_offsets_mapping=True, add_special_tokens=special)
+        for text, ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            yield self._plain.encode(text, special) if self._plain.is_needed(text) else (text, ids, offsets)
 
     def spelt_out(self, sample: Sample) -> str:
         """What the model reads of a sample and what of it is trained on, decoded from its tokens, for the log.
@@ -203,11 +209,6 @@ class Collator:
             )
         if self.train and not all(turn.answer.strip() for turn in sample.turns):
             raise DataError(f"sample {sample.id}: an answer is empty, so there are no response tokens")
-        for turn in sample.turns:
-            for text in (turn.question.replace(IMAGE, ""), turn.answer):
-                reserved = [token for token in self._reserved if token in text]
-                if reserved:
-                    raise DataError(f"sample {sample.id}: the special token {reserved[0]!r} stands in its text; escape it")
 
     def _check_encoded(self, sample: Sample, row: Encoded) -> None:
         if len(row.input_ids) > self.max_length:
