@@ -33,11 +33,12 @@ from components.artifacts import (
 )
 from components.dataset import digits, mixture, overlap
 from components.dataset.card import write_card
-from components.dataset.parts import Part, Parts, cores, make
+from components.dataset.parts import Part, Parts, make
 from components.dataset.source import Refused, Source
 from components.errors import DataError, InputError, TryAgainError
 from components.settings import DataSettings
 from components.shards import joined
+from components.workers import cores
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

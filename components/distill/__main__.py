@@ -16,7 +16,19 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from components import tracking
 from components.align_ti.step import AlignTI, Method
-from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
+from components.artifacts import (
+    DATASET,
+    IRS,
+    MODELS,
+    ROWS,
+    SIGNALS,
+    STUDENTS,
+    TEACHER,
+    Cost,
+    LayerChoice,
+    ModelIndex,
+    TeacherChoice,
+)
 from components.distill.card import model_card
 from components.distill.checkpoint import Checkpoints, fingerprint
 from components.distill.export import export, gathered
@@ -71,7 +83,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     )
     check_came_up(accelerator, settings.runtime)
     device = accelerator.device
-    samples = Samples(DATASET, "train")
+    samples = Samples(DATASET, "train", ROWS)
     align = settings.distill.stage == "align"
     choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
     layer = None if align else LayerChoice.read(IRS / "layer.json").layer

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
+SHORTEST, LONGEST = 56, 100  # pixels of a side; the aspect: Qwen's processors refuse sides under 28 or an aspect over 200
 PIXEL_CACHE_BYTES = 2**29  # the image processor costs 0.3 ms an image, as much as a small student's whole step
+
+
+class RefusedImageError(DataError):
+    """An image of a shape that an image processor refuses."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,15 @@ class Collator:
             pixel_values=None,
         )
 
-    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Token ids and masks. A token is response if its characters overlap a response's, whatever the tokenizer's kind."""
+    def encode(self, samples: Sequence[Sample], shown: Sequence[str | None] | None = None) -> list[Encoded]:
+        """Token ids and masks. A token is response if its characters overlap a response's, whatever the tokenizer's kind.
+
+        `shown`: what stands for each sample's image, where that is known already.
+        """
         for sample in samples:
             self._check(sample)
-        rendered = [self.template.render(sample.turns, self._text_of(sample), self.train) for sample in samples]
+        shown = [self._text_of(sample) for sample in samples] if shown is None else shown
+        rendered = [self.template.render(sample.turns, text, self.train) for sample, text in zip(samples, shown, strict=True)]
         rows = []
         for sample, (text, ids, offsets) in zip(samples, self._tokens(rendered), strict=True):
             start, end = np.asarray(offsets).T
@@ -186,11 +195,33 @@ class Collator:
             if key in self._processed or key in found:
                 found[key] = self._processed.get(key) or found[key]
                 continue
-            found[key] = processed(self.processor, decode(sample))
+            found[key] = self._accepted(decode(sample))
             if self._processed_bytes + found[key].nbytes <= PIXEL_CACHE_BYTES:
                 self._processed[key] = found[key]
                 self._processed_bytes += found[key].nbytes
         return [found[sample.image_id] for sample in shown]
+
+    def _accepted(self, image: Image.Image) -> Processed:
+        """The image, stretched where the processor refuses its shape."""
+        try:
+            return processed(self.processor, image)
+        except RefusedImageError:
+            return processed(self.processor, stretched(image))
+
+    def shown(self, width: int, height: int) -> tuple[str, bool]:
+        """What stands for an image of that size among the tokens, and whether it has to be stretched for it.
+
+        Raises RefusedImageError if the processor refuses it stretched, too.
+        """
+        from PIL import Image
+
+        if self._image_text is not None:
+            return self._image_text, False
+        blank = Image.new("RGB", (width, height))
+        try:
+            return processed(self.processor, blank).text, False
+        except RefusedImageError:
+            return processed(self.processor, stretched(blank)).text, True
 
     def _text_of(self, sample: Sample) -> str | None:
         if sample.image is None:
@@ -227,6 +258,12 @@ def decode(sample: Sample) -> Image.Image:
         return Image.open(io.BytesIO(sample.image)).convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(f"sample {sample.id}: image {sample.image_id} does not decode: {error}") from None
+
+
+def stretched(image: Image.Image) -> Image.Image:
+    """At least SHORTEST pixels and a LONGEST-th of the other side on each side: shapes that all processors take."""
+    width, height = image.size
+    return image.resize((max(width, SHORTEST, -(-height // LONGEST)), max(height, SHORTEST, -(-width // LONGEST))))
 
 
 def check_special_tokens(processor: Any) -> None:
@@ -274,11 +311,15 @@ def shapes() -> list[Image.Image]:
 
 
 def processed(processor: Any, image: Image.Image) -> Processed:
-    """Raises ModelError if the processor is not of a kind that is known to work."""
+    """Raises ModelError if the processor is not of a kind that is known to work, RefusedImageError if it refuses the image."""
     if not hasattr(processor, "replace_image_token"):
         raise ModelError(f"{type(processor).__name__} does not say how many visual tokens an image has")
     options = getattr(processor, "images_kwargs", {})  # what this processor asks of its image processor beside its defaults
-    found = processor.image_processor(images=[image], return_tensors="pt", **options)
+    try:
+        found = processor.image_processor(images=[image], return_tensors="pt", **options)
+    except (ValueError, ZeroDivisionError, RuntimeError) as error:
+        shape = f"{image.width} x {image.height} pixels"
+        raise RefusedImageError(f"{type(processor).__name__} refuses an image of {shape}: {error}") from None
     try:
         text: str = processor.replace_image_token(found, 0)
     except (TypeError, AttributeError) as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from components.artifacts import (
     DATASET,
     MODELS,
+    ROWS,
     RUNS,
     SIGNALS,
     TEACHER,
@@ -103,7 +104,7 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     shared = _shared_vocabulary(teacher, students)
     collator = Collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
     speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib)
-    samples = Samples(DATASET, "train")
+    samples = Samples(DATASET, "train", ROWS)
     paths = build(speaker, samples, settings.distill.micro_batch_size, folder)
     shards = {path.name: sha256([path]) for path in paths}
     signals = Signals(folder, shards)
