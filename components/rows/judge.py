@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from components.artifacts import Record, Split, sha256
 from components.errors import DataError
-from components.models.collate import Collator, Encoded, RefusedImageError
+from components.models.collate import Collator, Encoded, RefusedImageError, visual_id
 from components.models.processor import load_processor
 from components.models.template import Template
 from components.settings import ModelsSettings
@@ -44,13 +45,21 @@ class _LeftOut(Exception):
         self.reason, self.detail = reason, detail
 
 
+class _Shown(NamedTuple):
+    """What stands for an image among the tokens: one of its tokens where only their number matters."""
+
+    text: str
+    more: int  # tokens that the image has beyond those of `text`
+    stretched: bool
+
+
 class Judge:
     def __init__(self, folders: Sequence[Path], settings: ModelsSettings) -> None:
         """`folders`: of models that read rows each in its own way (`different`)."""
         self.settings = settings
         template = Template.asked(settings.template)
         self.collators = [Collator(load_processor(folder), template, sys.maxsize, train=True) for folder in folders]
-        self._shown = lru_cache(SIZES)(lambda place, size: self.collators[place].shown(*size))
+        self._shown = lru_cache(SIZES)(self._shown_anew)
 
     def __call__(
         self, split: Split, samples: Sequence[Sample], sizes: Sequence[tuple[int, int] | None]
@@ -58,77 +67,96 @@ class Judge:
         """Of each sample, whose image has that size, its verdict and what there is to say of it."""
         together = self._together(samples, sizes)
         for place, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
-            turns = len(sample.turns)
             try:
-                shown = [self._text(model, size) for model in range(len(self.collators))]
-                rows = together[place] if together else self._encoded(sample, shown)
-                longest = max(len(row.input_ids) for row in rows)
-                kept, rows = self._within(sample, shown, rows)
+                tried = together[place] if together else [self._tried(model, sample, size) for model in self._models]
+                verdict, longest = self._within(sample, size, tried)
             except _LeftOut as left:
-                remark = Remark(split=split, id=sample.id, reason=left.reason, detail=left.detail, turns=turns, kept=0)
-                yield (0, 0, 0), remark
+                yield (
+                    (0, 0, 0),
+                    Remark(split=split, id=sample.id, reason=left.reason, detail=left.detail, turns=len(sample.turns), kept=0),
+                )
                 continue
-            tokens, response = max(len(row.input_ids) for row in rows), max(int(row.response.sum()) for row in rows)
-            yield (kept, tokens, response), self._remark(split, sample, kept, longest, size)
+            yield verdict, self._remark(split, sample, verdict[0], longest, size)
+
+    @property
+    def _models(self) -> range:
+        return range(len(self.collators))
+
+    def _together(self, samples: Sequence[Sample], sizes: Sequence[tuple[int, int] | None]) -> list[list[np.ndarray]] | None:
+        """All samples tried at once with each model, which is fastest; None if something is wrong with one of them."""
+        by_model = []
+        for model, collator in enumerate(self.collators):
+            try:
+                shown = [self._image(model, size) for size in sizes]
+                encoded = collator.encode(samples, [one and one.text for one in shown])
+            except (DataError, _LeftOut):
+                return None
+            by_model.append([_lengths(row, one.more if one else 0) for row, one in zip(encoded, shown, strict=True)])
+        return [list(lengths) for lengths in zip(*by_model, strict=True)]
+
+    def _tried(self, model: int, sample: Sample, size: tuple[int, int] | None) -> np.ndarray:
+        shown = self._image(model, size)
+        try:
+            (row,) = self.collators[model].encode([sample], [shown and shown.text])
+        except DataError as error:
+            raise _LeftOut("no_sample", str(error)) from None
+        return _lengths(row, shown.more if shown else 0)
+
+    def _within(
+        self, sample: Sample, size: tuple[int, int] | None, tried: list[np.ndarray]
+    ) -> tuple[tuple[int, int, int], int]:
+        """The verdict, and the tokens of the whole sample."""
+        most, kept = self.settings.max_length, len(sample.turns)
+        longest = tokens = max(int(lengths[-1]) for lengths in tried)
+        if tokens > most and self.settings.too_long == "cut":
+            kept = min(int((lengths[:-2] <= most).sum()) for lengths in tried)
+            while kept and tokens > most:  # what a template writes after an answer may not fit
+                shorter = replace(sample, turns=sample.turns[:kept])
+                tried = [self._tried(model, shorter, size) for model in self._models]
+                tokens = max(int(lengths[-1]) for lengths in tried)
+                kept -= tokens > most
+        if tokens > most:
+            raise _LeftOut("too_long", f"{tokens:,} tokens; models.max_length is {most:,}")
+        return (kept, tokens, max(int(lengths[-2]) for lengths in tried)), longest
 
     def _remark(self, split: Split, sample: Sample, kept: int, longest: int, size: tuple[int, int] | None) -> Remark | None:
         turns = len(sample.turns)
         if kept < turns:
             detail = f"{longest:,} tokens; the first {kept} of {turns} turns are within max_length {self.settings.max_length:,}"
             return Remark(split=split, id=sample.id, reason=CUT, detail=detail, turns=turns, kept=kept)
-        if size and any(self._shown(model, size)[1] for model in range(len(self.collators))):
+        if size and any(self._shown(model, size).stretched for model in self._models):
             detail = f"its image, {size[0]} x {size[1]} pixels, is stretched to a shape that the processor takes"
             return Remark(split=split, id=sample.id, reason=RESIZED, detail=detail, turns=turns, kept=kept)
         return None
 
-    def _text(self, model: int, size: tuple[int, int] | None) -> str | None:
+    def _image(self, model: int, size: tuple[int, int] | None) -> _Shown | None:
         if size is None:
             return None
         try:
-            text, stretched = self._shown(model, size)
+            shown = self._shown(model, size)
         except RefusedImageError as error:
             raise _LeftOut("refused_image", str(error)) from None
-        if stretched and self.settings.refused_images == "leave_out":
+        if shown.stretched and self.settings.refused_images == "leave_out":
             raise _LeftOut("refused_image", f"a processor refuses an image of {size[0]} x {size[1]} pixels")
-        return str(text)
+        return shown
 
-    def _together(self, samples: Sequence[Sample], sizes: Sequence[tuple[int, int] | None]) -> list[list[Encoded]] | None:
-        """All samples encoded at once by each model, which is fastest; None if something is wrong with one of them."""
-        try:
-            by_model = [
-                collator.encode(samples, [self._text(model, size) for size in sizes])
-                for model, collator in enumerate(self.collators)
-            ]
-        except (DataError, _LeftOut):
-            return None
-        return [list(rows) for rows in zip(*by_model, strict=True)]
-
-    def _encoded(self, sample: Sample, shown: Sequence[str | None]) -> list[Encoded]:
-        try:
-            return [collator.encode([sample], [text])[0] for collator, text in zip(self.collators, shown, strict=True)]
-        except DataError as error:
-            raise _LeftOut("no_sample", str(error)) from None
-
-    def _within(self, sample: Sample, shown: Sequence[str | None], rows: list[Encoded]) -> tuple[int, list[Encoded]]:
-        """How many of its turns are kept, and the sample so cut."""
-        most, kept = self.settings.max_length, len(sample.turns)
-        tokens = max(len(row.input_ids) for row in rows)
-        if tokens > most and self.settings.too_long == "cut":
-            kept = min(int((_ends(row) <= most).sum()) for row in rows)
-            while kept and tokens > most:  # what a template writes after an answer may not fit
-                rows = self._encoded(replace(sample, turns=sample.turns[:kept]), shown)
-                tokens = max(len(row.input_ids) for row in rows)
-                kept -= tokens > most
-        if tokens > most:
-            visual = max(int(row.visual.sum()) for row in rows)
-            raise _LeftOut("too_long", f"{tokens:,} tokens, {visual:,} of them visual; models.max_length is {most:,}")
-        return kept, rows
+    def _shown_anew(self, model: int, size: tuple[int, int]) -> _Shown:
+        collator = self.collators[model]
+        text, stretched = collator.shown(*size)
+        ids = collator.tokenizer.encode(text, add_special_tokens=False)
+        one = collator.tokenizer.convert_ids_to_tokens(visual_id(collator.processor))
+        if {ids[0], ids[-1]} <= set(
+            collator.tokenizer.added_tokens_decoder
+        ):  # they part the words before and after, as one does
+            return _Shown(one, len(ids) - 1, stretched)
+        return _Shown(text, 0, stretched)
 
 
-def _ends(row: Encoded) -> np.ndarray:
-    """Tokens up to the end of each answer."""
+def _lengths(row: Encoded, more: int) -> np.ndarray:
+    """Tokens up to the end of each answer, of all answers, and of all; `more` of them stand before the first answer."""
     follows = np.append(row.response[1:], False)
-    return np.flatnonzero(row.response & ~follows) + 1
+    ends = np.flatnonzero(row.response & ~follows) + 1 + more
+    return np.array([*ends, row.response.sum(), len(row.input_ids) + more])
 
 
 def different(folders: Sequence[Path]) -> list[Path]:

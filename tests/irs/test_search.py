@@ -125,6 +125,18 @@ def test_too_few_images_or_no_pair_is_refused(tmp_path: Path, rows: list[ImageRo
         draw_images(dataset(tmp_path, rows), SETTINGS)
 
 
+def test_later_turns_are_instructions_too(tmp_path: Path) -> None:
+    """The Cauldron and FineVision ask all questions about a picture in one row."""
+
+    def dialogue(index: int) -> ImageRow:
+        turns = tuple(Turn(f"<image>\n{q}" if not i else q, "one") for i, q in enumerate(QUESTIONS))
+        return ImageRow(f"image-{index}", png(index), ((f"{index}", "open", turns),))
+
+    drawn = draw_images(dataset(tmp_path, [dialogue(0), dialogue(1)]), SETTINGS)
+    assert [len({sample.turns[0].question for sample in image}) for image in drawn] == [3, 3]
+    assert all(sample.turns[0].question.startswith("<image>\n") and len(sample.turns) == 1 for i in drawn for sample in i)
+
+
 def test_attention_is_the_models_own(loaded: Loaded, samples: Samples, folder: Path) -> None:
     """Against eager attention over one prompt at a time, hence without padding."""
     seen = look(loaded, samples, Template(""), SETTINGS)

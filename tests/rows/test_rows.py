@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from components.artifacts import SPLITS, Manifest, ModelIndex, ModelRecord, Split, TriedRows
 from components.errors import DataError
@@ -17,6 +19,7 @@ from components.models.processor import load_processor
 from components.models.template import Template
 from components.rows import __main__ as stage
 from components.rows.__main__ import closing_line, try_rows
+from components.rows.judge import Judge
 from components.settings import Settings, load_settings
 from components.shards import ImageRow, Samples, Turn, write_split
 from tests.families import toy
@@ -137,6 +140,17 @@ def test_lengths_are_those_of_the_longest_reading(here: Path) -> None:
         kept = verdict[verdict["turns"] > 0]
         assert all(len(row.input_ids) <= tokens for row, tokens in zip(rows, kept["tokens"], strict=True))
         assert all(row.response.sum() <= tokens for row, tokens in zip(rows, kept["response"], strict=True))
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_a_verdict_is_the_length_of_what_the_collator_makes(family: str) -> None:
+    settings = asked(template=load_settings(ROOT).models.template, max_length=100_000).models
+    collator = Collator(load_processor(toy.folder(family)), Template.asked(settings.template), 100_000, train=True)
+    samples = list(toy.SAMPLES)
+    sizes = [None if sample.image is None else Image.open(io.BytesIO(sample.image)).size for sample in samples]
+    found = [verdict for verdict, _ in Judge([toy.folder(family)], settings)("train", samples, sizes)]
+    rows = collator.encode(samples)
+    assert found == [(len(s.turns), len(row.input_ids), int(row.response.sum())) for s, row in zip(samples, rows, strict=True)]
 
 
 def test_samples_skip_what_was_left_out_in_every_way_of_reading(here: Path) -> None:
