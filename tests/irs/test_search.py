@@ -29,6 +29,7 @@ from components.models.template import Template
 from components.models.tokenizer import build_processor
 from components.settings import IrsSettings
 from components.shards import ImageRow, Samples, Turn, write_split
+from tests.tried import keep_all
 
 SETTINGS = IrsSettings(seed=3, images=6, instructions_per_image=3, batch_size=5, overlays=2)
 QUESTIONS = ["What is at the top?", "Is there a red one at the very bottom of it?", "How many?", "List all."]
@@ -220,6 +221,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Pa
         text = "\n".join(f"{name}: {value}" if line.startswith(f"{name}:") else line for line in text.splitlines())
     (root / "params" / "irs.yaml").write_text(text + "\n", encoding="utf-8")
     dataset(root / artifacts.DATASET, [row(index) for index in range(10)])
+    keep_all(root / artifacts.DATASET)
     TeacherChoice(name="tiny", path=str(folder), sha256="0" * 64).write(root / artifacts.TEACHER / "choice.json")
     stale = root / "reports" / "irs" / "overlay_9.png"
     stale.parent.mkdir(parents=True)
