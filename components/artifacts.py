@@ -23,6 +23,7 @@ from components.errors import DataError, TryAgainError
 RAW = Path("data")
 DATASET = Path("artifacts/dataset")
 MODELS = Path("artifacts/models")
+ROWS = Path("artifacts/rows")
 TEACHER = Path("artifacts/teacher")
 IRS = Path("artifacts/irs")
 SIGNALS = Path("artifacts/signals")
@@ -162,6 +163,26 @@ class ModelIndex(Record):
 
     teachers: dict[str, ModelRecord]
     students: dict[str, ModelRecord]
+
+
+class TriedSplit(Record):
+    samples: int  # of the data set
+    usable: int
+    cut: int  # of the usable: to the turns that fit
+    resized: int  # of the usable: their images are
+    left_out: dict[str, int]  # reason -> samples
+    tokens: int  # of the usable; the most that any model reads
+    response_tokens: int  # of them, those that are trained on
+    longest: int
+
+
+class TriedRows(Record):
+    """artifacts/rows/rows.json: what came of trying every row with the models' tokenizers, templates and image sizes."""
+
+    digest: str  # the data set's
+    max_length: int
+    tried_with: list[str]  # models, one of those that read rows alike
+    splits: dict[Split, TriedSplit]
 
 
 class Candidate(Record):

@@ -321,7 +321,9 @@ class Template(Strict):
 class ModelsSettings(Strict):
     family: Literal["embedded", "pretrained"]
     template: Template
-    max_length: PositiveInt = Field(description="tokens of one sample, visual tokens included; longer is an error")
+    max_length: PositiveInt = Field(description="tokens of one sample, visual tokens included")
+    too_long: Literal["cut", "leave_out"] = Field(description="longer samples: keep the whole turns that fit, or none")
+    refused_images: Literal["resize", "leave_out"] = Field(description="images of a shape that a processor refuses")
     image_splitting: bool = Field(description="false: Idefics3 and SmolVLM take each image as one tile")
     embedded: EmbeddedFamily | None
     pretrained: PretrainedFamily | None

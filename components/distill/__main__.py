@@ -21,6 +21,7 @@ from components.artifacts import (
     DATASET,
     IRS,
     MODELS,
+    ROWS,
     SIGNALS,
     STUDENTS,
     TEACHER,
@@ -86,7 +87,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     )
     check_came_up(accelerator, settings.runtime)
     device = accelerator.device
-    samples = Samples(DATASET, "train")
+    samples = Samples(DATASET, "train", ROWS)
     align = settings.distill.stage == "align"
     choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
     layers = None if align else searched_for(arm)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from components.artifacts import (
     DATASET,
+    ROWS,
     RUNS,
     SCORES,
     STUDENTS,
@@ -49,7 +50,7 @@ def main() -> None:
     from components.shards import Samples
 
     asked = settings.evaluate
-    samples = Samples(DATASET, asked.split)
+    samples = Samples(DATASET, asked.split, ROWS)
     rows = generate.questions(samples)
     varying = {"split": asked.split, "samples": len(rows), "max_new_tokens": asked.max_new_tokens}
     with tracking.stage_run("evaluate", cell=arm, runtime=settings.runtime, params=varying) as run:

@@ -18,6 +18,7 @@ from components.artifacts import (
     IRS,
     NO_TEACHER,
     REPORTS,
+    ROWS,
     TEACHER,
     Absent,
     LayerChoice,
@@ -59,7 +60,7 @@ def main() -> None:
 
     device = prepare_torch(settings.runtime, settings.irs.seed)
     with tracking.stage_run("search_layer", runtime=settings.runtime, params=settings.irs.model_dump()) as run:
-        samples = Samples(DATASET, "train")
+        samples = Samples(DATASET, "train", ROWS)
         loaded = load(Path(teacher.path), device)
         try:
             seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)

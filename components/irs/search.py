@@ -24,10 +24,10 @@ from components.irs.score import irs_scores
 from components.models.attention import Look, attention_layers, watching
 from components.models.collate import Batch, Collator
 from components.models.load import Loaded
-from components.models.template import Template, question_of
+from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
 from components.settings import IrsSettings
-from components.shards import CAPTION, Sample, Samples
+from components.shards import CAPTION, Sample, Samples, Turn
 
 Z = 1.96  # a normal variable lies within so many standard errors 95 times in 100
 
@@ -151,11 +151,12 @@ def furthest_apart(attention: Tensor) -> tuple[int, int]:
 
 
 def _instructions(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample, of one turn, per different first question about the image."""
+    """One sample, of one turn, per different question about the image, in whatever turn it is asked."""
     different: dict[str, Sample] = {}
     for sample in samples:
-        if sample.image is not None and sample.kind != CAPTION:
-            different.setdefault(question_of(sample.turns[0]), replace(sample, turns=sample.turns[:1]))
+        for turn in sample.turns if sample.image is not None and sample.kind != CAPTION else ():
+            question = question_of(turn)
+            different.setdefault(question, replace(sample, turns=(Turn(f"{IMAGE}\n{question}", turn.answer, turn.boxes),)))
     return list(different.values())
 
 

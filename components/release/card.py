@@ -15,7 +15,14 @@ from components.distill.card import START
 from components.meter import CPU_WH, GPU_WH
 from components.redact import without_login
 
-BEFORE = ("prepare", "obtain_models", "select_teacher", "search_layer", "cache_teacher")  # what `distill@ARM` stands on
+BEFORE = (
+    "prepare",
+    "obtain_models",
+    "check_rows",
+    "select_teacher",
+    "search_layer",
+    "cache_teacher",
+)  # what `distill@ARM` stands on
 
 
 def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from components.artifacts import DATASET, whole_folder
+from components.artifacts import DATASET, ROWS, whole_folder
 from components.distill.export import save
 from components.errors import InputError, ModelError
 from components.evaluate.generate import answers, questions
@@ -125,7 +125,7 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
 
 def some(settings: Settings) -> list[Sample]:
     """The first prepared questions of the evaluated split. Raises DataError if there is no data set."""
-    samples = Samples(DATASET, settings.evaluate.split)
+    samples = Samples(DATASET, settings.evaluate.split, ROWS)
     return [samples[row] for row in questions(samples)[:ASKED]]
 
 

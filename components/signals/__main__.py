@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from components.artifacts import (
     DATASET,
     MODELS,
+    ROWS,
     RUNS,
     SIGNALS,
     TEACHER,
@@ -109,7 +110,7 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     collator = Collator(teacher.processor, template, longest, train=True, rows=wanted.rows)
     background = weighting(settings.distill.iva, LayerChoice.found()).background
     speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib, background)
-    samples = Samples(DATASET, "train")
+    samples = Samples(DATASET, "train", ROWS)
     paths = build(speaker, samples, settings.distill.micro_batch_size, folder)
     shards = {path.name: sha256([path]) for path in paths}
     signals = Signals(folder, shards)

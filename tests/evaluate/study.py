@@ -19,6 +19,7 @@ from components.irs.overlays import Gaze, curve, overlay
 from components.settings import Arm, Weights
 from components.shards import ImageRow, Turn, write_split
 from tests.layers import layer_choice as shared_layer_choice
+from tests.tried import keep_all
 
 ARMS = {"sft": 0.62, "kd": 0.635, "kd_uniform": 0.70, "kd_iva": 0.715, "kd_tpa": 0.65, "align_ti": 0.72}  # share answered right
 TEACHER = 0.88
@@ -65,6 +66,7 @@ def write_study(
     Manifest(
         source="tests", rows_in=split.samples, rows_out=split.samples, quarantined=0, splits={"test": split}, digest="0" * 64
     ).write(dataset / "manifest.json")
+    keep_all(dataset)
     artifacts.write_bytes(dataset / "contact_sheet.png", _sheet(rows))
     difficulty = rng.normal(0, 0.12, images)
     for arm, rate in {artifacts.TEACHER_ARM: teacher, **arms}.items():

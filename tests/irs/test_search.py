@@ -32,6 +32,7 @@ from components.models.template import Template
 from components.models.tokenizer import build_processor
 from components.settings import IrsSettings
 from components.shards import ImageRow, Samples, Turn, write_split
+from tests.tried import keep_all
 
 SETTINGS = IrsSettings(
     seed=3, images=6, instructions_per_image=3, batch_size=5, overlays=2,
@@ -131,6 +132,18 @@ def test_too_few_images_or_no_pair_is_refused(tmp_path: Path, rows: list[ImageRo
         draw_images(dataset(tmp_path, rows), SETTINGS)
 
 
+def test_later_turns_are_instructions_too(tmp_path: Path) -> None:
+    """The Cauldron and FineVision ask all questions about a picture in one row."""
+
+    def dialogue(index: int) -> ImageRow:
+        turns = tuple(Turn(f"<image>\n{q}" if not i else q, "one") for i, q in enumerate(QUESTIONS))
+        return ImageRow(f"image-{index}", png(index), ((f"{index}", "open", turns),))
+
+    drawn = draw_images(dataset(tmp_path, [dialogue(0), dialogue(1)]), SETTINGS)
+    assert [len({sample.turns[0].question for sample in image}) for image in drawn] == [3, 3]
+    assert all(sample.turns[0].question.startswith("<image>\n") and len(sample.turns) == 1 for i in drawn for sample in i)
+
+
 def test_attention_is_the_models_own(loaded: Loaded, samples: Samples, folder: Path) -> None:
     """Against eager maps: all rows after the image, and those of the question's own words."""
     seen = look(loaded, samples, Template(""), SETTINGS)
@@ -222,6 +235,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Pa
         text = "\n".join(f"{name}: {value}" if line.startswith(f"{name}:") else line for line in text.splitlines())
     (root / "params" / "irs.yaml").write_text(text + "\n", encoding="utf-8")
     dataset(root / artifacts.DATASET, [row(index) for index in range(10)])
+    keep_all(root / artifacts.DATASET)
     TeacherChoice(name="tiny", path=str(folder), sha256="0" * 64).write(root / artifacts.TEACHER / "choice.json")
     stale = root / "reports" / "irs" / "overlay_9.png"
     stale.parent.mkdir(parents=True)
@@ -267,6 +281,7 @@ def test_without_two_instructions_on_an_image_there_is_no_layer_and_only_arms_th
     shutil.copytree(finished[0], root)
     shutil.rmtree(root / artifacts.DATASET)
     dataset(root / artifacts.DATASET, [row(index, ["How many?"]) for index in range(4)])
+    keep_all(root / artifacts.DATASET)
     monkeypatch.chdir(root)
     with pytest.raises(DataError, match="0 of 4 images have 3 different instructions"):
         stage.main()  # L_iva of the shipped arms asks for the layer

@@ -23,6 +23,7 @@ from tests.planted import CANARY, REMOTE, SECRETS, leaks
 ROOT = Path(__file__).parents[2]
 STAGES = {
     "prepare",
+    "check_rows",
     "obtain_models",
     "select_teacher",
     "search_layer",
