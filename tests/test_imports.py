@@ -13,12 +13,12 @@ from tests.graph_of_code import ROOT, closure, imports, modules
 LEVELS = [
     {"redact"},
     {"errors"},
-    {"artifacts", "align_ti", "imports"},
+    {"artifacts", "align_ti", "imports", "workers"},
     {"settings"},
     {"meter", "lineage", "registry"},
     {"shards", "looks", "extract", "runtime", "recipes", "tracking", "mirror", "figures"},
     {"models"},
-    {"irs"},
+    {"irs", "rows"},
     {"signals"},
     {"dataset", "distill", "evaluate"},
     {"cost"},  # what the training loop holds, and what it takes
