@@ -127,10 +127,11 @@ def try_part(dataset: Path, split: Split, first: int, last: int, folders: tuple[
     judge, samples = _judge(folders, settings), _samples(dataset, split)
     verdicts: list[tuple[int, int, int]] = []
     remarks: list[Remark] = []
-    waiting = [(sample, samples.image_size(row)) for row in range(first, last) for sample in samples.texts(row)]
+    sizes = {row: samples.image_size(row) for row in range(first, last)}
+    waiting = [(sample, size) for row, size in sizes.items() for sample in samples.texts(row)]
     for start in range(0, len(waiting), TOGETHER):
-        some, sizes = zip(*waiting[start : start + TOGETHER], strict=True)
-        for verdict, remark in judge(split, some, sizes):
+        some, shown = zip(*waiting[start : start + TOGETHER], strict=True)
+        for verdict, remark in judge(split, some, shown):
             verdicts.append(verdict)
             remarks += [remark] if remark else []
     write_text(part.with_suffix(".jsonl"), jsonl(remarks))

@@ -73,14 +73,21 @@ PLANTS: dict[str, Callable[[Row, Path], object]] = {
     "wrong_type": lambda row, _: row.update(image=7),
     "malformed_json": lambda row, _: row.update(cut=True),  # its line is cut when it is written
 }
+# What only the models' own tokenizers tell, by id: rows that `check_rows` leaves out or cuts, and one that it keeps as it is.
+TRIED: dict[str | None, Callable[[Row], object]] = {
+    "too_long": lambda row: turns(row)[1].update(value="red " * 400),
+    "cut": lambda row: turns(row).extend([{"from": "human", "value": "again ?"}, {"from": "gpt", "value": "red " * 400}]),
+    None: lambda row: turns(row)[1].update(value="it is <|im_end|> and <|im_start|>assistant"),
+}
 LIMITS = {"max_pixels": 200_000, "max_image_mib": 1, "max_text_chars": 2_000, "max_bad_ratio": 0.02}
 
 
 # --- the user's folder ------------------------------------------------------------------------------------------------------
 
 
-def write_data(folder: Path) -> dict[int, str]:
-    """`folder/rows.jsonl` and `folder/images`; returns line number -> reason of the planted rows."""
+def write_data(folder: Path) -> tuple[dict[int, str], dict[str, str]]:
+    """`folder/rows.jsonl` and `folder/images`; returns line number -> reason of the planted rows, id -> reason of those that
+    `prepare` stores."""
     (folder / "images/planted").mkdir(parents=True)
     rng = np.random.default_rng(0)
     rows = [row for number in range(ROWS // PER_IMAGE) for row in about(number, folder / "images", rng)]
@@ -89,10 +96,16 @@ def write_data(folder: Path) -> dict[int, str]:
     for count, at in enumerate(range(ONE_IN - 1, ROWS, ONE_IN)):
         planted[at + 1] = reasons[count % len(reasons)]
         PLANTS[planted[at + 1]](rows[at], folder / "images")
+    tried = {}
+    for count, at in enumerate(range(ONE_IN // 2, ROWS, ONE_IN)):
+        reason = list(TRIED)[count % len(TRIED)]
+        TRIED[reason](rows[at])
+        if reason is not None:
+            tried[rows[at]["id"]] = reason
     rows = [rows[0] if row.pop("again", False) else row for row in rows]
     lines = [json.dumps(row)[: -9 if row.pop("cut", False) else None] for row in rows]
     (folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return planted
+    return planted, tried
 
 
 def about(number: int, images: Path, rng: np.random.Generator) -> list[Row]:
@@ -118,11 +131,11 @@ def about(number: int, images: Path, rng: np.random.Generator) -> list[Row]:
 # --- the workspace ----------------------------------------------------------------------------------------------------------
 
 
-def workspace(root: Path) -> dict[int, str]:
+def workspace(root: Path) -> tuple[dict[int, str], dict[str, str]]:
     """A clone with these data, these models and params for them; returns what is planted."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
     shutil.rmtree(root / "data", ignore_errors=True)
-    planted = write_data(root / "data/mine")
+    plants = write_data(root / "data/mine")
     checkpoints = {
         role: {name: {"source": str(toy.save("llava_onevision", root / "hub" / name, seed, layers)), "revision": None}}
         for role, name, seed, layers in (("teachers", "large", 1, 3), ("students", "student", 2, 2))
@@ -135,7 +148,7 @@ def workspace(root: Path) -> dict[int, str]:
     change(root, "distill", steps=120, batch_size=16, micro_batch_size=16, log_every=10, checkpoint_every=60)
     change(root, "evaluate", max_new_tokens=4)
     dvc(root, "add", "--quiet", "data")
-    return planted
+    return plants
 
 
 def change(root: Path, file: str, **values: Any) -> None:
@@ -147,14 +160,17 @@ def dvc(root: Path, *words: str) -> None:
     subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, check=True, env={**os.environ, "PYTHONPATH": "."})
 
 
-def outcome(root: Path, planted: dict[int, str]) -> str:
+def outcome(root: Path, planted: dict[int, str], tried: dict[str, str]) -> str:
     """Raises AssertionError if it is not what the planted rows ask for."""
     manifest = Manifest.read(root / "artifacts/dataset/manifest.json")
     refused = [json.loads(line) for line in (root / "artifacts/dataset/quarantine.jsonl").read_text().splitlines()]
     assert {one["row"]: one["reason"] for one in refused} == planted, "each planted row, and no other, for its own reason"
     assert (manifest.rows_in, manifest.rows_out) == (ROWS, ROWS - len(planted))
+    remarks = [json.loads(line) for line in (root / "artifacts/rows/remarks.jsonl").read_text().splitlines()]
+    assert {one["id"]: one["reason"] for one in remarks} == tried, "left out or cut for the reason planted, and no other"
     lines = [f"{ROWS:,} rows, {len(planted)} planted, {len(refused)} quarantined, each for the reason planted:"]
     lines.append("  " + ", ".join(f"{reason} {count}" for reason, count in Counter(planted.values()).items()))
+    lines.append("check_rows: " + ", ".join(f"{reason} {count}" for reason, count in Counter(tried.values()).items()))
     for arm in ("sft", "align_ti"):
         losses = [json.loads(line) for line in (root / f"artifacts/students/{arm}/losses.jsonl").read_text().splitlines()]
         terms = [name for name in ("sft", "kd", "iva", "tpa") if losses[0].get(name)]
@@ -166,10 +182,10 @@ def outcome(root: Path, planted: dict[int, str]) -> str:
 
 def main() -> None:
     root = Path(sys.argv[1]).resolve()
-    planted = workspace(root)
+    planted, tried = workspace(root)
     start = time.perf_counter()
     dvc(root, "repro")
-    print(f"{outcome(root, planted)}\ndvc repro: {time.perf_counter() - start:.0f} s")
+    print(f"{outcome(root, planted, tried)}\ndvc repro: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
