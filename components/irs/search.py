@@ -24,7 +24,7 @@ from components.irs.score import irs_scores
 from components.models.attention import Look, attention_layers, watching
 from components.models.collate import Batch, Collator
 from components.models.load import Loaded
-from components.models.template import Template, question_of
+from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
 from components.settings import IrsSettings
 from components.shards import CAPTION, Sample, Samples
@@ -147,11 +147,13 @@ def furthest_apart(attention: Tensor) -> tuple[int, int]:
 
 
 def _instructions(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample, of one turn, per different first question about the image."""
+    """One sample, of one turn, per different question about the image."""
     different: dict[str, Sample] = {}
     for sample in samples:
         if sample.image is not None and sample.kind != CAPTION:
-            different.setdefault(question_of(sample.turns[0]), replace(sample, turns=sample.turns[:1]))
+            for turn in sample.turns:
+                question = question_of(turn)
+                different.setdefault(question, replace(sample, turns=(replace(turn, question=f"{IMAGE}\n{question}"),)))
     return list(different.values())
 
 
