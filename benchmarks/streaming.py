@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from benchmarks import measure
 from components.artifacts import Manifest
-from components.dataset.parts import cores
 from components.settings import DataSettings, LlavaFolder, load_settings
+from components.workers import cores
 
 DIFFERENT, PER_TAR, CUT = 100_000, 10_000, 1000
 EVERY = 0.5  # seconds between samples

@@ -1,8 +1,21 @@
 """The work: one room per concern, one `python -m components.<room>` command per stage."""
 
+import io
 import os
 import sys
+
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="backslashreplace")  # a text that this terminal or log cannot show ends nothing
 
 if not sys.stderr.isatty():
     # A log is not a terminal: progress now and then instead of ten times a second. Read by tqdm when it is imported.
     os.environ.setdefault("TQDM_MININTERVAL", "15")
+
+if any(name.lower().endswith("_proxy") for name in os.environ):
+    # No proxy stands between this machine and itself. Read by urllib, requests and httpx, and by what is started from here.
+    _direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if _direct.strip() != "*":
+        _named = {name.strip() for name in _direct.split(",")}
+        _direct = ",".join(filter(None, [_direct, *sorted({"127.0.0.1", "localhost", "::1"} - _named)]))
+    os.environ |= {"no_proxy": _direct, "NO_PROXY": _direct}

@@ -14,18 +14,20 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.errors import DataError, TryAgainError
 
 RAW = Path("data")
 DATASET = Path("artifacts/dataset")
 MODELS = Path("artifacts/models")
+ROWS = Path("artifacts/rows")
 TEACHER = Path("artifacts/teacher")
 IRS = Path("artifacts/irs")
 SIGNALS = Path("artifacts/signals")
+TERMS = Path("artifacts/terms")
 STUDENTS = Path("artifacts/students")
 SCORES = Path("artifacts/scores")
 REPORTS = Path("reports")
@@ -163,13 +165,33 @@ class ModelIndex(Record):
     students: dict[str, ModelRecord]
 
 
+class TriedSplit(Record):
+    samples: int  # of the data set
+    usable: int
+    cut: int  # of the usable: to the turns that fit
+    resized: int  # of the usable: their images are
+    left_out: dict[str, int]  # reason -> samples
+    tokens: int  # of the usable; the most that any model reads
+    response_tokens: int  # of them, those that are trained on
+    longest: int
+
+
+class TriedRows(Record):
+    """artifacts/rows/rows.json: what came of trying every row with the models' tokenizers, templates and image sizes."""
+
+    digest: str  # the data set's
+    max_length: int
+    tried_with: list[str]  # models, one of those that read rows alike
+    splits: dict[Split, TriedSplit]
+
+
 class Candidate(Record):
     name: str
     exact_match: float
     per_kind: dict[str, float]
     nats_per_token: float  # mean cross-entropy on the reference answers
-    irs: float  # of its best layer
-    irs_layer: int
+    irs: float | None  # of its best layer; None: no image has enough instructions, and no arm asks
+    irs_layer: int | None
     parameters: int
     seconds_per_1000: float
     memory_mib: float
@@ -260,6 +282,11 @@ class LayerChoice(Record):
     grids: list[str]  # of visual tokens, that the images have
     backgrounds: list[Background]  # none where the grids differ
 
+    @classmethod
+    def found(cls) -> Self | None:
+        """That of this folder; None where no layer could be searched for: no image has enough instructions."""
+        return None if Absent.reason_at(IRS / "layer.json") else cls.read(IRS / "layer.json")
+
 
 class SignalFacts(Record):
     """What decides the teacher's signals: a cache serves a run only if each of these is the same for both."""
@@ -328,6 +355,15 @@ class Prediction(Record):
     correct: bool
 
 
+class Likelihood(Record):
+    """One line of artifacts/scores/ARM/likelihoods.jsonl: sums over the tokens of the reference, its EOS included."""
+
+    id: str
+    tokens: int
+    nats: float  # negative log-likelihood of the reference, teacher-forced
+    kl: float | None  # KL(teacher || model); None for the teacher
+
+
 class YesNo(Record):
     """POPE-style figures, "yes" being the positive class; one per yes/no kind and one over all of them."""
 
@@ -362,11 +398,15 @@ class Scores(Record):
     exact_match: float  # over all samples
     per_kind: dict[str, float]
     yes_no: dict[str, YesNo]
+    token_f1: float  # mean over samples
+    token_f1_per_kind: dict[str, float]
+    nats_per_token: float | None = None  # of the references; None: not measured
+    kl_per_token: float | None = None  # from the teacher; None: not measured, or the teacher itself
     fingerprint: Fingerprint | None = None  # None: not known how it was measured, so it compares with nothing
 
 
 class Difference(Record):
-    """Exact match of `arm` minus that of `against`, over the same samples; `p_holm` is adjusted for all pairs of arms."""
+    """A measure of `arm` minus that of `against`, over the same samples; `p_holm` is adjusted for all pairs of arms."""
 
     arm: str
     against: str
@@ -383,17 +423,32 @@ class Difference(Record):
         return not self.differs and not self.ci95[0] <= 0 <= self.ci95[1]
 
 
-class OverSeeds(Record):
-    """Arms that differ in their seed alone: the mean of their scores, its interval over seeds x images, and their spread."""
+class Contrast(Record):
+    """All pairs of arms by one measure, and what the sample can tell apart by it. Medians are over pairs; None for one arm."""
 
-    arms: list[str]
-    exact_match: float
+    pairs: list[Difference]  # each arm against each that ranks below it by exact match
+    noise: float | None  # gap between two arms that this sample, and these seeds, tell apart
+    detectable: float | None  # true gap that would be told apart four times in five
+    spread: float | None  # standard deviation between runs that differ in their seed alone; None: one run per arm
+
+    def gain(self, arm: str, baseline: str) -> Difference | None:
+        """`arm` minus `baseline`, whichever of the two ranks higher; None if they are no pair."""
+        pair = next((p for p in self.pairs if {p.arm, p.against} == {arm, baseline}), None)
+        if pair is None or pair.arm == arm:
+            return pair
+        low, high = pair.ci95
+        turned = {"arm": arm, "against": baseline, "difference": 0.0 - pair.difference, "ci95": (0.0 - high, 0.0 - low)}
+        return pair.model_copy(update=turned)
+
+
+class Estimate(Record):
+    value: float
     ci95: tuple[float, float]
-    standard_deviation: float  # of the arms' scores, n - 1
+    per_kind: dict[str, float]
 
 
 class TeacherResult(Record):
-    """Exact match with its interval, over all samples and as the mean over kinds."""
+    """Exact match with its interval, over all samples and as the mean over kinds; the other measures over all samples."""
 
     exact_match: float
     ci95: tuple[float, float]
@@ -402,23 +457,36 @@ class TeacherResult(Record):
     per_kind: dict[str, float]
     per_kind_ci95: dict[str, tuple[float, float]]
     yes_no: dict[str, YesNo]
+    measures: dict[str, Estimate]  # token F1, nats and KL per token (components/evaluate/measures.py)
     differs: list[str] = []  # in how it was measured, from the teacher; then it compares with nothing here
 
 
 class ArmResult(TeacherResult):
+    """Means over the arm's runs, which differ in their seed alone; intervals of those means."""
+
+    runs: dict[str, float]  # name in params/study.yaml -> exact match; the first gives the arm its name
     share_of_teacher: float | None  # exact match over the teacher's; None where the teacher has none
     share_ci95: tuple[float, float] | None
     gains: dict[str, Difference]  # over each baseline of params/evaluate.yaml
-    train_seconds: float
-    peak_memory_mib: float
+    train_seconds: float  # mean over runs
+    peak_memory_mib: float  # the most of any run
     device: str
     steps: int
+
+
+class PublishedRuns(Record):
+    """Runs of a shipped recipe on the publisher's machine (components/evaluate/published_runs.yaml)."""
+
+    recipe: str
+    differing: int  # values of params/ that differ from the recipe's
+    machine: str
+    scores: dict[str, Annotated[list[float], Field(min_length=1)]]  # teacher and arms -> exact match, one number per seed
 
 
 class Comparison(Record):
     """reports/compare.json"""
 
-    headline: str  # what may be said of the best arm
+    headline: str  # what the sample can tell apart, and what may be said of the best arm
     standing: str  # the order of all arms with their intervals, in a sentence
     split: Split
     n: int  # samples
@@ -430,10 +498,19 @@ class Comparison(Record):
     teacher: TeacherResult
     arms: dict[str, ArmResult]  # in the order of params/study.yaml
     order: list[str]  # arms from the best down
-    pairs: list[Difference]  # each better arm against each that ranks below it
-    noise: float | None  # gap between two arms that this test sample tells apart, median over pairs; None for one arm
-    detectable: float | None  # true gap that a sample of this size would tell apart four times in five
-    seeds: list[OverSeeds]  # empty if no two arms differ in their seed alone
+    exact_match: Contrast
+    measures: dict[str, Contrast]
+    published: PublishedRuns | None = None  # of the recipe that params/ are nearest to
+
+    @property
+    def pairs(self) -> list[Difference]:
+        """Each better arm against each that ranks below it, by exact match."""
+        return self.exact_match.pairs
+
+    @property
+    def repeated(self) -> bool:
+        """Whether some arm was trained with several seeds, so that intervals hold the seeds' share."""
+        return self.exact_match.spread is not None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -458,11 +535,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A draft beside `folder` that takes its name, and the place of what had it, when the block ends well; else it is removed.
 
+    Drafts of it that killed processes left are removed too: each may be as large as a model.
+
     Raises TryAgainError if the disk is full, of which safetensors, being Rust, tells in its own way.
     """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     before = draft.with_suffix(".old")
-    shutil.rmtree(draft, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.*"):
+        pid = left.name.removeprefix(f".{folder.name}.").partition(".")[0]
+        if left.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not _lives(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
@@ -478,6 +560,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
 
 
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
+
+
 def sha256(paths: Iterable[Path]) -> str:
     """One digest over the names and contents of files, folders walked in sorted order."""
     digest = hashlib.sha256()
@@ -489,11 +581,12 @@ def sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(facts: dict[str, Any], rooms: Iterable[str]) -> str:
-    """16 hex digits over what decides a result: settings, inputs, and the code of these rooms. Equal means resumable."""
+def fingerprint(facts: dict[str, Any], code: Iterable[str | Path]) -> str:
+    """16 hex digits over what decides a result: settings, inputs, and code: rooms, or files. Equal means resumable."""
     here = Path(__file__).parent
-    code = sha256(sorted(file for room in rooms for file in (here / room).glob("*.py")))
-    text = json.dumps({"code": code, **facts}, sort_keys=True, default=str)
+    files = (file for each in code for file in ([each] if isinstance(each, Path) else (here / each).glob("*.py")))
+    digest = sha256(sorted(files))
+    text = json.dumps({"code": digest, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

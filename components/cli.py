@@ -5,14 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from components.errors import exit_from
 from flows import commands
 
 LONG_S = 3 * 3600
 
+GROUPS = {
+    "Start": ("use", "check", "plan", "arms"),
+    "Run": ("study", "evaluate", "replay", "reproduce"),
+    "Look": ("runs", "compare", "leaderboard", "samples", "controls", "benchmarks", "try"),
+    "Hand on": ("export", "push", "serve", "register", "promote"),
+    "Operate": ("up", "down", "status", "deploy", "worker", "doctor", "sync"),
+}
+
+
+class Grouped(TyperGroup):
+    """`--help` with the commands by what they are for."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=200)) for name in names])
+
+
 app = typer.Typer(
+    cls=Grouped,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a multimodal model with Align-TI. `make repro` runs the whole job; these commands prepare and explain it.",
     no_args_is_help=True,
     add_completion=False,
@@ -21,11 +43,42 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"alignti {version('alignti')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _check_models(*names: str | None) -> None:
+    """Raises InputError, before anything heavy is imported, for what is no arm, `teacher`, folder or ORG/NAME of the hub."""
+    from components.artifacts import TEACHER_ARM
+    from components.errors import unknown
+    from components.settings import load_settings
+
+    known = [TEACHER_ARM, *load_settings().study.arms]
+    for name in names:
+        if name is not None and name not in known and "/" not in name and not Path(name).is_dir():
+            raise unknown("model", name, known)
+
+
 @app.command()
 def use(recipe: str) -> None:
     """Merge params/recipes/RECIPE.yaml into params/ and print what changed."""
     from components import recipes
 
+    recipes.merged(recipe)  # says what is wrong with it before anything is kept
+    _keep_own()
     diff = recipes.use(recipe)
     for line in diff.splitlines():
         colour = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}.get(line[:1])
@@ -39,10 +92,17 @@ def use(recipe: str) -> None:
         typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in before)}.")
 
 
+def _keep_own() -> None:
+    from components import recipes
+
+    if kept := recipes.keep_own():
+        typer.echo(f"params/ held values that no recipe has; they are kept: `cp {kept}/*.yaml params/` brings them back.")
+
+
 @app.command()
 def plan() -> None:
     """Say for each stage whether it would run, why, and how long that takes."""
-    from components.settings import load_settings
+    from components.settings import load_settings, not_here
     from flows.plan import plan as make_plan
 
     settings = load_settings()
@@ -63,6 +123,8 @@ def plan() -> None:
     long = f"about {in_all}, one at a time{but}" if len(unknown) < len(running) else "how long was never timed"
     typer.echo(f"{len(running)} of {len(steps)} stages would run: {long}.")
     typer.echo(f"Times: {basis}. DVC restores a stage at once instead if it has run on the same inputs before.")
+    if missing := not_here(settings):
+        typer.secho(f"Not here, so it would fail: {', '.join(missing)}.", fg=typer.colors.RED)
     if recipe is not None and settings.models.family == "pretrained":
         from flows import bill
 
@@ -77,13 +139,17 @@ def _duration(seconds: float) -> str:
 def check(
     all_recipes: bool = typer.Option(False, "--all-recipes", help="Also merge each recipe into these params and check that."),
 ) -> None:
-    """Check params/: every problem of every file at once; exit code 2 if there is one."""
+    """Check params/, and that the data and models they name are here: every problem at once; exit code 2 if there is one."""
     from components import recipes
     from components.errors import SettingsError
-    from components.settings import load_settings
+    from components.settings import load_settings, not_here
+
+    def own() -> None:
+        if missing := not_here(load_settings()):
+            raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
 
     problems = []
-    checks = {"params/": lambda: load_settings()}
+    checks = {"params/": own}
     if all_recipes:
         checks |= {f"recipe {name}": lambda name=name: recipes.merged(name) for name in recipes.names()}  # type: ignore[misc]
     for what, run in checks.items():
@@ -202,15 +268,16 @@ def controls(
 ) -> None:
     """Write reports/controls.*: every model without its image, and what the test split shares with the training data."""
     from components.artifacts import STUDENTS, TEACHER, TEACHER_ARM, TeacherChoice
-    from components.errors import InputError
-    from components.evaluate import controls as measured
+    from components.errors import unknown
     from components.settings import load_settings
 
     settings = load_settings()
     known = [TEACHER_ARM, *settings.study.arms]
-    unknown = sorted(set(arm or ()) - set(known))
-    if unknown:
-        raise InputError(f"--arm {unknown[0]}: params/study.yaml has no such arm; there are {', '.join(known)}")
+    for name in arm or ():
+        if name not in known:
+            raise unknown("arm", name, known)
+    from components.evaluate import controls as measured
+
     folders = {TEACHER_ARM: Path(TeacherChoice.read(TEACHER / "choice.json").path)}
     folders |= {name: STUDENTS / name / "model" for name in settings.study.arms}
     found = measured.measure([(name, folders[name]) for name in arm or known], settings)
@@ -327,6 +394,8 @@ def expand_study(name: str) -> None:
     """Make the study's arms those of params/study.yaml, for `make repro` to run, and print what changed."""
     from components.study import expand
 
+    expand.read(name)
+    _keep_own()
     diff = expand.expand(name)
     typer.echo(diff or f"params/study.yaml says already what study {name} says.")
 
@@ -339,8 +408,13 @@ def run_study(
     pool: bool = typer.Option(False, "--pool", help="Hand the arms out to the workers of the pool."),
 ) -> None:
     """Run what is missing of a study, in a workspace of its own, and record it."""
+    from components import recipes
+    from components.study import expand
     from flows.servers import client_environment, use_running
 
+    expand.read(name)
+    if recipe is not None:
+        recipes.about(recipe)
     if pool:
         client_environment()  # says what is not up
     use_running()
@@ -353,13 +427,16 @@ def run_study(
 @app.command()
 def compare(study: str) -> None:
     """Say what a study shows, from its runs in MLflow: reports/studies/STUDY/compare.{md,csv,html}."""
+    from components.study import expand
+
+    plan = expand.read(study)
     from components.settings import load_settings
     from components.study import compare as comparison
-    from components.study import expand, report
+    from components.study import report
     from flows.servers import use_running
 
     use_running()
-    settings, plan = load_settings(), expand.read(study)
+    settings = load_settings()
     runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
     cells = [cell.name for cell in expand.cells(study)]
     result = comparison.compare(study, runs, cells, plan.baselines, settings.evaluate.confidence)
@@ -402,9 +479,39 @@ def evaluate(
     blank: bool = typer.Option(False, "--blank", help="vlmeval's tasks with a plain grey image in each image's place."),
 ) -> None:
     """Measure students with the field's own kits, beside our own scores: reports/kits.md."""
+    from components.artifacts import TEACHER_ARM
+    from components.errors import unknown
+    from components.settings import load_settings
+
+    known = [TEACHER_ARM, *load_settings().study.arms]
+    for name in arm or ():
+        if name not in known and not name.startswith("before-"):
+            raise unknown("arm", name, known)
     from components.evaluate.kits.command import evaluate as run
 
     run(kit or (), arm or (), task or (), blank)
+
+
+@app.command()
+def arms() -> None:
+    """List the arms: student, seed, weights, and the score of those that have one."""
+    from components.artifacts import SCORES, Scores
+    from components.settings import load_settings
+
+    for name, arm in load_settings().study.arms.items():
+        weights = " ".join(f"{term} {weight:g}" for term, weight in dict(arm.weights).items() if weight)
+        file = SCORES / name / "scores.json"
+        score = f"{Scores.read(file).exact_match:.1%}" if file.is_file() else "-"
+        typer.echo(f"{name:20} {score:>6}  {arm.student:12} seed {arm.seed:<4} {weights}")
+
+
+@app.command()
+def runs() -> None:
+    """List the runs of this folder, the latest last: name, status, recipe and commit; `alignti reproduce` takes the name."""
+    from components import tracking
+
+    for run in tracking.recorded():
+        typer.echo(f"{run.name:60} {run.status:9} {run.recipe or '-':24} {run.commit[:10]}")
 
 
 @app.command("try")
@@ -417,6 +524,11 @@ def try_model(
     longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
 ) -> None:
     """Ask a model a question about an image: its answer as it comes, with timings."""
+    from components.errors import InputError
+
+    _check_models(student, vs)
+    if not image.is_file():
+        raise InputError(f"--image {image}: no such file")
     from components.release.ask import run
     from components.settings import load_settings
 
@@ -433,6 +545,8 @@ def export(
 ) -> None:
     """Write a model to FOLDER for others, with its full card, and read it back to see that it answers as before."""
     from components.errors import InputError
+
+    _check_models(student)
     from components.release.export import DTYPES
     from components.release.export import export as write
     from components.settings import load_settings

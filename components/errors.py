@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import fcntl
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from components.redact import redacted
 
@@ -31,6 +33,14 @@ class InputError(AlignTIError):
 
 class SettingsError(InputError):
     """One or more problems in `params/`; the message lists all of them."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
+    """`name` is no `what`: the nearest of those that are known, and all of them."""
+    listed = list(known)
+    near = difflib.get_close_matches(name, listed, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"there is no {what} {name!r}; {hint}there are {', '.join(listed) or 'none'}")
 
 
 class ModelError(InputError):
@@ -84,10 +94,20 @@ def share_lock() -> None:
         fcntl.flock(held, fcntl.LOCK_SH)
 
 
+def _check_folder() -> None:
+    """Raises InputError in a folder below the project's: every path here is relative to its root."""
+    here = Path.cwd()
+    if not Path("params").is_dir() and not {"--help", "-h", "--version"} & set(sys.argv[1:]):
+        for root in here.parents:
+            if (root / "params").is_dir() and (root / "dvc.yaml").is_file():
+                raise InputError(f"{here} is a folder of the project in {root}: run it there (cd {os.path.relpath(root)})")
+
+
 def exit_from(main: Callable[[], None]) -> None:
     """Run a stage's `main` and leave with the exit code of what happened; our errors print as one sentence, no trace."""
     try:
         with _terminate_as_exception():
+            _check_folder()
             if "DVC_STAGE" in os.environ:
                 end_with_parent()
                 share_lock()

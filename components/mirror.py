@@ -10,22 +10,26 @@ points, params, tags and inputs once. So it may be stopped anywhere and started 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
+import posixpath
+import re
 import select
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
 from components import registry
 from components.artifacts import write_text
-from components.tracking import FORBIDDEN_IN_NAME, JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
+from components.tracking import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
 LOCAL = "sqlite:///"
 PAUSE_S = 3  # between two looks at a growing journal
@@ -35,6 +39,9 @@ PARAMS_PER_CALL = 100  # MLflow's limit
 PARAM_CHARS = 6000  # MLflow's limit
 DIGEST_CHARS = 36  # MLflow's limit; an md5 of DVC's, `.dir` and all, just fits
 TAG_CHARS = 8000  # MLflow's limit
+NAME_CHARS = 250  # MLflow's limit
+MOVED = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
 
 ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run: what `alignti reproduce` reads
 
@@ -126,16 +133,17 @@ class Mirror:
 
     def _made(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            self._client.set_tag(run_id, f"out.{line['path']}", line["md5"])
+            self._client.set_tag(run_id, fitting(f"out.{line['path']}"), line["md5"])
             self._client.log_dict(run_id, {key: line[key] for key in ("path", "md5", "files")}, f"{MADE}/{line['path']}.json")
 
     def _link(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         experiment = self._client.get_run(run_id).info.experiment_id
         for line in lines:
-            asked = f"tags.`alignti.run` = '{line['run']}'" if line["run"] else f"tags.`out.{line['path']}` = '{line['md5']}'"
+            out = fitting(f"out.{line['path']}")
+            asked = f"tags.`alignti.run` = '{line['run']}'" if line["run"] else f"tags.`{out}` = '{line['md5']}'"
             found = self._client.search_runs([experiment], asked, max_results=1, order_by=["attributes.start_time ASC"])
             if named := found[0].info.run_id if found else line["run"]:
-                self._client.set_tag(run_id, FORBIDDEN_IN_NAME.sub("_", line["key"]), named)
+                self._client.set_tag(run_id, fitting(line["key"].replace("@", "_")), named)
 
     def _register(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -144,14 +152,14 @@ class Mirror:
     def _params(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(name, value[:PARAM_CHARS]) for line in lines for name, value in line["values"].items()]
+        params = [Param(fitting(name), value[:PARAM_CHARS]) for line in lines for name, value in line["values"].items()]
         for some in _chunks(params, PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=some)
 
     def _metrics(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        points = [Metric(k, v, line["time"], line["step"] or 0) for line in lines for k, v in line["values"].items()]
+        points = [Metric(fitting(k), v, line["time"], line["step"] or 0) for line in lines for k, v in line["values"].items()]
         for some in _chunks(points, METRICS_PER_CALL):
             self._client.log_batch(run_id, metrics=some)
 
@@ -173,7 +181,7 @@ class Mirror:
 
     def _tag(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            self._client.set_tag(run_id, FORBIDDEN_IN_NAME.sub("_", line["key"]), line["value"])
+            self._client.set_tag(run_id, fitting(line["key"].replace("@", "_")), line["value"][:TAG_CHARS])
 
     def _end(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         status, ended = lines[-1]["status"], lines[-1]["time"]
@@ -182,6 +190,19 @@ class Mirror:
             # Nobody sees `dvc repro` end, so its run ends with the latest of its stages.
             parent = self._client.get_run(run_id).data.tags["mlflow.parentRunId"]
             self._client.set_terminated(parent, status, ended)
+
+
+def fitting(name: str) -> str:
+    """`name` if MLflow takes it as that of a metric, parameter or tag; else one that is as much like it as MLflow takes.
+
+    Names are paths to MLflow: `a//b`, `a/` and `..` are none. A row's `kind`, which a user chooses, is part of some.
+    """
+    clean = FORBIDDEN_IN_NAME.sub("_", name)
+    if clean == name and posixpath.normpath(name) == name and name[0] not in "./" and len(name) <= NAME_CHARS:
+        return name
+    parts = (part if part.strip(".") else "_" * len(part) or "_" for part in clean.split("/"))
+    told_apart = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{'/'.join(parts)[: NAME_CHARS - 9]}-{told_apart}"
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
@@ -226,8 +247,13 @@ def client(tracking_uri: str) -> Any:
         os.environ.setdefault(name, value)
     if tracking_uri.startswith(LOCAL):
         database = Path(tracking_uri.removeprefix(LOCAL)).resolve()  # MLflow would make it again wherever we go
-        database.parent.mkdir(parents=True, exist_ok=True)
+        make_database(database)
+        _move_artifacts(database)
         tracking_uri = f"{LOCAL}{database}"
+    return _client(tracking_uri)
+
+
+def _client(tracking_uri: str) -> Any:
     import mlflow
 
     for noisy in ("mlflow", "alembic"):
@@ -235,10 +261,59 @@ def client(tracking_uri: str) -> Any:
     return mlflow.MlflowClient(tracking_uri=tracking_uri)
 
 
+def make_database(path: Path) -> None:
+    """MLflow's SQLite file, made whole under another name: where several make it, or one is killed meanwhile, MLflow leaves a
+    database that it never opens again. Such a one, which holds no run yet, is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.with_suffix(".lock")):
+        if path.exists() and (_select(path, "select count(*) from runs") or _is_whole(path)):
+            return
+        draft = path.with_suffix(".draft")
+        for left in path.parent.glob(f"{draft.name}*"):  # by a process that was killed; SQLite's journals too
+            left.unlink()
+        _client(f"{LOCAL}{draft}").search_experiments()
+        draft.replace(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Are its tables those of the MLflow that is installed?"""
+    import mlflow
+    from alembic.script import ScriptDirectory
+
+    migrations = ScriptDirectory(str(Path(mlflow.__file__).parent / "store/db_migrations"))
+    return bool(_select(path, "select version_num from alembic_version") == migrations.get_current_head())
+
+
+def _move_artifacts(database: Path) -> None:
+    """Let runs look for their files beside this database: MLflow keeps whole paths, which a clone that was moved or copied
+    leaves pointing into the old folder."""
+    here = (database.parent / "artifacts").as_uri()
+    ours = re.compile(rf"(file://.*/{re.escape(database.parent.name)}/artifacts)(/.*)?$")
+    with closing(sqlite3.connect(database, timeout=30)) as opened, opened:
+        found = {ours.match(location or "") for (location,) in opened.execute("select artifact_location from experiments")}
+        for before in {match[1] for match in found if match} - {here}:
+            for table, column in MOVED:
+                opened.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or {column} like ? || '/%'",
+                    (here, len(before) + 1, before, before),
+                )
+
+
+def _select(path: Path, asked: str) -> Any:
+    with closing(sqlite3.connect(path)) as database:
+        try:
+            row = database.execute(asked).fetchone()
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            return None
+    return row and row[0]
+
+
 @contextmanager
-def _alone() -> Iterator[None]:
-    """One mirror at a time: between looking for a run and making it, nobody else makes it."""
-    with (JOURNALS / ".lock").open("w") as lock:
+def _alone(lock_file: Path = JOURNALS / ".lock") -> Iterator[None]:
+    """One process at a time: between looking for a run and making it, nobody else makes it."""
+    with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -289,7 +364,7 @@ def follow(journal: Path, tracking_uri: str, voice: IO[str]) -> bool:
 def main() -> None:
     for ending in (signal.SIGINT, signal.SIGTERM):  # they end the stage; what it leaves is still to be sent
         signal.signal(ending, signal.SIG_IGN)
-    voice = os.fdopen(os.dup(2), "w")
+    voice = os.fdopen(os.dup(2), "w", errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
     sent = follow(Path(sys.argv[1]), os.environ["ALIGNTI_TRACKING_URI"], voice)
     voice.flush()

@@ -17,13 +17,14 @@ import difflib
 import io
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError
 
-from components.artifacts import write_text
+from components.artifacts import RUNS, write_text
 from components.errors import SettingsError
 from components.settings import FILES, PositiveFloat, PositiveInt, Settings, Strict, load_settings, read_yaml
 
@@ -120,6 +121,16 @@ def use(name: str, root: Path = Path()) -> str:
         diff += "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"before/{shown}", shown, n=1))
         write_text(path, text)
     return diff
+
+
+def keep_own(root: Path = Path()) -> Path | None:
+    """Copy `params/` to a folder of its own if it holds values that no recipe states, such as own arms; None if it does not."""
+    if not nearest(root)[1]:
+        return None
+    kept = root / RUNS / "params" / time.strftime("%Y%m%dT%H%M%S")
+    for file in FILES:
+        write_text(kept / f"{file}.yaml", (root / "params" / f"{file}.yaml").read_text(encoding="utf-8"))
+    return kept
 
 
 def restate(name: str, root: Path = Path()) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -322,7 +323,9 @@ class Template(Strict):
 class ModelsSettings(Strict):
     family: Literal["embedded", "pretrained"]
     template: Template
-    max_length: PositiveInt = Field(description="tokens of one sample, visual tokens included; longer is an error")
+    max_length: PositiveInt = Field(description="tokens of one sample, visual tokens included")
+    too_long: Literal["cut", "leave_out"] = Field(description="longer samples: keep the whole turns that fit, or none")
+    refused_images: Literal["resize", "leave_out"] = Field(description="images of a shape that a processor refuses")
     image_splitting: bool = Field(description="false: Idefics3 and SmolVLM take each image as one tile")
     embedded: EmbeddedFamily | None
     pretrained: PretrainedFamily | None
@@ -350,7 +353,7 @@ class TeacherSettings(Strict):
 
     seed: int
     samples: PositiveInt = Field(description="validation samples that each candidate answers")
-    min_exact_match: Ratio
+    min_exact_match: Ratio | None
     max_parameters: PositiveInt | None
     max_seconds_per_1000: PositiveFloat | None
     max_memory_mib: PositiveFloat | None
@@ -613,6 +616,12 @@ class Arm(WithTerms):
         """What each of them has the step compute."""
         return {name: terms.term_class(name)(**options).needs for name, options in self.options.items()}
 
+    @property
+    def needs_layer(self) -> bool:
+        """Whether it weighs visual tokens by what the layer search finds."""
+        assert self.iva is not None
+        return self.iva.weighting in ("irs", "searched") and any(needs.attention for needs in self.needs.values())
+
 
 def _dumped(divergence: Divergence | None) -> dict[str, Any] | None:
     return None if divergence is None else divergence.model_dump()
@@ -668,6 +677,11 @@ class Settings(Strict):
         blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
         return Arm(**{field: getattr(arm, field) for field in ("weights", "student", "seed")}, **shared, **blocks)
 
+    @property
+    def needs_layer(self) -> bool:
+        """Whether some arm does."""
+        return any(self.arm(name).needs_layer for name in self.study.arms)
+
     def uses_cache(self, arm: Arm) -> bool:
         """Whether the arm does without the live teacher. One with L_tpa does not: it compares tokens that the student draws."""
         return self.distill.teacher_signals.source == "cache" and not terms.union(arm.needs.values()).live_teacher
@@ -701,12 +715,37 @@ def load_settings(root: Path = Path()) -> Settings:
     return settings
 
 
+class _BadKey(Exception):
+    """`line: key: what is wrong`."""
+
+
+class _Loader(QUICK):  # type: ignore[misc, valid-type]
+    """Keys are text, and each stands once: YAML itself lets the last of two win, and takes `no` for false, `1` for a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            kind = key.tag.rpartition(":")[2]
+            if kind == "str" and not key.style and _is_number(key.value):
+                kind = "float"  # to YAML 1.2, as DVC reads it
+            if kind not in ("str", "merge"):
+                raise _BadKey(f'{line}: {key.value}: YAML takes it for a {kind}, not for text; write "{key.value}"')
+            if key.value in lines:
+                raise _BadKey(f"{line}: {key.value}: stands twice, here and in line {lines[key.value]}; leave one")
+            lines[key.value] = line
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML mapping. Raises SettingsError with file and line if it is missing, malformed or no mapping."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), QUICK)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
+    except _BadKey as bad:
+        raise SettingsError(f"{path}:{bad}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -806,6 +845,8 @@ def _describe(root: Path, raw: dict[str, Any], problem: Any) -> str:
         message = "required, and missing"
     elif keys and not isinstance(problem["input"], dict):
         message += f", not {problem['input']!r}"
+        if problem["type"] == "string_type" and problem["input"] is not None:
+            message += "; YAML takes it for that unless it stands in quotes"
         if problem["type"] == "float_type" and _is_number(problem["input"]):
             message += f"; YAML takes that for text, write {float(problem['input'])!r}"
     key = ".".join(str(part) for part in keys)
@@ -826,7 +867,7 @@ def _known_keys(keys: list[Any], file: str) -> list[str]:
         model = _model_in(annotation)
         if key in _MEMBERS:
             annotation = _MEMBERS[key]
-        elif get_origin(annotation) is dict or model is None:
+        elif get_origin(annotation) is dict or model is None:  # the user's own name
             annotation = get_args(annotation)[-1]
         elif key in model.model_fields:
             annotation = model.model_fields[str(key)].annotation
@@ -861,3 +902,33 @@ def _line(path: Path, keys: list[Any]) -> int:
         else:
             break
     return line
+
+
+def not_here(settings: Settings) -> list[str]:
+    """What the user's own settings name and this folder lacks: data, images, local checkpoints; `key: path`."""
+    return [f"{key}: {path}" for key, path in named_paths(settings) if not _is_here(path)]
+
+
+def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
+    """Key and path of the user's own data and local checkpoints."""
+    data, models = settings.data, settings.models.members
+    if data.source == "llava" and data.llava is not None:
+        yield from (("data.llava.annotations", data.llava.annotations), ("data.llava.images", data.llava.images))
+    if data.source == "mixture" and data.mixture is not None:
+        for name, source in data.mixture.sources.items():
+            if not source.files.startswith("hf://"):
+                yield f"data.mixture.sources.{name}.files", Path(source.files)
+            if source.images is not None:
+                yield f"data.mixture.sources.{name}.images", source.images
+        yield from (("data.mixture.evaluation_images", folder) for folder in data.mixture.evaluation_images)
+    if isinstance(models, PretrainedFamily):
+        for name, model in (*models.teachers.items(), *models.students.items()):
+            parts = {"": model} if isinstance(model, Checkpoint) else {}
+            if isinstance(model, Parts):
+                parts = {".tower": model.tower, ".language_model": model.language_model}
+            yield from ((f"models.pretrained: {name}{part}", Path(c.source)) for part, c in parts.items() if not c.revision)
+
+
+def _is_here(path: Path) -> bool:
+    """`x/*.tar` is, if one such file is."""
+    return path.exists() or ("*" in path.name and any(path.parent.glob(path.name)))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.artifacts import Manifest, ShardRecord, SourceRecord, Sources, Split, SplitRecord, sha256
+from components.artifacts import Manifest, ShardRecord, SourceRecord, Sources, Split, SplitRecord, TriedRows, sha256
 from components.errors import DataError
 
 if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles samples alone does without it
@@ -228,7 +228,8 @@ class Samples(Sequence[Sample]):
     Raises DataError if the split is missing or a shard is not what the manifest says.
     """
 
-    def __init__(self, dataset: Path, split: Split, check: bool = True) -> None:
+    def __init__(self, dataset: Path, split: Split, tried: Path | None = None, check: bool = True) -> None:
+        """`tried`: what the stage `check_rows` wrote: samples that it left out are not there, and long ones are cut."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -236,7 +237,7 @@ class Samples(Sequence[Sample]):
         if split not in self.manifest.splits:
             raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
         self.record = self.manifest.splits[split]
-        self._dataset, self._split = dataset, split
+        self._dataset, self._split, self._tried = dataset, split, tried
         tables = [open_shard(dataset / split / shard.file) for shard in self.record.shards]
         for shard, table in zip(self.record.shards, tables, strict=True):
             if table.num_rows != shard.images:
@@ -247,22 +248,54 @@ class Samples(Sequence[Sample]):
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
             raise DataError(f"{dataset / split}: shards do not hold what the manifest says; {ANEW}")
-        self.row_of = np.repeat(np.arange(len(counts)), counts)  # sample index -> image row
-        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self._turns = None if tried is None else self._verdict(tried)["turns"]
+        usable = np.ones(int(counts.sum()), dtype=bool) if self._turns is None else self._turns > 0
+        rows = np.repeat(np.arange(len(counts)), counts)
+        self._stored = np.flatnonzero(usable)  # sample index -> its place among all that are stored
+        self._stored_first = np.concatenate([[0], np.cumsum(counts)])
+        self.row_of = rows[usable]  # sample index -> image row
+        self._first = np.searchsorted(self.row_of, np.arange(len(counts) + 1))
 
     def __len__(self) -> int:
         return len(self.row_of)
 
-    def __reduce__(self) -> tuple[type[Samples], tuple[Path, Split, bool]]:
+    def __reduce__(self) -> tuple[type[Samples], tuple[Path, Split, Path | None, bool]]:
         """A loader's worker opens the files itself, which have been checked, instead of receiving them."""
-        return Samples, (self._dataset, self._split, False)
+        return Samples, (self._dataset, self._split, self._tried, False)
+
+    def _verdict(self, tried: Path) -> np.ndarray:
+        found = TriedRows.read(tried / "rows.json")
+        if found.digest != self.manifest.digest:
+            raise DataError(f"{tried} is of another data set than {self._dataset}; `dvc repro check_rows` makes it anew")
+        verdict = np.load(tried / f"{self._split}.npy", mmap_mode="r")
+        if len(verdict) != self.record.samples:
+            raise DataError(f"{tried / self._split}.npy is of {len(verdict):,} samples; `dvc repro check_rows` makes it anew")
+        return verdict
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         """Raises IndexError past either end."""
         index = range(len(self))[index]
         row = int(self.row_of[index])
-        stored = self._table.column("samples")[row][int(index - self._first[row])].as_py()
-        return _sample(stored, *_image(self._table, row))
+        stored = int(self._stored[index])
+        sample = self._table.column("samples")[row][stored - int(self._stored_first[row])].as_py()
+        return _sample(sample, *_image(self._table, row), None if self._turns is None else int(self._turns[stored]))
+
+    def texts(self, row: int) -> list[Sample]:
+        """All samples about image `row` as they are stored, with nothing in the image's place: no image is read."""
+        image = self._table.column("image")[row].is_valid
+        name = self._table.column("image_id")[row].as_py()
+        return [_sample(one, name, b"" if image else None) for one in self._table.column("samples")[row].as_py()]
+
+    def image_size(self, row: int) -> tuple[int, int] | None:
+        """Width and height of an image as its file's header says, of which alone is read; None of text."""
+        import pyarrow as pa
+        from PIL import Image
+
+        image = self._table.column("image")[row]
+        if not image.is_valid:
+            return None
+        with Image.open(pa.BufferReader(image.as_buffer())) as opened:
+            return opened.size
 
     def about(self, row: int) -> list[Sample]:
         """All samples about image `row`, read at once: four times as fast as one by one."""
@@ -273,8 +306,9 @@ class Samples(Sequence[Sample]):
         """The kind of each sample; no image is read."""
         import pyarrow.compute as pc
 
-        kinds: list[str] = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind").to_pylist()
-        return kinds
+        kinds = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind")
+        found: list[str] = kinds.take(self._stored).to_pylist()
+        return found
 
     @property
     def sources(self) -> dict[str, SourceRecord] | None:
@@ -321,8 +355,8 @@ def _image(table: pa.Table, row: int) -> tuple[str, bytes | None]:
     return table.column("image_id")[row].as_py(), table.column("image")[row].as_py()
 
 
-def _sample(stored: dict[str, Any], image_id: str, image: bytes | None) -> Sample:
-    turns = stored["conversations"]
+def _sample(stored: dict[str, Any], image_id: str, image: bytes | None, turns_kept: int | None = None) -> Sample:
+    turns = stored["conversations"][: None if turns_kept is None else 2 * turns_kept]
     asked = tuple(
         Turn(q["value"], a["value"], tuple(map(tuple, q.get("boxes") or ())))
         for q, a in zip(turns[::2], turns[1::2], strict=True)

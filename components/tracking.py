@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -45,8 +44,6 @@ JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
 PATIENCE_S = 10  # how long a finished stage waits for its journal to be sent
 SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the process that sends it
 
-FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
-
 
 class Run:
     """One run being journalled. No method raises on a tracking fault; with `journal` None each does nothing."""
@@ -73,10 +70,10 @@ class Run:
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """`values` at `step`; without a step they describe the whole run. Stepped ones end as `final/` and `best/` too:
         best is the lowest for names under `loss/`, else the highest."""
-        clean = {FORBIDDEN_IN_NAME.sub("_", name): float(value) for name, value in values.items()}
-        self._write("metrics", values=clean, step=step)
+        told = {name: float(value) for name, value in values.items()}
+        self._write("metrics", values=told, step=step)
         if step is not None:
-            self._note(clean)
+            self._note(told)
 
     def sample(self, values: Mapping[str, float], step: int) -> None:
         """Metrics without a best and a final one: what the machine does."""
@@ -251,7 +248,7 @@ def record(
     events: list[dict[str, Any]] = [
         {"event": "start", **start},
         {"event": "params", "values": {name: str(value) for name, value in flatten(params)}},
-        {"event": "metrics", "values": {FORBIDDEN_IN_NAME.sub("_", k): float(v) for k, v in metrics.items()}, "step": None},
+        {"event": "metrics", "values": {k: float(v) for k, v in metrics.items()}, "step": None},
     ]
     files = journal.with_suffix(".files")
     for path in artifacts:
@@ -310,6 +307,28 @@ def ran(run: str) -> tuple[str | None, list[str]]:
             same = False  # a file, or a commit, that is not here
         changed += [] if same else [file]
     return commit, sorted(set(changed))
+
+
+class Told(NamedTuple):
+    """A run as a list shows it."""
+
+    name: str  # of its journal
+    status: str
+    recipe: str | None
+    commit: str
+
+
+def recorded() -> list[Told]:
+    """Every run that was journalled here, in order of time; one whose end is not told is `open`."""
+    found = []
+    for journal in sorted(JOURNALS.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
+        lines = journal.read_text(encoding="utf-8").splitlines()
+        if not lines:
+            continue  # its process was killed before it wrote a word
+        tags = json.loads(lines[0])["tags"]
+        status = json.loads(lines[-1])["status"] if '"event": "end"' in lines[-1] else "open"
+        found.append(Told(journal.stem, status, tags.get("recipe"), tags.get("mlflow.source.git.commit", "none")))
+    return found
 
 
 def last_run(stage: str) -> str | None:

@@ -11,15 +11,16 @@ def register(
     arms: Annotated[list[str] | None, typer.Argument(help="Arms; all of params/study.yaml if not given.")] = None,
 ) -> None:
     """Register the students of this folder in MLflow, the best as the candidate; their weights stay with DVC."""
-    from components.errors import InputError
+    from components.errors import unknown
     from components.settings import load_settings
     from flows import promote as module
     from flows.servers import use_running
 
     use_running()
     settings = load_settings()
-    if unknown := sorted(set(arms or ()) - set(settings.study.arms)):
-        raise InputError(f"params/study.yaml has no arm {unknown[0]!r}; it has {', '.join(settings.study.arms)}")
+    for arm in arms or ():
+        if arm not in settings.study.arms:
+            raise unknown("arm", arm, settings.study.arms)
     told, sent = module.register(arms or list(settings.study.arms), settings)
     state = "in MLflow" if sent else "in the journal; `alignti sync` sends them to MLflow"
     typer.echo(f"{', '.join(told) if told else 'no student'} newly registered, {state}")

@@ -290,6 +290,7 @@ def _embedded_operations(settings: Settings) -> dict[str, float]:
         "select_teacher": settings.teacher.samples * sum(cost.body(model, sample(1), 0) for model in models.values()),
         "search_layer": settings.irs.images * settings.irs.instructions_per_image * cost.body(teacher, sample(1), 0),
         "cache_teacher": 1.0,  # a note that there is none
+        "terms": 1.0,
         "distill": settings.distill.steps * settings.distill.batch_size * one,
         "evaluate": asked * cost.body(student, sample(1), 0),
         "evaluate_teacher": asked * cost.body(teacher, sample(1), 0),

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, end_with_parent
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, end_with_parent, unknown
 from components.settings import read_yaml
 
 DVC = [sys.executable, "-m", "dvc"]
@@ -26,6 +26,7 @@ POOL = "pool"  # the remote over which machines exchange results, where they do 
 STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # so that no name is taken for an option
 GRACE_S = 20  # from asking a stage to stop until it is killed
 WATCH_S = 1  # between two looks at a stage that runs
+BAR_S = 15  # between two states of a labelled progress bar
 
 Outcome = Literal["unchanged", "restored", "ran"]
 _running: set[subprocess.Popen[bytes]] = set()
@@ -63,8 +64,9 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
             }
     except DvcException as error:
         raise InputError(f"DVC cannot read the pipeline: {error}") from None
-    if unknown := sorted(set(targets) - set(needs)):
-        raise InputError(f"no stage is called {', '.join(unknown)}; there are {', '.join(needs)}")
+    for target in targets:
+        if target not in needs:
+            raise unknown("stage", target, needs)
     wanted = set(targets) or set(needs)
     for stage in reversed(needs):
         wanted |= set(needs[stage]) if stage in wanted else set()
@@ -89,17 +91,19 @@ def reproduce(
     env: Mapping[str, str] | None = None,
     stop_when: Callable[[], str | None] | None = None,
     anew: bool = False,
+    label: str | None = None,
 ) -> Outcome:
     """Run `stage` alone if it is stale; whether it needs what comes before it is for the caller to know.
 
     `stop_when` is asked each second, and ends the stage when it gives a reason. `anew`: run it even if DVC has its result.
+    `label`: opens each line that the stage prints, where several run at the same time.
 
     Raises:
         StageFailed: with the stage's exit code.
     """
     if not STAGE.fullmatch(stage):
         raise InputError(f"{stage!r} is no name of a stage")
-    return _repro(stage, [*(["--force"] if anew else []), "--single-item", stage], env, stop_when)
+    return _repro(stage, [*(["--force"] if anew else []), "--single-item", stage], env, stop_when, label)
 
 
 def reproduce_all(targets: Sequence[str] = ()) -> Outcome:
@@ -223,7 +227,13 @@ def digests() -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
 
 
-def _repro(stage: str, words: list[str], env: Mapping[str, str] | None, stop_when: Callable[[], str | None] | None) -> Outcome:
+def _repro(
+    stage: str,
+    words: list[str],
+    env: Mapping[str, str] | None,
+    stop_when: Callable[[], str | None] | None,
+    label: str | None = None,
+) -> Outcome:
     with _starting:
         if _over.is_set():
             raise Interrupted(f"stage {stage} is not begun: this process is being stopped")
@@ -238,7 +248,7 @@ def _repro(stage: str, words: list[str], env: Mapping[str, str] | None, stop_whe
         _running.add(process)
     try:
         with _watched(process, stop_when) as stopped_because:
-            said = _pass_on(process)
+            said = _pass_on(process, _labelled(label) if label else sys.stdout.write)
             code = process.wait()
     except BaseException:  # Ctrl-C, a cancelled flow: nothing may go on running unseen
         _stop(process)
@@ -278,15 +288,30 @@ def _watched(process: subprocess.Popen[bytes], stop_when: Callable[[], str | Non
         watcher.join()
 
 
-def _pass_on(process: subprocess.Popen[bytes]) -> str:
+def _pass_on(process: subprocess.Popen[bytes], show: Callable[[str], object]) -> str:
     """Everything the process says, shown while it says it (progress bars too)."""
     assert process.stdout is not None
     said = b""
     while chunk := os.read(process.stdout.fileno(), 65536):
-        sys.stdout.write(chunk.decode("utf-8", "replace"))
+        show(chunk.decode("utf-8", "replace"))
         sys.stdout.flush()
         said += chunk
     return said.decode("utf-8", "replace")
+
+
+def _labelled(label: str) -> Callable[[str], None]:
+    """Shows whole lines after their label; of a progress bar, which draws over its line, one state in `BAR_S` seconds."""
+    rest, shown = "", 0.0
+
+    def show(text: str) -> None:
+        nonlocal rest, shown
+        *lines, rest = re.split("(?<=[\r\n])", rest + text)
+        for line in lines:
+            if line.strip() and (line.endswith("\n") or time.monotonic() - shown > BAR_S):
+                shown = time.monotonic()
+                sys.stdout.write(f"{label}: {line.strip()}\n")
+
+    return show
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from components import mirror, registry, tracking
 from components.artifacts import Difference, Fingerprint, Prediction, Record
 from components.champion import record
-from components.champion.duel import MeasuredDifferently, duel
+from components.champion.duel import MeasuredDifferently, duel, guessed
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
 from components.registry import CANDIDATE, CHAMPION, Version
@@ -174,7 +174,13 @@ def _verdict(challenger: Version, champion: Version | None, settings: Settings, 
         )
 
     if champion is None:
-        return decided(True, f"{challenger} is the first champion: there was none to compare it with")
+        answered = _recorded(challenger)[0]
+        right, floor = sum(p.correct for p in answered) / len(answered), guessed(answered)
+        recipe = f", recipe {challenger.tags['recipe']}" if "recipe" in challenger.tags else ""
+        found = f"{right:.1%} on {len(answered):,} questions{recipe}; the most frequent answer to each kind gives {floor:.1%}"
+        if right <= floor:
+            return decided(False, f"{challenger} is no champion: {found}")
+        return decided(True, f"{challenger} is the first champion: {found}")
     if champion.md5 == challenger.md5:
         return decided(False, f"{challenger} has the bytes of the champion already")
     ours, theirs = _recorded(challenger), _recorded(champion)

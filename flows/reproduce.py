@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components import lineage, mirror, tracking
+from components import lineage, mirror, registry, tracking
 from components.artifacts import write_text
 from components.errors import InputError, TryAgainError
 from components.settings import Settings
@@ -73,6 +73,7 @@ def find(run: str, settings: Settings) -> Recorded:
         InputError: there is none such, or it is no stage's, or it was recorded before runs told what they made.
         TryAgainError: MLflow does not answer.
     """
+    run = Path(run).name.removesuffix(".sent").removesuffix(".jsonl")  # as `ls .runs/journal` shows it, and as a path
     if not re.fullmatch(r"[\w@.-]+", run):
         raise InputError(f"{run!r} is no id of a run")
     journal = JOURNALS / f"{run}.jsonl"
@@ -88,7 +89,7 @@ def find(run: str, settings: Settings) -> Recorded:
     try:
         return _from_mlflow(run, mirror.client(settings.runtime.tracking_uri))
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code in registry.ABSENT:  # of names that can be no id it says INVALID_PARAMETER_VALUE
             raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}") from None
         raise TryAgainError(f"MLflow does not answer ({error.error_code})") from None
 

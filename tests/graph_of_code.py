@@ -1,60 +1,13 @@
-"""Which of our modules import which, read from the source: what the tests of imports and of `dvc.yaml` reason with."""
+"""What the tests of imports and of `dvc.yaml` reason with."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("components", "flows")
+from components.imports import ROOT, closure, imports, modules
 
-
-def modules() -> dict[str, Path]:
-    """Every module of ours by dotted name."""
-    found = {}
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-@cache
-def imports(module: str) -> frozenset[str]:
-    """Full names that `module` imports anywhere in it, `from a import b` as both `a` and `a.b`; not for type checkers."""
-    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
-    return frozenset(_names(tree.body))
-
-
-def _names(body: list[ast.stmt]) -> Iterator[str]:
-    for statement in body:
-        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
-            continue
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                assert node.level == 0, f"relative import of {node.module}"
-                yield node.module
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def closure(module: str, stop: frozenset[str] = frozenset()) -> set[str]:
-    """`module` and all of ours that it imports, directly or not, without going into `stop`. A module imports its packages."""
-    known = modules()
-    seen: set[str] = set()
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name in stop or name not in known:
-            continue
-        seen.add(name)
-        parts = name.split(".")
-        waiting += [".".join(parts[:n]) for n in range(1, len(parts))]
-        waiting += imports(name)
-    return seen
+__all__ = ["ROOT", "closure", "imports", "modules", "says_something"]
 
 
 def says_something(path: Path) -> bool:

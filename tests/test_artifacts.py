@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components import artifacts
-from components.artifacts import Prediction, TeacherChoice, jsonl, sha256, write_bytes
+from components.artifacts import Prediction, TeacherChoice, jsonl, sha256, whole_folder, write_bytes
 from components.errors import DataError
 
 CHOICE = TeacherChoice(name="base", path="artifacts/models/teachers/base", sha256="0" * 64)
@@ -72,3 +75,16 @@ def test_a_digest_depends_on_contents_and_names_and_on_nothing_else(tmp_path: Pa
 def test_jsonl_is_one_line_a_record() -> None:
     text = jsonl([CHOICE, {"answer": "drei\nünf"}])
     assert [json.loads(line) for line in text.splitlines()] == [CHOICE.model_dump(), {"answer": "drei\nünf"}]
+
+
+def test_drafts_of_killed_processes_are_removed_and_those_of_living_ones_are_not(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", "pass"])
+    killed.wait()
+    left = [tmp_path / f".arm.{pid}.{end}" for pid in (killed.pid, os.getppid()) for end in ("tmp", "old")]
+    others = [tmp_path / f".arm_2.{killed.pid}.tmp", tmp_path / ".arm.notes.tmp", tmp_path / "arm"]
+    for folder in (*left, *others):
+        (folder / "model").mkdir(parents=True)
+    with whole_folder(tmp_path / "arm") as draft:
+        (draft / "weights").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (*left[2:], *others)}
+    assert (tmp_path / "arm/weights").exists()

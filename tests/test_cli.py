@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -8,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from components import recipes
+from components.artifacts import Scores
+from components.cli import GROUPS, app
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,8 +24,8 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def alignti(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def alignti(root: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "components.cli", *words]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
@@ -55,6 +59,70 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
     assert done.returncode == 2
     for problem in ("stepps: unknown key; did you mean 'steps'?", "steps: required", "params/irs.yaml:2: seed"):
         assert problem in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["use", "smok"], "there is no recipe 'smok'; did you mean 'smoke'?"),
+        (["study", "run", "trems"], "there is no study 'trems'; did you mean 'terms'?"),
+        (["study", "run", "terms", "--recipe", "smok"], "there is no recipe 'smok'; did you mean 'smoke'?"),
+        (["study", "expand", "trems"], "there is no study 'trems'; did you mean 'terms'?"),
+        (["compare", "trems"], "there is no study 'trems'; did you mean 'terms'?"),
+        (["try", "algin_ti", "what?", "--image", "x.png"], "there is no model 'algin_ti'; did you mean 'align_ti'?"),
+        (["try", "teacher", "what?", "--image", "x.png", "--vs", "sfd"], "there is no model 'sfd'; did you mean 'sft'?"),
+        (["try", "teacher", "what?", "--image", "nofile.png"], "--image nofile.png: no such file"),
+        (["export", "algin_ti", "out"], "there is no model 'algin_ti'; did you mean 'align_ti'?"),
+        (["controls", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
+        (["evaluate", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
+    ],
+)
+def test_a_name_is_checked_before_anything_heavy_is_imported(root: Path, words: list[str], said: str) -> None:
+    for heavy in ("torch", "transformers", "mlflow", "prefect", "dvc"):
+        (root / f"{heavy}.py").write_text("raise RuntimeError('imported')")
+    done = alignti(root, *words, PYTHONPATH=f"{root}{os.pathsep}{ROOT}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_arms_runs_and_version_are_listed(root: Path) -> None:
+    journal = root / ".runs/journal/20260101T000000-distill@kd-0a.jsonl"
+    journal.parent.mkdir(parents=True)
+    start = {"event": "start", "tags": {"recipe": "smoke", "mlflow.source.git.commit": "0123456789abcdef"}}
+    journal.write_text(f'{json.dumps(start)}\n{{"event": "end", "status": "FINISHED"}}\n')
+    scores = Scores(arm="kd", samples=4, exact_match=0.25, per_kind={}, yes_no={})
+    scores.write(root / "artifacts/scores/kd/scores.json")
+    listed = alignti(root, "arms").stdout.splitlines()
+    assert [line.split()[:3] for line in listed[:2]] == [["sft", "-", "student"], ["kd", "25.0%", "student"]]
+    assert listed[1].endswith("sft 1 kd 1")
+    assert alignti(root, "runs").stdout.split() == [journal.stem, "FINISHED", "smoke", "0123456789"]
+    assert re.fullmatch(r"alignti \S+\n", alignti(root, "--version").stdout)
+    assert alignti(root, "plan", "-h").returncode == 0
+
+
+def test_every_command_stands_in_one_group_of_the_help() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    said = alignti(ROOT, "-h").stdout
+    assert [title for title in GROUPS if f"\n{title}:\n" in said] == list(GROUPS)
+
+
+def test_check_names_data_that_are_not_here(root: Path) -> None:
+    path = root / "params/data.yaml"
+    llava = "llava: {annotations: data/x.json, images: data/img, val: 0.1, test: 0.1}"
+    text = re.sub(r"(?m)^llava:.*(\n  .*)*", llava, path.read_text())
+    path.write_text(text.replace("source: digits", "source: llava", 1))
+    done = alignti(root, "check")
+    assert done.returncode == 2
+    assert "not here: data.llava.annotations: data/x.json, data.llava.images: data/img" in done.stderr
+
+
+def test_use_says_where_own_values_are_kept(root: Path) -> None:
+    path = root / "params/distill.yaml"
+    path.write_text(path.read_text().replace("\nlog_every: ", "\nlog_every: 1"))
+    done = alignti(root, "use", "smoke")
+    kept = re.search(r"they are kept: `cp (\S+)/\*.yaml params/`", done.stdout)
+    assert done.returncode == 0 and kept and (root / kept[1] / "distill.yaml").is_file()
 
 
 def test_sync_without_an_address_says_where_to_put_one(root: Path) -> None:

@@ -24,6 +24,7 @@ from components.distill.__main__ import distill
 from components.errors import ModelError
 from components.irs.__main__ import main as search_layer
 from components.models.__main__ import main as obtain_models
+from components.rows.__main__ import main as check_rows
 from components.settings import FILES, Settings, load_settings
 from components.teacher.__main__ import main as select_teacher
 from components.tracking import Run
@@ -123,6 +124,7 @@ def dry_run(name: str, change: Callable[[dict[str, Any]], object] = lambda _: No
     shutil.rmtree(DATASET, ignore_errors=True)
     shutil.copytree(kept, DATASET)
     obtain_models()
+    check_rows()
     select_teacher()
     search_layer()
     arm = list(settings.study.arms)[-1]

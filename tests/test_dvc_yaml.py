@@ -26,10 +26,8 @@ COMMAND = re.compile(r"python -m (components(?:\.\w+)+)(?: --arm (?:\$\{key\}|te
 # Code that no stage lists; dvc.yaml says why.
 NOT_LISTED = frozenset(
     ["components"]
-    + [
-        f"components.{name}"
-        for name in ("settings", "artifacts", "errors", "tracking", "lineage", "mirror", "registry", "recipes", "runtime")
-    ]
+    + [f"components.{name}" for name in ("settings", "artifacts", "errors", "tracking", "imports")]
+    + [f"components.{name}" for name in ("lineage", "mirror", "registry", "recipes", "runtime")]
 )
 
 # Files beside the code of commands that are no stage: `alignti leaderboard` and `alignti samples`.
@@ -59,6 +57,8 @@ def test_a_stage_lists_the_code_that_it_imports(stage: str) -> None:
             path = ROOT / dep
             files = path.rglob("*.py") if path.is_dir() else [path]
             listed |= {str(file.relative_to(ROOT)) for file in files if file.suffix == ".py" and says_something(file)}
+    if stage == "terms":  # which hashes these files
+        needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "components/align_ti").rglob("*.py") if says_something(path)}
     missing, idle = sorted(needed - listed), sorted(listed - needed)
     assert not missing, f"{stage} imports what it does not list: a change there would leave its result stale"
     assert not idle, f"{stage} lists what it does not import: a change there would run it for nothing"
@@ -143,6 +143,8 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         outs = body["outs"] + body.get("metrics", [])
         inputs += [file for entry in body["params"] for file in entry]
         body["cmd"] = f"python stub.py '{json.dumps([label, inputs, outs])}'"
+        if name == "terms":
+            body["cmd"] = "python -m components.distill.code && echo terms >> ran.log"
     (root / "dvc.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     (root / "stub.py").write_text(STUB)
     (root / ".dvc").mkdir()
@@ -182,13 +184,13 @@ def test_a_second_repro_runs_nothing(done: Path) -> None:
 
 def test_a_changed_arm_runs_that_arm_its_evaluation_and_compare(done: Path) -> None:
     change(done / "params/study.yaml", "iva: 1.0, tpa: 1.0", "iva: 0.5, tpa: 1.0")
-    assert repro(done) == {"distill@align_ti", "evaluate@align_ti", "compare"}
+    assert repro(done) == {"terms", "distill@align_ti", "evaluate@align_ti", "compare"}
 
 
 def test_a_new_arm_runs_alone(done: Path) -> None:
     with (done / "params/study.yaml").open("a") as study:
         study.write(ARM.format(name="more", kd=2.0))
-    assert repro(done) == {"distill@more", "evaluate@more", "compare"}
+    assert repro(done) == {"terms", "distill@more", "evaluate@more", "compare"}
 
 
 def test_runtime_params_run_nothing(done: Path) -> None:
@@ -199,3 +201,32 @@ def test_runtime_params_run_nothing(done: Path) -> None:
 def test_a_report_setting_runs_compare_alone(done: Path) -> None:
     change(done / "params/evaluate.yaml", "bootstrap_resamples: 100", "bootstrap_resamples: 101")
     assert repro(done) == {"compare"}
+
+
+NEW_TERM = """
+from dataclasses import dataclass
+from components.align_ti.row_weights import entropy
+from components.align_ti.terms import Needs
+
+
+@dataclass(frozen=True)
+class Term:
+    scale: float = 1.0
+    needs = Needs(live=True)
+"""
+
+
+def test_a_new_term_reruns_no_arm_and_its_arm_runs_alone(done: Path) -> None:
+    (done / "components/align_ti/terms/fresh.py").write_text(NEW_TERM)
+    assert repro(done) == {"terms"}
+    with (done / "params/study.yaml").open("a") as study:
+        study.write(
+            "  fresh:\n    weights: {sft: 1.0, fresh: 0.5}\n    fresh: {scale: 2.0}\n    student: student\n    seed: 1\n"
+        )
+    assert repro(done) == {"terms", "distill@fresh", "evaluate@fresh", "compare"}
+
+
+def test_an_edited_term_reruns_the_arms_that_use_it(done: Path) -> None:
+    with (done / "components/align_ti/terms/iva.py").open("a") as term:
+        term.write("# another line\n")
+    assert repro(done) == {"terms", "distill@align_ti", "evaluate@align_ti", "compare"}

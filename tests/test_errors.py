@@ -54,6 +54,27 @@ def test_other_faults_of_the_machine_keep_their_trace() -> None:
         exit_from(main)
 
 
+@pytest.mark.parametrize("below", ["components", "params/recipes", ".runs/journal"])
+@pytest.mark.parametrize("words", [["-m", "components.cli", "plan"], ["-m", "components.cli", "up"], ["-m", "components.irs"]])
+def test_below_the_projects_root_the_root_is_named_and_nothing_is_written(tmp_path: Path, below: str, words: list[str]) -> None:
+    for folder in ("params", below):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "dvc.yaml").touch()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path / below, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"is a folder of the project in {tmp_path}: run it there (cd ..{'/..' * below.count('/')})" in done.stderr
+    assert not list((tmp_path / below).iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_text_that_the_terminal_cannot_show_ends_nothing(encoding: str) -> None:
+    code = "import components, sys; print('red 红色'); print('blue \\N{TURTLE}', file=sys.stderr)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert done.stdout == rb"red \u7ea2\u8272" + b"\n" and done.stderr == rb"blue \U0001f422" + b"\n"
+
+
 STAGE = """
 import sys, time
 from components.errors import exit_from

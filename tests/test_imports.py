@@ -13,7 +13,7 @@ from tests.graph_of_code import ROOT, closure, imports, modules
 LEVELS = [
     {"redact"},
     {"errors"},
-    {"artifacts", "align_ti"},
+    {"artifacts", "align_ti", "imports"},
     {"settings"},
     {"meter", "lineage", "registry"},
     {"shards", "looks", "extract", "runtime", "recipes", "tracking", "mirror", "figures"},

@@ -12,9 +12,19 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from components.errors import SettingsError
-from components.settings import FILES, Settings, load_settings
+from components.settings import FILES, Settings, load_settings, not_here
 
 ROOT = Path(__file__).parents[1]
+
+
+def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if isinstance(node, dict):
+        return [leaf for key, value in node.items() for leaf in leaves(value, (*at, key))]
+    return [at]
+
+
+RAW = {file: yaml.safe_load((ROOT / "params" / f"{file}.yaml").read_text()) for file in FILES}
+MAPPINGS = sorted({leaf[:depth] for leaf in leaves(RAW) for depth in range(1, len(leaf))}, key=str)
 
 
 @pytest.fixture
@@ -120,6 +130,98 @@ def test_a_student_starts_as_a_candidate(root: Path) -> None:
     assert "students.student: 'smal' is none of the candidates (small, base)" in told
 
 
+@pytest.mark.parametrize("name", ["no", "off", "1", "1e3", "0x1f", "2024-01-01", "null", "~", "1_0"])
+def test_a_name_that_yaml_takes_for_something_else_is_said_where_it_stands(root: Path, name: str) -> None:
+    line = put(root, "study", "align_ti:", f"{name}:")
+    (told,) = problems(root)
+    assert f"/params/study.yaml:{line}: {name}: YAML takes it for " in told
+    assert f'write "{name}"' in told
+
+
+@pytest.mark.parametrize("value", ["yes", "12", "2024-01-01"])
+def test_a_value_that_yaml_takes_for_something_else_says_so(root: Path, value: str) -> None:
+    line = put(root, "study", "student: student", f"student: {value}")
+    (told,) = problems(root)
+    assert told.startswith(f"params/study.yaml:{line}: arms.sft.student: ") and told.endswith("unless it stands in quotes")
+
+
+@pytest.mark.parametrize(
+    ("file", "below", "twice"),
+    [
+        ("distill", r"steps: \d+", "steps: 3"),
+        ("study", "seed: 1", "seed: 2"),
+        ("study", "weights: {sft: 1.0", "weights: {sft: 1.0, sft: 0.0"),
+        ("study", "  align_ti:", "  sft: {}\n  align_ti:"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(root: Path, file: str, below: str, twice: str) -> None:
+    """At any depth; the last one would win in silence."""
+    path = root / f"params/{file}.yaml"
+    found = re.search(below, path.read_text())
+    assert found
+    indent = "    " if found[0].startswith("seed") else ""
+    put(root, file, below, twice if "{" in twice else f"{found[0]}\n{indent}{twice}")
+    (told,) = problems(root)
+    assert re.search(rf"/params/{file}.yaml:\d+: \w+: stands twice, here and in line \d+", told), told
+
+
+OWN_NAMES = {
+    ("study", "arms"),
+    ("models", "embedded", "teachers"),
+    ("models", "embedded", "students"),
+    ("data", "digits", "palette"),
+}
+
+
+@pytest.mark.parametrize("where", [at for at in MAPPINGS if at not in OWN_NAMES], ids=".".join)
+def test_a_typo_anywhere_is_named_with_its_line_and_what_was_meant(root: Path, where: tuple[str, ...]) -> None:
+    """In what a user names as well: arms, teachers, students."""
+    file, *steps = where
+    path = root / f"params/{file}.yaml"
+    raw = yaml.safe_load(path.read_text())
+    node = raw
+    for step in steps:
+        node = node[step]
+    key = next(iter(node))
+    node[f"{key}z"] = node.pop(key)
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    line = path.read_text()[: path.read_text().index(f"{key}z")].count("\n") + 1
+    wanted = f"params/{file}.yaml:{line}: {'.'.join([*steps, f'{key}z'])}: unknown key; did you mean {key!r}?"
+    assert wanted in problems(root)
+
+
+def test_what_is_named_and_not_here_is_listed_with_its_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    (root / "mine").mkdir()
+    (root / "mine/a.tar").touch()
+    own = {
+        "data": {"source": "llava", "llava": {"annotations": "mine/x.json", "images": "mine/*.tar", "val": 0.1, "test": 0.1}},
+        "models": {
+            "family": "pretrained",
+            "pretrained": {
+                "teachers": {"large": {"source": "larg", "revision": None}, "hub": {"source": "a/b", "revision": "0" * 40}},
+                "students": {
+                    "student": {
+                        "tower": {"source": "mine", "revision": None},
+                        "language_model": {"source": "words", "revision": None},
+                        "feature_layer": -2,
+                        "seed": 1,
+                    }
+                },
+            },
+        },
+    }
+    assert not_here(load_settings()) == []
+    for file, values in own.items():
+        path = root / f"params/{file}.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
+    assert not_here(load_settings()) == [
+        "data.llava.annotations: mine/x.json",
+        "models.pretrained: large: larg",
+        "models.pretrained: student.language_model: words",
+    ]
+
+
 def test_arms_and_baselines_must_name_what_exists(root: Path) -> None:
     put(root, "study", "student: student", "student: stud")
     put(root, "evaluate", r"baselines: \[.*?\]", "baselines: [sft, kdd]")
@@ -222,16 +324,6 @@ def test_a_learning_rate_is_of_a_part_that_is_trained(root: Path) -> None:
     put(root, "distill", "learning_rates: {vision_tower: null", "learning_rates: {vision_tower: 1.0e-6")
     (told,) = problems(root)
     assert "learning_rates.vision_tower is 1e-06, and trainable.vision_tower is false" in told
-
-
-def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    if isinstance(node, dict):
-        return [leaf for key, value in node.items() for leaf in leaves(value, (*at, key))]
-    return [at]
-
-
-RAW = {file: yaml.safe_load((ROOT / "params" / f"{file}.yaml").read_text()) for file in FILES}
-MAPPINGS = sorted({leaf[:depth] for leaf in leaves(RAW) for depth in range(1, len(leaf))}, key=str)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -244,15 +246,97 @@ def test_names_that_mlflow_has_no_room_for_are_made_to_fit_and_a_refused_run_kee
     with tracking.stage_run("pipeline", runtime=runtime()) as run:
         run.tag("stage.distill@sft", "ran")
     with tracking.stage_run("broken", runtime=runtime()) as run:
-        run.params({"a?b": 1})
+        run.params({"a": 1})
+        run.params({"a": 2})  # which MLflow refuses
     work()
     for path in journals():
         if "broken" in path.name:
             path.rename(path.with_name("1-broken.jsonl"))  # comes first
-    with pytest.raises(Exception, match=r"a\?b"):
+    with pytest.raises(Exception, match="'a'"):
         mirror.sync(SQLITE)
     assert runs()["pipeline"].data.tags["stage.distill_sft"] == "ran"
     assert runs()["distill/align_ti"].info.status == "FINISHED"
+
+
+KINDS = ("plain", "animals/", "a//b", "..", ".", "/a", "a/../b", "a?b", "a_b", "x" * 300, "x" * 301, "红色", "🐢", "🐍", "a\nb")
+
+
+@pytest.mark.usefixtures("database")
+def test_every_name_that_a_user_may_choose_arrives_in_mlflow_and_none_takes_anothers_place() -> None:
+    with tracking.stage_run("evaluate", runtime=runtime()) as run:
+        run.metrics({f"exact_match/{kind}": i for i, kind in enumerate(KINDS)})
+        run.metrics({kind: i for i, kind in enumerate(KINDS)}, step=1)
+        run.params({kind: i for i, kind in enumerate(KINDS)})
+        run.tag("/" + "x" * 300, "x" * 9000)
+    assert mirror.sync(SQLITE) == (1, 0)
+    sent = runs()["evaluate"].data
+    scores = {name: value for name, value in sent.metrics.items() if name.startswith("exact_match/")}
+    assert sorted(scores.values()) == list(range(len(KINDS))) and scores["exact_match/plain"] == 0
+    assert sorted(map(int, sent.params.values())) == list(range(len(KINDS)))
+
+
+def _stage(name: str, **environment: str) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from components import tracking; from tests.test_tracking import SQLITE, runtime\n"
+        "with tracking.stage_run('demo', sys.argv[1], runtime=runtime(SQLITE)) as run: run.metrics({'a': 1.0})"
+    )
+    command = [sys.executable, "-c", code, name]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment})
+
+
+def test_stages_that_make_the_database_together_all_arrive() -> None:
+    for stage in [_stage(f"c{i}") for i in range(4)]:
+        assert stage.wait() == 0
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not all((tracking.sent(j.stem) or {}).get("done") for j in journals()):
+        time.sleep(0.2)
+    assert mirror.sync(SQLITE) == (0, 0)
+    assert set(runs()) == {f"demo/c{i}" for i in range(4)}
+
+
+def test_whoever_was_killed_while_making_the_database_costs_nobody_a_run(workspace: Path) -> None:
+    """Half a database under its final name, as MLflow itself leaves it, and half a draft, as we do."""
+    database = workspace / ".mlflow/mlflow.db"
+    for half in (database, database.with_suffix(".draft")):
+        half.parent.mkdir(exist_ok=True)
+        with contextlib.closing(sqlite3.connect(half)) as made:
+            made.execute("create table experiments (experiment_id integer)")
+    work()
+    assert mirror.sync(SQLITE) == (1, 0)
+    assert all_arrived(journals()[0])["loss/sft"] == 3
+    assert not list(database.parent.glob("*.draft*"))
+
+
+@pytest.mark.usefixtures("database")
+def test_a_database_that_holds_runs_is_never_replaced(workspace: Path) -> None:
+    work()
+    mirror.sync(SQLITE)
+    database = workspace / ".mlflow/mlflow.db"
+    with contextlib.closing(sqlite3.connect(database)) as opened, opened:
+        opened.execute("update alembic_version set version_num = 'of a later release'")
+    before = database.read_bytes()
+    (workspace / "elsewhere").mkdir()
+    shutil.copy(database, workspace / "elsewhere/mlflow.db")  # MLflow keeps the other one open
+    with pytest.raises(Exception, match=r"schema|revision"):
+        mirror.client("sqlite:///elsewhere/mlflow.db").search_experiments()
+    assert (workspace / "elsewhere/mlflow.db").read_bytes() == before
+
+
+@pytest.mark.usefixtures("database")
+def test_a_clone_that_was_copied_keeps_its_pictures_to_itself(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work()
+    mirror.sync(SQLITE)
+    copied = workspace / "a copy's folder"
+    shutil.copytree(workspace / ".mlflow", copied / ".mlflow")
+    shutil.rmtree(workspace / ".mlflow/artifacts")
+    monkeypatch.chdir(copied)
+    with tracking.stage_run("later", runtime=runtime()) as run:
+        run.artifact(workspace / "curve.png")
+    assert mirror.sync(SQLITE) == (1, 0)
+    for found in runs().values():  # those from before the move too
+        assert [a.path for a in client().list_artifacts(found.info.run_id)] == ["curve.png"]
+        assert found.info.artifact_uri.startswith((copied / ".mlflow/artifacts").as_uri())
+    assert not (workspace / ".mlflow/artifacts").exists()
 
 
 @pytest.mark.usefixtures("database")

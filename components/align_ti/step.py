@@ -37,7 +37,7 @@ from components.align_ti.ribbon import (
 )
 from components.align_ti.seen import Seen
 from components.align_ti.shared_weights import SharedWeights
-from components.align_ti.terms import CORE, Needs, Term, Trained, term_class, union
+from components.align_ti.terms import CORE, Needs, Term, Trained, computed, term_class, union
 from components.align_ti.top_k import Known
 from components.align_ti.watch import Watch, Watched
 
@@ -195,9 +195,9 @@ class AlignTI(nn.Module):
         seen = self._see(batch, keys, draws)
         ribbon = seen.ribbon
         sums = dict.fromkeys(terms, seen.zero)
+        wanted = computed([name for name in terms if method.weighs(name)])
         for name in dict.fromkeys(("sft", "kd", "tpa", *terms)):  # in this order gradients have always been summed
-            # L_kd is told where it weighs nothing too, if L_tpa has its rows.
-            if method.weighs(name) or (name == "kd" and ribbon is not None):
+            if name in wanted:
                 sums[name] = terms[name].loss(seen) + seen.zero
         return Sums(
             torch.stack(list(sums.values())),

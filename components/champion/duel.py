@@ -6,6 +6,7 @@ the confidence of params/evaluate.yaml.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from components.artifacts import Difference, Fingerprint, Prediction
@@ -17,6 +18,14 @@ from components.settings import EvaluateSettings
 
 class MeasuredDifferently(DataError):
     """The scores are of two measurements, so their difference is not of the students alone."""
+
+
+def guessed(answers: Sequence[Prediction]) -> float:
+    """Share that is right where each question gets the most frequent reference of its kind: what any champion must beat."""
+    references: dict[str, Counter[str]] = defaultdict(Counter)
+    for answer in answers:
+        references[answer.kind][answer.reference] += 1
+    return sum(counts.most_common(1)[0][1] for counts in references.values()) / len(answers)
 
 
 def duel(
@@ -40,7 +49,7 @@ def duel(
     images = {image: index for index, image in enumerate(dict.fromkeys(ours[key].image_id for key in asked))}
     kinds = {kind: index for index, kind in enumerate(sorted({ours[key].kind for key in asked}))}
     observed, resampled = bootstrap(
-        correct=[[side[key].correct for key in asked] for side in (ours, theirs)],
+        values=[[side[key].correct for key in asked] for side in (ours, theirs)],
         images=[images[ours[key].image_id] for key in asked],
         kinds=[kinds[ours[key].kind] for key in asked],
         resamples=settings.bootstrap_resamples,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.artifacts import DATASET, Fingerprint, Prediction
+from components.artifacts import DATASET, ROWS, Fingerprint, Prediction
 from components.evaluate import fingerprint, generate, metrics
 from components.models.load import load
 from components.models.template import Template
@@ -15,7 +15,7 @@ from components.shards import Samples
 
 def answers(model: Path, title: str, settings: Settings) -> tuple[list[Prediction], Fingerprint]:
     """The answers of the checkpoint folder `model` to the split that `evaluate` scores, and how they were measured."""
-    samples = Samples(DATASET, settings.evaluate.split)
+    samples = Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
     loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template.asked(settings.models.template)
     said = generate.answers(loaded, samples, rows, template, settings.models.max_length, settings.evaluate, title)

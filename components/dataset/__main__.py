@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 from components import tracking
 from components.artifacts import DATASET, Overlap
 from components.errors import exit_from
-from components.settings import load_settings
+from components.settings import Settings, load_settings, named_paths
 
 
 def main() -> None:
     settings = load_settings()
     from components.dataset.prepare import prepare
 
+    for unseen in unseen_by_dvc(settings):
+        print(f"prepare: {unseen}", file=sys.stderr)
     with tracking.stage_run("prepare", runtime=settings.runtime, params=settings.data.model_dump(mode="json")) as run:
         manifest = prepare(settings.data, workers=settings.runtime.workers)
         run.dataset("prepared", manifest.digest)
@@ -23,6 +30,22 @@ def main() -> None:
         f"prepare: {images:,} images, {manifest.rows_out:,} samples in {len(manifest.splits)} splits,"
         f" {manifest.quarantined:,} quarantined{_overlap()} -> {DATASET} (card.md, contact_sheet.png)"
     )
+
+
+def unseen_by_dvc(settings: Settings) -> Iterator[str]:
+    """A sentence for each path whose files are in no data.dvc: DVC looks at data/ alone, and follows no link to a folder."""
+    told = "DVC neither stores what is there nor sees it change; copy it under data/ and `dvc add data`"
+    for key, path in named_paths(settings):
+        if not key.startswith("data."):
+            continue
+        whole = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow the links)
+        if not whole.is_relative_to(Path("data").absolute()):
+            yield f"{key}: {path} is not under data/: {told}"
+            continue
+        above = [step for step in (whole, *whole.parents) if step.is_relative_to(Path("data").absolute())]
+        below = (Path(at) / name for at, names, _ in os.walk(whole) for name in names)
+        for link in filter(Path.is_symlink, (*(step for step in above if step.is_dir()), *below)):
+            yield f"{key}: {link.relative_to(Path.cwd())} is a link to {link.readlink()}: {told}"
 
 
 def _overlap() -> str:

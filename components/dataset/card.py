@@ -115,8 +115,22 @@ def card(source: Source, manifest: Manifest, examples: list[list[Sample]]) -> st
             f"## Licence\n\n{source.licence}\n",
             "## Counts\n",
             *table,
+            *_changed(source),
             "\n## Examples\n",
             "![examples](contact_sheet.png)\n",
             *shown,
         ]
     )
+
+
+def _changed(source: Source) -> list[str]:
+    """The rules that changed rows, and the keys that were ignored."""
+    rules = source.rules()
+    if not rules:
+        return []
+    lines = ["\n## Rows that were changed\n", "By the rules of docs/data.md; an ignored key is one that no rule reads.\n"]
+    lines += ["| source | rule | rows | an example |", "|---|---|---:|---|"]
+    for rule in rules:
+        did = " ".join(rule.did.replace("|", "\\|").split())
+        lines.append(f"| {rule.source} | {rule.name} | {rule.rows:,} | row {rule.row:,}{f': {did}' if did else ''} |")
+    return lines

@@ -17,7 +17,7 @@ from PIL import Image
 from components.artifacts import SPLITS, Split
 from components.dataset import raw
 from components.dataset.questions import CAPTIONS, DIGITS, Asked, Balance, Digit, Scene, ask, captions, places
-from components.dataset.source import Provenance, Refused, Stored
+from components.dataset.source import Provenance, Refused, Rule, Stored
 from components.errors import DataError
 from components.settings import Augmentation, DataSettings, DigitsGrid
 from components.shards import Box, ImageRow, Turn
@@ -53,10 +53,13 @@ class Digits:
         return images.train * (conversations + CAPTIONS) + images.val * questions.val + images.test * questions.test
 
     def rows(self, part: int) -> Iterator[Stored]:
-        return (Stored(row, origin, look=None) for row, origin in _rows(self.design, self.seed, self.folder))
+        return (Stored(row, origin, None, len(row.samples)) for row, origin in _rows(self.design, self.seed, self.folder))
 
     def refused(self) -> Iterator[Refused]:
         return iter(())
+
+    def rules(self) -> list[Rule]:
+        return []
 
 
 def source(settings: DataSettings, folder: Path) -> Digits:

@@ -6,8 +6,10 @@ found together wherever they stand, and an id that was used before is known. It 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -16,21 +18,25 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from components.dataset.images import Refusal
-from components.dataset.llava import Row, check
-from components.dataset.source import Refused
+from components.dataset.row import Held, Row, understand
+from components.dataset.source import Refused, Rule
 from components.dataset.stores import Place, Store
 from components.errors import DataError
 from components.settings import DataLimits
 from components.shards import Turn
 
+# A picture's key is its place, which is one picture's alone; its name, which others may share, is made unique.
 SCHEMA = """
-    CREATE TABLE images (number INTEGER PRIMARY KEY, name TEXT UNIQUE, source TEXT, file TEXT, place TEXT);
+    CREATE TABLE images (number INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT UNIQUE, source TEXT, file TEXT, place TEXT);
     CREATE TABLE rows (
         number INTEGER PRIMARY KEY, id TEXT UNIQUE, image INTEGER, row INTEGER, kind TEXT, turns TEXT, boxes TEXT
     );
-    CREATE TABLE members (source TEXT, name TEXT, place TEXT, PRIMARY KEY (source, name)) WITHOUT ROWID;
+    CREATE TABLE contents (digest BLOB PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE repeated (id TEXT PRIMARY KEY, uses INTEGER) WITHOUT ROWID;
+    CREATE TABLE members (source TEXT, name TEXT, place TEXT, other TEXT, PRIMARY KEY (source, name)) WITHOUT ROWID;
     CREATE TABLE refused (source TEXT, row INTEGER, record TEXT);
     CREATE TABLE sources (name TEXT, rows INTEGER);
+    CREATE TABLE rules (source TEXT, rule TEXT, rows INTEGER, row INTEGER, example TEXT);
 """
 TOGETHER = 10_000  # rows between commits
 
@@ -43,6 +49,11 @@ class Indexed(NamedTuple):
     file: str | None  # as the source's rows call it
     place: Place | None
     rows: list[tuple[int, str, str, tuple[Turn, ...]]]  # (number within the source, id, kind, turns)
+
+    @property
+    def first(self) -> dict[int, str]:
+        """Row -> the id of its first sample."""
+        return {row: id_ for row, id_, *_ in reversed(self.rows)}
 
 
 def build(path: Path, stores: dict[str, Store], limits: DataLimits, prefixed: bool) -> None:
@@ -73,15 +84,15 @@ def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLi
     database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;" + SCHEMA)
     for name, store in stores.items():
         database.executemany(
-            "INSERT OR IGNORE INTO members VALUES (?, ?, ?)",
-            ((name, member, json.dumps(place)) for member, place in store.members()),
+            "INSERT INTO members VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE SET other = excluded.place",
+            ((name, member, json.dumps(place)) for member, place in store.names()),
         )
+        filled = _Source(database, name, store, f"{name}/" if prefixed else "")
         rows = 0
         bar = tqdm(store.rows(), desc=f"prepare: rows of {name}", unit="row", mininterval=1, delay=2)
-        for rows, (number, raw, place) in enumerate(bar, start=1):
+        for rows, (number, called, raw) in enumerate(bar, start=1):
             try:
-                row = check(number, raw, limits)
-                _insert(database, name, f"{name}/" if prefixed else "", row, place)
+                filled.insert(understand(number, raw, limits, store.folder), called)
             except Refusal as refusal:
                 record = refused(number, raw, refusal, name if prefixed else None)
                 database.execute("INSERT INTO refused VALUES (?, ?, ?)", (name, number, record.model_dump_json()))
@@ -90,39 +101,93 @@ def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLi
         if rows == 0:
             raise DataError(f"{', '.join(map(str, store.paths))} holds no row")
         database.execute("INSERT INTO sources VALUES (?, ?)", (name, rows))
-    database.execute("DROP TABLE members")
+        rules = ((name, rule, count, *filled.examples[rule]) for rule, count in filled.rules.items())
+        database.executemany("INSERT INTO rules VALUES (?, ?, ?, ?, ?)", rules)
+    for table in ("members", "contents", "repeated"):
+        database.execute(f"DROP TABLE {table}")
     database.execute("CREATE INDEX rows_of_image ON rows (image)")
     database.commit()
 
 
-def _insert(database: sqlite3.Connection, source: str, prefix: str, row: Row, place: Place | None) -> None:
-    id_ = prefix + row.id
-    if database.execute("SELECT 1 FROM rows WHERE id = ?", (id_,)).fetchone():
-        raise Refusal("duplicate_id", f"the id {row.id!r} was used before")
-    if row.image is None:
-        name, where = f"{prefix}text:{row.id}", None
-    else:
-        name, where = prefix + row.image, json.dumps(place) if place is not None else _member(database, source, row.image)
-    (image,) = database.execute(
-        "INSERT INTO images (name, source, file, place) VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET name = name"
-        " RETURNING number",
-        (name, source, row.image, where),
-    ).fetchone()
-    database.execute(
-        "INSERT INTO rows (id, image, row, kind, turns, boxes) VALUES (?, ?, ?, ?, ?, ?)",
-        (
-            *(id_, image, row.number, row.kind),
-            json.dumps([(turn.question, turn.answer) for turn in row.turns]),
-            json.dumps([turn.boxes for turn in row.turns]) if any(turn.boxes for turn in row.turns) else None,
-        ),
-    )
+class _Source:
+    """What is inserted of one source, and which rules changed its rows."""
 
+    def __init__(self, database: sqlite3.Connection, name: str, store: Store, prefix: str) -> None:
+        self.database, self.name, self.store, self.prefix = database, name, store, prefix
+        self.rules: Counter[str] = Counter()
+        self.examples: dict[str, tuple[int, str]] = {}  # rule -> row, what it did there
 
-def _member(database: sqlite3.Connection, source: str, image: str) -> str:
-    found = database.execute("SELECT place FROM members WHERE source = ? AND name = ?", (source, image)).fetchone()
-    if found is None:
-        raise Refusal("missing_file", f"no tar file has a member {image!r}")
-    return str(found[0])
+    def insert(self, row: Row, called: str) -> None:
+        """Raises Refusal: duplicate_id, missing_file or ambiguous_name."""
+        picture = self._picture(row)
+        if row.id is not None:
+            content = repr((self.prefix, row.id, picture, row.kind, row.samples)).encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            if not self.database.execute("INSERT OR IGNORE INTO contents VALUES (?)", (digest,)).rowcount:
+                raise Refusal("duplicate_id", f"an earlier row with the id {row.id!r} says the same")
+        wanted = called if row.id is None else row.id
+        rules = row.rules | dict.fromkeys((f"ignored key {key!r}" for key in row.ignored), "")
+        for turns in row.samples:
+            own = self._free("rows", "id", self.prefix + wanted)
+            if own != self.prefix + wanted and turns is row.samples[0]:
+                rules["repeated_id"] = f"{wanted!r} became {own.removeprefix(self.prefix)!r}"
+            name, key, place = picture or (f"text:{own.removeprefix(self.prefix)}", f"text {row.number}", None)
+            if picture is None and turns is not row.samples[0]:
+                key = f"{key} {own}"
+            said = json.dumps([(turn.question, turn.answer) for turn in turns])
+            boxes = json.dumps([turn.boxes for turn in turns]) if any(turn.boxes for turn in turns) else None
+            self.database.execute(
+                "INSERT INTO rows (id, image, row, kind, turns, boxes) VALUES (?, ?, ?, ?, ?, ?)",
+                (own, self._image(name, key, place), row.number, row.kind, said, boxes),
+            )
+        for rule, did in rules.items():
+            self.rules[rule] += 1
+            self.examples.setdefault(rule, (row.number, did))
+
+    def _picture(self, row: Row) -> tuple[str, str, Place] | None:
+        """Name, key and place of the row's picture."""
+        if row.picture is None:
+            return None
+        if isinstance(row.picture, Held):
+            return row.picture.name, json.dumps(row.picture.place), row.picture.place
+        if row.picture.startswith("data:"):
+            digest = hashlib.sha256(row.picture.encode()).hexdigest()
+            return f"data:{digest[:32]}", digest, [row.picture]
+        place = self._member(row.picture) if self.store.tars else [row.picture]
+        return row.picture, json.dumps(place), place
+
+    def _member(self, name: str) -> Place:
+        found = self.database.execute(
+            "SELECT place, other FROM members WHERE source = ? AND name = ?", (self.name, name)
+        ).fetchone()
+        if found is None:
+            raise Refusal("missing_file", f"no tar file has a member {name!r}")
+        if found[1] is not None:
+            both = " and ".join(str(self.store.tars[json.loads(place)[0]]) for place in found)
+            raise Refusal("ambiguous_name", f"{name!r} is a member of {both}: which one is meant is not known")
+        return list(json.loads(found[0]))
+
+    def _image(self, name: str, key: str, place: Place | None) -> int:
+        key = f"{self.name} {key}"
+        known = self.database.execute("SELECT number FROM images WHERE key = ?", (key,)).fetchone()
+        if known is None:
+            unique = self._free("images", "name", self.prefix + name)
+            known = self.database.execute(
+                "INSERT INTO images (key, name, source, file, place) VALUES (?, ?, ?, ?, ?) RETURNING number",
+                (key, unique, self.name, None if place is None else name, None if place is None else json.dumps(place)),
+            ).fetchone()
+        return int(known[0])
+
+    def _free(self, table: str, column: str, wanted: str) -> str:
+        """`wanted`, or `wanted#2`, `wanted#3`, ...: the first that is not there yet."""
+        free = wanted
+        while self.database.execute(f"SELECT 1 FROM {table} WHERE {column} = ?", (free,)).fetchone():
+            (uses,) = self.database.execute(
+                "INSERT INTO repeated VALUES (?, 2) ON CONFLICT DO UPDATE SET uses = uses + 1 RETURNING uses",
+                (f"{column} {wanted}",),
+            ).fetchone()
+            free = f"{wanted}#{uses}"
+        return free
 
 
 def refused(number: int, raw: Any, refusal: Refusal, source: str | None) -> Refused:
@@ -158,6 +223,10 @@ class Index:
         """Whether any row has boxes."""
         return bool(self._database.execute("SELECT EXISTS (SELECT 1 FROM rows WHERE boxes IS NOT NULL)").fetchone()[0])
 
+    def rules(self) -> list[Rule]:
+        """The most frequent first."""
+        return [Rule(*found) for found in self._database.execute("SELECT * FROM rules ORDER BY source, rows DESC, rule")]
+
     def refused(self) -> Iterator[Refused]:
         for (record,) in self._database.execute("SELECT record FROM refused ORDER BY rowid"):
             yield Refused.model_validate_json(record)
@@ -177,20 +246,21 @@ class Index:
 
     def texts(self, image: str) -> set[str]:
         """The conversations about an image, as they are stored; none if there is no such image."""
-        return {turns for (turns,) in self._of_image("turns", image)}
+        found = self._database.execute("SELECT turns FROM images JOIN rows ON image = images.number WHERE name = ?", (image,))
+        return {turns for (turns,) in found}
 
     def rows_of(self, image: str) -> list[tuple[str, int, str]]:
-        """(source, number within it, id) of the rows about an image."""
-        return list(self._of_image("source, row, id", image))
-
-    def _of_image(self, columns: str, image: str) -> Iterator[Any]:
-        return self._database.execute(
-            f"SELECT {columns} FROM images JOIN rows ON image = images.number WHERE name = ? ORDER BY rows.number", (image,)
+        """(source, number within it, id of its first sample) of the rows about an image."""
+        found = self._database.execute(
+            "SELECT source, row, id, min(rows.number) FROM images JOIN rows ON image = images.number WHERE name = ?"
+            " GROUP BY row",
+            (image,),
         )
+        return [(source, row, id_) for source, row, id_, _ in found]
 
 
 def _turns(turns: str, boxes: str | None) -> tuple[Turn, ...]:
-    """As `_insert` wrote them."""
+    """As `_Source.insert` wrote them."""
     texts = json.loads(turns)
     regions = [[]] * len(texts) if boxes is None else json.loads(boxes)
     return tuple(

@@ -1,4 +1,4 @@
-"""LLaVA annotations, a JSON list or JSONL of any length: one row in memory at a time."""
+"""Rows of JSON lists and JSONL files of any length: one row in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SPACE = re.compile(r"[ \t\n\r]*")
 def rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Number, from 1, and content of each row; a JSONL line that is no JSON comes as the Refusal that it deserves.
 
-    Raises DataError if the file is not there, cannot be read, or starts as a JSON list and is none.
+    Raises DataError if the file is not there, cannot be read, is neither a list nor lines, or starts as a list and is none.
     """
     try:
         with path.open("rb") as file:
-            is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+            is_list = _is_list(path, file.read(2**16))
             file.seek(0)
             yield from enumerate(elements(file), start=1) if is_list else _lines(file)
     except FileNotFoundError:
@@ -34,6 +34,18 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"params/data.yaml: the annotations file {path} cannot be read: {error.strerror}") from None
     except Refusal as refusal:
         raise DataError(f"{path} is no JSON list: {refusal.detail}") from None
+
+
+def _is_list(path: Path, beginning: bytes) -> bool:
+    """Else it is JSONL. Raises DataError if it can be neither."""
+    if beginning.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04", b"\x28\xb5\x2f\xfd")):
+        raise DataError(f"{path} is compressed; unpack it first (gunzip, unzip, xz -d, zstd -d)")
+    if beginning.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in beginning[:100]:
+        raise DataError(f"{path} is UTF-16 or no text at all; rows are UTF-8: iconv -f UTF-16 -t UTF-8")
+    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"{") and text[1:].lstrip(b" \t\r").startswith(b"\n"):  # an object on several lines
+        raise DataError(f"{path} is one JSON object; rows are a list, [{{...}}, ...], or one object a line")
+    return text.startswith(b"[")
 
 
 def parse(content: bytes) -> Any:

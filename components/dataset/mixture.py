@@ -16,7 +16,7 @@ from pathlib import Path
 from components.artifacts import Split
 from components.dataset.images import Refusal, check
 from components.dataset.index import Index, Indexed, build
-from components.dataset.source import Provenance, Refused, Stored
+from components.dataset.source import Provenance, Refused, Rule, Stored
 from components.dataset.stores import Store, store
 from components.settings import DataSettings, LlavaFolder, Mixture
 from components.shards import ImageRow
@@ -52,11 +52,15 @@ class Mixed:
                 try:
                     yield self._stored(found)
                 except Refusal as refusal:
-                    yield [self._refused(found, row, id_, refusal) for row, id_, *_ in found.rows]
+                    yield [self._refused(found, row, id_, refusal) for row, id_ in found.first.items()]
 
     def refused(self) -> Iterator[Refused]:
         with Index(self.index) as index:
             yield from index.refused()
+
+    def rules(self) -> list[Rule]:
+        with Index(self.index) as index:
+            return index.rules()
 
     def _stored(self, found: Indexed) -> Stored:
         content, look, limits = None, None, self.settings.limits
@@ -67,7 +71,7 @@ class Mixed:
             content, digest, look = check(raw, f"{found.source}: {found.file}", limits)
         split = assign(digest, self.settings.seed, shares(self.settings))
         row = ImageRow(found.name, content, tuple((id_, kind, turns) for _, id_, kind, turns in found.rows))
-        return Stored(row, Provenance(image_id=found.name, split=split, file=found.file, sha256=digest), look)
+        return Stored(row, Provenance(image_id=found.name, split=split, file=found.file, sha256=digest), look, len(found.first))
 
     def _refused(self, found: Indexed, row: int, id_: str, refusal: Refusal) -> Refused:
         source = found.source if self.settings.source == "mixture" else None

@@ -79,7 +79,7 @@ def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:
                     own = id_.removeprefix(f"{source}/")
                     refused.append(Refused(row=row, id=own, reason="near_duplicate", detail=detail, source=source))
             write_text(parts.quarantine(part), jsonl(refused))
-            Part(images=record.images, splits=splits, refused=len(refused)).write(parts.record(part))
+            Part(images=record.images, splits=splits, refused=len(refused), rows=record.rows).write(parts.record(part))
 
 
 def _evaluated(parts: Parts, count: int, folders: list[Path], limits: DataLimits) -> Evaluated:

@@ -5,20 +5,15 @@ A part is a function of its number alone, so neither the number of workers nor a
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from components.artifacts import SPLITS, Record, Split, SplitRecord, jsonl, write_bytes, write_text
 from components.dataset.source import Provenance, Refused, Source, Stored
-from components.errors import TryAgainError, end_with_parent
 from components.shards import SplitWriter
+from components.workers import shared_out
 
 LOOK = np.dtype([("split", "u1"), ("row", "u4"), ("look", "u8")])  # of one image: where it is stored, in which row of the part
 
@@ -31,6 +26,7 @@ class Part(Record):
     images: int  # looked at, those refused among them
     splits: dict[Split, SplitRecord]
     refused: int
+    rows: int  # of the source that are stored, those among them that `overlap.drop` takes out later
 
 
 class Parts:
@@ -52,11 +48,6 @@ class Parts:
         return self.folder / "parts" / f"{part:05d}.looks"
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar: Callable[[int], object]) -> None:
     """Make all parts that are not there yet; `bar` is told how many more images have been looked at.
 
@@ -73,28 +64,8 @@ def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar:
         for part in todo:
             write_part(source, part, folder, images_per_shard, bar)
         return
-    for record in _by_workers(source, todo, folder, images_per_shard, workers):
+    for record in shared_out(write_part, [(source, part, folder, images_per_shard) for part in todo], workers):
         bar(record.images)
-
-
-def _by_workers(source: Source, todo: list[int], folder: Path, images_per_shard: int, workers: int) -> Iterator[Part]:
-    spawn = multiprocessing.get_context("spawn")  # forking beside the tracker's threads may lock up
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker) as pool:
-        try:
-            for done in as_completed([pool.submit(write_part, source, part, folder, images_per_shard) for part in todo]):
-                yield done.result()
-        except BrokenProcessPool:
-            raise TryAgainError(
-                "a process that prepared data was killed, for want of memory perhaps; run again to go on, with fewer:"
-                " ALIGNTI_WORKERS=1"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)  # parts under way are finished, and kept
-
-
-def _worker() -> None:
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which lets this part be finished
 
 
 def write_part(
@@ -105,7 +76,7 @@ def write_part(
     origins: list[Provenance] = []
     refused: list[Refused] = []
     looks: list[tuple[int, int, int]] = []
-    images = 0
+    images = rows = 0
     try:
         for found in source.rows(part):
             images += 1
@@ -114,11 +85,13 @@ def write_part(
                     looks.append((SPLITS.index(found.origin.split), len(origins), found.look))
                 writers[found.origin.split].add(found.row)
                 origins.append(found.origin)
+                rows += found.rows
             else:
                 refused += found
             if bar is not None:
                 bar(1)
-        record = Part(images=images, splits={split: writer.close() for split, writer in writers.items()}, refused=len(refused))
+        splits = {split: writer.close() for split, writer in writers.items()}
+        record = Part(images=images, splits=splits, refused=len(refused), rows=rows)
     finally:
         for writer in writers.values():
             writer.discard()

@@ -33,11 +33,12 @@ from components.artifacts import (
 )
 from components.dataset import digits, mixture, overlap
 from components.dataset.card import write_card
-from components.dataset.parts import Part, Parts, cores, make
+from components.dataset.parts import Part, Parts, make
 from components.dataset.source import Refused, Source
 from components.errors import DataError, InputError, TryAgainError
 from components.settings import DataSettings
 from components.shards import joined
+from components.workers import cores
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -96,7 +97,8 @@ def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1
     records = [Part.read(parts.record(part)) for part in range(source.parts)]
     refused = sorted([*early, *_quarantined(parts, source.parts)], key=lambda one: (one.source or "", one.row))
     splits = {split: joined(record.splits[split] for record in records) for split in SPLITS}
-    if source.rows_in != len(refused) + sum(split.samples for split in splits.values()):
+    bad = sum(one.reason != "near_duplicate" for one in refused)
+    if source.rows_in != bad + sum(record.rows for record in records):
         raise AssertionError(f"{source.title}: of {source.rows_in} rows some are neither stored nor quarantined")
     _accept(refused, source.rows_in, settings.limits.max_bad_ratio)
     _check_splits(splits)

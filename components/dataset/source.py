@@ -29,10 +29,21 @@ class Provenance(Record):
     sha256: str | None = None  # of its pixels, by which splits are told apart
 
 
+class Rule(NamedTuple):
+    """A rule by which rows of a source were changed (docs/data.md), or a key of them that was ignored."""
+
+    source: str
+    name: str
+    rows: int
+    row: int  # an example
+    did: str  # what it did there
+
+
 class Stored(NamedTuple):
     row: ImageRow
     origin: Provenance
     look: int | None  # components/looks.py; None: not to be compared
+    rows: int  # of the source: fewer than samples where one row made several
 
 
 class Source(Protocol):
@@ -65,3 +76,6 @@ class Source(Protocol):
 
     def refused(self) -> Iterator[Refused]:
         """What was refused before there were parts."""
+
+    def rules(self) -> list[Rule]:
+        """What was changed before there were parts."""

@@ -17,9 +17,23 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from components import tracking
 from components.align_ti.step import AlignTI, Method
-from components.artifacts import DATASET, IRS, MODELS, SIGNALS, STUDENTS, TEACHER, Cost, LayerChoice, ModelIndex, TeacherChoice
+from components.artifacts import (
+    DATASET,
+    IRS,
+    MODELS,
+    ROWS,
+    SIGNALS,
+    STUDENTS,
+    TEACHER,
+    Cost,
+    LayerChoice,
+    ModelIndex,
+    TeacherChoice,
+    fingerprint,
+)
+from components.distill import code
 from components.distill.card import model_card
-from components.distill.checkpoint import Checkpoints, fingerprint
+from components.distill.checkpoint import Checkpoints
 from components.distill.export import export, gathered
 from components.distill.grids import Regridded
 from components.distill.launch import check_came_up, launch, to_be_launched
@@ -73,10 +87,10 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     )
     check_came_up(accelerator, settings.runtime)
     device = accelerator.device
-    samples = Samples(DATASET, "train")
+    samples = Samples(DATASET, "train", ROWS)
     align = settings.distill.stage == "align"
     choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
-    layers = None if align else LayerChoice.read(IRS / "layer.json")
+    layers = None if align else searched_for(arm)
     start = ModelIndex.read(MODELS / "index.json").students[arm.student]
     facts = {
         "arm": arm.model_dump(mode="json"),
@@ -97,7 +111,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
     choose_trainable(student, settings.distill)
     template = Template.asked(settings.models.template)
     collator = Collator(student.processor, template, settings.models.max_length, train=True)
-    if choice is None or layers is None:
+    if choice is None:
         check_images(student)
         module = AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, student.vocabulary))
     elif settings.uses_cache(arm):
@@ -132,7 +146,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
         teacher={"path": choice.path, "sha256": choice.sha256} if choice else None,
         precision=settings.distill.precision,
     )
-    resumable = fingerprint({**facts, "steps_logged": settings.distill.log_every})
+    resumable = fingerprint({**facts, "steps_logged": settings.distill.log_every}, code.of_training(arm.weights))
     with Checkpoints(name, resumable, main=accelerator.is_main_process) as checkpoints:
         title = f"distill@{name}"
         outcome = train(
@@ -168,6 +182,11 @@ def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
             export(STUDENTS / name, student, collator.template, model_card(name, facts), outcome.losses, cost)
             checkpoints.clear()
     return cost
+
+
+def searched_for(arm: Arm) -> LayerChoice | None:
+    """What the layer search found. Raises DataError if it found no layer and the arm needs one."""
+    return LayerChoice.read(IRS / "layer.json") if arm.needs_layer else LayerChoice.found()
 
 
 def trained_on(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
@@ -219,10 +238,10 @@ def _live(
     return AlignTI(pupil, FrozenTeacher(master, look.layer, shares_tower, look.background), method)
 
 
-def _searched(arm: Arm, layers: LayerChoice) -> dict[str, Any]:
+def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:
     """What the card says of weights that the layer search picked; nothing of others."""
     assert arm.iva is not None  # filled in by Settings.arm
-    if arm.iva.weighting != "searched" or "iva" not in arm.needs:
+    if layers is None or arm.iva.weighting != "searched" or "iva" not in arm.needs:
         return {}
     picked = layers.picked.model_dump(include={"rule", "layer", "weighting", "rows"})
     return {"searched": picked | {"background": weighting(arm.iva, layers).digest}}

@@ -139,14 +139,15 @@ def _losses(facts: dict[str, Any]) -> str:
     weights, iva, layer = facts["arm"]["weights"], facts["arm"]["iva"], facts["irs_layer"]
     terms = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}L_{term}" for term, weight in weights.items())
     picked = facts.get("searched")
+    found = "" if layer is None else f" (the layer search's l* is {layer})"
     looked = {
         "irs": f"layer l* = {layer} of the teacher, the layer search's",
         "searched": picked and _picked(picked),
-        "layer": f"layer {iva['layer']} of the teacher, as asked (the layer search's l* is {layer})",
-        "uniform": f"no layer: all weigh the same (the layer search's l* is {layer})",
+        "layer": f"layer {iva['layer']} of the teacher, as asked{found}",
+        "uniform": f"no layer: all weigh the same{found}",
     }
     if "iva" not in weights:
-        return f"Loss: L = {terms}. The layer search's l* is {layer}, which only L_iva would use."
+        return f"Loss: L = {terms}; nothing weighs visual tokens{found}."
     return f"Loss: L = {terms}. L_iva weighs visual tokens by {looked[iva['weighting']]}."
 
 

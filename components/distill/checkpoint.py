@@ -12,19 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from filelock import FileLock, Timeout
 
-from components import artifacts
 from components.artifacts import RUNS, write_text
 from components.errors import InputError, TryAgainError
 
 # It warns at every checkpoint that tied weights are stored once, which is as it should be (the resume test compares bytes).
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-
-CODE = ("align_ti", "distill", "irs", "models", "signals")
-
-
-def fingerprint(facts: dict[str, Any]) -> str:
-    """16 hex digits over what decides the student's bytes: settings, inputs and this code. Equal means resumable."""
-    return artifacts.fingerprint(facts, CODE)
 
 
 class Checkpoints:

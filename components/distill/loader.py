@@ -1,16 +1,22 @@
-"""The batches of each step, collated here or ahead by other processes: the same ones, in the same order, either way."""
+"""The batches of each step, collated here or ahead by other processes: the same ones, in the same order, either way.
+
+Batches come through a pipe as bytes, not through shared memory as PyTorch passes tensors: containers have little of it
+(and processes few open files), and a tensor that finds no room there never arrives.
+"""
 
 from __future__ import annotations
 
-import signal
+import os
+import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from components.distill.order import Order, draw_key, shared_out, shared_out_by_length
-from components.errors import AlignTIError
+from components.errors import AlignTIError, TryAgainError, end_with_parent
 from components.models.collate import Batch, Collator
 from components.settings import DistillSettings
 from components.shards import Samples
@@ -56,22 +62,45 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
 def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[MicroBatches]:
     """Steps `first` .. `last` - 1, two ahead in each of `loaders` processes; 0: in this one, when asked.
 
-    Raises what `Collator` and `shared_out` do, when its step is asked for.
+    Raises what `Collator` and `shared_out` do, when its step is asked for; TryAgainError if the processes cannot start.
     """
     loader = DataLoader(
         steps,
         batch_size=None,  # a step is a batch already
         sampler=range(first, last),
         num_workers=loaders,
-        collate_fn=_as_is,
+        collate_fn=pickle.dumps if loaders else _as_is,
         generator=torch.Generator(),  # it draws a seed that nobody needs: not from the run's own stream
         multiprocessing_context="spawn" if loaders else None,  # forking beside a GPU or threads may lock up
         worker_init_fn=_worker if loaders else None,
     )
-    for found in loader:
+    try:
+        stream = iter(loader)
+    except OSError as error:
+        raise TryAgainError(
+            f"{loaders} processes that load batches cannot start: {error}; give this machine more shared memory (a container:"
+            " --shm-size) or open files, or set loaders: 0 in params/runtime.yaml"
+        ) from error
+    for found in stream:
+        if loaders:
+            found = pickle.loads(found)  # noqa: S301 (of our own process)
         if isinstance(found, AlignTIError):
             raise found
         yield found
+
+
+@contextmanager
+def deaths_explained() -> Iterator[None]:
+    """Raises TryAgainError where PyTorch says that a loader has died, which may be in the middle of anything."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise TryAgainError(
+            f"a process that loads batches ended ({str(error).strip()}); run the same command to go on, with fewer `loaders` in"
+            " params/runtime.yaml if memory is short"
+        ) from error
 
 
 def _as_is(batch: Any) -> Any:
@@ -79,4 +108,5 @@ def _as_is(batch: Any) -> Any:
 
 
 def _worker(_number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the loop is asked too, and ends between steps
+    os.setpgrp()  # who asks the training's whole group to end asks the loop, which needs its batches until it has saved
+    end_with_parent()

@@ -20,7 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 from components.align_ti.step import AlignTI, total
 from components.distill.checkpoint import Checkpoints
 from components.distill.launch import prepare_sharding
-from components.distill.loader import Steps, batches
+from components.distill.loader import Steps, batches, deaths_explained
 from components.distill.memory import explained
 from components.distill.order import Order
 from components.distill.replay import Origin
@@ -60,6 +60,7 @@ def train(
         InputError: batch_size does not divide over the ranks; the checkpoint is of another layout.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
         OutOfMemory: a step does not fit; names the largest part and the setting that lowers it.
+        TryAgainError: a process that loads batches ended.
         AlignTIError: the loss is not finite; names step, term, samples and the dump for `alignti replay`.
     """
     lora = settings.trainable.lora
@@ -86,7 +87,7 @@ def train(
     bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter() - progress["seconds"]
     wrapped.train()
-    with bar, _stop_request() as stop:
+    with bar, deaths_explained(), _stop_request() as stop:
         for step in range(progress["step"] + 1, settings.steps + 1):
             micro_batches = [(batch.to(accelerator.device), keys) for batch, keys in next(stream)]
             module.progress = (step - 1) / settings.steps

@@ -1,7 +1,8 @@
 """Stage `evaluate@ARM`: a student's, or the teacher's, own answers scored. `python -m components.evaluate --arm ARM|teacher`
 
-Writes artifacts/scores/ARM/predictions.jsonl, every sample with its answer, and scores.json. The same model and data give the
-same bytes, also if the stage was killed: it goes on at the batch where it stopped.
+Writes artifacts/scores/ARM/predictions.jsonl, every sample with its answer; likelihoods.jsonl, the reference's negative
+log-likelihood and the KL divergence from the teacher along it; and scores.json. The same model and data give the same bytes,
+also if the stage was killed: answers go on at the batch where it stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from components.artifacts import (
     DATASET,
+    ROWS,
     RUNS,
     SCORES,
     STUDENTS,
@@ -33,13 +35,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m components.evaluate", description="Score one arm's answers.")
     parser.add_argument("--arm", required=True, choices=[TEACHER_ARM, *settings.study.arms], help="whose answers")
     arm: str = parser.parse_args().arm
-    if arm == TEACHER_ARM and (none := Absent.reason_at(TEACHER / "choice.json")):
+    none = Absent.reason_at(TEACHER / "choice.json")
+    if none and arm == TEACHER_ARM:
         Absent(none=none).write(SCORES / arm / "scores.json")
         print(f"evaluate teacher: nothing to do, {none}")
         return
 
     from components import tracking
-    from components.evaluate import fingerprint, generate, metrics
+    from components.evaluate import fingerprint, generate, likelihood, metrics
     from components.evaluate.journal import Journal
     from components.models.load import load
     from components.models.template import Template
@@ -47,26 +50,33 @@ def main() -> None:
     from components.shards import Samples
 
     asked = settings.evaluate
-    samples = Samples(DATASET, asked.split)
+    samples = Samples(DATASET, asked.split, ROWS)
     rows = generate.questions(samples)
     varying = {"split": asked.split, "samples": len(rows), "max_new_tokens": asked.max_new_tokens}
     with tracking.stage_run("evaluate", cell=arm, runtime=settings.runtime, params=varying) as run:
         run.dataset(str(DATASET), samples.manifest.digest)
-        loaded = load(model_of(arm), prepare_torch(settings.runtime, seed=0))
+        device = prepare_torch(settings.runtime, seed=0)
+        loaded = load(model_of(arm), device)
         template = Template.asked(settings.models.template)
         measured = fingerprint.own(loaded, samples, rows, template, asked)
         journal = Journal(RUNS / "evaluate" / arm / f"{_resumable(measured, model_of(arm), asked.batch_size)}.jsonl")
         answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm, journal)
         predicted = metrics.predictions((samples[row] for row in rows), answers)
-        scores = metrics.score(arm, predicted).model_copy(update={"fingerprint": measured})
+        teacher = None if none or arm == TEACHER_ARM else load(model_of(TEACHER_ARM), device)
+        forced = likelihood.likelihoods(loaded, samples, rows, template, asked.batch_size, f"{arm}: references", teacher)
+        per_token = {"nats_per_token": likelihood.nats_per_token(forced), "kl_per_token": likelihood.kl_per_token(forced)}
+        scores = metrics.score(arm, predicted).model_copy(update={**per_token, "fingerprint": measured})
         write_text(SCORES / arm / "predictions.jsonl", jsonl(predicted))
+        write_text(SCORES / arm / "likelihoods.jsonl", jsonl(forced))
         path = scores.write(SCORES / arm / "scores.json")
         journal.close()
         run.metrics({"exact_match": scores.exact_match, **{f"exact_match/{k}": v for k, v in scores.per_kind.items()}})
+        run.metrics({"token_f1": scores.token_f1, **{key: value for key, value in per_token.items() if value is not None}})
         for kind, figures in scores.yes_no.items():
             run.metrics({f"{name}/{kind}": value for name, value in figures.model_dump(exclude={"samples"}).items()})
         run.artifact(path)
-        run.artifact(SCORES / arm / "predictions.jsonl")
+        for name in ("predictions.jsonl", "likelihoods.jsonl"):
+            run.artifact(SCORES / arm / name)
     cut = generate.unreachable(loaded, [p.reference for p in predicted], asked.max_new_tokens)
     warning = f"; {cut:,} references are longer than evaluate.max_new_tokens {asked.max_new_tokens}: raise it" if cut else ""
     weakest = min(scores.per_kind, key=lambda kind: scores.per_kind[kind])

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from itertools import combinations
-from statistics import fmean, median, stdev
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -25,19 +26,26 @@ from components.artifacts import (
     Absent,
     ArmResult,
     Comparison,
+    Contrast,
+    Cost,
     Difference,
-    OverSeeds,
+    Estimate,
+    PublishedRuns,
     Scores,
     TeacherResult,
+    YesNo,
     write_text,
 )
 from components.errors import exit_from
 from components.evaluate.fingerprint import differences
+from components.evaluate.headline import headline, leaders, listed, spoken, standing
+from components.evaluate.measures import EXACT_MATCH, MEASURES, per_question
 from components.evaluate.metrics import OVERALL
 from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.statistics import (
     Interval,
     Scored,
+    between_seeds,
     bootstrap,
     detectable,
     holm,
@@ -58,41 +66,45 @@ METHOD = (
 )
 
 
-def compare(outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, Arm]) -> Comparison:
+@dataclass(frozen=True)
+class Sampled:
+    """One measure of all arms, as observed and on every draw of images and seeds."""
+
+    names: list[str]
+    observed: Scored
+    resampled: Scored
+    spread: float | None  # between runs of one arm
+
+    def value(self, name: str) -> float:
+        return float(self.observed.overall[self.names.index(name)])
+
+    def draws(self, name: str) -> NDArray[np.float64]:
+        drawn: NDArray[np.float64] = self.resampled.overall[:, self.names.index(name)]
+        return drawn
+
+
+def compare(
+    outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, Arm], published: PublishedRuns | None = None
+) -> Comparison:
     """All figures of the comparison; `settings` gives resamples, confidence, seed and baselines, `study` the arms' settings."""
-    arms = list(outcomes.costs)
-    rows = [TEACHER_ARM, *arms]
+    runs = {TEACHER_ARM: [TEACHER_ARM], **runs_of(study, outcomes.costs)}
+    arms = [name for name in runs if name != TEACHER_ARM]
     asked = outcomes.predictions[TEACHER_ARM]
-    kinds = Counter(sorted(p.kind for p in asked))
-    image_ids = list(dict.fromkeys(p.image_id for p in asked))
-    observed, resampled = bootstrap(
-        correct=[[p.correct for p in outcomes.predictions[row]] for row in rows],
-        images=_codes([p.image_id for p in asked], image_ids),
-        kinds=_codes([p.kind for p in asked], list(kinds)),
-        resamples=settings.bootstrap_resamples,
-        seed=settings.seed,
-    )
-    results = {
-        row: TeacherResult(
-            yes_no=outcomes.yes_no[row],
-            differs=[] if row == TEACHER_ARM else differences(outcomes.fingerprints[row], outcomes.fingerprints[TEACHER_ARM]),
-            **_figures(index, list(kinds), observed, resampled, settings.confidence),
-        )
-        for index, row in enumerate(rows)
-    }
+    kinds = dict(sorted(Counter(p.kind for p in asked).items()))
+    sampled = {measure: _sampled(measure, outcomes, runs, list(kinds), settings) for measure in MEASURES}
+    exact = sampled.pop(EXACT_MATCH)
+    results = {name: _result(name, runs, exact, sampled, list(kinds), outcomes, settings.confidence) for name in runs}
     teacher = results.pop(TEACHER_ARM)
     order = sorted(arms, key=lambda arm: -results[arm].exact_match)  # stable: equal scores stay in the study's order
-    draws = {row: resampled.overall[:, index] for index, row in enumerate(rows)}
-    scores = {row: float(observed.overall[index]) for index, row in enumerate(rows)}
-    pairs = _differences(order, scores, draws, outcomes, settings.confidence)
-    gaps = [draws[pair.arm] - draws[pair.against] for pair in pairs]
+    contrast = _contrast(exact, order, runs, outcomes, settings.confidence, closed=_closed(outcomes))
     complete = {
         arm: ArmResult(
             **results[arm].model_dump(),
+            runs={run: float(np.mean([p.correct for p in outcomes.predictions[run]])) for run in runs[arm]},
             share_of_teacher=results[arm].exact_match / teacher.exact_match if teacher.exact_match else None,
-            share_ci95=_share(draws[arm], draws[TEACHER_ARM], settings.confidence) if teacher.exact_match else None,
-            gains={base: _oriented(pairs, arm, base) for base in settings.baselines if base != arm},
-            **outcomes.costs[arm].model_dump(),
+            share_ci95=_share(exact.draws(arm), exact.draws(TEACHER_ARM), settings.confidence) if teacher.exact_match else None,
+            gains={base: gain for base in settings.baselines if (gain := contrast.gain(arm, base))},
+            **_cost([outcomes.costs[run] for run in runs[arm]]),
         )
         for arm in arms
     }
@@ -101,80 +113,27 @@ def compare(outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, 
         standing="",
         split=settings.split,
         n=len(asked),
-        images=len(image_ids),
-        kinds=dict(kinds),
+        images=len({p.image_id for p in asked}),
+        kinds=kinds,
         confidence=settings.confidence,
         resamples=settings.bootstrap_resamples,
-        method=METHOD.format(resamples=settings.bootstrap_resamples, pairs=len(pairs)),
+        method=METHOD.format(resamples=settings.bootstrap_resamples, pairs=len(contrast.pairs)),
         teacher=teacher,
         arms=complete,
         order=order,
-        pairs=pairs,
-        noise=median(noise(gap, settings.confidence) for gap in gaps) if gaps else None,
-        detectable=median(detectable(gap, settings.confidence, POWER) for gap in gaps) if gaps else None,
-        seeds=[_over_seeds(group, scores, draws, settings) for group in same_but_seed(study)],
+        exact_match=contrast,
+        measures={name: _contrast(found, order, runs, outcomes, settings.confidence) for name, found in sampled.items()},
+        published=published,
     )
     return comparison.model_copy(update={"headline": headline(comparison), "standing": standing(comparison)})
 
 
-def headline(comparison: Comparison) -> str:
-    """What may be said of the best arms: of each lead what its interval says, and what Holm's correction leaves of it."""
-    best = leaders(comparison)
-    alike = {pair.against for pair in comparison.pairs if pair.arm == best[0] and not pair.differs}
-    others = [arm for arm in comparison.order[len(best) :] if arm in alike]
-    verb = "answers" if len(best) == 1 else "each answer"
-    words = f"{listed(best)} {verb} {spoken(comparison.arms[best[0]])} of the {comparison.split} questions right"
-    if len(best) == len(comparison.order):
-        return f"{words}."
-    words += f", the most of {len(comparison.order)} arms."
-    if not others:
-        return f"{words} No other arm was measured in the same way, so none compares with it."
-    clear = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.larger_than_noise}
-    beyond = [arm for arm in others if arm in clear]
-    within = [arm for arm in others if arm not in clear]
-    lead = "Its lead" if len(best) == 1 else f"The lead of {best[0]}"
-    if not beyond:
-        return f"{words} {lead} over no other arm is larger than the noise of the test sample."
-    words += f" {lead} over {listed(beyond) if within else 'every other arm'} is larger than the noise of the test sample"
-    words += f"; over {listed(within)} it is not." if within else "."
-    kept = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.p_holm < 1 - comparison.confidence}
-    still = [arm for arm in beyond if arm in kept]
-    held = "all of them" if still == beyond else listed(still) if still else "none of them"
-    return f"{words} Adjusted for {len(comparison.pairs)} pairs (Holm), this holds over {held}."
-
-
-def same_but_seed(study: Mapping[str, Arm]) -> list[list[str]]:
-    """The groups of two or more arms that share every setting but the seed."""
+def runs_of(study: Mapping[str, Arm], trained: Iterable[str]) -> dict[str, list[str]]:
+    """Arm -> its trained runs: those that share every setting but the seed. The first gives the arm its name."""
     groups: dict[str, list[str]] = defaultdict(list)
-    for name, arm in study.items():
-        groups[arm.model_dump_json(exclude={"seed"})].append(name)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def leaders(comparison: Comparison) -> list[str]:
-    """The arms with the best score: more than one where they tie."""
-    best = comparison.arms[comparison.order[0]].exact_match
-    return [arm for arm in comparison.order if comparison.arms[arm].exact_match == best]
-
-
-def standing(comparison: Comparison) -> str:
-    """The order of the arms and the teacher's score, with their intervals."""
-    order = ", ".join(f"{arm} {spoken(comparison.arms[arm])}" for arm in comparison.order)
-    return (
-        f"On {comparison.n:,} {comparison.split} questions about {comparison.images:,} images the order is {order};"
-        f" the teacher has {spoken(comparison.teacher)}. In brackets {comparison.confidence:.0%} intervals; one training run"
-        " per arm."
-    )
-
-
-def spoken(result: TeacherResult) -> str:
-    low, high = result.ci95
-    return f"{result.exact_match:.1%} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def listed(names: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    for run in trained:
+        groups[study[run].model_dump_json(exclude={"seed"})].append(run)
+    return {group[0]: group for group in groups.values()}
 
 
 def _codes(values: list[str], names: list[str]) -> NDArray[np.int_]:
@@ -182,58 +141,117 @@ def _codes(values: list[str], names: list[str]) -> NDArray[np.int_]:
     return np.array([code[value] for value in values])
 
 
-def _figures(index: int, kinds: list[str], observed: Scored, resampled: Scored, confidence: float) -> dict[str, Any]:
-    return {
-        "exact_match": float(observed.overall[index]),
-        "ci95": interval(resampled.overall[:, index], confidence),
-        "average": float(observed.average[index]),
-        "average_ci95": interval(resampled.average[:, index], confidence),
-        "per_kind": {kind: float(observed.per_kind[index, k]) for k, kind in enumerate(kinds)},
-        "per_kind_ci95": {kind: interval(resampled.per_kind[:, index, k], confidence) for k, kind in enumerate(kinds)},
-    }
-
-
-def _differences(
-    order: list[str], observed: dict[str, float], draws: dict[str, NDArray[np.float64]], outcomes: Outcomes, confidence: float
-) -> list[Difference]:
-    """Each arm minus each that ranks below it."""
-    pairs = list(combinations(order, 2))
-    closed = outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL}
-    right = {arm: [p.correct for p in outcomes.predictions[arm] if p.kind in closed] for arm in order}
-    p_values = [p_value(draws[arm] - draws[other]) for arm, other in pairs]
-    return [
-        Difference(
-            arm=arm,
-            against=other,
-            difference=observed[arm] - observed[other],
-            ci95=interval(draws[arm] - draws[other], confidence),
-            p_value=p,
-            p_holm=adjusted,
-            p_mcnemar=mcnemar(right[arm], right[other]) if closed else None,
-            differs=differences(outcomes.fingerprints[arm], outcomes.fingerprints[other]),
-        )
-        for (arm, other), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True)
-    ]
-
-
-def _over_seeds(
-    group: list[str], scores: dict[str, float], draws: dict[str, NDArray[np.float64]], settings: EvaluateSettings
-) -> OverSeeds:
-    found = [scores[arm] for arm in group]
-    drawn = over_seeds(np.stack([draws[arm] for arm in group], axis=1), settings.seed)
-    return OverSeeds(
-        arms=group, exact_match=fmean(found), ci95=interval(drawn, settings.confidence), standard_deviation=stdev(found)
+def _sampled(
+    measure: str, outcomes: Outcomes, runs: Mapping[str, list[str]], kinds: list[str], settings: EvaluateSettings
+) -> Sampled:
+    found = {run: per_question(measure, outcomes.predictions[run], outcomes.likelihoods[run]) for run in outcomes.predictions}
+    values, weights = np.moveaxis(np.array(list(found.values())), -1, 0)
+    asked = outcomes.predictions[TEACHER_ARM]
+    observed, resampled = bootstrap(
+        values,
+        images=_codes([p.image_id for p in asked], list(dict.fromkeys(p.image_id for p in asked))),
+        kinds=_codes([p.kind for p in asked], kinds),
+        resamples=settings.bootstrap_resamples,
+        seed=settings.seed,
+        weights=weights,
+    )
+    index = {run: row for row, run in enumerate(found)}
+    groups = [[index[run] for run in of_arm] for of_arm in runs.values()]
+    spread = float(between_seeds(observed.overall, groups))
+    return Sampled(
+        list(runs), *over_seeds(observed, resampled, groups, settings.seed), spread=None if np.isnan(spread) else spread
     )
 
 
-def _oriented(pairs: list[Difference], arm: str, against: str) -> Difference:
-    """The pair as `arm` minus `against`, whichever of them ranks higher."""
-    pair = next(p for p in pairs if {p.arm, p.against} == {arm, against})
-    if pair.arm == arm:
-        return pair
-    low, high = pair.ci95
-    turned = {"arm": arm, "against": against, "difference": 0.0 - pair.difference, "ci95": (0.0 - high, 0.0 - low)}
-    return pair.model_copy(update=turned)
+def _result(
+    name: str,
+    runs: Mapping[str, list[str]],
+    exact: Sampled,
+    others: Mapping[str, Sampled],
+    kinds: list[str],
+    outcomes: Outcomes,
+    confidence: float,
+) -> TeacherResult:
+    row, observed, resampled = exact.names.index(name), exact.observed, exact.resampled
+    return TeacherResult(
+        exact_match=exact.value(name),
+        ci95=interval(exact.draws(name), confidence),
+        average=float(observed.average[row]),
+        average_ci95=interval(resampled.average[:, row], confidence),
+        per_kind={kind: float(observed.per_kind[row, k]) for k, kind in enumerate(kinds)},
+        per_kind_ci95={kind: interval(resampled.per_kind[:, row, k], confidence) for k, kind in enumerate(kinds)},
+        yes_no=_mean_yes_no([outcomes.yes_no[run] for run in runs[name]]),
+        measures={
+            measure: Estimate(
+                value=found.value(name),
+                ci95=interval(found.draws(name), confidence),
+                per_kind={kind: float(found.observed.per_kind[row, k]) for k, kind in enumerate(kinds)},
+            )
+            for measure, found in others.items()
+        },
+        differs=[] if name == TEACHER_ARM else _differs(outcomes, runs[name], [TEACHER_ARM]),
+    )
+
+
+def _mean_yes_no(runs: list[dict[str, YesNo]]) -> dict[str, YesNo]:
+    """The figures of each kind, averaged over runs, which all answered the same questions."""
+    names = [name for name in YesNo.model_fields if name != "samples"]
+    return {
+        kind: found.model_copy(update={name: fmean(getattr(run[kind], name) for run in runs) for name in names})
+        for kind, found in runs[0].items()
+    }
+
+
+def _cost(runs: list[Cost]) -> dict[str, Any]:
+    return {
+        **runs[0].model_dump(),
+        "train_seconds": fmean(run.train_seconds for run in runs),
+        "peak_memory_mib": max(run.peak_memory_mib for run in runs),
+    }
+
+
+def _differs(outcomes: Outcomes, ours: Iterable[str], theirs: Iterable[str]) -> list[str]:
+    """What the fingerprints of any two of the runs do not share."""
+    prints = outcomes.fingerprints
+    return list(dict.fromkeys(what for a, b in product(ours, theirs) for what in differences(prints[a], prints[b])))
+
+
+def _closed(outcomes: Outcomes) -> set[str]:
+    """The yes/no kinds."""
+    return outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL}
+
+
+def _contrast(
+    sampled: Sampled,
+    order: list[str],
+    runs: Mapping[str, list[str]],
+    outcomes: Outcomes,
+    confidence: float,
+    closed: Collection[str] = (),
+) -> Contrast:
+    """Each arm minus each that ranks below it. `closed`: kinds that McNemar's test, of two single runs, looks at."""
+    pairs = list(combinations(order, 2))
+    gaps = [sampled.draws(arm) - sampled.draws(other) for arm, other in pairs]
+    p_values = [p_value(gap) for gap in gaps]
+    right = {arm: [p.correct for p in outcomes.predictions[arm] if p.kind in closed] for arm in order}
+    return Contrast(
+        pairs=[
+            Difference(
+                arm=arm,
+                against=other,
+                difference=sampled.value(arm) - sampled.value(other),
+                ci95=interval(gap, confidence),
+                p_value=p,
+                p_holm=adjusted,
+                p_mcnemar=mcnemar(right[arm], right[other]) if closed and len(runs[arm] + runs[other]) == 2 else None,
+                differs=_differs(outcomes, runs[arm], runs[other]),
+            )
+            for (arm, other), gap, p, adjusted in zip(pairs, gaps, p_values, holm(p_values), strict=True)
+        ],
+        noise=median(noise(gap, confidence) for gap in gaps) if gaps else None,
+        detectable=median(detectable(gap, confidence, POWER) for gap in gaps) if gaps else None,
+        spread=sampled.spread,
+    )
 
 
 def _share(draws: NDArray[np.float64], of: NDArray[np.float64], confidence: float) -> Interval:
@@ -264,13 +282,13 @@ def main() -> None:
     from tqdm import tqdm
 
     from components import tracking
-    from components.evaluate import report
+    from components.evaluate import published_runs, report
 
     with tracking.stage_run(
         "compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}
     ) as run:
         outcomes = read(settings.study.arms)
-        comparison = compare(outcomes, settings.evaluate, settings.study.arms)
+        comparison = compare(outcomes, settings.evaluate, settings.study.arms, published_runs.nearest())
         written = [comparison.write(REPORTS / "compare.json")]
         with tqdm(total=4, desc="compare", unit="part") as progress:
             for part in report.write(comparison, outcomes, settings.evaluate):
@@ -289,6 +307,8 @@ def main() -> None:
 
 def _tracked(comparison: Comparison) -> dict[str, float]:
     figures = {"teacher/exact_match": comparison.teacher.exact_match}
+    for name, result in [(TEACHER_ARM, comparison.teacher), *comparison.arms.items()]:
+        figures |= {f"{name}/{measure}": found.value for measure, found in result.measures.items()}
     for arm, result in comparison.arms.items():
         figures |= {f"{arm}/exact_match": result.exact_match, f"{arm}/train_seconds": result.train_seconds}
         figures |= {f"{arm}/gain_over_{base}": gain.difference for base, gain in result.gains.items()}

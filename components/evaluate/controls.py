@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from components.artifacts import DATASET, REPORTS, Record, Split, write_text
+from components.artifacts import DATASET, REPORTS, ROWS, Record, Split, write_text
 from components.errors import DataError
 from components.evaluate import generate, metrics
 from components.evaluate.contamination import Contamination, contamination
@@ -83,7 +83,7 @@ class Other(Sequence[Sample]):
 
 def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
     """Every named model with and without the images of the evaluated split, and that split against the training data."""
-    asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split)
+    asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
     device = prepare_torch(settings.runtime, seed=0)
     template = Template.asked(settings.models.template)

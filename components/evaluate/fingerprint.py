@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 KIT = "alignti"
 JUDGE = "exact match of the normalised answer"
-CODE = [Path(__file__).with_name(name) for name in ("generate.py", "metrics.py")]  # what makes the stage's scores
+CODE = [
+    Path(__file__).with_name(name) for name in ("generate.py", "likelihood.py", "metrics.py")
+]  # what makes the stage's scores
 
 
 def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings) -> Fingerprint:

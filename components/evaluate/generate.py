@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from components.errors import DataError
 from components.models.collate import Collator
-from components.models.families import inputs
+from components.models.families import prompt
 from components.models.load import Loaded
 from components.models.template import Template
 from components.settings import EvaluateSettings
@@ -68,12 +68,7 @@ def answers(
                 bar.update(len(these))
                 continue
             batch = collator([samples[row] for row in these]).to(loaded.model.device)
-            tokens = loaded.model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                pixel_values=batch.pixel_values,
-                **inputs(loaded.model, batch),
-            )
+            tokens = loaded.model.generate(**prompt(loaded.model, batch))
             written = tokens[:, batch.input_ids.shape[1] :]
             texts = loaded.processor.batch_decode(written, skip_special_tokens=True)
             given = dict(zip(these, (text.strip() for text in texts), strict=True))

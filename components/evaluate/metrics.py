@@ -1,7 +1,10 @@
-"""What an answer is worth: normalised exact match, and POPE-style figures for the yes/no kinds.
+"""What an answer is worth: normalised exact match, token F1, and POPE-style figures for the yes/no kinds.
 
 Normalisation: case folded, runs of white space become one space, punctuation at the end (`.,;:!?`) dropped. Nothing else
 is forgiven: an answer is right if it then equals the reference.
+
+Token F1 is SQuAD's (Rajpurkar et al., EMNLP 2016) over lower-case words, each counted as often as it occurs; articles count.
+Of an answer of several parts it says how much is right.
 
 Yes/no figures follow POPE (Li et al., EMNLP 2023), "yes" being the positive class. An answer says yes if "yes" is among its
 words and "no" is not, and the other way round. One that says neither, or both, is wrong whatever the reference, and counts as
@@ -11,7 +14,7 @@ words and "no" is not, and the other way round. One that says neither, or both, 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from components.artifacts import Prediction, Scores, YesNo
@@ -27,6 +30,13 @@ def normalise(text: str) -> str:
 
 def matches(answer: str, reference: str) -> bool:
     return normalise(answer) == normalise(reference)
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of the answer's words; 1 if neither has any."""
+    said, wanted = (Counter(re.findall(r"\w+", text.casefold())) for text in (answer, reference))
+    words = said.total() + wanted.total()
+    return 2 * (said & wanted).total() / words if words else 1.0
 
 
 def predictions(samples: Iterable[Sample], answers: Iterable[str]) -> list[Prediction]:
@@ -65,6 +75,8 @@ def score(arm: str, predicted: Sequence[Prediction]) -> Scores:
         exact_match=_share(p.correct for p in predicted),
         per_kind={kind: _share(p.correct for p in found) for kind, found in sorted(kinds.items())},
         yes_no=figures,
+        token_f1=_mean_f1(predicted),
+        token_f1_per_kind={kind: _mean_f1(found) for kind, found in sorted(kinds.items())},
     )
 
 
@@ -92,6 +104,10 @@ def _verdict(text: str) -> str | None:
     """ "yes", "no", or None for an answer that says neither or both."""
     words = {"yes", "no"} & set(re.findall(r"\w+", text.casefold()))
     return words.pop() if len(words) == 1 else None
+
+
+def _mean_f1(found: Sequence[Prediction]) -> float:
+    return sum(token_f1(p.answer, p.reference) for p in found) / len(found)
 
 
 def _share(correct: Iterable[bool]) -> float:

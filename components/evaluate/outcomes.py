@@ -7,20 +7,34 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from components.artifacts import SCORES, STUDENTS, TEACHER_ARM, Cost, Fingerprint, Prediction, Scores, YesNo
+from components.artifacts import (
+    SCORES,
+    STUDENTS,
+    TEACHER_ARM,
+    Cost,
+    Fingerprint,
+    Likelihood,
+    Prediction,
+    Record,
+    Scores,
+    YesNo,
+)
 from components.errors import DataError
 
+R = TypeVar("R", bound=Record)
 Losses = dict[str, list[dict[str, float]]]  # per arm, one row per logged step
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Per arm, in the order of the study; `predictions`, `yes_no` and `fingerprints` hold the teacher too."""
+    """Per trained student, in the order of the study; all but `costs` and `losses` hold the teacher too."""
 
     predictions: dict[str, list[Prediction]]  # all arms: the same questions in the same order
+    likelihoods: dict[str, list[Likelihood]]  # in that order too
     yes_no: dict[str, dict[str, YesNo]]
     fingerprints: dict[str, Fingerprint | None]
     costs: dict[str, Cost]
@@ -34,8 +48,10 @@ def read(arms: Iterable[str]) -> Outcomes:
     predictions = {arm: read_predictions(SCORES / arm / "predictions.jsonl") for arm in scores}
     for arm, found in scores.items():
         _check_against_scores(arm, predictions[arm], found)
+    aligned = _aligned(predictions)
     return Outcomes(
-        predictions=_aligned(predictions),
+        predictions=aligned,
+        likelihoods={arm: _likelihoods(arm, found) for arm, found in aligned.items()},
         yes_no={arm: found.yes_no for arm, found in scores.items()},
         fingerprints={arm: found.fingerprint for arm, found in scores.items()},
         costs={arm: Cost.read(STUDENTS / arm / "cost.json") for arm in arms},
@@ -45,14 +61,33 @@ def read(arms: Iterable[str]) -> Outcomes:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """Raises DataError if the file is missing, or a line is no prediction."""
+    return _records(path, Prediction)
+
+
+def _likelihoods(arm: str, predictions: list[Prediction]) -> list[Likelihood]:
+    """In the order of `predictions`. Raises DataError unless they are of the same samples, a student's with its KL."""
+    path = SCORES / arm / "likelihoods.jsonl"
+    by_id = {one.id: one for one in _records(path, Likelihood)}
+    if by_id.keys() != {p.id for p in predictions}:
+        raise DataError(
+            f"{path} is of other samples than predictions.jsonl; `python -m components.evaluate --arm {arm}` makes both"
+        )
+    if arm != TEACHER_ARM and any(one.kl is None for one in by_id.values()):
+        raise DataError(f"{path} was made without a teacher; `python -m components.evaluate --arm {arm}` makes it anew")
+    return [by_id[p.id] for p in predictions]
+
+
+def _records(path: Path, kind: type[R]) -> list[R]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise DataError(f"{path} is missing; `dvc repro` makes it") from None
     try:
-        return [Prediction.model_validate_json(line) for line in lines]
+        return [kind.model_validate_json(line) for line in lines]
     except ValidationError as error:
-        raise DataError(f"{path} holds a line that is no prediction: {error.errors()[0]['msg']}; evaluate anew") from None
+        raise DataError(
+            f"{path} holds a line that is no {kind.__name__.lower()}: {error.errors()[0]['msg']}; evaluate anew"
+        ) from None
 
 
 def _losses(path: Path) -> list[dict[str, float]]:

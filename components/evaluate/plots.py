@@ -7,9 +7,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from components.artifacts import Comparison, TeacherResult
+from components.evaluate.measures import MEASURES
 from components.evaluate.outcomes import Losses
 from components.figures import Theme
 
@@ -17,7 +18,7 @@ POINTS = 100  # shares are drawn in percent, differences in points
 
 
 def scores(comparison: Comparison, theme: Theme) -> Figure:
-    """Exact match of every arm with its interval, best on top, and the teacher as a line."""
+    """Exact match of every arm with its interval, best on top, published runs below it, and the teacher as a line."""
     arms = comparison.order[::-1]
     figure = Figure(figsize=(7.2, 1.3 + 0.36 * len(arms)))
     axes = figure.subplots()
@@ -30,6 +31,8 @@ def scores(comparison: Comparison, theme: Theme) -> Figure:
             f"{POINTS * result.exact_match:.1f}", (POINTS * result.exact_match, row), (0, 7), textcoords="offset points",
             ha="center", fontsize=8.5,
         )  # fmt: skip
+        for score in comparison.published.scores.get(arm, []) if comparison.published else []:
+            axes.plot(POINTS * score, row - 0.25, "D", color=colour, markerfacecolor=theme.paper, markersize=4)
     _teacher_line(axes, comparison.teacher, theme, "v")
     axes.set_yticks(range(len(arms)), arms)
     axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
@@ -59,6 +62,30 @@ def gains(comparison: Comparison, theme: Theme) -> Figure:
         axes.axvline(0, color=theme.muted, linewidth=1)
         axes.set_title(f"over {baseline}")
         axes.set_xlabel("points of exact match")
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].set_ylim(-0.6, len(arms) - 0.4)
+    return figure
+
+
+def measures(comparison: Comparison, theme: Theme) -> Figure:
+    """A panel per measure beside exact match: arms in the order of exact match, the teacher as a line."""
+    arms = comparison.order[::-1]
+    figure = Figure(figsize=(9.6, 1.3 + 0.34 * len(arms)))
+    panels = figure.subplots(1, len(comparison.measures), sharey=True)
+    for axes, name in zip(panels, comparison.measures, strict=True):
+        measure = MEASURES[name]
+        for row, arm in enumerate(arms):
+            found, colour = comparison.arms[arm].measures[name], _colour(comparison, arm, theme)
+            axes.plot([measure.scale * bound for bound in found.ci95], [row, row], color=colour, linewidth=2)
+            axes.plot(measure.scale * found.value, row, "o", color=colour, markersize=6.5)
+        axes.axvline(
+            measure.scale * comparison.teacher.measures[name].value, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3))
+        )
+        axes.set_title("higher is better" if not measure.lower_is_better else "lower is better", fontsize=8.5)
+        axes.set_xlabel(measure.title)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
     panels[0].set_yticks(range(len(arms)), arms)

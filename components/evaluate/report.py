@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,7 +16,6 @@ from PIL import Image
 
 from components.artifacts import (
     DATASET,
-    IRS,
     REPORTS,
     TEACHER_ARM,
     ArmResult,
@@ -30,6 +30,8 @@ from components.artifacts import (
 )
 from components.errors import DataError
 from components.evaluate import plots
+from components.evaluate.headline import noise_of, resolution
+from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
 from components.evaluate.metrics import OVERALL
 from components.evaluate.outcomes import Outcomes
 from components.evaluate.pages import data_uri, templates, thumbnail
@@ -41,6 +43,24 @@ from components.settings import EvaluateSettings
 from components.shards import Samples
 
 Plot = Callable[..., Figure]  # of a theme
+
+PUBLISHED = ["", "this run, %", "published, mean, %", "deviation between seeds, points", "seeds"]
+RESOLUTION = ["measure", "unit", "may be chance below", "seen four times in five", "deviation between seeds"]
+OTHER_MEASURES = (
+    "Token F1: the words that answer and reference share, counted as in SQuAD. Nats per reference token: the model's negative"
+    " log-likelihood of the reference, its end included. KL: KL(teacher || model) at each of these tokens, over the whole"
+    " vocabulary."
+)
+ONE_SEED = (
+    "The intervals measure the noise of the test sample: what would change with other images and questions. Each arm is one"
+    " training run with one seed, so they do not measure what would change with another seed: a difference larger than the"
+    " noise of the test sample may still be smaller than that between two seeds."
+)
+OVER_SEEDS = (
+    "The intervals measure what would change with other images and questions and with other seeds. How much seeds of one arm"
+    " differ is taken to be the same for all arms, an arm of one seed included, and its uncertainty widens the intervals as in"
+    " Student's t."
+)
 
 EXAMPLE_PX = 480  # longest side of an example's image in the report; smaller images go in as they are
 CSS_PX_PER_INCH = 104
@@ -91,8 +111,8 @@ def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings
     Raises DataError if a picture or record of an earlier stage is missing.
     """
     own = _plots(comparison, outcomes)
-    layer = LayerChoice.read(IRS / "layer.json")
-    inherited: dict[str, Plot] = {"irs": partial(curve, layer)}  # search_layer wrote its PNG; drawn again for dark pages
+    layer = LayerChoice.found()
+    inherited: dict[str, Plot] = {"irs": partial(curve, layer)} if layer else {}  # search_layer's PNG, again for dark pages
     drawn = {name: draw(plot) for name, plot in own.items()}
     yield [_written(REPORTS / "plots" / f"{name}.png", picture) for name, picture in drawn.items()]
     write_text(REPORTS / "compare.md", markdown(comparison))
@@ -112,6 +132,7 @@ def table(comparison: Comparison) -> list[Line]:
         Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95))),
         Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))),
     ]
+    lines += [Line(MEASURES[name].title, [_estimate(name, column) for column in columns]) for name in comparison.measures]
     lines += [
         Line(f"{kind.replace('_', ' ')} ({count:,})", _of_kind(columns, kind), starts_group=index == 0)
         for index, (kind, count) in enumerate(comparison.kinds.items())
@@ -126,58 +147,91 @@ def table(comparison: Comparison) -> list[Line]:
     return lines
 
 
+def measures(comparison: Comparison) -> list[Line]:
+    """Each measure beside exact match, and every arm's difference from each baseline by it."""
+    lines = []
+    for name, contrast in comparison.measures.items():
+        measure, best = MEASURES[name], "lower" if MEASURES[name].lower_is_better else "higher"
+        cells = [_estimate(name, column) for column in (comparison.teacher, *(comparison.arms[a] for a in comparison.order))]
+        lines.append(Line(f"{measure.title} ({best} is better)", cells, starts_group=True))
+        for baseline in _baselines(comparison):
+            found = [contrast.gain(arm, baseline) if arm != baseline else None for arm in comparison.order]
+            lines.append(Line(f"minus {baseline}, {measure.unit}", [NOTHING, *(_gain(gain, measure) for gain in found)]))
+    return lines
+
+
+def resolutions(comparison: Comparison) -> list[list[str]]:
+    """By measure: the gap that may be chance, the gap seen four times in five, and the deviation between seeds."""
+    rows = []
+    for name, found in {EXACT_MATCH: comparison.exact_match, **comparison.measures}.items():
+        gaps = (found.noise, found.detectable, found.spread)
+        said = ["\N{EN DASH}" if gap is None else MEASURES[name].said(gap) for gap in gaps]
+        rows.append([MEASURES[name].title, MEASURES[name].unit, *said])
+    return rows
+
+
+def published(comparison: Comparison) -> list[list[str]]:
+    """Of the teacher and each arm: exact match here, and of the published runs their mean, deviation and number."""
+    rows = []
+    for name, result in _everyone(comparison) if comparison.published else []:
+        scores = comparison.published.scores.get(name, []) if comparison.published else []
+        deviation = f"{100 * stdev(scores):.1f}" if len(scores) > 1 else NOTHING.value
+        mean = _percent(fmean(scores)) if scores else NOTHING.value
+        rows.append([name, f"{_percent(result.exact_match)} {_range(result.ci95)}", mean, deviation, f"{len(scores)}"])
+    return rows
+
+
+def published_by(comparison: Comparison) -> str:
+    """Whose runs those are, in a sentence or two."""
+    found = comparison.published
+    if found is None:
+        return ""
+    words = f"Runs of recipe {found.recipe} on {found.machine}."
+    return f"{words} Your params differ from the recipe in {found.differing} values." if found.differing else words
+
+
 def markdown(comparison: Comparison) -> str:
-    """The headline, the table, the pairs and how it was measured."""
+    """The headline, the tables, the pairs and how it was measured."""
     names = ["", TEACHER_ARM, *(marked(comparison, arm) for arm in comparison.order)]
-    rows = [names, ["---", *["---:"] * (len(names) - 1)]]
-    for line in table(comparison):
-        rows.append([line.label, *map(_inline, line.cells)])
-    pairs = [
-        ["better", "than", "by, points", "interval", "p", "p (Holm)", "p, yes/no (McNemar)", "beyond noise"],
-        ["---"] * 2 + ["---:"] * 5 + ["---"],
-    ]
-    for pair in comparison.pairs:
-        verdict = "measured otherwise" if pair.differs else "yes" if pair.larger_than_noise else "no"
-        closed_p = "\N{EN DASH}" if pair.p_mcnemar is None else _p(pair.p_mcnemar)
-        pairs.append(
-            [
-                pair.arm,
-                pair.against,
-                _points(pair.difference),
-                _bounds(pair),
-                _p(pair.p_value),
-                _p(pair.p_holm),
-                closed_p,
-                verdict,
-            ]
-        )
-    closed = [(name, result) for name, result in _everyone(comparison) if result.yes_no]
-    parts = ["# Comparison", f"**{comparison.headline}**", comparison.standing, _markdown_table(rows)]
+    parts = ["# Comparison", f"**{comparison.headline}**", comparison.standing, _of_lines(names, table(comparison))]
+    closed = [[name, *(f"{100 * value:.1f}" for value in _yes_no(each))] for name, each in _everyone(comparison) if each.yes_no]
     if closed:
         header = ["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"]
-        figures = [[name, *(f"{100 * value:.1f}" for value in _yes_no(result))] for name, result in closed]
-        parts += ["## Yes/no questions, %", _markdown_table([header, ["---", *["---:"] * 5], *figures])]
-    if comparison.seeds:
-        header = [
-            "arms that differ in their seed alone",
-            "mean, %",
-            "interval over seeds and images",
-            "standard deviation, points",
+        parts += ["## Yes/no questions, %", _markdown_table(header, closed)]
+    parts += ["## Beyond right and wrong", _of_lines(names, measures(comparison))]
+    parts += ["## What this sample can tell apart", _markdown_table(RESOLUTION, resolutions(comparison))]
+    if comparison.published:
+        parts += ["## Beside the published runs", published_by(comparison), _markdown_table(PUBLISHED, published(comparison))]
+    if comparison.repeated:
+        runs = [[name, *_seeds(arm)] for name, arm in comparison.arms.items()]
+        parts += ["## Seeds", _markdown_table(["arm", "runs", "exact match of each, %", "mean, %"], runs)]
+    header = ["better", "than", "by, points", "interval", "p", "p (Holm)", "p, yes/no (McNemar)", "beyond noise"]
+    pairs = [
+        [
+            pair.arm,
+            pair.against,
+            _points(pair.difference),
+            _bounds(pair),
+            _p(pair.p_value),
+            _p(pair.p_holm),
+            "\N{EN DASH}" if pair.p_mcnemar is None else _p(pair.p_mcnemar),
+            "measured otherwise" if pair.differs else "yes" if pair.larger_than_noise else "no",
         ]
-        found = [
-            [", ".join(g.arms), _percent(g.exact_match), _range(g.ci95), _percent(g.standard_deviation)]
-            for g in comparison.seeds
-        ]
-        parts += ["## Over seeds", _markdown_table([header, ["---", *["---:"] * 3], *found])]
-    parts += ["## Every pair of arms", _markdown_table(pairs), "## How it was measured", *_notes(comparison)]
+        for pair in comparison.pairs
+    ]
+    parts += ["## Every pair of arms", _markdown_table(header, pairs), "## How it was measured", *_notes(comparison)]
     return "\n\n".join(parts) + "\n"
 
 
 def html(
-    comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings, layer: LayerChoice, pictures: dict[str, Picture]
+    comparison: Comparison,
+    outcomes: Outcomes,
+    settings: EvaluateSettings,
+    layer: LayerChoice | None,
+    pictures: dict[str, Picture],
 ) -> str:
     """The whole report as one page: every picture inside, nothing fetched."""
-    found = disagreements(outcomes.predictions, settings.seed)
+    found = disagreements({name: outcomes.predictions[name] for name in (TEACHER_ARM, *comparison.order)}, settings.seed)
     environment = templates()
     environment.filters |= {
         "percent": _percent,
@@ -191,8 +245,15 @@ def html(
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         lines=table(comparison),
+        measures=measures(comparison),
+        resolutions=resolutions(comparison),
+        resolution_header=RESOLUTION,
+        published=published(comparison),
+        published_header=PUBLISHED,
+        published_by=published_by(comparison),
+        seeds=[(name, *_seeds(arm)) for name, arm in comparison.arms.items()] if comparison.repeated else [],
+        noise_of=noise_of(comparison),
         unlike=unlike(comparison),
-        resolution=resolution(comparison),
         columns=[TEACHER_ARM, *comparison.order],
         pair_of={(pair.arm, pair.against): pair for pair in comparison.pairs},
         beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
@@ -207,17 +268,6 @@ def html(
         examples=_examples(comparison, outcomes, found[: settings.examples]),
         disagreements=len(found),
         contact_sheet=_file(DATASET / "contact_sheet.png"),
-    )
-
-
-def resolution(comparison: Comparison) -> str:
-    """What this test sample can tell apart, in a sentence; empty for one arm alone."""
-    if comparison.noise is None or comparison.detectable is None:
-        return ""
-    return (
-        f"With {comparison.n:,} questions about {comparison.images:,} images a gap between two arms below"
-        f" {100 * comparison.noise:.1f} points is noise (median over pairs, {comparison.confidence:.0%}); a true gap of"
-        f" {100 * comparison.detectable:.1f} points would be seen four times in five."
     )
 
 
@@ -252,6 +302,7 @@ def _plots(comparison: Comparison, outcomes: Outcomes) -> dict[str, Plot]:
     found: dict[str, Plot] = {
         "scores": partial(plots.scores, comparison),
         "kinds": partial(plots.kinds, comparison),
+        "measures": partial(plots.measures, comparison),
         "quality_cost": partial(plots.quality_cost, comparison),
         "losses": partial(plots.losses, comparison, outcomes.losses),
     }
@@ -289,9 +340,8 @@ def _notes(comparison: Comparison) -> list[str]:
         *unlike(comparison),
         comparison.method,
         *filter(None, [resolution(comparison)]),
-        "The intervals measure the noise of the test sample: what would change with other images and questions. Each arm is one"
-        " training run with one seed, so they do not measure what would change with another seed: a difference larger than the"
-        " noise of the test sample may still be smaller than that between two seeds.",
+        OTHER_MEASURES,
+        OVER_SEEDS if comparison.repeated else ONE_SEED,
         f"Where two arms do not differ at all, one interval in {round(1 / (1 - comparison.confidence))} still excludes zero by"
         f" chance. There are {len(comparison.pairs)} pairs here; p (Holm) accounts for that.",
         "An arm that answers all questions of a kind right, or none, has an interval of no width there: the draws hold nothing"
@@ -315,16 +365,36 @@ def _baselines(comparison: Comparison) -> list[str]:
     return [arm for arm in comparison.arms if arm in named]
 
 
+def _seeds(arm: ArmResult) -> list[str]:
+    """How many runs an arm has, the exact match of each, and their mean."""
+    each = ", ".join(f"{name} {_percent(score)}" for name, score in arm.runs.items())
+    return [f"{len(arm.runs)}", each, _percent(arm.exact_match)]
+
+
+def _estimate(name: str, result: TeacherResult) -> Cell:
+    said, found = MEASURES[name].said, result.measures[name]
+    return Cell(said(found.value), f"[{said(found.ci95[0])}, {said(found.ci95[1])}]")
+
+
 def _scores(columns: list[TeacherResult], figure: Callable[[TeacherResult], tuple[float, Interval]]) -> list[Cell]:
     return [Cell(_percent(value), _range(interval)) for value, interval in map(figure, columns)]
 
 
 def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
-    return [Cell(_percent(column.per_kind[kind]), shade=column.per_kind[kind]) for column in columns]
+    """Exact match, with token F1 below it where the kind has answers of several words."""
+    f1 = [column.measures["token_f1"].per_kind[kind] for column in columns]
+    partly = any(abs(value - column.per_kind[kind]) > 5e-4 for value, column in zip(f1, columns, strict=True))
+    return [
+        Cell(_percent(column.per_kind[kind]), f"F1 {_percent(value)}" if partly else "", shade=column.per_kind[kind])
+        for value, column in zip(f1, columns, strict=True)
+    ]
 
 
-def _gain(gain: Difference | None) -> Cell:
-    return NOTHING if gain is None else Cell(_points(gain.difference), _bounds(gain), strong=gain.larger_than_noise)
+def _gain(gain: Difference | None, measure: Measure = MEASURES[EXACT_MATCH]) -> Cell:
+    if gain is None:
+        return NOTHING
+    low, high = map(measure.difference, gain.ci95)
+    return Cell(measure.difference(gain.difference), f"[{low}, {high}]", strong=gain.larger_than_noise)
 
 
 def _p_value(gain: Difference | None) -> Cell:
@@ -368,8 +438,14 @@ def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+def _of_lines(names: list[str], lines: list[Line]) -> str:
+    return _markdown_table(names, [[line.label, *map(_inline, line.cells)] for line in lines])
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """The first column to the left, numbers to the right."""
+    every = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in every)
 
 
 def _picture(light: bytes, dark: bytes) -> Picture:

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from components.artifacts import DATASET, REPORTS, Record
+from components.artifacts import DATASET, REPORTS, ROWS, Record
 from components.evaluate import generate
 from components.evaluate.memory import peak_bytes
 from components.models.load import Loaded, load
@@ -41,7 +41,7 @@ class SpeedReport(Record):
 
 def measure(models: Iterable[tuple[str, Path]], settings: Settings, device: torch.device) -> SpeedReport:
     """Each model on the first `evaluate.batch_size` questions of the evaluated split, after one question to warm it."""
-    samples = Samples(DATASET, settings.evaluate.split)
+    samples = Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)[: settings.evaluate.batch_size]
     found = {}
     for name, path in tqdm(list(models), desc="speed", unit="model"):

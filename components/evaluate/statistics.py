@@ -5,13 +5,16 @@ every arm is scored on the same draws, which is what makes a difference of two a
 percentile intervals; a p value is that interval inverted, so the two never contradict each other.
 Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapters 8, 13 and 15.
 
-Where an arm was trained with several seeds, seeds are drawn with replacement too, crossed with the images (the pigeonhole
-bootstrap: Owen, Annals of Applied Statistics, 2007).
+Where arms were trained with several seeds, every draw of the images also gets an error of the seeds: normal, of a variance
+pooled over all arms and itself drawn, so that an interval is as wide as Student's t of so few seeds. (Two or three seeds
+drawn anew would show half to two thirds of their variance.) What a seed and the images have in common is counted twice, as
+in the pigeonhole bootstrap (Owen, Annals of Applied Statistics, 2007): intervals err on the wide side.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,41 +28,47 @@ BLOCK = 250  # resamples drawn at once: bounds memory by BLOCK x images
 
 @dataclass(frozen=True)
 class Scored:
-    """Exact match of A arms on K kinds of questions, as observed or (with a leading axis B) as resampled."""
+    """A score of A arms on K kinds of questions, as observed or (with a leading axis B) as resampled."""
 
     overall: NDArray[np.float64]  # (..., A) over all samples
+    average: NDArray[np.float64]  # (..., A) mean over the kinds present, each kind counting the same
     per_kind: NDArray[np.float64]  # (..., A, K); NaN where a resample holds no question of the kind
 
-    @property
-    def average(self) -> NDArray[np.float64]:
-        """(..., A) mean over the kinds present, each kind counting the same."""
-        return np.nanmean(self.per_kind, axis=-1)
 
-
-def bootstrap(correct: ArrayLike, images: ArrayLike, kinds: ArrayLike, resamples: int, seed: int) -> tuple[Scored, Scored]:
-    """Scores as observed, and on `resamples` draws of the images.
+def bootstrap(
+    values: ArrayLike,
+    images: ArrayLike,
+    kinds: ArrayLike,
+    resamples: int,
+    seed: int,
+    weights: ArrayLike | None = None,
+) -> tuple[Scored, Scored]:
+    """Scores, sum of values over sum of weights, as observed and on `resamples` draws of the images.
 
     Args:
-        correct: (A, N) whether arm a answered sample n right.
+        values: (A, N) of arm a on sample n: whether it is right, or its nats.
+        weights: (A, N), such as the tokens that the nats are of; None: 1 each, so that the score is a mean over samples.
         images: (N,) which image sample n is about, 0..X-1, each occurring.
         kinds: (N,) which kind of question it is, 0..K-1, each occurring.
 
     Raises:
         DataError: fewer than two images, so nothing to draw from.
     """
-    hits, counts = _per_image(np.asarray(correct, dtype=np.float64), np.asarray(images), np.asarray(kinds))
+    numbers = np.asarray(values, dtype=np.float64)
+    each = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
+    sums, counts = (_per_image(part, np.asarray(images), np.asarray(kinds)) for part in (numbers, each))
     total = len(counts)
     if total < 2:
         raise DataError(f"intervals need samples about two or more images, not {total}; score a larger split")
     random = np.random.default_rng(seed)
     blocks = [
-        _score(random.multinomial(total, np.full(total, 1 / total), size=min(BLOCK, resamples - done)), hits, counts)
+        _score(random.multinomial(total, np.full(total, 1 / total), size=min(BLOCK, resamples - done)), sums, counts)
         for done in range(0, resamples, BLOCK)
     ]
-    observed = _score(np.ones((1, total)), hits, counts)
+    observed = _score(np.ones((1, total)), sums, counts)
     return (
-        Scored(observed.overall[0], observed.per_kind[0]),
-        Scored(np.concatenate([b.overall for b in blocks]), np.concatenate([b.per_kind for b in blocks])),
+        Scored(observed.overall[0], observed.average[0], observed.per_kind[0]),
+        Scored(*(np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(Scored))),
     )
 
 
@@ -88,11 +97,39 @@ def holm(p_values: list[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def over_seeds(draws: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """(B,) mean score of S arms that differ in their seed alone, seeds drawn anew each time, from their scores (B, S)."""
-    resamples, seeds = draws.shape
-    weights = np.random.default_rng(seed).multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
-    return (weights * draws).sum(axis=1) / seeds
+def over_seeds(observed: Scored, resampled: Scored, runs: Sequence[Sequence[int]], seed: int) -> tuple[Scored, Scored]:
+    """The scores of arms from those of their runs, which differ in their seed alone: means, and draws with the seeds' error.
+
+    Args:
+        runs: of each arm the indices of its runs. The first arm is the teacher, which is given and has no such error.
+    """
+    freedom = sum(len(these) - 1 for these in runs)
+    means = [_averaged(scored, runs) for scored in (observed, resampled)]
+    if not freedom:
+        return means[0], means[1]
+    random, resamples = np.random.default_rng(seed), len(resampled.overall)
+    share = np.array([0.0, *(len(these) ** -0.5 for these in runs[1:])])
+    scale = np.sqrt(freedom / random.chisquare(freedom, size=(resamples, 1)))
+    error = scale * share * random.standard_normal((resamples, len(runs)))
+    overall, average, per_kind = (between_seeds(getattr(observed, f.name), runs) for f in fields(Scored))
+    drawn = means[1]
+    return means[0], Scored(
+        drawn.overall + error * overall, drawn.average + error * average, drawn.per_kind + error[..., None] * per_kind
+    )
+
+
+def between_seeds(scores: NDArray[np.float64], runs: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """Standard deviation between runs of one arm, pooled over arms, from all runs' scores (R, ...); NaN without repeats."""
+    freedom = sum(len(these) - 1 for these in runs)
+    squares = sum(((scores[list(these)] - scores[list(these)].mean(0)) ** 2).sum(0) for these in runs)
+    return np.sqrt(np.divide(squares, freedom)) if freedom else np.full(scores.shape[1:], np.nan)
+
+
+def _averaged(scored: Scored, runs: Sequence[Sequence[int]]) -> Scored:
+    def mean(scores: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return np.stack([scores.take(these, axis).mean(axis) for these in runs], axis)
+
+    return Scored(mean(scored.overall, -1), mean(scored.average, -1), mean(scored.per_kind, -2))
 
 
 def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
@@ -109,17 +146,16 @@ def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
 
 
 def noise(differences: NDArray[np.float64], confidence: float) -> float:
-    """The gap that two arms must exceed to be told apart on this test sample, from their resampled differences (B,)."""
-    from scipy.stats import norm
-
-    return float(norm.ppf(0.5 + confidence / 2) * differences.std(ddof=1))
+    """The gap that two arms must exceed to be told apart: half the interval of their resampled differences (B,)."""
+    low, high = interval(differences, confidence)
+    return (high - low) / 2
 
 
 def detectable(differences: NDArray[np.float64], confidence: float, power: float) -> float:
     """The true gap that would exceed `noise` with probability `power` on another sample of this size."""
     from scipy.stats import norm
 
-    return float((norm.ppf(0.5 + confidence / 2) + norm.ppf(power)) * differences.std(ddof=1))
+    return noise(differences, confidence) * float(1 + norm.ppf(power) / norm.ppf(0.5 + confidence / 2))
 
 
 def noise_unpaired(share: float, items: int, confidence: float) -> float:
@@ -132,20 +168,16 @@ def noise_unpaired(share: float, items: int, confidence: float) -> float:
     return float(norm.ppf(0.5 + confidence / 2) * np.sqrt(2 * share * (1 - share) / items))
 
 
-def _per_image(
-    correct: NDArray[np.float64], images: NDArray[np.int_], kinds: NDArray[np.int_]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Right answers (X, A, K) and questions (X, K) per image: all that a resample of images needs."""
+def _per_image(values: NDArray[np.float64], images: NDArray[np.int_], kinds: NDArray[np.int_]) -> NDArray[np.float64]:
+    """(X, A, K) sums of (A, N) values per image and kind: all that a resample of images needs."""
     shape = (int(images.max()) + 1, int(kinds.max()) + 1)
     cell = images * shape[1] + kinds
-    counts = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
-    hits = [np.bincount(cell, weights=arm, minlength=counts.size).reshape(shape) for arm in correct]
-    return np.stack(hits, axis=1), counts.astype(np.float64)
+    sums = [np.bincount(cell, weights=arm, minlength=shape[0] * shape[1]).reshape(shape) for arm in values]
+    return np.stack(sums, axis=1)
 
 
-def _score(weights: NDArray[Any], hits: NDArray[np.float64], counts: NDArray[np.float64]) -> Scored:
-    """Scores when image x counts `weights[b, x]` times. All sums are of whole numbers, hence exact."""
-    right = (weights @ hits.reshape(len(hits), -1)).reshape(len(weights), *hits.shape[1:])
-    asked = (weights @ counts)[:, None, :]
-    per_kind = np.divide(right, asked, out=np.full_like(right, np.nan), where=asked > 0)
-    return Scored(right.sum(-1) / asked.sum(-1), per_kind)
+def _score(draws: NDArray[Any], sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Scored:
+    """Scores when image x counts `draws[b, x]` times. Sums of right answers are of whole numbers, hence exact."""
+    total, count = ((draws @ part.reshape(len(part), -1)).reshape(len(draws), *part.shape[1:]) for part in (sums, counts))
+    per_kind = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    return Scored(total.sum(-1) / count.sum(-1), np.nanmean(per_kind, axis=-1), per_kind)

@@ -18,7 +18,9 @@ from components.artifacts import (
     IRS,
     NO_TEACHER,
     REPORTS,
+    ROWS,
     TEACHER,
+    Absent,
     LayerChoice,
     Picked,
     Rows,
@@ -43,17 +45,14 @@ FOLDER = REPORTS / "irs"
 def main() -> None:
     settings = load_settings()
     if settings.distill.stage == "align":
-        NO_TEACHER.write(IRS / "layer.json")
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        write_text(FOLDER / "curve.json", "[]\n")
-        print(f"search_layer: nothing to do, {NO_TEACHER.none}")
+        _no_layer(NO_TEACHER)
         return
     teacher = TeacherChoice.read(TEACHER / "choice.json")
 
     from components import tracking
     from components.irs.choice import choose
     from components.irs.regions import Tiling
-    from components.irs.search import look
+    from components.irs.search import TooFewInstructions, look
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
@@ -61,9 +60,15 @@ def main() -> None:
 
     device = prepare_torch(settings.runtime, settings.irs.seed)
     with tracking.stage_run("search_layer", runtime=settings.runtime, params=settings.irs.model_dump()) as run:
-        samples = Samples(DATASET, "train")
+        samples = Samples(DATASET, "train", ROWS)
         loaded = load(Path(teacher.path), device)
-        seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)
+        try:
+            seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)
+        except TooFewInstructions as error:
+            if settings.needs_layer:
+                raise
+            _no_layer(Absent(none=str(error)))
+            return
         tiling = Tiling.of(loaded.processor)
         choice, backgrounds = choose(seen, tiling, settings.irs)
         _keep(backgrounds)
@@ -78,6 +83,13 @@ def main() -> None:
         for path in [*_curve(choice), *_overlays(tiling, seen, backgrounds, choice.picked, settings.irs.overlays)]:
             run.artifact(path)
     print(closing_line(choice, settings.irs.images))
+
+
+def _no_layer(reason: Absent) -> None:
+    reason.write(IRS / "layer.json")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    write_text(FOLDER / "curve.json", "[]\n")
+    print(f"search_layer: nothing to do, {reason.none}")
 
 
 def points(choice: LayerChoice) -> list[dict[str, float]]:

@@ -27,9 +27,13 @@ from components.models.load import Loaded
 from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
 from components.settings import IrsSettings
-from components.shards import CAPTION, Sample, Samples
+from components.shards import CAPTION, Sample, Samples, Turn
 
 Z = 1.96  # a normal variable lies within so many standard errors 95 times in 100
+
+
+class TooFewInstructions(DataError):
+    """The data have no two images with enough instructions."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Ranking:
 
 
 def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> Ranking:
-    """IRS of every layer of a model, and the layer with the highest. Raises DataError as `look` does."""
+    """IRS of every layer of a model, and the layer with the highest. Raises as `look` does."""
     return rank(look(loaded, samples, template, settings, ("all",)).attention["all"])
 
 
@@ -63,7 +67,7 @@ def look(
     """Attention from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
 
     Raises:
-        DataError: fewer than two images have `settings.instructions_per_image` different instructions.
+        TooFewInstructions: fewer than two images have `settings.instructions_per_image` different instructions.
     """
     chosen = draw_images(samples, settings)
     prompts = [prompt for image in chosen for prompt in image]
@@ -96,8 +100,8 @@ def _padded(parts: Sequence[Tensor]) -> Tensor:
 def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
     """`settings.images` images drawn by seed among those with enough different instructions; all of them if there are fewer.
 
-    Captions are no instructions: every image has the same one. Raises DataError if fewer than two images qualify, as one
-    has no standard error.
+    Captions are no instructions: every image has the same one. Raises TooFewInstructions if fewer than two images
+    qualify, as one has no standard error.
     """
     random = np.random.default_rng(settings.seed)
     found: list[list[Sample]] = []
@@ -109,7 +113,7 @@ def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
         if len(found) == settings.images:
             break
     if len(found) < 2:
-        raise DataError(
+        raise TooFewInstructions(
             f"IRS compares instructions on one image, over two images or more: {len(found)} of {samples.images} images have"
             f" {settings.instructions_per_image} different instructions besides captions;"
             f" lower params/irs.yaml:instructions_per_image (at least 2), or give images more questions"
@@ -147,13 +151,12 @@ def furthest_apart(attention: Tensor) -> tuple[int, int]:
 
 
 def _instructions(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample, of one turn, per different question about the image."""
+    """One sample, of one turn, per different question about the image, in whatever turn it is asked."""
     different: dict[str, Sample] = {}
     for sample in samples:
-        if sample.image is not None and sample.kind != CAPTION:
-            for turn in sample.turns:
-                question = question_of(turn)
-                different.setdefault(question, replace(sample, turns=(replace(turn, question=f"{IMAGE}\n{question}"),)))
+        for turn in sample.turns if sample.image is not None and sample.kind != CAPTION else ():
+            question = question_of(turn)
+            different.setdefault(question, replace(sample, turns=(Turn(f"{IMAGE}\n{question}", turn.answer, turn.boxes),)))
     return list(different.values())
 
 

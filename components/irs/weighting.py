@@ -75,14 +75,17 @@ class Weighting:
         return None if self.background is None else hashlib.sha256(self.background.numpy().tobytes()).hexdigest()[:16]
 
 
-def weighting(iva: Iva, choice: LayerChoice) -> Weighting:
-    """What params/distill.yaml or an arm asks for. `uniform` looks at no layer; it gets the one that `irs` would.
+def weighting(iva: Iva, choice: LayerChoice | None) -> Weighting:
+    """What params/distill.yaml or an arm asks for. `uniform` looks at no layer; it gets the one that `irs` would, and the
+    first where the search found none: then no arm that is trained looks at any (distill.searched_for).
 
     Raises DataError if the layer search left no background though its choice needs one.
     """
     if iva.weighting == "layer":
         assert iva.layer is not None  # settings guarantee it
         return Weighting(iva.layer)
+    if choice is None:
+        return Weighting(0)
     if iva.weighting != "searched":
         return Weighting(choice.layer)
     picked = choice.picked

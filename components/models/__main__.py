@@ -85,17 +85,19 @@ def origin_of(member: object, path: Path) -> tuple[str, str | None]:
 
 
 def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
-    """Records of the models that lie under `folder`. Raises ModelError if a processor cannot serve."""
+    """Records of the models that lie under `folder`. Raises ModelError if a processor or its template cannot serve."""
     from components.models.collate import check_special_tokens, visual_tokens
     from components.models.folder import record
     from components.models.load import check_kind
     from components.models.processor import load_processor
+    from components.models.template import Template
 
     def of(role: Literal["teacher", "student"], name: str, member: object) -> ModelRecord:
         path = folder / f"{role}s" / name
         check_kind(path)
         processor = load_processor(path)
         check_special_tokens(processor)
+        Template.asked(models.template).of(processor)
         return record(path, role, *origin_of(member, path), visual_tokens(processor))
 
     return ModelIndex(

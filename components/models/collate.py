@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,20 @@ from torch import Tensor
 
 from components.artifacts import Rows
 from components.errors import DataError, ModelError
-from components.models.template import IMAGE, Template, special_tokens
+from components.models.plain import PlainText
+from components.models.template import IMAGE, Rendered, Template
 from components.shards import Sample
 
 if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
+SHORTEST, LONGEST = 56, 100  # pixels of a side; the aspect: Qwen's processors refuse sides under 28 or an aspect over 200
 PIXEL_CACHE_BYTES = 2**29  # the image processor costs 0.3 ms an image, as much as a small student's whole step
+
+
+class RefusedImageError(DataError):
+    """An image of a shape that an image processor refuses."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ class Collator:
 
     Raises:
         ModelError: at construction, if the processor cannot serve (see `check_special_tokens`).
-        DataError: naming the sample: longer than `max_length` tokens, `<image>` that does not match its image, text that
-            contains a special token, no response token, an image that does not decode.
+        DataError: naming the sample: longer than `max_length` tokens, `<image>` that does not match its image, no response
+            token, an image that does not decode. The stage `check_rows` has left such rows out.
     """
 
     def __init__(
@@ -97,7 +103,7 @@ class Collator:
         self.train = train
         self.rows = rows
         self._image_text = image_text(processor)  # None: each image has its own
-        self._reserved = special_tokens(self.tokenizer)
+        self._plain = PlainText(self.tokenizer)
         self._processed: dict[str, Processed] = {}
         self._processed_bytes = 0
 
@@ -136,16 +142,17 @@ class Collator:
             pixel_values=None,
         )
 
-    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Token ids and masks. A token is response if its characters overlap a response's, whatever the tokenizer's kind."""
+    def encode(self, samples: Sequence[Sample], shown: Sequence[str | None] | None = None) -> list[Encoded]:
+        """Token ids and masks. A token is response if its characters overlap a response's, whatever the tokenizer's kind.
+
+        `shown`: what stands for each sample's image, where that is known already.
+        """
         for sample in samples:
             self._check(sample)
-        rendered = [self.template.render(sample.turns, self._text_of(sample), self.train) for sample in samples]
-        tokens = self.tokenizer(
-            [r.text for r in rendered], return_offsets_mapping=True, add_special_tokens=self.template.wants_special_tokens
-        )
+        shown = [self._text_of(sample) for sample in samples] if shown is None else shown
+        rendered = [self.template.render(sample.turns, text, self.train) for sample, text in zip(samples, shown, strict=True)]
         rows = []
-        for sample, text, ids, offsets in zip(samples, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        for sample, (text, ids, offsets) in zip(samples, self._tokens(rendered), strict=True):
             start, end = np.asarray(offsets).T
             input_ids = np.asarray(ids)
             response = np.zeros(len(ids), dtype=bool)
@@ -162,6 +169,14 @@ class Collator:
             rows.append(Encoded(input_ids, response, instruction, visual))
             self._check_encoded(sample, rows[-1])
         return rows
+
+    def _tokens(self, rendered: list[Rendered]) -> Iterator[tuple[Rendered, list[int], list[tuple[int, int]]]]:
+        """Each text, its token ids and their characters. Special tokens are those of the template; what looks like one in a
+        sample's own words is plain text."""
+        special = self.template.wants_special_tokens
+        tokens = self.tokenizer([r.text for r in rendered], return_offsets_mapping=True, add_special_tokens=special)
+        for text, ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            yield self._plain.encode(text, special) if self._plain.is_needed(text) else (text, ids, offsets)
 
     def spelt_out(self, sample: Sample) -> str:
         """What the model reads of a sample and what of it is trained on, decoded from its tokens, for the log.
@@ -188,11 +203,33 @@ class Collator:
             if key in self._processed or key in found:
                 found[key] = self._processed.get(key) or found[key]
                 continue
-            found[key] = processed(self.processor, decode(sample))
+            found[key] = self._accepted(decode(sample))
             if self._processed_bytes + found[key].nbytes <= PIXEL_CACHE_BYTES:
                 self._processed[key] = found[key]
                 self._processed_bytes += found[key].nbytes
         return [found[sample.image_id] for sample in shown]
+
+    def _accepted(self, image: Image.Image) -> Processed:
+        """The image, stretched where the processor refuses its shape."""
+        try:
+            return processed(self.processor, image)
+        except RefusedImageError:
+            return processed(self.processor, stretched(image))
+
+    def shown(self, width: int, height: int) -> tuple[str, bool]:
+        """What stands for an image of that size among the tokens, and whether it has to be stretched for it.
+
+        Raises RefusedImageError if the processor refuses it stretched, too.
+        """
+        from PIL import Image
+
+        if self._image_text is not None:
+            return self._image_text, False
+        blank = Image.new("RGB", (width, height))
+        try:
+            return processed(self.processor, blank).text, False
+        except RefusedImageError:
+            return processed(self.processor, stretched(blank)).text, True
 
     def _text_of(self, sample: Sample) -> str | None:
         if sample.image is None:
@@ -211,11 +248,6 @@ class Collator:
             )
         if self.train and not all(turn.answer.strip() for turn in sample.turns):
             raise DataError(f"sample {sample.id}: an answer is empty, so there are no response tokens")
-        for turn in sample.turns:
-            for text in (turn.question.replace(IMAGE, ""), turn.answer):
-                reserved = [token for token in self._reserved if token in text]
-                if reserved:
-                    raise DataError(f"sample {sample.id}: the special token {reserved[0]!r} stands in its text; escape it")
 
     def _check_encoded(self, sample: Sample, row: Encoded) -> None:
         if len(row.input_ids) > self.max_length:
@@ -234,6 +266,12 @@ def decode(sample: Sample) -> Image.Image:
         return Image.open(io.BytesIO(sample.image)).convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(f"sample {sample.id}: image {sample.image_id} does not decode: {error}") from None
+
+
+def stretched(image: Image.Image) -> Image.Image:
+    """At least SHORTEST pixels and a LONGEST-th of the other side on each side: shapes that all processors take."""
+    width, height = image.size
+    return image.resize((max(width, SHORTEST, -(-height // LONGEST)), max(height, SHORTEST, -(-width // LONGEST))))
 
 
 def check_special_tokens(processor: Any) -> None:
@@ -281,11 +319,15 @@ def shapes() -> list[Image.Image]:
 
 
 def processed(processor: Any, image: Image.Image) -> Processed:
-    """Raises ModelError if the processor is not of a kind that is known to work."""
+    """Raises ModelError if the processor is not of a kind that is known to work, RefusedImageError if it refuses the image."""
     if not hasattr(processor, "replace_image_token"):
         raise ModelError(f"{type(processor).__name__} does not say how many visual tokens an image has")
     options = getattr(processor, "images_kwargs", {})  # what this processor asks of its image processor beside its defaults
-    found = processor.image_processor(images=[image], return_tensors="pt", **options)
+    try:
+        found = processor.image_processor(images=[image], return_tensors="pt", **options)
+    except (ValueError, ZeroDivisionError, RuntimeError) as error:
+        shape = f"{image.width} x {image.height} pixels"
+        raise RefusedImageError(f"{type(processor).__name__} refuses an image of {shape}: {error}") from None
     try:
         text: str = processor.replace_image_token(found, 0)
     except (TypeError, AttributeError) as error:

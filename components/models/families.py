@@ -82,6 +82,12 @@ def _parameters(module: Any, path: list[str]) -> list[nn.Parameter]:
     return [module] if isinstance(module, nn.Parameter) else list(module.parameters())
 
 
+def prompt(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """All that the stock forward and `generate` take. Without an image there are no pixels: `generate` would encode None."""
+    pixels = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **pixels, **inputs(model, batch)}
+
+
 def inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     """What the model's forward and `generate` take beside tokens, attention mask and pixels: sizes of images, token types."""
     wanted = family_of(model.config).token_types

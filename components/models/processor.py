@@ -72,11 +72,20 @@ def images_only(kind: Any, video: dict[str, Any] | None = None) -> Any:
                 write_text(Path(save_directory) / VIDEO_FILE, json.dumps(video, indent=2, sort_keys=True) + "\n")
             return saved
 
+        def __reduce__(self) -> tuple[Any, ...]:  # a class made here is not found by its name, which pickling goes by
+            return _unfilled, (kind, video), self.__dict__
+
     module = sys.modules[kind.__module__]
     if getattr(module, "num2words", kind) is None:  # SmolVLM's, which spells out how many frames a video has
         module.num2words = str  # type: ignore[attr-defined]
     ImagesOnly.__name__ = kind.__name__
     return ImagesOnly
+
+
+def _unfilled(kind: Any, video: dict[str, Any] | None) -> Any:
+    """A processor that pickle fills with what it kept."""
+    made = images_only(kind, video)
+    return made.__new__(made)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from components.errors import ModelError
 from components.shards import Turn
@@ -20,14 +22,39 @@ EOS = "<|endoftext|>"
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 
 
+class Part(NamedTuple):
+    text: str
+    own: bool  # the template's words, in which special tokens are special; else the data's, which are plain text
+    response: bool = False  # of an answer, from the space before it to its EOS, included
+
+
 @dataclass(frozen=True)
 class Rendered:
-    """`text[a:b]` for (a, b) in `response_spans` are the answers, each from the space before it to its EOS, included; in
-    `question_spans` the questions, without anything of the template's own."""
+    parts: tuple[Part, ...]
 
-    text: str
-    response_spans: tuple[tuple[int, int], ...]
-    question_spans: tuple[tuple[int, int], ...]
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts)
+
+    @property
+    def response_spans(self) -> tuple[tuple[int, int], ...]:
+        """`text[a:b]` for each of them is an answer with its EOS."""
+        spans, at, start = [], 0, None
+        for part in (*self.parts, Part("", own=True)):
+            if part.response and start is None:
+                start = at
+            elif not part.response and start is not None:
+                spans.append((start, at))
+                start = None
+            at += len(part.text)
+        return tuple(spans)
+
+    @property
+    def question_spans(self) -> tuple[tuple[int, int], ...]:
+        """`text[a:b]` for each of them is a question, without anything of the template's own."""
+        ends = accumulate(len(part.text) for part in self.parts)
+        asked = ((end, part) for end, part in zip(ends, self.parts, strict=True) if not (part.own or part.response))
+        return tuple((end - len(part.text), end) for end, part in asked)
 
 
 @dataclass(frozen=True)
@@ -52,29 +79,27 @@ class Template:
         return self.jinja if self.style == "vicuna" else f"processor\n{self.system}"
 
     def of(self, processor: Any) -> Template | ChatTemplate:
-        """As it is for this processor. Raises ModelError as `ChatTemplate` does."""
+        """As it is for this processor, tried on up to three turns. Raises ModelError as `ChatTemplate` and `_try` do."""
         if self.style == "processor":
-            return ChatTemplate(self.system, processor)
-        return replace(self, eos=processor.tokenizer.eos_token)
+            made: Template | ChatTemplate = ChatTemplate(self.system, processor)
+        else:
+            made = replace(self, eos=processor.tokenizer.eos_token)
+        _try(made, processor)
+        return made
 
     def render(self, turns: Sequence[Turn], image_text: str | None, answer: bool = True) -> Rendered:
-        """Text of all `turns`; of the first one alone, up to `ASSISTANT:`, if not `answer`.
+        """All `turns`; the first one alone, up to `ASSISTANT:`, if not `answer`. Answers are stripped of white space.
 
         `image_text` is what stands for the image (the image token, once per visual token); None for text-only samples.
         The space before an answer belongs to the answer: tokenizers join it to the first word, and a prompt ends without it.
         """
-        text = f"{self.system} " if self.system else ""
-        spans, questions = [], []
+        parts = [Part(f"{self.system} " if self.system else "", own=True)]
         for index, turn in enumerate(turns if answer else turns[:1]):
             image = f"{image_text}\n" if image_text is not None and index == 0 else ""
-            text += f"{USER} {image}{question_of(turn)}"
-            questions.append((len(text) - len(question_of(turn)), len(text)))
-            text += f" {ASSISTANT}"
+            parts += [Part(f"{USER} {image}", own=True), Part(question_of(turn), own=False), Part(f" {ASSISTANT}", own=True)]
             if answer:
-                start = len(text)
-                text += f" {turn.answer}{self.eos}"
-                spans.append((start, len(text)))
-        return Rendered(text, tuple(spans), tuple(questions))
+                parts += [Part(f" {turn.answer.strip()}", own=False, response=True), Part(self.eos, own=True, response=True)]
+        return Rendered(tuple(parts))
 
     @property
     def jinja(self) -> str:
@@ -95,12 +120,14 @@ class Template:
 
 
 class ChatTemplate:
-    """The processor's own chat template, with the spans of its answers found by rendering one turn more at a time.
+    """The processor's own chat template, asked once per number of turns for what it writes around questions and answers.
 
-    An answer's span ends with the first special token after it: whatever stands between that and the next turn is no answer.
+    An answer stands right after the words that a prompt ends with, and ends with the first special token after it: whatever
+    the template writes between them for an answer that is there already (Qwen3's empty thoughts, another space) is left out,
+    as a model that answers does not write it.
 
     Raises ModelError if there is no template, if it has no place for an image, if it ends an answer without a special token
-    (a model trained so never learns to stop), or if it writes an earlier turn differently once another follows.
+    (a model trained so never learns to stop), or if it writes turns otherwise than one after another.
     """
 
     def __init__(self, system: str, processor: Any) -> None:
@@ -111,80 +138,88 @@ class ChatTemplate:
         self.jinja: str = processor.chat_template or processor.tokenizer.chat_template or ""
         if not self.jinja:
             raise ModelError(f"{self._name}: neither processor nor tokenizer has a chat template; set template.style: vicuna")
-        if self._text((Turn("?", ""),), True, answers=0).count(self._image_token) != 1:
+        if "".join(self._around(1, True, 0)).count(self._image_token) != 1:
             raise ModelError(
                 f"{self._name}: its chat template has no place for an image ({self._image_token!r}); set template.style: vicuna"
             )
-        probe = (Turn("?", "Yes"),)
-        self.eos = self._end(self._text(probe, False, 1)[len(self._text(probe, False, 0)) :])
-        start = self._text(probe, False, 0)
+        tail = self._around(1, False, 1)[-1]
+        self.eos = self._end(tail)
+        self._tail = tail[: tail.index(self.eos) + len(self.eos)]
         bos = self._tokenizer.bos_token
-        self.wants_special_tokens = not (bos and start.startswith(bos))
+        self.wants_special_tokens = not (bos and self._around(1, False, 0)[0].startswith(bos))
+        self._frames: dict[tuple[int, bool], list[Part | int]] = {}
 
     def render(self, turns: Sequence[Turn], image_text: str | None, answer: bool = True) -> Rendered:
         """As `Template.render`."""
         shown = image_text is not None
-        if not answer:
-            prompt = self._with_image(self._text(turns[:1], shown, 0), image_text)
-            return Rendered(prompt, (), (self._question_in(prompt, turns[0], 0, image_text),))
-        whole = self._with_image(self._text(turns, shown, len(turns)), image_text)
-        spans, questions, end = [], [], 0
-        for index in range(len(turns)):
-            before = self._with_image(self._text(turns[: index + 1], shown, index), image_text)
-            after = self._with_image(self._text(turns[: index + 1], shown, index + 1), image_text)
-            if not (after.startswith(before) and whole.startswith(after)):
+        texts = [text for turn in turns for text in (question_of(turn), turn.answer.strip())]
+        parts = []
+        for piece in self._frame(len(turns) if answer else 0, shown):
+            if isinstance(piece, int):
+                parts.append(Part(texts[piece], own=False, response=piece % 2 == 1))
+            elif shown and self._image_token in piece.text:
+                assert image_text is not None
+                parts.append(piece._replace(text=piece.text.replace(self._image_token, image_text, 1)))
+            else:
+                parts.append(piece)
+        return Rendered(tuple(parts))
+
+    def _frame(self, turns: int, shown: bool) -> list[Part | int]:
+        """The template's words around so many turns, 2k for question k and 2k + 1 for its answer between them; 0: a prompt."""
+        if (turns, shown) not in self._frames:
+            self._frames[turns, shown] = self._framed(turns, shown) if turns else self._prompt(shown)
+        return self._frames[turns, shown]
+
+    def _prompt(self, shown: bool) -> list[Part | int]:
+        before, after = self._around(1, shown, 0)
+        return [Part(before, own=True), 0, Part(after, own=True)]
+
+    def _framed(self, turns: int, shown: bool) -> list[Part | int]:
+        around = self._around(turns, shown, turns)
+        first, asks = self._around(1, shown, 0)
+        heads = [asks] if turns == 1 else [asks, self._around(2, shown, 1)[-1]]
+        frame: list[Part | int] = [Part(first, own=True)]
+        for index in range(turns):
+            head, before, after = heads[min(index, 1)], around[2 * index + 1], around[2 * index + 2]
+            lead = before.removeprefix(head) if before.startswith(head) else ""
+            end = len(self._tail)
+            if around[0] != first or not after.startswith(self._tail):
                 raise ModelError(
-                    f"{self._name}: its chat template writes a turn differently once its answer or another turn follows, so"
-                    " that where answers stand is not known; set template.style: vicuna"
+                    f"{self._name}: its chat template writes a turn differently once another follows, so that where answers"
+                    " stand is not known; set template.style: vicuna"
                 )
-            questions.append(self._question_in(before, turns[index], end, image_text if index == 0 else None))
-            rest = after[len(before) :]
-            answer_at = rest.find(turns[index].answer.strip())
-            if answer_at < 0:
-                raise ModelError(f"{self._name}: its chat template changes an answer's text: {turns[index].answer[:40]!r}")
-            end = rest.find(self.eos, answer_at + len(turns[index].answer.strip()))
-            end += len(before) + len(self.eos)
-            spans.append((len(before), end))
-        return Rendered(whole, tuple(spans), tuple(questions))
+            frame += [2 * index, Part(head, own=True), Part("" if lead.strip() else lead, own=True, response=True)]
+            frame += [2 * index + 1, Part(after[:end], own=True, response=True), Part(after[end:], own=True)]
+        return frame
 
-    def _question_in(self, text: str, turn: Turn, start: int, image_text: str | None) -> tuple[int, int]:
-        """The question's span in `text[start:]`, behind the image if there is one."""
-        if image_text is not None:
-            start = text.index(image_text, start) + len(image_text)
-        at = text.find(question_of(turn), start)
-        if at < 0:
-            raise ModelError(f"{self._name}: its chat template changes a question's text: {question_of(turn)[:40]!r}")
-        return at, at + len(question_of(turn))
-
-    def _text(self, turns: Sequence[Turn], image: bool, answers: int) -> str:
-        """Of `turns`, the first `answers` of them answered; else it ends where the next answer begins."""
+    def _around(self, turns: int, image: bool, answers: int) -> list[str]:
+        """What the template writes before, between and after questions and answers; without the last answer, up to where it
+        begins. Nothing of the data is shown to the template, so that no text of theirs changes what it writes."""
         messages: list[dict[str, Any]] = []
         if self.system:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
-        for index, turn in enumerate(turns):
-            content = [{"type": "text", "text": question_of(turn)}]
+        for index in range(turns):
             shown = [{"type": "image"}] if image and index == 0 else []
-            messages.append({"role": "user", "content": [*shown, *content]})
+            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": _slot(2 * index)}]})
             if index < answers:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        from jinja2 import TemplateError
-
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": _slot(2 * index + 1)}]})
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=answers < len(turns)
+                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=answers < turns
             )
-        except TemplateError as error:
+        except Exception as error:  # it is a program of somebody's, which may raise anything
             raise ModelError(
                 f"{self._name}: its chat template refuses these turns: {error}; set template.style: vicuna"
             ) from None
-        return text
+        pieces = SLOT.split(text)
+        if [int(slot) for slot in pieces[1::2]] != list(range(turns + answers)):
+            raise ModelError(
+                f"{self._name}: its chat template leaves out, repeats or reorders turns; set template.style: vicuna"
+            )
+        return pieces[::2]
 
-    def _with_image(self, text: str, image_text: str | None) -> str:
-        return text if image_text is None else text.replace(self._image_token, image_text, 1)
-
-    def _end(self, rest: str) -> str:
+    def _end(self, tail: str) -> str:
         """The special token that ends an answer."""
-        tail = rest.partition("Yes")[2]
         found = [(tail.find(token), token) for token in special_tokens(self._tokenizer) if token in tail]
         if not found:
             raise ModelError(
@@ -192,6 +227,39 @@ class ChatTemplate:
                 " to stop; set template.style: vicuna"
             )
         return min(found)[1]
+
+
+SLOT = re.compile("\ue000([0-9]+)\ue001")  # private characters: no template writes them
+
+
+def _slot(number: int) -> str:
+    return f"\ue000{number}\ue001"
+
+
+def _try(template: Template | ChatTemplate, processor: Any) -> None:
+    """Raises ModelError if a prompt's tokens are not those that its training sample begins with, or if what is trained on are
+    not the answers and one end each."""
+    tokenizer = processor.tokenizer
+    for count in (1, 2, 3):
+        for image in (None, processor.image_token):
+            turns = [Turn("What?", "This"), Turn("And?", "That"), Turn("Why?", "So")][:count]
+            prompt, whole = (template.render(turns, image, answer) for answer in (False, True))
+            special = template.wants_special_tokens
+            asked = tokenizer(prompt.text, add_special_tokens=special).input_ids
+            said = tokenizer(whole.text, add_special_tokens=special, return_offsets_mapping=True)
+            eos = tokenizer.convert_tokens_to_ids(template.eos)
+            for start, end in whole.response_spans:
+                trained = [i for i, (a, b) in zip(said.input_ids, said.offset_mapping, strict=True) if a < end and b > start]
+                if trained.count(eos) != 1 or trained[-1] != eos:
+                    raise ModelError(
+                        f"{tokenizer.name_or_path}: an answer is to end with {template.eos!r} once; its tokens are"
+                        f" {tokenizer.convert_ids_to_tokens(trained)}"
+                    )
+            if said.input_ids[: len(asked)] != asked:
+                raise ModelError(
+                    f"{tokenizer.name_or_path}: the tokens of a prompt, {tokenizer.convert_ids_to_tokens(asked)[-4:]}, are not"
+                    " those that its training sample begins with; set another template.style"
+                )
 
 
 def question_of(turn: Turn) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from components.errors import ModelError
 from components.models.attention import Look, decoder_layers, watching
 from components.models.families import inputs, reads_one_layer
 
+# The argument's name, which transformers 5.24 changed.
+CACHE = "cache" if "cache" in signature(create_masks_for_generate).parameters else "past_key_values"
 Masks = dict[str, Tensor | None] | Tensor | None  # what each row sees: (B or 1, 1, T, T) bool; None: all before it
 
 
@@ -72,7 +75,7 @@ class VLM(nn.Module):
         seen: dict[str, Any] = {}
         # A cache that knows of no layer's window: it would keep the last keys only, and alternatives stand further back.
         cache = DynamicCache() if keep else None
-        out = self._stock(batch, features, lambda given: seen.update(given), past_key_values=cache, use_cache=keep)
+        out = self._stock(batch, features, lambda given: seen.update(given), **{CACHE: cache}, use_cache=keep)
         if cache is None:
             return out.last_hidden_state, None
         return out.last_hidden_state, Kept(cache, seen.get("position_ids"), self._masks(seen))
@@ -86,7 +89,7 @@ class VLM(nn.Module):
             return embedded  # no rows, which attention layers do not take
         return self.model.get_decoder()(
             inputs_embeds=embedded,
-            past_key_values=kept.cache,
+            **{CACHE: kept.cache},
             attention_mask=_each(kept.masks, lambda gold: _additive(_of_rows(mask, gold, positions), embedded.dtype)),
             position_ids=_at(kept.positions, positions),
             use_cache=True,

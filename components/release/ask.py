@@ -21,7 +21,7 @@ from components.dataset.images import load as load_image
 from components.errors import InputError
 from components.evaluate.generate import greedy
 from components.models.collate import Batch, Collator
-from components.models.families import inputs
+from components.models.families import prompt
 from components.models.load import Loaded
 from components.models.template import IMAGE
 from components.release.look import draw_looks, look
@@ -131,12 +131,7 @@ def read(loaded: Loaded, named: Named, sample: Sample, settings: Settings) -> tu
 
 def respond(loaded: Loaded, batch: Batch, eos: int, longest: int, answer: Answer, changed: Callable[[], None]) -> None:
     """Fill in the greedy answer word by word. One token is written before, unheard: what a process does once is not timed."""
-    given = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "pixel_values": batch.pixel_values,
-        **inputs(loaded.model, batch),
-    }
+    given = prompt(loaded.model, batch)
     with greedy(loaded, 1, eos) as model:
         model.generate(**given)  # type: ignore[operator]
     with greedy(loaded, longest, eos) as model:

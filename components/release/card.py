@@ -15,7 +15,14 @@ from components.distill.card import START
 from components.meter import CPU_WH, GPU_WH
 from components.redact import without_login
 
-BEFORE = ("prepare", "obtain_models", "select_teacher", "search_layer", "cache_teacher")  # what `distill@ARM` stands on
+BEFORE = (
+    "prepare",
+    "obtain_models",
+    "check_rows",
+    "select_teacher",
+    "search_layer",
+    "cache_teacher",
+)  # what `distill@ARM` stands on
 
 
 def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
@@ -43,9 +50,10 @@ def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
         missing = f"scores: {file} has none of these weights; `dvc repro` measures them"
         return "## Scores\n\nNot measured.\n", {}, [missing]
     comparison = Comparison.read(file)
-    if arm not in comparison.arms:
+    result, teacher = next((found for found in comparison.arms.values() if arm in found.runs), None), comparison.teacher
+    if result is None:
         return "## Scores\n\nNot measured.\n", {}, [f"scores: {file} has no arm {arm}; `dvc repro` measures it"]
-    result, teacher = comparison.arms[arm], comparison.teacher
+    over = f" over {len(result.runs)} seeds" if len(result.runs) > 1 else ""
     percent = round(100 * comparison.confidence)
     rows = [
         f"| **all** | {comparison.n:,} | **{_with(result.exact_match, result.ci95)}**"
@@ -65,6 +73,7 @@ def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
             "|---|---:|---|---|",
             *rows,
             "",
+            *([f"Means{over}; this student's own exact match: {result.runs[arm]:.1%}.\n"] if over else []),
             *_gains(result),
             f"{comparison.method}\n",
         ]
@@ -76,8 +85,8 @@ def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
         dataset_name=f"{title}, made by this pipeline",
         dataset_split=comparison.split,
         metric_type="exact_match",
-        metric_name=f"exact match ({percent}% interval {result.ci95[0]:.4f} to {result.ci95[1]:.4f})",
-        metric_value=result.exact_match,
+        metric_name=f"exact match ({percent}% interval {result.ci95[0]:.4f} to {result.ci95[1]:.4f}{over})",
+        metric_value=result.runs[arm],
     )
     return text, {"model-index": eval_results_to_model_index(arm, [value])}, []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from components.artifacts import DATASET, whole_folder
+from components.artifacts import DATASET, ROWS, whole_folder
 from components.distill.export import save
 from components.errors import InputError, ModelError
 from components.evaluate.generate import answers, questions
 from components.models.collate import Collator
-from components.models.families import inputs
+from components.models.families import prompt
 from components.models.folder import weight_files
 from components.models.load import Loaded
 from components.models.processor import load_processor
@@ -125,7 +125,7 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
 
 def some(settings: Settings) -> list[Sample]:
     """The first prepared questions of the evaluated split. Raises DataError if there is no data set."""
-    samples = Samples(DATASET, settings.evaluate.split)
+    samples = Samples(DATASET, settings.evaluate.split, ROWS)
     return [samples[row] for row in questions(samples)[:ASKED]]
 
 
@@ -172,13 +172,9 @@ class Answers:
 @torch.inference_mode()
 def _log_probs(loaded: Loaded, collator: Collator, sample: Sample) -> Tensor:
     batch = collator([sample])
-    pixels = None if batch.pixel_values is None else batch.pixel_values.to(loaded.model.dtype)
-    logits = loaded.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        pixel_values=pixels,
-        **inputs(loaded.model, batch),
-    ).logits
+    if batch.pixel_values is not None:
+        batch = replace(batch, pixel_values=batch.pixel_values.to(loaded.model.dtype))
+    logits = loaded.model(**prompt(loaded.model, batch)).logits
     return logits[0, :-1][batch.response[0, 1:]].float().log_softmax(-1)
 
 

@@ -58,10 +58,9 @@ def look(named: Named, loaded: Loaded, batch: Batch, sample: Sample, answer: str
 
 def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
     """Which of the model's `layers` to show, and why that one. None: all of them."""
-    file = IRS / "layer.json"
-    if named.arm is None or not file.is_file():
+    choice = LayerChoice.found() if named.arm is not None and (IRS / "layer.json").is_file() else None
+    if choice is None:
         return None, "the mean over all layers, for no layer search was made of this model"
-    choice = LayerChoice.read(file)
     if named.arm == TEACHER_ARM:
         return choice.picked.layer, "the layer that the layer search chose"
     depth = choice.picked.layer / max(1, len(choice.irs) - 1)

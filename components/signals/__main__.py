@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from components.artifacts import (
     DATASET,
-    IRS,
     MODELS,
+    ROWS,
     RUNS,
     SIGNALS,
     TEACHER,
@@ -28,6 +28,7 @@ from components.artifacts import (
     sha256,
 )
 from components.errors import ModelError, TryAgainError, exit_from
+from components.imports import closure, modules
 from components.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from components.models.load import Loaded
 
-CODE = ("align_ti", "irs", "models", "signals")
+APART = [f"components.{name}" for name in ("settings", "artifacts", "errors", "imports", "tracking", "runtime")]
 
 
 def main() -> None:
@@ -71,7 +72,8 @@ def make(settings: Settings) -> SignalCache:
 
     device = prepare_torch(settings.runtime, 0, settings.distill.precision)
     wanted = facts(settings)
-    draft = RUNS / "signals" / fingerprint(wanted.model_dump(), CODE)
+    code = [modules()[name] for name in closure("components.signals.__main__", APART)]
+    draft = RUNS / "signals" / fingerprint(wanted.model_dump(), code)
     draft.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(draft.with_suffix(".lock"), timeout=0):
@@ -106,9 +108,9 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     shared = _shared_vocabulary(teacher, students)
     template, longest = Template.asked(settings.models.template), settings.models.max_length
     collator = Collator(teacher.processor, template, longest, train=True, rows=wanted.rows)
-    background = weighting(settings.distill.iva, LayerChoice.read(IRS / "layer.json")).background
+    background = weighting(settings.distill.iva, LayerChoice.found()).background
     speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib, background)
-    samples = Samples(DATASET, "train")
+    samples = Samples(DATASET, "train", ROWS)
     paths = build(speaker, samples, settings.distill.micro_batch_size, folder)
     shards = {path.name: sha256([path]) for path in paths}
     signals = Signals(folder, shards)

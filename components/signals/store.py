@@ -25,7 +25,6 @@ from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import Known, TopK
 from components.artifacts import (
     DATASET,
-    IRS,
     MODELS,
     TEACHER,
     LayerChoice,
@@ -49,7 +48,7 @@ AGAIN = "`dvc repro cache_teacher` makes it anew"
 def facts(settings: Settings) -> SignalFacts:
     """Those of a cache for these settings and what earlier stages made."""
     distill = settings.distill
-    weights = weighting(distill.iva, LayerChoice.read(IRS / "layer.json"))
+    weights = weighting(distill.iva, LayerChoice.found())
     students = ModelIndex.read(MODELS / "index.json").students
     return SignalFacts(
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,

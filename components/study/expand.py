@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from components.artifacts import write_text
-from components.errors import SettingsError
+from components.errors import SettingsError, unknown
 from components.settings import Arm, ArmName, DistillSettings, PositiveFloat, Settings, Strict, load_settings, read_yaml
 
 OF_AN_ARM = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # taken from params/distill.yaml unless it sets them
@@ -61,8 +61,7 @@ def read(name: str, root: Path = Path()) -> Study:
     """Raises SettingsError with everything that is wrong in the file, or the studies that there are."""
     path = root / STUDIES / f"{name}.yaml"
     if name not in names(root):
-        known = ", ".join(names(root)) or "none"
-        raise SettingsError(f"there is no study {name!r}: {path.relative_to(root)} is missing; there are: {known}")
+        raise SettingsError(str(unknown("study", name, names(root))))
     try:
         return Study.model_validate(read_yaml(path))
     except ValidationError as error:

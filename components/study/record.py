@@ -52,6 +52,7 @@ def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: 
         metrics={
             "exact_match": scores["exact_match"],
             **{f"exact_match/{kind}": value for kind, value in scores["per_kind"].items()},
+            **{name: scores[name] for name in ("token_f1", "nats_per_token", "kl_per_token") if scores.get(name) is not None},
             "cost/train_seconds": cost.train_seconds,
             "cost/device_hours": cost.train_seconds / 3600,
             "cost/peak_memory_mib": cost.peak_memory_mib,

@@ -13,6 +13,7 @@ from components.artifacts import (
     MODELS,
     NO_TEACHER,
     REPORTS,
+    ROWS,
     TEACHER,
     ModelIndex,
     TeacherChoice,
@@ -45,7 +46,7 @@ def main() -> None:
     records = ModelIndex.read(MODELS / "index.json").teachers
     if not records:
         raise ModelError(f"{MODELS / 'index.json'} lists no teacher; name one in params/models.yaml and `dvc repro`")
-    samples = Samples(DATASET, "val")
+    samples = Samples(DATASET, "val", ROWS)
     rows = balanced(questions(samples), samples.kinds, settings.teacher.samples, settings.teacher.seed)
     with tracking.stage_run("select_teacher", runtime=settings.runtime, params=settings.teacher.model_dump()) as run:
         run.dataset(str(DATASET), samples.manifest.digest)
@@ -53,7 +54,7 @@ def main() -> None:
         candidates = [measure(record, samples, rows, settings, device) for record in records.values()]
         for candidate in candidates:
             figures = candidate.model_dump(exclude={"name", "per_kind", "refused"})
-            run.metrics({f"{candidate.name}/{figure}": value for figure, value in figures.items()})
+            run.metrics({f"{candidate.name}/{figure}": value for figure, value in figures.items() if value is not None})
         name, reason = choose(candidates, settings.teacher)
         found = TeacherReport(chosen=name, reason=reason, candidates=candidates)
         folder = REPORTS / "teacher"

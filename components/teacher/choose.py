@@ -14,7 +14,7 @@ ROUNDING = 1e-9  # 0.81 - 0.80 is a little more than 0.01 in floats: a margin mu
 def limits_broken(candidate: Candidate, limits: TeacherSettings) -> list[str]:
     """Each limit of `params/teacher.yaml` that `candidate` breaks, with its figure; a figure equal to its limit is within."""
     broken = []
-    if candidate.exact_match < limits.min_exact_match - ROUNDING:
+    if limits.min_exact_match is not None and candidate.exact_match < limits.min_exact_match - ROUNDING:
         broken.append(f"exact match {candidate.exact_match:.3f} is below min_exact_match {limits.min_exact_match}")
     if limits.max_parameters is not None and candidate.parameters > limits.max_parameters:
         broken.append(f"{candidate.parameters:,} parameters are above max_parameters {limits.max_parameters:,}")

@@ -9,18 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from components.artifacts import Candidate, ModelRecord
-from components.evaluate import generate, metrics
+from components.evaluate import generate, likelihood, metrics
 from components.irs import search
-from components.models.collate import Collator
-from components.models.load import Loaded, load
+from components.models.load import load
 from components.models.template import Template
-from components.models.vlm import VLM
 from components.settings import Settings
-from components.shards import Sample, Samples
+from components.shards import Samples
 from components.teacher.choose import limits_broken
 from components.teacher.memory import TensorMemory
 
@@ -42,7 +38,8 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
 
     memory_mib: its weights and the most tensors alive while it answers one batch of `evaluate.batch_size` samples.
     seconds_per_1000: wall time of answering, pictures decoded and text tokenised; the memory batch has warmed it up.
-    irs: of its best layer, over `irs.images` images of the same split.
+    irs: of its best layer, over `irs.images` images of the same split; None where these have too few instructions and no arm
+        weighs visual tokens by IRS.
     """
     loaded = load(Path(record.path), device)
     template = Template.asked(settings.models.template)
@@ -56,36 +53,23 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
     answered = answer(rows, f"{record.name}: answers")
     seconds = time.perf_counter() - start
     scores = metrics.score(record.name, metrics.predictions((samples[row] for row in rows), answered))
-    nats = nats_per_token(loaded, samples, rows, template, settings, f"{record.name}: references")
-    layer = search.measure(loaded, samples, template, settings.irs)  # last: it changes the model's attention function
+    forced = likelihood.likelihoods(loaded, samples, rows, template, settings.evaluate.batch_size, f"{record.name}: references")
+    try:
+        layer = search.measure(loaded, samples, template, settings.irs)  # last: it changes the model's attention function
+    except search.TooFewInstructions:
+        if settings.needs_layer:
+            raise
+        layer = None
     candidate = Candidate(
         name=record.name,
         exact_match=scores.exact_match,
         per_kind=scores.per_kind,
-        nats_per_token=nats,
-        irs=layer.irs[layer.layer],
-        irs_layer=layer.layer,
+        nats_per_token=likelihood.nats_per_token(forced),
+        irs=layer and layer.irs[layer.layer],
+        irs_layer=layer and layer.layer,
         parameters=record.parameters,
         seconds_per_1000=1000 * seconds / len(rows),
         memory_mib=memory.peak / 2**20,
         refused=[],
     )
     return candidate.model_copy(update={"refused": limits_broken(candidate, settings.teacher)})
-
-
-@torch.inference_mode()
-def nats_per_token(
-    loaded: Loaded, samples: Sequence[Sample], rows: Sequence[int], template: Template, settings: Settings, title: str
-) -> float:
-    """Mean cross-entropy, in nats, of the reference answers' tokens, EOS included, over all tokens of `rows` alike."""
-    collator = Collator(loaded.processor, template, settings.models.max_length, train=True)
-    view = VLM(loaded.model)
-    nats, tokens, size = 0.0, 0, settings.evaluate.batch_size
-    for start in tqdm(range(0, len(rows), size), desc=title, unit="batch"):
-        batch = collator([samples[row] for row in rows[start : start + size]]).to(loaded.model.device)
-        hidden, _ = view.plain(batch, view.features(batch), keep=False)
-        response = batch.response[:, 1:]  # the row at t predicts token t + 1
-        logits = view.head(hidden[:, :-1][response])
-        nats += float(F.cross_entropy(logits, batch.input_ids[:, 1:][response], reduction="sum"))
-        tokens += int(response.sum())
-    return nats / tokens

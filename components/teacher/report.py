@@ -19,7 +19,7 @@ def table(report: TeacherReport, limits: TeacherSettings, samples: int) -> str:
     figures: dict[str, Callable[[Candidate], str]] = {
         "exact match": lambda c: f"{c.exact_match:.1%}",
         "nats per answer token": lambda c: f"{c.nats_per_token:.3f}",
-        "IRS of its best layer": lambda c: f"{c.irs:.3f} (layer {c.irs_layer})",
+        "IRS of its best layer": lambda c: "none" if c.irs is None else f"{c.irs:.3f} (layer {c.irs_layer})",
         "parameters": lambda c: f"{c.parameters:,}",
         "seconds per 1,000 samples": lambda c: f"{c.seconds_per_1000:.2f}",
         "memory, MiB": lambda c: f"{c.memory_mib:.1f}",
@@ -61,9 +61,10 @@ def quality_cost(report: TeacherReport, limits: TeacherSettings, samples: int, t
     left.set_ylabel("exact match, %")
     small: dict[str, Any] = {"color": theme.muted, "fontsize": 8, "va": "bottom", "ha": "right", "clip_on": True}
     dashed: dict[str, Any] = {"color": theme.muted, "linestyle": "--", "linewidth": 1}
-    for axes in (left, right):
-        axes.axhline(100 * limits.min_exact_match, **dashed)
-        axes.text(1, 100 * limits.min_exact_match, "min_exact_match", transform=axes.get_yaxis_transform(), **small)
+    if limits.min_exact_match is not None:
+        for axes in (left, right):
+            axes.axhline(100 * limits.min_exact_match, **dashed)
+            axes.text(1, 100 * limits.min_exact_match, "min_exact_match", transform=axes.get_yaxis_transform(), **small)
     most_of = {"max_parameters": limits.max_parameters, "max_seconds_per_1000": limits.max_seconds_per_1000}
     for axes, (name, most), unit in zip((left, right), most_of.items(), (1e6, 1), strict=True):
         if most is not None:

@@ -184,7 +184,7 @@ def test_one_percent_of_planted_faults_is_quarantined_each_with_its_reason(asked
         "damaged": lambda n: row(f"row-{n}", 9),
         "empty_answer": lambda n: row(f"row-{n}", 1) | {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, EMPTY]},
         "image_path": lambda n: row(f"row-{n}", 1) | {"image": "../1.png"},
-        "duplicate_id": lambda n: row("row-0", 1),
+        "duplicate_id": lambda n: row("row-0", 0),
     }
     for number in range(1500):
         rows.append(row(f"row-{number}", number % IMAGES if number % IMAGES != 9 else 10))

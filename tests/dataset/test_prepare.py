@@ -13,10 +13,11 @@ from PIL import Image
 from components.artifacts import SPLITS, Manifest
 from components.dataset import parts
 from components.dataset import prepare as stage
+from components.dataset.__main__ import unseen_by_dvc
 from components.dataset.card import contact_sheet
 from components.dataset.prepare import prepare
 from components.errors import TryAgainError
-from components.settings import DataSettings
+from components.settings import DataSettings, LlavaFolder, load_settings
 from components.shards import Sample, Samples, Turn
 from tests.dataset.conftest import REPOSITORY, Prepared
 
@@ -36,6 +37,32 @@ def test_everything_is_there_and_nothing_else(prepared: Prepared) -> None:
     assert Manifest.read(prepared.folder / "manifest.json") == prepared.manifest
     assert list(prepared.folder.parent.iterdir()) == [prepared.folder]
     assert (prepared.folder / "quarantine.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("linked", "images", "said"),
+    [
+        (None, "data/mine/images", ""),
+        ("data/mine/images", "data/mine/images", "data.llava.images: data/mine/images is a link to {away}: DVC neither"),
+        ("data/mine", "data/mine/images", "data.llava.images: data/mine is a link to {away}: DVC neither"),
+        ("data/mine", "data/mine/*.tar", "data.llava.images: data/mine is a link to {away}: DVC neither"),
+        ("data/mine/images/more", "data/mine/images", "data/mine/images/more is a link to {away}: DVC neither"),
+        (None, "away", "data.llava.images: away is not under data/: DVC neither"),
+    ],
+)
+def test_images_that_dvc_does_not_see_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: str | None, images: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "away/images").mkdir(parents=True)
+    (tmp_path / linked if linked else tmp_path / "data/mine/images/more").parent.mkdir(parents=True)
+    if linked:
+        (tmp_path / linked).symlink_to(tmp_path / "away")
+    shipped = load_settings(REPOSITORY)
+    llava = LlavaFolder(annotations=Path("data/rows.json"), images=Path(images), val=0.1, test=0.1)
+    data = shipped.data.model_copy(update={"source": "llava", "llava": llava})
+    told = list(unseen_by_dvc(shipped.model_copy(update={"data": data})))
+    assert [said.format(away=tmp_path / "away") in line for line in told] == [True] * bool(said)
 
 
 def test_the_card_has_counts_licence_hash_and_examples(prepared: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -28,7 +29,7 @@ from components.dataset.stores import HUB, store
 from components.errors import DataError, TryAgainError
 from components.settings import DataLimits, DataSettings, Mixture, MixtureSource
 from components.shards import Sample, Samples
-from tests.dataset.conftest import REPOSITORY
+from tests.dataset.conftest import HERE, REPOSITORY
 
 LIMITS = DataLimits(max_pixels=100_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
 PICTURES = 24
@@ -228,7 +229,7 @@ def test_odd_samples_of_a_webdataset_are_quarantined(tmp_path: Path) -> None:
         (1, "missing_key"),
         (2, "malformed_json"),
         (3, "wrong_type"),
-        (4, "wrong_type"),
+        (4, "several_images"),
     ]
     assert "mine/x/e" in {sample.id for sample in stored(tmp_path / "out")}  # text alone
 
@@ -244,7 +245,7 @@ def test_odd_rows_of_parquet_are_quarantined(tmp_path: Path) -> None:
     asked = ask_for({"mine": {"files": str(tmp_path / "x.parquet"), "images": None}})
     manifest = write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
     assert [(one.row - PICTURES, one.reason) for one in quarantine(tmp_path / "out")] == [
-        (1, "wrong_type"),
+        (1, "several_images"),
         (2, "missing_file"),
     ]
     assert manifest.rows_out == PICTURES + 2  # two of text alone
@@ -258,6 +259,146 @@ def test_a_member_that_no_tar_file_has_is_quarantined(tmp_path: Path) -> None:
     write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert (refused.row, refused.reason) == (PICTURES + 1, "missing_file")
+
+
+# --- a picture is found by its place ----------------------------------------------------------------------------------
+
+
+def shown_by_answer(folder: Path) -> dict[str, bytes | None]:
+    return {sample.turns[0].answer: sample.image for sample in stored(folder)}
+
+
+def one_of(pictures: range, name: str = "{}") -> dict[str, bytes]:
+    """WebDataset samples `{n}` of the pictures; the answer says which picture it is."""
+    entries = {}
+    for at, n in enumerate(pictures):
+        entries[f"{name.format(at)}.png"] = picture(n)
+        entries[f"{name.format(at)}.json"] = json.dumps({"conversations": conversations(n)}).encode()
+    return entries
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_tars_of_one_name_in_two_folders_keep_their_pictures(with_ids: bool, tmp_path: Path) -> None:
+    for folder, numbers in (("a", range(12)), ("b", range(12, 24))):
+        (tmp_path / folder).mkdir()
+        entries = one_of(numbers)
+        if with_ids:
+            entries |= {
+                f"{at}.json": json.dumps({"id": n, "conversations": conversations(n)}).encode() for at, n in enumerate(numbers)
+            }
+        tar_of(tmp_path / folder / "00000.tar", entries)
+    manifest = prepare(
+        ask_for({"mine": {"files": str(tmp_path / "*/00000.tar"), "images": None}}), target=tmp_path / "dataset", workers=1
+    )
+    assert (manifest.rows_out, manifest.quarantined) == (24, 0)
+    assert shown_by_answer(tmp_path / "dataset") == {f"Number {n}.": picture(n) for n in range(24)}
+    assert len({sample.image_id for sample in stored(tmp_path / "dataset")}) == 24
+
+
+def test_a_member_name_in_two_tar_files_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    asked_for = as_tars(tmp_path)
+    tar_of(tmp_path / "9.tar", {"in/0.png": picture(99)})
+    write(source(ask_for({"mine": asked_for}), tmp_path / "i.sqlite"), ask_for({"mine": asked_for}), tmp_path / "out")
+    (refused,) = quarantine(tmp_path / "out")
+    assert (refused.row, refused.reason) == (1, "ambiguous_name")
+    assert "0.tar" in refused.detail and "9.tar" in refused.detail
+
+
+def test_a_key_twice_in_a_tar_file_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in [*one_of(range(20)).items(), *one_of(range(30, 31)).items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
+    manifest = write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    assert [(one.reason, "at bytes" in one.detail) for one in quarantine(tmp_path / "out")] == [("ambiguous_name", True)] * 2
+    assert manifest.rows_in == 21 and "Number 0." not in shown_by_answer(tmp_path / "out")
+
+
+def test_the_members_of_a_sample_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    entries = one_of(range(PICTURES))
+    pictures_first = {name: entries[name] for name in sorted(entries, key=lambda name: name.endswith(".json"))}
+    pictures_first |= {"._3.json": b"what a Mac leaves", "__MACOSX/4.json": b"", "5.cls": b"7"}
+    tar_of(tmp_path / "x.tar", pictures_first)
+    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
+    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    assert shown_by_answer(tmp_path / "out") == {f"Number {n}.": picture(n) for n in range(PICTURES)}
+
+
+def test_members_that_may_be_pictures_are_never_left_out(tmp_path: Path) -> None:
+    row = json.dumps({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}).encode()
+    odd = {"a.mp4": b"x", "b.npy": b"x", "c.bin": b"\x93\x00", "d.0.jpg": picture(1), "d.1.jpg": picture(2)}
+    entries = one_of(range(PICTURES)) | odd | {f"{key}.json": row for key in "abcde"} | {"e.input.jpg": picture(3)}
+    tar_of(tmp_path / "x.tar", entries)
+    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
+    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    reasons = [one.reason for one in quarantine(tmp_path / "out")]
+    assert reasons == ["unread_media", "unread_media", "unread_media", "several_images"]
+    assert shown_by_answer(tmp_path / "out")["That."] == picture(3)
+
+
+def test_a_text_row_and_a_picture_may_share_a_name(tmp_path: Path) -> None:
+    asked_for = as_folder(tmp_path)
+    (tmp_path / "images" / "text:t").write_bytes(picture(50))
+    text = {"id": "t", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+    shown = {"id": "u", "image": "text:t", "conversations": conversations(50)}
+    (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), text, shown]))
+    write(source(ask_for({"mine": asked_for}), tmp_path / "i.sqlite"), ask_for({"mine": asked_for}), tmp_path / "out")
+    found = shown_by_answer(tmp_path / "out")
+    assert (found["So."], found["Number 50."]) == (None, picture(50))
+
+
+def test_ids_that_repeat_are_made_unique_and_the_card_says_so(tmp_path: Path) -> None:
+    asked_for = as_folder(tmp_path)
+    rows = [row | {"id": "same"} for row in llava_rows()]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, rows[0]]))
+    prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+    assert len({sample.id for sample in stored(tmp_path / "dataset")}) == PICTURES
+    assert [one.reason for one in quarantine(tmp_path / "dataset")] == ["duplicate_id"]  # the very same row
+    assert "| mine | repeated_id | 23 | row 2: 'same' became 'same#2' |" in (tmp_path / "dataset" / "card.md").read_text()
+
+
+def test_rows_of_several_json_files_and_of_parquet_beside_a_folder(tmp_path: Path) -> None:
+    asked_for = as_folder(tmp_path)
+    (tmp_path / "rows.json").unlink()
+    for name, numbers in (("0", range(10)), ("1", range(10, PICTURES))):
+        lines = [json.dumps({k: v for k, v in llava_rows()[n].items() if k != "id"}) for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    asked = ask_for({"mine": asked_for | {"files": str(tmp_path / "*.jsonl")}})
+    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    assert {sample.id for sample in stored(tmp_path / "out")} == {f"mine/{n + 1}" for n in range(PICTURES)}
+    columns = {key: [row[key] for row in llava_rows()] for key in ("image", "conversations")}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    asked = ask_for({"mine": asked_for | {"files": str(tmp_path / "x.parquet")}})
+    write(source(asked, tmp_path / "j.sqlite"), asked, tmp_path / "other")
+    assert shown_by_answer(tmp_path / "other") == {f"Number {n}.": picture(n) for n in range(PICTURES)}
+
+
+@pytest.mark.parametrize("texts", [[{"question": "What?", "answer": "That."}], ["What?"], "What?"])
+def test_conversations_that_parquet_files_hold_in_other_forms_are_quarantined(texts: Any, tmp_path: Path) -> None:
+    good = as_cauldron(tmp_path)
+    one = {"bytes": picture(1), "path": None}
+    pq.write_table(pa.table({"images": [[one]], "texts": [texts]}), tmp_path / "odd.parquet")
+    asked = ask_for({"good": good, "odd": {"files": str(tmp_path / "odd.parquet"), "images": None}})
+    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    (refused,) = quarantine(tmp_path / "out")
+    assert refused.source == "odd" and refused.reason in ("missing_key", "wrong_type")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(llava_rows()).encode("utf-16"), "is UTF-16"),
+        (gzip.compress(json.dumps(llava_rows()).encode()), "is compressed"),
+        (json.dumps({"data": llava_rows()}, indent=1).encode(), "is one JSON object"),
+    ],
+)
+def test_a_file_that_is_no_rows_is_said_in_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
+    asked_for = as_folder(tmp_path)
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
 
 
 # --- files that cannot be used ----------------------------------------------------------------------------------------
@@ -305,10 +446,10 @@ def test_a_parquet_file_that_is_not_whole_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "images", "message"),
     [
-        ("x.zip", None, "ends in .tar"),
-        ("rows.json", None, "need `images`"),
-        ("rows.json", Path("nowhere"), "is no folder"),
-        ("rows.json", Path("nowhere/*.tar"), "there is no file"),
+        ("x.zip", None, "ends in none of .json, .jsonl, .tar, .parquet"),
+        ("rows.json", None, "there is no file"),
+        (str(HERE / "llava/annotations.json"), Path("nowhere"), "is no folder"),
+        (str(HERE / "llava/annotations.json"), Path("nowhere/*.tar"), "there is no file"),
         ("nowhere/*.parquet", None, "there is no file"),
         ("hf://datasets/a/b/c.parquet", None, "all 40 digits"),
         ("hf://datasets/a/b@main/c.parquet", None, "all 40 digits"),

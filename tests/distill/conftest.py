@@ -14,6 +14,7 @@ from components.models.folder import record
 from components.shards import ImageRow, Turn, write_split
 from tests.layers import layer_choice
 from tests.models.conftest import IMAGE_PX, NV, png, saved, word_processor
+from tests.tried import keep_all
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = ["one", "two", "three", "red", "green", "yes", "no"]
@@ -37,6 +38,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Manifest(source="digits", rows_in=8, rows_out=8, quarantined=0, splits={"train": train}, digest=digest).write(
             DATASET / "manifest.json"
         )
+        keep_all()
         processor = word_processor()
         teacher = saved(MODELS / "teachers/base", processor, hidden=48)
         student = saved(MODELS / "students/student", processor)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import pytest
 import torch
 
 from components.artifacts import DATASET, MODELS
-from components.distill.loader import MicroBatches, Steps, batches
+from components.distill.loader import MicroBatches, Steps, batches, deaths_explained
 from components.distill.order import Order
-from components.errors import DataError
+from components.errors import DataError, TryAgainError
 from components.models.collate import Collator
 from components.models.load import load_processor
 from components.models.template import Template
@@ -59,3 +62,52 @@ def test_a_sample_that_cannot_be_used_is_named_when_its_step_comes(workplace: Pa
     assert isinstance(pickle.loads(pickle.dumps(steps[0])), DataError)  # noqa: S301 (as it comes from another process)
     with pytest.raises(DataError, match=r"^sample .* tokens, .*max_length is 3$"):
         next(batches(steps, 0, 1, loaders=0))
+
+
+class _Fails(Steps):
+    """Fails in a loader as a fault of ours would."""
+
+    def __getitem__(self, step: int) -> MicroBatches:
+        raise ZeroDivisionError(f"step {step}")
+
+
+def failing() -> _Fails:
+    whole = steps_of()
+    return _Fails(whole.samples, whole.collator, whole.order, whole.settings, 0, 1)
+
+
+def test_a_fault_in_a_loader_ends_the_training_as_it_would_here(workplace: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="step 0"):
+        next(batches(failing(), 0, 2, loaders=1))
+
+
+def test_batches_come_without_shared_memory(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers have little of it, and a tensor that finds no room there never arrives."""
+    seen: list[Any] = []
+    unpickle = pickle.loads
+    monkeypatch.setattr("components.distill.loader.pickle.loads", lambda packed: seen.append(packed) or unpickle(packed))
+    ahead = list(batches(steps_of(), 0, 2, loaders=1))
+    assert len(seen) == 2 and all(isinstance(packed, bytes) for packed in seen)
+    assert not any(batch.input_ids.is_shared() for micro in ahead for batch, _ in micro)
+
+
+def test_a_loader_that_is_killed_is_a_sentence(workplace: Path) -> None:
+    before = active_children()
+    stream = batches(steps_of(), 0, 1000, loaders=1)
+    next(stream)
+    (loader,) = set(active_children()) - set(before)
+    assert loader.pid is not None
+    with pytest.raises(TryAgainError, match=r"a process that loads batches .*loaders"), deaths_explained():
+        os.kill(loader.pid, signal.SIGKILL)
+        for _ in stream:
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's, of a loader that is half made
+def test_loaders_that_cannot_start_are_a_sentence(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(TryAgainError, match=r"No space left on device.*shared memory.*loaders"):
+        next(batches(steps_of(), 0, 2, loaders=1))

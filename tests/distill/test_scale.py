@@ -30,6 +30,7 @@ from components.shards import ImageRow, Turn, write_split
 from components.tracking import Run
 from tests.distill.conftest import REPOSITORY, WORDS, _row, write_params
 from tests.distill.test_stage import _journal, _wait_for, command, environment
+from tests.tried import keep_all
 
 ARM = "align_ti"
 
@@ -46,6 +47,7 @@ def uneven(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Manifest(
         source="digits", rows_in=13, rows_out=13, quarantined=0, splits={"train": train}, digest=train.shards[0].sha256
     ).write(DATASET / "manifest.json")
+    keep_all()
     legible(workplace)
     rates = {"vision_tower": None, "projector": 1e-3, "language_model": None}
     write_params(workplace, "distill", {"learning_rates": rates})

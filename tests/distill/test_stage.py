@@ -15,9 +15,9 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
-from components.artifacts import STUDENTS, Cost
+from components.artifacts import IRS, STUDENTS, Absent, Cost
 from components.distill.__main__ import distill
-from components.errors import InputError, Interrupted, SettingsError, TryAgainError
+from components.errors import DataError, InputError, Interrupted, SettingsError, TryAgainError
 from components.models.template import Template
 from components.settings import load_settings
 from components.shards import Turn
@@ -111,18 +111,31 @@ def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(workplace: Path)
     assert (STUDENTS / "align_ti/losses.jsonl").read_text() == losses
 
 
-def test_sigterm_saves_and_leaves_with_143(workplace: Path) -> None:
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_sigterm_to_the_whole_group_saves_and_leaves_with_143(workplace: Path, loaders: int) -> None:
     write_params(workplace, "distill", {"steps": 100_000, "checkpoint_every": 100_000})
     running = subprocess.Popen(
-        command("align_ti"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command("align_ti"),
+        env=environment() | {"ALIGNTI_LOADERS": str(loaders)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     _wait_for(lambda: list(Path(".runs/journal").glob("*.jsonl")) and '"loss/sft"' in _journal(), running)
-    running.send_signal(signal.SIGTERM)
+    os.killpg(running.pid, signal.SIGTERM)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == Interrupted.exit_code == 143
     assert "saved; run the same command to go on" in errors
     (checkpoint,) = Path(".runs/distill/align_ti").glob("*/step-*")
     assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name.removeprefix("step-"))
+
+
+def test_without_a_layer_an_arm_that_weighs_no_visual_tokens_is_trained_and_another_refused(workplace: Path) -> None:
+    Absent(none="no image has two instructions").write(IRS / "layer.json")
+    assert (run("kd") / "model").is_dir()
+    with pytest.raises(DataError, match="holds no LayerChoice: no image has two instructions"):
+        run("align_ti")
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(workplace: Path) -> None:

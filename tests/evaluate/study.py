@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from components import artifacts
-from components.artifacts import Candidate, Cost, Fingerprint, LayerChoice, Manifest, Prediction, TeacherReport
+from components.artifacts import Candidate, Cost, Fingerprint, LayerChoice, Likelihood, Manifest, Prediction, TeacherReport
 from components.evaluate.metrics import score
 from components.figures import draw
 from components.irs.overlays import Gaze, curve, overlay
 from components.settings import Arm, Weights
 from components.shards import ImageRow, Turn, write_split
 from tests.layers import layer_choice as shared_layer_choice
+from tests.tried import keep_all
 
 ARMS = {"sft": 0.62, "kd": 0.635, "kd_uniform": 0.70, "kd_iva": 0.715, "kd_tpa": 0.65, "align_ti": 0.72}  # share answered right
 TEACHER = 0.88
@@ -65,6 +66,7 @@ def write_study(
     Manifest(
         source="tests", rows_in=split.samples, rows_out=split.samples, quarantined=0, splits={"test": split}, digest="0" * 64
     ).write(dataset / "manifest.json")
+    keep_all(dataset)
     artifacts.write_bytes(dataset / "contact_sheet.png", _sheet(rows))
     difficulty = rng.normal(0, 0.12, images)
     for arm, rate in {artifacts.TEACHER_ARM: teacher, **arms}.items():
@@ -84,6 +86,16 @@ def write_scores(root: Path, arm: str, predictions: list[Prediction], measured: 
     folder = root / artifacts.SCORES / arm
     score(arm, predictions).model_copy(update={"fingerprint": measured}).write(folder / "scores.json")
     artifacts.write_text(folder / "predictions.jsonl", artifacts.jsonl(predictions))
+    artifacts.write_text(folder / "likelihoods.jsonl", artifacts.jsonl(_likelihood(arm, p) for p in predictions))
+
+
+def _likelihood(arm: str, prediction: Prediction) -> Likelihood:
+    """What is answered wrong was unlikely, and further from the teacher."""
+    tokens = len(prediction.reference.split()) + 1
+    random = np.random.default_rng(zlib.crc32(f"{arm} {prediction.id}".encode()))
+    nats = tokens * (0.1 if prediction.correct else 0.9) * random.lognormal(0, 0.3)
+    kl = None if arm == artifacts.TEACHER_ARM else 0.4 * nats
+    return Likelihood(id=prediction.id, tokens=tokens, nats=nats, kl=kl)
 
 
 def _row(index: int, per_image: int, rng: np.random.Generator) -> ImageRow:

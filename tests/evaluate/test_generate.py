@@ -13,10 +13,11 @@ from transformers import GenerationConfig
 from components.errors import DataError
 from components.evaluate.generate import answers, questions, unreachable
 from components.models.collate import Collator
-from components.models.load import Loaded
+from components.models.load import Loaded, load
 from components.models.template import Template
 from components.settings import EvaluateSettings, load_settings
 from components.shards import Samples
+from tests.families import toy
 
 TEMPLATE = Template("")
 NEW_TOKENS = 6
@@ -64,6 +65,16 @@ def test_batched_answers_equal_answers_one_by_one(
     loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str], batch_size: int
 ) -> None:
     assert ask(loaded, samples, rows, batch_size) == one_by_one
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_questions_without_an_image_are_answered_alone_as_beside_others(family: str) -> None:
+    """Whatever the family: a batch may hold no image at all."""
+    loaded = load(toy.folder(family), "cpu")
+    alone, together = (
+        answers(loaded, toy.SAMPLES, rows, TEMPLATE, 400, asking(size, 3), "tests") for rows, size in (([1], 1), ([1, 2], 2))
+    )
+    assert alone == together[:1]
 
 
 def plainly(loaded: Loaded, samples: Samples, row: int) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import DATASET, SCORES, STUDENTS, TEACHER, Prediction, Scores
+from components.artifacts import DATASET, NO_TEACHER, SCORES, STUDENTS, TEACHER, Likelihood, Prediction, Scores
 from components.errors import DataError, ModelError
 from components.evaluate.__main__ import main
+from components.evaluate.likelihood import kl_per_token, nats_per_token
 from components.evaluate.metrics import matches, score
 from components.shards import Samples
 from tests.evaluate.conftest import Tracked
@@ -26,6 +27,11 @@ def read(arm: str) -> tuple[list[Prediction], Scores]:
     return [Prediction.model_validate_json(line) for line in lines], Scores.read(SCORES / arm / "scores.json")
 
 
+def read_likelihoods(arm: str) -> list[Likelihood]:
+    lines = (SCORES / arm / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Likelihood.model_validate_json(line) for line in lines]
+
+
 def test_a_student_is_scored_on_every_question_of_the_test_split(
     workplace: Path, tracked: Tracked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,14 +42,20 @@ def test_a_student_is_scored_on_every_question_of_the_test_split(
         (s.id, s.image_id, s.kind, s.turns[0].question, s.turns[0].answer) for s in asked
     ]
     assert all(p.correct == matches(p.answer, p.reference) for p in predicted)
-    assert scores.model_copy(update={"fingerprint": None}) == score("sft", predicted)
+    forced = read_likelihoods("sft")
+    assert [one.id for one in forced] == [p.id for p in predicted]
+    assert scores.nats_per_token == nats_per_token(forced) and scores.kl_per_token == kl_per_token(forced)
+    assert scores.kl_per_token is not None and scores.kl_per_token > 0.01  # the teacher is another model
+    without = {"fingerprint": None, "nats_per_token": None, "kl_per_token": None}
+    assert scores.model_copy(update=without) == score("sft", predicted)
     assert scores.fingerprint is not None and scores.fingerprint.dataset == "tests/test"
     assert scores.exact_match > 0.9  # the references are this model's answers: see the fixture
     assert tracked.stage == ("evaluate", "sft")
     assert tracked.params["split"] == "test"
     assert tracked.logged["exact_match"] == scores.exact_match
     assert tracked.datasets == [("artifacts/dataset", "0" * 64)]
-    assert tracked.artifacts == [SCORES / "sft/scores.json", SCORES / "sft/predictions.jsonl"]
+    assert {"token_f1", "nats_per_token", "kl_per_token"} <= tracked.logged.keys()
+    assert tracked.artifacts == [SCORES / "sft" / name for name in ("scores.json", "predictions.jsonl", "likelihoods.jsonl")]
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and f"{scores.exact_match:.1%}" in printed and "artifacts/scores/sft/scores.json" in printed
 
@@ -56,7 +68,7 @@ def test_another_student_scores_otherwise_and_the_same_one_the_same_bytes(
     shutil.rmtree(SCORES)
     run("kd", monkeypatch)
     assert {file.name: file.read_bytes() for file in (SCORES / "kd").iterdir()} == first
-    assert sorted(first) == ["predictions.jsonl", "scores.json"]
+    assert sorted(first) == ["likelihoods.jsonl", "predictions.jsonl", "scores.json"]
     assert read("kd")[1].exact_match < 0.5
 
 
@@ -65,6 +77,18 @@ def test_the_teacher_is_the_chosen_one(workplace: Path, tracked: Tracked, monkey
     run("kd", monkeypatch)  # the same model as the teacher that the fixture chose
     assert [p.answer for p in read("teacher")[0]] == [p.answer for p in read("kd")[0]]
     assert read("teacher")[1].arm == "teacher"
+    assert read("teacher")[1].nats_per_token == read("kd")[1].nats_per_token
+    assert read("teacher")[1].kl_per_token is None and read("kd")[1].kl_per_token == pytest.approx(0, abs=1e-6)
+
+
+def test_without_a_teacher_there_is_no_distance_from_it(
+    workplace: Path, tracked: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    NO_TEACHER.write(TEACHER / "choice.json")
+    run("kd", monkeypatch)
+    scores = read("kd")[1]
+    assert scores.kl_per_token is None and scores.nats_per_token is not None
+    assert "kl_per_token" not in tracked.logged
 
 
 def test_references_that_cannot_be_reached_are_mentioned(

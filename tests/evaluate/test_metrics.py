@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from components.artifacts import Prediction, YesNo
 from components.errors import DataError
-from components.evaluate.metrics import OVERALL, matches, normalise, predictions, score, yes_no
+from components.evaluate.metrics import OVERALL, matches, normalise, predictions, score, token_f1, yes_no
 from components.shards import Sample, Turn
 
 
@@ -43,6 +43,28 @@ def test_normalising_twice_is_normalising_once(text: str) -> None:
 )
 def test_spelling_variants_match(words: list[str], space: str, end: str) -> None:
     assert matches(space.join(words).upper() + end + space, " ".join(words))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [
+        ("a red seven", "A red seven.", 1.0),
+        ("seven red a", "a red seven", 1.0),  # a multiset: order is exact match's to judge
+        ("a red five, a blue two", "a red five, a green two", 5 / 6),
+        ("red red red", "red", 0.5),  # one of three words counts: precision 1/3, recall 1
+        ("", "seven", 0.0),
+        ("seven", "eight", 0.0),
+        ("...", "", 1.0),
+    ],
+)
+def test_token_f1_by_hand(answer: str, reference: str, f1: float) -> None:
+    assert token_f1(answer, reference) == pytest.approx(f1)
+
+
+@given(st.text(), st.text())
+def test_token_f1_is_a_share_and_takes_no_side(answer: str, reference: str) -> None:
+    assert 0 <= token_f1(answer, reference) == token_f1(reference, answer) <= 1
+    assert token_f1(answer, answer) == 1
 
 
 CASES = {

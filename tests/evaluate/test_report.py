@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from components import artifacts
-from components.artifacts import Comparison, LayerChoice, OverSeeds
-from components.errors import DataError
+from components import artifacts, recipes
+from components.artifacts import Comparison, LayerChoice, PublishedRuns
+from components.errors import DataError, InputError
 from components.evaluate import compare as stage
-from components.evaluate import plots
+from components.evaluate import plots, published_runs
+from components.evaluate.measures import MEASURES
 from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.pages import data_uri, thumbnail
 from components.evaluate.report import Picture, disagreements, html, markdown, table
 from components.figures import LIGHT, draw
-from components.settings import Settings, load_settings
+from components.settings import Settings, load_settings, read_yaml
 from tests.evaluate.study import write_study
 
 
@@ -61,7 +62,7 @@ def rendered(finished: Finished, outcomes: Outcomes) -> str:
     dot = io.BytesIO()
     Image.new("RGB", (1, 1)).save(dot, "PNG")
     picture = Picture(data_uri(dot.getvalue()), data_uri(dot.getvalue()), 1)
-    names = ("scores", "gains", "kinds", "quality_cost", "losses", "irs")
+    names = ("scores", "gains", "kinds", "measures", "quality_cost", "losses", "irs")
     layer = LayerChoice.read(artifacts.IRS / "layer.json")
     return html(finished.comparison, outcomes, finished.settings.evaluate, layer, dict.fromkeys(names, picture))
 
@@ -108,7 +109,7 @@ def test_the_page_fetches_nothing(finished: Finished) -> None:
     assert "@import" not in text
     assert "http://" not in text
     assert "https://" not in text
-    assert len(found.fetched) >= 2 * 6 + 4
+    assert len(found.fetched) >= 2 * 7 + 4
     for address in found.fetched:
         head, _, content = address.partition(";base64,")
         assert head in ("data:image/png", "data:image/jpeg")
@@ -206,7 +207,7 @@ def test_gains_beyond_noise_are_bold_and_only_those(finished: Finished) -> None:
 
 def test_plots_are_written_and_drawn_the_same_every_time(finished: Finished) -> None:
     written = sorted(path.name for path in (finished.root / "reports/plots").iterdir())
-    assert written == ["gains.png", "kinds.png", "losses.png", "quality_cost.png", "scores.png"]
+    assert written == ["gains.png", "kinds.png", "losses.png", "measures.png", "quality_cost.png", "scores.png"]
     scores = (finished.root / "reports/plots/scores.png").read_bytes()
     assert draw(plots.scores, finished.comparison) == scores
 
@@ -266,20 +267,83 @@ def test_an_arm_measured_otherwise_has_a_dagger_and_says_how(finished: Finished,
     how = ["dtype: bfloat16, not float32"]
     arms = {**finished.comparison.arms, odd: finished.comparison.arms[odd].model_copy(update={"differs": how})}
     pairs = [p.model_copy(update={"differs": how}) if odd in (p.arm, p.against) else p for p in finished.comparison.pairs]
-    marked = replace(finished, comparison=finished.comparison.model_copy(update={"arms": arms, "pairs": pairs}))
+    contrast = finished.comparison.exact_match.model_copy(update={"pairs": pairs})
+    marked = replace(finished, comparison=finished.comparison.model_copy(update={"arms": arms, "exact_match": contrast}))
     text = markdown(marked.comparison)
     assert f"| {odd} \N{DAGGER} |" in text and text.count("| measured otherwise |") == len(arms) - 1
     assert f"{odd} was measured otherwise than the teacher (dtype: bfloat16, not float32)" in text
     page = rendered(marked, outcomes)
-    assert page.count("\N{DAGGER}") == 2 and "bfloat16, not float32" in page  # at its column, and before the sentence
+    assert page.count("\N{DAGGER}") == 3 and "bfloat16, not float32" in page  # in both tables, and before the sentence
     assert "\N{DAGGER}" not in rendered(finished, outcomes)
 
 
-def test_the_report_says_what_the_sample_can_tell_apart_and_shows_seeds(finished: Finished, outcomes: Outcomes) -> None:
-    assert "a gap between two arms below" in markdown(finished.comparison)
-    assert "a gap between two arms below" in rendered(finished, outcomes)
-    assert "Over seeds" not in markdown(finished.comparison)
-    seeds = [OverSeeds(arms=["sft", "kd"], exact_match=0.61, ci95=(0.55, 0.66), standard_deviation=0.012)]
-    several = replace(finished, comparison=finished.comparison.model_copy(update={"seeds": seeds}))
-    assert "| sft, kd | 61.0 | [55.0, 66.0] | 1.2 |" in markdown(several.comparison)
-    assert "sft, kd" in rendered(several, outcomes)
+def test_the_report_says_what_the_sample_can_tell_apart(finished: Finished, outcomes: Outcomes) -> None:
+    contrast = finished.comparison.exact_match
+    assert contrast.detectable is not None and contrast.noise is not None
+    row = f"| exact match, % | points | {100 * contrast.noise:.1f} | {100 * contrast.detectable:.1f} | \N{EN DASH} |"
+    assert row in markdown(finished.comparison)
+    assert "is seen four times in five" in rendered(finished, outcomes)
+    assert "## Seeds" not in markdown(finished.comparison)
+
+
+def test_the_report_shows_the_other_measures_with_their_paired_differences(finished: Finished) -> None:
+    text = markdown(finished.comparison)
+    for name, contrast in finished.comparison.measures.items():
+        for arm in finished.comparison.order:
+            assert MEASURES[name].said(finished.comparison.arms[arm].measures[name].value) in text
+        gain = contrast.gain("align_ti", "sft")
+        assert gain is not None and f"{MEASURES[name].difference(gain.difference)}" in text
+    assert "KL from the teacher" in page((finished.root / "reports/report.html").read_text(encoding="utf-8")).text
+
+
+def test_several_seeds_of_an_arm_are_shown_as_one_arm(finished: Finished, outcomes: Outcomes) -> None:
+    study = finished.settings.study.arms
+    study = {**study, "kd_tpa": study["sft"].model_copy(update={"seed": 2})}
+    several = replace(finished, comparison=stage.compare(outcomes, finished.settings.evaluate, study))
+    runs = several.comparison.arms["sft"].runs
+    each = ", ".join(f"{name} {100 * score:.1f}" for name, score in runs.items())
+    assert f"| sft | 2 | {each} | {50 * sum(runs.values()):.1f} |" in markdown(several.comparison)
+    shown = page(rendered(several, outcomes)).text
+    assert each in shown and "with other seeds" in shown and "kd_tpa" not in several.comparison.order
+
+
+def test_published_runs_of_the_recipe_stand_beside_ones_own(finished: Finished, outcomes: Outcomes) -> None:
+    assert "published runs" not in markdown(finished.comparison)
+    scores = {"teacher": [0.95], "sft": [0.52, 0.54], "align_ti": [0.58, 0.6, 0.62]}
+    runs = PublishedRuns(recipe="digits", differing=2, machine="two cores", scores=scores)
+    shown = stage.compare(outcomes, finished.settings.evaluate, finished.settings.study.arms, runs)
+    text = markdown(shown)
+    assert "Runs of recipe digits on two cores. Your params differ from the recipe in 2 values." in text
+    result = shown.arms["align_ti"]
+    own = f"{100 * result.exact_match:.1f} [{100 * result.ci95[0]:.1f}, {100 * result.ci95[1]:.1f}]"
+    assert f"| align_ti | {own} | 60.0 | 2.0 | 3 |" in text
+    assert "| 95.0 | \N{EN DASH} | 1 |" in text and "| \N{EN DASH} | \N{EN DASH} | 0 |" in text  # of one seed, and of none
+    pooled = 100 * ((2 * 0.02**2 + 0.01**2 * 2) / 3) ** 0.5
+    assert f"not counted in: seeds of one arm vary by {pooled:.1f} points in the published runs." in shown.headline
+    assert "Beside the published runs" in rendered(replace(finished, comparison=shown), outcomes)
+    (axes,) = plots.scores(shown, LIGHT).axes
+    diamonds = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
+    assert sorted(diamonds) == pytest.approx([52, 54, 58, 60, 62])
+
+
+def test_the_published_runs_are_those_of_the_nearest_recipe(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.root)
+    file = finished.root / "published.yaml"
+    file.write_text("digits: {machine: two cores, scores: {sft: [0.5]}}\n")
+    recipe, differing = recipes.nearest()
+    found = published_runs.nearest(file)
+    assert recipe == "digits" and found == PublishedRuns(
+        recipe="digits", differing=differing, machine="two cores", scores={"sft": [0.5]}
+    )
+    file.write_text("smoke: {machine: two cores, scores: {sft: [0.5]}}\n")
+    assert published_runs.nearest(file) is None
+    file.write_text("digits: {machine: two cores, scores: {sft: []}}\n")
+    with pytest.raises(InputError, match=r"published.yaml: digits.scores.sft: List should have at least 1 item"):
+        published_runs.nearest(file)
+
+
+def test_what_is_published_is_of_recipes_and_arms_that_there_are() -> None:
+    root = Path(__file__).parents[2]
+    for recipe, entry in read_yaml(published_runs.FILE).items():
+        arms = recipes.settings_with(recipe, root).study.arms
+        assert set(PublishedRuns(**entry, recipe=recipe, differing=0).scores) <= {"teacher", *arms}

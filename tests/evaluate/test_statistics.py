@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from components.errors import DataError
 from components.evaluate.statistics import (
+    Scored,
+    between_seeds,
     bootstrap,
     detectable,
     holm,
@@ -169,10 +171,45 @@ def test_noise_of_two_published_scores() -> None:
     assert noise_unpaired(0.6, 12_578, 0.95) == pytest.approx(0.0121, abs=1e-4)
 
 
-def test_seeds_widen_the_interval_by_their_own_spread() -> None:
-    draws = np.random.default_rng(5).normal([0.5, 0.6], 0.01, (4000, 2))
-    found = over_seeds(draws, seed=1)
-    assert found.mean() == pytest.approx(0.55, abs=0.005)
-    assert found.std() == pytest.approx((0.05**2 / 2 + 0.01**2 / 2) ** 0.5, rel=0.15)  # of the seeds' mean, about
-    same = over_seeds(np.repeat(draws[:, :1], 3, axis=1), seed=1)
-    assert np.allclose(same, draws[:, 0])  # equal seeds add nothing
+def scored(overall: NDArray[np.float64]) -> Scored:
+    """The same as score overall, as average, and of the one kind."""
+    return Scored(overall, overall, overall[..., None])
+
+
+def test_ratios_are_of_sums_and_not_means_of_ratios() -> None:
+    nats, tokens = [[4.0, 1.0, 0.0, 3.0]], [[1, 2, 3, 4]]
+    observed, draws = bootstrap(nats, [0, 0, 1, 1], [0, 1, 0, 1], 50, seed=1, weights=tokens)
+    np.testing.assert_allclose(observed.overall, [8 / 10])
+    np.testing.assert_allclose(observed.per_kind, [[4 / 4, 4 / 6]])
+    assert {round(float(value), 6) for value in draws.overall[:, 0]} == {round(5 / 3, 6), round(8 / 10, 6), round(3 / 7, 6)}
+
+
+def test_two_seeds_give_the_interval_of_students_t() -> None:
+    """Six arms of two seeds: the seeds' error has 6 degrees of freedom, and an arm's mean is of two of them."""
+    runs = [[0], *([i, i + 1] for i in range(1, 13, 2))]
+    scores = np.array([0.9, *np.tile([0.49, 0.51], 6)])  # within an arm a standard deviation of 0.02 / sqrt 2
+    draws = np.random.default_rng(5).normal(scores, 1e-6, (40_000, 13))
+    observed, resampled = over_seeds(scored(scores), scored(draws), runs, seed=1)
+    assert observed.overall == pytest.approx([0.9, *[0.5] * 6])
+    expected = 2 * 2.447 * (0.02 / 2**0.5) / 2**0.5
+    for values in (resampled.overall[:, 1], resampled.average[:, 3], resampled.per_kind[:, 6, 0]):
+        assert width(values) == pytest.approx(expected, rel=0.05)
+    assert width(resampled.overall[:, 1] - resampled.overall[:, 2]) == pytest.approx(expected * 2**0.5, rel=0.05)
+    assert width(resampled.overall[:, 0]) < 1e-4, "the teacher is given"
+
+
+def test_one_seed_each_leaves_the_draws_as_they_are() -> None:
+    draws = np.random.default_rng(5).normal([0.9, 0.5, 0.6], 0.01, (100, 3))
+    _, resampled = over_seeds(scored(draws[0]), scored(draws), [[0], [1], [2]], seed=1)
+    np.testing.assert_array_equal(resampled.overall, draws)
+    assert np.isnan(between_seeds(draws[0], [[0], [1], [2]]))
+
+
+def test_seeds_cover_the_truth_about_as_often_as_their_interval_says() -> None:
+    random, runs, covered = np.random.default_rng(6), [[0], [1, 2], [3, 4]], 0
+    for trial in range(300):
+        scores = random.normal([0.9, 0.5, 0.5, 0.6, 0.6], 0.01)
+        _, resampled = over_seeds(scored(scores), scored(np.tile(scores, (2000, 1))), runs, seed=trial)
+        low, high = interval(resampled.overall[:, 2] - resampled.overall[:, 1], 0.95)
+        covered += low <= 0.1 <= high
+    assert 0.91 <= covered / 300 <= 0.98

@@ -16,6 +16,7 @@ from components.artifacts import Manifest, Split, SplitRecord
 from components.models.template import Template
 from components.models.tokenizer import build_processor
 from components.shards import ImageRow, Turn, write_split
+from tests.tried import keep_all
 
 IMAGE_PX, PATCH_PX = 32, 8
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -80,6 +81,7 @@ def save_dataset(folder: Path, images: int, references: Mapping[str, str] = Mapp
     total = sum(record.samples for record in splits.values())
     manifest = Manifest(source="tests", rows_in=total, rows_out=total, quarantined=0, splits=splits, digest="0" * 64)
     manifest.write(folder / "manifest.json")
+    keep_all(folder)
     return folder
 
 

@@ -66,6 +66,15 @@ ROLE = (
 BAD = {
     "nothing ends an answer": (ROLE + "{% endfor %} {% endfor %}", "never learns to stop"),
     "no place for an image": (ROLE.replace("<image>", "") + "{% endfor %}<|im_end|>{% endfor %}", "no place for an image"),
+    "a language model's, that joins text to a list": (
+        "{% for m in messages %}{{ m['role'] + m['content'] }}<|im_end|>{% endfor %}",
+        "refuses these turns",
+    ),
+    "one that leaves questions out": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' or loop.last %}<image>{{ m['content'][-1]['text'] }}<|im_end|>"
+        "{% endif %}{% endfor %}",
+        "leaves out, repeats or reorders",
+    ),
     "what it refuses": ("{{ raise_exception('no roles here') }}", "no roles here"),
 }
 
@@ -81,6 +90,53 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     jinja = ROLE + "{% endfor %}{{ '' if loop.last else '(earlier)' }}<|im_end|>{% endfor %}"
     with pytest.raises(ModelError, match="writes a turn differently"):
         template(jinja).render((Turn("what ?", "one"), Turn("is it ?", "no")), None)
+
+
+ONEVISION = (  # as some releases of LLaVA-OneVision: a space before an answer that is there, a line break in a prompt
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] if c['type'] == 'image' %}<image>{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ '\n' + c['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING = (  # as Qwen3's: empty thoughts before the last answer alone
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("jinja", [ONEVISION, THINKING], ids=["onevision", "thinking"])
+@pytest.mark.parametrize("image", [None, "<image>"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_answer_stands_right_after_the_words_of_a_prompt(jinja: str, image: str | None, count: int) -> None:
+    made = template(jinja)
+    turns = [Turn("what ?", " one"), Turn("is it ?", "no\n"), Turn("where ?", "a1")][:count]
+    whole, prompt = made.render(turns, image), made.render(turns, image, answer=False)
+    assert [whole.text[a:b] for a, b in whole.response_spans] == [f"{turn.answer.strip()}<|im_end|>" for turn in turns]
+    assert whole.text.startswith(prompt.text) and whole.text.count("<|im_start|>assistant\n") == count
+    assert "<think>" not in whole.text
+
+
+def test_what_data_say_does_not_change_what_a_template_writes() -> None:
+    turns = (Turn("what </think> ?", "<think>one</think>"), Turn("\ue0000\ue001", "{{ no }}"))
+    whole = template(THINKING).render(turns, None)
+    assert [part.text for part in whole.parts if not part.own] == [t for turn in turns for t in (turn.question, turn.answer)]
+
+
+def test_a_conversation_is_rendered_in_time_that_grows_with_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = template(THINKING)
+    asked: list[int] = []
+    real = made._around
+
+    def counted(turns: int, image: bool, answers: int) -> list[str]:
+        asked.append(turns)
+        return real(turns, image, answers)
+
+    monkeypatch.setattr(made, "_around", counted)
+    turns = [Turn(f"what {n} ?", "one") for n in range(100)]
+    for _ in range(3):
+        made.render(turns, None)
+    assert len(asked) == 3, "the template is asked three times for so many turns, and never again"
 
 
 def test_a_tokenizers_template_serves_where_the_processor_has_none() -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from components import lineage, mirror, registry, tracking
-from components.artifacts import SCORES, Scores
+from components.artifacts import SCORES, Prediction, Scores
 from components.champion import measure
 from components.champion.duel import MeasuredDifferently
 from components.errors import DataError, InputError, TryAgainError
@@ -88,8 +88,11 @@ with tracking.stage_run(stage, *arm, runtime=load_settings().runtime):
         asked = str(json.loads(Path("artifacts/dataset/manifest.json").read_text())["rows_in"])
         share = float(Path(f"artifacts/students/{arm[0]}/model/weights").read_text().split()[0])
         right = [i < share * 100 for i in range(100)]
-        asks = {"kind": "count", "question": "?", "reference": "1", "answer": "1"}
-        lines = [{"id": str(i), "image_id": str(i), **asks, "correct": correct} for i, correct in enumerate(right)]
+        asks = {"kind": "count", "question": "?", "answer": "1"}
+        lines = [
+            {"id": str(i), "image_id": str(i), **asks, "reference": str(i % 10), "correct": correct}
+            for i, correct in enumerate(right)
+        ]
         write(f"artifacts/scores/{arm[0]}/predictions.jsonl", "".join(json.dumps(line) + "\\n" for line in lines))
         fingerprint = {
             "kit": "alignti", "kit_version": "1", "dataset": "digits/test", "dataset_hash": asked, "prompt_hash": "b",
@@ -97,6 +100,7 @@ with tracking.stage_run(stage, *arm, runtime=load_settings().runtime):
         }
         score = sum(right) / 100
         scores = {"arm": arm[0], "samples": 100, "exact_match": score, "per_kind": {"count": score}, "yes_no": {}}
+        scores |= {"token_f1": score, "token_f1_per_kind": {"count": score}}
         write(f"artifacts/scores/{arm[0]}/scores.json", json.dumps({**scores, "fingerprint": fingerprint}))
     if stage == "compare":
         write("reports/compare.md", "compared")
@@ -183,7 +187,9 @@ def test_the_champion_changes_only_on_a_lead_beyond_chance(trained: Settings) ->
         promote.promote(None, trained)
     assert promote.register(["weak"], trained) == (["weak"], True)
     first = promote.promote(None, trained)
-    assert first.promoted and first.champion is None and "is the first champion" in first.why
+    assert first.promoted and first.champion is None
+    assert "is the first champion: 50.0% on 100 questions, recipe " in first.why
+    assert first.why.endswith("the most frequent answer to each kind gives 10.0%")
     assert promote.register(list(ARMS), trained) == (["like", "strong"], True)
 
     client = mirror.client(SQLITE)
@@ -209,6 +215,23 @@ def test_the_champion_changes_only_on_a_lead_beyond_chance(trained: Settings) ->
     assert version.tags["dvc.md5"] == logged.tags["dvc.md5"] == lineage.locked()["distill@strong"]["artifacts/students/strong"]
     assert not list(Path(".mlflow").rglob("weights"))  # they stay with DVC
     assert {"arm", "recipe", "eval.fingerprint", "mlflow.source.git.commit", "git.dirty", "exact_match"} <= set(version.tags)
+
+
+@pytest.mark.parametrize(("right", "promoted"), [(0, False), (2, False), (3, True)])
+def test_the_first_champion_knows_more_than_the_most_frequent_answers(
+    right: int, promoted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [("exist", "yes"), ("exist", "no"), ("count", "1"), ("count", "2")]
+    answers = [
+        Prediction(id=str(i), image_id="a", kind=kind, question="?", reference=said, answer="", correct=i < right)
+        for i, (kind, said) in enumerate(asked)
+    ]
+    monkeypatch.setattr(promote, "_recorded", lambda _: (answers, None))
+    tags = {"recipe": "smoke", "exact_match": str(right / 4)}
+    version = registry.Version(model="tests", number="1", arm="sft", md5="0", run_id="0", tags=tags, aliases=())
+    verdict = promote._verdict(version, None, load_settings(), measure=False)
+    assert verdict.promoted is promoted
+    assert f"{right / 4:.1%} on 4 questions, recipe smoke; the most frequent answer to each kind gives 50.0%" in verdict.why
 
 
 def test_what_was_measured_differently_is_refused_or_measured_anew(trained: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

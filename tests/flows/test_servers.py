@@ -11,9 +11,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -91,6 +93,35 @@ def test_what_a_server_started_is_stopped_with_it_willing_or_not(here: Path, mon
     (child,) = psutil.Process(server.pid).children()
     assert servers.down() == [server]
     assert not servers._lives(child) and not server.alive()
+
+
+ASK = """
+import sys, components, httpx, requests
+from flows.servers import Server
+url = f"http://127.0.0.1:{sys.argv[1]}/health"
+assert Server("mlflow", 0, 0.0, "127.0.0.1", int(sys.argv[1])).healthy()
+assert requests.get(url).status_code == httpx.get(url).status_code == 200
+"""
+
+
+@pytest.mark.parametrize("direct", [{}, {"no_proxy": "example.org"}, {"NO_PROXY": "127.0.0.1"}, {"no_proxy": "*"}])
+def test_a_proxy_is_not_asked_for_servers_of_this_machine(direct: dict[str, str]) -> None:
+    """However a client reads it: urllib here, requests in MLflow, httpx in Prefect."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever).start()
+        proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
+        bare = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+        subprocess.run([sys.executable, "-c", ASK, str(server.server_port)], env=bare | proxies | direct, check=True)
+        server.shutdown()
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
 
 
 def test_a_pid_that_another_process_has_now_is_left_alone(here: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ from components.models.template import Template
 from components.models.tokenizer import build_processor
 from components.settings import IrsSettings
 from components.shards import ImageRow, Samples, Turn, write_split
+from tests.tried import keep_all
 
 SETTINGS = IrsSettings(
     seed=3, images=6, instructions_per_image=3, batch_size=5, overlays=2,
@@ -130,6 +132,18 @@ def test_too_few_images_or_no_pair_is_refused(tmp_path: Path, rows: list[ImageRo
         draw_images(dataset(tmp_path, rows), SETTINGS)
 
 
+def test_later_turns_are_instructions_too(tmp_path: Path) -> None:
+    """The Cauldron and FineVision ask all questions about a picture in one row."""
+
+    def dialogue(index: int) -> ImageRow:
+        turns = tuple(Turn(f"<image>\n{q}" if not i else q, "one") for i, q in enumerate(QUESTIONS))
+        return ImageRow(f"image-{index}", png(index), ((f"{index}", "open", turns),))
+
+    drawn = draw_images(dataset(tmp_path, [dialogue(0), dialogue(1)]), SETTINGS)
+    assert [len({sample.turns[0].question for sample in image}) for image in drawn] == [3, 3]
+    assert all(sample.turns[0].question.startswith("<image>\n") and len(sample.turns) == 1 for i in drawn for sample in i)
+
+
 def test_attention_is_the_models_own(loaded: Loaded, samples: Samples, folder: Path) -> None:
     """Against eager maps: all rows after the image, and those of the question's own words."""
     seen = look(loaded, samples, Template(""), SETTINGS)
@@ -221,6 +235,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Pa
         text = "\n".join(f"{name}: {value}" if line.startswith(f"{name}:") else line for line in text.splitlines())
     (root / "params" / "irs.yaml").write_text(text + "\n", encoding="utf-8")
     dataset(root / artifacts.DATASET, [row(index) for index in range(10)])
+    keep_all(root / artifacts.DATASET)
     TeacherChoice(name="tiny", path=str(folder), sha256="0" * 64).write(root / artifacts.TEACHER / "choice.json")
     stale = root / "reports" / "irs" / "overlay_9.png"
     stale.parent.mkdir(parents=True)
@@ -257,6 +272,27 @@ def test_stage_writes_choice_curve_and_overlays(finished: tuple[Path, str], load
     assert f"layer {choice.layer} has the highest IRS" in said
     assert "18 pairs on 6 images" in said
     assert "reports/irs" in said
+
+
+def test_without_two_instructions_on_an_image_there_is_no_layer_and_only_arms_that_ask_are_refused(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "stage"
+    shutil.copytree(finished[0], root)
+    shutil.rmtree(root / artifacts.DATASET)
+    dataset(root / artifacts.DATASET, [row(index, ["How many?"]) for index in range(4)])
+    keep_all(root / artifacts.DATASET)
+    monkeypatch.chdir(root)
+    with pytest.raises(DataError, match="0 of 4 images have 3 different instructions"):
+        stage.main()  # L_iva of the shipped arms asks for the layer
+    study = Path("params/study.yaml")
+    kd = {"weights": {"sft": 1.0, "kd": 1.0, "iva": 0.0, "tpa": 0.0}, "student": "student", "seed": 1}
+    study.write_text(yaml.safe_dump({"arms": {"sft": kd, "kd": kd}}))
+    stage.main()
+    assert "search_layer: nothing to do, IRS compares" in capsys.readouterr().out
+    assert LayerChoice.found() is None and not list(Path("reports/irs").glob("*.png"))
+    with pytest.raises(DataError, match=r"layer.json holds no LayerChoice: IRS compares"):
+        LayerChoice.read(artifacts.IRS / "layer.json")
 
 
 def test_stage_journals_the_curve_and_the_pictures(finished: tuple[Path, str]) -> None:

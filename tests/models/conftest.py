@@ -175,6 +175,8 @@ def family(steps: int = 4) -> ModelsSettings:
             "family": "embedded",
             "template": {"style": "vicuna", "system": ""},
             "max_length": 160,
+            "too_long": "cut",
+            "refused_images": "resize",
             "image_splitting": True,
             "embedded": {
                 "seed": 3,

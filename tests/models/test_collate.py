@@ -160,7 +160,6 @@ BAD = {
     "mark in an answer": (sample(("what ?", "<image>"), image=False), "no image"),
     "empty answer": (sample(("what ?", "  ")), "an answer is empty"),
     "one empty answer of two": (sample(("what ?", "no"), ("what ?", "")), "an answer is empty"),
-    "special token": (sample(("what <|endoftext|> ?", "no")), "special token"),
     "no turns": (replace(TWO_TURNS, turns=()), "no turns"),
     "broken image": (replace(TWO_TURNS, image=TWO_TURNS.image[:60]), "does not decode"),
     "too long": (sample(("what ? " * 60, "no")), "max_length is 100"),
@@ -173,6 +172,29 @@ def test_bad_samples_are_refused_by_name(case: str) -> None:
     with pytest.raises(DataError, match="s0") as refusal:
         Collator(PROCESSORS["words"], TEMPLATE, 100, train=True)([sample(("what ?", "no"), name="fine"), bad])
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("look", ["<|endoftext|>", "<pad>", "<image >", "a<|endoftext|><|endoftext|>"])
+def test_what_looks_like_a_special_token_is_plain_text(processor, look: str) -> None:
+    collator, prompts = (Collator(processor, TEMPLATE, 200, train=train) for train in (True, False))
+    odd = sample((f"what {look} ?", f"no {look} yes"), ("is it ?", "yes"))
+    batch = collator([odd, TWO_TURNS])
+    tokenizer, ids = processor.tokenizer, batch.input_ids[0]
+    assert ids[batch.response[0]].tolist().count(tokenizer.eos_token_id) == 2
+    assert tokenizer.pad_token_id not in ids[batch.attention_mask[0].bool()]
+    assert batch.visual[0].sum() == NV
+    prompt = prompts.text([odd]).input_ids[0]
+    start = int(batch.response[0].int().argmax())
+    assert ids[:start].tolist() == prompt.tolist() and tokenizer.eos_token_id not in prompt
+    assert torch.equal(batch.input_ids[1], collator([TWO_TURNS, odd]).input_ids[0])
+    if processor is PROCESSORS["bpe"]:
+        assert look in tokenizer.decode(prompt) and look in tokenizer.decode(ids[batch.response[0]])
+
+
+@pytest.mark.parametrize("answer", [" no", "\n\nno", "no \n", "\tno"])
+def test_white_space_around_an_answer_is_no_part_of_it(processor, answer: str) -> None:
+    collator = Collator(processor, TEMPLATE, 200, train=True)
+    assert torch.equal(collator([sample(("what ?", answer))]).input_ids, collator([sample(("what ?", "no"))]).input_ids)
 
 
 def test_odd_but_sound_samples_have_a_defined_batch(processor) -> None:

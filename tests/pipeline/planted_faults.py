@@ -63,14 +63,14 @@ PLANTS: dict[str, Callable[[Row, Path], object]] = {
     "not_an_image": lambda row, folder: own_image(row, folder, b"<html>404 Not Found</html>"),
     "too_large": lambda row, folder: own_image(row, folder, jpeg(500, 500)),
     "turns": lambda row, _: turns(row).reverse(),
-    "image_marks": lambda row, _: turns(row)[0].update(value="what is at a1 ?"),
-    "duplicate_id": lambda row, _: row.update(id="0"),
+    "image_marks": lambda row, _: turns(row)[0].update(value="<image><image>what is at a1 ?"),
+    "duplicate_id": lambda row, _: row.update(again=True),  # it becomes the first row when it is written
     "too_long": lambda row, _: turns(row)[1].update(value="red " * 600),
     "image_path": lambda row, _: row.update(image=f"../../{row['image']}"),
     "empty_answer": lambda row, _: turns(row)[1].update(value="  "),
     "empty_question": lambda row, _: turns(row)[0].update(value="<image>\n"),
     "missing_key": lambda row, _: row.pop("conversations"),
-    "wrong_type": lambda row, _: row.update(image=[row["image"]]),
+    "wrong_type": lambda row, _: row.update(image=7),
     "malformed_json": lambda row, _: row.update(cut=True),  # its line is cut when it is written
 }
 LIMITS = {"max_pixels": 200_000, "max_image_mib": 1, "max_text_chars": 2_000, "max_bad_ratio": 0.02}
@@ -89,6 +89,7 @@ def write_data(folder: Path) -> dict[int, str]:
     for count, at in enumerate(range(ONE_IN - 1, ROWS, ONE_IN)):
         planted[at + 1] = reasons[count % len(reasons)]
         PLANTS[planted[at + 1]](rows[at], folder / "images")
+    rows = [rows[0] if row.pop("again", False) else row for row in rows]
     lines = [json.dumps(row)[: -9 if row.pop("cut", False) else None] for row in rows]
     (folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return planted

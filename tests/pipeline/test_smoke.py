@@ -23,10 +23,12 @@ from tests.planted import CANARY, REMOTE, SECRETS, leaks
 ROOT = Path(__file__).parents[2]
 STAGES = {
     "prepare",
+    "check_rows",
     "obtain_models",
     "select_teacher",
     "search_layer",
     "cache_teacher",
+    "terms",
     *(f"{stage}@{arm}" for stage in ("distill", "evaluate") for arm in ("sft", "align_ti")),
     "evaluate_teacher",
     "compare",

@@ -26,6 +26,7 @@ from components.settings import Settings, load_settings
 from components.shards import ImageRow, Turn, write_split
 from tests.families import toy
 from tests.layers import layer_choice
+from tests.tried import keep_all
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -86,4 +87,5 @@ def _dataset() -> None:
         splits[split] = write_split(DATASET / split, rows, images_per_shard=50)
     manifest = {"source": "llava", "rows_in": 5, "rows_out": 4, "quarantined": 1, "splits": splits, "digest": "d" * 64}
     Manifest.model_validate(manifest).write(DATASET / "manifest.json")
+    keep_all()
     write_text(DATASET / "card.md", "# My cats\n\n- Rows in: 5.\n\n## Licence\n\nCC0, by\nme.\n\n## Counts\n\n| | train |\n")

@@ -18,6 +18,7 @@ from components.artifacts import (
     STUDENTS,
     ArmResult,
     Comparison,
+    Contrast,
     Difference,
     ModelIndex,
     SourceRecord,
@@ -95,15 +96,16 @@ def comparison() -> Comparison:
     interval = (0.8255, 0.8565)
     scores: dict[str, Any] = {
         "exact_match": 0.841, "ci95": interval, "average": 0.84, "average_ci95": interval,
-        "per_kind": {"digit_at": 0.841}, "per_kind_ci95": {"digit_at": interval}, "yes_no": {},
+        "per_kind": {"digit_at": 0.841}, "per_kind_ci95": {"digit_at": interval}, "yes_no": {}, "measures": {},
     }  # fmt: skip
     gain = Difference(arm="align_ti", against="kd", difference=-0.001, ci95=(-0.011, 0.009), p_value=0.9, p_holm=1)
     cost: dict[str, Any] = {"train_seconds": 90.4, "peak_memory_mib": 1036.2, "device": "cpu", "steps": 800}
-    arm = ArmResult(**scores, **cost, share_of_teacher=0.95, share_ci95=interval, gains={"kd": gain})
+    runs = {"align_ti": 0.841}
+    arm = ArmResult(**scores, **cost, runs=runs, share_of_teacher=0.95, share_ci95=interval, gains={"kd": gain})
     return Comparison(
         headline="", standing="", split="test", n=2000, images=500, kinds={"digit_at": 2000}, confidence=0.95, resamples=100,
         method="Percentile intervals of a cluster bootstrap.", teacher=TeacherResult(**scores), arms={"align_ti": arm},
-        order=["align_ti"], pairs=[], noise=None, detectable=None, seeds=[],
+        order=["align_ti"], exact_match=Contrast(pairs=[], noise=None, detectable=None, spread=None), measures={},
     )  # fmt: skip
 
 
@@ -145,6 +147,16 @@ def test_the_full_card_has_scores_cost_and_the_way_to_make_it_again(compared: Co
     assert f"| `{ARM}` | `{lineage.digest(ARM).md5}` |" in text and "| `artifacts/dataset` | `11.dir` |" in text
     assert 'from_pretrained("mine")' in text and facts_in(text)["irs_layer"] == 1
     assert "- Over kd: -0.1 points (-1.1 to +0.9), not more than the noise." in text
+
+
+def test_one_of_several_seeds_has_the_arms_figures_and_its_own_score(compared: Comparison) -> None:
+    arm = compared.arms["align_ti"].model_copy(update={"runs": {"first": 0.85, "align_ti": 0.832}})
+    compared.model_copy(update={"arms": {"first": arm}, "order": ["first"]}).write(REPORTS / "compare.json")
+    text, missing = full("align_ti", Path("out"), "bf16")
+    assert missing == [] and "**84.1% (82.5 to 85.7)**" in text
+    assert "Means over 2 seeds; this student's own exact match: 83.2%." in text
+    (value,) = ModelCard(text).data.to_dict()["model-index"][0]["results"]
+    assert value["metrics"][0]["value"] == 0.832 and "over 2 seeds" in value["metrics"][0]["name"]
 
 
 def test_scores_hashes_and_runs_of_other_weights_are_not_taken_for_these(compared: Comparison) -> None:

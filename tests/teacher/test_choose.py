@@ -14,7 +14,7 @@ from components.settings import TeacherSettings, load_settings
 from components.teacher.choose import choose, limits_broken
 
 SHIPPED = load_settings().teacher
-UNLIMITED = {"min_exact_match": 0.0, "max_parameters": None, "max_seconds_per_1000": None, "max_memory_mib": None}
+UNLIMITED = {"min_exact_match": None, "max_parameters": None, "max_seconds_per_1000": None, "max_memory_mib": None}
 
 
 def limits(**changed: Any) -> TeacherSettings:

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.artifacts import DATASET, MODELS, ModelIndex
+from components.artifacts import DATASET, MODELS, ModelIndex, TeacherReport
 from components.evaluate.generate import questions
-from components.models.load import Loaded, load
-from components.models.template import Template
+from components.irs.search import TooFewInstructions
 from components.settings import Settings, load_settings
 from components.shards import Samples
-from components.teacher.measure import balanced, measure, nats_per_token
+from components.teacher.measure import balanced, measure
+from components.teacher.report import table
 
 KINDS = st.lists(st.sampled_from(["exist", "list", "count"]), min_size=1, max_size=40)
 
@@ -48,28 +48,23 @@ def settings(workplace: Path) -> Settings:
     return found.model_copy(update={"evaluate": found.evaluate.model_copy(update={"batch_size": 7})})
 
 
-def test_nats_are_the_models_own_loss_on_the_answers(settings: Settings) -> None:
-    """transformers' own loss, sample by sample with the rest masked out, weighed by each answer's tokens."""
+def test_a_candidate_has_no_irs_where_no_image_has_two_instructions_and_no_arm_asks(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise TooFewInstructions("0 of 4 images")
+
+    monkeypatch.setattr("components.irs.search.measure", none)
     samples = Samples(DATASET, "val")
-    rows = questions(samples)
-    loaded = load(MODELS / "teachers/small", "cpu")
-    nats = nats_per_token(loaded, samples, rows, Template(""), settings, "tests")
-    total, tokens = 0.0, 0
-    for row in rows:
-        loss, count = own_loss(loaded, samples, row, settings)
-        total, tokens = total + loss * count, tokens + count
-    assert nats == pytest.approx(total / tokens, rel=1e-5)
-
-
-def own_loss(loaded: Loaded, samples: Samples, row: int, settings: Settings) -> tuple[float, int]:
-    from components.models.collate import Collator
-
-    batch = Collator(loaded.processor, Template(""), settings.models.max_length, train=True)([samples[row]])
-    labels = batch.input_ids.masked_fill(~batch.response, -100)
-    with torch.no_grad():
-        out = loaded.model(input_ids=batch.input_ids, pixel_values=batch.pixel_values, labels=labels)
-    answer = loaded.processor.tokenizer(" " + samples[row].turns[0].answer, add_special_tokens=False).input_ids
-    return float(out.loss), len(answer) + 1
+    record = ModelIndex.read(MODELS / "index.json").teachers["small"]
+    with pytest.raises(TooFewInstructions):
+        measure(record, samples, questions(samples), settings, torch.device("cpu"))
+    arms = {name: arm for name, arm in settings.study.arms.items() if name in ("sft", "kd")}
+    asking_nothing = settings.model_copy(update={"study": settings.study.model_copy(update={"arms": arms})})
+    candidate = measure(record, samples, questions(samples), asking_nothing, torch.device("cpu"))
+    assert candidate.irs is None and candidate.irs_layer is None
+    found = TeacherReport(chosen="small", reason="", candidates=[candidate])
+    assert "| IRS of its best layer | none |" in table(found, settings.teacher, 4)
 
 
 def test_a_candidate_is_measured(settings: Settings) -> None:

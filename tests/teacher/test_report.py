@@ -77,6 +77,13 @@ def test_the_plot_names_every_candidate_and_marks_the_chosen_one(report: Teacher
         assert low < 42 and high > 90
 
 
+def test_the_plot_without_a_limit_has_no_line_for_it(report: TeacherReport, limits: TeacherSettings) -> None:
+    free = limits.model_copy(update={"min_exact_match": None})
+    said = [text.get_text() for axes in quality_cost(report, free, 400, LIGHT).axes for text in axes.texts]
+    assert "min_exact_match" not in said and "max_parameters" in said
+    assert "min_exact_match" not in table(report, free, samples=400).split("Limits:")[1].split("\n")[0]
+
+
 def test_the_plot_is_the_same_bytes_every_time_and_a_picture(report: TeacherReport, limits: TeacherSettings) -> None:
     content = draw(quality_cost, report, limits, 400)
     assert content == draw(quality_cost, report, limits, 400) != draw(quality_cost, report, limits, 400, theme=DARK)

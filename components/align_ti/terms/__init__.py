@@ -105,6 +105,11 @@ def term_class(name: str) -> Any:
     return import_module(f"{__name__}.{known(name)}").Term
 
 
+def computed(weights: Iterable[str]) -> list[str]:
+    """The terms computed for those that weigh something: L_kd besides, where L_tpa has its rows."""
+    return sorted({*weights, "kd"} if "tpa" in weights else {*weights})
+
+
 def needs_of(names: Iterable[str]) -> tuple[Needs, ...]:
     """Of terms without options."""
     return tuple(term_class(name)().needs for name in names)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import DATASET
+from components.artifacts import DATASET, ROWS
 from components.evaluate.generate import questions as scored
 from components.evaluate.metrics import normalise
 from components.models.collate import decode
@@ -29,7 +29,7 @@ SEED = 1
 @cache
 def split() -> Samples:
     """Of the working directory, as every stage reads it."""
-    return Samples(DATASET, load_settings().evaluate.split)
+    return Samples(DATASET, load_settings().evaluate.split, ROWS)
 
 
 def questions(**_: Any) -> dict[str, Dataset]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from components.artifacts import DATASET, MODELS, SCORES, Fingerprint, ModelIndex, Prediction, Scores, sha256
+from components.artifacts import DATASET, MODELS, ROWS, SCORES, Fingerprint, ModelIndex, Prediction, Scores, sha256
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate import fingerprint, metrics
 from components.evaluate.__main__ import model_of
@@ -45,7 +45,7 @@ class Bench:
 
     @cached_property
     def samples(self) -> Samples:
-        return Samples(DATASET, self.settings.evaluate.split)
+        return Samples(DATASET, self.settings.evaluate.split, ROWS)
 
     @cached_property
     def rows(self) -> list[int]:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from components.artifacts import SPLITS, Manifest
 from components.dataset.images import Refusal
-from components.dataset.llava import check
 from components.dataset.mixture import assign, source
 from components.dataset.prepare import prepare, write
+from components.dataset.row import understand
 from components.dataset.source import Provenance, Refused
 from components.errors import DataError
 from components.settings import DataLimits, DataSettings, LlavaFolder
@@ -111,23 +111,22 @@ def turn(role: Any, value: Any) -> dict[str, Any]:
 
 BAD_ROWS: dict[str, tuple[str, Any]] = {
     "not an object": ("wrong_type", ["a", "list"]),
-    "no id": ("missing_key", {"conversations": row()["conversations"]}),
     "id of a wrong type": ("wrong_type", row(id_=1.5)),
     "id true": ("wrong_type", row(id_=True)),
-    "empty id": ("wrong_type", row(id_=" ")),
     "no conversations": ("missing_key", {"id": "r", "image": "a.png"}),
     "conversations of a wrong type": ("wrong_type", row() | {"conversations": "What?"}),
     "a turn of a wrong type": ("wrong_type", row() | {"conversations": ["What?", "That."]}),
     "a turn without from": ("missing_key", row() | {"conversations": [{"value": "What?"}, turn("gpt", "That.")]}),
     "a turn without value": ("missing_key", row() | {"conversations": [turn("human", "<image>"), {"from": "gpt"}]}),
-    "a value of a wrong type": ("wrong_type", row(answer=7)),
-    "no turns": ("turns", row() | {"conversations": []}),
-    "a question without answer": ("turns", row() | {"conversations": row()["conversations"] + [turn("human", "And?")]}),
+    "a value of a wrong type": ("wrong_type", row(answer={"text": "That."})),
+    "a value of null": ("missing_key", row(answer=None)),
+    "no turns": ("missing_key", row() | {"conversations": []}),
+    "no question with an answer": ("turns", row() | {"conversations": [turn("human", "<image>\nAnd?")]}),
+    "a question twice": ("turns", row() | {"conversations": [turn("human", "Well?"), *row()["conversations"]]}),
     "roles the wrong way round": ("turns", row() | {"conversations": row()["conversations"][::-1]}),
-    "an unknown role": ("turns", row() | {"conversations": [turn("system", "Be brief."), *row()["conversations"]]}),
+    "an unknown role": ("turns", row() | {"conversations": [turn("tool", "Be brief."), *row()["conversations"]]}),
     "empty answer": ("empty_answer", row(answer=" \n")),
     "empty question": ("empty_question", row(question="<image>\n ")),
-    "no mark for the image": ("image_marks", row(question="What?")),
     "two marks for one image": ("image_marks", row(question="<image><image>\nWhat?")),
     "a mark without image": ("image_marks", row(image=None)),
     "a mark in an answer": ("image_marks", row(answer="<image>")),
@@ -136,9 +135,9 @@ BAD_ROWS: dict[str, tuple[str, Any]] = {
         row(question="What?") | {"conversations": [*row(question="What?")["conversations"], *row()["conversations"]]},
     ),
     "overlong": ("too_long", row(answer="x" * 1001)),
-    "several images": ("wrong_type", row(image=["a.png", "a.png"])),
+    "several images": ("several_images", row(image=["a.png", "a.png"])),
     "image of a wrong type": ("wrong_type", row(image=3)),
-    "image without a name": ("wrong_type", row(image="")),
+    "image without a name": ("image_marks", row(image="")),
     "image above the folder": ("image_path", row(image="../secret.png")),
     "image above the folder by a detour": ("image_path", row(image="x/../../secret.png")),
     "image by absolute path": ("image_path", row(image="/etc/passwd")),
@@ -150,7 +149,7 @@ BAD_ROWS: dict[str, tuple[str, Any]] = {
     "truncated file": ("damaged", row(image="truncated.png")),
     "decompression bomb": ("too_large", row(image="bomb.png")),
     "no image": ("not_an_image", row(image="text.png")),
-    "used id": ("duplicate_id", row(id_="good-0")),
+    "the same row again": ("duplicate_id", row(id_="good-0", image="0.png")),
 }
 
 
@@ -244,7 +243,7 @@ def test_past_the_ratio_the_stage_stops_and_leaves_the_list(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is missing"),
+        (None, "there is no file"),
         ("[]", "holds no row"),
         ("", "holds no row"),
         ("[1, 2", "is no JSON list"),
@@ -343,8 +342,8 @@ def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows
     assert len(samples) == manifest.rows_out
     assert len(refused) == manifest.quarantined
     assert len({sample.id for sample in samples}) == len(samples)
-    known = {str(one["id"]) for one in everything if isinstance(one, dict) and "id" in one}
-    assert {sample.id for sample in samples} <= known
+    known = {str(one["id"]) for one in everything if isinstance(one, dict) and "id" in one} | {str(n + 1) for n in range(30)}
+    assert {sample.id.partition("#")[0] for sample in samples} <= {id_.partition("#")[0] for id_ in known}
     for sample in samples:
         assert [t.question.count("<image>") for t in sample.turns] == [int(sample.image is not None)] + [0] * (
             len(sample.turns) - 1
@@ -353,8 +352,8 @@ def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows
 
 
 def test_a_good_row_is_understood() -> None:
-    found = check(7, row("x", "./sub//a.png", "What?\n<image>", kind="colour"), LIMITS)
-    assert found == (7, "x", "colour", "sub/a.png", (Turn("<image>\nWhat?", "That."),))
+    found = understand(7, row("x", "./sub//a.png", "What?\n<image>", kind="colour"), LIMITS)
+    assert found == (7, "x", "colour", "sub/a.png", ((Turn("<image>\nWhat?", "That."),),), {}, ())
 
 
 BOXES = [[0, 0.25, 0.5, 1], [0.1, 0.2, 0.3, 0.4]]
@@ -397,13 +396,13 @@ def test_boxes_come_back_with_their_question_and_leave_other_data_sets_alone(ima
 )
 def test_boxes_that_are_none_are_refused(boxes: Any, said: str) -> None:
     with pytest.raises(Refusal, match=said) as refusal:
-        check(1, with_boxes(row("x", "a.png", "What?\n<image>"), boxes), LIMITS)
+        understand(1, with_boxes(row("x", "a.png", "What?\n<image>"), boxes), LIMITS)
     assert refusal.value.reason == "boxes"
 
 
 def test_boxes_without_an_image_are_refused() -> None:
     with pytest.raises(Refusal, match="regions of an image, and the row has none"):
-        check(1, with_boxes(row("x", None, "What?"), BOXES), LIMITS)
+        understand(1, with_boxes(row("x", None, "What?"), BOXES), LIMITS)
 
 
 def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +410,7 @@ def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.M
     annotations = tmp_path / "rows.json"
     annotations.write_text(json.dumps(GOOD_ROWS))
     events: list[str] = []
-    from components.dataset.stores import Folder
+    from components.dataset.stores import Store
     from components.shards import SplitWriter
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -421,7 +420,7 @@ def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.M
 
         return call
 
-    monkeypatch.setattr(Folder, "image", watched("read", Folder.image))
+    monkeypatch.setattr(Store, "image", watched("read", Store.image))
     monkeypatch.setattr(SplitWriter, "add", watched("stored", SplitWriter.add))
     prepare(ask_for(annotations, images), target=tmp_path / "dataset")
     assert events == ["read", "stored"] * len(GOOD_ROWS)

@@ -1,0 +1,92 @@
+"""Rows of Parquet files as the Hugging Face hub has them: bytes are left where they lie until they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from components.dataset.images import Refusal
+from components.dataset.row import Found, Held
+from components.errors import DataError
+
+
+def rows(files: list[Path]) -> Iterator[Found]:
+    number = 0
+    for index, path in enumerate(files):
+        file = _opened(path)
+        held = [field.name for field in file.schema_arrow if _has_bytes(field.type)]
+        for group in range(file.num_row_groups):
+            table = _read(path, group, _leaves(file))
+            for place, raw in enumerate(table.to_pylist()):
+                number += 1
+                name = f"{path.stem}/{number}"
+                for column in held:
+                    raw[column] = _held(raw[column], [index, group, place, column], name)
+                yield number, name, raw
+
+
+def _held(value: Any, place: list[Any], name: str) -> Any:
+    if isinstance(value, list):
+        return [Held([*place, at], name) for at, one in enumerate(value) if one is not None]
+    return None if value is None else Held([*place, None], name)
+
+
+def content(path: Path, group: int, row: int, column: str, at: int | None) -> bytes:
+    """The bytes of one cell, or of its element `at`. Raises Refusal missing_file."""
+    value = _column(path, group, column)[row].as_py()
+    value = value if at is None else value[at]
+    value = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(value, bytes):
+        raise Refusal("missing_file", f"{path}, row group {group}, row {row} names a picture without holding it")
+    return value
+
+
+def _has_bytes(kind: Any) -> bool:
+    """Bytes, {bytes, path}, or a list of these."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _has_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(_is_bytes(field.type) for field in kind)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _leaves(file: Any) -> list[str]:
+    """All but the bytes, where something beside them shares their nulls: {bytes, path} is null where its path's parent is."""
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    without = [leaf for leaf in leaves if not leaf.endswith(".bytes")]
+    seen = {leaf.split(".")[0] for leaf in without}
+    return [leaf for leaf in leaves if leaf in without or leaf.split(".")[0] not in seen]
+
+
+def _opened(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no Parquet file, or is cut off: {error}; fetch it again") from None
+
+
+def _read(path: Path, group: int, columns: list[str]) -> Any:
+    import pyarrow as pa
+
+    try:
+        return _opened(path).read_row_group(group, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: row group {group} is damaged: {error}; fetch it again") from None
+
+
+@lru_cache(maxsize=1)  # rows of a part follow one another
+def _column(path: Path, group: int, column: str) -> Any:
+    return _read(path, group, [column]).column(0).combine_chunks()

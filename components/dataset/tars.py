@@ -1,0 +1,139 @@
+"""Tar files, read where they lie: as places of pictures that rows name, or as WebDataset, which holds rows and pictures."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from components.dataset import json_rows
+from components.dataset.images import Refusal, too_large
+from components.dataset.row import CAPTION, CONVERSATION, MEDIA_FILE, Found, Held
+from components.errors import DataError
+
+PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
+
+
+class Member(NamedTuple):
+    ending: str  # of its name, from the first dot on
+    offset: int
+    size: int
+
+
+def rows(tars: list[Path]) -> Iterator[Found]:
+    """WebDataset: the members of one tar file that share a name up to its first dot are one sample, wherever they stand in it.
+
+    KEY.json holds a row, KEY.txt a caption, KEY.jpg (or another kind of picture) the image, whatever the row says of it.
+    """
+    number = 0
+    for index, tar in enumerate(tars):
+        samples: dict[str, list[Member]] = {}
+        for member in members(tar):
+            folder, _, name = member.name.rpartition("/")
+            stem, _, ending = name.partition(".")
+            if stem and "__MACOSX" not in folder:  # else what an archiver has left there
+                key = f"{folder}/{stem}".lstrip("./")
+                samples.setdefault(key, []).append(Member(ending.lower(), member.offset_data, member.size))
+        with tar.open("rb") as file:
+            for key, parts in samples.items():
+                name = f"{tar.stem}/{key}"
+                for raw in _sample(file, name, parts, index):
+                    number += 1
+                    yield number, name, raw
+
+
+def _sample(file: Any, name: str, parts: list[Member], tar: int) -> Iterator[Any]:
+    by_ending: dict[str, list[Member]] = {}
+    for part in parts:
+        by_ending.setdefault(part.ending, []).append(part)
+    for ending, same in by_ending.items():
+        if len(same) > 1:
+            places = " and ".join(f"{one.offset:,}" for one in same)
+            refusal = Refusal("ambiguous_name", f"{name}.{ending} is there {len(same)} times, at bytes {places}")
+            yield from [refusal] * len(by_ending.get("json", same))
+            return
+    try:
+        yield _row(file, name, {ending: same[0] for ending, same in by_ending.items()}, tar)
+    except Refusal as refusal:
+        yield refusal
+
+
+def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
+    if not {"json", CAPTION} & parts.keys():
+        raise Refusal("missing_key", f"{name} has {', '.join(sorted(parts))} and no json")
+    raw = json_rows.parse(_read(file, parts["json"])) if "json" in parts else {}
+    if not isinstance(raw, dict):
+        return raw
+    raw = dict(raw)
+    held = {ending: Held([tar, part.offset, part.size], name) for ending, part in parts.items()}
+    pictures = [held[ending] for ending in sorted(parts) if ending.rpartition(".")[2] in PICTURES]
+    if pictures:
+        raw["image"] = pictures
+        if len(raw.get("images") or ()) <= 1:  # more would be pictures that are not here
+            raw.pop("images", None)
+    if CAPTION in parts and not any(raw.get(key) for key in CONVERSATION):
+        raw[CAPTION] = _text(_read(file, parts[CAPTION]), f"{name}.{CAPTION}")
+    for ending, part in parts.items():
+        if ending not in ("json", CAPTION) and held[ending] not in pictures:
+            raw[f".{ending}"] = held[ending] if MEDIA_FILE.search(f".{ending}") or not _is_text(file, part) else "text"
+    return raw
+
+
+def _read(file: Any, part: Member, most: int | None = None) -> bytes:
+    file.seek(part.offset)
+    content: bytes = file.read(part.size if most is None else min(most, part.size))
+    return content
+
+
+def _is_text(file: Any, part: Member) -> bool:
+    beginning = _read(file, part, 1024)
+    return b"\0" not in beginning and "�" not in beginning.decode("utf-8", "replace").rstrip("�")
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refusal("malformed_text", f"{name} is not UTF-8: {error}") from None
+
+
+def members(tar: Path) -> Iterator[tarfile.TarInfo]:
+    """The plain files of an uncompressed tar file, in order. Raises DataError if it is none or is cut off."""
+    try:
+        with tarfile.open(tar, "r:") as opened:
+            while (member := opened.next()) is not None:
+                opened.members = []  # type: ignore[attr-defined]  # which tarfile would collect
+                if member.isreg() and not member.issparse():
+                    yield member
+            with tar.open("rb") as file:  # a whole one ends with empty blocks
+                file.seek(opened.offset)
+                cut = len(file.read(512)) < 512
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{tar} is no uncompressed tar file, or is damaged: {error}; fetch it again, or unpack it") from None
+    if cut:
+        raise DataError(f"{tar} is cut off after {tar.stat().st_size:,} bytes; fetch it again")
+
+
+def names(tars: list[Path]) -> Iterator[tuple[str, list[int]]]:
+    """Name and place of every member."""
+    for index, tar in enumerate(tars):
+        for member in members(tar):
+            yield str(PurePosixPath(member.name)), [index, member.offset_data, member.size]
+
+
+def content(path: Path, offset: int, size: int, max_mib: float) -> bytes:
+    """Raises Refusal: missing_file or too_large."""
+    if size > max_mib * 2**20:
+        raise too_large(f"{path} at byte {offset:,}", size, max_mib)
+    return os.pread(_opened(path).fileno(), size, offset)
+
+
+@lru_cache(maxsize=8)  # images of a part lie beside one another
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise Refusal("missing_file", f"{path} cannot be read: {error}") from None

@@ -1,0 +1,53 @@
+"""Stage `terms`: per arm, the hashes of the source files that its loss terms import.
+
+python -m components.distill.code     params/study.yaml -> artifacts/terms/ARM.json
+
+`distill@ARM` depends on that file and on the engine's, so that a new term makes no other arm stale, and an edit of one only
+the arms that use it. The same files decide whether an interrupted training may go on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from components.align_ti import terms
+from components.artifacts import TERMS, sha256, whole_folder, write_text
+from components.errors import exit_from
+from components.imports import ROOT, closure, modules
+from components.settings import load_settings
+
+# Shared by all stages, and what only tells of a training: neither changes a student's bytes.
+APART = (
+    "settings", "artifacts", "errors", "imports", "tracking", "lineage", "mirror", "registry", "recipes", "runtime",
+    "distill.card", "distill.footprint", "distill.memory", "distill.replay",
+)  # fmt: skip
+
+
+def main() -> None:
+    arms = load_settings().study.arms
+    with whole_folder(TERMS) as draft:
+        for name, arm in arms.items():
+            hashes = {path.relative_to(ROOT).as_posix(): sha256([path]) for path in of_terms(arm.weights)}
+            write_text(draft / f"{name}.json", json.dumps(hashes, indent=2) + "\n")
+    print(f"terms: the code of {len(arms)} arms -> {TERMS}")
+
+
+def of_terms(weights: Iterable[str]) -> list[Path]:
+    """The files that these terms import, their own among them."""
+    return _files(f"{terms.__name__}.{name}" for name in terms.computed(weights))
+
+
+def of_training(weights: Iterable[str]) -> list[Path]:
+    """The files that decide the bytes of a student with these terms."""
+    return sorted({*_files(["components.distill.__main__"]), *of_terms(weights)})
+
+
+def _files(names: Iterable[str]) -> list[Path]:
+    apart = ["components", *(f"components.{name}" for name in APART)]
+    return sorted({modules()[module] for name in names for module in closure(name, apart)})
+
+
+if __name__ == "__main__":
+    exit_from(main)

@@ -1,0 +1,97 @@
+"""The comparison in words: first what the sample can tell apart, then who leads and by how much."""
+
+from __future__ import annotations
+
+import math
+from statistics import variance
+
+from components.artifacts import TEACHER_ARM, Comparison, PublishedRuns, TeacherResult
+
+
+def headline(comparison: Comparison) -> str:
+    """What the sample can tell apart, then who leads."""
+    return f"{resolution(comparison)} {leading(comparison)}".strip()
+
+
+def resolution(comparison: Comparison) -> str:
+    """What these questions and seeds can tell apart by exact match, in a sentence or two; empty for one arm alone."""
+    found = comparison.exact_match
+    if found.noise is None or found.detectable is None:
+        return ""
+    counts = sorted({len(arm.runs) for arm in comparison.arms.values()})
+    trained = "one training run" if counts == [1] else f"{' or '.join(map(str, counts))} training runs"
+    words = (
+        f"With {comparison.n:,} questions about {comparison.images:,} images and {trained} per arm, a true difference of"
+        f" {100 * found.detectable:.1f} points between two arms is seen four times in five, and one below"
+        f" {100 * found.noise:.1f} points may be chance (median over pairs, {comparison.confidence:.0%})"
+    )
+    if found.spread is None:
+        expected = _published_spread(comparison.published)
+        seeds = f": seeds of one arm vary by {100 * expected:.1f} points in the published runs" if expected is not None else ""
+        return f"{words}; what another seed would change is not counted in{seeds}."
+    return f"{words}. Seeds of one arm vary by {100 * found.spread:.1f} points (standard deviation), which is counted in."
+
+
+def _published_spread(published: PublishedRuns | None) -> float | None:
+    """Standard deviation between seeds of one arm, pooled over arms; None if no arm was published with several."""
+    scores = published.scores if published else {}
+    groups = [group for arm, group in scores.items() if arm != TEACHER_ARM and len(group) > 1]
+    freedom = sum(len(group) - 1 for group in groups)
+    return math.sqrt(sum((len(group) - 1) * variance(group) for group in groups) / freedom) if groups else None
+
+
+def leading(comparison: Comparison) -> str:
+    """What may be said of the best arms: of each lead what its interval says, and what Holm's correction leaves of it."""
+    best = leaders(comparison)
+    alike = {pair.against for pair in comparison.pairs if pair.arm == best[0] and not pair.differs}
+    others = [arm for arm in comparison.order[len(best) :] if arm in alike]
+    verb = "answers" if len(best) == 1 else "each answer"
+    words = f"{listed(best)} {verb} {spoken(comparison.arms[best[0]])} of the {comparison.split} questions right"
+    if len(best) == len(comparison.order):
+        return f"{words}."
+    words += f", the most of {len(comparison.order)} arms."
+    if not others:
+        return f"{words} No other arm was measured in the same way, so none compares with it."
+    clear = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.larger_than_noise}
+    beyond = [arm for arm in others if arm in clear]
+    within = [arm for arm in others if arm not in clear]
+    lead = "Its lead" if len(best) == 1 else f"The lead of {best[0]}"
+    larger = f"larger than the noise of {noise_of(comparison)}"
+    if not beyond:
+        return f"{words} {lead} over no other arm is {larger}."
+    words += f" {lead} over {listed(beyond) if within else 'every other arm'} is {larger}"
+    words += f"; over {listed(within)} it is not." if within else "."
+    kept = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.p_holm < 1 - comparison.confidence}
+    still = [arm for arm in beyond if arm in kept]
+    held = "all of them" if still == beyond else listed(still) if still else "none of them"
+    return f"{words} Adjusted for {len(comparison.pairs)} pairs (Holm), this holds over {held}."
+
+
+def noise_of(comparison: Comparison) -> str:
+    """What the intervals hold the chance of."""
+    return "the test sample and the seeds" if comparison.repeated else "the test sample"
+
+
+def leaders(comparison: Comparison) -> list[str]:
+    """The arms with the best score: more than one where they tie."""
+    best = comparison.arms[comparison.order[0]].exact_match
+    return [arm for arm in comparison.order if comparison.arms[arm].exact_match == best]
+
+
+def standing(comparison: Comparison) -> str:
+    """The order of the arms and the teacher's score, with their intervals."""
+    order = ", ".join(f"{arm} {spoken(comparison.arms[arm])}" for arm in comparison.order)
+    return (
+        f"On {comparison.n:,} {comparison.split} questions about {comparison.images:,} images the order is {order};"
+        f" the teacher has {spoken(comparison.teacher)}. In brackets {comparison.confidence:.0%} intervals."
+    )
+
+
+def spoken(result: TeacherResult) -> str:
+    low, high = result.ci95
+    return f"{result.exact_match:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,50 @@
+"""The measures that arms are compared by, each a sum over questions divided by a sum over questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from components.artifacts import Likelihood, Prediction
+from components.evaluate.metrics import token_f1
+
+EXACT_MATCH = "exact_match"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is named and written."""
+
+    title: str
+    unit: str  # of a difference
+    scale: float  # from the stored number to the one shown
+    digits: int
+    lower_is_better: bool = False
+
+    def said(self, value: float) -> str:
+        return f"{self.scale * value:.{self.digits}f}"
+
+    def difference(self, value: float) -> str:
+        """With a sign; a true minus, as wide as the plus."""
+        return f"{self.scale * value:+.{self.digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+MEASURES = {
+    EXACT_MATCH: Measure("exact match, %", "points", 100, 1),
+    "token_f1": Measure("token F1, %", "points", 100, 1),
+    "nats_per_token": Measure("nats per reference token", "nats", 1, 3, lower_is_better=True),
+    "kl_per_token": Measure("KL from the teacher, nats per token", "nats", 1, 3, lower_is_better=True),
+}
+
+
+def per_question(
+    measure: str, predictions: Sequence[Prediction], likelihoods: Sequence[Likelihood]
+) -> list[tuple[float, float]]:
+    """One run's (value, weight) of each question. The teacher's KL from itself is 0."""
+    if measure == EXACT_MATCH:
+        return [(float(p.correct), 1.0) for p in predictions]
+    if measure == "token_f1":
+        return [(token_f1(p.answer, p.reference), 1.0) for p in predictions]
+    if measure == "nats_per_token":
+        return [(one.nats, one.tokens) for one in likelihoods]
+    return [(one.kl or 0.0, one.tokens) for one in likelihoods]

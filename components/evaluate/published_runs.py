@@ -1,0 +1,25 @@
+"""Published runs of the shipped recipes, several seeds each: what a run of one's own can be expected to be near to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from components import recipes
+from components.artifacts import PublishedRuns
+from components.errors import InputError
+from components.settings import read_yaml
+
+FILE = Path(__file__).with_suffix(".yaml")
+
+
+def nearest(file: Path = FILE) -> PublishedRuns | None:
+    """Of the recipe that `params/` are nearest to; None if none are published. Raises InputError if the file is malformed."""
+    recipe, differing = recipes.nearest()
+    entry = read_yaml(file).get(recipe) if recipe else None
+    try:
+        return None if entry is None else PublishedRuns.model_validate({**entry, "recipe": recipe, "differing": differing})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise InputError(f"{file}: {recipe}.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None

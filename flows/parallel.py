@@ -1,0 +1,81 @@
+"""The pipeline by DVC alone, independent stages at the same time: `python -m flows.parallel [--jobs N]`.
+
+A walk over DVC's graph with N workers, each a `dvc repro --single-item STAGE`, so that `dvc.lock` afterwards is that of a plain
+`dvc repro`. Only what is stale, or needs what was run, is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from graphlib import TopologicalSorter
+
+from components.dataset.parts import cores
+from components.errors import exit_from
+from components.settings import RuntimeSettings, load_settings
+from flows import devices, dvc
+
+
+def repro(jobs: int, run: Callable[[str], dvc.Outcome]) -> dict[str, dvc.Outcome]:
+    """Bring every stage up to date with `run`, `jobs` at a time; returns what became of each.
+
+    Raises dvc.StageFailed of the first that failed, after those that run beside it have ended; nothing is begun after it.
+    """
+    needs, stale = dvc.graph(), dvc.status()
+    order, outcomes = TopologicalSorter(needs), dict[str, dvc.Outcome]()
+    order.prepare()
+    running: dict[Future[dvc.Outcome], str] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while order.is_active():
+                for stage in order.get_ready():
+                    if stage in stale or any(outcomes[before] != "unchanged" for before in needs[stage]):
+                        running[pool.submit(run, stage)] = stage
+                    else:
+                        outcomes[stage] = "unchanged"
+                        order.done(stage)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    stage = running.pop(future)
+                    outcomes[stage] = future.result()
+                    order.done(stage)
+        except dvc.StageFailed:
+            for future in running:
+                future.cancel()
+            raise
+        except BaseException:  # Ctrl-C reaches this thread alone
+            dvc.stop_all()
+            raise
+    return outcomes
+
+
+def workers(runtime: RuntimeSettings) -> int:
+    """As many as there are GPUs, or else cores for `runtime.threads` each; one where a training takes several devices."""
+    if runtime.devices > 1 or runtime.device == "mps":
+        return 1
+    gpus = 0 if runtime.device == "cpu" else len(devices.gpus())
+    return gpus or max(1, cores() // runtime.threads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run stale stages, independent ones at the same time.")
+    parser.add_argument("--jobs", type=int, help="stages at a time; as many as there are GPUs, or else cores")
+    asked, runtime = parser.parse_args().jobs, load_settings().runtime
+    jobs = asked or workers(runtime)
+
+    def run(stage: str) -> dvc.Outcome:
+        if jobs == 1:  # all devices are its own
+            return dvc.reproduce(stage)
+        held: AbstractContextManager[dict[str, str]] = nullcontext({}) if runtime.device == "cpu" else devices.one()
+        with held as device:
+            return dvc.reproduce(stage, device, label=stage)
+
+    outcomes = repro(jobs, run)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
+    print(f"{len(outcomes)} stages, {jobs} at a time: {told}.")
+
+
+if __name__ == "__main__":
+    exit_from(main)

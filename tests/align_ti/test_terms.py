@@ -1,0 +1,289 @@
+"""Every loss term held to the same rules. The terms are the files of components/align_ti/terms.
+
+A new term adds one line to FORMULAS: its loss written plainly in float64 from whole logits, maps and hidden states. All else
+(gradients, splitting, chunks, both routes, checkpointing, what a batch without units gives) is asked of it here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from components.align_ti import terms
+from components.align_ti.ribbon import predicting
+from components.align_ti.row_weights import ROW_WEIGHTS
+from components.align_ti.step import AlignTI, Method, total
+from components.align_ti.top_k import Known, top_k
+from components.align_ti.visual_weights import visual_weights
+from components.distill.teacher import FrozenTeacher
+from components.models.attention import Look, recomputing, watching
+from components.models.vlm import VLM
+from tests import tiny
+
+SAMPLES = [(1, 3, 3), (0, 2, 2), (1, 5, 2), (1, 1, 1)]
+KEYS = [11, 12, 13, 14]
+ROUTES = ["continuation", "expanded"]
+
+
+@dataclass
+class Whole:
+    """Everything that a plain formula may want: logits (B, T, V) of both models, the batch, the teacher's attention."""
+
+    batch: Any
+    student: Tensor
+    teacher: Tensor
+    attention: Tensor  # (B, Nv), the teacher's at layer 1
+    module: AlignTI
+
+    def kl(self, rows: Tensor) -> Tensor:
+        p, q = self.teacher[rows].softmax(-1), self.student[rows].softmax(-1)
+        return (p * (p / q).log()).sum(-1)
+
+
+def _sft(whole: Whole) -> Tensor:
+    gold = whole.batch.input_ids[:, 1:][whole.batch.response[:, 1:]]
+    return -whole.student[predicting(whole.batch.response)].log_softmax(-1)[range(len(gold)), gold].sum()
+
+
+def _kd(whole: Whole) -> Tensor:
+    return whole.kl(predicting(whole.batch.response)).sum()
+
+
+def _weighted_kd(name: str, whole: Whole) -> Tensor:
+    rows = predicting(whole.batch.response)
+    p, gold = whole.teacher[rows].softmax(-1), whole.batch.input_ids[:, 1:][whole.batch.response[:, 1:]]
+    weights = {
+        "entropy": -(p * p.log()).sum(-1) / math.log(p.shape[-1]),
+        "confidence": 1 - p[range(len(gold)), gold],
+    }
+    return (weights[name] * whole.kl(rows)).sum()
+
+
+def _iva(whole: Whole) -> Tensor:
+    return (visual_weights(whole.attention, whole.batch.visual) * whole.kl(whole.batch.visual)).sum()
+
+
+def _uniform(whole: Whole) -> Tensor:
+    return (whole.kl(whole.batch.visual) / tiny.NV).sum()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One term with options."""
+
+    term: str
+    formula: Callable[[Whole], Tensor] | None  # None: its reference is one pass per alternative, in test_step.py
+    options: dict[str, Any] = field(default_factory=dict)
+    highest: float = float("inf")  # of its mean
+    aligned: float | None = 0.0  # its mean where the student is the teacher; None: whatever it is
+
+
+CASES = {
+    "sft": Case("sft", _sft, aligned=None),
+    "kd": Case("kd", _kd),
+    **{f"kd by {name}": Case("kd", partial(_weighted_kd, name), {"row_weight": name}) for name in ROW_WEIGHTS},
+    "kd jsd": Case("kd", None, {"divergence": {"kind": "jsd", "mix": 0.5, "temperature": 1.0}}, highest=0.6932),
+    "iva": Case("iva", _iva),
+    "iva uniform": Case("iva", _uniform, {"uniform": True}),
+    "iva reverse": Case("iva", None, {"divergence": {"kind": "reverse", "mix": 0.5, "temperature": 1.0}}),
+    "tpa": Case("tpa", None),
+}
+
+
+def test_every_term_has_a_case() -> None:
+    assert {case.term for case in CASES.values()} == set(terms.names())
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def pair(dtype: torch.dtype = torch.float64, family: str = "qwen2") -> tuple[VLM, VLM]:
+    return VLM(tiny.llava(family, 1).to(dtype)), VLM(tiny.llava(family, 2, hidden=48, layers=3).to(dtype))
+
+
+def batch(samples: list[tuple[int, int, int]] = SAMPLES, dtype: torch.dtype = torch.float64) -> Any:
+    made = tiny.batch(samples)
+    made.pixel_values = None if made.pixel_values is None else made.pixel_values.to(dtype)
+    return made
+
+
+def step(student: VLM, teacher: VLM | None, case: Case, signals: Any = None, **options: Any) -> AlignTI:
+    method = Method({case.term: 1.0}, {case.term: case.options}, eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY, **options)
+    frozen = None if teacher is None else FrozenTeacher(teacher, 1, False)
+    return AlignTI(student, frozen, method, signals)
+
+
+def of(module: AlignTI, case: Case) -> int:
+    return list(module.method.terms).index(case.term)
+
+
+def loss(module: AlignTI, b: Any, **how: Any) -> Tensor:
+    found = module(b, how.pop("keys", KEYS), **how)
+    return total(found.sums, found.counts, module.method.weight_vector())
+
+
+def gradients(module: AlignTI, value: Tensor) -> list[Tensor]:
+    module.zero_grad()
+    value.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
+
+
+def same(ones: list[Tensor], others: list[Tensor], **how: float) -> None:
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, **({"rtol": 1e-4, "atol": 1e-7} | how))  # RMSNorm is float32 inside
+
+
+def test_it_equals_its_plain_formula(case: Case) -> None:
+    if case.formula is None:
+        pytest.skip("its reference stands elsewhere: alternatives in test_step.py, divergences in test_divergence.py")
+    student, teacher = pair()
+    b = batch()
+    module = step(student, teacher, case)
+    look = Look.at(b.instruction, b.visual)
+    with torch.no_grad(), watching(teacher.model, [1], look):
+        theirs, _ = teacher.plain(b, teacher.features(b), keep=False)
+    mine, _ = student.plain(b, student.features(b), keep=False)
+    wanted = case.formula(Whole(b, student.head(mine), teacher.head(theirs), look.seen[1], module))
+    found = module(b, KEYS)
+    torch.testing.assert_close(found.sums[of(module, case)], wanted, rtol=1e-9, atol=1e-12)
+    same(gradients(module, found.sums[of(module, case)]), gradients(module, wanted))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_its_gradient_by_finite_differences(case: Case, route: str) -> None:
+    """Along one random direction of all trained parameters; the draws are held fixed, as the method does."""
+    student, teacher = pair()
+    module, b = step(student, teacher, case, route=route), batch()
+    draws = module.draw(b, KEYS) if module.method.needs.ribbon else None
+    if draws is not None:
+        draws[draws == tiny.PAD] = tiny.PAD + 4  # the embedding of padding has no gradient
+    slopes = gradients(module, loss(module, b, draws=draws))
+    stream = torch.Generator().manual_seed(5)
+    direction = [torch.randn(p.shape, generator=stream, dtype=p.dtype) * p.detach().abs().mean() for p in module.parameters()]
+
+    def at(shift: float) -> float:
+        with torch.no_grad():
+            for p, d in zip(module.parameters(), direction, strict=True):
+                p.add_(d, alpha=shift)
+            value = float(loss(module, b, draws=draws))
+            for p, d in zip(module.parameters(), direction, strict=True):
+                p.sub_(d, alpha=shift)
+        return value
+
+    slope = float(sum((g * d).sum() for g, d in zip(slopes, direction, strict=True)))
+    assert (at(1e-4) - at(-1e-4)) / 2e-4 == pytest.approx(slope, rel=2e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("split", [[1, 3], [1, 1, 1, 1]])
+def test_it_does_not_depend_on_how_the_batch_is_split(case: Case, split: list[int]) -> None:
+    student, teacher = pair()
+    module, whole = step(student, teacher, case), batch()
+    found = module(whole, KEYS)
+    wanted = gradients(module, total(found.sums, found.counts, module.method.weight_vector()))
+    parts = list(pieces(whole, split))
+    draws = [module.draw(b, keys) if module.method.needs.ribbon else None for b, keys in parts]
+    counts = sum(module.count(b, drawn) for (b, _), drawn in zip(parts, draws, strict=True))
+    assert counts.tolist() == found.counts.tolist()
+    shares = [module(b, keys, drawn).sums for (b, keys), drawn in zip(parts, draws, strict=True)]
+    torch.testing.assert_close(sum(shares), found.sums, rtol=1e-9, atol=1e-12)
+    same(gradients(module, total(sum(shares), counts, module.method.weight_vector())), wanted)
+
+
+def pieces(b: Any, split: list[int]) -> Any:
+    images, start = [0, *b.visual.any(1).cumsum(0).tolist()], 0
+    for size in split:
+        part = type(b)(**{k: v[start : start + size] if isinstance(v, Tensor) else v for k, v in vars(b).items()})
+        pixels = b.pixel_values[images[start] : images[start + size]]
+        part.pixel_values = pixels if len(pixels) else None
+        yield part, KEYS[start : start + size]
+        start += size
+
+
+def test_chunks_change_nothing(case: Case) -> None:
+    student, teacher = pair()
+    whole, chunked = (step(student, teacher, case, **how) for how in ({}, {"chunk_mib": 3 * tiny.VOCABULARY * 4 / 2**20}))
+    values = [loss(module, batch()) for module in (whole, chunked)]
+    torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
+    same(gradients(whole, values[0]), gradients(chunked, values[1]))
+
+
+@pytest.mark.parametrize("samples", [[(0, 2, 0)], [(0, 2, 3)], [(1, 2, 0)]], ids=["nothing", "no image", "no response"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_without_units_it_is_zero_and_has_a_graph(case: Case, samples: list[tuple[int, int, int]], route: str) -> None:
+    student, teacher = pair()
+    module = step(student, teacher, case, route=route)
+    found = module(batch(samples), [7])
+    at = of(module, case)
+    assert found.sums[at].isfinite() and found.sums[at].requires_grad
+    if not found.counts[at]:
+        assert found.sums[at] == 0
+        assert not any(g.any() for g in gradients(module, found.sums[at]))
+
+
+def test_it_is_in_its_range(case: Case) -> None:
+    student, teacher = pair()
+    module = step(student, teacher, case)
+    found = module(batch(), KEYS)
+    assert 0 < float(found.sums[of(module, case)] / found.counts[of(module, case)]) <= case.highest
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_identical_teacher_leaves_nothing_to_align(case: Case, route: str) -> None:
+    if case.aligned is None:
+        pytest.skip("it does not compare the two models")
+    student, teacher = (VLM(tiny.llava("qwen2", 1).double()) for _ in range(2))
+    module = step(student, teacher, case, route=route)
+    found = module(batch(), KEYS)
+    assert float(found.sums[of(module, case)]) == pytest.approx(case.aligned, abs=1e-6)
+
+
+class Cache:
+    """The teacher's whole distributions, kept: what `signals` are with k = V."""
+
+    def __init__(self, teacher: VLM) -> None:
+        self.teacher = teacher
+
+    def look_up(self, b: Any, visual: bool, look: bool) -> tuple[Known, Tensor | None]:
+        eyes = Look.at(b.instruction, b.visual)
+        with torch.no_grad(), watching(self.teacher.model, [1], eyes):
+            hidden, _ = self.teacher.plain(b, self.teacher.features(b), keep=False)
+        rows = predicting(b.response) | (b.visual if visual else False)
+        index = torch.full(rows.shape, -1)
+        index[rows] = torch.arange(int(rows.sum()))
+        return Known(top_k(self.teacher.head(hidden[rows]), tiny.VOCABULARY), index), eyes.seen[1] if look else None
+
+
+def test_a_cache_serves_it_or_is_refused(case: Case) -> None:
+    student, teacher = pair()
+    if case.term == "sft":
+        return
+    kind = case.options.get("divergence", {"kind": "forward"})["kind"]
+    if terms.term_class(case.term)(**case.options).needs.live_teacher or kind != "forward":
+        with pytest.raises(ValueError, match="kept signals serve"):
+            step(student, None, case, Cache(teacher))
+        return
+    live, kept = step(student, teacher, case), step(student, None, case, Cache(teacher))
+    values = [loss(module, batch()) for module in (live, kept)]
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+    same(gradients(live, values[0]), gradients(kept, values[1]))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradient_checkpointing_changes_nothing(case: Case, route: str) -> None:
+    if case.term == "tpa" and route == "continuation":
+        pytest.skip("a cache cannot be kept under gradient checkpointing: the stage takes the other route")
+    student, teacher = pair()
+    module = step(student, teacher, case, route=route)
+    student.train()
+    plain = gradients(module, loss(module, batch()))
+    student.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing, student.model)})
+    same(gradients(module, loss(module, batch())), plain, rtol=1e-9, atol=1e-12)

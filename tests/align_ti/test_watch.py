@@ -1,0 +1,264 @@
+"""What a term may read beside logits: attention maps and hidden states with gradients, views, a module of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.align_ti import terms
+from components.align_ti.batch import Batch
+from components.align_ti.seen import Seen
+from components.align_ti.step import AlignTI, Method
+from components.align_ti.terms import Needs, View, images
+from components.align_ti.watch import Map, Watch
+from components.distill.replica import Replica
+from components.distill.teacher import FrozenTeacher
+from components.errors import ModelError
+from components.models.attention import Look, recomputing, watching
+from components.models.load import load
+from components.models.vlm import VLM
+from tests import tiny
+from tests.families import toy
+from tests.families.test_masks import eager_maps
+
+SAMPLES = [(1, 3, 3), (0, 2, 2), (1, 5, 2)]
+KEYS = [11, 12, 13]
+MAPS = (Map(0), Map(1, "response"), Map(1, "visual", each_row=True), Map(1))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """1 - cos of the two models' attention over the image, mean over maps."""
+
+    needs = Needs(response=False, in_student=Watch(MAPS), in_teacher=Watch(MAPS))
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return images(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        has = seen.batch.visual.any(1)
+        pairs = [(seen.in_student.maps[m][has].flatten(1), seen.in_teacher.maps[m][has].flatten(1)) for m in MAPS]
+        return seen.zero + sum((1 - F.cosine_similarity(mine, theirs, dim=1)).sum() for mine, theirs in pairs) / len(MAPS)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Squared distance of the visual rows' hidden states after layer 0, by a projection of the term's own."""
+
+    needs = Needs(response=False, in_student=Watch(hidden=(0,)), in_teacher=Watch(hidden=(1,)))
+
+    def module(self, student_width: int, teacher_width: int) -> nn.Module:
+        return nn.Linear(student_width, teacher_width, bias=False)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return images(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        rows = seen.batch.visual
+        mine = seen.modules["hidden"](seen.in_student.hidden[0][rows])
+        return (mine - seen.in_teacher.hidden[1][rows]).square().mean(-1).sum() / tiny.NV
+
+
+def blank(batch: Batch) -> Batch:
+    edited: Any = type(batch)(**vars(batch))
+    edited.pixel_values = None if batch.pixel_values is None else torch.zeros_like(batch.pixel_values)
+    return edited
+
+
+@dataclass(frozen=True)
+class Blind:
+    """How far each model's states move when the image is blank: rises with `seen.progress`."""
+
+    needs = Needs(response=False, views=(View("blank", blank),))
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return images(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        mine, theirs = seen.views["blank"]
+        assert mine is not None and theirs is not None and isinstance(seen.teacher, Tensor)
+        real = seen.batch.attention_mask.bool()  # the embedding of padding has no gradient
+        moved = [(a - b)[real].square().sum().sqrt() for a, b in ((seen.student, mine), (seen.teacher, theirs))]
+        return seen.progress * (moved[0] - moved[1]).square()
+
+
+EXAMPLES = {"attention": Attention, "hidden": Hidden, "blind": Blind}
+
+
+@pytest.fixture(autouse=True)
+def example_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = terms.term_class
+    monkeypatch.setattr("components.align_ti.step.term_class", lambda name: EXAMPLES.get(name) or real(name))
+
+
+def pair(dtype: torch.dtype = torch.float64) -> tuple[VLM, VLM]:
+    return VLM(tiny.llava("qwen2", 1).to(dtype)), VLM(tiny.llava("qwen2", 2, hidden=48, layers=3).to(dtype))
+
+
+def batch(samples: list[tuple[int, int, int]] = SAMPLES) -> Any:
+    made = tiny.batch(samples)
+    made.pixel_values = None if made.pixel_values is None else made.pixel_values.double()
+    return made
+
+
+def step(student: VLM, teacher: VLM, *names: str, **options: Any) -> AlignTI:
+    torch.manual_seed(0)
+    weights = dict.fromkeys(names, 1.0)
+    method = Method(weights, eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY, **options)
+    return AlignTI(student, FrozenTeacher(teacher, 1, False), method).double()
+
+
+def gradients(module: AlignTI, b: Any, keys: list[int] = KEYS) -> list[Tensor]:
+    module.zero_grad()
+    module(b, keys).sums.sum().backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("route", ["continuation", "expanded"])
+def test_gradient_by_finite_differences(name: str, route: str) -> None:
+    """Beside L_tpa, whose ribbon must not enter what is read."""
+    student, teacher = pair()
+    module, b = step(student, teacher, name, "tpa", route=route), batch()
+    module.progress = 0.5
+    draws = module.draw(b, KEYS)
+    at = list(module.method.terms).index(name)
+    module.zero_grad()
+    module(b, KEYS, draws).sums[at].backward()
+    moved = [p for p in module.parameters() if p.grad is not None]
+    stream = torch.Generator().manual_seed(5)
+    direction = [torch.randn(p.shape, generator=stream, dtype=p.dtype) * p.detach().abs().mean() for p in moved]
+    slope = float(sum((p.grad * d).sum() for p, d in zip(moved, direction, strict=True)))
+
+    def value(shift: float) -> float:
+        with torch.no_grad():
+            for p, d in zip(moved, direction, strict=True):
+                p.add_(d, alpha=shift)
+            found = float(module(b, KEYS, draws).sums[at])
+            for p, d in zip(moved, direction, strict=True):
+                p.sub_(d, alpha=shift)
+        return found
+
+    assert abs(slope) > 1e-3
+    assert (value(1e-4) - value(-1e-4)) / 2e-4 == pytest.approx(slope, rel=2e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_both_routes_read_the_same(name: str) -> None:
+    student, teacher = pair()
+    found = []
+    for route in ("continuation", "expanded"):
+        module = step(student, teacher, name, "tpa", route=route)
+        module.progress = 0.5
+        found.append(gradients(module, batch()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # RMSNorm is float32 inside
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
+    """Twice, so that what a first pass left open would show in the second; and beside a view, whose pass is not read."""
+    student, teacher = pair()
+    module = step(student, teacher, name, "blind", "tpa", route="expanded")
+    module.progress = 0.5
+    student.train()
+    plain = gradients(module, batch())
+    student.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing, student.model)})
+    for _ in range(2):
+        for got, wanted in zip(gradients(module, batch()), plain, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+        gradients(module, batch([(1, 1, 1)]), [4])  # another shape in between
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "paligemma"])
+def test_maps_of_grouped_heads_windows_and_capped_scores_have_gradients(family: str) -> None:
+    """Against the stock model's own maps, plain and under gradient checkpointing; PaliGemma's Gemma 2 caps its scores."""
+    wanted = eager_maps(family)
+    b = toy.batch(family)
+    found = []
+    for checkpointed in (False, True):
+        model = load(toy.folder(family), "cpu", torch.float64).model
+        vlm = VLM(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing, model)})
+            model.train()
+        watch = Watch((Map(0), Map(1, "response"), Map(0, "visual", each_row=True)))
+        with vlm.watched(b, watch) as seen:
+            vlm.plain(b, vlm.features(b), keep=False)
+        for map_, read in seen.maps.items():
+            whole = wanted[map_.layer][0].mean(0)[getattr(b, map_.rows)[0]][:, b.visual[0]]
+            here = read[0, : len(whole), : whole.shape[1]] if map_.each_row else read[0, : whole.shape[1]]
+            torch.testing.assert_close(here.double(), whole if map_.each_row else whole.mean(0), rtol=1e-5, atol=1e-7)
+        sum(read.square().sum() for read in seen.maps.values()).backward()
+        found.append([torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()])
+    assert any(g.any() for g in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_looks_at_one_layer_stack() -> None:
+    vlm, _ = pair()
+    b = batch()
+    alone, outer, inner = (Look.at(b.instruction, b.visual) for _ in range(3))
+    with torch.no_grad():
+        with watching(vlm.model, [1], alone):
+            vlm.plain(b, vlm.features(b), keep=False)
+        with watching(vlm.model, [0, 1], outer):
+            with watching(vlm.model, [1], inner):
+                vlm.plain(b, vlm.features(b), keep=False)
+            assert set(inner.seen) == {1} and set(outer.seen) == {0, 1}
+        vlm.plain(b, vlm.features(b), keep=False)
+    assert torch.equal(outer.seen[1], alone.seen[1]) and torch.equal(inner.seen[1], alone.seen[1])
+
+
+def test_hidden_states_are_the_stock_models() -> None:
+    vlm, _ = pair()
+    b = batch()
+    with vlm.watched(b, Watch(hidden=(0,))) as seen:
+        vlm.plain(b, vlm.features(b), keep=False)
+    stock = vlm.model(
+        input_ids=b.input_ids, pixel_values=b.pixel_values, attention_mask=b.attention_mask, output_hidden_states=True
+    )
+    real = b.attention_mask.bool()
+    torch.testing.assert_close(seen.hidden[0][real], stock.hidden_states[1][real])
+
+
+def test_a_layer_that_is_not_there_is_named() -> None:
+    vlm, _ = pair()
+    with (
+        pytest.raises(ModelError, match=r"layers \[2, 5\] of a model whose layers are 0..1"),
+        vlm.watched(batch(), Watch((Map(2),), hidden=(5, 1))),
+    ):
+        pass
+
+
+def test_a_terms_module_is_trained_and_is_no_part_of_the_student() -> None:
+    student, teacher = pair()
+    module = step(student, teacher, "hidden")
+    (own,) = module.term_modules.parameters()
+    assert own.shape == (48, 32)
+    replica = Replica(module, ranks=2)
+    for samples in (SAMPLES, [(0, 2, 2)]):
+        replica.zero_grad()
+        replica(batch(samples), KEYS[: len(samples)])[0].sum().backward()
+        missing = [n for n, p in replica.named_parameters() if p.grad is None and "vision_tower" not in n]
+        assert not missing, "a rank of several has a gradient for every parameter"
+        assert bool(own.grad.any()) == (samples is SAMPLES)
+    assert not any("term_modules" in name for name in student.state_dict())
+    assert any("term_modules" in name for name in module.state_dict())
+
+
+def test_needs_add_up() -> None:
+    both = terms.union([Attention.needs, Hidden.needs, *terms.needs_of(["sft", "iva"])])
+    assert both.teacher and both.visual and both.attention and both.response and not both.ribbon and both.live_teacher
+    assert both.in_student == Watch(MAPS, (0,)) and both.in_teacher == Watch(MAPS, (1,))
+    assert {field.name for field in dataclasses.fields(Needs)[:6]} == {
+        name for name, default in vars(Needs()).items() if isinstance(default, bool)
+    }

@@ -1,0 +1,185 @@
+"""Rows in the shapes of public data sets: what they are understood as, which rule says so, and what may not pass as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from components.dataset.images import Refusal
+from components.dataset.row import DESCRIBE, Held, Row, understand
+from components.settings import DataLimits
+from components.shards import Turn
+
+LIMITS = DataLimits(max_pixels=100, max_image_mib=1, max_text_chars=200, max_bad_ratio=1)
+HELD = Held([0, 512, 9], "0/k")
+CAT = "<image>\nWhat is it?"
+
+
+def chat(*texts: Any, keys: tuple[str, str] = ("from", "value"), roles: tuple[str, str] = ("human", "gpt")) -> list[Any]:
+    return [{keys[0]: roles[n % 2], keys[1]: text} for n, text in enumerate(texts)]
+
+
+def openai(question: Any, answer: Any) -> list[Any]:
+    return chat(question, answer, keys=("role", "content"), roles=("user", "assistant"))
+
+
+def read(**raw: Any) -> Row:
+    return understand(3, {"id": "a", **raw}, LIMITS)
+
+
+def said(row: Row) -> list[tuple[str, str]]:
+    return [(turn.question, turn.answer) for sample in row.samples for turn in sample]
+
+
+PARTS = [{"type": "text", "text": "What is it?"}, {"type": "image", "index": 0, "text": None}]
+URL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
+    "LLaVA": ({"image": "c.png", "conversations": chat(CAT, "A cat.")}, "c.png", set()),
+    "its mark last": ({"image": "c.png", "conversations": chat("What is it?\n<image>", "A cat.")}, "c.png", set()),
+    "no mark": ({"image": "c.png", "conversations": chat("What is it?", "A cat.")}, "c.png", {"image_first"}),
+    "a list of one": ({"image": ["c.png"], "conversations": chat(CAT, "A cat.")}, "c.png", {"image_list"}),
+    "images": ({"images": ["c.png"], "conversations": chat(CAT, "A cat.")}, "c.png", {"image_list"}),
+    "both, the same": ({"image": "c.png", "images": ["c.png"], "conversations": chat(CAT, "A cat.")}, "c.png", {"image_list"}),
+    "null beside images": ({"image": None, "images": [HELD], "conversations": chat(CAT, "A cat.")}, HELD, {"image_list"}),
+    "no id": ({"id": None, "image": "c.png", "conversations": chat(CAT, "A cat.")}, "c.png", {"numbered"}),
+    "Qwen's roles": (
+        {"image": "c.png", "conversations": chat(CAT, "A cat.", roles=("user", "assistant"))},
+        "c.png",
+        {"roles"},
+    ),
+    "messages": ({"images": ["c.png"], "messages": openai(CAT, "A cat.")}, "c.png", {"roles", "image_list"}),
+    "parts": (
+        {"images": [HELD], "messages": openai(PARTS, [{"type": "text", "text": "A cat."}])},
+        HELD,
+        {"roles", "parts", "image_list"},
+    ),
+    "a data URL": (
+        {"messages": openai([PARTS[0], URL], "A cat.")},
+        "data:image/png;base64,AAAA",
+        {"roles", "parts"},
+    ),
+    "pairs": (
+        {"images": [HELD], "texts": [{"user": "What is it?", "assistant": "A cat.", "source": "x"}]},
+        HELD,
+        {"image_list", "image_first"},
+    ),
+    "columns": (
+        {"image": "c.png", "conversations": {"from": ["human", "gpt"], "value": [CAT, "A cat."]}},
+        "c.png",
+        {"columns"},
+    ),
+    "JSON within text": (
+        {"image": "c.png", "conversations": '[{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cat."}]'},
+        "c.png",
+        {"json_text", "image_first"},
+    ),
+    "ShareGPT's greeting": ({"image": "c.png", "conversations": chat(CAT, "A cat.", "And?")}, "c.png", {"last_question"}),
+    "an address of the picture beside it": (
+        {"image": HELD, "image_url": "https://x.org/c.png", "width": 3, "conversations": chat(CAT, "A cat.")},
+        HELD,
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "picture", "rules"), UNDERSTOOD.values(), ids=UNDERSTOOD)
+def test_the_same_row_in_every_dialect(raw: dict[str, Any], picture: object, rules: set[str]) -> None:
+    row = read(**raw)
+    assert (row.picture, said(row), set(row.rules)) == (picture, [(CAT, "A cat.")], rules)
+
+
+def test_turns_that_have_no_counterpart_are_left_out_and_named() -> None:
+    row = read(conversations=[{"from": "gpt", "value": "Hello!"}, *chat("How are you?", "Fine.", "And you?")])
+    assert said(row) == [("How are you?", "Fine.")]
+    assert "Hello!" in row.rules["first_answer"] and "And you?" in row.rules["last_question"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"system": "Be brief.", "conversations": chat("What is it?", "A cat.")},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *chat("What is it?", "A cat.")]},
+        {"messages": [{"role": "system", "content": "Be brief."}, *openai("What is it?", "A cat.")]},
+    ],
+)
+def test_a_system_text_is_kept(raw: dict[str, Any]) -> None:
+    row = read(**raw)
+    assert said(row) == [("Be brief.\n\nWhat is it?", "A cat.")] and "system" in row.rules
+
+
+def test_numbers_are_text_and_null_is_missing() -> None:
+    assert said(read(conversations=chat("How many?", 3))) == [("How many?", "3")]
+    for raw in ({"conversations": chat("How many?", None)}, {"texts": [{"user": None, "assistant": "A cat."}]}):
+        with pytest.raises(Refusal) as refusal:
+            read(**raw)
+        assert refusal.value.reason == "missing_key"
+
+
+def test_an_absolute_path_within_the_folder_is_relative(tmp_path: Any) -> None:
+    raw = {"image": str(tmp_path / "in" / "c.png"), "conversations": chat(CAT, "A cat.")}
+    row = understand(1, raw, LIMITS, tmp_path)
+    assert row.picture == "in/c.png" and "absolute_path" in row.rules
+    with pytest.raises(Refusal, match="leads out"):
+        understand(1, raw, LIMITS, tmp_path / "other")
+
+
+def test_a_caption_answers_a_fixed_question() -> None:
+    row = understand(1, {"image": [HELD], "txt": "a dog", "caption": "a dog"}, LIMITS)
+    assert said(row) == [(f"<image>\n{DESCRIBE}", "a dog")] and row.ignored == ("caption",)
+
+
+def test_many_questions_about_a_picture_become_several_samples() -> None:
+    pairs = [{"user": f"What is number {n}?", "assistant": f"It is {n}."} for n in range(20)]
+    row = read(images=[HELD], texts=pairs)
+    assert len(row.samples) > 2 and "several_samples" in row.rules
+    assert [answer for _, answer in said(row)] == [f"It is {n}." for n in range(20)]
+    for first, *others in row.samples:
+        assert first.question.startswith("<image>\n") and not any("<image>" in turn.question for turn in others)
+        assert sum(len(turn.question + turn.answer) for turn in (first, *others)) <= 200 + len("<image>\n")
+
+
+def test_a_long_conversation_keeps_its_first_turns() -> None:
+    row = read(conversations=chat(*[f"{'word ' * 10}{n}" for n in range(12)]))
+    assert row.samples == (tuple(Turn(f"{'word ' * 10}{n}", f"{'word ' * 10}{n + 1}") for n in (0,)),)
+    assert "1 of 6 turns" in row.rules["cut_at_turn"]
+    with pytest.raises(Refusal, match="201 characters"):
+        read(conversations=chat("x", "y" * 200))
+
+
+HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "several": ("several_images", {"images": ["a.png", "b.png"]}),
+    "another name": ("unread_media", {"img": "a.png"}),
+    "bytes under another name": ("unread_media", {"thing": HELD}),
+    "a second one under another name": ("unread_media", {"image": HELD, "image_1": HELD}),
+    "a path": ("unread_media", {"image_path": "a.png"}),
+    "an id": ("unread_media", {"image_id": 33471}),
+    "an address": ("unread_media", {"url": "https://x.org/a.jpg?size=3"}),
+    "within another key": ("unread_media", {"meta": {"files": ["x/a.webp"]}}),
+    "a data URL within another key": ("unread_media", {"meta": "data:image/png;base64,AA"}),
+    "a sound": ("unread_media", {"audio": "a.wav"}),
+    "a video": ("video", {"video": "a.mp4"}),
+    "frames": ("video", {"frames": ["1", "2"]}),
+    "a member of a tar file": ("unread_media", {".heic": HELD}),
+    "a turn's own": ("unread_media", {"conversations": [{**chat("What?")[0], "image": "a.png"}, *chat("", "That.")[1:]]}),
+    "a video part": (
+        "video",
+        {"conversations": None, "messages": openai([PARTS[0], {"type": "video", "video": "a.mp4"}], "That.")},
+    ),
+    "Qwen-VL's mark": ("image_marks", {"conversations": chat("Picture 1: <img>a.png</img>\nWhat?", "That.")}),
+    "LLaVA-Video's mark": ("image_marks", {"conversations": chat("<video>\nWhat?", "That.")}),
+}
+
+
+@pytest.mark.parametrize(("reason", "raw"), HIDDEN.values(), ids=HIDDEN)
+def test_what_a_model_would_have_to_see_is_never_left_out(reason: str, raw: dict[str, Any]) -> None:
+    with pytest.raises(Refusal) as refusal:
+        read(**{"conversations": chat("What is it?", "A cat."), **raw})
+    assert refusal.value.reason == reason
+
+
+@pytest.mark.parametrize("text", ['<img src="a.png" alt="x">', "the <video> tag", "</s>", "see a.png", "<|im_end|>"])
+def test_text_about_pictures_is_text(text: str) -> None:
+    row = read(conversations=chat(f"What does {text} mean?", text), model="x", num_images=0, language="en")
+    assert row.picture is None and row.ignored == ("model", "num_images", "language")

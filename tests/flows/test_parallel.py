@@ -1,0 +1,94 @@
+"""The walk over DVC's graph with several workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from components.settings import RuntimeSettings, load_settings
+from flows import devices, dvc
+from flows.parallel import repro, workers
+from tests.flows.conftest import ran
+
+
+def test_stages_run_in_dvcs_order_and_leave_dvc_nothing_to_do(project: Path) -> None:
+    assert repro(2, dvc.reproduce) == {"first": "ran", "cell@a": "ran", "cell@b": "ran", "last": "ran"}
+    first, *cells, last = ran(project)
+    assert (first, sorted(cells), last) == ("first", ["cell-a", "cell-b"], "last")
+    assert dvc.reproduce_all() == "unchanged" and dvc.status() == {}
+
+
+def test_only_what_is_stale_or_needs_what_was_run_is_started(project: Path) -> None:
+    dvc.reproduce_all()
+    ran(project)
+    assert set(repro(2, _never).values()) == {"unchanged"}
+    (project / "a.txt").write_text("other")
+    assert repro(2, dvc.reproduce) == {"first": "unchanged", "cell@a": "ran", "cell@b": "unchanged", "last": "unchanged"}
+    assert ran(project) == ["cell-a"], "what the cell writes is what it wrote before, so `last` has nothing new"
+    (project / "raw.txt").write_text("other")
+    assert repro(2, dvc.reproduce)["first"] == "ran"
+
+
+@pytest.mark.parametrize(("jobs", "at_once"), [(1, 1), (2, 2), (5, 2)])
+def test_as_many_run_at_a_time_as_there_are_workers(project: Path, jobs: int, at_once: int) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def run(stage: str) -> dvc.Outcome:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.2)
+        with lock:
+            running -= 1
+        return "ran"
+
+    assert set(repro(jobs, run)) == set(dvc.graph())
+    assert most == at_once
+
+
+def test_after_a_failure_nothing_is_begun_and_what_runs_is_ended_well(project: Path) -> None:
+    (project / "fail-cell-a").write_text("2")
+    with pytest.raises(dvc.StageFailed, match="stage cell@a failed with exit code 2"):
+        repro(2, dvc.reproduce)
+    assert sorted(ran(project)) == ["cell-a", "cell-b", "first"]
+    assert repro(2, dvc.reproduce) == {"first": "unchanged", "cell@a": "ran", "cell@b": "unchanged", "last": "ran"}
+
+
+@pytest.mark.parametrize(("seconds", "states"), [(1000, ["100%"]), (-1, ["1%", "50%", "100%"])])
+def test_lines_of_a_stage_open_with_its_label_and_its_bar_is_thinned_out(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float, states: list[str]
+) -> None:
+    monkeypatch.setattr(dvc, "BAR_S", seconds)
+    (project / "stage.py").write_text("print('1%\\r50%\\r100%')\n" + (project / "stage.py").read_text())
+    dvc.reproduce("first", label="first")
+    shown = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("first: ") for line in shown)
+    assert [line.removeprefix("first: ") for line in shown if line.endswith("%")] == states
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "jobs"),
+    [
+        ("", {"threads": 1}, 8),
+        ("", {"threads": 3}, 2),
+        ("", {"threads": 16}, 1),
+        ("0,1", {"threads": 1}, 2),
+        ("0,1", {"threads": 1, "device": "cpu"}, 8),
+        ("0,1", {"devices": 2}, 1),
+    ],
+)
+def test_workers_are_gpus_or_else_cores(
+    gpus: str, settings: dict[str, object], jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(devices.VISIBLE, gpus)
+    monkeypatch.setattr("flows.parallel.cores", lambda: 8)
+    runtime: RuntimeSettings = load_settings(Path(__file__).parents[2]).runtime
+    assert workers(runtime.model_copy(update={"device": "auto", **settings})) == jobs
+
+
+def _never(stage: str) -> dvc.Outcome:
+    raise AssertionError(f"{stage} is up to date")

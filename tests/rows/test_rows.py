@@ -1,0 +1,207 @@
+"""Every row tried as the models read it: what is left out, cut or stretched is said, and nothing that is left stops a batch."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from components.artifacts import SPLITS, Manifest, ModelIndex, ModelRecord, Split, TriedRows
+from components.errors import DataError
+from components.models.collate import Collator
+from components.models.processor import load_processor
+from components.models.template import Template
+from components.rows import __main__ as stage
+from components.rows.__main__ import closing_line, try_rows
+from components.rows.judge import Judge
+from components.settings import Settings, load_settings
+from components.shards import ImageRow, Samples, Turn, write_split
+from tests.families import toy
+
+ROOT = Path(__file__).parents[2]
+MOST = 60  # tokens
+FAMILIES = ("qwen2_vl", "internvl")
+
+
+def turns(*texts: str, image: bool) -> tuple[Turn, ...]:
+    marked = [f"<image>\n{text}" if image and n == 0 else text for n, text in enumerate(texts)]
+    return tuple(Turn(q, a) for q, a in zip(marked[::2], marked[1::2], strict=True))
+
+
+def row(name: str, size: tuple[int, int] | None, *texts: str) -> ImageRow:
+    image = None if size is None else toy.png(*size)
+    return ImageRow(name, image, ((name, "kind", turns(*texts, image=size is not None)),))
+
+
+LONG = "red " * 100
+ROWS = [
+    row("good", (40, 40), "what ?", "one"),
+    row("text", None, "what ?", "two"),
+    row("end", None, "what is <|im_end|> ?", "it is <|im_end|> . <|im_start|>"),
+    row("long answer", (40, 40), "what ?", LONG),
+    row("long question", None, LONG, "one"),
+    row("long later", None, "what ?", "one", "is it ?", LONG, "yes ?", "no"),
+    row("narrow", (1200, 3), "what ?", "three"),
+]
+
+
+def dataset(folder: Path, rows: list[ImageRow] = ROWS) -> Path:
+    """The rows in `train`; a good one in each of the other splits."""
+    by_split: dict[Split, list[ImageRow]] = {"train": rows, "val": [ROWS[0]], "test": [ROWS[1]]}
+    splits = {split: write_split(folder / split, by_split[split], 100) for split in SPLITS}
+    Manifest(source="llava", rows_in=9, rows_out=9, quarantined=0, splits=splits, digest="d" * 64).write(
+        folder / "manifest.json"
+    )
+    return folder
+
+
+def models(folder: Path) -> Path:
+    def record(family: str, role: Any) -> ModelRecord:
+        path, none = str(toy.folder(family)), {"origin": "", "revision": None, "visual_tokens": None}
+        return ModelRecord(name=family, role=role, path=path, parameters=1, size_bytes=1, sha256=family, **none)
+
+    index = ModelIndex(teachers={"t": record(FAMILIES[0], "teacher")}, students={"s": record(FAMILIES[1], "student")})
+    index.write(folder / "index.json")
+    return folder
+
+
+def asked(**changes: Any) -> Settings:
+    shipped = load_settings(ROOT)
+    template = shipped.models.template.model_copy(update={"style": "processor"})
+    update = {"max_length": MOST, "template": template, "too_long": "cut", "refused_images": "resize", **changes}
+    limits = shipped.data.limits.model_copy(update={"max_bad_ratio": 0.5})
+    data = shipped.data.model_copy(update={"limits": limits})
+    return shipped.model_copy(update={"models": shipped.models.model_copy(update=update), "data": data})
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    dataset(tmp_path / "dataset")
+    models(tmp_path / "models")
+    return tmp_path
+
+
+def tried(here: Path, **changes: Any) -> TriedRows:
+    return try_rows(asked(**changes), 1, here / "dataset", here / "models", here / "rows")
+
+
+def remarks(here: Path) -> dict[str, str]:
+    lines = (here / "rows" / "remarks.jsonl").read_text().splitlines()
+    return {(one := json.loads(line))["id"]: one["reason"] for line in lines}
+
+
+def test_rows_that_make_no_batch_are_left_out_and_named(here: Path) -> None:
+    found = tried(here)
+    assert remarks(here) == {"long answer": "too_long", "long question": "too_long", "long later": "cut", "narrow": "resized"}
+    train = found.splits["train"]
+    assert (train.samples, train.usable, train.cut, train.resized, train.left_out) == (7, 5, 1, 1, {"too_long": 2})
+    assert train.longest <= MOST and found.tried_with == [toy.folder(family).name for family in FAMILIES]
+    assert "2 left out (2 too_long)" in closing_line(found)
+
+
+def test_settings_say_what_becomes_of_long_rows_and_odd_images(here: Path) -> None:
+    found = tried(here, too_long="leave_out", refused_images="leave_out")
+    assert remarks(here) == {
+        "long answer": "too_long",
+        "long question": "too_long",
+        "long later": "too_long",
+        "narrow": "refused_image",
+    }
+    assert found.splits["train"].left_out == {"too_long": 3, "refused_image": 1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_left_never_stops_a_batch(here: Path, family: str) -> None:
+    tried(here)
+    samples = Samples(here / "dataset", "train", here / "rows")
+    collator = Collator(load_processor(toy.folder(family)), Template("", style="processor"), MOST, train=True)
+    batch = collator(list(samples))
+    assert batch.ids == ["good", "text", "end", "long later", "narrow"] and len(batch.input_ids[0]) <= MOST
+    ends = [
+        int((ids[response] == collator.eos_id).sum()) for ids, response in zip(batch.input_ids, batch.response, strict=True)
+    ]
+    assert ends == [1] * 5, "an end for each answer that is kept, and none that a row has written"
+
+
+def test_lengths_are_those_of_the_longest_reading(here: Path) -> None:
+    tried(here)
+    samples = Samples(here / "dataset", "train", here / "rows")
+    verdict = np.load(here / "rows" / "train.npy")
+    for family in FAMILIES:
+        collator = Collator(load_processor(toy.folder(family)), Template("", style="processor"), MOST, train=True)
+        rows = collator.encode(list(samples))
+        kept = verdict[verdict["turns"] > 0]
+        assert all(len(row.input_ids) <= tokens for row, tokens in zip(rows, kept["tokens"], strict=True))
+        assert all(row.response.sum() <= tokens for row, tokens in zip(rows, kept["response"], strict=True))
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_a_verdict_is_the_length_of_what_the_collator_makes(family: str) -> None:
+    settings = asked(template=load_settings(ROOT).models.template, max_length=100_000).models
+    collator = Collator(load_processor(toy.folder(family)), Template.asked(settings.template), 100_000, train=True)
+    samples = list(toy.SAMPLES)
+    sizes = [None if sample.image is None else Image.open(io.BytesIO(sample.image)).size for sample in samples]
+    found = [verdict for verdict, _ in Judge([toy.folder(family)], settings)("train", samples, sizes)]
+    rows = collator.encode(samples)
+    assert found == [(len(s.turns), len(row.input_ids), int(row.response.sum())) for s, row in zip(samples, rows, strict=True)]
+
+
+def test_samples_skip_what_was_left_out_in_every_way_of_reading(here: Path) -> None:
+    tried(here)
+    samples = Samples(here / "dataset", "train", here / "rows")
+    whole = Samples(here / "dataset", "train")
+    assert (len(whole), len(samples), len(samples.kinds), samples.images) == (7, 5, 5, 7)
+    assert [len(samples[i].turns) for i in range(5)] == [1, 1, 1, 1, 1]
+    assert [len(samples.of_image(row)) for row in range(7)] == [1, 1, 1, 0, 0, 1, 1]
+    assert [samples[i].id for row in range(7) for i in samples.of_image(row)] == [sample.id for sample in samples]
+    again = pickle.loads(pickle.dumps(samples))  # noqa: S301
+    assert [sample.id for sample in again] == [sample.id for sample in samples]
+
+
+def test_verdicts_of_another_data_set_are_refused(here: Path) -> None:
+    tried(here)
+    other = dataset(here / "other")
+    manifest = Manifest.read(other / "manifest.json")
+    manifest.model_copy(update={"digest": "e" * 64}).write(other / "manifest.json")
+    with pytest.raises(DataError, match="dvc repro check_rows"):
+        Samples(other, "train", here / "rows")
+    with pytest.raises(DataError, match="is missing"):
+        Samples(other, "train", here / "nowhere")
+
+
+def test_more_than_may_be_bad_stops_the_stage_and_leaves_the_list(here: Path) -> None:
+    settings = asked()
+    limits = settings.data.limits.model_copy(update={"max_bad_ratio": 0.1})
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"limits": limits})})
+    with pytest.raises(DataError, match=r"2 of 9 samples cannot be trained on.*2 too_long"):
+        try_rows(settings, 1, here / "dataset", here / "models", here / "rows")
+    assert not (here / "rows").exists()
+    assert len((here / ".runs/check_rows/remarks.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_interrupted_run_goes_on_and_workers_change_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "IMAGES", 2)
+    tried(here)
+    whole = {path.name: path.read_bytes() for path in (here / "rows").iterdir()}
+    real, made = stage.try_part, []
+
+    def stopped(*job: Any) -> int:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(job[2:4])
+        return real(*job)
+
+    monkeypatch.setattr(stage, "try_part", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tried(here)
+    monkeypatch.setattr(stage, "try_part", lambda *job: (made.append(job[2:4]), real(*job))[1])
+    tried(here)
+    assert len(made) == len(set(made)) + 1 == 6, "four parts of train, one of val and of test, each tried once"
+    assert {path.name: path.read_bytes() for path in (here / "rows").iterdir()} == whole
