@@ -85,7 +85,8 @@ class DigitsGrid(Strict):
     augmentation: Augmentation
     handwriting: SplitSizes = Field(description="raw digit images per split; they sum to at most 1,797")
     images: SplitSizes = Field(description="composed images per split")
-    instructions_per_image: SplitSizes = Field(description="questions per composed image, at least 2; train adds one caption")
+    instructions_per_image: SplitSizes = Field(description="questions per composed image, at least 2; train adds two captions")
+    turns_per_row: PositiveInt = Field(description="questions in one conversation of the train split, at most")
 
     @model_validator(mode="after")
     def _consistent(self) -> DigitsGrid:
@@ -185,13 +186,20 @@ class Optimiser(Strict):
 
 
 class TowerShape(Strict):
-    """SigLIP-shaped vision tower; one visual token per patch."""
+    """SigLIP-shaped vision tower; one visual token per patch. Captions describe cells of `cell_px`, whole patches each."""
 
     hidden: PositiveInt
     layers: PositiveInt
     heads: PositiveInt
     mlp: PositiveInt
     patch_px: PositiveInt
+    cell_px: PositiveInt = Field(description="side of what three words of a caption describe, whole patches")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> TowerShape:
+        if self.cell_px % self.patch_px:
+            raise ValueError(f"cell_px {self.cell_px} is not a multiple of patch_px {self.patch_px}")
+        return self
 
 
 class LanguageShape(Strict):
@@ -228,14 +236,8 @@ class EmbeddedFamily(Strict):
     teachers: dict[Name, LanguageShape]
     teacher_captions: Training
     teacher_instructions: Conversations
-    students: dict[Name, Name] = Field(description="each starts as the candidate named here stands after its training")
-
-    @model_validator(mode="after")
-    def _students_start_as_candidates(self) -> EmbeddedFamily:
-        for student, start in self.students.items():
-            if start not in self.teachers:
-                raise ValueError(f"students.{student}: {start!r} is none of the candidates ({', '.join(self.teachers)})")
-        return self
+    students: dict[Name, LanguageShape] = Field(description="each has learnt captions alone, as after the paper's stage 1")
+    student_captions: Training
 
 
 class Checkpoint(Strict):
@@ -516,6 +518,7 @@ class LearningRates(Strict):
 
 class DistillSettings(WithTerms):
     stage: Literal["align", "distill"] = Field(description="align: captions, cross-entropy alone, no teacher")
+    rows: PositiveInt | None = Field(description="of the train split that students learn from, evenly spaced; null: all")
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="samples per optimiser step, over all ranks and accumulation steps")
     micro_batch_size: PositiveInt = Field(description="samples per forward pass on one device, at most")

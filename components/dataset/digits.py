@@ -6,8 +6,9 @@ Each image has a random stream of its own, seeded by (seed, split, number), so n
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,8 @@ class Digits:
     @property
     def rows_in(self) -> int:
         images, questions = self.design.images, self.design.instructions_per_image
-        return images.train * (questions.train + CAPTIONS) + images.val * questions.val + images.test * questions.test
+        conversations = math.ceil(questions.train / self.design.turns_per_row)
+        return images.train * (conversations + CAPTIONS) + images.val * questions.val + images.test * questions.test
 
     def rows(self, part: int) -> Iterator[Stored]:
         return (Stored(row, origin, None, len(row.samples)) for row, origin in _rows(self.design, self.seed, self.folder))
@@ -77,12 +79,11 @@ def _rows(design: DigitsGrid, seed: int, folder: Path) -> Iterator[tuple[ImageRo
             scene = compose(by_value, design, rng)
             image_id = f"{split}-{number:06d}"
             asked = ask(scene, getattr(design.instructions_per_image, split), balance, rng)
+            turns = design.turns_per_row if split == "train" else 1
+            rows = [asked[first : first + turns] for first in range(0, len(asked), turns)]
             if split == "train":
-                asked.extend(Asked("caption", *described, cells=()) for described in captions(scene))
-            samples = tuple(
-                (f"{image_id}-{i}", kind, (Turn(f"<image>\n{question}", answer, boxes(cells, scene, design.grid)),))
-                for i, (kind, question, answer, cells) in enumerate(asked)
-            )
+                rows.extend([Asked("caption", *described, cells=())] for described in captions(scene))
+            samples = tuple((f"{image_id}-{i}", *_conversation(row, scene, design.grid)) for i, row in enumerate(rows))
             row = ImageRow(image_id, paint(scene, drawings, design, rng), samples)
             yield row, Provenance(image_id=image_id, split=split, raw=tuple(digit.raw for digit in scene.digits))
 
@@ -109,7 +110,7 @@ def share_out(labels: np.ndarray, design: DigitsGrid, seed: int) -> dict[Split, 
 
 
 def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Generator) -> Scene:
-    """Which digit stands where, in which colour, in whose handwriting. One colour is there once: "where" needs it."""
+    """Which digit stands where, in which colour, in whose handwriting."""
     names, palette = places(design.grid), tuple(sorted(design.palette))
 
     def between(bounds: tuple[int, int]) -> int:
@@ -121,12 +122,19 @@ def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Gener
     cells = sorted(rng.permutation(len(names))[: between(design.filled)].tolist())
     values = rng.permutation(10)[: between(design.classes)]
     colours = rng.permutation(len(palette))[: between(design.colours)]
-    single, others = one_of(np.arange(len(cells))), colours[1:] if len(colours) > 1 else colours
     digits = []
-    for index, cell in enumerate(cells):
-        value, colour = one_of(values), colours[0] if index == single else one_of(others)
+    for cell in cells:
+        value, colour = one_of(values), one_of(colours)
         digits.append(Digit(names[cell], value, palette[colour], one_of(by_value[value])))
-    return Scene(names, palette, tuple(digits))
+    return Scene(names, tuple(digits))
+
+
+def _conversation(asked: list[Asked], scene: Scene, grid: int) -> tuple[str, tuple[Turn, ...]]:
+    """Questions about one image as a kind and turns."""
+    turns = (Turn(question, answer, boxes(cells, scene, grid)) for _, question, answer, cells in asked)
+    first, *others = turns
+    kind = asked[0].kind if len(asked) == 1 else "conversation"
+    return kind, (replace(first, question=f"<image>\n{first.question}"), *others)
 
 
 def boxes(cells: tuple[str, ...], scene: Scene, grid: int) -> tuple[Box, ...]:

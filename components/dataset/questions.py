@@ -1,9 +1,12 @@
 """What can be asked about a grid of coloured digits: one small function per kind, and the choice that keeps answers even.
 
-A kind lists every sensible question about a scene with its answer and its *strata*: labels from coarse to fine, the
-answer first. `ask` takes the option whose strata were used least so far in the split, so answers come out even, and
-yes and no exactly so, without a second pass. An option also names the cells that the question asks about, so that it is
-known where a model should look; a question about the whole image (how many digits, which, the largest) names none.
+Every answer names a place before what stands there, as a full sentence does, and ends with what follows from it. So each
+word needs one look at the image; a word that is wrong misleads those after it; and no kind waits for one circuit that a small
+model finds late and by luck (docs/log.md).
+
+A kind lists every sensible question about a scene with its answer, the cells that it asks about, so that it is known where a
+model should look, and its *strata*: labels from coarse to fine, what the answer comes down to first. `ask` takes the option
+whose strata were used least so far in the split, so answers come out even without a second pass.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ NUMBERS = (
     *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
 )
 DIGITS = NUMBERS[:10]
-CAPTIONS = 4  # per image of the train split
+EMPTY = "empty"
+CAPTIONS = 2  # per image of the train split
 
 
 class Digit(NamedTuple):
@@ -36,15 +40,33 @@ class Digit(NamedTuple):
 
 class Scene(NamedTuple):
     places: tuple[str, ...]  # of all cells, in reading order
-    colours: tuple[str, ...]  # the whole palette
     digits: tuple[Digit, ...]  # in reading order
+
+    def at(self, place: str) -> Digit | None:
+        return next((digit for digit in self.digits if digit.place == place), None)
+
+    def digit(self, place: str) -> str:
+        """What stands there, as a word."""
+        found = self.at(place)
+        return EMPTY if found is None else DIGITS[found.value]
+
+    def colour(self, place: str) -> str:
+        found = self.at(place)
+        return EMPTY if found is None else found.colour
+
+    @property
+    def lines(self) -> dict[str, tuple[str, ...]]:
+        """The rows and columns by name, each with its places in reading order."""
+        grid = round(len(self.places) ** 0.5)
+        rows = {f"row {NUMBERS[row + 1]}": self.places[row * grid : (row + 1) * grid] for row in range(grid)}
+        return rows | {f"column {self.places[column][0]}": self.places[column::grid] for column in range(grid)}
 
 
 class Option(NamedTuple):
     question: str
     answer: str
     strata: tuple[str, ...]
-    cells: tuple[str, ...] = ()  # places asked about
+    cells: tuple[str, ...]  # places asked about
 
 
 class Asked(NamedTuple):
@@ -62,94 +84,95 @@ def places(grid: int) -> tuple[str, ...]:
 # --- the kinds --------------------------------------------------------------------------------------------------------
 
 
-def digit_at(scene: Scene) -> list[Option]:
+def digit(scene: Scene) -> list[Option]:
     return [
-        Option(f"What digit is at {d.place}?", DIGITS[d.value], (DIGITS[d.value], d.place), (d.place,)) for d in scene.digits
+        Option(f"What digit is at {d.place}?", f"{d.place} {DIGITS[d.value]}", (DIGITS[d.value], d.place), (d.place,))
+        for d in scene.digits
     ]
 
 
-def colour_at(scene: Scene) -> list[Option]:
-    return [Option(f"What colour is at {d.place}?", d.colour, (d.colour, d.place), (d.place,)) for d in scene.digits]
-
-
-def count(scene: Scene) -> list[Option]:
-    number = NUMBERS[len(scene.digits)]
-    return [Option("How many digits are there?", number, (number,))]
-
-
-def count_colour(scene: Scene) -> list[Option]:
-    found = Counter(d.colour for d in scene.digits)
+def colours(scene: Scene) -> list[Option]:
     return [
-        Option(f"How many {c} digits are there?", NUMBERS[found[c]], (NUMBERS[found[c]], c), _coloured(scene, c))
-        for c in scene.colours
+        Option(f"Which colours are in {line}?", " ".join(f"{cell} {scene.colour(cell)}" for cell in cells), (line,), cells)
+        for line, cells in scene.lines.items()
     ]
 
 
-def exist(scene: Scene) -> list[Option]:
-    """Yes and no evenly, and each colour evenly in both, as POPE balances them."""
-    words, there = {True: "yes", False: "no"}, {d.colour for d in scene.digits}
-    return [
-        Option(f"Is there a {c} digit?", words[c in there], (words[c in there], c), _coloured(scene, c)) for c in scene.colours
-    ]
+def describe(scene: Scene) -> list[Option]:
+    return [Option(f"Describe {line}.", _described(scene, cells), (line,), cells) for line, cells in scene.lines.items()]
 
 
-def largest(scene: Scene) -> list[Option]:
-    values = [d.value for d in scene.digits]
-    ends = {"largest": DIGITS[max(values)], "smallest": DIGITS[min(values)]}
-    return [Option(f"What is the {end} digit?", word, (word, end)) for end, word in ends.items()]
-
-
-def where(scene: Scene) -> list[Option]:
-    found = Counter(d.colour for d in scene.digits)
-    once = [d for d in scene.digits if found[d.colour] == 1]
-    return [Option(f"Where is the {d.colour} digit?", d.place, (d.place, d.colour), (d.place,)) for d in once]
-
-
-def list_all(scene: Scene) -> list[Option]:
-    answer = " ".join(DIGITS[d.value] for d in scene.digits)
-    return [Option("Which digits are there?", answer, (NUMBERS[len(scene.digits)],))]
+def larger(scene: Scene) -> list[Option]:
+    return _pairs(scene, "Which is larger, {a} or {b}?", "{a} and {b} so {result}", max)
 
 
 def add(scene: Scene) -> list[Option]:
-    pairs = permutations(scene.digits, 2)
-    return [
-        Option(f"What is {a.place} plus {b.place}?", total, (total,), (a.place, b.place))
-        for a, b in pairs
-        for total in [NUMBERS[a.value + b.value]]
-    ]
+    return _pairs(scene, "What is {a} plus {b}?", "{a} plus {b} is {result}", lambda a, b: a + b)
 
 
-def _coloured(scene: Scene, colour: str) -> tuple[str, ...]:
-    return tuple(d.place for d in scene.digits if d.colour == colour)
+def difference(scene: Scene) -> list[Option]:
+    return _pairs(scene, "How far apart are {a} and {b}?", "{a} and {b} so {result}", lambda a, b: abs(a - b))
+
+
+def count(scene: Scene) -> list[Option]:
+    return _lines(scene, "How many digits are in {line}?", len, least=0)
+
+
+def extreme(scene: Scene) -> list[Option]:
+    ends = (("largest", max), ("smallest", min))
+    return [option for end, pick in ends for option in _lines(scene, f"What is the {end} digit in {{line}}?", pick, least=2)]
+
+
+def _pairs(scene: Scene, question: str, answer: str, result: Callable[[int, int], int]) -> list[Option]:
+    """About any two digits, by their places."""
+    options = []
+    for a, b in permutations(scene.digits, 2):
+        word = NUMBERS[result(a.value, b.value)]
+        read = {"a": f"{a.place} {DIGITS[a.value]}", "b": f"{b.place} {DIGITS[b.value]}", "result": word}
+        options.append(Option(question.format(a=a.place, b=b.place), answer.format(**read), (word,), (a.place, b.place)))
+    return options
+
+
+def _lines(scene: Scene, question: str, result: Callable[[list[int]], int], least: int) -> list[Option]:
+    """About each row and column of at least so many digits."""
+    options = []
+    for line, cells in scene.lines.items():
+        values = [digit.value for digit in scene.digits if digit.place in cells]
+        if len(values) >= least:
+            word = NUMBERS[result(values)]
+            options.append(Option(question.format(line=line), f"{_read(scene, cells)} so {word}", (word, line), cells))
+    return options
+
+
+def _read(scene: Scene, cells: tuple[str, ...]) -> str:
+    return " ".join(f"{cell} {scene.digit(cell)}" for cell in cells)
+
+
+def _described(scene: Scene, cells: tuple[str, ...]) -> str:
+    """Three words a cell."""
+    return " ".join(f"{cell} {scene.colour(cell)} {scene.digit(cell) if scene.at(cell) else 'cell'}" for cell in cells)
 
 
 KINDS: dict[str, Callable[[Scene], list[Option]]] = {
-    "digit_at": digit_at,
-    "colour_at": colour_at,
-    "count": count,
-    "count_colour": count_colour,
-    "exist": exist,
-    "largest": largest,
-    "where": where,
-    "list": list_all,
+    "digit": digit,
+    "colours": colours,
+    "describe": describe,
+    "larger": larger,
     "sum": add,
+    "difference": difference,
+    "count": count,
+    "extreme": extreme,
 }
 
 
 def captions(scene: Scene) -> list[tuple[str, str]]:
-    """What models learn first: CAPTIONS questions whose answers describe the image.
+    """What models learn first: CAPTIONS questions whose answers describe every cell in three words.
 
-    The first has every cell in three words, so that word 3i of each such caption is about cell i: easy to align. The others
-    name a place and say what is there, for all digits and for those of two colours: dense practice, without which no lookup by
-    place or by colour was learnt in any time that we had (docs/log.md).
+    Of the first, in reading order, words 3i to 3i + 2 are about cell i: easy to align. The second goes by columns, so that a
+    cell is found by its name and not by its turn.
     """
-    things = {d.place: f"{d.colour} {DIGITS[d.value]}" for d in scene.digits}
-    described = [("Describe the grid.", " ".join(f"{place} {things.get(place, 'empty cell')}" for place in scene.places))]
-    described.append(("List the digits.", " ".join(f"{place} {thing}" for place, thing in things.items())))
-    for colour in list(dict.fromkeys(d.colour for d in scene.digits))[: CAPTIONS - 2]:
-        found = " ".join(f"{d.place} {DIGITS[d.value]}" for d in scene.digits if d.colour == colour)
-        described.append((f"List the {colour} digits.", found))
-    return described
+    by_column = tuple(cell for line, cells in scene.lines.items() if line.startswith("column") for cell in cells)
+    return [("Describe the rows.", _described(scene, scene.places)), ("Describe the columns.", _described(scene, by_column))]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

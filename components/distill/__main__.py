@@ -190,11 +190,17 @@ def searched_for(arm: Arm) -> LayerChoice | None:
 
 
 def trained_on(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
-    """Captions belong to stage align: those that are marked so, or all samples where none is. The others to distillation."""
+    """Captions belong to stage align: those that are marked so, or all samples where none is. The others to distillation.
+
+    Of these, `distill.rows` evenly spaced ones: the same for every arm and seed.
+    """
     captions = [i for i, kind in enumerate(kinds) if kind == CAPTION]
     if distill.stage == "align":
-        return captions or list(range(len(kinds)))
-    return [i for i, kind in enumerate(kinds) if kind != CAPTION]
+        members = captions or list(range(len(kinds)))
+    else:
+        members = [i for i, kind in enumerate(kinds) if kind != CAPTION]
+    count = min(distill.rows or len(members), len(members))
+    return [members[place * len(members) // count] for place in range(count)]
 
 
 def _most(mib: float, accelerator: Accelerator) -> float:

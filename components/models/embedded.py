@@ -1,8 +1,8 @@
 """The embedded family: a tiny LLaVA family that is built and trained here, from the prepared data and nothing else.
 
 1. a tokenizer of the training split's words;  2. a vision tower that learns to read cells, then is frozen and shared;
-3. teacher candidates of several sizes: captions, then conversations;  4. students: a candidate each as it then stands, as one
-distils from the large member of a released family into a small one.
+3. teacher candidates of several sizes: captions, then conversations;  4. students that have learnt captions alone, as the
+paper's students have after stage 1.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Corpus:
     """The training split as this stage needs it: every image decoded once, its captions and its other turns."""
 
     images: Tensor  # (N, 3, H, W) uint8
-    captions: list[Sample]  # each image's first
+    captions: list[list[Sample]]  # per image; its first describes every cell
     turns: list[list[Turn]]  # per image, everything but its first caption; questions without the image's mark
 
     @property
     def texts(self) -> Iterator[str]:
-        for turn in (turn for sample in self.captions for turn in sample.turns):
+        for turn in (turn for first, *_ in self.captions for turn in first.turns):
             yield f"{question_of(turn)} {turn.answer}"
         for turn in (turn for turns in self.turns for turn in turns):
             yield f"{turn.question} {turn.answer}"
@@ -62,7 +62,7 @@ def read_corpus(samples: Samples) -> Corpus:
                 "use `source: digits`, or `family: pretrained`"
             )
         images.append(np.asarray(decode(described[0])))
-        captions.append(described[0])
+        captions.append(described)
         others = [turn for sample in described[1:] for turn in sample.turns]
         turns.append([Turn(question_of(turn), turn.answer) for turn in asked + others])
     shapes = {image.shape for image in images}
@@ -86,15 +86,18 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, device: torc
     tower = _tower(family, corpus, collator, device, log)
     seen = encode(tower, corpus.images, device)
     saved: dict[str, Path] = {}
-    for name, shape in family.teachers.items():
-        generator = _seeded(family.seed, "teachers", name)
+    members = [("teachers", *member) for member in family.teachers.items()]
+    for role, name, shape in [*members, *(("students", *member) for member in family.students.items())]:
+        generator = _seeded(family.seed, role, name)
         model = new_model(shape, tower, processor)
         model.to(device)  # type: ignore[arg-type]
-        language = Language(model, seen, collator, generator, f"teacher {name}", log)
-        language.captions(corpus, family.teacher_captions)
-        language.conversations(corpus, family.teacher_instructions)
-        own = [f"students/{student}" for student, start in family.students.items() if start == name]
-        saved |= {member: save(model, processor, folder / member) for member in (f"teachers/{name}", *own)}
+        language = Language(model, seen, collator, generator, f"{role[:-1]} {name}", log)
+        if role == "teachers":
+            language.captions(corpus, family.teacher_captions)
+            language.conversations(corpus, family.teacher_instructions)
+        else:
+            language.captions(corpus, family.student_captions)
+        saved[f"{role}/{name}"] = save(model, processor, folder / role / name)
     return saved
 
 
@@ -154,7 +157,13 @@ class Language:
         self.model, self.seen, self.collator, self.generator, self.name, self.log = model, seen, collator, generator, name, log
 
     def captions(self, corpus: Corpus, training: Training) -> None:
-        self._fit(lambda image: corpus.captions[image], training, "captions")
+        """One of an image's captions at a time, drawn anew each time."""
+
+        def drawn(image: int) -> Sample:
+            captions = corpus.captions[image]
+            return captions[int(torch.randint(len(captions), (), generator=self.generator))]
+
+        self._fit(drawn, training, "captions")
 
     def conversations(self, corpus: Corpus, training: Conversations) -> None:
         """Up to `training.turns` turns about an image in one sample, in an order drawn anew each time.
@@ -195,10 +204,10 @@ def response_loss(view: VLM, batch: Batch, seen: Tensor) -> Tensor:
 def _tower(family: EmbeddedFamily, corpus: Corpus, collator: Collator, device: torch.device, log: Log) -> SiglipVisionModel:
     generator = _seeded(family.seed, "tower")
     tower: SiglipVisionModel = new_tower(family.tower, corpus.images.shape[-1]).to(device)  # type: ignore[arg-type]
-    answers = [sample.turns[0].answer for sample in corpus.captions]
+    answers = [first.turns[0].answer for first, *_ in corpus.captions]
     count = visual_tokens(collator.processor)
     assert count is not None  # all images of one size
-    words = cell_words(collator.tokenizer(answers)["input_ids"], count)
+    words = cell_words(collator.tokenizer(answers)["input_ids"], count, family.tower.cell_px // family.tower.patch_px)
     read = train_tower(tower, corpus.images, words, family.tower_training, generator, log)
     print(f"vision tower: reads {read:.1%} of what the captions say of a cell, each word counting the same")
     return tower

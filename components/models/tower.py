@@ -1,10 +1,13 @@
 """The embedded family's eyes: a SigLIP-shaped vision tower that first learns, by itself, to read every cell of an image.
 
-What a cell shows is taken from the captions: one of `Nv * k` words, in reading order, is k words about each visual token. The
-tower predicts them at that token; then it is frozen and shared by teachers and students, as SigLIP is in the paper.
+What a cell shows is taken from the captions: one of `cells * k` words, in reading order, is k words about each cell. The
+tower predicts them at each visual token of the cell; then it is frozen and shared by teachers and students, as SigLIP is in
+the paper.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -52,19 +55,22 @@ def encode(tower: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     return torch.cat([features(tower, normalised(chunk.to(device))) for chunk in images.split(ENCODE_BATCH)])
 
 
-def cell_words(captions: list[list[int]], visual_tokens: int) -> Tensor:
-    """(N, Nv, k) token ids: the words of each caption dealt out to the visual tokens, in reading order.
+def cell_words(captions: list[list[int]], visual_tokens: int, patches: int = 1) -> Tensor:
+    """(N, Nv, k) token ids: the words of each caption dealt out to the cells in reading order, a cell being a square of
+    `patches` x `patches` visual tokens.
 
-    Raises DataError if captions are not of one length, k words for each visual token.
+    Raises DataError if captions are not of one length, k words for each cell of a square grid.
     """
+    side = math.isqrt(visual_tokens) // patches
     lengths = {len(caption) for caption in captions}
-    if len(lengths) != 1 or (length := lengths.pop()) == 0 or length % visual_tokens:
+    if (side * patches) ** 2 != visual_tokens or len(lengths) != 1 or (length := lengths.pop()) == 0 or length % side**2:
         raise DataError(
-            f"captions must all have the same number of words for each of the {visual_tokens} visual tokens; "
-            f"found captions of {', '.join(str(n) for n in sorted({len(c) for c in captions})[:5])} words. "
-            "The embedded family reads captions of `source: digits` with tower.patch_px = digits.cell_px"
+            f"captions must all have the same number of words for each square of {patches} x {patches} of the {visual_tokens}"
+            f" visual tokens; found captions of {', '.join(str(n) for n in sorted({len(c) for c in captions})[:5])} words."
+            " The embedded family reads captions of `source: digits` with tower.cell_px = digits.cell_px"
         )
-    return torch.tensor(captions).view(len(captions), visual_tokens, -1)
+    cells = torch.tensor(captions).view(len(captions), side, side, -1)
+    return cells.repeat_interleave(patches, 1).repeat_interleave(patches, 2).flatten(1, 2)
 
 
 def train_tower(

@@ -180,12 +180,13 @@ def family(steps: int = 4) -> ModelsSettings:
             "image_splitting": True,
             "embedded": {
                 "seed": 3,
-                "tower": {"hidden": 32, "layers": 1, "heads": 2, "mlp": 64, "patch_px": PATCH_PX},
+                "tower": {"hidden": 32, "layers": 1, "heads": 2, "mlp": 64, "patch_px": PATCH_PX, "cell_px": PATCH_PX},
                 "tower_training": {**training, "noise": 0.02, "label_smoothing": 0.05},
                 "teachers": {"small": language, "base": {**language, "layers": 3}},
                 "teacher_captions": training,
                 "teacher_instructions": {**training, "turns": 3},
-                "students": {"student": "small"},
+                "students": {"student": language},
+                "student_captions": training,
             },
             "pretrained": None,
         }

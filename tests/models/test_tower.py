@@ -14,14 +14,19 @@ from tests.models.conftest import family, tiny_llava, word_processor
 
 
 def test_words_are_dealt_out_in_reading_order() -> None:
-    words = cell_words([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]], visual_tokens=3)
-    assert words.tolist() == [[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 12]]]
+    words = cell_words([[1, 2, 3, 4, 5, 6, 7, 8]], visual_tokens=4)
+    assert words.tolist() == [[[1, 2], [3, 4], [5, 6], [7, 8]]]
 
 
-@pytest.mark.parametrize("captions", [[[1, 2, 3], [1, 2]], [[1, 2, 3, 4]], [[], []]], ids=["ragged", "no multiple", "empty"])
+def test_a_cell_of_several_patches_gives_each_its_words() -> None:
+    words = cell_words([[1, 2, 3, 4]], visual_tokens=16, patches=2)
+    assert words.flatten().tolist() == [1, 1, 2, 2, 1, 1, 2, 2, 3, 3, 4, 4, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("captions", [[[1, 2, 3, 4], [1, 2]], [[1, 2, 3]], [[], []]], ids=["ragged", "no multiple", "empty"])
 def test_captions_that_do_not_fit_the_grid_are_refused(captions: list[list[int]]) -> None:
-    with pytest.raises(DataError, match="for each of the 3 visual tokens"):
-        cell_words(captions, visual_tokens=3)
+    with pytest.raises(DataError, match="for each square of 1 x 1 of the 4 visual tokens"):
+        cell_words(captions, visual_tokens=4)
 
 
 def test_images_must_be_whole_patches() -> None:
@@ -54,7 +59,7 @@ def test_tower_learns_to_read_cells_then_freezes(dataset) -> None:
     assert settings is not None
     corpus = read_corpus(Samples(dataset, "train"))
     tokenizer = word_processor().tokenizer
-    words = cell_words(tokenizer([s.turns[0].answer for s in corpus.captions])["input_ids"], visual_tokens=4)
+    words = cell_words(tokenizer([first.turns[0].answer for first, *_ in corpus.captions])["input_ids"], visual_tokens=4)
     torch.manual_seed(0)
     tower = new_tower(settings.tower, 16)
     read = train_tower(tower, corpus.images, words, settings.tower_training, torch.Generator().manual_seed(0), lambda *_: None)
