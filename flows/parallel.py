@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from graphlib import TopologicalSorter
 
-from components.dataset.parts import cores
+from components.workers import cores
 from components.errors import exit_from
 from components.settings import RuntimeSettings, load_settings
 from flows import devices, dvc
