@@ -391,11 +391,17 @@ class WithTerms(Strict):
 
     model_config = ConfigDict(extra="allow")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other_names(cls, raw: Any) -> Any:
+        """Before the fields: a misspelt one would else be told as missing alone."""
+        for name in set(raw if isinstance(raw, dict) else ()) - {*cls.model_fields, *terms.names()}:
+            raise _refused("extra_forbidden", (name,), raw[name])
+        return raw
+
     @model_validator(mode="after")
     def _options_of_terms(self) -> Self:
         for name, block in self.blocks.items():
-            if name not in terms.names():
-                raise _refused("extra_forbidden", (name,), block)
             _check_options(name, block)
         return self
 

@@ -124,10 +124,16 @@ def test_names_of_arms_that_cannot_be_stages_are_refused(root: Path, name: str) 
     assert told.startswith("params/study.yaml:")
 
 
-def test_a_student_starts_as_a_candidate(root: Path) -> None:
-    put(root, "models", "student: small", "student: smal")
+def test_a_caption_describes_whole_patches(root: Path) -> None:
+    put(root, "models", "cell_px: 16", "cell_px: 12")
     (told,) = problems(root)
-    assert "students.student: 'smal' is none of the candidates (small, base)" in told
+    assert told.endswith("embedded.tower: cell_px 12 is not a multiple of patch_px 8")
+
+
+def test_an_unknown_loss_term_is_told_with_those_there_are(root: Path) -> None:
+    line = put(root, "study", "kd: 1.0", "kb: 1.0")
+    (told,) = problems(root)
+    assert told.startswith(f"params/study.yaml:{line}: arms.kd.weights.kb: no loss term is called 'kb'; there are iva, kd,")
 
 
 @pytest.mark.parametrize("name", ["no", "off", "1", "1e3", "0x1f", "2024-01-01", "null", "~", "1_0"])
@@ -173,7 +179,7 @@ OWN_NAMES = {
 }
 
 
-@pytest.mark.parametrize("where", [at for at in MAPPINGS if at not in OWN_NAMES], ids=".".join)
+@pytest.mark.parametrize("where", [at for at in MAPPINGS if at not in OWN_NAMES and at[-1] != "weights"], ids=".".join)
 def test_a_typo_anywhere_is_named_with_its_line_and_what_was_meant(root: Path, where: tuple[str, ...]) -> None:
     """In what a user names as well: arms, teachers, students."""
     file, *steps = where
