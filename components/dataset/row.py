@@ -95,13 +95,13 @@ class _Reading:
         ignored = self._left_over({"id", "kind", "system", key or CAPTION, *PICTURE}, picture is not None)
         kind = _text(self.raw.get("kind", "text" if picture is None else "instruction"), "'kind'")
         said = self._marked(self._alternating(turns), picture is not None, apart)
-        samples = self._within_limit(said, apart)
+        samples = tuple(tuple(sample) for sample in self._within_limit(said, apart))
         if picture is not None:  # wherever the question had its image, the template puts it first
-            samples = [
+            samples = tuple(
                 (Turn(f"{MARK}\n{first.question.replace(MARK, '').strip()}", first.answer), *others)
                 for first, *others in samples
-            ]
-        return Row(number, own, kind, picture, tuple(map(tuple, samples)), self.rules, ignored)
+            )
+        return Row(number, own, kind, picture, samples, self.rules, ignored)
 
     def _id(self) -> str | None:
         own = self.raw.get("id")
