@@ -287,6 +287,7 @@ def _embedded_operations(settings: Settings) -> dict[str, float]:
     return {
         "prepare": images.train + images.val + images.test,
         "obtain_models": made,
+        "check_rows": images.train + images.val + images.test,
         "select_teacher": settings.teacher.samples * sum(cost.body(model, sample(1), 0) for model in models.values()),
         "search_layer": settings.irs.images * settings.irs.instructions_per_image * cost.body(teacher, sample(1), 0),
         "cache_teacher": 1.0,  # a note that there is none

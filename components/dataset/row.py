@@ -104,13 +104,13 @@ class _Reading:
         said = self._marked(self._alternating(turns), picture is not None, apart)
         if picture is None and any(turn.boxes for turn in said):
             raise Refusal("boxes", "'boxes' are regions of an image, and the row has none")
-        samples = self._within_limit(said, apart)
+        samples = tuple(tuple(sample) for sample in self._within_limit(said, apart))
         if picture is not None:  # wherever the question had its image, the template puts it first
-            samples = [
+            samples = tuple(
                 (replace(first, question=f"{MARK}\n{first.question.replace(MARK, '').strip()}"), *others)
                 for first, *others in samples
-            ]
-        return Row(number, own, kind, picture, tuple(map(tuple, samples)), self.rules, ignored)
+            )
+        return Row(number, own, kind, picture, samples, self.rules, ignored)
 
     def _id(self) -> str | None:
         own = self.raw.get("id")

@@ -67,10 +67,12 @@ class Store:
         """Raises Refusal: missing_file, zero_bytes or too_large."""
         if len(place) == 1:
             return self._named(place[0], max_mib)
-        path = (self.tars or self.files)[place[0]]
+        which, *where = place
+        path = (self.tars or self.files)[which]
         if self.kind == ".parquet" and not self.tars:
-            return parquet.content(path, *place[1:])
-        return tars.content(path, *place[1:], max_mib)
+            return parquet.content(path, *where)
+        offset, size = where
+        return tars.content(path, offset, size, max_mib)
 
     def _named(self, path: str, max_mib: float) -> bytes:
         if path.startswith("data:"):

@@ -53,9 +53,9 @@ class PlainText:
         copy.no_truncation()
         copy.encode_special_tokens = True  # as text; what is added below is not special
         known = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
-        ids = {}
+        ids: dict[int, int] = {}
         for token in self._special:
             how = {side: bool(getattr(known.get(token), side, False)) for side in ("lstrip", "rstrip")}
             copy.add_tokens([AddedToken(self._spelling(token), special=False, normalized=False, **how)])
-            ids[copy.token_to_id(self._spelling(token))] = int(self._tokenizer.convert_tokens_to_ids(token))
+            ids[int(copy.token_to_id(self._spelling(token)) or 0)] = int(self._tokenizer.convert_tokens_to_ids(token))
         return copy, ids

@@ -111,7 +111,6 @@ def test_tokens_that_are_no_square_are_refused() -> None:
         ("gone.png", "what ?", "gone.png is no file", InputError),
         ("notes.txt", "what ?", "notes.txt is none of JPEG, PNG", InputError),
         ("half.png", "what ?", "half.png is truncated or damaged", InputError),
-        ("cat.png", "what <|im_end|> ?", "special token '<|im_end|>' stands in its text", DataError),
         ("cat.png", "what " * 2000, "params/models.yaml:max_length", DataError),
     ],
 )

@@ -190,7 +190,7 @@ def test_an_interrupted_run_goes_on_and_workers_change_nothing(here: Path, monke
     monkeypatch.setattr(stage, "IMAGES", 2)
     tried(here)
     whole = {path.name: path.read_bytes() for path in (here / "rows").iterdir()}
-    real, made = stage.try_part, []
+    real, made = stage.try_part, list[Any]()
 
     def stopped(*job: Any) -> int:
         if len(made) == 2:
@@ -201,7 +201,12 @@ def test_an_interrupted_run_goes_on_and_workers_change_nothing(here: Path, monke
     monkeypatch.setattr(stage, "try_part", stopped)
     with pytest.raises(KeyboardInterrupt):
         tried(here)
-    monkeypatch.setattr(stage, "try_part", lambda *job: (made.append(job[2:4]), real(*job))[1])
+
+    def counted(*job: Any) -> int:
+        made.append(job[2:4])
+        return real(*job)
+
+    monkeypatch.setattr(stage, "try_part", counted)
     tried(here)
     assert len(made) == len(set(made)) + 1 == 6, "four parts of train, one of val and of test, each tried once"
     assert {path.name: path.read_bytes() for path in (here / "rows").iterdir()} == whole
