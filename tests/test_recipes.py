@@ -146,7 +146,7 @@ def test_mappings_of_the_users_own_names_are_replaced_others_merged(root: Path) 
         """
 evaluate: {baselines: [only]}
 distill: {optimiser: {learning_rate: 1.0e-4}, iva: {weighting: layer, layer: 2}}
-models: {embedded: {teachers: {big: {hidden: 8, layers: 1, heads: 1, kv_heads: 1, mlp: 8}}, students: {student: {hidden: 8, layers: 1, heads: 1, kv_heads: 1, mlp: 8}}}}
+models: {embedded: {teachers: {big: {hidden: 8, layers: 1, heads: 1, kv_heads: 1, mlp: 8}}}}
 study:
   arms:
     only: {weights: {sft: 0.0, kd: 1.0, iva: 0.0, tpa: 0.0}, student: student, seed: 2}

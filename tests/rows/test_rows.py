@@ -17,9 +17,10 @@ from components.errors import DataError
 from components.models.collate import Collator
 from components.models.processor import load_processor
 from components.models.template import Template
-from components.rows import __main__ as stage
-from components.rows.__main__ import closing_line, try_rows
+from components.rows import trial
+from components.rows.__main__ import closing_line
 from components.rows.judge import Judge
+from components.rows.trial import try_rows
 from components.settings import Settings, load_settings
 from components.shards import ImageRow, Samples, Turn, write_split
 from tests.families import toy
@@ -187,10 +188,10 @@ def test_more_than_may_be_bad_stops_the_stage_and_leaves_the_list(here: Path) ->
 
 
 def test_an_interrupted_run_goes_on_and_workers_change_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "IMAGES", 2)
+    monkeypatch.setattr(trial, "IMAGES", 2)
     tried(here)
     whole = {path.name: path.read_bytes() for path in (here / "rows").iterdir()}
-    real, made = stage.try_part, list[Any]()
+    real, made = trial.try_part, list[Any]()
 
     def stopped(*job: Any) -> int:
         if len(made) == 2:
@@ -198,7 +199,7 @@ def test_an_interrupted_run_goes_on_and_workers_change_nothing(here: Path, monke
         made.append(job[2:4])
         return real(*job)
 
-    monkeypatch.setattr(stage, "try_part", stopped)
+    monkeypatch.setattr(trial, "try_part", stopped)
     with pytest.raises(KeyboardInterrupt):
         tried(here)
 
@@ -206,7 +207,12 @@ def test_an_interrupted_run_goes_on_and_workers_change_nothing(here: Path, monke
         made.append(job[2:4])
         return real(*job)
 
-    monkeypatch.setattr(stage, "try_part", counted)
+    monkeypatch.setattr(trial, "try_part", counted)
     tried(here)
     assert len(made) == len(set(made)) + 1 == 6, "four parts of train, one of val and of test, each tried once"
     assert {path.name: path.read_bytes() for path in (here / "rows").iterdir()} == whole
+
+
+def test_a_process_of_its_own_finds_the_work() -> None:
+    """Spawned processes do not import the `__main__` of a package."""
+    assert trial.try_part.__module__ == "components.rows.trial"

@@ -1,0 +1,161 @@
+"""The trial of all rows, in parts over the cores.
+
+Writes SPLIT.npy for each split: of each sample the turns that are kept, 0 if it is left out, its tokens and its response
+tokens; remarks.jsonl: what is left out or changed, and why; rows.json: the counts. Readers of the data set skip what is left
+out, so that no row stops a training. What an interrupted run had tried is not tried again.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from components.artifacts import (
+    DATASET,
+    MODELS,
+    ROWS,
+    RUNS,
+    SPLITS,
+    Manifest,
+    ModelIndex,
+    Split,
+    TriedRows,
+    TriedSplit,
+    fingerprint,
+    jsonl,
+    whole_folder,
+    write_bytes,
+    write_text,
+)
+from components.errors import DataError
+from components.rows.judge import CUT, RESIZED, VERDICT, Judge, Remark, different
+from components.settings import ModelsSettings, Settings
+from components.shards import Samples
+from components.workers import shared_out
+
+IMAGES = 4_000  # in one job
+TOGETHER = 64  # samples
+
+
+def try_rows(
+    settings: Settings, workers: int, dataset: Path = DATASET, models: Path = MODELS, target: Path = ROWS
+) -> TriedRows:
+    """Raises DataError if more samples than `limits.max_bad_ratio` allows are left out, or all of a split."""
+    index = ModelIndex.read(models / "index.json")
+    folders = different([Path(record.path) for record in (*index.teachers.values(), *index.students.values())])
+    manifest = Manifest.read(dataset / "manifest.json")
+    facts = {"dataset": manifest.digest, "models": [str(folder) for folder in folders], "index": index.model_dump(mode="json")}
+    facts |= {"settings": settings.models.model_dump(mode="json", exclude={"embedded", "pretrained"})}
+    draft = RUNS / "check_rows" / fingerprint(facts, ["rows", "models"])
+    _try_all(dataset, manifest, folders, settings.models, draft, workers)
+    verdicts = {split: np.concatenate([np.load(part) for part in _parts(draft, split)]) for split in SPLITS}
+    remarks = {split: [remark for part in _parts(draft, split) for remark in _remarks(part)] for split in SPLITS}
+    found = TriedRows(
+        digest=manifest.digest,
+        max_length=settings.models.max_length,
+        tried_with=[folder.name for folder in folders],
+        splits={split: _counted(verdicts[split], remarks[split]) for split in SPLITS},
+    )
+    everything = [remark for split in SPLITS for remark in remarks[split]]
+    _accept(found, everything, settings.data.limits.max_bad_ratio)
+    with whole_folder(target) as folder:
+        for split, verdict in verdicts.items():
+            np.save(folder / f"{split}.npy", verdict)
+        write_text(folder / "remarks.jsonl", jsonl(everything))
+        found.write(folder / "rows.json")
+    shutil.rmtree(draft.parent)
+    return found
+
+
+def _try_all(
+    dataset: Path, manifest: Manifest, folders: list[Path], settings: ModelsSettings, draft: Path, workers: int
+) -> None:
+    """Make all parts that are not there yet; a part is whole where its verdicts are."""
+    jobs = []
+    for split in SPLITS:
+        images = manifest.splits[split].images
+        for first in range(0, images, IMAGES):
+            part = draft / f"{split}-{first:09d}.npy"
+            if not part.exists():
+                last = min(first + IMAGES, images)
+                jobs.append((dataset, split, first, last, tuple(folders), settings.model_dump_json(), part))
+    Samples(dataset, "train")  # checks the hashes once; processes open the files as they are
+    with tqdm(desc="check_rows", total=sum(last - first for _, _, first, last, *_ in jobs), unit="image", mininterval=1) as bar:
+        for images in shared_out(try_part, jobs, min(workers, len(jobs))):
+            bar.update(images)
+
+
+def try_part(dataset: Path, split: Split, first: int, last: int, folders: tuple[Path, ...], settings: str, part: Path) -> int:
+    """Try the samples about images `first`..`last` - 1 and write what came of it; returns how many images."""
+    judge, samples = _judge(folders, settings), _samples(dataset, split)
+    verdicts: list[tuple[int, int, int]] = []
+    remarks: list[Remark] = []
+    sizes = {row: samples.image_size(row) for row in range(first, last)}
+    waiting = [(sample, size) for row, size in sizes.items() for sample in samples.texts(row)]
+    for start in range(0, len(waiting), TOGETHER):
+        some, shown = zip(*waiting[start : start + TOGETHER], strict=True)
+        for verdict, remark in judge(split, some, shown):
+            verdicts.append(verdict)
+            remarks += [remark] if remark else []
+    write_text(part.with_suffix(".jsonl"), jsonl(remarks))
+    content = io.BytesIO()
+    np.save(content, np.array(verdicts, dtype=VERDICT))
+    write_bytes(part, content.getvalue())
+    return last - first
+
+
+@lru_cache(maxsize=1)
+def _judge(folders: tuple[Path, ...], settings: str) -> Judge:
+    return Judge(folders, ModelsSettings.model_validate_json(settings))
+
+
+@lru_cache(maxsize=3)
+def _samples(dataset: Path, split: Split) -> Samples:
+    return Samples(dataset, split, check=False)
+
+
+def _parts(draft: Path, split: Split) -> list[Path]:
+    return sorted(draft.glob(f"{split}-*.npy"))
+
+
+def _remarks(part: Path) -> list[Remark]:
+    lines = part.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+    return [Remark.model_validate_json(line) for line in lines]
+
+
+def _counted(verdict: np.ndarray, remarks: list[Remark]) -> TriedSplit:
+    reasons = Counter(remark.reason for remark in remarks)
+    usable = verdict["turns"] > 0
+    return TriedSplit(
+        samples=len(verdict),
+        usable=int(usable.sum()),
+        cut=reasons.pop(CUT, 0),
+        resized=reasons.pop(RESIZED, 0),
+        left_out=dict(reasons),
+        tokens=int(verdict["tokens"].sum(dtype=np.int64)),
+        response_tokens=int(verdict["response"].sum(dtype=np.int64)),
+        longest=int(verdict["tokens"].max()),
+    )
+
+
+def _accept(found: TriedRows, remarks: list[Remark], max_bad_ratio: float) -> None:
+    samples = sum(split.samples for split in found.splits.values())
+    bad = [remark for remark in remarks if not remark.kept]
+    listing = RUNS / "check_rows" / "remarks.jsonl"
+    if len(bad) > max_bad_ratio * samples:
+        write_text(listing, jsonl(bad))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in bad).most_common())
+        raise DataError(
+            f"{len(bad):,} of {samples:,} samples cannot be trained on, more than limits.max_bad_ratio = {max_bad_ratio} of"
+            f" params/data.yaml allows: {reasons}; each and its reason is in {listing}"
+        )
+    empty = [split for split, tried in found.splits.items() if not tried.usable]
+    if empty:
+        write_text(listing, jsonl(bad))
+        raise DataError(f"no sample of {' and '.join(empty)} can be used; the reasons are in {listing}")
