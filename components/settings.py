@@ -681,7 +681,8 @@ class Settings(Strict):
         arm = self.study.arms[name]
         shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
         blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
-        return Arm(**{field: getattr(arm, field) for field in ("weights", "student", "seed")}, **shared, **blocks)
+        own: dict[str, Any] = {field: getattr(arm, field) for field in ("weights", "student", "seed")}
+        return Arm(**own | shared | blocks)
 
     @property
     def needs_layer(self) -> bool:

@@ -251,8 +251,9 @@ class AlignTI(nn.Module):
             return seen
         if ribbon is None:
             if draws is None:
-                drawn_from = (student.head, mine) if method.source == "student" else (self.teacher.head, seen.teacher)
-                draws = self._draw_from(*drawn_from, batch, keys)
+                head, states = (student.head, mine) if method.source == "student" else (self.teacher.head, seen.teacher)
+                assert isinstance(states, Tensor)  # no cache serves a ribbon
+                draws = self._draw_from(head, states, batch, keys)
             ribbon = self._plan(draws, batch)
             with shared.second if continues else nullcontext():
                 my_ribbon = self._continued(student, cache, ribbon, batch)

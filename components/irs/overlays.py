@@ -37,7 +37,7 @@ def curve(choice: LayerChoice, theme: Theme) -> Figure:
     95% intervals, and that of equal weights; what the rule picks is ringed.
     """
     figure = Figure(figsize=(7.2, 3.0) if choice.region is None else (7.2, 6.2), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1 if choice.region is None else 2, 1))
+    panels = figure.subplots(1 if choice.region is None else 2, 1, squeeze=False)[:, 0]
     _irs(panels[0], choice, theme)
     if choice.region is not None:
         _pointing(panels[1], choice, choice.region, theme)

@@ -59,9 +59,12 @@ class Needs:
     views: tuple[View, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(*(getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:6]),
-                     self.in_student | other.in_student, self.in_teacher | other.in_teacher,
-                     tuple(dict.fromkeys(self.views + other.views)))  # fmt: skip
+        return Needs(
+            **{field.name: getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:6]},
+            in_student=self.in_student | other.in_student,
+            in_teacher=self.in_teacher | other.in_teacher,
+            views=tuple(dict.fromkeys(self.views + other.views)),
+        )
 
     @property
     def live_teacher(self) -> bool:
