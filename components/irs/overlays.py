@@ -60,7 +60,7 @@ def _irs(axes: Axes, choice: LayerChoice, theme: Theme) -> None:
     )
     axes.annotate(
         f"layer {choice.layer}: {best:.3f}", (choice.layer, best + choice.standard_error[choice.layer]), (0, 7),
-        textcoords="offset points", ha="center", color=theme.accent, fontweight="bold",
+        textcoords="offset points", ha="center" if choice.layer else "left", color=theme.accent, fontweight="bold",
     )  # fmt: skip
     axes.set_ylabel("IRS")
     axes.set_ylim(0, 1.25 * max(i + e for i, e in zip(choice.irs, choice.standard_error, strict=True)) or 1)
