@@ -261,10 +261,10 @@ def _embedded_operations(settings: Settings) -> dict[str, float]:
     shape = family.tower
     px = digits.grid * digits.cell_px
     tower = cost.Tower(shape.hidden, shape.layers, shape.heads, shape.mlp, image_px=px, patch_px=shape.patch_px)
-    models = {
-        name: shapes.llava(tower, cost.Language(t.hidden, t.layers, t.heads, t.kv_heads, t.mlp, EMBEDDED_VOCABULARY))
-        for name, t in family.teachers.items()
-    }
+    teachers, students = (
+        [shapes.llava(tower, cost.Language(t.hidden, t.layers, t.heads, t.kv_heads, t.mlp, EMBEDDED_VOCABULARY)) for t in made]
+        for made in (family.teachers.values(), family.students.values())
+    )
 
     def sample(turns: int) -> Work:
         text, response = turns * EMBEDDED_TOKENS[0], turns * EMBEDDED_TOKENS[1]
@@ -274,21 +274,22 @@ def _embedded_operations(settings: Settings) -> dict[str, float]:
         return cost.step(model, None, work, Way(needs_of(["sft"]), towers=0)).all
 
     captions, instructions = family.teacher_captions, family.teacher_instructions
-    reading = family.tower_training.steps * family.tower_training.batch_size * 3 * cost.tower(next(iter(models.values())), 1)
-    made = reading + sum(
-        captions.steps * captions.batch_size * training(model, sample(tower.tokens // 8))
-        + instructions.steps * instructions.batch_size * training(model, sample(instructions.turns))
-        for model in models.values()
-    )
-    teacher, student = max(models.values(), key=lambda m: m.weights), models[next(iter(family.students.values()))]
-    one = cost.step(student, teacher, sample(1), Way(needs_of(CORE))).all
+    described = sample(digits.grid**2 // 2)
+    made = family.tower_training.steps * family.tower_training.batch_size * 3 * cost.tower(teachers[0], 1)
+    for model in teachers:
+        made += captions.steps * captions.batch_size * training(model, described)
+        made += instructions.steps * instructions.batch_size * training(model, sample(instructions.turns))
+    for model in students:
+        made += family.student_captions.steps * family.student_captions.batch_size * training(model, described)
+    teacher, student = max(teachers, key=lambda model: model.weights), students[0]
+    one = cost.step(student, teacher, sample(digits.turns_per_row), Way(needs_of(CORE))).all
     asked = digits.images.test * digits.instructions_per_image.test
     images = digits.images
     return {
         "prepare": images.train + images.val + images.test,
         "obtain_models": made,
         "check_rows": images.train + images.val + images.test,
-        "select_teacher": settings.teacher.samples * sum(cost.body(model, sample(1), 0) for model in models.values()),
+        "select_teacher": settings.teacher.samples * sum(cost.body(model, sample(1), 0) for model in teachers),
         "search_layer": settings.irs.images * settings.irs.instructions_per_image * cost.body(teacher, sample(1), 0),
         "cache_teacher": 1.0,  # a note that there is none
         "terms": 1.0,
