@@ -20,7 +20,7 @@ from components.settings import Arm, Checkpoint, Cut, Parts, Settings
 
 STUDENT_PATH = re.compile(r"artifacts/students/([a-z0-9_-]+)/model")
 IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # of the prepare benchmark (docs/performance.md): its images, its two cores
-EMBEDDED_VOCABULARY, EMBEDDED_TOKENS = 128, (12, 6)  # of digits' questions: text before the answer, answer
+EMBEDDED_VOCABULARY, EMBEDDED_TOKENS = 128, (10, 8)  # of digits' questions: text before the answer, answer
 TEACHER_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}
 
 # What is published of data: rows and, where it is known, bytes to download.
