@@ -148,11 +148,12 @@ def pick(scores: list[Scored], settings: IrsSettings, grids: list[str]) -> Picke
                 f"{where}rule is pointing, and the region that a question asks about is known on fewer than two of the images"
                 " searched (`boxes`, docs/data.md), or it is not known where the teacher's visual tokens lie; set rule: irs"
             )
-        best, second = (*sorted(found, key=lambda key: -float(found[key].mean())), None)[:2]
+        best, *others = sorted(found, key=lambda key: -float(found[key].mean()))
+        second = others[0] if others else None
         lead = None if second is None else found[best] - found[second]
         separated = lead is not None and float(lead.mean()) > Z * standard_error(lead)
-        names = dict(zip(("layer", "weighting", "rows"), best, strict=True))
-        return Picked(rule="pointing", **names, runner_up=second, separated=separated)
+        layer, weighting, rows = best
+        return Picked(rule="pointing", layer=layer, weighting=weighting, rows=rows, runner_up=second, separated=separated)
     (one,) = able
     highest = int(one.irs.mean(1).argsort(descending=True, stable=True)[0])
     layer = highest if settings.layer is None else settings.layer

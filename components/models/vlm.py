@@ -132,7 +132,7 @@ class VLM(nn.Module):
         for map in watch.maps:
             looks.setdefault((map.rows, map.each_row), []).append(map)
         with ExitStack() as stack:
-            open_looks = {}
+            open_looks: dict[Map, Look] = {}
             for (rows, each_row), maps in looks.items():
                 look = Look.at(getattr(batch, rows), batch.visual, each_row, gradients=True)
                 open_looks |= dict.fromkeys(maps, look)
