@@ -72,8 +72,8 @@ def test_the_card_has_counts_licence_hash_and_examples(prepared: Prepared) -> No
         "CC BY 4.0",
         "Alpaydin",
         "contact_sheet.png",
-        "| caption | 640 | 0 | 0 |",
-        "count_colour",
+        "| caption | 320 | 0 | 0 |",
+        "difference",
     ):
         assert text in card
     with Image.open(prepared.folder / "contact_sheet.png") as sheet:
@@ -162,9 +162,9 @@ def test_the_command_ends_with_one_line_that_says_what_it_made(workspace: Path, 
     shutil.copytree(raw_folder, workspace / "data")
     done = run(workspace)
     assert done.returncode == 0, done.stderr
-    # 6 x (8 questions + a caption) + 4 x 4 + 4 x 4
+    # 6 x (2 conversations of 4 questions + 2 captions) + 4 x 4 + 4 x 4
     assert done.stdout == (
-        "prepare: 14 images, 104 samples in 3 splits, 0 quarantined -> artifacts/dataset (card.md, contact_sheet.png)\n"
+        "prepare: 14 images, 56 samples in 3 splits, 0 quarantined -> artifacts/dataset (card.md, contact_sheet.png)\n"
     )
     assert (workspace / "artifacts" / "dataset" / "manifest.json").is_file()
 
