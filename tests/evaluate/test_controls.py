@@ -113,4 +113,4 @@ def test_an_unknown_arm_is_named(name: str, workplace: Path) -> None:
     from components.cli import app
 
     done = CliRunner().invoke(app, ["controls", "--arm", name])
-    assert done.exit_code != 0 and f"--arm {name}" in str(done.exception)
+    assert done.exit_code != 0 and f"no arm {name!r}" in str(done.exception)

@@ -31,7 +31,8 @@ def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def measured(journal: Path, tasks: list[str], batch_size: int = 7) -> lm_eval.Measured:
-    return lm_eval.evaluate(STUDENTS / "sft/model", CPU, tasks, [], batch_size, 8, journal)
+    new_tokens = load_settings().evaluate.max_new_tokens
+    return lm_eval.evaluate(STUDENTS / "sft/model", CPU, tasks, [], batch_size, new_tokens, journal)
 
 
 @needs_lm_eval
