@@ -71,7 +71,7 @@ def test_a_student_with_a_template_of_its_own_is_asked_and_read_in_that(here: Pa
         [lm_eval.QUESTIONS, "alignti_language"],
         [],
         7,
-        8,
+        load_settings().evaluate.max_new_tokens,
         here / "a.jsonl",
         system="List a red yes.",
     )
