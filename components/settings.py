@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -391,18 +391,29 @@ class WithTerms(Strict):
 
     model_config = ConfigDict(extra="allow")
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _no_other_names(cls, raw: Any) -> Any:
-        """Before the fields: a misspelt one would else be told as missing alone."""
-        for name in set(raw if isinstance(raw, dict) else ()) - {*cls.model_fields, *terms.names()}:
-            raise _refused("extra_forbidden", (name,), raw[name])
-        return raw
+    def _no_other_names(cls, raw: Any, fields: Callable[[Any], Self]) -> Self:
+        """Beside the problems of the fields: a misspelt one would else be told as missing alone."""
+        other = set(raw if isinstance(raw, dict) else ()) - {*cls.model_fields, *terms.names()}
+        problems = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=raw[name]) for name in sorted(other, key=str)]
+        try:
+            made = fields(raw)
+        except ValidationError as error:
+            for found in error.errors():
+                if found["loc"] == () or found["loc"][0] not in other:
+                    problems.append(
+                        InitErrorDetails(type=found["type"], loc=found["loc"], input=found["input"], ctx=found.get("ctx", {}))
+                    )
+        if problems:
+            raise ValidationError.from_exception_data("params", problems)
+        return made
 
     @model_validator(mode="after")
     def _options_of_terms(self) -> Self:
         for name, block in self.blocks.items():
-            _check_options(name, block)
+            if name in terms.names():
+                _check_options(name, block)
         return self
 
     @property

@@ -90,7 +90,7 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
     journal.parent.mkdir(parents=True)
     start = {"event": "start", "tags": {"recipe": "smoke", "mlflow.source.git.commit": "0123456789abcdef"}}
     journal.write_text(f'{json.dumps(start)}\n{{"event": "end", "status": "FINISHED"}}\n')
-    scores = Scores(arm="kd", samples=4, exact_match=0.25, per_kind={}, yes_no={})
+    scores = Scores(arm="kd", samples=4, exact_match=0.25, token_f1=0.5, per_kind={}, token_f1_per_kind={}, yes_no={})
     scores.write(root / "artifacts/scores/kd/scores.json")
     listed = alignti(root, "arms").stdout.splitlines()
     assert [line.split()[:3] for line in listed[:2]] == [["sft", "-", "student"], ["kd", "25.0%", "student"]]

@@ -12,7 +12,7 @@ from torch import Tensor
 from components.align_ti.batch import Batch
 from components.align_ti.head import Head
 from components.align_ti.watch import Watch, Watched
-from components.irs.weighting import centred_in_batch, without_weights
+from components.irs.centred import centred_in_batch, without_weights
 from components.models.attention import Look, watching
 from components.models.families import reads_one_layer
 from components.models.vlm import VLM, Kept

@@ -195,9 +195,9 @@ def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picke
 
 def _gazes(tiling: Tiling, samples: list[Sample], attention: Tensor, background: Tensor) -> list[Gaze]:
     """Those of two of an image's instructions; `attention` (I, Nv)."""
+    from components.irs.centred import centred
     from components.irs.overlays import Gaze
     from components.irs.search import furthest_apart
-    from components.irs.weighting import centred
     from components.models.collate import decode
     from components.models.template import question_of
 

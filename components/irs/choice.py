@@ -16,10 +16,10 @@ from torch import Tensor
 
 from components.artifacts import Attention, Background, Interval, LayerChoice, Picked, Region, Rows, View
 from components.errors import DataError, ModelError
+from components.irs.centred import centred, shares
 from components.irs.regions import Tiling
 from components.irs.score import irs_scores, pointing
 from components.irs.search import Seen, Z, rank, standard_error
-from components.irs.weighting import centred, shares
 from components.models.collate import decode
 from components.settings import IrsSettings
 

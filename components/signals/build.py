@@ -17,7 +17,7 @@ from components.align_ti.top_k import TopK, top_k
 from components.align_ti.visual_weights import visual_weights
 from components.artifacts import SignalFacts
 from components.errors import DataError
-from components.irs.weighting import centred_in_batch
+from components.irs.centred import centred_in_batch
 from components.models.attention import Look, watching
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM

@@ -15,7 +15,8 @@ from components.align_ti.visual_weights import visual_weights
 from components.artifacts import Picked
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError
-from components.irs.weighting import BACKGROUND, Weighting, centred, centred_in_batch, shares, weighting, without_weights
+from components.irs.centred import centred, centred_in_batch, shares, without_weights
+from components.irs.weighting import BACKGROUND, Weighting, weighting
 from components.models.vlm import VLM
 from components.settings import Iva
 from tests import tiny
