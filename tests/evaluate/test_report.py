@@ -308,10 +308,11 @@ def test_several_seeds_of_an_arm_are_shown_as_one_arm(finished: Finished, outcom
 
 
 def test_published_runs_of_the_recipe_stand_beside_ones_own(finished: Finished, outcomes: Outcomes) -> None:
-    assert "published runs" not in markdown(finished.comparison)
+    study = finished.settings.study.arms
+    assert "published runs" not in markdown(stage.compare(outcomes, finished.settings.evaluate, study))
     scores = {"teacher": [0.95], "sft": [0.52, 0.54], "align_ti": [0.58, 0.6, 0.62]}
     runs = PublishedRuns(recipe="digits", differing=2, machine="two cores", scores=scores)
-    shown = stage.compare(outcomes, finished.settings.evaluate, finished.settings.study.arms, runs)
+    shown = stage.compare(outcomes, finished.settings.evaluate, study, runs)
     text = markdown(shown)
     assert "Runs of recipe digits on two cores. Your params differ from the recipe in 2 values." in text
     result = shown.arms["align_ti"]

@@ -63,7 +63,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def facts(**changed: Any) -> dict[str, Any]:
     """Everything that decided a student's weights, as far as a card speaks of it."""
-    arm = {"weights": {"sft": 1.0, "kd": 0.5, "iva": 1.0, "tpa": 0.0}, "iva": {"weighting": "irs", "layer": None}}
+    arm = {"weights": {"sft": 1.0, "kd": 0.5, "iva": 1.0}, "iva": {"weighting": "irs", "layer": None}}
     trainable = {"vision_tower": False, "projector": True, "language_model": True, "lora": None}
     distill = {
         "stage": "distill",
