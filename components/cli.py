@@ -217,7 +217,7 @@ def leaderboard(
 def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, with its prompt.")] = None) -> None:
     """List the benchmarks: what each asks, how it is scored, where to get it, and what is not verified."""
     from components.errors import InputError
-    from components.evaluate.benchmarks.table import BENCHMARKS
+    from components.evaluate.benchmarks import BENCHMARKS
     from components.evaluate.statistics import noise_unpaired
 
     if name is not None and name not in BENCHMARKS:

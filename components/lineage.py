@@ -126,11 +126,6 @@ def maker(md5: str) -> str | None:
         return None
 
 
-def makers(stage: str) -> str | None:
-    """`maker` of what `dvc.lock` says that the stage's outputs are."""
-    return next(filter(None, map(maker, locked().get(stage, {}).values())), None)
-
-
 def _path(out: str | dict[str, Any]) -> str:
     return out if isinstance(out, str) else next(iter(out))
 

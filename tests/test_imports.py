@@ -16,7 +16,7 @@ LEVELS = [
     {"artifacts", "align_ti", "imports", "workers"},
     {"settings"},
     {"meter", "lineage", "registry"},
-    {"shards", "looks", "extract", "runtime", "recipes", "tracking", "mirror", "figures"},
+    {"shards", "looks", "runtime", "recipes", "tracking", "mirror", "figures"},
     {"models"},
     {"irs", "rows"},
     {"signals"},

@@ -26,7 +26,7 @@ from components.artifacts import (
     write_text,
 )
 from components.errors import DataError
-from components.evaluate.benchmarks.table import BENCHMARKS, PAPER
+from components.evaluate.benchmarks import BENCHMARKS, PAPER
 from components.evaluate.pages import templates
 from components.evaluate.speed import SPEED, Speed, SpeedReport
 from components.evaluate.statistics import noise_unpaired

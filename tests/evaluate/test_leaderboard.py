@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.artifacts import Comparison, ModelIndex, ModelRecord, TeacherChoice
-from components.evaluate.benchmarks.table import PAPER
+from components.evaluate.benchmarks import PAPER
 from components.evaluate.compare import compare
 from components.evaluate.leaderboard import (
     KIT_NOTE,

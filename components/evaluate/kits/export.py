@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from components.evaluate.benchmarks.choices import rotations, shuffled
+import numpy as np
+
 from components.evaluate.metrics import normalise
 from components.models.template import question_of
 from components.shards import Sample
@@ -92,14 +93,17 @@ def write_options(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: 
 
 
 def write_turned(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int) -> Path:
-    """The multiple choice with its options in every rotation, for circular evaluation (see `rotations`)."""
+    """The multiple choice with its options moved on by 0, 1, ... places: circular evaluation (Liu et al., MMBench, ECCV 2024).
+
+    A question counts as right only if it is answered right in every order.
+    """
     ordered = _ordered(kit_set.rows, samples, seed)
     _table(
         path,
         [
-            _choice(row + turn * TURN, samples[row], offered)
+            _choice(row + turn * TURN, samples[row], [*drawn[turn:], *drawn[:turn]])
             for row, drawn in ordered.items()
-            for turn, offered in enumerate(rotations(drawn))
+            for turn in range(len(drawn))
         ],
     )
     return path
@@ -111,7 +115,12 @@ def _ordered(rows: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[
     for row in rows:
         kinds[samples[row].kind].append(samples[row])
     offered = {kind: options(found) for kind, found in kinds.items()}
-    return {row: shuffled(offered[samples[row].kind], zlib.crc32(f"{seed} {samples[row].id}".encode())) for row in rows}
+    ordered = {}
+    for row in rows:
+        own = offered[samples[row].kind]
+        stream = np.random.default_rng(zlib.crc32(f"{seed} {samples[row].id}".encode()))
+        ordered[row] = [own[place] for place in stream.permutation(len(own))]
+    return ordered
 
 
 def _choice(index: int, sample: Sample, offered: Sequence[str]) -> dict[str, object]:

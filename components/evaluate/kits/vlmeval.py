@@ -4,7 +4,7 @@ Each run has a fresh data folder and a fresh work folder; only TSV, CSV and JSON
 kit's pickles. Answers stand in a journal of ours, so a run that is killed, or whose kit crashes, goes on where it stopped.
 
 Light (`make kits` puts it in .venv/vlmeval): the kit's package alone, which is enough for our own sets and for the benchmarks
-of components/evaluate/benchmarks/table.py, video aside. Full (`make vlmeval-env`, or ALIGNTI_VLMEVAL_PYTHON): an environment
+of components/evaluate/benchmarks.py, video aside. Full (`make vlmeval-env`, or ALIGNTI_VLMEVAL_PYTHON): an environment
 with all that the kit's other benchmarks need.
 """
 

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from components.errors import DataError, InputError, TryAgainError
-from components.evaluate.benchmarks.scoring import Answer, score
-from components.evaluate.benchmarks.table import BENCHMARKS
+from components.evaluate.benchmarks import BENCHMARKS
 from components.evaluate.kits import vlmeval
 from components.evaluate.kits.inside import GREY
 from tests.evaluate import tiny
 from tests.evaluate.kits.conftest import Scripted, needs_vlmeval
+from tests.oracles.scoring import Answer, score
 
 Row = dict[str, Any]
 IMAGE = base64.b64encode(tiny._row("x", 0, {}).image or b"").decode()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from components.evaluate.benchmarks.choices import letter_scienceqa, letter_vlmeval, lettered, rotations, shuffled
+from tests.oracles.choices import letter_scienceqa, letter_vlmeval
 
 OPTIONS = {"A": "cat", "B": "teddy bear", "C": "spider"}
 
@@ -36,17 +34,3 @@ OPTIONS = {"A": "cat", "B": "teddy bear", "C": "spider"}
 def test_letters_in_prose(answer: str, scienceqa: str | None, vlmeval: str | None) -> None:
     assert letter_scienceqa(answer, OPTIONS) == scienceqa
     assert letter_vlmeval(answer, OPTIONS) == vlmeval
-
-
-@given(st.lists(st.text("abcd", min_size=1, max_size=3), min_size=1, max_size=6, unique=True), st.integers(0, 99))
-def test_orders_hold_every_option_once(options: list[str], seed: int) -> None:
-    orders = rotations(options)
-    assert len(orders) == len(options) and orders[0] == options
-    assert {order[0] for order in orders} == set(options)  # each is first once
-    drawn = shuffled(options, seed)
-    assert sorted(drawn) == sorted(options) and drawn == shuffled(options, seed)
-
-
-def test_letters_stand_for_the_options_in_order() -> None:
-    assert lettered(["x", "y"]) == {"A": "x", "B": "y"}
-    assert len({tuple(shuffled("abcd", seed)) for seed in range(30)}) > 10

@@ -8,10 +8,14 @@ prompts; ms-vlmeval 0.0.20), and the data sets' cards on the Hugging Face hub (s
 from __future__ import annotations
 
 from pathlib import PurePosixPath
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from components.evaluate.benchmarks.scoring import Metric
+Metric = Literal[
+    "exact", "vqa_m4c", "relaxed", "ocrbench",
+    "choice_scienceqa", "choice_vlmeval", "choice_circular", "pope", "mme", "hallusion",
+]  # fmt: skip
 
 SHORT = "{question}\nAnswer the question using a single word or phrase."
 LETTER = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."

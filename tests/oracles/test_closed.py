@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from components.evaluate.benchmarks.closed import verdict_mme, verdict_pope, verdict_vlmeval
+from tests.oracles.closed import verdict_mme, verdict_pope, verdict_vlmeval
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from components.errors import DataError
-from components.evaluate.benchmarks.vqa import CONTRACTIONS, accuracy, normalise, normalise_m4c
+from tests.oracles.vqa import CONTRACTIONS, accuracy, normalise, normalise_m4c
 
 
 @pytest.mark.parametrize(("given", "worth"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])

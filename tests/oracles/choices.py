@@ -1,12 +1,9 @@
-"""Multiple choice: which option an answer names, and the orders in which options are shown."""
+"""Multiple choice: which option an answer names, by two published rules."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from string import ascii_uppercase
-
-import numpy as np
+from collections.abc import Mapping
 
 SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 WORDS_AFTER = 5  # VLMEvalKit takes a letter for the answer only if it is among the last words
@@ -49,21 +46,3 @@ def letter_vlmeval(answer: str, options: Mapping[str, str]) -> str | None:
         return None
     quoted = [letter for letter, text in options.items() if text.lower() in answer.lower()]
     return quoted[0] if len(quoted) == 1 else None
-
-
-def rotations(options: Sequence[str]) -> list[list[str]]:
-    """Every order of circular evaluation: the options moved on by 0, 1, ... places (Liu et al., MMBench, ECCV 2024).
-
-    A question counts as right only if it is answered right in every order.
-    """
-    return [[*options[start:], *options[:start]] for start in range(len(options))]
-
-
-def shuffled(options: Sequence[str], seed: int) -> list[str]:
-    """The options in an order drawn by `seed`: what a model that favours a letter loses by."""
-    return [options[place] for place in np.random.default_rng(seed).permutation(len(options))]
-
-
-def lettered(options: Sequence[str]) -> dict[str, str]:
-    """A, B, C, ... for the options in order."""
-    return dict(zip(ascii_uppercase, options, strict=False))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.evaluate.benchmarks.text import anls, contained, contained_formula, edit_distance, exact, relaxed
+from tests.oracles.text import anls, contained, contained_formula, edit_distance, exact, relaxed
 
 WORD = st.text(alphabet="abc ", max_size=7)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from components.errors import DataError
-from components.evaluate.benchmarks.scoring import COGNITION, PERCEPTION, SCORERS, Answer, score
-from components.evaluate.benchmarks.table import BENCHMARKS, PAPER
+from components.evaluate.benchmarks import BENCHMARKS, PAPER
+from tests.oracles.scoring import COGNITION, PERCEPTION, SCORERS, Answer, score
 
 OPTIONS = {"A": "red", "B": "green", "C": "blue", "D": "grey"}
 CLOSED = [(f"image{i}", reference) for i in range(4) for reference in ("yes", "no")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from components.evaluate.benchmarks.vqa import without_punctuation
+from tests.oracles.vqa import without_punctuation
 
 
 def verdict_vlmeval(answer: str) -> str | None:

@@ -1,1 +1,0 @@
-"""The field's benchmarks: what each asks, how it is scored by its own published rule, and where to get it."""
