@@ -35,7 +35,7 @@ def shared_out(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], work
                 yield done.result()
         except BrokenProcessPool:
             raise TryAgainError(
-                "a process that worked on the data was killed, for want of memory perhaps; run again to go on, with fewer:"
+                "a process that shared the work was killed, for want of memory perhaps; run again to go on, with fewer:"
                 " ALIGNTI_WORKERS=1"
             ) from None
         finally:

@@ -21,7 +21,6 @@ def main() -> None:
 
     from components.models import embedded
     from components.models.tiles import as_one_tile
-    from components.runtime import prepare_torch
     from components.shards import Samples
     from components.tracking import stage_run
 
@@ -32,10 +31,11 @@ def main() -> None:
     varied = {"family": models.family, "models": models.members.model_dump(mode="json")}
     with stage_run("obtain_models", runtime=settings.runtime, params=varied) as run:
         if models.embedded is not None and models.family == "embedded":
-            device = prepare_torch(settings.runtime, models.embedded.seed)
             samples = Samples(DATASET, "train")
             run.dataset("train", samples.manifest.digest)
-            embedded.build(models, samples, MODELS, device, lambda name, loss, step: run.metrics({f"loss/{name}": loss}, step))
+            embedded.build(
+                models, samples, MODELS, settings.runtime, lambda name, loss, step: run.metrics({f"loss/{name}": loss}, step)
+            )
         elif models.pretrained is not None:
             for role, members in (("teachers", models.pretrained.teachers), ("students", models.pretrained.students)):
                 for name, member in members.items():

@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen3Config, SiglipVisionModel
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen3Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from components.errors import DataError, ModelError
 from components.models.collate import Batch, Collator, decode, visual_tokens
@@ -27,8 +34,10 @@ from components.models.template import IMAGE, Template, question_of
 from components.models.tokenizer import build_processor
 from components.models.tower import cell_words, encode, new_tower, train_tower
 from components.models.vlm import VLM
-from components.settings import Conversations, EmbeddedFamily, LanguageShape, ModelsSettings, Training
+from components.runtime import prepare_torch
+from components.settings import Conversations, EmbeddedFamily, LanguageShape, ModelsSettings, RuntimeSettings, Training
 from components.shards import CAPTION, Sample, Samples, Turn
+from components.workers import cores, shared_out
 
 HERE = b""  # stands for an image whose features are at hand
 
@@ -71,34 +80,67 @@ def read_corpus(samples: Samples) -> Corpus:
     return Corpus(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), captions, turns)
 
 
-def build(settings: ModelsSettings, samples: Samples, folder: Path, device: torch.device, log: Log) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Family:
+    """What every member of the family is made of and learns from; a process of its own may train any one of them."""
+
+    settings: ModelsSettings
+    runtime: RuntimeSettings
+    tower: SiglipVisionConfig
+    tower_weights: dict[str, Tensor]
+    processor: LlavaProcessor
+    features: np.ndarray[Any, np.dtype[np.float32]]  # (N, Nv, d) that the tower gives of the training images
+    captions: list[list[Sample]]
+    turns: list[list[Turn]]
+    folder: Path
+
+
+def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: RuntimeSettings, log: Log) -> dict[str, Path]:
     """Build, train and save the whole family under `folder`/teachers and `folder`/students; returns what stands where.
 
     Deterministic from `settings.embedded.seed`; each model has its own random stream, so that one more candidate leaves the
-    others as they were.
+    others as they were, and so does training them at the same time, as many as there are cores.
     """
-    family = settings.embedded
-    assert family is not None
+    shapes = settings.embedded
+    assert shapes is not None
+    device = prepare_torch(runtime, shapes.seed)
     corpus = read_corpus(samples)
     template = Template.asked(settings.template)
-    processor = build_processor(corpus.texts, template, corpus.images.shape[-1], family.tower.patch_px)
+    processor = build_processor(corpus.texts, template, corpus.images.shape[-1], shapes.tower.patch_px)
     collator = Collator(processor, template, settings.max_length, train=True)
-    tower = _tower(family, corpus, collator, device, log)
-    seen = encode(tower, corpus.images, device)
+    tower = _tower(shapes, corpus, collator, device, log)
+    features = encode(tower, corpus.images, device).cpu().numpy()
+    read = tower.cpu().state_dict()
+    family = Family(settings, runtime, tower.config, read, processor, features, corpus.captions, corpus.turns, folder)
+    jobs = [(family, role, name) for role in ("teachers", "students") for name in getattr(shapes, role)]
+    at_once = 1 if device.type != "cpu" else min(len(jobs), runtime.workers or cores() // runtime.threads)
     saved: dict[str, Path] = {}
-    members = [("teachers", *member) for member in family.teachers.items()]
-    for role, name, shape in [*members, *(("students", *member) for member in family.students.items())]:
-        generator = _seeded(family.seed, role, name)
-        model = new_model(shape, tower, processor)
-        model.to(device)  # type: ignore[arg-type]
-        language = Language(model, seen, collator, generator, f"{role[:-1]} {name}", log)
-        if role == "teachers":
-            language.captions(corpus, family.teacher_captions)
-            language.conversations(corpus, family.teacher_instructions)
-        else:
-            language.captions(corpus, family.student_captions)
-        saved[f"{role}/{name}"] = save(model, processor, folder / role / name)
+    for name, path, losses in shared_out(trained, jobs, at_once):
+        saved[name] = path
+        for loss in losses:
+            log(*loss)
     return saved
+
+
+def trained(family: Family, role: str, name: str) -> tuple[str, Path, list[tuple[str, float, int]]]:
+    """One member, trained and saved: its name with its role, where it is, and its losses as (name, loss, step)."""
+    shapes, losses = family.settings.embedded, list[tuple[str, float, int]]()
+    assert shapes is not None
+    device = prepare_torch(family.runtime, shapes.seed)
+    collator = Collator(family.processor, Template.asked(family.settings.template), family.settings.max_length, train=True)
+    tower = SiglipVisionModel(family.tower)
+    tower.load_state_dict(family.tower_weights)
+    generator = _seeded(shapes.seed, role, name)
+    model = new_model(getattr(shapes, role)[name], tower, family.processor)
+    model.to(device)  # type: ignore[arg-type]
+    features = torch.from_numpy(family.features).to(device)
+    language = Language(model, features, collator, generator, f"{role[:-1]} {name}", lambda *loss: losses.append(loss))
+    if role == "teachers":
+        language.captions(family.captions, shapes.teacher_captions)
+        language.conversations(family.turns, shapes.teacher_instructions)
+    else:
+        language.captions(family.captions, shapes.student_captions)
+    return f"{role}/{name}", save(model, family.processor, family.folder / role / name), losses
 
 
 def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
@@ -156,23 +198,22 @@ class Language:
     ) -> None:
         self.model, self.seen, self.collator, self.generator, self.name, self.log = model, seen, collator, generator, name, log
 
-    def captions(self, corpus: Corpus, training: Training) -> None:
+    def captions(self, captions: list[list[Sample]], training: Training) -> None:
         """One of an image's captions at a time, drawn anew each time."""
 
         def drawn(image: int) -> Sample:
-            captions = corpus.captions[image]
-            return captions[int(torch.randint(len(captions), (), generator=self.generator))]
+            return captions[image][int(torch.randint(len(captions[image]), (), generator=self.generator))]
 
         self._fit(drawn, training, "captions")
 
-    def conversations(self, corpus: Corpus, training: Conversations) -> None:
+    def conversations(self, turns: list[list[Turn]], training: Conversations) -> None:
         """Up to `training.turns` turns about an image in one sample, in an order drawn anew each time.
 
         The image is read once for all of them, which makes a step of eight questions cost hardly more than a step of one.
         """
 
         def drawn(image: int) -> Sample:
-            asked = corpus.turns[image]
+            asked = turns[image]
             order = torch.randperm(len(asked), generator=self.generator)[: training.turns].tolist()
             first, *others = (asked[index] for index in order)
             marked = Turn(f"{IMAGE}\n{first.question}", first.answer)

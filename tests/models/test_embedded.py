@@ -1,6 +1,7 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from components.models.load import check_pair, load
 from components.models.template import Template
 from components.models.tokenizer import build_tokenizer
 from components.recipes import settings_with
-from components.settings import LanguageShape, ModelsSettings
+from components.settings import LanguageShape, ModelsSettings, load_settings
 from components.shards import ImageRow, Samples
 from tests.models.conftest import PATCH_PX, family, grid_row, sample, tiny_llava, word_processor, write_dataset
 
@@ -25,8 +26,12 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def built(dataset: Path, folder: Path, settings: ModelsSettings) -> dict[str, Path]:
-    return embedded.build(settings, Samples(dataset, "train"), folder, CPU, lambda *_: None)
+def built(
+    dataset: Path, folder: Path, settings: ModelsSettings, workers: int = 1, losses: list[Any] | None = None
+) -> dict[str, Path]:
+    runtime = load_settings(REPOSITORY).runtime.model_copy(update={"device": "cpu", "workers": workers})
+    told = [] if losses is None else losses
+    return embedded.build(settings, Samples(dataset, "train"), folder, runtime, lambda *loss: told.append(loss))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,14 @@ def test_same_seed_same_bytes(models: Path, dataset: Path, tmp_path: Path) -> No
     assert digests(tmp_path) == digests(models)
 
 
+def test_members_trained_at_the_same_time_are_the_same(models: Path, dataset: Path, tmp_path: Path) -> None:
+    losses: list[tuple[str, float, int]] = []
+    built(dataset, tmp_path, family(), workers=2, losses=losses)
+    assert digests(tmp_path) == digests(models)
+    trained = {name for name, *_ in losses}
+    assert {"vision tower", "teacher base captions", "teacher small conversations", "student student captions"} <= trained
+
+
 def test_another_candidate_leaves_the_others_as_they_were(models: Path, dataset: Path, tmp_path: Path) -> None:
     settings = family()
     assert settings.embedded is not None
@@ -112,8 +125,8 @@ def test_language_stages_teach(dataset: Path) -> None:
         "t",
         lambda name, loss, _: losses.setdefault(name, []).append(loss),
     )
-    language.captions(corpus, settings.embedded.teacher_captions)
-    language.conversations(corpus, settings.embedded.teacher_instructions)
+    language.captions(corpus.captions, settings.embedded.teacher_captions)
+    language.conversations(corpus.turns, settings.embedded.teacher_instructions)
     assert losses["t captions"][-1] < 0.6 * losses["t captions"][0]
     assert losses["t conversations"][-1] < 0.6 * losses["t conversations"][0]
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
