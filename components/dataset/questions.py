@@ -93,13 +93,15 @@ def digit(scene: Scene) -> list[Option]:
 
 def colours(scene: Scene) -> list[Option]:
     return [
-        Option(f"Which colours are in {line}?", " ".join(f"{cell} {scene.colour(cell)}" for cell in cells), (line,), cells)
-        for line, cells in scene.lines.items()
+        Option(f"Which colours are in {line}?", _coloured(scene, cells), (line,), cells) for line, cells in scene.lines.items()
     ]
 
 
 def describe(scene: Scene) -> list[Option]:
-    return [Option(f"Describe {line}.", _described(scene, cells), (line,), cells) for line, cells in scene.lines.items()]
+    return [
+        Option(f"Describe {line}.", f"{_read(scene, cells)} then {_coloured(scene, cells)}", (line,), cells)
+        for line, cells in scene.lines.items()
+    ]
 
 
 def larger(scene: Scene) -> list[Option]:
@@ -146,6 +148,10 @@ def _lines(scene: Scene, question: str, result: Callable[[list[int]], int], leas
 
 def _read(scene: Scene, cells: tuple[str, ...]) -> str:
     return " ".join(f"{cell} {scene.digit(cell)}" for cell in cells)
+
+
+def _coloured(scene: Scene, cells: tuple[str, ...]) -> str:
+    return " ".join(f"{cell} {scene.colour(cell)}" for cell in cells)
 
 
 def _described(scene: Scene, cells: tuple[str, ...]) -> str:

@@ -188,7 +188,7 @@ def worked_out(question: str, cells: dict[str, tuple[str, str]]) -> str:
         case ["Which", "colours", "are", "in", _, name]:
             return " ".join(f"{place} {cells[place][0]}" for place in line(name))
         case ["Describe", _, name]:
-            return " ".join(f"{place} {' '.join(cells[place])}" for place in line(name))
+            return f"{read(name)} then {' '.join(f'{place} {cells[place][0]}' for place in line(name))}"
         case ["Which", "is", "larger", a, "or", b]:
             return f"{a} {cells[a][1]} and {b} {cells[b][1]} so {DIGITS[max(value(a), value(b))]}"
         case ["What", "is", a, "plus", b]:

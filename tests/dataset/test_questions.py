@@ -49,7 +49,7 @@ def test_each_kind_on_a_known_scene() -> None:
     assert answers("count")["How many digits are in row one?"] == "a1 three b1 empty c1 seven so two"
     assert answers("count")["How many digits are in column b?"] == "b1 empty b2 three b3 empty so one"
     assert answers("colours")["Which colours are in column c?"] == "c1 blue c2 empty c3 red"
-    assert answers("describe")["Describe row two."] == "a2 empty cell b2 blue three c2 empty cell"
+    assert answers("describe")["Describe row two."] == "a2 empty b2 three c2 empty then a2 empty b2 blue c2 empty"
     assert len(answers("describe")) == 6
 
 
@@ -82,7 +82,7 @@ def scenes(draw: st.DrawFn) -> Scene:
 def test_questions_of_an_image_are_all_different_and_their_answers_short(scene: Scene, amount: int, seed: int) -> None:
     asked = ask(scene, amount, Balance(), np.random.default_rng(seed))
     assert len(asked) == amount == len({one.question for one in asked})
-    legal = {"empty", "cell", "and", "so", "plus", "is", *NUMBERS, *COLOURS, *scene.places}
+    legal = {"empty", "then", "and", "so", "plus", "is", *NUMBERS, *COLOURS, *scene.places}
     for kind, question, answer, cells in asked:
         assert {*cells} <= {*scene.places}
         assert {*cells} == {word for word in answer.split() if word in scene.places}  # it names where it looks
