@@ -23,7 +23,7 @@ VLMEVAL := ms-vlmeval==0.0.20 validators==0.36.0 sty==1.0.6
 KITS := $(VENV)/.kits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kits vlmeval-env data repro flow plan test check format
+.PHONY: help venv kits vlmeval-env data repro flow plan test test-live check format
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -67,8 +67,11 @@ flow: data ## the same stages through Prefect, in the order of DVC's graph
 plan: $(STAMP) ## what `make repro` would run, why, and how long that takes
 	@$(IN_VENV) alignti plan
 
-test: $(KITS) ## all tests, offline
-	@$(IN_VENV) python -m pytest -n 2 --dist loadfile $(TESTS)
+test: $(KITS) ## the tests, offline
+	@$(IN_VENV) python -m pytest -n 2 --dist loadfile -m "not live" $(TESTS)
+
+test-live: $(KITS) ## those that run servers, workers and nights for minutes
+	@$(IN_VENV) python -m pytest -n 2 --dist loadfile -m live $(TESTS)
 
 check: $(STAMP) ## lint, format, types, and a dry validation of every recipe
 	@$(IN_VENV) ruff check .

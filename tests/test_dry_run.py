@@ -25,7 +25,7 @@ from components.errors import ModelError
 from components.irs.__main__ import main as search_layer
 from components.models.__main__ import main as obtain_models
 from components.rows.__main__ import main as check_rows
-from components.settings import FILES, Settings, load_settings
+from components.settings import FILES, Checkpoint, Settings, load_settings
 from components.teacher.__main__ import main as select_teacher
 from components.tracking import Run
 from tests.families import toy
@@ -50,6 +50,7 @@ HUB: dict[str, Callable[[Path], Path]] = {
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": partial(toy.save, "llava_onevision", seed=2),
 }
 LARGE = [name for name in recipes.names(ROOT) if recipes.about(name, ROOT).seconds is None]
+SAME_TOY = {"paper-qwen2.5-1.5b", "paper-qwen3-1.7b"}  # as the smaller student's recipe but for the checkpoint and its path
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def dry_run(name: str, change: Callable[[dict[str, Any]], object] = lambda _: No
     return [json.loads(line) for line in (STUDENTS / arm / "losses.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", sorted({name.partition("/")[0] for name in LARGE}))
+@pytest.mark.parametrize("family", sorted({name.partition("/")[0] for name in LARGE} - SAME_TOY))
 def test_a_recipe_runs_at_toy_size(family: str, workplace: Path) -> None:
     """Its phases first, in their order; those of a teacher that another recipe has trained already are not trained again."""
     for name in [*(f"{family}/{phase}" for phase in recipes.phases(family, ROOT)), family]:
@@ -145,6 +146,18 @@ def test_a_recipe_runs_at_toy_size(family: str, workplace: Path) -> None:
         terms = set(settings.study.arms[arm].weights)
         assert len(losses) == 2 and terms == ({"sft"} if "/" in name else {"sft", "kd", "iva", "tpa"})
         assert all(line[term] > 0 for line in losses for term in terms)
+
+
+@pytest.mark.parametrize("family", sorted({name.partition("/")[0] for name in LARGE}))
+def test_a_recipe_goes_on_from_models_that_its_phases_leave(family: str) -> None:
+    left: set[str] = set()
+    for name in [*(f"{family}/{phase}" for phase in recipes.phases(family, ROOT)), family]:
+        settings = recipes.settings_with(name, ROOT)
+        assert settings.models.pretrained is not None
+        members = [*settings.models.pretrained.teachers.values(), *settings.models.pretrained.students.values()]
+        own = {member.source for member in members if isinstance(member, Checkpoint) and member.source.startswith("artifacts/")}
+        assert own <= left, f"{name} starts from {sorted(own - left)}, which no phase before it leaves"
+        left |= {(STUDENTS / arm / "model").as_posix() for arm in settings.study.arms}
 
 
 def test_values_that_do_not_go_together_go_red(workplace: Path) -> None:

@@ -24,6 +24,8 @@ from components.settings import Settings, load_settings
 from flows import dvc, nightly, promote, reproduce
 from tests.flows.test_notify import webhook
 
+pytestmark = pytest.mark.live
+
 ROOT = Path(__file__).parents[2]
 SQLITE = "sqlite:///.mlflow/mlflow.db"
 ARMS = ("weak", "like", "strong")

@@ -20,6 +20,8 @@ from tests.flows.test_servers import free_port
 from tests.flows.test_study import STAGE, commit
 from tests.planted import CANARY, REMOTE, SECRETS, leaks
 
+pytestmark = pytest.mark.live
+
 pytestmark = pytest.mark.timeout(900)
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 ARMS = ("tpa0-seed1", "tpa1-seed1")

@@ -30,6 +30,8 @@ from tests.flows import test_study as study_of
 from tests.flows.conftest import ROOT, git, ran
 from tests.flows.test_servers import free_port
 
+pytestmark = pytest.mark.live
+
 STEPS = 8
 ON = STEPS + 1
 PATIENCE_S = 120

@@ -25,6 +25,8 @@ from components.errors import InputError, TryAgainError
 from flows import servers
 from flows.servers import Server
 
+pytestmark = pytest.mark.live
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
