@@ -28,7 +28,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import measure
-from components import mirror, tracking
+from components.tracking import mlflow_sync
+from components.tracking.stage_run import JOURNAL_ONLY
 from flows import servers
 
 ROOT = Path(__file__).parents[1]
@@ -49,12 +50,12 @@ stages:
 CELL = """
 import contextlib, os, sys, time
 from pathlib import Path
-from components import tracking
+from components.tracking import stage_run
 from components.settings import load_settings
 cell = sys.argv[1]
 runtime = load_settings().runtime
-tracked = tracking.stage_run("distill", cell, runtime=runtime, params={"cell": cell}) if "TRACKED" in os.environ else None
-with tracked or contextlib.nullcontext(tracking.Run(None)) as run:
+tracked = stage_run("distill", cell, runtime=runtime, params={"cell": cell}) if "TRACKED" in os.environ else None
+with tracked or contextlib.nullcontext(Run(None)) as run:
     until = time.monotonic() + SECONDS
     step = 0
     while (left := until - time.monotonic()) > 0:
@@ -90,7 +91,7 @@ def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
         lay_out(folder, cells, seconds)
         here = os.path.dirname(sys.executable)  # noqa: PTH120  (resolving the link would leave the virtual environment)
         base = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
-        base |= {"ALIGNTI_TRACKING_URI": tracking.JOURNAL_ONLY, "DVC_NO_ANALYTICS": "1"}
+        base |= {"ALIGNTI_TRACKING_URI": JOURNAL_ONLY, "DVC_NO_ANALYTICS": "1"}
 
         def call(environment: Mapping[str, str], *words: str) -> None:
             done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
@@ -155,7 +156,7 @@ def timed(work: Callable[[], None]) -> dict[str, float]:
 
 
 def runs_in_mlflow(address: str) -> int:
-    client = mirror.client(address)
+    client = mlflow_sync.client(address)
     return len(client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.stage = 'distill'"))
 
 

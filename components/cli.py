@@ -166,9 +166,9 @@ def check(
 def sync() -> None:
     """Send the run journals that MLflow has not taken yet."""
     from components.errors import InputError, TryAgainError
-    from components.mirror import sync as send
     from components.settings import load_settings
-    from components.tracking import JOURNAL_ONLY
+    from components.tracking.mlflow_sync import sync as send
+    from components.tracking.stage_run import JOURNAL_ONLY
 
     uri = load_settings().runtime.tracking_uri
     if uri == JOURNAL_ONLY:
@@ -507,9 +507,9 @@ def arms() -> None:
 @app.command()
 def runs() -> None:
     """List the runs of this folder, the latest last: name, status, recipe and commit; `alignti reproduce` takes the name."""
-    from components import tracking
+    from components.tracking import history
 
-    for run in tracking.recorded():
+    for run in history.recorded():
         typer.echo(f"{run.name:60} {run.status:9} {run.recipe or '-':24} {run.commit[:10]}")
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 
-from components.tracking import JOURNALS
+from components.tracking.journal import JOURNALS
 
 LOSS = "loss/total"
 

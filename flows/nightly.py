@@ -13,11 +13,12 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from components import lineage, recipes
+from components import recipes
 from components.artifacts import DATASET, RAW, Manifest
 from components.champion import drift, record
-from components.registry import Version
 from components.settings import load_settings
+from components.tracking import provenance
+from components.tracking.mlflow_registry import Version
 from flows import dvc, notify, promote
 from flows.pipeline import end_with_worker, folder, pipeline
 
@@ -61,7 +62,7 @@ def why(champion: Version | None, manifest: Manifest, drift_above: float) -> lis
     if champion is None:
         return ["there is no champion yet"]
     reasons = []
-    raw, then = lineage.raw().get(str(RAW)), champion.tags.get("dvc.raw")
+    raw, then = provenance.raw().get(str(RAW)), champion.tags.get("dvc.raw")
     if raw != then:
         reasons.append(f"new data: {RAW} is {_digits(raw)}, the champion's was {_digits(then)}")
     figures = json.loads(champion.tags.get("data.statistics", "{}"))
@@ -76,7 +77,7 @@ def _changed_since(commit: str | None) -> str | None:
     """Whether code or params differ from those of `commit`, in words."""
     if commit is None:
         return "it is not known which code made the champion"
-    code = [path for path in lineage.CODE if path != f"{RAW}.dvc"]  # new data is a reason of its own
+    code = [path for path in provenance.CODE if path != f"{RAW}.dvc"]  # new data is a reason of its own
     done = subprocess.run(["git", "diff", "--name-only", commit, "--", *code, "params"], capture_output=True, text=True)
     if done.returncode:
         return f"the champion's commit {commit[:12]} is not in this clone"

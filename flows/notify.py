@@ -14,7 +14,7 @@ import urllib.request
 from datetime import UTC, datetime
 from typing import Any
 
-from components import tracking
+from components.tracking import journal
 
 WEBHOOK = "ALIGNTI_WEBHOOK"
 TIMEOUT_S = 10
@@ -33,7 +33,7 @@ def post(event: str, text: str, **facts: Any) -> bool:
             return True
     except (OSError, ValueError, http.client.HTTPException) as error:
         what = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        tracking.warn(f"the webhook of {WEBHOOK} did not take `{event}` ({what})")
+        journal.warn(f"the webhook of {WEBHOOK} did not take `{event}` ({what})")
         return False
 
 

@@ -14,11 +14,12 @@ from prefect.artifacts import create_link_artifact, create_progress_artifact, cr
 from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_logger
 
-from components import tracking
 from components.artifacts import REPORTS, Absent, Comparison
 from components.errors import AlignTIError
 from components.redact import redacted, without_login
 from components.settings import RuntimeSettings
+from components.tracking import history
+from components.tracking.journal import Run
 
 REPORT = REPORTS / "report.html"
 COMPARISON = REPORTS / "compare.json"
@@ -77,7 +78,7 @@ def leaderboard() -> None:
 
 
 @contextmanager
-def linked(runtime: RuntimeSettings, opening: AbstractContextManager[tracking.Run]) -> Iterator[tracking.Run]:
+def linked(runtime: RuntimeSettings, opening: AbstractContextManager[Run]) -> Iterator[Run]:
     """The run that `opening` opens; when it has ended, links to it and to the report that it kept."""
     run = None
     try:
@@ -98,7 +99,7 @@ def mlflow_page(run: str, runtime: RuntimeSettings) -> str | None:
     """Where a browser finds the run of this journal, without a password; None where no server shows it, or not yet."""
     if not runtime.tracking_uri.startswith(("http://", "https://")):
         return None
-    sent = tracking.sent(run)
+    sent = history.sent(run)
     if not sent or not sent.get("experiment"):
         return None
     return f"{without_login(runtime.tracking_uri).rstrip('/')}/#/experiments/{sent['experiment']}/runs/{sent['run_id']}"

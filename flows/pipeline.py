@@ -24,9 +24,11 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 from pydantic import Field
 
-from components import lineage, recipes, tracking
+from components import recipes
 from components.errors import AlignTIError, InputError, TryAgainError, end_with_parent, exit_from
 from components.settings import load_settings
+from components.tracking import history, provenance
+from components.tracking.stage_run import PARENT, stage_run
 from flows import devices, dvc, notify, page, presence, promote
 from flows.workspace import workspace
 
@@ -52,7 +54,7 @@ def run_stage(
     stage: str, parent: str, slots: threading.Semaphore, stop_when: Callable[[], str | None] | None = None
 ) -> dvc.Outcome:
     with slots, devices.one() as device:
-        return dvc.reproduce(stage, {tracking.PARENT: parent, **device}, stop_when)
+        return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when)
 
 
 FREE = threading.Semaphore(2**20)  # of a stage that need not wait, or whose caller holds a slot already
@@ -85,7 +87,7 @@ def pipeline(
             print(recipes.use(recipe))
         runtime = load_settings().runtime
         slots = threading.Semaphore(parallel)
-        with page.linked(runtime, tracking.stage_run("pipeline", runtime=runtime, works=False)) as run:
+        with page.linked(runtime, stage_run("pipeline", runtime=runtime, works=False)) as run:
             wanted = dvc.graph(targets or ())
             futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
             for stage, needs in wanted.items():
@@ -93,12 +95,12 @@ def pipeline(
                 futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=upstream, return_state=False)
             settle("stages", futures)
             outcomes = {stage: future.result() for stage, future in futures.items()}
-            locked = lineage.locked()
+            locked = provenance.locked()
             for stage, outcome in outcomes.items():
                 run.tag(f"stage.{stage}", outcome)
                 for path, md5 in list(locked.get(stage, {}).items())[:1]:  # the run that made it, whenever that was
-                    run.link(f"stage.{stage}.run", lineage.maker(md5), path, md5)
-            took = [tracking.last_seconds(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
+                    run.link(f"stage.{stage}.run", provenance.maker(md5), path, md5)
+            took = [history.last_seconds(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
             run.metrics({"cost/stage_hours": sum(seconds for seconds, _ in filter(None, took)) / 3600})
             gate(targets or ())
             if "compare" in outcomes:

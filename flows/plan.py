@@ -8,7 +8,7 @@ from typing import Any
 from components import recipes
 from components.errors import InputError
 from components.settings import Settings
-from components.tracking import last_seconds
+from components.tracking.history import last_seconds
 from flows import costs, dvc
 
 

@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components import mirror, registry, tracking
 from components.artifacts import Difference, Fingerprint, Prediction, Record
 from components.champion import record
 from components.champion.duel import MeasuredDifferently, duel, guessed
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
-from components.registry import CANDIDATE, CHAMPION, Version
 from components.settings import Settings, load_settings
+from components.tracking import journal, mlflow_registry, mlflow_sync
+from components.tracking.mlflow_registry import CANDIDATE, CHAMPION, Version
+from components.tracking.stage_run import JOURNAL_ONLY
 from flows import dvc
 
 Answers = tuple[list[Prediction], Fingerprint | None]
@@ -58,8 +59,8 @@ def register(arms: list[str], settings: Settings, parent: str | None = None) -> 
     if best.arm not in told:  # it was registered once, and others have been the candidate since
         client, model = _client(settings), settings.runtime.experiment
         with _asking():
-            if known := registry.of_md5(client, model, best.md5, best.arm):
-                registry.nominate(client, known)
+            if known := mlflow_registry.of_md5(client, model, best.md5, best.arm):
+                mlflow_registry.nominate(client, known)
     return told, True
 
 
@@ -69,18 +70,18 @@ def register_all(parent: str) -> None:
         settings = load_settings()
         register(list(settings.study.arms), settings, parent)
     except (AlignTIError, OSError) as error:
-        tracking.warn(f"the students are not registered: {error}; `alignti register` does it")
+        journal.warn(f"the students are not registered: {error}; `alignti register` does it")
 
 
 def send(settings: Settings) -> bool:
     """Send what the journals hold; false, after a line that says why, if MLflow does not take it now."""
     uri = settings.runtime.tracking_uri
-    if uri == tracking.JOURNAL_ONLY:
+    if uri == JOURNAL_ONLY:
         return False
     try:
-        mirror.sync(uri)
+        mlflow_sync.sync(uri)
     except Exception as error:  # MLflow, its server and its database raise all sorts
-        tracking.warn(f"MLflow does not take the journals ({_short(error)}); `alignti sync` sends them later")
+        journal.warn(f"MLflow does not take the journals ({_short(error)}); `alignti sync` sends them later")
         return False
     return True
 
@@ -98,7 +99,7 @@ def promote(candidate: str | None, settings: Settings, measure: bool = False) ->
     client, model = _client(settings), settings.runtime.experiment
     with _asking():
         challenger = _challenger(client, model, candidate, settings)
-        before = registry.aliased(client, model, CHAMPION)
+        before = mlflow_registry.aliased(client, model, CHAMPION)
     verdict = _verdict(challenger, before, settings, measure)
     with _asking():
         _write(client, challenger, before, verdict)
@@ -109,7 +110,7 @@ def champion(settings: Settings) -> Version | None:
     """Raises InputError or TryAgainError as `promote`."""
     client = _client(settings)
     with _asking():
-        return registry.aliased(client, settings.runtime.experiment, CHAMPION)
+        return mlflow_registry.aliased(client, settings.runtime.experiment, CHAMPION)
 
 
 @contextmanager
@@ -124,13 +125,13 @@ def _asking() -> Iterator[None]:
 
 
 def _client(settings: Settings) -> Any:
-    if settings.runtime.tracking_uri == tracking.JOURNAL_ONLY:
+    if settings.runtime.tracking_uri == JOURNAL_ONLY:
         raise InputError(
             "the champion is an alias in MLflow's registry, and params/runtime.yaml (or ALIGNTI_TRACKING_URI) asks for no"
             " MLflow; name an address there"
         )
     try:
-        return mirror.client(settings.runtime.tracking_uri)
+        return mlflow_sync.client(settings.runtime.tracking_uri)
     except ImportError:
         raise InputError("MLflow is not installed here: pip install -c constraints.txt -e '.[pipeline]'") from None
 
@@ -138,12 +139,12 @@ def _client(settings: Settings) -> Any:
 def _challenger(client: Any, model: str, asked: str | None, settings: Settings) -> Version:
     """Raises InputError if there is none such."""
     if asked is None:
-        found = registry.aliased(client, model, CANDIDATE)
+        found = mlflow_registry.aliased(client, model, CANDIDATE)
         if found is None:
             raise InputError(f"no student of {model} is registered; `alignti register` registers those of this folder")
         return found
     if asked.removeprefix("v").isdigit():
-        found = registry.numbered(client, model, asked.removeprefix("v"))
+        found = mlflow_registry.numbered(client, model, asked.removeprefix("v"))
         if found is None:
             raise InputError(f"{model} has no version {asked}; MLflow's page Models lists them")
         return found
@@ -151,8 +152,8 @@ def _challenger(client: Any, model: str, asked: str | None, settings: Settings) 
         raise InputError(f"{asked!r} is neither a version nor an arm of params/study.yaml ({', '.join(settings.study.arms)})")
     (student,) = record.standing([asked])
     record.register([student], settings, None)
-    mirror.sync(settings.runtime.tracking_uri)
-    found = registry.of_md5(client, model, student.md5, asked)
+    mlflow_sync.sync(settings.runtime.tracking_uri)
+    found = mlflow_registry.of_md5(client, model, student.md5, asked)
     if found is None:
         raise TryAgainError(f"{asked} is registered, but MLflow does not show it yet")
     return found
@@ -214,7 +215,7 @@ def _recorded(version: Version) -> Answers:
             dvc.bring(md5, Path(folder) / "scores")
         except InputError as error:
             raise InputError(f"the answers of {version} are not here: {error}") from None
-        said = registry.fingerprint(version)
+        said = mlflow_registry.fingerprint(version)
         measured = None if said is None else Fingerprint.model_validate(said)
         return read_predictions(Path(folder) / "scores/predictions.jsonl"), measured
 
@@ -241,9 +242,9 @@ def _write(client: Any, challenger: Version, champion: Version | None, verdict: 
             "promotion.p_value": f"{gap.p_value:.6g}",
         }
     if verdict.promoted:
-        registry.crown(client, challenger, champion, why)
+        mlflow_registry.crown(client, challenger, champion, why)
     elif champion is not None and champion.number != challenger.number:
-        registry.say(client, challenger, why)
+        mlflow_registry.say(client, challenger, why)
 
 
 def _short(error: Exception) -> str:

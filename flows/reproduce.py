@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components import lineage, mirror, registry, tracking
 from components.artifacts import write_text
 from components.errors import InputError, TryAgainError
 from components.settings import Settings
-from components.tracking import JOURNALS
+from components.tracking import mlflow_registry, mlflow_sync, provenance
+from components.tracking.journal import JOURNALS
+from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 from flows import dvc
 from flows.workspace import workspace
 
@@ -36,7 +37,7 @@ class Recorded:
     uncommitted: list[str]  # code that was not committed when it ran
     params: dict[str, str]  # file -> text
     inputs: dict[str, str]  # path -> md5
-    made: dict[str, lineage.Digest]
+    made: dict[str, provenance.Digest]
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ def find(run: str, settings: Settings) -> Recorded:
         journal = next(sent, journal).with_suffix(".jsonl")
     if journal.exists():
         return _from_journal(run, journal, settings)
-    if settings.runtime.tracking_uri == tracking.JOURNAL_ONLY:
+    if settings.runtime.tracking_uri == JOURNAL_ONLY:
         raise InputError(f"there is no journal {run} in {JOURNALS}, and no MLflow to ask (tracking_uri is `journal`)")
     from mlflow.exceptions import MlflowException
 
     try:
-        return _from_mlflow(run, mirror.client(settings.runtime.tracking_uri))
+        return _from_mlflow(run, mlflow_sync.client(settings.runtime.tracking_uri))
     except MlflowException as error:
-        if error.error_code in registry.ABSENT:  # of names that can be no id it says INVALID_PARAMETER_VALUE
+        if error.error_code in mlflow_registry.ABSENT:  # of names that can be no id it says INVALID_PARAMETER_VALUE
             raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}") from None
         raise TryAgainError(f"MLflow does not answer ({error.error_code})") from None
 
@@ -103,13 +104,13 @@ def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) 
     """
     _can_be_had(recorded)
     title = f"reproduce-{recorded.run[:32].replace('@', '-')}"
-    with workspace(title, recorded.commit), tracking.stage_run("reproduce", runtime=settings.runtime) as run:
+    with workspace(title, recorded.commit), stage_run("reproduce", runtime=settings.runtime) as run:
         for file, text in recorded.params.items():
             write_text(Path(file), text)
         run.tag("reproduces", recorded.run)
         chain = list(dvc.graph([recorded.stage]))
         for stage in chain:
-            dvc.reproduce(stage, {tracking.PARENT: run.id}, anew=stage == recorded.stage or not stage_only)
+            dvc.reproduce(stage, {PARENT: run.id}, anew=stage == recorded.stage or not stage_only)
         outcome = _compare(recorded, [recorded.stage] if stage_only else chain)
         run.tag("same_bytes", str(outcome.same).lower())
     return outcome
@@ -133,7 +134,7 @@ def _can_be_had(recorded: Recorded) -> None:
 def _compare(recorded: Recorded, ran: list[str]) -> Outcome:
     outcome = Outcome(recorded, ran)
     for path, before in recorded.made.items():
-        now = lineage.digest(Path(path)).files
+        now = provenance.digest(Path(path)).files
         for name in sorted(before.files.keys() | now.keys()):
             shown = path if name == "." else f"{path}/{name}"
             if before.files.get(name) == now.get(name):
@@ -142,7 +143,7 @@ def _compare(recorded: Recorded, ran: list[str]) -> Outcome:
                 outcome.timed.append(shown)
             else:
                 outcome.different.append(shown)
-    made = {path: md5 for outs in lineage.locked().values() for path, md5 in outs.items()} | lineage.raw()
+    made = {path: md5 for outs in provenance.locked().values() for path, md5 in outs.items()} | provenance.raw()
     outcome.inputs.extend(path for path, md5 in recorded.inputs.items() if made.get(path) != md5)
     return outcome
 
@@ -170,8 +171,8 @@ def _from_mlflow(run: str, client: Any) -> Recorded:
     base, tags = found.info.artifact_uri, found.data.tags
     files = {entry.path for entry in _files(client, run, "")}
     inputs = {i.dataset.name: i.dataset.digest for i in found.inputs.dataset_inputs if i.dataset.source_type == "dvc"}
-    made = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mirror.MADE}/")]
-    origin = load_dict(f"{base}/{mirror.ORIGIN}") if mirror.ORIGIN in files else None
+    made = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mlflow_sync.MADE}/")]
+    origin = load_dict(f"{base}/{mlflow_sync.ORIGIN}") if mlflow_sync.ORIGIN in files else None
     return _recorded(run, tags, origin, inputs, {entry["path"]: entry for entry in made})
 
 
@@ -201,5 +202,5 @@ def _recorded(
         uncommitted=origin["uncommitted"],
         params=origin["params"],
         inputs=inputs,
-        made={path: lineage.Digest(entry["md5"], entry["files"]) for path, entry in made.items()},
+        made={path: provenance.Digest(entry["md5"], entry["files"]) for path, entry in made.items()},
     )

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from components import mirror
 from components.artifacts import write_text
 from components.errors import AlignTIError, InputError, TryAgainError
+from components.tracking import mlflow_sync
 
 if TYPE_CHECKING:
     import psutil
@@ -260,8 +260,8 @@ def _start(name: Name, host: str, port: int, database: str, auth: str | None) ->
 def _mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
     artifacts = (MLFLOW_HOME / "artifacts").resolve()
     artifacts.mkdir(parents=True, exist_ok=True)
-    if database.startswith(mirror.LOCAL):
-        mirror.make_database(Path(database.removeprefix(mirror.LOCAL)))  # stages that start now find it whole
+    if database.startswith(mlflow_sync.LOCAL):
+        mlflow_sync.make_database(Path(database.removeprefix(mlflow_sync.LOCAL)))  # stages that start now find it whole
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
     if database.startswith("sqlite"):  # one machine: stages may write there with or without the server
         command += ["--workers", "1", "--no-serve-artifacts", "--default-artifact-root", artifacts.as_uri()]

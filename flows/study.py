@@ -17,12 +17,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from pydantic import Field
 
-from components import mirror, recipes, tracking
+from components import recipes
 from components.artifacts import STUDENTS, Cost
 from components.errors import AlignTIError
 from components.settings import RuntimeSettings, load_settings
 from components.study import expand, record
 from components.study.expand import Cell, Study
+from components.tracking import journal, mlflow_sync
+from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 from flows import dvc, notify, page, workspace
 from flows.divergence import diverged
 from flows.handed_out import NotMade, Orders
@@ -120,7 +122,7 @@ def study(
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
         runtime = load_settings().runtime
-        opening = tracking.stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, works=False)
+        opening = stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, works=False)
         with page.linked(runtime, opening) as run:
             run.tag("study", name)
             pool = Orders(name, workspace.head(), recipe, run.id) if over_pool else None
@@ -138,7 +140,7 @@ def study(
                     f"{len(missing)} of {len(cells)} arms of study {name} are missing; the others are recorded."
                     f" `alignti study run {name}` runs what is missing:\n{lines}"
                 )
-            dvc.reproduce(CLOSING, {tracking.PARENT: run.id})
+            dvc.reproduce(CLOSING, {PARENT: run.id})
             gate()
             page.leaderboard()
     return became
@@ -182,11 +184,11 @@ def _became(future: PrefectFuture[dvc.Outcome]) -> str:
 
 def _send(runtime: RuntimeSettings) -> None:
     """Send the records; a tracking server that is away costs a line, as it does a stage."""
-    if runtime.tracking_uri == tracking.JOURNAL_ONLY:
+    if runtime.tracking_uri == JOURNAL_ONLY:
         return
     try:
-        mirror.sync(runtime.tracking_uri)
+        mlflow_sync.sync(runtime.tracking_uri)
     except Exception as error:  # MLflow, its server and its database raise all sorts
-        tracking.warn(
+        journal.warn(
             f"MLflow does not take the records ({' '.join(str(error).split())[:300]}); `alignti sync` sends them later"
         )

@@ -43,10 +43,10 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes seconds to make one."""
-    from components import mirror
+    from components.tracking import mlflow_sync
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mirror.client(f"sqlite:///{path}").search_experiments()
+    mlflow_sync.client(f"sqlite:///{path}").search_experiments()
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from components.imports import ROOT, closure, imports, modules
+from components.tracking.import_graph import ROOT, closure, imports, modules
 
 __all__ = ["ROOT", "closure", "imports", "modules", "says_something"]
 

@@ -27,7 +27,7 @@ from components.models.__main__ import main as obtain_models
 from components.rows.__main__ import main as check_rows
 from components.settings import FILES, Checkpoint, Settings, load_settings
 from components.teacher.__main__ import main as select_teacher
-from components.tracking import Run
+from components.tracking.journal import Run
 from tests.families import toy
 from tests.families.parts import qwen_folder, siglip_folder
 

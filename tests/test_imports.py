@@ -13,10 +13,10 @@ from tests.graph_of_code import ROOT, closure, imports, modules
 LEVELS = [
     {"redact"},
     {"errors"},
-    {"artifacts", "align_ti", "imports", "workers"},
+    {"artifacts", "align_ti", "workers"},
     {"settings"},
-    {"meter", "lineage", "registry"},
-    {"shards", "looks", "runtime", "recipes", "tracking", "mirror", "figures"},
+    {"recipes"},
+    {"shards", "looks", "runtime", "tracking", "figures"},
     {"models"},
     {"irs", "rows"},
     {"signals"},
@@ -28,7 +28,6 @@ LEVELS = [
     {"flows"},
     {"cli"},
 ]
-SAME_LEVEL = {("tracking", "recipes"), ("mirror", "tracking")}
 
 # What a box that only distils may lack.
 PIPELINE_ONLY = {"dvc", "prefect", "mlflow", "matplotlib", "scipy", "sklearn", "typer", "rich", "ruamel", "pyarrow", "PIL"}
@@ -53,7 +52,7 @@ def test_imports_point_down(module: str) -> None:
     here = room(module)
     for imported in imports(module):
         there = room(imported) if imported.split(".")[0] in ("components", "flows") else ""
-        if there and there != here and (here, there) not in SAME_LEVEL:
+        if there and there != here:
             assert level(there) < level(here), f"{module} imports {imported}"
 
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components import lineage, tracking
 from components.artifacts import DATASET, RAW, SCORES, STUDENTS, Cost, Manifest, Scores
 from components.champion import drift
 from components.errors import DataError
 from components.settings import Settings
-from components.tracking import JOURNALS
+from components.tracking import journal, provenance
+from components.tracking.journal import JOURNALS
+from components.tracking.stage_run import nearest_recipe
 
 STAGE = "student"  # the tag of these runs
 
@@ -33,12 +34,12 @@ class Student:
 
 def standing(arms: Sequence[str]) -> list[Student]:
     """Raises DataError if one of them has not been trained and scored here, or was changed since."""
-    locked = lineage.locked()
+    locked = provenance.locked()
     found = []
     for arm in arms:
         md5 = locked.get(f"distill@{arm}", {}).get(str(STUDENTS / arm))
         scores = locked.get(f"evaluate@{arm}", {}).get(str(SCORES / arm))
-        if md5 is None or scores is None or lineage.digest(SCORES / arm).md5 != scores:
+        if md5 is None or scores is None or provenance.digest(SCORES / arm).md5 != scores:
             raise DataError(
                 f"{arm} has not been trained and scored here, or {SCORES / arm} was changed since; `dvc repro` does both"
             )
@@ -60,12 +61,12 @@ def register(
 
 def _tell(student: Student, settings: Settings, parent: str | None, candidate: bool) -> bool:
     cost, arm = Cost.read(STUDENTS / student.arm / "cost.json"), settings.arm(student.arm)
-    made_by = lineage.maker(student.md5)
+    made_by = provenance.maker(student.md5)
     fingerprint = student.scores.fingerprint
     tags = {
         "stage": STAGE,
         "arm": student.arm,
-        **tracking.nearest_recipe().tag,
+        **nearest_recipe().tag,
         "dvc.path": str(STUDENTS / student.arm),
         "dvc.md5": student.md5,
         "dvc.scores": student.scores_md5,
@@ -76,7 +77,7 @@ def _tell(student: Student, settings: Settings, parent: str | None, candidate: b
         **_commit(made_by),
     }
     outcome = hashlib.sha256(json.dumps([student.md5, student.scores_md5]).encode()).hexdigest()
-    return tracking.record(
+    return journal.record(
         f"student-{student.arm}-{outcome[:12]}",
         f"student/{student.arm}",
         runtime=settings.runtime,
@@ -95,7 +96,7 @@ def _tell(student: Student, settings: Settings, parent: str | None, candidate: b
             "made_by": made_by or "",
             "candidate": candidate,
             "tags": tags,
-            "params": {key: str(value) for key, value in tracking.flatten(arm.model_dump(mode="json"))},
+            "params": {key: str(value) for key, value in journal.flatten(arm.model_dump(mode="json"))},
             "description": f"{student.arm}: {student.scores.exact_match:.1%} exact match on {student.scores.samples:,} samples",
         },
     )
@@ -103,8 +104,8 @@ def _tell(student: Student, settings: Settings, parent: str | None, candidate: b
 
 def _data() -> dict[str, str]:
     """What it was trained on: the raw data and the prepared set."""
-    prepared = lineage.locked().get("prepare", {}).get(str(DATASET))
-    known = {"dvc.raw": lineage.raw().get(str(RAW)), "dvc.dataset": prepared}
+    prepared = provenance.locked().get("prepare", {}).get(str(DATASET))
+    known = {"dvc.raw": provenance.raw().get(str(RAW)), "dvc.dataset": prepared}
     figures = drift.statistics(Manifest.read(DATASET / "manifest.json"))
     return {key: md5 for key, md5 in known.items() if md5} | {"data.statistics": json.dumps(figures)}
 

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from components import tracking
 from components.artifacts import DATASET, Overlap
 from components.errors import exit_from
 from components.settings import Settings, load_settings, named_paths
+from components.tracking.stage_run import stage_run
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
 
     for unseen in unseen_by_dvc(settings):
         print(f"prepare: {unseen}", file=sys.stderr)
-    with tracking.stage_run("prepare", runtime=settings.runtime, params=settings.data.model_dump(mode="json")) as run:
+    with stage_run("prepare", runtime=settings.runtime, params=settings.data.model_dump(mode="json")) as run:
         manifest = prepare(settings.data, workers=settings.runtime.workers)
         run.dataset("prepared", manifest.digest)
         run.metrics({"rows_in": manifest.rows_in, "rows_out": manifest.rows_out, "quarantined": manifest.quarantined})

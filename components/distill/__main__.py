@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from components import tracking
 from components.align_ti.step import AlignTI, Method
 from components.artifacts import (
     DATASET,
@@ -54,6 +53,8 @@ from components.settings import Arm, DistillSettings, Settings, load_settings
 from components.shards import CAPTION, Samples
 from components.signals.store import Signals, read_manifest
 from components.signals.store import facts as facts_of
+from components.tracking.journal import Run
+from components.tracking.stage_run import stage_run
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
     if to_be_launched(settings.runtime):
         launch(settings.runtime, prepare_torch(settings.runtime, arm.seed).type, sys.argv[1:])
         return
-    with tracking.stage_run("distill", name, runtime=settings.runtime, params=arm.model_dump(mode="json")) as run:
+    with stage_run("distill", name, runtime=settings.runtime, params=arm.model_dump(mode="json")) as run:
         cost = distill(name, arm, settings, run)
         run.metrics({"cost/train_seconds": cost.train_seconds, "cost/peak_memory_mib": cost.peak_memory_mib})
     if PartialState().is_main_process:
@@ -76,7 +77,7 @@ def main() -> None:
     PartialState().destroy_process_group()
 
 
-def distill(name: str, arm: Arm, settings: Settings, run: tracking.Run) -> Cost:
+def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
     """Train and export one arm. Returns what it took."""
     device = prepare_torch(settings.runtime, arm.seed, settings.distill.precision)
     bf16 = settings.distill.precision == "bf16"

@@ -15,12 +15,12 @@ from pathlib import Path
 from components.align_ti import terms
 from components.artifacts import TERMS, sha256, whole_folder, write_text
 from components.errors import exit_from
-from components.imports import ROOT, closure, modules
 from components.settings import load_settings
+from components.tracking.import_graph import ROOT, closure, modules
 
 # Shared by all stages, and what only tells of a training: neither changes a student's bytes.
 APART = (
-    "settings", "artifacts", "errors", "imports", "tracking", "lineage", "mirror", "registry", "recipes", "runtime",
+    "settings", "artifacts", "errors", "tracking", "recipes", "runtime",
     "distill.card", "distill.footprint", "distill.memory", "distill.replay",
 )  # fmt: skip
 
@@ -45,7 +45,7 @@ def of_training(weights: Iterable[str]) -> list[Path]:
 
 
 def _files(names: Iterable[str]) -> list[Path]:
-    apart = ["components", *(f"components.{name}" for name in APART)]
+    apart = [f"components.{name}" for name in APART]
     return sorted({modules()[module] for name in names for module in closure(name, apart)})
 
 

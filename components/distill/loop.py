@@ -30,7 +30,7 @@ from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch, Collator
 from components.settings import DistillSettings
 from components.shards import Samples
-from components.tracking import Run
+from components.tracking.journal import Run
 
 
 @dataclass(frozen=True)

@@ -41,19 +41,19 @@ def main() -> None:
         print(f"evaluate teacher: nothing to do, {none}")
         return
 
-    from components import tracking
     from components.evaluate import fingerprint, generate, likelihood, metrics
     from components.evaluate.journal import Journal
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
     from components.shards import Samples
+    from components.tracking.stage_run import stage_run
 
     asked = settings.evaluate
     samples = Samples(DATASET, asked.split, ROWS)
     rows = generate.questions(samples)
     varying = {"split": asked.split, "samples": len(rows), "max_new_tokens": asked.max_new_tokens}
-    with tracking.stage_run("evaluate", cell=arm, runtime=settings.runtime, params=varying) as run:
+    with stage_run("evaluate", cell=arm, runtime=settings.runtime, params=varying) as run:
         run.dataset(str(DATASET), samples.manifest.digest)
         device = prepare_torch(settings.runtime, seed=0)
         loaded = load(model_of(arm), device)

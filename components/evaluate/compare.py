@@ -281,12 +281,10 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from components import tracking
     from components.evaluate import published_runs, report
+    from components.tracking.stage_run import stage_run
 
-    with tracking.stage_run(
-        "compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}
-    ) as run:
+    with stage_run("compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}) as run:
         outcomes = read(settings.study.arms)
         comparison = compare(outcomes, settings.evaluate, settings.study.arms, published_runs.nearest())
         written = [comparison.write(REPORTS / "compare.json")]

@@ -49,7 +49,6 @@ def main() -> None:
         return
     teacher = TeacherChoice.read(TEACHER / "choice.json")
 
-    from components import tracking
     from components.irs.choice import choose
     from components.irs.regions import Tiling
     from components.irs.search import TooFewInstructions, look
@@ -57,9 +56,10 @@ def main() -> None:
     from components.models.template import Template
     from components.runtime import prepare_torch
     from components.shards import Samples
+    from components.tracking.stage_run import stage_run
 
     device = prepare_torch(settings.runtime, settings.irs.seed)
-    with tracking.stage_run("search_layer", runtime=settings.runtime, params=settings.irs.model_dump()) as run:
+    with stage_run("search_layer", runtime=settings.runtime, params=settings.irs.model_dump()) as run:
         samples = Samples(DATASET, "train", ROWS)
         loaded = load(Path(teacher.path), device)
         try:

@@ -22,7 +22,7 @@ def main() -> None:
     from components.models import embedded
     from components.models.tiles import as_one_tile
     from components.shards import Samples
-    from components.tracking import stage_run
+    from components.tracking.stage_run import stage_run
 
     disable_progress_bar()  # of writing one shard
     began = time.perf_counter()

@@ -9,11 +9,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from components import lineage, tracking
 from components.artifacts import DATASET, REPORTS, STUDENTS, ArmResult, Comparison, Cost, Manifest
 from components.distill.card import START
-from components.meter import CPU_WH, GPU_WH
 from components.redact import without_login
+from components.tracking import history, provenance
+from components.tracking.system_metrics import CPU_WH, GPU_WH
 
 BEFORE = (
     "prepare",
@@ -44,9 +44,9 @@ def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
 
 def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
     """The section, what goes into the front matter, and what is missing: scores of other weights are not this student's."""
-    file, entry = REPORTS / "compare.json", lineage.read_by(f"evaluate@{arm}")
+    file, entry = REPORTS / "compare.json", provenance.read_by(f"evaluate@{arm}")
     model = (STUDENTS / arm / "model").as_posix()
-    if not file.is_file() or entry.get(model) != lineage.digest(STUDENTS / arm / "model").md5:
+    if not file.is_file() or entry.get(model) != provenance.digest(STUDENTS / arm / "model").md5:
         missing = f"scores: {file} has none of these weights; `dvc repro` measures them"
         return "## Scores\n\nNot measured.\n", {}, [missing]
     comparison = Comparison.read(file)
@@ -106,7 +106,7 @@ def _with(value: float, interval: tuple[float, float]) -> str:
 
 def _cost(arm: str) -> str:
     cost = Cost.read(STUDENTS / arm / "cost.json")
-    used = tracking.energy(_run(arm) or "")
+    used = history.energy(_run(arm) or "")
     energy = [f"{used[key]:.3g} Wh of the {what}" for key, what in ((GPU_WH, "GPUs"), (CPU_WH, "processors")) if key in used]
     return (
         f"## Cost\n\n{cost.steps:,} steps in {cost.train_seconds:,.0f} s on {cost.device}, at most"
@@ -117,18 +117,18 @@ def _cost(arm: str) -> str:
 def _again(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
     """Commit, hashes and commands, and what is missing of them."""
     run, missing = _run(arm), []
-    commit, changed = tracking.ran(run) if run else (None, [])
+    commit, changed = history.ran(run) if run else (None, [])
     if commit is None:
         missing.append("the commit: no journal here says which run made these weights")
     if changed:
         missing.append(f"a commit of all that ran: {', '.join(changed)} differed from {commit}")
-    locked = lineage.locked()
+    locked = provenance.locked()
     mine = locked.get(f"distill@{arm}", {})
-    if mine.get((STUDENTS / arm).as_posix()) != lineage.digest(STUDENTS / arm).md5:
+    if mine.get((STUDENTS / arm).as_posix()) != provenance.digest(STUDENTS / arm).md5:
         missing.append("DVC's hashes: dvc.lock is of other weights than these; `dvc repro`, or `dvc checkout`")
         rows = []
     else:
-        outs = {**lineage.raw(), **{path: md5 for stage in BEFORE for path, md5 in locked.get(stage, {}).items()}, **mine}
+        outs = {**provenance.raw(), **{path: md5 for stage in BEFORE for path, md5 in locked.get(stage, {}).items()}, **mine}
         rows = ["| what | DVC's md5 |", "|---|---|", *(f"| `{path}` | `{md5}` |" for path, md5 in outs.items()), ""]
     with_others = f", but with other {', '.join(changed)} (below is what decided the weights)" if changed else ""
     lines = [
@@ -147,7 +147,7 @@ def _again(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
 
 def _run(arm: str) -> str | None:
     """The journal of the run that made these weights, whichever cache they went through."""
-    return lineage.maker(lineage.digest(STUDENTS / arm).md5)
+    return provenance.maker(provenance.digest(STUDENTS / arm).md5)
 
 
 def _remote() -> str:

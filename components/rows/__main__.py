@@ -16,7 +16,7 @@ from components.workers import cores
 
 def main() -> None:
     settings = load_settings()
-    from components.tracking import stage_run
+    from components.tracking.stage_run import stage_run
 
     asked = settings.models.model_dump(mode="json", include={"max_length", "too_long", "refused_images"})
     with stage_run("check_rows", runtime=settings.runtime, params=asked) as run:

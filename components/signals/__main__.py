@@ -28,8 +28,8 @@ from components.artifacts import (
     sha256,
 )
 from components.errors import ModelError, TryAgainError, exit_from
-from components.imports import closure, modules
 from components.settings import Settings, load_settings
+from components.tracking.import_graph import closure, modules
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ APART = [f"components.{name}" for name in ("settings", "artifacts", "errors", "i
 
 def main() -> None:
     settings = load_settings()
-    from components.tracking import stage_run
+    from components.tracking.stage_run import stage_run
 
     asked = settings.distill.teacher_signals
     with stage_run("cache_teacher", runtime=settings.runtime, params=asked.model_dump()) as run:

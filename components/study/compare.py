@@ -17,10 +17,10 @@ import numpy as np
 
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.statistics import Interval, holm
-from components.meter import CPU_WH, GPU_WH
 from components.study.expand import SEED
 from components.study.record import FINGERPRINT, STAGE
-from components.tracking import JOURNAL_ONLY
+from components.tracking.stage_run import JOURNAL_ONLY
+from components.tracking.system_metrics import CPU_WH, GPU_WH
 
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
 PAGE = 1000  # runs asked for at once
@@ -116,7 +116,7 @@ def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
         InputError: it names no MLflow, or one without such an experiment.
         TryAgainError: it does not answer.
     """
-    from components.mirror import client
+    from components.tracking.mlflow_sync import client
 
     if tracking_uri == JOURNAL_ONLY:
         raise InputError(

@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components import lineage, tracking
 from components.artifacts import SCORES, STUDENTS, Cost
 from components.settings import RuntimeSettings
 from components.study.expand import Cell
+from components.tracking import history, journal, provenance
 
 STAGE = "cell"  # the tag by which `compare` finds these runs
 FINGERPRINT = "eval.fingerprint"
@@ -29,10 +29,10 @@ def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: 
     text = scores_file.read_text(encoding="utf-8")
     scores, cost = json.loads(text), Cost.read(cost_file)
     outcome = hashlib.sha256(f"{digest}{text}{cost_file.read_text(encoding='utf-8')}".encode()).hexdigest()
-    made_by = {f"run.{stage}": tracking.last_run(f"{stage}@{cell.name}") for stage in ("distill", "evaluate")}
-    made_by["run.distill"] = lineage.maker(digest) or made_by["run.distill"]  # restored bytes are an earlier run's
+    made_by = {f"run.{stage}": history.last_run(f"{stage}@{cell.name}") for stage in ("distill", "evaluate")}
+    made_by["run.distill"] = provenance.maker(digest) or made_by["run.distill"]  # restored bytes are an earlier run's
     flat = flatten(cell.arm.model_dump(mode="json"))
-    return tracking.record(
+    return journal.record(
         f"cell-{study}-{cell.name}-{outcome[:12]}",
         cell.name,
         runtime=runtime,
@@ -57,7 +57,7 @@ def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: 
             "cost/device_hours": cost.train_seconds / 3600,
             "cost/peak_memory_mib": cost.peak_memory_mib,
             "cost/steps": cost.steps,
-            **tracking.energy(made_by["run.distill"] or ""),
+            **history.energy(made_by["run.distill"] or ""),
         },
         artifacts=[scores_file, SCORES / cell.name / "predictions.jsonl"],
     )

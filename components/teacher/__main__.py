@@ -34,7 +34,6 @@ def main() -> None:
         print(f"select_teacher: nothing to do, {NO_TEACHER.none}")
         return
 
-    from components import tracking
     from components.evaluate.generate import questions
     from components.figures import draw
     from components.runtime import prepare_torch
@@ -42,13 +41,14 @@ def main() -> None:
     from components.teacher import report
     from components.teacher.choose import choose
     from components.teacher.measure import balanced, measure
+    from components.tracking.stage_run import stage_run
 
     records = ModelIndex.read(MODELS / "index.json").teachers
     if not records:
         raise ModelError(f"{MODELS / 'index.json'} lists no teacher; name one in params/models.yaml and `dvc repro`")
     samples = Samples(DATASET, "val", ROWS)
     rows = balanced(questions(samples), samples.kinds, settings.teacher.samples, settings.teacher.seed)
-    with tracking.stage_run("select_teacher", runtime=settings.runtime, params=settings.teacher.model_dump()) as run:
+    with stage_run("select_teacher", runtime=settings.runtime, params=settings.teacher.model_dump()) as run:
         run.dataset(str(DATASET), samples.manifest.digest)
         device = prepare_torch(settings.runtime, settings.teacher.seed)
         candidates = [measure(record, samples, rows, settings, device) for record in records.values()]

@@ -27,7 +27,7 @@ from components.distill.launch import CONFIGS, check_came_up, launch
 from components.errors import InputError, Interrupted
 from components.settings import RuntimeSettings, load_settings
 from components.shards import ImageRow, Turn, write_split
-from components.tracking import Run
+from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, WORDS, _row, write_params
 from tests.distill.test_stage import _journal, _wait_for, command, environment
 from tests.tried import keep_all

@@ -16,7 +16,7 @@ from components.irs import __main__ as search
 from components.settings import load_settings
 from components.signals import __main__ as signals
 from components.signals.store import facts, read_manifest
-from components.tracking import Run
+from components.tracking.journal import Run
 from tests.distill.conftest import write_params
 
 SEARCHED = {"weighting": "searched", "layer": None}

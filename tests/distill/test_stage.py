@@ -21,7 +21,7 @@ from components.errors import DataError, InputError, Interrupted, SettingsError,
 from components.models.template import Template
 from components.settings import load_settings
 from components.shards import Turn
-from components.tracking import Run
+from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, STEPS, write_params
 
 

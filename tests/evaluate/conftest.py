@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from components import tracking
 from components.artifacts import DATASET, MODELS, STUDENTS, TEACHER, ModelIndex, TeacherChoice
 from components.evaluate.generate import answers, questions
 from components.models.folder import record
@@ -118,5 +117,6 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
         seen.stage, seen.params = (stage, cell), params
         yield seen
 
-    monkeypatch.setattr(tracking, "stage_run", stage_run)
+    for command in ("__main__", "compare"):
+        monkeypatch.setattr(f"components.evaluate.{command}.stage_run", stage_run)
     return seen

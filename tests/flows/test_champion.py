@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
-from components import lineage, mirror, registry, tracking
 from components.artifacts import SCORES, Prediction, Scores
 from components.champion import measure
 from components.champion.duel import MeasuredDifferently
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
 from components.settings import Settings, load_settings
+from components.tracking import mlflow_registry, mlflow_sync, provenance
+from components.tracking.journal import JOURNALS
+from components.tracking.stage_run import JOURNAL_ONLY
 from flows import dvc, nightly, promote, reproduce
 from tests.flows.test_notify import webhook
 
@@ -64,14 +66,14 @@ stages:
 STAGE = """
 import json, sys, time
 from pathlib import Path
-from components import tracking
+from components.tracking.stage_run import stage_run
 from components.settings import load_settings
 stage, *arm = sys.argv[1:]
 main = Path(".runs").resolve().parent
 def write(path, text):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text)
-with tracking.stage_run(stage, *arm, runtime=load_settings().runtime):
+with stage_run(stage, *arm, runtime=load_settings().runtime):
     with (main / "ran.log").open("a") as log:
         log.write("-".join([stage, *arm]) + "\\n")
     if stage == "prepare":
@@ -143,7 +145,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     arm = {"weights": {"sft": 1.0, "kd": 0.0, "iva": 0.0, "tpa": 0.0}, "student": "student", "seed": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for name, value in {**ENVIRONMENT, "ALIGNTI_TRACKING_URI": tracking.JOURNAL_ONLY}.items():
+        for name, value in {**ENVIRONMENT, "ALIGNTI_TRACKING_URI": JOURNAL_ONLY}.items():
             patch.setenv(name, value)
         shutil.copytree(ROOT / "params", "params")
         Path(".mlflow").mkdir()
@@ -194,19 +196,19 @@ def test_the_champion_changes_only_on_a_lead_beyond_chance(trained: Settings) ->
     assert first.why.endswith("the most frequent answer to each kind gives 10.0%")
     assert promote.register(list(ARMS), trained) == (["like", "strong"], True)
 
-    client = mirror.client(SQLITE)
+    client = mlflow_sync.client(SQLITE)
     like = promote.promote("like", trained)
     assert not like.promoted and "+2.00 points" in like.why and "no lead beyond chance" in like.why
-    held = registry.aliased(client, "tests", registry.CHAMPION)
+    held = mlflow_registry.aliased(client, "tests", mlflow_registry.CHAMPION)
     assert held is not None and held.arm == "weak"
 
     shutil.rmtree("artifacts/scores")  # the answers come from DVC's cache
     best = promote.promote(None, trained)  # the candidate is the best that was registered last
     assert best.promoted and best.candidate.arm == "strong" and best.difference is not None
     assert best.difference.difference == pytest.approx(0.4) and best.difference.ci95[0] > 0
-    now = registry.aliased(client, "tests", registry.CHAMPION)
+    now = mlflow_registry.aliased(client, "tests", mlflow_registry.CHAMPION)
     assert now is not None and now.arm == "strong" and now.tags["promotion"] == best.why
-    assert registry.numbered(client, "tests", held.number).tags["succeeded_by"] == now.number  # type: ignore[union-attr]
+    assert mlflow_registry.numbered(client, "tests", held.number).tags["succeeded_by"] == now.number  # type: ignore[union-attr]
     assert "bytes of the champion already" in promote.promote(now.number, trained).why
 
     version = client.get_model_version("tests", now.number)
@@ -214,7 +216,9 @@ def test_the_champion_changes_only_on_a_lead_beyond_chance(trained: Settings) ->
     assert version.run_id in {run.info.run_id for run in trainings if run.data.tags["cell"] == "strong"}
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     assert logged.tags["mlflow.model.isExternal"] == "true"
-    assert version.tags["dvc.md5"] == logged.tags["dvc.md5"] == lineage.locked()["distill@strong"]["artifacts/students/strong"]
+    assert (
+        version.tags["dvc.md5"] == logged.tags["dvc.md5"] == provenance.locked()["distill@strong"]["artifacts/students/strong"]
+    )
     assert not list(Path(".mlflow").rglob("weights"))  # they stay with DVC
     assert {"arm", "recipe", "eval.fingerprint", "mlflow.source.git.commit", "git.dirty", "exact_match"} <= set(version.tags)
 
@@ -230,7 +234,7 @@ def test_the_first_champion_knows_more_than_the_most_frequent_answers(
     ]
     monkeypatch.setattr(promote, "_recorded", lambda _: (answers, None))
     tags = {"recipe": "smoke", "exact_match": str(right / 4)}
-    version = registry.Version(model="tests", number="1", arm="sft", md5="0", run_id="0", tags=tags, aliases=())
+    version = mlflow_registry.Version(model="tests", number="1", arm="sft", md5="0", run_id="0", tags=tags, aliases=())
     verdict = promote._verdict(version, None, load_settings(), measure=False)
     assert verdict.promoted is promoted
     assert f"{right / 4:.1%} on 4 questions, recipe smoke; the most frequent answer to each kind gives 50.0%" in verdict.why
@@ -240,7 +244,7 @@ def test_what_was_measured_differently_is_refused_or_measured_anew(trained: Sett
     promote.register(["weak"], trained)
     promote.promote(None, trained)
     add_data("200")
-    monkeypatch.setenv("ALIGNTI_TRACKING_URI", tracking.JOURNAL_ONLY)
+    monkeypatch.setenv("ALIGNTI_TRACKING_URI", JOURNAL_ONLY)
     dvc.reproduce_all(["evaluate@strong"])
     monkeypatch.setenv("ALIGNTI_TRACKING_URI", SQLITE)
     with pytest.raises(MeasuredDifferently, match=r"dataset hash: .*promote --measure"):
@@ -259,8 +263,8 @@ def test_a_server_that_is_away_keeps_nothing_from_being_registered_later(
     assert "`alignti sync` sends them later" in capsys.readouterr().err
     with pytest.raises(TryAgainError, match="the champion is as it was"):
         promote.promote(None, away)
-    mirror.sync(SQLITE)
-    found = registry.aliased(mirror.client(SQLITE), "tests", registry.CANDIDATE)
+    mlflow_sync.sync(SQLITE)
+    found = mlflow_registry.aliased(mlflow_sync.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
     assert found is not None and found.arm == "strong"
     Path("artifacts/scores/weak/scores.json").write_text("{}")
     with pytest.raises(DataError, match="weak was changed since"):
@@ -268,8 +272,8 @@ def test_a_server_that_is_away_keeps_nothing_from_being_registered_later(
 
 
 def test_a_run_is_reproduced_to_the_byte_or_what_differs_is_named(trained: Settings, folder: Path) -> None:
-    (journal,) = tracking.JOURNALS.glob("*-evaluate@weak-*.jsonl")
-    (training,) = tracking.JOURNALS.glob("*-distill@weak-*.jsonl")
+    (journal,) = JOURNALS.glob("*-evaluate@weak-*.jsonl")
+    (training,) = JOURNALS.glob("*-distill@weak-*.jsonl")
     before = Path("params/study.yaml").read_text()
     Path("params/study.yaml").write_text(before.replace("seed: 1", "seed: 7"))  # what is being edited does not count
     recorded = reproduce.find(journal.stem, trained)
@@ -286,7 +290,7 @@ def test_a_run_is_reproduced_to_the_byte_or_what_differs_is_named(trained: Setti
     assert not outcome.same and outcome.timed == ["artifacts/students/weak/cost.json"] and not outcome.inputs
     assert "NOT the same bytes: artifacts/students/weak/model/weights" in str(outcome)
 
-    mirror.sync(SQLITE)
+    mlflow_sync.sync(SQLITE)
     run_id = json.loads(training.with_suffix(".sent").read_text())["run_id"]
     assert reproduce.find(run_id, trained).made == recorded.made
     training.unlink()
@@ -298,13 +302,13 @@ def test_a_run_is_reproduced_to_the_byte_or_what_differs_is_named(trained: Setti
 
 
 def test_a_run_of_code_that_was_not_committed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALIGNTI_TRACKING_URI", tracking.JOURNAL_ONLY)
+    monkeypatch.setenv("ALIGNTI_TRACKING_URI", JOURNAL_ONLY)
     Path("components/skill-weak").write_text("0.6")
     Path("components/new.py").write_text("")
     Path("params/evaluate.yaml").write_text(Path("params/evaluate.yaml").read_text() + "\n")  # recorded, so no matter
-    before = set(tracking.JOURNALS.glob("*-distill@weak-*.jsonl"))
+    before = set(JOURNALS.glob("*-distill@weak-*.jsonl"))
     dvc.reproduce_all(["distill@weak"])
-    (journal,) = set(tracking.JOURNALS.glob("*-distill@weak-*.jsonl")) - before
+    (journal,) = set(JOURNALS.glob("*-distill@weak-*.jsonl")) - before
     recorded = reproduce.find(journal.stem, load_settings())
     with pytest.raises(InputError, match=r"not committed \(components/skill-weak, components/new.py\)"):
         reproduce.reproduce(recorded, load_settings())
@@ -317,7 +321,7 @@ def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(
 ) -> None:
     promote.register(["weak"], trained)
     promote.promote(None, trained)
-    monkeypatch.setattr(tracking, "_start_mirror", lambda *_: None)  # all is sent at the end
+    monkeypatch.setattr("components.tracking.stage_run._start_mirror", lambda *_: None)  # all is sent at the end
     with webhook() as (address, got):
         monkeypatch.setenv("ALIGNTI_WEBHOOK", address)
         quiet = nightly.nightly()
@@ -331,10 +335,10 @@ def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(
         assert data.startswith("new data: data is ") and "train/images 100 -> 120" in moved
         assert code.startswith("1 file(s) of code or params differ")
         assert night["verdict"]["promoted"] and night["verdict"]["candidate"]["arm"] == "strong"
-        found = registry.aliased(mirror.client(SQLITE), "tests", registry.CANDIDATE)
+        found = mlflow_registry.aliased(mlflow_sync.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
         assert found is not None and found.arm == "strong"  # the pipeline registered what it made
 
-        monkeypatch.setenv("ALIGNTI_TRACKING_URI", tracking.JOURNAL_ONLY)
+        monkeypatch.setenv("ALIGNTI_TRACKING_URI", JOURNAL_ONLY)
         with pytest.raises(InputError, match="the champion is an alias in MLflow's registry"):
             nightly.nightly()
     champion, failed = (json.loads(body) for _, _, body in got)

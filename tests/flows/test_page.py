@@ -14,11 +14,11 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterName
 from prefect.client.schemas.sorting import FlowRunSort
 
-from components import tracking
 from components.artifacts import Comparison
 from components.evaluate.compare import compare
 from components.evaluate.outcomes import read
 from components.settings import load_settings
+from components.tracking.journal import JOURNALS, Run
 from flows import dvc, page
 from flows.pipeline import pipeline
 from tests.evaluate.study import ARMS, study_arms, write_study
@@ -78,10 +78,10 @@ def test_the_leaderboard_and_the_ways_to_mlflow_and_the_report(project: Path) ->
     page.REPORT.write_text("<html>")
 
     @contextmanager
-    def opened() -> Iterator[tracking.Run]:
-        run = tracking.Run(tracking.JOURNALS / "20260101T000000-pipeline-0.jsonl")
+    def opened() -> Iterator[Run]:
+        run = Run(JOURNALS / "20260101T000000-pipeline-0.jsonl")
         yield run
-        (tracking.JOURNALS / f"{run.id}.sent").write_text(json.dumps({"run_id": "f" * 32, "experiment": "7", "done": True}))
+        (JOURNALS / f"{run.id}.sent").write_text(json.dumps({"run_id": "f" * 32, "experiment": "7", "done": True}))
 
     @flow
     def telling() -> None:
@@ -94,4 +94,4 @@ def test_the_leaderboard_and_the_ways_to_mlflow_and_the_report(project: Path) ->
     assert rows[1]["exact match"].endswith("%") and " to " in rows[1]["95%"]
     assert f"(http://127.0.0.1:5000/#/experiments/7/runs/{'f' * 32})" in shown()["mlflow-run"].data
     assert f"{'f' * 32}/artifacts/report.html)" in shown()["report"].data
-    assert (tracking.JOURNALS / "20260101T000000-pipeline-0.files/report.html").exists()  # for MLflow to keep
+    assert (JOURNALS / "20260101T000000-pipeline-0.files/report.html").exists()  # for MLflow to keep

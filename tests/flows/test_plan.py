@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from components import recipes, tracking
+from components import recipes
 from components.settings import load_settings
+from components.tracking import history
 from flows import dvc
 from flows.plan import foresee, plan
 from tests.flows.conftest import ran
@@ -63,8 +64,8 @@ def test_plan_agrees_with_what_dvc_then_runs(project: Path) -> None:
 def test_times_come_from_the_last_run_of_this_recipe_else_from_what_it_says(
     project: Path, recorded_of: str, seconds: float | None
 ) -> None:
-    tracking.LAST.mkdir(parents=True)
-    (tracking.LAST / "prepare.json").write_text(json.dumps({"seconds": 7.5, "recipe": recorded_of}))
+    history.LAST.mkdir(parents=True)
+    (history.LAST / "prepare.json").write_text(json.dumps({"seconds": 7.5, "recipe": recorded_of}))
     (project / "dvc.yaml").write_text("stages: {prepare: {cmd: 'true', outs: [x]}}")
     (step,), basis, recipe = plan(load_settings())
     assert step.seconds == (seconds or recipes.about("digits").seconds["prepare"])

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from components import lineage
 from components.artifacts import (
     DATASET,
     MODELS,
@@ -27,9 +26,10 @@ from components.artifacts import (
     write_text,
 )
 from components.distill.card import NOT_STATED, facts_in, licence_of, model_card
-from components.meter import CPU_WH, GPU_WH
 from components.release.card import full
-from components.tracking import JOURNALS
+from components.tracking import provenance
+from components.tracking.journal import JOURNALS
+from components.tracking.system_metrics import CPU_WH, GPU_WH
 from tests.release.conftest import COMMIT, facts
 
 ARM = STUDENTS / "align_ti"
@@ -123,12 +123,12 @@ def locked(arm_digest: str, model_digest: str) -> None:
         {"event": "metrics", "step": None, "values": {GPU_WH: 1.25, CPU_WH: 0.5}},
     ]
     write_text(JOURNALS / "run-1.jsonl", "".join(json.dumps(event) + "\n" for event in events))
-    lineage.note_maker(lineage.digest(ARM).md5, "run-1")
+    provenance.note_maker(provenance.digest(ARM).md5, "run-1")
 
 
 @pytest.fixture
 def compared(project: Path) -> Comparison:
-    locked(lineage.digest(ARM).md5, lineage.digest(ARM / "model").md5)
+    locked(provenance.digest(ARM).md5, provenance.digest(ARM / "model").md5)
     comparison().write(REPORTS / "compare.json")
     return comparison()
 
@@ -144,7 +144,7 @@ def test_the_full_card_has_scores_cost_and_the_way_to_make_it_again(compared: Co
     assert "800 steps in 90 s on cpu, at most 1,036 MiB. Energy: 1.25 Wh of the GPUs and 0.5 Wh of the processors." in text
     assert f"git checkout {COMMIT}\ndvc repro distill@align_ti\nalignti export align_ti mine --dtype bf16\n" in text
     assert "alignti reproduce run-1" in text
-    assert f"| `{ARM}` | `{lineage.digest(ARM).md5}` |" in text and "| `artifacts/dataset` | `11.dir` |" in text
+    assert f"| `{ARM}` | `{provenance.digest(ARM).md5}` |" in text and "| `artifacts/dataset` | `11.dir` |" in text
     assert 'from_pretrained("mine")' in text and facts_in(text)["irs_layer"] == 1
     assert "- Over kd: -0.1 points (-1.1 to +0.9), not more than the noise." in text
 

@@ -28,7 +28,7 @@ from components.shards import CAPTION, Samples
 from components.signals import __main__ as signals_stage
 from components.signals import build
 from components.signals.store import Signals, facts, read_manifest
-from components.tracking import Run
+from components.tracking.journal import Run
 from tests.distill.conftest import write_params
 from tests.models.conftest import NV
 

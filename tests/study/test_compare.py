@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from components.errors import DataError, InputError, TryAgainError
-from components.mirror import client
 from components.study import compare as module
 from components.study import report
 from components.study.compare import HOURS, MEMORY, SCORE, Run, StudyResult, compare
+from components.tracking.mlflow_sync import client
 
 KNOWN = json.dumps({"kit": "alignti", "dataset_hash": "abc"})
 SCORES = {("0.0", "0.0"): 0.50, ("1.0", "0.0"): 0.52, ("0.0", "1.0"): 0.57, ("1.0", "1.0"): 0.60}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +126,31 @@ def maker(md5: str) -> str | None:
         return (MADE / md5).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
+
+
+def uncommitted() -> list[str]:
+    """Files of `CODE` that are not as they were committed, new ones among them; none outside a git repository."""
+    try:
+        said = git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [line.split(maxsplit=1)[1] for line in said.splitlines()]
+
+
+def commit_tags() -> dict[str, str]:
+    """The commit that ran, whether tracked files differed from it, and DVC's name for the stage."""
+    origin = {key: os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if key in os.environ}
+    try:
+        commit = git("rev-parse", "HEAD")
+        origin["git.dirty"] = str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower()
+        origin["mlflow.source.git.commit"] = commit
+    except (OSError, subprocess.CalledProcessError):
+        origin["mlflow.source.git.commit"] = "none"  # an export without its history
+    return origin
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _path(out: str | dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ MJ_PER_WH, UJ_PER_WH, MB = 3.6e6, 3.6e9, 1e6
 
 
 class Sink(Protocol):
-    """Where samples go: a run of components/tracking.py."""
+    """Receiver of samples: `journal.Run`."""
 
     def sample(self, values: Mapping[str, float], step: int) -> None: ...
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("components", "flows")
 
 
@@ -43,16 +43,17 @@ def _names(body: list[ast.stmt]) -> Iterator[str]:
 
 
 def closure(module: str, stop: Collection[str] = ()) -> set[str]:
-    """`module` and all of ours that it imports, directly or not, without going into `stop`. A module imports its packages."""
+    """`module` and the modules of ours that it imports, directly or not, its packages among them; not those of the rooms and
+    modules `stop`, nor what only they import, nor the outermost packages."""
     known = modules()
     seen: set[str] = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name in seen or name in stop or name not in known:
+        if name in seen or name not in known or "." not in name or any(f"{name}.".startswith(f"{one}.") for one in stop):
             continue
         seen.add(name)
         parts = name.split(".")
-        waiting += [".".join(parts[:n]) for n in range(1, len(parts))]
+        waiting += [".".join(parts[:n]) for n in range(2, len(parts))]
         waiting += imports(name)
     return seen

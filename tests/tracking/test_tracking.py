@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 
-from components import lineage, mirror, tracking
 from components.errors import Interrupted, SettingsError
 from components.settings import RuntimeSettings
+from components.tracking import history, journal, mlflow_sync, provenance
+from components.tracking.journal import JOURNALS
+from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 
 SQLITE = "sqlite:///.mlflow/mlflow.db"
 REST: dict[str, Any] = {
@@ -37,24 +39,25 @@ REST: dict[str, Any] = {
 }
 
 
-def runtime(uri: str = tracking.JOURNAL_ONLY) -> RuntimeSettings:
+def runtime(uri: str = JOURNAL_ONLY) -> RuntimeSettings:
     return RuntimeSettings(tracking_uri=uri, **REST)
 
 
 @pytest.fixture(autouse=True)
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "PATIENCE_S", 120)  # on a busy machine MLflow takes its time; here each run is waited for
+    # On a busy machine MLflow takes its time; here each run is waited for.
+    monkeypatch.setattr("components.tracking.stage_run.PATIENCE_S", 120)
     monkeypatch.setattr("components.recipes.nearest", lambda: ("digits", 0))
     return tmp_path
 
 
 def journals() -> list[Path]:
-    return sorted(tracking.JOURNALS.glob("*.jsonl"))
+    return sorted(JOURNALS.glob("*.jsonl"))
 
 
 def lines(journal: Path) -> list[dict[str, Any]]:
-    """Without what the meter says of the machine: tests/test_meter.py."""
+    """Without what the meter says of the machine: tests/tracking/test_system_metrics.py."""
     events = [json.loads(line) for line in journal.read_text().splitlines()]
     return [e for e in events if not e.get("key", "").startswith("energy.") and not (e["event"] == "metrics" and _metered(e))]
 
@@ -63,13 +66,11 @@ def _metered(event: dict[str, Any]) -> bool:
     return all(name.startswith("system/") for name in event["values"])
 
 
-def work(uri: str = tracking.JOURNAL_ONLY, steps: int = 3) -> None:
+def work(uri: str = JOURNAL_ONLY, steps: int = 3) -> None:
     """A stage that logs one of everything."""
     picture = Path("curve.png")
     picture.write_bytes(b"picture")
-    with tracking.stage_run(
-        "distill", cell="align_ti", runtime=runtime(uri), params={"weights": {"sft": 1.0}, "seed": 1}
-    ) as run:
+    with stage_run("distill", cell="align_ti", runtime=runtime(uri), params={"weights": {"sft": 1.0}, "seed": 1}) as run:
         for step in range(steps):
             run.metrics({"loss/sft": 3.0 - abs(step - 1), "accuracy": 0.1 * step}, step=step)
         run.dataset("digits", "d" * 64)
@@ -104,9 +105,9 @@ def test_the_journal_holds_everything_in_order() -> None:
 
 
 def test_a_record_of_the_last_success_tells_how_long_it_took() -> None:
-    assert tracking.last_seconds("distill@align_ti") is None
+    assert history.last_seconds("distill@align_ti") is None
     work()
-    seconds, recipe = tracking.last_seconds("distill@align_ti") or (None, None)
+    seconds, recipe = history.last_seconds("distill@align_ti") or (None, None)
     assert recipe == "digits"
     assert seconds is not None and 0 <= seconds < 60
 
@@ -115,10 +116,10 @@ def test_a_record_of_the_last_success_tells_how_long_it_took() -> None:
     ("error", "status"), [(ValueError("x"), "FAILED"), (Interrupted("x"), "KILLED"), (KeyboardInterrupt(), "KILLED")]
 )
 def test_what_the_work_raises_passes_through_and_is_told(error: BaseException, status: str) -> None:
-    with pytest.raises(type(error)), tracking.stage_run("prepare", runtime=runtime()):
+    with pytest.raises(type(error)), stage_run("prepare", runtime=runtime()):
         raise error
     assert lines(journals()[0])[-1]["status"] == status
-    assert tracking.last_seconds("prepare") is None
+    assert history.last_seconds("prepare") is None
 
 
 def test_params_that_cannot_be_read_cost_a_run_its_recipe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +130,7 @@ def test_params_that_cannot_be_read_cost_a_run_its_recipe_alone(monkeypatch: pyt
     work()
     ((start, *_),) = [[json.loads(line) for line in path.read_text().splitlines()] for path in journals()]
     assert "recipe" not in start["tags"]
-    assert json.loads((tracking.LAST / "distill@align_ti.json").read_text())["recipe"] is None
+    assert json.loads((history.LAST / "distill@align_ti.json").read_text())["recipe"] is None
 
 
 def test_only_rank_0_is_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,7 @@ def test_only_rank_0_is_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_journal_that_cannot_be_written_is_one_warning(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workspace / ".runs").write_text("in the way")
-    with tracking.stage_run("prepare", runtime=runtime()) as run:
+    with stage_run("prepare", runtime=runtime()) as run:
         run.metrics({"a": 1})
         done = True
     assert done
@@ -149,7 +150,7 @@ def test_a_journal_that_cannot_be_written_is_one_warning(workspace: Path, capsys
 
 def test_mlflow_run_id_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)  # with it MLflow would reopen and rename that run
-    with tracking.stage_run("prepare", runtime=runtime()):
+    with stage_run("prepare", runtime=runtime()):
         assert "MLFLOW_RUN_ID" not in os.environ
 
 
@@ -163,7 +164,7 @@ def database(workspace: Path, empty_database: Path) -> None:
 
 
 def client() -> Any:
-    return mirror.client(SQLITE)
+    return mlflow_sync.client(SQLITE)
 
 
 def runs() -> dict[str, Any]:
@@ -201,8 +202,8 @@ def all_arrived(journal: Path) -> dict[str, int]:
 
 @pytest.mark.usefixtures("database")
 def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    with tracking.stage_run("pipeline", runtime=runtime(SQLITE)) as parent:
-        monkeypatch.setenv(tracking.PARENT, parent.id)
+    with stage_run("pipeline", runtime=runtime(SQLITE)) as parent:
+        monkeypatch.setenv(PARENT, parent.id)
         work(SQLITE)
     found = runs()
     assert set(found) == {"pipeline", "distill/align_ti"}
@@ -228,13 +229,13 @@ def test_sync_sends_what_is_left_once_however_often_it_is_interrupted(monkeypatc
 
     for method in ("_dataset", "_artifact", "_end"):
         with monkeypatch.context() as fault:
-            fault.setattr(mirror.Mirror, method, broken)
+            fault.setattr(mlflow_sync.Mirror, method, broken)
             with pytest.raises(ConnectionError):
-                mirror.sync(SQLITE)
+                mlflow_sync.sync(SQLITE)
     # Killed between making the run and noting which it was:
     journals()[0].with_suffix(".sent").unlink()
-    assert mirror.sync(SQLITE) == (1, 0)
-    assert mirror.sync(SQLITE) == (0, 0)
+    assert mlflow_sync.sync(SQLITE) == (1, 0)
+    assert mlflow_sync.sync(SQLITE) == (0, 0)
     (run,) = runs().values()
     history = client().get_metric_history(run.info.run_id, "accuracy")
     assert sorted(point.step for point in history) == list(range(600))
@@ -243,9 +244,9 @@ def test_sync_sends_what_is_left_once_however_often_it_is_interrupted(monkeypatc
 
 @pytest.mark.usefixtures("database")
 def test_names_that_mlflow_has_no_room_for_are_made_to_fit_and_a_refused_run_keeps_no_other_back() -> None:
-    with tracking.stage_run("pipeline", runtime=runtime()) as run:
+    with stage_run("pipeline", runtime=runtime()) as run:
         run.tag("stage.distill@sft", "ran")
-    with tracking.stage_run("broken", runtime=runtime()) as run:
+    with stage_run("broken", runtime=runtime()) as run:
         run.params({"a": 1})
         run.params({"a": 2})  # which MLflow refuses
     work()
@@ -253,7 +254,7 @@ def test_names_that_mlflow_has_no_room_for_are_made_to_fit_and_a_refused_run_kee
         if "broken" in path.name:
             path.rename(path.with_name("1-broken.jsonl"))  # comes first
     with pytest.raises(Exception, match="'a'"):
-        mirror.sync(SQLITE)
+        mlflow_sync.sync(SQLITE)
     assert runs()["pipeline"].data.tags["stage.distill_sft"] == "ran"
     assert runs()["distill/align_ti"].info.status == "FINISHED"
 
@@ -263,12 +264,12 @@ KINDS = ("plain", "animals/", "a//b", "..", ".", "/a", "a/../b", "a?b", "a_b", "
 
 @pytest.mark.usefixtures("database")
 def test_every_name_that_a_user_may_choose_arrives_in_mlflow_and_none_takes_anothers_place() -> None:
-    with tracking.stage_run("evaluate", runtime=runtime()) as run:
+    with stage_run("evaluate", runtime=runtime()) as run:
         run.metrics({f"exact_match/{kind}": i for i, kind in enumerate(KINDS)})
         run.metrics({kind: i for i, kind in enumerate(KINDS)}, step=1)
         run.params({kind: i for i, kind in enumerate(KINDS)})
         run.tag("/" + "x" * 300, "x" * 9000)
-    assert mirror.sync(SQLITE) == (1, 0)
+    assert mlflow_sync.sync(SQLITE) == (1, 0)
     sent = runs()["evaluate"].data
     scores = {name: value for name, value in sent.metrics.items() if name.startswith("exact_match/")}
     assert sorted(scores.values()) == list(range(len(KINDS))) and scores["exact_match/plain"] == 0
@@ -277,20 +278,21 @@ def test_every_name_that_a_user_may_choose_arrives_in_mlflow_and_none_takes_anot
 
 def _stage(name: str, **environment: str) -> subprocess.Popen[bytes]:
     code = (
-        "import sys; from components import tracking; from tests.test_tracking import SQLITE, runtime\n"
-        "with tracking.stage_run('demo', sys.argv[1], runtime=runtime(SQLITE)) as run: run.metrics({'a': 1.0})"
+        "import sys\nfrom components.tracking.stage_run import stage_run\n"
+        "from tests.tracking.test_tracking import SQLITE, runtime\n"
+        "with stage_run('demo', sys.argv[1], runtime=runtime(SQLITE)) as run: run.metrics({'a': 1.0})"
     )
     command = [sys.executable, "-c", code, name]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment})
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment})
 
 
 def test_stages_that_make_the_database_together_all_arrive() -> None:
     for stage in [_stage(f"c{i}") for i in range(4)]:
         assert stage.wait() == 0
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not all((tracking.sent(j.stem) or {}).get("done") for j in journals()):
+    while time.monotonic() < deadline and not all((history.sent(j.stem) or {}).get("done") for j in journals()):
         time.sleep(0.2)
-    assert mirror.sync(SQLITE) == (0, 0)
+    assert mlflow_sync.sync(SQLITE) == (0, 0)
     assert set(runs()) == {f"demo/c{i}" for i in range(4)}
 
 
@@ -302,7 +304,7 @@ def test_whoever_was_killed_while_making_the_database_costs_nobody_a_run(workspa
         with contextlib.closing(sqlite3.connect(half)) as made:
             made.execute("create table experiments (experiment_id integer)")
     work()
-    assert mirror.sync(SQLITE) == (1, 0)
+    assert mlflow_sync.sync(SQLITE) == (1, 0)
     assert all_arrived(journals()[0])["loss/sft"] == 3
     assert not list(database.parent.glob("*.draft*"))
 
@@ -310,7 +312,7 @@ def test_whoever_was_killed_while_making_the_database_costs_nobody_a_run(workspa
 @pytest.mark.usefixtures("database")
 def test_a_database_that_holds_runs_is_never_replaced(workspace: Path) -> None:
     work()
-    mirror.sync(SQLITE)
+    mlflow_sync.sync(SQLITE)
     database = workspace / ".mlflow/mlflow.db"
     with contextlib.closing(sqlite3.connect(database)) as opened, opened:
         opened.execute("update alembic_version set version_num = 'of a later release'")
@@ -318,21 +320,21 @@ def test_a_database_that_holds_runs_is_never_replaced(workspace: Path) -> None:
     (workspace / "elsewhere").mkdir()
     shutil.copy(database, workspace / "elsewhere/mlflow.db")  # MLflow keeps the other one open
     with pytest.raises(Exception, match=r"schema|revision"):
-        mirror.client("sqlite:///elsewhere/mlflow.db").search_experiments()
+        mlflow_sync.client("sqlite:///elsewhere/mlflow.db").search_experiments()
     assert (workspace / "elsewhere/mlflow.db").read_bytes() == before
 
 
 @pytest.mark.usefixtures("database")
 def test_a_clone_that_was_copied_keeps_its_pictures_to_itself(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work()
-    mirror.sync(SQLITE)
+    mlflow_sync.sync(SQLITE)
     copied = workspace / "a copy's folder"
     shutil.copytree(workspace / ".mlflow", copied / ".mlflow")
     shutil.rmtree(workspace / ".mlflow/artifacts")
     monkeypatch.chdir(copied)
-    with tracking.stage_run("later", runtime=runtime()) as run:
+    with stage_run("later", runtime=runtime()) as run:
         run.artifact(workspace / "curve.png")
-    assert mirror.sync(SQLITE) == (1, 0)
+    assert mlflow_sync.sync(SQLITE) == (1, 0)
     for found in runs().values():  # those from before the move too
         assert [a.path for a in client().list_artifacts(found.info.run_id)] == ["curve.png"]
         assert found.info.artifact_uri.startswith((copied / ".mlflow/artifacts").as_uri())
@@ -344,11 +346,11 @@ def test_an_outcome_is_recorded_once_and_arrives_whole(workspace: Path) -> None:
     scores = workspace / "scores.json"
     scores.write_text("{}")
     outcome: Any = {"tags": {"study": "terms"}, "params": {"weights.tpa": 1.0}, "metrics": {"exact_match": 0.5}}
-    with tracking.stage_run("study-terms", runtime=runtime()) as parent:
+    with stage_run("study-terms", runtime=runtime()) as parent:
         for expected in (True, False):
-            told = tracking.record("cell-a", "kd-seed1", runtime=runtime(), parent=parent.id, artifacts=[scores], **outcome)
+            told = journal.record("cell-a", "kd-seed1", runtime=runtime(), parent=parent.id, artifacts=[scores], **outcome)
             assert told is expected
-    assert mirror.sync(SQLITE) == (2, 0)
+    assert mlflow_sync.sync(SQLITE) == (2, 0)
     run = runs()["kd-seed1"]
     assert run.data.tags["mlflow.parentRunId"] == runs()["study-terms"].info.run_id  # which keeps its own name
     assert (run.data.tags["study"], run.data.params, run.data.metrics) == (
@@ -390,9 +392,9 @@ def stage(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workspace
 
 
-def stopped(uri: str = tracking.JOURNAL_ONLY) -> None:
+def stopped(uri: str = JOURNAL_ONLY) -> None:
     """A training that is stopped after two steps."""
-    with pytest.raises(Interrupted), tracking.stage_run("distill", cell="align_ti", runtime=runtime(uri)) as run:
+    with pytest.raises(Interrupted), stage_run("distill", cell="align_ti", runtime=runtime(uri)) as run:
         for step, loss in enumerate((0.5, 9.0)):
             run.metrics({"loss/sft": loss}, step=step)
         raise Interrupted("x")
@@ -412,9 +414,9 @@ def test_a_stopped_stage_goes_on_in_its_run_and_tells_what_it_read_and_made(stag
     history = client().get_metric_history(run.info.run_id, "loss/sft")
     assert [(p.step, p.value) for p in history] == [(0, 0.5), (1, 9.0), (0, 2.0), (1, 3.0), (2, 2.0)]
     assert run.data.metrics["best/loss/sft"] == 0.5  # of both
-    made = lineage.digest(stage / "artifacts/students/align_ti").md5
+    made = provenance.digest(stage / "artifacts/students/align_ti").md5
     assert run.data.tags["out.artifacts/students/align_ti"] == made
-    assert lineage.maker(made) == journal.stem
+    assert provenance.maker(made) == journal.stem
     assert {i.dataset.name: i.dataset.digest for i in run.inputs.dataset_inputs}["data"] == "0123.dir"
     assert {a.path for a in client().list_artifacts(run.info.run_id)} == {"curve.png", "made", "origin.json"}
     work(SQLITE)
@@ -429,7 +431,7 @@ def test_a_stopped_stage_that_would_make_something_else_now_opens_a_linked_run(s
     path.write_text(path.read_text().replace("1", "7"))
     work()
     first, second = sorted(journals(), key=lambda journal: int(lines(journal)[0]["time"]))
-    assert mirror.sync(SQLITE) == (2, 0)
+    assert mlflow_sync.sync(SQLITE) == (2, 0)
     experiment = client().get_experiment_by_name("tests").experiment_id
     by_journal = {run.data.tags["alignti.run"]: run for run in client().search_runs([experiment])}
     assert by_journal[second.stem].data.tags["resumed_from"] == by_journal[first.stem].info.run_id
@@ -437,7 +439,7 @@ def test_a_stopped_stage_that_would_make_something_else_now_opens_a_linked_run(s
 
 
 def test_a_stage_that_another_process_is_running_is_not_gone_on_with(stage: Path) -> None:
-    with tracking.stage_run("distill", cell="align_ti", runtime=runtime()):
+    with stage_run("distill", cell="align_ti", runtime=runtime()):
         assert len(journals()) == 1
         work()
     assert len(journals()) == 2
@@ -447,12 +449,12 @@ def test_a_stage_that_another_process_is_running_is_not_gone_on_with(stage: Path
 def test_restored_bytes_are_linked_to_the_run_that_made_them(stage: Path) -> None:
     work()
     (maker,) = journals()
-    made = lineage.digest(stage / "artifacts/students/align_ti")
-    with tracking.stage_run("pipeline", runtime=runtime()) as run:
-        run.link("stage.known", lineage.maker(made.md5))
+    made = provenance.digest(stage / "artifacts/students/align_ti")
+    with stage_run("pipeline", runtime=runtime()) as run:
+        run.link("stage.known", provenance.maker(made.md5))
         run.link("stage.elsewhere", None, "artifacts/students/align_ti", made.md5)  # as on a machine without that journal
         run.link("stage.nowhere", None, "artifacts/students/align_ti", "0000.dir")
-    mirror.sync(SQLITE)
+    mlflow_sync.sync(SQLITE)
     found = runs()
     tags = found["pipeline"].data.tags
     assert found["distill/align_ti"].data.tags["alignti.run"] == maker.stem
@@ -467,13 +469,13 @@ def test_a_dvc_yaml_that_cannot_be_read_costs_a_warning(stage: Path, capsys: pyt
     assert lines(journals()[0])[-1]["status"] == "FINISHED"
 
 
-ROOT = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 KILLED = f"""
 import sys, time
-from components import tracking
+from components.tracking.stage_run import stage_run
 from components.settings import RuntimeSettings
 runtime = RuntimeSettings(tracking_uri="journal", **{REST!r})
-with tracking.stage_run("distill", cell="a", runtime=runtime) as run:
+with stage_run("distill", cell="a", runtime=runtime) as run:
     run.metrics({{"loss/sft": 1.0}}, step=1)
     print("ready", flush=True)
     time.sleep(60)
@@ -485,12 +487,12 @@ def test_a_killed_run_is_left_alone_while_it_lives_and_sent_as_killed_after() ->
     process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT})
     assert process.stdout is not None
     process.stdout.readline()
-    assert mirror.sync(SQLITE) == (0, 1)
+    assert mlflow_sync.sync(SQLITE) == (0, 1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with journals()[0].open("a") as journal:
         journal.write('{"event": "metr')  # half a line
-    assert mirror.sync(SQLITE) == (1, 0)
+    assert mlflow_sync.sync(SQLITE) == (1, 0)
     (run,) = runs().values()
     assert run.info.status == "KILLED"
     assert run.data.metrics == {"loss/sft": 1.0}
@@ -500,7 +502,7 @@ def test_a_killed_run_is_left_alone_while_it_lives_and_sent_as_killed_after() ->
 def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_them(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`dvc` is found by walking up from the stage; here a script of that name stands for it."""
     fake = workspace / "dvc"
-    stage = "from tests.test_tracking import tracking, runtime\nwith tracking.stage_run({!r}, runtime=runtime()): pass"
+    stage = "from tests.tracking.test_tracking import tracking, runtime\nwith stage_run({!r}, runtime=runtime()): pass"
     calls = "\n".join(
         f"subprocess.run([sys.executable, '-c', {stage.format(name)!r}], check=True)" for name in ("prepare", "compare")
     )
@@ -510,7 +512,7 @@ def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_them(workspace:
     parents = [lines(journal)[0]["parent"] for journal in journals()]
     assert len(parents) == 2
     assert parents[0] == parents[1]
-    mirror.sync(SQLITE)
+    mlflow_sync.sync(SQLITE)
     found = runs()
     (parent,) = (run for name, run in found.items() if name.startswith("dvc repro"))
     assert {found[name].data.tags["mlflow.parentRunId"] for name in ("prepare", "compare")} == {parent.info.run_id}
@@ -577,5 +579,5 @@ def test_a_fault_of_mlflow_is_one_warning_and_an_unsent_journal_without_secrets(
     assert b"canary" not in b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
 
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert mirror.sync(SQLITE) == (1, 0)  # once MLflow is back, all of it
+    assert mlflow_sync.sync(SQLITE) == (1, 0)  # once MLflow is back, all of it
     assert all_arrived(journals()[0])["loss/sft"] == 3

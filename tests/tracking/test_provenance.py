@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from components import lineage
-from components.lineage import Declared
+from components.tracking import provenance
+from components.tracking.provenance import Declared
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_stages_are_declared_as_dvc_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_digests_are_dvcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data", "file.bin"], check=True, env=os.environ)
-    assert lineage.raw() == {name: lineage.digest(Path(name)).md5 for name in ("data", "file.bin")}
+    assert provenance.raw() == {name: provenance.digest(Path(name)).md5 for name in ("data", "file.bin")}
 
 
 def test_params_that_a_stage_does_not_read_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from components import meter, tracking
 from components.settings import RuntimeSettings
-from tests.test_tracking import REST
+from components.tracking import history, system_metrics
+from components.tracking.journal import JOURNALS
+from components.tracking.stage_run import JOURNAL_ONLY, stage_run
+from tests.tracking.test_tracking import REST
 
-RUNTIME = RuntimeSettings(tracking_uri=tracking.JOURNAL_ONLY, **{**REST, "device": "auto", "devices": 2})
+RUNTIME = RuntimeSettings(tracking_uri=JOURNAL_ONLY, **{**REST, "device": "auto", "devices": 2})
 WRAP = 262_143_328_850
 
 
@@ -71,8 +73,8 @@ def powercap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / zone / "name").write_text(f"{name}\n")
         (root / zone / "energy_uj").write_text(f"{WRAP - 3_600_000_000}\n")
         (root / zone / "max_energy_range_uj").write_text(f"{WRAP}\n")
-    monkeypatch.setattr(meter, "POWERCAP", root)
-    monkeypatch.setattr(meter.packages, "__defaults__", (root,))
+    monkeypatch.setattr(system_metrics, "POWERCAP", root)
+    monkeypatch.setattr(system_metrics.packages, "__defaults__", (root,))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("components.recipes.nearest", lambda: ("digits", 0))
     return root
@@ -84,17 +86,17 @@ def gains(root: Path, zone: str, microjoules: int) -> None:
 
 
 def test_energy_of_packages_is_counted_past_their_wrap_and_parts_not_twice(powercap: Path) -> None:
-    found, why = meter.packages()
+    found, why = system_metrics.packages()
     assert len(found) == 2 and why is None
-    measured = meter.Meter([], found)
-    assert measured.energy() == {meter.CPU_WH: 0}
+    measured = system_metrics.Meter([], found)
+    assert measured.energy() == {system_metrics.CPU_WH: 0}
     gains(powercap, "intel-rapl:0", 7_200_000_000)  # over the end
     gains(powercap, "intel-rapl:1", 1_800_000_000)
-    assert measured.energy()[meter.CPU_WH] == pytest.approx(2.5)
+    assert measured.energy()[system_metrics.CPU_WH] == pytest.approx(2.5)
     gains(powercap, "intel-rapl:0", 3_600_000_000)
     measured.sample()
     gains(powercap, "intel-rapl:0", 3_600_000_000)
-    assert measured.energy()[meter.CPU_WH] == pytest.approx(4.5)
+    assert measured.energy()[system_metrics.CPU_WH] == pytest.approx(4.5)
 
 
 @pytest.mark.parametrize(("visible", "seen"), [(None, [40, 41]), ("1", [41]), ("GPU-one, 0", [41, 40]), ("", [])])
@@ -102,11 +104,11 @@ def test_the_gpus_that_the_stage_sees(visible: str | None, seen: list[int], monk
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found, why = meter.gpus(Nvml())
+    found, why = system_metrics.gpus(Nvml())
     assert why is None
     assert [gpu.sample()["utilization_percentage"] for gpu in found] == seen
-    measured = meter.Meter(found, [])
-    assert measured.energy() == ({meter.GPU_WH: pytest.approx(2.0 * len(seen))} if seen else {})
+    measured = system_metrics.Meter(found, [])
+    assert measured.energy() == ({system_metrics.GPU_WH: pytest.approx(2.0 * len(seen))} if seen else {})
     sampled = {name for name in measured.sample() if name.startswith("system/gpu_")}
     assert len(sampled) == 4 * len(seen)
 
@@ -114,31 +116,31 @@ def test_the_gpus_that_the_stage_sees(visible: str | None, seen: list[int], monk
 @pytest.mark.parametrize("name", ["GPU-gone", "MIG-1"])
 def test_a_gpu_that_nvml_does_not_know_is_not_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
-    assert meter.gpus(Nvml()) == ([], "not measured: Not Found")
+    assert system_metrics.gpus(Nvml()) == ([], "not measured: Not Found")
 
 
 def stage(monkeypatch: pytest.MonkeyPatch, nvml: Nvml | None, during: Any = lambda: None) -> list[dict[str, Any]]:
     """The journal of a stage during which at least three samples are taken."""
     taken = threading.Semaphore(0)
-    sample = meter.Meter.sample
+    sample = system_metrics.Meter.sample
 
-    def counted(self: meter.Meter) -> dict[str, float]:
+    def counted(self: system_metrics.Meter) -> dict[str, float]:
         try:
             return sample(self)
         finally:
             taken.release()
 
-    monkeypatch.setattr(meter.Meter, "sample", counted)
-    monkeypatch.setattr(meter, "SAMPLE_S", 0.01)
+    monkeypatch.setattr(system_metrics.Meter, "sample", counted)
+    monkeypatch.setattr(system_metrics, "SAMPLE_S", 0.01)
     if nvml:
-        monkeypatch.setattr(meter.importlib, "import_module", lambda _: nvml)
+        monkeypatch.setattr(system_metrics.importlib, "import_module", lambda _: nvml)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with tracking.stage_run("distill", cell="a", runtime=RUNTIME):
+    with stage_run("distill", cell="a", runtime=RUNTIME):
         assert taken.acquire(timeout=60)
         during()
         for _ in range(2 if not (nvml and nvml.broken) else 0):
             assert taken.acquire(timeout=60)
-    (journal,) = tracking.JOURNALS.glob("*.jsonl")
+    (journal,) = JOURNALS.glob("*.jsonl")
     return [json.loads(line) for line in journal.read_text().splitlines()]
 
 
@@ -153,14 +155,17 @@ def test_a_stage_records_what_it_used(powercap: Path, monkeypatch: pytest.Monkey
     assert samples[0]["values"]["system/gpu_0_memory_usage_percentage"] == 25
     assert 0 < samples[0]["values"]["system/process_memory_usage_megabytes"] < 1e6
     told = at_the_end(events)
-    assert told[meter.CPU_WH] == pytest.approx(1.0)
-    assert told[meter.GPU_WH] == pytest.approx(4.0)
-    assert told[meter.DEVICE_HOURS] == pytest.approx(2 * told["seconds"] / 3600)
+    assert told[system_metrics.CPU_WH] == pytest.approx(1.0)
+    assert told[system_metrics.GPU_WH] == pytest.approx(4.0)
+    assert told[system_metrics.DEVICE_HOURS] == pytest.approx(2 * told["seconds"] / 3600)
     assert not any(name.startswith(("best/", "final/")) for name in told)
-    run = tracking.last_run("distill@a")
+    run = history.last_run("distill@a")
     assert run is not None
-    assert tracking.energy(run) == {meter.CPU_WH: told[meter.CPU_WH], meter.GPU_WH: told[meter.GPU_WH]}
-    assert tracking.energy("of-another-machine") == {}
+    assert history.energy(run) == {
+        system_metrics.CPU_WH: told[system_metrics.CPU_WH],
+        system_metrics.GPU_WH: told[system_metrics.GPU_WH],
+    }
+    assert history.energy("of-another-machine") == {}
 
 
 def test_without_counters_nothing_is_recorded_and_a_tag_says_why(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +175,7 @@ def test_without_counters_nothing_is_recorded_and_a_tag_says_why(powercap: Path,
     tags = {e["key"]: e["value"] for e in events if e["event"] == "tag"}
     assert tags["energy.cpu"] == f"not measured: {energy} may not be read (No such file or directory)"
     assert tags["energy.gpu"].startswith("not measured: ")
-    assert not {meter.CPU_WH, meter.GPU_WH} & set(at_the_end(events))
+    assert not {system_metrics.CPU_WH, system_metrics.GPU_WH} & set(at_the_end(events))
 
 
 def test_a_gpu_that_is_lost_ends_the_samples_and_not_the_stage(
@@ -179,12 +184,12 @@ def test_a_gpu_that_is_lost_ends_the_samples_and_not_the_stage(
     nvml = Nvml()
     events = stage(monkeypatch, nvml, lambda: setattr(nvml, "broken", True))
     assert events[-1] == {**events[-1], "event": "end", "status": "FINISHED"}
-    assert meter.GPU_WH not in at_the_end(events)
+    assert system_metrics.GPU_WH not in at_the_end(events)
     assert "no longer sampled: GPU is lost" in capsys.readouterr().err
 
 
 def test_a_flow_is_not_metered_its_stages_are(powercap: Path) -> None:
-    with tracking.stage_run("pipeline", runtime=RUNTIME, works=False):
+    with stage_run("pipeline", runtime=RUNTIME, works=False):
         pass
-    (journal,) = tracking.JOURNALS.glob("*.jsonl")
-    assert "system/" not in journal.read_text() and meter.DEVICE_HOURS not in journal.read_text()
+    (journal,) = JOURNALS.glob("*.jsonl")
+    assert "system/" not in journal.read_text() and system_metrics.DEVICE_HOURS not in journal.read_text()

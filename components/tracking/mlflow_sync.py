@@ -1,9 +1,9 @@
-"""Sends journals (`components/tracking.py`) to MLflow, from where it last stopped.
+"""Sync of run journals (`journal.py`) to MLflow, resumed from the last line that was sent.
 
 Sending the same lines twice changes nothing: a run is found again by its tag `alignti.run`, and MLflow takes equal
 points, params, tags and inputs once. So it may be stopped anywhere and started again.
 
-    python -m components.mirror JOURNAL     what a stage starts: follows the journal until stdin closes
+    python -m components.tracking.mlflow_sync JOURNAL     what a stage starts: follows the journal until stdin closes
     alignti sync                            sends every journal that is left
 """
 
@@ -27,9 +27,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from components import registry
 from components.artifacts import write_text
-from components.tracking import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
+from components.tracking import mlflow_registry
+from components.tracking.stage_run import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
 LOCAL = "sqlite:///"
 PAUSE_S = 3  # between two looks at a growing journal
@@ -147,7 +147,7 @@ class Mirror:
 
     def _register(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            registry.register(self._client, run_id, line)
+            mlflow_registry.register(self._client, run_id, line)
 
     def _params(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Param

@@ -1,0 +1,203 @@
+"""Journal of one run, JSON lines under `.runs/journal/`, written before anything is sent to a tracking server.
+
+A tracking server that is away, slow or broken therefore costs one warning, never a training: `mlflow_sync.py` sends
+the journal beside the stage, and `alignti sync` sends what is left.
+
+Each line is an object with `event` and `time` (ms since 1970): start, resume, origin, params, metrics, artifact, dataset,
+tag, link (to another run), made, register, end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from components.artifacts import RUNS, write_text
+from components.redact import redacted
+from components.settings import RuntimeSettings
+from components.tracking import provenance
+
+JOURNALS = RUNS / "journal"
+
+
+class Run:
+    """One run being journalled. No method raises on a tracking fault; with `journal` None each does nothing."""
+
+    def __init__(self, journal: Path | None) -> None:
+        """A journal that is there already is gone on with. Raises BlockingIOError if another process is writing it."""
+        self.id = journal.stem if journal else ""
+        self._journal = journal
+        self._file: IO[str] | None = None
+        self._lock = threading.Lock()  # the meter's thread writes too
+        self._latest: dict[str, float] = {}
+        self._best: dict[str, float] = {}
+        if journal is not None:
+            try:
+                journal.parent.mkdir(parents=True, exist_ok=True)
+                self._file = journal.open("a", encoding="utf-8")
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while we live: how `sync` knows that we do
+                self._take_up(journal)
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                self._stop(error)
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """`values` at `step`; without a step they describe the whole run. Stepped ones end as `final/` and `best/` too:
+        best is the lowest for names under `loss/`, else the highest."""
+        told = {name: float(value) for name, value in values.items()}
+        self._write("metrics", values=told, step=step)
+        if step is not None:
+            self._note(told)
+
+    def sample(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics without a best and a final one: what the machine does."""
+        self._write("metrics", values=dict(values), step=step)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """What was asked for, nested mappings as dotted names. Once set, a value cannot change."""
+        self._write("params", values={name: str(value) for name, value in flatten(values)})
+
+    def artifact(self, path: Path) -> None:
+        """A picture or a small table. It is copied, so that what is sent later is what was there now; weights stay with DVC."""
+        if self._file is None or self._journal is None:
+            return
+        copy = self._journal.with_suffix(".files") / path.name
+        try:
+            copy.parent.mkdir(exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, copy, dirs_exist_ok=True)
+            else:
+                shutil.copy2(path, copy)
+        except OSError as error:
+            warn(f"{path} is not tracked: {error}")
+        else:
+            self._write("artifact", path=str(copy.relative_to(self._journal.parent)))
+
+    def dataset(self, name: str, digest: str, source: str = "manifest") -> None:
+        """`source`: whose digest it is, "dvc" or that of the data's own manifest."""
+        self._write("dataset", name=name, digest=digest, source=source)
+
+    def tag(self, key: str, value: str) -> None:
+        self._write("tag", key=key, value=str(value))
+
+    def link(self, key: str, run: str | None, path: str = "", md5: str = "") -> None:
+        """A tag that names another run: that of the journal `run`, or, if none is known here, the one that made `path`."""
+        if run or md5:
+            self._write("link", key=key, run=run, path=path, md5=md5)
+
+    def made(self, path: str, digest: provenance.Digest) -> None:
+        """What the stage wrote, as DVC will know it."""
+        self._write("made", path=path, md5=digest.md5, files=digest.files)
+
+    def origin(self, params: Mapping[str, str], uncommitted: Sequence[str]) -> None:
+        """What a rerun needs beside the commit: the text of params/, and which code was not committed."""
+        self._write("origin", params=dict(params), uncommitted=list(uncommitted))
+
+    def resume(self, attempt: int, **fields: Any) -> None:
+        self._write("resume", attempt=attempt, **fields)
+
+    def start(self, **fields: Any) -> None:
+        self._write("start", **fields)
+
+    def end(self, status: str) -> None:
+        summary = {f"final/{k}": v for k, v in self._latest.items()} | {f"best/{k}": v for k, v in self._best.items()}
+        if summary:
+            self._write("metrics", values=summary, step=None)
+        self._write("end", status=status)
+        if self._file is not None:
+            self._file.close()
+
+    def _take_up(self, journal: Path) -> None:
+        """Of an earlier process that was stopped: its values count for `best/` and `final/`; half a line of it is cut off."""
+        text = journal.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        os.truncate(journal, whole)
+        for line in map(json.loads, text[:whole].splitlines()):
+            if line["event"] == "metrics" and line["step"] is not None:
+                self._note(line["values"])
+
+    def _note(self, values: Mapping[str, float]) -> None:
+        self._latest |= values
+        for name, value in values.items():
+            better = min if name.startswith("loss/") else max
+            self._best[name] = better(value, self._best.get(name, value))
+
+    def _write(self, event: str, **fields: Any) -> None:
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                self._file.write(json.dumps({"event": event, "time": _now_ms(), **fields}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self._stop(error)
+
+    def _stop(self, error: OSError) -> None:
+        warn(f"this run is not tracked: {error}")
+        self._file = None
+
+
+def record(
+    key: str,
+    name: str,
+    *,
+    runtime: RuntimeSettings,
+    parent: str | None,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    artifacts: Sequence[Path] = (),
+    registers: Mapping[str, Any] | None = None,
+) -> bool:
+    """Journal, whole and at once, a run that says what lies there already; `alignti sync` or the caller sends it.
+
+    `registers`: the student, as `components/registry.py` takes it. False if `key`, which names what lies there, was journalled
+    before: nothing is told twice.
+    """
+    journal = JOURNALS / f"{key}.jsonl"
+    if journal.exists():
+        return False
+    above = {"id": parent, "name": "study", "ends_with_stages": False} if parent else None
+    start = {"name": name, "experiment": runtime.experiment, "parent": above, "tags": {**tags, **provenance.commit_tags()}}
+    events: list[dict[str, Any]] = [
+        {"event": "start", **start},
+        {"event": "params", "values": {name: str(value) for name, value in flatten(params)}},
+        {"event": "metrics", "values": {k: float(v) for k, v in metrics.items()}, "step": None},
+    ]
+    files = journal.with_suffix(".files")
+    for path in artifacts:
+        files.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, files / path.name)
+        events.append({"event": "artifact", "path": f"{files.name}/{path.name}"})
+    if registers:
+        events.append({"event": "register", **registers})
+    events.append({"event": "end", "status": "FINISHED"})
+    write_text(journal, "".join(json.dumps({"time": _now_ms(), **event}) + "\n" for event in events))
+    return True
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted names."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def warn(message: str, to: IO[str] | None = None) -> None:
+    """One line on stderr, without secrets."""
+    print("tracking: " + redacted(message), file=to or sys.stderr, flush=True)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,262 @@
+"""Tracked run of one stage: opened or resumed in its journal, metered, tied to the bytes that it reads and makes.
+
+A stage that was stopped or failed resumes its journal, and so its MLflow run, if nothing that decides its result has changed
+since; otherwise it opens a new run, linked to the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from components.artifacts import RUNS, write_text
+from components.errors import AlignTIError, Interrupted
+from components.settings import RuntimeSettings
+from components.tracking import provenance, system_metrics
+from components.tracking.history import LAST
+from components.tracking.journal import JOURNALS, Run, warn
+
+UNFINISHED = RUNS / "unfinished"  # one record per stage x cell whose last run did not
+PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
+JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
+PATIENCE_S = 10  # how long a finished stage waits for its journal to be sent
+SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the process that sends it
+
+
+@contextlib.contextmanager
+def stage_run(
+    stage: str,
+    cell: str | None = None,
+    *,
+    runtime: RuntimeSettings,
+    params: Mapping[str, Any] | None = None,
+    works: bool = True,
+) -> Iterator[Run]:
+    """Track one stage (and cell: `distill`, `align_ti`) on rank 0; elsewhere the run given does nothing.
+
+    `works`: it uses the machine itself, which is metered; a flow does not, its stages do.
+
+    The run's parent is the one that $ALIGNTI_PARENT_RUN_ID names, else one per enclosing `dvc` process, else none.
+    """
+    os.environ.pop("MLFLOW_RUN_ID", None)  # it would make MLflow reopen and rename that run
+    if os.environ.get("RANK", "0") != "0":
+        yield Run(None)
+        return
+    name = f"{stage}@{cell}" if cell else stage
+    known_as = os.environ.get("DVC_STAGE", name)
+    of = _read_lineage(known_as)
+    nearest = nearest_recipe()
+    run, spent, before = _open(name, known_as, of)
+    if spent is None:
+        run.start(
+            name=f"{stage}/{cell}" if cell else stage,
+            experiment=runtime.experiment,
+            parent=_parent(),
+            tags={
+                "stage": stage,
+                "host": socket.gethostname(),
+                **({"cell": cell} if cell else {}),
+                **nearest.tag,
+                **provenance.commit_tags(),
+            },
+        )
+        run.link("resumed_from", before)
+    run.params(params or {})
+    if of is not None:
+        run.origin(of.params, provenance.uncommitted())
+        for path, md5 in of.inputs.items():
+            run.dataset(path, md5, source="dvc")
+    journal = JOURNALS / f"{run.id}.jsonl"
+    mirror = _start_mirror(journal, runtime)
+    began = time.monotonic()
+    status = "FAILED"
+    try:
+        with system_metrics.metered(run, runtime, warn) if works else contextlib.nullcontext():
+            yield run
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        seconds = time.monotonic() - began + (spent or 0.0)
+        run.metrics({"seconds": seconds, **_cost(seconds, runtime, works)})
+        if status == "FINISHED" and of is not None:
+            _note_made(run, of)
+        run.end(status)
+        if status == "FINISHED":
+            _remember(known_as, run.id, seconds, nearest.name)
+            _forget_unfinished(known_as, run.id)
+        _finish_mirror(mirror, journal)
+
+
+class NearestRecipe(NamedTuple):
+    """The recipe that `params/` are nearest to at a run's start."""
+
+    name: str | None
+    tag: dict[str, str]  # for the table of runs
+
+
+def nearest_recipe() -> NearestRecipe:
+    from components.recipes import nearest
+
+    try:
+        name, differing = nearest()
+    except (OSError, AlignTIError):  # no params/ here, or edited meanwhile: the stage itself says so
+        return NearestRecipe(None, {})
+    if name is None:
+        return NearestRecipe(None, {})
+    return NearestRecipe(name, {"recipe": f"{name} with {differing} value(s) changed" if differing else name})
+
+
+def _remember(stage: str, run: str, seconds: float, recipe: str | None) -> None:
+    """The record that `alignti plan` estimates from. No stage depends on it."""
+    record = {"run": run, "seconds": round(seconds, 3), "recipe": recipe, **provenance.commit_tags()}
+    try:
+        write_text(LAST / f"{stage}.json", json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        warn(f"how long {stage} took is not recorded: {error}")
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    """A stage of dvc.yaml at its start."""
+
+    declared: provenance.Declared
+    fingerprint: str
+    inputs: dict[str, str]  # path -> md5
+    params: dict[str, str]  # file -> text
+
+
+def _read_lineage(stage: str) -> _Lineage | None:
+    """None for what is no stage of dvc.yaml. A fault costs a warning: that run is not tied to its bytes."""
+    try:
+        declared = provenance.Declared.read(stage)
+        if declared is None:
+            return None
+        return _Lineage(declared, declared.fingerprint(), declared.inputs(), provenance.params())
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        warn(f"what {stage} reads and makes is not tracked: {type(error).__name__}: {error}")
+        return None
+
+
+def _open(name: str, stage: str, of: _Lineage | None) -> tuple[Run, float | None, str | None]:
+    """The run of this process; the seconds it took so far, if it goes on with one that was stopped; else which one that is."""
+    note = UNFINISHED / f"{stage}.json"
+    before = json.loads(note.read_text(encoding="utf-8")) if of and note.exists() else None
+    if of and before and before["fingerprint"] == of.fingerprint and (JOURNALS / f"{before['run']}.jsonl").exists():
+        journal, attempt = JOURNALS / f"{before['run']}.jsonl", before["attempt"] + 1
+        try:
+            run = Run(journal)
+        except BlockingIOError:
+            before = None  # it lives, in another workspace
+        else:
+            spent = _seconds(journal)
+            run.resume(attempt, host=socket.gethostname())
+            _write_note(note, {**before, "attempt": attempt})
+            return run, spent, None
+    run = Run(JOURNALS / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{uuid.uuid4().hex[:8]}.jsonl")
+    if of:
+        _write_note(note, {"run": run.id, "fingerprint": of.fingerprint, "attempt": 1})
+    return run, None, before and before["run"]
+
+
+def _forget_unfinished(stage: str, run: str) -> None:
+    note = UNFINISHED / f"{stage}.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8"))["run"] == run:
+        note.unlink(missing_ok=True)
+
+
+def _write_note(note: Path, content: Mapping[str, Any]) -> None:
+    try:
+        write_text(note, json.dumps(content) + "\n")
+    except OSError as error:
+        warn(f"{note}: {error}; if this run is stopped, the next does not go on in its MLflow run")
+
+
+def _seconds(journal: Path) -> float:
+    """What the processes took that wrote to `journal`, each from its first line to its last."""
+    total, first, last = 0, 0, 0
+    for text in journal.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line["event"] in ("start", "resume"):
+            total, first = total + last - first, line["time"]
+        last = line["time"]
+    return (total + last - first) / 1000
+
+
+def _note_made(run: Run, of: _Lineage) -> None:
+    """Each output's md5, in the journal and in `.runs/made`."""
+    for out in of.declared.outs:
+        try:
+            found = provenance.digest(Path(out))
+            run.made(out, found)
+            provenance.note_maker(found.md5, run.id)
+        except OSError as error:
+            warn(f"{out}: what this run made is not noted: {error}")
+
+
+def _cost(seconds: float, runtime: RuntimeSettings, works: bool) -> dict[str, float]:
+    """Hours of processor, children among them, and of the devices that a stage held."""
+    used = os.times()
+    cpu = used.user + used.system + used.children_user + used.children_system
+    hours = {"cost/cpu_hours": cpu / 3600}
+    if works:
+        hours[system_metrics.DEVICE_HOURS] = runtime.devices * seconds / 3600
+    return hours
+
+
+def _parent() -> dict[str, Any] | None:
+    if given := os.environ.get(PARENT):
+        return {"id": given, "name": "pipeline", "ends_with_stages": False}
+    if "DVC_STAGE" not in os.environ:
+        return None
+    import psutil  # DVC itself needs it
+
+    for process in psutil.Process().parents():
+        words = process.cmdline()
+        if any(Path(word).name == "dvc" for word in words[:2]) or words[1:3] == ["-m", "dvc"]:
+            started = int(process.create_time() * 1000)
+            name = time.strftime("dvc repro %Y-%m-%d %H:%M:%S", time.localtime(started / 1000))
+            return {"id": f"dvc-{socket.gethostname()}-{process.pid}-{started}", "name": name, "ends_with_stages": True}
+    return None
+
+
+def _start_mirror(journal: Path, runtime: RuntimeSettings) -> subprocess.Popen[bytes] | None:
+    if runtime.tracking_uri == JOURNAL_ONLY or not journal.exists():
+        return None
+    command = [sys.executable, "-m", "components.tracking.mlflow_sync", str(journal)]
+    # The address travels in the environment: it may hold a password, and command lines are public.
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        **os.environ,
+        "ALIGNTI_TRACKING_URI": runtime.tracking_uri,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,  # it is found from wherever this file was
+    }
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+    except OSError as error:
+        warn(f"cannot start the process that sends {journal} to MLflow ({error}); `alignti sync` sends it later")
+        return None
+
+
+def _finish_mirror(mirror: subprocess.Popen[bytes] | None, journal: Path) -> None:
+    """Closing its stdin tells the mirror that the journal is complete; what is not sent soon it sends after the stage."""
+    if mirror is None or mirror.stdin is None:
+        return
+    mirror.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if mirror.wait(PATIENCE_S) not in (SENT, NOT_SENT_AND_SAID_SO):
+            warn(f"what sends {journal} to MLflow failed with exit code {mirror.returncode}; `alignti sync` sends it later")
