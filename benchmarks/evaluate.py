@@ -30,6 +30,8 @@ import torch
 from benchmarks.measure import where_and_when, write_json
 from benchmarks.shapes import SIZES, Size, llava
 from components.artifacts import DATASET
+from components.config.load import load_settings
+from components.dataset.shards import Samples
 from components.errors import exit_from
 from components.evaluate.generate import answers, questions
 from components.evaluate.kits import export, serve, vlmeval
@@ -37,8 +39,6 @@ from components.evaluate.kits.client import ask
 from components.models.load import load, load_processor
 from components.models.template import Template, question_of
 from components.runtime import prepare_torch
-from components.settings import load_settings
-from components.shards import Samples
 
 SPENT = "ALIGNTI_BENCH_SPENT"  # in the server's environment: the file where it keeps what it has spent
 TIMED = """

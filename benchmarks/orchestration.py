@@ -51,7 +51,7 @@ CELL = """
 import contextlib, os, sys, time
 from pathlib import Path
 from components.tracking import stage_run
-from components.settings import load_settings
+from components.config.load import load_settings
 cell = sys.argv[1]
 runtime = load_settings().runtime
 tracked = stage_run("distill", cell, runtime=runtime, params={"cell": cell}) if "TRACKED" in os.environ else None

@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import measure
+from components.config.data import DataSettings, LlavaFolder
+from components.config.load import load_settings
 from components.dataset.prepare import prepare
-from components.settings import DataSettings, LlavaFolder, load_settings
 
 IMAGES, COPIES, WIDTH, HEIGHT, REPEATS = 400, 8, 640, 480, 3
 

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from benchmarks import measure
 from components.artifacts import Manifest
-from components.settings import DataSettings, LlavaFolder, load_settings
+from components.config.data import DataSettings, LlavaFolder
+from components.config.load import load_settings
 from components.workers import cores
 
 DIFFERENT, PER_TAR, CUT = 100_000, 10_000, 1000
@@ -76,7 +77,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 from components.dataset.prepare import prepare
-from components.settings import DataSettings
+from components.config.data import DataSettings
 settings = DataSettings.model_validate_json(sys.argv[1], strict=False)
 prepare(settings, target=Path(sys.argv[2]), workers=int(sys.argv[3]))
 """

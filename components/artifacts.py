@@ -135,7 +135,7 @@ class Likeness(Record):
 
 
 class Overlap(Record):
-    """artifacts/dataset/overlap.json: training images that look like evaluated ones (components/looks.py)."""
+    """artifacts/dataset/overlap.json: training images that look like evaluated ones (components/dataset/perceptual_hash.py)."""
 
     compared: dict[str, int]  # images per split and folder
     near: int  # training images

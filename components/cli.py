@@ -62,8 +62,8 @@ def _options(
 def _check_models(*names: str | None) -> None:
     """Raises InputError, before anything heavy is imported, for what is no arm, `teacher`, folder or ORG/NAME of the hub."""
     from components.artifacts import TEACHER_ARM
+    from components.config.load import load_settings
     from components.errors import unknown
-    from components.settings import load_settings
 
     known = [TEACHER_ARM, *load_settings().study.arms]
     for name in names:
@@ -74,7 +74,7 @@ def _check_models(*names: str | None) -> None:
 @app.command()
 def use(recipe: str) -> None:
     """Merge params/recipes/RECIPE.yaml into params/ and print what changed."""
-    from components import recipes
+    from components.config import recipes
 
     recipes.merged(recipe)  # says what is wrong with it before anything is kept
     _keep_own()
@@ -92,7 +92,7 @@ def use(recipe: str) -> None:
 
 
 def _keep_own() -> None:
-    from components import recipes
+    from components.config import recipes
 
     if kept := recipes.keep_own():
         typer.echo(f"params/ held values that no recipe has; they are kept: `cp {kept}/*.yaml params/` brings them back.")
@@ -101,7 +101,8 @@ def _keep_own() -> None:
 @app.command()
 def plan() -> None:
     """Say for each stage whether it would run, why, and how long that takes."""
-    from components.settings import load_settings, not_here
+    from components.config.load import load_settings
+    from components.config.local_paths import not_here
     from flows.plan import plan as make_plan
 
     settings = load_settings()
@@ -139,9 +140,10 @@ def check(
     all_recipes: bool = typer.Option(False, "--all-recipes", help="Also merge each recipe into these params and check that."),
 ) -> None:
     """Check params/, and that the data and models they name are here: every problem at once; exit code 2 if there is one."""
-    from components import recipes
+    from components.config import recipes
+    from components.config.load import load_settings
+    from components.config.local_paths import not_here
     from components.errors import SettingsError
-    from components.settings import load_settings, not_here
 
     def own() -> None:
         if missing := not_here(load_settings()):
@@ -165,8 +167,8 @@ def check(
 @app.command()
 def sync() -> None:
     """Send the run journals that MLflow has not taken yet."""
+    from components.config.load import load_settings
     from components.errors import InputError, TryAgainError
-    from components.settings import load_settings
     from components.tracking.mlflow_sync import sync as send
     from components.tracking.stage_run import JOURNAL_ONLY
 
@@ -194,10 +196,10 @@ def leaderboard(
 ) -> None:
     """Write reports/leaderboard.*: our students and their teacher beside the published rows."""
     from components.artifacts import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM, Comparison, ModelIndex, TeacherChoice
+    from components.config.load import load_settings
     from components.evaluate import leaderboard as board
     from components.evaluate.kits import table
     from components.evaluate.kits.command import current
-    from components.settings import load_settings
 
     settings = load_settings()
     comparison = Comparison.read(REPORTS / "compare.json")
@@ -244,12 +246,12 @@ def samples(
 ) -> None:
     """Write reports/samples.html: each image and question with all answers, and where the teacher looked."""
     from components.artifacts import DATASET, IRS, REPORTS, TEACHER, TEACHER_ARM, Comparison, LayerChoice, TeacherChoice
+    from components.config.load import load_settings
+    from components.dataset.shards import Samples
     from components.evaluate import samples as page
     from components.evaluate.outcomes import read
     from components.models.load import load
     from components.runtime import prepare_torch
-    from components.settings import load_settings
-    from components.shards import Samples
 
     settings = load_settings()
     comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").picked.layer
@@ -267,8 +269,8 @@ def controls(
 ) -> None:
     """Write reports/controls.*: every model without its image, and what the test split shares with the training data."""
     from components.artifacts import STUDENTS, TEACHER, TEACHER_ARM, TeacherChoice
+    from components.config.load import load_settings
     from components.errors import unknown
-    from components.settings import load_settings
 
     settings = load_settings()
     known = [TEACHER_ARM, *settings.study.arms]
@@ -407,7 +409,7 @@ def run_study(
     pool: bool = typer.Option(False, "--pool", help="Hand the arms out to the workers of the pool."),
 ) -> None:
     """Run what is missing of a study, in a workspace of its own, and record it."""
-    from components import recipes
+    from components.config import recipes
     from components.study import expand
     from flows.servers import client_environment, use_running
 
@@ -429,7 +431,7 @@ def compare(study: str) -> None:
     from components.study import expand
 
     plan = expand.read(study)
-    from components.settings import load_settings
+    from components.config.load import load_settings
     from components.study import compare as comparison
     from components.study import report
     from flows.servers import use_running
@@ -454,9 +456,9 @@ def serve(
     import signal
 
     from components.artifacts import RUNS
+    from components.config.load import load_settings
     from components.evaluate.kits.serve import served
     from components.runtime import prepare_torch
-    from components.settings import load_settings
 
     log = RUNS / "serve" / f"{port}.log"
     device = prepare_torch(load_settings().runtime, seed=0)
@@ -479,8 +481,8 @@ def evaluate(
 ) -> None:
     """Measure students with the field's own kits, beside our own scores: reports/kits.md."""
     from components.artifacts import TEACHER_ARM
+    from components.config.load import load_settings
     from components.errors import unknown
-    from components.settings import load_settings
 
     known = [TEACHER_ARM, *load_settings().study.arms]
     for name in arm or ():
@@ -495,7 +497,7 @@ def evaluate(
 def arms() -> None:
     """List the arms: student, seed, weights, and the score of those that have one."""
     from components.artifacts import SCORES, Scores
-    from components.settings import load_settings
+    from components.config.load import load_settings
 
     for name, arm in load_settings().study.arms.items():
         weights = " ".join(f"{term} {weight:g}" for term, weight in dict(arm.weights).items() if weight)
@@ -528,8 +530,8 @@ def try_model(
     _check_models(student, vs)
     if not image.is_file():
         raise InputError(f"--image {image}: no such file")
+    from components.config.load import load_settings
     from components.release.ask import run
-    from components.settings import load_settings
 
     run([student] if vs is None else [student, vs], image, question, load_settings(), longest, look)
 
@@ -546,9 +548,9 @@ def export(
     from components.errors import InputError
 
     _check_models(student)
+    from components.config.load import load_settings
     from components.release.export import DTYPES
     from components.release.export import export as write
-    from components.settings import load_settings
 
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")

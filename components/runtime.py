@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
+from components.config.runtime import RuntimeSettings
 from components.errors import InputError
-from components.settings import RuntimeSettings
 
 
 def prepare_torch(runtime: RuntimeSettings, seed: int, precision: Literal["fp32", "bf16"] = "fp32") -> torch.device:

@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from components import cost, recipes
+from components import cost
+from components.config import recipes
+from components.config.settings import Settings
 from components.errors import InputError
-from components.settings import Settings
 from flows import costs
 
 

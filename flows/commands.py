@@ -11,8 +11,8 @@ def register(
     arms: Annotated[list[str] | None, typer.Argument(help="Arms; all of params/study.yaml if not given.")] = None,
 ) -> None:
     """Register the students of this folder in MLflow, the best as the candidate; their weights stay with DVC."""
+    from components.config.load import load_settings
     from components.errors import unknown
-    from components.settings import load_settings
     from flows import promote as module
     from flows.servers import use_running
 
@@ -34,7 +34,7 @@ def promote(
     json: Annotated[bool, typer.Option("--json", help="The verdict as JSON.")] = False,
 ) -> None:
     """Make the candidate the champion if it is better beyond chance, and say why or why not."""
-    from components.settings import load_settings
+    from components.config.load import load_settings
     from flows import promote as module
     from flows.servers import use_running
 
@@ -50,7 +50,7 @@ def reproduce(
     ] = False,
 ) -> None:
     """Run again what a run ran, in a worktree of its commit, and say whether the same bytes come out (exit code 1 if not)."""
-    from components.settings import load_settings
+    from components.config.load import load_settings
     from flows import reproduce as module
     from flows.servers import use_running
 

@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from components import cost, recipes, shapes
+from components import cost, shapes
 from components.align_ti.terms import CORE, needs_of
+from components.config import recipes
+from components.config.models import Checkpoint, Cut, Parts
+from components.config.recipes import SampleSize
+from components.config.settings import Settings
+from components.config.study import Arm
 from components.cost import DEVICES, GIB, Device, Holding, Model, Way, Work
 from components.errors import InputError
-from components.recipes import SampleSize
-from components.settings import Arm, Checkpoint, Cut, Parts, Settings
 
 STUDENT_PATH = re.compile(r"artifacts/students/([a-z0-9_-]+)/model")
 IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # of the prepare benchmark (docs/performance.md): its images, its two cores

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from components.config.yaml_file import read_yaml
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, end_with_parent, unknown
-from components.settings import read_yaml
 
 DVC = [sys.executable, "-m", "dvc"]
 POOL = "pool"  # the remote over which machines exchange results, where they do not share a cache

@@ -24,7 +24,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.states import Cancelling
 
-from components import recipes
+from components.config import recipes
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
 from components.study import expand
 from flows import dvc

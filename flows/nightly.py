@@ -13,10 +13,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from components import recipes
 from components.artifacts import DATASET, RAW, Manifest
 from components.champion import drift, record
-from components.settings import load_settings
+from components.config import recipes
+from components.config.load import load_settings
 from components.tracking import provenance
 from components.tracking.mlflow_registry import Version
 from flows import dvc, notify, promote

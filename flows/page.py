@@ -15,9 +15,9 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_logger
 
 from components.artifacts import REPORTS, Absent, Comparison
+from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError
 from components.redact import redacted, without_login
-from components.settings import RuntimeSettings
 from components.tracking import history
 from components.tracking.journal import Run
 

@@ -13,8 +13,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from graphlib import TopologicalSorter
 
+from components.config.load import load_settings
+from components.config.runtime import RuntimeSettings
 from components.errors import exit_from
-from components.settings import RuntimeSettings, load_settings
 from components.workers import cores
 from flows import devices, dvc
 

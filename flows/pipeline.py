@@ -24,9 +24,9 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 from pydantic import Field
 
-from components import recipes
+from components.config import recipes
+from components.config.load import load_settings
 from components.errors import AlignTIError, InputError, TryAgainError, end_with_parent, exit_from
-from components.settings import load_settings
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
 from flows import devices, dvc, notify, page, presence, promote

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from components import recipes
+from components.config import recipes
+from components.config.settings import Settings
 from components.errors import InputError
-from components.settings import Settings
 from components.tracking.history import last_seconds
 from flows import costs, dvc
 

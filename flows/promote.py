@@ -15,9 +15,10 @@ from typing import Any
 from components.artifacts import Difference, Fingerprint, Prediction, Record
 from components.champion import record
 from components.champion.duel import MeasuredDifferently, duel, guessed
+from components.config.load import load_settings
+from components.config.settings import Settings
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
-from components.settings import Settings, load_settings
 from components.tracking import journal, mlflow_registry, mlflow_sync
 from components.tracking.mlflow_registry import CANDIDATE, CHAMPION, Version
 from components.tracking.stage_run import JOURNAL_ONLY

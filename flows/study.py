@@ -17,10 +17,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from pydantic import Field
 
-from components import recipes
 from components.artifacts import STUDENTS, Cost
+from components.config import recipes
+from components.config.load import load_settings
+from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError
-from components.settings import RuntimeSettings, load_settings
 from components.study import expand, record
 from components.study.expand import Cell, Study
 from components.tracking import journal, mlflow_sync

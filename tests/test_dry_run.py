@@ -17,8 +17,10 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from components import recipes
 from components.artifacts import DATASET, IRS, MODELS, STUDENTS, TEACHER
+from components.config import recipes
+from components.config.load import load_settings
+from components.config.settings import FILES, Settings
 from components.dataset.prepare import prepare
 from components.distill.__main__ import distill
 from components.errors import ModelError

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from components.looks import NEAR, look_of, nearest
+from components.dataset.perceptual_hash import NEAR, look_of, nearest
 
 
 def picture(seed: int, px: int = 48) -> Image.Image:

@@ -8,8 +8,9 @@ from typing import Literal
 import pytest
 import torch
 
+from components.config.load import load_settings
+from components.config.runtime import RuntimeSettings
 from components.runtime import prepare_torch
-from components.settings import RuntimeSettings, load_settings
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers as tf
 
-from components import recipes, shapes
-from components.settings import Checkpoint, Parts
+from components import shapes
+from components.config import recipes
+from components.config.models import Checkpoint, Parts
 from tests.families import toy
 
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from components.artifacts import DATASET, Manifest, TriedRows
+from components.dataset.shards import Samples
 from components.rows.judge import VERDICT
-from components.shards import Samples
 
 
 def keep_all(dataset: Path = DATASET) -> None:

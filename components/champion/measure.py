@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from components.artifacts import DATASET, ROWS, Fingerprint, Prediction
+from components.config.settings import Settings
+from components.dataset.shards import Samples
 from components.evaluate import fingerprint, generate, metrics
 from components.models.load import load
 from components.models.template import Template
 from components.runtime import prepare_torch
-from components.settings import Settings
-from components.shards import Samples
 
 
 def answers(model: Path, title: str, settings: Settings) -> tuple[list[Prediction], Fingerprint]:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from components.artifacts import DATASET, Overlap
+from components.config.load import load_settings
+from components.config.local_paths import named_paths
+from components.config.settings import Settings
 from components.errors import exit_from
-from components.settings import Settings, load_settings, named_paths
 from components.tracking.stage_run import stage_run
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from components.artifacts import SPLITS, Manifest, SplitRecord, write_bytes, write_text
+from components.dataset.shards import Sample, about, open_shard
 from components.dataset.source import Source
-from components.shards import Sample, about, open_shard
 
 SHOWN, COLUMNS, QUESTIONS = 12, 4, 3
 WIDTH, PICTURE, LINE, MARGIN = 340, 256, 22, 16  # pixels: of a tile, its picture, a line of text, the space around

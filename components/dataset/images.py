@@ -18,9 +18,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from xxhash import xxh3_128_hexdigest
 
+from components.config.data import DataLimits
+from components.dataset.perceptual_hash import look_of
 from components.errors import AlignTIError
-from components.looks import look_of
-from components.settings import DataLimits
 
 KEPT = ("JPEG", "PNG", "WEBP")
 READ = (*KEPT, "GIF", "BMP", "TIFF")  # raster formats only: Pillow would hand an EPS file to Ghostscript
@@ -37,7 +37,7 @@ class Refusal(Exception):
 class Picture(NamedTuple):
     content: bytes  # the file to store
     sha256: str  # of the size and the pixels' XXH3: the same for equal pictures, however they are named or encoded
-    look: int  # see components/looks.py
+    look: int  # see components/dataset/perceptual_hash.py
 
 
 def load(path: Path, limits: DataLimits) -> Picture:

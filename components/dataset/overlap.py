@@ -15,14 +15,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from components.artifacts import SPLITS, Likeness, Overlap, jsonl, write_text
+from components.config.data import DataLimits
 from components.dataset.images import Refusal, load
 from components.dataset.index import Index
 from components.dataset.parts import LOOK, Part, Parts
+from components.dataset.perceptual_hash import nearest
+from components.dataset.shards import without
 from components.dataset.source import Refused
 from components.errors import DataError
-from components.looks import nearest
-from components.settings import DataLimits
-from components.shards import without
 
 LISTED = 50  # pairs named in the report
 EVALUATED = [SPLITS.index("val"), SPLITS.index("test")]

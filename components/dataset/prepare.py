@@ -31,13 +31,14 @@ from components.artifacts import (
     jsonl,
     write_text,
 )
-from components.dataset import digits, mixture, overlap
+from components.config.data import DataSettings
+from components.dataset import mixture, overlap
 from components.dataset.card import write_card
 from components.dataset.parts import Part, Parts, make
+from components.dataset.shards import joined
 from components.dataset.source import Refused, Source
+from components.digits import grids
 from components.errors import DataError, InputError, TryAgainError
-from components.settings import DataSettings
-from components.shards import joined
 from components.workers import cores
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,7 +55,7 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, wor
     try:
         _begin(draft, settings)
         index = draft / "index.sqlite"
-        source: Source = digits.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index)
+        source: Source = grids.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index)
         manifest = write(source, settings, draft, workers or cores())
         write_card(draft, source, manifest)
         _finish(draft)

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from components.config.data import DataLimits
 from components.dataset.images import Refusal
-from components.settings import DataLimits
-from components.shards import Box, Turn
+from components.dataset.shards import Box, Turn
 
 MARK = "<image>"
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from components.artifacts import Record, Split
-from components.shards import ImageRow
+from components.dataset.shards import ImageRow
 
 
 class Refused(Record):
@@ -42,7 +42,7 @@ class Rule(NamedTuple):
 class Stored(NamedTuple):
     row: ImageRow
     origin: Provenance
-    look: int | None  # components/looks.py; None: not to be compared
+    look: int | None  # components/dataset/perceptual_hash.py; None: not to be compared
     rows: int  # of the source: fewer than samples where one row made several
 
 

@@ -30,6 +30,11 @@ from components.artifacts import (
     TeacherChoice,
     fingerprint,
 )
+from components.config.distill import DistillSettings
+from components.config.load import load_settings
+from components.config.settings import Settings
+from components.config.study import Arm
+from components.dataset.shards import CAPTION, Samples
 from components.distill import code
 from components.distill.card import model_card
 from components.distill.checkpoint import Checkpoints
@@ -49,8 +54,6 @@ from components.models.load import Loaded, check_images, check_layer, check_pair
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
-from components.settings import Arm, DistillSettings, Settings, load_settings
-from components.shards import CAPTION, Samples
 from components.signals.store import Signals, read_manifest
 from components.signals.store import facts as facts_of
 from components.tracking.journal import Run

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from components.align_ti import terms
 from components.artifacts import TERMS, sha256, whole_folder, write_text
+from components.config.load import load_settings
 from components.errors import exit_from
-from components.settings import load_settings
 from components.tracking.import_graph import ROOT, closure, modules
 
 # Shared by all stages, and what only tells of a training: neither changes a student's bytes.
 APART = (
-    "settings", "artifacts", "errors", "tracking", "recipes", "runtime",
+    "config", "artifacts", "errors", "tracking", "runtime",
     "distill.card", "distill.footprint", "distill.memory", "distill.replay",
 )  # fmt: skip
 

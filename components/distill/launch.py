@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from components.align_ti.step import AlignTI
+from components.config.distill import DistillSettings
+from components.config.runtime import RuntimeSettings
 from components.errors import InputError, Interrupted
-from components.settings import DistillSettings, RuntimeSettings
 
 CONFIGS = Path("params/accelerate")
 LAUNCHED = "ALIGNTI_LAUNCHED"  # set in the processes that were started here

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from components.config.distill import DistillSettings
+from components.dataset.shards import Samples
 from components.distill.order import Order, draw_key, shared_out, shared_out_by_length
 from components.errors import AlignTIError, TryAgainError, end_with_parent
 from components.models.collate import Batch, Collator
-from components.settings import DistillSettings
-from components.shards import Samples
 
 MicroBatches = list[tuple[Batch, list[int]]]
 

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from components.align_ti.step import AlignTI, total
+from components.config.distill import DistillSettings
+from components.dataset.shards import Samples
 from components.distill.checkpoint import Checkpoints
 from components.distill.launch import prepare_sharding
 from components.distill.loader import Steps, batches, deaths_explained
@@ -28,8 +30,6 @@ from components.distill.replica import Replica
 from components.distill.trainable import of_terms, parameter_groups, rates
 from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch, Collator
-from components.settings import DistillSettings
-from components.shards import Samples
 from components.tracking.journal import Run
 
 

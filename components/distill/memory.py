@@ -9,10 +9,10 @@ import torch
 
 from components.align_ti.head import rows_per_chunk
 from components.align_ti.step import AlignTI
+from components.config.distill import DistillSettings
 from components.distill.footprint import FLOAT, OPTIMISER, activations_per_token, logits
 from components.errors import InputError
 from components.models.collate import Batch
-from components.settings import DistillSettings
 
 KNOBS = {
     "the student's activations": "lower micro_batch_size, or set gradient_checkpointing: true, in params/distill.yaml",

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from components.config.runtime import RuntimeSettings
+from components.config.settings import Settings
 from components.errors import InputError
 from components.models.load import Loaded, load
-from components.settings import RuntimeSettings, Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from components.align_ti.step import AlignTI
+from components.config.distill import DistillSettings, Lora
 from components.errors import InputError
 from components.models.attention import recomputing
 from components.models.families import parts
 from components.models.load import Loaded
-from components.settings import DistillSettings, Lora
 
 
 def choose_trainable(student: Loaded, distill: DistillSettings) -> None:

@@ -26,8 +26,8 @@ from components.artifacts import (
     sha256,
     write_text,
 )
+from components.config.load import load_settings
 from components.errors import exit_from
-from components.settings import load_settings
 
 
 def main() -> None:
@@ -41,12 +41,12 @@ def main() -> None:
         print(f"evaluate teacher: nothing to do, {none}")
         return
 
+    from components.dataset.shards import Samples
     from components.evaluate import fingerprint, generate, likelihood, metrics
     from components.evaluate.journal import Journal
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
-    from components.shards import Samples
     from components.tracking.stage_run import stage_run
 
     asked = settings.evaluate

@@ -36,6 +36,9 @@ from components.artifacts import (
     YesNo,
     write_text,
 )
+from components.config.evaluate import EvaluateSettings
+from components.config.load import load_settings
+from components.config.study import Arm
 from components.errors import exit_from
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import headline, leaders, listed, spoken, standing
@@ -55,7 +58,6 @@ from components.evaluate.statistics import (
     over_seeds,
     p_value,
 )
-from components.settings import Arm, EvaluateSettings, load_settings
 
 POWER = 0.8  # of a gap called detectable
 

@@ -1,6 +1,6 @@
 """Is the test in the training data? Images by their pixels and by their look, and questions word for word.
 
-Exact: the decoded pixels agree. Near: they look alike (components/looks.py).
+Exact: the decoded pixels agree. Near: they look alike (components/dataset/perceptual_hash.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from components.artifacts import Record, Split
-from components.looks import NEAR, look_of
+from components.dataset.perceptual_hash import NEAR, look_of
+from components.dataset.shards import CAPTION, Samples
 from components.models.template import question_of
-from components.shards import CAPTION, Samples
 
 LISTED = 50  # pairs named in the report
 

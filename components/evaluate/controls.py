@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from components.artifacts import DATASET, REPORTS, ROWS, Record, Split, write_text
+from components.config.settings import Settings
+from components.dataset.shards import Sample, Samples
 from components.errors import DataError
 from components.evaluate import generate, metrics
 from components.evaluate.contamination import Contamination, contamination
@@ -18,8 +20,6 @@ from components.evaluate.kits.inside import blank
 from components.models.load import load
 from components.models.template import Template
 from components.runtime import prepare_torch
-from components.settings import Settings
-from components.shards import Sample, Samples
 
 
 class Blind(Record):

@@ -15,9 +15,9 @@ from components.artifacts import Fingerprint, sha256
 from components.models.template import Template
 
 if TYPE_CHECKING:
+    from components.config.evaluate import EvaluateSettings
+    from components.dataset.shards import Samples
     from components.models.load import Loaded
-    from components.settings import EvaluateSettings
-    from components.shards import Samples
 
 KIT = "alignti"
 JUDGE = "exact match of the normalised answer"

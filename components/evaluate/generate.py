@@ -11,13 +11,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from components.config.evaluate import EvaluateSettings
+from components.dataset.shards import CAPTION, Sample, Samples
 from components.errors import DataError
 from components.models.collate import Collator
 from components.models.families import prompt
 from components.models.load import Loaded
 from components.models.template import Template
-from components.settings import EvaluateSettings
-from components.shards import CAPTION, Sample, Samples
 
 if TYPE_CHECKING:
     from components.evaluate.journal import Journal

@@ -25,12 +25,12 @@ from components.artifacts import (
     TeacherChoice,
     write_text,
 )
+from components.config.study import Arm
 from components.errors import DataError
 from components.evaluate.benchmarks import BENCHMARKS, PAPER
 from components.evaluate.pages import templates
 from components.evaluate.speed import SPEED, Speed, SpeedReport
 from components.evaluate.statistics import noise_unpaired
-from components.settings import Arm
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 SFT, KD = "SFT", "Vanilla KD"  # the published baselines, by method

@@ -18,8 +18,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from components.artifacts import Prediction, Scores, YesNo
+from components.dataset.shards import Sample
 from components.errors import DataError
-from components.shards import Sample
 
 OVERALL = "all"  # the key of the figures over all yes/no kinds together
 

@@ -28,6 +28,8 @@ from components.artifacts import (
     write_bytes,
     write_text,
 )
+from components.config.evaluate import EvaluateSettings
+from components.dataset.shards import Samples
 from components.errors import DataError
 from components.evaluate import plots
 from components.evaluate.headline import noise_of, resolution
@@ -39,8 +41,6 @@ from components.evaluate.statistics import Interval
 from components.figures import DARK, DPI, LIGHT, draw
 from components.irs.overlays import curve
 from components.models.template import IMAGE
-from components.settings import EvaluateSettings
-from components.shards import Samples
 
 Plot = Callable[..., Figure]  # of a theme
 

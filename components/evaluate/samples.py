@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from components.artifacts import DATASET, REPORTS, TEACHER_ARM, Comparison, Prediction, write_text
+from components.config.settings import Settings
+from components.dataset.shards import Sample, Samples
 from components.errors import DataError
 from components.evaluate import generate
 from components.evaluate.pages import data_uri, templates, thumbnail
@@ -29,8 +31,6 @@ from components.models.collate import Collator
 from components.models.load import Loaded
 from components.models.template import IMAGE, Template
 from components.models.vlm import VLM
-from components.settings import Settings
-from components.shards import Sample, Samples
 
 PAGE = REPORTS / "samples.html"
 THUMBNAIL_PX = 240  # longest side

@@ -28,16 +28,16 @@ from components.artifacts import (
     write_bytes,
     write_text,
 )
+from components.config.load import load_settings
 from components.errors import exit_from
-from components.settings import load_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from components.dataset.shards import Sample
     from components.irs.overlays import Gaze
     from components.irs.regions import Tiling
     from components.irs.search import Seen
-    from components.shards import Sample
 
 FOLDER = REPORTS / "irs"
 
@@ -49,13 +49,13 @@ def main() -> None:
         return
     teacher = TeacherChoice.read(TEACHER / "choice.json")
 
+    from components.dataset.shards import Samples
     from components.irs.choice import choose
     from components.irs.regions import Tiling
     from components.irs.search import TooFewInstructions, look
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
-    from components.shards import Samples
     from components.tracking.stage_run import stage_run
 
     device = prepare_torch(settings.runtime, settings.irs.seed)

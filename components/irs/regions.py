@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from components.dataset.shards import Box
 from components.models.collate import processed, visual_tokens
-from components.shards import Box
 
 
 def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:

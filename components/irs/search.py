@@ -19,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.artifacts import Rows
+from components.config.irs import IrsSettings
+from components.dataset.shards import CAPTION, Sample, Samples, Turn
 from components.errors import DataError
 from components.irs.score import irs_scores
 from components.models.attention import Look, attention_layers, watching
@@ -26,8 +28,6 @@ from components.models.collate import Batch, Collator
 from components.models.load import Loaded
 from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
-from components.settings import IrsSettings
-from components.shards import CAPTION, Sample, Samples, Turn
 
 Z = 1.96  # a normal variable lies within so many standard errors 95 times in 100
 

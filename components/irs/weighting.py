@@ -13,7 +13,7 @@ from components.artifacts import IRS, LayerChoice, Rows
 from components.errors import DataError
 
 if TYPE_CHECKING:
-    from components.settings import Iva
+    from components.config.distill import Iva
 
 BACKGROUND = IRS / "background.safetensors"  # per kind of rows (L, Nv); absent where images differ in their grids
 

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Literal
 
 from components.artifacts import DATASET, MODELS, ModelIndex, ModelRecord
+from components.config.load import load_settings
+from components.config.models import Checkpoint, Cut, ModelsSettings, Parts
 from components.errors import exit_from
-from components.settings import Checkpoint, Cut, ModelsSettings, Parts, load_settings
 
 
 def main() -> None:
     settings = load_settings()
     from transformers.utils.logging import disable_progress_bar
 
+    from components.dataset.shards import Samples
     from components.models import embedded
     from components.models.tiles import as_one_tile
-    from components.shards import Samples
     from components.tracking.stage_run import stage_run
 
     disable_progress_bar()  # of writing one shard

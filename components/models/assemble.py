@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from components.config.models import Parts
 from components.errors import ModelError
 from components.models.folder import weight_files
 from components.models.template import EOS, IMAGE, Template
-from components.settings import Parts
 
 TOWERS = ("siglip", "siglip_vision_model")
 LANGUAGE_MODELS = ("qwen2", "qwen3")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from components.artifacts import Rows
+from components.dataset.shards import Sample
 from components.errors import DataError, ModelError
 from components.models.plain import PlainText
 from components.models.template import IMAGE, Rendered, Template
-from components.shards import Sample
 
 if TYPE_CHECKING:
     from PIL import Image

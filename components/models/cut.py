@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from components.config.models import Cut
 from components.errors import ModelError
 from components.models.folder import INDEX, weight_files
-from components.settings import Cut
 
 EXACT = (  # language models whose layers are alike but for `layer_types`, each with an MLP of gate, up and down
     "gemma2",

@@ -27,6 +27,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from components.config.models import Conversations, EmbeddedFamily, LanguageShape, ModelsSettings, Training
+from components.config.runtime import RuntimeSettings
+from components.dataset.shards import CAPTION, Sample, Samples, Turn
 from components.errors import DataError, ModelError
 from components.models.collate import Batch, Collator, decode, visual_tokens
 from components.models.fit import Log, epochs, fit
@@ -35,8 +38,6 @@ from components.models.tokenizer import build_processor
 from components.models.tower import cell_words, encode, new_tower, train_tower
 from components.models.vlm import VLM
 from components.runtime import prepare_torch
-from components.settings import Conversations, EmbeddedFamily, LanguageShape, ModelsSettings, RuntimeSettings, Training
-from components.shards import CAPTION, Sample, Samples, Turn
 from components.workers import cores, shared_out
 
 HERE = b""  # stands for an image whose features are at hand

@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import trange
 from transformers import get_cosine_schedule_with_warmup
 
+from components.config.models import Training
 from components.errors import AlignTIError
-from components.settings import Training
 
 Log = Callable[[str, float, int], None]  # (name, loss, step)
 LOG_EVERY = 20

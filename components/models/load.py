@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from components.dataset.shards import Turn
 from components.errors import ModelError
 from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
 from components.models.families import family_of, reads_one_layer
 from components.models.folder import weight_files
 from components.models.processor import load_processor
 from components.models.template import Template
-from components.shards import Turn
 
 if TYPE_CHECKING:
-    from components.settings import Template as TemplateSettings
+    from components.config.models import Template as TemplateSettings
 
 
 @dataclass(frozen=True)

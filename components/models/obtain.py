@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from components.artifacts import whole_folder
+from components.config.models import Checkpoint
 from components.errors import ModelError, TryAgainError
 from components.models.folder import weight_files
-from components.settings import Checkpoint
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]
 SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from components.dataset.shards import Turn
 from components.errors import ModelError
-from components.shards import Turn
 
 if TYPE_CHECKING:
-    from components.settings import Template as TemplateSettings
+    from components.config.models import Template as TemplateSettings
 
 IMAGE = "<image>"  # how data sets mark the image's place; the template itself always puts the image first, as LLaVA does
 EOS = "<|endoftext|>"

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from components.config.models import TowerShape, TowerTraining
 from components.errors import DataError
 from components.models.fit import Log, epochs, fit
-from components.settings import TowerShape, TowerTraining
 
 ENCODE_BATCH = 250
 

@@ -16,8 +16,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
+from components.config.data import DataLimits
+from components.config.settings import Settings
 from components.dataset.images import Refusal
 from components.dataset.images import load as load_image
+from components.dataset.shards import Sample, Turn
 from components.errors import InputError
 from components.evaluate.generate import greedy
 from components.models.collate import Batch, Collator
@@ -27,8 +30,6 @@ from components.models.template import IMAGE
 from components.release.look import draw_looks, look
 from components.release.model import Named, find, open_model, template_of
 from components.runtime import prepare_torch
-from components.settings import DataLimits, Settings
-from components.shards import Sample, Turn
 
 
 @dataclass

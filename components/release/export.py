@@ -13,6 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from components.artifacts import DATASET, ROWS, whole_folder
+from components.config.settings import Settings
+from components.dataset.shards import Sample, Samples
 from components.distill.export import save
 from components.errors import InputError, ModelError
 from components.evaluate.generate import answers, questions
@@ -24,8 +26,6 @@ from components.models.processor import load_processor
 from components.models.template import Template
 from components.release import card
 from components.release.model import ADAPTER, base_of, find, open_model, template_of
-from components.settings import Settings
-from components.shards import Sample, Samples
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from components.artifacts import IRS, REPORTS, TEACHER_ARM, LayerChoice, write_bytes
+from components.dataset.shards import Sample
 from components.errors import InputError
 from components.figures import draw
 from components.irs.overlays import Heat, heatmaps
@@ -21,7 +22,6 @@ from components.models.collate import Batch, decode
 from components.models.load import Loaded
 from components.models.vlm import VLM
 from components.release.model import Named
-from components.shards import Sample
 
 FOLDER = REPORTS / "try"
 # Families that cut an image into tiles show it whole as well, on one square of tokens, before the tiles or after them.

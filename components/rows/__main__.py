@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 
 from components.artifacts import ROWS, TriedRows
+from components.config.load import load_settings
 from components.errors import exit_from
 from components.rows.trial import try_rows
-from components.settings import load_settings
 from components.workers import cores
 
 

@@ -33,10 +33,11 @@ from components.artifacts import (
     write_bytes,
     write_text,
 )
+from components.config.models import ModelsSettings
+from components.config.settings import Settings
+from components.dataset.shards import Samples
 from components.errors import DataError
 from components.rows.judge import CUT, RESIZED, VERDICT, Judge, Remark, different
-from components.settings import ModelsSettings, Settings
-from components.shards import Samples
 from components.workers import shared_out
 
 IMAGES = 4_000  # in one job

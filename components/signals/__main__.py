@@ -27,8 +27,9 @@ from components.artifacts import (
     fingerprint,
     sha256,
 )
+from components.config.load import load_settings
+from components.config.settings import Settings
 from components.errors import ModelError, TryAgainError, exit_from
-from components.settings import Settings, load_settings
 from components.tracking.import_graph import closure, modules
 
 if TYPE_CHECKING:
@@ -90,12 +91,12 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     """Write shards and manifest into `folder`."""
     import torch
 
+    from components.dataset.shards import Samples
     from components.irs.weighting import weighting
     from components.models.collate import Collator
     from components.models.load import check_layer, load
     from components.models.template import Template
     from components.models.vlm import VLM
-    from components.shards import Samples
     from components.signals.approximation import measure
     from components.signals.build import Speaker, build
     from components.signals.store import Signals

@@ -12,8 +12,8 @@ from components.align_ti.divergence import divergence
 from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import TopK, top_k_divergence
 from components.artifacts import Approximation
+from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.vlm import VLM
-from components.shards import CAPTION, Sample, Samples
 from components.signals.build import Speaker
 from components.signals.store import Signals
 

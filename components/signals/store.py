@@ -36,10 +36,10 @@ from components.artifacts import (
     TeacherChoice,
     sha256,
 )
+from components.config.settings import Settings
 from components.errors import DataError
 from components.irs.weighting import weighting
 from components.models.template import Template
-from components.settings import Settings
 
 KEY, TEXT, TEXT_ROWS, VISUAL, VISUAL_ROWS, ATTENTION = range(6)  # columns of `samples`
 AGAIN = "`dvc repro cache_teacher` makes it anew"

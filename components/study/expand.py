@@ -17,8 +17,13 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from components.artifacts import write_text
+from components.config.distill import DistillSettings
+from components.config.fields import ArmName, PositiveFloat, Strict
+from components.config.load import load_settings
+from components.config.settings import Settings
+from components.config.study import Arm
+from components.config.yaml_file import read_yaml
 from components.errors import SettingsError, unknown
-from components.settings import Arm, ArmName, DistillSettings, PositiveFloat, Settings, Strict, load_settings, read_yaml
 
 OF_AN_ARM = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # taken from params/distill.yaml unless it sets them
 STUDIES = Path("params/studies")
@@ -101,7 +106,7 @@ def expand(name: str, root: Path = Path()) -> str:
 
     Nothing is written unless the outcome is valid.
     """
-    from components.recipes import checked_texts
+    from components.config.recipes import checked_texts
 
     arms = cells(name, root)
     first = {variant: next(cell.name for cell in arms if cell.variant == variant) for variant in read(name, root).baselines}

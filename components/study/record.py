@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components.artifacts import SCORES, STUDENTS, Cost
-from components.settings import RuntimeSettings
+from components.config.runtime import RuntimeSettings
 from components.study.expand import Cell
 from components.tracking import history, journal, provenance
 

@@ -21,8 +21,8 @@ from components.artifacts import (
     write_bytes,
     write_text,
 )
+from components.config.load import load_settings
 from components.errors import ModelError, exit_from
-from components.settings import load_settings
 
 
 def main() -> None:
@@ -34,10 +34,10 @@ def main() -> None:
         print(f"select_teacher: nothing to do, {NO_TEACHER.none}")
         return
 
+    from components.dataset.shards import Samples
     from components.evaluate.generate import questions
     from components.figures import draw
     from components.runtime import prepare_torch
-    from components.shards import Samples
     from components.teacher import report
     from components.teacher.choose import choose
     from components.teacher.measure import balanced, measure

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from components.artifacts import Candidate, ModelRecord
+from components.config.settings import Settings
+from components.dataset.shards import Samples
 from components.evaluate import generate, likelihood, metrics
 from components.irs import search
 from components.models.load import load
 from components.models.template import Template
-from components.settings import Settings
-from components.shards import Samples
 from components.teacher.choose import limits_broken
 from components.teacher.memory import TensorMemory
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from components.artifacts import Candidate, TeacherReport
+from components.config.teacher import TeacherSettings
 from components.figures import Theme
-from components.settings import TeacherSettings
 
 
 def table(report: TeacherReport, limits: TeacherSettings, samples: int) -> str:

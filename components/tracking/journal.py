@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from components.artifacts import RUNS, write_text
+from components.config.runtime import RuntimeSettings
 from components.redact import redacted
-from components.settings import RuntimeSettings
 from components.tracking import provenance
 
 JOURNALS = RUNS / "journal"
@@ -160,7 +160,7 @@ def record(
 ) -> bool:
     """Journal, whole and at once, a run that says what lies there already; `alignti sync` or the caller sends it.
 
-    `registers`: the student, as `components/registry.py` takes it. False if `key`, which names what lies there, was journalled
+    `registers`: the student, as `components/tracking/mlflow_registry.py` takes it. False if `key`, which names what lies there, was journalled
     before: nothing is told twice.
     """
     journal = JOURNALS / f"{key}.jsonl"

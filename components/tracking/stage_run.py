@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from components.artifacts import RUNS, write_text
+from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError, Interrupted
-from components.settings import RuntimeSettings
 from components.tracking import provenance, system_metrics
 from components.tracking.history import LAST
 from components.tracking.journal import JOURNALS, Run, warn
@@ -109,7 +109,7 @@ class NearestRecipe(NamedTuple):
 
 
 def nearest_recipe() -> NearestRecipe:
-    from components.recipes import nearest
+    from components.config.recipes import nearest
 
     try:
         name, differing = nearest()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from components.settings import RuntimeSettings
+from components.config.runtime import RuntimeSettings
 
 SAMPLE_S = 10
 POWERCAP = Path("/sys/class/powercap")

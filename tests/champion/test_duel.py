@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from components.artifacts import Fingerprint, Manifest, Prediction, SplitRecord
 from components.champion import drift
 from components.champion.duel import MeasuredDifferently, duel
+from components.config.load import load_settings
 from components.errors import DataError
-from components.settings import load_settings
 
 ASKED = load_settings().evaluate.model_copy(update={"bootstrap_resamples": 500})
 MEASURED = Fingerprint(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from components.champion import measure
-from components.settings import load_settings
+from components.config.load import load_settings
 
 
 @pytest.mark.parametrize("style", ["vicuna", "processor"])

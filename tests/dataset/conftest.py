@@ -4,10 +4,11 @@ from typing import NamedTuple
 import pytest
 
 from components.artifacts import Manifest
-from components.dataset import raw
+from components.config.data import DataSettings
+from components.config.load import load_settings
 from components.dataset.prepare import prepare
 from components.dataset.source import Provenance
-from components.settings import DataSettings, load_settings
+from components.digits import raw
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 
 from components.artifacts import SPLITS
-from components.dataset import raw
-from components.dataset.digits import draw, share_out
+from components.config.data import DataSettings
 from components.dataset.prepare import prepare
-from components.dataset.questions import CAPTIONS, DIGITS, KINDS, NUMBERS, places
+from components.dataset.shards import Sample, Samples
+from components.digits import raw
+from components.digits.grids import draw, share_out
+from components.digits.questions import CAPTIONS, DIGITS, KINDS, NUMBERS, places
 from components.errors import DataError
 from components.models.template import question_of
-from components.settings import DataSettings
-from components.shards import Sample, Samples
 from tests.dataset.conftest import REPOSITORY, Prepared
 
 
@@ -237,7 +237,7 @@ def test_an_undisturbed_digit_is_drawn_where_it_is(digits_settings: DataSettings
 def test_the_same_bytes_in_another_process_with_another_hash_seed(prepared: Prepared, raw_folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from components.dataset.prepare import prepare;"
-        "from components.settings import DataSettings;"
+        "from components.config.data import DataSettings;"
         "prepare(DataSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))"
     )
     target = tmp_path / "again"

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.artifacts import SPLITS, Manifest
+from components.config.data import DataLimits, DataSettings, LlavaFolder
 from components.dataset.images import Refusal
 from components.dataset.mixture import assign, source
 from components.dataset.prepare import prepare, write
 from components.dataset.row import understand
+from components.dataset.shards import Sample, Samples, Turn, open_shard, schema
 from components.dataset.source import Provenance, Refused
 from components.errors import DataError
-from components.settings import DataLimits, DataSettings, LlavaFolder
-from components.shards import Sample, Samples, Turn, open_shard, schema
 from tests.dataset.conftest import HERE
 
 LIMITS = DataLimits(max_pixels=1_000_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
@@ -410,8 +410,8 @@ def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.M
     annotations = tmp_path / "rows.json"
     annotations.write_text(json.dumps(GOOD_ROWS))
     events: list[str] = []
+    from components.dataset.shards import SplitWriter
     from components.dataset.stores import Store
-    from components.shards import SplitWriter
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 
 from components.artifacts import Manifest
+from components.config.data import DataLimits, DataSettings, LlavaFolder
 from components.dataset import parts
 from components.dataset.parts import make
 from components.dataset.prepare import prepare
 from components.dataset.source import Refused, Stored
 from components.errors import TryAgainError
-from components.settings import DataLimits, DataSettings, LlavaFolder
 from tests.dataset.conftest import REPOSITORY
 
 IMAGES, PER_SHARD = 64, 8
@@ -75,9 +75,9 @@ def test_the_number_of_workers_changes_no_byte(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from components import shards
+from components.dataset import shards
 from components.dataset.prepare import prepare
-from components.settings import DataSettings
+from components.config.data import DataSettings
 left = int(sys.argv[3])
 real = shards.SplitWriter.add
 def add(self, row):

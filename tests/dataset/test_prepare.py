@@ -11,14 +11,15 @@ import yaml
 from PIL import Image
 
 from components.artifacts import SPLITS, Manifest
+from components.config.data import DataSettings, LlavaFolder
+from components.config.load import load_settings
 from components.dataset import parts
 from components.dataset import prepare as stage
 from components.dataset.__main__ import unseen_by_dvc
 from components.dataset.card import contact_sheet
 from components.dataset.prepare import prepare
+from components.dataset.shards import Sample, Samples, Turn
 from components.errors import TryAgainError
-from components.settings import DataSettings, LlavaFolder, load_settings
-from components.shards import Sample, Samples, Turn
 from tests.dataset.conftest import REPOSITORY, Prepared
 
 

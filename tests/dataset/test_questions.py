@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.dataset.questions import KINDS, NUMBERS, Balance, Digit, Scene, ask, captions, places
+from components.digits.questions import KINDS, NUMBERS, Balance, Digit, Scene, ask, captions, places
 from components.errors import DataError
 
 COLOURS = ("blue", "green", "red")

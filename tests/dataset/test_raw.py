@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from components.dataset import raw
+from components.digits import raw
 from components.errors import DataError
 from tests.dataset.conftest import REPOSITORY
 

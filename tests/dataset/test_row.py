@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from components.config.data import DataLimits
 from components.dataset.images import Refusal
 from components.dataset.row import DESCRIBE, Held, Row, understand
-from components.settings import DataLimits
-from components.shards import Turn
+from components.dataset.shards import Turn
 
 LIMITS = DataLimits(max_pixels=100, max_image_mib=1, max_text_chars=200, max_bad_ratio=1)
 HELD = Held([0, 512, 9], "0/k")

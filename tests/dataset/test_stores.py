@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.artifacts import SPLITS, Overlap, Sources
+from components.config.data import DataLimits, DataSettings, Mixture, MixtureSource
 from components.dataset import json_rows
 from components.dataset.images import Refusal
 from components.dataset.mixture import source
 from components.dataset.prepare import prepare, write
+from components.dataset.shards import Sample, Samples
 from components.dataset.source import Refused
 from components.dataset.stores import HUB, store
 from components.errors import DataError, TryAgainError
-from components.settings import DataLimits, DataSettings, Mixture, MixtureSource
-from components.shards import Sample, Samples
 from tests.dataset.conftest import HERE, REPOSITORY
 
 LIMITS = DataLimits(max_pixels=100_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from components.artifacts import DATASET, IRS, MODELS, TEACHER, Manifest, ModelIndex, TeacherChoice
+from components.dataset.shards import ImageRow, Turn, write_split
 from components.models.folder import record
-from components.shards import ImageRow, Turn, write_split
 from tests.layers import layer_choice
 from tests.models.conftest import IMAGE_PX, NV, png, saved, word_processor
 from tests.tried import keep_all

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.config.load import load_settings
 from components.distill.memory import KNOBS, OutOfMemory, estimate, explained
 from components.errors import InputError
 from components.models.vlm import VLM
-from components.settings import load_settings
 from tests import tiny
 from tests.align_ti.test_step import batch, pair, step
 from tests.distill.conftest import REPOSITORY, write_params

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
+from components.config.load import load_settings
 from components.distill.placement import bring_head, load_teacher
 from components.distill.teacher import FrozenTeacher
 from components.errors import InputError, Interrupted
 from components.models.collate import Batch
 from components.models.vlm import VLM
-from components.settings import load_settings
 from tests import tiny
 from tests.distill.conftest import write_params
 from tests.distill.test_scale import StopsAt, alone

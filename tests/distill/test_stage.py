@@ -16,11 +16,11 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
 from components.artifacts import IRS, STUDENTS, Absent, Cost
+from components.config.load import load_settings
+from components.dataset.shards import Turn
 from components.distill.__main__ import distill
 from components.errors import DataError, InputError, Interrupted, SettingsError, TryAgainError
 from components.models.template import Template
-from components.settings import load_settings
-from components.shards import Turn
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, STEPS, write_params
 

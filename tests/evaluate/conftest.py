@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from components.artifacts import DATASET, MODELS, STUDENTS, TEACHER, ModelIndex, TeacherChoice
+from components.config.load import load_settings
+from components.dataset.shards import Samples
 from components.evaluate.generate import answers, questions
 from components.models.folder import record
 from components.models.load import Loaded, load
 from components.models.template import Template
-from components.settings import load_settings
-from components.shards import Samples
 from tests.evaluate import tiny
 
 REPOSITORY = Path(__file__).parents[2]

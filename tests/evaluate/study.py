@@ -13,11 +13,12 @@ from PIL import Image, ImageDraw
 
 from components import artifacts
 from components.artifacts import Candidate, Cost, Fingerprint, LayerChoice, Likelihood, Manifest, Prediction, TeacherReport
+from components.config.loss_terms import Weights
+from components.config.study import Arm
+from components.dataset.shards import ImageRow, Turn, write_split
 from components.evaluate.metrics import score
 from components.figures import draw
 from components.irs.overlays import Gaze, curve, overlay
-from components.settings import Arm, Weights
-from components.shards import ImageRow, Turn, write_split
 from tests.layers import layer_choice as shared_layer_choice
 from tests.tried import keep_all
 

@@ -13,13 +13,14 @@ import pytest
 
 from components import artifacts
 from components.artifacts import Comparison, Cost, Likelihood, Prediction, Scores
+from components.config.evaluate import EvaluateSettings
+from components.config.study import Arm
 from components.errors import DataError
 from components.evaluate.compare import compare, runs_of
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import leading
 from components.evaluate.likelihood import kl_per_token, nats_per_token
 from components.evaluate.outcomes import Outcomes, read
-from components.settings import Arm, EvaluateSettings
 from tests.evaluate.study import ARMS, MEASURED, study_arms, write_scores, write_study
 
 SETTINGS = EvaluateSettings(

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from components.artifacts import DATASET, MODELS, Manifest
+from components.config.load import load_settings
+from components.dataset.perceptual_hash import NEAR
+from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.evaluate import controls
 from components.evaluate.contamination import contamination
 from components.evaluate.controls import Blank, Other, majority, markdown, measure
-from components.looks import NEAR
-from components.settings import load_settings
-from components.shards import ImageRow, Samples, Turn, write_split
 
 
 def picture(seed: int, px: int = 48) -> Image.Image:

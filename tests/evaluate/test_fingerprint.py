@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.artifacts import Fingerprint
+from components.config.evaluate import EvaluateSettings
+from components.config.load import load_settings
+from components.dataset.shards import Samples
 from components.evaluate.fingerprint import differences, digest, own
 from components.evaluate.generate import questions
 from components.models.load import Loaded, load
 from components.models.template import Template
-from components.settings import EvaluateSettings, load_settings
-from components.shards import Samples
 from tests.evaluate import tiny
 
 FIRST = Fingerprint(

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from components.config.evaluate import EvaluateSettings
+from components.config.load import load_settings
+from components.dataset.shards import Samples
 from components.errors import DataError
 from components.evaluate.generate import answers, questions, unreachable
 from components.models.collate import Collator
 from components.models.load import Loaded, load
 from components.models.template import Template
-from components.settings import EvaluateSettings, load_settings
-from components.shards import Samples
 from tests.families import toy
 
 TEMPLATE = Template("")

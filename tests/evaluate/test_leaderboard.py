@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.artifacts import Comparison, ModelIndex, ModelRecord, TeacherChoice
+from components.config.study import Arm
 from components.evaluate.benchmarks import PAPER
 from components.evaluate.compare import compare
 from components.evaluate.leaderboard import (
@@ -25,7 +26,6 @@ from components.evaluate.leaderboard import (
 )
 from components.evaluate.outcomes import read
 from components.evaluate.speed import Speed, SpeedReport
-from components.settings import Arm
 from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
 

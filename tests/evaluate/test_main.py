@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from components.artifacts import DATASET, NO_TEACHER, SCORES, STUDENTS, TEACHER, Likelihood, Prediction, Scores
+from components.dataset.shards import Samples
 from components.errors import DataError, ModelError
 from components.evaluate.__main__ import main
 from components.evaluate.likelihood import kl_per_token, nats_per_token
 from components.evaluate.metrics import matches, score
-from components.shards import Samples
 from tests.evaluate.conftest import Tracked
 
 

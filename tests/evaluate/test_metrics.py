@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.artifacts import Prediction, YesNo
+from components.dataset.shards import Sample, Turn
 from components.errors import DataError
 from components.evaluate.metrics import OVERALL, matches, normalise, predictions, score, token_f1, yes_no
-from components.shards import Sample, Turn
 
 
 @pytest.mark.parametrize(

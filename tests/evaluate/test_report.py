@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from components import artifacts, recipes
+from components import artifacts
 from components.artifacts import Comparison, LayerChoice, PublishedRuns
+from components.config import recipes
+from components.config.load import load_settings
+from components.config.settings import Settings
+from components.config.yaml_file import read_yaml
 from components.errors import DataError, InputError
 from components.evaluate import compare as stage
 from components.evaluate import plots, published_runs
@@ -24,7 +28,6 @@ from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.pages import data_uri, thumbnail
 from components.evaluate.report import Picture, disagreements, html, markdown, table
 from components.figures import LIGHT, draw
-from components.settings import Settings, load_settings, read_yaml
 from tests.evaluate.study import write_study
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from components.artifacts import Comparison
+from components.config.load import load_settings
+from components.dataset.shards import Samples
 from components.errors import DataError
 from components.evaluate.compare import compare
 from components.evaluate.generate import questions
@@ -21,8 +23,6 @@ from components.evaluate.metrics import predictions as predicted
 from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.samples import looks, write
 from components.models.load import Loaded
-from components.settings import load_settings
-from components.shards import Samples
 from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
 

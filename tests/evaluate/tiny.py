@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
 
 from components.artifacts import Manifest, Split, SplitRecord
+from components.dataset.shards import ImageRow, Turn, write_split
 from components.models.template import Template
 from components.models.tokenizer import build_processor
-from components.shards import ImageRow, Turn, write_split
 from tests.tried import keep_all
 
 IMAGE_PX, PATCH_PX = 32, 8

@@ -12,6 +12,9 @@ from transformers import AutoModelForImageTextToText
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.artifacts import Cost
+from components.config.irs import IrsSettings
+from components.config.models import Checkpoint
+from components.dataset.shards import ImageRow, Samples, Turn
 from components.distill.export import export
 from components.distill.teacher import FrozenTeacher
 from components.irs.search import measure
@@ -20,8 +23,6 @@ from components.models.load import Loaded, check_pair, load
 from components.models.obtain import obtain
 from components.models.template import Template
 from components.models.vlm import VLM
-from components.settings import Checkpoint, IrsSettings
-from components.shards import ImageRow, Samples, Turn
 from tests.families import toy
 from tests.families.table import documented
 from tests.models.conftest import write_dataset

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from components.config.models import Template as TemplateSettings
 from components.errors import ModelError
 from components.models.families import FAMILIES, family_of
 from components.models.load import check_images, check_kind, check_pair, check_same_template, load
 from components.models.template import Template
-from components.settings import Template as TemplateSettings
 from tests.families import toy
 
 OWN = TemplateSettings(style="processor", system="")

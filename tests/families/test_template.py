@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
+from components.dataset.shards import Turn
 from components.errors import ModelError
 from components.models.template import ChatTemplate, Template, question_of
-from components.shards import Turn
 from tests.families import toy
 from tests.families.table import documented
 

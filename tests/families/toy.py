@@ -22,11 +22,11 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from components.dataset.shards import Sample, Turn
 from components.models.collate import Batch, Collator
 from components.models.load import Loaded, load
 from components.models.processor import images_only
 from components.models.template import IMAGE, Template
-from components.shards import Sample, Turn
 
 WORDS = "what digit is at a1 a2 b1 b2 ? . , red green one two three empty list describe the grid yes no user model assistant"
 LAYERS = [2]  # of the language model that is built next

@@ -17,9 +17,10 @@ import yaml
 from components.artifacts import SCORES, Prediction, Scores
 from components.champion import measure
 from components.champion.duel import MeasuredDifferently
+from components.config.load import load_settings
+from components.config.settings import Settings
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
-from components.settings import Settings, load_settings
 from components.tracking import mlflow_registry, mlflow_sync, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY
@@ -67,7 +68,7 @@ STAGE = """
 import json, sys, time
 from pathlib import Path
 from components.tracking.stage_run import stage_run
-from components.settings import load_settings
+from components.config.load import load_settings
 stage, *arm = sys.argv[1:]
 main = Path(".runs").resolve().parent
 def write(path, text):

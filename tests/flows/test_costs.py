@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from components import recipes, shapes
+from components import shapes
+from components.config import recipes
+from components.config.models import Checkpoint, Cut
 from components.errors import InputError
-from components.settings import Checkpoint, Cut
 from flows import bill, costs, recipe_page
 from tests.families import toy
 

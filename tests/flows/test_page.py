@@ -15,9 +15,9 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 
 from components.artifacts import Comparison
+from components.config.load import load_settings
 from components.evaluate.compare import compare
 from components.evaluate.outcomes import read
-from components.settings import load_settings
 from components.tracking.journal import JOURNALS, Run
 from flows import dvc, page
 from flows.pipeline import pipeline

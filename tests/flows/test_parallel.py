@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from components.settings import RuntimeSettings, load_settings
+from components.config.load import load_settings
+from components.config.runtime import RuntimeSettings
 from flows import devices, dvc
 from flows.parallel import repro, workers
 from tests.flows.conftest import ran

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from components import recipes
-from components.settings import load_settings
+from components.config import recipes
+from components.config.load import load_settings
 from components.tracking import history
 from flows import dvc
 from flows.plan import foresee, plan

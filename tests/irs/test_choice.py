@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from components.config.irs import IrsSettings
+from components.dataset.shards import Box, Sample, Turn
 from components.errors import DataError, ModelError
 from components.irs.choice import backgrounds, choose, grids_of, others, regions, scored
 from components.irs.regions import Tiling
 from components.irs.score import pointing
 from components.irs.search import Seen
 from components.models.collate import decode
-from components.settings import IrsSettings
-from components.shards import Box, Sample, Turn
 from tests.families import toy
 from tests.irs.test_regions import PX, TILING
 from tests.irs.test_search import SETTINGS

@@ -23,6 +23,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
 
 from components import artifacts
 from components.artifacts import LayerChoice, Manifest, TeacherChoice
+from components.config.irs import IrsSettings
+from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.errors import DataError
 from components.irs import __main__ as stage
 from components.irs.search import draw_images, furthest_apart, look, measure, rank, standard_error
@@ -30,8 +32,6 @@ from components.irs.weighting import BACKGROUND
 from components.models.load import Loaded, load
 from components.models.template import Template
 from components.models.tokenizer import build_processor
-from components.settings import IrsSettings
-from components.shards import ImageRow, Samples, Turn, write_split
 from tests.tried import keep_all
 
 SETTINGS = IrsSettings(

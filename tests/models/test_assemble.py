@@ -12,12 +12,12 @@ import torch
 import transformers as tf
 
 from components.artifacts import sha256
+from components.config.models import Checkpoint, Parts
 from components.errors import ModelError
 from components.models.assemble import assemble
 from components.models.collate import Collator
 from components.models.load import check_images, check_pair, load
 from components.models.template import Template
-from components.settings import Checkpoint, Parts
 from tests.families.parts import PX, qwen_folder, siglip_folder
 from tests.models.conftest import png, sample
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import normalizers
 
+from components.dataset.shards import Turn
 from components.errors import DataError, ModelError
 from components.models import collate
 from components.models.collate import Collator, check_special_tokens, visual_tokens
 from components.models.template import Template
-from components.shards import Turn
 from tests.models.conftest import NV, WORDS, bpe_processor, sample, word_processor
 
 TEMPLATE = Template("")

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from components.config.models import Cut
 from components.errors import ModelError
 from components.models.cut import _layers, cut, largest
 from components.models.load import load
 from components.models.vlm import VLM
-from components.settings import Cut
 from tests.families import toy
 
 LAYERS = 3  # Qwen3-VL's toy has one more

@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from components.config.load import load_settings
+from components.config.models import LanguageShape, ModelsSettings
+from components.config.recipes import settings_with
+from components.dataset.shards import ImageRow, Samples
 from components.errors import DataError, ModelError
 from components.models import embedded
 from components.models.collate import Collator
 from components.models.load import check_pair, load
 from components.models.template import Template
 from components.models.tokenizer import build_tokenizer
-from components.recipes import settings_with
-from components.settings import LanguageShape, ModelsSettings, load_settings
-from components.shards import ImageRow, Samples
 from tests.models.conftest import PATCH_PX, family, grid_row, sample, tiny_llava, word_processor, write_dataset
 
 CPU = torch.device("cpu")

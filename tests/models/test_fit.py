@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
+from components.config.models import Optimiser, Training
 from components.errors import AlignTIError
 from components.models.fit import epochs, fit
-from components.settings import Optimiser, Training
 
 
 def recipe(steps: int, weight_decay: float = 0.0, warmup: float = 0.0, clip: float = 1.0, rate: float = 0.1) -> Training:

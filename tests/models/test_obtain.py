@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from huggingface_hub import errors as hub
 
+from components.config.models import Checkpoint
 from components.errors import ModelError, TryAgainError
 from components.models import obtain as module
 from components.models.load import load
 from components.models.obtain import obtain
-from components.settings import Checkpoint
 from tests.models.conftest import saved, word_processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

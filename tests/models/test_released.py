@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 import torch
 
+from components.dataset.shards import Sample, Turn
 from components.models.collate import Collator
 from components.models.template import Template
-from components.shards import Sample, Turn
 from tests.models.conftest import png
 from tests.models.released import PROCESSORS
 

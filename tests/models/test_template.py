@@ -1,5 +1,5 @@
+from components.dataset.shards import Turn
 from components.models.template import Template
-from components.shards import Turn
 from tests.models.conftest import word_processor
 
 TURNS = (Turn("<image>\nwhat digit is at a1 ?", "one"), Turn("list the grid .", "red one, red two"))

@@ -25,8 +25,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from components import recipes
 from components.artifacts import Manifest
+from components.config import recipes
 from tests.families import toy
 
 ROOT = Path(__file__).parents[2]

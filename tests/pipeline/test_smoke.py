@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from components import recipes
+from components.config import recipes
 from tests.planted import CANARY, REMOTE, SECRETS, leaks
 
 ROOT = Path(__file__).parents[2]

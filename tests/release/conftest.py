@@ -20,10 +20,11 @@ from components.artifacts import (
     TeacherChoice,
     write_text,
 )
+from components.config.load import load_settings
+from components.config.settings import Settings
+from components.dataset.shards import ImageRow, Turn, write_split
 from components.distill.card import model_card
 from components.models.folder import record
-from components.settings import Settings, load_settings
-from components.shards import ImageRow, Turn, write_split
 from tests.families import toy
 from tests.layers import layer_choice
 from tests.tried import keep_all

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from components.config.settings import Settings
 from components.errors import AlignTIError, DataError, InputError
 from components.evaluate.generate import answers
 from components.models.collate import Collator
@@ -18,7 +19,6 @@ from components.release import look as module
 from components.release.ask import Answer, read, respond, run, sample_of
 from components.release.look import layer_of, look, placed
 from components.release.model import Named, find
-from components.settings import Settings
 from tests.families import toy
 
 QUESTION = "what digit is at a1 ?"

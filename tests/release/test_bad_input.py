@@ -16,6 +16,8 @@ from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 
 from components.artifacts import DATASET, STUDENTS, Cost
+from components.config.models import Checkpoint
+from components.dataset.shards import Samples
 from components.distill import export as distilled
 from components.errors import exit_from
 from components.models import obtain as obtaining
@@ -23,8 +25,6 @@ from components.models.collate import Collator
 from components.models.load import check_images, load
 from components.models.obtain import obtain
 from components.models.template import Template
-from components.settings import Checkpoint
-from components.shards import Samples
 from tests.families import toy
 from tests.release.conftest import COMMIT, ROOT
 

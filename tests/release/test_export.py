@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
 from components.artifacts import DATASET, STUDENTS
+from components.config.settings import Settings
 from components.distill.export import save
 from components.errors import AlignTIError, DataError, InputError, ModelError, TryAgainError
 from components.models.load import load
 from components.release import export as module
 from components.release.export import DTYPES, TOLERANCE, export
-from components.settings import Settings
 
 MODEL = STUDENTS / "align_ti/model"
 OUT = Path("out/mine")

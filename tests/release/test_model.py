@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.config.settings import Settings
 from components.errors import InputError, ModelError, TryAgainError
 from components.models.load import load
 from components.models.template import Template
 from components.release import model as module
 from components.release.model import find, open_model, template_of
-from components.settings import Settings
 from tests.families import toy
 
 

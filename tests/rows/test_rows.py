@@ -13,6 +13,9 @@ import pytest
 from PIL import Image
 
 from components.artifacts import SPLITS, Manifest, ModelIndex, ModelRecord, Split, TriedRows
+from components.config.load import load_settings
+from components.config.settings import Settings
+from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.errors import DataError
 from components.models.collate import Collator
 from components.models.processor import load_processor
@@ -21,8 +24,6 @@ from components.rows import trial
 from components.rows.__main__ import closing_line
 from components.rows.judge import Judge
 from components.rows.trial import try_rows
-from components.settings import Settings, load_settings
-from components.shards import ImageRow, Samples, Turn, write_split
 from tests.families import toy
 
 ROOT = Path(__file__).parents[2]

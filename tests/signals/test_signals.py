@@ -16,6 +16,8 @@ from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import top_k
 from components.align_ti.visual_weights import visual_weights
 from components.artifacts import DATASET, RUNS, SIGNALS, STUDENTS, SignalFacts, SignalManifest
+from components.config.load import load_settings
+from components.dataset.shards import CAPTION, Samples
 from components.distill import __main__ as stage
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError, SettingsError, TryAgainError
@@ -23,8 +25,6 @@ from components.models.collate import Collator
 from components.models.load import load
 from components.models.template import Template
 from components.models.vlm import VLM
-from components.settings import load_settings
-from components.shards import CAPTION, Samples
 from components.signals import __main__ as signals_stage
 from components.signals import build
 from components.signals.store import Signals, facts, read_manifest

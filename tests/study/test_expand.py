@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from components.config.load import load_settings
 from components.errors import SettingsError
-from components.settings import load_settings
 from components.study import expand
 
 ROOT = Path(__file__).parents[2]

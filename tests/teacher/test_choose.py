@@ -9,8 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from components.artifacts import Candidate
+from components.config.load import load_settings
+from components.config.teacher import TeacherSettings
 from components.errors import ModelError
-from components.settings import TeacherSettings, load_settings
 from components.teacher.choose import choose, limits_broken
 
 SHIPPED = load_settings().teacher

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from components.artifacts import Candidate, TeacherReport
+from components.config.load import load_settings
+from components.config.teacher import TeacherSettings
 from components.figures import DARK, LIGHT, draw
-from components.settings import TeacherSettings, load_settings
 from components.teacher.choose import choose, limits_broken
 from components.teacher.report import quality_cost, table
 

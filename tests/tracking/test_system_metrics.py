@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from components.settings import RuntimeSettings
+from components.config.runtime import RuntimeSettings
 from components.tracking import history, system_metrics
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY, stage_run
@@ -76,7 +76,7 @@ def powercap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(system_metrics, "POWERCAP", root)
     monkeypatch.setattr(system_metrics.packages, "__defaults__", (root,))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("components.recipes.nearest", lambda: ("digits", 0))
+    monkeypatch.setattr("components.config.recipes.nearest", lambda: ("digits", 0))
     return root
 
 

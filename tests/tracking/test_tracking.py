@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from components.config.runtime import RuntimeSettings
 from components.errors import Interrupted, SettingsError
-from components.settings import RuntimeSettings
 from components.tracking import history, journal, mlflow_sync, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
@@ -48,7 +48,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     # On a busy machine MLflow takes its time; here each run is waited for.
     monkeypatch.setattr("components.tracking.stage_run.PATIENCE_S", 120)
-    monkeypatch.setattr("components.recipes.nearest", lambda: ("digits", 0))
+    monkeypatch.setattr("components.config.recipes.nearest", lambda: ("digits", 0))
     return tmp_path
 
 
@@ -126,7 +126,7 @@ def test_params_that_cannot_be_read_cost_a_run_its_recipe_alone(monkeypatch: pyt
     def unreadable() -> None:
         raise SettingsError("params/data.yaml: missing")
 
-    monkeypatch.setattr("components.recipes.nearest", unreadable)
+    monkeypatch.setattr("components.config.recipes.nearest", unreadable)
     work()
     ((start, *_),) = [[json.loads(line) for line in path.read_text().splitlines()] for path in journals()]
     assert "recipe" not in start["tags"]
@@ -473,7 +473,7 @@ ROOT = str(Path(__file__).parents[2])
 KILLED = f"""
 import sys, time
 from components.tracking.stage_run import stage_run
-from components.settings import RuntimeSettings
+from components.config.runtime import RuntimeSettings
 runtime = RuntimeSettings(tracking_uri="journal", **{REST!r})
 with stage_run("distill", cell="a", runtime=runtime) as run:
     run.metrics({{"loss/sft": 1.0}}, step=1)

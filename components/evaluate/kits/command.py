@@ -8,9 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from components.artifacts import TEACHER_ARM, sha256
+from components.config.load import load_settings
 from components.errors import AlignTIError, InputError
 from components.evaluate.kits import measure, table
-from components.settings import load_settings
 
 
 def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], blank: bool = False) -> None:

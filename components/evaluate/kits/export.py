@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from components.dataset.shards import Sample
 from components.evaluate.metrics import normalise
 from components.models.template import question_of
-from components.shards import Sample
 
 Form = Literal["mcq", "yes_no", "vqa"]
 LETTERS = string.ascii_uppercase

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.artifacts import DATASET, ROWS
+from components.config.load import load_settings
+from components.dataset.shards import Sample, Samples, Turn
 from components.evaluate.generate import questions as scored
 from components.evaluate.metrics import normalise
 from components.models.collate import decode
 from components.models.load import load_processor
 from components.models.template import Template, question_of
-from components.settings import load_settings
-from components.shards import Sample, Samples, Turn
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,6 +14,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from components.artifacts import DATASET, MODELS, ROWS, SCORES, Fingerprint, ModelIndex, Prediction, Scores, sha256
+from components.config.settings import Settings
+from components.dataset.shards import Samples
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate import fingerprint, metrics
 from components.evaluate.__main__ import model_of
@@ -26,8 +28,6 @@ from components.models.folder import weight_files
 from components.models.load import load_processor
 from components.models.template import Template
 from components.runtime import prepare_torch
-from components.settings import Settings
-from components.shards import Samples
 
 BEFORE = "before-"  # and the name of a student that nothing was distilled into yet
 OURS = "our exact match"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from components.dataset.shards import Sample, Turn
 from components.errors import DataError
 from components.evaluate.kits import export, vlmeval
-from components.shards import Sample, Turn
 from tests.evaluate import tiny
 
 

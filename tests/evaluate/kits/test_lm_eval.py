@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from components.artifacts import DATASET, STUDENTS
+from components.config.load import load_settings
+from components.dataset.shards import Samples
 from components.errors import DataError, InputError, ModelError
 from components.evaluate import fingerprint
 from components.evaluate.generate import answers, questions
@@ -17,8 +19,6 @@ from components.evaluate.kits.measure import Bench
 from components.evaluate.metrics import matches
 from components.models.load import load, load_processor
 from components.models.template import Template
-from components.settings import load_settings
-from components.shards import Samples
 from tests.evaluate.kits.conftest import needs_lm_eval
 
 CPU = torch.device("cpu")

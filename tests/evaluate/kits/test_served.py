@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from components.artifacts import REPORTS, STUDENTS, sha256
+from components.config.load import load_settings
+from components.dataset.shards import Samples
 from components.evaluate.__main__ import main as evaluate_stage
 from components.evaluate.generate import answers, questions
 from components.evaluate.kits import lm_eval_tasks, serve, table
@@ -20,8 +22,6 @@ from components.evaluate.kits.command import evaluate
 from components.evaluate.kits.table import Table
 from components.models.load import Loaded
 from components.models.template import Template, question_of
-from components.settings import load_settings
-from components.shards import Samples
 from tests.evaluate.conftest import Tracked
 from tests.evaluate.kits.conftest import needs_lm_eval, needs_server, needs_vlmeval
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from components.dataset.shards import Sample, Turn
 from components.errors import InputError, TryAgainError
 from components.evaluate.kits import export, vlmeval
 from components.evaluate.kits.inside import NOTHING
 from components.evaluate.metrics import matches
-from components.shards import Sample, Turn
 from tests.evaluate import tiny
 from tests.evaluate.kits.conftest import Scripted, needs_vlmeval
 from tests.oracles.scoring import Answer, score

@@ -1,4 +1,4 @@
-"""`python -m components.dataset.raw`: write the raw handwriting to `data/` from scikit-learn's copy of the UCI set.
+"""`python -m components.digits.raw`: write the raw handwriting to `data/` from scikit-learn's copy of the UCI set.
 
 Needed once, to make what `data.dvc` versions; everybody else gets the same bytes by `dvc pull data.dvc`.
 """

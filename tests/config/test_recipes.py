@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components import recipes
+from components.config import recipes
+from components.config.load import load_settings
+from components.config.settings import FILES
+from components.config.yaml_file import read_yaml
 from components.errors import SettingsError
-from components.settings import FILES, load_settings, read_yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

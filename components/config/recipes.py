@@ -7,7 +7,7 @@ Beside params files a recipe may have `like: OTHER` (whose values stand where it
 params/mixtures/, as data.mixture) and `phases:`, runs that come before it, each an overlay of it, named NAME/PHASE.
 
     alignti use NAME                      the recipe into params/
-    python -m components.recipes NAME     params/ into the recipe: what it restates after the shipped values have changed
+    python -m components.config.recipes NAME     params/ into the recipe: what it restates after the shipped values have changed
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError
 
 from components.artifacts import RUNS, write_text
+from components.config.fields import PositiveFloat, PositiveInt, Strict
+from components.config.load import load_settings
+from components.config.settings import FILES, Settings
+from components.config.yaml_file import read_yaml
 from components.errors import SettingsError
-from components.settings import FILES, PositiveFloat, PositiveInt, Settings, Strict, load_settings, read_yaml
 
 Load = Callable[[str], Any]
 

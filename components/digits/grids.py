@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from components.artifacts import SPLITS, Split
-from components.dataset import raw
-from components.dataset.questions import CAPTIONS, DIGITS, Asked, Balance, Digit, Scene, ask, captions, places
+from components.config.data import Augmentation, DataSettings, DigitsGrid
+from components.dataset.shards import Box, ImageRow, Turn
 from components.dataset.source import Provenance, Refused, Rule, Stored
+from components.digits import raw
+from components.digits.questions import CAPTIONS, DIGITS, Asked, Balance, Digit, Scene, ask, captions, places
 from components.errors import DataError
-from components.settings import Augmentation, DataSettings, DigitsGrid
-from components.shards import Box, ImageRow, Turn
 
 TITLE = "Coloured handwritten digits on a grid, composed from the UCI set"
 LICENCE = (

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from components.config.load import load_settings
+from components.config.local_paths import not_here
+from components.config.settings import FILES, Settings
 from components.errors import SettingsError
-from components.settings import FILES, Settings, load_settings, not_here
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

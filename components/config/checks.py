@@ -1,0 +1,79 @@
+"""Checks between params files: what no schema of a single file can know."""
+
+from __future__ import annotations
+
+from components.align_ti import terms
+from components.config.settings import Settings
+
+
+def across_files(settings: Settings) -> list[str]:
+    """What no single file can know."""
+    problems = []
+    students = settings.models.members.students
+    for name, arm in settings.study.arms.items():
+        if arm.student not in students:
+            problems.append(
+                f"params/study.yaml: arms.{name}.student: {arm.student!r} is none of the students of params/models.yaml"
+                f" ({', '.join(students)})"
+            )
+        problems += _cache_checks(settings, name)
+    problems += _stage_checks(settings)
+    tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
+    if tokens is not None and tokens < longest:
+        problems.append(
+            f"params/distill.yaml: micro_batch_tokens: {tokens} is less than one sample may have"
+            f" (params/models.yaml: max_length {longest})"
+        )
+    for name in settings.evaluate.baselines:
+        if name not in settings.study.arms:
+            problems.append(f"params/evaluate.yaml: baselines: {name!r} is no arm of params/study.yaml")
+    return problems
+
+
+def _stage_checks(settings: Settings) -> list[str]:
+    """What goes with captions and no teacher, and what with one."""
+    align, teachers = settings.distill.stage == "align", settings.models.members.teachers
+    if not align:
+        empty = f"params/models.yaml: {settings.models.family}.teachers: {{}} is for `stage: align`; name a teacher"
+        return [] if teachers else [empty]
+    problems = []
+    if settings.models.family == "embedded":
+        problems.append(
+            "params/distill.yaml: stage: align is for `family: pretrained`; embedded models learn captions as built"
+        )
+    elif teachers:
+        problems.append(
+            f"params/models.yaml: pretrained.teachers: stage align has none, and here are {', '.join(teachers)}; set it to {{}}"
+        )
+    if settings.distill.teacher_signals.source == "cache":
+        problems.append("params/distill.yaml: teacher_signals.source is cache, and stage align has no teacher; set it to live")
+    for name in settings.study.arms:
+        if asking := [term for term, needs in settings.arm(name).needs.items() if needs.teacher]:
+            problems.append(
+                f"params/study.yaml: arms.{name}.weights: {', '.join(asking)} ask a teacher, and stage align has none; set all"
+                " but sft to 0"
+            )
+    return problems
+
+
+def _cache_checks(settings: Settings, name: str) -> list[str]:
+    """What the cache of teacher signals, made once for all arms, cannot serve."""
+    arm, shared = settings.arm(name), settings.distill
+    assert arm.divergence is not None and arm.iva is not None  # filled in by Settings.arm
+    if not settings.uses_cache(arm) or not terms.union(arm.needs.values()).teacher:
+        return []
+    problems = []
+    if shared.teacher_weights != "same":
+        problems.append(f"teacher_weights is {shared.teacher_weights}, and the cache is made with a teacher in `precision`")
+    own = {term: options.get("divergence") for term, options in arm.options.items()}
+    for term, divergence in {"": arm.divergence.model_dump(), **own}.items():
+        where = f"{term}.divergence".lstrip(".")
+        if divergence and divergence["kind"] != "forward":
+            problems.append(f"{where}.kind is {divergence['kind']}, and the cache serves the forward divergence alone")
+        if divergence and divergence["temperature"] != shared.divergence.temperature:
+            problems.append(f"{where}.temperature differs from that of params/distill.yaml, which the cache is made with")
+    kept = "irs" if shared.iva.weighting == "uniform" else shared.iva.weighting  # the cache holds some attention in any case
+    asked = arm.iva.weighting, arm.iva.layer
+    if any(needs.attention for needs in arm.needs.values()) and asked != (kept, shared.iva.layer):
+        problems.append("iva differs from that of params/distill.yaml, which the cache is made with")
+    return [f"params/study.yaml: arms.{name}: {problem}; or set teacher_signals.source to live" for problem in problems]

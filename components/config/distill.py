@@ -1,0 +1,132 @@
+"""Schema of params/distill.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from components.config.fields import PositiveFloat, PositiveInt, Share, Strict
+from components.config.loss_terms import Divergence, WithTerms
+from components.config.models import Optimiser
+
+
+class Iva(Strict):
+    """Weights over visual tokens: attention (mean, all rows) at the IRS layer or at a given one; equal; or what the rule of
+    params/irs.yaml picks."""
+
+    weighting: Literal["irs", "searched", "layer", "uniform"]
+    layer: Annotated[int, Field(ge=0)] | None = Field(description="for weighting: layer")
+    divergence: Divergence | None = Field(default=None, description="null: the arm's")
+
+    @model_validator(mode="after")
+    def _layer_given(self) -> Iva:
+        if (self.weighting == "layer") != (self.layer is not None):
+            raise ValueError("`layer` is for `weighting: layer`, and only for it")
+        return self
+
+
+class Tpa(Strict):
+    """Alternatives drawn at each response step."""
+
+    draws: PositiveInt
+    source: Literal["student", "teacher", "gold"]
+    replacement: bool
+    draw_temperature: PositiveFloat = Field(description="of the distribution drawn from; the divergence has its own")
+    top_k: PositiveInt | None = Field(description="draw among so many of the most likely tokens; null: among all")
+    top_p: Share | None = Field(description="draw among the fewest tokens whose probabilities reach this; null: among all")
+    max_expanded_length: PositiveInt | None = Field(
+        description="tokens of one sample with its alternatives; beyond it some response steps, at random, get none"
+    )
+    divergence: Divergence | None = Field(default=None, description="null: the arm's")
+
+    @model_validator(mode="after")
+    def _enough_to_draw(self) -> Tpa:
+        if not self.replacement and (self.top_p is not None or (self.top_k or self.draws) < self.draws):
+            raise ValueError("drawing without replacement needs `top_k` of at least `draws`, or none, and no `top_p`")
+        return self
+
+
+class TeacherSignals(Strict):
+    """Where KD and IVA hear the teacher: in a pass of its own at every step, or from the cache that `cache_teacher` makes."""
+
+    source: Literal["live", "cache"]
+    top_k: PositiveInt = Field(description="for the cache: likeliest tokens kept per row, with the mass of all others")
+
+
+class Lora(Strict):
+    """Low-rank adapters in the language model, folded into its weights at the end."""
+
+    rank: PositiveInt
+    alpha: PositiveInt = Field(description="the adapters' output is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: list[str] = Field(min_length=1, description="names of modules of a decoder layer: q_proj, ...")
+
+
+class Trainable(Strict):
+    vision_tower: bool
+    projector: bool
+    language_model: bool
+    lora: Lora | None = Field(description="the language model through adapters alone; null: its own weights")
+
+    @model_validator(mode="after")
+    def _of_something(self) -> Trainable:
+        if self.lora is not None and not self.language_model:
+            raise ValueError("lora trains the language model, and language_model is false")
+        if not (self.vision_tower or self.projector or self.language_model):
+            raise ValueError("nothing is trained: vision_tower, projector and language_model are all false")
+        return self
+
+
+class LearningRates(Strict):
+    """Of the parts that are trained; null: the optimiser's."""
+
+    vision_tower: PositiveFloat | None
+    projector: PositiveFloat | None
+    language_model: PositiveFloat | None
+
+
+class DistillSettings(WithTerms):
+    stage: Literal["align", "distill"] = Field(description="align: captions, cross-entropy alone, no teacher")
+    rows: PositiveInt | None = Field(description="of the train split that students learn from, evenly spaced; null: all")
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(description="samples per optimiser step, over all ranks and accumulation steps")
+    micro_batch_size: PositiveInt = Field(description="samples per forward pass on one device, at most")
+    micro_batch_tokens: PositiveInt | None = Field(
+        description="tokens per forward pass, padding included: passes hold samples of like length; null: micro_batch_size"
+    )
+    optimiser: Optimiser
+    learning_rates: LearningRates
+    precision: Literal["fp32", "bf16"]
+    divergence: Divergence
+    iva: Iva
+    tpa: Tpa
+    teacher_signals: TeacherSignals
+    trainable: Trainable
+    teacher_weights: Literal["same", "fp32", "bf16", "int8", "nf4"] = Field(description="same: as `precision`")
+    gradient_checkpointing: bool
+    flex_attention: bool = Field(
+        description="with gradient_checkpointing on CUDA: FlexAttention over the sequence with its alternatives; else SDPA"
+    )
+    compile: bool = Field(description="torch.compile of the student's decoder layers")
+    logits_chunk_mib: PositiveFloat = Field(
+        description="MiB of float32 logits per chunk of rows, of one model: the losses' memory (about six such) against speed"
+    )
+    log_every: PositiveInt
+    checkpoint_every: PositiveInt
+
+    @model_validator(mode="after")
+    def _batches(self) -> DistillSettings:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_of_what_is_trained(self) -> DistillSettings:
+        for part, rate in self.learning_rates.model_dump().items():
+            if rate is not None and not getattr(self.trainable, part):
+                raise ValueError(f"learning_rates.{part} is {rate}, and trainable.{part} is false")
+        return self

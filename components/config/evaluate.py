@@ -1,0 +1,22 @@
+"""Schema of params/evaluate.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+)
+
+from components.config.fields import Name, PositiveInt, Strict
+
+
+class EvaluateSettings(Strict):
+    split: Literal["val", "test"]
+    batch_size: PositiveInt
+    max_new_tokens: PositiveInt
+    bootstrap_resamples: PositiveInt
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    seed: int
+    baselines: list[Name] = Field(description="arms that every other arm's gain is stated against")
+    examples: PositiveInt = Field(description="samples where arms disagree, shown in the report")

@@ -1,0 +1,29 @@
+"""Base and field types of all settings."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+)
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
+ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]  # no dots: DVC reads `arms.NAME`
+IntRange = Annotated[tuple[int, int], Field(strict=False, description="[lowest, highest], both included")]
+FloatRange = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False, description="[lowest, highest]")]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Rgb = Annotated[tuple[Byte, Byte, Byte], Field(strict=False)]
+
+
+class Strict(BaseModel):
+    """Unknown keys, NaN and silent conversions (`"3"` for 3) are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -1,0 +1,120 @@
+"""Loading of `params/`: every file read and checked at once, each problem told by file, line and key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from components.align_ti import terms
+from components.config.checks import across_files
+from components.config.loss_terms import WithTerms
+from components.config.models import MEMBERS
+from components.config.runtime import RuntimeSettings
+from components.config.settings import FILES, Settings
+from components.config.yaml_file import is_number, read_yaml
+from components.errors import SettingsError
+
+
+def load_settings(root: Path = Path()) -> Settings:
+    """Read and check every file under `root/params`.
+
+    Raises:
+        SettingsError: naming every problem of every file by file, line and key.
+    """
+    raw, problems = {}, []
+    for name in FILES:
+        try:
+            raw[name] = read_yaml(root / "params" / f"{name}.yaml")
+        except SettingsError as error:
+            problems.append(str(error))
+    if not problems:
+        raw["runtime"] = {**raw["runtime"], **_environment()}
+        try:
+            settings = Settings.model_validate(raw)
+        except ValidationError as error:
+            problems += [described(root, raw, problem) for problem in error.errors()]
+        else:
+            problems += across_files(settings)
+    if problems:
+        raise SettingsError(f"{len(problems)} problem(s) in params/:\n  " + "\n  ".join(problems))
+    return settings
+
+
+def _environment() -> dict[str, str]:
+    found = {field: os.environ.get(f"ALIGNTI_{field.upper()}") for field in RuntimeSettings.model_fields}
+    return {field: value for field, value in found.items() if value}
+
+
+def described(root: Path, raw: dict[str, Any], problem: Any) -> str:
+    """`file:line: key: message`, with the nearest known key for an unknown one."""
+    file, *steps = problem["loc"]
+    keys = [step for step in steps if step not in MEMBERS]
+    path = root / "params" / f"{file}.yaml"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(steps[:-1], str(file))
+        near = difflib.get_close_matches(str(keys[-1]), known, n=1)
+        message = f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {', '.join(known)}"
+    elif problem["type"] == "missing":
+        message = "required, and missing"
+    elif keys and not isinstance(problem["input"], dict):
+        message += f", not {problem['input']!r}"
+        if problem["type"] == "string_type" and problem["input"] is not None:
+            message += "; YAML takes it for that unless it stands in quotes"
+        if problem["type"] == "float_type" and is_number(problem["input"]):
+            message += f"; YAML takes that for text, write {float(problem['input'])!r}"
+    key = ".".join(str(part) for part in keys)
+    return f"params/{file}.yaml:{_line(path, keys)}: {key or '(file)'}: {message}"
+
+
+def _known_keys(keys: list[Any], file: str) -> list[str]:
+    """Field names of the model at `keys`, following dicts of models and optional models."""
+    annotation: Any = Settings.model_fields[file].annotation
+    for key in keys:
+        model = _model_in(annotation)
+        if key in MEMBERS:
+            annotation = MEMBERS[key]
+        elif get_origin(annotation) is dict or model is None:  # the user's own name
+            annotation = get_args(annotation)[-1]
+        elif key in model.model_fields:
+            annotation = model.model_fields[str(key)].annotation
+        else:  # a loss term's block
+            return [field.name for field in dataclasses.fields(terms.term_class(str(key)))]
+    model = _model_in(annotation)
+    of_terms = terms.names() if model is not None and issubclass(model, WithTerms) else []
+    return list(dict.fromkeys([*model.model_fields, *of_terms])) if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _line(path: Path, keys: list[Any]) -> int:
+    """The line of the deepest of `keys` that the file has."""
+    node = yaml.compose(path.read_text(encoding="utf-8"))
+    line = 1
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            pairs = {k.value: (k, v) for k, v in node.value}
+            if str(key) not in pairs:
+                break
+            name, node = pairs[str(key)]
+            line = name.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line

@@ -1,0 +1,106 @@
+"""Weights of the loss terms and the options of each, checked against the dataclass of `align_ti/terms/NAME.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, get_type_hints
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
+
+from components.align_ti import terms
+from components.config.fields import NonNegative, PositiveFloat, Ratio, Strict
+
+
+class Divergence(Strict):
+    """Per-row divergence D(teacher, student) in nats; `mix` is JSD's beta or the skew's alpha."""
+
+    kind: Literal["forward", "reverse", "jsd", "skewed"]
+    mix: Ratio
+    temperature: PositiveFloat
+
+
+class WithTerms(Strict):
+    """Beside its fields: the options of loss terms, each term's in a block of its name (align_ti/terms)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _no_other_names(cls, raw: Any, fields: Callable[[Any], Self]) -> Self:
+        """Beside the problems of the fields: a misspelt one would else be told as missing alone."""
+        other = set(raw if isinstance(raw, dict) else ()) - {*cls.model_fields, *terms.names()}
+        problems = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=raw[name]) for name in sorted(other, key=str)]
+        try:
+            made = fields(raw)
+        except ValidationError as error:
+            for found in error.errors():
+                if found["loc"] == () or found["loc"][0] not in other:
+                    problems.append(
+                        InitErrorDetails(type=found["type"], loc=found["loc"], input=found["input"], ctx=found.get("ctx", {}))
+                    )
+        if problems:
+            raise ValidationError.from_exception_data("params", problems)
+        return made
+
+    @model_validator(mode="after")
+    def _options_of_terms(self) -> Self:
+        for name, block in self.blocks.items():
+            if name in terms.names():
+                _check_options(name, block)
+        return self
+
+    @property
+    def blocks(self) -> dict[str, dict[str, Any]]:
+        return self.model_extra or {}
+
+
+def _check_options(name: str, block: Any) -> None:
+    """Raises ValidationError where a term's own dataclass has no such field, or another type, or refuses the value."""
+    term = terms.term_class(name)
+    hints = {**get_type_hints(term), "divergence": Divergence | None}
+    options: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(term)
+    }
+    try:
+        term(**create_model(name, __base__=Strict, **options).model_validate(as_tuples(block)).model_dump())
+    except ValidationError as error:
+        (problem, *_) = error.errors()
+        raise problem_at(problem["type"], (name, *problem["loc"]), problem["input"], problem.get("ctx", {})) from None
+    except ValueError as error:
+        raise problem_at("value_error", (name,), block, {"error": error}) from None
+
+
+def problem_at(kind: str, loc: tuple[int | str, ...], value: Any, context: dict[str, Any] | None = None) -> ValidationError:
+    details = InitErrorDetails(type=kind, loc=loc, input=value, ctx=context or {})
+    return ValidationError.from_exception_data("params", [details])
+
+
+def as_tuples(value: Any) -> Any:
+    """YAML's lists as the tuples that frozen dataclasses hold."""
+    if isinstance(value, dict):
+        return {key: as_tuples(inside) for key, inside in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def _of_terms(weights: dict[str, float]) -> dict[str, float]:
+    """Those above 0."""
+    for name in weights:
+        try:
+            terms.known(name)
+        except ValueError as error:
+            raise problem_at("value_error", (name,), {}, {"error": error}) from None
+    if not any(weights.values()):
+        raise ValueError("at least one weight must be above 0")
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+Weights = Annotated[dict[str, NonNegative], AfterValidator(_of_terms)]  # L = sum of weight x L_term; a term not named: 0

@@ -1,0 +1,185 @@
+"""Schema of params/models.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+
+from components.config.fields import Name, NonNegative, PositiveFloat, PositiveInt, Ratio, Strict
+
+
+class Optimiser(Strict):
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    learning_rate: PositiveFloat
+    betas: Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, not tuples
+    weight_decay: NonNegative
+    warmup_ratio: Ratio = Field(description="share of steps")
+    max_grad_norm: PositiveFloat
+
+
+class TowerShape(Strict):
+    """SigLIP-shaped vision tower; one visual token per patch. Captions describe cells of `cell_px`, whole patches each."""
+
+    hidden: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    mlp: PositiveInt
+    patch_px: PositiveInt
+    cell_px: PositiveInt = Field(description="side of what three words of a caption describe, whole patches")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> TowerShape:
+        if self.cell_px % self.patch_px:
+            raise ValueError(f"cell_px {self.cell_px} is not a multiple of patch_px {self.patch_px}")
+        return self
+
+
+class LanguageShape(Strict):
+    """Qwen-shaped language model."""
+
+    hidden: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    mlp: PositiveInt
+
+
+class Training(Strict):
+    steps: PositiveInt
+    batch_size: PositiveInt
+    optimiser: Optimiser
+
+
+class TowerTraining(Training):
+    noise: Ratio = Field(description="Gaussian noise added to the pixels, as a share of full brightness")
+    label_smoothing: Ratio
+
+
+class Conversations(Training):
+    turns: PositiveInt = Field(description="questions about one image in one training sample, at most")
+
+
+class EmbeddedFamily(Strict):
+    """The tiny family that `obtain_models` builds and trains from nothing, on the prepared data."""
+
+    seed: int
+    tower: TowerShape
+    tower_training: TowerTraining
+    teachers: dict[Name, LanguageShape]
+    teacher_captions: Training
+    teacher_instructions: Conversations
+    students: dict[Name, LanguageShape] = Field(description="each has learnt captions alone, as after the paper's stage 1")
+    student_captions: Training
+
+
+class Checkpoint(Strict):
+    """A hub id at a pinned commit, or a local folder (revision null)."""
+
+    source: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+
+
+class Parts(Strict):
+    """LLaVA from its parts, as the paper's models are: a tower, a fresh two-layer projector, a language model."""
+
+    tower: Checkpoint = Field(description="SigLIP: its vision tower and image processor")
+    language_model: Checkpoint = Field(description="Qwen2, Qwen2.5 or Qwen3")
+    feature_layer: int = Field(description="the tower's layer that is read: -2 the last but one, as METHOD.md has it")
+    seed: int = Field(description="of the projector's weights")
+
+
+class Cut(Strict):
+    """A teacher less some of its language model's layers and neurons; everything else is copied."""
+
+    teacher: Name = Field(description="one of `teachers`")
+    every: PositiveInt = Field(description="of L layers keep 0, every, 2 every, ...; 1: all of them")
+    mlp: PositiveInt | None = Field(description="neurons kept in each MLP, those of the largest weights; null: all of them")
+
+
+MEMBERS: dict[str, type[Strict]] = {  # by tags of the unions below, which are no keys of a YAML file
+    "(checkpoint)": Checkpoint,
+    "(parts)": Parts,
+    "(cut)": Cut,
+}
+
+
+def _kind(entry: Any) -> str:
+    """Which of `MEMBERS` an entry is, by its keys; a checkpoint if they say nothing."""
+    return next((kind for kind, keys in _keys_by_kind(entry).items() if keys), "(checkpoint)")
+
+
+def _keys_by_kind(entry: Any) -> dict[str, list[str]]:
+    keys = entry.model_fields_set if isinstance(entry, Strict) else entry if isinstance(entry, dict) else ()
+    return {kind: [key for key in keys if key in model.model_fields] for kind, model in MEMBERS.items()}
+
+
+def _one_of(*kinds: str) -> BeforeValidator:
+    """One sentence for an entry that mixes kinds, where pydantic would list keys missing here and unknown there."""
+
+    def check(entry: Any) -> Any:
+        found = {kind: keys for kind, keys in _keys_by_kind(entry).items() if keys}
+        if len(found) > 1 or not found.keys() <= set(kinds):
+            said = " and ".join(f"{', '.join(keys)} {kind}" for kind, keys in found.items())
+            forms = " or ".join(f"{{{', '.join(MEMBERS[kind].model_fields)}}}" for kind in kinds)
+            raise ValueError(f"has {said}; give {forms}")
+        return entry
+
+    return BeforeValidator(check)
+
+
+_Checkpoint = Annotated[Checkpoint, Tag("(checkpoint)")]
+_Parts = Annotated[Parts, Tag("(parts)")]
+_Cut = Annotated[Cut, Tag("(cut)")]
+Whole = Annotated[_Checkpoint | _Parts, Discriminator(_kind), _one_of("(checkpoint)", "(parts)")]
+Start = Annotated[_Checkpoint | _Parts | _Cut, Discriminator(_kind), _one_of(*MEMBERS)]
+
+
+class PretrainedFamily(Strict):
+    teachers: dict[Name, Whole] = Field(description="none for `stage: align`")
+    students: dict[Name, Start]
+
+    @model_validator(mode="after")
+    def _cut_from_teachers(self) -> PretrainedFamily:
+        for name, student in self.students.items():
+            if isinstance(student, Cut) and student.teacher not in self.teachers:
+                known = ", ".join(self.teachers) or "there are none"
+                raise ValueError(f"students.{name}.teacher: {student.teacher!r} is none of the teachers ({known})")
+        return self
+
+
+class Template(Strict):
+    style: Literal["vicuna", "processor"] = Field(description="the paper's | each checkpoint's own chat template")
+    system: str = Field(description="text before the first turn; may be empty")
+
+
+class ModelsSettings(Strict):
+    family: Literal["embedded", "pretrained"]
+    template: Template
+    max_length: PositiveInt = Field(description="tokens of one sample, visual tokens included")
+    too_long: Literal["cut", "leave_out"] = Field(description="longer samples: keep the whole turns that fit, or none")
+    refused_images: Literal["resize", "leave_out"] = Field(description="images of a shape that a processor refuses")
+    image_splitting: bool = Field(description="false: Idefics3 and SmolVLM take each image as one tile")
+    embedded: EmbeddedFamily | None
+    pretrained: PretrainedFamily | None
+
+    @model_validator(mode="after")
+    def _block_of_family(self) -> ModelsSettings:
+        if getattr(self, self.family) is None:
+            raise ValueError(f"family is {self.family}, so the block `{self.family}:` must be filled in")
+        if not self.image_splitting and self.family == "embedded":
+            raise ValueError("image_splitting: false is for `family: pretrained`; embedded models split no image")
+        return self
+
+    @property
+    def members(self) -> EmbeddedFamily | PretrainedFamily:
+        chosen = self.embedded if self.family == "embedded" else self.pretrained
+        assert chosen is not None
+        return chosen

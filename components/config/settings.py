@@ -1,0 +1,54 @@
+"""Settings of a run: one schema per file of `params/`.
+
+No field has a hidden default: the YAML files are the whole truth of a run, which is what lets DVC decide from them
+alone what is stale. `params/runtime.yaml` holds what does not change results (devices, addresses); no stage depends on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from components.align_ti import terms
+from components.config.data import DataSettings
+from components.config.distill import DistillSettings
+from components.config.evaluate import EvaluateSettings
+from components.config.fields import Strict
+from components.config.irs import IrsSettings
+from components.config.models import ModelsSettings
+from components.config.runtime import RuntimeSettings
+from components.config.study import Arm, StudySettings
+from components.config.teacher import TeacherSettings
+from components.errors import SettingsError
+
+
+class Settings(Strict):
+    data: DataSettings
+    models: ModelsSettings
+    teacher: TeacherSettings
+    irs: IrsSettings
+    distill: DistillSettings
+    evaluate: EvaluateSettings
+    study: StudySettings
+    runtime: RuntimeSettings
+
+    def arm(self, name: str) -> Arm:
+        """The arm with `null` blocks filled in from `params/distill.yaml`. Raises SettingsError if there is none."""
+        if name not in self.study.arms:
+            raise SettingsError(f"params/study.yaml has no arm {name!r}; it has {', '.join(self.study.arms)}")
+        arm = self.study.arms[name]
+        shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
+        blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
+        own: dict[str, Any] = {field: getattr(arm, field) for field in ("weights", "student", "seed")}
+        return Arm(**own | shared | blocks)
+
+    @property
+    def needs_layer(self) -> bool:
+        """Whether some arm does."""
+        return any(self.arm(name).needs_layer for name in self.study.arms)
+
+    def uses_cache(self, arm: Arm) -> bool:
+        """Whether the arm does without the live teacher. One with L_tpa does not: it compares tokens that the student draws."""
+        return self.distill.teacher_signals.source == "cache" and not terms.union(arm.needs.values()).live_teacher
+
+
+FILES = tuple(Settings.model_fields)

@@ -1,0 +1,62 @@
+"""Schema of params/study.yaml."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from components.align_ti import terms
+from components.artifacts import TEACHER_ARM
+from components.config.distill import Iva, Tpa
+from components.config.fields import ArmName, Name, Strict
+from components.config.loss_terms import Divergence, Weights, WithTerms, as_tuples
+
+
+class Arm(WithTerms):
+    """One student of the study. `iva`, `tpa`, `divergence`, other terms' blocks: null means as in `params/distill.yaml`."""
+
+    weights: Weights
+    student: Name
+    seed: int
+    iva: Iva | None = None
+    tpa: Tpa | None = None
+    divergence: Divergence | None = None
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Of the terms that weigh something, as their dataclasses take them. Of an arm that Settings.arm has filled in."""
+        assert self.iva is not None and self.tpa is not None
+        own: dict[str, dict[str, Any]] = {
+            "iva": {"uniform": self.iva.weighting == "uniform", "divergence": _dumped(self.iva.divergence)},
+            "tpa": {"divergence": _dumped(self.tpa.divergence)},
+        }
+        return {name: as_tuples((own | self.blocks).get(name, {})) for name in self.weights}
+
+    @property
+    def needs(self) -> dict[str, terms.Needs]:
+        """What each of them has the step compute."""
+        return {name: terms.term_class(name)(**options).needs for name, options in self.options.items()}
+
+    @property
+    def needs_layer(self) -> bool:
+        """Whether it weighs visual tokens by what the layer search finds."""
+        assert self.iva is not None
+        return self.iva.weighting in ("irs", "searched") and any(needs.attention for needs in self.needs.values())
+
+
+def _dumped(divergence: Divergence | None) -> dict[str, Any] | None:
+    return None if divergence is None else divergence.model_dump()
+
+
+class StudySettings(Strict):
+    arms: dict[ArmName, Arm] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _not_the_teacher(self) -> StudySettings:
+        if TEACHER_ARM in self.arms:
+            raise ValueError(f"arms.{TEACHER_ARM}: the name is taken by the teacher's own scores")
+        return self

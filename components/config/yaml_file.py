@@ -1,0 +1,58 @@
+"""Strict YAML: text keys, each once; errors with file and line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.errors import SettingsError
+
+QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: a tenth of the time
+
+
+class _BadKey(Exception):
+    """`line: key: what is wrong`."""
+
+
+class _Loader(QUICK):  # type: ignore[misc, valid-type]
+    """Keys are text, and each stands once: YAML itself lets the last of two win, and takes `no` for false, `1` for a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            kind = key.tag.rpartition(":")[2]
+            if kind == "str" and not key.style and is_number(key.value):
+                kind = "float"  # to YAML 1.2, as DVC reads it
+            if kind not in ("str", "merge"):
+                raise _BadKey(f'{line}: {key.value}: YAML takes it for a {kind}, not for text; write "{key.value}"')
+            if key.value in lines:
+                raise _BadKey(f"{line}: {key.value}: stands twice, here and in line {lines[key.value]}; leave one")
+            lines[key.value] = line
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML mapping. Raises SettingsError with file and line if it is missing, malformed or no mapping."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
+    except _BadKey as bad:
+        raise SettingsError(f"{path}:{bad}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: must be a mapping of keys to values")
+    return content
+
+
+def is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and math.isfinite(float(text))
+    except ValueError:
+        return False
