@@ -50,7 +50,8 @@ stages:
 CELL = """
 import contextlib, os, sys, time
 from pathlib import Path
-from components.tracking import stage_run
+from components.tracking.journal import Run
+from components.tracking.stage_run import stage_run
 from components.config.load import load_settings
 cell = sys.argv[1]
 runtime = load_settings().runtime

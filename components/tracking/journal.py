@@ -160,7 +160,7 @@ def record(
 ) -> bool:
     """Journal, whole and at once, a run that says what lies there already; `alignti sync` or the caller sends it.
 
-    `registers`: the student, as `components/tracking/mlflow_registry.py` takes it. False if `key`, which names what lies there, was journalled
+    `registers`: the student, as `mlflow_registry.py` takes it. False if `key`, which names what lies there, was journalled
     before: nothing is told twice.
     """
     journal = JOURNALS / f"{key}.jsonl"
