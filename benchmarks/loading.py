@@ -26,11 +26,11 @@ from components.align_ti.step import AlignTI, total
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
 from components.dataset.shards import Samples
+from components.digits.tokenizer import build_processor
 from components.distill.loader import MicroBatches, Steps, batches
 from components.distill.order import Order
 from components.models.collate import Collator
 from components.models.template import Template
-from components.models.tokenizer import build_processor
 
 AHEAD = 3  # steps before the clock starts: a loader starts, and gets its two batches ready
 DIFFERENT = 50  # pictures at least, so that some fall into each split

@@ -77,7 +77,7 @@ def _begin(draft: Path, settings: DataSettings) -> None:
     started = draft / "started"
     paths = [] if settings.source == "digits" else [path for one in mixture.stores(settings).values() for path in one.paths]
     files = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()}
-    same = fingerprint({"settings": settings.model_dump(mode="json"), "files": files}, ["dataset"])
+    same = fingerprint({"settings": settings.model_dump(mode="json"), "files": files}, ["dataset", "digits"])
     if not started.exists() or started.read_text(encoding="utf-8") != same:
         shutil.rmtree(draft, ignore_errors=True)
         write_text(started, same)

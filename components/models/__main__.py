@@ -21,7 +21,7 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from components.dataset.shards import Samples
-    from components.models import embedded
+    from components.digits import embedded_family
     from components.models.tiles import as_one_tile
     from components.tracking.stage_run import stage_run
 
@@ -34,7 +34,7 @@ def main() -> None:
         if models.embedded is not None and models.family == "embedded":
             samples = Samples(DATASET, "train")
             run.dataset("train", samples.manifest.digest)
-            embedded.build(
+            embedded_family.build(
                 models, samples, MODELS, settings.runtime, lambda name, loss, step: run.metrics({f"loss/{name}": loss}, step)
             )
         elif models.pretrained is not None:

@@ -9,13 +9,13 @@ import torch
 
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
+from components.digits.tokenizer import build_processor
 from components.distill.grids import Regridded, bilinear
 from components.distill.teacher import FrozenTeacher
 from components.errors import ModelError
 from components.models.collate import Collator
 from components.models.load import Loaded, check_pair, grids, load
 from components.models.template import Template
-from components.models.tokenizer import build_processor
 from components.models.vlm import VLM
 from tests.families import toy
 from tests.models.conftest import WORDS, sample, saved

@@ -14,8 +14,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
 
 from components.artifacts import Manifest, Split, SplitRecord
 from components.dataset.shards import ImageRow, Turn, write_split
+from components.digits.tokenizer import build_processor
 from components.models.template import Template
-from components.models.tokenizer import build_processor
 from tests.tried import keep_all
 
 IMAGE_PX, PATCH_PX = 32, 8

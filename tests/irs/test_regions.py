@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from components.digits.tokenizer import build_processor
 from components.irs.regions import Tiling, seen_by
 from components.models.template import Template
-from components.models.tokenizer import build_processor
 from tests.families import toy
 
 PX, PATCH = 32, 8

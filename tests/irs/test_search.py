@@ -25,13 +25,13 @@ from components import artifacts
 from components.artifacts import LayerChoice, Manifest, TeacherChoice
 from components.config.irs import IrsSettings
 from components.dataset.shards import ImageRow, Samples, Turn, write_split
+from components.digits.tokenizer import build_processor
 from components.errors import DataError
 from components.irs import __main__ as stage
 from components.irs.search import draw_images, furthest_apart, look, measure, rank, standard_error
 from components.irs.weighting import BACKGROUND
 from components.models.load import Loaded, load
 from components.models.template import Template
-from components.models.tokenizer import build_processor
 from tests.tried import keep_all
 
 SETTINGS = IrsSettings(

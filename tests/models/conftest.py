@@ -23,8 +23,8 @@ from transformers import (
 from components.artifacts import Manifest, sha256
 from components.config.models import ModelsSettings
 from components.dataset.shards import ImageRow, Sample, Turn, write_split
+from components.digits.tokenizer import build_processor
 from components.models.template import EOS, IMAGE, Template
-from components.models.tokenizer import build_processor
 
 IMAGE_PX, PATCH_PX, NV = 16, 8, 4
 TEXT = "what digit is at a1 a2 b1 b2 ? . , red green one two three empty list describe the grid yes no"

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 
+from components.digits.tokenizer import build_processor
 from components.errors import ModelError
 from components.models.folder import parameters, record
 from components.models.load import Loaded, check_pair, load
 from components.models.template import Template
-from components.models.tokenizer import build_processor
 from tests.models.conftest import IMAGE_PX, NV, WORDS, bpe_processor, saved, word_processor
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from components.config.models import TowerShape, TowerTraining
+from components.digits.train_loop import Log, epochs, fit
 from components.errors import DataError
-from components.models.fit import Log, epochs, fit
 
 ENCODE_BATCH = 250
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from components.config.models import Optimiser, Training
+from components.digits.train_loop import epochs, fit
 from components.errors import AlignTIError
-from components.models.fit import epochs, fit
 
 
 def recipe(steps: int, weight_decay: float = 0.0, warmup: float = 0.0, clip: float = 1.0, rate: float = 0.1) -> Training:

@@ -10,12 +10,12 @@ from components.config.load import load_settings
 from components.config.models import LanguageShape, ModelsSettings
 from components.config.recipes import settings_with
 from components.dataset.shards import ImageRow, Samples
+from components.digits import embedded_family
+from components.digits.tokenizer import build_tokenizer
 from components.errors import DataError, ModelError
-from components.models import embedded
 from components.models.collate import Collator
 from components.models.load import check_pair, load
 from components.models.template import Template
-from components.models.tokenizer import build_tokenizer
 from tests.models.conftest import PATCH_PX, family, grid_row, sample, tiny_llava, word_processor, write_dataset
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def built(
 ) -> dict[str, Path]:
     runtime = load_settings(REPOSITORY).runtime.model_copy(update={"device": "cpu", "workers": workers})
     told = [] if losses is None else losses
-    return embedded.build(settings, Samples(dataset, "train"), folder, runtime, lambda *loss: told.append(loss))
+    return embedded_family.build(settings, Samples(dataset, "train"), folder, runtime, lambda *loss: told.append(loss))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_models_reload_and_make_pairs(models: Path) -> None:
 def test_corpus_holds_every_image_with_its_caption_and_its_questions(dataset: Path) -> None:
     samples = Samples(dataset, "train")
     assert samples.about(3) == [samples[i] for i in samples.of_image(3)]
-    corpus = embedded.read_corpus(samples)
+    corpus = embedded_family.read_corpus(samples)
     assert corpus.images.shape == (samples.images, 3, 16, 16) and corpus.images.dtype == torch.uint8
     assert len(corpus.captions) == samples.images and {first.kind for first, *_ in corpus.captions} == {"caption"}
     assert sum(map(len, corpus.turns)) == len(samples) - samples.images
@@ -109,16 +109,16 @@ def test_language_stages_teach(dataset: Path) -> None:
     """Both stages bring their loss down, the tower untouched; conversations hold several questions about one image."""
     settings = family(steps=40)
     assert settings.embedded is not None
-    corpus = embedded.read_corpus(Samples(dataset, "train"))
-    processor = embedded.build_processor(corpus.texts, Template(""), 16, 8)
+    corpus = embedded_family.read_corpus(Samples(dataset, "train"))
+    processor = embedded_family.build_processor(corpus.texts, Template(""), 16, 8)
     collator = Collator(processor, Template(""), 160, train=True)
     torch.manual_seed(0)
-    tower = embedded.new_tower(settings.embedded.tower, 16)
-    model = embedded.new_model(settings.embedded.teachers["small"], tower, processor)
+    tower = embedded_family.new_tower(settings.embedded.tower, 16)
+    model = embedded_family.new_model(settings.embedded.teachers["small"], tower, processor)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    seen = embedded.encode(tower, corpus.images, CPU)
+    seen = embedded_family.encode(tower, corpus.images, CPU)
     losses: dict[str, list[float]] = {}
-    language = embedded.Language(
+    language = embedded_family.Language(
         model,
         seen,
         collator,
@@ -139,19 +139,19 @@ def test_loss_is_the_stock_models_own(dataset: Path) -> None:
     """The loss on selected rows of cached features equals transformers' loss on the whole batch, pixels and all."""
     settings = family(steps=1)
     assert settings.embedded is not None
-    corpus = embedded.read_corpus(Samples(dataset, "train"))
-    processor = embedded.build_processor(corpus.texts, Template(""), 16, 8)
+    corpus = embedded_family.read_corpus(Samples(dataset, "train"))
+    processor = embedded_family.build_processor(corpus.texts, Template(""), 16, 8)
     collator = Collator(processor, Template(""), 160, train=True)
     torch.manual_seed(0)
-    tower = embedded.new_tower(settings.embedded.tower, 16).eval()
-    model = embedded.new_model(settings.embedded.teachers["small"], tower, processor).eval()
+    tower = embedded_family.new_tower(settings.embedded.tower, 16).eval()
+    model = embedded_family.new_model(settings.embedded.teachers["small"], tower, processor).eval()
     batch = collator([first for first, *_ in corpus.captions[:5]])
     labels = batch.input_ids.masked_fill(~batch.response, -100)
     stock = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values, labels=labels
     ).loss
-    seen = embedded.encode(tower, corpus.images, CPU)
-    loss = embedded.response_loss(embedded.VLM(model), batch, seen[:5])
+    seen = embedded_family.encode(tower, corpus.images, CPU)
+    loss = embedded_family.response_loss(embedded_family.VLM(model), batch, seen[:5])
     torch.testing.assert_close(loss, stock)
 
 
@@ -201,7 +201,7 @@ def test_impossible_shapes_are_refused() -> None:
     tower = tiny_llava(processor).model.vision_tower
     for shape in ({"hidden": 30, "heads": 4, "kv_heads": 2}, {"hidden": 32, "heads": 4, "kv_heads": 3}):
         with pytest.raises(ModelError, match="must divide"):
-            embedded.new_model(LanguageShape(layers=1, mlp=8, **shape), tower, processor)
+            embedded_family.new_model(LanguageShape(layers=1, mlp=8, **shape), tower, processor)
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-large"])

@@ -30,12 +30,12 @@ from transformers import (
 from components.config.models import Conversations, EmbeddedFamily, LanguageShape, ModelsSettings, Training
 from components.config.runtime import RuntimeSettings
 from components.dataset.shards import CAPTION, Sample, Samples, Turn
+from components.digits.tokenizer import build_processor
+from components.digits.tower import cell_words, encode, new_tower, train_tower
+from components.digits.train_loop import Log, epochs, fit
 from components.errors import DataError, ModelError
 from components.models.collate import Batch, Collator, decode, visual_tokens
-from components.models.fit import Log, epochs, fit
 from components.models.template import IMAGE, Template, question_of
-from components.models.tokenizer import build_processor
-from components.models.tower import cell_words, encode, new_tower, train_tower
 from components.models.vlm import VLM
 from components.runtime import prepare_torch
 from components.workers import cores, shared_out

@@ -6,9 +6,9 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from components.dataset.shards import Samples
+from components.digits.embedded_family import read_corpus
+from components.digits.tower import cell_words, encode, features, new_tower, normalised, train_tower
 from components.errors import DataError
-from components.models.embedded import read_corpus
-from components.models.tower import cell_words, encode, features, new_tower, normalised, train_tower
 from components.models.vlm import VLM
 from tests.models.conftest import family, tiny_llava, word_processor
 
