@@ -502,7 +502,11 @@ def test_a_killed_run_is_left_alone_while_it_lives_and_sent_as_killed_after() ->
 def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_them(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`dvc` is found by walking up from the stage; here a script of that name stands for it."""
     fake = workspace / "dvc"
-    stage = "from components.tracking.stage_run import stage_run\nfrom tests.tracking.test_tracking import runtime\nwith stage_run({!r}, runtime=runtime()): pass"
+    stage = (
+        "from components.tracking.stage_run import stage_run\n"
+        "from tests.tracking.test_tracking import runtime\n"
+        "with stage_run({!r}, runtime=runtime()): pass"
+    )
     calls = "\n".join(
         f"subprocess.run([sys.executable, '-c', {stage.format(name)!r}], check=True)" for name in ("prepare", "compare")
     )
