@@ -117,15 +117,15 @@ def test_what_a_killed_run_left_does_not_matter(raw_folder: Path, small: DataSet
 def test_a_row_that_gets_lost_is_noticed(
     raw_folder: Path, small: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stage.digits.source
+    real = stage.grids.source
 
     def lossy(*given: object) -> object:
         source = real(*given)  # type: ignore[arg-type]
         rows = list(source.rows(0))
-        monkeypatch.setattr(stage.digits.Digits, "rows", lambda self, part: iter(rows[1:]))
+        monkeypatch.setattr(stage.grids.Digits, "rows", lambda self, part: iter(rows[1:]))
         return source
 
-    monkeypatch.setattr(stage.digits, "source", lossy)
+    monkeypatch.setattr(stage.grids, "source", lossy)
     with pytest.raises(AssertionError, match="neither stored nor quarantined"):
         prepare(small, raw_folder, tmp_path / "dataset")
 

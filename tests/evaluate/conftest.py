@@ -117,6 +117,5 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
         seen.stage, seen.params = (stage, cell), params
         yield seen
 
-    for command in ("__main__", "compare"):
-        monkeypatch.setattr(f"components.evaluate.{command}.stage_run", stage_run)
+    monkeypatch.setattr("components.tracking.stage_run.stage_run", stage_run)
     return seen
