@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from components.artifacts import DATASET, IRS, MODELS, STUDENTS, TEACHER
 from components.config import recipes
 from components.config.load import load_settings
+from components.config.models import Checkpoint
 from components.config.settings import FILES, Settings
 from components.dataset.prepare import prepare
 from components.distill.__main__ import distill
@@ -27,7 +28,6 @@ from components.errors import ModelError
 from components.irs.__main__ import main as search_layer
 from components.models.__main__ import main as obtain_models
 from components.rows.__main__ import main as check_rows
-from components.settings import FILES, Checkpoint, Settings, load_settings
 from components.teacher.__main__ import main as select_teacher
 from components.tracking.journal import Run
 from tests.families import toy
