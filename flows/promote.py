@@ -1,7 +1,7 @@
 """`alignti register` and `alignti promote`: which student is the champion, and why.
 
 A candidate takes the alias `champion` only if it answers more of the agreed questions right than the champion does, beyond what
-the test sample allows by chance (components/champion/duel.py). The answers of both are those that DVC keeps.
+the test sample allows by chance (components/model_registry/paired_test.py). The answers of both are those that DVC keeps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import Difference, Fingerprint, Prediction, Record
-from components.champion import record
-from components.champion.duel import MeasuredDifferently, duel, guessed
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
+from components.model_registry import record
+from components.model_registry.paired_test import MeasuredDifferently, duel, guessed
 from components.tracking import journal, mlflow_registry, mlflow_sync
 from components.tracking.mlflow_registry import CANDIDATE, CHAMPION, Version
 from components.tracking.stage_run import JOURNAL_ONLY
@@ -223,7 +223,7 @@ def _recorded(version: Version) -> Answers:
 
 def _measured(version: Version, settings: Settings) -> Answers:
     """Its answers to the questions of this folder. Raises InputError if DVC does not have its weights here."""
-    from components.champion import measure
+    from components.model_registry import measure
 
     with tempfile.TemporaryDirectory() as folder:
         try:

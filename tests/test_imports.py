@@ -15,17 +15,17 @@ LEVELS = [
     {"errors"},
     {"artifacts", "align_ti", "workers"},
     {"config"},
-    {"runtime", "tracking", "figures"},
+    {"runtime", "tracking", "report"},
     {"dataset"},
     {"models"},
     {"digits"},
     {"irs", "rows"},
-    {"signals"},
+    {"teacher_cache"},
     {"distill", "evaluate"},
     {"cost"},  # what the training loop holds, and what it takes
     {"shapes"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
-    {"study", "champion", "release"},
+    {"study", "model_registry", "release"},
     {"flows"},
     {"cli"},
 ]
@@ -34,7 +34,7 @@ TO_THE_TOY = {"components.dataset.prepare", "components.models.__main__"}
 
 # What a box that only distils may lack.
 PIPELINE_ONLY = {"dvc", "prefect", "mlflow", "matplotlib", "scipy", "sklearn", "typer", "rich", "ruamel", "pyarrow", "PIL"}
-DISTILS = ("components.align_ti", "components.irs.score", "components.models", "components.signals", "components.distill")
+DISTILS = ("components.align_ti", "components.irs.score", "components.models", "components.teacher_cache", "components.distill")
 
 
 def room(module: str) -> str:

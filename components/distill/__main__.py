@@ -54,8 +54,8 @@ from components.models.load import Loaded, check_images, check_layer, check_pair
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.runtime import peak_memory_mib, prepare_torch
-from components.signals.store import Signals, read_manifest
-from components.signals.store import facts as facts_of
+from components.teacher_cache.store import Signals, read_manifest
+from components.teacher_cache.store import facts as facts_of
 from components.tracking.journal import Run
 from components.tracking.stage_run import stage_run
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from components.artifacts import Comparison, TeacherResult
 from components.evaluate.measures import MEASURES
 from components.evaluate.outcomes import Losses
-from components.figures import Theme
+from components.report.figures import Theme
 
 POINTS = 100  # shares are drawn in percent, differences in points
 

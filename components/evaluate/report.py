@@ -38,9 +38,9 @@ from components.evaluate.metrics import OVERALL
 from components.evaluate.outcomes import Outcomes
 from components.evaluate.pages import data_uri, templates, thumbnail
 from components.evaluate.statistics import Interval
-from components.figures import DARK, DPI, LIGHT, draw
 from components.irs.overlays import curve
 from components.models.template import IMAGE
+from components.report.figures import DARK, DPI, LIGHT, draw
 
 Plot = Callable[..., Figure]  # of a theme
 

@@ -160,8 +160,8 @@ def _keep(backgrounds: dict[Rows, Tensor]) -> None:
 
 
 def _curve(choice: LayerChoice) -> list[Path]:
-    from components.figures import draw
     from components.irs.overlays import curve
+    from components.report.figures import draw
 
     write_text(FOLDER / "curve.json", json.dumps(points(choice), indent=2) + "\n")
     write_bytes(FOLDER / "curve.png", draw(curve, choice))
@@ -173,10 +173,10 @@ def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picke
     those whose region is known if these are two or more."""
     from tqdm import tqdm
 
-    from components.figures import draw
     from components.irs.overlays import overlay
     from components.irs.regions import seen_by
     from components.models.collate import decode
+    from components.report.figures import draw
 
     for stale in FOLDER.glob("overlay_*.png"):
         stale.unlink()

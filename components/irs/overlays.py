@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from components.artifacts import LayerChoice, Region
 from components.errors import DataError
-from components.figures import Theme
+from components.report.figures import Theme
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from components.artifacts import IRS, REPORTS, TEACHER_ARM, LayerChoice, write_bytes
 from components.dataset.shards import Sample
 from components.errors import InputError
-from components.figures import draw
 from components.irs.overlays import Heat, heatmaps
 from components.irs.regions import seen_by
 from components.models.attention import Look, watching
@@ -22,6 +21,7 @@ from components.models.collate import Batch, decode
 from components.models.load import Loaded
 from components.models.vlm import VLM
 from components.release.model import Named
+from components.report.figures import draw
 
 FOLDER = REPORTS / "try"
 # Families that cut an image into tiles show it whole as well, on one square of tokens, before the tiles or after them.

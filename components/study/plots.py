@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from components.figures import Theme
+from components.report.figures import Theme
 from components.study.compare import HOURS, MEMORY, SCORE, StudyResult
 
 POINTS = 100

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from components.artifacts import REPORTS, write_bytes, write_text
-from components.figures import draw
+from components.report.figures import draw
 from components.study import plots
 from components.study.compare import SLACK, Estimate, StudyResult
 

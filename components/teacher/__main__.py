@@ -36,7 +36,7 @@ def main() -> None:
 
     from components.dataset.shards import Samples
     from components.evaluate.generate import questions
-    from components.figures import draw
+    from components.report.figures import draw
     from components.runtime import prepare_torch
     from components.teacher import report
     from components.teacher.choose import choose

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from components.artifacts import Candidate, TeacherReport
 from components.config.teacher import TeacherSettings
-from components.figures import Theme
+from components.report.figures import Theme
 
 
 def table(report: TeacherReport, limits: TeacherSettings, samples: int) -> str:

@@ -14,8 +14,8 @@ from components.distill.__main__ import distill
 from components.distill.card import facts_in
 from components.errors import SettingsError
 from components.irs import __main__ as search
-from components.signals import __main__ as signals
-from components.signals.store import facts, read_manifest
+from components.teacher_cache import __main__ as signals
+from components.teacher_cache.store import facts, read_manifest
 from components.tracking.journal import Run
 from tests.distill.conftest import write_params
 

@@ -17,8 +17,8 @@ from components.config.loss_terms import Weights
 from components.config.study import Arm
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.evaluate.metrics import score
-from components.figures import draw
 from components.irs.overlays import Gaze, curve, overlay
+from components.report.figures import draw
 from tests.layers import layer_choice as shared_layer_choice
 from tests.tried import keep_all
 

@@ -27,7 +27,7 @@ from components.evaluate.measures import MEASURES
 from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.pages import data_uri, thumbnail
 from components.evaluate.report import Picture, disagreements, html, markdown, table
-from components.figures import LIGHT, draw
+from components.report.figures import LIGHT, draw
 from tests.evaluate.study import write_study
 
 

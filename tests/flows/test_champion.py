@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from components.artifacts import SCORES, Prediction, Scores
-from components.champion import measure
-from components.champion.duel import MeasuredDifferently
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
+from components.model_registry import measure
+from components.model_registry.paired_test import MeasuredDifferently
 from components.tracking import mlflow_registry, mlflow_sync, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY

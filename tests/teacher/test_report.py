@@ -11,7 +11,7 @@ from PIL import Image
 from components.artifacts import Candidate, TeacherReport
 from components.config.load import load_settings
 from components.config.teacher import TeacherSettings
-from components.figures import DARK, LIGHT, draw
+from components.report.figures import DARK, LIGHT, draw
 from components.teacher.choose import choose, limits_broken
 from components.teacher.report import quality_cost, table
 

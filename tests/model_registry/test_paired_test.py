@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.artifacts import Fingerprint, Manifest, Prediction, SplitRecord
-from components.champion import drift
-from components.champion.duel import MeasuredDifferently, duel
 from components.config.load import load_settings
 from components.errors import DataError
+from components.model_registry import drift
+from components.model_registry.paired_test import MeasuredDifferently, duel
 
 ASKED = load_settings().evaluate.model_copy(update={"bootstrap_resamples": 500})
 MEASURED = Fingerprint(

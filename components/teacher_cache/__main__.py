@@ -1,6 +1,6 @@
 """Stage `cache_teacher`: the teacher's signals that do not depend on the student (those of KD and IVA), computed once.
 
-python -m components.signals     artifacts/{dataset,models,teacher,irs} -> artifacts/signals
+python -m components.teacher_cache     artifacts/{dataset,models,teacher,irs} -> artifacts/signals
 
 Where params/distill.yaml asks for the live teacher, it writes down that there are none.
 """
@@ -69,11 +69,11 @@ def make(settings: Settings) -> SignalCache:
     from filelock import FileLock, Timeout
 
     from components.runtime import prepare_torch
-    from components.signals.store import facts
+    from components.teacher_cache.store import facts
 
     device = prepare_torch(settings.runtime, 0, settings.distill.precision)
     wanted = facts(settings)
-    code = [modules()[name] for name in closure("components.signals.__main__", APART)]
+    code = [modules()[name] for name in closure("components.teacher_cache.__main__", APART)]
     draft = RUNS / "signals" / fingerprint(wanted.model_dump(), code)
     draft.mkdir(parents=True, exist_ok=True)
     try:
@@ -97,9 +97,9 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     from components.models.load import check_layer, load
     from components.models.template import Template
     from components.models.vlm import VLM
-    from components.signals.approximation import measure
-    from components.signals.build import Speaker, build
-    from components.signals.store import Signals
+    from components.teacher_cache.approximation import measure
+    from components.teacher_cache.build import Speaker, build
+    from components.teacher_cache.store import Signals
 
     precision = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
     teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)

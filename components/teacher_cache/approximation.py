@@ -14,8 +14,8 @@ from components.align_ti.top_k import TopK, top_k_divergence
 from components.artifacts import Approximation
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.vlm import VLM
-from components.signals.build import Speaker
-from components.signals.store import Signals
+from components.teacher_cache.build import Speaker
+from components.teacher_cache.store import Signals
 
 SAMPLES = 256  # spread evenly over the split
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.artifacts import DATASET, RAW, SCORES, STUDENTS, Cost, Manifest, Scores
-from components.champion import drift
 from components.config.settings import Settings
 from components.errors import DataError
+from components.model_registry import drift
 from components.tracking import journal, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import nearest_recipe

@@ -22,7 +22,7 @@ from components.irs.centred import centred_in_batch
 from components.models.attention import Look, watching
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
-from components.signals.store import keys
+from components.teacher_cache.store import keys
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Speaker:
 
 @dataclass
 class Shard:
-    """The tensors of one shard, as they grow (signals/store.py)."""
+    """The tensors of one shard, as they grow (store.py)."""
 
     words: list[TopK] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)

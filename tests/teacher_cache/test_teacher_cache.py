@@ -25,9 +25,9 @@ from components.models.collate import Collator
 from components.models.load import load
 from components.models.template import Template
 from components.models.vlm import VLM
-from components.signals import __main__ as signals_stage
-from components.signals import build
-from components.signals.store import Signals, facts, read_manifest
+from components.teacher_cache import __main__ as signals_stage
+from components.teacher_cache import build
+from components.teacher_cache.store import Signals, facts, read_manifest
 from components.tracking.journal import Run
 from tests.distill.conftest import write_params
 from tests.models.conftest import NV

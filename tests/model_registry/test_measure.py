@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from components.champion import measure
 from components.config.load import load_settings
+from components.model_registry import measure
 
 
 @pytest.mark.parametrize("style", ["vicuna", "processor"])
