@@ -32,12 +32,12 @@ from benchmarks.shapes import SIZES, Size, llava
 from components.artifacts import DATASET
 from components.config.load import load_settings
 from components.dataset.shards import Samples
-from components.errors import exit_from
 from components.evaluate.generate import answers, questions
 from components.evaluate.kits import export, serve, vlmeval
 from components.evaluate.kits.client import ask
 from components.models.load import load, load_processor
 from components.models.template import Template, question_of
+from components.process import exit_from
 from components.runtime import prepare_torch
 
 SPENT = "ALIGNTI_BENCH_SPENT"  # in the server's environment: the file where it keeps what it has spent

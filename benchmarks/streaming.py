@@ -29,7 +29,7 @@ from benchmarks import measure
 from components.artifacts import Manifest
 from components.config.data import DataSettings, LlavaFolder
 from components.config.load import load_settings
-from components.workers import cores
+from components.process import cores
 
 DIFFERENT, PER_TAR, CUT = 100_000, 10_000, 1000
 EVERY = 0.5  # seconds between samples

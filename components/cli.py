@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from components.errors import exit_from
+from components.process import exit_from
 from flows import commands
 
 LONG_S = 3 * 3600

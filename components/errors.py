@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import difflib
-import fcntl
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-from components.redact import redacted
-
-LOCK = "ALIGNTI_DEVICE_LOCK"  # the lock file of the device that a stage was given, flows/devices.py
+import re
+from collections.abc import Iterable
 
 
 class AlignTIError(Exception):
@@ -63,63 +54,26 @@ class Interrupted(AlignTIError):
     exit_code = 143
 
 
-@contextmanager
-def _terminate_as_exception() -> Iterator[None]:
-    """Turn SIGTERM into `Interrupted`, so that `finally` blocks run before the process goes."""
-
-    def interrupt(signum: int, _frame: object) -> None:
-        raise Interrupted(f"stopped by signal {signum}; run the same command to go on")
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_KEY|AUTH|AUTH_STRING|WEBHOOK(_URL)?)$")  # variables' names
+SHORTEST = 6  # shorter values are words that stand elsewhere too
+LOGIN = re.compile(r"//[^/@\s]+@")  # user:password@ of an address
+HIDDEN = "***"
 
 
-def end_with_parent() -> None:
-    """Ask the kernel to send this process SIGTERM when the one that started it dies, however it dies (Linux; else nothing).
-
-    A killed DVC or worker then leaves no training behind that holds a GPU.
-    """
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+def redacted(text: str) -> str:
+    """`text` without the logins of addresses and without the values of secret environment variables."""
+    for value in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    return LOGIN.sub(f"//{HIDDEN}@", text)
 
 
-def share_lock() -> None:
-    """Hold the lock of the device that this process was given, beside the flow that gave it, until this process ends."""
-    if path := os.environ.get(LOCK):
-        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # never closed, but by the kernel
-        fcntl.flock(held, fcntl.LOCK_SH)
+def without_login(address: str) -> str:
+    """http://user:password@host/ as http://host/"""
+    return LOGIN.sub("//", address)
 
 
-def _check_folder() -> None:
-    """Raises InputError in a folder below the project's: every path here is relative to its root."""
-    here = Path.cwd()
-    if not Path("params").is_dir() and not {"--help", "-h", "--version"} & set(sys.argv[1:]):
-        for root in here.parents:
-            if (root / "params").is_dir() and (root / "dvc.yaml").is_file():
-                raise InputError(f"{here} is a folder of the project in {root}: run it there (cd {os.path.relpath(root)})")
-
-
-def exit_from(main: Callable[[], None]) -> None:
-    """Run a stage's `main` and leave with the exit code of what happened; our errors print as one sentence, no trace."""
-    try:
-        with _terminate_as_exception():
-            _check_folder()
-            if "DVC_STAGE" in os.environ:
-                end_with_parent()
-                share_lock()
-            main()
-    except AlignTIError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted: run the same command to go on", file=sys.stderr)
-        sys.exit(Interrupted.exit_code)
-    except OSError as error:
-        if error.errno == 28:
-            print(f"TryAgainError: the disk is full ({error.filename}); free space and run again", file=sys.stderr)
-            sys.exit(TryAgainError.exit_code)
-        raise
+def _secrets() -> set[str]:
+    """Values of variables with telling names; of user:password the password too."""
+    values = {value for name, value in os.environ.items() if SECRET.search(name.upper())}
+    values |= {value.partition(":")[2] for value in values if not value.startswith("http")}
+    return {value for value in values if len(value) >= SHORTEST}

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from components.errors import LOCK
+from components.process import LOCK
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOCKS = Path(tempfile.gettempdir()) / f"alignti-gpus-{os.getuid()}"  # of the machine: clones share its GPUs

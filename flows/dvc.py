@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from components.config.yaml_file import read_yaml
-from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, end_with_parent, unknown
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, unknown
+from components.process import end_with_parent
 
 DVC = [sys.executable, "-m", "dvc"]
 POOL = "pool"  # the remote over which machines exchange results, where they do not share a cache

@@ -16,8 +16,7 @@ from prefect.logging import get_logger
 
 from components.artifacts import REPORTS, Absent, Comparison
 from components.config.runtime import RuntimeSettings
-from components.errors import AlignTIError
-from components.redact import redacted, without_login
+from components.errors import AlignTIError, redacted, without_login
 from components.tracking import history
 from components.tracking.journal import Run
 

@@ -15,8 +15,7 @@ from graphlib import TopologicalSorter
 
 from components.config.load import load_settings
 from components.config.runtime import RuntimeSettings
-from components.errors import exit_from
-from components.workers import cores
+from components.process import cores, exit_from
 from flows import devices, dvc
 
 

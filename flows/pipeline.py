@@ -26,7 +26,8 @@ from pydantic import Field
 
 from components.config import recipes
 from components.config.load import load_settings
-from components.errors import AlignTIError, InputError, TryAgainError, end_with_parent, exit_from
+from components.errors import AlignTIError, InputError, TryAgainError
+from components.process import end_with_parent, exit_from
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
 from flows import devices, dvc, notify, page, presence, promote

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from components.errors import AlignTIError, end_with_parent
+from components.errors import AlignTIError
+from components.process import end_with_parent
 from flows import devices, doctor, servers
 
 QUEUES = {"urgent": 1, "default": 10, "background": 20}  # priority; the lowest number goes first

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from components.errors import DataError, Interrupted, SettingsError, TryAgainError, exit_from
+from components.errors import DataError, Interrupted, SettingsError, TryAgainError
+from components.process import exit_from
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +78,7 @@ def test_a_text_that_the_terminal_cannot_show_ends_nothing(encoding: str) -> Non
 
 STAGE = """
 import sys, time
-from components.errors import exit_from
+from components.process import exit_from
 def main():
     try:
         print("ready", flush=True)

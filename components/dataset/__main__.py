@@ -11,7 +11,7 @@ from components.artifacts import DATASET, Overlap
 from components.config.load import load_settings
 from components.config.local_paths import named_paths
 from components.config.settings import Settings
-from components.errors import exit_from
+from components.process import exit_from
 from components.tracking.stage_run import stage_run
 
 

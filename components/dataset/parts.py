@@ -13,7 +13,7 @@ import numpy as np
 from components.artifacts import SPLITS, Record, Split, SplitRecord, jsonl, write_bytes, write_text
 from components.dataset.shards import SplitWriter
 from components.dataset.source import Provenance, Refused, Source, Stored
-from components.workers import shared_out
+from components.process import shared_out
 
 LOOK = np.dtype([("split", "u1"), ("row", "u4"), ("look", "u8")])  # of one image: where it is stored, in which row of the part
 

@@ -39,7 +39,7 @@ from components.dataset.shards import joined
 from components.dataset.source import Refused, Source
 from components.digits import grids
 from components.errors import DataError, InputError, TryAgainError
-from components.workers import cores
+from components.process import cores
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -37,8 +37,8 @@ from components.errors import DataError, ModelError
 from components.models.collate import Batch, Collator, decode, visual_tokens
 from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
+from components.process import cores, shared_out
 from components.runtime import prepare_torch
-from components.workers import cores, shared_out
 
 HERE = b""  # stands for an image whose features are at hand
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from components.artifacts import RAW, write_text
-from components.errors import DataError, exit_from
+from components.errors import DataError
+from components.process import exit_from
 
 SIDE = 8  # pixels per side of a raw digit
 DEPTH = 16  # the brightest pixel

@@ -47,12 +47,12 @@ from components.distill.placement import load_teacher
 from components.distill.replay import Origin
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable, merge_adapters
-from components.errors import exit_from
 from components.irs.weighting import Weighting, weighting
 from components.models.collate import Collator
 from components.models.load import Loaded, check_images, check_layer, check_pair, check_same_template, grids, load
 from components.models.template import Template
 from components.models.vlm import VLM
+from components.process import exit_from
 from components.runtime import peak_memory_mib, prepare_torch
 from components.teacher_cache.store import Signals, read_manifest
 from components.teacher_cache.store import facts as facts_of

@@ -15,12 +15,12 @@ from pathlib import Path
 from components.align_ti import terms
 from components.artifacts import TERMS, sha256, whole_folder, write_text
 from components.config.load import load_settings
-from components.errors import exit_from
+from components.process import exit_from
 from components.tracking.import_graph import ROOT, closure, modules
 
 # Shared by all stages, and what only tells of a training: neither changes a student's bytes.
 APART = (
-    "config", "artifacts", "errors", "tracking", "runtime",
+    "config", "artifacts", "errors", "process", "tracking", "runtime",
     "distill.card", "distill.footprint", "distill.memory", "distill.replay",
 )  # fmt: skip
 

@@ -39,7 +39,6 @@ from components.artifacts import (
 from components.config.evaluate import EvaluateSettings
 from components.config.load import load_settings
 from components.config.study import Arm
-from components.errors import exit_from
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import headline, leaders, listed, spoken, standing
 from components.evaluate.measures import EXACT_MATCH, MEASURES, per_question
@@ -58,6 +57,7 @@ from components.evaluate.statistics import (
     over_seeds,
     p_value,
 )
+from components.process import exit_from
 
 POWER = 0.8  # of a gap called detectable
 

@@ -29,7 +29,7 @@ from components.artifacts import (
     write_text,
 )
 from components.config.load import load_settings
-from components.errors import exit_from
+from components.process import exit_from
 
 if TYPE_CHECKING:
     from torch import Tensor

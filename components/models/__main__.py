@@ -13,7 +13,7 @@ from typing import Literal
 from components.artifacts import DATASET, MODELS, ModelIndex, ModelRecord
 from components.config.load import load_settings
 from components.config.models import Checkpoint, Cut, ModelsSettings, Parts
-from components.errors import exit_from
+from components.process import exit_from
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from components.artifacts import DATASET, REPORTS, STUDENTS, ArmResult, Comparison, Cost, Manifest
 from components.distill.card import START
-from components.redact import without_login
+from components.errors import without_login
 from components.tracking import history, provenance
 from components.tracking.system_metrics import CPU_WH, GPU_WH
 

@@ -22,10 +22,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from components.distill.card import NOT_STATED
-from components.errors import InputError, ModelError, TryAgainError
+from components.errors import HIDDEN, InputError, ModelError, TryAgainError
 from components.models.folder import weight_files
 from components.models.obtain import WANTED
-from components.redact import HIDDEN
 
 CARD = "README.md"
 RESERVED = re.compile(r"\bNC\b|non-?commercial|research only", re.IGNORECASE)

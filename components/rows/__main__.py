@@ -9,9 +9,8 @@ from collections import Counter
 
 from components.artifacts import ROWS, TriedRows
 from components.config.load import load_settings
-from components.errors import exit_from
+from components.process import cores, exit_from
 from components.rows.trial import try_rows
-from components.workers import cores
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ from components.config.models import ModelsSettings
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.errors import DataError
+from components.process import shared_out
 from components.rows.judge import CUT, RESIZED, VERDICT, Judge, Remark, different
-from components.workers import shared_out
 
 IMAGES = 4_000  # in one job
 TOGETHER = 64  # samples

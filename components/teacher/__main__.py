@@ -22,7 +22,8 @@ from components.artifacts import (
     write_text,
 )
 from components.config.load import load_settings
-from components.errors import ModelError, exit_from
+from components.errors import ModelError
+from components.process import exit_from
 
 
 def main() -> None:

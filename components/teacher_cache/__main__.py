@@ -29,7 +29,8 @@ from components.artifacts import (
 )
 from components.config.load import load_settings
 from components.config.settings import Settings
-from components.errors import ModelError, TryAgainError, exit_from
+from components.errors import ModelError, TryAgainError
+from components.process import exit_from
 from components.tracking.import_graph import closure, modules
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from components.artifacts import RUNS, write_text
 from components.config.runtime import RuntimeSettings
-from components.redact import redacted
+from components.errors import redacted
 from components.tracking import provenance
 
 JOURNALS = RUNS / "journal"

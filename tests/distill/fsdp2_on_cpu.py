@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from components.distill.__main__ import main
-from components.errors import exit_from
+from components.process import exit_from
 
 if __name__ == "__main__":
     PartialState(cpu=True)

@@ -80,7 +80,7 @@ def test_a_large_vocabulary_makes_logits_the_largest_part_until_their_chunk_is_l
 
 def test_the_cli_leaves_with_2(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from components.distill.__main__ import main
-    from components.errors import exit_from
+    from components.process import exit_from
 
     write_params(workplace, "distill", {"steps": 1})
     monkeypatch.setattr(VLM, "plain", too_much)

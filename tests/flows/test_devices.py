@@ -47,7 +47,7 @@ def test_a_killed_holder_frees_its_gpu(tmp_path: Path) -> None:
 
 
 def test_a_training_that_outlives_its_flow_keeps_its_gpu_until_it_ends() -> None:
-    code = "import time; from components.errors import share_lock\nshare_lock(); print('held', flush=True); time.sleep(600)"
+    code = "import time; from components.process import share_lock\nshare_lock(); print('held', flush=True); time.sleep(600)"
     with devices.one() as given:
         assert given[devices.VISIBLE] == "0"
         training = subprocess.Popen(

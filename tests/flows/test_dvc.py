@@ -89,7 +89,7 @@ def test_cells_side_by_side_leave_a_lock_file_with_all_of_them(project: Path) ->
 TRAINER = """
 import os, time
 from pathlib import Path
-from components.errors import exit_from
+from components.process import exit_from
 def main():
     Path("trainer.pid").write_text(str(os.getpid()))
     time.sleep(600)

@@ -41,7 +41,8 @@ TRAINER = (
     + """
 import hashlib, os, time
 from pathlib import Path
-from components.errors import Interrupted, exit_from
+from components.errors import Interrupted
+from components.process import exit_from
 here = Path(".runs").resolve()  # of the clone, wherever this workspace is
 def main():
     state = here / "step"
@@ -368,7 +369,7 @@ def test_a_killed_study_leaves_its_arms_to_the_next_and_a_cancelled_one_takes_th
     arms = ["tpa0-seed7", "tpa1-seed7"]
 
     def start() -> subprocess.Popen[str]:
-        code = "from components.errors import exit_from; from flows.study import study"
+        code = "from components.process import exit_from; from flows.study import study"
         code += "; exit_from(lambda: study('mine', over_pool=True))"
         command, environment = [sys.executable, "-u", "-c", code], {**os.environ, **server}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from components.artifacts import MODELS, ModelIndex, sha256
-from components.errors import exit_from
 from components.models.__main__ import main
+from components.process import exit_from
 from tests.families.parts import qwen_folder, siglip_folder
 from tests.models.conftest import NV, family, saved, word_processor
 

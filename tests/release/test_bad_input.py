@@ -19,12 +19,12 @@ from components.artifacts import DATASET, STUDENTS, Cost
 from components.config.models import Checkpoint
 from components.dataset.shards import Samples
 from components.distill import export as distilled
-from components.errors import exit_from
 from components.models import obtain as obtaining
 from components.models.collate import Collator
 from components.models.load import check_images, load
 from components.models.obtain import obtain
 from components.models.template import Template
+from components.process import exit_from
 from tests.families import toy
 from tests.release.conftest import COMMIT, ROOT
 

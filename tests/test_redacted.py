@@ -4,8 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.errors import TryAgainError
-from components.redact import redacted, without_login
+from components.errors import TryAgainError, redacted, without_login
 
 SECRETS = {
     "HF_TOKEN": "hf_canary1",

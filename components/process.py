@@ -1,0 +1,117 @@
+"""Processes of ours: exit codes, signals, the parent's death, the lock of a device, and work shared out over the cores."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
+
+LOCK = "ALIGNTI_DEVICE_LOCK"  # the lock file of the device that a stage was given, flows/devices.py
+
+
+@contextmanager
+def _terminate_as_exception() -> Iterator[None]:
+    """Turn SIGTERM into `Interrupted`, so that `finally` blocks run before the process goes."""
+
+    def interrupt(signum: int, _frame: object) -> None:
+        raise Interrupted(f"stopped by signal {signum}; run the same command to go on")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to send this process SIGTERM when the one that started it dies, however it dies (Linux; else nothing).
+
+    A killed DVC or worker then leaves no training behind that holds a GPU.
+    """
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
+def share_lock() -> None:
+    """Hold the lock of the device that this process was given, beside the flow that gave it, until this process ends."""
+    if path := os.environ.get(LOCK):
+        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # never closed, but by the kernel
+        fcntl.flock(held, fcntl.LOCK_SH)
+
+
+def _check_folder() -> None:
+    """Raises InputError in a folder below the project's: every path here is relative to its root."""
+    here = Path.cwd()
+    if not Path("params").is_dir() and not {"--help", "-h", "--version"} & set(sys.argv[1:]):
+        for root in here.parents:
+            if (root / "params").is_dir() and (root / "dvc.yaml").is_file():
+                raise InputError(f"{here} is a folder of the project in {root}: run it there (cd {os.path.relpath(root)})")
+
+
+def exit_from(main: Callable[[], None]) -> None:
+    """Run a stage's `main` and leave with the exit code of what happened; our errors print as one sentence, no trace."""
+    try:
+        with _terminate_as_exception():
+            _check_folder()
+            if "DVC_STAGE" in os.environ:
+                end_with_parent()
+                share_lock()
+            main()
+    except AlignTIError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted: run the same command to go on", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except OSError as error:
+        if error.errno == 28:
+            print(f"TryAgainError: the disk is full ({error.filename}); free space and run again", file=sys.stderr)
+            sys.exit(TryAgainError.exit_code)
+        raise
+
+
+T = TypeVar("T")
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shared_out(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:
+    """`function(*job)` of every job, in whatever order they end; with one worker here, in their own.
+
+    Raises TryAgainError if a worker was killed, and whatever a job raises; jobs under way are finished.
+    """
+    if workers <= 1:
+        yield from (function(*job) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # forking beside the tracker's threads may lock up
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker) as pool:
+        try:
+            for done in as_completed([pool.submit(function, *job) for job in jobs]):
+                yield done.result()
+        except BrokenProcessPool:
+            raise TryAgainError(
+                "a process that shared the work was killed, for want of memory perhaps; run again to go on, with fewer:"
+                " ALIGNTI_WORKERS=1"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _worker() -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which lets jobs under way be finished
