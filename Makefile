@@ -22,8 +22,11 @@ export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 VLMEVAL := ms-vlmeval==0.0.20 validators==0.36.0 sty==1.0.6
 KITS := $(VENV)/.kits
 
+# The documentation is read from the source, so building it needs nothing of the project's own environment.
+SITE_VENV := .venv-docs
+
 .DEFAULT_GOAL := help
-.PHONY: help venv kits vlmeval-env data repro flow plan test test-live check format
+.PHONY: help venv kits vlmeval-env data repro flow plan test test-live check format docs
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -78,6 +81,16 @@ check: $(STAMP) ## lint, format, types, and a dry validation of every recipe
 	@$(IN_VENV) ruff format --check .
 	@$(IN_VENV) mypy
 	@$(IN_VENV) alignti check --all-recipes
+
+docs: $(SITE_VENV)/.installed ## the documentation as a site, in site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict --quiet
+	@echo "The documentation: file://$(CURDIR)/site/index.html"
+
+$(SITE_VENV)/.installed: constraints.txt
+	@test -x $(SITE_VENV)/bin/pip || $(PYTHON) -m venv $(SITE_VENV)
+	@$(SITE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs-material mkdocstrings-python ruff
+	@touch $@
 
 format: $(STAMP) ## rewrite the code the way `check` wants it
 	@$(IN_VENV) ruff check --fix .

@@ -33,8 +33,8 @@ def divergence(
     """D(p_T, p_S) per row.
 
     Args:
-        teacher_logits, student_logits: (N, V_T) and (N, V_S); both are cut to the shared prefix min(V_T, V_S) before the
-            softmax (METHOD.md, "Shared vocabulary").
+        teacher_logits: (N, V_T), cut to the shared prefix min(V_T, V_S) before the softmax.
+        student_logits: (N, V_S), cut likewise.
         kind: forward KL(p_T || p_S); reverse KL(p_S || p_T); jsd, generalised Jensen-Shannon with beta = mix
             (arXiv 2306.13649, eq. 1: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S); skewed,
             KL(p_T || alpha p_T + (1 - alpha) p_S) with alpha = mix (arXiv 2402.03898, eq. 3).

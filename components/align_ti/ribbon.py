@@ -136,7 +136,8 @@ def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon
     """Turn (N, d) draws for the N response steps of a batch, in order of (sample, step), into rows.
 
     Args:
-        input_ids, response: (B, T); response is true at y_1..y_R, EOS included.
+        input_ids: (B, T).
+        response: (B, T), true at y_1..y_R, EOS included.
     """
     sample, step = predicting(response).nonzero(as_tuple=True)  # (N,) each
     draws = draws.sort(dim=1).values

@@ -47,8 +47,10 @@ def answers(
     an answer does not depend on its batch. One batch of samples is held at a time.
 
     Args:
-        samples, rows: the samples, and the indices of those to answer.
-        template, max_length: as the model was trained with; max_length is of the prompt, in tokens.
+        samples: all samples.
+        rows: the indices of those to answer.
+        template: as the model was trained with.
+        max_length: of the prompt, in tokens.
         settings: batch_size in samples; max_new_tokens, where an answer that has not ended is cut.
         title: names the progress bar.
         journal: batches that are whole in it are not answered again, and new ones are added. The batches stay those of an

@@ -40,11 +40,13 @@ class Needs:
 
     Args:
         teacher: its pass over the sequence.
-        response, visual: logits of the rows that predict the response, and of the visual rows.
+        response: logits of the rows that predict the response.
+        visual: logits of the visual rows.
         attention: the weights of the image's tokens, from the teacher's attention at the IRS layer.
         ribbon: alternatives, and both models after each.
         live: the teacher's hidden states or whole logits, which no cache has.
-        in_student, in_teacher: attention maps and hidden states of chosen layers.
+        in_student: attention maps and hidden states of chosen layers of the student.
+        in_teacher: the same of the teacher.
         views: edited batches for one more pass each.
     """
 
