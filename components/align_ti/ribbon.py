@@ -2,7 +2,7 @@
 
 At response step k, whose gold token y_k sits at position t + 1, d alternatives c_k1..c_kd are drawn given the prefix up to
 position t. An alternative row sees that prefix and itself, neither other alternatives nor y_k and later; its position id
-is y_k's. METHOD.md, "The ribbon". Nothing here is approximate:
+is y_k's. docs/method.md, "The ribbon". Nothing here is approximate:
 
 - equal draws at a step are one row with a multiplicity;
 - a draw equal to y_k needs no row of its own, for y_k's own row in the plain pass has the same context;

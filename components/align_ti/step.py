@@ -1,6 +1,6 @@
 """One distillation step: the passes through student and teacher that the arm's terms need, and each term's sum and count.
 
-L = sum over terms of weight x sum / count (METHOD.md, "Total"; arXiv 2602.09483). A term is a sum over its own units and their
+L = sum over terms of weight x sum / count (docs/method.md, "Total"). A term is a sum over its own units and their
 count, because a mean of means would depend on how the batch was split over devices and accumulation steps.
 
 Route "continuation": each model runs once over the plain sequence; the ribbon's rows then continue over that pass's

@@ -92,7 +92,7 @@ class Parts(Strict):
 
     tower: Checkpoint = Field(description="SigLIP: its vision tower and image processor")
     language_model: Checkpoint = Field(description="Qwen2, Qwen2.5 or Qwen3")
-    feature_layer: int = Field(description="the tower's layer that is read: -2 the last but one, as METHOD.md has it")
+    feature_layer: int = Field(description="the tower's layer that is read: -2 the last but one, as docs/method.md has it")
     seed: int = Field(description="of the projector's weights")
 
 

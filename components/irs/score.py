@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def irs_scores(attention: Tensor) -> tuple[Tensor, Tensor]:
-    """IRS(l) = 1 - E[cos(a_l(x1), a_l(x2))] over pairs of different instructions on one image (METHOD.md, "IRS").
+    """IRS(l) = 1 - E[cos(a_l(x1), a_l(x2))] over pairs of different instructions on one image (docs/method.md, "IRS").
 
     Args:
         attention: (L, X, I, Nv), non-negative: layer l's attention from instruction i's rows to the visual columns of image

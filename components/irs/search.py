@@ -1,4 +1,4 @@
-"""The layer search: which of the teacher's layers looks elsewhere when the instruction is another (METHOD.md, "IRS").
+"""The layer search: which of the teacher's layers looks elsewhere when the instruction is another (docs/method.md, "IRS").
 
 One pass over images that have several instructions. All layers are watched at once, each for instruction rows x visual
 columns alone, while the model keeps its fused attention.

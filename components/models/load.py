@@ -130,7 +130,7 @@ def grids(teacher: Loaded, student: Loaded) -> tuple[int, int] | None:
 
 
 def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
-    """The size of the vocabulary that the two share: the columns that both heads are cut to (METHOD.md, "Shared vocabulary").
+    """Size of the shared vocabulary: the columns that both heads are cut to (docs/method.md, "Shared vocabulary").
 
     Args:
         own_images: each reads images in its own way (distill/grids.py), so these need not agree.

@@ -45,7 +45,7 @@ def stock_logits(vlm: VLM, input_ids: torch.Tensor, pixels: torch.Tensor | None)
 
 
 def reference(student: VLM, teacher: VLM, b, draws: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(4,) means: METHOD.md read out sample by sample through the stock forward, one pass per drawn alternative."""
+    """(4,) means: docs/method.md read out sample by sample through the stock forward, one pass per drawn alternative."""
 
     def kl(theirs: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
         p, q = theirs.softmax(-1), mine.softmax(-1)

@@ -69,7 +69,7 @@ def test_the_teachers_reading_has_the_same_rows() -> None:
 
 
 def test_shifted_by_one_the_response_mask_predicts_first_word_to_eos_and_nothing_after(processor) -> None:
-    """The mistake METHOD.md warns of: masking unshifted logits drops the first answer token and adds the one after EOS."""
+    """The mistake docs/method.md warns of: masking unshifted logits drops the first answer token and adds the one after EOS."""
     batch = Collator(processor, TEMPLATE, 200, train=True)([sample(("what ?", "one"), name="a"), TWO_TURNS])
     targets, keep = batch.input_ids[:, 1:], batch.response[:, 1:]
     predicted = targets[0][keep[0]].tolist()
