@@ -1,7 +1,7 @@
-"""What differs between families of vision-language models beyond what transformers' own interface hides.
+"""Table of model families: one row holds what transformers' common interface does not cover.
 
-All of them say where their vision encoder and their language model are (`get_encoder`, `get_decoder`), turn pixels into
-features (`get_image_features`) and take those in place of pixels (`mm_encoder_outputs`). The rest stands in the table below.
+The interface covers vision encoder and language model (`get_encoder`, `get_decoder`), features of pixels
+(`get_image_features`) and features in place of pixels (`mm_encoder_outputs`). docs/add_a_family.md
 """
 
 from __future__ import annotations
@@ -23,27 +23,43 @@ class Family:
     """One row of docs/families.md.
 
     Args:
+        tower: name, under `model.model`, of the module with the vision encoder.
         projector: names, under `model.model`, of the modules between vision encoder and language model.
         token_types: the argument, if there is one, that tells the model which tokens are an image's, or which are the prompt's.
+        whole: where the tokens of the whole image stand, in families that cut it into tiles as well: before or after these.
+        crops: visual tokens cover a crop of the image.
+        gguf: llama.cpp's converter names its text and vision parts (by its source; it was not run here).
     """
 
     title: str
+    tower: str = "vision_tower"
     projector: tuple[str, ...] = ("multi_modal_projector",)
     token_types: tuple[str, Literal["image", "prompt"]] | None = None
+    whole: Literal["first", "last"] | None = None
+    crops: bool = False
+    gguf: bool = False
+
+    @property
+    def unquantised(self) -> list[str]:
+        """Modules of a quantised teacher that stay in float: head, vision encoder, projector."""
+        return ["lm_head", *dict.fromkeys(path.split(".")[0] for path in (self.tower, *self.projector))]
 
 
-_MROPE: tuple[str, Literal["image", "prompt"]] = ("mm_token_type_ids", "image")
+def _qwen(title: str, *projector: str) -> Family:
+    return Family(title, "visual", ("visual.merger", *projector), ("mm_token_type_ids", "image"), gguf=True)
+
+
 FAMILIES = {  # by `model_type` of config.json
-    "llava": Family("LLaVA-1.5"),
-    "llava_next": Family("LLaVA-NeXT", ("multi_modal_projector", "image_newline")),
-    "llava_onevision": Family("LLaVA-OneVision", ("multi_modal_projector", "image_newline")),
-    "qwen2_vl": Family("Qwen2-VL", ("visual.merger",), _MROPE),
-    "qwen2_5_vl": Family("Qwen2.5-VL", ("visual.merger",), _MROPE),
-    "qwen3_vl": Family("Qwen3-VL", ("visual.merger", "visual.deepstack_merger_list"), _MROPE),
-    "internvl": Family("InternVL 3, 3.5"),
-    "idefics3": Family("Idefics3", ("connector",)),
-    "smolvlm": Family("SmolVLM, SmolVLM2", ("connector",)),
-    "gemma3": Family("Gemma 3", token_types=("token_type_ids", "image")),
+    "llava": Family("LLaVA-1.5", crops=True),
+    "llava_next": Family("LLaVA-NeXT", projector=("multi_modal_projector", "image_newline"), whole="first"),
+    "llava_onevision": Family("LLaVA-OneVision", projector=("multi_modal_projector", "image_newline"), whole="first"),
+    "qwen2_vl": _qwen("Qwen2-VL"),
+    "qwen2_5_vl": _qwen("Qwen2.5-VL"),
+    "qwen3_vl": _qwen("Qwen3-VL", "visual.deepstack_merger_list"),
+    "internvl": Family("InternVL 3, 3.5", whole="last"),
+    "idefics3": Family("Idefics3", "vision_model", ("connector",), whole="last"),
+    "smolvlm": Family("SmolVLM, SmolVLM2", "vision_model", ("connector",), whole="last", gguf=True),
+    "gemma3": Family("Gemma 3", token_types=("token_type_ids", "image"), gguf=True),
     "paligemma": Family("PaliGemma, PaliGemma 2", token_types=("token_type_ids", "prompt")),
 }
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from components.dataset.shards import Turn
 from components.errors import ModelError
 from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
-from components.models.families import family_of, reads_one_layer
+from components.models.families import Family, family_of, reads_one_layer
 from components.models.folder import weight_files
 from components.models.processor import load_processor
 from components.models.template import Template
@@ -65,7 +65,7 @@ def load(
             config=config,
             dtype=dtype,
             attn_implementation=_attention(config),
-            **(_quantised(quantised, device, dtype) if quantised else {}),
+            **(_quantised(quantised, device, dtype, family_of(config)) if quantised else {}),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -97,8 +97,8 @@ def _attention(config: Any) -> str | dict[str, str]:
     return {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"} if capped else "sdpa"
 
 
-def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
-    """Only the language model's linear layers: the head's rows are needed in float, and the tower's may be the student's."""
+def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: torch.dtype, family: Family) -> dict[str, Any]:
+    """Arguments that quantise the language model's linear layers alone: the tower's may be the student's too."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -106,7 +106,7 @@ def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: 
         load_in_4bit=kind == "nf4",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", "vision_tower", "visual", "vision_model", "multi_modal_projector", "connector"],
+        llm_int8_skip_modules=family.unquantised,
     )
     return {"quantization_config": config, "device_map": {"": device}}
 

@@ -19,7 +19,7 @@ from components.distill.export import save
 from components.errors import InputError, ModelError
 from components.evaluate.generate import answers, questions
 from components.models.collate import Collator
-from components.models.families import prompt
+from components.models.families import family_of, prompt
 from components.models.folder import weight_files
 from components.models.load import Loaded
 from components.models.processor import load_processor
@@ -33,8 +33,6 @@ STORED = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 # KL(as it was, in float32 || exported, in its own arithmetic) per answer token, nats: rounding to 23, 10 and 7 bits.
 TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
 ASKED = 8  # prepared samples that both answer
-# Whose text and vision parts llama.cpp's converter names, as its sources say; it was not run here.
-GGUF = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm")
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
         same_answers=sum(a == b for a, b in zip(before.texts, after.texts, strict=True)),
         asked=len(samples),
         missing=missing,
-        gguf=source.model.config.model_type in GGUF,
+        gguf=family_of(source.model.config).gguf,
     )
 
 

@@ -18,14 +18,13 @@ from components.irs.overlays import Heat, heatmaps
 from components.irs.regions import seen_by
 from components.models.attention import Look, watching
 from components.models.collate import Batch, decode
+from components.models.families import family_of
 from components.models.load import Loaded
 from components.models.vlm import VLM
 from components.release.model import Named
 from components.report.figures import draw
 
 FOLDER = REPORTS / "try"
-# Families that cut an image into tiles show it whole as well, on one square of tokens, before the tiles or after them.
-WHOLE = {"llava_next": "first", "llava_onevision": "first", "internvl": "last", "idefics3": "last", "smolvlm": "last"}
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,12 @@ def placed(loaded: Loaded, batch: Batch, attention: NDArray[Any]) -> NDArray[Any
     if (grid := batch.image_inputs.get("image_grid_thw")) is not None:
         merged = loaded.processor.image_processor.merge_size
         return attention.reshape(int(grid[0, 1]) // merged, int(grid[0, 2]) // merged)
-    kind, count = loaded.model.config.model_type, len(attention)
-    if kind in WHOLE:
+    whole, count = family_of(loaded.model.config).whole, len(attention)
+    if whole is not None:
         processor = loaded.processor
         names = ("num_image_tokens", "image_seq_length", "image_seq_len")
         count = next((getattr(processor, name) for name in names if getattr(processor, name, None)), None) or _patches(loaded)
-        attention = attention[:count] if WHOLE[kind] == "first" else attention[-count:]
+        attention = attention[:count] if whole == "first" else attention[-count:]
     side = math.isqrt(count)
     if side * side != len(attention):
         raise InputError(
@@ -93,9 +92,9 @@ def _patches(loaded: Loaded) -> int:
 
 
 def _image(loaded: Loaded, sample: Sample) -> NDArray[np.uint8]:
-    """What the visual tokens tile: LLaVA-1.5's is a crop, the others' is the image whole."""
+    """The part of the image that visual tokens cover."""
     image = decode(sample)
-    return seen_by(loaded.processor, image) if loaded.model.config.model_type == "llava" else np.asarray(image)
+    return seen_by(loaded.processor, image) if family_of(loaded.model.config).crops else np.asarray(image)
 
 
 def draw_looks(name: str, looks: list[Seen]) -> Path:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from components.config.models import Template as TemplateSettings
 from components.errors import ModelError
-from components.models.families import FAMILIES, family_of
+from components.models.families import FAMILIES, family_of, parts
 from components.models.load import check_images, check_kind, check_pair, check_same_template, load
 from components.models.template import Template
 from tests.families import toy
@@ -28,6 +28,17 @@ def test_two_sizes_of_one_family_share_the_vocabulary(family: str) -> None:
     teacher = load(toy.folder(family, 1, 3), "cpu")
     student = toy.loaded(family)
     assert check_pair(teacher, student) == student.vocabulary < teacher.vocabulary
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_a_quantised_teacher_keeps_head_tower_and_projector_in_float(family: str) -> None:
+    model = toy.loaded(family).model
+    skipped = {*FAMILIES[family].unquantised}
+    kept = {id(p) for name, p in model.named_parameters() if skipped & set(name.split("."))}
+    held = parts(model)
+    head = model.get_output_embeddings().weight
+    assert kept >= {id(p) for part in ("vision_tower", "projector") for p in held[part]}
+    assert kept & {id(p) for p in held["language_model"]} <= {id(head)}
 
 
 def test_families_that_agree_by_vocabulary_and_pixels_are_a_pair() -> None:

@@ -13,9 +13,9 @@ from components.config.settings import Settings
 from components.errors import AlignTIError, DataError, InputError
 from components.evaluate.generate import answers
 from components.models.collate import Collator
+from components.models.families import FAMILIES
 from components.models.load import load
 from components.models.template import Template
-from components.release import look as module
 from components.release.ask import Answer, read, respond, run, sample_of
 from components.release.look import layer_of, look, placed
 from components.release.model import Named, find
@@ -87,10 +87,10 @@ def test_attention_is_laid_out_over_the_whole_image(family: str, monkeypatch: py
     rows, columns = grid.shape
     if family.startswith("qwen"):
         assert (rows * columns, columns > rows) == (count, True)
-    elif family in module.WHOLE:
+    elif whole := FAMILIES[family].whole:
         assert rows == columns and rows * columns == 4 <= count
         first = grid[0, 0] == 0
-        assert first == (module.WHOLE[family] == "first" or count == 4)
+        assert first == (whole == "first" or count == 4)
     else:
         assert rows == columns and rows * columns == count
     answer = "red"
