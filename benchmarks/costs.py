@@ -11,9 +11,9 @@ from benchmarks import flops
 from benchmarks.shapes import SIZES, batch
 from benchmarks.table import load
 from components import cost
-from components.artifacts import write_text
 from components.config import recipes
 from components.cost import Holding, Way
+from components.io import write_text
 from flows import costs
 from flows.bill import measured_ratios
 

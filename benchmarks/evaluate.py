@@ -29,7 +29,6 @@ import torch
 
 from benchmarks.measure import where_and_when, write_json
 from benchmarks.shapes import SIZES, Size, llava
-from components.artifacts import DATASET
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.evaluate.generate import answers, questions
@@ -38,6 +37,7 @@ from components.evaluate.kits.client import ask
 from components.models.load import load, load_processor
 from components.models.template import Template, question_of
 from components.process import exit_from
+from components.records.paths import DATASET
 from components.runtime import prepare_torch
 
 SPENT = "ALIGNTI_BENCH_SPENT"  # in the server's environment: the file where it keeps what it has spent

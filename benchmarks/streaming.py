@@ -26,10 +26,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import measure
-from components.artifacts import Manifest
 from components.config.data import DataSettings, LlavaFolder
 from components.config.load import load_settings
 from components.process import cores
+from components.records.dataset import Manifest
 
 DIFFERENT, PER_TAR, CUT = 100_000, 10_000, 1000
 EVERY = 0.5  # seconds between samples

@@ -61,9 +61,9 @@ def _options(
 
 def _check_models(*names: str | None) -> None:
     """Raises InputError, before anything heavy is imported, for what is no arm, `teacher`, folder or ORG/NAME of the hub."""
-    from components.artifacts import TEACHER_ARM
     from components.config.load import load_settings
     from components.errors import unknown
+    from components.records.paths import TEACHER_ARM
 
     known = [TEACHER_ARM, *load_settings().study.arms]
     for name in names:
@@ -195,11 +195,14 @@ def leaderboard(
     ),
 ) -> None:
     """Write reports/leaderboard.*: our students and their teacher beside the published rows."""
-    from components.artifacts import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM, Comparison, ModelIndex, TeacherChoice
     from components.config.load import load_settings
     from components.evaluate import leaderboard as board
     from components.evaluate.kits import table
     from components.evaluate.kits.command import current
+    from components.records.compare import Comparison
+    from components.records.models import ModelIndex
+    from components.records.paths import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM
+    from components.records.teacher import TeacherChoice
 
     settings = load_settings()
     comparison = Comparison.read(REPORTS / "compare.json")
@@ -245,12 +248,15 @@ def samples(
     most: int = typer.Option(2000, "--most", min=1, help="Samples on the page; the first ones of the evaluated split."),
 ) -> None:
     """Write reports/samples.html: each image and question with all answers, and where the teacher looked."""
-    from components.artifacts import DATASET, IRS, REPORTS, TEACHER, TEACHER_ARM, Comparison, LayerChoice, TeacherChoice
     from components.config.load import load_settings
     from components.dataset.shards import Samples
     from components.evaluate import samples as page
     from components.evaluate.outcomes import read
     from components.models.load import load
+    from components.records.compare import Comparison
+    from components.records.irs import LayerChoice
+    from components.records.paths import DATASET, IRS, REPORTS, TEACHER, TEACHER_ARM
+    from components.records.teacher import TeacherChoice
     from components.runtime import prepare_torch
 
     settings = load_settings()
@@ -268,9 +274,10 @@ def controls(
     arm: Annotated[list[str] | None, typer.Option(help="Only these arms, or `teacher`; all without it.")] = None,
 ) -> None:
     """Write reports/controls.*: every model without its image, and what the test split shares with the training data."""
-    from components.artifacts import STUDENTS, TEACHER, TEACHER_ARM, TeacherChoice
     from components.config.load import load_settings
     from components.errors import unknown
+    from components.records.paths import STUDENTS, TEACHER, TEACHER_ARM
+    from components.records.teacher import TeacherChoice
 
     settings = load_settings()
     known = [TEACHER_ARM, *settings.study.arms]
@@ -455,9 +462,9 @@ def serve(
     """Serve the checkpoint folder MODEL behind an OpenAI-compatible API until interrupted."""
     import signal
 
-    from components.artifacts import RUNS
     from components.config.load import load_settings
     from components.evaluate.kits.serve import served
+    from components.records.paths import RUNS
     from components.runtime import prepare_torch
 
     log = RUNS / "serve" / f"{port}.log"
@@ -480,9 +487,9 @@ def evaluate(
     blank: bool = typer.Option(False, "--blank", help="vlmeval's tasks with a plain grey image in each image's place."),
 ) -> None:
     """Measure students with the field's own kits, beside our own scores: reports/kits.md."""
-    from components.artifacts import TEACHER_ARM
     from components.config.load import load_settings
     from components.errors import unknown
+    from components.records.paths import TEACHER_ARM
 
     known = [TEACHER_ARM, *load_settings().study.arms]
     for name in arm or ():
@@ -496,8 +503,9 @@ def evaluate(
 @app.command()
 def arms() -> None:
     """List the arms: student, seed, weights, and the score of those that have one."""
-    from components.artifacts import SCORES, Scores
     from components.config.load import load_settings
+    from components.records.evaluate import Scores
+    from components.records.paths import SCORES
 
     for name, arm in load_settings().study.arms.items():
         weights = " ".join(f"{term} {weight:g}" for term, weight in dict(arm.weights).items() if weight)

@@ -13,10 +13,11 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from components.artifacts import DATASET, RAW, Manifest
 from components.config import recipes
 from components.config.load import load_settings
 from components.model_registry import drift, record
+from components.records.dataset import Manifest
+from components.records.paths import DATASET, RAW
 from components.tracking import provenance
 from components.tracking.mlflow_registry import Version
 from flows import dvc, notify, promote

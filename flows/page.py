@@ -14,9 +14,11 @@ from prefect.artifacts import create_link_artifact, create_progress_artifact, cr
 from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_logger
 
-from components.artifacts import REPORTS, Absent, Comparison
 from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError, redacted, without_login
+from components.records.compare import Comparison
+from components.records.paths import REPORTS
+from components.records.record import Absent
 from components.tracking import history
 from components.tracking.journal import Run
 

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
-from components.artifacts import RUNS
+from components.records.paths import RUNS
 
 FOLDER = RUNS / "flow-runs"
 _held: list[IO[str]] = []  # open, and so locked, until this process ends

@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import Difference, Fingerprint, Prediction, Record
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
 from components.model_registry import record
 from components.model_registry.paired_test import MeasuredDifferently, duel, guessed
+from components.records.compare import Difference
+from components.records.evaluate import Fingerprint, Prediction
+from components.records.record import Record
 from components.tracking import journal, mlflow_registry, mlflow_sync
 from components.tracking.mlflow_registry import CANDIDATE, CHAMPION, Version
 from components.tracking.stage_run import JOURNAL_ONLY

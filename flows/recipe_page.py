@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import write_text
 from components.config import recipes
+from components.io import write_text
 from flows import costs
 
 SCALED = "digits-large"  # by digits, whose times were measured

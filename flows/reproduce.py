@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import write_text
 from components.config.settings import Settings
 from components.errors import InputError, TryAgainError
+from components.io import write_text
 from components.tracking import mlflow_registry, mlflow_sync, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run

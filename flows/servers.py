@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from components.artifacts import write_text
 from components.errors import AlignTIError, InputError, TryAgainError
+from components.io import write_text
 from components.tracking import mlflow_sync
 
 if TYPE_CHECKING:

@@ -17,11 +17,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from pydantic import Field
 
-from components.artifacts import STUDENTS, Cost
 from components.config import recipes
 from components.config.load import load_settings
 from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError
+from components.records.distill import Cost
+from components.records.paths import STUDENTS
 from components.study import expand, record
 from components.study.expand import Cell, Study
 from components.tracking import journal, mlflow_sync

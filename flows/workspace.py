@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from components.artifacts import RUNS
 from components.errors import InputError
+from components.records.paths import RUNS
 from flows import dvc
 
 FOLDERS = RUNS / "workspaces"

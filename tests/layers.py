@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from components.artifacts import LayerChoice, Picked
+from components.records.irs import LayerChoice, Picked
 
 
 def layer_choice(layer: int, irs: list[float], **changes: Any) -> LayerChoice:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from components.artifacts import Scores
 from components.cli import GROUPS, app
 from components.config import recipes
+from components.records.evaluate import Scores
 
 ROOT = Path(__file__).parents[1]
 

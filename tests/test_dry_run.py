@@ -17,7 +17,6 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from components.artifacts import DATASET, IRS, MODELS, STUDENTS, TEACHER
 from components.config import recipes
 from components.config.load import load_settings
 from components.config.models import Checkpoint
@@ -27,6 +26,7 @@ from components.distill.__main__ import distill
 from components.errors import ModelError
 from components.irs.__main__ import main as search_layer
 from components.models.__main__ import main as obtain_models
+from components.records.paths import DATASET, IRS, MODELS, STUDENTS, TEACHER
 from components.rows.__main__ import main as check_rows
 from components.teacher.__main__ import main as select_teacher
 from components.tracking.journal import Run

@@ -24,7 +24,7 @@ STAGES: dict[str, dict[str, Any]] = {name: stage.get("do", stage) for name, stag
 COMMAND = re.compile(r"python -m (components(?:\.\w+)+)(?: --arm (?:\$\{key\}|teacher))?")
 
 # Code that no stage lists; dvc.yaml says why.
-NOT_LISTED = frozenset(f"components.{name}" for name in ("config", "artifacts", "errors", "process", "tracking", "runtime"))
+NOT_LISTED = frozenset(f"components.{name}" for name in ("config", "records", "io", "errors", "process", "tracking", "runtime"))
 
 # Files beside the code of commands that are no stage: `alignti leaderboard` and `alignti samples`.
 COMMANDS = frozenset(f"components/evaluate/{name}" for name in ("leaderboard.html.j2", "published.csv", "samples.html.j2"))

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from components.artifacts import DATASET, Manifest, TriedRows
 from components.dataset.shards import Samples
+from components.records.dataset import Manifest
+from components.records.paths import DATASET
+from components.records.rows import TriedRows
 from components.rows.judge import VERDICT
 
 

@@ -9,8 +9,8 @@ from pydantic import (
     model_validator,
 )
 
-from components.artifacts import Attention, Rows
 from components.config.fields import PositiveInt, Strict
+from components.records.irs import Attention, Rows
 
 
 class IrsSettings(Strict):

@@ -24,12 +24,13 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError
 
-from components.artifacts import RUNS, write_text
 from components.config.fields import PositiveFloat, PositiveInt, Strict
 from components.config.load import load_settings
 from components.config.settings import FILES, Settings
 from components.config.yaml_file import read_yaml
 from components.errors import SettingsError
+from components.io import write_text
+from components.records.paths import RUNS
 
 Load = Callable[[str], Any]
 

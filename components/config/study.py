@@ -10,10 +10,10 @@ from pydantic import (
 )
 
 from components.align_ti import terms
-from components.artifacts import TEACHER_ARM
 from components.config.distill import Iva, Tpa
 from components.config.fields import ArmName, Name, Strict
 from components.config.loss_terms import Divergence, Weights, WithTerms, as_tuples
+from components.records.paths import TEACHER_ARM
 
 
 class Arm(WithTerms):

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.artifacts import DATASET, Overlap
 from components.config.load import load_settings
 from components.config.local_paths import named_paths
 from components.config.settings import Settings
 from components.process import exit_from
+from components.records.dataset import Overlap
+from components.records.paths import DATASET
 from components.tracking.stage_run import stage_run
 
 

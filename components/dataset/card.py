@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from components.artifacts import SPLITS, Manifest, SplitRecord, write_bytes, write_text
 from components.dataset.shards import Sample, about, open_shard
 from components.dataset.source import Source
+from components.io import write_bytes, write_text
+from components.records.dataset import Manifest, SplitRecord
+from components.records.paths import SPLITS
 
 SHOWN, COLUMNS, QUESTIONS = 12, 4, 3
 WIDTH, PICTURE, LINE, MARGIN = 340, 256, 22, 16  # pixels: of a tile, its picture, a line of text, the space around

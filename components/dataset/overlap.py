@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from components.artifacts import SPLITS, Likeness, Overlap, jsonl, write_text
 from components.config.data import DataLimits
 from components.dataset.images import Refusal, load
 from components.dataset.index import Index
@@ -23,6 +22,10 @@ from components.dataset.perceptual_hash import nearest
 from components.dataset.shards import without
 from components.dataset.source import Refused
 from components.errors import DataError
+from components.io import write_text
+from components.records.dataset import Likeness, Overlap
+from components.records.paths import SPLITS
+from components.records.record import jsonl
 
 LISTED = 50  # pairs named in the report
 EVALUATED = [SPLITS.index("val"), SPLITS.index("test")]

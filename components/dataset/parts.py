@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from components.artifacts import SPLITS, Record, Split, SplitRecord, jsonl, write_bytes, write_text
 from components.dataset.shards import SplitWriter
 from components.dataset.source import Provenance, Refused, Source, Stored
+from components.io import write_bytes, write_text
 from components.process import shared_out
+from components.records.dataset import SplitRecord
+from components.records.paths import SPLITS, Split
+from components.records.record import Record, jsonl
 
 LOOK = np.dtype([("split", "u1"), ("row", "u4"), ("look", "u8")])  # of one image: where it is stored, in which row of the part
 

@@ -16,21 +16,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from components.artifacts import (
-    DATASET,
-    RAW,
-    RUNS,
-    SPLITS,
-    Manifest,
-    Overlap,
-    SourceRecord,
-    Sources,
-    Split,
-    SplitRecord,
-    fingerprint,
-    jsonl,
-    write_text,
-)
 from components.config.data import DataSettings
 from components.dataset import mixture, overlap
 from components.dataset.card import write_card
@@ -39,7 +24,11 @@ from components.dataset.shards import joined
 from components.dataset.source import Refused, Source
 from components.digits import grids
 from components.errors import DataError, InputError, TryAgainError
+from components.io import fingerprint, write_text
 from components.process import cores
+from components.records.dataset import Manifest, Overlap, SourceRecord, Sources, SplitRecord
+from components.records.paths import DATASET, RAW, RUNS, SPLITS, Split
+from components.records.record import jsonl
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.artifacts import Manifest, ShardRecord, SourceRecord, Sources, Split, SplitRecord, TriedRows, sha256
 from components.errors import DataError
+from components.io import sha256
+from components.records.dataset import Manifest, ShardRecord, SourceRecord, Sources, SplitRecord
+from components.records.paths import Split
+from components.records.rows import TriedRows
 
 if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles samples alone does without it
     import pyarrow as pa

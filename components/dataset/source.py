@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from components.artifacts import Record, Split
 from components.dataset.shards import ImageRow
+from components.records.paths import Split
+from components.records.record import Record
 
 
 class Refused(Record):

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from components.artifacts import SPLITS, Split
 from components.config.data import Augmentation, DataSettings, DigitsGrid
 from components.dataset.shards import Box, ImageRow, Turn
 from components.dataset.source import Provenance, Refused, Rule, Stored
 from components.digits import raw
 from components.digits.questions import CAPTIONS, DIGITS, Asked, Balance, Digit, Scene, ask, captions, places
 from components.errors import DataError
+from components.records.paths import SPLITS, Split
 
 TITLE = "Coloured handwritten digits on a grid, composed from the UCI set"
 LICENCE = (

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from components.artifacts import RAW, write_text
 from components.errors import DataError
+from components.io import write_text
 from components.process import exit_from
+from components.records.paths import RAW
 
 SIDE = 8  # pixels per side of a raw digit
 DEPTH = 16  # the brightest pixel

@@ -16,20 +16,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from components.align_ti.step import AlignTI, Method
-from components.artifacts import (
-    DATASET,
-    IRS,
-    MODELS,
-    ROWS,
-    SIGNALS,
-    STUDENTS,
-    TEACHER,
-    Cost,
-    LayerChoice,
-    ModelIndex,
-    TeacherChoice,
-    fingerprint,
-)
 from components.config.distill import DistillSettings
 from components.config.load import load_settings
 from components.config.settings import Settings
@@ -47,12 +33,18 @@ from components.distill.placement import load_teacher
 from components.distill.replay import Origin
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable, merge_adapters
+from components.io import fingerprint
 from components.irs.weighting import Weighting, weighting
 from components.models.collate import Collator
 from components.models.load import Loaded, check_images, check_layer, check_pair, check_same_template, grids, load
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.process import exit_from
+from components.records.distill import Cost
+from components.records.irs import LayerChoice
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, IRS, MODELS, ROWS, SIGNALS, STUDENTS, TEACHER
+from components.records.teacher import TeacherChoice
 from components.runtime import peak_memory_mib, prepare_torch
 from components.teacher_cache.store import Signals, read_manifest
 from components.teacher_cache.store import facts as facts_of

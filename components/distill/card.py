@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from components.artifacts import DATASET, MODELS, STUDENTS, Manifest, ModelIndex, ModelRecord, Sources
+from components.records.dataset import Manifest, Sources
+from components.records.models import ModelIndex, ModelRecord
+from components.records.paths import DATASET, MODELS, STUDENTS
 
 NOT_STATED = "not stated"
 START, END = "<!-- everything that decided its weights -->\n```json\n", "\n```\n<!-- end -->\n"

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from filelock import FileLock, Timeout
 
-from components.artifacts import RUNS, write_text
 from components.errors import InputError, TryAgainError
+from components.io import write_text
+from components.records.paths import RUNS
 
 # It warns at every checkpoint that tied weights are stored once, which is as it should be (the resume test compares bytes).
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)

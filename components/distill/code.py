@@ -13,14 +13,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from components.align_ti import terms
-from components.artifacts import TERMS, sha256, whole_folder, write_text
 from components.config.load import load_settings
+from components.io import sha256, whole_folder, write_text
 from components.process import exit_from
+from components.records.paths import TERMS
 from components.tracking.import_graph import ROOT, closure, modules
 
 # Shared by all stages, and what only tells of a training: neither changes a student's bytes.
 APART = (
-    "config", "artifacts", "errors", "process", "tracking", "runtime",
+    "config", "records", "io", "errors", "process", "tracking", "runtime",
     "distill.card", "distill.footprint", "distill.memory", "distill.replay",
 )  # fmt: skip
 

@@ -9,9 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from components.artifacts import Cost, jsonl, whole_folder, write_text
+from components.io import whole_folder, write_text
 from components.models.load import Loaded
 from components.models.template import IMAGE, ChatTemplate, Template
+from components.records.distill import Cost
+from components.records.record import jsonl
 
 
 def gathered(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor] | None:

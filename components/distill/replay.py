@@ -21,12 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.align_ti.step import AlignTI, Method, total
-from components.artifacts import RUNS, sha256, write_text
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError
+from components.io import sha256, write_text
 from components.models.collate import Batch
 from components.models.load import load
 from components.models.vlm import VLM
+from components.records.paths import RUNS
 
 DUMPS = RUNS / "dumps"
 BESIDE = "image_inputs."

@@ -11,23 +11,13 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from components.artifacts import (
-    DATASET,
-    ROWS,
-    RUNS,
-    SCORES,
-    STUDENTS,
-    TEACHER,
-    TEACHER_ARM,
-    Absent,
-    Fingerprint,
-    TeacherChoice,
-    jsonl,
-    sha256,
-    write_text,
-)
 from components.config.load import load_settings
+from components.io import sha256, write_text
 from components.process import exit_from
+from components.records.evaluate import Fingerprint
+from components.records.paths import DATASET, ROWS, RUNS, SCORES, STUDENTS, TEACHER, TEACHER_ARM
+from components.records.record import Absent, jsonl
+from components.records.teacher import TeacherChoice
 
 
 def main() -> None:

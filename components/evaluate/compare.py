@@ -19,23 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.artifacts import (
-    REPORTS,
-    SCORES,
-    TEACHER_ARM,
-    Absent,
-    ArmResult,
-    Comparison,
-    Contrast,
-    Cost,
-    Difference,
-    Estimate,
-    PublishedRuns,
-    Scores,
-    TeacherResult,
-    YesNo,
-    write_text,
-)
 from components.config.evaluate import EvaluateSettings
 from components.config.load import load_settings
 from components.config.study import Arm
@@ -57,7 +40,13 @@ from components.evaluate.statistics import (
     over_seeds,
     p_value,
 )
+from components.io import write_text
 from components.process import exit_from
+from components.records.compare import ArmResult, Comparison, Contrast, Difference, Estimate, PublishedRuns, TeacherResult
+from components.records.distill import Cost
+from components.records.evaluate import Scores, YesNo
+from components.records.paths import REPORTS, SCORES, TEACHER_ARM
+from components.records.record import Absent
 
 POWER = 0.8  # of a gap called detectable
 

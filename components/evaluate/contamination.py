@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from components.artifacts import Record, Split
 from components.dataset.perceptual_hash import NEAR, look_of
 from components.dataset.shards import CAPTION, Samples
 from components.models.template import question_of
+from components.records.paths import Split
+from components.records.record import Record
 
 LISTED = 50  # pairs named in the report
 

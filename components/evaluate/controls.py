@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from components.artifacts import DATASET, REPORTS, ROWS, Record, Split, write_text
 from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
 from components.errors import DataError
 from components.evaluate import generate, metrics
 from components.evaluate.contamination import Contamination, contamination
 from components.evaluate.kits.inside import blank
+from components.io import write_text
 from components.models.load import load
 from components.models.template import Template
+from components.records.paths import DATASET, REPORTS, ROWS, Split
+from components.records.record import Record
 from components.runtime import prepare_torch
 
 

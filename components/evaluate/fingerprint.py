@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import Fingerprint, sha256
+from components.io import sha256
 from components.models.template import Template
+from components.records.evaluate import Fingerprint
 
 if TYPE_CHECKING:
     from components.config.evaluate import EvaluateSettings

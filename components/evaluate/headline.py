@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from statistics import variance
 
-from components.artifacts import TEACHER_ARM, Comparison, PublishedRuns, TeacherResult
+from components.records.compare import Comparison, PublishedRuns, TeacherResult
+from components.records.paths import TEACHER_ARM
 
 
 def headline(comparison: Comparison) -> str:

@@ -16,21 +16,18 @@ from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
 
-from components.artifacts import (
-    REPORTS,
-    TEACHER_ARM,
-    Comparison,
-    ModelIndex,
-    Record,
-    TeacherChoice,
-    write_text,
-)
 from components.config.study import Arm
 from components.errors import DataError
 from components.evaluate.benchmarks import BENCHMARKS, PAPER
 from components.evaluate.pages import templates
 from components.evaluate.speed import SPEED, Speed, SpeedReport
 from components.evaluate.statistics import noise_unpaired
+from components.io import write_text
+from components.records.compare import Comparison
+from components.records.models import ModelIndex
+from components.records.paths import REPORTS, TEACHER_ARM
+from components.records.record import Record
+from components.records.teacher import TeacherChoice
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 SFT, KD = "SFT", "Vanilla KD"  # the published baselines, by method

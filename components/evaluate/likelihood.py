@@ -19,12 +19,12 @@ from tqdm import tqdm
 from components.align_ti.divergence import row_divergence
 from components.align_ti.head import CHUNK_MIB, row_losses, rows_per_chunk
 from components.align_ti.ribbon import predicting
-from components.artifacts import Likelihood
 from components.dataset.shards import Sample
 from components.models.collate import Collator
 from components.models.load import Loaded, check_pair, grids
 from components.models.template import Template
 from components.models.vlm import VLM
+from components.records.evaluate import Likelihood
 
 
 @torch.inference_mode()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from components.artifacts import Likelihood, Prediction
 from components.evaluate.metrics import token_f1
+from components.records.evaluate import Likelihood, Prediction
 
 EXACT_MATCH = "exact_match"
 

@@ -17,9 +17,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from components.artifacts import Prediction, Scores, YesNo
 from components.dataset.shards import Sample
 from components.errors import DataError
+from components.records.evaluate import Prediction, Scores, YesNo
 
 OVERALL = "all"  # the key of the figures over all yes/no kinds together
 

@@ -11,19 +11,11 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from components.artifacts import (
-    SCORES,
-    STUDENTS,
-    TEACHER_ARM,
-    Cost,
-    Fingerprint,
-    Likelihood,
-    Prediction,
-    Record,
-    Scores,
-    YesNo,
-)
 from components.errors import DataError
+from components.records.distill import Cost
+from components.records.evaluate import Fingerprint, Likelihood, Prediction, Scores, YesNo
+from components.records.paths import SCORES, STUDENTS, TEACHER_ARM
+from components.records.record import Record
 
 R = TypeVar("R", bound=Record)
 Losses = dict[str, list[dict[str, float]]]  # per arm, one row per logged step

@@ -9,9 +9,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from components.artifacts import Comparison, TeacherResult
 from components.evaluate.measures import MEASURES
 from components.evaluate.outcomes import Losses
+from components.records.compare import Comparison, TeacherResult
 from components.report.figures import Theme
 
 POINTS = 100  # shares are drawn in percent, differences in points

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from components.artifacts import PublishedRuns
 from components.config import recipes
 from components.config.yaml_file import read_yaml
 from components.errors import InputError
+from components.records.compare import PublishedRuns
 
 FILE = Path(__file__).with_suffix(".yaml")
 

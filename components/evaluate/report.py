@@ -14,20 +14,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from components.artifacts import (
-    DATASET,
-    REPORTS,
-    TEACHER_ARM,
-    ArmResult,
-    Comparison,
-    Difference,
-    LayerChoice,
-    Prediction,
-    TeacherReport,
-    TeacherResult,
-    write_bytes,
-    write_text,
-)
 from components.config.evaluate import EvaluateSettings
 from components.dataset.shards import Samples
 from components.errors import DataError
@@ -38,8 +24,14 @@ from components.evaluate.metrics import OVERALL
 from components.evaluate.outcomes import Outcomes
 from components.evaluate.pages import data_uri, templates, thumbnail
 from components.evaluate.statistics import Interval
+from components.io import write_bytes, write_text
 from components.irs.overlays import curve
 from components.models.template import IMAGE
+from components.records.compare import ArmResult, Comparison, Difference, TeacherResult
+from components.records.evaluate import Prediction
+from components.records.irs import LayerChoice
+from components.records.paths import DATASET, REPORTS, TEACHER_ARM
+from components.records.teacher import TeacherReport
 from components.report.figures import DARK, DPI, LIGHT, draw
 
 Plot = Callable[..., Figure]  # of a theme

@@ -20,17 +20,20 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from components.artifacts import DATASET, REPORTS, TEACHER_ARM, Comparison, Prediction, write_text
 from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
 from components.errors import DataError
 from components.evaluate import generate
 from components.evaluate.pages import data_uri, templates, thumbnail
+from components.io import write_text
 from components.models.attention import Look, watching
 from components.models.collate import Collator
 from components.models.load import Loaded
 from components.models.template import IMAGE, Template
 from components.models.vlm import VLM
+from components.records.compare import Comparison
+from components.records.evaluate import Prediction
+from components.records.paths import DATASET, REPORTS, TEACHER_ARM
 
 PAGE = REPORTS / "samples.html"
 THUMBNAIL_PX = 240  # longest side

@@ -10,13 +10,14 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from components.artifacts import DATASET, REPORTS, ROWS, Record
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.evaluate import generate
 from components.evaluate.memory import peak_bytes
 from components.models.load import Loaded, load
 from components.models.template import Template
+from components.records.paths import DATASET, REPORTS, ROWS
+from components.records.record import Record
 
 SPEED = REPORTS / "speed.json"
 ALONE = 20  # questions asked one at a time, for the time to the first token

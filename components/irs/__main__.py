@@ -13,23 +13,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.artifacts import (
-    DATASET,
-    IRS,
-    NO_TEACHER,
-    REPORTS,
-    ROWS,
-    TEACHER,
-    Absent,
-    LayerChoice,
-    Picked,
-    Rows,
-    TeacherChoice,
-    write_bytes,
-    write_text,
-)
 from components.config.load import load_settings
+from components.io import write_bytes, write_text
 from components.process import exit_from
+from components.records.irs import LayerChoice, Picked, Rows
+from components.records.paths import DATASET, IRS, REPORTS, ROWS, TEACHER
+from components.records.record import Absent
+from components.records.teacher import NO_TEACHER, TeacherChoice
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.artifacts import Attention, Background, Interval, LayerChoice, Picked, Region, Rows, View
 from components.config.irs import IrsSettings
 from components.errors import DataError, ModelError
 from components.irs.centred import centred, shares
@@ -22,6 +21,7 @@ from components.irs.regions import Tiling
 from components.irs.score import irs_scores, pointing
 from components.irs.search import Seen, Z, rank, standard_error
 from components.models.collate import decode
+from components.records.irs import Attention, Background, Interval, LayerChoice, Picked, Region, Rows, View
 
 SINK = 5  # times an equal share
 KINDS: tuple[tuple[Attention, Rows], ...] = (("mean", "all"), ("mean", "words"), ("centred", "all"), ("centred", "words"))

@@ -14,8 +14,8 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from components.artifacts import LayerChoice, Region
 from components.errors import DataError
+from components.records.irs import LayerChoice, Region
 from components.report.figures import Theme
 
 

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from components.artifacts import Rows
 from components.config.irs import IrsSettings
 from components.dataset.shards import CAPTION, Sample, Samples, Turn
 from components.errors import DataError
@@ -28,6 +27,7 @@ from components.models.collate import Batch, Collator
 from components.models.load import Loaded
 from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
+from components.records.irs import Rows
 
 Z = 1.96  # a normal variable lies within so many standard errors 95 times in 100
 

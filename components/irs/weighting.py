@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor
 
-from components.artifacts import IRS, LayerChoice, Rows
 from components.errors import DataError
+from components.records.irs import LayerChoice, Rows
+from components.records.paths import IRS
 
 if TYPE_CHECKING:
     from components.config.distill import Iva

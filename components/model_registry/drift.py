@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from components.artifacts import Manifest
+from components.records.dataset import Manifest
 
 
 def statistics(manifest: Manifest) -> dict[str, float]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.artifacts import DATASET, ROWS, Fingerprint, Prediction
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.evaluate import fingerprint, generate, metrics
 from components.models.load import load
 from components.models.template import Template
+from components.records.evaluate import Fingerprint, Prediction
+from components.records.paths import DATASET, ROWS
 from components.runtime import prepare_torch
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from components.artifacts import Difference, Fingerprint, Prediction
 from components.config.evaluate import EvaluateSettings
 from components.errors import DataError
 from components.evaluate.fingerprint import differences
 from components.evaluate.statistics import bootstrap, interval, p_value
+from components.records.compare import Difference
+from components.records.evaluate import Fingerprint, Prediction
 
 
 class MeasuredDifferently(DataError):

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.artifacts import DATASET, RAW, SCORES, STUDENTS, Cost, Manifest, Scores
 from components.config.settings import Settings
 from components.errors import DataError
 from components.model_registry import drift
+from components.records.dataset import Manifest
+from components.records.distill import Cost
+from components.records.evaluate import Scores
+from components.records.paths import DATASET, RAW, SCORES, STUDENTS
 from components.tracking import journal, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import nearest_recipe

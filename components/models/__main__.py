@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from components.artifacts import DATASET, MODELS, ModelIndex, ModelRecord
 from components.config.load import load_settings
 from components.config.models import Checkpoint, Cut, ModelsSettings, Parts
 from components.process import exit_from
+from components.records.models import ModelIndex, ModelRecord
+from components.records.paths import DATASET, MODELS
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.artifacts import Rows
 from components.dataset.shards import Sample
 from components.errors import DataError, ModelError
 from components.models.plain import PlainText
 from components.models.template import IMAGE, Rendered, Template
+from components.records.irs import Rows
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from components.artifacts import ModelRecord, sha256
 from components.errors import ModelError
+from components.io import sha256
+from components.records.models import ModelRecord
 
 INDEX = "model.safetensors.index.json"
 STORED = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # the last two: buffers of old checkpoints

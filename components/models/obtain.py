@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from components.artifacts import whole_folder
 from components.config.models import Checkpoint
 from components.errors import ModelError, TryAgainError
+from components.io import whole_folder
 from components.models.folder import weight_files
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import write_text
 from components.errors import ModelError
+from components.io import write_text
 
 VIDEO_FILE = "video_preprocessor_config.json"
 

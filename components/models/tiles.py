@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from components.artifacts import write_text
 from components.errors import ModelError
+from components.io import write_text
 
 SWITCH = "do_image_splitting"  # of Idefics3's and SmolVLM's image processors
 FILES = ("processor_config.json", "preprocessor_config.json")  # of transformers 5 and before

@@ -9,9 +9,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from components.artifacts import DATASET, REPORTS, STUDENTS, ArmResult, Comparison, Cost, Manifest
 from components.distill.card import START
 from components.errors import without_login
+from components.records.compare import ArmResult, Comparison
+from components.records.dataset import Manifest
+from components.records.distill import Cost
+from components.records.paths import DATASET, REPORTS, STUDENTS
 from components.tracking import history, provenance
 from components.tracking.system_metrics import CPU_WH, GPU_WH
 

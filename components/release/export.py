@@ -12,18 +12,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from components.artifacts import DATASET, ROWS, whole_folder
 from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
 from components.distill.export import save
 from components.errors import InputError, ModelError
 from components.evaluate.generate import answers, questions
+from components.io import whole_folder
 from components.models.collate import Collator
 from components.models.families import family_of, prompt
 from components.models.folder import weight_files
 from components.models.load import Loaded
 from components.models.processor import load_processor
 from components.models.template import Template
+from components.records.paths import DATASET, ROWS
 from components.release import card
 from components.release.model import ADAPTER, base_of, find, open_model, template_of
 

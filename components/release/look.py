@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from components.artifacts import IRS, REPORTS, TEACHER_ARM, LayerChoice, write_bytes
 from components.dataset.shards import Sample
 from components.errors import InputError
+from components.io import write_bytes
 from components.irs.overlays import Heat, heatmaps
 from components.irs.regions import seen_by
 from components.models.attention import Look, watching
@@ -21,6 +21,8 @@ from components.models.collate import Batch, decode
 from components.models.families import family_of
 from components.models.load import Loaded
 from components.models.vlm import VLM
+from components.records.irs import LayerChoice
+from components.records.paths import IRS, REPORTS, TEACHER_ARM
 from components.release.model import Named
 from components.report.figures import draw
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from components.artifacts import TEACHER_ARM
 from components.config.settings import Settings
 from components.errors import InputError, ModelError
 from components.evaluate.__main__ import model_of
@@ -18,6 +17,7 @@ from components.models.load import Loaded, check_images, load
 from components.models.obtain import snapshot
 from components.models.processor import load_processor
 from components.models.template import Template
+from components.records.paths import TEACHER_ARM
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?")
 ADAPTER = "adapter_config.json"

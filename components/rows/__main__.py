@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from components.artifacts import ROWS, TriedRows
 from components.config.load import load_settings
 from components.process import cores, exit_from
+from components.records.paths import ROWS
+from components.records.rows import TriedRows
 from components.rows.trial import try_rows
 
 

@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from components.artifacts import Record, Split, sha256
 from components.config.models import ModelsSettings
 from components.dataset.shards import Sample
 from components.errors import DataError
+from components.io import sha256
 from components.models.collate import Collator, Encoded, RefusedImageError, visual_id
 from components.models.processor import load_processor
 from components.models.template import Template
+from components.records.paths import Split
+from components.records.record import Record
 
 VERDICT = np.dtype([("turns", "<u2"), ("tokens", "<i4"), ("response", "<i4")])  # turns kept: 0 if the sample is left out
 SIZES = 2**14  # of images, whose visual tokens are remembered

@@ -16,28 +16,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from components.artifacts import (
-    DATASET,
-    MODELS,
-    ROWS,
-    RUNS,
-    SPLITS,
-    Manifest,
-    ModelIndex,
-    Split,
-    TriedRows,
-    TriedSplit,
-    fingerprint,
-    jsonl,
-    whole_folder,
-    write_bytes,
-    write_text,
-)
 from components.config.models import ModelsSettings
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.errors import DataError
+from components.io import fingerprint, whole_folder, write_bytes, write_text
 from components.process import shared_out
+from components.records.dataset import Manifest
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS, ROWS, RUNS, SPLITS, Split
+from components.records.record import jsonl
+from components.records.rows import TriedRows, TriedSplit
 from components.rows.judge import CUT, RESIZED, VERDICT, Judge, Remark, different
 
 IMAGES = 4_000  # in one job

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from components.artifacts import write_text
 from components.config.distill import DistillSettings
 from components.config.fields import ArmName, PositiveFloat, Strict
 from components.config.load import load_settings
@@ -24,6 +23,7 @@ from components.config.settings import Settings
 from components.config.study import Arm
 from components.config.yaml_file import read_yaml
 from components.errors import SettingsError, unknown
+from components.io import write_text
 
 OF_AN_ARM = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # taken from params/distill.yaml unless it sets them
 STUDIES = Path("params/studies")

@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.artifacts import SCORES, STUDENTS, Cost
 from components.config.runtime import RuntimeSettings
+from components.records.distill import Cost
+from components.records.paths import SCORES, STUDENTS
 from components.study.expand import Cell
 from components.tracking import history, journal, provenance
 

@@ -8,7 +8,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.artifacts import REPORTS, write_bytes, write_text
+from components.io import write_bytes, write_text
+from components.records.paths import REPORTS
 from components.report.figures import draw
 from components.study import plots
 from components.study.compare import SLACK, Estimate, StudyResult

@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import shutil
 
-from components.artifacts import (
-    DATASET,
-    MODELS,
-    NO_TEACHER,
-    REPORTS,
-    ROWS,
-    TEACHER,
-    ModelIndex,
-    TeacherChoice,
-    TeacherReport,
-    write_bytes,
-    write_text,
-)
 from components.config.load import load_settings
 from components.errors import ModelError
+from components.io import write_bytes, write_text
 from components.process import exit_from
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS, REPORTS, ROWS, TEACHER
+from components.records.teacher import NO_TEACHER, TeacherChoice, TeacherReport
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from components.artifacts import Candidate
 from components.config.teacher import TeacherSettings
 from components.errors import ModelError
+from components.records.teacher import Candidate
 
 ROUNDING = 1e-9  # 0.81 - 0.80 is a little more than 0.01 in floats: a margin must not depend on that
 

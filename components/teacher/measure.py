@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from components.artifacts import Candidate, ModelRecord
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.evaluate import generate, likelihood, metrics
 from components.irs import search
 from components.models.load import load
 from components.models.template import Template
+from components.records.models import ModelRecord
+from components.records.teacher import Candidate
 from components.teacher.choose import limits_broken
 from components.teacher.memory import TensorMemory
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
-from components.artifacts import Candidate, TeacherReport
 from components.config.teacher import TeacherSettings
+from components.records.teacher import Candidate, TeacherReport
 from components.report.figures import Theme
 
 

@@ -11,26 +11,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.artifacts import (
-    DATASET,
-    MODELS,
-    ROWS,
-    RUNS,
-    SIGNALS,
-    TEACHER,
-    LayerChoice,
-    ModelIndex,
-    SignalCache,
-    SignalFacts,
-    SignalManifest,
-    TeacherChoice,
-    fingerprint,
-    sha256,
-)
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import ModelError, TryAgainError
+from components.io import fingerprint, sha256
 from components.process import exit_from
+from components.records.irs import LayerChoice
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS, ROWS, RUNS, SIGNALS, TEACHER
+from components.records.teacher import TeacherChoice
+from components.records.teacher_cache import SignalCache, SignalFacts, SignalManifest
 from components.tracking.import_graph import closure, modules
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from tqdm import tqdm
 from components.align_ti.divergence import divergence
 from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import TopK, top_k_divergence
-from components.artifacts import Approximation
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.vlm import VLM
+from components.records.teacher_cache import Approximation
 from components.teacher_cache.build import Speaker
 from components.teacher_cache.store import Signals
 

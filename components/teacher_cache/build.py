@@ -15,13 +15,13 @@ from components.align_ti.head import rows_per_chunk
 from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import TopK, top_k
 from components.align_ti.visual_weights import visual_weights
-from components.artifacts import SignalFacts
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.errors import DataError
 from components.irs.centred import centred_in_batch
 from components.models.attention import Look, watching
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
+from components.records.teacher_cache import SignalFacts
 from components.teacher_cache.store import keys
 
 

@@ -23,23 +23,17 @@ from torch.nn.utils.rnn import pad_sequence
 from components.align_ti.batch import Batch
 from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import Known, TopK
-from components.artifacts import (
-    DATASET,
-    MODELS,
-    TEACHER,
-    LayerChoice,
-    Manifest,
-    ModelIndex,
-    SignalCache,
-    SignalFacts,
-    SignalManifest,
-    TeacherChoice,
-    sha256,
-)
 from components.config.settings import Settings
 from components.errors import DataError
+from components.io import sha256
 from components.irs.weighting import weighting
 from components.models.template import Template
+from components.records.dataset import Manifest
+from components.records.irs import LayerChoice
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS, TEACHER
+from components.records.teacher import TeacherChoice
+from components.records.teacher_cache import SignalCache, SignalFacts, SignalManifest
 
 KEY, TEXT, TEXT_ROWS, VISUAL, VISUAL_ROWS, ATTENTION = range(6)  # columns of `samples`
 AGAIN = "`dvc repro cache_teacher` makes it anew"

@@ -6,7 +6,7 @@ import json
 import subprocess
 from typing import Any, NamedTuple
 
-from components.artifacts import RUNS
+from components.records.paths import RUNS
 from components.tracking import provenance, system_metrics
 from components.tracking.journal import JOURNALS
 

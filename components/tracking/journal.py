@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from components.artifacts import RUNS, write_text
 from components.config.runtime import RuntimeSettings
 from components.errors import redacted
+from components.io import write_text
+from components.records.paths import RUNS
 from components.tracking import provenance
 
 JOURNALS = RUNS / "journal"

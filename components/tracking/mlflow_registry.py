@@ -96,7 +96,7 @@ def say(client: Any, version: Version, why: Mapping[str, str]) -> None:
 
 
 def fingerprint(version: Version) -> Any:
-    """How its score was measured, as `components/artifacts.py` writes it; None if it was not told."""
+    """How its score was measured, as `components/records/evaluate.py` writes it; None if it was not told."""
     return json.loads(version.tags.get("eval.fingerprint", "null"))
 
 

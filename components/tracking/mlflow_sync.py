@@ -27,7 +27,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from components.artifacts import write_text
+from components.io import write_text
 from components.tracking import mlflow_registry
 from components.tracking.stage_run import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from components.artifacts import RUNS, write_text
+from components.io import write_text
+from components.records.paths import RUNS
 
 MADE = RUNS / "made"
 LOCK = Path("dvc.lock")

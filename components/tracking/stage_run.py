@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from components.artifacts import RUNS, write_text
 from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError, Interrupted
+from components.io import write_text
+from components.records.paths import RUNS
 from components.tracking import provenance, system_metrics
 from components.tracking.history import LAST
 from components.tracking.journal import JOURNALS, Run, warn

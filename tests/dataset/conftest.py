@@ -3,12 +3,12 @@ from typing import NamedTuple
 
 import pytest
 
-from components.artifacts import Manifest
 from components.config.data import DataSettings
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
 from components.dataset.source import Provenance
 from components.digits import raw
+from components.records.dataset import Manifest
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

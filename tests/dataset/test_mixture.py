@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from components.artifacts import SPLITS, Manifest
 from components.config.data import DataLimits, DataSettings, LlavaFolder
 from components.dataset.images import Refusal
 from components.dataset.mixture import assign, source
@@ -22,6 +21,8 @@ from components.dataset.row import understand
 from components.dataset.shards import Sample, Samples, Turn, open_shard, schema
 from components.dataset.source import Provenance, Refused
 from components.errors import DataError
+from components.records.dataset import Manifest
+from components.records.paths import SPLITS
 from tests.dataset.conftest import HERE
 
 LIMITS = DataLimits(max_pixels=1_000_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)

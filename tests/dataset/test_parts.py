@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from components.artifacts import Manifest
 from components.config.data import DataLimits, DataSettings, LlavaFolder
 from components.dataset import parts
 from components.dataset.parts import make
 from components.dataset.prepare import prepare
 from components.dataset.source import Refused, Stored
 from components.errors import TryAgainError
+from components.records.dataset import Manifest
 from tests.dataset.conftest import REPOSITORY
 
 IMAGES, PER_SHARD = 64, 8

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from components.artifacts import SPLITS, Manifest
 from components.config.data import DataSettings, LlavaFolder
 from components.config.load import load_settings
 from components.dataset import parts
@@ -20,6 +19,8 @@ from components.dataset.card import contact_sheet
 from components.dataset.prepare import prepare
 from components.dataset.shards import Sample, Samples, Turn
 from components.errors import TryAgainError
+from components.records.dataset import Manifest
+from components.records.paths import SPLITS
 from tests.dataset.conftest import REPOSITORY, Prepared
 
 

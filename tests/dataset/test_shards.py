@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.artifacts import Manifest, sha256
 from components.dataset import shards
 from components.dataset.shards import ImageRow, Sample, Samples, SplitWriter, Turn, without, write_split
 from components.errors import DataError
+from components.io import sha256
+from components.records.dataset import Manifest
 
 
 def image_row(number: int, samples: int = 2, size: int = 100) -> ImageRow:

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from components.artifacts import SPLITS, Overlap, Sources
 from components.config.data import DataLimits, DataSettings, Mixture, MixtureSource
 from components.dataset import json_rows
 from components.dataset.images import Refusal
@@ -29,6 +28,8 @@ from components.dataset.shards import Sample, Samples
 from components.dataset.source import Refused
 from components.dataset.stores import HUB, store
 from components.errors import DataError, TryAgainError
+from components.records.dataset import Overlap, Sources
+from components.records.paths import SPLITS
 from tests.dataset.conftest import HERE, REPOSITORY
 
 LIMITS = DataLimits(max_pixels=100_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)

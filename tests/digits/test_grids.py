@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from components.artifacts import SPLITS
 from components.config.data import DataSettings
 from components.dataset.prepare import prepare
 from components.dataset.shards import Sample, Samples
@@ -22,6 +21,7 @@ from components.digits.grids import draw, share_out
 from components.digits.questions import CAPTIONS, DIGITS, KINDS, NUMBERS, places
 from components.errors import DataError
 from components.models.template import question_of
+from components.records.paths import SPLITS
 from tests.dataset.conftest import REPOSITORY, Prepared
 
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from components.artifacts import DATASET, IRS, MODELS, TEACHER, Manifest, ModelIndex, TeacherChoice
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.models.folder import record
+from components.records.dataset import Manifest
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, IRS, MODELS, TEACHER
+from components.records.teacher import TeacherChoice
 from tests.layers import layer_choice
 from tests.models.conftest import IMAGE_PX, NV, png, saved, word_processor
 from tests.tried import keep_all

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from components.artifacts import IRS, MODELS, TEACHER, Comparison, ModelIndex, Scores, TeacherChoice
 from components.config.distill import DistillSettings
 from components.config.load import load_settings
 from components.distill.__main__ import trained_on
@@ -19,6 +18,11 @@ from components.evaluate.__main__ import main as evaluate
 from components.evaluate.compare import main as compare
 from components.irs.__main__ import main as search_layer
 from components.models.__main__ import main as obtain_models
+from components.records.compare import Comparison
+from components.records.evaluate import Scores
+from components.records.models import ModelIndex
+from components.records.paths import IRS, MODELS, TEACHER
+from components.records.teacher import TeacherChoice
 from components.teacher.__main__ import main as select_teacher
 from tests.distill.conftest import write_params
 from tests.distill.test_stage import run

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from components.artifacts import DATASET, MODELS
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.distill.loader import MicroBatches, Steps, batches, deaths_explained
@@ -21,6 +20,7 @@ from components.errors import DataError, TryAgainError
 from components.models.collate import Collator
 from components.models.load import load_processor
 from components.models.template import Template
+from components.records.paths import DATASET, MODELS
 
 
 def steps_of(max_length: int = 64, rank: int = 0, ranks: int = 1, **changes: Any) -> Steps:

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from components.artifacts import MODELS, ModelIndex
 from components.distill.replay import DUMPS, Finding, replay
 from components.errors import AlignTIError, DataError, ModelError
 from components.models.collate import Collator, Processed
 from components.models.folder import record
+from components.records.models import ModelIndex
+from components.records.paths import MODELS
 from tests.distill.conftest import write_params
 from tests.distill.test_stage import run
 

@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from components.align_ti.terms import CORE
-from components.artifacts import DATASET, STUDENTS, Manifest
 from components.config.load import load_settings
 from components.config.runtime import RuntimeSettings
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.distill.__main__ import distill
 from components.distill.launch import CONFIGS, check_came_up, launch
 from components.errors import InputError, Interrupted
+from components.records.dataset import Manifest
+from components.records.paths import DATASET, STUDENTS
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, WORDS, _row, write_params
 from tests.distill.test_stage import _journal, _wait_for, command, environment

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from components.artifacts import IRS, SIGNALS, STUDENTS, LayerChoice
 from components.config.load import load_settings
 from components.distill.__main__ import distill
 from components.distill.card import facts_in
 from components.errors import SettingsError
 from components.irs import __main__ as search
+from components.records.irs import LayerChoice
+from components.records.paths import IRS, SIGNALS, STUDENTS
 from components.teacher_cache import __main__ as signals
 from components.teacher_cache.store import facts, read_manifest
 from components.tracking.journal import Run

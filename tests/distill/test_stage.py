@@ -15,12 +15,14 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
-from components.artifacts import IRS, STUDENTS, Absent, Cost
 from components.config.load import load_settings
 from components.dataset.shards import Turn
 from components.distill.__main__ import distill
 from components.errors import DataError, InputError, Interrupted, SettingsError, TryAgainError
 from components.models.template import Template
+from components.records.distill import Cost
+from components.records.paths import IRS, STUDENTS
+from components.records.record import Absent
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, STEPS, write_params
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import STUDENTS
 from components.config.load import load_settings
 from components.distill.__main__ import distill
+from components.records.paths import STUDENTS
 from components.tracking import mlflow_sync
 from components.tracking.stage_run import stage_run
 from tests.distill.conftest import STEPS

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import CORE
-from components.artifacts import STUDENTS
 from components.config.distill import DistillSettings
 from components.config.load import load_settings
 from components.distill import loop
@@ -20,6 +19,7 @@ from components.distill.trainable import choose_trainable, merge_adapters, param
 from components.errors import InputError, Interrupted, SettingsError
 from components.models.load import load
 from components.models.vlm import VLM
+from components.records.paths import STUDENTS
 from tests import tiny
 from tests.distill.conftest import write_params
 from tests.distill.test_scale import StopsAt, alone, assert_same_training, legible

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from components.artifacts import DATASET, MODELS, STUDENTS, TEACHER, ModelIndex, TeacherChoice
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.evaluate.generate import answers, questions
 from components.models.folder import record
 from components.models.load import Loaded, load
 from components.models.template import Template
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS, STUDENTS, TEACHER
+from components.records.teacher import TeacherChoice
 from tests.evaluate import tiny
 
 REPOSITORY = Path(__file__).parents[2]

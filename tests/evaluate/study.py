@@ -11,13 +11,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from components import artifacts
-from components.artifacts import Candidate, Cost, Fingerprint, LayerChoice, Likelihood, Manifest, Prediction, TeacherReport
 from components.config.loss_terms import Weights
 from components.config.study import Arm
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.evaluate.metrics import score
+from components.io import write_bytes, write_text
 from components.irs.overlays import Gaze, curve, overlay
+from components.records.dataset import Manifest
+from components.records.distill import Cost
+from components.records.evaluate import Fingerprint, Likelihood, Prediction
+from components.records.irs import LayerChoice
+from components.records.paths import DATASET, IRS, REPORTS, SCORES, STUDENTS, TEACHER_ARM
+from components.records.record import jsonl
+from components.records.teacher import Candidate, TeacherReport
 from components.report.figures import draw
 from tests.layers import layer_choice as shared_layer_choice
 from tests.tried import keep_all
@@ -62,32 +68,32 @@ def write_study(
     """Everything that `compare` reads, under `root`; `pictures` of earlier stages are for the report alone."""
     rng = np.random.default_rng(seed)
     rows = [_row(index, per_image, rng) for index in range(images)]
-    dataset = root / artifacts.DATASET
+    dataset = root / DATASET
     split = write_split(dataset / "test", rows, images_per_shard=50)
     Manifest(
         source="tests", rows_in=split.samples, rows_out=split.samples, quarantined=0, splits={"test": split}, digest="0" * 64
     ).write(dataset / "manifest.json")
     keep_all(dataset)
-    artifacts.write_bytes(dataset / "contact_sheet.png", _sheet(rows))
+    write_bytes(dataset / "contact_sheet.png", _sheet(rows))
     difficulty = rng.normal(0, 0.12, images)
-    for arm, rate in {artifacts.TEACHER_ARM: teacher, **arms}.items():
+    for arm, rate in {TEACHER_ARM: teacher, **arms}.items():
         write_scores(root, arm, [p for row, d in zip(rows, difficulty, strict=True) for p in _answers(row, rate - d, arm, rng)])
     for index, arm in enumerate(arms):
-        folder = root / artifacts.STUDENTS / arm
+        folder = root / STUDENTS / arm
         Cost(train_seconds=61.2 + 34 * index, peak_memory_mib=880 + 41 * index, device="cpu", steps=1200).write(
             folder / "cost.json"
         )
-        artifacts.write_text(folder / "losses.jsonl", artifacts.jsonl(_losses(arm, rng)))
+        write_text(folder / "losses.jsonl", jsonl(_losses(arm, rng)))
     if pictures:
         _teacher(root)
         _layers(root, rows[0])
 
 
 def write_scores(root: Path, arm: str, predictions: list[Prediction], measured: Fingerprint | None = MEASURED) -> None:
-    folder = root / artifacts.SCORES / arm
+    folder = root / SCORES / arm
     score(arm, predictions).model_copy(update={"fingerprint": measured}).write(folder / "scores.json")
-    artifacts.write_text(folder / "predictions.jsonl", artifacts.jsonl(predictions))
-    artifacts.write_text(folder / "likelihoods.jsonl", artifacts.jsonl(_likelihood(arm, p) for p in predictions))
+    write_text(folder / "predictions.jsonl", jsonl(predictions))
+    write_text(folder / "likelihoods.jsonl", jsonl(_likelihood(arm, p) for p in predictions))
 
 
 def _likelihood(arm: str, prediction: Prediction) -> Likelihood:
@@ -95,7 +101,7 @@ def _likelihood(arm: str, prediction: Prediction) -> Likelihood:
     tokens = len(prediction.reference.split()) + 1
     random = np.random.default_rng(zlib.crc32(f"{arm} {prediction.id}".encode()))
     nats = tokens * (0.1 if prediction.correct else 0.9) * random.lognormal(0, 0.3)
-    kl = None if arm == artifacts.TEACHER_ARM else 0.4 * nats
+    kl = None if arm == TEACHER_ARM else 0.4 * nats
     return Likelihood(id=prediction.id, tokens=tokens, nats=nats, kl=kl)
 
 
@@ -166,7 +172,7 @@ def _teacher(root: Path) -> None:
     ]
     reason = "base answers 88.0% of 400 validation questions right, more than small; it is within all limits."
     TeacherReport(chosen="base", reason=reason, candidates=candidates).write(root / "reports/teacher/candidates.json")
-    artifacts.write_bytes(root / "reports/teacher/quality_cost.png", draw(curve, layer_choice()))
+    write_bytes(root / "reports/teacher/quality_cost.png", draw(curve, layer_choice()))
 
 
 def layer_choice() -> LayerChoice:
@@ -176,17 +182,17 @@ def layer_choice() -> LayerChoice:
 
 def _layers(root: Path, row: ImageRow) -> None:
     choice = layer_choice()
-    choice.write(root / artifacts.IRS / "layer.json")
-    folder = root / artifacts.REPORTS / "irs"
-    artifacts.write_bytes(folder / "curve.png", draw(curve, choice))
-    artifacts.write_text(folder / "curve.json", json.dumps([{"layer": i, "irs": irs} for i, irs in enumerate(choice.irs)]))
+    choice.write(root / IRS / "layer.json")
+    folder = root / REPORTS / "irs"
+    write_bytes(folder / "curve.png", draw(curve, choice))
+    write_text(folder / "curve.json", json.dumps([{"layer": i, "irs": irs} for i, irs in enumerate(choice.irs)]))
     rng = np.random.default_rng(1)
     weights = [rng.dirichlet(np.full(64, 0.15)).astype(np.float32) for _ in range(4)]
     gazes = [Gaze(q, a, *weights[2 * i : 2 * i + 2], region=None) for i, (q, a) in enumerate(list(KINDS.values())[:2])]
     assert row.image is not None
     image = np.asarray(Image.open(io.BytesIO(row.image)))
     for index in (1, 2):
-        artifacts.write_bytes(folder / f"overlay_{index}.png", draw(overlay, image, gazes, f"layer {choice.layer}"))
+        write_bytes(folder / f"overlay_{index}.png", draw(overlay, image, gazes, f"layer {choice.layer}"))
 
 
 def _sheet(rows: list[ImageRow]) -> bytes:

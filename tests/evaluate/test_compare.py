@@ -11,8 +11,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from components import artifacts
-from components.artifacts import Comparison, Cost, Likelihood, Prediction, Scores
+from components import io
 from components.config.evaluate import EvaluateSettings
 from components.config.study import Arm
 from components.errors import DataError
@@ -21,6 +20,11 @@ from components.evaluate.fingerprint import differences
 from components.evaluate.headline import leading
 from components.evaluate.likelihood import kl_per_token, nats_per_token
 from components.evaluate.outcomes import Outcomes, read
+from components.records.compare import Comparison
+from components.records.distill import Cost
+from components.records.evaluate import Likelihood, Prediction, Scores
+from components.records.paths import SCORES, STUDENTS
+from components.records.record import jsonl
 from tests.evaluate.study import ARMS, MEASURED, study_arms, write_scores, write_study
 
 SETTINGS = EvaluateSettings(
@@ -61,14 +65,14 @@ def comparison(outcomes: Outcomes) -> Comparison:
 
 
 def predictions(arm: str) -> list[Prediction]:
-    lines = (artifacts.SCORES / arm / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (SCORES / arm / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [Prediction.model_validate_json(line) for line in lines]
 
 
 def test_scores_are_those_of_the_evaluation(comparison: Comparison) -> None:
     assert list(comparison.arms) == list(ARMS)
     for arm, result in [("teacher", comparison.teacher), *comparison.arms.items()]:
-        scores = Scores.read(artifacts.SCORES / arm / "scores.json")
+        scores = Scores.read(SCORES / arm / "scores.json")
         assert result.exact_match == pytest.approx(scores.exact_match)
         assert result.per_kind == pytest.approx(scores.per_kind)
         assert result.average == pytest.approx(sum(scores.per_kind.values()) / len(scores.per_kind))
@@ -81,7 +85,7 @@ def test_json_holds_what_others_read(comparison: Comparison, tmp_path: Path) -> 
     held = json.loads(comparison.write(tmp_path / "compare.json").read_text(encoding="utf-8"))
     assert held["teacher"]["exact_match"] == comparison.teacher.exact_match
     for arm in ARMS:
-        cost = Cost.read(artifacts.STUDENTS / arm / "cost.json")
+        cost = Cost.read(STUDENTS / arm / "cost.json")
         assert held["arms"][arm]["train_seconds"] == cost.train_seconds
         assert held["arms"][arm]["peak_memory_mib"] == cost.peak_memory_mib
         low, high = held["arms"][arm]["ci95"]
@@ -232,7 +236,7 @@ def test_arms_scored_on_different_samples_are_refused(study: Path, spoil, messag
 
 
 def test_scores_that_contradict_the_predictions_are_refused(study: Path) -> None:
-    path = artifacts.SCORES / "sft" / "scores.json"
+    path = SCORES / "sft" / "scores.json"
     kept = Scores.read(path)
     kept.model_copy(update={"exact_match": kept.exact_match + 0.01}).write(path)
     try:
@@ -344,12 +348,12 @@ def test_the_headline_says_first_what_can_be_told_apart(outcomes: Outcomes, comp
 
 def test_other_measures_are_those_of_the_evaluation(comparison: Comparison) -> None:
     for arm in ARMS:
-        scores = Scores.read(artifacts.SCORES / arm / "scores.json")
+        scores = Scores.read(SCORES / arm / "scores.json")
         estimates = comparison.arms[arm].measures
         assert list(estimates) == ["token_f1", "nats_per_token", "kl_per_token"]
         assert estimates["token_f1"].value == pytest.approx(scores.token_f1)
         assert estimates["token_f1"].per_kind == pytest.approx(scores.token_f1_per_kind)
-        forced = [Likelihood.model_validate_json(line) for line in (artifacts.SCORES / arm / "likelihoods.jsonl").open()]
+        forced = [Likelihood.model_validate_json(line) for line in (SCORES / arm / "likelihoods.jsonl").open()]
         assert estimates["nats_per_token"].value == pytest.approx(nats_per_token(forced))
         assert estimates["kl_per_token"].value == pytest.approx(kl_per_token(forced))
         assert all(found.ci95[0] < found.value < found.ci95[1] for found in estimates.values())
@@ -375,11 +379,11 @@ def test_other_measures_are_paired_in_the_order_of_exact_match(comparison: Compa
     ],
 )
 def test_likelihoods_of_another_evaluation_are_refused(study: Path, spoil, message: str) -> None:
-    path = artifacts.SCORES / "kd" / "likelihoods.jsonl"
+    path = SCORES / "kd" / "likelihoods.jsonl"
     kept = path.read_text(encoding="utf-8")
     lines = [Likelihood.model_validate_json(line) for line in kept.splitlines()]
     try:
-        artifacts.write_text(path, artifacts.jsonl(spoil(lines)))
+        io.write_text(path, jsonl(spoil(lines)))
         with pytest.raises(DataError, match=rf"kd/likelihoods.jsonl .*{message}"):
             read(ARMS)
     finally:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from components.artifacts import DATASET, MODELS, Manifest
 from components.config.load import load_settings
 from components.dataset.perceptual_hash import NEAR
 from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.evaluate import controls
 from components.evaluate.contamination import contamination
 from components.evaluate.controls import Blank, Other, majority, markdown, measure
+from components.records.dataset import Manifest
+from components.records.paths import DATASET, MODELS
 
 
 def picture(seed: int, px: int = 48) -> Image.Image:

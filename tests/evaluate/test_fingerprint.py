@@ -10,7 +10,6 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.artifacts import Fingerprint
 from components.config.evaluate import EvaluateSettings
 from components.config.load import load_settings
 from components.dataset.shards import Samples
@@ -18,6 +17,7 @@ from components.evaluate.fingerprint import differences, digest, own
 from components.evaluate.generate import questions
 from components.models.load import Loaded, load
 from components.models.template import Template
+from components.records.evaluate import Fingerprint
 from tests.evaluate import tiny
 
 FIRST = Fingerprint(

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.artifacts import RUNS, SCORES
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.evaluate import generate
@@ -17,6 +16,7 @@ from components.evaluate.generate import answers, questions
 from components.evaluate.journal import Journal
 from components.models.load import Loaded
 from components.models.template import Template
+from components.records.paths import RUNS, SCORES
 from tests.evaluate.conftest import Tracked
 
 TEXTS = st.dictionaries(st.text(min_size=1), st.text(), max_size=4)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import Comparison, ModelIndex, ModelRecord, TeacherChoice
 from components.config.study import Arm
 from components.evaluate.benchmarks import PAPER
 from components.evaluate.compare import compare
@@ -26,6 +25,9 @@ from components.evaluate.leaderboard import (
 )
 from components.evaluate.outcomes import read
 from components.evaluate.speed import Speed, SpeedReport
+from components.records.compare import Comparison
+from components.records.models import ModelIndex, ModelRecord
+from components.records.teacher import TeacherChoice
 from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from components.artifacts import DATASET, MODELS, Likelihood
 from components.dataset.shards import Sample, Samples, Turn
 from components.evaluate.generate import questions
 from components.evaluate.likelihood import kl_per_token, likelihoods, nats_per_token
 from components.models.collate import Collator
 from components.models.load import Loaded, load
 from components.models.template import Template
+from components.records.evaluate import Likelihood
+from components.records.paths import DATASET, MODELS
 
 
 @pytest.fixture

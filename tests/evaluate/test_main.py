@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import DATASET, NO_TEACHER, SCORES, STUDENTS, TEACHER, Likelihood, Prediction, Scores
 from components.dataset.shards import Samples
 from components.errors import DataError, ModelError
 from components.evaluate.__main__ import main
 from components.evaluate.likelihood import kl_per_token, nats_per_token
 from components.evaluate.metrics import matches, score
+from components.records.evaluate import Likelihood, Prediction, Scores
+from components.records.paths import DATASET, SCORES, STUDENTS, TEACHER
+from components.records.teacher import NO_TEACHER
 from tests.evaluate.conftest import Tracked
 
 

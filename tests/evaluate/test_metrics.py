@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.artifacts import Prediction, YesNo
 from components.dataset.shards import Sample, Turn
 from components.errors import DataError
 from components.evaluate.metrics import OVERALL, matches, normalise, predictions, score, token_f1, yes_no
+from components.records.evaluate import Prediction, YesNo
 
 
 @pytest.mark.parametrize(

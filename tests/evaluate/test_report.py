@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from components import artifacts
-from components.artifacts import Comparison, LayerChoice, PublishedRuns
 from components.config import recipes
 from components.config.load import load_settings
 from components.config.settings import Settings
@@ -27,6 +25,9 @@ from components.evaluate.measures import MEASURES
 from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.pages import data_uri, thumbnail
 from components.evaluate.report import Picture, disagreements, html, markdown, table
+from components.records.compare import Comparison, PublishedRuns
+from components.records.irs import LayerChoice
+from components.records.paths import IRS
 from components.report.figures import LIGHT, draw
 from tests.evaluate.study import write_study
 
@@ -66,7 +67,7 @@ def rendered(finished: Finished, outcomes: Outcomes) -> str:
     Image.new("RGB", (1, 1)).save(dot, "PNG")
     picture = Picture(data_uri(dot.getvalue()), data_uri(dot.getvalue()), 1)
     names = ("scores", "gains", "kinds", "measures", "quality_cost", "losses", "irs")
-    layer = LayerChoice.read(artifacts.IRS / "layer.json")
+    layer = LayerChoice.read(IRS / "layer.json")
     return html(finished.comparison, outcomes, finished.settings.evaluate, layer, dict.fromkeys(names, picture))
 
 

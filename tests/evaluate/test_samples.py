@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from components.artifacts import Comparison
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.errors import DataError
@@ -23,6 +22,7 @@ from components.evaluate.metrics import predictions as predicted
 from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.samples import looks, write
 from components.models.load import Loaded
+from components.records.compare import Comparison
 from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
 

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
 
-from components.artifacts import Manifest, Split, SplitRecord
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.digits.tokenizer import build_processor
 from components.models.template import Template
+from components.records.dataset import Manifest, SplitRecord
+from components.records.paths import Split
 from tests.tried import keep_all
 
 IMAGE_PX, PATCH_PX = 32, 8

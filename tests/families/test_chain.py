@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText
 
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
-from components.artifacts import Cost
 from components.config.irs import IrsSettings
 from components.config.models import Checkpoint
 from components.dataset.shards import ImageRow, Samples, Turn
@@ -23,6 +22,7 @@ from components.models.load import Loaded, check_pair, load
 from components.models.obtain import obtain
 from components.models.template import Template
 from components.models.vlm import VLM
+from components.records.distill import Cost
 from tests.families import toy
 from tests.families.table import documented
 from tests.models.conftest import write_dataset

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
-from components.artifacts import SCORES, Prediction, Scores
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.outcomes import read_predictions
 from components.model_registry import measure
 from components.model_registry.paired_test import MeasuredDifferently
+from components.records.evaluate import Prediction, Scores
+from components.records.paths import SCORES
 from components.tracking import mlflow_registry, mlflow_sync, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY

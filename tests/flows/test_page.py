@@ -14,10 +14,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterName
 from prefect.client.schemas.sorting import FlowRunSort
 
-from components.artifacts import Comparison
 from components.config.load import load_settings
 from components.evaluate.compare import compare
 from components.evaluate.outcomes import read
+from components.records.compare import Comparison
 from components.tracking.journal import JOURNALS, Run
 from flows import dvc, page
 from flows.pipeline import pipeline

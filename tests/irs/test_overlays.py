@@ -10,7 +10,6 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from components.artifacts import Region, View
 from components.digits.tokenizer import build_processor
 from components.errors import DataError
 from components.irs.__main__ import _overlays
@@ -18,6 +17,7 @@ from components.irs.overlays import Gaze, curve, overlay
 from components.irs.regions import Tiling, seen_by
 from components.irs.search import Seen
 from components.models.template import Template
+from components.records.irs import Region, View
 from components.report.figures import DARK, LIGHT, draw
 from tests.families import toy
 from tests.layers import layer_choice

@@ -21,8 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
 
-from components import artifacts
-from components.artifacts import LayerChoice, Manifest, TeacherChoice
 from components.config.irs import IrsSettings
 from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.digits.tokenizer import build_processor
@@ -32,6 +30,10 @@ from components.irs.search import draw_images, furthest_apart, look, measure, ra
 from components.irs.weighting import BACKGROUND
 from components.models.load import Loaded, load
 from components.models.template import Template
+from components.records.dataset import Manifest
+from components.records.irs import LayerChoice
+from components.records.paths import DATASET, IRS, TEACHER
+from components.records.teacher import TeacherChoice
 from tests.tried import keep_all
 
 SETTINGS = IrsSettings(
@@ -234,9 +236,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Pa
         value = json.dumps(value)
         text = "\n".join(f"{name}: {value}" if line.startswith(f"{name}:") else line for line in text.splitlines())
     (root / "params" / "irs.yaml").write_text(text + "\n", encoding="utf-8")
-    dataset(root / artifacts.DATASET, [row(index) for index in range(10)])
-    keep_all(root / artifacts.DATASET)
-    TeacherChoice(name="tiny", path=str(folder), sha256="0" * 64).write(root / artifacts.TEACHER / "choice.json")
+    dataset(root / DATASET, [row(index) for index in range(10)])
+    keep_all(root / DATASET)
+    TeacherChoice(name="tiny", path=str(folder), sha256="0" * 64).write(root / TEACHER / "choice.json")
     stale = root / "reports" / "irs" / "overlay_9.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier run")
@@ -252,7 +254,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Pa
 
 def test_stage_writes_choice_curve_and_overlays(finished: tuple[Path, str], loaded: Loaded, samples: Samples) -> None:
     root, said = finished
-    choice = LayerChoice.read(root / artifacts.IRS / "layer.json")
+    choice = LayerChoice.read(root / IRS / "layer.json")
     ranking = measure(loaded, samples, Template(""), SETTINGS)
     assert {name: getattr(choice, name) for name in vars(ranking)} == vars(ranking)
     assert (choice.images, choice.pairs) == (6, 6 * 3)
@@ -279,9 +281,9 @@ def test_without_two_instructions_on_an_image_there_is_no_layer_and_only_arms_th
 ) -> None:
     root = tmp_path / "stage"
     shutil.copytree(finished[0], root)
-    shutil.rmtree(root / artifacts.DATASET)
-    dataset(root / artifacts.DATASET, [row(index, ["How many?"]) for index in range(4)])
-    keep_all(root / artifacts.DATASET)
+    shutil.rmtree(root / DATASET)
+    dataset(root / DATASET, [row(index, ["How many?"]) for index in range(4)])
+    keep_all(root / DATASET)
     monkeypatch.chdir(root)
     with pytest.raises(DataError, match="0 of 4 images have 3 different instructions"):
         stage.main()  # L_iva of the shipped arms asks for the layer
@@ -292,7 +294,7 @@ def test_without_two_instructions_on_an_image_there_is_no_layer_and_only_arms_th
     assert "search_layer: nothing to do, IRS compares" in capsys.readouterr().out
     assert LayerChoice.found() is None and not list(Path("reports/irs").glob("*.png"))
     with pytest.raises(DataError, match=r"layer.json holds no LayerChoice: IRS compares"):
-        LayerChoice.read(artifacts.IRS / "layer.json")
+        LayerChoice.read(IRS / "layer.json")
 
 
 def test_stage_journals_the_curve_and_the_pictures(finished: tuple[Path, str]) -> None:

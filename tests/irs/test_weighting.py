@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from components.align_ti.visual_weights import visual_weights
-from components.artifacts import Picked
 from components.config.distill import Iva
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError
 from components.irs.centred import centred, centred_in_batch, shares, without_weights
 from components.irs.weighting import BACKGROUND, Weighting, weighting
 from components.models.vlm import VLM
+from components.records.irs import Picked
 from tests import tiny
 from tests.layers import layer_choice
 

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.artifacts import Fingerprint, Manifest, Prediction, SplitRecord
 from components.config.load import load_settings
 from components.errors import DataError
 from components.model_registry import drift
 from components.model_registry.paired_test import MeasuredDifferently, duel
+from components.records.dataset import Manifest, SplitRecord
+from components.records.evaluate import Fingerprint, Prediction
 
 ASKED = load_settings().evaluate.model_copy(update={"bootstrap_resamples": 500})
 MEASURED = Fingerprint(

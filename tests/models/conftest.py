@@ -20,11 +20,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from components.artifacts import Manifest, sha256
 from components.config.models import ModelsSettings
 from components.dataset.shards import ImageRow, Sample, Turn, write_split
 from components.digits.tokenizer import build_processor
+from components.io import sha256
 from components.models.template import EOS, IMAGE, Template
+from components.records.dataset import Manifest
 
 IMAGE_PX, PATCH_PX, NV = 16, 8, 4
 TEXT = "what digit is at a1 a2 b1 b2 ? . , red green one two three empty list describe the grid yes no"

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers as tf
 
-from components.artifacts import sha256
 from components.config.models import Checkpoint, Parts
 from components.errors import ModelError
+from components.io import sha256
 from components.models.assemble import assemble
 from components.models.collate import Collator
 from components.models.load import check_images, check_pair, load

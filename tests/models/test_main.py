@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.artifacts import MODELS, ModelIndex, sha256
+from components.io import sha256
 from components.models.__main__ import main
 from components.process import exit_from
+from components.records.models import ModelIndex
+from components.records.paths import MODELS
 from tests.families.parts import qwen_folder, siglip_folder
 from tests.models.conftest import NV, family, saved, word_processor
 

@@ -25,8 +25,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from components.artifacts import Manifest
 from components.config import recipes
+from components.records.dataset import Manifest
 from tests.families import toy
 
 ROOT = Path(__file__).parents[2]

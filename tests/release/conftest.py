@@ -8,23 +8,17 @@ from typing import Any
 
 import pytest
 
-from components.artifacts import (
-    DATASET,
-    IRS,
-    MODELS,
-    STUDENTS,
-    TEACHER,
-    Cost,
-    Manifest,
-    ModelIndex,
-    TeacherChoice,
-    write_text,
-)
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.distill.card import model_card
+from components.io import write_text
 from components.models.folder import record
+from components.records.dataset import Manifest
+from components.records.distill import Cost
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, IRS, MODELS, STUDENTS, TEACHER
+from components.records.teacher import TeacherChoice
 from tests.families import toy
 from tests.layers import layer_choice
 from tests.tried import keep_all

@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 
-from components.artifacts import DATASET, STUDENTS, Cost
 from components.config.models import Checkpoint
 from components.dataset.shards import Samples
 from components.distill import export as distilled
@@ -25,6 +24,8 @@ from components.models.load import check_images, load
 from components.models.obtain import obtain
 from components.models.template import Template
 from components.process import exit_from
+from components.records.distill import Cost
+from components.records.paths import DATASET, STUDENTS
 from tests.families import toy
 from tests.release.conftest import COMMIT, ROOT
 

@@ -10,22 +10,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from components.artifacts import (
-    DATASET,
-    MODELS,
-    REPORTS,
-    STUDENTS,
-    ArmResult,
-    Comparison,
-    Contrast,
-    Difference,
-    ModelIndex,
-    SourceRecord,
-    Sources,
-    TeacherResult,
-    write_text,
-)
 from components.distill.card import NOT_STATED, facts_in, licence_of, model_card
+from components.io import write_text
+from components.records.compare import ArmResult, Comparison, Contrast, Difference, TeacherResult
+from components.records.dataset import SourceRecord, Sources
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS, REPORTS, STUDENTS
 from components.release.card import full
 from components.tracking import provenance
 from components.tracking.journal import JOURNALS

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
-from components.artifacts import DATASET, STUDENTS
 from components.config.settings import Settings
 from components.distill.export import save
 from components.errors import AlignTIError, DataError, InputError, ModelError, TryAgainError
 from components.models.load import load
+from components.records.paths import DATASET, STUDENTS
 from components.release import export as module
 from components.release.export import DTYPES, TOLERANCE, export
 

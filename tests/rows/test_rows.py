@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from components.artifacts import SPLITS, Manifest, ModelIndex, ModelRecord, Split, TriedRows
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.dataset.shards import ImageRow, Samples, Turn, write_split
@@ -20,6 +19,10 @@ from components.errors import DataError
 from components.models.collate import Collator
 from components.models.processor import load_processor
 from components.models.template import Template
+from components.records.dataset import Manifest
+from components.records.models import ModelIndex, ModelRecord
+from components.records.paths import SPLITS, Split
+from components.records.rows import TriedRows
 from components.rows import trial
 from components.rows.__main__ import closing_line
 from components.rows.judge import Judge

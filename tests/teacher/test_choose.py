@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from components.artifacts import Candidate
 from components.config.load import load_settings
 from components.config.teacher import TeacherSettings
 from components.errors import ModelError
+from components.records.teacher import Candidate
 from components.teacher.choose import choose, limits_broken
 
 SHIPPED = load_settings().teacher

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import MODELS, REPORTS, TEACHER, ModelIndex, TeacherChoice, TeacherReport
 from components.errors import ModelError
+from components.records.models import ModelIndex
+from components.records.paths import MODELS, REPORTS, TEACHER
+from components.records.teacher import TeacherChoice, TeacherReport
 from components.teacher.__main__ import main
 from tests.evaluate.conftest import Tracked
 

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.artifacts import DATASET, MODELS, ModelIndex, TeacherReport
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.evaluate.generate import questions
 from components.irs.search import TooFewInstructions
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS
+from components.records.teacher import TeacherReport
 from components.teacher.measure import balanced, measure
 from components.teacher.report import table
 

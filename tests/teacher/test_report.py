@@ -8,9 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from components.artifacts import Candidate, TeacherReport
 from components.config.load import load_settings
 from components.config.teacher import TeacherSettings
+from components.records.teacher import Candidate, TeacherReport
 from components.report.figures import DARK, LIGHT, draw
 from components.teacher.choose import choose, limits_broken
 from components.teacher.report import quality_cost, table

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import top_k
 from components.align_ti.visual_weights import visual_weights
-from components.artifacts import DATASET, RUNS, SIGNALS, STUDENTS, SignalFacts, SignalManifest
 from components.config.load import load_settings
 from components.dataset.shards import CAPTION, Samples
 from components.distill import __main__ as stage
@@ -25,6 +24,8 @@ from components.models.collate import Collator
 from components.models.load import load
 from components.models.template import Template
 from components.models.vlm import VLM
+from components.records.paths import DATASET, RUNS, SIGNALS, STUDENTS
+from components.records.teacher_cache import SignalFacts, SignalManifest
 from components.teacher_cache import __main__ as signals_stage
 from components.teacher_cache import build
 from components.teacher_cache.store import Signals, facts, read_manifest

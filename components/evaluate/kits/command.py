@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from components.artifacts import TEACHER_ARM, sha256
 from components.config.load import load_settings
 from components.errors import AlignTIError, InputError
 from components.evaluate.kits import measure, table
+from components.io import sha256
+from components.records.paths import TEACHER_ARM
 
 
 def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], blank: bool = False) -> None:

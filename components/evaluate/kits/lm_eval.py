@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
-from components.artifacts import RUNS, write_text
 from components.errors import DataError, InputError
 from components.evaluate.journal import Journal
+from components.io import write_text
 from components.models.folder import weight_files
+from components.records.paths import RUNS
 
 if TYPE_CHECKING:
     import torch

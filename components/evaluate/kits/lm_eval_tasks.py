@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import DATASET, ROWS
 from components.config.load import load_settings
 from components.dataset.shards import Sample, Samples, Turn
 from components.evaluate.generate import questions as scored
@@ -17,6 +16,7 @@ from components.evaluate.metrics import normalise
 from components.models.collate import decode
 from components.models.load import load_processor
 from components.models.template import Template, question_of
+from components.records.paths import DATASET, ROWS
 
 if TYPE_CHECKING:
     from datasets import Dataset

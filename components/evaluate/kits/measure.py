@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from components.artifacts import DATASET, MODELS, ROWS, SCORES, Fingerprint, ModelIndex, Prediction, Scores, sha256
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.errors import DataError, InputError, TryAgainError
@@ -24,9 +23,13 @@ from components.evaluate.kits import export, lm_eval, scores, serve, vlmeval
 from components.evaluate.kits.client import Endpoint
 from components.evaluate.kits.inside import JUDGE
 from components.evaluate.kits.scores import KitScores
+from components.io import sha256
 from components.models.folder import weight_files
 from components.models.load import load_processor
 from components.models.template import Template
+from components.records.evaluate import Fingerprint, Prediction, Scores
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS, ROWS, SCORES
 from components.runtime import prepare_torch
 
 BEFORE = "before-"  # and the name of a student that nothing was distilled into yet

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from components.artifacts import Fingerprint, Prediction, Record
 from components.evaluate.metrics import normalise
+from components.records.evaluate import Fingerprint, Prediction
+from components.records.record import Record
 
 
 class Verdict(Record):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from components.artifacts import REPORTS, TEACHER_ARM, Record, write_text
 from components.errors import DataError
 from components.evaluate.fingerprint import differences
 from components.evaluate.kits.lm_eval import TEXT
 from components.evaluate.kits.scores import KitScores
+from components.io import write_text
+from components.records.paths import REPORTS, TEACHER_ARM
+from components.records.record import Record
 
 KITS = ("own", "vlmeval", "lm-eval")
 SHOWN = 5  # disagreements, and samples in trouble, per model and kit; kits.json has all

@@ -29,13 +29,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from components.artifacts import RUNS, write_text
 from components.dataset.shards import Sample
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.kits import export
 from components.evaluate.kits.client import Endpoint
 from components.evaluate.kits.inside import JUDGE, MODEL, NOTHING, REFUSED
 from components.evaluate.kits.serve import last_words
+from components.io import write_text
+from components.records.paths import RUNS
 
 FULL = "ALIGNTI_VLMEVAL_PYTHON"  # in the environment: the interpreter of the full kit
 DATA = "LMUData"  # in the environment: where the kit keeps the files of its benchmarks

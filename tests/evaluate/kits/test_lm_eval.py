@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.artifacts import DATASET, STUDENTS
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.errors import DataError, InputError, ModelError
@@ -19,6 +18,7 @@ from components.evaluate.kits.measure import Bench
 from components.evaluate.metrics import matches
 from components.models.load import load, load_processor
 from components.models.template import Template
+from components.records.paths import DATASET, STUDENTS
 from tests.evaluate.kits.conftest import needs_lm_eval
 
 CPU = torch.device("cpu")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from components.artifacts import REPORTS, STUDENTS, sha256
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.evaluate.__main__ import main as evaluate_stage
@@ -20,8 +19,10 @@ from components.evaluate.kits import lm_eval_tasks, serve, table
 from components.evaluate.kits.client import Endpoint, Refused, ask
 from components.evaluate.kits.command import evaluate
 from components.evaluate.kits.table import Table
+from components.io import sha256
 from components.models.load import Loaded
 from components.models.template import Template, question_of
+from components.records.paths import REPORTS, STUDENTS
 from tests.evaluate.conftest import Tracked
 from tests.evaluate.kits.conftest import needs_lm_eval, needs_server, needs_vlmeval
 

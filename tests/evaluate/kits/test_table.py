@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import REPORTS
 from components.errors import DataError, InputError
 from components.evaluate.kits import table
 from components.evaluate.kits.command import evaluate
 from components.evaluate.kits.table import Table
+from components.records.paths import REPORTS
 
 
 def test_what_is_not_there_is_named_before_anything_runs(workplace: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components import artifacts
-from components.artifacts import Prediction, TeacherChoice, jsonl, sha256, whole_folder, write_bytes
 from components.errors import DataError
+from components.io import sha256, whole_folder, write_bytes
+from components.records.evaluate import Prediction
+from components.records.record import jsonl
+from components.records.teacher import TeacherChoice
 
 CHOICE = TeacherChoice(name="base", path="artifacts/models/teachers/base", sha256="0" * 64)
 
@@ -54,7 +56,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path: Path, monkeyp
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifacts.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old"

@@ -1,0 +1,92 @@
+"""Atomic writes of files and folders (a reader sees the old one or the new one, never half), and digests of them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.errors import TryAgainError
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write through a temporary neighbour and a rename, so that a crash leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft beside `folder` that takes its name, and the place of what had it, when the block ends well; else it is removed.
+
+    Drafts of it that killed processes left are removed too: each may be as large as a model.
+
+    Raises TryAgainError if the disk is full, of which safetensors, being Rust, tells in its own way.
+    """
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    before = draft.with_suffix(".old")
+    for left in folder.parent.glob(f".{folder.name}.*.*"):
+        pid = left.name.removeprefix(f".{folder.name}.").partition(".")[0]
+        if left.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not _lives(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if folder.exists():
+            folder.replace(before)
+        draft.replace(folder)
+    except Exception as error:
+        if "os error 28" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+            raise TryAgainError(f"the disk is full, so {folder} was not written; free space and run again") from None
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """One digest over the names and contents of files, folders walked in sorted order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def fingerprint(facts: dict[str, Any], code: Iterable[str | Path]) -> str:
+    """16 hex digits over what decides a result: settings, inputs, and code: rooms, or files. Equal means resumable."""
+    here = Path(__file__).parent
+    files = (file for each in code for file in ([each] if isinstance(each, Path) else (here / each).glob("*.py")))
+    digest = sha256(sorted(files))
+    text = json.dumps({"code": digest, **facts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""Records of stage `compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from components.records.evaluate import YesNo
+from components.records.paths import Split
+from components.records.record import Record
+
+
+class Difference(Record):
+    """A measure of `arm` minus that of `against`, over the same samples; `p_holm` is adjusted for all pairs of arms."""
+
+    arm: str
+    against: str
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+    p_holm: float
+    p_mcnemar: float | None = None  # exact, over the yes/no questions alone; None if there are none
+    differs: list[str] = Field(
+        default_factory=list
+    )  # what their fingerprints do not share: then the difference is not of the arms alone
+
+    @property
+    def larger_than_noise(self) -> bool:
+        """Whether the interval excludes zero and both were measured alike."""
+        return not self.differs and not self.ci95[0] <= 0 <= self.ci95[1]
+
+
+class Contrast(Record):
+    """All pairs of arms by one measure, and what the sample can tell apart by it. Medians are over pairs; None for one arm."""
+
+    pairs: list[Difference]  # each arm against each that ranks below it by exact match
+    noise: float | None  # gap between two arms that this sample, and these seeds, tell apart
+    detectable: float | None  # true gap that would be told apart four times in five
+    spread: float | None  # standard deviation between runs that differ in their seed alone; None: one run per arm
+
+    def gain(self, arm: str, baseline: str) -> Difference | None:
+        """`arm` minus `baseline`, whichever of the two ranks higher; None if they are no pair."""
+        pair = next((p for p in self.pairs if {p.arm, p.against} == {arm, baseline}), None)
+        if pair is None or pair.arm == arm:
+            return pair
+        low, high = pair.ci95
+        turned = {"arm": arm, "against": baseline, "difference": 0.0 - pair.difference, "ci95": (0.0 - high, 0.0 - low)}
+        return pair.model_copy(update=turned)
+
+
+class Estimate(Record):
+    value: float
+    ci95: tuple[float, float]
+    per_kind: dict[str, float]
+
+
+class TeacherResult(Record):
+    """Exact match with its interval, over all samples and as the mean over kinds; the other measures over all samples."""
+
+    exact_match: float
+    ci95: tuple[float, float]
+    average: float  # mean over kinds, each counting the same
+    average_ci95: tuple[float, float]
+    per_kind: dict[str, float]
+    per_kind_ci95: dict[str, tuple[float, float]]
+    yes_no: dict[str, YesNo]
+    measures: dict[str, Estimate]  # token F1, nats and KL per token (components/evaluate/measures.py)
+    differs: list[str] = Field(
+        default_factory=list
+    )  # in how it was measured, from the teacher; then it compares with nothing here
+
+
+class ArmResult(TeacherResult):
+    """Means over the arm's runs, which differ in their seed alone; intervals of those means."""
+
+    runs: dict[str, float]  # name in params/study.yaml -> exact match; the first gives the arm its name
+    share_of_teacher: float | None  # exact match over the teacher's; None where the teacher has none
+    share_ci95: tuple[float, float] | None
+    gains: dict[str, Difference]  # over each baseline of params/evaluate.yaml
+    train_seconds: float  # mean over runs
+    peak_memory_mib: float  # the most of any run
+    device: str
+    steps: int
+
+
+class PublishedRuns(Record):
+    """Runs of a shipped recipe on the publisher's machine (components/evaluate/published_runs.yaml)."""
+
+    recipe: str
+    differing: int  # values of params/ that differ from the recipe's
+    machine: str
+    scores: dict[str, Annotated[list[float], Field(min_length=1)]]  # teacher and arms -> exact match, one number per seed
+
+
+class Comparison(Record):
+    """reports/compare.json"""
+
+    headline: str  # what the sample can tell apart, and what may be said of the best arm
+    standing: str  # the order of all arms with their intervals, in a sentence
+    split: Split
+    n: int  # samples
+    images: int
+    kinds: dict[str, int]  # samples per kind
+    confidence: float  # of every interval here; 0.95 unless params/evaluate.yaml says otherwise
+    resamples: int
+    method: str
+    teacher: TeacherResult
+    arms: dict[str, ArmResult]  # in the order of params/study.yaml
+    order: list[str]  # arms from the best down
+    exact_match: Contrast
+    measures: dict[str, Contrast]
+    published: PublishedRuns | None = None  # of the recipe that params/ are nearest to
+
+    @property
+    def pairs(self) -> list[Difference]:
+        """Each better arm against each that ranks below it, by exact match."""
+        return self.exact_match.pairs
+
+    @property
+    def repeated(self) -> bool:
+        """Whether some arm was trained with several seeds, so that intervals hold the seeds' share."""
+        return self.exact_match.spread is not None

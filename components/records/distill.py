@@ -1,0 +1,14 @@
+"""Record of stage `distill`."""
+
+from __future__ import annotations
+
+from components.records.record import Record
+
+
+class Cost(Record):
+    """artifacts/students/ARM/cost.json: varies from run to run, so only `compare` depends on it."""
+
+    train_seconds: float
+    peak_memory_mib: float
+    device: str
+    steps: int

@@ -1,0 +1,67 @@
+"""Records of stage `evaluate`."""
+
+from __future__ import annotations
+
+from components.records.record import Record
+
+
+class Prediction(Record):
+    """One line of artifacts/scores/ARM/predictions.jsonl"""
+
+    id: str
+    image_id: str
+    kind: str
+    question: str
+    reference: str
+    answer: str
+    correct: bool
+
+
+class Likelihood(Record):
+    """One line of artifacts/scores/ARM/likelihoods.jsonl: sums over the tokens of the reference, its EOS included."""
+
+    id: str
+    tokens: int
+    nats: float  # negative log-likelihood of the reference, teacher-forced
+    kl: float | None  # KL(teacher || model); None for the teacher
+
+
+class YesNo(Record):
+    """POPE-style figures, "yes" being the positive class; one per yes/no kind and one over all of them."""
+
+    samples: int
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+
+
+class Fingerprint(Record):
+    """How a score was measured. Two scores are compared only if theirs agree (components/evaluate/fingerprint.py)."""
+
+    kit: str  # "alignti", "vlmeval", "lm-eval"
+    kit_version: str  # a version, a commit, or a digest of the kit's code
+    dataset: str  # its name, and the split
+    dataset_hash: str  # of what was asked: images, questions, references
+    prompt_hash: str  # of every prompt as the model read it, in order
+    decoding: dict[str, bool | int | float | str]  # how answers were generated
+    judge: str  # what decided that an answer is right
+    transformers: str  # version
+    dtype: str  # of the weights
+    device: str  # its kind: "cpu", "cuda", "mps"
+
+
+class Scores(Record):
+    """artifacts/scores/ARM/scores.json"""
+
+    arm: str
+    samples: int
+    exact_match: float  # over all samples
+    per_kind: dict[str, float]
+    yes_no: dict[str, YesNo]
+    token_f1: float  # mean over samples
+    token_f1_per_kind: dict[str, float]
+    nats_per_token: float | None = None  # of the references; None: not measured
+    kl_per_token: float | None = None  # from the teacher; None: not measured, or the teacher itself
+    fingerprint: Fingerprint | None = None  # None: not known how it was measured, so it compares with nothing

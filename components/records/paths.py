@@ -1,0 +1,22 @@
+"""Paths of the stages' results, relative to the repository root, which is every stage's working directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+RAW = Path("data")
+DATASET = Path("artifacts/dataset")
+MODELS = Path("artifacts/models")
+ROWS = Path("artifacts/rows")
+TEACHER = Path("artifacts/teacher")
+IRS = Path("artifacts/irs")
+SIGNALS = Path("artifacts/signals")
+TERMS = Path("artifacts/terms")
+STUDENTS = Path("artifacts/students")
+SCORES = Path("artifacts/scores")
+REPORTS = Path("reports")
+RUNS = Path(".runs")  # checkpoints, journals, run records: neither git's nor DVC's
+TEACHER_ARM = "teacher"  # the name under which the teacher's own scores stand beside the arms'
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")

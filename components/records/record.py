@@ -1,0 +1,61 @@
+"""Base of the records that stages hand each other: strict JSON, written atomically."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from components.errors import DataError
+from components.io import write_text
+
+
+class Record(BaseModel):
+    """Base of all records: strict, immutable, one JSON file each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def write(self, path: Path) -> Path:
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises DataError if the file is missing or not such a record."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            return cls.model_validate_json(text)
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing; `dvc repro` makes it") from None
+        except ValidationError as error:
+            if reason := Absent.reason_in(text):
+                raise DataError(f"{path} holds no {cls.__name__}: {reason}") from None
+            raise DataError(f"{path} is no {cls.__name__}: {error.errors()[0]['msg']}; `dvc repro` makes it anew") from None
+
+
+class Absent(Record):
+    """In place of a record that a run does without."""
+
+    none: str  # why
+
+    @classmethod
+    def reason_at(cls, path: Path) -> str | None:
+        """None if there is no file, or another record in it."""
+        return cls.reason_in(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @classmethod
+    def reason_in(cls, text: str) -> str | None:
+        """None if the text is another record's."""
+        try:
+            return cls.model_validate_json(text).none
+        except ValidationError:
+            return None
+
+
+def jsonl(records: Iterable[Record | dict[str, Any]]) -> str:
+    """Records as JSON lines."""
+    lines = (r.model_dump_json() if isinstance(r, Record) else json.dumps(r, ensure_ascii=False) for r in records)
+    return "".join(line + "\n" for line in lines)

@@ -1,0 +1,26 @@
+"""Records of stage `check_rows`."""
+
+from __future__ import annotations
+
+from components.records.paths import Split
+from components.records.record import Record
+
+
+class TriedSplit(Record):
+    samples: int  # of the data set
+    usable: int
+    cut: int  # of the usable: to the turns that fit
+    resized: int  # of the usable: their images are
+    left_out: dict[str, int]  # reason -> samples
+    tokens: int  # of the usable; the most that any model reads
+    response_tokens: int  # of them, those that are trained on
+    longest: int
+
+
+class TriedRows(Record):
+    """artifacts/rows/rows.json: what came of trying every row with the models' tokenizers, templates and image sizes."""
+
+    digest: str  # the data set's
+    max_length: int
+    tried_with: list[str]  # models, one of those that read rows alike
+    splits: dict[Split, TriedSplit]

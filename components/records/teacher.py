@@ -1,0 +1,36 @@
+"""Records of stage `select_teacher`."""
+
+from __future__ import annotations
+
+from components.records.record import Absent, Record
+
+NO_TEACHER = Absent(none="params/distill.yaml:stage is align, which has no teacher")
+
+
+class Candidate(Record):
+    name: str
+    exact_match: float
+    per_kind: dict[str, float]
+    nats_per_token: float  # mean cross-entropy on the reference answers
+    irs: float | None  # of its best layer; None: no image has enough instructions, and no arm asks
+    irs_layer: int | None
+    parameters: int
+    seconds_per_1000: float
+    memory_mib: float
+    refused: list[str]  # limits of params/teacher.yaml that it breaks
+
+
+class TeacherChoice(Record):
+    """artifacts/teacher/choice.json: what later stages depend on, so nothing here varies from run to run."""
+
+    name: str
+    path: str
+    sha256: str
+
+
+class TeacherReport(Record):
+    """reports/teacher/candidates.json"""
+
+    chosen: str
+    reason: str
+    candidates: list[Candidate]

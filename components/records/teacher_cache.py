@@ -1,0 +1,54 @@
+"""Records of stage `cache_teacher`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from components.records.irs import Rows
+from components.records.record import Record
+
+
+class SignalFacts(Record):
+    """What decides the teacher's signals: a cache serves a run only if each of these is the same for both."""
+
+    teacher: str  # sha256 of its folder
+    students: dict[str, str]  # sha256 of each folder whose vocabulary and images were compared with the teacher's
+    dataset: str  # digest
+    template: str  # sha256
+    precision: Literal["fp32", "bf16"]  # of the teacher's weights
+    layer: int  # whose attention weighs the visual tokens
+    rows: Rows
+    background: str | None  # its digest, for centred attention
+    temperature: float
+    top_k: int
+
+
+class Approximation(Record):
+    """|KL from the cache - KL from the whole distribution| over sampled rows, against a student before distillation."""
+
+    student: str
+    rows: int
+    kl: float  # mean of the exact one, nats
+    mean_error: float  # nats
+    max_error: float  # nats
+    relative_error: float  # mean error / mean KL
+    mean_mass_beyond: float  # of the teacher's probability, outside the k tokens
+    max_mass_beyond: float
+
+
+class SignalCache(Record):
+    facts: SignalFacts
+    shared_vocabulary: int
+    dtype: Literal["float16", "float32"]  # of the log-probabilities
+    samples: int
+    rows: int
+    equal_weights: int  # samples whose image's tokens weigh the same, for want of attention
+    size_bytes: int
+    shards: dict[str, str]  # file -> sha256
+    errors: dict[Literal["text", "visual"], Approximation]  # none of a kind of which there are no rows
+
+
+class SignalManifest(Record):
+    """artifacts/signals/manifest.json; `cache` is null where params/distill.yaml asks for the live teacher."""
+
+    cache: SignalCache | None
