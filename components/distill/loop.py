@@ -19,17 +19,15 @@ from transformers import get_cosine_schedule_with_warmup
 
 from components.align_ti.step import AlignTI, total
 from components.config.distill import DistillSettings
-from components.dataset.shards import Samples
+from components.distill.assemble import Job
 from components.distill.checkpoint import Checkpoints
 from components.distill.launch import prepare_sharding
 from components.distill.loader import Steps, batches, deaths_explained
 from components.distill.memory import explained
-from components.distill.order import Order
-from components.distill.replay import Origin
 from components.distill.replica import Replica
 from components.distill.trainable import of_terms, parameter_groups, rates
 from components.errors import AlignTIError, Interrupted
-from components.models.collate import Batch, Collator
+from components.models.collate import Batch
 from components.tracking.journal import Run
 
 
@@ -41,20 +39,8 @@ class Outcome:
     wrapped: torch.nn.Module  # as accelerate prepared it, for whoever wants the weights
 
 
-def train(
-    module: AlignTI,
-    samples: Samples,
-    collator: Collator,
-    order: Order,
-    settings: DistillSettings,
-    accelerator: Accelerator,
-    checkpoints: Checkpoints,
-    run: Run,
-    title: str,
-    origin: Origin,
-    loaders: int = 0,
-) -> Outcome:
-    """Train `module`'s student for `settings.steps` steps, from the latest checkpoint if there is one.
+def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
+    """Train the job's student for `steps` steps, from the latest checkpoint if there is one.
 
     Raises:
         InputError: batch_size does not divide over the ranks; the checkpoint is of another layout.
@@ -63,6 +49,7 @@ def train(
         TryAgainError: a process that loads batches ended.
         AlignTIError: the loss is not finite; names step, term, samples and the dump for `alignti replay`.
     """
+    module, settings, accelerator, title = job.module, job.distill, job.accelerator, job.title
     lora = settings.trainable.lora
     replica = Replica(module, accelerator.num_processes, seeded=lora is not None and lora.dropout > 0)
     student: Any = module.student
@@ -82,8 +69,8 @@ def train(
     if latest := checkpoints.latest():
         progress = checkpoints.restore(accelerator, latest)
         accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}", flush=True)
-    steps = Steps(samples, collator, order, settings, accelerator.process_index, accelerator.num_processes)
-    stream = batches(steps, progress["step"], settings.steps, loaders)
+    steps = Steps(job.samples, job.collator, job.order, settings, accelerator.process_index, accelerator.num_processes)
+    stream = batches(steps, progress["step"], settings.steps, job.settings.runtime.loaders)
     bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter() - progress["seconds"]
     wrapped.train()
@@ -97,7 +84,7 @@ def train(
             record = dict(zip(module.method.terms, terms.tolist(), strict=True))
             if not all(map(math.isfinite, [*record.values(), norm])):
                 state = {name.removeprefix("method."): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
-                dump = origin.dump(step, module, state, micro_batches, {**record, "gradient norm": norm}, accelerator)
+                dump = job.origin.dump(step, module, state, micro_batches, {**record, "gradient norm": norm}, accelerator)
                 raise _not_finite(step, record, norm, [id_ for batch, _ in micro_batches for id_ in batch.ids], dump)
             schedule.step()
             record["total"] = float((weights.cpu() * torch.tensor(list(record.values()))).sum())

@@ -12,7 +12,7 @@ import pytest
 
 from components.config.distill import DistillSettings
 from components.config.load import load_settings
-from components.distill.__main__ import trained_on
+from components.distill.assemble import trained_on
 from components.errors import DataError
 from components.evaluate.__main__ import main as evaluate
 from components.evaluate.compare import main as compare

@@ -1,0 +1,230 @@
+"""Assembly of one training: student, teacher or its cache, the step, the samples and their order, as one frozen job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from components.align_ti.step import AlignTI, Method
+from components.config.distill import DistillSettings
+from components.config.settings import Settings
+from components.config.study import Arm
+from components.dataset.shards import CAPTION, Samples
+from components.distill import code
+from components.distill.grids import Regridded
+from components.distill.launch import check_came_up
+from components.distill.order import Order
+from components.distill.placement import load_teacher
+from components.distill.replay import Origin
+from components.distill.teacher import FrozenTeacher, same_tower
+from components.distill.trainable import choose_trainable
+from components.io import fingerprint
+from components.irs.weighting import Weighting, weighting
+from components.models.collate import Collator
+from components.models.load import Loaded, check_images, check_layer, check_pair, check_same_template, grids, load
+from components.models.template import Template
+from components.models.vlm import VLM
+from components.records.irs import LayerChoice
+from components.records.models import ModelIndex, ModelRecord
+from components.records.paths import DATASET, IRS, MODELS, ROWS, SIGNALS, TEACHER
+from components.records.teacher import TeacherChoice
+from components.runtime import prepare_torch
+from components.teacher_cache.store import Signals, read_manifest
+from components.teacher_cache.store import facts as facts_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that `loop.train` and `export` need of one arm."""
+
+    name: str
+    settings: Settings
+    facts: dict[str, Any]  # what decides the student: goes into its card, and into the identity of checkpoints
+    start: ModelRecord  # the student before distillation
+    student: Loaded
+    module: AlignTI
+    samples: Samples
+    collator: Collator
+    order: Order
+    accelerator: Accelerator
+    origin: Origin
+
+    @property
+    def title(self) -> str:
+        return f"distill@{self.name}"
+
+    @property
+    def distill(self) -> DistillSettings:
+        return self.settings.distill
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of its checkpoints: equal means that an interrupted training may be resumed."""
+        logged = {"steps_logged": self.distill.log_every}
+        return fingerprint({**self.facts, **logged}, code.of_training(self.module.method.weights))
+
+
+def assemble(name: str, arm: Arm, settings: Settings) -> Job:
+    """The job of one arm on this process's device. Raises DataError or ModelError where parts do not fit each other."""
+    accelerator = _accelerator(arm, settings)
+    samples = Samples(DATASET, "train", ROWS)
+    align = settings.distill.stage == "align"
+    choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
+    layers = None if align else searched_for(arm)
+    start = ModelIndex.read(MODELS / "index.json").students[arm.student]
+    facts = _facts(arm, settings, samples, choice, layers, start)
+
+    student = load(Path(start.path), accelerator.device)
+    choose_trainable(student, settings.distill)
+    template = Template.asked(settings.models.template)
+    collator = Collator(student.processor, template, settings.models.max_length, train=True)
+    if choice is None:
+        check_images(student)
+        module = AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, student.vocabulary))
+    elif settings.uses_cache(arm):
+        facts |= _searched(arm, layers)
+        module = _cached(arm, settings, student, collator)
+        facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
+    else:
+        if settings.distill.teacher_signals.source == "cache":
+            live = " and ".join(f"L_{term}" for term, needs in arm.needs.items() if needs.live_teacher)
+            accelerator.print(f"distill@{name}: no cache serves {live}; this arm runs the live teacher for all its terms")
+        teacher = load_teacher(Path(choice.path), accelerator.device, settings)
+        check_same_template(teacher, student, settings.models.template)
+        sides = grids(teacher, student)
+        if sides is not None:
+            accelerator.print(
+                f"distill@{name}: the teacher sees an image on {sides[0]} x {sides[0]} tokens, the student on {sides[1]} x"
+                f" {sides[1]}; its rows there and the weights of L_iva are interpolated bilinearly to the student's grid"
+            )
+        assert arm.iva is not None  # filled in by Settings.arm
+        look = weighting(arm.iva, layers)
+        own = teacher.processor if sides is not None else None
+        collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=look.rows)
+        facts |= _searched(arm, layers)
+        module = _live(arm, settings.distill, student, teacher, look, collator, sides)
+    chosen = trained_on(samples.kinds, settings.distill)
+    weights = samples.weights
+    order = Order(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
+    accelerator.print(f"distill@{name}: {len(chosen):,} samples of {len(samples):,}; {collator.spelt_out(samples[chosen[0]])}")
+    origin = Origin(
+        arm=name,
+        student={"path": start.path, "sha256": start.sha256},
+        teacher={"path": choice.path, "sha256": choice.sha256} if choice else None,
+        precision=settings.distill.precision,
+    )
+    return Job(name, settings, facts, start, student, module, samples, collator, order, accelerator, origin)
+
+
+def _accelerator(arm: Arm, settings: Settings) -> Accelerator:
+    device = prepare_torch(settings.runtime, arm.seed, settings.distill.precision)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if settings.distill.precision == "bf16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    check_came_up(accelerator, settings.runtime)
+    return accelerator
+
+
+def _facts(
+    arm: Arm,
+    settings: Settings,
+    samples: Samples,
+    choice: TeacherChoice | None,
+    layers: LayerChoice | None,
+    start: ModelRecord,
+) -> dict[str, Any]:
+    facts = {
+        "arm": arm.model_dump(mode="json"),
+        "distill": settings.distill.model_dump(
+            mode="json", exclude={"iva", "tpa", "divergence", "teacher_signals", "log_every", *settings.distill.blocks}
+        ),
+        "template": settings.models.template.model_dump(mode="json"),
+        "dataset": samples.manifest.digest,
+        "teacher": {"name": choice.name, "sha256": choice.sha256} if choice else None,
+        "irs_layer": layers.layer if layers else None,
+        "student": {"name": start.name, "sha256": start.sha256},
+    }
+    if samples.sources is not None:
+        facts["weights"] = {name: source.weight for name, source in samples.sources.items()}
+    return facts
+
+
+def searched_for(arm: Arm) -> LayerChoice | None:
+    """What the layer search found. Raises DataError if it found no layer and the arm needs one."""
+    return LayerChoice.read(IRS / "layer.json") if arm.needs_layer else LayerChoice.found()
+
+
+def trained_on(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
+    """Captions belong to stage align: those that are marked so, or all samples where none is. The others to distillation.
+
+    Of these, `distill.rows` evenly spaced ones: the same for every arm and seed.
+    """
+    captions = [i for i, kind in enumerate(kinds) if kind == CAPTION]
+    if distill.stage == "align":
+        members = captions or list(range(len(kinds)))
+    else:
+        members = [i for i, kind in enumerate(kinds) if kind != CAPTION]
+    count = min(distill.rows or len(members), len(members))
+    return [members[place * len(members) // count] for place in range(count)]
+
+
+def _live(
+    arm: Arm,
+    distill: DistillSettings,
+    student: Loaded,
+    teacher: Loaded,
+    look: Weighting,
+    collator: Collator,
+    sides: tuple[int, int] | None,
+) -> AlignTI:
+    """The step with the teacher in it. Raises ModelError if it cannot teach this student, or has no such layer."""
+    check_layer(teacher, look.layer)
+    method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
+    pupil, master = VLM(student.model), VLM(teacher.model)
+    appends = method.route == "expanded" and method.needs.ribbon and not method.needs.in_student.maps
+    if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
+        pupil.flex()
+    if sides is not None:
+        frozen = FrozenTeacher(master, look.layer, shares_tower=False, background=look.background)
+        return AlignTI(pupil, Regridded(frozen, *sides), method)
+    shares_tower = not distill.trainable.vision_tower and same_tower(pupil, master)
+    return AlignTI(pupil, FrozenTeacher(master, look.layer, shares_tower, look.background), method)
+
+
+def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:
+    """What the card says of weights that the layer search picked; nothing of others."""
+    assert arm.iva is not None  # filled in by Settings.arm
+    if layers is None or arm.iva.weighting != "searched" or "iva" not in arm.needs:
+        return {}
+    picked = layers.picked.model_dump(include={"rule", "layer", "weighting", "rows"})
+    return {"searched": picked | {"background": weighting(arm.iva, layers).digest}}
+
+
+def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator) -> AlignTI:
+    """The step with what `cache_teacher` kept, if the arm has any use for it. Raises DataError if that is of another run."""
+    signals, shared = None, student.vocabulary
+    if any(needs.teacher for needs in arm.needs.values()):
+        cache = read_manifest(SIGNALS, facts_of(settings))
+        signals, shared = Signals(SIGNALS, cache.shards), cache.shared_vocabulary
+    return AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, shared), signals)
+
+
+def _method(arm: Arm, distill: DistillSettings, collator: Collator, shared_vocabulary: int) -> Method:
+    assert arm.tpa is not None and arm.divergence is not None  # filled in by Settings.arm
+    return Method(
+        weights=arm.weights,
+        options=arm.options,
+        **arm.divergence.model_dump(),
+        chunk_mib=distill.logits_chunk_mib,
+        **arm.tpa.model_dump(exclude={"divergence"}),
+        eos=collator.eos_id,
+        shared_vocabulary=shared_vocabulary,
+        route="expanded" if distill.gradient_checkpointing else "continuation",
+    )
