@@ -28,7 +28,7 @@ from components.dataset.prepare import prepare
 from components.dataset.shards import Samples
 from components.digits.tokenizer import build_processor
 from components.distill.loader import MicroBatches, Steps, batches
-from components.distill.order import Order
+from components.distill.sampler import Order
 from components.models.collate import Collator
 from components.models.template import Template
 

@@ -251,7 +251,7 @@ def samples(
     from components.config.load import load_settings
     from components.dataset.shards import Samples
     from components.evaluate import samples as page
-    from components.evaluate.outcomes import read
+    from components.evaluate.load_results import read
     from components.models.load import load
     from components.records.compare import Comparison
     from components.records.irs import LayerChoice
@@ -284,7 +284,7 @@ def controls(
     for name in arm or ():
         if name not in known:
             raise unknown("arm", name, known)
-    from components.evaluate import controls as measured
+    from components.evaluate import blind_baselines as measured
 
     folders = {TEACHER_ARM: Path(TeacherChoice.read(TEACHER / "choice.json").path)}
     folders |= {name: STUDENTS / name / "model" for name in settings.study.arms}
@@ -539,7 +539,7 @@ def try_model(
     if not image.is_file():
         raise InputError(f"--image {image}: no such file")
     from components.config.load import load_settings
-    from components.release.ask import run
+    from components.release.generate import run
 
     run([student] if vs is None else [student, vs], image, question, load_settings(), longest, look)
 

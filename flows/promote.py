@@ -15,7 +15,7 @@ from typing import Any
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import AlignTIError, InputError, TryAgainError
-from components.evaluate.outcomes import read_predictions
+from components.evaluate.load_results import read_predictions
 from components.model_registry import record
 from components.model_registry.paired_test import MeasuredDifferently, duel, guessed
 from components.records.compare import Difference

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from components.config.data import DataLimits
 from components.dataset.images import Refusal
+from components.dataset.readers import Place, Store
 from components.dataset.row import Held, Row, understand
 from components.dataset.shards import Turn
 from components.dataset.source import Refused, Rule
-from components.dataset.stores import Place, Store
 from components.errors import DataError
 
 # A picture's key is its place, which is one picture's alone; its name, which others may share, is made unique.

@@ -16,9 +16,9 @@ from pathlib import Path
 from components.config.data import DataSettings, LlavaFolder, Mixture
 from components.dataset.images import Refusal, check
 from components.dataset.index import Index, Indexed, build
+from components.dataset.readers import Store, store
 from components.dataset.shards import ImageRow
 from components.dataset.source import Provenance, Refused, Rule, Stored
-from components.dataset.stores import Store, store
 from components.records.paths import Split
 
 OWN = "These are your own data; their licence is known to you. Note it here before you pass the data set on."

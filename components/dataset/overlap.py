@@ -17,8 +17,8 @@ from tqdm import tqdm
 from components.config.data import DataLimits
 from components.dataset.images import Refusal, load
 from components.dataset.index import Index
-from components.dataset.parts import LOOK, Part, Parts
 from components.dataset.perceptual_hash import nearest
+from components.dataset.shard_jobs import LOOK, Part, Parts
 from components.dataset.shards import without
 from components.dataset.source import Refused
 from components.errors import DataError

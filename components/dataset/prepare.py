@@ -19,7 +19,7 @@ from tqdm import tqdm
 from components.config.data import DataSettings
 from components.dataset import mixture, overlap
 from components.dataset.card import write_card
-from components.dataset.parts import Part, Parts, make
+from components.dataset.shard_jobs import Part, Parts, make
 from components.dataset.shards import joined
 from components.dataset.source import Refused, Source
 from components.digits import grids

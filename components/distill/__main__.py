@@ -20,9 +20,9 @@ from components.distill.assemble import Job, assemble
 from components.distill.card import model_card
 from components.distill.checkpoint import Checkpoints
 from components.distill.export import export, gathered
-from components.distill.grids import Regridded
 from components.distill.launch import launch, to_be_launched
 from components.distill.loop import train
+from components.distill.resample_visual_tokens import Regridded
 from components.distill.teacher import FrozenTeacher
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.models.load import Loaded, load

@@ -16,11 +16,11 @@ from components.config.settings import Settings
 from components.config.study import Arm
 from components.dataset.shards import CAPTION, Samples
 from components.distill import code
-from components.distill.grids import Regridded
 from components.distill.launch import check_came_up
-from components.distill.order import Order
 from components.distill.placement import load_teacher
 from components.distill.replay import Origin
+from components.distill.resample_visual_tokens import Regridded
+from components.distill.sampler import Order
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable
 from components.io import fingerprint

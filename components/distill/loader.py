@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from components.config.distill import DistillSettings
 from components.dataset.shards import Samples
-from components.distill.order import Order, draw_key, shared_out, shared_out_by_length
+from components.distill.sampler import Order, draw_key, shared_out, shared_out_by_length
 from components.errors import AlignTIError, TryAgainError
 from components.models.collate import Batch, Collator
 from components.process import end_with_parent

@@ -21,10 +21,10 @@ from components.align_ti.step import AlignTI, total
 from components.config.distill import DistillSettings
 from components.distill.assemble import Job
 from components.distill.checkpoint import Checkpoints
+from components.distill.ddp_module import Replica
 from components.distill.launch import prepare_sharding
 from components.distill.loader import Steps, batches, deaths_explained
 from components.distill.memory import explained
-from components.distill.replica import Replica
 from components.distill.trainable import of_terms, parameter_groups, rates
 from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch

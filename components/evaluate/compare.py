@@ -24,9 +24,9 @@ from components.config.load import load_settings
 from components.config.study import Arm
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import headline, leaders, listed, spoken, standing
+from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import EXACT_MATCH, MEASURES, per_question
 from components.evaluate.metrics import OVERALL
-from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.statistics import (
     Interval,
     Scored,

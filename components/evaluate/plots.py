@@ -9,8 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from components.evaluate.load_results import Losses
 from components.evaluate.measures import MEASURES
-from components.evaluate.outcomes import Losses
 from components.records.compare import Comparison, TeacherResult
 from components.report.figures import Theme
 

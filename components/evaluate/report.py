@@ -19,9 +19,9 @@ from components.dataset.shards import Samples
 from components.errors import DataError
 from components.evaluate import plots
 from components.evaluate.headline import noise_of, resolution
+from components.evaluate.load_results import Outcomes
 from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
 from components.evaluate.metrics import OVERALL
-from components.evaluate.outcomes import Outcomes
 from components.evaluate.pages import data_uri, templates, thumbnail
 from components.evaluate.statistics import Interval
 from components.io import write_bytes, write_text

@@ -23,7 +23,7 @@ def main() -> None:
 
     from components.dataset.shards import Samples
     from components.digits import embedded_family
-    from components.models.tiles import as_one_tile
+    from components.models.image_splitting import as_one_tile
     from components.tracking.stage_run import stage_run
 
     disable_progress_bar()  # of writing one shard
@@ -61,8 +61,8 @@ def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
     Raises as `obtain.locate`, `assemble` and `cut` do.
     """
     from components.models.assemble import assemble
-    from components.models.cut import cut
-    from components.models.obtain import locate, obtain
+    from components.models.download import locate, obtain
+    from components.models.prune import cut
 
     if isinstance(member, Checkpoint):
         return obtain(member, target)
@@ -73,7 +73,7 @@ def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
 
 def origin_of(member: object, path: Path) -> tuple[str, str | None]:
     """Of a member of `models.members` at `path`: what the index says of where it comes from, and its commit."""
-    from components.models.cut import layers_kept
+    from components.models.prune import layers_kept
 
     if isinstance(member, Checkpoint):
         return member.source, member.revision
@@ -88,8 +88,8 @@ def origin_of(member: object, path: Path) -> tuple[str, str | None]:
 
 def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
     """Records of the models that lie under `folder`. Raises ModelError if a processor or its template cannot serve."""
+    from components.models.checkpoint_folder import record
     from components.models.collate import check_special_tokens, visual_tokens
-    from components.models.folder import record
     from components.models.load import check_kind
     from components.models.processor import load_processor
     from components.models.template import Template

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from components.config.models import Parts
 from components.errors import ModelError
-from components.models.folder import weight_files
+from components.models.checkpoint_folder import weight_files
 from components.models.template import EOS, IMAGE, Template
 
 TOWERS = ("siglip", "siglip_vision_model")

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 
 from components.dataset.shards import Turn
 from components.errors import ModelError
+from components.models.checkpoint_folder import weight_files
 from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
 from components.models.families import Family, family_of, reads_one_layer
-from components.models.folder import weight_files
 from components.models.processor import load_processor
 from components.models.template import Template
 

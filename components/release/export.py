@@ -18,9 +18,9 @@ from components.distill.export import save
 from components.errors import InputError, ModelError
 from components.evaluate.generate import answers, questions
 from components.io import whole_folder
+from components.models.checkpoint_folder import weight_files
 from components.models.collate import Collator
 from components.models.families import family_of, prompt
-from components.models.folder import weight_files
 from components.models.load import Loaded
 from components.models.processor import load_processor
 from components.models.template import Template

@@ -13,8 +13,8 @@ import torch
 from components.config.settings import Settings
 from components.errors import InputError, ModelError
 from components.evaluate.__main__ import model_of
+from components.models.download import snapshot
 from components.models.load import Loaded, check_images, load
-from components.models.obtain import snapshot
 from components.models.processor import load_processor
 from components.models.template import Template
 from components.records.paths import TEACHER_ARM

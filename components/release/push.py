@@ -23,8 +23,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from components.distill.card import NOT_STATED
 from components.errors import HIDDEN, InputError, ModelError, TryAgainError
-from components.models.folder import weight_files
-from components.models.obtain import WANTED
+from components.models.checkpoint_folder import weight_files
+from components.models.download import WANTED
 
 CARD = "README.md"
 RESERVED = re.compile(r"\bNC\b|non-?commercial|research only", re.IGNORECASE)

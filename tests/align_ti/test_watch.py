@@ -18,7 +18,7 @@ from components.align_ti.seen import Seen
 from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import Needs, View, images
 from components.align_ti.watch import Map, Watch
-from components.distill.replica import Replica
+from components.distill.ddp_module import Replica
 from components.distill.teacher import FrozenTeacher
 from components.errors import ModelError
 from components.models.attention import Look, recomputing, watching

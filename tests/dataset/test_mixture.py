@@ -411,8 +411,8 @@ def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.M
     annotations = tmp_path / "rows.json"
     annotations.write_text(json.dumps(GOOD_ROWS))
     events: list[str] = []
+    from components.dataset.readers import Store
     from components.dataset.shards import SplitWriter
-    from components.dataset.stores import Store
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from components.config.data import DataSettings, LlavaFolder
 from components.config.load import load_settings
-from components.dataset import parts
 from components.dataset import prepare as stage
+from components.dataset import shard_jobs
 from components.dataset.__main__ import unseen_by_dvc
 from components.dataset.card import contact_sheet
 from components.dataset.prepare import prepare
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_data_set_before_and_the_parts_to_go_on_from(
             prepare(other, raw_folder, target)
     assert Manifest.read(target / "manifest.json") == first
     assert len(list(Samples(target, "train"))) == first.splits["train"].samples
-    monkeypatch.setattr(parts, "write_part", None)  # it is not called again
+    monkeypatch.setattr(shard_jobs, "write_part", None)  # it is not called again
     assert prepare(other, raw_folder, target) != first
     assert list(target.parent.iterdir()) == [target]
 

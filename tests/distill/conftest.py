@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from components.dataset.shards import ImageRow, Turn, write_split
-from components.models.folder import record
+from components.models.checkpoint_folder import record
 from components.records.dataset import Manifest
 from components.records.models import ModelIndex
 from components.records.paths import DATASET, IRS, MODELS, TEACHER

@@ -15,7 +15,7 @@ import torch
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.distill.loader import MicroBatches, Steps, batches, deaths_explained
-from components.distill.order import Order
+from components.distill.sampler import Order
 from components.errors import DataError, TryAgainError
 from components.models.collate import Collator
 from components.models.load import load_processor

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from components.distill.replay import DUMPS, Finding, replay
 from components.errors import AlignTIError, DataError, ModelError
+from components.models.checkpoint_folder import record
 from components.models.collate import Collator, Processed
-from components.models.folder import record
 from components.records.models import ModelIndex
 from components.records.paths import MODELS
 from tests.distill.conftest import write_params

@@ -13,7 +13,7 @@ import pytest
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.evaluate.generate import answers, questions
-from components.models.folder import record
+from components.models.checkpoint_folder import record
 from components.models.load import Loaded, load
 from components.models.template import Template
 from components.records.models import ModelIndex

@@ -19,7 +19,7 @@ from components.evaluate.compare import compare, runs_of
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import leading
 from components.evaluate.likelihood import kl_per_token, nats_per_token
-from components.evaluate.outcomes import Outcomes, read
+from components.evaluate.load_results import Outcomes, read
 from components.records.compare import Comparison
 from components.records.distill import Cost
 from components.records.evaluate import Likelihood, Prediction, Scores

@@ -23,7 +23,7 @@ from components.evaluate.leaderboard import (
     spreadsheet,
     write,
 )
-from components.evaluate.outcomes import read
+from components.evaluate.load_results import read
 from components.evaluate.speed import Speed, SpeedReport
 from components.records.compare import Comparison
 from components.records.models import ModelIndex, ModelRecord

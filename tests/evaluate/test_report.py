@@ -21,8 +21,8 @@ from components.config.yaml_file import read_yaml
 from components.errors import DataError, InputError
 from components.evaluate import compare as stage
 from components.evaluate import plots, published_runs
+from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import MEASURES
-from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.pages import data_uri, thumbnail
 from components.evaluate.report import Picture, disagreements, html, markdown, table
 from components.records.compare import Comparison, PublishedRuns

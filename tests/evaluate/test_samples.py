@@ -18,8 +18,8 @@ from components.dataset.shards import Samples
 from components.errors import DataError
 from components.evaluate.compare import compare
 from components.evaluate.generate import questions
+from components.evaluate.load_results import Outcomes, read
 from components.evaluate.metrics import predictions as predicted
-from components.evaluate.outcomes import Outcomes, read
 from components.evaluate.samples import looks, write
 from components.models.load import Loaded
 from components.records.compare import Comparison

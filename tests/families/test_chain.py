@@ -17,9 +17,9 @@ from components.dataset.shards import ImageRow, Samples, Turn
 from components.distill.export import export
 from components.distill.teacher import FrozenTeacher
 from components.irs.search import measure
+from components.models.download import obtain
 from components.models.families import inputs, parts
 from components.models.load import Loaded, check_pair, load
-from components.models.obtain import obtain
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.records.distill import Cost

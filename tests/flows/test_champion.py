@@ -17,7 +17,7 @@ import yaml
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import DataError, InputError, TryAgainError
-from components.evaluate.outcomes import read_predictions
+from components.evaluate.load_results import read_predictions
 from components.model_registry import measure
 from components.model_registry.paired_test import MeasuredDifferently
 from components.records.evaluate import Prediction, Scores

@@ -16,7 +16,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from components.config.load import load_settings
 from components.evaluate.compare import compare
-from components.evaluate.outcomes import read
+from components.evaluate.load_results import read
 from components.records.compare import Comparison
 from components.tracking.journal import JOURNALS, Run
 from flows import dvc, page

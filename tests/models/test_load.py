@@ -8,7 +8,7 @@ from transformers import LlavaProcessor
 
 from components.digits.tokenizer import build_processor
 from components.errors import ModelError
-from components.models.folder import parameters, record
+from components.models.checkpoint_folder import parameters, record
 from components.models.load import Loaded, check_pair, load
 from components.models.template import Template
 from tests.models.conftest import IMAGE_PX, NV, WORDS, bpe_processor, saved, word_processor

@@ -13,7 +13,7 @@ from components.config.settings import Settings
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.distill.card import model_card
 from components.io import write_text
-from components.models.folder import record
+from components.models.checkpoint_folder import record
 from components.records.dataset import Manifest
 from components.records.distill import Cost
 from components.records.models import ModelIndex

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from components.config.models import Checkpoint
 from components.dataset.shards import Samples
 from components.distill import export as distilled
-from components.models import obtain as obtaining
+from components.models import download as obtaining
 from components.models.collate import Collator
+from components.models.download import obtain
 from components.models.load import check_images, load
-from components.models.obtain import obtain
 from components.models.template import Template
 from components.process import exit_from
 from components.records.distill import Cost

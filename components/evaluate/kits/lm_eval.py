@@ -18,7 +18,7 @@ from tqdm import tqdm
 from components.errors import DataError, InputError
 from components.evaluate.journal import Journal
 from components.io import write_text
-from components.models.folder import weight_files
+from components.models.checkpoint_folder import weight_files
 from components.records.paths import RUNS
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from components.evaluate.kits.client import Endpoint
 from components.evaluate.kits.inside import JUDGE
 from components.evaluate.kits.scores import KitScores
 from components.io import sha256
-from components.models.folder import weight_files
+from components.models.checkpoint_folder import weight_files
 from components.models.load import load_processor
 from components.models.template import Template
 from components.records.evaluate import Fingerprint, Prediction, Scores

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from components.errors import InputError, TryAgainError
 from components.evaluate.kits.client import KEY, Endpoint, healthy
-from components.models.folder import weight_files
+from components.models.checkpoint_folder import weight_files
 
 LOOPBACK = "127.0.0.1"
 START_S = 900  # a large model's weights take minutes to read

@@ -6,7 +6,7 @@ import pytest
 
 from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import CORE
-from components.distill.replica import Replica
+from components.distill.ddp_module import Replica
 from components.distill.teacher import FrozenTeacher
 from components.models.vlm import VLM
 from tests import tiny

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from components.config.data import DataLimits, DataSettings, LlavaFolder
-from components.dataset import parts
-from components.dataset.parts import make
+from components.dataset import shard_jobs
 from components.dataset.prepare import prepare
+from components.dataset.shard_jobs import make
 from components.dataset.source import Refused, Stored
 from components.errors import TryAgainError
 from components.records.dataset import Manifest
@@ -66,7 +66,7 @@ def plain(asked: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_the_number_of_workers_changes_no_byte(
     asked: DataSettings, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "WORTH_A_WORKER", 1)
+    monkeypatch.setattr(shard_jobs, "WORTH_A_WORKER", 1)
     prepare(asked, target=tmp_path / "dataset", workers=2)
     assert content(tmp_path / "dataset") == plain
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
@@ -101,13 +101,13 @@ def test_after_kill_9_whole_parts_are_not_made_again(
     assert not target.exists()
     assert list((tmp_path / ".dataset.draft").rglob(".*.tmp"))  # half-written
     made = []
-    real = parts.write_part
+    real = shard_jobs.write_part
 
-    def watched(source: parts.Source, part: int, *rest: object) -> parts.Part:
+    def watched(source: shard_jobs.Source, part: int, *rest: object) -> shard_jobs.Part:
         made.append(part)
         return real(source, part, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(parts, "write_part", watched)
+    monkeypatch.setattr(shard_jobs, "write_part", watched)
     prepare(asked, target=target, workers=1)
     assert made == [4, 5, 6, 7]
     assert content(target) == plain
@@ -119,7 +119,7 @@ def test_what_was_made_of_other_files_or_settings_is_not_gone_on_from(
 ) -> None:
     target = tmp_path / "dataset"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(parts.Part, "write", interrupt)
+        patched.setattr(shard_jobs.Part, "write", interrupt)
         prepare(asked.model_copy(update={"seed": 2}), target=target, workers=1)
     assert (tmp_path / ".dataset.draft").exists()
     prepare(asked, target=target, workers=1)
@@ -136,8 +136,8 @@ class Deadly:
 
     title: str = "deadly"
     licence: str = "none"
-    images: int = 2 * parts.WORTH_A_WORKER
-    rows_in: int = 2 * parts.WORTH_A_WORKER
+    images: int = 2 * shard_jobs.WORTH_A_WORKER
+    rows_in: int = 2 * shard_jobs.WORTH_A_WORKER
     parts: int = 2
     boxes: bool = False
 
@@ -152,7 +152,7 @@ class Deadly:
 
 def test_a_worker_that_is_killed_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(TryAgainError, match=r"was killed.*ALIGNTI_WORKERS=1"):
-        make(Deadly(), tmp_path, parts.WORTH_A_WORKER, workers=2, bar=lambda _: None)
+        make(Deadly(), tmp_path, shard_jobs.WORTH_A_WORKER, workers=2, bar=lambda _: None)
 
 
 def test_where_no_more_can_be_written_nothing_half_written_is_left(

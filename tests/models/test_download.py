@@ -7,9 +7,9 @@ from huggingface_hub import errors as hub
 
 from components.config.models import Checkpoint
 from components.errors import ModelError, TryAgainError
-from components.models import obtain as module
+from components.models import download as module
+from components.models.download import obtain
 from components.models.load import load
-from components.models.obtain import obtain
 from tests.models.conftest import saved, word_processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

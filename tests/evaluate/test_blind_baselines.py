@@ -13,9 +13,9 @@ from PIL import Image
 from components.config.load import load_settings
 from components.dataset.perceptual_hash import NEAR
 from components.dataset.shards import ImageRow, Samples, Turn, write_split
-from components.evaluate import controls
+from components.evaluate import blind_baselines
+from components.evaluate.blind_baselines import Blank, Other, majority, markdown, measure
 from components.evaluate.contamination import contamination
-from components.evaluate.controls import Blank, Other, majority, markdown, measure
 from components.records.dataset import Manifest
 from components.records.paths import DATASET, MODELS
 
@@ -104,7 +104,7 @@ def test_a_model_that_looks_loses_without_its_image(workplace: Path) -> None:
         f"{100 * figures.seeing:.1f} / {100 * figures.blank:.1f} / {100 * figures.other:.1f}" in text
         and "Is the test in the training data?" in text
     )
-    assert [path.name for path in controls.write(found)] == ["controls.json", "controls.md"]
+    assert [path.name for path in blind_baselines.write(found)] == ["controls.json", "controls.md"]
 
 
 @pytest.mark.parametrize("name", ["nobody"])

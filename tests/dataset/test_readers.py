@@ -24,9 +24,9 @@ from components.dataset import json_rows
 from components.dataset.images import Refusal
 from components.dataset.mixture import source
 from components.dataset.prepare import prepare, write
+from components.dataset.readers import HUB, store
 from components.dataset.shards import Sample, Samples
 from components.dataset.source import Refused
-from components.dataset.stores import HUB, store
 from components.errors import DataError, TryAgainError
 from components.records.dataset import Overlap, Sources
 from components.records.paths import SPLITS

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.align_ti.ribbon import uniforms
-from components.distill.order import Order, draw_key, shared_out, shared_out_by_length
+from components.distill.sampler import Order, draw_key, shared_out, shared_out_by_length
 from components.errors import DataError, InputError
 
 

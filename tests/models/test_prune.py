@@ -17,8 +17,8 @@ from transformers import AutoModelForImageTextToText
 
 from components.config.models import Cut
 from components.errors import ModelError
-from components.models.cut import _layers, cut, largest
 from components.models.load import load
+from components.models.prune import _layers, cut, largest
 from components.models.vlm import VLM
 from tests.families import toy
 

@@ -27,7 +27,7 @@ from components.models.collate import Batch, Collator
 from components.models.families import prompt
 from components.models.load import Loaded
 from components.models.template import IMAGE
-from components.release.look import draw_looks, look
+from components.release.attention_overlay import draw_looks, look
 from components.release.model import Named, find, open_model, template_of
 from components.runtime import prepare_torch
 

@@ -10,7 +10,7 @@ import torch
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.digits.tokenizer import build_processor
-from components.distill.grids import Regridded, bilinear
+from components.distill.resample_visual_tokens import Regridded, bilinear
 from components.distill.teacher import FrozenTeacher
 from components.errors import ModelError
 from components.models.collate import Collator

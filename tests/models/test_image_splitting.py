@@ -11,8 +11,8 @@ import pytest
 from components.errors import ModelError
 from components.irs.regions import seen_by
 from components.models.collate import visual_tokens
+from components.models.image_splitting import as_one_tile
 from components.models.processor import load_processor
-from components.models.tiles import as_one_tile
 from tests.families import toy
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from components.config.models import Checkpoint
 from components.errors import ModelError, TryAgainError
 from components.io import whole_folder
-from components.models.folder import weight_files
+from components.models.checkpoint_folder import weight_files
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]
 SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from components.config.models import Cut
 from components.errors import ModelError
-from components.models.folder import INDEX, weight_files
+from components.models.checkpoint_folder import INDEX, weight_files
 
 EXACT = (  # language models whose layers are alike but for `layer_types`, each with an MLP of gate, up and down
     "gemma2",

@@ -16,8 +16,8 @@ from components.models.collate import Collator
 from components.models.families import FAMILIES
 from components.models.load import load
 from components.models.template import Template
-from components.release.ask import Answer, read, respond, run, sample_of
-from components.release.look import layer_of, look, placed
+from components.release.attention_overlay import layer_of, look, placed
+from components.release.generate import Answer, read, respond, run, sample_of
 from components.release.model import Named, find
 from tests.families import toy
 
