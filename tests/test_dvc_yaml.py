@@ -74,7 +74,11 @@ def test_a_stage_declares_the_params_files_that_it_reads(stage: str) -> None:
 
 
 def test_files_that_code_reads_beside_it_are_listed_too() -> None:
-    beside = {str(path.relative_to(ROOT)) for path in (ROOT / "components").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    beside = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "components").rglob("*.*")
+        if path.suffix not in (".py", ".pyc", ".typed")
+    }
     assert beside - COMMANDS <= {dep for stage in STAGES.values() for dep in stage["deps"]}
 
 

@@ -54,6 +54,9 @@ class Student(Protocol):
     def watched(self, batch: Batch, watch: Watch) -> AbstractContextManager[Watched]: ...
     @property
     def head(self) -> Head: ...
+    @property
+    def model(self) -> Any:
+        """The underlying model: its configuration, the layers to shard, the parts to train. The method does not ask for it."""
 
 
 class Teacher(Protocol):
@@ -65,6 +68,13 @@ class Teacher(Protocol):
     def watched(self, batch: Batch, watch: Watch) -> AbstractContextManager[Watched]: ...
     @property
     def head(self) -> Head: ...
+    @property
+    def vlm(self) -> Any:
+        """The frozen model, for estimates of memory and for replays. The method does not ask for it."""
+
+    @property
+    def equal_weights(self) -> Tensor:
+        """() long: images so far whose visual tokens weighed the same, for want of attention."""
 
 
 class Signals(Protocol):
@@ -180,9 +190,13 @@ class AlignTI(nn.Module):
 
     @property
     def teacher(self) -> Teacher:
-        teacher = self._teacher[0]
-        assert teacher is not None
-        return teacher
+        assert self.live_teacher is not None
+        return self.live_teacher
+
+    @property
+    def live_teacher(self) -> Teacher | None:
+        """None where a cache serves, or no term needs a teacher."""
+        return self._teacher[0]
 
     def forward(self, batch: Batch, keys: list[int], draws: Tensor | None = None) -> Sums:
         """Sums and counts of the terms with a positive weight.

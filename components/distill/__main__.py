@@ -22,8 +22,6 @@ from components.distill.checkpoint import Checkpoints
 from components.distill.export import export, gathered
 from components.distill.launch import launch, to_be_launched
 from components.distill.loop import train
-from components.distill.resample_visual_tokens import Regridded
-from components.distill.teacher import FrozenTeacher
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.models.load import Loaded, load
 from components.process import exit_from
@@ -95,8 +93,8 @@ def _most(mib: float, accelerator: Accelerator) -> float:
 
 def _equal_weights(module: AlignTI, accelerator: Accelerator) -> int:
     """Images in which the live teacher's attention left nothing to weigh by, over all processes since this one began."""
-    teacher = module._teacher[0]
-    found = teacher.equal_weights if isinstance(teacher, FrozenTeacher | Regridded) else torch.zeros((), dtype=torch.long)
+    teacher = module.live_teacher
+    found = torch.zeros((), dtype=torch.long) if teacher is None else teacher.equal_weights
     return int(accelerator.gather(found.to(accelerator.device)[None]).sum())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +44,7 @@ class Replica(nn.Module):
 
         Ranks exchange gradients parameter by parameter: one that has none would be waited for, or get another's.
         """
-        model: Any = self.method.student.model  # type: ignore[attr-defined]
+        model = self.method.student.model
         head = model.get_output_embeddings().parameters()
         of = parts(model)
         used = (*of["vision_tower"], *of["projector"], *head, *self.method.term_modules.parameters())

@@ -108,7 +108,7 @@ def check_came_up(accelerator: Accelerator, runtime: RuntimeSettings) -> None:
 def prepare_sharding(accelerator: Accelerator, module: AlignTI, settings: DistillSettings) -> None:
     """Tell FSDP2 which modules are layers, and DeepSpeed what the loop clips and batches; nothing otherwise."""
     if accelerator.distributed_type == DistributedType.FSDP:
-        layers = module.student.model.get_decoder().layers  # type: ignore[attr-defined]
+        layers = module.student.model.get_decoder().layers
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layers[0]).__name__]
         # bf16 is the loop's autocast, as everywhere; FSDP2's own policy would return the sums of the terms in bf16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None

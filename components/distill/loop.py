@@ -52,9 +52,8 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
     module, settings, accelerator, title = job.module, job.distill, job.accelerator, job.title
     lora = settings.trainable.lora
     replica = Replica(module, accelerator.num_processes, seeded=lora is not None and lora.dropout > 0)
-    student: Any = module.student
     optimiser = torch.optim.AdamW(
-        [*parameter_groups(student.model, settings), *of_terms(module, settings)],
+        [*parameter_groups(module.student.model, settings), *of_terms(module, settings)],
         betas=settings.optimiser.betas,
         weight_decay=settings.optimiser.weight_decay,
     )

@@ -47,7 +47,7 @@ def explained(module: AlignTI, batches: list[tuple[Batch, list[int]]], settings:
 
 def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[str, int]:
     """Bytes per part of a step over `batch`, from shapes alone: good for an order, not for a figure."""
-    method, student = module.method, module.student.model  # type: ignore[attr-defined]
+    method, student = module.method, module.student.model
     B, T = batch.input_ids.shape
     rows = int(batch.response.sum(1).max()) * method.draws * B if method.needs.ribbon else 0
     wide = FLOAT if settings.precision == "fp32" else FLOAT // 2
@@ -70,9 +70,9 @@ def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[s
 
 def _teacher(module: AlignTI, tokens: int) -> int:
     """Bytes of its weights and, where alternatives continue over it, of its key/value cache."""
-    vlm = getattr(module._teacher[0], "vlm", None)
-    if vlm is None:
+    if module.live_teacher is None:
         return 0
+    vlm = module.live_teacher.vlm
     weights = sum(p.nbytes for p in vlm.parameters())
     if not module.method.needs.ribbon:
         return weights
