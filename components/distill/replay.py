@@ -73,7 +73,7 @@ class Origin:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, draft / "student.safetensors")
-            teacher = module._teacher[0]
+            teacher = module.live_teacher
             live = None
             if isinstance(teacher, FrozenTeacher):
                 background = None if teacher.background is None else teacher.background.tolist()
