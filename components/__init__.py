@@ -1,4 +1,4 @@
-"""The work: one room per concern, one `python -m components.<room>` command per stage."""
+"""Rooms of the platform; each stage is one `python -m components.<room>`."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code that says so: 2 your input, 75 try again, 143 interrupted but resumable."""
+"""Exceptions and their exit codes: 2 wrong input, 75 try again, 143 interrupted but resumable."""
 
 from __future__ import annotations
 

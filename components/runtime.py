@@ -1,4 +1,4 @@
-"""The machine a stage runs on: device, threads, determinism, the memory it took."""
+"""Device, threads and determinism of a stage, and its peak memory."""
 
 from __future__ import annotations
 

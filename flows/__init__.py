@@ -1,4 +1,4 @@
-"""When and in what order: Prefect around DVC. What is stale, and what depends on what, is DVC's to say."""
+"""Prefect around DVC: when and in what order. What is stale and what depends on what is DVC's to say."""
 
 import os
 

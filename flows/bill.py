@@ -1,4 +1,4 @@
-"""What `alignti plan` says beyond the stages of a full-size recipe: its runs and what each costs, and what is not here yet."""
+"""Cost report of a full-size recipe in `alignti plan`: its runs, what each costs, what is missing here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a full-size run costs by the cost model: device hours, memory, disk; and what has yet to be downloaded for it.
+"""Cost of a full-size run by the cost model: device hours, memory, disk, downloads.
 
 Nothing is measured here. docs/recipes.md says how far the model was from what was.
 """
@@ -46,7 +46,7 @@ class Estimate:
     device: Device
     devices: int
     hours: dict[str, float]  # stage -> device hours
-    memory: dict[str, float]  # part -> bytes on the device that holds most, in the dearest arm
+    memory: dict[str, float]  # part -> peak bytes per device, maximum over arms
     disk: dict[str, float]  # part -> bytes
     cpu_hours: float  # of `prepare`, on two cores
 

@@ -1,7 +1,7 @@
-"""Which accelerators there are, and one stage at a time on each.
+"""Accelerators of this machine, one stage at a time on each.
 
 A lock file per GPU says that it is taken: the kernel frees it when its holders die, which no server's count of slots does. Its
-holders are the flow that asked for it and the stage that runs on it (components/errors.py): a training that outlives a killed
+holders are the flow that asked for it and the stage that runs on it (components/process.py): a training that outlives a killed
 flow, because it saves, keeps it until it ends.
 """
 

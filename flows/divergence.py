@@ -1,4 +1,4 @@
-"""Watching a training from outside, through its journal: has its loss grown past all hope?"""
+"""Early stopping from outside: watches a training's journal for a diverging loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What dead flow runs left behind: `alignti doctor` lists it, `alignti doctor --free-slots` frees it.
+"""Clean-up after dead flow runs: `alignti doctor` lists, `alignti doctor --free-slots` frees.
 
 Prefect counts a run that says `Running` as one of its pool, queue and deployment, whether its process lives or not. And a
 server that was restarted has forgotten who held the slots that its database still counts as taken.

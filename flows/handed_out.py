@@ -1,4 +1,4 @@
-"""Stages of a study for the workers of the pool: a flow run of their own each, which any worker may take, on any machine.
+"""Remote arms: stages of a study as flow runs of their own, which any worker of the pool may take.
 
 The study orders them and restores what they made: from the cache, if the machines share it, or else through a DVC remote named
 `pool`, to which each workspace sends what it made (flows/workspace.py).

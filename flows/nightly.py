@@ -1,4 +1,4 @@
-"""Every night: is there anything new since the champion? Then train what is stale, compare, and promote or say why not.
+"""Nightly flow: if anything is new since the champion, train what is stale, compare, promote or say why not.
 
 New is: other raw data, a prepared set whose figures have moved, or other code or params than those the champion was made with.
 """

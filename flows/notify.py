@@ -1,4 +1,4 @@
-"""Tells a webhook of yours that a flow run failed, or that there is a new champion: one POST of JSON (docs/orchestration.md).
+"""Webhook: one POST of JSON when a flow run fails or there is a new champion (docs/orchestration.md).
 
 The address is $ALIGNTI_WEBHOOK. It may hold a token, so it is never printed, nor what an error says of it.
 """

@@ -1,4 +1,4 @@
-"""What a flow run's page in Prefect shows beside its log: how far it is, the scores, the way to its MLflow run and report.
+"""Prefect artifacts of a flow run: progress, scores, links to its MLflow run and report.
 
 The page is for people to look at, and nothing is read back from it; so what Prefect does not take costs a line in the log.
 """

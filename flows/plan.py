@@ -1,4 +1,4 @@
-"""What `make repro` would run, why, and for how long: DVC's status, and its consequences down the graph."""
+"""Plan of `make repro`: stale stages by DVC's status and its graph, with reasons and times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of workers: `alignti deploy` tells Prefect what may run and where, `alignti worker` runs it.
+"""Pool of workers: `alignti deploy` registers deployments with Prefect, `alignti worker` runs them.
 
 Two work pools of processes, `cpu` and `gpu`, of as many runs at a time as there are devices, each with three queues: what waits
 in `urgent` goes before `default`, and that before `background`. And a third, `studies`, for flow runs that hand their work out

@@ -1,4 +1,4 @@
-"""Which flow runs live on this machine: each holds a lock file for as long as its process lives, however that ends.
+"""Heartbeat of flow runs on this machine: a lock file each, held as long as its process lives.
 
 A server hears of the end of a run only from the run itself or from its worker; killed together they leave it `Running`, and the
 slots that it held taken. The kernel frees a lock whatever happens.

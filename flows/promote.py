@@ -1,4 +1,4 @@
-"""`alignti register` and `alignti promote`: which student is the champion, and why.
+"""Registration and promotion: `alignti register`, `alignti promote`.
 
 A candidate takes the alias `champion` only if it answers more of the agreed questions right than the champion does, beyond what
 the test sample allows by chance (components/model_registry/paired_test.py). The answers of both are those that DVC keeps.

@@ -1,4 +1,4 @@
-"""`alignti reproduce RUN_ID`: run again what a recorded run ran, and say whether the same bytes come out.
+"""`alignti reproduce RUN_ID`: reruns a recorded run and compares the bytes.
 
 The code is that of the run's commit, in a worktree of its own; the raw data is what that commit's .dvc files name; params/ are
 those that the run recorded. A run whose code was not committed is refused: what it ran is nowhere to be had.

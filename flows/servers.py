@@ -1,4 +1,4 @@
-"""The MLflow and the Prefect server of this working folder: `alignti up`, `alignti down`, `alignti status`.
+"""MLflow and Prefect servers of this working folder: `alignti up`, `alignti down`, `alignti status`.
 
 Each runs in a session of its own, with its data, log and pid file under `.servers/`; MLflow's runs are in `.mlflow/`, the place
 that stages write to without a server too. On a shared PostgreSQL each has a database of its own: both keep their schema's

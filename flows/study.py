@@ -1,4 +1,4 @@
-"""A study as a Prefect flow: its arms become DVC's stages, are trained and scored, recorded, and compared.
+"""Study as a Prefect flow: its arms become DVC stages, are trained and scored, recorded, and compared.
 
     alignti study run NAME [--parallel N] [--recipe NAME] [--pool]
 

@@ -1,4 +1,4 @@
-"""A folder of a flow run's own: the committed code and params in a git worktree, over the cache that all share.
+"""Workspace of a flow run: a git worktree of the committed code and params, over the shared cache.
 
 So a run on a recipe or a study changes nothing that you are editing, two runs do not wait for each other's locks, and what was
 made in one is restored, not made again, in all others. Journals, checkpoints and the local MLflow store stay in the main

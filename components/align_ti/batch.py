@@ -1,4 +1,4 @@
-"""One micro-batch as the method sees it: what the models need to import of the method, beside its head."""
+"""Protocol of a micro-batch: with `head.py`, all that models import of the method."""
 
 from __future__ import annotations
 

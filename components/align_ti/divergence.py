@@ -1,4 +1,4 @@
-"""Divergence between teacher and student, one number in nats per row, without ever holding all rows' logits.
+"""Divergence between teacher and student per row, in nats; logits are computed in chunks of rows.
 
 A row is a position at which both models predict a token. Rows are chosen by the caller before any head is applied; the
 driver then works through them in chunks (head.py), so that its memory is a few chunks of logits whatever the number of rows.

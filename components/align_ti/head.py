@@ -1,4 +1,4 @@
-"""The output head, and losses of its logits that never hold all rows' logits at once.
+"""Output head, and per-row losses of its logits, computed in chunks of rows.
 
 One float32 tensor of logits is rows x vocabulary x 4 bytes: 443 MB for an image of 729 tokens at V = 151,936, and a loss
 holds several. So rows go through the head in chunks, whose logits are computed anew in the backward pass.
@@ -197,7 +197,7 @@ def _by_chunks(
 
 
 def _narrowed(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients in the dtype of what they are of."""
+    """Casts each gradient to its parameter's dtype."""
     pairs = zip(gradients, inputs, strict=True)
     return [None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in pairs]
 

@@ -99,7 +99,7 @@ def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     # right=True: a token of probability 0 has an empty interval and is never drawn.
     found = torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
-    # Of NaN, any token there is: the loss says what is wrong, where an index beyond the vocabulary would bring the device down.
+    # NaN probabilities are clamped to a valid id, so that the non-finite check reports them instead of a device-side assert.
     return found.clamp_max(probabilities.shape[1] - 1)
 
 

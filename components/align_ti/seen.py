@@ -1,4 +1,4 @@
-"""What one step computed, for the terms to read: what two of them need is computed once."""
+"""Intermediate results of one step, shared by the loss terms; what two terms need is computed once."""
 
 from __future__ import annotations
 

@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class SharedWeights:
-    """Of one step: `with shared.first:` around the pass whose backward comes last, `with shared.second:` around the other.
+    """`with shared.first:` around the pass of a step whose backward comes last, `with shared.second:` around the other.
 
     Linear layers and embeddings are served; what compiles or has no gradient stays as it is. The loss must depend on
-    the first pass's output, if only by zero times it: rows that nobody comes to fetch are lost.
+    the first pass's output, if only by zero times it: rows that the second pass defers are dropped
+    if the first pass has no backward.
     """
 
     def __init__(self) -> None:

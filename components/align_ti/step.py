@@ -1,4 +1,4 @@
-"""One distillation step: the passes through student and teacher that the arm's terms need, and each term's sum and count.
+"""Distillation step: forward passes of student and teacher that the arm's terms need; each term's sum and count.
 
 L = sum over terms of weight x sum / count (docs/method.md, "Total"). A term is a sum over its own units and their
 count, because a mean of means would depend on how the batch was split over devices and accumulation steps.

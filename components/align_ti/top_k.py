@@ -1,4 +1,4 @@
-"""The teacher's word at a row, kept instead of computed: its k likeliest tokens and the mass of all the others.
+"""Cached teacher distribution per row: top-k log-probabilities, and the log of the residual mass.
 
 The divergence of two such summaries, each with its mass beyond the k tokens as one more outcome, is KL(p_T || p_S) of
 coarser distributions: never more than the exact one (the data-processing inequality), and the same for k = V.

@@ -1,4 +1,4 @@
-"""The weights of an image's visual rows in L_iva."""
+"""Weights of an image's visual rows in L_iva."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def visual_weights(attention: Tensor, visual: Tensor) -> Tensor:
 
 
 def uniform_attention(visual: Tensor) -> Tensor:
-    """(B, Nv) equal attention: the control arm that tells whether the weighting matters."""
+    """(B, Nv) equal attention: the control of the weighting."""
     owned = torch.arange(int(visual.sum(1).max()), device=visual.device) < visual.sum(1, keepdim=True)
     return owned.float()

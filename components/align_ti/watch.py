@@ -1,4 +1,4 @@
-"""What a loss term may read inside a model: attention over the image's tokens, and hidden states, of chosen layers."""
+"""Forward hooks for loss terms: attention maps over visual tokens, and hidden states, of chosen layers."""
 
 from __future__ import annotations
 

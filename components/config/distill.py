@@ -51,7 +51,7 @@ class Tpa(Strict):
 
 
 class TeacherSignals(Strict):
-    """Where KD and IVA hear the teacher: in a pass of its own at every step, or from the cache that `cache_teacher` makes."""
+    """Source of the teacher's logits for KD and IVA: a live forward pass, or the cache that `cache_teacher` makes."""
 
     source: Literal["live", "cache"]
     top_k: PositiveInt = Field(description="for the cache: likeliest tokens kept per row, with the mass of all others")

@@ -35,7 +35,7 @@ class WithTerms(Strict):
     @model_validator(mode="wrap")
     @classmethod
     def _no_other_names(cls, raw: Any, fields: Callable[[Any], Self]) -> Self:
-        """Beside the problems of the fields: a misspelt one would else be told as missing alone."""
+        """Checked beside the fields, so that a misspelt one is reported as such and not as missing alone."""
         other = set(raw if isinstance(raw, dict) else ()) - {*cls.model_fields, *terms.names()}
         problems = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=raw[name]) for name in sorted(other, key=str)]
         try:

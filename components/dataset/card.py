@@ -1,4 +1,4 @@
-"""The data card and its contact sheet: what is in the data set, for a human reader."""
+"""Data card and contact sheet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One image file of a user's: checked before it is decoded, decoded once, and made plain RGB where it is not.
+"""Validation and decoding of a user's image file, to plain RGB.
 
 What is stored decodes to one upright 8-bit RGB frame. JPEG, PNG and WebP files that are so already keep their bytes;
 of the others, EXIF rotation is applied, 16-bit grey loses its low byte, transparency is laid on white, CMYK and the

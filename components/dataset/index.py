@@ -1,4 +1,4 @@
-"""All rows of all sources on disk, checked, grouped by image, numbered: what parts are cut from.
+"""Index of all rows of all sources on disk: checked, grouped by image, numbered.
 
 An SQLite file, so that neither the annotations nor what has been seen of them is ever in memory: rows of one image are
 found together wherever they stand, and an id that was used before is known. It holds text and places, no images.

@@ -1,4 +1,4 @@
-"""Rows of JSON lists and JSONL files of any length: one row in memory at a time."""
+"""Streaming reader of JSON lists and JSONL: one row in memory at a time."""
 
 from __future__ import annotations
 

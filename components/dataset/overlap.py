@@ -1,4 +1,4 @@
-"""Training images that look like evaluated ones: found by their looks when all parts are there, reported, dropped if asked.
+"""Near-duplicate training images of evaluated ones: found by perceptual hash, reported, dropped if asked.
 
 Equal pictures are in one split from the start (mixture.py), so what is found here are resized, recompressed and recoloured
 copies across splits, and copies of any kind among the images of benchmarks.

@@ -1,4 +1,4 @@
-"""Rows of Parquet files as the Hugging Face hub has them: bytes are left where they lie until they are asked for."""
+"""Reader of Parquet files in the Hub's layout; image bytes are read when they are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture looks like in 64 bits, and which pictures look alike.
+"""Perceptual hash (dHash, 64 bits) of images, and near neighbours by Hamming distance.
 
 Difference hash: is each of 8 x 9 grey cells brighter than its neighbour to the right (Krawetz, hackerfactor.com, "Kind of
 Like That", 2013). Looks that differ in at most NEAR bits belong to copies that were resized, recompressed or recoloured a

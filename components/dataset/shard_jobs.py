@@ -1,4 +1,4 @@
-"""Parts of a data set, made by all cores: each is whole on disk, or is not there and will be made again.
+"""Shard jobs, shared out over the cores: each result is whole on disk, or absent and made again.
 
 A part is a function of its number alone, so neither the number of workers nor an interruption changes a byte.
 """

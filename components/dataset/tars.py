@@ -1,4 +1,4 @@
-"""Tar files, read where they lie: as places of pictures that rows name, or as WebDataset, which holds rows and pictures."""
+"""Tar files read in place: as folders of images that rows name, or as WebDataset."""
 
 from __future__ import annotations
 

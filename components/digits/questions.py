@@ -1,4 +1,4 @@
-"""What can be asked about a grid of coloured digits: one small function per kind, and the choice that keeps answers even.
+"""Questions about a grid of coloured digits: one function per kind, and a choice that balances answers.
 
 Every answer names a place before what stands there, as a full sentence does, and ends with what follows from it. So each
 word needs one look at the image; a word that is wrong misleads those after it; and no kind waits for one circuit that a small

@@ -1,4 +1,4 @@
-"""The embedded family's eyes: a SigLIP-shaped vision tower that first learns, by itself, to read every cell of an image.
+"""Vision tower of the embedded family: SigLIP-shaped, pretrained to classify every cell of an image.
 
 What a cell shows is taken from the captions: one of `cells * k` words, in reading order, is k words about each cell. The
 tower predicts them at each visual token of the cell; then it is frozen and shared by teachers and students, as SigLIP is in

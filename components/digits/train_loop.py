@@ -1,4 +1,4 @@
-"""The one small loop behind every training of the embedded family: AdamW, warm-up and cosine, clipping, a bar."""
+"""Training loop of the embedded family: AdamW, warm-up, cosine, clipping, a progress bar."""
 
 from __future__ import annotations
 

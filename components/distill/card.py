@@ -1,4 +1,4 @@
-"""The model card of a student: what it was made of and how. What varies from run to run (seconds, memory) is in cost.json.
+"""Model card of a student: what it was made of and how. What varies from run to run (seconds, memory) is in cost.json.
 
 The same inputs give the same bytes: a card is part of what DVC versions, so it names no commit, no time and no machine.
 `alignti export` adds what is known later: scores, cost, and how to make it again (components/release/card.py).

@@ -1,4 +1,4 @@
-"""Checkpoints outside DVC's outs: whole or absent, found again only by a run that would have made the same bytes."""
+"""Checkpoints outside DVC's outs: atomic, and resumed only by a run that would make the same bytes."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from components.process import exit_from
 from components.records.paths import TERMS
 from components.tracking.import_graph import ROOT, closure, modules
 
-# Shared by all stages, and what only tells of a training: neither changes a student's bytes.
+# Modules shared by all stages, and those that only report on a training: neither changes a student's bytes.
 APART = (
     "config", "records", "io", "errors", "process", "tracking", "runtime",
     "distill.card", "distill.footprint", "distill.memory", "distill.replay",

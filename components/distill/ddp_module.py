@@ -1,4 +1,4 @@
-"""The module that DDP, FSDP2 and DeepSpeed wrap: whatever runs the student goes through its forward."""
+"""Module that DDP, FSDP2 and DeepSpeed wrap: every student pass goes through its forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished arm leaves: a Hugging Face folder that two lines of stock transformers load, with a model card."""
+"""Output of a finished arm: a Hugging Face folder that stock transformers loads, with a model card."""
 
 from __future__ import annotations
 

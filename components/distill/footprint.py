@@ -1,4 +1,4 @@
-"""Bytes that a training step holds, from shapes alone: what out-of-memory errors and the cost model reckon with."""
+"""Bytes that a training step holds, estimated from shapes: for out-of-memory errors and the cost model."""
 
 from __future__ import annotations
 

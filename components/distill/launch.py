@@ -1,4 +1,4 @@
-"""Several processes for one training: the stage starts `accelerate launch` itself, and passes on signals and exit codes."""
+"""Launcher of multi-process training: starts `accelerate launch`, forwards signals and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batches of each step, collated here or ahead by other processes: the same ones, in the same order, either way.
+"""Loader of each step's batches: collated here or ahead by other processes, with equal results in equal order.
 
 Batches come through a pipe as bytes, not through shared memory as PyTorch passes tensors: containers have little of it
 (and processes few open files), and a tensor that finds no room there never arrives.

@@ -1,4 +1,4 @@
-"""Out of memory at a step: say which part takes the most, by the shapes, and which setting lowers it."""
+"""Out-of-memory errors: the part that takes the most, by shapes, and the setting that lowers it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the teacher's weights lie and how: in which numbers, on which device, whole or shared out over the processes."""
+"""Placement of the teacher's weights: number format, device, whole or sharded over the processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step whose loss was not finite, left on disk by the loop, and run again sample by sample: which one, which term?
+"""Replay of a step whose loss was not finite, sample by sample: which sample, which term.
 
 `alignti replay .runs/dumps/ARM-step-N`
 """

@@ -1,4 +1,4 @@
-"""A teacher that sees an image on another grid of visual tokens than the student does.
+"""Resampling between visual grids: a teacher that reads an image on another grid than the student.
 
 Each reads the sample as its own processor writes it. Text rows are the same tokens in both, and go over as they are. At visual
 tokens the teacher's rows and the attention that weighs them are interpolated bilinearly from its square grid to the student's;

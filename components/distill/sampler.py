@@ -1,4 +1,4 @@
-"""Which samples make up which step, and which pass: pure functions of the seed, so that resuming needs no state."""
+"""Sampler: samples of each step and pass, pure functions of the seed, so that resuming needs no state."""
 
 from __future__ import annotations
 

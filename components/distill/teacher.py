@@ -1,4 +1,4 @@
-"""The teacher's side of a distillation step: frozen, and watched at the layer that shows where the instruction looks."""
+"""Frozen teacher of a distillation step, probed at the layer that the search chose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the student's weights are trained, how fast: whole parts of it, or low-rank adapters inside its language model."""
+"""Trainable weights of the student and their learning rates: whole parts, or LoRA in the language model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parameter_groups(model: Any, distill: DistillSettings) -> list[dict[str, Any
 
 
 def of_terms(module: AlignTI, distill: DistillSettings) -> list[dict[str, Any]]:
-    """The group of what loss terms train for themselves, if any does."""
+    """Parameter group of the loss terms' own modules, if any has one."""
     parameters = list(module.term_modules.parameters())
     return [{"name": "terms", "params": parameters, "lr": distill.optimiser.learning_rate}] if parameters else []
 

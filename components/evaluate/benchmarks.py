@@ -1,4 +1,4 @@
-"""The benchmarks: the paper's six, and those that its reviewers missed.
+"""Table of benchmarks: the paper's six, and those that its reviewers asked for.
 
 What no source confirmed is None, and `open_points` says why. Sources, all public: the authors' evaluation code (shells/eval and
 alignti/eval of github.com/lchen1019/Align-TI), LLaVA's docs/Evaluation.md, VLMEvalKit's dataset classes (names, addresses, MD5,

@@ -1,4 +1,4 @@
-"""What a score is worth without its image, and whether the test was trained on: `alignti controls`.
+"""Blind baselines, `alignti controls`: scores without the image, and contamination of the test split.
 
 A question that a model answers right with a blank image in the picture's place, or with another picture, needed no looking:
 language alone, or the most frequent answer, will do. The blank image is the field's control, but a model may never have seen

@@ -1,4 +1,4 @@
-"""Stage `compare`: every arm beside every other and the teacher, with how sure each number is.
+"""Stage `compare`: paired comparison of all arms and the teacher, with intervals.
 
     python -m components.evaluate.compare
 

@@ -1,4 +1,4 @@
-"""Is the test in the training data? Images by their pixels and by their look, and questions word for word.
+"""Contamination of the test split by training data: equal pixels, near-duplicate images, equal questions.
 
 Exact: the decoded pixels agree. Near: they look alike (components/dataset/perceptual_hash.py).
 """
@@ -23,7 +23,7 @@ LISTED = 50  # pairs named in the report
 
 
 class Pair(Record):
-    """A test image and its likest training image."""
+    """Nearest training image of a test image, by dHash distance."""
 
     test: str
     train: str

@@ -1,4 +1,4 @@
-"""How a score was measured, and whether two scores were measured alike.
+"""Fingerprint of a score: how it was measured; scores are compared if fingerprints are equal.
 
 A difference between two scores is one between two models only if nothing else differs: the questions, the prompts around them,
 the decoding, the judge, and the software and number format that ran it.

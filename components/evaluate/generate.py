@@ -1,4 +1,4 @@
-"""Greedy answers: the model writes each token itself, over a key/value cache, until it ends its turn."""
+"""Greedy generation over a key/value cache, until the model ends its turn."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def unreachable(loaded: Loaded, references: Iterable[str], max_new_tokens: int) 
 
 
 def _length(sample: Sample) -> tuple[bool, int]:
-    """Orders samples as their prompts are: an image stands for many tokens, then characters tell."""
+    """Sort key of samples by prompt length: whether there is an image, then characters."""
     return sample.image is not None, len(sample.turns[0].question)
 
 
 @contextmanager
 def greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]:
-    """The model generating greedily: a checkpoint's own sampling settings (a repetition penalty, say) stand aside."""
+    """Greedy decoding; the checkpoint's generation_config (a repetition penalty, say) is ignored."""
     model, tokenizer = loaded.model, loaded.processor.tokenizer
     own = model.generation_config
     model.generation_config = GenerationConfig(

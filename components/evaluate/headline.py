@@ -1,4 +1,4 @@
-"""The comparison in words: first what the sample can tell apart, then who leads and by how much."""
+"""Headline of the comparison: detectable difference first, then who leads and by how much."""
 
 from __future__ import annotations
 

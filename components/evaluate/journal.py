@@ -1,4 +1,4 @@
-"""Answers already given, on disk as they come: a killed evaluation asks again only what had no answer yet.
+"""Journal of answers, written as they come: a killed evaluation resumes at the first missing one.
 
 Standard library only: the kit's own process writes one too (components/evaluate/kits/inside.py).
 """
@@ -13,7 +13,7 @@ from threading import Lock
 
 
 class Journal:
-    """Answers by key, in a file of JSON lines. The file's name has to tell everything that an answer depends on."""
+    """Answers by key, in a file of JSON lines. The file's name has to identify everything that an answer depends on."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The table: our students and their teacher beside the published rows, with what may be compared and what not.
+"""Leaderboard: our students and their teacher beside the published rows, with what may be compared.
 
 Our rows are scored on our own test questions, the published ones on the paper's six benchmarks: the two halves share a page,
 not a column. A score of ours on one of the six is what VLMEvalKit said of it (`alignti evaluate --kit vlmeval --task`). What

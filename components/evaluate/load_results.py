@@ -1,4 +1,4 @@
-"""What the stages before `compare` left behind, read and checked: one story per arm, the same questions for all."""
+"""Results of the stages before `compare`, loaded and checked: every arm on the same questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measures that arms are compared by, each a sum over questions divided by a sum over questions."""
+"""Measures that arms are compared by, each a ratio of two sums over questions."""
 
 from __future__ import annotations
 

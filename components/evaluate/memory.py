@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes, on a GPU or a CPU."""
+"""Peak memory of a piece of work, on a GPU or a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer is worth: normalised exact match, token F1, and POPE-style figures for the yes/no kinds.
+"""Metrics of an answer: normalised exact match, token F1, and POPE-style figures for the yes/no kinds.
 
 Normalisation: case folded, runs of white space become one space, punctuation at the end (`.,;:!?`) dropped. Nothing else
 is forgiven: an answer is right if it then equals the reference.

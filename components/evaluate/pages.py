@@ -1,4 +1,4 @@
-"""What the HTML pages share: their templates beside this file, and pictures that travel inside the page."""
+"""Templates and inline images that the HTML pages share."""
 
 from __future__ import annotations
 

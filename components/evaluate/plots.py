@@ -1,4 +1,4 @@
-"""The pictures of a comparison. Each is a pure function of the results and a theme."""
+"""Figures of a comparison: pure functions of the results and a theme."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published runs of the shipped recipes, several seeds each: what a run of one's own can be expected to be near to."""
+"""Published runs of the shipped recipes, several seeds each: the reference for a run of one's own."""
 
 from __future__ import annotations
 

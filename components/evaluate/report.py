@@ -1,4 +1,4 @@
-"""The comparison as a person reads it: plots, a Markdown table, and one HTML file that needs nothing beside it."""
+"""Report of the comparison: plots, a Markdown table, and one self-contained HTML file."""
 
 from __future__ import annotations
 

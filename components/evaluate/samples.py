@@ -1,4 +1,4 @@
-"""Every answer to look at: image, question, reference, what the teacher and each arm said, and where the teacher looked.
+"""Page of answers: image, question, reference, answers of teacher and arms, the teacher's attention map.
 
 One HTML file that needs nothing beside it. The samples lie in it as data and only the cards on screen are built, so that
 thousands open at once; the address after `#` holds the filters, so that a view can be sent on.

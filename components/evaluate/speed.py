@@ -1,4 +1,4 @@
-"""How fast each model answers, all of them measured in one run on the same questions, so that their ratios mean something."""
+"""Generation speed of every model, measured in one run on the same questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a score or a difference is: one bootstrap over images, shared by all arms.
+"""Uncertainty of scores and differences: one bootstrap over images, shared by all arms.
 
 Questions about one image are not independent, so whole images are drawn with replacement (a cluster bootstrap), and
 every arm is scored on the same draws, which is what makes a difference of two arms a paired one. Intervals are

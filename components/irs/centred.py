@@ -1,4 +1,4 @@
-"""Centred attention: what a layer attends to beyond its background.
+"""Centred attention: a layer's attention less its background.
 
 Most of the attention that an instruction pays to an image goes to the same tokens whatever is asked: that is its background,
 attention sinks among it. `centred` takes it away and keeps what is above it.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from components.errors import DataError
 
-NOTHING = 1e-6  # of a sum of 1: what float32 cannot tell from no difference
+NOTHING = 1e-6  # share of a sum of 1 below which float32 shows no difference
 
 
 def shares(attention: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The choice of layer search: every layer's weights under each weighting and kind of rows, scored, and what the rule picks.
+"""Choice of the layer: weights of every layer, weighting and kind of rows, scored, and the rule that picks.
 
 Scores per (weighting, rows, layer): IRS, and where questions say which region they ask about, pointing. IRS of centred
 weights lies far above 0 for noise too (about 0.7: what is cut off at 0 seldom overlaps), so it compares layers and not

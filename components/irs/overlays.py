@@ -1,4 +1,4 @@
-"""The pictures of the layer search: IRS per layer, and where two instructions on one image make the teacher look."""
+"""Figures of the layer search: IRS per layer, and attention maps of two instructions on one image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the asked region lies among an image's visual tokens."""
+"""Region that a question is about, as shares of an image's visual tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the weights of an image's visual tokens come from: which layer, which rows, and the background if they are centred."""
+"""Weighting of visual tokens: layer, rows, and the background if centred."""
 
 from __future__ import annotations
 

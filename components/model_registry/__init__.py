@@ -1,1 +1,1 @@
-"""Which student stands: registered, compared with the one before on the same questions, and what has drifted since."""
+"""Registered students: the champion, the paired test that may replace it, and data drift."""

@@ -1,4 +1,4 @@
-"""Has the data moved on since the champion was trained? By its md5, and by figures of the prepared set."""
+"""Data drift since the champion was trained: md5, and figures of the prepared set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A student of another day, asked today's questions: what its score is on the benchmark as it stands now."""
+"""Scores of an earlier student on today's questions."""
 
 from __future__ import annotations
 

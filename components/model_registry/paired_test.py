@@ -1,4 +1,4 @@
-"""Two students on the same questions: is the one better than the other beyond what the test sample allows by chance?
+"""Paired test of two students on the same questions.
 
 The test is that of the report (components/evaluate/statistics.py): a bootstrap over images, both students on the same draws, at
 the confidence of params/evaluate.yaml.

@@ -1,4 +1,4 @@
-"""Students of this folder, told to MLflow: a run per student that says what stands, and a version in the registry.
+"""Registration of this folder's students: a run each that records what stands, and a version in the registry.
 
 It goes through the journal like everything else: a server that is away costs a line, and `alignti sync` sends it later.
 """

@@ -1,4 +1,4 @@
-"""Attention maps: how much of some rows' attention falls on each visual token, while the model keeps its fused kernel.
+"""Attention maps: attention of chosen rows on each visual token, while the model keeps its fused kernel.
 
 The model runs on an attention function of ours, registered with transformers, that calls its fused SDPA and, only in the
 layers being watched, computes softmax(q k) again for the rows asked for: (B, heads, Nr, T) instead of (B, heads, T, T) in

@@ -1,4 +1,4 @@
-"""A checkpoint folder on disk: is it whole and safe to read, and what does it hold."""
+"""Checkpoint folder: completeness, safety and content."""
 
 from __future__ import annotations
 

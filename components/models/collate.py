@@ -1,4 +1,4 @@
-"""Samples -> one batch of tensors: prompt template, tokenizer, image processor, and the masks that every loss stands on."""
+"""Collator: samples -> one batch of tensors (template, tokenizer, image processor, masks of the losses)."""
 
 from __future__ import annotations
 

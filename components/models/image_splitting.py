@@ -1,4 +1,4 @@
-"""`image_splitting: false`: a model of a family that splits images into tiles sees each as one, a square of fixed size."""
+"""`image_splitting: false`: families that split images into tiles see each as one square of fixed size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open checkpoint folders, and refuse pairs that cannot be distilled, before any work."""
+"""Loading of checkpoint folders, and refusal of pairs that cannot be distilled, before any work."""
 
 from __future__ import annotations
 

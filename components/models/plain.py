@@ -1,4 +1,4 @@
-"""Text in which what looks like a special token is plain text, so that no row can open a turn or end one."""
+"""Escaping of special tokens in data: text that looks like one is plain text, so that no row opens or ends a turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder's processor, opened for images and text alone.
+"""Processor of a folder, for images and text alone.
 
 Without torchvision, transformers 5.23 builds no processor that has a video part, also where nobody asks it for videos. So
 none is opened with one, whatever is installed; what a checkpoint says of videos is written out again, for those who go on.

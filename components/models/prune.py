@@ -1,4 +1,4 @@
-"""A student cut from its teacher: fewer decoder layers, narrower MLPs, everything else copied.
+"""Pruned students: fewer decoder layers and narrower MLPs of a teacher, everything else copied.
 
 Layers 0, every, 2 every, ... stay. Of each MLP those neurons stay whose weights are largest: the l2 norm over what belongs to
 a neuron, its rows of gate and up and its column of down (group magnitude: DepGraph, arXiv 2301.12900; the l2 criterion of

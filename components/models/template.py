@@ -1,4 +1,4 @@
-"""How turns become text: the paper's Vicuna-style template (docs/method.md "Recipe of the paper"), or the checkpoint's own.
+"""Chat templates: the paper's Vicuna style (docs/method.md, "Recipe of the paper"), or the checkpoint's own.
 
 {system }USER: <image>\\n{q} ASSISTANT: {a}<|endoftext|>USER: {q} ASSISTANT: {a}<|endoftext|>
 """

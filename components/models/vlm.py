@@ -1,8 +1,7 @@
-"""A vision-language model of transformers seen as the method sees it: features, plain pass, continuation, expanded pass, head.
+"""Vision-language model of transformers behind the method's interface: features, plain, continuation and expanded pass, head.
 
-The plain pass is the stock forward. What the ribbon needs to know of it - position ids, however many axes they have, and
-masks, whatever they let see what - is what the model hands its language model, read there at the door; and in the expanded
-pass the ribbon's rows come in by that door (tests/families).
+The plain pass is the stock forward. Its position ids, of any number of axes, and its attention masks are captured by a
+forward pre-hook on the language model; in the expanded pass the same hook appends the ribbon's rows (tests/families).
 """
 
 from __future__ import annotations

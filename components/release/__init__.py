@@ -1,1 +1,1 @@
-"""What comes out: students to ask, to export with a full card, and to push to the hub (docs/students.md)."""
+"""Using a trained student: generate, export with a full card, push to the Hub (docs/students.md)."""

@@ -1,4 +1,4 @@
-"""Where a question makes a model look: the attention overlay of `alignti try --look`."""
+"""Attention overlay of `alignti try --look`."""
 
 from __future__ import annotations
 

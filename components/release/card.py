@@ -1,4 +1,4 @@
-"""The full model card of an export: what `distill` wrote, and what is known since: scores, cost, and how to make it again."""
+"""Full model card of an export: that of `distill`, with scores, cost, and how to make it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`alignti export`: a model's folder to hand on, cast and sharded; it stands once stock transformers has read it back."""
+"""`alignti export`: a model's folder, cast and sharded, complete once stock transformers has read it back."""
 
 from __future__ import annotations
 

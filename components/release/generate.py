@@ -1,4 +1,4 @@
-"""`alignti try`: one question about one image, answered as the words come, by one model or by two side by side."""
+"""`alignti try`: streamed answer of one model, or of two side by side, to a question about an image."""
 
 from __future__ import annotations
 

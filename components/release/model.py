@@ -1,4 +1,4 @@
-"""A model by the name that a user gives it: an arm, `teacher`, a folder (LoRA adapters too), or one on the hub."""
+"""Model by the name that a user gives it: an arm, `teacher`, a folder (LoRA adapters too), or one on the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`alignti push`: a model's folder to the hub, after saying what would go there. Without the explicit flag nothing leaves."""
+"""`alignti push`: upload of a model's folder to the Hub; a dry run without the explicit flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One look for every picture: a light and a dark theme for matplotlib, and PNG bytes that are the same every time."""
+"""Style of all figures: a light and a dark theme of matplotlib, and deterministic PNG bytes."""
 
 from __future__ import annotations
 

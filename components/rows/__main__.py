@@ -1,4 +1,4 @@
-"""Stage `check_rows`: all rows tried once as the models will read them, before anything is trained on them.
+"""Stage `check_rows`: every row tried as the models will read it, before any training.
 
 python -m components.rows      artifacts/dataset, artifacts/models -> artifacts/rows
 """

@@ -1,4 +1,4 @@
-"""One row, tried as every model of a recipe would read it: does it make a training sample of at most `max_length` tokens?
+"""Verdict on one row, read as every model of a recipe would: a training sample of at most `max_length` tokens or not.
 
 Texts and the headers of images alone are looked at, with the very tokenizers, templates and image-size rules that read them in
 training.

@@ -1,4 +1,4 @@
-"""The trial of all rows, in parts over the cores.
+"""Trial of all rows, shared out over the cores.
 
 Writes SPLIT.npy for each split: of each sample the turns that are kept, 0 if it is left out, its tokens and its response
 tokens; remarks.jsonl: what is left out or changed, and why; rows.json: the counts. Readers of the data set skip what is left

@@ -1,4 +1,4 @@
-"""What a study says, from its runs in MLflow: each variant over its seeds, against the baselines, and what each factor does.
+"""Comparison of a study from its runs in MLflow: variants over seeds, against the baselines, effects of the factors.
 
 The repetitions are the seeds: a variant is compared with another over the seeds that both have run, with the paired t test,
 and all such p values of a study are adjusted together (Holm). A factor's main effect is the mean difference over all pairs of

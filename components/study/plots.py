@@ -1,4 +1,4 @@
-"""The pictures of a study. Each is a pure function of the result and a theme."""
+"""Figures of a study: pure functions of the result and a theme."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of one cell of a study, as one run of MLflow: what was varied beside what came out.
+"""MLflow run of one cell of a study: what was varied, and what came out.
 
 A stage's own runs say how it went; this one says what stands. It is told once for each outcome, whether the stages ran or were
 restored, and names the runs that made the bytes.

@@ -1,4 +1,4 @@
-"""A study's result as Markdown, CSV and one HTML page that needs no other file: reports/studies/NAME/."""
+"""Report of a study as Markdown, CSV and one self-contained HTML page: reports/studies/NAME/."""
 
 from __future__ import annotations
 

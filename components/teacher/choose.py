@@ -1,4 +1,4 @@
-"""The rule by which a teacher is chosen: the best exact match within the limits, and of its near-equals the smallest."""
+"""Rule of the teacher's choice: the best exact match within the limits; of its near-equals the smallest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one teacher candidate is worth and what it costs, on validation samples."""
+"""Score and cost of one teacher candidate, on validation samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory of one piece of work, counted in tensors: the same meaning on every device, and the same figure every time.
+"""Peak memory counted in tensors: the same figure on every device, every time.
 
 The process's resident size would not do: allocators keep what they have freed, so the second of two candidates looks free.
 """

@@ -1,4 +1,4 @@
-"""The candidates side by side: a table in Markdown, and quality against cost."""
+"""Table of the teacher candidates, and quality against cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cutting at k costs: KL(p_T || p_S) from the cache against that of the whole distributions, on the same rows."""
+"""Error of the top-k cut: KL(p_T || p_S) from the cache against that of the whole distributions, on the same rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass of the teacher over the samples that distillation trains on, its signals kept shard by shard."""
+"""Builder of the cache: one pass of the teacher over the training samples, shard by shard."""
 
 from __future__ import annotations
 

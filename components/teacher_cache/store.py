@@ -1,8 +1,8 @@
-"""The teacher's signals on disk: sharded safetensors that are memory-mapped, and a manifest that says what they are of.
+"""Store of cached teacher distributions: memory-mapped safetensors, and a manifest that identifies teacher, data and settings.
 
 One shard per shard of the train split. Its tensors:
 
-    tokens, log_probs, log_tail   (M, k), (M, k), (M,)   the teacher's word at M rows (align_ti/top_k.py)
+    tokens, log_probs, log_tail   (M, k), (M, k), (M,)   top-k of the teacher at M rows (align_ti/top_k.py)
     attention                     (A,)                   the instruction's weights over each sample's visual tokens, sum 1
     samples                       (S, 6) int64           per sample: KEY, and where its rows and its attention begin
 

@@ -33,7 +33,7 @@ class Run:
     """One run being journalled. No method raises on a tracking fault; with `journal` None each does nothing."""
 
     def __init__(self, journal: Path | None) -> None:
-        """A journal that is there already is gone on with. Raises BlockingIOError if another process is writing it."""
+        """Appends to an existing journal. Raises BlockingIOError if another process is writing it."""
         self.id = journal.stem if journal else ""
         self._journal = journal
         self._file: IO[str] | None = None

@@ -1,4 +1,4 @@
-"""Which bytes a stage reads and makes, and which run made them: what ties a run to its results.
+"""Provenance of results: bytes that a stage reads and makes, and the run that made them.
 
 `dvc.yaml` names them. `dvc.lock` and the `.dvc` files hold the md5 of what is read. DVC hashes what a stage made only after it
 has ended, so that is computed here, in the same way. `.runs/made/MD5` names the run that made those bytes.

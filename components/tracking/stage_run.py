@@ -254,7 +254,7 @@ def _start_mirror(journal: Path, runtime: RuntimeSettings) -> subprocess.Popen[b
 
 
 def _finish_mirror(mirror: subprocess.Popen[bytes] | None, journal: Path) -> None:
-    """Closing its stdin tells the mirror that the journal is complete; what is not sent soon it sends after the stage."""
+    """Closes the stdin of the sync process, which marks the journal complete; it may send the rest after the stage."""
     if mirror is None or mirror.stdin is None:
         return
     mirror.stdin.close()

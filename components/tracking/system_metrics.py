@@ -1,4 +1,4 @@
-"""What a stage uses while it runs: processor, memory, GPUs, and the energy that they take.
+"""System metrics of a stage: processor, memory, GPUs, and energy.
 
 A thread samples into the stage's journal, under `system/` with MLflow's own names, so that MLflow's page of system metrics
 draws them. Energy is what counters have gained: NVML's of each GPU that the stage sees, and RAPL's of each processor package

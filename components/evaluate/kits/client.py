@@ -1,4 +1,4 @@
-"""Asks a served student one question, as any OpenAI client would. Standard library only."""
+"""OpenAI-compatible client of a served student. Standard library only."""
 
 from __future__ import annotations
 

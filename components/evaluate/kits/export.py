@@ -1,4 +1,4 @@
-"""A split as VLMEvalKit's TSV files: multiple choice, yes/no, and open questions.
+"""Export of a split as VLMEvalKit's TSV files: multiple choice, yes/no, and open questions.
 
 Options stand in an order drawn for each question, so that the right letter says nothing. A row holds its own options, and thus
 what each of its letters meant.

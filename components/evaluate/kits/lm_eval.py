@@ -1,4 +1,4 @@
-"""lm-evaluation-harness scores a model: our questions about images, what is left of its language, any stock task by name."""
+"""Bridge to lm-evaluation-harness: our questions about images, language after distillation, any stock task by name."""
 
 from __future__ import annotations
 

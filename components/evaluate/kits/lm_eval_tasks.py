@@ -1,4 +1,4 @@
-"""What the tasks of params/lm_eval/ are made of: the prepared split, as lm-eval's documents."""
+"""Documents of the tasks in params/lm_eval/: the prepared split."""
 
 from __future__ import annotations
 

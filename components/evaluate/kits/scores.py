@@ -1,4 +1,4 @@
-"""What one kit says of one model, and how that stands to our own metrics on the same answers."""
+"""Scores of one kit for one model, beside our own metrics on the same answers."""
 
 from __future__ import annotations
 

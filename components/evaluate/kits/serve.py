@@ -1,4 +1,4 @@
-"""A student behind an OpenAI-compatible door, opened by a server that exists: vLLM where it is installed, `transformers serve`
+"""OpenAI-compatible server of a student, by existing software: vLLM where it is installed, `transformers serve`
 elsewhere. Images come as data URLs; the folder's own chat template makes the prompt, which is the one it was trained with.
 
 `transformers serve` answers vision-language requests one at a time (its continuous batching is for text models); vLLM batches.
@@ -81,7 +81,7 @@ def served(model: Path, device: str, log: Path, host: str = LOOPBACK, port: int 
     Raises:
         ModelError: the folder is no whole checkpoint.
         InputError: see `command`; also if something else listens on `port`.
-        TryAgainError: the server ends, or is not ready in 15 minutes; says its last words.
+        TryAgainError: the server exited or was not ready in 15 minutes; ends with the tail of its log.
     """
     model = model.resolve()
     weight_files(model)

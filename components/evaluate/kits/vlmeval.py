@@ -1,4 +1,4 @@
-"""VLMEvalKit asks a served student and scores what it says, in a process and an environment of its own.
+"""Bridge to VLMEvalKit, which asks a served student and scores it in a process and an environment of its own.
 
 Each run has a fresh data folder and a fresh work folder; only TSV, CSV and JSON that this run wrote are read back, never the
 kit's pickles. Answers stand in a journal of ours, so a run that is killed, or whose kit crashes, goes on where it stopped.
