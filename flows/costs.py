@@ -22,8 +22,8 @@ from components.cost import DEVICES, GIB, Device, Holding, Model, Way, Work
 from components.errors import InputError
 
 STUDENT_PATH = re.compile(r"artifacts/students/([a-z0-9_-]+)/model")
-IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # of the prepare benchmark (docs/performance.md): its images, its two cores
-EMBEDDED_VOCABULARY, EMBEDDED_TOKENS = 128, (10, 8)  # of digits' questions: text before the answer, answer
+IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # from the prepare benchmark (docs/performance.md), two cores
+EMBEDDED_VOCABULARY, EMBEDDED_TOKENS = 128, (10, 8)  # digits: vocabulary, tokens of question and answer
 TEACHER_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}
 
 # What is published of data: rows and, where it is known, bytes to download.
@@ -48,7 +48,7 @@ class Estimate:
     hours: dict[str, float]  # stage -> device hours
     memory: dict[str, float]  # part -> peak bytes per device, maximum over arms
     disk: dict[str, float]  # part -> bytes
-    cpu_hours: float  # of `prepare`, on two cores
+    cpu_hours: float  # hours of `prepare`, on two cores
 
     @property
     def device_hours(self) -> float:

@@ -21,7 +21,7 @@ from typing import IO
 from components.process import LOCK
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-LOCKS = Path(tempfile.gettempdir()) / f"alignti-gpus-{os.getuid()}"  # of the machine: clones share its GPUs
+LOCKS = Path(tempfile.gettempdir()) / f"alignti-gpus-{os.getuid()}"  # lock files of the machine: clones share its GPUs
 PAUSE_S = 2
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
     from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 
-DEPLOYMENT = "deployment:"  # how Prefect names the limit of a deployment
+DEPLOYMENT = "deployment:"  # Prefect's prefix of a deployment's limit
 PENDING = timedelta(minutes=10)  # a worker that takes a run starts its process at once
 
 

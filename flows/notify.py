@@ -18,7 +18,7 @@ from components.tracking import journal
 
 WEBHOOK = "ALIGNTI_WEBHOOK"
 TIMEOUT_S = 10
-CHARS = 1000  # of a failure's message
+CHARS = 1000  # characters of a failure's message
 
 
 def post(event: str, text: str, **facts: Any) -> bool:

@@ -58,7 +58,7 @@ def run_stage(
         return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when)
 
 
-FREE = threading.Semaphore(2**20)  # of a stage that need not wait, or whose caller holds a slot already
+FREE = threading.Semaphore(2**20)  # slots of a stage that need not wait, or whose caller holds one already
 
 
 @flow(name="alignti-pipeline", on_failure=[notify.failed], on_crashed=[notify.failed])

@@ -22,7 +22,7 @@ from flows import devices, doctor, servers
 
 QUEUES = {"urgent": 1, "default": 10, "background": 20}  # priority; the lowest number goes first
 ROOT = "ALIGNTI_ROOT"  # the clone that a worker works in; each machine of a pool has one
-POLL_S = "5"  # how often a worker asks for work
+POLL_S = "5"  # seconds between a worker's polls
 GRACE_S = 30  # from asking workers to stop until they are killed: a training saves meanwhile
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 

@@ -23,7 +23,7 @@ from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 from flows import dvc
 from flows.workspace import workspace
 
-TIMED = ("cost.json",)  # what a training took: never the same twice
+TIMED = ("cost.json",)  # files with times, which never repeat
 PAGES = "reports/"  # pages and plots, which print such figures
 
 
@@ -49,7 +49,7 @@ class Outcome:
     equal: list[str] = field(default_factory=list)
     timed: list[str] = field(default_factory=list)  # different, as figures of time are
     different: list[str] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=list)  # of the stage, that came out different
+    inputs: list[str] = field(default_factory=list)  # inputs of the stage that differ
 
     @property
     def same(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_MIB = 40.0  # at V = 32,000 the visual rows of two images then fit one chunk, and nothing is computed twice
-COLUMNS_AT_ONCE = 8192  # of a 16-bit head that are widened to float32
+COLUMNS_AT_ONCE = 8192  # columns of a 16-bit head that are widened to float32 at a time
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Ribbon:
     multiplicity: Tensor  # (B, E) float: how often it was drawn; 0 on padding
     gold: Tensor  # (B, T) float: how often the gold token at this position was drawn
     counted: Tensor  # () float: draws that count, i.e. all but EOS and those of steps left out
-    steps_left_out: int  # by a cap on the length
+    steps_left_out: int  # response steps beyond the cap on the length
 
     @property
     def valid(self) -> Tensor:

@@ -37,7 +37,7 @@ class _Slot:
 
     def __init__(self, of: Tensor, weight: Tensor) -> None:
         self.of = of  # kept, since it is found by its id: no other tensor may come by that meanwhile
-        self.weight = weight  # as both passes compute with it: under autocast narrowed, once
+        self.weight = weight  # the tensor that both passes compute with: under autocast narrowed, once
         self._left: list[tuple[Tensor, Tensor]] = []
         self._closed = False
 

@@ -36,7 +36,7 @@ class Refusal(Exception):
 
 class Picture(NamedTuple):
     content: bytes  # the file to store
-    sha256: str  # of the size and the pixels' XXH3: the same for equal pictures, however they are named or encoded
+    sha256: str  # hash of the size and the pixels' XXH3: the same for equal pictures, however they are named or encoded
     look: int  # see components/dataset/perceptual_hash.py
 
 

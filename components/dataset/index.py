@@ -46,7 +46,7 @@ class Indexed(NamedTuple):
 
     source: str
     name: str
-    file: str | None  # as the source's rows call it
+    file: str | None  # name in the source's rows
     place: Place | None
     rows: list[tuple[int, str, str, tuple[Turn, ...]]]  # (number within the source, id, kind, turns)
 

@@ -46,7 +46,7 @@ class Store:
     """One source. Rows name pictures by a path in `folder` or by a member of `tars`; others are in the rows' own files."""
 
     files: list[Path]
-    kind: str  # of the files: a key of READERS
+    kind: str  # format of the files: a key of READERS
     folder: Path | None = None
     tars: tuple[Path, ...] = ()
 

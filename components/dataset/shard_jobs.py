@@ -18,7 +18,7 @@ from components.records.dataset import SplitRecord
 from components.records.paths import SPLITS, Split
 from components.records.record import Record, jsonl
 
-LOOK = np.dtype([("split", "u1"), ("row", "u4"), ("look", "u8")])  # of one image: where it is stored, in which row of the part
+LOOK = np.dtype([("split", "u1"), ("row", "u4"), ("look", "u8")])  # an image's split, its row in the part, its perceptual hash
 
 WORTH_A_WORKER = 200  # images: about as much work as starting a process
 
@@ -29,7 +29,7 @@ class Part(Record):
     images: int  # looked at, those refused among them
     splits: dict[Split, SplitRecord]
     refused: int
-    rows: int  # of the source that are stored, those among them that `overlap.drop` takes out later
+    rows: int  # stored rows of the source, including those that `overlap.drop` removes later
 
 
 class Parts:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles 
 
 CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
 ANEW = "`dvc checkout --force` brings it back, or `dvc repro prepare` makes it anew"
-BATCH_BYTES = 32 * 2**20  # of images, in one record batch
+BATCH_BYTES = 32 * 2**20  # image bytes in one record batch
 
 
 def schema(boxes: bool) -> pa.Schema:

@@ -17,7 +17,7 @@ class Refused(Record):
     id: str | None
     reason: str
     detail: str
-    source: str | None = None  # of a mixture
+    source: str | None = None  # name in a mixture
 
 
 class Provenance(Record):
@@ -27,7 +27,7 @@ class Provenance(Record):
     split: Split
     raw: tuple[int, ...] = ()  # `source: digits`: indices of the raw digits
     file: str | None = None  # `source: llava`: the image file
-    sha256: str | None = None  # of its pixels, by which splits are told apart
+    sha256: str | None = None  # hash of its pixels, which decides the split
 
 
 class Rule(NamedTuple):
@@ -37,14 +37,14 @@ class Rule(NamedTuple):
     name: str
     rows: int
     row: int  # an example
-    did: str  # what it did there
+    did: str  # action taken
 
 
 class Stored(NamedTuple):
     row: ImageRow
     origin: Provenance
     look: int | None  # components/dataset/perceptual_hash.py; None: not to be compared
-    rows: int  # of the source: fewer than samples where one row made several
+    rows: int  # rows of the source: fewer than samples where one row made several
 
 
 class Source(Protocol):

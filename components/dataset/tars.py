@@ -18,7 +18,7 @@ PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "t
 
 
 class Member(NamedTuple):
-    ending: str  # of its name, from the first dot on
+    ending: str  # extension, from the first dot on
     offset: int
     size: int
 

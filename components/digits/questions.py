@@ -39,7 +39,7 @@ class Digit(NamedTuple):
 
 
 class Scene(NamedTuple):
-    places: tuple[str, ...]  # of all cells, in reading order
+    places: tuple[str, ...]  # names of all cells, in reading order
     digits: tuple[Digit, ...]  # in reading order
 
     def at(self, place: str) -> Digit | None:

@@ -44,7 +44,7 @@ class Job:
 
     name: str
     settings: Settings
-    facts: dict[str, Any]  # what decides the student: goes into its card, and into the identity of checkpoints
+    facts: dict[str, Any]  # inputs that decide the student's bytes: for its card and the identity of checkpoints
     start: ModelRecord  # the student before distillation
     student: Loaded
     module: AlignTI

@@ -16,7 +16,7 @@ from components.errors import InputError, Interrupted
 
 CONFIGS = Path("params/accelerate")
 LAUNCHED = "ALIGNTI_LAUNCHED"  # set in the processes that were started here
-SAVING_SECONDS = 600  # how long they may take to save when they are told to stop
+SAVING_SECONDS = 600  # time to save after SIGTERM
 
 
 def to_be_launched(runtime: RuntimeSettings) -> bool:

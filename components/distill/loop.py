@@ -34,9 +34,9 @@ from components.tracking.journal import Run
 @dataclass(frozen=True)
 class Outcome:
     losses: list[dict[str, float]]  # one per `log_every` steps
-    seconds: float  # of training, over all the times it was resumed
+    seconds: float  # training time, summed over resumptions
     steps: int
-    wrapped: torch.nn.Module  # as accelerate prepared it, for whoever wants the weights
+    wrapped: torch.nn.Module  # the module as accelerate prepared it
 
 
 def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
@@ -134,7 +134,7 @@ def _step(
     left_out = torch.zeros_like(weights[:1])
     for i, ((batch, keys), drawn) in enumerate(zip(batches, draws, strict=True)):
         last = i == len(batches) - 1
-        accelerator.gradient_state._set_sync_gradients(last)  # what DeepSpeed goes by
+        accelerator.gradient_state._set_sync_gradients(last)  # read by DeepSpeed
         with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
             its_sums, its_counts, its_left_out = wrapped(batch, keys, drawn)
             if counts is None:

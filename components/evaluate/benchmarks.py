@@ -33,13 +33,13 @@ class Benchmark(BaseModel):
     kit_dataset: str  # VLMEvalKit's name for it
     split: str
     items: int | None  # questions
-    prompt: str  # of the paper's protocol; for the others, of the kit's
+    prompt: str  # template of the paper's protocol; for the others, of the kit's
     metric: Metric
     rule: str  # the published rule that `metric` follows
     licence: str | None
-    address: str | None  # of the kit's file
-    md5: str | None  # of the kit's file
-    size_mb: float | None  # of the kit's file, unless `open_points` says otherwise
+    address: str | None  # URL of the kit's file
+    md5: str | None  # MD5 of the kit's file
+    size_mb: float | None  # size of the kit's file, unless `open_points` says otherwise
     open_points: tuple[str, ...] = ()
 
     @property

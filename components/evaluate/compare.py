@@ -48,7 +48,7 @@ from components.records.evaluate import Scores, YesNo
 from components.records.paths import REPORTS, SCORES, TEACHER_ARM
 from components.records.record import Absent
 
-POWER = 0.8  # of a gap called detectable
+POWER = 0.8  # probability of seeing a difference that is called detectable
 
 METHOD = (
     "Percentile intervals of a cluster bootstrap over images (questions about one image are drawn together); all arms are"

@@ -27,9 +27,9 @@ class Pair(Record):
 
     test: str
     train: str
-    bits: int  # in which their difference hashes differ
+    bits: int  # Hamming distance of their perceptual hashes
     exact: bool
-    questions: int  # of the test image, also asked of that training image word for word
+    questions: int  # questions of the test image also asked of that training image, word for word
 
 
 class Contamination(Record):
@@ -40,7 +40,7 @@ class Contamination(Record):
     near: int  # others within NEAR bits of one
     verbatim: int  # test questions that an exact or near training image was asked too, word for word
     questions: int
-    questions_in_training: int  # whose words stand in the training questions at all, about whatever image
+    questions_in_training: int  # test questions that occur in training, about any image
     pairs: list[Pair]  # the exact and the near ones, at most LISTED
 
 

@@ -24,7 +24,7 @@ KIT = "alignti"
 JUDGE = "exact match of the normalised answer"
 CODE = [
     Path(__file__).with_name(name) for name in ("generate.py", "likelihood.py", "metrics.py")
-]  # what makes the stage's scores
+]  # modules that make the stage's scores
 
 
 def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings) -> Fingerprint:

@@ -39,7 +39,7 @@ FIGURES = {  # which of VLMEvalKit's figures is the benchmark's, and what a unit
     "sqa": ("/Overall", 100.0),
     "textvqa": ("/Overall", 1.0),
     "pope": ("/Overall/Overall", 1.0),  # F1
-    "mme": ("/perception", 1 / 20),  # of 2,000 points
+    "mme": ("/perception", 1 / 20),  # percent of 2,000 points
     "mmb": ("/Overall", 100.0),
 }
 KIT_NOTE = (
@@ -71,7 +71,7 @@ class Row(Record):
 class Leaderboard(Record):
     """reports/leaderboard.json"""
 
-    own_questions: str  # what our column is measured on
+    own_questions: str  # description of our questions
     rows: list[Row]
     noise: dict[str, float | None]  # per benchmark: gap between two published scores that is noise, points
     notes: list[str]

@@ -26,7 +26,7 @@ class Outcomes:
     """Per trained student, in the order of the study; all but `costs` and `losses` hold the teacher too."""
 
     predictions: dict[str, list[Prediction]]  # all arms: the same questions in the same order
-    likelihoods: dict[str, list[Likelihood]]  # in that order too
+    likelihoods: dict[str, list[Likelihood]]  # same order
     yes_no: dict[str, dict[str, YesNo]]
     fingerprints: dict[str, Fingerprint | None]
     costs: dict[str, Cost]

@@ -16,8 +16,8 @@ class Measure:
     """How a measure is named and written."""
 
     title: str
-    unit: str  # of a difference
-    scale: float  # from the stored number to the one shown
+    unit: str  # unit of a difference
+    scale: float  # factor from the stored number to the one shown
     digits: int
     lower_is_better: bool = False
 

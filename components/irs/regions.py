@@ -29,7 +29,7 @@ class Tiling:
     """Where a model's visual tokens lie in an image."""
 
     processor: Any
-    tokens: int | None  # of every image; None: they go by its shape
+    tokens: int | None  # visual tokens of every image; None: they go by its shape
 
     @classmethod
     def of(cls, processor: Any) -> Tiling:

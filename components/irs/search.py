@@ -49,11 +49,11 @@ class Seen:
 class Ranking:
     """The layers by their IRS."""
 
-    layer: int  # of the highest
+    layer: int  # layer of the highest score
     irs: list[float]  # per layer
     standard_error: list[float]  # per layer, over images
     runner_up: int
-    separated: bool  # as of LayerChoice
+    separated: bool  # see LayerChoice
 
 
 def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> Ranking:

@@ -30,8 +30,8 @@ class Student:
     """An arm whose weights and scores lie in this folder, as `dvc.lock` knows them."""
 
     arm: str
-    md5: str  # of STUDENTS/ARM
-    scores_md5: str  # of SCORES/ARM
+    md5: str  # MD5 of STUDENTS/ARM
+    scores_md5: str  # MD5 of SCORES/ARM
     scores: Scores
 
 

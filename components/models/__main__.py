@@ -26,7 +26,7 @@ def main() -> None:
     from components.models.image_splitting import as_one_tile
     from components.tracking.stage_run import stage_run
 
-    disable_progress_bar()  # of writing one shard
+    disable_progress_bar()  # the bar of writing one shard
     began = time.perf_counter()
     shutil.rmtree(MODELS, ignore_errors=True)
     models = settings.models

@@ -36,14 +36,14 @@ class Batch:
     """B samples of at most T tokens; images in the order of the samples that have one."""
 
     ids: list[str]
-    image_ids: list[str]  # of `pixel_values`
+    image_ids: list[str]  # ids of the images in `pixel_values`
     input_ids: Tensor  # (B, T) long
     attention_mask: Tensor  # (B, T) long, 0 at padding
     response: Tensor  # (B, T) bool: answers, the EOS of each included
     instruction: Tensor  # (B, T) bool: text after the image that is not response; of it the collator's `rows`
     visual: Tensor  # (B, T) bool: the image's tokens
     pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
-    image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what else the model asks of the images: sizes, grids, masks
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)  # further image inputs of the family: sizes, grids, masks
     teacher: Batch | None = None  # the same samples as the teacher reads them, where it sees images on another grid
 
     def to(self, device: torch.device | str) -> Batch:
@@ -57,7 +57,7 @@ class Batch:
 class Processed:
     """One image as the model takes it."""
 
-    text: str  # what stands for it among the tokens
+    text: str  # placeholder of the image among the tokens
     tensors: dict[str, Tensor]  # pixel_values, and what else the model asks of it
 
     @property
@@ -97,7 +97,7 @@ class Collator:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template.of(processor)
-        self.eos_id: int = self.tokenizer.convert_tokens_to_ids(self.template.eos)  # what ends an answer
+        self.eos_id: int = self.tokenizer.convert_tokens_to_ids(self.template.eos)  # end of an answer
         self._visual_id = visual_id(processor)
         self.max_length = max_length
         self.train = train
@@ -322,7 +322,7 @@ def processed(processor: Any, image: Image.Image) -> Processed:
     """Raises ModelError if the processor is not of a kind that is known to work, RefusedImageError if it refuses the image."""
     if not hasattr(processor, "replace_image_token"):
         raise ModelError(f"{type(processor).__name__} does not say how many visual tokens an image has")
-    options = getattr(processor, "images_kwargs", {})  # what this processor asks of its image processor beside its defaults
+    options = getattr(processor, "images_kwargs", {})  # options of this processor beyond its image processor's defaults
     try:
         found = processor.image_processor(images=[image], return_tensors="pt", **options)
     except (ValueError, ZeroDivisionError, RuntimeError) as error:

@@ -8,8 +8,8 @@ from pathlib import Path
 from components.errors import ModelError
 from components.io import write_text
 
-SWITCH = "do_image_splitting"  # of Idefics3's and SmolVLM's image processors
-FILES = ("processor_config.json", "preprocessor_config.json")  # of transformers 5 and before
+SWITCH = "do_image_splitting"  # option of Idefics3's and SmolVLM's image processors
+FILES = ("processor_config.json", "preprocessor_config.json")  # names in transformers 5 and before
 
 
 def as_one_tile(folder: Path) -> None:

@@ -25,7 +25,7 @@ USER, ASSISTANT = "USER:", "ASSISTANT:"
 class Part(NamedTuple):
     text: str
     own: bool  # the template's words, in which special tokens are special; else the data's, which are plain text
-    response: bool = False  # of an answer, from the space before it to its EOS, included
+    response: bool = False  # text of an answer, from the space before it to its EOS, included
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Difference(Record):
     p_mcnemar: float | None = None  # exact, over the yes/no questions alone; None if there are none
     differs: list[str] = Field(
         default_factory=list
-    )  # what their fingerprints do not share: then the difference is not of the arms alone
+    )  # fields in which their fingerprints differ: then the difference is not of the arms alone
 
     @property
     def larger_than_noise(self) -> bool:
@@ -96,21 +96,21 @@ class PublishedRuns(Record):
 class Comparison(Record):
     """reports/compare.json"""
 
-    headline: str  # what the sample can tell apart, and what may be said of the best arm
+    headline: str  # detectable difference, and what may be said of the best arm
     standing: str  # the order of all arms with their intervals, in a sentence
     split: Split
     n: int  # samples
     images: int
     kinds: dict[str, int]  # samples per kind
-    confidence: float  # of every interval here; 0.95 unless params/evaluate.yaml says otherwise
+    confidence: float  # confidence of every interval here, from params/evaluate.yaml
     resamples: int
     method: str
     teacher: TeacherResult
-    arms: dict[str, ArmResult]  # in the order of params/study.yaml
+    arms: dict[str, ArmResult]  # results in the order of params/study.yaml
     order: list[str]  # arms from the best down
     exact_match: Contrast
     measures: dict[str, Contrast]
-    published: PublishedRuns | None = None  # of the recipe that params/ are nearest to
+    published: PublishedRuns | None = None  # published runs of the recipe that params/ are nearest to
 
     @property
     def pairs(self) -> list[Difference]:

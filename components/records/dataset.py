@@ -52,8 +52,8 @@ class Likeness(Record):
     train: str
     other: str
     where: str  # val, test, or a folder of evaluation images
-    bits: int  # in which their looks differ
-    verbatim: int  # of its conversations that are the other's too, word for word
+    bits: int  # Hamming distance of their perceptual hashes
+    verbatim: int  # conversations that both have, word for word
 
 
 class Overlap(Record):

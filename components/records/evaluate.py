@@ -43,12 +43,12 @@ class Fingerprint(Record):
     kit: str  # "alignti", "vlmeval", "lm-eval"
     kit_version: str  # a version, a commit, or a digest of the kit's code
     dataset: str  # its name, and the split
-    dataset_hash: str  # of what was asked: images, questions, references
-    prompt_hash: str  # of every prompt as the model read it, in order
-    decoding: dict[str, bool | int | float | str]  # how answers were generated
-    judge: str  # what decided that an answer is right
+    dataset_hash: str  # hash of images, questions and references
+    prompt_hash: str  # hash of every prompt as the model read it, in order
+    decoding: dict[str, bool | int | float | str]  # generation settings
+    judge: str  # name of the rule or model that judged answers
     transformers: str  # version
-    dtype: str  # of the weights
+    dtype: str  # dtype of the weights
     device: str  # its kind: "cpu", "cuda", "mps"
 
 
@@ -62,6 +62,6 @@ class Scores(Record):
     yes_no: dict[str, YesNo]
     token_f1: float  # mean over samples
     token_f1_per_kind: dict[str, float]
-    nats_per_token: float | None = None  # of the references; None: not measured
-    kl_per_token: float | None = None  # from the teacher; None: not measured, or the teacher itself
+    nats_per_token: float | None = None  # mean NLL of the references; None: not measured
+    kl_per_token: float | None = None  # KL from the teacher; None: not measured, or the teacher itself
     fingerprint: Fingerprint | None = None  # None: not known how it was measured, so it compares with nothing

@@ -8,14 +8,14 @@ from components.records.paths import IRS
 from components.records.record import Absent, Record
 
 Attention = Literal["mean", "centred"]  # over heads and rows, as it is | less what the layer attends to whatever is asked
-Rows = Literal["all", "words"]  # of the instruction | of it the question's own, without the template's
+Rows = Literal["all", "words"]  # instruction rows: all, or the question's own without the template's
 Interval = tuple[float, float]
 
 
 class Picked(Record):
     """What weighs the visual tokens where params/distill.yaml asks for `weighting: searched`."""
 
-    rule: Literal["irs", "pointing", "given"]  # of params/irs.yaml
+    rule: Literal["irs", "pointing", "given"]  # rule of params/irs.yaml
     layer: int
     weighting: Attention
     rows: Rows
@@ -72,7 +72,7 @@ class LayerChoice(Record):
     picked: Picked
     views: list[View]
     region: Region | None  # None: no question's region is known, or not where the visual tokens lie
-    grids: list[str]  # of visual tokens, that the images have
+    grids: list[str]  # grids of visual tokens found in the images
     backgrounds: list[Background]  # none where the grids differ
 
     @classmethod

@@ -7,13 +7,13 @@ from components.records.record import Record
 
 
 class TriedSplit(Record):
-    samples: int  # of the data set
+    samples: int  # samples of the data set
     usable: int
-    cut: int  # of the usable: to the turns that fit
-    resized: int  # of the usable: their images are
+    cut: int  # usable samples cut to the turns that fit
+    resized: int  # usable samples whose images are resized
     left_out: dict[str, int]  # reason -> samples
-    tokens: int  # of the usable; the most that any model reads
-    response_tokens: int  # of them, those that are trained on
+    tokens: int  # tokens of the usable samples, maximum over models
+    response_tokens: int  # tokens of them that are trained on
     longest: int
 
 

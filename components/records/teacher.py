@@ -12,7 +12,7 @@ class Candidate(Record):
     exact_match: float
     per_kind: dict[str, float]
     nats_per_token: float  # mean cross-entropy on the reference answers
-    irs: float | None  # of its best layer; None: no image has enough instructions, and no arm asks
+    irs: float | None  # IRS of its best layer; None: no image has enough instructions, and no arm asks
     irs_layer: int | None
     parameters: int
     seconds_per_1000: float

@@ -15,8 +15,8 @@ class SignalFacts(Record):
     students: dict[str, str]  # sha256 of each folder whose vocabulary and images were compared with the teacher's
     dataset: str  # digest
     template: str  # sha256
-    precision: Literal["fp32", "bf16"]  # of the teacher's weights
-    layer: int  # whose attention weighs the visual tokens
+    precision: Literal["fp32", "bf16"]  # dtype of the teacher's weights
+    layer: int  # layer whose attention weighs the visual tokens
     rows: Rows
     background: str | None  # its digest, for centred attention
     temperature: float
@@ -32,14 +32,14 @@ class Approximation(Record):
     mean_error: float  # nats
     max_error: float  # nats
     relative_error: float  # mean error / mean KL
-    mean_mass_beyond: float  # of the teacher's probability, outside the k tokens
+    mean_mass_beyond: float  # teacher's probability outside the k tokens
     max_mass_beyond: float
 
 
 class SignalCache(Record):
     facts: SignalFacts
     shared_vocabulary: int
-    dtype: Literal["float16", "float32"]  # of the log-probabilities
+    dtype: Literal["float16", "float32"]  # dtype of the log-probabilities
     samples: int
     rows: int
     equal_weights: int  # samples whose image's tokens weigh the same, for want of attention

@@ -25,7 +25,7 @@ BEFORE = (
     "select_teacher",
     "search_layer",
     "cache_teacher",
-)  # what `distill@ARM` stands on
+)  # inputs of `distill@ARM`
 
 
 def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:

@@ -47,7 +47,7 @@ class Exported:
     kl: float  # nats per answer token
     same_answers: int
     asked: int
-    missing: list[str]  # from the card
+    missing: list[str]  # entries that the card lacks
     gguf: bool
 
     def __str__(self) -> str:

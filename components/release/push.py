@@ -28,7 +28,7 @@ from components.models.download import WANTED
 
 CARD = "README.md"
 RESERVED = re.compile(r"\bNC\b|non-?commercial|research only", re.IGNORECASE)
-UNSAID = re.compile(r"note it here before|not verified|unknown", re.IGNORECASE)  # as our data cards put it
+UNSAID = re.compile(r"note it here before|not verified|unknown", re.IGNORECASE)  # wording of our data cards
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from components.records.paths import Split
 from components.records.record import Record
 
 VERDICT = np.dtype([("turns", "<u2"), ("tokens", "<i4"), ("response", "<i4")])  # turns kept: 0 if the sample is left out
-SIZES = 2**14  # of images, whose visual tokens are remembered
-CUT, RESIZED = "cut", "resized"  # of usable samples; other reasons are of those that are left out
+SIZES = 2**14  # image sizes whose visual tokens are remembered
+CUT, RESIZED = "cut", "resized"  # remarks on usable samples; other reasons are of those that are left out
 
 
 class Remark(Record):
@@ -37,7 +37,7 @@ class Remark(Record):
     id: str
     reason: str  # too_long, refused_image or no_sample; or CUT or RESIZED
     detail: str
-    turns: int  # that it had
+    turns: int  # turns of the row
     kept: int
 
 

@@ -29,7 +29,7 @@ from components.records.record import jsonl
 from components.records.rows import TriedRows, TriedSplit
 from components.rows.judge import CUT, RESIZED, VERDICT, Judge, Remark, different
 
-IMAGES = 4_000  # in one job
+IMAGES = 4_000  # images per job
 TOGETHER = 64  # samples
 
 

@@ -34,7 +34,7 @@ class Run:
     id: str
     cell: str
     variant: str
-    params: dict[str, str]  # what the study varies
+    params: dict[str, str]  # parameters that the study varies
     metrics: dict[str, float]
     fingerprint: str
     made: int  # ms since 1970
@@ -91,7 +91,7 @@ class EqualCompute:
 
     variant: str
     against: str | None  # None: nothing else is as cheap
-    difference: float | None  # of mean scores
+    difference: float | None  # difference of mean scores
     hours: float
     their_hours: float | None
 

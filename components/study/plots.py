@@ -50,7 +50,7 @@ def pareto(result: StudyResult, theme: Theme) -> Figure:
 
 def _front(axes: Axes, result: StudyResult, costs: list[float], label: str, theme: Theme) -> None:
     scores = [POINTS * variant.score.mean for variant in result.variants]
-    kept: list[int] = []  # from the cheapest up, each better than all that cost less
+    kept: list[int] = []  # Pareto front, from the cheapest up
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
         if not kept or scores[index] > scores[kept[-1]]:
             kept.append(index)

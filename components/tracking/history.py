@@ -63,7 +63,7 @@ def ran(run: str) -> tuple[str | None, list[str]]:
 class Told(NamedTuple):
     """A run as a list shows it."""
 
-    name: str  # of its journal
+    name: str  # name of its journal
     status: str
     recipe: str | None
     commit: str

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-MD5 = "dvc.md5"  # of the student's folder
+MD5 = "dvc.md5"  # tag: MD5 of the student's folder
 REGISTERED = "registered"  # ms since 1970
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model; no such alias or version
 

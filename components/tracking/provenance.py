@@ -22,7 +22,7 @@ from components.records.paths import RUNS
 
 MADE = RUNS / "made"
 LOCK = Path("dvc.lock")
-CODE = ("components", "dvc.yaml", "data.dvc", ".dvc/config")  # what of the repository decides a stage's result, params aside
+CODE = ("components", "dvc.yaml", "data.dvc", ".dvc/config")  # code and data that decide a stage's result, params aside
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from components.tracking.journal import JOURNALS, Run, warn
 UNFINISHED = RUNS / "unfinished"  # one record per stage x cell whose last run did not
 PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
 JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
-PATIENCE_S = 10  # how long a finished stage waits for its journal to be sent
+PATIENCE_S = 10  # seconds that a finished stage waits for its journal to be sent
 SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the process that sends it
 
 
@@ -106,7 +106,7 @@ class NearestRecipe(NamedTuple):
     """The recipe that `params/` are nearest to at a run's start."""
 
     name: str | None
-    tag: dict[str, str]  # for the table of runs
+    tag: dict[str, str]  # tags for the table of runs
 
 
 def nearest_recipe() -> NearestRecipe:

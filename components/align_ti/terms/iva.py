@@ -30,5 +30,5 @@ class Term:
         if not bool(visual.any()):
             return seen.zero
         attention = uniform_attention(visual) if self.uniform else seen.attention
-        assert attention is not None  # as `needs` asks
+        assert attention is not None  # guaranteed by `needs`
         return seen.divergence(visual, visual_weights(attention, visual), self.divergence)

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from components.evaluate.journal import Journal
 from components.evaluate.kits.client import Endpoint, Refused, ask
 
-NOTHING = "\u2205"  # what the kit reads for an answer that is empty, overlong or missing; no option and no yes or no is in it
+NOTHING = "\u2205"  # stand-in for an empty, overlong or missing answer; no option and no yes or no is in it
 LONGEST = 10_000  # characters; the kit would find an option at the end of any length
 MODEL = "student"
 JUDGE = "exact_matching"

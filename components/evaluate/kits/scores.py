@@ -32,7 +32,7 @@ class KitScores(Record):
     per_kind: dict[str, float]
     ours: dict[str, float]  # per kind, our exact match on the same answers
     judges: dict[str, str]  # per kind, who said what is right
-    figures: dict[str, float]  # what else was measured, each under the kit's own name for it
+    figures: dict[str, float]  # other measures by the kit's own names
     disagreements: list[Verdict]
     other_answers: list[str]  # samples whose answer is not the one that the stage `evaluate` got
     empty: list[str]  # samples that the model said nothing to

@@ -26,7 +26,7 @@ from components.models.checkpoint_folder import weight_files
 LOOPBACK = "127.0.0.1"
 START_S = 900  # a large model's weights take minutes to read
 STOP_S = 20
-DTYPE = "float32"  # as the stage `evaluate` loads it, so that answers are the same
+DTYPE = "float32"  # dtype of the stage `evaluate`, so that answers are the same
 
 # Dies with the process that started it (Linux), also if that one is killed; stands in for `transformers serve`.
 TRANSFORMERS = """

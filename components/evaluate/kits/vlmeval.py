@@ -72,12 +72,12 @@ class Kit:
 class Job:
     """Sets for one process of the kit."""
 
-    title: str  # of the progress bar
+    title: str  # title of the progress bar
     data: Path  # the kit's data folder
     sets: dict[str, str]  # name -> mcq, yes_no, vqa, or stock for a benchmark of the kit's
     plain: list[str]  # sets that are asked word by word, as the model was trained; the others as the kit words them
     questions: int | None  # None: only the kit knows
-    md5: dict[str, str] = field(default_factory=dict)  # of files that the user gives for a benchmark's
+    md5: dict[str, str] = field(default_factory=dict)  # MD5 of files that the user gives in place of a benchmark's
     blank: bool = False  # a plain grey image in each image's place: what a score is worth without looking
 
 
