@@ -28,7 +28,7 @@ from components.dataset.prepare import prepare
 from components.dataset.shards import Samples
 from components.digits.tokenizer import build_processor
 from components.distill.loader import MicroBatches, Steps, batches
-from components.distill.sampler import Order
+from components.distill.sampler import Sampler
 from components.models.collate import Collator
 from components.models.template import Template
 
@@ -46,7 +46,7 @@ def read_ahead(size: Size, samples: Samples, count: int) -> Steps:
     processor = build_processor(texts, template, size.tower.image_px, size.tower.patch_px)
     collator = Collator(processor, template, size.prompt + size.response + 100, train=True)
     firsts = [samples.of_image(row)[0] for row in range(count * size.batch)]
-    return Steps(samples, collator, Order(firsts, size.batch, seed=0), settings, rank=0, ranks=1)
+    return Steps(samples, collator, Sampler(firsts, size.batch, seed=0), settings, rank=0, ranks=1)
 
 
 def stepped(stream: Iterator[MicroBatches], bench: Bench, count: int) -> tuple[list[float], list[float]]:

@@ -17,7 +17,7 @@ from components.config.settings import Settings
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.evaluate.load_results import read_predictions
 from components.model_registry import record
-from components.model_registry.paired_test import MeasuredDifferently, duel, guessed
+from components.model_registry.paired_test import MeasuredDifferently, guessed, paired_test
 from components.records.compare import Difference
 from components.records.evaluate import Fingerprint, Prediction
 from components.records.record import Record
@@ -63,7 +63,7 @@ def register(arms: list[str], settings: Settings, parent: str | None = None) -> 
         client, model = _client(settings), settings.runtime.experiment
         with _asking():
             if known := mlflow_registry.of_md5(client, model, best.md5, best.arm):
-                mlflow_registry.nominate(client, known)
+                mlflow_registry.propose(client, known)
     return told, True
 
 
@@ -192,7 +192,7 @@ def _verdict(challenger: Version, champion: Version | None, settings: Settings, 
         theirs = _measured(champion, settings)
     names = f"{challenger.arm}@{challenger.number}", f"{champion.arm}@{champion.number}"
     try:
-        gap = duel(names, (ours[0], theirs[0]), (ours[1], theirs[1]), settings.evaluate)
+        gap = paired_test(names, (ours[0], theirs[0]), (ours[1], theirs[1]), settings.evaluate)
     except MeasuredDifferently as error:
         raise MeasuredDifferently(
             f"{error}: their scores do not compare, and {champion} stays; `alignti promote --measure` asks it the questions of"
@@ -245,9 +245,9 @@ def _write(client: Any, challenger: Version, champion: Version | None, verdict: 
             "promotion.p_value": f"{gap.p_value:.6g}",
         }
     if verdict.promoted:
-        mlflow_registry.crown(client, challenger, champion, why)
+        mlflow_registry.set_champion(client, challenger, champion, why)
     elif champion is not None and champion.number != challenger.number:
-        mlflow_registry.say(client, challenger, why)
+        mlflow_registry.comment(client, challenger, why)
 
 
 def _short(error: Exception) -> str:

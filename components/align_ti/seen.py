@@ -14,7 +14,7 @@ from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence, row_divergence
 from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk, weighted_loss
 from components.align_ti.ribbon import Ribbon, predicting
-from components.align_ti.top_k import Known, TopK, top_k_row_divergence
+from components.align_ti.top_k import CachedTopK, TopK, top_k_row_divergence
 from components.align_ti.watch import Watched
 
 Rowwise = Callable[[slice, Tensor, Tensor], Tensor]  # rows of the mask, teacher's logits and student's (n, V) -> (n,)
@@ -31,7 +31,7 @@ class Seen:
     batch: Batch
     student: Tensor
     student_head: Head
-    teacher: Tensor | Known | None = None  # Known: the cache
+    teacher: Tensor | CachedTopK | None = None  # CachedTopK where the cache serves
     teacher_head: Head | None = None
     attention: Tensor | None = None  # (B, Nv), the teacher's at the IRS layer
     in_student: Watched = field(default_factory=Watched)
@@ -107,7 +107,7 @@ class Seen:
     def teacher_at(self, rows: Tensor) -> Tensor | TopK:
         """The teacher at the rows of a (B, T) bool mask: hidden states (N, d), or what the cache has."""
         assert self.teacher is not None, "a term that reads the teacher says so in its needs"
-        return self.teacher.at(rows) if isinstance(self.teacher, Known) else self.teacher[rows]
+        return self.teacher.at(rows) if isinstance(self.teacher, CachedTopK) else self.teacher[rows]
 
     def _divergence(
         self, theirs: Tensor | TopK, mine: Tensor, divergence: Divergence | None = None, weights: Tensor | None = None

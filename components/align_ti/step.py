@@ -38,7 +38,7 @@ from components.align_ti.ribbon import (
 from components.align_ti.seen import Seen
 from components.align_ti.shared_weights import SharedWeights
 from components.align_ti.terms import CORE, Needs, Term, Trained, computed, term_class, union
-from components.align_ti.top_k import Known
+from components.align_ti.top_k import CachedTopK
 from components.align_ti.watch import Watch, Watched
 
 SHARED_FROM = 10_000_000  # trained parameters: below, working out whole gradients twice is cheaper than keeping book of rows
@@ -80,7 +80,7 @@ class Teacher(Protocol):
 class Signals(Protocol):
     """What the frozen teacher says of every sample, kept from an earlier pass: it needs no teacher here."""
 
-    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Known, Tensor | None]: ...
+    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[CachedTopK, Tensor | None]: ...
 
 
 @dataclass(frozen=True)

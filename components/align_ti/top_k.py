@@ -31,7 +31,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Known:
+class CachedTopK:
     """What is kept of a batch: `index` (B, T) is each position's row in `rows`, -1 where nothing is."""
 
     rows: TopK

@@ -19,8 +19,8 @@ from components.distill import code
 from components.distill.launch import check_came_up
 from components.distill.placement import load_teacher
 from components.distill.replay import Origin
-from components.distill.resample_visual_tokens import Regridded
-from components.distill.sampler import Order
+from components.distill.resample_visual_tokens import ResampledTeacher
+from components.distill.sampler import Sampler
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable
 from components.io import fingerprint
@@ -50,7 +50,7 @@ class Job:
     module: AlignTI
     samples: Samples
     collator: Collator
-    order: Order
+    order: Sampler
     accelerator: Accelerator
     origin: Origin
 
@@ -110,7 +110,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         module = _live(arm, settings.distill, student, teacher, look, collator, sides)
     chosen = trained_on(samples.kinds, settings.distill)
     weights = samples.weights
-    order = Order(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
+    order = Sampler(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
     accelerator.print(f"distill@{name}: {len(chosen):,} samples of {len(samples):,}; {collator.spelt_out(samples[chosen[0]])}")
     origin = Origin(
         arm=name,
@@ -193,7 +193,7 @@ def _live(
         pupil.flex()
     if sides is not None:
         frozen = FrozenTeacher(master, look.layer, shares_tower=False, background=look.background)
-        return AlignTI(pupil, Regridded(frozen, *sides), method)
+        return AlignTI(pupil, ResampledTeacher(frozen, *sides), method)
     shares_tower = not distill.trainable.vision_tower and same_tower(pupil, master)
     return AlignTI(pupil, FrozenTeacher(master, look.layer, shares_tower, look.background), method)
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from components.config.distill import DistillSettings
 from components.dataset.shards import Samples
-from components.distill.sampler import Order, draw_key, shared_out, shared_out_by_length
+from components.distill.sampler import Sampler, draw_key, shared_out, shared_out_by_length
 from components.errors import AlignTIError, TryAgainError
 from components.models.collate import Batch, Collator
 from components.process import end_with_parent
@@ -32,7 +32,7 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
     """
 
     def __init__(
-        self, samples: Samples, collator: Collator, order: Order, settings: DistillSettings, rank: int, ranks: int
+        self, samples: Samples, collator: Collator, order: Sampler, settings: DistillSettings, rank: int, ranks: int
     ) -> None:
         self.samples, self.collator, self.order, self.settings = samples, collator, order, settings
         self.rank, self.ranks = rank, ranks

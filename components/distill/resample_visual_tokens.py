@@ -37,7 +37,7 @@ class _Kept:
     index: Tensor  # (B, T) of the student's text tokens among the teacher's T'
 
 
-class Regridded:
+class ResampledTeacher:
     """A teacher over batches that carry its own reading (`Batch.teacher`), seen by the student on the student's grid."""
 
     def __init__(self, teacher: FrozenTeacher, theirs: int, mine: int) -> None:

@@ -14,7 +14,7 @@ def draw_key(seed: int, key: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:4], "big")
 
 
-class Order:
+class Sampler:
     """Epoch after epoch of shuffled samples, cut into global batches.
 
     Args:

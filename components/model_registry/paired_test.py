@@ -29,7 +29,7 @@ def guessed(answers: Sequence[Prediction]) -> float:
     return sum(counts.most_common(1)[0][1] for counts in references.values()) / len(answers)
 
 
-def duel(
+def paired_test(
     names: tuple[str, str],
     answers: tuple[Sequence[Prediction], Sequence[Prediction]],
     fingerprints: tuple[Fingerprint | None, Fingerprint | None],

@@ -163,8 +163,8 @@ class VLM(nn.Module):
         layer = self.model.get_output_embeddings()
         return Head(layer.weight, layer.bias, getattr(self.model.config.get_text_config(), "final_logit_softcapping", None))
 
-    def _stock(self, batch: Batch, features: Any, door: Callable[[dict[str, Any]], None], **options: Any) -> Any:
-        """The stock forward, in which `door` may read and change what the language model is given."""
+    def _stock(self, batch: Batch, features: Any, change: Callable[[dict[str, Any]], None], **options: Any) -> Any:
+        """The stock forward, in which `change` reads or changes what the language model is given."""
         tokens: dict[str, Any] = {"input_ids": batch.input_ids}
         if isinstance(features, Tensor):  # LLaVA-1.5: placed here, as the stock check would wait for the device
             projected = self.model.model.multi_modal_projector(features).flatten(0, 1)
@@ -174,7 +174,7 @@ class VLM(nn.Module):
             tokens["mm_encoder_outputs"] = {"image": features}
 
         def hook(_module: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            door(given)
+            change(given)
             return args, given
 
         handle = self.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)

@@ -89,7 +89,7 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     from components.models.template import Template
     from components.models.vlm import VLM
     from components.teacher_cache.approximation import measure
-    from components.teacher_cache.build import Speaker, build
+    from components.teacher_cache.build import TeacherPass, build
     from components.teacher_cache.store import Signals
 
     precision = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
@@ -101,17 +101,17 @@ def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.d
     template, longest = Template.asked(settings.models.template), settings.models.max_length
     collator = Collator(teacher.processor, template, longest, train=True, rows=wanted.rows)
     background = weighting(settings.distill.iva, LayerChoice.found()).background
-    speaker = Speaker(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib, background)
+    teacher_pass = TeacherPass(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib, background)
     samples = Samples(DATASET, "train", ROWS)
-    paths = build(speaker, samples, settings.distill.micro_batch_size, folder)
+    paths = build(teacher_pass, samples, settings.distill.micro_batch_size, folder)
     shards = {path.name: sha256([path]) for path in paths}
     signals = Signals(folder, shards)
     name, student = next(iter(students.items()))
-    errors = measure(speaker, signals, samples, VLM(student.model), name, settings.distill.micro_batch_size)
+    errors = measure(teacher_pass, signals, samples, VLM(student.model), name, settings.distill.micro_batch_size)
     cache = SignalCache(
         facts=wanted,
         shared_vocabulary=shared,
-        dtype="float32" if speaker.dtype == torch.float32 else "float16",
+        dtype="float32" if teacher_pass.dtype == torch.float32 else "float16",
         samples=len(signals),
         rows=signals.rows,
         equal_weights=0 if background is None else signals.equal_weights,

@@ -14,7 +14,7 @@ from components.align_ti.top_k import TopK, top_k_divergence
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.vlm import VLM
 from components.records.teacher_cache import Approximation
-from components.teacher_cache.build import Speaker
+from components.teacher_cache.build import TeacherPass
 from components.teacher_cache.store import Signals
 
 SAMPLES = 256  # spread evenly over the split
@@ -24,33 +24,34 @@ Kind = Literal["text", "visual"]
 
 
 def measure(
-    speaker: Speaker, signals: Signals, samples: Samples, student: VLM, name: str, batch_size: int
+    teacher_pass: TeacherPass, signals: Signals, samples: Samples, student: VLM, name: str, batch_size: int
 ) -> dict[Kind, Approximation]:
     """Over both kinds of rows of some samples, as read back from the cache; a kind without rows is left out."""
     found: dict[Kind, list[Tensor]] = {"text": [], "visual": []}
     chosen = _spread(samples)
     for start in tqdm(range(0, len(chosen), batch_size), desc="its error", unit="batch"):
-        batch, hidden, _ = speaker.hear(chosen[start : start + batch_size])
+        batch, hidden, _ = teacher_pass.forward(chosen[start : start + batch_size])
         known, _ = signals.look_up(batch, visual=True, look=False)
         with torch.inference_mode():
             mine, _ = student.plain(batch, student.features(batch), keep=False)
         masks: dict[Kind, Tensor] = {"text": predicting(batch.response), "visual": batch.visual}
         for kind, rows in masks.items():
-            found[kind].append(_rows(speaker, known.at(rows), hidden[rows], student, mine[rows]))
+            found[kind].append(_rows(teacher_pass, known.at(rows), hidden[rows], student, mine[rows]))
     whole = {kind: torch.cat(parts, dim=1) for kind, parts in found.items()}
     return {kind: _summary(name, rows) for kind, rows in whole.items() if rows.shape[1]}
 
 
 @torch.inference_mode()
-def _rows(speaker: Speaker, kept: TopK, theirs: Tensor, student: VLM, mine: Tensor) -> Tensor:
+def _rows(teacher_pass: TeacherPass, kept: TopK, theirs: Tensor, student: VLM, mine: Tensor) -> Tensor:
     """(3, N): KL from the cache, exact KL, and the teacher's mass beyond the k tokens."""
     parts = []
-    for start in range(0, len(mine), speaker.chunk_rows):
-        at = slice(start, start + speaker.chunk_rows)
+    for start in range(0, len(mine), teacher_pass.chunk_rows):
+        at = slice(start, start + teacher_pass.chunk_rows)
         their_logits, my_logits = (
-            vlm.head(rows[at])[:, : speaker.shared_vocabulary] for vlm, rows in ((speaker.vlm, theirs), (student, mine))
+            vlm.head(rows[at])[:, : teacher_pass.shared_vocabulary]
+            for vlm, rows in ((teacher_pass.vlm, theirs), (student, mine))
         )
-        temperature = speaker.facts.temperature
+        temperature = teacher_pass.facts.temperature
         cached = top_k_divergence(kept[at], my_logits, temperature)
         exact = divergence(their_logits, my_logits, temperature=temperature)
         parts.append(torch.stack([cached, exact, kept[at].log_tail.exp()]).cpu())

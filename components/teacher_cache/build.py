@@ -26,7 +26,7 @@ from components.teacher_cache.store import keys
 
 
 @dataclass(frozen=True)
-class Speaker:
+class TeacherPass:
     """The teacher, and how its word is put down.
 
     Log-probabilities are kept in float16, whose rounding is small beside what is lost by cutting at k, and in float32 where
@@ -49,7 +49,7 @@ class Speaker:
         return torch.float16 if self.facts.top_k < self.shared_vocabulary else torch.float32
 
     @torch.inference_mode()
-    def hear(self, samples: Sequence[Sample]) -> tuple[Batch, Tensor, Tensor]:
+    def forward(self, samples: Sequence[Sample]) -> tuple[Batch, Tensor, Tensor]:
         """A batch of samples, hidden states (B, T, d), and (N,) weights of its visual rows."""
         batch = self.collator(samples).to(self.vlm.model.device)
         layer, bf16 = self.facts.layer, self.facts.precision == "bf16"
@@ -87,11 +87,11 @@ class Shard:
     rows: int = 0
     weights: int = 0
 
-    def add(self, speaker: Speaker, samples: Sequence[Sample]) -> None:
-        batch, hidden, attention = speaker.hear(samples)
+    def add(self, teacher_pass: TeacherPass, samples: Sequence[Sample]) -> None:
+        batch, hidden, attention = teacher_pass.forward(samples)
         text = predicting(batch.response)
         fresh = self._place(samples, batch, text)
-        self.words += [speaker.word(hidden[text]), speaker.word(hidden[batch.visual & fresh[:, None]])]
+        self.words += [teacher_pass.word(hidden[text]), teacher_pass.word(hidden[batch.visual & fresh[:, None]])]
         self.attention.append(attention.float().cpu())
 
     def _place(self, samples: Sequence[Sample], batch: Batch, text: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Shard:
             draft.unlink(missing_ok=True)
 
 
-def build(speaker: Speaker, samples: Samples, batch_size: int, folder: Path) -> list[Path]:
+def build(teacher_pass: TeacherPass, samples: Samples, batch_size: int, folder: Path) -> list[Path]:
     """Write the shards that `folder` does not hold yet; returns all of them, in order.
 
     Raises DataError if there is no instruction to distil on.
@@ -144,7 +144,7 @@ def build(speaker: Speaker, samples: Samples, batch_size: int, folder: Path) -> 
             if not paths[-1].exists():
                 shard = Shard()
                 for batch in _batches(samples, images, batch_size):
-                    shard.add(speaker, batch)
+                    shard.add(teacher_pass, batch)
                     bar.update(len(batch))
                 shard.write(paths[-1])
             else:

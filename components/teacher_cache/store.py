@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from components.align_ti.batch import Batch
 from components.align_ti.ribbon import predicting
-from components.align_ti.top_k import Known, TopK
+from components.align_ti.top_k import CachedTopK, TopK
 from components.config.settings import Settings
 from components.errors import DataError
 from components.io import sha256
@@ -107,7 +107,7 @@ class Signals:
                 found += int((np.maximum.reduceat(weights, firsts) == np.minimum.reduceat(weights, firsts)).sum())
         return found
 
-    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Known, Tensor | None]:
+    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[CachedTopK, Tensor | None]:
         """The teacher's word at the rows that predict a response and, if `visual`, at the visual tokens; if `look`, the
         attention (B, Nv) that weighs these. On the batch's device.
 
@@ -130,7 +130,7 @@ class Signals:
         index[predicting(batch.response)] = rows[:text]
         if visual:
             index[batch.visual] = rows[text:]
-        known = Known(TopK(tokens, log_probs, log_tail), index)
+        known = CachedTopK(TopK(tokens, log_probs, log_tail), index)
         return known, self._attention(shards, table).to(device) if look else None
 
     @staticmethod

@@ -59,10 +59,10 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     if line["candidate"]:
         before = aliased(client, experiment.name, CANDIDATE)
         if before is None or int(before.tags.get(REGISTERED, 0)) <= line["time"]:
-            nominate(client, found)
+            propose(client, found)
 
 
-def nominate(client: Any, version: Version) -> None:
+def propose(client: Any, version: Version) -> None:
     client.set_registered_model_alias(version.model, CANDIDATE, version.number)
 
 
@@ -81,16 +81,16 @@ def of_md5(client: Any, model: str, md5: str, arm: str) -> Version | None:
     return _version(client.get_model_version(model, found[0].version)) if found else None
 
 
-def crown(client: Any, version: Version, over: Version | None, why: Mapping[str, str]) -> None:
+def set_champion(client: Any, version: Version, over: Version | None, why: Mapping[str, str]) -> None:
     """Give `version` the alias `champion`, and write on it, and on the one before, why."""
-    say(client, version, why)
+    comment(client, version, why)
     client.update_model_version(version.model, version.number, description=why["promotion"])
     client.set_registered_model_alias(version.model, CHAMPION, version.number)
     if over is not None:
         client.set_model_version_tag(over.model, over.number, "succeeded_by", version.number)
 
 
-def say(client: Any, version: Version, why: Mapping[str, str]) -> None:
+def comment(client: Any, version: Version, why: Mapping[str, str]) -> None:
     for key, value in why.items():
         client.set_model_version_tag(version.model, version.number, key, value)
 

@@ -153,7 +153,7 @@ def _read_lineage(stage: str) -> _Lineage | None:
 
 
 def _open(name: str, stage: str, of: _Lineage | None) -> tuple[Run, float | None, str | None]:
-    """The run of this process; the seconds it took so far, if it goes on with one that was stopped; else which one that is."""
+    """Opens or resumes the stage's run. Returns it, seconds so far if resumed, else the id of the run that it replaces."""
     note = UNFINISHED / f"{stage}.json"
     before = json.loads(note.read_text(encoding="utf-8")) if of and note.exists() else None
     if of and before and before["fingerprint"] == of.fingerprint and (JOURNALS / f"{before['run']}.jsonl").exists():

@@ -15,7 +15,7 @@ import torch
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.distill.loader import MicroBatches, Steps, batches, deaths_explained
-from components.distill.sampler import Order
+from components.distill.sampler import Sampler
 from components.errors import DataError, TryAgainError
 from components.models.collate import Collator
 from components.models.load import load_processor
@@ -27,7 +27,7 @@ def steps_of(max_length: int = 64, rank: int = 0, ranks: int = 1, **changes: Any
     settings = load_settings().distill.model_copy(update=changes)
     collator = Collator(load_processor(MODELS / "students/student"), Template(""), max_length, train=True)
     samples = Samples(DATASET, "train")
-    return Steps(samples, collator, Order(list(range(len(samples))), settings.batch_size, 1), settings, rank, ranks)
+    return Steps(samples, collator, Sampler(list(range(len(samples))), settings.batch_size, 1), settings, rank, ranks)
 
 
 def same(one: MicroBatches, other: MicroBatches) -> bool:

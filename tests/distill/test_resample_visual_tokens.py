@@ -10,7 +10,7 @@ import torch
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.digits.tokenizer import build_processor
-from components.distill.resample_visual_tokens import Regridded, bilinear
+from components.distill.resample_visual_tokens import ResampledTeacher, bilinear
 from components.distill.teacher import FrozenTeacher
 from components.errors import ModelError
 from components.models.collate import Collator
@@ -45,7 +45,7 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(student: Loaded, teacher: Loaded, sides: tuple[int, int] | None, route: str) -> AlignTI:
     frozen = FrozenTeacher(VLM(teacher.model), 1, shares_tower=False)
     method = Method(dict.fromkeys(CORE, 1.0), eos=student.processor.tokenizer.eos_token_id, draws=3, route=route)
-    return AlignTI(VLM(student.model), frozen if sides is None else Regridded(frozen, *sides), method)
+    return AlignTI(VLM(student.model), frozen if sides is None else ResampledTeacher(frozen, *sides), method)
 
 
 def collated(student: Loaded, teacher: Loaded | None):

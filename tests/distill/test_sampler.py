@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.align_ti.ribbon import uniforms
-from components.distill.sampler import Order, draw_key, shared_out, shared_out_by_length
+from components.distill.sampler import Sampler, draw_key, shared_out, shared_out_by_length
 from components.errors import DataError, InputError
 
 
 @given(samples=st.integers(1, 30), size=st.integers(1, 8), seed=st.integers(0, 5))
 @settings(max_examples=50, deadline=None)
 def test_every_epoch_holds_every_sample_once(samples: int, size: int, seed: int) -> None:
-    order = Order(list(range(100, 100 + samples)), size, seed)
+    order = Sampler(list(range(100, 100 + samples)), size, seed)
     steps = -(-3 * samples // size)  # three epochs
     drawn = [pair for step in range(steps) for pair in order.batch(step)]
     assert [key for key, _ in drawn] == list(range(steps * size))
@@ -36,9 +36,9 @@ def test_weighted_samples_come_as_often_as_they_weigh(sizes: list[int], weights:
     shares = {w: of_sample.count(w) * int(w) + round(w % 1 * of_sample.count(w)) for w in set(of_sample)}
     if not sum(shares.values()):
         with pytest.raises(DataError, match="leave nothing to train on"):
-            Order(list(range(len(of_sample))), size, seed, of_sample)
+            Sampler(list(range(len(of_sample))), size, seed, of_sample)
         return
-    order = Order(list(range(len(of_sample))), size, seed, of_sample)
+    order = Sampler(list(range(len(of_sample))), size, seed, of_sample)
     assert order.epoch_size == sum(shares.values())
     epochs = 5
     drawn = [index for step in range(-(-epochs * order.epoch_size // size)) for _, index in order.batch(step)]
@@ -51,24 +51,24 @@ def test_weighted_samples_come_as_often_as_they_weigh(sizes: list[int], weights:
     for weight, share in shares.items():
         counts = [whole.count(index) for index, its in enumerate(of_sample) if its == weight]
         assert max(counts) - min(counts) <= 1 and sum(counts) == epochs * share
-    again = Order(list(range(len(of_sample))), size, seed, of_sample)  # resumed: no state but the step
+    again = Sampler(list(range(len(of_sample))), size, seed, of_sample)  # resumed: no state but the step
     assert again.batch(3) == order.batch(3)
 
 
 def test_weights_of_one_change_nothing() -> None:
-    plain, weighted = Order(list(range(50)), 20, 1), Order(list(range(50)), 20, 1, [1.0] * 50)
+    plain, weighted = Sampler(list(range(50)), 20, 1), Sampler(list(range(50)), 20, 1, [1.0] * 50)
     assert [plain.batch(step) for step in range(9)] == [weighted.batch(step) for step in range(9)]
 
 
 def test_another_seed_and_another_epoch_are_other_orders() -> None:
-    one, other = Order(list(range(50)), 50, 1), Order(list(range(50)), 50, 2)
+    one, other = Sampler(list(range(50)), 50, 1), Sampler(list(range(50)), 50, 2)
     assert [i for _, i in one.batch(0)] != [i for _, i in other.batch(0)]
     assert [i for _, i in one.batch(0)] != [i for _, i in one.batch(1)]
 
 
 @given(ranks=st.sampled_from([1, 2, 4]), size=st.sampled_from([1, 2, 8, 100]), step=st.integers(0, 3))
 def test_ranks_and_micro_batches_share_out_the_same_global_batch(ranks: int, size: int, step: int) -> None:
-    batch = Order(list(range(37)), 8, seed=3).batch(step)
+    batch = Sampler(list(range(37)), 8, seed=3).batch(step)
     shares = [shared_out(batch, size, rank, ranks) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(shares[0])}
     assert all(1 <= len(micro) <= size for share in shares for micro in share)
@@ -78,7 +78,7 @@ def test_ranks_and_micro_batches_share_out_the_same_global_batch(ranks: int, siz
 @pytest.mark.parametrize(("size", "ranks"), [(3, 1), (3, 2), (2, 3)])
 def test_what_does_not_divide_is_refused(size: int, ranks: int) -> None:
     with pytest.raises(InputError, match="batch_size 8 does not divide into micro-batches"):
-        shared_out(Order(list(range(37)), 8, seed=3).batch(0), size, 0, ranks)
+        shared_out(Sampler(list(range(37)), 8, seed=3).batch(0), size, 0, ranks)
 
 
 @given(
@@ -113,7 +113,7 @@ def test_a_batch_that_does_not_divide_over_ranks_is_refused_by_length_too() -> N
 
 def test_nothing_to_distil_on_is_an_error() -> None:
     with pytest.raises(DataError, match="no instruction to distil on"):
-        Order([], 4, 1)
+        Sampler([], 4, 1)
 
 
 def test_every_run_seed_draws_its_own_alternatives() -> None:

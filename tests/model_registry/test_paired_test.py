@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from components.config.load import load_settings
 from components.errors import DataError
 from components.model_registry import drift
-from components.model_registry.paired_test import MeasuredDifferently, duel
+from components.model_registry.paired_test import MeasuredDifferently, paired_test
 from components.records.dataset import Manifest, SplitRecord
 from components.records.evaluate import Fingerprint, Prediction
 
@@ -28,7 +28,7 @@ def answers(right: list[bool]) -> list[Prediction]:
 
 
 def run(ours: list[bool], theirs: list[bool], measured: Any = (MEASURED, MEASURED)) -> Any:
-    return duel(("new", "old"), (answers(ours), answers(theirs)), measured, ASKED)
+    return paired_test(("new", "old"), (answers(ours), answers(theirs)), measured, ASKED)
 
 
 @settings(deadline=None, max_examples=25)
