@@ -51,7 +51,7 @@ def without_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(stage, "load_teacher", refuse)
+    monkeypatch.setattr("components.distill.assemble.load_teacher", refuse)
 
 
 def opened() -> Signals:
