@@ -138,6 +138,7 @@ def _duration(seconds: float) -> str:
 @app.command()
 def check(
     all_recipes: bool = typer.Option(False, "--all-recipes", help="Also merge each recipe into these params and check that."),
+    data: bool = typer.Option(False, "--data", help="Also try every row of the data as the stages will; writes nothing."),
 ) -> None:
     """Check params/, and that the data and models they name are here: every problem at once; exit code 2 if there is one."""
     from components.config import recipes
@@ -162,6 +163,16 @@ def check(
             typer.echo(f"{what}: fine")
     if problems:
         raise SettingsError("\n".join(problems))
+    if data:
+        from components.own_data import check as tried
+
+        settings = load_settings()
+        folders, missing = tried.at_hand(settings.models)
+        found = tried.try_data(settings, folders.values(), settings.runtime.workers)
+        for line in tried.report(found, settings, folders, missing):
+            typer.echo(line)
+        tried.accept(found, settings)
+        typer.echo("data: fine")
 
 
 @app.command()

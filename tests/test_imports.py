@@ -25,7 +25,7 @@ LEVELS = [
     {"cost"},  # what the training loop holds, and what it takes
     {"shapes"},
     {"teacher"},  # scores candidates with the metrics of `evaluate`
-    {"study", "model_registry", "release"},
+    {"study", "model_registry", "release", "own_data"},
     {"flows"},
     {"cli"},
 ]

@@ -43,8 +43,7 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, wor
     draft = target.with_name(f".{target.name}.draft")
     try:
         _begin(draft, settings)
-        index = draft / "index.sqlite"
-        source: Source = grids.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index)
+        source = source_of(settings, draft / "index.sqlite", raw)
         manifest = write(source, settings, draft, workers or cores())
         write_card(draft, source, manifest)
         _finish(draft)
@@ -59,6 +58,11 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, wor
             f"{draft} cannot grow ({error.strerror or error}); free space and run again: what is whole there is gone on from"
         ) from None
     return manifest
+
+
+def source_of(settings: DataSettings, index: Path, raw: Path = RAW) -> Source:
+    """What `settings.source` names; a user's own rows are read into the file `index`. Raises DataError if it cannot be read."""
+    return grids.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index)
 
 
 def _begin(draft: Path, settings: DataSettings) -> None:

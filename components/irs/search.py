@@ -106,7 +106,7 @@ def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
     random = np.random.default_rng(settings.seed)
     found: list[list[Sample]] = []
     for row in random.permutation(samples.images):
-        different = _instructions([samples[index] for index in samples.of_image(int(row))])
+        different = instructions([samples[index] for index in samples.of_image(int(row))])
         if len(different) >= settings.instructions_per_image:
             picked = random.choice(len(different), settings.instructions_per_image, replace=False)
             found.append([different[index] for index in sorted(picked)])
@@ -150,7 +150,7 @@ def furthest_apart(attention: Tensor) -> tuple[int, int]:
     return int(first[lowest]), int(second[lowest])
 
 
-def _instructions(samples: Sequence[Sample]) -> list[Sample]:
+def instructions(samples: Sequence[Sample]) -> list[Sample]:
     """One sample, of one turn, per different question about the image, in whatever turn it is asked."""
     different: dict[str, Sample] = {}
     for sample in samples:

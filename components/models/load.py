@@ -133,7 +133,7 @@ def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> in
     """Size of the shared vocabulary: the columns that both heads are cut to (docs/method.md, "Shared vocabulary").
 
     Args:
-        own_images: each reads images in its own way (distill/grids.py), so these need not agree.
+        own_images: each reads images in its own way (distill/resample_visual_tokens.py), so these need not agree.
 
     Raises ModelError, naming the models, if one is of a family that is not supported, the image token is missing, pad == EOS,
     a model and its processor disagree about how many tokens an image has, the two see different visual tokens or pixels, or

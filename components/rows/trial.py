@@ -83,7 +83,7 @@ def _try_all(
 
 def try_part(dataset: Path, split: Split, first: int, last: int, folders: tuple[Path, ...], settings: str, part: Path) -> int:
     """Try the samples about images `first`..`last` - 1 and write what came of it; returns how many images."""
-    judge, samples = _judge(folders, settings), _samples(dataset, split)
+    judge, samples = judge_of(folders, settings), _samples(dataset, split)
     verdicts: list[tuple[int, int, int]] = []
     remarks: list[Remark] = []
     sizes = {row: samples.image_size(row) for row in range(first, last)}
@@ -101,7 +101,7 @@ def try_part(dataset: Path, split: Split, first: int, last: int, folders: tuple[
 
 
 @lru_cache(maxsize=1)
-def _judge(folders: tuple[Path, ...], settings: str) -> Judge:
+def judge_of(folders: tuple[Path, ...], settings: str) -> Judge:
     return Judge(folders, ModelsSettings.model_validate_json(settings))
 
 

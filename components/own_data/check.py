@@ -1,0 +1,239 @@
+"""`alignti check --data`: every row read as `prepare` reads it and tried as `check_rows` tries it; only counts are kept.
+
+Rows are indexed in a temporary folder, which goes when the check ends. Images are opened and checked, as in `prepare`; what
+is compared there between images (near duplicates) is left to it.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+from tqdm import tqdm
+
+from components.config.models import Checkpoint, ModelsSettings
+from components.config.settings import Settings
+from components.dataset.prepare import source_of
+from components.dataset.shard_jobs import WORTH_A_WORKER
+from components.dataset.shards import ImageRow, Sample
+from components.dataset.source import Refused, Rule, Source, Stored
+from components.errors import DataError
+from components.irs.search import instructions
+from components.process import cores, shared_out
+from components.records.models import ModelIndex
+from components.records.paths import MODELS, SPLITS, Split
+from components.rows.judge import CUT, RESIZED, Judge, Remark, different
+from components.rows.trial import judge_of
+
+if TYPE_CHECKING:
+    from components.models.collate import Collator
+
+EXAMPLES = 3  # of each reason
+
+
+@dataclass
+class Tally:
+    """Counts over images and their samples."""
+
+    images: Counter[Split] = field(default_factory=Counter)
+    samples: Counter[Split] = field(default_factory=Counter)
+    usable: Counter[Split] = field(default_factory=Counter)
+    questions: Counter[tuple[Split, int]] = field(default_factory=Counter)  # images with so many different ones
+    tokens: Counter[int] = field(default_factory=Counter)  # usable samples of so many
+    answers: Counter[int] = field(default_factory=Counter)  # first answers of so many tokens, the end among them
+    refused: list[Refused] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+
+    def add(self, split: Split, samples: list[Sample], size: tuple[int, int] | None, judge: Judge | None) -> None:
+        """One image's samples, and its width and height; `samples` hold no image."""
+        self.images[split] += 1
+        self.samples[split] += len(samples)
+        self.questions[split, len(instructions(samples))] += size is not None
+        if judge is None:
+            return
+        for (turns, tokens, _), remark in judge(split, samples, [size] * len(samples)):
+            if turns:
+                self.usable[split] += 1
+                self.tokens[tokens] += 1
+            self.remarks += [remark] if remark else []
+        self.answers.update(answer_lengths(judge.collators[0], samples))
+
+    def merge(self, other: Tally) -> None:
+        for name, value in vars(other).items():
+            own = getattr(self, name)
+            own.update(value) if isinstance(own, Counter) else own.extend(value)
+
+    @property
+    def left_out(self) -> list[Remark]:
+        return [remark for remark in self.remarks if not remark.kept]
+
+    def with_questions(self, split: Split, least: int) -> int:
+        """Images of the split that have at least so many different questions."""
+        return sum(images for (of, count), images in self.questions.items() if of == split and count >= least)
+
+
+@dataclass(frozen=True)
+class Found:
+    source: str  # its title
+    rows_in: int
+    rules: list[Rule]
+    boxes: bool
+    tally: Tally
+
+
+def answer_lengths(collator: Collator, samples: list[Sample]) -> list[int]:
+    """Tokens of each sample's first answer, its end among them: what `evaluate` has a model write."""
+    answers = [sample.turns[0].answer.strip() for sample in samples]
+    return [len(ids) + 1 for ids in collator.tokenizer(answers, add_special_tokens=False)["input_ids"]]
+
+
+def at_hand(models: ModelsSettings) -> tuple[dict[str, Path], list[str]]:
+    """Folders of the models that rows can be tried with now (own ones, or made by `obtain_models`), and names of the others."""
+    from components.models.__main__ import origin_of
+
+    index = ModelIndex.read(MODELS / "index.json") if (MODELS / "index.json").is_file() else None
+    folders, missing = {}, []
+    for role in ("students", "teachers"):
+        for name, member in getattr(models.members, role).items():
+            record = getattr(index, role).get(name) if index else None
+            if isinstance(member, Checkpoint) and member.revision is None and models.image_splitting:
+                folders[name] = Path(member.source).expanduser()
+            elif (
+                record
+                and (folder := Path(record.path)).is_dir()
+                and (record.origin, record.revision) == origin_of(member, folder)
+            ):
+                folders[name] = folder
+            else:
+                missing.append(name)
+    return folders, missing
+
+
+def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = None) -> Found:
+    """Try all rows with the models in `folders`, by so many processes. Raises DataError if the source cannot be read."""
+    with tempfile.TemporaryDirectory(prefix="alignti-") as scratch:
+        source = source_of(settings.data, Path(scratch) / "index.sqlite")
+        tally = Tally(refused=list(source.refused()))
+        asked = (tuple(different(list(folders))), settings.models.model_dump_json())
+        count = min(workers or cores(), source.parts, source.images // WORTH_A_WORKER)
+        with tqdm(desc="check: rows tried", total=source.images, unit="image", mininterval=1, leave=False) as bar:
+            if count <= 1:
+                for part in range(source.parts):
+                    tally.merge(try_part(source, part, *asked, bar.update))
+            else:
+                jobs = [(source, part, *asked) for part in range(source.parts)]
+                for one in shared_out(try_part, jobs, count):
+                    tally.merge(one)
+                    bar.update(one.images.total())
+        tally.refused.sort(key=lambda one: (one.source or "", one.row))
+        tally.remarks.sort(key=lambda one: (one.split, one.id))
+        return Found(source.title, source.rows_in, source.rules(), source.boxes, tally)
+
+
+def try_part(
+    source: Source, part: int, folders: tuple[Path, ...], models: str, bar: Callable[[int], object] | None = None
+) -> Tally:
+    tally, judge = Tally(), judge_of(folders, models) if folders else None
+    for found in source.rows(part):
+        if isinstance(found, Stored):
+            tally.add(found.origin.split, samples_of(found.row), size_of(found.row), judge)
+        else:
+            tally.refused += found
+        if bar is not None:
+            bar(1)
+    return tally
+
+
+def samples_of(row: ImageRow) -> list[Sample]:
+    """Without the image itself."""
+    shown = None if row.image is None else b""
+    return [Sample(id_, row.image_id, kind, shown, turns) for id_, kind, turns in row.samples]
+
+
+def size_of(row: ImageRow) -> tuple[int, int] | None:
+    if row.image is None:
+        return None
+    with Image.open(io.BytesIO(row.image)) as image:
+        return image.size
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def report(found: Found, settings: Settings, folders: dict[str, Path], missing: list[str]) -> Iterator[str]:
+    """The lines that `alignti check --data` prints."""
+    tally = found.tally
+    yield f"data: {found.source}"
+    yield f"  {found.rows_in:,} rows, {len(tally.refused):,} refused{_percent(len(tally.refused), found.rows_in)}"
+    for reason, refused in _by(tally.refused, lambda one: one.reason):
+        yield f"  {reason}: {len(refused):,}"
+        for one in refused[:EXAMPLES]:
+            named = "" if one.id is None else f" ({one.id})"
+            yield f"    {f'{one.source}, ' if one.source else ''}row {one.row}{named}: {one.detail}"
+    for rule in found.rules:
+        yield f"  rule {rule.name}: {rule.rows:,} rows, such as row {rule.row}{f': {rule.did}' if rule.did else ''}"
+    yield "splits: " + "; ".join(
+        f"{split} {tally.images[split]:,} images, {tally.samples[split]:,} samples" for split in SPLITS
+    )
+    asked = settings.irs.instructions_per_image
+    able = " and ".join(f"{tally.with_questions(split, asked):,} of {split}" for split in ("train", "val"))
+    yield f"  with {asked} different questions (irs.instructions_per_image), of which IRS needs 2 images: {able}"
+    if missing:
+        yield f"not tried with {', '.join(missing)}: not obtained yet; `dvc repro obtain_models` does"
+    if not folders:
+        return
+    usable, samples = tally.usable.total(), tally.samples.total()
+    yield f"tried with {', '.join(folders)}: {usable:,} of {samples:,} samples usable"
+    for reason, remarks in _by(tally.remarks, lambda one: one.reason):
+        yield f"  {reason}: {len(remarks):,}{'' if reason in (CUT, RESIZED) else ', left out'}"
+        for remark in remarks[:EXAMPLES]:
+            yield f"    {remark.split} {remark.id}: {remark.detail}"
+    if tally.tokens:
+        yield f"  longest sample {max(tally.tokens):,} tokens of models.max_length {settings.models.max_length:,}"
+    most = settings.evaluate.max_new_tokens
+    if longer := sum(count for length, count in tally.answers.items() if length > most):
+        longest = max(tally.answers)
+        yield f"  {longer:,} first answers are longer than evaluate.max_new_tokens {most}, the longest {longest}: raise it"
+
+
+def accept(found: Found, settings: Settings) -> None:
+    """Raises DataError if `prepare` or `check_rows` would stop on these data."""
+    accept_rows(found, settings)
+    tally = found.tally
+    usable = tally.usable if tally.usable or tally.left_out else tally.samples
+    if empty := [split for split in SPLITS if not usable[split]]:
+        raise DataError(
+            f"no usable sample fell into {' and '.join(empty)}: give more images, or raise the shares in params/data.yaml"
+        )
+
+
+def accept_rows(found: Found, settings: Settings) -> None:
+    """Raises DataError if more rows are bad, or more samples left out, than `limits.max_bad_ratio` allows."""
+    tally, most = found.tally, settings.data.limits.max_bad_ratio
+    counts = (
+        (len(tally.refused), found.rows_in, "rows are bad"),
+        (len(tally.left_out), tally.samples.total(), "samples cannot be trained on"),
+    )
+    if problems := [f"{bad:,} of {whole:,} {what}" for bad, whole, what in counts if bad > most * whole]:
+        raise DataError(f"{' and '.join(problems)}, more than limits.max_bad_ratio = {most} of params/data.yaml allows")
+
+
+T = TypeVar("T")
+
+
+def _by(things: Iterable[T], reason: Callable[[T], str]) -> Iterator[tuple[str, list[T]]]:
+    """The most frequent first."""
+    groups: dict[str, list[Any]] = {}
+    for thing in things:
+        groups.setdefault(reason(thing), []).append(thing)
+    yield from sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def _percent(part: int, whole: int) -> str:
+    return f" ({part / whole:.1%})" if part else ""

@@ -1,0 +1,100 @@
+"""`alignti check --data` says of every row what the stages would, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from components.cli import app
+from components.config.load import load_settings
+from components.dataset.prepare import prepare
+from components.errors import DataError
+from components.models.__main__ import bring, index_of
+from components.own_data import check
+from components.records.paths import MODELS, ROWS, SPLITS
+from components.rows.trial import try_rows
+from tests.own_data.conftest import respell
+
+
+def files(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if path.is_file()}
+
+
+def checked() -> tuple[check.Found, list[str]]:
+    settings = load_settings()
+    folders, missing = check.at_hand(settings.models)
+    found = check.try_data(settings, folders.values(), workers=1)
+    return found, list(check.report(found, settings, folders, missing))
+
+
+def spoil(rows: list[dict[str, object]]) -> None:
+    rows[0]["image"] = "gone.png"
+    rows[3]["messages"] = []
+    rows[7]["messages"] = [{"role": "user", "content": "<image>\nwhat ?"}, {"role": "assistant", "content": "red " * 400}]
+
+
+def test_it_counts_what_the_stages_count(pointed: Path) -> None:
+    respell(pointed / "data/mine", spoil)
+    for file, old, new in (
+        ("data", "max_bad_ratio: 0.02", "max_bad_ratio: 0.2"),
+        ("models", "max_length: 2048", "max_length: 200"),
+    ):
+        path = pointed / f"params/{file}.yaml"
+        path.write_text(path.read_text().replace(old, new))
+    before = files(pointed)
+    found, said = checked()
+    assert files(pointed) == before
+    settings = load_settings()
+    check.accept(found, settings)
+
+    manifest = prepare(settings.data, workers=1)
+    assert settings.models.pretrained is not None
+    for role, members in (("teachers", settings.models.pretrained.teachers), ("students", settings.models.pretrained.students)):
+        for name, member in members.items():
+            bring(member, MODELS / role / name, "")
+    index_of(settings.models, MODELS).write(MODELS / "index.json")
+    tried = try_rows(settings, workers=1)
+
+    assert (len(found.tally.refused), found.rows_in) == (manifest.quarantined, manifest.rows_in) == (2, 40)
+    for split in SPLITS:
+        assert found.tally.samples[split] == manifest.splits[split].samples
+        assert found.tally.usable[split] == tried.splits[split].usable
+    assert max(found.tally.tokens) == max(split.longest for split in tried.splits.values())
+    assert [remark.model_dump_json() for remark in found.tally.remarks] == (ROWS / "remarks.jsonl").read_text().splitlines()
+    assert any("row 1 (0-0): data/mine/images/gone.png" in line for line in said)
+    assert any(line.strip().startswith("too_long: 1") for line in said)
+    assert any("rule roles: 39 rows" in line for line in said)
+
+
+def test_too_many_bad_rows_end_with_2_and_every_reason(pointed: Path) -> None:
+    respell(pointed / "data/mine", spoil)
+    done = CliRunner().invoke(app, ["check", "--data"])
+    assert isinstance(done.exception, DataError)
+    assert "2 of 40 rows are bad, more than limits.max_bad_ratio = 0.02" in str(done.exception)
+    assert "missing_file: 1" in done.output
+
+
+def test_without_models_rows_are_read_all_the_same(pointed: Path) -> None:
+    settings = load_settings()
+    found = check.try_data(settings, [], workers=1)
+    assert found.tally.samples.total() == 40
+    assert "not tried with teacher" in "\n".join(check.report(found, settings, {}, ["teacher"]))
+    check.accept(found, settings)
+
+
+def test_a_split_without_images_is_told(pointed: Path) -> None:
+    path = pointed / "params/data.yaml"
+    path.write_text(path.read_text().replace("val: 0.2", "val: 0.0001"))
+    assert "val: 0.0001" in path.read_text()
+    with pytest.raises(DataError, match="no usable sample fell into val"):
+        check.accept(check.try_data(load_settings(), [], workers=1), load_settings())
+
+
+def test_workers_change_nothing(pointed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pointed / "params/data.yaml"
+    path.write_text(path.read_text().replace("images_per_shard: 1000", "images_per_shard: 5"))
+    alone = check.try_data(load_settings(), [pointed / "hub/small"], workers=1)
+    monkeypatch.setattr(check, "WORTH_A_WORKER", 5)
+    assert check.try_data(load_settings(), [pointed / "hub/small"], workers=2) == alone
