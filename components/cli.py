@@ -14,7 +14,7 @@ from flows import commands
 LONG_S = 3 * 3600
 
 GROUPS = {
-    "Start": ("use", "check", "plan", "arms"),
+    "Start": ("use", "check", "preview", "plan", "arms"),
     "Run": ("study", "evaluate", "replay", "reproduce"),
     "Look": ("runs", "compare", "leaderboard", "samples", "controls", "benchmarks", "try"),
     "Hand on": ("export", "push", "serve", "register", "promote"),
@@ -173,6 +173,20 @@ def check(
             typer.echo(line)
         tried.accept(found, settings)
         typer.echo("data: fine")
+
+
+@app.command()
+def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) -> None:
+    """Show samples as the student reads them, with what is trained on in colour: here, and as reports/preview.html."""
+    from components.config.load import load_settings
+    from components.own_data import preview as page
+    from components.own_data.check import at_hand
+
+    settings = load_settings()
+    found = page.preview(settings, at_hand(settings.models)[0], each)
+    for line in page.lines(found):
+        typer.echo(line)
+    typer.echo(f"-> {page.write_page(found)}")
 
 
 @app.command()

@@ -27,7 +27,15 @@ COMMAND = re.compile(r"python -m (components(?:\.\w+)+)(?: --arm (?:\$\{key\}|te
 NOT_LISTED = frozenset(f"components.{name}" for name in ("config", "records", "io", "errors", "process", "tracking", "runtime"))
 
 # Files beside the code of commands that are no stage: `alignti leaderboard` and `alignti samples`.
-COMMANDS = frozenset(f"components/evaluate/{name}" for name in ("leaderboard.html.j2", "published.csv", "samples.html.j2"))
+COMMANDS = frozenset(
+    f"components/{name}"
+    for name in (
+        "evaluate/leaderboard.html.j2",
+        "evaluate/published.csv",
+        "evaluate/samples.html.j2",
+        "own_data/preview.html.j2",
+    )
+)
 
 
 def entry(stage: str) -> str:

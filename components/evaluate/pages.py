@@ -12,10 +12,10 @@ from PIL import Image
 from components.errors import DataError
 
 
-def templates() -> Environment:
-    """The `*.html.j2` of this folder; text is escaped, and a name that is not there is an error."""
+def templates(folder: Path = Path(__file__).parent) -> Environment:
+    """The `*.html.j2` of `folder`; text is escaped, and a name that is not there is an error."""
     return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

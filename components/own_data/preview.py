@@ -1,0 +1,238 @@
+"""`alignti preview`: samples of every kind as the student reads them, and which of their tokens are trained on.
+
+Decoded from the very tokens and masks that training gets. Prepared data are shown if they are of these params, else the
+source is read. At most `MOST` images are looked at, evenly spaced.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+import typer
+from PIL import Image
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from components.config.data import DataSettings
+from components.config.settings import Settings
+from components.config.yaml_file import read_yaml
+from components.dataset.prepare import source_of
+from components.dataset.shards import Sample, Samples
+from components.dataset.source import Stored
+from components.errors import InputError
+from components.evaluate.pages import data_uri, templates, thumbnail
+from components.io import write_text
+from components.models.collate import Collator
+from components.own_data.check import Tally
+from components.records.paths import DATASET, REPORTS
+from components.rows.judge import CUT, Judge, different
+
+PAGE = REPORTS / "preview.html"
+MOST = 2_000  # images
+BARS = 24  # of the histogram of lengths
+THUMBNAIL_PX = 240
+
+Role = Literal["read", "trained", "visual"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one role."""
+
+    role: Role
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    sample: Sample
+    pieces: list[Piece]
+    remark: str  # what `check_rows` would say of it; empty: nothing
+
+    def tokens(self, role: Role | None = None) -> int:
+        return sum(piece.tokens for piece in self.pieces if role in (None, piece.role))
+
+
+@dataclass(frozen=True)
+class Preview:
+    origin: str
+    read_by: str  # names of the models
+    shown: dict[str, list[Shown]]  # by kind
+    tally: Tally  # of all that was looked at
+    max_length: int
+    max_new_tokens: int
+
+    @property
+    def lengths(self) -> str:
+        images, samples, longest = self.tally.images.total(), self.tally.samples.total(), max(self.tally.tokens, default=0)
+        beyond = [remark for remark in self.tally.remarks if remark.reason in (CUT, "too_long")]
+        middle = median(self.tally.tokens.elements()) if self.tally.tokens else 0
+        return (
+            f"{samples:,} samples of {images:,} images: {middle:,.0f} tokens in the middle, {longest:,} at most, of max_length"
+            f" {self.max_length:,}; {len(beyond):,} are longer, {sum(not one.kept for one in beyond):,} of them left out and"
+            " the others cut"
+        )
+
+    @property
+    def answers(self) -> str:
+        longer = sum(count for length, count in self.tally.answers.items() if length > self.max_new_tokens)
+        return (
+            f"first answers have {max(self.tally.answers, default=0):,} tokens at most, of evaluate.max_new_tokens"
+            f" {self.max_new_tokens:,}; {longer:,} are longer"
+        )
+
+    @property
+    def bars(self) -> list[tuple[str, int, float]]:
+        """Of the histogram of lengths: `from-to`, samples, share of the highest bar."""
+        if not self.tally.tokens:
+            return []
+        width = -(-(max(self.tally.tokens) + 1) // BARS)
+        counts = [0] * (max(self.tally.tokens) // width + 1)
+        for length, count in self.tally.tokens.items():
+            counts[length // width] += count
+        return [(f"{i * width}-{(i + 1) * width - 1}", count, count / max(counts)) for i, count in enumerate(counts)]
+
+
+def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
+    """`each` samples of every kind, as the first of `folders` reads them; lengths as the longest of all.
+
+    Raises InputError if no model is at hand, DataError or ModelError if data or models cannot be read.
+    """
+    if not folders:
+        raise InputError("no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them")
+    judge = Judge(different(list(folders.values())), settings.models)
+    collator, tally = judge.collators[0], Tally()
+    shown: dict[str, list[Shown]] = {}
+    with TemporaryDirectory(prefix="alignti-") as scratch:
+        origin, images = _images(settings, Path(scratch))
+        for split, samples in images:
+            bare = [replace(sample, image=sample.image and b"") for sample in samples]
+            tally.add(split, bare, _size(samples[0].image), judge)
+            remarks = {remark.id: remark for remark in tally.remarks[-len(samples) :]}
+            for sample in samples:
+                if len(of_kind := shown.setdefault(sample.kind, [])) < each:
+                    remark = remarks.get(sample.id)
+                    if remark is None or remark.kept:
+                        kept = sample if remark is None else replace(sample, turns=sample.turns[: remark.kept])
+                        of_kind.append(Shown(sample, pieces(collator, kept), remark.detail if remark else ""))
+                    else:
+                        of_kind.append(Shown(sample, [], remark.detail))
+    by = (
+        " and ".join(folders)
+        if len(judge.collators) == 1
+        else f"{next(iter(folders))}; another of {', '.join(folders)} reads otherwise"
+    )
+    return Preview(origin, by, shown, tally, settings.models.max_length, settings.evaluate.max_new_tokens)
+
+
+def pieces(collator: Collator, sample: Sample) -> list[Piece]:
+    """The sample's tokens in order, decoded."""
+    (row,) = collator.encode([sample])
+    roles = ["visual" if seen else "trained" if said else "read" for seen, said in zip(row.visual, row.response, strict=True)]
+    found, start = [], 0
+    for role, group in groupby(roles):
+        end = start + len(list(group))
+        # What a run adds to the text before it: decoded alone, some tokenizers drop its first space.
+        before, upto = (collator.tokenizer.decode(row.input_ids[:n][~row.visual[:n]]) for n in (start, end))
+        found.append(Piece(role, "" if role == "visual" else upto[len(before) :], end - start))  # type: ignore[arg-type]
+        start = end
+    return found
+
+
+# --- where samples come from ------------------------------------------------------------------------------------------------
+
+
+def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[str, list[Sample]]]]:
+    """What is shown, and split and samples of each image."""
+    if prepared(settings.data):
+        samples = Samples(DATASET, "train", check=False)
+        rows = np.unique(np.linspace(0, samples.images - 1, min(MOST, samples.images)).astype(int))
+        bar = tqdm(rows, desc="preview", unit="image", mininterval=1, leave=False)
+        return f"{DATASET}, split train", (("train", samples.about(int(row))) for row in bar)
+    source = source_of(settings.data, scratch / "index.sqlite")
+
+    def read() -> Iterator[tuple[str, list[Sample]]]:
+        of_part = -(-MOST // source.parts)
+        bar = tqdm(desc="preview", total=min(MOST, source.images), unit="image", mininterval=1, leave=False)
+        for part in range(source.parts):
+            for found in islice(source.rows(part), of_part):
+                bar.update()
+                if isinstance(found, Stored):
+                    row = found.row
+                    samples = [Sample(id_, row.image_id, kind, row.image, turns) for id_, kind, turns in row.samples]
+                    yield found.origin.split, samples
+
+    return f"{source.title}, not prepared yet", read()
+
+
+def prepared(settings: DataSettings) -> bool:
+    """Whether artifacts/dataset was made with these params, as dvc.lock says."""
+    if not (DATASET / "manifest.json").is_file() or not Path("dvc.lock").is_file():
+        return False
+    made = read_yaml(Path("dvc.lock"))["stages"].get("prepare", {}).get("params", {}).get("params/data.yaml")
+    try:
+        return made is not None and DataSettings.model_validate(made) == settings
+    except ValidationError:
+        return False
+
+
+def _size(image: bytes | None) -> tuple[int, int] | None:
+    if image is None:
+        return None
+    with Image.open(io.BytesIO(image)) as opened:
+        return opened.size
+
+
+# --- how they are shown -----------------------------------------------------------------------------------------------------
+
+
+def lines(found: Preview) -> Iterator[str]:
+    """For a terminal, which drops the colours if it has none: the marks stay."""
+    trained, seen = (lambda text: typer.style(f"«{text}»", fg="green", bold=True)), (lambda text: typer.style(text, fg="cyan"))
+    yield f"{found.origin}; read by {found.read_by}"
+    yield f"{trained('trained on')}, {seen('[visual tokens]')}, all else is read only"
+    for kind, samples in found.shown.items():
+        for shown in samples:
+            visual, said = shown.tokens("visual"), shown.tokens("trained")
+            yield ""
+            yield typer.style(f"{printable(kind)} {printable(shown.sample.id)}", bold=True) + (
+                f"  {shown.tokens():,} tokens: {visual:,} visual, {said:,} trained on"
+            )
+            if shown.remark:
+                yield typer.style(f"{'cut or stretched' if shown.pieces else 'left out'}: {printable(shown.remark)}", fg="red")
+            style = {"read": str, "trained": trained, "visual": seen}
+            texts = (
+                f"[{piece.tokens:,} visual]" if piece.role == "visual" else printable(piece.text) for piece in shown.pieces
+            )
+            whole = "".join(style[piece.role](text) for piece, text in zip(shown.pieces, texts, strict=True))
+            yield "    " + whole.replace("\n", "\n    ")
+    yield ""
+    yield found.lengths
+    yield found.answers
+
+
+def printable(text: str) -> str:
+    """Control characters spelt out: a terminal acts on them."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def write_page(found: Preview) -> Path:
+    """reports/preview.html: one file that needs nothing beside it; all text is escaped."""
+    images = {
+        shown.sample.id: data_uri(thumbnail(shown.sample.image, THUMBNAIL_PX))
+        for of_kind in found.shown.values()
+        for shown in of_kind
+        if shown.sample.image is not None
+    }
+    page = templates(Path(__file__).parent).get_template("preview.html.j2")
+    write_text(PAGE, page.render(found=found, images=images))
+    return PAGE

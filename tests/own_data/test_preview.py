@@ -1,0 +1,112 @@
+"""`alignti preview`: what it colours is what the loss sees, and nothing of the data acts on page or terminal."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from components.cli import app
+from components.config.load import load_settings
+from components.dataset.prepare import prepare
+from components.errors import InputError
+from components.own_data import preview as page
+from components.own_data.check import at_hand
+from components.records.paths import DATASET
+from tests.own_data.conftest import respell
+
+EVIL = "<script>alert(1)</script> \x1b[31mred &amp;"
+
+
+def shown(each: int = 1) -> page.Preview:
+    settings = load_settings()
+    return page.preview(settings, at_hand(settings.models)[0], each)
+
+
+def spoil(rows: list[dict[str, object]]) -> None:
+    rows[0]["kind"] = rows[0]["id"] = EVIL
+    rows[0]["messages"] = [
+        {"role": "user", "content": f"<image>\n{EVIL}"},
+        {"role": "assistant", "content": f"{EVIL} first"},
+        {"role": "user", "content": "And ?"},
+        {"role": "assistant", "content": "second"},
+    ]
+    rows[1]["messages"] = [{"role": "user", "content": "<image>\nwhat ?"}, {"role": "assistant", "content": "x" * 7000}]
+
+
+def test_every_kind_is_there_and_its_answers_are_what_is_trained_on(pointed: Path) -> None:
+    respell(pointed / "data/mine", spoil)
+    found = shown()
+    assert set(found.shown) == {EVIL, "what", "how"}
+    (sample,) = found.shown[EVIL]
+    trained = [piece.text for piece in sample.pieces if piece.role == "trained"]
+    assert [text.removesuffix("<end_of_utterance>").strip() for text in trained] == [f"{EVIL} first", "second"]
+    assert all(text.endswith("<end_of_utterance>") for text in trained)
+    read = "".join(piece.text for piece in sample.pieces if piece.role == "read")
+    assert EVIL in read
+    assert "first" not in read
+    assert sample.tokens("visual") == sum(piece.tokens for piece in sample.pieces if piece.role == "visual") > 0
+    assert found.tally.samples.total() == 40
+    assert "1 are longer, 1 of them left out" in found.lengths
+
+
+def test_a_sample_that_is_left_out_says_why(pointed: Path) -> None:
+    respell(pointed / "data/mine", lambda rows: rows[0]["messages"][1].update(content="x" * 7000))
+    (sample,) = shown().shown["what"]
+    assert not sample.pieces
+    assert "models.max_length is 2,048" in sample.remark
+    assert sample.remark in (page.write_page(shown())).read_text()
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_stands_alone_and_escapes_everything(pointed: Path) -> None:
+    respell(pointed / "data/mine", spoil)
+    tags = Tags()
+    text = page.write_page(shown()).read_text()
+    tags.feed(text)
+    assert "script" not in tags.tags
+    assert all(link.startswith("data:image/") for link in tags.links)
+    assert len(tags.links) == 3
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_a_terminal_gets_no_control_characters(pointed: Path) -> None:
+    respell(pointed / "data/mine", spoil)
+    done = CliRunner().invoke(app, ["preview", "--each", "1"])
+    assert done.exit_code == 0, done.output
+    assert "\x1b[31m" not in done.output
+    assert "\\x1b[31m" in done.output
+    assert "«And" not in done.output
+    assert "second<end_of_utterance>»" in done.output.replace("\n    ", "\n")
+    assert "-> reports/preview.html" in done.output
+
+
+def test_prepared_data_are_shown_only_if_they_are_of_these_params(pointed: Path) -> None:
+    settings = load_settings()
+    prepare(settings.data, workers=1)
+    assert "not prepared yet" in shown().origin
+    params = json.loads(settings.data.model_dump_json())
+    Path("dvc.lock").write_text(json.dumps({"stages": {"prepare": {"params": {"params/data.yaml": params}}}}))
+    prepared = shown()
+    assert prepared.origin == f"{DATASET}, split train"
+    assert set(prepared.shown) == {"what", "how"}
+    Path("dvc.lock").write_text(json.dumps({"stages": {"prepare": {"params": {"params/data.yaml": {**params, "seed": 2}}}}}))
+    assert "not prepared yet" in shown().origin
+
+
+def test_without_a_model_it_says_what_is_missing(pointed: Path) -> None:
+    with pytest.raises(InputError, match="no model is here"):
+        page.preview(load_settings(), {}, 1)
