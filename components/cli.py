@@ -14,7 +14,7 @@ from flows import commands
 LONG_S = 3 * 3600
 
 GROUPS = {
-    "Start": ("use", "check", "preview", "plan", "arms"),
+    "Start": ("init", "use", "check", "preview", "plan", "arms"),
     "Run": ("study", "evaluate", "replay", "reproduce"),
     "Look": ("runs", "compare", "leaderboard", "samples", "controls", "benchmarks", "try"),
     "Hand on": ("export", "push", "serve", "register", "promote"),
@@ -96,6 +96,39 @@ def _keep_own() -> None:
 
     if kept := recipes.keep_own():
         typer.echo(f"params/ held values that no recipe has; they are kept: `cp {kept}/*.yaml params/` brings them back.")
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Option(help="Your rows: JSON or JSONL (docs/data.md).")],
+    images: Annotated[Path, typer.Option(help="The folder that their images are in.")],
+    teacher: Annotated[str, typer.Option(help="A checkpoint folder, or ORG/NAME@COMMIT of the hub.")],
+    student: Annotated[str, typer.Option(help="Likewise.")],
+    name: Annotated[str, typer.Option(help="Of the recipe that is made.")] = "own",
+) -> None:
+    """Look at your data and models, and make a recipe and params/ for them: what was chosen, and why."""
+    from components.config import recipes
+    from components.config.load import load_settings
+    from components.config.local_paths import not_here
+    from components.errors import SettingsError
+    from components.own_data.init import Asked
+    from components.own_data.init import init as look
+
+    asked = Asked(data, images, teacher, student, name)
+    seen, choices = look(asked)
+    for line in (*seen, "", *choices):
+        typer.echo(line)
+    _keep_own()
+    recipes.use(name)
+    if missing := not_here(load_settings()):
+        raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
+    if not Path("data").is_dir():  # stage `prepare` depends on it, wherever the rows are
+        from flows import dvc
+
+        dvc.fetch("data.dvc")
+    typer.echo(
+        f"\nparams/ now say what {asked.recipe} says: `alignti preview` shows what is trained on, `dvc repro` runs it all."
+    )
 
 
 @app.command()

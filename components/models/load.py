@@ -141,6 +141,11 @@ def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> in
     """
     for loaded in (teacher, student):
         check_images(loaded)
+    return check_reading(teacher, student, own_images)
+
+
+def check_reading(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
+    """As `check_pair`, by their processors and the sizes of their heads alone."""
     between = f"teacher {teacher.name} and student {student.name}"
     for shown in () if own_images else shapes():
         theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))

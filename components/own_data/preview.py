@@ -76,10 +76,11 @@ class Preview:
         images, samples, longest = self.tally.images.total(), self.tally.samples.total(), max(self.tally.tokens, default=0)
         beyond = [remark for remark in self.tally.remarks if remark.reason in (CUT, "too_long")]
         middle = median(self.tally.tokens.elements()) if self.tally.tokens else 0
+        out = sum(not remark.kept for remark in beyond)
+        longer = f"{len(beyond):,} are longer, {out:,} of them left out and the others cut" if beyond else "none is longer"
         return (
             f"{samples:,} samples of {images:,} images: {middle:,.0f} tokens in the middle, {longest:,} at most, of max_length"
-            f" {self.max_length:,}; {len(beyond):,} are longer, {sum(not one.kept for one in beyond):,} of them left out and"
-            " the others cut"
+            f" {self.max_length:,}; {longer}"
         )
 
     @property

@@ -1,0 +1,264 @@
+"""`alignti init`: a recipe for one's own rows, images and pair of models, from a look at all of them.
+
+It becomes params/recipes/NAME.yaml, with a comment on every choice, on top of what the recipes for released checkpoints have in
+common (`_full-size`). What is chosen here goes by the data and the models; the rest, such as the learning rate, is theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from components.config import recipes
+from components.config.data import LlavaFolder
+from components.config.load import load_settings
+from components.config.models import Checkpoint, PretrainedFamily, Template
+from components.config.settings import Settings
+from components.errors import DataError, InputError, ModelError
+from components.io import write_text
+from components.own_data.check import Found, accept_rows, report, try_data
+from components.records.paths import SPLITS
+
+SHARES = 0.05, 0.2  # of images that val and test each get: at least, and at most, for EVALUATED of them
+EVALUATED = 50
+BATCHES = (128, 64, 32, 16, 8, 4)  # the largest that leaves an epoch of STEPS
+STEPS = 50
+LONGEST_ANSWER = 512
+
+
+@dataclass(frozen=True)
+class Choice:
+    key: str
+    value: Any
+    why: str
+
+    def __str__(self) -> str:
+        value = str(self.value).replace("'", "") if isinstance(self.value, dict | list) else self.value
+        return f"{self.key}: {value}  ({self.why})"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `alignti init` was given."""
+
+    data: Path
+    images: Path
+    teacher: str
+    student: str
+    name: str = "own"
+
+    def check(self) -> None:
+        """Raises InputError, before anything heavy is imported."""
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", self.name):
+            raise InputError(f"--name {self.name}: a recipe's name is of a-z, 0-9, _, . and -")
+        if self.recipe.exists():
+            raise InputError(f"{self.recipe} is there already: give another --name, or remove it to have it made anew")
+        if self.data.suffix not in (".json", ".jsonl"):
+            raise InputError(
+                f"--data {self.data}: .json and .jsonl are looked at; docs/data.md says how to name tar and Parquet"
+            )
+        for option, path, there in (
+            ("--data", self.data, self.data.is_file()),
+            ("--images", self.images, self.images.is_dir()),
+        ):
+            if not there:
+                raise InputError(f"{option} {path}: no such {'file' if option == '--data' else 'folder'}")
+        self.checkpoint("teacher"), self.checkpoint("student")
+
+    @property
+    def recipe(self) -> Path:
+        return Path(f"params/recipes/{self.name}.yaml")
+
+    def checkpoint(self, role: str) -> Checkpoint:
+        """A local folder, or ORG/NAME@COMMIT of the hub. Raises InputError."""
+        said = getattr(self, role)
+        if Path(said).expanduser().is_dir():
+            return Checkpoint(source=said, revision=None)
+        source, _, revision = said.partition("@")
+        if source.count("/") == 1 and re.fullmatch(r"[0-9a-f]{40}", revision):
+            return Checkpoint(source=source, revision=revision)
+        raise InputError(f"--{role} {said}: no such folder; a model of the hub is ORG/NAME@COMMIT, with the commit's 40 digits")
+
+
+def init(asked: Asked) -> tuple[list[str], list[Choice]]:
+    """Look at data and models and write the recipe; returns what was seen and what was chosen. params/ is not touched.
+
+    Raises InputError, DataError or ModelError as data and models deserve, SettingsError if the recipe does not go with params/.
+    """
+    asked.check()
+    pair = Pair.of(asked)
+    settings, found = _look(asked, pair)
+    seen = list(report(found, settings, pair.folders, []))
+    accept_rows(found, settings)
+    choices = list(_choices(found, settings, pair))
+    write_text(asked.recipe, _text(asked, choices, settings))
+    try:
+        recipes.merged(asked.name)
+    except Exception:
+        asked.recipe.unlink()
+        raise
+    return seen, choices
+
+
+# --- the models -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    members: PretrainedFamily
+    folders: dict[str, Path]
+    template: Choice
+    context: int  # tokens that both can read
+
+    @classmethod
+    def of(cls, asked: Asked) -> Pair:
+        """Raises ModelError if the two cannot be distilled, as far as their files but the weights say it."""
+        from transformers import AutoConfig
+
+        from components.models.download import locate
+        from components.models.load import Loaded, check_kind, check_reading, check_same_template, grids
+        from components.models.processor import load_processor
+
+        checkpoints = {role: asked.checkpoint(role) for role in ("student", "teacher")}
+        folders = {role: locate(checkpoint) for role, checkpoint in checkpoints.items()}
+        loaded, contexts = {}, []
+        for role, folder in folders.items():
+            check_kind(folder)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+            head = SimpleNamespace(weight=SimpleNamespace(shape=(config.vocab_size,)))
+            model = SimpleNamespace(name_or_path=str(folder), get_output_embeddings=lambda head=head: head)
+            loaded[role] = Loaded(model, load_processor(folder))
+            contexts.append(int(getattr(config, "max_position_embeddings", None) or sys.maxsize))
+        check_reading(loaded["teacher"], loaded["student"], grids(loaded["teacher"], loaded["student"]) is not None)
+        try:
+            check_same_template(loaded["teacher"], loaded["student"], Template(style="processor", system=""))
+            template = Choice("models.template.style", "processor", "both checkpoints have the same chat template of their own")
+        except ModelError as error:
+            template = Choice("models.template.style", "vicuna", f"their own do not serve: {error}")
+        members = PretrainedFamily(teachers={"teacher": checkpoints["teacher"]}, students={"student": checkpoints["student"]})
+        return cls(members, folders, template, min(contexts))
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------------
+
+
+def _look(asked: Asked, pair: Pair) -> tuple[Settings, Found]:
+    """All rows tried with both models, with a share for val and test that gives them images to score."""
+    shipped = load_settings()
+    models = shipped.models.model_copy(
+        update={
+            "family": "pretrained",
+            "pretrained": pair.members,
+            "template": Template(style=pair.template.value, system=""),
+            "max_length": pair.context,
+        }
+    )
+
+    def tried(share: float) -> tuple[Settings, Found]:
+        own = LlavaFolder(annotations=asked.data, images=asked.images, val=share, test=share)
+        data = shipped.data.model_copy(update={"source": "llava", "llava": own})
+        evaluate = shipped.evaluate.model_copy(update={"max_new_tokens": LONGEST_ANSWER})
+        irs = shipped.irs.model_copy(update={"instructions_per_image": 2})
+        settings = shipped.model_copy(update={"data": data, "models": models, "irs": irs, "evaluate": evaluate})
+        return settings, try_data(settings, pair.folders.values(), shipped.runtime.workers)
+
+    settings, found = tried(SHARES[0])
+    share = min(SHARES[1], max(SHARES[0], round(EVALUATED / max(1, found.tally.images.total()), 2)))
+    return (settings, found) if share == SHARES[0] else tried(share)
+
+
+def _choices(found: Found, settings: Settings, pair: Pair) -> Iterator[Choice]:
+    """Raises DataError if the images are too few to split."""
+    tally, own = found.tally, settings.data.llava
+    assert own is not None
+    if empty := [split for split in SPLITS if not tally.usable[split]]:
+        raise DataError(f"{tally.images.total():,} images are too few: none of {' and '.join(empty)} is usable; give more")
+    images = ", ".join(f"{tally.images[split]:,} {split}" for split in SPLITS)
+    yield Choice("data.llava.val", own.val, f"and as much for test: {images} images")
+    yield pair.template
+    longest = max(tally.tokens)
+    yield Choice(
+        "models.max_length",
+        min(pair.context, 32 * math.ceil(longest / 32)),
+        f"the longest sample has {longest:,} tokens, visual ones among them; the models read {pair.context:,}",
+    )
+    yield from _irs(found)
+    train = tally.usable["train"]
+    batch = next((size for size in BATCHES if train >= STEPS * size), BATCHES[-1])
+    steps = math.ceil(train / batch)
+    yield Choice(
+        "distill.batch_size", batch, f"the largest of {', '.join(map(str, BATCHES))} that leaves {STEPS} steps, or the last"
+    )
+    yield Choice("distill.steps", steps, f"one epoch of {train:,} samples")
+    yield Choice("distill.log_every", max(1, min(20, steps // 10)), "ten times a training, or every 20 steps")
+    yield Choice("distill.checkpoint_every", max(1, min(500, steps // 4)), "four times a training, or every 500 steps")
+    answer = max(tally.answers)
+    yield Choice(
+        "evaluate.max_new_tokens",
+        min(answer, LONGEST_ANSWER),
+        f"the longest first answer has {answer:,} tokens, its end among them",
+    )
+    yield from _machine()
+
+
+def _irs(found: Found) -> Iterator[Choice]:
+    """By what images have: regions that questions ask about, and several questions each."""
+    tally = found.tally
+    most = next((n for n in (4, 3, 2) if min(tally.with_questions(split, n) for split in ("train", "val")) >= 2), None)
+    if most is None:
+        yield Choice("irs.instructions_per_image", 2, "no two images of train and two of val have two questions each: no IRS")
+        yield Choice("distill.iva.weighting", "uniform", "without IRS all visual tokens weigh the same")
+        return
+    able = tally.with_questions("train", most)
+    yield Choice("irs.instructions_per_image", most, f"{able:,} images of train and 2 or more of val have so many questions")
+    yield Choice("irs.images", min(200, able), "all that have, up to 200")
+    if found.boxes:
+        yield Choice("irs.rule", "pointing", "some questions have boxes, so layers can be judged by where they look")
+        yield Choice("irs.weighting", None, "whichever points best")
+        yield Choice("irs.instruction_rows", None, "whichever point best")
+        yield Choice("distill.iva.weighting", "searched", "by that rule")
+    else:
+        yield Choice("irs.rule", "irs", "no question has boxes; the paper's rule")
+
+
+def _machine() -> Iterator[Choice]:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    where = f"{gpus} GPU(s)" if gpus else "no GPU"
+    yield Choice("distill.precision", "bf16" if gpus else "fp32", f"there is {where} here")
+    yield Choice("runtime.devices", max(1, gpus), f"there is {where} here")
+    yield Choice("runtime.loaders", 4 if gpus else 0, f"there is {where} here")
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------------
+
+
+def _text(asked: Asked, choices: list[Choice], settings: Settings) -> str:
+    own = settings.data.llava
+    assert own is not None
+    head = f"Made by `alignti init` of {asked.data}, {asked.images}, {asked.teacher} and {asked.student}. Yours to change."
+    about = {"run": f"alignti use {asked.name} && dvc repro", "hardware": "the machine it was made on"}
+    about |= {"time": "a time that was never measured", "result": "nothing measured yet"}
+    document: dict[str, Any] = {
+        "about": {**about, "seconds": None},
+        "like": "_full-size",
+        "data": {"source": "llava", "llava": own.model_dump(mode="json")},
+        "models": {"pretrained": {role: {} for role in ("teachers", "students")}},
+    }
+    for role in ("teacher", "student"):
+        document["models"]["pretrained"][f"{role}s"][role] = asked.checkpoint(role).model_dump()
+    for choice in choices:
+        *above, key = choice.key.split(".")
+        at = document
+        for step in above:
+            at = at.setdefault(step, {})
+        at[key] = choice.value
+    comments = "".join(f"# {' '.join(str(line).split())}\n" for line in (head, *choices))
+    return comments + recipes.text_of(document)

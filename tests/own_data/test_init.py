@@ -1,0 +1,151 @@
+"""`alignti init`: what is chosen follows from data and models, and nothing that a user wrote is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from components.cli import app
+from components.config import recipes
+from components.config.load import load_settings
+from components.errors import DataError, InputError, ModelError
+from components.own_data.init import Asked, init
+from tests.families import toy
+from tests.own_data.conftest import respell
+
+
+def asked(**changed: object) -> Asked:
+    given = {
+        "data": Path("data/mine/rows.json"),
+        "images": Path("data/mine/images"),
+        "teacher": "hub/large",
+        "student": "hub/small",
+    }
+    return Asked(**{**given, **changed})  # type: ignore[arg-type]
+
+
+def chosen(**changed: object) -> dict[str, object]:
+    return {choice.key: choice.value for choice in init(asked(**changed))[1]}
+
+
+OPTIONS = {"data": "data/mine/rows.json", "images": "data/mine/images", "teacher": "hub/large", "student": "hub/small"}
+WORDS = ["init", *(word for option, value in OPTIONS.items() for word in (f"--{option}", value))]
+
+
+def test_params_are_those_of_the_data_and_the_models(own: Path) -> None:
+    done = CliRunner().invoke(app, WORDS)
+    assert done.exit_code == 0, done.output
+    settings = load_settings()
+    assert settings.models.template.style == "processor"
+    assert list(settings.study.arms) == ["sft", "kd", "align_ti"]
+    assert settings.data.llava is not None
+    assert str(settings.data.llava.annotations) == "data/mine/rows.json"
+    assert settings.irs.instructions_per_image == 2
+    assert settings.distill.iva.weighting == "irs"
+    assert settings.evaluate.max_new_tokens < 20
+    tried = CliRunner().invoke(app, ["check", "--data"])
+    assert tried.exit_code == 0, tried.output
+    longest = int(tried.output.split("longest sample ")[1].split()[0])
+    assert longest <= settings.models.max_length < longest + 32
+    assert "first answers are longer" not in tried.output
+    train = int(tried.output.split("train ")[1].split(" images, ")[1].split()[0])
+    assert (
+        (settings.distill.steps - 1) * settings.distill.batch_size
+        < train
+        <= settings.distill.steps * settings.distill.batch_size
+    )
+    for key in ("models.max_length", "distill.steps", "irs.instructions_per_image"):
+        assert f"\n{key}: " in done.output
+        assert f"# {key}: " in Path("params/recipes/own.yaml").read_text()
+
+
+def test_what_a_user_wrote_stays(own: Path) -> None:
+    study = Path("params/study.yaml")
+    study.write_text(study.read_text() + "  mine:\n    weights: {sft: 0.7}\n    student: student\n    seed: 5\n")
+    before = study.read_text()
+    done = CliRunner().invoke(app, WORDS)
+    assert done.exit_code == 0, done.output
+    (kept,) = Path(".runs/params").iterdir()
+    assert (kept / "study.yaml").read_text() == before
+    assert str(kept) in done.output
+    recipe = Path("params/recipes/own.yaml").read_text()
+    again = CliRunner().invoke(app, WORDS)
+    assert isinstance(again.exception, InputError)
+    assert "is there already" in str(again.exception)
+    assert Path("params/recipes/own.yaml").read_text() == recipe
+
+
+def test_without_two_questions_an_image_there_is_no_irs(own: Path) -> None:
+    respell(own / "data/mine", lambda rows: rows.__delitem__(slice(1, None, 2)))
+    found = chosen()
+    assert found["distill.iva.weighting"] == "uniform"
+    recipes.use("own")
+    assert not load_settings().needs_layer
+
+
+def test_boxes_are_used(own: Path) -> None:
+    def box(rows: list[dict[str, object]]) -> None:
+        for row in rows:
+            asked, said = (turn["content"] for turn in row.pop("messages"))  # type: ignore[attr-defined]
+            turns = [{"from": "human", "value": asked, "boxes": [[0, 0, 0.5, 0.5]]}, {"from": "gpt", "value": said}]
+            row["conversations"] = turns
+
+    respell(own / "data/mine", box)
+    found = chosen()
+    assert (found["irs.rule"], found["distill.iva.weighting"]) == ("pointing", "searched")
+    recipes.use("own")
+    load_settings()
+
+
+def test_the_paper_s_template_stands_in_where_there_is_none(own: Path) -> None:
+    for name, seed, layers in (("large", 1, 3), ("small", 2, 2)):
+        shutil.rmtree(own / "hub" / name)
+        shutil.copytree(toy.folder("llava", seed, layers), own / "hub" / name)
+    assert chosen()["models.template.style"] == "vicuna"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"data": Path("gone.json")}, "--data gone.json: no such file"),
+        ({"images": Path("gone")}, "--images gone: no such folder"),
+        ({"teacher": "hub/larg"}, "--teacher hub/larg: no such folder; a model of the hub is ORG/NAME@COMMIT"),
+        ({"student": "org/name@main"}, "--student org/name@main: no such folder"),
+        ({"name": "../x"}, "--name ../x"),
+        ({"data": Path("data/x.parquet")}, "docs/data.md says how"),
+    ],
+)
+def test_arguments_are_checked_first(own: Path, changed: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError) as raised:
+        init(asked(**changed))
+    assert said in str(raised.value)
+    assert not Path("params/recipes/own.yaml").exists()
+
+
+def test_a_pair_that_cannot_be_aligned_is_refused(own: Path) -> None:
+    shutil.copytree(toy.folder("qwen2_vl"), own / "hub/other")
+    with pytest.raises(ModelError, match=r"hub/large and student hub/other"):
+        init(asked(student="hub/other"))
+
+
+def test_too_few_images_and_bad_rows_leave_no_recipe(own: Path) -> None:
+    rows = json.loads((own / "data/mine/rows.json").read_text())
+    (own / "data/mine/rows.json").write_text(json.dumps(rows[:2]))
+    with pytest.raises(DataError, match="1 images are too few"):
+        init(asked())
+    respell(own / "data/mine", lambda rows: rows[0].update(image="gone.png"))
+    with pytest.raises(DataError, match="1 of 2 rows are bad"):
+        init(asked())
+    assert not Path("params/recipes/own.yaml").exists()
+
+
+def test_the_recipe_is_one_of_the_recipes(own: Path) -> None:
+    init(asked(name="mine"))
+    assert "mine" in recipes.names()
+    assert recipes.about("mine").run == "alignti use mine && dvc repro"
+    assert yaml.safe_load(Path("params/recipes/mine.yaml").read_text())["like"] == "_full-size"
