@@ -28,3 +28,8 @@ class Batch(Protocol):
     @property
     def image_inputs(self) -> dict[str, Tensor]: ...
     def to(self, device: torch.device) -> Batch: ...
+
+
+def predicting(response: Tensor) -> Tensor:
+    """(B, T) bool: positions whose next-token prediction is about a response token. Position t predicts token t + 1."""
+    return torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], dim=1)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.align_ti.batch import predicting
+
 LEFT_OUT = -1  # stands in place of the draws of a response step that a cap on the length leaves out
 
 
@@ -35,11 +37,6 @@ class Ribbon:
     @property
     def valid(self) -> Tensor:
         return self.multiplicity > 0
-
-
-def predicting(response: Tensor) -> Tensor:
-    """(B, T) bool: positions whose next-token prediction is about a response token. Position t predicts token t + 1."""
-    return torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], dim=1)
 
 
 def uniforms(response: Tensor, keys: list[int], draws: int) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.align_ti.batch import Batch
+from components.align_ti.batch import Batch, predicting
 from components.align_ti.divergence import Divergence, row_divergence
 from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk, weighted_loss
-from components.align_ti.ribbon import Ribbon, predicting
+from components.align_ti.ribbon import Ribbon
 from components.align_ti.top_k import CachedTopK, TopK, top_k_row_divergence
 from components.align_ti.watch import Watched
 

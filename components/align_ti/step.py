@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from components.align_ti.batch import Batch
+from components.align_ti.batch import Batch, predicting
 from components.align_ti.divergence import Divergence
 from components.align_ti.head import CHUNK_MIB, Head, rows_per_chunk
 from components.align_ti.ribbon import (
@@ -31,7 +31,6 @@ from components.align_ti.ribbon import (
     fit,
     places,
     plan,
-    predicting,
     probabilities,
     uniforms,
 )

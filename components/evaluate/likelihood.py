@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from components.align_ti.batch import predicting
 from components.align_ti.divergence import row_divergence
 from components.align_ti.head import CHUNK_MIB, row_losses, rows_per_chunk
-from components.align_ti.ribbon import predicting
 from components.dataset.shards import Sample
 from components.models.collate import Collator
 from components.models.load import Loaded, check_pair, grids

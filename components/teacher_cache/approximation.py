@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from components.align_ti.batch import predicting
 from components.align_ti.divergence import divergence
-from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import TopK, top_k_divergence
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.vlm import VLM

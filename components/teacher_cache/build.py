@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from components.align_ti.batch import predicting
 from components.align_ti.head import rows_per_chunk
-from components.align_ti.ribbon import predicting
 from components.align_ti.top_k import TopK, top_k
 from components.align_ti.visual_weights import visual_weights
 from components.dataset.shards import CAPTION, Sample, Samples

@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from components.align_ti.batch import Batch
-from components.align_ti.ribbon import predicting
+from components.align_ti.batch import Batch, predicting
 from components.align_ti.top_k import CachedTopK, TopK
 from components.config.settings import Settings
 from components.errors import DataError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.align_ti.ribbon import continuation_mask, expanded_mask, left_out, plan, predicting
+from components.align_ti.batch import predicting
+from components.align_ti.ribbon import continuation_mask, expanded_mask, left_out, plan
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.distill.teacher import FrozenTeacher

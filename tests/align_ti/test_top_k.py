@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.align_ti.batch import predicting
 from components.align_ti.divergence import divergence
 from components.align_ti.head import Head
-from components.align_ti.ribbon import predicting
 from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import CORE
 from components.align_ti.top_k import CachedTopK, TopK, top_k, top_k_divergence, top_k_row_divergence

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from components.align_ti.ribbon import predicting
+from components.align_ti.batch import predicting
 from components.align_ti.top_k import top_k
 from components.align_ti.visual_weights import visual_weights
 from components.config.load import load_settings
