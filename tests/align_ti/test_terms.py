@@ -1,7 +1,7 @@
-"""Every loss term held to the same rules. The terms are the files of components/align_ti/terms.
+"""Every loss term held to the same rules. The terms are the files of components/align_ti/terms, and those of examples.py.
 
-A new term adds one line to FORMULAS: its loss written plainly in float64 from whole logits, maps and hidden states. All else
-(gradients, splitting, chunks, both routes, checkpointing, what a batch without units gives) is asked of it here.
+A new term adds one line to CASES: its loss written plainly in float64 from whole logits, maps and hidden states. All else
+(gradients, splitting, two ranks, chunks, both routes, checkpointing, what a batch without units gives) is asked of it here.
 """
 
 from __future__ import annotations
@@ -10,26 +10,36 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 
 from components.align_ti import terms
-from components.align_ti.ribbon import predicting
+from components.align_ti.batch import predicting
 from components.align_ti.row_weights import ROW_WEIGHTS
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.top_k import CachedTopK, top_k
 from components.align_ti.visual_weights import visual_weights
+from components.distill.ddp_module import Replica
 from components.distill.teacher import FrozenTeacher
 from components.models.attention import Look, recomputing, watching
 from components.models.vlm import VLM
 from tests import tiny
+from tests.align_ti.examples import EXAMPLES, MAPS, named
 
 SAMPLES = [(1, 3, 3), (0, 2, 2), (1, 5, 2), (1, 1, 1)]
+TEXT_FIRST = [(0, 2, 2), (1, 3, 3), (1, 5, 2), (1, 1, 1)]  # a first rank that takes one sample has no image
 KEYS = [11, 12, 13, 14]
 ROUTES = ["continuation", "expanded"]
+PROGRESS = 0.5
+
+Found = dict[str, tuple[Tensor, Tensor, list[Tensor]]]
 
 
 @dataclass
@@ -41,10 +51,21 @@ class Whole:
     teacher: Tensor
     attention: Tensor  # (B, Nv), the teacher's at layer 1
     module: AlignTI
+    models: tuple[VLM, VLM]
 
     def kl(self, rows: Tensor) -> Tensor:
         p, q = self.teacher[rows].softmax(-1), self.student[rows].softmax(-1)
         return (p * (p / q).log()).sum(-1)
+
+    def stock(self, kernel: str = "sdpa", **edited: Any) -> list[Any]:
+        """Both stock models' own outputs, without a padding mask: padding is on the right, and attention causal."""
+        given = {"input_ids": self.batch.input_ids, "pixel_values": self.batch.pixel_values} | edited
+        outputs = []
+        for vlm in self.models:
+            vlm.model.set_attn_implementation(kernel)
+            outputs.append(vlm.model(**given, output_attentions=kernel == "eager", output_hidden_states=True))
+            vlm.model.set_attn_implementation("sdpa")
+        return outputs
 
 
 def _sft(whole: Whole) -> Tensor:
@@ -74,6 +95,37 @@ def _uniform(whole: Whole) -> Tensor:
     return (whole.kl(whole.batch.visual) / tiny.NV).sum()
 
 
+def _attention(whole: Whole) -> Tensor:
+    mine, theirs = (output.attentions for output in whole.stock("eager"))
+    losses = []
+    for sample, layer_rows in product(whole.batch.visual.any(1).nonzero()[:, 0].tolist(), MAPS):
+        rows, columns = getattr(whole.batch, layer_rows.rows)[sample], whole.batch.visual[sample]
+        a, b = (maps[layer_rows.layer][sample].mean(0)[rows][:, columns] for maps in (mine, theirs))
+        a, b = (a.flatten(), b.flatten()) if layer_rows.each_row else (a.mean(0), b.mean(0))
+        losses.append(1 - (a @ b) / (a.norm() * b.norm()))
+    return torch.stack(losses).sum() / len(MAPS)
+
+
+def _hidden(whole: Whole) -> Tensor:
+    mine, theirs = whole.stock()
+    (projection,) = whole.module.term_modules.parameters()
+    rows = whole.batch.visual
+    return ((mine.hidden_states[1] @ projection.T - theirs.hidden_states[2])[rows] ** 2).mean(-1).sum() / tiny.NV
+
+
+def _blind(whole: Whole) -> Tensor:
+    blind = whole.stock(pixel_values=torch.zeros_like(whole.batch.pixel_values))
+    losses = []
+    for sample in whole.batch.visual.any(1).nonzero()[:, 0].tolist():
+        real = whole.batch.attention_mask[sample].bool()
+        moves = [
+            (seeing.hidden_states[-1] - blank.hidden_states[-1])[sample][real].norm()
+            for seeing, blank in zip(whole.stock(), blind, strict=True)
+        ]
+        losses.append((moves[0] - moves[1]) ** 2)
+    return PROGRESS * torch.stack(losses).sum()
+
+
 @dataclass(frozen=True)
 class Case:
     """One term with options."""
@@ -83,6 +135,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     highest: float = float("inf")  # of its mean
     aligned: float | None = 0.0  # its mean where the student is the teacher; None: whatever it is
+    rtol: float = 1e-9  # to its formula
 
 
 CASES = {
@@ -94,11 +147,14 @@ CASES = {
     "iva uniform": Case("iva", _uniform, {"uniform": True}),
     "iva reverse": Case("iva", None, {"divergence": {"kind": "reverse", "mix": 0.5, "temperature": 1.0}}),
     "tpa": Case("tpa", None),
+    "attention": Case("attention", _attention, highest=2.0, rtol=1e-5),  # eager attention takes its softmax in float32
+    "hidden": Case("hidden", _hidden, aligned=None),
+    "blind": Case("blind", _blind),
 }
 
 
 def test_every_term_has_a_case() -> None:
-    assert {case.term for case in CASES.values()} == set(terms.names())
+    assert {case.term for case in CASES.values()} == {*terms.names(), *EXAMPLES}
 
 
 @pytest.fixture(params=CASES)
@@ -117,9 +173,12 @@ def batch(samples: list[tuple[int, int, int]] = SAMPLES, dtype: torch.dtype = to
 
 
 def step(student: VLM, teacher: VLM | None, case: Case, signals: Any = None, **options: Any) -> AlignTI:
+    torch.manual_seed(0)  # of a term's own module
     method = Method({case.term: 1.0}, {case.term: case.options}, eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY, **options)
     frozen = None if teacher is None else FrozenTeacher(teacher, 1, False)
-    return AlignTI(student, frozen, method, signals)
+    module = AlignTI(student, frozen, method, signals).double()
+    module.progress = PROGRESS
+    return module
 
 
 def of(module: AlignTI, case: Case) -> int:
@@ -152,9 +211,9 @@ def test_it_equals_its_plain_formula(case: Case) -> None:
     with torch.no_grad(), watching(teacher.model, [1], look):
         theirs, _ = teacher.plain(b, teacher.features(b), keep=False)
     mine, _ = student.plain(b, student.features(b), keep=False)
-    wanted = case.formula(Whole(b, student.head(mine), teacher.head(theirs), look.seen[1], module))
+    wanted = case.formula(Whole(b, student.head(mine), teacher.head(theirs), look.seen[1], module, (student, teacher)))
     found = module(b, KEYS)
-    torch.testing.assert_close(found.sums[of(module, case)], wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.sums[of(module, case)], wanted, rtol=case.rtol, atol=1e-12)
     same(gradients(module, found.sums[of(module, case)]), gradients(module, wanted))
 
 
@@ -198,6 +257,50 @@ def test_it_does_not_depend_on_how_the_batch_is_split(case: Case, split: list[in
     same(gradients(module, total(sum(shares), counts, module.method.weight_vector())), wanted)
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Of every case: sums and counts over both ranks, and gradients."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(_rank, (str(folder),), nprocs=2)
+    results: Found = torch.load(folder / "found.pt")
+    return results
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        named(patch)
+        results = {name: _step(rank, case) for name, case in CASES.items()}
+    if rank == 0:
+        torch.save(results, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+def _step(rank: int, case: Case) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What a step of training does, with its part of the batch."""
+    module = step(*pair(), case)
+    wrapped = DistributedDataParallel(Replica(module, ranks=2), broadcast_buffers=False)
+    b, keys = list(pieces(batch(TEXT_FIRST), [1, 3]))[rank]
+    sums, counts, _ = wrapped(b, keys)
+    dist.all_reduce(counts)
+    total(sums, counts, module.method.weight_vector() * 2).backward()  # DDP takes the mean over ranks
+    sums = sums.detach()
+    dist.all_reduce(sums)
+    return sums, counts, [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_give_what_one_process_does(name: str, on_two_ranks: Found) -> None:
+    """The first of them without an image, so that it has no units of some terms."""
+    module = step(*pair(), CASES[name])
+    alone = module(batch(TEXT_FIRST), KEYS)
+    sums, counts, slopes = on_two_ranks[name]
+    assert counts.tolist() == alone.counts.tolist()
+    torch.testing.assert_close(sums, alone.sums.detach(), rtol=1e-9, atol=1e-12)
+    same(slopes, gradients(module, total(alone.sums, alone.counts, module.method.weight_vector())))
+
+
 def pieces(b: Any, split: list[int]) -> Any:
     images, start = [0, *b.visual.any(1).cumsum(0).tolist()], 0
     for size in split:
@@ -239,7 +342,7 @@ def test_it_is_in_its_range(case: Case) -> None:
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_identical_teacher_leaves_nothing_to_align(case: Case, route: str) -> None:
     if case.aligned is None:
-        pytest.skip("it does not compare the two models")
+        pytest.skip("it does not compare the two models, or not as they are")
     student, teacher = (VLM(tiny.llava("qwen2", 1).double()) for _ in range(2))
     module = step(student, teacher, case, route=route)
     found = module(batch(), KEYS)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.align_ti import terms
-from components.align_ti.batch import Batch
-from components.align_ti.seen import Seen
 from components.align_ti.step import AlignTI, Method
-from components.align_ti.terms import Needs, View, images
+from components.align_ti.terms import Needs
 from components.align_ti.watch import Map, Watch
 from components.distill.ddp_module import Replica
 from components.distill.teacher import FrozenTeacher
@@ -25,77 +21,12 @@ from components.models.attention import Look, recomputing, watching
 from components.models.load import load
 from components.models.vlm import VLM
 from tests import tiny
+from tests.align_ti.examples import EXAMPLES, MAPS, Attention, Hidden
 from tests.families import toy
 from tests.families.test_masks import eager_maps
 
 SAMPLES = [(1, 3, 3), (0, 2, 2), (1, 5, 2)]
 KEYS = [11, 12, 13]
-MAPS = (Map(0), Map(1, "response"), Map(1, "visual", each_row=True), Map(1))
-
-
-@dataclass(frozen=True)
-class Attention:
-    """1 - cos of the two models' attention over the image, mean over maps."""
-
-    needs = Needs(response=False, in_student=Watch(MAPS), in_teacher=Watch(MAPS))
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return images(batch)
-
-    def loss(self, seen: Seen) -> Tensor:
-        has = seen.batch.visual.any(1)
-        pairs = [(seen.in_student.maps[m][has].flatten(1), seen.in_teacher.maps[m][has].flatten(1)) for m in MAPS]
-        return seen.zero + sum((1 - F.cosine_similarity(mine, theirs, dim=1)).sum() for mine, theirs in pairs) / len(MAPS)
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """Squared distance of the visual rows' hidden states after layer 0, by a projection of the term's own."""
-
-    needs = Needs(response=False, in_student=Watch(hidden=(0,)), in_teacher=Watch(hidden=(1,)))
-
-    def module(self, student_width: int, teacher_width: int) -> nn.Module:
-        return nn.Linear(student_width, teacher_width, bias=False)
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return images(batch)
-
-    def loss(self, seen: Seen) -> Tensor:
-        rows = seen.batch.visual
-        mine = seen.modules["hidden"](seen.in_student.hidden[0][rows])
-        return (mine - seen.in_teacher.hidden[1][rows]).square().mean(-1).sum() / tiny.NV
-
-
-def blank(batch: Batch) -> Batch:
-    edited: Any = type(batch)(**vars(batch))
-    edited.pixel_values = None if batch.pixel_values is None else torch.zeros_like(batch.pixel_values)
-    return edited
-
-
-@dataclass(frozen=True)
-class Blind:
-    """How far each model's states move when the image is blank: rises with `seen.progress`."""
-
-    needs = Needs(response=False, views=(View("blank", blank),))
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return images(batch)
-
-    def loss(self, seen: Seen) -> Tensor:
-        mine, theirs = seen.views["blank"]
-        assert mine is not None and theirs is not None and isinstance(seen.teacher, Tensor)
-        real = seen.batch.attention_mask.bool()  # the embedding of padding has no gradient
-        moved = [(a - b)[real].square().sum().sqrt() for a, b in ((seen.student, mine), (seen.teacher, theirs))]
-        return seen.progress * (moved[0] - moved[1]).square()
-
-
-EXAMPLES = {"attention": Attention, "hidden": Hidden, "blind": Blind}
-
-
-@pytest.fixture(autouse=True)
-def example_terms(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = terms.term_class
-    monkeypatch.setattr("components.align_ti.step.term_class", lambda name: EXAMPLES.get(name) or real(name))
 
 
 def pair(dtype: torch.dtype = torch.float64) -> tuple[VLM, VLM]:
