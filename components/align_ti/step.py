@@ -179,7 +179,7 @@ class AlignTI(nn.Module):
         for name, term in method.terms.items():
             if method.weighs(name) and isinstance(term, Trained):
                 weight = student.head.weight
-                made = term.module(weight.shape[1], self.teacher.head.weight.shape[1])
+                made = term.module(weight.shape[1], None if teacher is None else teacher.head.weight.shape[1])
                 self.term_modules[name] = made.to(weight.device)
 
     @staticmethod

@@ -17,6 +17,12 @@ def across_files(settings: Settings) -> list[str]:
                 f" ({', '.join(students)})"
             )
         problems += _cache_checks(settings, name)
+        inside = [term for term, needs in settings.arm(name).needs.items() if needs.in_student]
+        if settings.distill.compile and inside:
+            problems.append(
+                f"params/distill.yaml: compile: arms.{name} has {', '.join(inside)}, which read inside the student's layers,"
+                " and what compiled ones are read by breaks their graphs; set it to false"
+            )
     problems += _stage_checks(settings)
     tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
     if tokens is not None and tokens < longest:

@@ -41,7 +41,8 @@ class Hidden:
 
     needs = Needs(response=False, in_student=Watch(hidden=(0,)), in_teacher=Watch(hidden=(1,)))
 
-    def module(self, student_width: int, teacher_width: int) -> nn.Module:
+    def module(self, student_width: int, teacher_width: int | None) -> nn.Module:
+        assert teacher_width is not None  # live, as `needs` asks
         return nn.Linear(student_width, teacher_width, bias=False)
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from components.align_ti import terms
 from components.config.load import load_settings
 from components.config.local_paths import not_here
 from components.config.settings import FILES, Settings
 from components.errors import SettingsError
+from tests.align_ti.examples import named
 
 ROOT = Path(__file__).parents[2]
 
@@ -370,3 +372,14 @@ def test_what_dvc_reads_is_what_we_read() -> None:
     for file in FILES:
         theirs = load_yaml(str(ROOT / "params" / f"{file}.yaml"))
         assert repr(theirs) == repr(RAW[file])
+
+
+def test_compiled_layers_that_a_term_reads_inside_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [*terms.names(), "attention"]
+    named(monkeypatch)
+    monkeypatch.setattr(terms, "names", lambda: known)
+    put(root, "study", "weights: {sft: 1.0, kd: 1.0}", "weights: {sft: 1.0, attention: 1.0}")
+    load_settings(root)
+    put(root, "distill", "compile: false", "compile: true")
+    (told,) = problems(root)
+    assert told.startswith("params/distill.yaml: compile: arms.kd has attention, which read inside the student's layers")

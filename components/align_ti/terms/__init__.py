@@ -88,9 +88,12 @@ class Term(Protocol):
 
 @runtime_checkable
 class Trained(Protocol):
-    """A term that trains a module of its own beside the student; `seen.modules[NAME]` is it."""
+    """A term that trains a module of its own beside the student; `seen.modules[NAME]` is it.
 
-    def module(self, student_width: int, teacher_width: int) -> nn.Module: ...
+    The widths are those of hidden states; the teacher's is None where it is not live.
+    """
+
+    def module(self, student_width: int, teacher_width: int | None) -> nn.Module: ...
 
 
 def names() -> list[str]:
