@@ -96,14 +96,3 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
         },
         "arms": found,
     }
-
-
-def report(result: dict[str, Any]) -> str:
-    lines = [result["about"], f"{result['machine']}, {result['date']}", ""]
-    for name, way in result["arms"].items():
-        lines.append(
-            f"{name:<26}{way['peak_mib']:>10,.0f} MiB at most, {way['gradients_mib']:,.0f} of it gradients owed,"
-            f" {way['seconds']:.1f} s"
-        )
-    lines += ["", *(f"{name:<48}{value:.3f}" for name, value in result["ratios"].items())]
-    return "\n".join(lines)

@@ -14,7 +14,6 @@ processor, the kit. In CPU time, which other programs hardly lengthen; what over
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -27,7 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.measure import where_and_when, write_json
+from benchmarks import table
+from benchmarks.measure import where_and_when
 from benchmarks.shapes import SIZES, Size, llava
 from components.config.load import load_settings
 from components.dataset.shards import Samples
@@ -74,21 +74,18 @@ class Spent(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate", description="Samples per second of each way.")
+    parser = table.arguments("evaluate", __doc__)
     parser.add_argument("model", type=Path, help="a student's checkpoint folder")
     parser.add_argument("--size", choices=["digits", "small"], default="digits")
     parser.add_argument("--samples", type=int, default=250, help="questions of the split, from its start")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = (
             asked.model if asked.size == "digits" else random_student(SIZES[asked.size], asked.model, Path(scratch) / "model")
         )
         result = {"benchmark": "evaluate", "size": asked.size} | measure(model, asked.samples, asked.rounds, Path(scratch))
-    print(json.dumps(result, indent=2))
-    if asked.json:
-        write_json(asked.json, result)
+    print(table.report(result, asked.json))
 
 
 def random_student(size: Size, like: Path, folder: Path) -> Path:

@@ -7,7 +7,6 @@ it by processes of their own (`loaders` in params/runtime.yaml). No image comes 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import measure
+from benchmarks import measure, table
 from benchmarks import prepare as jpegs
 from benchmarks.shapes import SIZES, Size
 from benchmarks.step import KD, Bench
@@ -112,20 +111,10 @@ def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__.splitlines()[0])
+    parser = table.arguments("loading", __doc__)
     parser.add_argument("--size", choices=list(STEPS), required=True)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
     args = parser.parse_args()
-    result = run(SIZES[args.size], STEPS[args.size], measure.prepare())
-    print(result["about"])
-    for name, arm in result["arms"].items():
-        rest = (
-            f"{arm['share_waited']:.1%} of it waiting" if "share_waited" in arm else f"{arm['images_per_second']:.0f} images/s"
-        )
-        print(f"{name:<28}{arm['seconds']:>9.3f} s a step  {rest}")
-    print("\n".join(f"{name:<28}{value:.3f}" for name, value in result["ratios"].items()))
-    if args.json:
-        measure.write_json(args.json, result)
+    print(table.report(run(SIZES[args.size], STEPS[args.size], measure.prepare()), args.json))
 
 
 if __name__ == "__main__":

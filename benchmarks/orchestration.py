@@ -12,7 +12,6 @@ is told too, with the machine's load.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import resource
@@ -27,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import measure
+from benchmarks import measure, table
 from components.tracking import mlflow_sync
 from components.tracking.stage_run import JOURNAL_ONLY
 from flows import servers
@@ -162,19 +161,12 @@ def runs_in_mlflow(address: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description=__doc__.splitlines()[0])
+    parser = table.arguments("orchestration", __doc__)
     parser.add_argument("--cells", type=int, default=CELLS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each cell")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
     args = parser.parse_args()
     target = args.json.resolve() if args.json else None
-    result = run(args.cells, args.seconds)
-    print(result["about"])
-    for name, arm in result["arms"].items():
-        print(f"{name:<22}{arm['seconds']:>9.1f} s {arm['cpu_seconds']:>8.1f} CPU s   load {arm['load']:.1f}")
-    print("\n".join(f"{name:<32}{value:.4f}" for name, value in result["ratios"].items()))
-    if target:
-        measure.write_json(target, result)
+    print(table.report(run(args.cells, args.seconds), target))
 
 
 if __name__ == "__main__":

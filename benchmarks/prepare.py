@@ -8,7 +8,6 @@ process: with more, `prepare` makes parts that share nothing, as so many Pillows
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import measure
+from benchmarks import measure, table
 from components.config.data import DataSettings, LlavaFolder
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
@@ -100,20 +99,9 @@ def run(images: int = IMAGES, repeats: int = REPEATS) -> dict[str, Any]:
     }
 
 
-def report(result: dict[str, Any]) -> str:
-    lines = [result["about"], f"{result['machine']}, {result['date']}; {result['repeats']} repeats, {result['clock']}", ""]
-    lines += [f"{name:<10}{way['images_per_second']:>9,.0f} images/s" for name, way in result["arms"].items()]
-    return "\n".join([*lines, "", *(f"{name:<28}{value:.3f}" for name, value in result["ratios"].items())])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
-    args = parser.parse_args()
-    result = run()
-    print(report(result))
-    if args.json:
-        measure.write_json(args.json, result)
+    args = table.arguments("prepare", __doc__).parse_args()
+    print(table.report(run(), args.json))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ usual way to get them. Search and maps are checked to see the same before anythi
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, table
 from benchmarks.reference import twin
 from benchmarks.shapes import SIZES, Batch, Size, batch, llava
 from components.evaluate.memory import peak_bytes
@@ -103,28 +101,11 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     }
 
 
-def report(result: dict[str, Any]) -> str:
-    lines = [
-        result["about"],
-        f"{result['machine']}, {result['date']}; {result['repeats']} interleaved repeats, {result['clock']}",
-        f"search = eager maps within {result['difference_from_eager']:.0e}",
-        "",
-    ]
-    for name, way in result["arms"].items():
-        lines.append(f"{name:<12}{way['seconds']:>9.4f} s{way['pairs_per_second']:>9.1f} pairs/s{way['peak_mib']:>9,.1f} MiB")
-    lines += ["", *(f"{name:<28}{value:.3f}" for name, value in result["ratios"].items())]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__.splitlines()[0])
+    parser = table.arguments("search", __doc__)
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
     args = parser.parse_args()
-    result = run(SIZES[args.size], measure.prepare())
-    print(report(result))
-    if args.json:
-        measure.write_json(args.json, result)
+    print(table.report(run(SIZES[args.size], measure.prepare()), args.json))
 
 
 if __name__ == "__main__":

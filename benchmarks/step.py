@@ -9,18 +9,16 @@ the same. The learning rate is 0, so that every step of every arm starts from th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import divergence, flops, measure, reference
+from benchmarks import divergence, flops, measure, reference, table
 from benchmarks.shapes import DRAWS, EOS, SIZES, START, TRAINED, WORST, Batch, Size, batch, llava, script
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
@@ -311,51 +309,15 @@ def _result(
     }
 
 
-def report(result: dict[str, Any]) -> str:
-    """What a person reads of it."""
-    lines = [
-        f"{result['about']}; batch {result['batch']}, {result['tokens']:,} tokens, {result['precision']}",
-        f"{result['machine']}, {result['date']}; {result['repeats']} interleaved repeats, {result['clock']}",
-    ]
-    if equal := result["difference_from_reference"]:
-        lines.append(f"engine = reference: loss within {equal['loss']:.0e}, gradient within {equal['gradient']:.0e}")
-    lines.append("")
-    lines.append(f"{'arm':<16}{'s/step':>9}{'tokens/s':>10}{'peak MiB':>10}{'TFLOP':>9}{'of peak':>9}{'rows/step':>11}")
-    for name, arm in result["arms"].items():
-        rows = f"{arm['ribbon_rows_per_step']:.2f}" if arm.get("ribbon_rows_per_step") else ""
-        lines.append(
-            f"{name:<16}{arm['seconds']:>9.4f}{arm['tokens_per_second']:>10,.0f}{arm['peak_mib']:>10,.1f}"
-            f"{arm['tflop']:>9.4f}{arm['share_of_peak']:>9.1%}{rows:>11}"
-        )
-    lines += [f"{name:<16} not measured: {why}" for name, why in result["not_measured"].items()]
-    lines.append("")
-    for name, value in result["ratios"].items():
-        spread = result["quartiles"].get(name)
-        range_ = "" if spread is None else f"  ({spread[0]:.2f} to {spread[1]:.2f})"
-        bound = result["arithmetic"].get(name)
-        lines.append(f"{name:<30}{value:>7.3f}{range_}" + ("" if bound is None else f"  arithmetic alone {bound:.2f}"))
-    lines.append("")
-    for arm, parts in result["parts"].items():
-        lines.append(f"{arm}: " + ", ".join(f"{name} {share:.0%}" for name, share in parts.items()))
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser = table.arguments("step", __doc__)
     parser.add_argument("--size", choices=[*SIZES, "memory"], required=True)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
     args = parser.parse_args()
     device = measure.prepare()
-    if args.size == "memory":
-        result = divergence.run(device)
-        print(divergence.report(result))
-    elif args.size == "paper" and device.type != "cuda":
+    if args.size == "paper" and device.type != "cuda":
         parser.exit(2, "size paper needs a GPU with about 120 GB: a 7B teacher and a 1.5B student with its AdamW state\n")
-    else:
-        result = run(SIZES[args.size], device)
-        print(report(result))
-    if args.json:
-        measure.write_json(args.json, result)
+    result = divergence.run(device) if args.size == "memory" else run(SIZES[args.size], device)
+    print(table.report(result, args.json))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ memory is what is theirs alone (USS, pages of shards that they have mapped inclu
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import shutil
@@ -25,7 +24,7 @@ import psutil
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import measure
+from benchmarks import measure, table
 from components.config.data import DataSettings, LlavaFolder
 from components.config.load import load_settings
 from components.process import cores
@@ -150,20 +149,17 @@ def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.splitlines()[0])
+    parser = table.arguments("streaming", __doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--folder", type=Path, help="keep the generated sets there, and use those that are")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the curves")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         for result in run(args.rows, args.folder or Path(name), args.workers):
-            print(result["size"], list(result["arms"].values())[-1], flush=True)
+            print(table.report(result, args.json), flush=True)
             if args.picture:
                 draw(result["curves"], args.picture)
-            if args.json:
-                measure.write_json(args.json, result)
 
 
 if __name__ == "__main__":

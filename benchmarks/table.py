@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, write_json
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN = "<!-- benchmarks: written by `python -m benchmarks.table`; do not edit -->"
@@ -46,6 +46,20 @@ GOALS = (
 )
 
 
+def arguments(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The command line of `python -m benchmarks.NAME`."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(doc or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
+    return parser
+
+
+def report(result: dict[str, Any], target: Path | None = None) -> str:
+    """The result as docs/performance.md shows it, all ratios added; `target` gets it as JSON."""
+    if target:
+        write_json(target, result)
+    return "\n".join(_run(result, with_ratios=True))
+
+
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All results, in order of file name."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -56,7 +70,8 @@ def render(results: list[dict[str, Any]]) -> str:
     parts = ["| what | goal | paper / peer | measured |", "|---|---|---|---|"]
     parts += [_goal(goal, results) for goal in GOALS]
     for result in results:
-        parts += ["", *_run(result)]
+        with_ratios = result["benchmark"] in ("prepare", "streaming", "orchestration")
+        parts += ["", *_run(result, with_ratios)]
     return "\n".join(parts)
 
 
@@ -76,7 +91,7 @@ def _goal(goal: Goal, results: list[dict[str, Any]]) -> str:
     return f"| {goal.what} | {sign} {goal.bound:.2f} | {goal.others} | {'; '.join(found) or 'not measured'} |"
 
 
-def _run(result: dict[str, Any]) -> list[str]:
+def _run(result: dict[str, Any], with_ratios: bool) -> list[str]:
     arms = result["arms"]
     columns = {
         "seconds": ("s", "{:.4g}"),
@@ -115,7 +130,7 @@ def _run(result: dict[str, Any]) -> list[str]:
     if result.get("parts"):
         lines += ["", "Share of a step's time:", ""]
         lines += [f"- {arm}: " + ", ".join(f"{p} {s:.0%}" for p, s in parts.items()) for arm, parts in result["parts"].items()]
-    if result["benchmark"] in ("prepare", "streaming", "orchestration"):
+    if with_ratios:
         lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
     return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import loading, prepare, search
+from benchmarks import loading, prepare, search, table
 from tests.benchmarks.test_step import CPU, SMALLEST
 
 
@@ -13,7 +13,7 @@ def test_search_result_has_its_fields_and_sees_what_eager_maps_see() -> None:
     found = search.run(SMALLEST, CPU, repeats=2)
     assert found["difference_from_eager"] < 1e-5
     assert {"search_vs_plain", "memory_search_vs_plain", "eager_vs_plain"} <= found["ratios"].keys()
-    assert "pairs/s" in search.report(found)
+    assert "pairs/s" in table.report(found)
 
 
 def test_a_search_that_sees_something_else_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +27,7 @@ def test_prepare_result_has_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     found = prepare.run(images=60, repeats=1)
     assert found["ratios"]["prepare_rate_vs_pillow"] > 0
     assert found["arms"]["pillow"]["images_per_second"] > 0
-    assert "images/s" in prepare.report(found)
+    assert "images/s" in table.report(found)
 
 
 def test_a_step_on_batches_in_memory_waits_for_none_and_the_loader_s_rate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

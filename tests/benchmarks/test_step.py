@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import divergence, flops, measure, reference, step
+from benchmarks import divergence, flops, measure, reference, step, table
 from benchmarks.shapes import DRAWS, EOS, FIRST_WORD, SIZES, TRAINED, Size, batch, script
-from components import cost
-from components.cost import Language, Tower
+from components.cost.shapes import Language, Tower
+from components.cost.step import body, head, tower
 from components.evaluate.memory import peak_bytes
 from tests.graph_of_code import ROOT
 
@@ -133,7 +133,7 @@ def test_the_result_has_its_fields(result: dict) -> None:
     for parts in result["parts"].values():
         assert sum(parts.values()) == pytest.approx(1) and {"student plain", "teacher plain", "backward"} <= parts.keys()
     assert "ribbon" in result["parts"]["align_ti"] and "ribbon" not in result["parts"]["kd"]
-    assert all(name in step.report(result) for name in result["ratios"])
+    assert all(name in table.report(result) for name in result["ratios"])
 
 
 def test_flops_of_a_matrix_are_those_that_torch_counts() -> None:
@@ -147,7 +147,7 @@ def test_flops_of_a_matrix_are_those_that_torch_counts() -> None:
         model(input_ids=b.input_ids, pixel_values=b.pixel_values)
     T = b.input_ids.shape[1]
     shape, model, work = SMALLEST.student, SMALLEST.model(SMALLEST.student), flops.work_of(b, 0)
-    mine = cost.body(model, work, 0) + cost.head(shape, T) + cost.tower(model, 1)
+    mine = body(model, work, 0) + head(shape, T) + tower(model, 1)
     causal = shape.layers * 4 * shape.hidden * (T * T - T * (T + 1) / 2)  # which eager attention computes and masks
     assert mine + causal == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -173,7 +173,7 @@ def test_arms_take_turns() -> None:
 def test_divergence_of_few_rows() -> None:
     found = divergence.run(CPU, rows=40, vocabulary=1000)
     assert found["ratios"].keys() >= {"memory_divergence_vs_full_logits"}
-    assert "engine, head frozen" in divergence.report(found)
+    assert "engine, head frozen" in table.report(found)
 
 
 def test_the_gpu_sizes_need_torch_and_transformers_alone() -> None:
