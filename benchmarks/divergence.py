@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.shapes import llava
 from components.align_ti.divergence import row_divergence
-from components.cost import Language, Tower
+from components.cost.shapes import Language, Tower
 from components.evaluate.memory import peak_bytes
 from components.models.vlm import VLM
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from benchmarks.shapes import DRAWS, Batch, Size
 from components.align_ti.terms import CORE, needs_of
-from components.cost import Way, Work, body, head, tower
-from components.cost import step as step_of
+from components.cost.step import BatchShape, StepPlan, body, head, operations, tower
 
 ALL = needs_of(CORE)
 TERMS = {"kd": needs_of(["sft", "kd"]), "kd_only": needs_of(["kd"]), "trl": needs_of(["kd"])}
@@ -20,7 +19,7 @@ def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
     if arm != "reference":
         draws_first = arm in ("align_ti_expanded", "align_ti_flex")
         towers = 2 if arm == "trl" else 1
-        return step_of(student, teacher, work, Way(TERMS.get(arm, ALL), draws_first=draws_first, towers=towers)).all
+        return operations(student, teacher, work, StepPlan(TERMS.get(arm, ALL), draws_first=draws_first, towers=towers)).all
     added = DRAWS * work.response
     rows = sum(work.lengths) + added
     towers_of_all = 3 * tower(student, work.images)
@@ -29,8 +28,8 @@ def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
     return models + sampling + 3 * head(size.student, rows) + head(size.teacher, rows) + towers_of_all
 
 
-def work_of(batch: Batch, ribbon_rows: int) -> Work:
-    return Work(
+def work_of(batch: Batch, ribbon_rows: int) -> BatchShape:
+    return BatchShape(
         lengths=tuple(batch.attention_mask.sum(1).tolist()),
         response=int(batch.response.sum()),
         visual=int(batch.visual.sum()),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from components.cost import ALTERNATIVES, Language, Model, Tower
+from components.cost.shapes import Language, Model, Tower
+from components.cost.step import ALTERNATIVES
 
 PAD, EOS, IMAGE, FIRST_WORD = 0, 1, 2, 3
 DRAWS = 4

@@ -159,9 +159,9 @@ def plan() -> None:
     if missing := not_here(settings):
         typer.secho(f"Not here, so it would fail: {', '.join(missing)}.", fg=typer.colors.RED)
     if recipe is not None and settings.models.family == "pretrained":
-        from flows import bill
+        from flows import cost_report
 
-        bill.show(recipe, settings)
+        cost_report.show(recipe, settings)
 
 
 def _duration(seconds: float) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 from components.config import recipes
 from components.config.settings import Settings
+from components.cost.estimate import estimate
 from components.errors import InputError
 from components.tracking.history import last_seconds
-from flows import costs, dvc
+from flows import dvc
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def _expected(recipe: str | None, settings: Settings) -> dict[str, float]:
     if said := recipes.about(recipe).seconds:
         return said
     try:
-        found = costs.estimate(recipe, settings)
-    except InputError:  # a model whose shape is not known: the stages are untimed, and the bill says which model
+        found = estimate(recipe, settings)
+    except InputError:  # a model whose shape is not known: the stages are untimed, and the cost report says which model
         return {}
     return found.seconds if found else {}
 

@@ -22,8 +22,7 @@ LEVELS = [
     {"irs", "rows"},
     {"teacher_cache"},
     {"distill", "evaluate"},
-    {"cost"},  # what the training loop holds, and what it takes
-    {"shapes"},
+    {"cost"},  # reads what the training loop holds
     {"teacher"},  # scores candidates with the metrics of `evaluate`
     {"study", "model_registry", "release", "own_data"},
     {"flows"},

@@ -51,7 +51,7 @@ class About(Strict):
     memory: str | None = Field(None, description="of one device; of small recipes, `hardware` says it")
     result: str = Field(description="what to expect, or what is published, and where")
     seconds: dict[str, PositiveFloat] | None = Field(description="per stage, one cell of it; null: the cost model foresees it")
-    device: str | None = Field(None, description="of components/cost.py, that the cost model reckons with")
+    device: str | None = Field(None, description="of components/cost/step.py, that the cost model reckons with")
     sample: SampleSize | None = None
 
 

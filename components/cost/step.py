@@ -10,87 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from components.align_ti.terms import Needs, union
+from components.cost.shapes import Language, Model
 from components.distill import footprint
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A vision transformer. `window`: patches that one patch attends to; None: all of its image or tile."""
-
-    hidden: int
-    layers: int
-    heads: int
-    mlp: int
-    image_px: int
-    patch_px: int
-    gated: bool = False
-    window: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Patches of one image or tile of `image_px`."""
-        return (self.image_px // self.patch_px) ** 2
-
-    @property
-    def per_layer(self) -> int:
-        return 4 * self.hidden**2 + (3 if self.gated else 2) * self.hidden * self.mlp
-
-    @property
-    def weights(self) -> int:
-        return self.layers * self.per_layer + (3 * self.patch_px**2 + self.tokens) * self.hidden
-
-
-@dataclass(frozen=True)
-class Language:
-    """A Llama- or Qwen-shaped language model. `head_dim`: None where the heads share out `hidden`."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocabulary: int
-    tied: bool = True
-    head_dim: int | None = None
-
-    @property
-    def attention(self) -> int:
-        """Width of all heads' queries."""
-        return self.heads * (self.head_dim or self.hidden // self.heads)
-
-    @property
-    def per_layer(self) -> int:
-        keys_and_values = 2 * self.attention * self.kv_heads // self.heads
-        return self.hidden * (2 * self.attention + keys_and_values) + 3 * self.hidden * self.mlp
-
-    @property
-    def weights(self) -> int:
-        return self.layers * self.per_layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
-
-
-@dataclass(frozen=True)
-class Model:
-    """A vision-language model and what it makes of one image.
-
-    Args:
-        projector: weights between tower and language model, each used once per visual token.
-        patches: that the tower reads of one image, over all tiles.
-        visual: tokens that the language model reads of one image (Nv).
-    """
-
-    tower: Tower
-    language: Language
-    projector: int
-    patches: int
-    visual: int
-
-    @property
-    def weights(self) -> int:
-        return self.tower.weights + self.projector + self.language.weights
-
-
-@dataclass(frozen=True)
-class Work:
+class BatchShape:
     """B samples of T_i tokens, visual ones included.
 
     Args:
@@ -107,7 +32,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Way:
+class StepPlan:
     """How a step is gone about, as far as that costs.
 
     Args:
@@ -139,7 +64,7 @@ class Operations:
         return self.layers + self.heads
 
 
-def step(student: Model, teacher: Model | None, work: Work, way: Way) -> Operations:
+def operations(student: Model, teacher: Model | None, work: BatchShape, way: StepPlan) -> Operations:
     """Of one optimiser step, the optimiser's own apart. `teacher`: None if no term asks it."""
     needs = union(way.terms)
     added = work.ribbon if needs.ribbon else 0
@@ -161,7 +86,7 @@ def step(student: Model, teacher: Model | None, work: Work, way: Way) -> Operati
     return Operations(layers, heads)
 
 
-def body(model: Model, work: Work, added: float) -> float:
+def body(model: Model, work: BatchShape, added: float) -> float:
     """Forward pass of projector and layers with `added` rows more in all, causal attention, without the head."""
     shape = model.language
     tokens = sum(work.lengths) + added
@@ -183,7 +108,7 @@ def tower(model: Model, images: float) -> float:
 
 
 @dataclass(frozen=True)
-class Holding:
+class MemoryPlan:
     """What decides how much memory a device needs; `devices` share what `sharded` names ("student", "teacher")."""
 
     trained: float  # parameters
@@ -196,7 +121,7 @@ class Holding:
     sharded: frozenset[str] = frozenset()
 
 
-def memory(student: Model, teacher: Model | None, work: Work, way: Way, held: Holding) -> dict[str, float]:
+def memory(student: Model, teacher: Model | None, work: BatchShape, way: StepPlan, held: MemoryPlan) -> dict[str, float]:
     """Bytes per part on one device at the peak of a step over `work`, the largest micro-batch.
 
     The teacher's activations are those of one layer, as nothing goes back through it.
@@ -261,7 +186,7 @@ def answering(model: Model, samples: float, batch: int, prompt: float, written: 
 
     Reading a prompt takes operations; writing takes reading all weights once for a token of each answer in the batch.
     """
-    work = Work(lengths=(prompt,), response=0, visual=model.visual, images=1)
+    work = BatchShape(lengths=(prompt,), response=0, visual=model.visual, images=1)
     reading = Operations(samples * (tower(model, 1) + body(model, work, 0)), samples * head(model.language, 1))
     writing = samples / batch * written * 2 * model.weights / (device.bandwidth * UTILISATION)
     return hours(reading, device) + writing / 3600

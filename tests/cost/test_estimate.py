@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from components import shapes
 from components.config import recipes
 from components.config.models import Checkpoint, Cut
+from components.cost import downloads, shapes
+from components.cost import estimate as costs
 from components.errors import InputError
-from flows import bill, costs, recipe_page
+from flows import cost_report
 from tests.families import toy
 
 ROOT = Path(__file__).parents[2]
@@ -26,13 +27,13 @@ NAME = "paper-qwen2.5-0.5b"
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone without data, with an empty cache of the hub."""
     shutil.copytree(ROOT / "params", tmp_path / "params")
-    monkeypatch.setattr(costs, "hub_cache", lambda: tmp_path / "hub")
+    monkeypatch.setattr(downloads, "hub_cache", lambda: tmp_path / "hub")
     return tmp_path
 
 
 def told(name: str, root: Path) -> str:
     console = Console(file=io.StringIO(), width=160, highlight=False)
-    bill.show(name, recipes.settings_with(name, root), root, console)
+    cost_report.show(name, recipes.settings_with(name, root), root, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -44,21 +45,21 @@ def test_all_runs_and_all_that_is_missing_are_told(root: Path) -> None:
         assert said.count(source) == 1
     assert "MobileVLM_V2_FT_Mix2M.json, 2,428,000 rows" in said and "data/llava/pretrain (images)" in said
     assert "15.2" in said and "of unknown size" in said and "not gated" in said
-    assert "an assumed share" in said and "by up to" not in said  # a clone without the benchmark's results
+    assert "an assumed share" in said
     assert "artifacts/students" not in said
 
 
 def test_what_is_here_is_not_missing(root: Path) -> None:
     settings = recipes.settings_with(f"{NAME}/align", root)
-    before = {item.what for item in costs.missing(settings, root)}
+    before = {item.what for item in downloads.missing(settings, root)}
     snapshot = root / "hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6499f32faf8b98477b0a26969ef7d8b9987"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    halfway = {item.what for item in costs.missing(settings, root)}
+    halfway = {item.what for item in downloads.missing(settings, root)}
     (snapshot / "model.safetensors").touch()
     (root / "data/sharegpt4v").mkdir(parents=True)
     (root / "data/sharegpt4v/one.jpg").touch()
-    after = {item.what for item in costs.missing(settings, root)}
+    after = {item.what for item in downloads.missing(settings, root)}
     assert halfway == before and before - after == {"Qwen/Qwen2.5-0.5B@060db649", "data/sharegpt4v (images)"}
 
 
@@ -99,11 +100,20 @@ def test_a_model_of_unknown_shape_costs_the_figures_and_not_the_list_of_what_is_
     assert "Not on this machine yet" in said and "me/mine@" in said and "GPU hours" not in said
 
 
-def test_the_recipes_headers_and_the_page_are_up_to_date() -> None:
-    for path, text in recipe_page.headers(ROOT).items():
-        assert text == path.read_text(encoding="utf-8"), f"{path.name}: run `python -m flows.recipe_page`"
-    page = (ROOT / recipe_page.PAGE).read_text(encoding="utf-8")
-    assert page == recipe_page.refreshed(page, ROOT)
+def test_every_recipe_states_what_is_estimated_for_it_and_the_page_repeats_it() -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    told = set()
+    for name in recipes.names(ROOT):
+        about = recipes.about(name, ROOT)
+        found = costs.estimate(name, recipes.settings_with(name, ROOT), ROOT)
+        if found is not None:
+            hours, gib = (float(re.match(r"about ([\d.]+) G", said)[1]) for said in (about.time, about.memory or ""))
+            assert (hours, gib) == (pytest.approx(found.device_hours, rel=0.05), pytest.approx(found.gib, rel=0.05)), name
+        same_run = repr(recipes.overlay(name, ROOT))  # a teacher's serves both students: the page has it once
+        if same_run not in told:
+            row = (f"`{name}`", about.hardware, about.time, about.memory or "", about.result)
+            assert f"| {' | '.join(cell.replace(' (docs/recipes.md)', '') for cell in row)} |" in page
+        told.add(same_run)
 
 
 def test_published_targets_are_those_of_the_table() -> None:

@@ -1,17 +1,92 @@
 """Shapes of models: of those that the recipes name, for plans made before anything is downloaded; and of any downloaded one.
 
-The numbers are those of each repository's config.json at the revision that the recipes pin. `tests/test_shapes.py` holds the
-parameters that they add up to against what is published of the sizes of the weights.
+The numbers are those of each repository's config.json at the revision that the recipes pin. `tests/cost/test_shapes.py`
+holds the parameters that they add up to against what is published of the sizes of the weights.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from components.cost import Language, Model, Tower
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer. `window`: patches that one patch attends to; None: all of its image or tile."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    image_px: int
+    patch_px: int
+    gated: bool = False
+    window: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Patches of one image or tile of `image_px`."""
+        return (self.image_px // self.patch_px) ** 2
+
+    @property
+    def per_layer(self) -> int:
+        return 4 * self.hidden**2 + (3 if self.gated else 2) * self.hidden * self.mlp
+
+    @property
+    def weights(self) -> int:
+        return self.layers * self.per_layer + (3 * self.patch_px**2 + self.tokens) * self.hidden
+
+
+@dataclass(frozen=True)
+class Language:
+    """A Llama- or Qwen-shaped language model. `head_dim`: None where the heads share out `hidden`."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int
+    tied: bool = True
+    head_dim: int | None = None
+
+    @property
+    def attention(self) -> int:
+        """Width of all heads' queries."""
+        return self.heads * (self.head_dim or self.hidden // self.heads)
+
+    @property
+    def per_layer(self) -> int:
+        keys_and_values = 2 * self.attention * self.kv_heads // self.heads
+        return self.hidden * (2 * self.attention + keys_and_values) + 3 * self.hidden * self.mlp
+
+    @property
+    def weights(self) -> int:
+        return self.layers * self.per_layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True)
+class Model:
+    """A vision-language model and what it makes of one image.
+
+    Args:
+        projector: weights between tower and language model, each used once per visual token.
+        patches: that the tower reads of one image, over all tiles.
+        visual: tokens that the language model reads of one image (Nv).
+    """
+
+    tower: Tower
+    language: Language
+    projector: int
+    patches: int
+    visual: int
+
+    @property
+    def weights(self) -> int:
+        return self.tower.weights + self.projector + self.language.weights
+
 
 IMAGE = (640, 480)  # pixels of the image that models are reckoned with whose visual tokens go by its shape
 

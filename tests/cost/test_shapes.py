@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers as tf
 
-from components import shapes
 from components.config import recipes
 from components.config.models import Checkpoint, Parts
+from components.cost import shapes
 from tests.families import toy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Parameters, or half the bytes of the bf16 weights, as published: model cards, sizes of the repositories' weight files.
 PUBLISHED = {

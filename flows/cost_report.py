@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from components import cost
 from components.config import recipes
 from components.config.settings import Settings
+from components.cost.downloads import STUDENT_PATH, Missing, missing
+from components.cost.estimate import IMAGE_BYTES, Estimate, estimate
+from components.cost.step import GIB, UTILISATION
 from components.errors import InputError
-from flows import costs
+
+CAVEAT = (
+    f"Hours are an estimate: counted operations at {UTILISATION:.0%} of the data sheet's rate, an assumed share, with samples"
+    " of assumed length. docs/recipes.md says how far such counts were from what was measured, and from the paper's hours."
+)
 
 
 def show(name: str, settings: Settings, root: Path = Path(), console: Console | None = None) -> None:
@@ -22,19 +27,19 @@ def show(name: str, settings: Settings, root: Path = Path(), console: Console | 
     """
     console = console or Console(highlight=False)
     try:
-        now = costs.estimate(name, settings, root)
+        now = estimate(name, settings, root)
     except InputError as unknown:
         console.print(f"Costs are not counted: {unknown}.", "", sep="\n")
     else:
         if now is None:
             return
         console.print(_runs(name, now, root))
-        console.print(_memory(now), _disk(now), _caveat(root), "", sep="\n")
-    missing = _all_missing(name, settings, root)
-    console.print(_missing(missing) if missing else "Everything that these runs read is here.")
+        console.print(_memory(now), _disk(now), CAVEAT, "", sep="\n")
+    absent = _all_missing(name, settings, root)
+    console.print(_missing(absent) if absent else "Everything that these runs read is here.")
 
 
-def _runs(name: str, now: costs.Estimate, root: Path) -> Table:
+def _runs(name: str, now: Estimate, root: Path) -> Table:
     recipe = name.partition("/")[0]
     runs = [*(f"{recipe}/{phase}" for phase in recipes.phases(recipe, root)), recipe]
     table = Table(title=f"Runs of {recipe}, in order; {now.devices} x {now.device.title}", title_justify="left")
@@ -42,7 +47,7 @@ def _runs(name: str, now: costs.Estimate, root: Path) -> Table:
         table.add_column(column, justify="left" if column == "run" else "right")
     total = 0.0
     for run in runs:
-        found = now if run == name else costs.estimate(run, recipes.settings_with(run, root), root)
+        found = now if run == name else estimate(run, recipes.settings_with(run, root), root)
         assert found is not None
         total += found.device_hours
         here = " (these params)" if run == name else ""
@@ -53,8 +58,8 @@ def _runs(name: str, now: costs.Estimate, root: Path) -> Table:
     return table
 
 
-def _memory(now: costs.Estimate) -> str:
-    parts = ", ".join(f"{part} {size / cost.GIB:.1f}" for part, size in now.memory.items() if size)
+def _memory(now: Estimate) -> str:
+    parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in now.memory.items() if size)
     fits = (
         "fits"
         if now.gib < 0.9 * now.device.gib
@@ -63,47 +68,22 @@ def _memory(now: costs.Estimate) -> str:
     return f"Memory, GiB on each device in the dearest arm of this run: {parts}; {now.gib:.0f} of {now.device.gib:.0f}, {fits}."
 
 
-def _disk(now: costs.Estimate) -> str:
+def _disk(now: Estimate) -> str:
     parts = ", ".join(f"{part} {size / 1e9:,.0f}" for part, size in now.disk.items())
-    return f"Disk, GB: {parts} (images reckoned at {costs.IMAGE_BYTES / 1e3:.0f} kB each)."
+    return f"Disk, GB: {parts} (images reckoned at {IMAGE_BYTES / 1e3:.0f} kB each)."
 
 
-def _caveat(root: Path) -> str:
-    """What the hours are worth, by the step benchmark's results."""
-    ratios = measured_ratios(root)
-    worst = max((abs(counted / measured - 1) for counted, measured in ratios.values()), default=None)
-    error = (
-        "" if worst is None else f" Ratios between arms, counted so, are off by up to {worst:.0%} from those measured on a CPU."
-    )
-    counted, reported = costs.paper_hours(root)["align_ti"]
-    return (
-        f"Hours are an estimate: counted operations at {cost.UTILISATION:.0%} of the data sheet's rate, an assumed share,"
-        f" with samples of assumed length.{error} What the paper reports for its own runs is"
-        f" {reported / counted:.0f} times what is counted for them, on devices that it does not name (docs/recipes.md)."
-    )
-
-
-def measured_ratios(root: Path = Path()) -> dict[str, tuple[float, float]]:
-    """Size and ratio of the step benchmark -> what counting operations says, and what was measured."""
-    found = {}
-    for path in sorted((root / "benchmarks/results").glob("step-*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        for name, counted in result.get("arithmetic", {}).items():
-            found[f"{result['size']}: {name}"] = (counted, result["ratios"][name])
-    return found
-
-
-def _all_missing(name: str, settings: Settings, root: Path) -> list[costs.Missing]:
+def _all_missing(name: str, settings: Settings, root: Path) -> list[Missing]:
     """Of the runs that come before, and of this one. A model that one of them makes is missing in none."""
     recipe, _, phase = name.partition("/")
     phases = recipes.phases(recipe, root)
     before = phases[: phases.index(phase)] if phase else phases
     runs = [*(recipes.settings_with(f"{recipe}/{each}", root) for each in before), settings]
-    found = [item for run in runs for item in costs.missing(run, root) if not costs.STUDENT_PATH.fullmatch(item.what)]
+    found = [item for run in runs for item in missing(run, root) if not STUDENT_PATH.fullmatch(item.what)]
     return list(dict.fromkeys(found))
 
 
-def _missing(found: list[costs.Missing]) -> Table:
+def _missing(found: list[Missing]) -> Table:
     sizes = [item.size for item in found if item.size]
     unknown = len(found) - len(sizes)
     title = f"Not on this machine yet: about {sum(sizes) / 1e9:,.1f} GB" + (

@@ -1,0 +1,114 @@
+"""Models and data that a run reads and that are not on this machine, found without a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.config.models import Checkpoint, Parts
+from components.config.settings import Settings
+from components.cost import shapes
+
+STUDENT_PATH = re.compile(r"artifacts/students/([a-z0-9_-]+)/model")
+
+# What is published of data: rows and, where it is known, bytes to download.
+ROWS = {
+    "share-captioner_coco_lcs_sam_1246k_1107.json": 1_246_000,
+    "MobileVLM_V2_FT_Mix2M.json": 2_428_000,
+    "blip_laion_cc_sbu_558k.json": 558_000,
+    "llava_v1_5_mix665k.json": 665_000,
+}
+DATA_BYTES = {"data/llava/pretrain": 27_356_108_382, "data/mix2m/MobileVLM_V2_FT_Mix2M.json": 1.4e9}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that a run reads and that is not on this machine."""
+
+    what: str
+    size: float | None  # bytes, where known
+    terms: str
+    get: str
+
+
+def missing(settings: Settings, root: Path = Path()) -> list[Missing]:
+    """What the run reads and does not find here, without asking any network."""
+    return [*_missing_models(settings, root), *_missing_data(settings, root)]
+
+
+def _missing_models(settings: Settings, root: Path) -> Iterator[Missing]:
+    if settings.models.family != "pretrained" or settings.models.pretrained is None:
+        return
+    entries = [*settings.models.pretrained.teachers.values(), *settings.models.pretrained.students.values()]
+    wanted = [
+        each
+        for entry in entries
+        for each in ((entry.tower, entry.language_model) if isinstance(entry, Parts) else (entry,))
+        if isinstance(each, Checkpoint)
+    ]
+    for checkpoint in dict.fromkeys(wanted):
+        if downloaded(checkpoint, root) is not None:
+            continue
+        source = checkpoint.source
+        if checkpoint.revision is None:
+            yield Missing(source, None, "yours", "put it there; an earlier run makes it if it lies under artifacts/students")
+            continue
+        terms = f"{shapes.LICENCES[source]}; not gated" if source in shapes.LICENCES else "see its page"
+        yield Missing(
+            f"{source}@{checkpoint.revision[:8]}", shapes.download_bytes(source), terms, "obtain_models fetches it from the hub"
+        )
+
+
+def _missing_data(settings: Settings, root: Path) -> Iterator[Missing]:
+    data = settings.data
+    if data.source == "llava" and data.llava is not None:
+        for path in (data.llava.annotations, data.llava.images):
+            if not _is_there(str(path), root):
+                yield Missing(str(path), None, "yours", "put it there (docs/data.md)")
+    if data.source != "mixture" or data.mixture is None:
+        return
+    for source in data.mixture.sources.values():
+        fetched = source.files.startswith("hf://")
+        if not _is_there(source.files, root):
+            get = "prepare fetches it from the hub" if fetched else "put it there (params/mixtures/)"
+            rows = ROWS.get(source.files.rpartition("/")[2])
+            what = source.files.removeprefix("hf://datasets/")
+            counted = f", {rows:,} rows" if rows else ""
+            yield Missing(
+                re.sub("@([0-9a-f]{8})[0-9a-f]{32}", r"@\1", what) + counted, DATA_BYTES.get(source.files), source.licence, get
+            )
+        if source.images is not None and not _is_there(str(source.images), root):
+            yield Missing(
+                f"{source.images} (images)",
+                DATA_BYTES.get(str(source.images)),
+                source.licence,
+                "put them there (params/mixtures/)",
+            )
+
+
+def _is_there(named: str, root: Path) -> bool:
+    """A file, a folder with something in it, a pattern that finds something, or a file of the hub's cache."""
+    if hub := re.fullmatch(r"hf://datasets/([^/]+)/([^@]+)@([0-9a-f]{40})/(.+)", named):
+        org, name, commit, file = hub.groups()
+        return any((hub_cache() / f"datasets--{org}--{name}" / "snapshots" / commit).glob(file))
+    if "*" in named:
+        return any(root.glob(named))
+    path = root / named
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def downloaded(entry: Checkpoint, root: Path = Path()) -> Path | None:
+    """The folder of a checkpoint that is on this machine."""
+    if entry.revision is None:
+        folder = root / Path(entry.source).expanduser()
+    else:
+        folder = hub_cache() / f"models--{entry.source.replace('/', '--')}" / "snapshots" / entry.revision
+    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+
+
+def hub_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

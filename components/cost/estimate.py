@@ -1,0 +1,201 @@
+"""Estimated cost of a full-size run: device hours, memory, disk.
+
+Nothing is measured here. docs/recipes.md says how far the model was from what was.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from components.config import recipes
+from components.config.models import Checkpoint, Cut, Parts
+from components.config.recipes import SampleSize
+from components.config.settings import Settings
+from components.config.study import Arm
+from components.cost import shapes, step
+from components.cost.downloads import STUDENT_PATH, downloaded
+from components.cost.shapes import Model
+from components.cost.step import DEVICES, GIB, BatchShape, Device, MemoryPlan, StepPlan
+from components.errors import InputError
+
+IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # of the prepare benchmark (docs/performance.md): its images, its two cores
+TEACHER_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one run: all of a pipeline's stages, each arm a stage of its own."""
+
+    device: Device
+    devices: int
+    hours: dict[str, float]  # stage -> device hours
+    memory: dict[str, float]  # part -> bytes on the device that holds most, in the dearest arm
+    disk: dict[str, float]  # part -> bytes
+    cpu_hours: float  # of `prepare`, on two cores
+
+    @property
+    def device_hours(self) -> float:
+        return sum(self.hours.values())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Stage -> seconds on all devices. Answering runs on one."""
+        shared = {stage: self.devices if stage.startswith("distill") else 1 for stage in self.hours}
+        return {"prepare": 3600 * self.cpu_hours} | {stage: 3600 * h / shared[stage] for stage, h in self.hours.items()}
+
+    @property
+    def gib(self) -> float:
+        return sum(self.memory.values()) / GIB
+
+
+def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | None:
+    """Of `settings`, as near to recipe `name`; None if the recipe has nothing for the cost model to go by.
+
+    Raises InputError if the shape of one of the models is known neither here nor from a folder.
+    """
+    about = recipes.about(name, root)
+    if about.device is None or about.sample is None or settings.models.pretrained is None:
+        return None
+    device, sample = DEVICES[about.device], about.sample
+    members = settings.models.pretrained
+    teachers = {member: _model(entry, name, settings, root) for member, entry in members.teachers.items()}
+    students = {member: _model(entry, name, settings, root) for member, entry in members.students.items()}
+    teacher = next(iter(teachers.values()), None)
+    distill, runtime = settings.distill, settings.runtime
+    rows = distill.steps * distill.batch_size
+    tested = _share(settings) * rows
+    hours: dict[str, float] = {}
+    if teacher is not None:
+        prompt = teacher.visual + sample.text
+        written = min(settings.evaluate.max_new_tokens, sample.response)
+        batch = settings.evaluate.batch_size
+        hours["select_teacher"] = sum(
+            step.answering(each, settings.teacher.samples, batch, prompt, written, device) for each in teachers.values()
+        )
+        looked = settings.irs.images * settings.irs.instructions_per_image
+        hours["search_layer"] = step.answering(teacher, looked, settings.irs.batch_size, prompt, 0, device)
+        hours["evaluate_teacher"] = step.answering(teacher, tested, batch, prompt, written, device)
+    held: dict[str, dict[str, float]] = {}
+    for arm_name in settings.study.arms:
+        arm = settings.arm(arm_name)
+        student = students[arm.student]
+        shape, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
+        passes = distill.batch_size / len(shape.lengths)
+        asked = teacher if any(needs.teacher for needs in arm.needs.values()) else None
+        one = step.operations(student, asked, shape, plan)
+        hours[f"distill@{arm_name}"] = distill.steps * passes * step.hours(one, device)
+        prompt, written = student.visual + sample.text, min(settings.evaluate.max_new_tokens, sample.response)
+        hours[f"evaluate@{arm_name}"] = step.answering(student, tested, settings.evaluate.batch_size, prompt, written, device)
+        held[arm_name] = step.memory(student, asked, shape, plan, _memory_plan(student, settings))
+    dearest = max(held.values(), key=lambda parts: sum(parts.values()))
+    arms = [students[arm.student] for arm in settings.study.arms.values()]
+    disk = {
+        "models to start from": 2.0 * sum(model.weights for model in [*teachers.values(), *students.values()]),
+        "students": 4.0 * sum(model.weights for model in arms),
+        "a checkpoint": max(4.0 * model.weights + 8.0 * _trained(model, settings) for model in arms),
+        "prepared images": rows * IMAGE_BYTES,
+    }
+    return Estimate(device, runtime.devices, hours, dearest, disk, rows / PREPARED_PER_SECOND / 3600)
+
+
+def _model(entry: Checkpoint | Parts | Cut, name: str, settings: Settings, root: Path) -> Model:
+    """The shape of one entry of params/models.yaml. A folder's own config.json comes before what this project knows."""
+    if isinstance(entry, Cut):
+        assert settings.models.pretrained is not None
+        whole = _model(settings.models.pretrained.teachers[entry.teacher], name, settings, root)
+        language = whole.language
+        kept = replace(language, layers=math.ceil(language.layers / entry.every), mlp=entry.mlp or language.mlp)
+        return replace(whole, language=kept)
+    if isinstance(entry, Parts):
+        tower = shapes.TOWERS.get(entry.tower.source)
+        language_model = shapes.LANGUAGE_MODELS.get(entry.language_model.source)
+        if tower is None or language_model is None:
+            raise InputError(
+                f"the shape of {entry.tower.source} or of {entry.language_model.source} is none that this project knows"
+                " (components/cost/shapes.py)"
+            )
+        return shapes.llava(tower, language_model)
+    folder = downloaded(entry, root)
+    if folder is not None and (found := shapes.of_folder(folder)) is not None:
+        return found
+    if entry.source in shapes.MODELS:
+        return shapes.MODELS[entry.source]
+    made = STUDENT_PATH.fullmatch(entry.source)
+    for phase in recipes.phases(name, root) if made else ():
+        run = f"{name.partition('/')[0]}/{phase}"
+        earlier = recipes.settings_with(run, root)
+        if made and made[1] in earlier.study.arms and earlier.models.pretrained is not None:
+            start = earlier.models.pretrained.students[earlier.study.arms[made[1]].student]
+            return _model(start, run, earlier, root)
+    raise InputError(f"the shape of {entry.source} is not known before it is here; `dvc repro obtain_models` brings it")
+
+
+def _batch_shape(student: Model, sample: SampleSize, settings: Settings) -> BatchShape:
+    """One pass on one device: samples of the mean size."""
+    distill = settings.distill
+    B = min(distill.micro_batch_size, max(1, distill.batch_size // settings.runtime.devices))
+    length = float(student.visual + sample.text + sample.response)
+    return BatchShape(
+        lengths=(length,) * B,
+        response=B * sample.response,
+        visual=B * student.visual,
+        images=B,
+        instruction=B * sample.text,
+        ribbon=B * sample.response * min(step.ALTERNATIVES, settings.distill.tpa.draws),
+    )
+
+
+def _step_plan(student: Model, arm: Arm, settings: Settings) -> StepPlan:
+    distill = settings.distill
+    several = distill.batch_size > distill.micro_batch_size * settings.runtime.devices
+    return StepPlan(
+        terms=tuple(arm.needs.values()),
+        trained=float(distill.trainable.language_model and distill.trainable.lora is None),
+        draws_first=several or distill.gradient_checkpointing,
+        checkpointed=distill.gradient_checkpointing,
+        chunk_rows=_chunk_rows(student, settings),
+        towers=3 if distill.trainable.vision_tower else 1,
+    )
+
+
+def _memory_plan(student: Model, settings: Settings) -> MemoryPlan:
+    distill, runtime = settings.distill, settings.runtime
+    precision = distill.precision if distill.teacher_weights == "same" else distill.teacher_weights
+    sharded = {"student"} if (runtime.accelerate or "").startswith(("fsdp", "deepspeed")) else set()
+    return MemoryPlan(
+        trained=_trained(student, settings),
+        wide=2 if distill.precision == "bf16" else 4,
+        teacher_bytes=TEACHER_BYTES[precision],
+        checkpointed=distill.gradient_checkpointing,
+        chunk_rows=_chunk_rows(student, settings),
+        continues=not distill.gradient_checkpointing,
+        devices=runtime.devices,
+        sharded=frozenset(sharded | ({"teacher"} if runtime.teacher_sharded else set())),
+    )
+
+
+def _chunk_rows(student: Model, settings: Settings) -> float:
+    return settings.distill.logits_chunk_mib * 2**20 / (4 * student.language.vocabulary)
+
+
+def _trained(model: Model, settings: Settings) -> float:
+    """Parameters."""
+    trainable = settings.distill.trainable
+    lora, shape = trainable.lora, model.language
+    adapters = 0 if lora is None else shape.layers * len(lora.targets) * 2 * lora.rank * shape.hidden
+    language = shape.weights if lora is None else adapters
+    return (
+        trainable.vision_tower * model.tower.weights
+        + trainable.projector * model.projector
+        + trainable.language_model * language
+    )
+
+
+def _share(settings: Settings) -> float:
+    """Of the data that are answered in an evaluation, by the samples of training."""
+    block = settings.data.mixture or settings.data.llava
+    if block is None or settings.data.source == "digits":
+        return 0.0
+    return (block.test if settings.evaluate.split == "test" else block.val) / (1 - block.val - block.test)

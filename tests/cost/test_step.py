@@ -1,0 +1,124 @@
+"""Counted operations and memory of a step, and how near they are to the step benchmark's results (docs/recipes.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import flops
+from benchmarks.shapes import SIZES, batch
+from benchmarks.table import load
+from components.align_ti.terms import CORE, needs_of
+from components.cost import shapes
+from components.cost import step as cost
+from components.cost.step import BatchShape, MemoryPlan, StepPlan
+
+STUDENT = shapes.llava(shapes.SIGLIP, shapes.LANGUAGE_MODELS["Qwen/Qwen2.5-0.5B"])
+TEACHER = shapes.llava(shapes.SIGLIP, shapes.LANGUAGE_MODELS["Qwen/Qwen2.5-7B"])
+SFT, ALL = needs_of(["sft"]), needs_of(CORE)
+WORK = BatchShape(lengths=(909.0,) * 4, response=480, visual=4 * 729, images=4, instruction=240, ribbon=600)
+
+
+def test_a_step_is_the_familiar_six_operations_per_weight_and_token() -> None:
+    short = dataclasses.replace(WORK, lengths=(1.0,) * 4, response=4, visual=0, images=0, ribbon=0)
+    language = STUDENT.language
+    done = cost.operations(STUDENT, None, short, StepPlan(SFT))
+    assert done.all == pytest.approx(6 * 4 * language.weights, rel=1e-3)  # tied: the head is the embedding
+
+
+def test_the_teacher_costs_a_third_of_what_training_it_would() -> None:
+    kd = needs_of(["kd"])
+    with_teacher, without = (cost.operations(STUDENT, teacher, WORK, StepPlan(kd)) for teacher in (TEACHER, None))
+    its_own = cost.operations(TEACHER, None, WORK, StepPlan(kd))
+    tower = cost.tower(STUDENT, WORK.images)
+    assert with_teacher.all - without.all == pytest.approx((its_own.all - tower) / 3)
+
+
+@pytest.mark.parametrize(
+    ("way", "more"),
+    [
+        ({"draws_first": True}, True),
+        ({"checkpointed": True}, True),
+        ({"chunk_rows": 69.0}, True),
+        ({"towers": 2}, True),
+        ({"trained": 0.0}, False),
+        ({"terms": needs_of(["sft", "kd"])}, False),
+    ],
+)
+def test_what_makes_a_step_dearer_or_cheaper(way: dict, more: bool) -> None:
+    plain, other = (
+        cost.operations(STUDENT, TEACHER, WORK, StepPlan(**({"terms": ALL} | changed))).all for changed in ({}, way)
+    )
+    assert other > plain if more else other < plain
+
+
+@given(st.integers(2, 8))
+def test_splitting_a_batch_over_passes_costs_the_same(passes: int) -> None:
+    one = BatchShape(lengths=(900.0,), response=100, visual=729, images=1, instruction=71, ribbon=120)
+    many = BatchShape(
+        lengths=(900.0,) * passes,
+        response=100 * passes,
+        visual=729 * passes,
+        images=passes,
+        instruction=71 * passes,
+        ribbon=120 * passes,
+    )
+    apart, together = (cost.operations(STUDENT, TEACHER, work, StepPlan(ALL)) for work in (one, many))
+    assert passes * apart.all == pytest.approx(together.all, rel=1e-6)
+
+
+def test_memory_is_shared_out_and_saved_as_the_settings_say() -> None:
+    held = MemoryPlan(trained=5e8, wide=2, teacher_bytes=2, checkpointed=False, chunk_rows=69, continues=True)
+    plain = cost.memory(STUDENT, TEACHER, WORK, StepPlan(ALL), held)
+    assert plain["student's weights"] == 4 * STUDENT.weights + 2 * 5e8 and plain["gradients and optimiser state"] == 12 * 5e8
+
+    def with_(**changed: object) -> dict[str, float]:
+        return cost.memory(STUDENT, TEACHER, WORK, StepPlan(ALL), dataclasses.replace(held, **changed))
+
+    assert with_(checkpointed=True)["activations"] < plain["activations"] / 5
+    assert with_(teacher_bytes=0.5)["teacher"] < plain["teacher"] / 2.5
+    sharded = with_(devices=8, sharded=frozenset({"student", "teacher"}))
+    assert sharded["gradients and optimiser state"] == plain["gradients and optimiser state"] / 8
+    assert sharded["teacher"] < plain["teacher"] / 3 and sharded["activations"] == plain["activations"]
+    assert cost.memory(STUDENT, TEACHER, WORK, StepPlan(SFT), held)["teacher"] == 0
+
+
+STEPS = {r["size"]: r for r in load() if r["benchmark"] == "step" and r["size"] in ("tiny", "small")}
+COMPARED = {"align_ti_vs_kd": ("align_ti", "kd"), "align_ti_vs_kd_worst": ("align_ti_worst", "kd")}
+
+
+@pytest.mark.parametrize("size", STEPS)
+def test_ratios_of_time_are_within_a_fifth_of_those_measured(size: str) -> None:
+    result = STEPS[size]
+    shape = batch(SIZES[size], torch.device("cpu"))
+
+    def counted(arm: str) -> float:
+        return flops.step(SIZES[size], shape, arm, rows(result, arm))
+
+    for name, (arm, other) in COMPARED.items():
+        assert counted(arm) / counted(other) == pytest.approx(result["ratios"][name], rel=0.2), name
+
+
+def test_memory_is_within_a_quarter_of_that_measured() -> None:
+    size, result = SIZES["small"], STEPS["small"]
+    student, teacher = size.model(size.student), size.model(size.teacher)
+    held = MemoryPlan(
+        trained=student.projector + student.language.weights,
+        wide=4,
+        teacher_bytes=4,
+        checkpointed=False,
+        chunk_rows=40 * 2**20 / (4 * size.student.vocabulary),
+        continues=True,
+    )
+    for arm in ("kd", "align_ti", "align_ti_worst"):
+        shape = flops.work_of(batch(size, torch.device("cpu")), rows(result, arm))
+        counted = sum(cost.memory(student, teacher, shape, StepPlan(flops.TERMS.get(arm, ALL)), held).values()) / 2**20
+        assert counted == pytest.approx(result["arms"][arm]["peak_mib"], rel=0.25), arm
+
+
+def rows(result: dict, arm: str) -> int:
+    return round(result["arms"][arm]["ribbon_rows_per_step"] * result["response_tokens"])
