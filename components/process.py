@@ -1,4 +1,7 @@
-"""Processes of ours: exit codes, signals, the parent's death, the lock of a device, and work shared out over the cores."""
+"""Processes of ours: exit codes, signals, the parent's death, locks of files, and work shared out over the cores.
+
+A lock (flock) is freed by the kernel when the process that holds it dies, however that happens.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,28 @@ def share_lock() -> None:
     if path := os.environ.get(LOCK):
         held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # never closed, but by the kernel
         fcntl.flock(held, fcntl.LOCK_SH)
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold `path` for the time of the block. Raises TryAgainError, saying `busy`, while another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TryAgainError(f"{busy} ({path} is held); wait for it or stop it") from None
+        yield
+
+
+def is_free(path: Path) -> bool:
+    """Whether it is there and no process holds it."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _check_folder() -> None:

@@ -11,9 +11,9 @@ import fcntl
 import os
 import select
 import threading
-from pathlib import Path
 from typing import IO
 
+from components.process import is_free
 from components.records.paths import RUNS
 
 FOLDER = RUNS / "flow-runs"
@@ -50,17 +50,8 @@ def outlive_output() -> None:
 
 def left() -> list[str]:
     """The ids of the runs that were here and died: their files are there, and nobody holds them."""
-    return [file.name for file in sorted(FOLDER.glob("*")) if _free(file)]
+    return [file.name for file in sorted(FOLDER.glob("*")) if is_free(file)]
 
 
 def forget(run: str) -> None:
     (FOLDER / run).unlink(missing_ok=True)
-
-
-def _free(path: Path) -> bool:
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except (BlockingIOError, FileNotFoundError):
-        return False

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from filelock import FileLock, Timeout
 
-from components.errors import InputError, TryAgainError
+from components.errors import InputError
 from components.io import write_text
+from components.process import locked
 from components.records.paths import RUNS
 
 # It warns at every checkpoint that tied weights are stored once, which is as it should be (the resume test compares bytes).
@@ -31,22 +32,17 @@ class Checkpoints:
 
     def __init__(self, arm: str, fingerprint: str, main: bool = True) -> None:
         self.folder = RUNS / "distill" / arm / fingerprint
-        self._main = main
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / "lock")
+        self._lock: AbstractContextManager[None] = nullcontext()
+        if main:
+            self._lock = locked(self.folder / "lock", "another process is training this arm")
 
     def __enter__(self) -> Checkpoints:
-        try:
-            if self._main:
-                self._lock.acquire(timeout=0)
-        except Timeout:
-            raise TryAgainError(
-                f"another process is training this arm ({self.folder}/lock is held); wait for it or stop it"
-            ) from None
+        self._lock.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._lock.__exit__(None, None, None)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint: a folder gets its name only once everything is in it."""

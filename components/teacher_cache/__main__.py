@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from components.config.load import load_settings
 from components.config.settings import Settings
-from components.errors import ModelError, TryAgainError
+from components.errors import ModelError
 from components.io import fingerprint, sha256
-from components.process import exit_from
+from components.process import exit_from, locked
 from components.records.irs import LayerChoice
 from components.records.models import ModelIndex
 from components.records.paths import DATASET, MODELS, ROWS, RUNS, SIGNALS, TEACHER
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from components.models.load import Loaded
 
-APART = [f"components.{name}" for name in ("settings", "artifacts", "errors", "imports", "tracking", "runtime")]
+APART = [f"components.{name}" for name in ("settings", "artifacts", "errors", "imports", "lock", "tracking", "runtime")]
 
 
 def main() -> None:
@@ -57,8 +57,6 @@ def make(settings: Settings) -> SignalCache:
         DataError: there is nothing to distil on, or two samples have the same id and text.
         TryAgainError: another process is making it.
     """
-    from filelock import FileLock, Timeout
-
     from components.runtime import prepare_torch
     from components.teacher_cache.store import facts
 
@@ -67,14 +65,11 @@ def make(settings: Settings) -> SignalCache:
     code = [modules()[name] for name in closure("components.teacher_cache.__main__", APART)]
     draft = RUNS / "signals" / fingerprint(wanted.model_dump(), code)
     draft.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(draft.with_suffix(".lock"), timeout=0):
-            cache = _fill(draft, settings, wanted, device)
-            shutil.rmtree(SIGNALS, ignore_errors=True)
-            SIGNALS.parent.mkdir(parents=True, exist_ok=True)
-            draft.replace(SIGNALS)
-    except Timeout:
-        raise TryAgainError(f"another process is making {SIGNALS} ({draft}.lock is held); wait for it or stop it") from None
+    with locked(draft.with_suffix(".lock"), f"another process is making {SIGNALS}"):
+        cache = _fill(draft, settings, wanted, device)
+        shutil.rmtree(SIGNALS, ignore_errors=True)
+        SIGNALS.parent.mkdir(parents=True, exist_ok=True)
+        draft.replace(SIGNALS)
     return cache
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from components.align_ti.batch import predicting
@@ -24,6 +23,7 @@ from components.models.collate import Collator
 from components.models.load import load
 from components.models.template import Template
 from components.models.vlm import VLM
+from components.process import locked
 from components.records.paths import DATASET, RUNS, SIGNALS, STUDENTS
 from components.records.teacher_cache import SignalFacts, SignalManifest
 from components.teacher_cache import __main__ as signals_stage
@@ -205,7 +205,7 @@ def test_an_interrupted_build_goes_on_with_the_shard_that_it_was_at(workplace: P
     assert not SIGNALS.exists()
     (draft,) = (path for path in (RUNS / "signals").iterdir() if path.is_dir())
     assert [path.name for path in draft.iterdir()] == ["shard-00000.safetensors"]
-    with FileLock(f"{draft}.lock"), pytest.raises(TryAgainError, match="another process is making"):
+    with locked(Path(f"{draft}.lock"), "the test"), pytest.raises(TryAgainError, match="another process is making"):
         signals_stage.make(load_settings())
     assert signals_stage.make(load_settings()) == wanted  # the shards' sha256 among it
     assert writes == [f".shard-{n:05d}.safetensors.tmp" for n in (0, 1, 1)]

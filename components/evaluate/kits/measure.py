@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from components.config.settings import Settings
 from components.dataset.shards import Samples
-from components.errors import DataError, InputError, TryAgainError
+from components.errors import DataError, InputError
 from components.evaluate import fingerprint, metrics
 from components.evaluate.__main__ import model_of
 from components.evaluate.generate import questions
@@ -27,6 +26,7 @@ from components.io import sha256
 from components.models.checkpoint_folder import weight_files
 from components.models.load import load_processor
 from components.models.template import Template
+from components.process import locked
 from components.records.evaluate import Fingerprint, Prediction, Scores
 from components.records.models import ModelIndex
 from components.records.paths import DATASET, MODELS, ROWS, SCORES
@@ -303,18 +303,6 @@ def _journal(folder: Path, model: Path, *facts: object) -> Path:
     return folder / f"answers-{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
 
 
-class _alone:  # noqa: N801
+def _alone(folder: Path) -> AbstractContextManager[None]:
     """One process at a time in a kit's folder. Raises TryAgainError while another is there."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "lock")
-
-    def __enter__(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise TryAgainError(f"another process measures this arm ({self._lock.lock_file} is held); wait for it") from None
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    return locked(folder / "lock", "another process measures this arm")
