@@ -21,6 +21,7 @@ from components.models.load import load
 from components.models.template import Template
 from components.records.paths import DATASET, REPORTS, ROWS, Split
 from components.records.record import Record
+from components.report.markdown import percent, table
 from components.runtime import prepare_torch
 
 
@@ -128,22 +129,20 @@ def markdown(controls: Controls) -> str:
     """What each model gets from seeing, per kind, and what the split shares with the training data."""
     kinds = list(controls.majority_per_kind)
     names = list(controls.models)
-    head = ["exact match, %: its image / blank / another", *names, "majority"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     overall = [_row(m.seeing, m.blank, m.other) for m in controls.models.values()]
-    lines.append(["all", *overall, _percent(controls.majority)])
+    lines = [["all", *overall, percent(controls.majority)]]
     for kind in kinds:
         found = [
             _row(m.seeing_per_kind[kind], m.blank_per_kind[kind], m.other_per_kind[kind]) for m in controls.models.values()
         ]
-        lines.append([kind.replace("_", " "), *found, _percent(controls.majority_per_kind[kind])])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([kind.replace("_", " "), *found, percent(controls.majority_per_kind[kind])])
+    scores = table(["exact match, %: its image / blank / another", *names, "majority"], lines)
     asked = (
         f"{controls.questions:,} {controls.split} questions, with their images, with a blank grey one, and with those of other"
         " questions. Majority: the most frequent reference of each kind, said every time."
     )
     twins = _contaminated(controls.contamination)
-    return "\n\n".join(["# Controls", asked, table, "## Is the test in the training data?", twins]) + "\n"
+    return "\n\n".join(["# Controls", asked, scores, "## Is the test in the training data?", twins]) + "\n"
 
 
 def write(controls: Controls) -> list[Path]:
@@ -167,8 +166,4 @@ def _contaminated(found: Contamination) -> str:
 
 
 def _row(*shares: float) -> str:
-    return " / ".join(map(_percent, shares))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return " / ".join(map(percent, shares))

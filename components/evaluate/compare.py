@@ -47,6 +47,7 @@ from components.records.distill import Cost
 from components.records.evaluate import Scores, YesNo
 from components.records.paths import REPORTS, SCORES, TEACHER_ARM
 from components.records.record import Absent
+from components.report import markdown as md
 
 POWER = 0.8  # probability of seeing a difference that is called detectable
 
@@ -252,10 +253,8 @@ def _share(draws: NDArray[np.float64], of: NDArray[np.float64], confidence: floa
 
 def without_teacher(arms: Iterable[str], none: str) -> str:
     """Where there is no teacher (stage align) nothing is compared; each arm's own score as Markdown."""
-    lines = [f"No comparison: {none}. What each arm answers by itself:", "", "| arm | exact match |", "|---|---:|"]
-    for arm in arms:
-        lines.append(f"| {arm} | {Scores.read(SCORES / arm / 'scores.json').exact_match:.1%} |")
-    return "\n".join(lines) + "\n"
+    scores = [(arm, f"{Scores.read(SCORES / arm / 'scores.json').exact_match:.1%}") for arm in arms]
+    return f"No comparison: {none}. What each arm answers by itself:\n\n{md.table(['arm', 'exact match'], scores)}\n"
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ from components.records.models import ModelIndex
 from components.records.paths import REPORTS, TEACHER_ARM
 from components.records.record import Record
 from components.records.teacher import TeacherChoice
+from components.report.markdown import DASH, signed, table
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 SFT, KD = "SFT", "Vanilla KD"  # the published baselines, by method
 FORMATS = ("md", "csv", "html", "json")
-DASH = "\N{EN DASH}"
 
 FIGURES = {  # which of VLMEvalKit's figures is the benchmark's, and what a unit of it is worth in the paper's
     "gqa": ("/Overall", 1.0),
@@ -54,17 +54,17 @@ class Row(Record):
     group: str  # teacher, student; align_ti, baseline, peer, ablation, cost
     name: str
     ours: bool
-    own: float | None  # exact match on our test questions
-    own_ci95: tuple[float, float] | None
+    own: float | None = None  # exact match on our test questions
+    own_ci95: tuple[float, float] | None = None
     scores: dict[str, float | None]  # on the paper's six
-    average: float | None
-    gain_sft: float | None
-    gain_kd: float | None
-    parameters: int | None
-    tokens_per_second: float | None
-    first_token_ms: float | None
-    memory_mib: float | None
-    note: str
+    average: float | None = None
+    gain_sft: float | None = None
+    gain_kd: float | None = None
+    parameters: int | None = None
+    tokens_per_second: float | None = None
+    first_token_ms: float | None = None
+    memory_mib: float | None = None
+    note: str = ""
     source: str
 
 
@@ -151,16 +151,10 @@ def _published(row: Published, published: list[Published]) -> Row:
         group=row.group,
         name=f"{row.method} {row.backbone}".strip(),
         ours=False,
-        own=None,
-        own_ci95=None,
         scores=row.scores,
         average=row.average,
         gain_sft=_gain(row, SFT, published),
         gain_kd=_gain(row, KD, published),
-        parameters=None,
-        tokens_per_second=None,
-        first_token_ms=None,
-        memory_mib=None,
         note=row.note,
         source=row.source,
     )
@@ -203,15 +197,9 @@ def _ours(group: str, name: str, score: float, ci95: tuple[float, float], parame
         own=100 * score,
         own_ci95=(100 * ci95[0], 100 * ci95[1]),
         scores=dict.fromkeys(PAPER),
-        average=None,
-        gain_sft=None,
-        gain_kd=None,
         parameters=parameters,
-        tokens_per_second=speed.tokens_per_second if speed else None,
-        first_token_ms=speed.first_token_ms if speed else None,
-        memory_mib=speed.memory_mib if speed else None,
-        note="",
         source="measured here",
+        **(speed.model_dump(include={"tokens_per_second", "first_token_ms", "memory_mib"}) if speed else {}),
     )
 
 
@@ -280,16 +268,18 @@ def header(board: Leaderboard) -> list[str]:
 
 def markdown(board: Leaderboard) -> str:
     """Our rows in bold."""
-    head = header(board)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in board.rows:
-        name, *rest = cells(row)
-        lines.append([f"**{name}**" if row.ours else name, *rest])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = [[f"**{name}**" if row.ours else name, *rest] for row in board.rows for name, *rest in [cells(row)]]
     ours = f"Rows in bold are ours, on {board.own_questions}. The others are published."
     sources = sorted({f"{row.source}" for row in board.rows if not row.ours})
     remarks = [f"- {row.name}: {row.note}" for row in board.rows if row.note]
-    parts = ["# Leaderboard", ours, table, *board.notes, "Sources: " + "; ".join(sources) + ".", "\n".join(remarks)]
+    parts = [
+        "# Leaderboard",
+        ours,
+        table(header(board), rows),
+        *board.notes,
+        "Sources: " + "; ".join(sources) + ".",
+        "\n".join(remarks),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -340,7 +330,7 @@ def _decimal(value: float | None) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") if value is not None else DASH
+    return signed(value) if value is not None else DASH
 
 
 def _within(noise: float | None) -> str:

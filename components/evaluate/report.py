@@ -32,6 +32,7 @@ from components.records.evaluate import Prediction
 from components.records.irs import LayerChoice
 from components.records.paths import DATASET, REPORTS, TEACHER_ARM
 from components.records.teacher import TeacherReport
+from components.report import markdown as md
 from components.report.figures import DARK, DPI, LIGHT, draw
 
 Plot = Callable[..., Figure]  # of a theme
@@ -77,7 +78,7 @@ class Cell:
     shade: float | None = None  # 0..1, share answered right: tints the cell
 
 
-NOTHING = Cell("\N{EN DASH}")
+NOTHING = Cell(md.DASH)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def resolutions(comparison: Comparison) -> list[list[str]]:
     rows = []
     for name, found in {EXACT_MATCH: comparison.exact_match, **comparison.measures}.items():
         gaps = (found.noise, found.detectable, found.spread)
-        said = ["\N{EN DASH}" if gap is None else MEASURES[name].said(gap) for gap in gaps]
+        said = [md.DASH if gap is None else MEASURES[name].said(gap) for gap in gaps]
         rows.append([MEASURES[name].title, MEASURES[name].unit, *said])
     return rows
 
@@ -168,8 +169,8 @@ def published(comparison: Comparison) -> list[list[str]]:
     for name, result in _everyone(comparison) if comparison.published else []:
         scores = comparison.published.scores.get(name, []) if comparison.published else []
         deviation = f"{100 * stdev(scores):.1f}" if len(scores) > 1 else NOTHING.value
-        mean = _percent(fmean(scores)) if scores else NOTHING.value
-        rows.append([name, f"{_percent(result.exact_match)} {_range(result.ci95)}", mean, deviation, f"{len(scores)}"])
+        mean = md.percent(fmean(scores)) if scores else NOTHING.value
+        rows.append([name, f"{md.percent(result.exact_match)} {_range(result.ci95)}", mean, deviation, f"{len(scores)}"])
     return rows
 
 
@@ -189,14 +190,14 @@ def markdown(comparison: Comparison) -> str:
     closed = [[name, *(f"{100 * value:.1f}" for value in _yes_no(each))] for name, each in _everyone(comparison) if each.yes_no]
     if closed:
         header = ["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"]
-        parts += ["## Yes/no questions, %", _markdown_table(header, closed)]
+        parts += ["## Yes/no questions, %", md.table(header, closed)]
     parts += ["## Beyond right and wrong", _of_lines(names, measures(comparison))]
-    parts += ["## What this sample can tell apart", _markdown_table(RESOLUTION, resolutions(comparison))]
+    parts += ["## What this sample can tell apart", md.table(RESOLUTION, resolutions(comparison))]
     if comparison.published:
-        parts += ["## Beside the published runs", published_by(comparison), _markdown_table(PUBLISHED, published(comparison))]
+        parts += ["## Beside the published runs", published_by(comparison), md.table(PUBLISHED, published(comparison))]
     if comparison.repeated:
         runs = [[name, *_seeds(arm)] for name, arm in comparison.arms.items()]
-        parts += ["## Seeds", _markdown_table(["arm", "runs", "exact match of each, %", "mean, %"], runs)]
+        parts += ["## Seeds", md.table(["arm", "runs", "exact match of each, %", "mean, %"], runs)]
     header = ["better", "than", "by, points", "interval", "p", "p (Holm)", "p, yes/no (McNemar)", "beyond noise"]
     pairs = [
         [
@@ -204,14 +205,14 @@ def markdown(comparison: Comparison) -> str:
             pair.against,
             _points(pair.difference),
             _bounds(pair),
-            _p(pair.p_value),
-            _p(pair.p_holm),
-            "\N{EN DASH}" if pair.p_mcnemar is None else _p(pair.p_mcnemar),
+            md.p_value(pair.p_value),
+            md.p_value(pair.p_holm),
+            md.DASH if pair.p_mcnemar is None else md.p_value(pair.p_mcnemar),
             "measured otherwise" if pair.differs else "yes" if pair.larger_than_noise else "no",
         ]
         for pair in comparison.pairs
     ]
-    parts += ["## Every pair of arms", _markdown_table(header, pairs), "## How it was measured", *_notes(comparison)]
+    parts += ["## Every pair of arms", md.table(header, pairs), "## How it was measured", *_notes(comparison)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -226,7 +227,7 @@ def html(
     found = disagreements({name: outcomes.predictions[name] for name in (TEACHER_ARM, *comparison.order)}, settings.seed)
     environment = templates()
     environment.filters |= {
-        "percent": _percent,
+        "percent": md.percent,
         "points": _points,
         "range": _range,
         "mark": partial(marked, comparison),
@@ -359,8 +360,8 @@ def _baselines(comparison: Comparison) -> list[str]:
 
 def _seeds(arm: ArmResult) -> list[str]:
     """How many runs an arm has, the exact match of each, and their mean."""
-    each = ", ".join(f"{name} {_percent(score)}" for name, score in arm.runs.items())
-    return [f"{len(arm.runs)}", each, _percent(arm.exact_match)]
+    each = ", ".join(f"{name} {md.percent(score)}" for name, score in arm.runs.items())
+    return [f"{len(arm.runs)}", each, md.percent(arm.exact_match)]
 
 
 def _estimate(name: str, result: TeacherResult) -> Cell:
@@ -369,7 +370,7 @@ def _estimate(name: str, result: TeacherResult) -> Cell:
 
 
 def _scores(columns: list[TeacherResult], figure: Callable[[TeacherResult], tuple[float, Interval]]) -> list[Cell]:
-    return [Cell(_percent(value), _range(interval)) for value, interval in map(figure, columns)]
+    return [Cell(md.percent(value), _range(interval)) for value, interval in map(figure, columns)]
 
 
 def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
@@ -377,7 +378,7 @@ def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
     f1 = [column.measures["token_f1"].per_kind[kind] for column in columns]
     partly = any(abs(value - column.per_kind[kind]) > 5e-4 for value, column in zip(f1, columns, strict=True))
     return [
-        Cell(_percent(column.per_kind[kind]), f"F1 {_percent(value)}" if partly else "", shade=column.per_kind[kind])
+        Cell(md.percent(column.per_kind[kind]), f"F1 {md.percent(value)}" if partly else "", shade=column.per_kind[kind])
         for value, column in zip(f1, columns, strict=True)
     ]
 
@@ -390,13 +391,13 @@ def _gain(gain: Difference | None, measure: Measure = MEASURES[EXACT_MATCH]) -> 
 
 
 def _p_value(gain: Difference | None) -> Cell:
-    return NOTHING if gain is None else Cell(_p(gain.p_value), f"({_p(gain.p_holm)})")
+    return NOTHING if gain is None else Cell(md.p_value(gain.p_value), f"({md.p_value(gain.p_holm)})")
 
 
 def _share(arm: ArmResult) -> Cell:
     if arm.share_of_teacher is None or arm.share_ci95 is None:
         return NOTHING
-    return Cell(_percent(arm.share_of_teacher), _range(arm.share_ci95))
+    return Cell(md.percent(arm.share_of_teacher), _range(arm.share_ci95))
 
 
 def _yes_no(result: TeacherResult) -> list[float]:
@@ -405,17 +406,12 @@ def _yes_no(result: TeacherResult) -> list[float]:
     return [figures.accuracy, figures.precision, figures.recall, figures.f1, figures.yes_ratio]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
 def _range(interval: Interval) -> str:
-    return f"[{_percent(interval[0])}, {_percent(interval[1])}]"
+    return f"[{md.percent(interval[0])}, {md.percent(interval[1])}]"
 
 
 def _points(difference: float) -> str:
-    """With a sign; a true minus, as wide as the plus."""
-    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return md.signed(100 * difference)
 
 
 def _bounds(pair: Difference) -> str:
@@ -426,18 +422,8 @@ def _seconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "<0.001"
-
-
 def _of_lines(names: list[str], lines: list[Line]) -> str:
-    return _markdown_table(names, [[line.label, *map(_inline, line.cells)] for line in lines])
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, numbers to the right."""
-    every = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in every)
+    return md.table(names, [[line.label, *map(_inline, line.cells)] for line in lines])
 
 
 def _picture(light: bytes, dark: bytes) -> Picture:

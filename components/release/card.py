@@ -15,6 +15,7 @@ from components.records.compare import ArmResult, Comparison
 from components.records.dataset import Manifest
 from components.records.distill import Cost
 from components.records.paths import DATASET, REPORTS, STUDENTS
+from components.report import markdown as md
 from components.tracking import history, provenance
 from components.tracking.system_metrics import CPU_WH, GPU_WH
 
@@ -58,12 +59,16 @@ def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
         return "## Scores\n\nNot measured.\n", {}, [f"scores: {file} has no arm {arm}; `dvc repro` measures it"]
     over = f" over {len(result.runs)} seeds" if len(result.runs) > 1 else ""
     percent = round(100 * comparison.confidence)
+    both = (result, teacher)
     rows = [
-        f"| **all** | {comparison.n:,} | **{_with(result.exact_match, result.ci95)}**"
-        f" | {_with(teacher.exact_match, teacher.ci95)} |",
+        [
+            "**all**",
+            f"{comparison.n:,}",
+            f"**{_with(result.exact_match, result.ci95)}**",
+            _with(teacher.exact_match, teacher.ci95),
+        ],
         *(
-            f"| {kind} | {count:,} | {_with(result.per_kind[kind], result.per_kind_ci95[kind])}"
-            f" | {_with(teacher.per_kind[kind], teacher.per_kind_ci95[kind])} |"
+            [kind, f"{count:,}", *(_with(each.per_kind[kind], each.per_kind_ci95[kind]) for each in both)]
             for kind, count in comparison.kinds.items()
         ),
     ]
@@ -72,9 +77,7 @@ def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
             "## Scores\n",
             f"Exact match on {comparison.n:,} questions about {comparison.images:,} images of the {comparison.split} split;"
             f" in brackets {percent}% intervals.\n",
-            "| questions | number | student | teacher |",
-            "|---|---:|---|---|",
-            *rows,
+            md.table(["questions", "number", "student", "teacher"], rows),
             "",
             *([f"Means{over}; this student's own exact match: {result.runs[arm]:.1%}.\n"] if over else []),
             *_gains(result),
@@ -132,7 +135,7 @@ def _again(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
         rows = []
     else:
         outs = {**provenance.raw(), **{path: md5 for stage in BEFORE for path, md5 in locked.get(stage, {}).items()}, **mine}
-        rows = ["| what | DVC's md5 |", "|---|---|", *(f"| `{path}` | `{md5}` |" for path, md5 in outs.items()), ""]
+        rows = [md.table(["what", "DVC's md5"], ([f"`{path}`", f"`{md5}`"] for path, md5 in outs.items()), text_columns=2), ""]
     with_others = f", but with other {', '.join(changed)} (below is what decided the weights)" if changed else ""
     lines = [
         "## How to make it again\n",

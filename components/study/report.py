@@ -10,6 +10,7 @@ from pathlib import Path
 
 from components.io import write_bytes, write_text
 from components.records.paths import REPORTS
+from components.report import markdown as md
 from components.report.figures import draw
 from components.study import plots
 from components.study.compare import SLACK, Estimate, StudyResult
@@ -137,8 +138,7 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
 def _markdown(result: StudyResult, about: str, tables: Sequence[Table]) -> str:
     parts = [f"# Study {result.study}", about, standing(result)]
     for heading, note, head, rows in tables:
-        lines = [head, ["---"] * len(head), *rows]
-        parts += [f"## {heading}", note, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        parts += [f"## {heading}", note, md.table(head, rows)]
     return "\n\n".join([*parts, "![every run](runs.png)", "![score against cost](pareto.png)"]) + "\n"
 
 

@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from components.config.teacher import TeacherSettings
 from components.records.teacher import Candidate, TeacherReport
+from components.report import markdown as md
 from components.report.figures import Theme
 
 
@@ -41,12 +42,8 @@ def table(report: TeacherReport, limits: TeacherSettings, samples: int) -> str:
 
 def _grid(report: TeacherReport, corner: str, rows: dict[str, Callable[[Candidate], str]]) -> str:
     """Candidates as columns."""
-    lines = [
-        [corner, *(c.name for c in report.candidates)],
-        ["---"] + ["---:"] * len(report.candidates),
-        *([name, *(cell(c) for c in report.candidates)] for name, cell in rows.items()),
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    header = [corner, *(c.name for c in report.candidates)]
+    return md.table(header, ([name, *map(cell, report.candidates)] for name, cell in rows.items())) + "\n"
 
 
 def quality_cost(report: TeacherReport, limits: TeacherSettings, samples: int, theme: Theme) -> Figure:

@@ -12,6 +12,7 @@ from components.evaluate.kits.scores import KitScores
 from components.io import write_text
 from components.records.paths import REPORTS, TEACHER_ARM
 from components.records.record import Record
+from components.report import markdown as md
 
 KITS = ("own", "vlmeval", "lm-eval")
 SHOWN = 5  # disagreements, and samples in trouble, per model and kit; kits.json has all
@@ -77,23 +78,23 @@ def _overview(found: Sequence[KitScores]) -> str:
     lines = [
         "Share right. `own` is the stage `evaluate`; `vlmeval` asks a served student over HTTP;"
         " `lm-eval` runs the model in its own loop.\n",
-        _row("model", *KITS, "answers unlike own's", "verdicts unlike ours", "no answer", "measured alike"),
-        _row("---", *["---:"] * len(KITS), "---:", "---:", "---:", "---"),
     ]
+    rows = []
     for arm in dict.fromkeys(scores.arm for scores in found):
         of_arm = {scores.kit: scores for scores in found if scores.arm == arm}
         kits = [of_arm[kit] for kit in KITS if kit in of_arm]
-        lines.append(
-            _row(
+        rows.append(
+            [
                 arm,
                 *(f"{of_arm[kit].exact_match:.2%}" if kit in of_arm else "" for kit in KITS),
                 sum(len(scores.other_answers) for scores in kits),
                 sum(len(scores.disagreements) for scores in kits),
                 sum(len(scores.empty) + len(scores.overlong) + len(scores.failed) for scores in kits),
                 "; ".join(_unlike(kits)) or "yes, but for kit and judge",
-            )
+            ]
         )
-    return "\n".join(lines) + "\n"
+    header = ["model", *KITS, "answers unlike own's", "verdicts unlike ours", "no answer", "measured alike"]
+    return "\n".join([*lines, md.table(header, rows)]) + "\n"
 
 
 def _unlike(kits: Sequence[KitScores]) -> list[str]:
@@ -107,16 +108,12 @@ def _unlike(kits: Sequence[KitScores]) -> list[str]:
 
 def _of_arm(found: Sequence[KitScores]) -> str:
     kinds = sorted({kind for scores in found for kind in scores.per_kind})
-    lines = [
-        f"## {found[0].arm}\n",
-        _row("kind", *(scores.kit for scores in found), "judges"),
-        _row("---", *["---:"] * len(found), "---"),
-    ]
+    rows = []
     for kind in kinds:
         judges = dict.fromkeys(f"{scores.kit}: {scores.judges[kind]}" for scores in found if kind in scores.judges)
         shown = (f"{scores.per_kind[kind]:.2%}" if kind in scores.per_kind else "" for scores in found)
-        lines.append(_row(kind, *shown, "; ".join(judges)))
-    lines.append("")
+        rows.append([kind, *shown, "; ".join(judges)])
+    lines = [f"## {found[0].arm}\n", md.table(["kind", *(scores.kit for scores in found), "judges"], rows), ""]
     for scores in found:
         lines += _explained(scores)
     return "\n".join(lines) + "\n"
@@ -152,9 +149,7 @@ def _language(found: Sequence[KitScores]) -> str:
         "## Language without an image (lm-eval)\n",
         "`alignti_language`: perplexity per word of questions and answers as plain text, lower is better. `alignti_manners`:"
         " how often the right kind of answer is the likeliest of four; guessing gives 25%.\n",
-        _row("model", *names),
-        _row("---", *["---:"] * len(names)),
-        *(_row(scores.arm, *(f"{scores.figures[name]:.4g}" for name in names)) for scores in measured),
+        md.table(["model", *names], [[scores.arm, *(f"{scores.figures[n]:.4g}" for n in names)] for scores in measured]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -162,10 +157,5 @@ def _language(found: Sequence[KitScores]) -> str:
 def _tasks(table: Table) -> str:
     if not table.tasks:
         return ""
-    lines = ["## Tasks by name\n", _row("kit/model", "task/figure", "value"), _row("---", "---", "---:")]
-    lines += [_row(who, name, f"{value:.4g}") for who, asked in table.tasks.items() for name, value in asked.figures.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    rows = [(who, name, f"{value:.4g}") for who, asked in table.tasks.items() for name, value in asked.figures.items()]
+    return f"## Tasks by name\n\n{md.table(['kit/model', 'task/figure', 'value'], rows, text_columns=2)}\n"

@@ -1,0 +1,31 @@
+"""Markdown tables, and numbers as all reports write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+DASH = "\N{EN DASH}"  # in place of a number that was not measured
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]], text_columns: int = 1) -> str:
+    """A table whose first `text_columns` columns are aligned to the left, and the others, numbers, to the right."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in (header, rule, *rows))
+
+
+def percent(share: float) -> str:
+    """0..1 as a percentage without its sign, for columns that name the unit."""
+    return f"{100 * share:.1f}"
+
+
+def signed(value: float, decimals: int = 1) -> str:
+    """With a sign; a true minus, as wide as the plus."""
+    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def _cell(content: object) -> str:
+    return str(content).replace("|", "\\|").replace("\n", " ")
