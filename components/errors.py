@@ -34,6 +34,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     return InputError(f"there is no {what} {name!r}; {hint}there are {', '.join(listed) or 'none'}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or its kind where it has none: others' errors may run over pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class ModelError(InputError):
     """A checkpoint, tokenizer or processor that cannot be used as asked."""
 

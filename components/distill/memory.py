@@ -11,7 +11,7 @@ from components.align_ti.head import rows_per_chunk
 from components.align_ti.step import AlignTI
 from components.config.distill import DistillSettings
 from components.distill.footprint import FLOAT, OPTIMISER, activations_per_token, logits
-from components.errors import InputError
+from components.errors import InputError, first_line
 from components.models.collate import Batch
 
 KNOBS = {
@@ -41,7 +41,7 @@ def explained(module: AlignTI, batches: list[tuple[Batch, list[int]]], settings:
         table = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sorted(parts.items(), key=lambda x: -x[1]))
         raise OutOfMemory(
             f"out of memory on {batches[0][0].input_ids.device}: the largest part is {largest}; {KNOBS[largest]}."
-            f" Estimated from the shapes, MiB: {table}. The allocator said: {_first_line(error)}"
+            f" Estimated from the shapes, MiB: {table}. The allocator said: {first_line(error)}"
         ) from error
 
 
@@ -89,7 +89,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
         or ("DefaultCPUAllocator" in text and "allocate" in text)
         or "out of memory" in text
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from components.dataset.perceptual_hash import NEAR, look_of
+from components.dataset.perceptual_hash import look_of, nearest
 from components.dataset.shards import CAPTION, Samples
 from components.models.template import question_of
 from components.records.paths import Split
@@ -44,72 +45,64 @@ class Contamination(Record):
     pairs: list[Pair]  # the exact and the near ones, at most LISTED
 
 
+class _Image(NamedTuple):
+    """One image of a split, or one row of text alone, whose `pixels` are None."""
+
+    name: str
+    pixels: str | None  # sha256
+    look: int
+    questions: list[str]
+
+
 def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
-    """Compare every image and question of `test` with every one of `train`; one image is held at a time."""
-    seen = _Seen.of(train, "contamination: training images")
-    asked_in_training = set().union(*seen.questions) if seen.questions else set()
-    pairs, questions, known, images = [], 0, 0, 0
-    for row in tqdm(range(test.images), desc=f"contamination: {split} images", unit="image"):
-        name, pixels, look, asked = _fingerprint(test, row)
-        questions += len(asked)
-        known += sum(question in asked_in_training for question in asked)
-        if pixels is None:
+    """Compare every image and question of `test` with every one of `train`; one image is decoded at a time."""
+    seen = [image for image in _images(train, "contamination: training images") if image.pixels]
+    here = _images(test, f"contamination: {split} images")
+    pictured = [image for image in here if image.pixels]
+    questions = [question for image in here for question in image.questions]
+    asked_in_training = {question for image in seen for question in image.questions}
+    by_pixels = {image.pixels: index for index, image in reversed(list(enumerate(seen)))}
+    near, _ = nearest(_looks(pictured), _looks(seen))
+    pairs = []
+    for image, likest in zip(pictured, near.tolist(), strict=True):
+        twin = by_pixels.get(image.pixels, likest)
+        if twin < 0:
             continue
-        images += 1
-        twin = seen.by_pixels.get(pixels)
-        distances = np.bitwise_count(seen.looks ^ look)
-        likest = twin if twin is not None else int(distances.argmin())
-        if twin is None and distances[likest] > NEAR:
-            continue
-        both = sum(question in seen.questions[likest] for question in asked)
+        other = seen[twin]
+        both = sum(question in other.questions for question in image.questions)
+        exact = image.pixels == other.pixels
         pairs.append(
-            Pair(test=name, train=seen.names[likest], bits=int(distances[likest]), exact=twin is not None, questions=both)
+            Pair(test=image.name, train=other.name, bits=(image.look ^ other.look).bit_count(), exact=exact, questions=both)
         )
     pairs.sort(key=lambda pair: (not pair.exact, pair.bits, pair.test))
     return Contamination(
         split=split,
-        images=images,
-        train_images=len(seen.names),
+        images=len(pictured),
+        train_images=len(seen),
         exact=sum(pair.exact for pair in pairs),
         near=sum(not pair.exact for pair in pairs),
         verbatim=sum(pair.questions for pair in pairs),
-        questions=questions,
-        questions_in_training=known,
+        questions=len(questions),
+        questions_in_training=sum(question in asked_in_training for question in questions),
         pairs=pairs[:LISTED],
     )
 
 
-class _Seen:
-    """What the training images are, by pixels, by look and by their questions."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.by_pixels: dict[str, int] = {}
-        self.looks: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
-        self.questions: list[set[str]] = []
-
-    @classmethod
-    def of(cls, samples: Samples, title: str) -> _Seen:
-        seen, looks = cls(), []
-        for row in tqdm(range(samples.images), desc=title, unit="image"):
-            name, pixels, look, asked = _fingerprint(samples, row)
-            if pixels is not None:
-                seen.by_pixels.setdefault(pixels, len(seen.names))
-                seen.names.append(name)
-                seen.questions.append(set(asked))
-                looks.append(look)
-        seen.looks = np.array(looks, dtype=np.uint64)
-        return seen
+def _looks(images: list[_Image]) -> NDArray[np.uint64]:
+    return np.array([image.look for image in images], dtype=np.uint64)
 
 
-def _fingerprint(samples: Samples, row: int) -> tuple[str, str | None, np.uint64, list[str]]:
-    """Image id, sha256 of the pixels, look, and the questions asked of it; no sha256 for text alone."""
+def _images(samples: Samples, title: str) -> list[_Image]:
+    return [_image(samples, row) for row in tqdm(range(samples.images), desc=title, unit="image")]
+
+
+def _image(samples: Samples, row: int) -> _Image:
     about = samples.about(row)
     asked = [question_of(turn) for sample in about if sample.kind != CAPTION for turn in sample.turns[:1]]
     content = about[0].image
     if content is None:
-        return about[0].image_id, None, np.uint64(0), asked
+        return _Image(about[0].image_id, None, 0, asked)
     with Image.open(io.BytesIO(content)) as image:
         rgb = image.convert("RGB")
         digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-    return about[0].image_id, digest, np.uint64(look_of(rgb)), asked
+    return _Image(about[0].image_id, digest, look_of(rgb), asked)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from components.config.models import Parts
-from components.errors import ModelError
+from components.errors import ModelError, first_line
 from components.models.checkpoint_folder import weight_files
 from components.models.template import EOS, IMAGE, Template
 
@@ -73,7 +73,7 @@ def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
             options["config"] = SiglipVisionConfig.from_pretrained(path, vision_use_head=False, local_files_only=True)
         model, report = opener.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be opened as {wanted}: {_first_line(error)}") from None
+        raise ModelError(f"{path}: cannot be opened as {wanted}: {first_line(error)}") from None
     if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
         raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
     return model
@@ -89,7 +89,7 @@ def _tokenizer(path: Path) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no usable tokenizer: {_first_line(error)}") from None
+        raise ModelError(f"{path}: no usable tokenizer: {first_line(error)}") from None
     text = "USER: what? ASSISTANT: 1, two."
     if not tokenizer.is_fast or tokenizer.decode(tokenizer.encode(text)) != text:
         raise ModelError(f"{path}: its tokenizer does not give back a text that it reads; is it the language model's own?")
@@ -112,7 +112,7 @@ def _processor(path: Path, eyes: Any, tokenizer: Any, parts: Parts) -> Any:
     try:
         pixels: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no usable image processor: {_first_line(error)}") from None
+        raise ModelError(f"{path}: no usable image processor: {first_line(error)}") from None
     vision, side = eyes.config, eyes.config.image_size
     if (pixels.size["height"], pixels.size["width"]) != (side, side):
         raise ModelError(f"{path}: its image processor makes {dict(pixels.size)}, and its tower takes {side} x {side} pixels")
@@ -166,7 +166,3 @@ def _joined(eyes: Any, language: Any, processor: Any, parts: Parts) -> Any:
     llava.lm_head = language.lm_head
     llava.generation_config = GenerationConfig(**ends)
     return llava
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from components.dataset.shards import Turn
-from components.errors import ModelError
+from components.errors import ModelError, first_line
 from components.models.checkpoint_folder import weight_files
 from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
 from components.models.families import Family, family_of, reads_one_layer
@@ -72,7 +72,7 @@ def load(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be opened as an image-text model: {_first_line(error)}") from None
+        raise ModelError(f"{path}: cannot be opened as an image-text model: {first_line(error)}") from None
     model, report = opened
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
@@ -87,7 +87,7 @@ def check_kind(path: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: its config.json cannot be read: {_first_line(error)}") from None
+        raise ModelError(f"{path}: its config.json cannot be read: {first_line(error)}") from None
     family_of(config)
 
 
@@ -248,7 +248,3 @@ def _shared_vocabulary(teacher: Loaded, student: Loaded, between: str) -> int:
                 return i
             raise ModelError(f"{between}: their tokenizers disagree, first at id {i}: {a!r} and {b!r}")
     return columns
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

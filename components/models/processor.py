@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from components.errors import ModelError
+from components.errors import ModelError, first_line
 from components.io import write_text
 
 VIDEO_FILE = "video_preprocessor_config.json"
@@ -25,7 +25,7 @@ def load_processor(path: Path) -> Any:
         opener = _without_video(path) or AutoProcessor
         processor = opener.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"{path}: no usable processor: {_first_line(error)}") from None
+        raise ModelError(f"{path}: no usable processor: {first_line(error)}") from None
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "right"
     return processor
@@ -86,7 +86,3 @@ def _unfilled(kind: Any, video: dict[str, Any] | None) -> Any:
     """A processor that pickle fills with what it kept."""
     made = images_only(kind, video)
     return made.__new__(made)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.config.models import Cut
-from components.errors import ModelError
+from components.errors import ModelError, first_line
 from components.models.checkpoint_folder import INDEX, weight_files
 
 EXACT = (  # language models whose layers are alike but for `layer_types`, each with an MLP of gate, up and down
@@ -59,9 +59,7 @@ def cut(teacher: Path, asked: Cut, target: Path) -> Path:
             student.save_pretrained(target)
             bar.update()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"{teacher}: cannot be cut: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
-        ) from None
+        raise ModelError(f"{teacher}: cannot be cut: {first_line(error)}") from None
     for file in teacher.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from components.distill.card import NOT_STATED
-from components.errors import HIDDEN, InputError, ModelError, TryAgainError
+from components.errors import HIDDEN, InputError, ModelError, TryAgainError, first_line
 from components.models.checkpoint_folder import weight_files
 from components.models.download import WANTED
 
@@ -151,5 +151,5 @@ def _flat(licences: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _line(error: Exception) -> str:
     """What it says first, without the token: `redact` knows that of the environment alone, not that of `hf auth login`."""
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = first_line(error)
     return said.replace(token, HIDDEN) if (token := get_token()) else said
