@@ -55,12 +55,12 @@ def share_lock() -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold `path` for the time of the block. Raises TryAgainError, saying `busy`, while another process holds it."""
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold `path` for the time of the block. While another process holds it, wait, or raise TryAgainError that says `busy`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
             raise TryAgainError(f"{busy} ({path} is held); wait for it or stop it") from None
         yield

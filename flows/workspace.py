@@ -8,15 +8,15 @@ what they made through a DVC remote called `pool`, where this clone has one.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from components.errors import InputError
+from components.errors import InputError, TryAgainError
+from components.process import is_free, locked
 from components.records.paths import RUNS
 from flows import dvc
 
@@ -39,8 +39,7 @@ def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
         shared.mkdir(exist_ok=True)
     FOLDERS.mkdir(exist_ok=True)
     sweep()
-    with (FOLDERS / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held while this run lives: how `sweep` knows that it does
+    with locked(FOLDERS / f"{name}.lock"):  # held while this run lives: how `sweep` knows that it does
         _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), _here(commit))
         try:
             for shared in SHARED:
@@ -73,21 +72,14 @@ def _here(commit: str) -> str:
 
 def left() -> list[str]:
     """The names of the worktrees whose runs died; what they had finished is in the cache."""
-    return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if _claimed(lock, lambda _: None)]
+    return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if is_free(lock)]
 
 
-def sweep() -> list[str]:
-    """Remove the worktrees of runs that died. Returns their names."""
-    return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if _claimed(lock, _remove)]
-
-
-def _claimed(lock: Path, then: Callable[[str], None]) -> bool:
-    """Do `then` with the worktree's name under its lock; False if a living run has it."""
-    with suppress(BlockingIOError, FileNotFoundError), lock.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        then(lock.stem)
-        return True
-    return False
+def sweep() -> None:
+    """Remove the worktrees of runs that died."""
+    for name in left():
+        with suppress(TryAgainError), locked(FOLDERS / f"{name}.lock", "another run removes it"):
+            _remove(name)
 
 
 def _keep(name: str) -> None:

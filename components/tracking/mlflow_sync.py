@@ -9,7 +9,6 @@ points, params, tags and inputs once. So it may be stopped anywhere and started 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,12 +21,13 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
 from components.io import write_text
+from components.process import is_free, locked
 from components.tracking import mlflow_registry
 from components.tracking.stage_run import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
@@ -41,6 +41,7 @@ DIGEST_CHARS = 36  # MLflow's limit; an md5 of DVC's, `.dir` and all, just fits
 TAG_CHARS = 8000  # MLflow's limit
 NAME_CHARS = 250  # MLflow's limit
 MOVED = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+MAKING = JOURNALS / ".lock"  # held between looking for a run and making it
 FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
 
 ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run: what `alignti reproduce` reads
@@ -95,7 +96,7 @@ class Mirror:
         return self._find_or_make(experiment, self._journal.stem, start["name"], start["time"], tags)
 
     def _experiment(self, name: str) -> str:
-        with _alone():
+        with locked(MAKING):
             if found := self._client.get_experiment_by_name(name):
                 return found.experiment_id
             beside = Path(self._uri.removeprefix(LOCAL)).resolve().parent / "artifacts"
@@ -108,7 +109,7 @@ class Mirror:
 
     def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str], ours: bool = True) -> str:
         """`ours`: the run of this journal, which knows its name and tags better than a child that made it before."""
-        with _alone():
+        with locked(MAKING):
             found = self._client.search_runs([experiment], f"tags.`alignti.run` = '{key}'", max_results=1)
             if found:
                 run_id = found[0].info.run_id
@@ -219,7 +220,7 @@ def sync(tracking_uri: str) -> tuple[int, int]:
     sent = live = 0
     refused: MlflowException | None = None
     for journal in sorted(filter(_is_left, JOURNALS.glob("*.jsonl")), key=_began):  # a run is linked to earlier ones
-        if _is_being_written(journal):
+        if not is_free(journal):
             live += 1
             continue
         try:
@@ -265,7 +266,7 @@ def make_database(path: Path) -> None:
     """MLflow's SQLite file, made whole under another name: where several make it, or one is killed meanwhile, MLflow leaves a
     database that it never opens again. Such a one, which holds no run yet, is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if path.exists() and (_select(path, "select count(*) from runs") or _is_whole(path)):
             return
         draft = path.with_suffix(".draft")
@@ -310,14 +311,6 @@ def _select(path: Path, asked: str) -> Any:
     return row and row[0]
 
 
-@contextmanager
-def _alone(lock_file: Path = JOURNALS / ".lock") -> Iterator[None]:
-    """One process at a time: between looking for a run and making it, nobody else makes it."""
-    with lock_file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _is_left(journal: Path) -> bool:
     if not journal.stat().st_size:
         return False  # its process was killed before it wrote a word
@@ -328,15 +321,6 @@ def _is_left(journal: Path) -> bool:
 def _began(journal: Path) -> tuple[int, str]:
     with journal.open(encoding="utf-8") as lines:
         return json.loads(lines.readline())["time"], journal.name
-
-
-def _is_being_written(journal: Path) -> bool:
-    with journal.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
 
 
 def follow(journal: Path, tracking_uri: str, voice: IO[str]) -> bool:
