@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from components.errors import DataError, InputError
 from components.evaluate.journal import Journal
+from components.evaluate.kits.scores import Measured
 from components.io import write_text
 from components.models.checkpoint_folder import weight_files
 from components.records.paths import RUNS
@@ -27,15 +27,6 @@ if TYPE_CHECKING:
 TASKS = Path("params/lm_eval")
 QUESTIONS = "alignti_questions"
 TEXT = ("alignti_language", "alignti_manners")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Per row of the split its answer and the kit's verdict; every other figure as `task/metric`."""
-
-    answers: dict[int, str]
-    verdicts: dict[int, bool]
-    figures: dict[str, float]
 
 
 def installed() -> str:
@@ -56,7 +47,7 @@ def evaluate(
     title: str = "lm-eval",
     system: str = "",
 ) -> Measured:
-    """Score the checkpoint folder `model`.
+    """Score the checkpoint folder `model`; figures are named `task/metric`.
 
     Args:
         tasks: of params/lm_eval/; no network is needed.

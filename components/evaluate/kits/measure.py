@@ -21,13 +21,14 @@ from components.evaluate.generate import questions
 from components.evaluate.kits import export, lm_eval, scores, serve, vlmeval
 from components.evaluate.kits.client import Endpoint
 from components.evaluate.kits.inside import JUDGE
-from components.evaluate.kits.scores import KitScores
+from components.evaluate.kits.scores import KitScores, Measured
+from components.evaluate.load_results import read_predictions
 from components.io import sha256
 from components.models.checkpoint_folder import weight_files
 from components.models.load import load_processor
 from components.models.template import Template
 from components.process import locked
-from components.records.evaluate import Fingerprint, Prediction, Scores
+from components.records.evaluate import Fingerprint, Scores
 from components.records.models import ModelIndex
 from components.records.paths import DATASET, MODELS, ROWS, SCORES
 from components.runtime import prepare_torch
@@ -138,7 +139,7 @@ def _turned(bench: Bench, folder: Path, task: str) -> str:
 
 def _own(bench: Bench, arm: str, model: Path) -> KitScores:
     found = Scores.read(SCORES / arm / "scores.json")
-    predicted = predictions(arm)
+    predicted = read_predictions(SCORES / arm / "predictions.jsonl")
     return KitScores(
         arm=arm,
         kit="own",
@@ -163,25 +164,14 @@ def _own(bench: Bench, arm: str, model: Path) -> KitScores:
 def _vlmeval(bench: Bench, arm: str, model: Path) -> KitScores:
     started = time.monotonic()
     using = vlmeval.kit(full=False)
-    sets, textual = export.sets(bench.samples, bench.rows)
+    sets, _ = export.sets(bench.samples, bench.rows)
     folder, new_tokens = vlmeval.folder_of(arm), bench.settings.evaluate.max_new_tokens
     journal = _journal(folder, model, using.version, new_tokens, bench.device.type, bench.system)
     with _alone(folder), _served(bench, model, folder) as endpoint:
         found = vlmeval.score_split(
             using, endpoint, bench.samples, sets, folder, journal, new_tokens, bench.settings.evaluate.seed, f"{arm}: vlmeval"
         )
-    rows = [row for row in bench.rows if row in found.answers]
-    out = set(found.overlong) | set(found.failed)
-    judged = {bench.samples[row].kind for row in found.verdicts}
-    return _assembled(
-        bench, arm, "vlmeval", model, rows, found.answers, found.verdicts, out,
-        judges=dict.fromkeys(judged, f"the kit's {JUDGE}"),
-        figures=found.figures,
-        overlong=[bench.samples[row].id for row in found.overlong],
-        failed={bench.samples[row].id: reason for row, reason in found.failed.items()},
-        not_asked=[bench.samples[row].id for row in textual],
-        seconds=time.monotonic() - started,
-    )  # fmt: skip
+    return _assembled(bench, arm, "vlmeval", model, found, time.monotonic() - started)
 
 
 def _lm_eval(bench: Bench, arm: str, model: Path) -> KitScores:
@@ -194,43 +184,25 @@ def _lm_eval(bench: Bench, arm: str, model: Path) -> KitScores:
         found = lm_eval.evaluate(
             model, bench.device, tasks, [], asked.batch_size, asked.max_new_tokens, journal, f"{arm}: lm-eval", bench.system
         )
-    rows = [row for row in bench.rows if row in found.answers]
-    return _assembled(
-        bench, arm, "lm-eval", model, rows, found.answers, found.verdicts, set(),
-        judges={bench.samples[row].kind: "the kit's exact_match" for row in rows},
-        figures=found.figures,
-        overlong=[],
-        failed={},
-        not_asked=[bench.samples[row].id for row in bench.rows if row not in found.answers],
-        seconds=time.monotonic() - started,
-    )  # fmt: skip
+    return _assembled(bench, arm, "lm-eval", model, found, time.monotonic() - started)
 
 
-def _assembled(
-    bench: Bench,
-    arm: str,
-    kit: str,
-    model: Path,
-    rows: Sequence[int],
-    answers: dict[int, str],
-    verdicts: dict[int, bool],
-    out: set[int],
-    *,
-    judges: dict[str, str],
-    figures: dict[str, float],
-    overlong: list[str],
-    failed: dict[str, str],
-    not_asked: list[str],
-    seconds: float,
-) -> KitScores:
+def _assembled(bench: Bench, arm: str, kit: str, model: Path, found: Measured, seconds: float) -> KitScores:
     """The record of a kit's run: its verdict counts where it has one, ours elsewhere; what is no answer is never right."""
+    rows = [row for row in bench.rows if row in found.answers]
     if not rows:
         raise DataError(f"{arm}: {kit} cannot ask any of the {len(bench.rows)} questions: none has an image")
+    version, judge = _kit_and_judge(kit)
+    judged = {bench.samples[row].kind for row in found.verdicts}
+    overlong = [bench.samples[row].id for row in found.overlong]
+    failed = {bench.samples[row].id: reason for row, reason in found.failed.items()}
+    out = {*found.overlong, *found.failed}
     samples = [bench.samples[row] for row in rows]
-    predicted = metrics.predictions(samples, (answers[row] for row in rows))
+    predicted = metrics.predictions(samples, (found.answers[row] for row in rows))
     nothing = set(scores.empty(predicted))
     right = [
-        verdicts.get(row, p.correct) and row not in out and p.id not in nothing for row, p in zip(rows, predicted, strict=True)
+        found.verdicts.get(row, p.correct) and row not in out and p.id not in nothing
+        for row, p in zip(rows, predicted, strict=True)
     ]
     kinds = sorted({p.kind for p in predicted})
     path = SCORES / arm / "predictions.jsonl"
@@ -242,25 +214,17 @@ def _assembled(
         exact_match=sum(right) / len(right),
         per_kind=scores.shares(predicted, right),
         ours=scores.shares(predicted, [p.correct for p in predicted]),
-        judges={kind: judges.get(kind, OURS) for kind in kinds},
-        figures=figures,
+        judges={kind: f"the kit's {judge}" if kind in judged else OURS for kind in kinds},
+        figures=found.figures,
         disagreements=scores.disagreements(predicted, right),
-        other_answers=scores.other_answers(predicted, predictions(arm)) if path.exists() else [],
+        other_answers=scores.other_answers(predicted, read_predictions(path)) if path.exists() else [],
         empty=sorted(nothing - set(failed) - set(overlong)),
         overlong=overlong,
         failed=failed,
-        not_asked=not_asked,
+        not_asked=[bench.samples[row].id for row in bench.rows if row not in found.answers],
         seconds=round(seconds, 1),
-        fingerprint=_fingerprint(bench, model, rows, kit, *_kit_and_judge(kit)),
+        fingerprint=_fingerprint(bench, model, rows, kit, version, judge),
     )
-
-
-def predictions(arm: str) -> list[Prediction]:
-    """What the stage `evaluate` wrote. Raises DataError if it has not yet."""
-    path = SCORES / arm / "predictions.jsonl"
-    if not path.exists():
-        raise DataError(f"{path} is missing; `dvc repro evaluate@{arm}` makes it")
-    return [Prediction.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _yes_no(found: Scores) -> dict[str, float]:

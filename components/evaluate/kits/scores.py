@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from components.evaluate.metrics import normalise
 from components.records.evaluate import Fingerprint, Prediction
 from components.records.record import Record
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a kit made of the split: per row its answer and, where the kit has a judge for it, its verdict."""
+
+    answers: dict[int, str]
+    verdicts: dict[int, bool]
+    figures: dict[str, float]  # what else was measured
+    failed: dict[int, str] = field(default_factory=dict)  # rows that the server would not answer, and what it said
+    overlong: list[int] = field(default_factory=list)
 
 
 class Verdict(Record):

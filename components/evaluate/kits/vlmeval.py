@@ -34,6 +34,7 @@ from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.kits import export
 from components.evaluate.kits.client import Endpoint
 from components.evaluate.kits.inside import JUDGE, MODEL, NOTHING, REFUSED
+from components.evaluate.kits.scores import Measured
 from components.evaluate.kits.serve import last_words
 from components.io import write_text
 from components.records.paths import RUNS
@@ -79,17 +80,6 @@ class Job:
     questions: int | None  # None: only the kit knows
     md5: dict[str, str] = field(default_factory=dict)  # MD5 of files that the user gives in place of a benchmark's
     blank: bool = False  # a plain grey image in each image's place: what a score is worth without looking
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the kit made of its sets: per row its answer and, where the kit has a judge for the set, its verdict."""
-
-    answers: dict[int, str]
-    verdicts: dict[int, bool]
-    figures: dict[str, float]
-    failed: dict[int, str]
-    overlong: list[int]
 
 
 def kit(full: bool) -> Kit:
@@ -180,7 +170,7 @@ def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journ
 def score_split(
     using: Kit, endpoint: Endpoint, samples: Sequence[Sample], found: Sequence[export.KitSet], folder: Path, journal: Path,
     new_tokens: int, seed: int, title: str = "vlmeval",
-) -> Scored:  # fmt: skip
+) -> Measured:  # fmt: skip
     """Our own sets through the kit. Raises TryAgainError if it crashes, DataError if it lost an answer."""
     data = _fresh(folder)
     for kit_set in found:
@@ -206,7 +196,7 @@ def score_split(
             total = next(line for line in told_of["figures"][kit_set.name] if line["split"] == "Overall")
             names = {"Overall": "f1", "acc": "accuracy", "precision": "precision", "recall": "recall"}
             figures |= {f"yes_no/{ours}": float(total[theirs]) / 100 for theirs, ours in names.items()}
-    return Scored(
+    return Measured(
         answers=answers,
         verdicts=verdicts,
         figures=figures,
