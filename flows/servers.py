@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
+
+import psutil
 
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.io import write_text
 from components.tracking import mlflow_sync
-
-if TYPE_CHECKING:
-    import psutil
+from flows import QUIET
 
 HOME = Path(".servers")
 MLFLOW_HOME = Path(".mlflow")
@@ -44,17 +44,6 @@ Name = Literal["mlflow", "prefect"]
 NAMES: tuple[Name, ...] = ("mlflow", "prefect")
 PORTS: dict[Name, int] = {"mlflow": 5000, "prefect": 4200}
 HEALTH: dict[Name, str] = {"mlflow": "/health", "prefect": "/api/health"}
-
-# For the servers and for everything that talks to them. Nobody is told that you ran this, nothing is sold to you.
-QUIET = {
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_DISABLE_AGENT_HINT": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
-    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -77,8 +66,6 @@ class Server:
         return HOME / f"{self.name}.log"
 
     def alive(self) -> bool:
-        import psutil
-
         try:
             process = psutil.Process(self.pid)
         except psutil.NoSuchProcess:
@@ -158,7 +145,7 @@ def client_environment() -> dict[str, str]:
 
     Raises InputError if there are neither.
     """
-    environment = QUIET | {
+    environment = {
         **(_named() or {"ALIGNTI_TRACKING_URI": running("mlflow").url, "PREFECT_API_URL": running("prefect").url + "/api"}),
         "PREFECT_HOME": str((HOME / "prefect-home").resolve()),
     }
@@ -227,8 +214,6 @@ def _port_free(host: str, port: int, name: Name) -> None:
 
 def _holder(port: int) -> str:
     """`: held by process 12 (python)`, as far as we may know."""
-    import psutil
-
     try:
         held = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port)
         pid = next((connection.pid for connection in held if connection.pid), None)
@@ -238,8 +223,6 @@ def _holder(port: int) -> str:
 
 
 def _start(name: Name, host: str, port: int, database: str, auth: str | None) -> Server:
-    import psutil
-
     command, environment = (_mlflow if name == "mlflow" else _prefect)(host, port, database, auth)
     HOME.mkdir(exist_ok=True)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_")) and k != AUTH}
@@ -359,21 +342,16 @@ def _make_databases(postgres: str) -> None:
 def _wait(server: Server) -> None:
     until = time.monotonic() + STARTUP_S
     while not server.healthy():
-        if not server.alive():
-            raise TryAgainError(f"{server.name} ended while it started; its log:\n{_tail(server.log)}")
-        if time.monotonic() > until:
-            raise TryAgainError(f"{server.name} did not answer at {server.url} in {STARTUP_S} s; its log:\n{_tail(server.log)}")
+        ended = not server.alive()
+        if ended or time.monotonic() > until:
+            how = "ended while it started" if ended else f"did not answer at {server.url} in {STARTUP_S} s"
+            last = server.log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+            raise TryAgainError("\n".join([f"{server.name} {how}; its log:", *last]))
         time.sleep(0.2)
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
 
 
 def _stop(server: Server) -> None:
     """Ask, then kill, the server and all that it started; then forget it."""
-    import psutil
-
     if server.alive():
         family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         with contextlib.suppress(ProcessLookupError):
@@ -395,8 +373,6 @@ def _left(family: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def _lives(process: psutil.Process) -> bool:
-    import psutil
-
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
