@@ -11,28 +11,19 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from components.config.runtime import RuntimeSettings
+from components.tracking.journal import Run
 
 SAMPLE_S = 10
 POWERCAP = Path("/sys/class/powercap")
 GPU_WH, CPU_WH, DEVICE_HOURS = "cost/gpu_wh", "cost/cpu_wh", "cost/device_hours"
 MJ_PER_WH, UJ_PER_WH, MB = 3.6e6, 3.6e9, 1e6
-
-
-class Sink(Protocol):
-    """Receiver of samples: `journal.Run`."""
-
-    def sample(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None: ...
-
-    def tag(self, key: str, value: str) -> None: ...
 
 
 @dataclass
@@ -143,7 +134,7 @@ class Meter:
 
 
 @contextmanager
-def metered(run: Sink, runtime: RuntimeSettings, warn: Callable[[str], None]) -> Iterator[None]:
+def metered(run: Run, runtime: RuntimeSettings, warn: Callable[[str], None]) -> Iterator[None]:
     """Sample into `run` during the block, and record at its end what it took. A counter that fails ends the samples only."""
     here, no_gpus = ([], "not measured: params/runtime.yaml says cpu") if runtime.device == "cpu" else gpus()
     there, no_packages = packages()
