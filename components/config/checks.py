@@ -30,6 +30,8 @@ def across_files(settings: Settings) -> list[str]:
             f"params/distill.yaml: micro_batch_tokens: {tokens} is less than one sample may have"
             f" (params/models.yaml: max_length {longest})"
         )
+    for name in settings.study.arms:
+        problems += _flex_checks(settings, name)
     for name in settings.evaluate.baselines:
         if name not in settings.study.arms:
             problems.append(f"params/evaluate.yaml: baselines: {name!r} is no arm of params/study.yaml")
@@ -83,3 +85,15 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
     if any(needs.attention for needs in arm.needs.values()) and asked != (kept, shared.iva.layer):
         problems.append("iva differs from that of params/distill.yaml, which the cache is made with")
     return [f"params/study.yaml: arms.{name}: {problem}; or set teacher_signals.source to live" for problem in problems]
+
+
+def _flex_checks(settings: Settings, name: str) -> list[str]:
+    """What FlexAttention, which has no attention maps, cannot give."""
+    distill = settings.distill
+    reading = [term for term, needs in settings.arm(name).needs.items() if needs.in_student.maps]
+    if not (distill.gradient_checkpointing and distill.flex_attention and reading):
+        return []
+    return [
+        f"params/distill.yaml: flex_attention: arms.{name} has {', '.join(reading)}, which read attention maps of the student,"
+        " and FlexAttention has none; set it to false"
+    ]

@@ -188,7 +188,7 @@ def _live(
     check_layer(teacher, look.layer)
     method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
     pupil, master = VLM(student.model), VLM(teacher.model)
-    appends = method.route == "expanded" and method.needs.ribbon and not method.needs.in_student.maps
+    appends = method.route == "expanded" and method.needs.ribbon
     if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
     if sides is not None:
