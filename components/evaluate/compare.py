@@ -3,7 +3,7 @@
     python -m components.evaluate.compare
 
 Reads the per-sample predictions of all arms and of the teacher, refuses arms that answered different questions, and
-writes reports/compare.json, compare.md, plots/*.png and the self-contained report.html.
+writes reports/compare.json, compare.md, plots/*.png, the self-contained report.html, and what DVC's own commands show.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from components.config.evaluate import EvaluateSettings
 from components.config.load import load_settings
 from components.config.study import Arm
+from components.evaluate import dvc_files
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import headline, leaders, listed, spoken, standing
 from components.evaluate.load_results import Outcomes, read
@@ -262,6 +263,7 @@ def main() -> None:
     if none := Absent.reason_at(SCORES / TEACHER_ARM / "scores.json"):
         text = without_teacher(settings.study.arms, none)
         Absent(none=none).write(REPORTS / "compare.json")
+        dvc_files.write_none()
         write_text(REPORTS / "compare.md", text)
         write_text(REPORTS / "report.html", f"<!doctype html><title>Align-TI</title><pre>{text}</pre>\n")
         shutil.rmtree(REPORTS / "plots", ignore_errors=True)
@@ -277,7 +279,7 @@ def main() -> None:
     with stage_run("compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}) as run:
         outcomes = read(settings.study.arms)
         comparison = compare(outcomes, settings.evaluate, settings.study.arms, published_runs.nearest())
-        written = [comparison.write(REPORTS / "compare.json")]
+        written = [comparison.write(REPORTS / "compare.json"), *dvc_files.write(comparison, outcomes.losses)]
         with tqdm(total=4, desc="compare", unit="part") as progress:
             for part in report.write(comparison, outcomes, settings.evaluate):
                 written += part

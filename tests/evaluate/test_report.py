@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import io
 import json
 import shutil
@@ -20,7 +21,7 @@ from components.config.settings import Settings
 from components.config.yaml_file import read_yaml
 from components.errors import DataError, InputError
 from components.evaluate import compare as stage
-from components.evaluate import plots, published_runs
+from components.evaluate import dvc_files, plots, published_runs
 from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import MEASURES
 from components.evaluate.pages import data_uri, thumbnail
@@ -352,3 +353,22 @@ def test_what_is_published_is_of_recipes_and_arms_that_there_are() -> None:
     for recipe, entry in read_yaml(published_runs.FILE).items():
         arms = recipes.settings_with(recipe, root).study.arms
         assert set(PublishedRuns(**entry, recipe=recipe, differing=0).scores) <= {"teacher", *arms}
+
+
+def test_metrics_are_few_numbers_under_everybodys_name(finished: Finished) -> None:
+    written = json.loads((finished.root / dvc_files.METRICS).read_text())
+    assert written == dvc_files.metrics(finished.comparison) and set(written) == {"teacher", *finished.comparison.order}
+    assert 14 <= sum(len(figures) for figures in written.values()) <= 20
+    gain = finished.comparison.arms["align_ti"].gains["sft"].difference
+    assert written["align_ti"]["gain_over_sft"] == pytest.approx(gain, abs=1e-5)
+
+
+def test_tables_hold_every_score_and_every_logged_loss(finished: Finished, outcomes: Outcomes) -> None:
+    scores = list(csv.DictReader((finished.root / dvc_files.SCORES_TABLE).open()))
+    assert [row["arm"] for row in scores] == ["teacher", *finished.comparison.order]
+    assert all(float(row["low"]) <= float(row["exact_match"]) <= float(row["high"]) for row in scores)
+    losses = list(csv.DictReader((finished.root / dvc_files.LOSSES_TABLE).open()))
+    told = {(arm, int(row["step"]), "sft"): row["sft"] for arm, rows in outcomes.losses.items() for row in rows if row["sft"]}
+    found = {(row["arm"], int(row["step"]), row["term"]): float(row["loss"]) for row in losses}
+    assert told and all(found[key] == pytest.approx(value) for key, value in told.items())
+    assert {row["term"] for row in losses}.isdisjoint(dvc_files.NOT_LOSSES)

@@ -112,8 +112,10 @@ def test_a_second_repro_runs_nothing_soon(done: Path) -> None:
 
 
 def test_dvc_shows_metrics_and_plots(done: Path) -> None:
-    assert "teacher" in json.loads(dvc(done, "metrics", "show", "--json"))[""]["data"]["reports/compare.json"]["data"]
+    shown = json.loads(dvc(done, "metrics", "show", "--json"))[""]["data"]
+    assert list(shown) == ["reports/metrics.json"] and "exact_match" in shown["reports/metrics.json"]["data"]["teacher"]
     plots = json.loads(dvc(done, "plots", "show", "--json"))["data"]
+    assert plots["reports/scores.csv"] and plots["reports/losses.csv"]
     assert plots["reports/irs/curve.json"]
     assert any(name.endswith("losses.png") for name in plots)
 
