@@ -110,6 +110,7 @@ def init(
     from components.config import recipes
     from components.config.load import load_settings
     from components.config.local_paths import not_here
+    from components.dataset.__main__ import unseen_by_dvc
     from components.errors import SettingsError
     from components.own_data.init import Asked
     from components.own_data.init import init as look
@@ -120,8 +121,11 @@ def init(
         typer.echo(line)
     _keep_own()
     recipes.use(name)
-    if missing := not_here(load_settings()):
+    settings = load_settings()
+    if missing := not_here(settings):
         raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
+    for unseen in unseen_by_dvc(settings):
+        typer.secho(unseen, fg=typer.colors.YELLOW)
     if not Path("data").is_dir():  # stage `prepare` depends on it, wherever the rows are
         from flows import dvc
 

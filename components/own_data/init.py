@@ -204,7 +204,7 @@ def _choices(found: Found, settings: Settings, pair: Pair) -> Iterator[Choice]:
         min(answer, LONGEST_ANSWER),
         f"the longest first answer has {answer:,} tokens, its end among them",
     )
-    yield from _machine()
+    yield from _machine(batch)
 
 
 def _irs(found: Found) -> Iterator[Choice]:
@@ -227,13 +227,14 @@ def _irs(found: Found) -> Iterator[Choice]:
         yield Choice("irs.rule", "irs", "no question has boxes; the paper's rule")
 
 
-def _machine() -> Iterator[Choice]:
+def _machine(batch: int) -> Iterator[Choice]:
     import torch
 
     gpus = torch.cuda.device_count()
     where = f"{gpus} GPU(s)" if gpus else "no GPU"
     yield Choice("distill.precision", "bf16" if gpus else "fp32", f"there is {where} here")
-    yield Choice("runtime.devices", max(1, gpus), f"there is {where} here")
+    devices = next(count for count in range(max(1, gpus), 0, -1) if batch % count == 0)
+    yield Choice("runtime.devices", devices, f"there is {where} here, and a batch is shared out evenly")
     yield Choice("runtime.loaders", 4 if gpus else 0, f"there is {where} here")
 
 

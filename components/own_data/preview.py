@@ -87,8 +87,8 @@ class Preview:
     def answers(self) -> str:
         longer = sum(count for length, count in self.tally.answers.items() if length > self.max_new_tokens)
         return (
-            f"first answers have {max(self.tally.answers, default=0):,} tokens at most, of evaluate.max_new_tokens"
-            f" {self.max_new_tokens:,}; {longer:,} are longer"
+            f"First answers have {max(self.tally.answers, default=0):,} tokens at most, of evaluate.max_new_tokens"
+            f" {self.max_new_tokens:,}; {f'{longer:,} are' if longer else 'none is'} longer"
         )
 
     @property

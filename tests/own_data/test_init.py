@@ -88,6 +88,20 @@ def test_without_two_questions_an_image_there_is_no_irs(own: Path) -> None:
     assert not load_settings().needs_layer
 
 
+def test_a_batch_is_shared_out_evenly_over_the_gpus(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 6)
+    found = chosen()
+    assert (found["distill.batch_size"], found["runtime.devices"], found["distill.precision"]) == (4, 4, "bf16")
+
+
+def test_rows_that_dvc_does_not_see_are_told(own: Path) -> None:
+    (own / "data/mine").rename(own / "mine")
+    words = [word.replace("data/mine", "mine") for word in WORDS]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "mine/rows.json is not under data/" in done.output
+
+
 def test_boxes_are_used(own: Path) -> None:
     def box(rows: list[dict[str, object]]) -> None:
         for row in rows:
