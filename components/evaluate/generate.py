@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -79,12 +79,6 @@ def answers(
                 journal.add({str(row): text for row, text in given.items()})
             bar.update(len(these))
     return [found[row] for row in rows]
-
-
-def unreachable(loaded: Loaded, references: Iterable[str], max_new_tokens: int) -> int:
-    """How many references, with the token that ends them, are longer than max_new_tokens: no answer can equal those."""
-    encoded = loaded.processor.tokenizer([f" {text}" for text in references], add_special_tokens=False).input_ids
-    return sum(len(tokens) + 1 > max_new_tokens for tokens in encoded)
 
 
 def _length(sample: Sample) -> tuple[bool, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,10 +21,11 @@ from components.config.models import Checkpoint, ModelsSettings
 from components.config.settings import Settings
 from components.dataset.prepare import source_of
 from components.dataset.shard_jobs import WORTH_A_WORKER
-from components.dataset.shards import ImageRow, Sample
+from components.dataset.shards import ImageRow, Sample, Turn
 from components.dataset.source import Refused, Rule, Source, Stored
 from components.errors import DataError
 from components.irs.search import instructions
+from components.models.template import question_of
 from components.process import cores, shared_out
 from components.records.models import ModelIndex
 from components.records.paths import MODELS, SPLITS, Split
@@ -57,12 +58,14 @@ class Tally:
         self.questions[split, len(instructions(samples))] += size is not None
         if judge is None:
             return
-        for (turns, tokens, _), remark in judge(split, samples, [size] * len(samples)):
+        kept = []
+        for sample, ((turns, tokens, _), remark) in zip(samples, judge(split, samples, [size] * len(samples)), strict=True):
             if turns:
-                self.usable[split] += 1
+                kept.append(sample)
                 self.tokens[tokens] += 1
             self.remarks += [remark] if remark else []
-        self.answers.update(answer_lengths(judge.collators[0], samples))
+        self.usable[split] += len(kept)
+        self.answers.update(answer_lengths(judge.collators[0], kept))
 
     def merge(self, other: Tally) -> None:
         for name, value in vars(other).items():
@@ -87,10 +90,11 @@ class Found:
     tally: Tally
 
 
-def answer_lengths(collator: Collator, samples: list[Sample]) -> list[int]:
+def answer_lengths(collator: Collator, samples: Sequence[Sample]) -> list[int]:
     """Tokens of each sample's first answer, its end among them: what `evaluate` has a model write."""
-    answers = [sample.turns[0].answer.strip() for sample in samples]
-    return [len(ids) + 1 for ids in collator.tokenizer(answers, add_special_tokens=False)["input_ids"]]
+    first = (sample.turns[0] for sample in samples)
+    alone = [Sample("", "", "", None, (Turn(question_of(turn), turn.answer),)) for turn in first]
+    return [int(row.response.sum()) for row in collator.encode(alone)] if alone else []
 
 
 def at_hand(models: ModelsSettings) -> tuple[dict[str, Path], list[str]]:

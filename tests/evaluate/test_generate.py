@@ -14,7 +14,7 @@ from components.config.evaluate import EvaluateSettings
 from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.errors import DataError
-from components.evaluate.generate import answers, questions, unreachable
+from components.evaluate.generate import answers, questions
 from components.models.collate import Collator
 from components.models.load import Loaded, load
 from components.models.template import Template
@@ -156,8 +156,3 @@ def test_nothing_warns(loaded: Loaded, samples: Samples, rows: list[int], caplog
 def test_a_prompt_that_is_too_long_is_named(loaded: Loaded, samples: Samples, rows: list[int]) -> None:
     with pytest.raises(DataError, match=r"test\d+-exist_at.*max_length is 26"):
         answers(loaded, samples, rows, TEMPLATE, 26, asking(4), "tests")
-
-
-def test_references_beyond_the_limit_are_counted(loaded: Loaded) -> None:
-    references = ["seven", "seven eight", "seven eight nine"]  # 2, 3, 4 tokens with EOS
-    assert [unreachable(loaded, references, limit) for limit in (1, 2, 3, 4)] == [3, 2, 1, 0]

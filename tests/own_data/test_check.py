@@ -10,11 +10,16 @@ from typer.testing import CliRunner
 from components.cli import app
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
+from components.dataset.shards import Sample, Turn
 from components.errors import DataError
 from components.models.__main__ import bring, index_of
+from components.models.collate import Collator
+from components.models.processor import load_processor
+from components.models.template import Template
 from components.own_data import check
 from components.records.paths import MODELS, ROWS, SPLITS
 from components.rows.trial import try_rows
+from tests.families import toy
 from tests.own_data.conftest import respell
 
 
@@ -98,3 +103,11 @@ def test_workers_change_nothing(pointed: Path, monkeypatch: pytest.MonkeyPatch) 
     alone = check.try_data(load_settings(), [pointed / "hub/small"], workers=1)
     monkeypatch.setattr(check, "WORTH_A_WORKER", 5)
     assert check.try_data(load_settings(), [pointed / "hub/small"], workers=2) == alone
+
+
+@pytest.mark.parametrize(("family", "style", "said"), [("llava", "vicuna", " one two"), ("qwen2_vl", "processor", "one two")])
+def test_first_answers_are_counted_as_the_template_writes_them(family: str, style: str, said: str) -> None:
+    processor = load_processor(toy.folder(family))
+    collator = Collator(processor, Template("", style=style), 1000, train=True)  # type: ignore[arg-type]
+    sample = Sample("1", "1", "kind", b"", (Turn("<image>\nwhat ?", "one two"), Turn("and ?", "three three three three")))
+    assert check.answer_lengths(collator, [sample]) == [len(processor.tokenizer(said, add_special_tokens=False).input_ids) + 1]
