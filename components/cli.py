@@ -433,12 +433,12 @@ def worker(count: int = typer.Option(None, min=1, help="How many; else one per G
 @app.command()
 def doctor(free_slots: bool = typer.Option(False, "--free-slots", help="Free them, too.")) -> None:
     """List what dead flow runs still hold: slots of pools, queues and deployments, and worktrees."""
-    from flows import doctor as flows_doctor
+    from flows import cleanup_stale_runs
 
-    said = list(flows_doctor.free() if free_slots else (leak.what for leak in flows_doctor.leaks()))
+    said = list(cleanup_stale_runs.free() if free_slots else (leak.what for leak in cleanup_stale_runs.leaks()))
     for what in said:
         typer.echo(f"{'freed' if free_slots else 'leaked'}: {what}")
-    if not flows_doctor.reachable():
+    if not cleanup_stale_runs.reachable():
         typer.echo("No Prefect server is up here (`alignti up`), so only this folder was looked at.")
     if not said:
         typer.echo("Nothing is held by a run that is dead.")

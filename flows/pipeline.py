@@ -30,7 +30,7 @@ from components.errors import AlignTIError, InputError, TryAgainError
 from components.process import end_with_parent, exit_from
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
-from flows import devices, dvc, notify, page, presence, promote
+from flows import devices, dvc, heartbeat, notify, prefect_artifacts, promote
 from flows.workspace import workspace
 
 RETRIES = 2
@@ -88,7 +88,7 @@ def pipeline(
             print(recipes.use(recipe))
         runtime = load_settings().runtime
         slots = threading.Semaphore(parallel)
-        with page.linked(runtime, stage_run("pipeline", runtime=runtime, works=False)) as run:
+        with prefect_artifacts.linked(runtime, stage_run("pipeline", runtime=runtime, works=False)) as run:
             wanted = dvc.graph(targets or ())
             futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
             for stage, needs in wanted.items():
@@ -106,7 +106,7 @@ def pipeline(
             gate(targets or ())
             if "compare" in outcomes:
                 promote.register_all(run.id)
-            page.leaderboard()
+            prefect_artifacts.leaderboard()
     return outcomes
 
 
@@ -116,9 +116,9 @@ def end_with_worker() -> None:
     If both are killed, `alignti doctor` sees it.
     """
     if "PREFECT__FLOW_RUN_ID" in os.environ:
-        presence.outlive_output()
+        heartbeat.outlive_output()
         end_with_parent()
-    presence.announce(str(flow_run.id))
+    heartbeat.announce(str(flow_run.id))
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def folder(own: bool, commit: str = "HEAD") -> Iterator[None]:
 def settle(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
     """Wait for all, and show it. If this flow run is cancelled meanwhile, or its worker dies, its stages are stopped first."""
     try:
-        page.follow(what, futures)
+        prefect_artifacts.follow(what, futures)
     except BaseException:
         dvc.stop_all()
         raise

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from components.errors import AlignTIError
 from components.process import end_with_parent
-from flows import devices, doctor, servers
+from flows import cleanup_stale_runs, devices, servers
 
 QUEUES = {"urgent": 1, "default": 10, "background": 20}  # priority; the lowest number goes first
 ROOT = "ALIGNTI_ROOT"  # the clone that a worker works in; each machine of a pool has one
@@ -63,7 +63,7 @@ def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
         AlignTIError: a worker ended by itself.
     """
     environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S, ROOT: str(Path.cwd())}
-    for freed in doctor.free():  # a machine that went down cannot have done it
+    for freed in cleanup_stale_runs.free():  # a machine that went down cannot have done it
         say(f"freed: {freed}")
     gpus = devices.gpus()
     places: list[dict[str, str]] = [{devices.VISIBLE: gpu} for gpu in gpus[:count]] or [{}] * (count or 1)

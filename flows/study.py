@@ -27,10 +27,10 @@ from components.study import expand, record
 from components.study.expand import Cell, Study
 from components.tracking import journal, mlflow_sync
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
-from flows import dvc, notify, page, workspace
-from flows.divergence import diverged
-from flows.handed_out import NotMade, Orders
+from flows import dvc, notify, prefect_artifacts, workspace
+from flows.early_stopping import diverged
 from flows.pipeline import FREE, RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, settle, worth_another_try
+from flows.remote_arms import NotMade, Orders
 
 CLOSING = "compare"  # the stage over all arms: run when none is missing
 DONE = get_args(dvc.Outcome)
@@ -125,7 +125,7 @@ def study(
         expand.expand(name)
         runtime = load_settings().runtime
         opening = stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, works=False)
-        with page.linked(runtime, opening) as run:
+        with prefect_artifacts.linked(runtime, opening) as run:
             run.tag("study", name)
             pool = Orders(name, workspace.head(), recipe, run.id) if over_pool else None
             became = _run(cells, plan, run.id, parallel or (MOST if pool else 1), pool)
@@ -144,7 +144,7 @@ def study(
                 )
             dvc.reproduce(CLOSING, {PARENT: run.id})
             gate()
-            page.leaderboard()
+            prefect_artifacts.leaderboard()
     return became
 
 

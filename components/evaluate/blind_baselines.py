@@ -15,7 +15,7 @@ from components.dataset.shards import Sample, Samples
 from components.errors import DataError
 from components.evaluate import generate, metrics
 from components.evaluate.contamination import Contamination, contamination
-from components.evaluate.kits.inside import blank
+from components.evaluate.kits.vlmeval_worker import blank
 from components.io import write_text
 from components.models.load import load
 from components.models.template import Template

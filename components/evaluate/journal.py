@@ -1,6 +1,6 @@
 """Journal of answers, written as they come: a killed evaluation resumes at the first missing one.
 
-Standard library only: the kit's own process writes one too (components/evaluate/kits/inside.py).
+Standard library only: the kit's own process writes one too (components/evaluate/kits/vlmeval_worker.py).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, te
 from prefect.states import Cancelling
 
 from components.errors import AlignTIError
-from flows import doctor, dvc, pool, servers
+from flows import cleanup_stale_runs, dvc, pool, servers
 from flows.study import study
 from tests.flows import test_study as study_of
 from tests.flows.conftest import ROOT, git, ran
@@ -266,12 +266,12 @@ def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
     until(lambda: gone(training, above, flow))
     assert state(client, run) == "Running" and slots(client) == 1
     name = client.read_flow_run(run).name
-    assert [leak.what for leak in doctor.leaks()] == [
+    assert [leak.what for leak in cleanup_stale_runs.leaks()] == [
         f"flow run {name} says Running, but its process is gone: its slot of pool cpu, queue default",
         f"worktree .runs/workspaces/{name} of a run that died",
     ]
-    assert len(list(doctor.free())) == 2
-    assert state(client, run) == "Crashed" and slots(client) == 0 and doctor.leaks() == []
+    assert len(list(cleanup_stale_runs.free())) == 2
+    assert state(client, run) == "Crashed" and slots(client) == 0 and cleanup_stale_runs.leaks() == []
     assert clone.log()[2:] == ["from 2", "interrupted"]
 
     # a run that lives is none of the doctor's business; cancelled as the UI does it, it ends whole
@@ -280,7 +280,7 @@ def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
     run = ask(client)
     training = clone.training(at=6)
     above, flow = ancestors(training)
-    assert list(doctor.free()) == [] and state(client, run) == "Running" and slots(client) == 1
+    assert list(cleanup_stale_runs.free()) == [] and state(client, run) == "Running" and slots(client) == 1
     client.set_flow_run_state(run, Cancelling())
     until(lambda: state(client, run) == "Cancelled" and slots(client) == 0)
     until(lambda: gone(training, above, flow))
@@ -293,13 +293,13 @@ def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
     assert clone.log()[6:] == ["from 6"]
     assert dvc.reproduce("train") == "restored"  # from the cache that the clone shares with its workspaces
     assert Path("out/student").read_text() == wanted()
-    assert doctor.leaks() == []
+    assert cleanup_stale_runs.leaks() == []
 
     # a slot that the server counts and no run holds, as after a restart of the server
     limit = client.read_deployment_by_name("alignti-pipeline/nightly").global_concurrency_limit
     assert limit is not None
     client.increment_concurrency_slots([limit.name], 1, "concurrency")
-    assert list(doctor.free()) == ["1 slot(s) of deployment nightly that no run holds"]
+    assert list(cleanup_stale_runs.free()) == ["1 slot(s) of deployment nightly that no run holds"]
     assert slots(client) == 0
 
 
@@ -399,6 +399,6 @@ def test_a_killed_study_leaves_its_arms_to_the_next_and_a_cancelled_one_takes_th
     until(lambda: gone(training))
     until(lambda: ordered() == ["Cancelled", "Cancelled"])
 
-    freed = list(doctor.free())
+    freed = list(cleanup_stale_runs.free())
     assert [line for line in freed if "says Running, but its process is gone" in line] == freed  # the killed study itself
-    assert doctor.leaks() == [] and list((project / ".runs/workspaces").iterdir()) == []
+    assert cleanup_stale_runs.leaks() == [] and list((project / ".runs/workspaces").iterdir()) == []

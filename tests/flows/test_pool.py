@@ -15,9 +15,9 @@ import yaml
 
 from components.errors import AlignTIError
 from flows import devices, pool, servers
-from flows.handed_out import stages
 from flows.nightly import nightly
 from flows.pipeline import pipeline
+from flows.remote_arms import stages
 from flows.study import study
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ FLOWS: dict[str, Any] = {
     "flows.pipeline.pipeline": pipeline,
     "flows.study.study": study,
     "flows.nightly.nightly": nightly,
-    "flows.handed_out.stages": stages,
+    "flows.remote_arms.stages": stages,
 }
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 

@@ -19,8 +19,8 @@ from prefect.states import Crashed, Failed
 from components.errors import AlignTIError
 from flows import dvc
 from flows import study as module
-from flows.divergence import diverged
-from flows.handed_out import NotMade
+from flows.early_stopping import diverged
+from flows.remote_arms import NotMade
 from flows.study import Budget, BudgetSpent, study
 from tests.flows.conftest import git, ran
 

@@ -20,8 +20,8 @@ from components.evaluate.__main__ import model_of
 from components.evaluate.generate import questions
 from components.evaluate.kits import export, lm_eval, scores, serve, vlmeval
 from components.evaluate.kits.client import Endpoint
-from components.evaluate.kits.inside import JUDGE
 from components.evaluate.kits.scores import KitScores, Measured
+from components.evaluate.kits.vlmeval_worker import JUDGE
 from components.evaluate.load_results import read_predictions
 from components.io import sha256
 from components.models.checkpoint_folder import weight_files

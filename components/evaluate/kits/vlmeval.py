@@ -33,9 +33,9 @@ from components.dataset.shards import Sample
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.kits import export
 from components.evaluate.kits.client import Endpoint
-from components.evaluate.kits.inside import JUDGE, MODEL, NOTHING, REFUSED
 from components.evaluate.kits.scores import Measured
 from components.evaluate.kits.serve import last_words
+from components.evaluate.kits.vlmeval_worker import JUDGE, MODEL, NOTHING, REFUSED
 from components.io import write_text
 from components.records.paths import RUNS
 
@@ -137,7 +137,7 @@ def run(using: Kit, endpoint: Endpoint, job: Job, folder: Path, journal: Path, n
         "PRED_FORMAT": "tsv",
         "EVAL_FORMAT": "csv",
     }
-    words = [using.python, "-m", "components.evaluate.kits.inside", str((folder / "job.json").resolve())]
+    words = [using.python, "-m", "components.evaluate.kits.vlmeval_worker", str((folder / "job.json").resolve())]
     ended = _watched(words, environment, log, journal, job)
     if ended == REFUSED:
         raise InputError(last_words(log))

@@ -18,7 +18,7 @@ from PIL import Image
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.benchmarks import BENCHMARKS
 from components.evaluate.kits import vlmeval
-from components.evaluate.kits.inside import GREY
+from components.evaluate.kits.vlmeval_worker import GREY
 from tests.evaluate import tiny
 from tests.evaluate.kits.conftest import Scripted, needs_vlmeval
 from tests.oracles.scoring import Answer, score

@@ -13,7 +13,7 @@ import pytest
 from components.dataset.shards import Sample, Turn
 from components.errors import InputError, TryAgainError
 from components.evaluate.kits import export, vlmeval
-from components.evaluate.kits.inside import NOTHING
+from components.evaluate.kits.vlmeval_worker import NOTHING
 from components.evaluate.metrics import matches
 from tests.evaluate import tiny
 from tests.evaluate.kits.conftest import Scripted, needs_vlmeval

@@ -19,7 +19,7 @@ from components.evaluate.compare import compare
 from components.evaluate.load_results import read
 from components.records.compare import Comparison
 from components.tracking.journal import JOURNALS, Run
-from flows import dvc, page
+from flows import dvc, prefect_artifacts
 from flows.pipeline import pipeline
 from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
@@ -63,7 +63,7 @@ def test_what_prefect_does_not_take_costs_a_line(
         raise ConnectionError("no answer from http://user:canary@prefect:4200")
 
     for name in ("create_progress_artifact", "create_table_artifact", "create_link_artifact"):
-        monkeypatch.setattr(page, name, refused)
+        monkeypatch.setattr(prefect_artifacts, name, refused)
     assert set(pipeline().values()) == {"ran"}
     assert shown() == {}
     told = [record.getMessage() for record in caplog.records if "not shown" in record.getMessage()]
@@ -74,8 +74,10 @@ def test_the_leaderboard_and_the_ways_to_mlflow_and_the_report(project: Path) ->
     """The files and the journal's note are as `compare` and the mirror leave them; no MLflow answers at the address."""
     runtime = load_settings().runtime.model_copy(update={"tracking_uri": "http://me:canary@127.0.0.1:5000"})
     write_study(project, pictures=False)
-    compare(read(ARMS), SETTINGS.model_copy(update={"bootstrap_resamples": 100}), study_arms()).write(page.COMPARISON)
-    page.REPORT.write_text("<html>")
+    compare(read(ARMS), SETTINGS.model_copy(update={"bootstrap_resamples": 100}), study_arms()).write(
+        prefect_artifacts.COMPARISON
+    )
+    prefect_artifacts.REPORT.write_text("<html>")
 
     @contextmanager
     def opened() -> Iterator[Run]:
@@ -85,12 +87,12 @@ def test_the_leaderboard_and_the_ways_to_mlflow_and_the_report(project: Path) ->
 
     @flow
     def telling() -> None:
-        with page.linked(runtime, opened()):
-            page.leaderboard()
+        with prefect_artifacts.linked(runtime, opened()):
+            prefect_artifacts.leaderboard()
 
     telling()
     rows = json.loads(shown()["leaderboard"].data)
-    assert [row["arm"] for row in rows] == ["teacher", *Comparison.read(page.COMPARISON).order]
+    assert [row["arm"] for row in rows] == ["teacher", *Comparison.read(prefect_artifacts.COMPARISON).order]
     assert rows[1]["exact match"].endswith("%") and " to " in rows[1]["95%"]
     assert f"(http://127.0.0.1:5000/#/experiments/7/runs/{'f' * 32})" in shown()["mlflow-run"].data
     assert f"{'f' * 32}/artifacts/report.html)" in shown()["report"].data

@@ -28,7 +28,7 @@ from components.config import recipes
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
 from components.study import expand
 from flows import dvc
-from flows.divergence import diverged
+from flows.early_stopping import diverged
 from flows.pipeline import FREE, end_with_worker, folder, run_stage
 
 if TYPE_CHECKING:

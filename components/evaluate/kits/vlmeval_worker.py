@@ -1,4 +1,4 @@
-"""VLMEvalKit's own process: `python -m components.evaluate.kits.inside JOB.json`
+"""VLMEvalKit's own process: `python -m components.evaluate.kits.vlmeval_worker JOB.json`
 
 The kit switches off TLS verification when it is imported, overwrites the environment from a .env file and reads pickles: it is
 never imported elsewhere. Of ours this needs the standard library alone, since the kit's environment may have nothing else.

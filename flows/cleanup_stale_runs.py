@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from components.errors import TryAgainError
-from flows import presence, servers, workspace
+from flows import heartbeat, servers, workspace
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -52,8 +52,8 @@ def free() -> Iterator[str]:
         leak.free()
         yield leak.what
     if reachable():
-        for run in presence.left():  # those that their workers reported
-            presence.forget(run)
+        for run in heartbeat.left():  # those that their workers reported
+            heartbeat.forget(run)
 
 
 def reachable() -> bool:
@@ -92,7 +92,7 @@ def _holding(client: SyncPrefectClient) -> list[FlowRun]:
 
 def _died(run: FlowRun) -> bool:
     """Its process was on this machine and is no more, or none ever came."""
-    if str(run.id) in presence.left():
+    if str(run.id) in heartbeat.left():
         return True
     assert run.state is not None
     return run.state.is_pending() and datetime.now(UTC) - run.state.timestamp > PENDING
@@ -109,7 +109,7 @@ def _as_leak(run: FlowRun) -> Leak:
         with get_client(sync_client=True) as client:
             state: State[None] = Crashed(message="Its process died without a word; `alignti doctor` ended the run.")
             client.set_flow_run_state(run.id, state, force=True)
-        presence.forget(str(run.id))
+        heartbeat.forget(str(run.id))
 
     where = f" of pool {run.work_pool_name}, queue {run.work_queue_name}" if run.work_pool_name else ""
     return Leak(f"flow run {run.name} says {run.state.name}, but its process is gone: its slot{where}", end)
