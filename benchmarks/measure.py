@@ -21,6 +21,37 @@ MIB = 2**20
 Work = Callable[[], Any]
 
 
+def raced(
+    arms: dict[str, Work], repeats: int, device: torch.device, title: str, over: dict[str, tuple[str, str]], **amount: float
+) -> dict[str, Any]:
+    """What a result holds of arms timed in turns: medians and quartiles over the rounds of each arm, and of ratios.
+
+    Args:
+        over: name of a ratio -> the arm above and the arm below; those with an arm that is not there are left out.
+        amount: what an arm works through in one go, and how much of it: tokens=1000 gives tokens_per_second.
+    """
+    seconds = interleaved(arms, repeats, device, title)
+    ratios = {
+        name: [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
+        for name, (one, other) in over.items()
+        if one in seconds and other in seconds
+    }
+    medians = {arm: statistics.median(took) for arm, took in seconds.items()}
+    return {
+        "repeats": repeats,
+        "ratios": {name: statistics.median(found) for name, found in ratios.items()},
+        "quartiles": {name: quartiles(found) for name, found in ratios.items()},
+        "arms": {
+            arm: {
+                "seconds": median,
+                "seconds_quartiles": quartiles(seconds[arm]),
+                **{f"{what}_per_second": much / median for what, much in amount.items()},
+            }
+            for arm, median in medians.items()
+        },
+    }
+
+
 def interleaved(arms: dict[str, Work], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:
     """Seconds of each arm, once per round; the caller has run each before.
 
@@ -82,12 +113,6 @@ class Parts:
                 return work(*args, **kwargs)
 
         return timed
-
-
-def ratio(one: list[float], other: list[float]) -> tuple[float, list[float]]:
-    """Median of `one` / `other` over the rounds, and its quartiles."""
-    ratios = [a / b for a, b in zip(one, other, strict=True)]
-    return statistics.median(ratios), quartiles(ratios)
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import shutil
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -77,25 +76,15 @@ def run(images: int = IMAGES, repeats: int = REPEATS) -> dict[str, Any]:
         arms: dict[str, measure.Work] = {"pillow": lambda: decode(folder / "raw"), "prepare": stage}
         for work in arms.values():
             work()
-        seconds = measure.interleaved(arms, repeats, device, "prepare")
+        pairs = {"prepare_rate_vs_pillow": ("pillow", "prepare")}
+        found = measure.raced(arms, repeats, device, "prepare", pairs, images=images * COPIES)
         size = sum(path.stat().st_size for path in (folder / "raw" / "images").iterdir()) / COPIES
-    rate, spread = measure.ratio(seconds["pillow"], seconds["prepare"])
     return {
         "benchmark": "prepare",
         "size": "llava",
         "about": f"{images * COPIES:,} JPEG images of {WIDTH} x {HEIGHT} ({size / images / 1000:.0f} kB), two questions each",
         **measure.where_and_when(device),
-        "repeats": repeats,
-        "ratios": {"prepare_rate_vs_pillow": rate},
-        "quartiles": {"prepare_rate_vs_pillow": spread},
-        "arms": {
-            name: {
-                "seconds": statistics.median(took),
-                "seconds_quartiles": measure.quartiles(took),
-                "images_per_second": images * COPIES / statistics.median(took),
-            }
-            for name, took in seconds.items()
-        },
+        **found,
     }
 
 

@@ -7,7 +7,6 @@ usual way to get them. Search and maps are checked to see the same before anythi
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 from typing import Any
 
@@ -73,30 +72,18 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     arms: dict[str, measure.Work] = {"plain": ways.plain, "search": ways.search, "eager maps": ways.eager}
     weights = measure.bytes_of(ways.view.parameters())
     peaks = {name: weights + peak_bytes(work, device) for name, work in arms.items()}
-    seconds = measure.interleaved(arms, repeats or size.repeats, device, f"search {size.name}")
-    compared = {name: measure.ratio(seconds[a], seconds[b]) for name, (a, b) in RATIOS.items()}
     prompts = len(ways.batch.input_ids)
+    found = measure.raced(arms, repeats or size.repeats, device, f"search {size.name}", RATIOS, pairs=prompts / 2)
+    found["ratios"] |= {f"memory_{name}": peaks[a] / peaks[b] for name, (a, b) in RATIOS.items()}
+    for name, arm in found["arms"].items():
+        arm["peak_mib"] = peaks[name] / measure.MIB
     return {
         "benchmark": "search",
         "size": size.name,
         "about": f"teacher of {size.about}; {prompts // 2} pairs of {size.prompt} tokens, {len(ways.layers)} layers watched",
         **measure.where_and_when(device),
         "precision": "bf16" if size.bf16 else "fp32",
-        "repeats": len(seconds["plain"]),
-        "ratios": {
-            **{name: value for name, (value, _) in compared.items()},
-            **{f"memory_{name}": peaks[a] / peaks[b] for name, (a, b) in RATIOS.items()},
-        },
-        "quartiles": {name: spread for name, (_, spread) in compared.items()},
-        "arms": {
-            name: {
-                "seconds": statistics.median(took),
-                "seconds_quartiles": measure.quartiles(took),
-                "pairs_per_second": prompts / 2 / statistics.median(took),
-                "peak_mib": peaks[name] / measure.MIB,
-            }
-            for name, took in seconds.items()
-        },
+        **found,
         "difference_from_eager": difference,
     }
 

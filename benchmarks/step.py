@@ -10,7 +10,6 @@ the same. The learning rate is 0, so that every step of every arm starts from th
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -209,9 +208,10 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     bench.optimise(losses["kd"])  # the optimiser's state is there before memory is counted
     standing = _standing(bench)
     peaks = {arm: standing + peak_bytes(work, device) for arm, work in arms.items()}
-    seconds = measure.interleaved(arms, repeats or size.repeats, device, f"step {size.name}")
+    tokens = int(bench.batch.attention_mask.sum())
+    timed = measure.raced(arms, repeats or size.repeats, device, f"step {size.name}", RATIOS, tokens=tokens)
     parts = {arm: _parts(bench, losses[arm]) for arm in ("kd", "align_ti", "align_ti_worst")}
-    return _result(bench, equal, missing, peaks, seconds, parts, standing)
+    return _result(bench, equal, missing, peaks, timed, parts, standing)
 
 
 def _standing(bench: Bench) -> int:
@@ -261,7 +261,7 @@ def _result(
     equal: dict[str, float] | None,
     missing: dict[str, str],
     peaks: dict[str, int],
-    seconds: dict[str, list[float]],
+    timed: dict[str, Any],
     parts: dict[str, dict[str, float]],
     standing: int,
 ) -> dict[str, Any]:
@@ -269,23 +269,14 @@ def _result(
     tokens = int(bench.batch.attention_mask.sum())
     responses = int(bench.batch.response.sum())
     peak_rate = measure.product_rate(device, torch.bfloat16 if size.bf16 else torch.float32)
-    arms: dict[str, Any] = {}
-    for arm, took in seconds.items():
-        median = statistics.median(took)
-        work = flops.step(size, bench.batch, arm, bench.ribbon_rows.get(arm, 0))
-        arms[arm] = {
-            "seconds": median,
-            "seconds_quartiles": measure.quartiles(took),
-            "tokens_per_second": tokens / median,
-            "peak_mib": peaks[arm] / measure.MIB,
-            "tflop": work / 1e12,
-            "share_of_peak": work / median / peak_rate,
-        }
-        if arm in bench.ribbon_rows:
-            arms[arm]["ribbon_rows_per_step"] = bench.ribbon_rows[arm] / responses
-    timed = {name: pair for name, pair in RATIOS.items() if set(pair) <= set(seconds)}
+    arms = timed["arms"]
+    for name, arm in arms.items():
+        work = flops.step(size, bench.batch, name, bench.ribbon_rows.get(name, 0))
+        arm |= {"peak_mib": peaks[name] / measure.MIB, "tflop": work / 1e12, "share_of_peak": work / arm["seconds"] / peak_rate}
+        if name in bench.ribbon_rows:
+            arm["ribbon_rows_per_step"] = bench.ribbon_rows[name] / responses
+    ratios = {name: RATIOS[name] for name in timed["ratios"]}
     held = {name: pair for name, pair in MEMORY_RATIOS.items() if set(pair) <= set(peaks)}
-    compared = {name: measure.ratio(seconds[a], seconds[b]) for name, (a, b) in timed.items()}
     return {
         "benchmark": "step",
         "size": size.name,
@@ -295,12 +286,9 @@ def _result(
         "batch": size.batch,
         "tokens": tokens,
         "response_tokens": responses,
-        "repeats": len(next(iter(seconds.values()))),
-        "ratios": {name: value for name, (value, _) in compared.items()}
-        | {n: peaks[a] / peaks[b] for n, (a, b) in held.items()},
-        "quartiles": {name: spread for name, (_, spread) in compared.items()},
-        "arithmetic": {name: arms[a]["tflop"] / arms[b]["tflop"] for name, (a, b) in timed.items() if name != "kd_vs_trl"},
-        "arms": arms,
+        **timed,
+        "ratios": timed["ratios"] | {name: peaks[a] / peaks[b] for name, (a, b) in held.items()},
+        "arithmetic": {name: arms[a]["tflop"] / arms[b]["tflop"] for name, (a, b) in ratios.items() if name != "kd_vs_trl"},
         "parts": parts,
         "not_measured": missing,
         "difference_from_reference": equal,
