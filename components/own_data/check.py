@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from components.config.models import Checkpoint, ModelsSettings
 from components.config.settings import Settings
-from components.dataset.prepare import source_of
+from components.dataset.prepare import source_of, summary
 from components.dataset.shard_jobs import WORTH_A_WORKER
 from components.dataset.shards import ImageRow, Sample, Turn
 from components.dataset.source import Refused, Rule, Source, Stored
@@ -220,11 +220,16 @@ def accept(found: Found, settings: Settings) -> None:
 def accept_rows(found: Found, settings: Settings) -> None:
     """Raises DataError if more rows are bad, or more samples left out, than `limits.max_bad_ratio` allows."""
     tally, most = found.tally, settings.data.limits.max_bad_ratio
-    counts = (
-        (len(tally.refused), found.rows_in, "rows are bad"),
-        (len(tally.left_out), tally.samples.total(), "samples cannot be trained on"),
-    )
-    if problems := [f"{bad:,} of {whole:,} {what}" for bad, whole, what in counts if bad > most * whole]:
+    problems = []
+    if len(tally.refused) > most * found.rows_in:
+        first = tally.refused[0]
+        such = f"{summary(tally.refused)}, such as row {first.row}: {first.detail}"
+        problems.append(f"{len(tally.refused):,} of {found.rows_in:,} rows are bad ({such})")
+    if len(tally.left_out) > most * tally.samples.total():
+        left = tally.left_out[0]
+        such = f"such as {left.id}: {left.detail}"
+        problems.append(f"{len(tally.left_out):,} of {tally.samples.total():,} samples cannot be trained on ({such})")
+    if problems:
         raise DataError(f"{' and '.join(problems)}, more than limits.max_bad_ratio = {most} of params/data.yaml allows")
 
 

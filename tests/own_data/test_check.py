@@ -77,7 +77,8 @@ def test_too_many_bad_rows_end_with_2_and_every_reason(pointed: Path) -> None:
     respell(pointed / "data/mine", spoil)
     done = CliRunner().invoke(app, ["check", "--data"])
     assert isinstance(done.exception, DataError)
-    assert "2 of 40 rows are bad, more than limits.max_bad_ratio = 0.02" in str(done.exception)
+    assert "2 of 40 rows are bad (1 missing_file, 1 missing_key, such as row 1: " in str(done.exception)
+    assert "more than limits.max_bad_ratio = 0.02" in str(done.exception)
     assert "missing_file: 1" in done.output
 
 
@@ -87,6 +88,17 @@ def test_without_models_rows_are_read_all_the_same(pointed: Path) -> None:
     assert found.tally.samples.total() == 40
     assert "not tried with teacher" in "\n".join(check.report(found, settings, {}, ["teacher"]))
     check.accept(found, settings)
+
+
+def test_samples_that_are_too_long_stop_it_as_they_would_check_rows(pointed: Path) -> None:
+    path = pointed / "params/models.yaml"
+    path.write_text(path.read_text().replace("max_length: 2048", "max_length: 62"))
+    found, said = checked()
+    assert any(line.strip().startswith("too_long: 20, left out") for line in said), said
+    with pytest.raises(
+        DataError, match=r"20 of 40 samples cannot be trained on \(such as .* tokens; models.max_length is 62\)"
+    ):
+        check.accept(found, load_settings())
 
 
 def test_a_split_without_images_is_told(pointed: Path) -> None:
