@@ -7,7 +7,7 @@ source is read. At most `MOST` images are looked at, evenly spaced.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from components.evaluate.pages import data_uri, templates, thumbnail
 from components.io import write_text
 from components.models.collate import Collator
 from components.own_data.check import Tally
-from components.records.paths import DATASET, REPORTS
+from components.records.paths import DATASET, REPORTS, Split
 from components.rows.judge import CUT, Judge, different
 
 PAGE = REPORTS / "preview.html"
@@ -152,7 +152,7 @@ def pieces(collator: Collator, sample: Sample) -> list[Piece]:
 # --- where samples come from ------------------------------------------------------------------------------------------------
 
 
-def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[str, list[Sample]]]]:
+def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Split, list[Sample]]]]:
     """What is shown, and split and samples of each image."""
     if prepared(settings.data):
         samples = Samples(DATASET, "train", check=False)
@@ -161,7 +161,7 @@ def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[str,
         return f"{DATASET}, split train", (("train", samples.about(int(row))) for row in bar)
     source = source_of(settings.data, scratch / "index.sqlite")
 
-    def read() -> Iterator[tuple[str, list[Sample]]]:
+    def read() -> Iterator[tuple[Split, list[Sample]]]:
         of_part = -(-MOST // source.parts)
         bar = tqdm(desc="preview", total=min(MOST, source.images), unit="image", mininterval=1, leave=False)
         for part in range(source.parts):
@@ -210,7 +210,7 @@ def lines(found: Preview) -> Iterator[str]:
             )
             if shown.remark:
                 yield typer.style(f"{'cut or stretched' if shown.pieces else 'left out'}: {printable(shown.remark)}", fg="red")
-            style = {"read": str, "trained": trained, "visual": seen}
+            style: dict[str, Callable[[str], str]] = {"read": str, "trained": trained, "visual": seen}
             texts = (
                 f"[{piece.tokens:,} visual]" if piece.role == "visual" else printable(piece.text) for piece in shown.pieces
             )
