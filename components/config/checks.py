@@ -17,12 +17,7 @@ def across_files(settings: Settings) -> list[str]:
                 f" ({', '.join(students)})"
             )
         problems += _cache_checks(settings, name)
-        inside = [term for term, needs in settings.arm(name).needs.items() if needs.in_student]
-        if settings.distill.compile and inside:
-            problems.append(
-                f"params/distill.yaml: compile: arms.{name} has {', '.join(inside)}, which read inside the student's layers,"
-                " and what compiled ones are read by breaks their graphs; set it to false"
-            )
+        problems += _inside_checks(settings, name)
     problems += _stage_checks(settings)
     tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
     if tokens is not None and tokens < longest:
@@ -30,8 +25,6 @@ def across_files(settings: Settings) -> list[str]:
             f"params/distill.yaml: micro_batch_tokens: {tokens} is less than one sample may have"
             f" (params/models.yaml: max_length {longest})"
         )
-    for name in settings.study.arms:
-        problems += _flex_checks(settings, name)
     for name in settings.evaluate.baselines:
         if name not in settings.study.arms:
             problems.append(f"params/evaluate.yaml: baselines: {name!r} is no arm of params/study.yaml")
@@ -87,13 +80,22 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
     return [f"params/study.yaml: arms.{name}: {problem}; or set teacher_signals.source to live" for problem in problems]
 
 
-def _flex_checks(settings: Settings, name: str) -> list[str]:
-    """What FlexAttention, which has no attention maps, cannot give."""
+def _inside_checks(settings: Settings, name: str) -> list[str]:
+    """What compiled layers and FlexAttention cannot give to terms that read inside the student."""
     distill = settings.distill
-    reading = [term for term, needs in settings.arm(name).needs.items() if needs.in_student.maps]
-    if not (distill.gradient_checkpointing and distill.flex_attention and reading):
+    flex = distill.gradient_checkpointing and distill.flex_attention
+    if not (distill.compile or flex):  # terms are imported, and torch with them, only where the question arises
         return []
-    return [
-        f"params/distill.yaml: flex_attention: arms.{name} has {', '.join(reading)}, which read attention maps of the student,"
-        " and FlexAttention has none; set it to false"
-    ]
+    problems = []
+    needs = settings.arm(name).needs
+    if distill.compile and (inside := [term for term, need in needs.items() if need.in_student]):
+        problems.append(
+            f"params/distill.yaml: compile: arms.{name} has {', '.join(inside)}, which read inside the student's layers,"
+            " and what compiled ones are read by breaks their graphs; set it to false"
+        )
+    if flex and (reading := [term for term, need in needs.items() if need.in_student.maps]):
+        problems.append(
+            f"params/distill.yaml: flex_attention: arms.{name} has {', '.join(reading)}, which read attention maps of the"
+            " student, and FlexAttention has none; set it to false"
+        )
+    return problems
