@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from components.config.yaml_file import read_yaml
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, unknown
 from components.process import end_with_parent
+from components.tracking import provenance
 
 DVC = [sys.executable, "-m", "dvc"]
 POOL = "pool"  # the remote over which machines exchange results, where they do not share a cache
@@ -224,8 +224,7 @@ def bring(md5: str, folder: Path) -> None:
 
 def digests() -> dict[str, str]:
     """Output path -> the md5 under which DVC keeps it, as `dvc.lock` has it."""
-    stages = read_yaml(Path("dvc.lock"))["stages"]
-    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    return {path: md5 for made in provenance.locked().values() for path, md5 in made.items()}
 
 
 def _repro(

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from components.config.data import DataSettings
 from components.config.settings import Settings
-from components.config.yaml_file import read_yaml
 from components.dataset.prepare import source_of
 from components.dataset.shards import Sample, Samples
 from components.dataset.source import Stored
@@ -34,6 +33,7 @@ from components.models.collate import Collator
 from components.own_data.check import Tally
 from components.records.paths import DATASET, REPORTS, Split
 from components.rows.judge import CUT, Judge, different
+from components.tracking import provenance
 
 PAGE = REPORTS / "preview.html"
 MOST = 2_000  # images
@@ -177,9 +177,9 @@ def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Spli
 
 def prepared(settings: DataSettings) -> bool:
     """Whether artifacts/dataset was made with these params, as dvc.lock says."""
-    if not (DATASET / "manifest.json").is_file() or not Path("dvc.lock").is_file():
+    if not (DATASET / "manifest.json").is_file():
         return False
-    made = read_yaml(Path("dvc.lock"))["stages"].get("prepare", {}).get("params", {}).get("params/data.yaml")
+    made = provenance.lock_file().get("prepare", {}).get("params", {}).get("params/data.yaml")
     try:
         return made is not None and DataSettings.model_validate(made) == settings
     except ValidationError:

@@ -6,22 +6,27 @@ has ended, so that is computed here, in the same way. `.runs/made/MD5` names the
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from components.errors import TryAgainError
 from components.io import write_text
 from components.records.paths import RUNS
 
 MADE = RUNS / "made"
 LOCK = Path("dvc.lock")
+DVC_LOCK = Path(".dvc/tmp/lock")  # what a DVC process holds while it writes
 CODE = ("components", "dvc.yaml", "data.dvc", ".dvc/config")  # code and data that decide a stage's result, params aside
 
 
@@ -88,16 +93,45 @@ def digest(path: Path) -> Digest:
 
 def locked() -> dict[str, dict[str, str]]:
     """Stage -> path -> md5 of what it made, as `dvc.lock` has it; empty before the first stage."""
-    if not LOCK.exists():
-        return {}
-    stages = _yaml(LOCK).get("stages", {})
-    return {stage: {out["path"]: out["md5"] for out in entry.get("outs", [])} for stage, entry in stages.items()}
+    return {stage: {out["path"]: out["md5"] for out in entry.get("outs", [])} for stage, entry in lock_file().items()}
 
 
 def read_by(stage: str) -> dict[str, str]:
     """Path -> md5 of what `dvc.lock` says that the stage read; empty if it has not run."""
-    stages = _yaml(LOCK).get("stages", {}) if LOCK.exists() else {}
-    return {dep["path"]: dep["md5"] for dep in stages.get(stage, {}).get("deps", [])}
+    return {dep["path"]: dep["md5"] for dep in lock_file().get(stage, {}).get("deps", [])}
+
+
+def lock_file() -> dict[str, Any]:
+    """Stages of `dvc.lock`; none before the first has ended.
+
+    DVC empties and rewrites the file when a stage ends, under its own lock, so that is shared while reading: another stage may
+    end at any time. A lock that is held for longer is not of a rewrite. Raises TryAgainError if it cannot be read even so.
+    """
+    if not LOCK.exists():
+        return {}
+    with _dvc_at_rest():
+        try:
+            stages: dict[str, Any] = _yaml(LOCK)["stages"]
+        except (yaml.YAMLError, TypeError, KeyError):
+            raise TryAgainError("dvc.lock is being written, or is broken: `git checkout dvc.lock`, or remove it") from None
+    return stages
+
+
+@contextmanager
+def _dvc_at_rest(seconds: float = 10.0) -> Iterator[None]:
+    """Shares DVC's lock of this folder, so that no other process rewrites `dvc.lock`; after `seconds`, goes on without it."""
+    if not DVC_LOCK.exists():
+        yield
+        return
+    with DVC_LOCK.open() as held:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        yield
 
 
 def raw() -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from components.errors import TryAgainError
 from components.tracking import provenance
 from components.tracking.provenance import Declared
 
@@ -52,3 +53,38 @@ def test_params_that_a_stage_does_not_read_do_not_count(tmp_path: Path, monkeypa
 
     assert fingerprint("arms: {kd: {seed: 1}, sft: {seed: 1}}") == fingerprint("arms: {kd: {seed: 1}}")
     assert fingerprint("arms: {kd: {seed: 2}}") != fingerprint("arms: {kd: {seed: 1}}")
+
+
+REWRITING = """
+import fcntl, sys, time
+from pathlib import Path
+whole = Path("dvc.lock").read_text()
+print("at it", flush=True)
+for _ in range(60):
+    with open(".dvc/tmp/lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with open("dvc.lock", "w") as file:
+            file.flush()
+            time.sleep(0.01)
+            file.write(whole)
+"""
+
+
+def test_a_lock_file_that_another_stage_rewrites_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert provenance.locked() == {}
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    (tmp_path / ".dvc/tmp/lock").touch()
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  one:\n    outs:\n    - {path: made, md5: abc}\n")
+    with subprocess.Popen([sys.executable, "-c", REWRITING], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline()
+        while writer.poll() is None:
+            assert provenance.locked() == {"one": {"made": "abc"}}
+    assert writer.returncode == 0
+
+
+def test_an_empty_lock_file_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.lock").touch()
+    with pytest.raises(TryAgainError, match=r"dvc.lock is being written, or is broken"):
+        provenance.locked()
