@@ -255,7 +255,7 @@ def _kit_and_judge(kit: str) -> tuple[str, str]:
     """The kit's version, with a digest of our bridge to it, and its judge."""
     here = Path(__file__).parent
     if kit == "vlmeval":
-        bridge = sha256([here / "export.py", here / "inside.py"])
+        bridge = sha256([here / "export.py", here / "vlmeval_worker.py"])
         return f"ms-vlmeval {vlmeval.kit(full=False).version}, bridge {bridge[:8]}", JUDGE
     bridge = sha256([here / "lm_eval.py", here / "lm_eval_tasks.py", lm_eval.TASKS])
     return f"lm-eval {lm_eval.installed()}, bridge {bridge[:8]}", "exact_match"
