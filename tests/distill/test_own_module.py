@@ -1,0 +1,101 @@
+"""A term that trains a module of its own, and reads maps and hidden states: one file and an arm, through the whole stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from components.align_ti import terms
+from components.config.load import load_settings
+from components.distill.__main__ import distill
+from components.errors import Interrupted
+from components.tracking.journal import Run
+from tests.distill.conftest import REPOSITORY, write_params
+from tests.distill.test_scale import StopsAt
+
+ARM = "kd_projected"
+TERM = '''
+"""Distance of the visual rows' hidden states under a projection, and of the attention on them. Units: images."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from components.align_ti.terms import Needs, images
+from components.align_ti.watch import Map, Watch
+
+LOOK = Map(0, "response")
+
+
+@dataclass(frozen=True)
+class Term:
+    needs = Needs(response=False, in_student=Watch((LOOK,), (0,)), in_teacher=Watch((LOOK,), (0,)))
+
+    def module(self, student_width, teacher_width):
+        return nn.Linear(student_width, teacher_width)
+
+    def units(self, batch, draws):
+        return images(batch)
+
+    def loss(self, seen):
+        rows, mine, theirs = seen.batch.visual, seen.in_student, seen.in_teacher
+        apart = seen.modules["projected"](mine.hidden[0][rows]) - theirs.hidden[0][rows]
+        return apart.square().sum() + 100 * (mine.maps[LOOK] - theirs.maps[LOOK]).square().sum()
+'''
+
+
+@pytest.fixture
+def opened(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workplace with a copy of the code and that file in it."""
+    shutil.copytree(REPOSITORY / "components", "components", ignore=shutil.ignore_patterns("__pycache__"))
+    path = workplace / "components/align_ti/terms/projected.py"
+    path.write_text(TERM)
+    name = f"{terms.__name__}.projected"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    shipped = terms.names()
+    monkeypatch.setattr(terms, "names", lambda: [*shipped, "projected"])
+    study = yaml.safe_load(Path("params/study.yaml").read_text())
+    arm = {"weights": {"sft": 1.0, "kd": 1.0, "tpa": 1.0, "projected": 0.1}, "student": "student", "seed": 1}
+    write_params(workplace, "study", {"arms": study["arms"] | {ARM: arm}})
+    return workplace
+
+
+def trained(run: Run | None = None) -> Path:
+    settings = load_settings()
+    distill(ARM, settings.arm(ARM), settings, run or Run(None))
+    return Path("artifacts/students") / ARM
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def test_it_is_trained_resumed_to_the_same_bytes_and_not_exported(opened: Path) -> None:
+    folder = trained()
+    steps, student = losses(folder), (folder / "model/model.safetensors").read_bytes()
+    assert steps[-1]["projected"] < steps[0]["projected"], "its own module learns: the student's few steps are small"
+    stock = load_file("artifacts/models/students/student/model.safetensors")
+    assert load_file(folder / "model/model.safetensors").keys() == stock.keys()
+    assert "0.1" in (folder / "model/README.md").read_text() and "projected" in (folder / "model/README.md").read_text()
+    shutil.rmtree(folder)
+    with pytest.raises(Interrupted, match="stopped at step 3"):
+        trained(StopsAt(2))
+    (checkpoint,) = Path(".runs/distill").rglob("step-*")
+    saved = load_file(checkpoint / "model.safetensors")
+    assert saved["method.term_modules.projected.weight"].shape == (48, 32)
+    groups = torch.load(checkpoint / "optimizer.bin")["param_groups"]
+    assert [group["name"] for group in groups][-1] == "terms" and len(groups[-1]["params"]) == 2
+    trained()
+    assert losses(folder) == steps and (folder / "model/model.safetensors").read_bytes() == student
