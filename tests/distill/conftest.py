@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,16 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(prepared, root)
     monkeypatch.chdir(root)
     return root
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """`launch` writes to the environment for its processes; a stage ends there, a test does not."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ |= before
 
 
 def write_params(root: Path, file: str, values: dict[str, Any]) -> None:

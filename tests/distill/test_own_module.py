@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 from components.align_ti import terms
 from components.config.load import load_settings
 from components.distill.__main__ import distill
+from components.distill.launch import launch
 from components.errors import Interrupted
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, write_params
-from tests.distill.test_scale import StopsAt
+from tests.distill.test_scale import StopsAt, legible, runtime
 
 ARM = "kd_projected"
 TERM = '''
@@ -54,7 +56,7 @@ class Term:
 
 @pytest.fixture
 def opened(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A workplace with a copy of the code and that file in it."""
+    """A workplace with a copy of the code and that file in it, found by the processes started there and by this one."""
     shutil.copytree(REPOSITORY / "components", "components", ignore=shutil.ignore_patterns("__pycache__"))
     path = workplace / "components/align_ti/terms/projected.py"
     path.write_text(TERM)
@@ -69,6 +71,8 @@ def opened(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     study = yaml.safe_load(Path("params/study.yaml").read_text())
     arm = {"weights": {"sft": 1.0, "kd": 1.0, "tpa": 1.0, "projected": 0.1}, "student": "student", "seed": 1}
     write_params(workplace, "study", {"arms": study["arms"] | {ARM: arm}})
+    monkeypatch.setenv("PYTHONPATH", f"{workplace}{os.pathsep}{REPOSITORY}")
+    monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
     return workplace
 
 
@@ -99,3 +103,22 @@ def test_it_is_trained_resumed_to_the_same_bytes_and_not_exported(opened: Path) 
     assert [group["name"] for group in groups][-1] == "terms" and len(groups[-1]["params"]) == 2
     trained()
     assert losses(folder) == steps and (folder / "model/model.safetensors").read_bytes() == student
+
+
+@pytest.mark.parametrize(("way", "checkpointing"), [("ddp-cpu", False), ("fsdp2", True)])
+def test_two_processes_train_as_one(opened: Path, own_environment: None, way: str, checkpointing: bool) -> None:
+    write_params(opened, "distill", {"gradient_checkpointing": checkpointing, "flex_attention": False})
+    legible(opened)
+    alone = trained()
+    wanted, student = losses(alone), load_file(alone / "model/model.safetensors")
+    shutil.rmtree(alone)
+    module = "tests.distill.fsdp2_on_cpu" if way == "fsdp2" else "components.distill"
+    launch(runtime(devices=2, accelerate=way), "cpu", ["--arm", ARM], module=module)
+    for mine, theirs in zip(wanted, losses(alone), strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-5)
+    start = load_file("artifacts/models/students/student/model.safetensors")
+    found = load_file(alone / "model/model.safetensors")
+    assert found.keys() == start.keys()
+    for name, weight in student.items():
+        moved = (weight - start[name]).double().norm()
+        assert (found[name] - weight).double().norm() <= 1e-3 * moved + 1e-6, name

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,16 +69,6 @@ def legible(workplace: Path) -> None:
     weights = load_file(path)
     (head,) = (name for name in weights if "lm_head" in name)
     save_file(weights | {head: weights[head] * 50}, path, metadata={"format": "pt"})
-
-
-@pytest.fixture
-def own_environment() -> Iterator[None]:
-    """`launch` writes to the environment for its processes; a stage ends there, a test does not."""
-    before = dict(os.environ)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
-    os.environ |= before
 
 
 def runtime(**values: Any) -> RuntimeSettings:
