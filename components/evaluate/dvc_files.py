@@ -31,19 +31,14 @@ def write(comparison: Comparison, losses: Losses) -> list[Path]:
         for arm, rows in losses.items()
         for row in rows
         for term, value in row.items()
-        if term not in NOT_LOSSES and value
+        if term not in NOT_LOSSES and value  # a term that an arm does not train is logged as 0
     )
-    write_text(METRICS, json.dumps(metrics(comparison), indent=2) + "\n")
-    _table(SCORES_TABLE, ("arm", "exact_match", "low", "high"), scores)
-    _table(LOSSES_TABLE, ("arm", "step", "term", "loss"), steps)
-    return [METRICS, SCORES_TABLE, LOSSES_TABLE]
+    return _written(metrics(comparison), scores, steps)
 
 
-def write_none() -> None:
+def write_none() -> list[Path]:
     """The same files without a row, where there is no teacher to compare with."""
-    write_text(METRICS, "{}\n")
-    _table(SCORES_TABLE, ("arm", "exact_match", "low", "high"), ())
-    _table(LOSSES_TABLE, ("arm", "step", "term", "loss"), ())
+    return _written({}, (), ())
 
 
 def metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
@@ -54,6 +49,13 @@ def metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
         gains = {f"gain_over_{base}": round(gain.difference, 5) for base, gain in result.gains.items()}
         figures[arm] = {"exact_match": round(result.exact_match, 5), **gains}
     return figures
+
+
+def _written(figures: dict[str, Any], scores: Iterable[tuple[Any, ...]], losses: Iterable[tuple[Any, ...]]) -> list[Path]:
+    write_text(METRICS, json.dumps(figures, indent=2) + "\n")
+    _table(SCORES_TABLE, ("arm", "exact_match", "low", "high"), scores)
+    _table(LOSSES_TABLE, ("arm", "step", "term", "loss"), losses)
+    return [METRICS, SCORES_TABLE, LOSSES_TABLE]
 
 
 def _table(path: Path, names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
