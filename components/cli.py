@@ -107,15 +107,18 @@ def init(
     name: Annotated[str, typer.Option(help="Of the recipe that is made.")] = "own",
 ) -> None:
     """Look at your data and models, and make a recipe and params/ for them: what was chosen, and why."""
+    from components.own_data.asked import Asked
+
+    asked = Asked(data, images, teacher, student, name)
+    asked.check()
+
     from components.config import recipes
     from components.config.load import load_settings
     from components.config.local_paths import not_here
     from components.dataset.__main__ import unseen_by_dvc
     from components.errors import SettingsError
-    from components.own_data.init import Asked
     from components.own_data.init import init as look
 
-    asked = Asked(data, images, teacher, student, name)
     seen, choices = look(asked)
     for line in (*seen, "", *choices):
         typer.echo(line)

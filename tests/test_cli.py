@@ -71,6 +71,7 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
         (["compare", "trems"], "there is no study 'trems'; did you mean 'terms'?"),
         (["try", "algin_ti", "what?", "--image", "x.png"], "there is no model 'algin_ti'; did you mean 'align_ti'?"),
         (["try", "teacher", "what?", "--image", "x.png", "--vs", "sfd"], "there is no model 'sfd'; did you mean 'sft'?"),
+        (["init", "--data", "no.json", "--images", ".", "--teacher", "a", "--student", "b"], "--data no.json: no such file"),
         (["try", "teacher", "what?", "--image", "nofile.png"], "--image nofile.png: no such file"),
         (["export", "algin_ti", "out"], "there is no model 'algin_ti'; did you mean 'align_ti'?"),
         (["controls", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),

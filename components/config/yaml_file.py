@@ -37,11 +37,13 @@ class _Loader(QUICK):  # type: ignore[misc, valid-type]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML mapping. Raises SettingsError with file and line if it is missing, malformed or no mapping."""
+    """One YAML mapping. Raises SettingsError with file and line if it is missing, unreadable, malformed or no mapping."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     except _BadKey as bad:
         raise SettingsError(f"{path}:{bad}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

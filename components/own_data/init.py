@@ -7,7 +7,6 @@ common (`_full-size`). What is chosen here goes by the data and the models; the 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from typing import Any
 from components.config import recipes
 from components.config.data import LlavaFolder
 from components.config.load import load_settings
-from components.config.models import Checkpoint, PretrainedFamily, Template
+from components.config.models import PretrainedFamily, Template
 from components.config.settings import Settings
-from components.errors import DataError, InputError, ModelError
+from components.errors import DataError, ModelError
 from components.io import write_text
+from components.own_data.asked import Asked
 from components.own_data.check import Found, accept_rows, report, try_data
 from components.records.paths import SPLITS
 
@@ -43,55 +43,11 @@ class Choice:
         return f"{self.key}: {value}  ({self.why})"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What `alignti init` was given."""
-
-    data: Path
-    images: Path
-    teacher: str
-    student: str
-    name: str = "own"
-
-    def check(self) -> None:
-        """Raises InputError, before anything heavy is imported."""
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", self.name):
-            raise InputError(f"--name {self.name}: a recipe's name is of a-z, 0-9, _, . and -")
-        if self.recipe.exists():
-            raise InputError(f"{self.recipe} is there already: give another --name, or remove it to have it made anew")
-        if self.data.suffix not in (".json", ".jsonl"):
-            raise InputError(
-                f"--data {self.data}: .json and .jsonl are looked at; docs/data.md says how to name tar and Parquet"
-            )
-        for option, path, there in (
-            ("--data", self.data, self.data.is_file()),
-            ("--images", self.images, self.images.is_dir()),
-        ):
-            if not there:
-                raise InputError(f"{option} {path}: no such {'file' if option == '--data' else 'folder'}")
-        self.checkpoint("teacher"), self.checkpoint("student")
-
-    @property
-    def recipe(self) -> Path:
-        return Path(f"params/recipes/{self.name}.yaml")
-
-    def checkpoint(self, role: str) -> Checkpoint:
-        """A local folder, or ORG/NAME@COMMIT of the hub. Raises InputError."""
-        said = getattr(self, role)
-        if Path(said).expanduser().is_dir():
-            return Checkpoint(source=said, revision=None)
-        source, _, revision = said.partition("@")
-        if source.count("/") == 1 and re.fullmatch(r"[0-9a-f]{40}", revision):
-            return Checkpoint(source=source, revision=revision)
-        raise InputError(f"--{role} {said}: no such folder; a model of the hub is ORG/NAME@COMMIT, with the commit's 40 digits")
-
-
 def init(asked: Asked) -> tuple[list[str], list[Choice]]:
     """Look at data and models and write the recipe; returns what was seen and what was chosen. params/ is not touched.
 
-    Raises InputError, DataError or ModelError as data and models deserve, SettingsError if the recipe does not go with params/.
+    Raises DataError or ModelError as data and models deserve, SettingsError if the recipe does not go with params/.
     """
-    asked.check()
     pair = Pair.of(asked)
     settings, found = _look(asked, pair)
     seen = list(report(found, settings, pair.folders, []))

@@ -114,6 +114,13 @@ def test_a_file_that_is_no_mapping_is_named(root: Path, content: str) -> None:
     assert "params/irs.yaml" in told
 
 
+def test_a_file_that_cannot_be_read_is_named(root: Path) -> None:
+    (root / "params/irs.yaml").unlink()
+    (root / "params/irs.yaml").mkdir()
+    (told,) = problems(root)
+    assert "params/irs.yaml: cannot be read: is a directory" in told
+
+
 def test_a_missing_file_says_how_to_get_it_back(root: Path) -> None:
     (root / "params/irs.yaml").unlink()
     (told,) = problems(root)

@@ -14,7 +14,8 @@ from components.cli import app
 from components.config import recipes
 from components.config.load import load_settings
 from components.errors import DataError, InputError, ModelError
-from components.own_data.init import Asked, init
+from components.own_data.asked import Asked
+from components.own_data.init import init
 from tests.families import toy
 from tests.own_data.conftest import respell
 
@@ -136,7 +137,7 @@ def test_the_paper_s_template_stands_in_where_there_is_none(own: Path) -> None:
 )
 def test_arguments_are_checked_first(own: Path, changed: dict[str, object], said: str) -> None:
     with pytest.raises(InputError) as raised:
-        init(asked(**changed))
+        asked(**changed).check()
     assert said in str(raised.value)
     assert not Path("params/recipes/own.yaml").exists()
 

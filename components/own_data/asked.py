@@ -1,0 +1,53 @@
+"""Options of `alignti init`, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.config.models import Checkpoint
+from components.errors import InputError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `alignti init` was given."""
+
+    data: Path
+    images: Path
+    teacher: str
+    student: str
+    name: str = "own"
+
+    def check(self) -> None:
+        """Raises InputError."""
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", self.name):
+            raise InputError(f"--name {self.name}: a recipe's name is of a-z, 0-9, _, . and -")
+        if self.recipe.exists():
+            raise InputError(f"{self.recipe} is there already: give another --name, or remove it to have it made anew")
+        if self.data.suffix not in (".json", ".jsonl"):
+            raise InputError(
+                f"--data {self.data}: .json and .jsonl are looked at; docs/data.md says how to name tar and Parquet"
+            )
+        for option, path, there in (
+            ("--data", self.data, self.data.is_file()),
+            ("--images", self.images, self.images.is_dir()),
+        ):
+            if not there:
+                raise InputError(f"{option} {path}: no such {'file' if option == '--data' else 'folder'}")
+        self.checkpoint("teacher"), self.checkpoint("student")
+
+    @property
+    def recipe(self) -> Path:
+        return Path(f"params/recipes/{self.name}.yaml")
+
+    def checkpoint(self, role: str) -> Checkpoint:
+        """A local folder, or ORG/NAME@COMMIT of the hub. Raises InputError."""
+        said = getattr(self, role)
+        if Path(said).expanduser().is_dir():
+            return Checkpoint(source=said, revision=None)
+        source, _, revision = said.partition("@")
+        if source.count("/") == 1 and re.fullmatch(r"[0-9a-f]{40}", revision):
+            return Checkpoint(source=source, revision=revision)
+        raise InputError(f"--{role} {said}: no such folder; a model of the hub is ORG/NAME@COMMIT, with the commit's 40 digits")
