@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from statistics import fmean
@@ -32,7 +31,6 @@ from components.report.markdown import DASH, signed, table
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 SFT, KD = "SFT", "Vanilla KD"  # the published baselines, by method
-FORMATS = ("md", "csv", "html", "json")
 
 FIGURES = {  # which of VLMEvalKit's figures is the benchmark's, and what a unit of it is worth in the paper's
     "gqa": ("/Overall", 1.0),
@@ -77,19 +75,6 @@ class Leaderboard(Record):
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class Published:
-    """One line of published.csv."""
-
-    group: str
-    method: str
-    backbone: str
-    scores: dict[str, float | None]
-    average: float | None
-    note: str
-    source: str
-
-
 def build(
     comparison: Comparison, index: ModelIndex, teacher: TeacherChoice, study: Mapping[str, Arm], speed: SpeedReport | None,
     kit: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
@@ -98,35 +83,45 @@ def build(
 
     `kit`: what VLMEvalKit said of each of our models, `benchmark/figure` -> value (components/evaluate/kits/table.py).
     """
-    published = read_published()
-    measured = speed.models if speed is not None else {}
-    rows = [_teacher(comparison, index, teacher, measured), *_students(comparison, index, study, measured)]
+    published, measured = read_published(), speed.models if speed is not None else {}
+    if teacher.name not in index.teachers:
+        raise DataError(f"artifacts/models/index.json has no teacher {teacher.name!r}; `dvc repro` makes both anew")
+    models = {TEACHER_ARM: index.teachers[teacher.name]} | {a: index.students[study[a].student] for a in comparison.order}
+    rows = [_ours(name, comparison, model.parameters, measured.get(name)) for name, model in models.items()]
     rows = [row.model_copy(update=_on_the_six(kit.get(row.name, {}))) for row in rows]
     notes = _notes(comparison, speed) + ([KIT_NOTE] if any(value for row in rows for value in row.scores.values()) else [])
-    rows += [_published(row, published) for row in published]
     return Leaderboard(
         own_questions=f"{comparison.n:,} {comparison.split} questions about {comparison.images:,} images",
-        rows=rows,
+        rows=rows + published,
         noise=_noise(published, comparison.confidence),
         notes=notes,
     )
 
 
-def read_published(path: Path = PUBLISHED) -> list[Published]:
-    """The rows that others measured, each with its source."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Published(
-                group=line["group"],
-                method=line["method"],
-                backbone=line["backbone"],
-                scores={name: _number(line[name]) for name in PAPER},
-                average=_number(line["average"]),
-                note=line["note"],
-                source=line["source"],
-            )
-            for line in csv.DictReader(file)
-        ]
+def read_published() -> list[Row]:
+    """The rows that others measured, each with its source; gains are over the baseline of the same backbone."""
+    with PUBLISHED.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    baselines = {(line["method"], line["backbone"]): float(line["average"]) for line in lines if line["group"] == "baseline"}
+
+    def gain(line: dict[str, str], method: str) -> float | None:
+        baseline = baselines.get((method, line["backbone"])) if line["method"] != method else None
+        return None if baseline is None or not line["average"] else relative_gain(float(line["average"]), baseline)
+
+    return [
+        Row(
+            group=line["group"],
+            name=f"{line['method']} {line['backbone']}".strip(),
+            ours=False,
+            scores={name: _number(line[name]) for name in PAPER},
+            average=_number(line["average"]),
+            gain_sft=gain(line, SFT),
+            gain_kd=gain(line, KD),
+            note=line["note"],
+            source=line["source"],
+        )
+        for line in lines
+    ]
 
 
 def relative_gain(average: float, baseline: float) -> float:
@@ -138,69 +133,31 @@ def _rounded(value: float) -> float:
     return float(Decimal(str(round(value, 6))).quantize(Decimal("0.1"), ROUND_HALF_UP))
 
 
-def _gain(row: Published, method: str, published: Iterable[Published]) -> float | None:
-    """Over the baseline of the same backbone; None for the baseline itself, and where there is none."""
-    if row.average is None or row.method == method or not row.backbone:
-        return None
-    same = [p.average for p in published if (p.group, p.method, p.backbone) == ("baseline", method, row.backbone)]
-    return relative_gain(row.average, same[0]) if same and same[0] is not None else None
-
-
-def _published(row: Published, published: list[Published]) -> Row:
+def _ours(name: str, comparison: Comparison, parameters: int, speed: Speed | None) -> Row:
+    result = comparison.teacher if name == TEACHER_ARM else comparison.arms[name]
+    low, high = result.ci95
     return Row(
-        group=row.group,
-        name=f"{row.method} {row.backbone}".strip(),
-        ours=False,
-        scores=row.scores,
-        average=row.average,
-        gain_sft=_gain(row, SFT, published),
-        gain_kd=_gain(row, KD, published),
-        note=row.note,
-        source=row.source,
-    )
-
-
-def _teacher(comparison: Comparison, index: ModelIndex, teacher: TeacherChoice, measured: Mapping[str, Speed]) -> Row:
-    if teacher.name not in index.teachers:
-        raise DataError(f"artifacts/models/index.json has no teacher {teacher.name!r}; `dvc repro` makes both anew")
-    result, speed = comparison.teacher, measured.get(TEACHER_ARM)
-    return _ours("teacher", TEACHER_ARM, result.exact_match, result.ci95, index.teachers[teacher.name].parameters, speed)
-
-
-def _students(comparison: Comparison, index: ModelIndex, study: Mapping[str, Arm], measured: Mapping[str, Speed]) -> list[Row]:
-    rows = []
-    for name in comparison.order:
-        result = comparison.arms[name]
-        row = _ours(
-            "student", name, result.exact_match, result.ci95, index.students[study[name].student].parameters, measured.get(name)
-        )
-        note = f"measured otherwise than the teacher: {'; '.join(result.differs)}" if result.differs else ""
-        gains = {f"gain_{base}": _own_gain(comparison, name, base) for base in ("sft", "kd")}
-        rows.append(row.model_copy(update={**gains, "note": note}))
-    return rows
-
-
-def _own_gain(comparison: Comparison, arm: str, base: str) -> float | None:
-    """The arm's exact match relative to that of the arm `base`; None without it, or if the two were measured otherwise."""
-    if base not in comparison.arms or arm == base or not comparison.arms[base].exact_match:
-        return None
-    if any(pair.differs for pair in comparison.pairs if {pair.arm, pair.against} == {arm, base}):
-        return None
-    return relative_gain(100 * comparison.arms[arm].exact_match, 100 * comparison.arms[base].exact_match)
-
-
-def _ours(group: str, name: str, score: float, ci95: tuple[float, float], parameters: int, speed: Speed | None) -> Row:
-    return Row(
-        group=group,
+        group="teacher" if name == TEACHER_ARM else "student",
         name=name,
         ours=True,
-        own=100 * score,
-        own_ci95=(100 * ci95[0], 100 * ci95[1]),
+        own=100 * result.exact_match,
+        own_ci95=(100 * low, 100 * high),
         scores=dict.fromkeys(PAPER),
+        gain_sft=_own_gain(comparison, name, "sft"),
+        gain_kd=_own_gain(comparison, name, "kd"),
         parameters=parameters,
+        note=f"measured otherwise than the teacher: {'; '.join(result.differs)}" if result.differs else "",
         source="measured here",
         **(speed.model_dump(include={"tokens_per_second", "first_token_ms", "memory_mib"}) if speed else {}),
     )
+
+
+def _own_gain(comparison: Comparison, arm: str, base: str) -> float | None:
+    """Exact match relative to the arm `base`; None if the two are no pair, or were measured otherwise."""
+    pair = next((pair for pair in comparison.pairs if {pair.arm, pair.against} == {arm, base}), None)
+    if pair is None or pair.differs or not comparison.arms[base].exact_match:
+        return None
+    return relative_gain(100 * comparison.arms[arm].exact_match, 100 * comparison.arms[base].exact_match)
 
 
 def _on_the_six(figures: Mapping[str, float]) -> dict[str, object]:
@@ -214,7 +171,7 @@ def _on_the_six(figures: Mapping[str, float]) -> dict[str, object]:
     return {"scores": scores, "average": fmean(six) if len(six) == len(PAPER) else None}
 
 
-def _noise(published: Iterable[Published], confidence: float) -> dict[str, float | None]:
+def _noise(published: Iterable[Row], confidence: float) -> dict[str, float | None]:
     """Per benchmark, at the median of its published scores; None for scores that are no share of independent questions."""
     noise: dict[str, float | None] = {}
     for name in PAPER:
@@ -246,23 +203,26 @@ def cells(row: Row) -> list[str]:
     low, high = row.own_ci95 or (0.0, 0.0)
     return [
         row.name,
-        f"{row.own:.1f} [{low:.1f}, {high:.1f}]" if row.own is not None else DASH,
-        *(_decimal(row.scores[name]) for name in PAPER),
-        _decimal(row.average if row.average is None else _rounded(row.average)),
-        _signed(row.gain_sft),
-        _signed(row.gain_kd),
-        f"{row.parameters:,}" if row.parameters is not None else DASH,
-        f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else DASH,
-        _decimal(row.first_token_ms),
-        f"{row.memory_mib:,.0f}" if row.memory_mib is not None else DASH,
+        _shown(row.own, f"{{:.1f}} [{low:.1f}, {high:.1f}]"),
+        *(_shown(row.scores[name]) for name in PAPER),
+        _shown(row.average if row.average is None else _rounded(row.average)),
+        *(DASH if gain is None else signed(gain) for gain in (row.gain_sft, row.gain_kd)),
+        _shown(row.parameters, "{:,}"),
+        _shown(row.tokens_per_second, "{:,.0f}"),
+        _shown(row.first_token_ms),
+        _shown(row.memory_mib, "{:,.0f}"),
     ]
 
 
+def _shown(value: float | None, how: str = "{:.1f}") -> str:
+    return DASH if value is None else how.format(value)
+
+
 def header(board: Leaderboard) -> list[str]:
-    titles = [f"{BENCHMARKS[name].title}{_within(board.noise[name])}" for name in PAPER]
+    noise = {name: "" if gap is None else f" (±{gap:.1f})" for name, gap in board.noise.items()}
     return [
-        "model", "ours: exact match, %", *titles, "average", "over SFT, %", "over KD, %", "parameters", "tokens/s",
-        "first token, ms", "memory, MiB",
+        "model", "ours: exact match, %", *(BENCHMARKS[name].title + noise[name] for name in PAPER), "average", "over SFT, %",
+        "over KD, %", "parameters", "tokens/s", "first token, ms", "memory, MiB",
     ]  # fmt: skip
 
 
@@ -285,35 +245,34 @@ def markdown(board: Leaderboard) -> str:
 
 def spreadsheet(board: Leaderboard) -> str:
     """Every row as CSV, unrounded; an empty cell is what was not measured."""
-    file = io.StringIO()
-    names = [name for name in Row.model_fields if name not in ("scores", "own_ci95")]
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*names, "own_low", "own_high", *PAPER])
+    rows = []
     for row in board.rows:
-        writer.writerow(
-            [*(getattr(row, name) for name in names), *(row.own_ci95 or (None, None)), *(row.scores[name] for name in PAPER)]
-        )
+        low, high = row.own_ci95 or (None, None)
+        rows.append({**row.model_dump(exclude={"scores", "own_ci95"}), "own_low": low, "own_high": high, **row.scores})
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return file.getvalue()
 
 
 def page(board: Leaderboard) -> str:
     """The table as one HTML file that fetches nothing; published rows in a colour of their own."""
-    return (
-        templates()
-        .get_template("leaderboard.html.j2")
-        .render(board=board, header=header(board), rows=[(row, cells(row)) for row in board.rows], columns=len(header(board)))
-    )
+    template = templates().get_template("leaderboard.html.j2")
+    return template.render(board=board, header=header(board), rows=[(row, cells(row)) for row in board.rows])
 
 
 def write(board: Leaderboard) -> list[Path]:
     """reports/leaderboard.{md,csv,html,json}"""
-    made = {"md": markdown, "csv": spreadsheet, "html": page, "json": lambda b: b.model_dump_json(indent=2) + "\n"}
-    paths = []
-    for kind in FORMATS:
-        path = REPORTS / f"leaderboard.{kind}"
-        write_text(path, made[kind](board))
-        paths.append(path)
-    return paths
+    texts = {
+        "md": markdown(board),
+        "csv": spreadsheet(board),
+        "html": page(board),
+        "json": board.model_dump_json(indent=2) + "\n",
+    }
+    for kind, text in texts.items():
+        write_text(REPORTS / f"leaderboard.{kind}", text)
+    return [REPORTS / f"leaderboard.{kind}" for kind in texts]
 
 
 def read_speed() -> SpeedReport | None:
@@ -323,15 +282,3 @@ def read_speed() -> SpeedReport | None:
 
 def _number(text: str) -> float | None:
     return float(text) if text else None
-
-
-def _decimal(value: float | None) -> str:
-    return f"{value:.1f}" if value is not None else DASH
-
-
-def _signed(value: float | None) -> str:
-    return signed(value) if value is not None else DASH
-
-
-def _within(noise: float | None) -> str:
-    return f" (±{noise:.1f})" if noise is not None else ""
