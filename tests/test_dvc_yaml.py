@@ -26,7 +26,7 @@ COMMAND = re.compile(r"python -m (components(?:\.\w+)+)(?: --arm (?:\$\{key\}|te
 # Code that no stage lists; dvc.yaml says why.
 NOT_LISTED = frozenset(f"components.{name}" for name in ("config", "records", "io", "errors", "process", "tracking", "runtime"))
 
-# Files beside the code of commands that are no stage: `alignti leaderboard` and `alignti samples`.
+# Files beside the code of commands that are no stage, such as `alignti leaderboard`.
 COMMANDS = frozenset(
     f"components/{name}"
     for name in (
@@ -34,6 +34,7 @@ COMMANDS = frozenset(
         "evaluate/published.csv",
         "evaluate/samples.html.j2",
         "own_data/preview.html.j2",
+        "study/compare.html.j2",
     )
 )
 

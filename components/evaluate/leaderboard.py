@@ -18,7 +18,6 @@ from types import MappingProxyType
 from components.config.study import Arm
 from components.errors import DataError
 from components.evaluate.benchmarks import BENCHMARKS, PAPER
-from components.evaluate.pages import templates
 from components.evaluate.speed import SPEED, Speed, SpeedReport
 from components.evaluate.statistics import noise_unpaired
 from components.io import write_text
@@ -28,6 +27,7 @@ from components.records.paths import REPORTS, TEACHER_ARM
 from components.records.record import Record
 from components.records.teacher import TeacherChoice
 from components.report.markdown import DASH, signed, table
+from components.report.pages import templates
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 SFT, KD = "SFT", "Vanilla KD"  # the published baselines, by method
@@ -258,7 +258,7 @@ def spreadsheet(board: Leaderboard) -> str:
 
 def page(board: Leaderboard) -> str:
     """The table as one HTML file that fetches nothing; published rows in a colour of their own."""
-    template = templates().get_template("leaderboard.html.j2")
+    template = templates(Path(__file__).parent).get_template("leaderboard.html.j2")
     return template.render(board=board, header=header(board), rows=[(row, cells(row)) for row in board.rows])
 
 

@@ -22,7 +22,6 @@ from components.evaluate.headline import noise_of, resolution
 from components.evaluate.load_results import Outcomes
 from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
 from components.evaluate.metrics import OVERALL
-from components.evaluate.pages import data_uri, templates, thumbnail
 from components.evaluate.statistics import Interval
 from components.io import write_bytes, write_text
 from components.irs.overlays import curve
@@ -34,11 +33,11 @@ from components.records.paths import DATASET, REPORTS, TEACHER_ARM
 from components.records.teacher import TeacherReport
 from components.report import markdown as md
 from components.report.figures import DARK, DPI, LIGHT, draw
+from components.report.pages import data_uri, templates, thumbnail
 
 Plot = Callable[..., Figure]  # of a theme
+Table = tuple[list[str], list[list[str]]]  # header, rows
 
-PUBLISHED = ["", "this run, %", "published, mean, %", "deviation between seeds, points", "seeds"]
-RESOLUTION = ["measure", "unit", "may be chance below", "seen four times in five", "deviation between seeds"]
 OTHER_MEASURES = (
     "Token F1: the words that answer and reference share, counted as in SQuAD. Nats per reference token: the model's negative"
     " log-likelihood of the reference, its end included. KL: KL(teacher || model) at each of these tokens, over the whole"
@@ -153,25 +152,38 @@ def measures(comparison: Comparison) -> list[Line]:
     return lines
 
 
-def resolutions(comparison: Comparison) -> list[list[str]]:
-    """By measure: the gap that may be chance, the gap seen four times in five, and the deviation between seeds."""
+def small_tables(comparison: Comparison) -> dict[str, Table]:
+    """By name: yes/no figures, what the sample can tell apart, the published runs beside these, several seeds of an arm."""
+    everyone = [(TEACHER_ARM, comparison.teacher), *((name, comparison.arms[name]) for name in comparison.order)]
+    names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    closed = [
+        [name, *(md.percent(getattr(result.yes_no[OVERALL], figure)) for figure in names)]
+        for name, result in everyone
+        if result.yes_no
+    ]
+    tables = {"yes_no": (["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"], closed)} if closed else {}
     rows = []
     for name, found in {EXACT_MATCH: comparison.exact_match, **comparison.measures}.items():
         gaps = (found.noise, found.detectable, found.spread)
         said = [md.DASH if gap is None else MEASURES[name].said(gap) for gap in gaps]
         rows.append([MEASURES[name].title, MEASURES[name].unit, *said])
-    return rows
-
-
-def published(comparison: Comparison) -> list[list[str]]:
-    """Of the teacher and each arm: exact match here, and of the published runs their mean, deviation and number."""
-    rows = []
-    for name, result in _everyone(comparison) if comparison.published else []:
-        scores = comparison.published.scores.get(name, []) if comparison.published else []
-        deviation = f"{100 * stdev(scores):.1f}" if len(scores) > 1 else NOTHING.value
-        mean = md.percent(fmean(scores)) if scores else NOTHING.value
-        rows.append([name, f"{md.percent(result.exact_match)} {_range(result.ci95)}", mean, deviation, f"{len(scores)}"])
-    return rows
+    header = ["measure", "unit", "may be chance below", "seen four times in five", "deviation between seeds"]
+    tables["resolution"] = header, rows
+    if comparison.published:
+        rows = []
+        for name, result in everyone:
+            scores = comparison.published.scores.get(name, [])
+            mean = md.percent(fmean(scores)) if scores else md.DASH
+            deviation = md.percent(stdev(scores)) if len(scores) > 1 else md.DASH
+            rows.append([name, f"{md.percent(result.exact_match)} {_range(result.ci95)}", mean, deviation, f"{len(scores)}"])
+        tables["published"] = ["", "this run, %", "published, mean, %", "deviation between seeds, points", "seeds"], rows
+    if comparison.repeated:
+        rows = []
+        for name, arm in comparison.arms.items():
+            each = ", ".join(f"{run} {md.percent(score)}" for run, score in arm.runs.items())
+            rows.append([name, f"{len(arm.runs)}", each, md.percent(arm.exact_match)])
+        tables["seeds"] = ["arm", "runs", "exact match of each, %", "mean, %"], rows
+    return tables
 
 
 def published_by(comparison: Comparison) -> str:
@@ -185,19 +197,17 @@ def published_by(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The headline, the tables, the pairs and how it was measured."""
+    small = {name: md.table(*found) for name, found in small_tables(comparison).items()}
     names = ["", TEACHER_ARM, *(marked(comparison, arm) for arm in comparison.order)]
     parts = ["# Comparison", f"**{comparison.headline}**", comparison.standing, _of_lines(names, table(comparison))]
-    closed = [[name, *(f"{100 * value:.1f}" for value in _yes_no(each))] for name, each in _everyone(comparison) if each.yes_no]
-    if closed:
-        header = ["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"]
-        parts += ["## Yes/no questions, %", md.table(header, closed)]
+    if "yes_no" in small:
+        parts += ["## Yes/no questions, %", small["yes_no"]]
     parts += ["## Beyond right and wrong", _of_lines(names, measures(comparison))]
-    parts += ["## What this sample can tell apart", md.table(RESOLUTION, resolutions(comparison))]
-    if comparison.published:
-        parts += ["## Beside the published runs", published_by(comparison), md.table(PUBLISHED, published(comparison))]
-    if comparison.repeated:
-        runs = [[name, *_seeds(arm)] for name, arm in comparison.arms.items()]
-        parts += ["## Seeds", md.table(["arm", "runs", "exact match of each, %", "mean, %"], runs)]
+    parts += ["## What this sample can tell apart", small["resolution"]]
+    if "published" in small:
+        parts += ["## Beside the published runs", published_by(comparison), small["published"]]
+    if "seeds" in small:
+        parts += ["## Seeds", small["seeds"]]
     header = ["better", "than", "by, points", "interval", "p", "p (Holm)", "p, yes/no (McNemar)", "beyond noise"]
     pairs = [
         [
@@ -225,7 +235,7 @@ def html(
 ) -> str:
     """The whole report as one page: every picture inside, nothing fetched."""
     found = disagreements({name: outcomes.predictions[name] for name in (TEACHER_ARM, *comparison.order)}, settings.seed)
-    environment = templates()
+    environment = templates(Path(__file__).parent)
     environment.filters |= {
         "percent": md.percent,
         "points": _points,
@@ -234,23 +244,17 @@ def html(
         "bounds": _bounds,
         "plain": lambda name: name.replace("_", " "),
     }
-    closed = [(name, _yes_no(result)) for name, result in _everyone(comparison) if result.yes_no]
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         lines=table(comparison),
         measures=measures(comparison),
-        resolutions=resolutions(comparison),
-        resolution_header=RESOLUTION,
-        published=published(comparison),
-        published_header=PUBLISHED,
+        small=small_tables(comparison),
         published_by=published_by(comparison),
-        seeds=[(name, *_seeds(arm)) for name, arm in comparison.arms.items()] if comparison.repeated else [],
         noise_of=noise_of(comparison),
         unlike=unlike(comparison),
         columns=[TEACHER_ARM, *comparison.order],
         pair_of={(pair.arm, pair.against): pair for pair in comparison.pairs},
         beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
-        closed=closed,
         pictures=pictures,
         notes=_notes(comparison),
         colours={arm: (LIGHT.colour(i), DARK.colour(i)) for i, arm in enumerate(comparison.arms)},
@@ -348,20 +352,10 @@ def _inline(cell: Cell) -> str:
     return f"{value} {cell.below}".strip()
 
 
-def _everyone(comparison: Comparison) -> list[tuple[str, TeacherResult]]:
-    return [(TEACHER_ARM, comparison.teacher), *((name, comparison.arms[name]) for name in comparison.order)]
-
-
 def _baselines(comparison: Comparison) -> list[str]:
     """Arms that some other arm states its gain over."""
     named = {baseline for arm in comparison.arms.values() for baseline in arm.gains}
     return [arm for arm in comparison.arms if arm in named]
-
-
-def _seeds(arm: ArmResult) -> list[str]:
-    """How many runs an arm has, the exact match of each, and their mean."""
-    each = ", ".join(f"{name} {md.percent(score)}" for name, score in arm.runs.items())
-    return [f"{len(arm.runs)}", each, md.percent(arm.exact_match)]
 
 
 def _estimate(name: str, result: TeacherResult) -> Cell:
@@ -398,12 +392,6 @@ def _share(arm: ArmResult) -> Cell:
     if arm.share_of_teacher is None or arm.share_ci95 is None:
         return NOTHING
     return Cell(md.percent(arm.share_of_teacher), _range(arm.share_ci95))
-
-
-def _yes_no(result: TeacherResult) -> list[float]:
-    """Accuracy, precision, recall, F1 and yes ratio over all yes/no kinds together."""
-    figures = result.yes_no[OVERALL]
-    return [figures.accuracy, figures.precision, figures.recall, figures.f1, figures.yes_ratio]
 
 
 def _range(interval: Interval) -> str:

@@ -24,7 +24,6 @@ from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
 from components.errors import DataError
 from components.evaluate import generate
-from components.evaluate.pages import data_uri, templates, thumbnail
 from components.io import write_text
 from components.models.attention import Look, watching
 from components.models.collate import Collator
@@ -34,6 +33,7 @@ from components.models.vlm import VLM
 from components.records.compare import Comparison
 from components.records.evaluate import Prediction
 from components.records.paths import DATASET, REPORTS, TEACHER_ARM
+from components.report.pages import data_uri, templates, thumbnail
 
 PAGE = REPORTS / "samples.html"
 THUMBNAIL_PX = 240  # longest side
@@ -82,7 +82,7 @@ def write(
         "images": [_shown(stored[name]) for name in images],
         "rows": rows,
     }
-    page = templates().get_template("samples.html.j2")
+    page = templates(Path(__file__).parent).get_template("samples.html.j2")
     write_text(PAGE, page.render(data=_embedded(data), samples=len(rows), split=comparison.split, layer=layer))
     return PAGE
 

@@ -27,11 +27,11 @@ from components.dataset.prepare import source_of
 from components.dataset.shards import Sample, Samples
 from components.dataset.source import Stored
 from components.errors import InputError
-from components.evaluate.pages import data_uri, templates, thumbnail
 from components.io import write_text
 from components.models.collate import Collator
 from components.own_data.check import Tally
 from components.records.paths import DATASET, REPORTS, Split
+from components.report.pages import data_uri, templates, thumbnail
 from components.rows.judge import CUT, Judge, different
 from components.tracking import provenance
 

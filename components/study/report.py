@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 from collections.abc import Sequence
@@ -12,49 +11,26 @@ from components.io import write_bytes, write_text
 from components.records.paths import REPORTS
 from components.report import markdown as md
 from components.report.figures import draw
+from components.report.pages import data_uri, templates
 from components.study import plots
 from components.study.compare import SLACK, Estimate, StudyResult
 
 FOLDER = REPORTS / "studies"
 POINTS = 100
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Study {{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem } th, td { padding: 0.25rem 0.8rem; text-align: left }
-th { border-bottom: 1px solid #667080; font-weight: 600 } tr:nth-child(odd) td { background: #f5f6f8 }
-img { max-width: 100% } p.note { color: #667080 }
-</style>
-<h1>Study {{ title }}</h1><p>{{ about }}</p><p>{{ standing }}</p>
-{% for heading, note, head, rows in tables %}<h2>{{ heading }}</h2><p class="note">{{ note }}</p>
-<table><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
-{% endfor %}</table>{% endfor %}
-{% for heading, picture in pictures %}<h2>{{ heading }}</h2><img alt="{{ heading }}" src="data:image/png;base64,{{ picture }}">
-{% endfor %}</html>
-"""
-
 Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, names of columns, rows
 
 
 def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
     """Writes compare.md, compare.csv and compare.html; returns where they are."""
-    from jinja2 import Environment
-
     tables = _tables(result, confidence)
     pictures = [
         ("Every run: what was varied, what it cost, what it scored", draw(plots.parallel_coordinates, result)),
         ("Score against cost", draw(plots.pareto, result)),
     ]
-    page = Environment(autoescape=True).from_string(PAGE)
-    html = page.render(
-        title=result.study,
-        about=about,
-        standing=standing(result),
-        tables=tables,
-        pictures=[(heading, base64.b64encode(picture).decode()) for heading, picture in pictures],
-    )
+    page = templates(Path(__file__).parent).get_template("compare.html.j2")
+    shown = [(heading, data_uri(picture)) for heading, picture in pictures]
+    html = page.render(result=result, about=about, standing=standing(result), tables=tables, pictures=shown)
     folder = FOLDER / result.study
     write_text(folder / "compare.md", _markdown(result, about, tables))
     write_text(folder / "compare.csv", _csv(result))

@@ -24,12 +24,12 @@ from components.evaluate import compare as stage
 from components.evaluate import dvc_files, plots, published_runs
 from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import MEASURES
-from components.evaluate.pages import data_uri, thumbnail
 from components.evaluate.report import Picture, disagreements, html, markdown, table
 from components.records.compare import Comparison, PublishedRuns
 from components.records.irs import LayerChoice
 from components.records.paths import IRS
 from components.report.figures import LIGHT, draw
+from components.report.pages import data_uri, thumbnail
 from tests.evaluate.study import write_study
 
 

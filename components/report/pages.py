@@ -1,4 +1,4 @@
-"""Templates and inline images that the HTML pages share."""
+"""Template, style and inline images that the HTML pages share."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image
 from components.errors import DataError
 
 
-def templates(folder: Path = Path(__file__).parent) -> Environment:
-    """The `*.html.j2` of `folder`; text is escaped, and a name that is not there is an error."""
+def templates(folder: Path) -> Environment:
+    """The `*.html.j2` of `folder`, and page.html.j2 that they extend; text is escaped, and an unknown name is an error."""
     return Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
