@@ -37,7 +37,8 @@ def divergence(
         student_logits: (N, V_S), cut likewise.
         kind: forward KL(p_T || p_S); reverse KL(p_S || p_T); jsd, generalised Jensen-Shannon with beta = mix
             (arXiv 2306.13649, eq. 1: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S); skewed,
-            KL(p_T || alpha p_T + (1 - alpha) p_S) with alpha = mix (arXiv 2402.03898, eq. 3).
+            KL(p_T || alpha p_T + (1 - alpha) p_S), and skewed_reverse, KL(p_S || alpha p_S + (1 - alpha) p_T), with
+            alpha = mix (arXiv 2402.03898, eq. 3; DistiLLM-2 takes p_S inside its mixture without a gradient, not so here).
         temperature: both logits are divided by it; no T^2 factor is applied.
 
     Returns:
@@ -56,7 +57,9 @@ def divergence(
         return mix * kl(log_t, middle) + (1 - mix) * kl(log_s, middle)
     if kind == "skewed":
         return kl(log_t, _log_mixture(log_t, log_s, mix))
-    raise ValueError(f"unknown divergence {kind!r}: forward, reverse, jsd or skewed")
+    if kind == "skewed_reverse":
+        return kl(log_s, _log_mixture(log_s, log_t, mix))
+    raise ValueError(f"unknown divergence {kind!r}: forward, reverse, jsd, skewed or skewed_reverse")
 
 
 def row_divergence(

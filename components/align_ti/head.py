@@ -69,7 +69,8 @@ def row_losses(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor]
     """(N,) losses of the logits of hidden rows (N, d), `size` rows at a time.
 
     Args:
-        loss: of a slice of the rows and its logits (n, V), one number per row. Called again in the backward pass.
+        loss: of a slice of the rows and its logits (n, V), one number per row, or several, (n, k). Called again in the
+            backward pass.
 
     Where all rows are one chunk its logits are kept for the backward pass instead. Gradients reach the rows and the head.
     """

@@ -61,11 +61,14 @@ def places(response: Tensor, keys: list[int]) -> Tensor:
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """(N, V) probabilities to draw from, in the order that `generate` of transformers has: logits / temperature, then the
     `top_k` most likely tokens, then the smallest set of the most likely whose probabilities reach `top_p`. They sum to 1.
+
+    The tokens are ranked before the temperature, whose height makes their probabilities equal but not the ranks.
     """
     p = (logits if temperature == 1 else logits / temperature).softmax(-1)
     if top_k is None and top_p is None:
         return p
-    ranked, order = p.topk(p.shape[-1] if top_k is None else min(top_k, p.shape[-1]))
+    order = logits.topk(p.shape[-1] if top_k is None else min(top_k, p.shape[-1])).indices
+    ranked = p.gather(1, order)
     if top_p is not None:
         before = ranked.double().cumsum(-1) - ranked
         # A token stays if those before it do not reach top_p, so the most likely one always does.

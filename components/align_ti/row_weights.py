@@ -1,7 +1,4 @@
-"""Weights of L_kd's rows by name: functions of the teacher's and the student's logits (n, V) and the gold tokens (n,).
-
-Each returns (n,) weights, at most 1. They carry no gradient.
-"""
+"""Weights of the rows that predict the response, by name, and what they come to within an answer."""
 
 from __future__ import annotations
 
@@ -11,13 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-RowWeight = Callable[[Tensor, Tensor, Tensor], Tensor]
+from components.align_ti.seen import Seen
+
+RowWeight = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher's and student's logits (n, V), gold tokens (n,) -> (n,)
 
 
 def entropy(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
     """H(p_T) / log V: rows of which the teacher itself is unsure weigh most (EA-KD, arXiv 2311.13621)."""
-    log_p = torch.log_softmax(teacher, -1)
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1) / math.log(teacher.shape[-1])
+    return _entropy(teacher)
+
+
+def certainty(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
+    """exp(-H(p_T) / log V): rows of which the teacher is sure weigh most (GRACE, arXiv 2601.22709)."""
+    return (-_entropy(teacher)).exp()
 
 
 def confidence(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
@@ -25,7 +28,18 @@ def confidence(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
     return 1 - torch.softmax(teacher, -1).gather(1, gold[:, None])[:, 0]
 
 
-ROW_WEIGHTS: dict[str, RowWeight] = {"entropy": entropy, "confidence": confidence}
+def unsure(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
+    """H(p_S) / log V: rows of which the student is unsure weigh most (SE-KD, arXiv 2602.01395)."""
+    return _entropy(student)
+
+
+def accepted(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
+    """1 where the student's likeliest token is among the teacher's five, else 0.01 (SelecTKD)."""
+    found = teacher.topk(5).indices == student.argmax(-1, keepdim=True)
+    return torch.where(found.any(-1), 1.0, 0.01).to(teacher.dtype)
+
+
+ROW_WEIGHTS: dict[str, RowWeight] = {f.__name__: f for f in (entropy, certainty, confidence, unsure, accepted)}
 
 
 def weight_called(name: str) -> RowWeight:
@@ -33,3 +47,41 @@ def weight_called(name: str) -> RowWeight:
     if name not in ROW_WEIGHTS:
         raise ValueError(f"row_weight {name!r} is none of {', '.join(ROW_WEIGHTS)} (components/align_ti/row_weights.py)")
     return ROW_WEIGHTS[name]
+
+
+@torch.no_grad()
+def row_weights(seen: Seen, name: str) -> Tensor:
+    """(N,) at the rows that predict the response, without a gradient. A term that asks for them needs `live`."""
+    weight = weight_called(name)
+    return seen.rowwise(seen.predicts, lambda at, teacher, student: weight(teacher, student, seen.gold[at]))
+
+
+def over_mean(weights: Tensor, answer: Tensor) -> Tensor:
+    """(N,) weights divided by their mean in each answer, so that its rows weigh 1 on average."""
+    return weights / _per_answer(weights, answer).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def in_top(weights: Tensor, answer: Tensor, share: float) -> Tensor:
+    """(N,) bool: the ceil(share R) rows of highest weight of each answer of R rows; the earlier of equals."""
+    order = weights.argsort(descending=True, stable=True)
+    order = order[answer[order].argsort(stable=True)]  # by answer, as `answer` itself is, then by weight
+    top = torch.empty_like(answer, dtype=torch.bool)
+    top[order] = place(answer) < (share * answer.bincount()[answer]).ceil()
+    return top
+
+
+def place(answer: Tensor) -> Tensor:
+    """(N,) how many rows of its answer come before each."""
+    size = answer.bincount()
+    return torch.arange(len(answer), device=answer.device) - (size.cumsum(0) - size)[answer]
+
+
+def _per_answer(values: Tensor, answer: Tensor) -> Tensor:
+    """(N,) their mean in the answer of each row."""
+    size = answer.bincount()
+    return (values.new_zeros(len(size)).index_add_(0, answer, values) / size)[answer]
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_p = torch.log_softmax(logits, -1)
+    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1) / math.log(logits.shape[-1])

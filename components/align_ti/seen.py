@@ -60,6 +60,16 @@ class Seen:
         return predicting(self.batch.response)
 
     @cached_property
+    def gold(self) -> Tensor:
+        """(N,) the response tokens, which the rows of `predicts` are about."""
+        return self.batch.input_ids[:, 1:][self.batch.response[:, 1:]]
+
+    @cached_property
+    def answer(self) -> Tensor:
+        """(N,) the sample that each of them belongs to."""
+        return self.predicts.nonzero()[:, 0]
+
+    @cached_property
     def text_rows(self) -> Tensor:
         """(B, T) bool: the rows of the sequence that L_kd or L_tpa compares."""
         return self.predicts if self.ribbon is None else self.predicts | (self.ribbon.gold > 0)
@@ -82,7 +92,8 @@ class Seen:
         return self._divergence(self.teacher_ribbon, self.student_ribbon, divergence)
 
     def rowwise(self, rows: Tensor, loss: Rowwise, weights: Tensor | None = None) -> Tensor:
-        """(N,) any function of both models' logits at the rows of a (B, T) bool mask, computed in chunks of rows.
+        """(N,) any function of both models' logits at the rows of a (B, T) bool mask, computed in chunks of rows; (N, k) where
+        it has k numbers per row.
 
         With `weights` (N,) their weighted sum (), whose gradient takes no second look at the logits. The term needs `live`.
         """

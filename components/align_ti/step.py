@@ -36,7 +36,7 @@ from components.align_ti.ribbon import (
 )
 from components.align_ti.seen import Seen
 from components.align_ti.shared_weights import SharedWeights
-from components.align_ti.terms import CORE, Needs, Term, Trained, computed, term_class, union
+from components.align_ti.terms import CORE, Follows, Needs, Term, Trained, computed, term_class, union
 from components.align_ti.top_k import CachedTopK
 from components.align_ti.watch import Watch, Watched
 
@@ -196,6 +196,12 @@ class AlignTI(nn.Module):
     def live_teacher(self) -> Teacher | None:
         """None where a cache serves, or no term needs a teacher."""
         return self._teacher[0]
+
+    def stepped(self, means: Tensor) -> None:
+        """Tell the terms' modules that follow their loss what its global mean was, in the order of `Method.terms`."""
+        for name, mean in zip(self.method.terms, means.detach(), strict=True):
+            if name in self.term_modules and isinstance(module := self.term_modules[name], Follows):
+                module.stepped(mean, self.progress)
 
     def forward(self, batch: Batch, keys: list[int], draws: Tensor | None = None) -> Sums:
         """Sums and counts of the terms with a positive weight.

@@ -71,6 +71,18 @@ def top_k_divergence(teacher: TopK, student_logits: Tensor, temperature: float =
     return kl(torch.cat([teacher.log_probs, teacher.log_tail[:, None]], dim=-1), log_s)
 
 
+def decoupled(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(p_T || p_S) of (N, V) logits taken apart at (N, k) tokens, as D1 + a D2.
+
+    Returns (N,) each: D1, over those tokens and all others as one; D2, among the others; a, their mass under p_T.
+    """
+    shared = min(teacher.shape[-1], student.shape[-1])
+    log_p, log_q = (logits[:, :shared].log_softmax(-1).scatter(-1, tokens, -torch.inf) for logits in (teacher, student))
+    rest_p, rest_q = (others.logsumexp(-1, keepdim=True) for others in (log_p, log_q))
+    parts = TopK(tokens, teacher[:, :shared].log_softmax(-1).gather(-1, tokens), rest_p[:, 0])
+    return top_k_divergence(parts, student[:, :shared]), kl(log_p - rest_p, log_q - rest_q), rest_p[:, 0].exp()
+
+
 def top_k_row_divergence(
     teacher: TopK,
     student_rows: Tensor,

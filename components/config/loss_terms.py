@@ -22,7 +22,7 @@ from components.config.fields import NonNegative, PositiveFloat, Ratio, Strict
 class Divergence(Strict):
     """Per-row divergence D(teacher, student) in nats; `mix` is JSD's beta or the skew's alpha."""
 
-    kind: Literal["forward", "reverse", "jsd", "skewed"]
+    kind: Literal["forward", "reverse", "jsd", "skewed", "skewed_reverse"]
     mix: Ratio
     temperature: PositiveFloat
 

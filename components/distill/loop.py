@@ -86,6 +86,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
                 dump = job.origin.dump(step, module, state, micro_batches, {**record, "gradient norm": norm}, accelerator)
                 raise _not_finite(step, record, norm, [id_ for batch, _ in micro_batches for id_ in batch.ids], dump)
             schedule.step()
+            module.stepped(terms)
             record["total"] = float((weights.cpu() * torch.tensor(list(record.values()))).sum())
             bar.update()
             if step % settings.log_every == 0 or step == settings.steps:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from components.align_ti.divergence import divergence, row_divergence
 from components.align_ti.head import Head, cross_entropy, rows_per_chunk
 
-KINDS = ["forward", "reverse", "jsd", "skewed"]
+KINDS = ["forward", "reverse", "jsd", "skewed", "skewed_reverse"]
 
 
 def logits(seed: int, rows: int = 6, columns: int = 11, scale: float = 3.0) -> torch.Tensor:
@@ -27,7 +27,13 @@ def reference(t: torch.Tensor, s: torch.Tensor, kind: str, mix: float, temperatu
         return (a * torch.log(a / b)).sum(-1)
 
     m = mix * p + (1 - mix) * q
-    return {"forward": kl(p, q), "reverse": kl(q, p), "jsd": mix * kl(p, m) + (1 - mix) * kl(q, m), "skewed": kl(p, m)}[kind]
+    return {
+        "forward": kl(p, q),
+        "reverse": kl(q, p),
+        "jsd": mix * kl(p, m) + (1 - mix) * kl(q, m),
+        "skewed": kl(p, m),
+        "skewed_reverse": kl(q, mix * q + (1 - mix) * p),
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)

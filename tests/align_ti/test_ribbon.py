@@ -142,6 +142,12 @@ def test_top_k_and_temperature(logits: torch.Tensor, top_k: int, temperature: fl
     torch.testing.assert_close(kept[inside], p[inside] / p[inside].sum())
 
 
+def test_a_high_temperature_makes_the_likeliest_tokens_equal() -> None:
+    logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    wanted = torch.zeros(20, 30).scatter(1, logits.argsort(descending=True)[:, :5], 0.2)
+    torch.testing.assert_close(probabilities(logits, temperature=1e9, top_k=5), wanted)
+
+
 def test_sharpened_probabilities_are_those_of_generate() -> None:
     """transformers' own warpers, in the order that `generate` applies them."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

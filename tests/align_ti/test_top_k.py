@@ -12,7 +12,7 @@ from components.align_ti.divergence import divergence
 from components.align_ti.head import Head
 from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import CORE
-from components.align_ti.top_k import CachedTopK, TopK, top_k, top_k_divergence, top_k_row_divergence
+from components.align_ti.top_k import CachedTopK, TopK, decoupled, top_k, top_k_divergence, top_k_row_divergence
 from components.distill.teacher import FrozenTeacher
 from components.models.vlm import VLM
 from tests import tiny
@@ -29,6 +29,14 @@ def test_never_more_than_the_exact_divergence_and_grows_with_k(seed: int, k: int
     coarser, finer = (top_k_divergence(top_k(t, n, temperature), s, temperature) for n in (k, k + 1))
     slack = 1e-12 * (1 + exact)
     assert (coarser >= -slack).all() and (coarser <= finer + slack).all() and (finer <= exact + slack).all()
+
+
+@given(seed=st.integers(0, 10_000), k=st.integers(1, V - 1), scale=st.floats(0.1, 30.0))
+@settings(max_examples=25, deadline=None)
+def test_taken_apart_it_adds_up_to_the_divergence(seed: int, k: int, scale: float) -> None:
+    t, s = logits(seed, scale=scale), logits(seed + 1, scale=scale)
+    of_tokens, among_others, mass = decoupled(t, s, t.topk(k).indices)
+    torch.testing.assert_close(of_tokens + mass * among_others, divergence(t, s), rtol=1e-9, atol=1e-12)
 
 
 @given(seed=st.integers(0, 10_000), temperature=st.floats(0.5, 4.0))

@@ -96,6 +96,14 @@ class Trained(Protocol):
     def module(self, student_width: int, teacher_width: int | None) -> nn.Module: ...
 
 
+@runtime_checkable
+class Follows(Protocol):
+    """A term's module whose state follows the loss from step to step; buffers, for a checkpoint to hold it."""
+
+    def stepped(self, loss: Tensor, progress: float) -> None:
+        """After a step of the training: its global mean (), and `seen.progress` as the step had it."""
+
+
 def names() -> list[str]:
     """The terms that there are: the files of this folder."""
     return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
-from components.align_ti.row_weights import weight_called
+from components.align_ti.row_weights import in_top, over_mean, row_weights, weight_called
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, responses
 
@@ -17,10 +17,13 @@ from components.align_ti.terms import Needs, responses
 class Term:
     divergence: Divergence | None = None  # None: the arm's
     row_weight: str | None = None  # a function of align_ti/row_weights.py
+    top: float | None = None  # only so large a share of each answer's rows, those of highest weight, and these alike
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:
             weight_called(self.row_weight)
+        if self.top is not None and (self.row_weight is None or not 0 < self.top <= 1):
+            raise ValueError("top is a share above 0 and at most 1, of the rows that a row_weight ranks")
 
     @property
     def needs(self) -> Needs:
@@ -32,10 +35,7 @@ class Term:
     def loss(self, seen: Seen) -> Tensor:
         if self.row_weight is None:
             return seen.text_divergence(self.divergence)[seen.predicts[seen.text_rows]].sum()
-        weight, divergence = weight_called(self.row_weight), self.divergence or seen.divergence_of_arm
-        targets = seen.batch.input_ids[:, 1:][seen.batch.response[:, 1:]]
-
-        def weighted(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
-            return weight(teacher, student.detach(), targets[at]) * divergence(teacher, student)
-
-        return seen.rowwise(seen.predicts, weighted, seen.ones(targets))
+        weights = row_weights(seen, self.row_weight)
+        if self.top is not None:
+            weights = over_mean(in_top(weights, seen.answer, self.top).to(weights.dtype), seen.answer)
+        return seen.divergence(seen.predicts, weights, self.divergence)

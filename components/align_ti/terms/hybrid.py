@@ -1,0 +1,51 @@
+"""L_hybrid: hard and soft targets mixed, (1 - w) hard + w KL(p_T || p_S), in L_sft's and L_kd's place. Units: response tokens.
+
+With a `risk` the hard half of an answer's row t = 0, 1, ... is discount^t (CE_t + risk/4 (z_t(y_t) - discount LSE(z_t+1))^2), z
+the student's logits; the last row has no penalty. Source: Bridge-Garden, arXiv 2605.26246.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from components.align_ti.batch import Batch
+from components.align_ti.divergence import divergence
+from components.align_ti.row_weights import place, row_weights, weight_called
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, responses
+
+
+@dataclass(frozen=True)
+class Term:
+    soft: float = 0.2  # w
+    rising: bool = False  # w grows from 0 over the first fifth of the training
+    row_weight: str | None = None  # w of each row is this function's, of align_ti/row_weights.py
+    risk: float = 0.0
+    discount: float = 0.9999
+    needs = Needs(live=True)
+
+    def __post_init__(self) -> None:
+        if self.row_weight is not None:
+            weight_called(self.row_weight)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return responses(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
+            z = student.gather(1, seen.gold[at, None])[:, 0]
+            return torch.stack([z, student.logsumexp(-1), divergence(teacher, student)], dim=-1)
+
+        z, lse, soft = seen.rowwise(seen.predicts, of_row).unbind(-1)
+        hard = lse - z
+        if self.risk and len(hard):
+            follows = seen.answer[1:] == seen.answer[:-1]
+            penalty = self.risk / 4 * (z[:-1] - self.discount * lse[1:]).square() * follows
+            hard = (hard + torch.cat([penalty, penalty.new_zeros(1)])) * self.discount ** place(seen.answer).to(hard.dtype)
+        w = row_weights(seen, self.row_weight) if self.row_weight else self.soft
+        if self.rising:
+            w = w * min(1.0, seen.progress / 0.2)
+        return ((1 - w) * hard + w * soft).sum()

@@ -1,0 +1,35 @@
+"""L_tad: KL of the teacher's `top` tokens and the rest as one, and `beta` times KL within the rest. Units: response tokens.
+
+KL(p_T || p_S) = D1 + a D2, a the rest's mass under p_T; here D1 + beta a / mean(a) D2, the mean over each answer's rows.
+Source: TAD, arXiv 2602.20816.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from components.align_ti.batch import Batch
+from components.align_ti.row_weights import over_mean
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, responses
+from components.align_ti.top_k import decoupled
+
+
+@dataclass(frozen=True)
+class Term:
+    top: int = 10
+    beta: float = 2.0
+    needs = Needs(live=True)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return responses(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
+            return torch.stack(decoupled(teacher, student, teacher.topk(self.top).indices), dim=-1)
+
+        of_top, within, mass = seen.rowwise(seen.predicts, of_row).unbind(-1)
+        return (of_top + self.beta * over_mean(mass.detach(), seen.answer) * within).sum()

@@ -1,0 +1,60 @@
+"""L_taid: KL from an interpolated teacher, softmax((1 - t) z_S + t z_T), z_S there without a gradient. Units: response tokens.
+
+t rises from `start` with the training, faster where the loss falls. Source: TAID, arXiv 2501.16937.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.align_ti.batch import Batch
+from components.align_ti.divergence import divergence
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, responses
+
+
+class Interpolation(nn.Module):
+    """t and what its next value depends on: buffers, so that a checkpoint holds them."""
+
+    t: Tensor
+    momentum: Tensor
+    before: Tensor
+
+    def __init__(self, start: float, pace: float) -> None:
+        super().__init__()
+        self.start, self.pace = start, pace
+        for name, value in {"t": start, "momentum": 0.0, "before": 0.0}.items():  # before: the loss of the last step
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+
+    def stepped(self, loss: Tensor, progress: float) -> None:
+        if self.before > 0:
+            self.momentum.mul_(0.99).add_(0.01 * (self.before - loss) / self.before)
+            faster = self.t + self.pace * self.momentum.sigmoid() * (1 - self.t)
+            self.t.copy_(faster.clamp(self.start + (1 - self.start) * progress, 1.0))
+        self.before.copy_(loss)
+
+
+@dataclass(frozen=True)
+class Term:
+    start: float = 0.4
+    pace: float = 5e-4  # 0: t rises with the training alone
+    needs = Needs(live=True)
+
+    def module(self, student_width: int, teacher_width: int | None) -> nn.Module:
+        return Interpolation(self.start, self.pace)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return responses(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        t: Any = seen.modules["taid"].t
+
+        def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
+            shared = min(teacher.shape[-1], student.shape[-1])
+            return divergence((1 - t) * student[:, :shared].detach() + t * teacher[:, :shared], student)
+
+        return seen.rowwise(seen.predicts, of_row, seen.ones(seen.gold))

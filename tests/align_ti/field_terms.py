@@ -1,0 +1,79 @@
+"""The field's losses written plainly, from whole logits, one row and one image at a time. Used by test_terms.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def answers(whole: Any) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Of each sample, the teacher's and the student's logits (R, V) at the rows that predict its response, and y_1..y_R."""
+    for sample in range(len(whole.batch.input_ids)):
+        at = whole.batch.response[sample].nonzero()[:, 0]
+        yield whole.teacher[sample, at - 1], whole.student[sample, at - 1], whole.batch.input_ids[sample, at].tolist()
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum()
+
+
+def hybrid(whole: Any, soft: float = 0.2, risk: float = 0.0) -> Tensor:
+    total = whole.student.sum() * 0
+    for teacher, student, gold in answers(whole):
+        for t, y in enumerate(gold):
+            hard = -student[t].softmax(-1)[y].log()
+            if risk and t + 1 < len(gold):
+                hard = hard + risk / 4 * (student[t, y] - 0.9999 * student[t + 1].exp().sum().log()) ** 2
+            hard = hard * 0.9999**t if risk else hard
+            total = total + (1 - soft) * hard + soft * kl(teacher[t].softmax(-1), student[t].softmax(-1))
+    return total
+
+
+def hybrid_by_confidence(whole: Any) -> Tensor:
+    total = whole.student.sum() * 0
+    for teacher, student, gold in answers(whole):
+        for t, y in enumerate(gold):
+            p, q = teacher[t].softmax(-1), student[t].softmax(-1)
+            total = total - p[y] * q[y].log() + (1 - p[y]) * kl(p, q)
+    return total
+
+
+def apart(p: Tensor, q: Tensor, tokens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """KL over `tokens` and all others as one; among the others; the others' mass under p."""
+    others = [v for v in range(len(p)) if v not in tokens]
+    a, b = p[others].sum(), q[others].sum()
+    coarse = kl(torch.stack([*p[tokens], a]), torch.stack([*q[tokens], b]))
+    return coarse, kl(p[others] / a, q[others] / b), a
+
+
+def tad(whole: Any) -> Tensor:
+    total = whole.student.sum() * 0
+    for teacher, student, gold in answers(whole):
+        p, q = teacher.softmax(-1), student.softmax(-1)
+        rows = [apart(p[t], q[t], p[t].topk(10).indices.tolist()) for t in range(len(gold))]
+        mean = sum(mass for _, _, mass in rows) / len(gold)
+        total = total + sum(coarse + 2 * mass / mean * fine for coarse, fine, mass in rows)
+    return total
+
+
+def dkd(whole: Any) -> Tensor:
+    total = whole.student.sum() * 0
+    for teacher, student, gold in answers(whole):
+        p, q = teacher.softmax(-1), student.softmax(-1)
+        gates = [torch.exp((p[t] * p[t].log()).sum() / torch.tensor(float(len(p[t]))).log()) for t in range(len(gold))]
+        for t, y in enumerate(gold):
+            coarse, fine, _ = apart(p[t], q[t], [y])
+            total = total + gates[t] / (sum(gates) / len(gold)) * (coarse + 2 * fine)
+    return total
+
+
+def taid(whole: Any, t: float = 0.4) -> Tensor:
+    total = whole.student.sum() * 0
+    for teacher, student, gold in answers(whole):
+        for row in range(len(gold)):
+            target = ((1 - t) * student[row].detach() + t * teacher[row]).softmax(-1)
+            total = total + kl(target, student[row].softmax(-1))
+    return total
