@@ -118,7 +118,7 @@ def measure(model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, A
         answers(loaded, samples, rows, template, settings.models.max_length, chosen, f"batches of {batch_size}")
 
     def kit() -> None:
-        vlmeval.score_split(using, endpoint, samples, sets, scratch / "kit", journal, tokens, settings.evaluate.seed)
+        vlmeval.score_split(vlmeval.Session(using, endpoint, scratch / "kit", journal, tokens), samples, sets, 0)
 
     def now() -> Spent:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -29,19 +29,24 @@ CODE = [
 
 def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings) -> Fingerprint:
     """Of the stage `evaluate` itself: greedy answers to `rows` of one split, matched with the references."""
+    dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type
+    how = {"kit": KIT, "kit_version": sha256(CODE)[:12], "judge": JUDGE, "dtype": dtype, "device": device}
+    return of(loaded.processor, samples, rows, template, settings, **how)
+
+
+def of(
+    processor: Any, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings, **how: str
+) -> Fingerprint:
+    """`how`: kit, kit_version, judge, dtype and device."""
     import transformers
 
     return Fingerprint(
-        kit=KIT,
-        kit_version=sha256(CODE)[:12],
         dataset=f"{samples.manifest.source}/{settings.split}",
         dataset_hash=digest(shard.sha256 for shard in samples.record.shards),
-        prompt_hash=prompts(loaded.processor, samples, rows, template),
+        prompt_hash=prompts(processor, samples, rows, template),
         decoding={"do_sample": False, "max_new_tokens": settings.max_new_tokens},
-        judge=JUDGE,
         transformers=transformers.__version__,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        device=loaded.model.device.type,
+        **how,
     )
 
 

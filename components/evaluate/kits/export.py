@@ -13,7 +13,7 @@ import csv
 import string
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -73,39 +73,23 @@ def _form(samples: Sequence[Sample]) -> Form:
     return "vqa" if any(a in b for a in references for b in references if a != b) else "mcq"
 
 
-def write(kit_set: KitSet, samples: Sequence[Sample], folder: Path, seed: int) -> Path:
-    """folder/NAME.tsv. `category` is the kind; questions are as the model was trained on them, without the options."""
-    path = folder / f"{kit_set.name}.tsv"
-    if kit_set.form == "mcq":
-        return write_options(kit_set, samples, path, seed)
-    answers = {row: samples[row].turns[0].answer for row in kit_set.rows}
-    if kit_set.form == "yes_no":  # as the kit writes them
-        answers = {row: normalise(answer).capitalize() for row, answer in answers.items()}
-    _table(path, [_row(row, samples[row]) | {"answer": answer} for row, answer in answers.items()])
-    return path
+def write(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int, turned: bool = False) -> Path:
+    """The TSV at `path`. `category` is the kind; questions are as the model was trained on them, without the options.
 
-
-def write_options(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int) -> Path:
-    """The multiple choice, each question with its options in one drawn order."""
-    ordered = _ordered(kit_set.rows, samples, seed)
-    _table(path, [_choice(row, samples[row], offered) for row, offered in ordered.items()])
-    return path
-
-
-def write_turned(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int) -> Path:
-    """The multiple choice with its options moved on by 0, 1, ... places: circular evaluation (Liu et al., MMBench, ECCV 2024).
-
-    A question counts as right only if it is answered right in every order.
+    `turned`: a row for each rotation of a question's options. Circular evaluation: a question counts as right only if it is
+    answered right in every order (Liu et al., MMBench, ECCV 2024).
     """
-    ordered = _ordered(kit_set.rows, samples, seed)
-    _table(
-        path,
-        [
+    if kit_set.form == "mcq":
+        rows = [
             _choice(row + turn * TURN, samples[row], [*drawn[turn:], *drawn[:turn]])
-            for row, drawn in ordered.items()
-            for turn in range(len(drawn))
-        ],
-    )
+            for row, drawn in _ordered(kit_set.rows, samples, seed).items()
+            for turn in range(len(drawn) if turned else 1)
+        ]
+    else:
+        rows = [_row(row, samples[row]) | {"answer": samples[row].turns[0].answer} for row in kit_set.rows]
+    if kit_set.form == "yes_no":  # as the kit writes them
+        rows = [row | {"answer": normalise(str(row["answer"])).capitalize()} for row in rows]
+    write_table(path, rows)
     return path
 
 
@@ -134,11 +118,10 @@ def _row(index: int, sample: Sample) -> dict[str, object]:
     return {"index": index, "image": image, "question": question_of(sample.turns[0]), "category": sample.kind}
 
 
-def _table(path: Path, rows: Sequence[dict[str, object]]) -> None:
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    letters = [letter for letter in LETTERS if any(letter in row for row in rows)]
+    columns = dict.fromkeys(name for row in rows for name in row)
     with path.open("w", encoding="utf-8", newline="") as file:
-        columns = ["index", "image", "question", *letters, "answer", "category"]
         table = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n", restval="")
         table.writeheader()
         table.writerows(rows)

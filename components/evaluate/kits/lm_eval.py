@@ -19,7 +19,6 @@ from components.evaluate.journal import Journal
 from components.evaluate.kits.scores import Measured
 from components.io import write_text
 from components.models.checkpoint_folder import weight_files
-from components.records.paths import RUNS
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +51,8 @@ def evaluate(
     Args:
         tasks: of params/lm_eval/; no network is needed.
         stock: NAME of the kit's own, which fetches its data; or NAME=FOLDER, its data set being there as the hub has it.
-        batch_size: samples at once.
         new_tokens: where an answer that has not ended is cut.
         journal: of answers that were already given by this model to these settings.
-        title: names the progress bar.
-        system: the text before the first turn, for chat templates that have a place for it.
 
     Raises:
         InputError: no lm-eval, or no such stock task.
@@ -157,7 +153,3 @@ def _key(arguments: tuple[Any, ...]) -> str:
     for image in rest[0]["visual"] if rest else ():
         found.update(f"{image.mode} {image.size}".encode() + image.tobytes())
     return found.hexdigest()
-
-
-def folder_of(arm: str) -> Path:
-    return RUNS / "kits" / "lm-eval" / arm

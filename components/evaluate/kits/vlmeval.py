@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from components.evaluate.kits.client import Endpoint
 from components.evaluate.kits.scores import Measured
 from components.evaluate.kits.serve import last_words
 from components.evaluate.kits.vlmeval_worker import JUDGE, MODEL, NOTHING, REFUSED
+from components.evaluate.metrics import normalise
 from components.io import write_text
-from components.records.paths import RUNS
 
 FULL = "ALIGNTI_VLMEVAL_PYTHON"  # in the environment: the interpreter of the full kit
 DATA = "LMUData"  # in the environment: where the kit keeps the files of its benchmarks
@@ -64,20 +64,27 @@ class Kit:
     path: Path | None  # the folder that holds the light kit; None for a full one
     version: str
 
-    @property
-    def light(self) -> bool:
-        return self.path is not None
+
+@dataclass(frozen=True)
+class Session:
+    """A served student before the kit, and where its answers are kept."""
+
+    kit: Kit
+    endpoint: Endpoint
+    folder: Path
+    journal: Path
+    new_tokens: int
+    title: str = "vlmeval"  # title of the progress bar
 
 
 @dataclass
 class Job:
     """Sets for one process of the kit."""
 
-    title: str  # title of the progress bar
     data: Path  # the kit's data folder
     sets: dict[str, str]  # name -> mcq, yes_no, vqa, or stock for a benchmark of the kit's
-    plain: list[str]  # sets that are asked word by word, as the model was trained; the others as the kit words them
     questions: int | None  # None: only the kit knows
+    plain: bool = False  # asked word by word, as the model was trained, and not as the kit words it
     md5: dict[str, str] = field(default_factory=dict)  # MD5 of files that the user gives in place of a benchmark's
     blank: bool = False  # a plain grey image in each image's place: what a score is worth without looking
 
@@ -105,40 +112,31 @@ def kit_for_benchmarks() -> Kit:
     return kit(full=FULL in os.environ or FULL_HERE.exists())
 
 
-def run(using: Kit, endpoint: Endpoint, job: Job, folder: Path, journal: Path, new_tokens: int) -> dict[str, Any]:
-    """Let the kit ask and score the job's sets, into folder/work; returns what `inside` says at its end.
+def run(session: Session, job: Job) -> dict[str, Any]:
+    """Let the kit ask and score the job's sets, into folder/work; returns what the worker says at its end.
 
     Raises:
         InputError: the kit has no such benchmark, or one that is not about single images.
-        TryAgainError: the kit's process ends badly; the answers that it had are in `journal`.
+        TryAgainError: the kit's process ends badly; the answers that it had are in the journal.
     """
+    folder, journal = session.folder.resolve(), session.journal.resolve()
     work, done, log = folder / "work", folder / "done.json", folder / "kit.log"
     for path in (work, done, log):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     work.mkdir(parents=True)
     journal.touch()
-    told = {
-        "light": using.light,
-        "endpoint": endpoint._asdict(),
-        "sets": job.sets,
-        "plain": job.plain,
-        "md5": job.md5,
-        "blank": job.blank,
-        "work": str(work.resolve()),
-        "journal": str(journal.resolve()),
-        "done": str(done.resolve()),
-        "clients": CLIENTS,
-        "max_new_tokens": new_tokens,
-    }
-    write_text(folder / "job.json", json.dumps(told, indent=2))
+    told = asdict(job) | {"light": session.kit.path is not None, "endpoint": session.endpoint._asdict(), "clients": CLIENTS}
+    told |= {"work": work, "journal": journal, "done": done, "max_new_tokens": session.new_tokens}
+    write_text(folder / "job.json", json.dumps(told, indent=2, default=str))
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, using.path) if path),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, session.kit.path) if path),
         DATA: str(job.data.resolve()),
         "PRED_FORMAT": "tsv",
         "EVAL_FORMAT": "csv",
     }
-    words = [using.python, "-m", "components.evaluate.kits.vlmeval_worker", str((folder / "job.json").resolve())]
-    ended = _watched(words, environment, log, journal, job)
+    words = [session.kit.python, "-m", "components.evaluate.kits.vlmeval_worker", str(folder / "job.json")]
+    with tqdm(total=job.questions, desc=session.title, unit="question", delay=2) as bar:
+        ended = _watched(words, environment, log, journal, bar)
     if ended == REFUSED:
         raise InputError(last_words(log))
     if ended or not done.exists():
@@ -147,13 +145,9 @@ def run(using: Kit, endpoint: Endpoint, job: Job, folder: Path, journal: Path, n
     return dict(json.loads(done.read_text(encoding="utf-8")))
 
 
-def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journal: Path, job: Job) -> int:
-    """The exit code of the kit's process; meanwhile a bar of the answers in the journal. Ends it if this is interrupted."""
-    with (
-        log.open("w") as said,
-        journal.open("rb") as answers,
-        tqdm(total=job.questions, desc=job.title, unit="question", delay=2) as bar,
-    ):
+def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journal: Path, bar: tqdm[Any]) -> int:
+    """The exit code of the kit's process; `bar` follows the answers in the journal. Ends the process if this is interrupted."""
+    with log.open("w") as said, journal.open("rb") as answers:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:
             while True:
@@ -167,18 +161,14 @@ def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journ
                 process.wait()
 
 
-def score_split(
-    using: Kit, endpoint: Endpoint, samples: Sequence[Sample], found: Sequence[export.KitSet], folder: Path, journal: Path,
-    new_tokens: int, seed: int, title: str = "vlmeval",
-) -> Measured:  # fmt: skip
+def score_split(session: Session, samples: Sequence[Sample], found: Sequence[export.KitSet], seed: int) -> Measured:
     """Our own sets through the kit. Raises TryAgainError if it crashes, DataError if it lost an answer."""
-    data = _fresh(folder)
+    data = _fresh(session.folder)
     for kit_set in found:
-        export.write(kit_set, samples, data, seed)
-    forms = {kit_set.name: str(kit_set.form) for kit_set in found}
-    job = Job(title, data, forms, list(forms), questions=sum(len(kit_set.rows) for kit_set in found))
-    told_of = run(using, endpoint, job, folder, journal, new_tokens)
-    work = folder / "work"
+        export.write(kit_set, samples, data / f"{kit_set.name}.tsv", seed)
+    forms: dict[str, str] = {kit_set.name: kit_set.form for kit_set in found}
+    told_of = run(session, Job(data, forms, questions=sum(len(kit_set.rows) for kit_set in found), plain=True))
+    work = session.folder / "work"
     answers: dict[int, str] = {}
     verdicts: dict[int, bool] = {}
     figures: dict[str, float] = {}
@@ -205,10 +195,7 @@ def score_split(
     )
 
 
-def score_tasks(
-    using: Kit, endpoint: Endpoint, tasks: Sequence[str], folder: Path, journal: Path, new_tokens: int, blank: bool = False,
-    title: str = "vlmeval",
-) -> dict[str, float]:  # fmt: skip
+def score_tasks(session: Session, tasks: Sequence[str], blank: bool = False) -> dict[str, float]:
     """Benchmarks of the kit by name, and TSV files in its format, asked as the kit words them: `task/figure` -> value.
 
     A task is the NAME of a benchmark, whose file the kit keeps in $LMUData (~/LMUData); NAME=FILE.tsv, its file being yours; or
@@ -221,25 +208,28 @@ def score_tasks(
     own = [task for task in tasks if task.endswith(".tsv")]
     figures: dict[str, float] = {}
     if own:
-        figures |= _scored(using, endpoint, _files(own, _fresh(folder), title, blank), folder, journal, new_tokens)
+        figures |= _scored(session, _files(own, _fresh(session.folder), blank))
     named = [task for task in tasks if task not in own]
     if named:
         kept = Path(os.environ.get(DATA) or "~/LMUData").expanduser()
         kept.mkdir(parents=True, exist_ok=True)  # the kit would look elsewhere for one that is not there
-        job = Job(title, kept, dict.fromkeys(named, "stock"), [], None, blank=blank)
-        figures |= _scored(using, endpoint, job, folder, journal, new_tokens)
+        figures |= _scored(session, Job(kept, dict.fromkeys(named, "stock"), questions=None, blank=blank))
     return figures
 
 
-def _files(tasks: Sequence[str], data: Path, title: str, blank: bool) -> Job:
+def _files(tasks: Sequence[str], data: Path, blank: bool) -> Job:
     """The files, checked and copied to where the kit reads them."""
-    job = Job(title, data, {}, [], 0, blank=blank)
+    job = Job(data, {}, questions=0, blank=blank)
     for task in tasks:
         benchmark, _, file = task.rpartition("=")
         form, rows = checked(Path(file))
         name = benchmark or f"{Path(file).stem}{'_POPE' if form == 'yes_no' else ''}"
         if form == "yes_no" and not benchmark:
-            _copy_as_yes_no(Path(file), data / f"{name}.tsv")
+            # The kit fails without a category, and to it no answer equals a `yes` that is not written `Yes`.
+            lines = [
+                {"category": "all", **line, "answer": normalise(line["answer"]).capitalize()} for line in table(Path(file))
+            ]
+            export.write_table(data / f"{name}.tsv", lines)
         else:
             shutil.copyfile(file, data / f"{name}.tsv")
         job.sets[name] = "stock" if benchmark else form
@@ -249,26 +239,15 @@ def _files(tasks: Sequence[str], data: Path, title: str, blank: bool) -> Job:
     return job
 
 
-def _copy_as_yes_no(file: Path, copy: Path) -> None:
-    """As the kit wants them: it fails without a category, and no answer equals a `yes` that is not written `Yes`."""
-    lines = [{"category": "all", **line, "answer": export.normalise(line["answer"]).capitalize()} for line in table(file)]
-    with copy.open("w", encoding="utf-8", newline="") as written:
-        writer = csv.DictWriter(written, list(lines[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
-def _scored(
-    using: Kit, endpoint: Endpoint, job: Job, folder: Path, journal: Path, new_tokens: int
-) -> dict[str, float]:  # fmt: skip
-    told = run(using, endpoint, job, folder, journal, new_tokens)
+def _scored(session: Session, job: Job) -> dict[str, float]:
+    told = run(session, job)
     figures: dict[str, float] = {}
     for name, form in job.sets.items():
         shown = f"{name} (file {told['md5'][name][:8]}, not the kit's)" if name in told["md5"] else name
         shown += ", blank images" if job.blank else ""
-        lines = list(table(folder / "work" / f"{MODEL}_{name}.tsv"))
+        lines = list(table(session.folder / "work" / f"{MODEL}_{name}.tsv"))
         if form == "vqa":
-            right = [export.normalise(line["prediction"]) == export.normalise(line["answer"]) for line in lines]
+            right = [normalise(line["prediction"]) == normalise(line["answer"]) for line in lines]
             figures[f"{shown}/exact match (ours)"] = sum(right) / len(right)
         for row in told["figures"].get(name, []):
             split = row.pop("split", "")
@@ -312,11 +291,7 @@ def checked(path: Path) -> tuple[export.Form, int]:
         raise DataError(f"{path}: {'; '.join(problems[:5])}{more}; nothing was asked")
     if {"A", "B"} <= columns:
         return "mcq", len(lines)
-    return ("yes_no" if {export.normalise(line["answer"]) for line in lines} <= {"yes", "no"} else "vqa"), len(lines)
-
-
-def folder_of(arm: str) -> Path:
-    return RUNS / "kits" / "vlmeval" / arm
+    return ("yes_no" if {normalise(line["answer"]) for line in lines} <= {"yes", "no"} else "vqa"), len(lines)
 
 
 def _is_picture(image: str) -> bool:

@@ -71,26 +71,6 @@ def _bypass() -> None:
     held["vlmeval.dataset"].DATASET_TYPE = lambda name, **_: "VQA"
     held["vlmeval.dataset"].DATASET_MODALITY = lambda name, **_: "IMAGE"
     held["vlmeval.config"].supported_VLM = {}
-    held["torch"] = _when_used("torch")
-    held["torch.distributed"] = held["torch"].distributed = _when_used("torch.distributed")
-
-
-def _when_used(name: str) -> Any:
-    """Stands for a module that takes a second to import, until something of it is used.
-
-    The kit's loop over questions names torch, for models that it runs itself; a served one needs none of it.
-    """
-
-    def found(attribute: str) -> Any:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)  # somebody looks through all modules
-        if sys.modules.get(name) is module:
-            del sys.modules["torch"], sys.modules["torch.distributed"]
-        return getattr(importlib.import_module(name), attribute)
-
-    module: Any = types.ModuleType(name)
-    module.__getattr__ = found
-    return module
 
 
 def _save_once() -> None:
@@ -183,7 +163,7 @@ def _student(job: dict[str, Any]) -> Any:
     endpoint, journal = Endpoint(**job["endpoint"]), Journal(Path(job["journal"]))
 
     class Student(BaseModel):  # type: ignore[misc]
-        """Asks the served student: `plain` sets word by word, as it was trained; others as the kit words them."""
+        """Asks the served student: a `plain` job word by word, as it was trained; another as the kit words it."""
 
         is_api = True  # so that the kit asks from several threads
         INTERLEAVE = False
@@ -195,7 +175,7 @@ def _student(job: dict[str, Any]) -> Any:
             self.gone: OSError | None = None
 
         def use_custom_prompt(self, dataset: str) -> bool:
-            return dataset in job["plain"]
+            return bool(job["plain"])
 
         def build_prompt(self, line: Any, dataset: str) -> list[dict[str, str]]:
             """The image as it is in our file: the kit's own `dump_image` would decode it and write it anew."""

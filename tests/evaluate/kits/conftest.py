@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from components.evaluate.kits import serve
+from components.evaluate.kits import serve, vlmeval
 from components.evaluate.kits.client import Endpoint
 
 LIGHT = sorted((Path(sys.prefix) / "vlmeval").glob("ms_vlmeval-*.dist-info"))
@@ -82,6 +82,10 @@ class Scripted:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.endpoint = Endpoint(f"http://127.0.0.1:{self.server.server_port}", "scripted")
+
+
+def session(scripted: Scripted, folder: Path) -> vlmeval.Session:
+    return vlmeval.Session(vlmeval.kit(full=False), scripted.endpoint, folder, folder / "answers.jsonl", new_tokens=8)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ COLOURS = ["red", "green", "blue", "grey"]
 def test_the_files_hold_what_the_kit_reads(tmp_path: Path) -> None:
     found = [sample(0, "colour", "Red."), sample(1, "colour", "blue"), sample(2, "digit", "one"), sample(3, "digit", "two")]
     (kit_set,) = export.sets(found, range(4))[0]
-    path = export.write(kit_set, found, tmp_path, seed=1)
+    path = export.write(kit_set, found, tmp_path / "mcq.tsv", seed=1)
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
     assert [(r["index"], r[r["answer"]], {r["A"], r["B"]}, r["category"]) for r in rows] == [
         ("0", "red", {"blue", "red"}, "colour"),
@@ -54,7 +54,7 @@ def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_pa
     (kit_set,) = export.sets(found, range(200))[0]
 
     def orders(seed: int, rows: Sequence[int] = kit_set.rows) -> dict[str, list[str]]:
-        path = export.write_options(export.KitSet("mcq", list(rows)), found, tmp_path / "o.tsv", seed)
+        path = export.write(export.KitSet("mcq", list(rows)), found, tmp_path / "o.tsv", seed)
         table = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
         assert [r[r["answer"]] for r in table] == [COLOURS[int(r["index"]) % 4] for r in table]  # the letter moved along
         return {r["index"]: [r[letter] for letter in "ABCD"] for r in table}
@@ -70,7 +70,7 @@ def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_pa
 def test_every_rotation_of_a_question_is_a_row(tmp_path: Path) -> None:
     found = [sample(i, "colour", COLOURS[i]) for i in range(4)]
     (kit_set,) = export.sets(found, range(4))[0]
-    path = export.write_turned(kit_set, found, tmp_path / "turned.tsv", seed=1)
+    path = export.write(kit_set, found, tmp_path / "turned.tsv", seed=1, turned=True)
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
     for row in range(4):
         mine = [r for r in rows if int(r["index"]) % export.TURN == row]

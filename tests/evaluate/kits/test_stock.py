@@ -20,7 +20,7 @@ from components.evaluate.benchmarks import BENCHMARKS
 from components.evaluate.kits import vlmeval
 from components.evaluate.kits.vlmeval_worker import GREY
 from tests.evaluate import tiny
-from tests.evaluate.kits.conftest import Scripted, needs_vlmeval
+from tests.evaluate.kits.conftest import Scripted, needs_vlmeval, session
 from tests.oracles.scoring import Answer, score
 
 Row = dict[str, Any]
@@ -151,7 +151,7 @@ def test_the_light_kit_scores_its_own_benchmarks_as_we_do_and_as_is_known_by_han
         said |= spoken
         tasks.append(f"{BENCHMARKS[name].kit_dataset}={path}")
     scripted.answer = lambda prompt: (200, said[re.search(r"What, \w+ \d+\?", prompt).group()])  # type: ignore[union-attr]
-    told = vlmeval.score_tasks(vlmeval.kit(full=False), scripted.endpoint, tasks, tmp_path, tmp_path / "answers.jsonl", 8)
+    told = vlmeval.score_tasks(session(scripted, tmp_path), tasks)
     assert len(scripted.asked) == len(said)  # each once, and whichever way the kit words it
     assert any("Please select the correct answer from the options above" in prompt for prompt in scripted.asked)
     for name, (_, figure, kits, metric, own) in CASES.items():
@@ -176,7 +176,7 @@ def test_questions_of_ones_own_need_no_more_than_the_four_columns(scripted: Scri
     said = {"closed": "yes", "lettered": "A", "open": "red"}
     scripted.answer = lambda prompt: (200, next(answer for name, answer in said.items() if name in prompt))
     files = [str(tmp_path / f"{name}.tsv") for name in forms]
-    told = vlmeval.score_tasks(vlmeval.kit(full=False), scripted.endpoint, files, tmp_path, tmp_path / "a.jsonl", 8)
+    told = vlmeval.score_tasks(session(scripted, tmp_path), files)
     assert told["closed_POPE/Overall/acc"] == told["closed_POPE/Overall/precision"] == 50
     assert told["lettered/none/Overall"] == told["open/exact match (ours)"] == 0.5
 
@@ -185,8 +185,7 @@ def test_questions_of_ones_own_need_no_more_than_the_four_columns(scripted: Scri
 def test_a_benchmark_is_asked_without_its_images_as_a_control(scripted: Scripted, tmp_path: Path) -> None:
     path, said, _ = plant("pope", tmp_path)
     scripted.answer = lambda prompt: (200, said[re.search(r"What, \w+ \d+\?", prompt).group()])  # type: ignore[union-attr]
-    using = vlmeval.kit(full=False)
-    told = vlmeval.score_tasks(using, scripted.endpoint, [f"POPE={path}"], tmp_path, tmp_path / "a.jsonl", 8, blank=True)
+    told = vlmeval.score_tasks(session(scripted, tmp_path), [f"POPE={path}"], blank=True)
     assert {key.split("/")[0] for key in told if "no answer" not in key} == {
         f"POPE (file {digest(path)}, not the kit's), blank images"
     }
@@ -209,7 +208,7 @@ def test_a_benchmark_file_with_another_md5_is_not_taken_for_the_kits(
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody is there: the kit cannot fetch the right one
     with pytest.raises(TryAgainError, match="VLMEvalKit ended with 1"):
-        vlmeval.score_tasks(vlmeval.kit(full=False), scripted.endpoint, ["MMStar"], tmp_path, tmp_path / "a.jsonl", 8)
+        vlmeval.score_tasks(session(scripted, tmp_path), ["MMStar"])
     assert not scripted.asked and "md5 does not match" in (tmp_path / "kit.log").read_text()
 
 
@@ -217,6 +216,6 @@ def test_a_benchmark_file_with_another_md5_is_not_taken_for_the_kits(
 def test_what_the_kit_cannot_ask_a_student_is_said_in_a_sentence(scripted: Scripted, tmp_path: Path) -> None:
     video = BENCHMARKS["mvbench"].kit_dataset
     with pytest.raises(InputError, match=rf"no benchmark '{video}'.*make vlmeval-env"):
-        vlmeval.score_tasks(vlmeval.kit(full=False), scripted.endpoint, [video], tmp_path, tmp_path / "a.jsonl", 8)
+        vlmeval.score_tasks(session(scripted, tmp_path), [video])
     with pytest.raises(DataError, match="no such file"):
-        vlmeval.score_tasks(vlmeval.kit(full=False), scripted.endpoint, ["MMStar=gone.tsv"], tmp_path, tmp_path / "a.jsonl", 8)
+        vlmeval.score_tasks(session(scripted, tmp_path), ["MMStar=gone.tsv"])

@@ -16,7 +16,7 @@ from components.evaluate.kits import export, vlmeval
 from components.evaluate.kits.vlmeval_worker import NOTHING
 from components.evaluate.metrics import matches
 from tests.evaluate import tiny
-from tests.evaluate.kits.conftest import Scripted, needs_vlmeval
+from tests.evaluate.kits.conftest import Scripted, needs_vlmeval, session
 from tests.oracles.scoring import Answer, score
 
 ANSWERS = {  # question -> (kind, reference, what the model says)
@@ -50,10 +50,6 @@ def say(question: str) -> tuple[int, str]:
     return (500, "broken") if text is None else (200, text)
 
 
-def light() -> vlmeval.Kit:
-    return vlmeval.kit(full=False)
-
-
 @needs_vlmeval
 def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scripted, tmp_path: Path) -> None:
     samples = found()
@@ -62,7 +58,7 @@ def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scrip
     scripted.answer = say
     (tmp_path / "work").mkdir()
     (tmp_path / "work/student_AlignTI_MCQ.tsv").write_text("left over from another run")
-    told = vlmeval.score_split(light(), scripted.endpoint, samples, sets, tmp_path, tmp_path / "answers.jsonl", 8, seed=1)
+    told = vlmeval.score_split(session(scripted, tmp_path), samples, sets, seed=1)
     asked = list(ANSWERS)
     said = {asked[row]: answer for row, answer in told.answers.items()}
     assert set(said) == set(ANSWERS)  # nothing is lost
@@ -98,14 +94,14 @@ def test_a_crash_half_way_keeps_the_answers_and_the_next_run_asks_the_rest(scrip
     journal = tmp_path / "answers.jsonl"
     scripted.answer = breaking
     with pytest.raises(TryAgainError, match=r"VLMEvalKit ended with 1.*kept"):
-        vlmeval.score_split(light(), scripted.endpoint, samples, sets, tmp_path, journal, 8, seed=1)
+        vlmeval.score_split(session(scripted, tmp_path), samples, sets, seed=1)
     known = {key for line in journal.read_text().splitlines() for key in json.loads(line)}
     assert 3 <= len(known) < len(ANSWERS) - 1
     again = Scripted()
     again.answer = say
     threading.Thread(target=again.server.serve_forever, daemon=True).start()
     try:
-        told = vlmeval.score_split(light(), again.endpoint, samples, sets, tmp_path, journal, 8, seed=1)
+        told = vlmeval.score_split(session(again, tmp_path), samples, sets, seed=1)
     finally:
         again.server.shutdown()
         again.server.server_close()
@@ -132,10 +128,10 @@ def test_shown_in_other_orders_an_option_is_found_and_a_favourite_letter_is_not(
 
     scripted.answer = chosen
     files = [
-        str(export.write_options(kit_set, samples, tmp_path / "AlignTI_Options.tsv", seed=1)),
-        str(export.write_turned(kit_set, samples, tmp_path / "AlignTI_Circular.tsv", seed=1)),
+        str(export.write(kit_set, samples, tmp_path / "AlignTI_Options.tsv", seed=1)),
+        str(export.write(kit_set, samples, tmp_path / "AlignTI_Circular.tsv", seed=1, turned=True)),
     ]
-    told = vlmeval.score_tasks(light(), scripted.endpoint, files, tmp_path, tmp_path / "answers.jsonl", 8)
+    told = vlmeval.score_tasks(session(scripted, tmp_path), files)
     ours = {}
     for name, metric in (("AlignTI_Options", "choice_vlmeval"), ("AlignTI_Circular", "choice_circular")):
         rows = list(vlmeval.table(tmp_path / f"work/student_{name}.tsv"))
