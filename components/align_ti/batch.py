@@ -30,6 +30,11 @@ class Batch(Protocol):
     def to(self, device: torch.device) -> Batch: ...
 
 
+def of_images(states: Tensor, batch: Batch) -> list[Tensor]:
+    """(Nv, ...) at the visual tokens of each sample that has some, of (B, T, ...) states."""
+    return [states[sample][batch.visual[sample]] for sample in batch.visual.any(1).nonzero()[:, 0].tolist()]
+
+
 def predicting(response: Tensor) -> Tensor:
     """(B, T) bool: positions whose next-token prediction is about a response token. Position t predicts token t + 1."""
     return torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], dim=1)

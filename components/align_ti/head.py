@@ -56,6 +56,21 @@ class Head:
             at = slice(start, start + step)
             yield at, self.weight[at].to(dtype)
 
+    def gram(self, columns: int | None, centred: bool = False) -> Tensor:
+        """(d + 1, d + 1) products over the vocabulary of [W, b], cut to `columns`: those of logits are [h, 1] gram [h', 1]^T.
+
+        `centred`: of logits minus their mean over the vocabulary. Raises ValueError if logits are soft-capped.
+        """
+        if self.cap is not None:
+            raise ValueError("a head with soft-capped logits (Gemma 2) is not linear, and has no Gram matrix")
+        weight = self.weight[:columns].to(at_least_float32(self.weight.dtype))
+        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias[:columns].to(weight.dtype)
+        whole = torch.cat([weight, bias[:, None]], dim=1)
+        if centred:
+            whole = whole - whole.mean(0)
+        with torch.autocast(weight.device.type, enabled=False):
+            return whole.T @ whole
+
     def capped(self, logits: Tensor) -> Tensor:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 

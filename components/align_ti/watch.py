@@ -23,7 +23,8 @@ class Map:
 
 @dataclass(frozen=True)
 class Watch:
-    """What to read in one forward pass. Layers count from 0; a hidden state (B, T, d) is what a layer passes on."""
+    """What to read in one forward pass. Layers count from 0, or back from -1, the last; a hidden state (B, T, d) is what one
+    passes on."""
 
     maps: tuple[Map, ...] = ()
     hidden: tuple[int, ...] = ()

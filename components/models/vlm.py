@@ -123,8 +123,9 @@ class VLM(nn.Module):
         """
         seen = Watched()
         layers = decoder_layers(self.model)
-        if beyond := sorted({*(map.layer for map in watch.maps), *watch.hidden} - set(range(len(layers)))):
-            raise ModelError(f"a loss term reads layers {beyond} of a model whose layers are 0..{len(layers) - 1}")
+        depth = len(layers)
+        if beyond := sorted({*(map.layer for map in watch.maps), *watch.hidden} - set(range(-depth, depth))):
+            raise ModelError(f"a loss term reads layers {beyond} of a model whose layers are 0..{depth - 1}")
         if watch.maps and self.flexes:
             raise ModelError("a loss term reads attention maps, which FlexAttention does not have: set flex_attention to false")
         looks: dict[tuple[str, bool], list[Map]] = {}
@@ -135,12 +136,12 @@ class VLM(nn.Module):
             for (rows, each_row), maps in looks.items():
                 look = Look.at(getattr(batch, rows), batch.visual, each_row, gradients=True)
                 open_looks |= dict.fromkeys(maps, look)
-                stack.enter_context(watching(self.model, [map.layer for map in maps], look))
+                stack.enter_context(watching(self.model, [map.layer % depth for map in maps], look))
             for index in watch.hidden:
                 hook = layers[index].register_forward_hook(_keeper(seen.hidden, index))
                 stack.callback(hook.remove)
             yield seen
-        seen.maps |= {map: look.seen[map.layer] for map, look in open_looks.items()}
+        seen.maps |= {map: look.seen[map.layer % depth] for map, look in open_looks.items()}
 
     def flex(self) -> None:
         """From now on the language model attends by FlexAttention, whose kernel leaves out the blocks that `expanded`'s mask

@@ -77,3 +77,70 @@ def taid(whole: Any, t: float = 0.4) -> Tensor:
             target = ((1 - t) * student[row].detach() + t * teacher[row]).softmax(-1)
             total = total + kl(target, student[row].softmax(-1))
     return total
+
+
+def pictures(whole: Any) -> Iterator[tuple[int, Tensor]]:
+    """Samples with an image, and where it stands."""
+    for sample in range(len(whole.batch.input_ids)):
+        if whole.batch.visual[sample].any():
+            yield sample, whole.batch.visual[sample].nonzero()[:, 0]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt())
+
+
+def relation(whole: Any, centred: bool = False) -> Tensor:
+    total = whole.student.sum() * 0
+    for sample, at in pictures(whole):
+        y, z = whole.student[sample, at], whole.teacher[sample, at]
+        if centred:
+            y, z = y - y.mean(-1, keepdim=True), z - z.mean(-1, keepdim=True)
+        total = total + 1 - cosine(y @ y.T, z @ z.T)
+    return total
+
+
+def affinity(whole: Any) -> Tensor:
+    mine, theirs = (output.hidden_states[-1] for output in whole.stock())
+    total = whole.student.sum() * 0
+    for sample, at in pictures(whole):
+        text = (whole.batch.instruction | whole.batch.response)[sample].nonzero()[:, 0]
+        apart = [
+            cosine(mine[sample, i], mine[sample, j]) - cosine(theirs[sample, i], theirs[sample, j]) for i in at for j in text
+        ]
+        total = total + sum(d * d / 2 if abs(d) < 1 else abs(d) - 0.5 for d in apart) / len(apart)
+    return total
+
+
+def cka(whole: Any) -> Tensor:
+    mine, theirs = (output.hidden_states[-2] for output in whole.stock())
+    total = whole.student.sum() * 0
+    for sample, at in pictures(whole):
+        H = torch.eye(len(at)) - 1 / len(at)
+        kernels = []
+        for states in (mine[sample, at], theirs[sample, at]):
+            V = states / states.norm(dim=1, keepdim=True)
+            kernels.append(H.double() @ V @ V.T @ H.double())
+        total = total + 1 - cosine(*kernels)
+    return total
+
+
+def received(whole: Any, rows: str = "visual", pairs: Any = ((0, (1,)),), sinks: bool = False) -> Tensor:
+    mine, theirs = (output.attentions for output in whole.stock("eager"))
+    total = whole.student.sum() * 0
+    for sample, at in pictures(whole):
+        looking = getattr(whole.batch, rows)[sample].nonzero()[:, 0]
+        for layer, layers in pairs:
+            a = mine[layer][sample].mean(0)[looking][:, at]
+            b = sum(theirs[one][sample].mean(0)[looking][:, at] for one in layers) / len(layers)
+            u, v = [], []
+            for c in range(len(at)):
+                keep = (
+                    range(len(looking))
+                    if sinks
+                    else [r for r in range(len(looking)) if a[r, c] <= a.mean() + a.std() and 0 < b[r, c] <= b.mean() + b.std()]
+                )
+                u.append(sum((a[r, c] for r in keep), a[0, 0] * 0) / max(1, len(keep)))
+                v.append(sum((b[r, c] for r in keep), b[0, 0] * 0) / max(1, len(keep)))
+            total = total + (1 - cosine(torch.stack(u), torch.stack(v))) / len(pairs)
+    return total

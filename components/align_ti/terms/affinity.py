@@ -1,0 +1,46 @@
+"""L_affinity: smooth L1 of both models' cosines between last hidden states of visual and text tokens. Units: images.
+
+Text tokens are the sample's instruction and response; the mean is over an image's Nv x Nt cosines. Source: EM-KD, arXiv
+2511.21106.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.align_ti.batch import Batch
+from components.align_ti.head import at_least_float32
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs
+
+
+@dataclass(frozen=True)
+class Term:
+    needs = Needs(response=False, live=True)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return (batch.visual.any(1) & _text(batch).any(1)).sum().float()
+
+    def loss(self, seen: Seen) -> Tensor:
+        assert isinstance(seen.teacher, Tensor)  # live, as `needs` asks
+        visual, text = seen.batch.visual, _text(seen.batch)
+        losses = [
+            F.smooth_l1_loss(*(_cosines(states[i][visual[i]], states[i][text[i]]) for states in (seen.student, seen.teacher)))
+            for i in (visual.any(1) & text.any(1)).nonzero()[:, 0].tolist()
+        ]
+        return torch.stack(losses).sum() if losses else seen.zero
+
+
+def _cosines(ones: Tensor, others: Tensor) -> Tensor:
+    """(N, M) of (N, d) and (M, d)."""
+    with torch.autocast(ones.device.type, enabled=False):
+        a, b = (F.normalize(states.to(at_least_float32(states.dtype)), dim=-1) for states in (ones, others))
+        return a @ b.T
+
+
+def _text(batch: Batch) -> Tensor:
+    return batch.instruction | batch.response

@@ -1,0 +1,45 @@
+"""L_cka: 1 - centred kernel alignment of both models' visual hidden states, rows of length 1. Units: images.
+
+Widths may differ. Source: the relational part of GRACE, arXiv 2601.22709.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.align_ti.batch import Batch, of_images
+from components.align_ti.head import at_least_float32
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, images
+from components.align_ti.watch import Watch
+
+
+@dataclass(frozen=True)
+class Term:
+    layer: int = -2  # of the student; -2: the last but one
+    teacher_layer: int = -2
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(response=False, in_student=Watch(hidden=(self.layer,)), in_teacher=Watch(hidden=(self.teacher_layer,)))
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return images(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        mine = of_images(seen.in_student.hidden[self.layer], seen.batch)
+        theirs = of_images(seen.in_teacher.hidden[self.teacher_layer], seen.batch)
+        pairs = [(_kernel(a).flatten(), _kernel(b).flatten()) for a, b in zip(mine, theirs, strict=True)]
+        return torch.stack([1 - F.cosine_similarity(a, b, dim=0) for a, b in pairs]).sum() if pairs else seen.zero
+
+
+def _kernel(states: Tensor) -> Tensor:
+    """(Nv, Nv) centred cosines of (Nv, d) states: those of rows minus their mean."""
+    with torch.autocast(states.device.type, enabled=False):
+        rows = F.normalize(states.to(at_least_float32(states.dtype)), dim=-1)
+        rows = rows - rows.mean(0)
+        return rows @ rows.T

@@ -1,0 +1,44 @@
+"""L_relation: 1 - cos of both models' Gram matrices (Nv, Nv) of an image's visual logits. Units: images.
+
+The logits themselves are never there: logits logits^T = H (W^T W) H^T, H the visual rows' hidden states and W the head. Source:
+LLaVA-KD, arXiv 2410.16236.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.align_ti.batch import Batch, of_images
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, images
+
+
+@dataclass(frozen=True)
+class Term:
+    centred: bool = False  # of logits minus their mean over the vocabulary, which no softmax sees
+    needs = Needs(response=False, live=True)
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return images(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        if not bool(seen.batch.visual.any()):
+            return seen.zero
+        assert isinstance(seen.teacher, Tensor) and seen.teacher_head is not None  # live, as `needs` asks
+        columns = seen.shared_vocabulary or min(len(seen.teacher_head.weight), len(seen.student_head.weight))
+        mine = _relations(of_images(seen.student, seen.batch), seen.student_head.gram(columns, self.centred))
+        with torch.no_grad():
+            theirs = _relations(of_images(seen.teacher, seen.batch), seen.teacher_head.gram(columns, self.centred))
+        pairs = zip(mine, theirs, strict=True)
+        return torch.stack([1 - F.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]).sum()
+
+
+def _relations(states: list[Tensor], gram: Tensor) -> list[Tensor]:
+    """(Nv, Nv) per image."""
+    with torch.autocast(gram.device.type, enabled=False):
+        rows = [F.pad(h.to(gram.dtype), (0, 1), value=1.0) for h in states]
+        return [h @ gram @ h.T for h in rows]
