@@ -23,7 +23,7 @@ from components.tracking.stage_run import JOURNAL_ONLY
 from components.tracking.system_metrics import CPU_WH, GPU_WH
 
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
-PAGE = 1000  # runs asked for at once
+MOST = 50_000  # runs that MLflow hands out at once
 SLACK = 0.05  # two trainings whose hours differ by less cost the same: one run's time varies by as much
 
 
@@ -86,17 +86,6 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class EqualCompute:
-    """A variant beside the best of the others that took no more device hours than it, SLACK aside."""
-
-    variant: str
-    against: str | None  # None: nothing else is as cheap
-    difference: float | None  # difference of mean scores
-    hours: float
-    their_hours: float | None
-
-
-@dataclass(frozen=True)
 class StudyResult:
     study: str
     runs: list[Run]
@@ -106,7 +95,7 @@ class StudyResult:
     tests: list[Test]
     effects: list[Effect]
     factors: list[str] = field(default_factory=list)
-    equal_compute: list[EqualCompute] = field(default_factory=list)
+    equal_compute: list[tuple[Variant, Variant | None]] = field(default_factory=list)  # see `equal_compute`
 
 
 def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
@@ -143,29 +132,19 @@ def read(client: Any, experiment: str, study: str) -> list[Run]:
             f"MLflow has no experiment {experiment!r} yet; run the study first, or name another in params/runtime.yaml"
         )
     asked = f"tags.stage = '{STAGE}' and tags.study = '{study}' and attributes.status = 'FINISHED'"
-    runs: list[Run] = []
-    page = None
-    while page is None or page.token:
-        page = client.search_runs(
-            [found.experiment_id],
-            asked,
-            max_results=PAGE,
-            order_by=["attributes.start_time ASC"],
-            page_token=page and page.token,
+    runs = client.search_runs([found.experiment_id], asked, max_results=MOST, order_by=["attributes.start_time ASC"])
+    return [
+        Run(
+            id=run.info.run_id,
+            cell=run.data.tags["cell"],
+            variant=run.data.tags["variant"],
+            params=dict(run.data.params),
+            metrics=dict(run.data.metrics),
+            fingerprint=run.data.tags.get(FINGERPRINT, "null"),
+            made=run.info.start_time,
         )
-        runs += [
-            Run(
-                id=run.info.run_id,
-                cell=run.data.tags["cell"],
-                variant=run.data.tags["variant"],
-                params=dict(run.data.params),
-                metrics=dict(run.data.metrics),
-                fingerprint=run.data.tags.get(FINGERPRINT, "null"),
-                made=run.info.start_time,
-            )
-            for run in page
-        ]
-    return runs
+        for run in runs
+    ]
 
 
 def compare(study: str, runs: Sequence[Run], cells: Sequence[str], baselines: Sequence[str], confidence: float) -> StudyResult:
@@ -231,25 +210,23 @@ def estimate(values: Sequence[float], confidence: float) -> Estimate:
 
 
 def _variants(by_variant: dict[str, list[Run]], confidence: float) -> list[Variant]:
-    means = {
-        name: [float(np.mean([run.metrics[metric] for run in runs])) for metric in (SCORE, HOURS, MEMORY)]
+    def mean(runs: list[Run], metric: str) -> float:
+        return float(np.mean([run.metrics[metric] for run in runs]))
+
+    points = {name: (mean(runs, SCORE), mean(runs, HOURS)) for name, runs in by_variant.items()}
+    variants = [
+        Variant(
+            name=name,
+            score=estimate([run.metrics[SCORE] for run in runs], confidence),
+            hours=points[name][1],
+            memory_mib=mean(runs, MEMORY),
+            gpu_wh=_mean_of_all(runs, GPU_WH),
+            cpu_wh=_mean_of_all(runs, CPU_WH),
+            best_at_its_cost=on_front(name, points),
+        )
         for name, runs in by_variant.items()
-    }
-    return sorted(
-        (
-            Variant(
-                name=name,
-                score=estimate([run.metrics[SCORE] for run in runs], confidence),
-                hours=means[name][1],
-                memory_mib=means[name][2],
-                gpu_wh=_mean_of_all(runs, GPU_WH),
-                cpu_wh=_mean_of_all(runs, CPU_WH),
-                best_at_its_cost=on_front(name, means, 1),
-            )
-            for name, runs in by_variant.items()
-        ),
-        key=lambda variant: -variant.score.mean,
-    )
+    ]
+    return sorted(variants, key=_score, reverse=True)
 
 
 def _mean_of_all(runs: Sequence[Run], metric: str) -> float | None:
@@ -257,30 +234,22 @@ def _mean_of_all(runs: Sequence[Run], metric: str) -> float | None:
     return None if None in values else float(np.mean([value for value in values if value is not None]))
 
 
-def on_front(name: str, means: dict[str, list[float]], cost: int) -> bool:
-    """Whether no other variant scores at least as much at no more cost, one of the two strictly."""
-    score, paid = means[name][0], means[name][cost]
-    return not any(
-        other[0] >= score and other[cost] <= paid and (other[0], other[cost]) != (score, paid) for other in means.values()
-    )
+def on_front(name: str, points: dict[str, tuple[float, float]]) -> bool:
+    """Whether no other variant's (score, cost) has at least the score at no more cost, one of the two strictly."""
+    score, cost = points[name]
+    return not any(other >= score and paid <= cost and (other, paid) != (score, cost) for other, paid in points.values())
 
 
-def equal_compute(variants: Sequence[Variant]) -> list[EqualCompute]:
-    """What the hours of each variant buy otherwise: the best score among variants that cost as much or less."""
-    found = []
-    for variant in variants:
-        affordable = [v for v in variants if v is not variant and v.hours <= variant.hours * (1 + SLACK)]
-        best = max(affordable, key=lambda v: v.score.mean, default=None)
-        found.append(
-            EqualCompute(
-                variant=variant.name,
-                against=best.name if best else None,
-                difference=variant.score.mean - best.score.mean if best else None,
-                hours=variant.hours,
-                their_hours=best.hours if best else None,
-            )
-        )
-    return found
+def equal_compute(variants: Sequence[Variant]) -> list[tuple[Variant, Variant | None]]:
+    """Each variant beside the best of the others that took no more device hours, SLACK aside; None: nothing is as cheap."""
+    return [
+        (one, max((v for v in variants if v is not one and v.hours <= one.hours * (1 + SLACK)), key=_score, default=None))
+        for one in variants
+    ]
+
+
+def _score(variant: Variant) -> float:
+    return variant.score.mean
 
 
 def _tests(by_variant: dict[str, list[Run]], baselines: Sequence[str], confidence: float) -> list[Test]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from components.config.runtime import RuntimeSettings
 from components.records.distill import Cost
@@ -32,7 +31,7 @@ def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: 
     outcome = hashlib.sha256(f"{digest}{text}{cost_file.read_text(encoding='utf-8')}".encode()).hexdigest()
     made_by = {f"run.{stage}": history.last_run(f"{stage}@{cell.name}") for stage in ("distill", "evaluate")}
     made_by["run.distill"] = provenance.maker(digest) or made_by["run.distill"]  # restored bytes are an earlier run's
-    flat = flatten(cell.arm.model_dump(mode="json"))
+    flat = dict(journal.flatten(cell.arm.model_dump(mode="json")))
     return journal.record(
         f"cell-{study}-{cell.name}-{outcome[:12]}",
         cell.name,
@@ -66,13 +65,6 @@ def record(study: str, cell: Cell, varied: Sequence[str], digest: str, runtime: 
 
 def varied(cells: Sequence[Cell]) -> list[str]:
     """The paths in which the arms differ, e.g. `weights.tpa`: what MLflow's table and plots should show, and no more."""
-    arms = [flatten(cell.arm.model_dump(mode="json")) for cell in cells]
+    arms = [dict(journal.flatten(cell.arm.model_dump(mode="json"))) for cell in cells]
     paths = dict.fromkeys(path for arm in arms for path in arm)
     return [path for path in paths if len({json.dumps(arm.get(path)) for arm in arms}) > 1]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

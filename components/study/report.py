@@ -68,19 +68,27 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
         for i, v in enumerate(result.variants)
     ]  # fmt: skip
     tests = [
-        [t.variant, t.against, _points(t.difference), _interval(t.difference), str(t.difference.n), _p(t.p_value), _p(t.p_holm)]
+        [
+            t.variant,
+            t.against,
+            _gap(t.difference.mean),
+            _interval(t.difference),
+            str(t.difference.n),
+            _p(t.p_value),
+            _p(t.p_holm),
+        ]
         for t in result.tests
     ]
     effects = [
-        [e.factor, f"{e.reference} to {e.level}", _points(e.effect), _interval(e.effect), str(e.effect.n)]
+        [e.factor, f"{e.reference} to {e.level}", _gap(e.effect.mean), _interval(e.effect), str(e.effect.n)]
         for e in result.effects
     ]
     equal = [
-        [e.variant, f"{e.hours:.4f}", e.against or "nothing else is as cheap",
-         "-" if e.their_hours is None else f"{e.their_hours:.4f}",
-         "-" if e.difference is None else f"{POINTS * e.difference:+.2f}"]
-        for e in result.equal_compute
-    ]  # fmt: skip
+        [one.name, f"{one.hours:.4f}", "nothing else is as cheap", "-", "-"]
+        if other is None
+        else [one.name, f"{one.hours:.4f}", other.name, f"{other.hours:.4f}", _gap(one.score.mean - other.score.mean)]
+        for one, other in result.equal_compute
+    ]
     return [
         (
             "Variants",
@@ -120,15 +128,13 @@ def _markdown(result: StudyResult, about: str, tables: Sequence[Table]) -> str:
 
 def _csv(result: StudyResult) -> str:
     """One line per run, everything that it varied and measured."""
-    params = list(dict.fromkeys(name for run in result.runs for name in run.params))
+    rows = [{"run_id": run.id, "cell": run.cell, "variant": run.variant, **run.params, **run.metrics} for run in result.runs]
+    params = dict.fromkeys(name for run in result.runs for name in run.params)
     metrics = sorted({name for run in result.runs for name in run.metrics})
     buffer = io.StringIO()
-    rows = csv.writer(buffer, lineterminator="\n")
-    rows.writerow(["run_id", "cell", "variant", *params, *metrics])
-    for run in result.runs:
-        rows.writerow(
-            [run.id, run.cell, run.variant, *(run.params.get(p) for p in params), *(run.metrics.get(m) for m in metrics)]
-        )
+    writer = csv.DictWriter(buffer, ["run_id", "cell", "variant", *params, *metrics], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return buffer.getvalue()
 
 
@@ -136,8 +142,8 @@ def _percent(estimate: Estimate) -> str:
     return f"{POINTS * estimate.mean:.1f}%"
 
 
-def _points(estimate: Estimate) -> str:
-    return f"{POINTS * estimate.mean:+.2f}"
+def _gap(share: float) -> str:
+    return f"{POINTS * share:+.2f}"
 
 
 def _interval(estimate: Estimate) -> str:

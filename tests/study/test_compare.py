@@ -85,13 +85,14 @@ def test_energy_is_a_column_where_it_was_measured_and_blank_where_a_run_lacks_it
 
 
 def test_at_equal_compute_a_variant_stands_beside_the_best_that_costs_no_more() -> None:
-    found = {e.variant: e for e in result().equal_compute}
-    assert {name: e.against for name, e in found.items()} == {
+    found = {one.name: other for one, other in result().equal_compute}
+    assert {name: other and other.name for name, other in found.items()} == {
         "iva1-tpa1": "iva0-tpa1", "iva0-tpa1": "iva1-tpa1", "iva1-tpa0": "iva0-tpa0", "iva0-tpa0": "iva1-tpa0",
     }  # fmt: skip
-    assert found["iva1-tpa1"].difference == pytest.approx(0.03) and found["iva0-tpa0"].difference == pytest.approx(-0.02)
-    (cheapest,) = module.equal_compute([v for v in result().variants if v.name == "iva0-tpa0"])
-    assert cheapest.against is None and cheapest.difference is None
+    *_, (_, _, _, rows) = report._tables(result(), 0.95)
+    assert {row[0]: row[-1] for row in rows} | {"iva1-tpa1": "+3.00", "iva0-tpa0": "-2.00"} == {row[0]: row[-1] for row in rows}
+    cheapest = [v for v in result().variants if v.name == "iva0-tpa0"]
+    assert module.equal_compute(cheapest) == [(cheapest[0], None)]
 
 
 def test_a_missing_cell_is_named_and_the_rest_is_compared() -> None:
@@ -133,8 +134,8 @@ def test_a_study_that_has_not_run_is_told_how_to() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
 def test_what_is_not_on_the_front_is_beaten_by_something_on_it(points: list[tuple[int, int]]) -> None:
-    means = {str(i): [float(score), float(cost)] for i, (score, cost) in enumerate(points)}
-    front = [name for name in means if module.on_front(name, means, 1)]
+    means = {str(i): (float(score), float(cost)) for i, (score, cost) in enumerate(points)}
+    front = [name for name in means if module.on_front(name, means)]
     assert front
     for name, (score, cost) in means.items():
         if name not in front:
