@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -32,3 +33,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         followed.export_chrome_trace(str(trace))
         events = json.loads(trace.read_bytes().decode(errors="replace"))["traceEvents"]
     return max((event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"), default=0)
+
+
+def peak_mib(model: nn.Module, work: Callable[[], Any]) -> float:
+    """The weights of `model`, and the most that `work` takes beside them."""
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return (held + peak_bytes(work, next(model.parameters()).device)) / 2**20

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.evaluate import generate
-from components.evaluate.memory import peak_bytes
+from components.evaluate.memory import peak_mib
 from components.models.load import Loaded, load
 from components.models.template import Template
 from components.records.paths import DATASET, REPORTS, ROWS
@@ -64,13 +64,11 @@ def _one(loaded: Loaded, samples: Samples, rows: Sequence[int], settings: Settin
 
     answers(rows[:1], 1)
     said, seconds = answers(rows, settings.evaluate.max_new_tokens)
-    held = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    taken = peak_bytes(lambda: answers(rows, settings.evaluate.max_new_tokens), device)
     written = loaded.processor.tokenizer(said, add_special_tokens=False).input_ids
     return Speed(
         device=device.type,
         tokens_per_second=sum(len(tokens) + 1 for tokens in written) / seconds,  # and the token that ends each answer
         first_token_ms=1000 * median(answers([row], 1)[1] for row in rows[:ALONE]),
-        memory_mib=(held + taken) / 2**20,
+        memory_mib=peak_mib(loaded.model, lambda: answers(rows, settings.evaluate.max_new_tokens)),
         parameters=sum(p.numel() for p in loaded.model.parameters()),
     )

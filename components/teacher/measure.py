@@ -13,13 +13,13 @@ import torch
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.evaluate import generate, likelihood, metrics
+from components.evaluate.memory import peak_mib
 from components.irs import search
 from components.models.load import load
 from components.models.template import Template
 from components.records.models import ModelRecord
 from components.records.teacher import Candidate
 from components.teacher.choose import limits_broken
-from components.teacher.memory import TensorMemory
 
 
 def balanced(rows: Sequence[int], kinds: Sequence[str], size: int, seed: int) -> list[int]:
@@ -37,7 +37,7 @@ def balanced(rows: Sequence[int], kinds: Sequence[str], size: int, seed: int) ->
 def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings: Settings, device: torch.device) -> Candidate:
     """All figures of one candidate over `samples[row] for row in rows`.
 
-    memory_mib: its weights and the most tensors alive while it answers one batch of `evaluate.batch_size` samples.
+    memory_mib: its weights and the most that is allocated while it answers one batch of `evaluate.batch_size` samples.
     seconds_per_1000: wall time of answering, pictures decoded and text tokenised; the memory batch has warmed it up.
     irs: of its best layer, over `irs.images` images of the same split; None where these have too few instructions and no arm
         weighs visual tokens by IRS.
@@ -48,8 +48,7 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
     def answer(these: Sequence[int], title: str) -> list[str]:
         return generate.answers(loaded, samples, these, template, settings.models.max_length, settings.evaluate, title)
 
-    with TensorMemory(loaded.model) as memory:
-        answer(rows[: settings.evaluate.batch_size], f"{record.name}: memory")
+    memory_mib = peak_mib(loaded.model, lambda: answer(rows[: settings.evaluate.batch_size], f"{record.name}: memory"))
     start = time.perf_counter()
     answered = answer(rows, f"{record.name}: answers")
     seconds = time.perf_counter() - start
@@ -70,7 +69,7 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
         irs_layer=None if layer is None else layer.layer,
         parameters=record.parameters,
         seconds_per_1000=1000 * seconds / len(rows),
-        memory_mib=memory.peak / 2**20,
+        memory_mib=memory_mib,
         refused=[],
     )
     return candidate.model_copy(update={"refused": limits_broken(candidate, settings.teacher)})

@@ -35,7 +35,7 @@ def table(report: TeacherReport, limits: TeacherSettings, samples: int) -> str:
         "the smallest. "
         f"Limits: {', '.join(f'`{name}` {value:,}' for name, value in set_limits.items())} (params/teacher.yaml).\n\n"
         f"On {samples:,} validation samples, as evenly over the question kinds as they go. Seconds are of this run and this "
-        "machine; memory is the weights and the most tensors alive while one batch is answered.\n\n"
+        "machine; memory is the weights and the most that is allocated while one batch is answered.\n\n"
         f"{_grid(report, '', figures)}\n## Exact match per kind\n\n{_grid(report, 'kind', per_kind)}"
     )
 
