@@ -44,6 +44,7 @@ class Seen:
     shared_vocabulary: int | None = None
     chunk_mib: float = CHUNK_MIB
     progress: float = 0.0  # of the training: 0 at its first step, towards 1 at its last
+    measured: dict[str, Tensor] = field(default_factory=dict)  # by terms, for the journal: sums over the batch's images
     modules: Mapping[str, nn.Module] = field(default_factory=dict)  # of terms that train one, by their names
 
     def __post_init__(self) -> None:

@@ -174,6 +174,7 @@ class AlignTI(nn.Module):
         self._teacher = (teacher,)
         self._signals = signals
         self.method = method
+        self.measured: dict[str, Tensor | int] = {}  # `Seen.measured`, summed over passes since this process began
         self._shares_weights = sum(p.numel() for p in self.parameters() if p.requires_grad) >= SHARED_FROM
         self.term_modules = nn.ModuleDict()
         for name, term in method.terms.items():
@@ -218,6 +219,8 @@ class AlignTI(nn.Module):
         for name in dict.fromkeys(("sft", "kd", "tpa", *terms)):  # in this order gradients have always been summed
             if name in wanted:
                 sums[name] = terms[name].loss(seen) + seen.zero
+        for name, value in seen.measured.items():
+            self.measured[name] = self.measured.get(name, 0) + value
         return Sums(
             torch.stack(list(sums.values())),
             self._counts(batch, None if ribbon is None else ribbon.counted),

@@ -19,7 +19,12 @@ class Iva(Strict):
     params/irs.yaml picks."""
 
     weighting: Literal["irs", "searched", "layer", "uniform"]
-    layer: Annotated[int, Field(ge=0)] | None = Field(description="for weighting: layer")
+    layer: Annotated[int, Field(ge=0)] | Literal["middle", "last", "random"] | None = Field(
+        description="for weighting: layer; middle, last, or random by the arm's seed: of the live teacher's"
+    )
+    change: Literal["permuted", "sinks_removed", "sinks_alone"] | None = Field(
+        default=None, description="a control: the weights permuted within the image, or a part of them"
+    )
     divergence: Divergence | None = Field(default=None, description="null: the arm's")
 
     @model_validator(mode="after")
@@ -122,6 +127,12 @@ class DistillSettings(WithTerms):
     def _batches(self) -> DistillSettings:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_layer_to_keep(self) -> DistillSettings:
+        if self.teacher_signals.source == "cache" and isinstance(self.iva.layer, str):
+            raise ValueError(f"iva.layer is {self.iva.layer}, which a live teacher's depth says: give the cache its number")
         return self
 
     @model_validator(mode="after")

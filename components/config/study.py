@@ -31,7 +31,11 @@ class Arm(WithTerms):
         """Of the terms that weigh something, as their dataclasses take them. Of an arm that Settings.arm has filled in."""
         assert self.iva is not None and self.tpa is not None
         own: dict[str, dict[str, Any]] = {
-            "iva": {"uniform": self.iva.weighting == "uniform", "divergence": _dumped(self.iva.divergence)},
+            "iva": {
+                "uniform": self.iva.weighting == "uniform",
+                "divergence": _dumped(self.iva.divergence),
+                "change": self.iva.change,
+            },
             "tpa": {"divergence": _dumped(self.tpa.divergence)},
         }
         return {name: as_tuples((own | self.blocks).get(name, {})) for name in self.weights}

@@ -62,6 +62,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
         if equal := _equal_weights(job.module, job.accelerator):
             run.metrics({"iva/equal_weights": equal})
             job.accelerator.print(f"{job.title}: no attention was left for {equal:,} images, whose tokens weighed the same")
+        run.metrics(_concentration(job.module, job.accelerator))
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
             peak_memory_mib=round(_most(peak_memory_mib(job.accelerator.device), job.accelerator), 1),
@@ -96,6 +97,14 @@ def _equal_weights(module: AlignTI, accelerator: Accelerator) -> int:
     teacher = module.live_teacher
     found = torch.zeros((), dtype=torch.long) if teacher is None else teacher.equal_weights
     return int(accelerator.gather(found.to(accelerator.device)[None]).sum())
+
+
+def _concentration(module: AlignTI, accelerator: Accelerator) -> dict[str, float]:
+    """Mean over images of what L_iva measured of its weights, over all processes since this one began."""
+    names = ("iva/effective_tokens", "iva/top5", "iva/images")
+    sums = torch.tensor([float(module.measured.get(name, 0)) for name in names], device=accelerator.device)
+    *means, images = accelerator.reduce(sums, reduction="sum").tolist()
+    return {name: mean / images for name, mean in zip(names, means, strict=False)} if images else {}
 
 
 if __name__ == "__main__":

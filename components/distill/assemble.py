@@ -103,7 +103,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
                 f" {sides[1]}; its rows there and the weights of L_iva are interpolated bilinearly to the student's grid"
             )
         assert arm.iva is not None  # filled in by Settings.arm
-        look = weighting(arm.iva, layers)
+        look = weighting(arm.iva, layers, teacher.model.config.get_text_config().num_hidden_layers, arm.seed)
         own = teacher.processor if sides is not None else None
         collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=look.rows)
         facts |= _searched(arm, layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,15 +34,17 @@ class Weighting:
         return None if self.background is None else hashlib.sha256(self.background.numpy().tobytes()).hexdigest()[:16]
 
 
-def weighting(iva: Iva, choice: LayerChoice | None) -> Weighting:
+def weighting(iva: Iva, choice: LayerChoice | None, depth: int = 1, seed: int = 0) -> Weighting:
     """What params/distill.yaml or an arm asks for. `uniform` looks at no layer; it gets the one that `irs` would, and the
-    first where the search found none: then no arm that is trained looks at any (distill.searched_for).
+    first where the search found none: then no arm that is trained looks at any (distill.searched_for). `depth`, the live
+    teacher's layers, and the arm's `seed` are for layers by rule.
 
     Raises DataError if the layer search left no background though its choice needs one.
     """
     if iva.weighting == "layer":
         assert iva.layer is not None  # settings guarantee it
-        return Weighting(iva.layer)
+        rules = {"middle": depth // 2, "last": depth - 1, "random": random.Random(seed).randrange(depth)}
+        return Weighting(rules[iva.layer] if isinstance(iva.layer, str) else iva.layer)
     if choice is None:
         return Weighting(0)
     if iva.weighting != "searched":

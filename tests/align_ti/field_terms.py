@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -143,4 +144,15 @@ def received(whole: Any, rows: str = "visual", pairs: Any = ((0, (1,)),), sinks:
                 u.append(sum((a[r, c] for r in keep), a[0, 0] * 0) / max(1, len(keep)))
                 v.append(sum((b[r, c] for r in keep), b[0, 0] * 0) / max(1, len(keep)))
             total = total + (1 - cosine(torch.stack(u), torch.stack(v))) / len(pairs)
+    return total
+
+
+def permuted_iva(whole: Any) -> Tensor:
+    total, attention = whole.student.sum() * 0, iter(whole.attention)
+    for sample in range(len(whole.batch.input_ids)):
+        weights, at = next(attention), whole.batch.visual[sample].nonzero()[:, 0]
+        order = torch.randperm(len(at), generator=torch.Generator().manual_seed(crc32(whole.batch.ids[sample].encode())))
+        for place, row in enumerate(at.tolist()):
+            p, q = (logits[sample, row].softmax(-1) for logits in (whole.teacher, whole.student))
+            total = total + weights[order[place]] / weights.sum() * kl(p, q)
     return total

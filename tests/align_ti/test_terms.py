@@ -170,6 +170,7 @@ CASES = {
     "kd jsd": Case("kd", None, {"divergence": {"kind": "jsd", "mix": 0.5, "temperature": 1.0}}, highest=0.6932),
     "iva": Case("iva", _iva),
     "iva uniform": Case("iva", _uniform, {"uniform": True}),
+    "iva permuted": Case("iva", field_terms.permuted_iva, {"change": "permuted"}),
     "iva reverse": Case("iva", None, {"divergence": {"kind": "reverse", "mix": 0.5, "temperature": 1.0}}),
     "tpa": Case("tpa", None),
     "hybrid": Case("hybrid", field_terms.hybrid, aligned=None),
@@ -351,7 +352,7 @@ def test_two_ranks_give_what_one_process_does(name: str, on_two_ranks: Found) ->
 def pieces(b: Any, split: list[int]) -> Any:
     images, start = [0, *b.visual.any(1).cumsum(0).tolist()], 0
     for size in split:
-        part = type(b)(**{k: v[start : start + size] if isinstance(v, Tensor) else v for k, v in vars(b).items()})
+        part = type(b)(**{k: v[start : start + size] if isinstance(v, Tensor | list) else v for k, v in vars(b).items()})
         pixels = b.pixel_values[images[start] : images[start + size]]
         part.pixel_values = pixels if len(pixels) else None
         yield part, KEYS[start : start + size]

@@ -19,6 +19,7 @@ from components.teacher_cache import __main__ as signals
 from components.teacher_cache.store import facts, read_manifest
 from components.tracking.journal import Run
 from tests.distill.conftest import write_params
+from tests.models.conftest import NV
 
 SEARCHED = {"weighting": "searched", "layer": None}
 CENTRED = {"rule": "given", "layer": 1, "weighting": "centred", "instruction_rows": "words"}
@@ -55,6 +56,14 @@ def test_the_pick_trains_on_both_routes_and_the_card_says_which(searched: Path, 
     paper = losses("align_ti")
     assert paper[0]["iva"] != pytest.approx(one[0]["iva"], rel=1e-3) and paper[0]["kd"] == pytest.approx(one[0]["kd"])
     assert "searched" not in facts_in((STUDENTS / "align_ti/model/README.md").read_text())
+
+
+def test_how_many_tokens_the_weights_come_to_is_logged(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(Run, "metrics", lambda self, values, step=None: logged.update(values))
+    losses("kd_uniform")
+    found = {name: value for name, value in logged.items() if name.startswith("iva/")}
+    assert found == pytest.approx({"iva/effective_tokens": NV, "iva/top5": 5 / NV})
 
 
 def test_the_cache_gives_the_same_training_as_the_live_teacher(searched: Path) -> None:

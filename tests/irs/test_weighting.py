@@ -71,7 +71,7 @@ def test_an_image_of_another_size_is_refused_by_name_and_text_alone_is_not() -> 
     assert nothing.shape == (1, 0)
 
 
-def iva(kind: Any, layer: int | None = None) -> Iva:
+def iva(kind: Any, layer: Any = None) -> Iva:
     return Iva(weighting=kind, layer=layer)
 
 
@@ -85,6 +85,8 @@ def test_what_weighs_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.M
     for kind in ("irs", "uniform"):
         assert weighting(iva(kind), choice) == Weighting(1)
     assert weighting(iva("layer", 7), choice) == Weighting(7)
+    assert [weighting(iva("layer", rule), choice, depth=6).layer for rule in ("middle", "last")] == [3, 5]
+    assert len({weighting(iva("layer", "random"), choice, depth=6, seed=seed).layer for seed in range(40)}) == 6
     assert weighting(iva("searched"), choice.model_copy(update={"picked": picked("mean")})) == Weighting(0, "words")
     with pytest.raises(DataError, match=r"background.safetensors is missing; `dvc repro search_layer`"):
         weighting(iva("searched"), choice)

@@ -28,11 +28,11 @@ class Term:
     def loss(self, seen: Seen) -> Tensor:
         assert isinstance(seen.teacher, Tensor)  # live, as `needs` asks
         visual, text = seen.batch.visual, _text(seen.batch)
-        losses = [
-            F.smooth_l1_loss(*(_cosines(states[i][visual[i]], states[i][text[i]]) for states in (seen.student, seen.teacher)))
-            for i in (visual.any(1) & text.any(1)).nonzero()[:, 0].tolist()
-        ]
-        return torch.stack(losses).sum() if losses else seen.zero
+        losses = [seen.zero]
+        for i in (visual.any(1) & text.any(1)).nonzero()[:, 0].tolist():
+            mine, theirs = (_cosines(states[i][visual[i]], states[i][text[i]]) for states in (seen.student, seen.teacher))
+            losses.append(F.smooth_l1_loss(mine, theirs))
+        return torch.stack(losses).sum()
 
 
 def _cosines(ones: Tensor, others: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, images
-from components.align_ti.visual_weights import uniform_attention, visual_weights
+from components.align_ti.visual_weights import Change, changed, concentration, uniform_attention, visual_weights
 
 
 @dataclass(frozen=True)
 class Term:
     uniform: bool = False  # all of an image's tokens weigh the same: the control
     divergence: Divergence | None = None  # None: the arm's
+    change: Change | None = None  # a control: weights with their places changed, or a part of them
 
     @property
     def needs(self) -> Needs:
@@ -31,4 +32,8 @@ class Term:
             return seen.zero
         attention = uniform_attention(visual) if self.uniform else seen.attention
         assert attention is not None  # guaranteed by `needs`
-        return seen.divergence(visual, visual_weights(attention, visual), self.divergence)
+        if self.change is not None:
+            attention = changed(attention, visual, seen.batch.ids, self.change)
+        weights = visual_weights(attention, visual)
+        seen.measured |= {f"iva/{name}": sum.detach() for name, sum in concentration(weights, visual).items()}
+        return seen.divergence(visual, weights, self.divergence)
