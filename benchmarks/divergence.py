@@ -85,11 +85,9 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
     trained_, trained_full = found["engine, head trained"], found["reference, head trained"]
     losses = [way["loss"] for way in found.values()]
     assert max(losses) - min(losses) <= 1e-4 * abs(losses[0]), f"the two ways differ: {losses}"
+    about = f"{rows} rows, V = {vocabulary:,}, student {STUDENT} and teacher {TEACHER} wide, float32"
     return {
-        "benchmark": "step",
-        "size": "memory",
-        "about": f"{rows} rows, V = {vocabulary:,}, student {STUDENT} and teacher {TEACHER} wide, float32",
-        **measure.where_and_when(device),
+        **measure.result("step", "memory", about, device),
         "ratios": {
             "memory_divergence_vs_full_logits": frozen["peak_mib"] / frozen_full["peak_mib"],
             "memory_divergence_vs_full_logits_head_trained": trained_["peak_mib"] / trained_full["peak_mib"],

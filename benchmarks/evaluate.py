@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import table
-from benchmarks.measure import where_and_when
+from benchmarks import measure, table
 from benchmarks.shapes import SIZES, Size, llava
 from components.config.load import load_settings
 from components.dataset.shards import Samples
@@ -44,27 +43,25 @@ SPENT = "ALIGNTI_BENCH_SPENT"  # in the server's environment: the file where it 
 TIMED = """
 import json, time
 from transformers import LlavaForConditionalGeneration as Model
-generate, spent = Model.generate, [0.0, 0.0]
+generate, spent = Model.generate, 0.0
 def timed(*args, **kwargs):
-    started = time.perf_counter(), time.thread_time()
+    global spent
+    started = time.thread_time()
     try:
         return generate(*args, **kwargs)
     finally:
-        spent[0] += time.perf_counter() - started[0]
-        spent[1] += time.thread_time() - started[1]
+        spent += time.thread_time() - started
         with open(os.environ["ALIGNTI_BENCH_SPENT"], "w") as file:
-            json.dump([*spent, time.process_time()], file)
+            json.dump([spent, time.process_time()], file)
 Model.generate = timed
 main()
 """  # in the place of the server's last line
 
 
 class Spent(NamedTuple):
-    """Seconds so far."""
+    """Seconds of processors so far."""
 
-    wall: float
-    generating: float  # wall time of generation inside the server
-    generating_cpu: float
+    generating_cpu: float  # generation inside the server
     server_cpu: float
     own_cpu: float  # of this process
     kit_cpu: float  # of the kit's processes that have ended
@@ -84,8 +81,8 @@ def main() -> None:
         model = (
             asked.model if asked.size == "digits" else random_student(SIZES[asked.size], asked.model, Path(scratch) / "model")
         )
-        result = {"benchmark": "evaluate", "size": asked.size} | measure(model, asked.samples, asked.rounds, Path(scratch))
-    print(table.report(result, asked.json))
+        taken, device = spent_by_way(model, asked.samples, asked.rounds, Path(scratch))
+    print(table.report(figures(asked.size, taken, asked.samples, asked.rounds, device), asked.json))
 
 
 def random_student(size: Size, like: Path, folder: Path) -> Path:
@@ -103,8 +100,7 @@ def random_student(size: Size, like: Path, folder: Path) -> Path:
     return folder
 
 
-def measure(model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, Any]:
-    """Medians over rounds, and the ratios that docs/performance.md speaks of."""
+def spent_by_way(model: Path, amount: int, rounds: int, scratch: Path) -> tuple[dict[str, list[Spent]], torch.device]:
     settings = load_settings()
     device = prepare_torch(settings.runtime, seed=0)
     samples = Samples(DATASET, settings.evaluate.split)
@@ -122,8 +118,8 @@ def measure(model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, A
 
     def now() -> Spent:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        wall, cpu, server = json.loads(spent.read_text()) if spent.exists() else (0.0, 0.0, 0.0)
-        return Spent(time.perf_counter(), wall, cpu, server, time.process_time(), children.ru_utime + children.ru_stime)
+        generating, server = json.loads(spent.read_text()) if spent.exists() else (0.0, 0.0)
+        return Spent(generating, server, time.process_time(), children.ru_utime + children.ru_stime)
 
     serve.TRANSFORMERS = serve.TRANSFORMERS.removesuffix("main()\n") + TIMED
     os.environ[SPENT] = str(spent)
@@ -149,10 +145,12 @@ def measure(model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, A
                 before = now()
                 run()
                 taken[way].append(now().since(before))
-    return _figures(taken, len(rows), rounds, device)
+    return taken, device
 
 
-def _figures(taken: dict[str, list[Spent]], amount: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def figures(size: str, taken: dict[str, list[Spent]], amount: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Medians over rounds, and the ratios that docs/performance.md speaks of."""
+
     def median(way: str, of: Callable[[Spent], float]) -> float:
         return statistics.median(of(one) for one in taken[way])
 
@@ -163,14 +161,13 @@ def _figures(taken: dict[str, list[Spent]], amount: int, rounds: int, device: to
     client = max(0.0, median("vlmeval", lambda s: s.kit_cpu) - once)  # of a few questions less than what two starts differ by
     arms = {way: {"seconds": found, "samples_per_second": amount / found} for way, found in cpu.items()}
     parts = {"generation": generating, "server beside it": server, "kit, per question": client, "kit, once": once}
+    about = f"{amount} questions; over VLMEvalKit a question's generation takes {1000 * generating / amount:.0f} ms"
     return {
-        "about": f"{amount} questions; over VLMEvalKit a question's generation takes {1000 * generating / amount:.0f} ms",
-        **where_and_when(device),
+        **measure.result("evaluate", size, about, device),
         "repeats": rounds,
         "ratios": {
             "batched_vs_one_by_one": cpu["one by one"] / cpu["batched"],
             "bridge_overhead": (server + client) / generating,
-            "bridge_wall_vs_generation": median("vlmeval", lambda s: s.wall) / median("vlmeval", lambda s: s.generating),
         },
         "arms": arms | {f"vlmeval: {name}": {"seconds": s, "ms_per_question": 1000 * s / amount} for name, s in parts.items()},
     }

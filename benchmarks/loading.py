@@ -78,7 +78,8 @@ def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = (AHEAD + count) * size.batch
-        prepare(jpegs.generate(folder / "raw", max(DIFFERENT, 2 * images // jpegs.COPIES)), target=folder / "dataset")
+        pictures = max(DIFFERENT, 2 * images // jpegs.COPIES)
+        prepare(jpegs.generate(folder / "raw", pictures, jpegs.COPIES), target=folder / "dataset")
         samples = Samples(folder / "dataset", "train")
         for arm, loaders in {"in memory": None, **{f"{n} loaders": n for n in LOADERS}}.items():
             steps = read_ahead(size, samples, AHEAD + count)  # anew: what it has processed it remembers
@@ -96,11 +97,9 @@ def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
             }
     arms["loading alone, one process"] = {"seconds": alone * size.batch, "images_per_second": 1 / alone}
     best = min((f"{n} loaders" for n in LOADERS), key=lambda arm: arms[arm]["seconds"])
+    about = f"{size.about}; batch {size.batch}, JPEG of {jpegs.WIDTH} x {jpegs.HEIGHT}, {count} steps of vanilla KD"
     return {
-        "benchmark": "loading",
-        "size": size.name,
-        "about": f"{size.about}; batch {size.batch}, JPEG of {jpegs.WIDTH} x {jpegs.HEIGHT}, {count} steps of vanilla KD",
-        **measure.where_and_when(device),
+        **measure.result("loading", size.name, about, device),
         "clock": "wall time",
         "arms": arms,
         "ratios": {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import statistics
 import time
@@ -142,21 +141,17 @@ def machine(device: torch.device) -> str:
     return f"{cores} CPU cores, {accelerator}"
 
 
-def where_and_when(device: torch.device) -> dict[str, str]:
+def result(benchmark: str, size: str, about: str, device: torch.device) -> dict[str, Any]:
+    """What every result begins with: what was measured, where and when."""
     import transformers
 
     return {
+        "benchmark": benchmark,
+        "size": size,
+        "about": about,
         "machine": machine(device),
         "clock": "wall time" if device.type == "cuda" else f"CPU time of the process, {torch.get_num_threads()} thread",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(result, indent=2) + "\n")
-    draft.replace(path)

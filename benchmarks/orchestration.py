@@ -117,12 +117,12 @@ def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
             arrived = runs_in_mlflow(answers["ALIGNTI_TRACKING_URI"])
     work_s = arms["bare"]["seconds"]
     dvc, whole = arms["dvc repro per cell"], arms["flow, DVC, tracking"]
+    about = (
+        f"{cells} cells that sleep {seconds:g} s and log {POINTS_PER_S} points a second, one at a time; {arrived} of them"
+        " arrived in MLflow; load of the machine at the end of each in the last column"
+    )
     return {
-        "benchmark": "orchestration",
-        "size": f"{cells} cells of {seconds:g} s",
-        "about": f"{cells} cells that sleep {seconds:g} s and log {POINTS_PER_S} points a second, one at a time;"
-        f" {arrived} of them arrived in MLflow; load of the machine at the end of each in the last column",
-        **measure.where_and_when(measure.prepare()),
+        **measure.result("orchestration", f"{cells} cells of {seconds:g} s", about, measure.prepare()),
         "clock": "wall time",
         "arms": arms,
         "ratios": {

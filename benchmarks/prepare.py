@@ -1,9 +1,11 @@
-"""The rate of the stage `prepare` against Pillow alone decoding the same images: `python -m benchmarks.prepare`
+"""Rate and memory of the stage `prepare`: `python -m benchmarks.prepare`, and with `--rows 10000 100000 1000000`
 
-The set is generated, in the LLaVA format: JPEG images of 640 x 480 with smooth structure and grain, each eight times under
-other names (so that the fixed cost of a data card is what it is in a set of some size), two questions each. `prepare` reads,
-checks, decodes, hashes, looks for near duplicates, splits, writes shards, provenance, card and contact sheet. Both run in one
-process: with more, `prepare` makes parts that share nothing, as so many Pillows would.
+The sets are generated, in the LLaVA format: JPEG images with smooth structure and grain, each several times under other names,
+two questions each. `prepare` reads, checks, decodes, hashes, looks for near duplicates, splits, writes shards, provenance, card
+and contact sheet.
+
+Rate: against Pillow alone decoding the same images of 640 x 480, both in one process: with more, `prepare` makes parts that
+share nothing, as so many Pillows would. Memory, as data grow: images of 32 x 32, all cores; what is the processes' alone (USS).
 """
 
 from __future__ import annotations
@@ -11,42 +13,48 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from benchmarks import measure, table
 from components.config.data import DataSettings, LlavaFolder
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
+from components.process import cores
 
 IMAGES, COPIES, WIDTH, HEIGHT, REPEATS = 400, 8, 640, 480, 3
+QUESTIONS = ("What is in the picture?", "What is at the top left?")
+SMALL, DIFFERENT = 32, 50_000  # pixels a side, and pictures at most, where memory is measured
+EVERY = 0.5  # seconds between two looks at memory
 
 
-def generate(folder: Path, images: int) -> DataSettings:
+def generate(folder: Path, images: int, copies: int, width: int = WIDTH, height: int = HEIGHT) -> DataSettings:
     """A LLaVA-format set under `folder`, and the settings that read it."""
     (folder / "images").mkdir(parents=True)
-    rows = []
-    for i in range(images):
-        random = np.random.default_rng(i)
-        coarse = Image.fromarray(random.integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
-        grain = random.integers(-8, 9, smooth.shape, dtype=np.int16)
-        picture = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
-        picture.save(folder / "images" / f"{i}-0.jpg", quality=85)
-        for copy in range(COPIES):
-            name = f"{i}-{copy}.jpg"
-            if copy:
-                (folder / "images" / name).hardlink_to(folder / "images" / f"{i}-0.jpg")
-            for question in ("What is in the picture?", "What is at the top left?"):
-                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "Clouds of colour."}]
-                rows.append({"id": f"{name} {question}", "image": name, "conversations": turns})
-    (folder / "rows.json").write_text(json.dumps(rows))
-    llava = LlavaFolder(annotations=folder / "rows.json", images=folder / "images", val=0.1, test=0.1)
+    with (folder / "rows.jsonl").open("w") as rows:
+        for i in range(images):
+            random = np.random.default_rng(i)
+            coarse = Image.fromarray(random.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+            grain = random.integers(-8, 9, smooth.shape, dtype=np.int16)
+            first = folder / "images" / f"{i}-0.jpg"
+            Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(first, quality=85)
+            for copy in range(copies):
+                name = f"{i}-{copy}.jpg"
+                if copy:
+                    first.with_name(name).hardlink_to(first)
+                for question in QUESTIONS:
+                    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "Clouds of colour."}]
+                    rows.write(json.dumps({"id": f"{name} {question}", "image": name, "conversations": turns}) + "\n")
+    llava = LlavaFolder(annotations=folder / "rows.jsonl", images=folder / "images", val=0.1, test=0.1)
     return load_settings().data.model_copy(update={"source": "llava", "llava": llava})
 
 
@@ -60,37 +68,68 @@ def decode(folder: Path) -> int:
     return count
 
 
-def run(images: int = IMAGES, repeats: int = REPEATS) -> dict[str, Any]:
+def rate(images: int = IMAGES, copies: int = COPIES, repeats: int = REPEATS) -> dict[str, Any]:
     device = measure.prepare()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings = generate(folder / "raw", images)
+        settings = generate(folder / "raw", images, copies)
         target = folder / "dataset"
 
         def stage() -> None:
             shutil.rmtree(target, ignore_errors=True)
             with contextlib.redirect_stderr(io.StringIO()):  # its own bar
                 manifest = prepare(settings, target=target, workers=1)
-            assert manifest.rows_out == 2 * images * COPIES
+            assert manifest.rows_out == len(QUESTIONS) * images * copies
 
         arms: dict[str, measure.Work] = {"pillow": lambda: decode(folder / "raw"), "prepare": stage}
         for work in arms.values():
             work()
         pairs = {"prepare_rate_vs_pillow": ("pillow", "prepare")}
-        found = measure.raced(arms, repeats, device, "prepare", pairs, images=images * COPIES)
-        size = sum(path.stat().st_size for path in (folder / "raw" / "images").iterdir()) / COPIES
-    return {
-        "benchmark": "prepare",
-        "size": "llava",
-        "about": f"{images * COPIES:,} JPEG images of {WIDTH} x {HEIGHT} ({size / images / 1000:.0f} kB), two questions each",
-        **measure.where_and_when(device),
-        **found,
-    }
+        found = measure.raced(arms, repeats, device, "prepare", pairs, images=images * copies)
+        kb = sum(path.stat().st_size for path in (folder / "raw" / "images").iterdir()) / copies / images / 1000
+    about = f"{images * copies:,} JPEG images of {WIDTH} x {HEIGHT} ({kb:.0f} kB), two questions each"
+    return measure.result("prepare", "llava", about, device) | found
+
+
+def memory(sizes: list[int]) -> dict[str, Any]:
+    """`sizes`: rows of each set."""
+    arms: dict[str, dict[str, float]] = {}
+    for rows in sizes:
+        images = rows // len(QUESTIONS)
+        copies = -(-images // DIFFERENT)
+        with tempfile.TemporaryDirectory() as name:
+            settings = generate(Path(name) / "raw", images // copies, copies, SMALL, SMALL)
+            told = {"target": Path(name) / "dataset", "workers": cores()}
+            seconds, peak = followed(
+                multiprocessing.get_context("spawn").Process(target=prepare, args=(settings,), kwargs=told)
+            )
+        arms[f"{rows:,} rows"] = {"seconds": seconds, "images_per_second": images / seconds, "peak_mib": peak}
+    peaks = [arm["peak_mib"] for arm in arms.values()]
+    about = f"JPEG images of {SMALL} x {SMALL}, two questions each; {cores()} processes"
+    head = measure.result("prepare", f"to {sizes[-1]:,} rows", about, measure.prepare()) | {"clock": "wall time"}
+    return head | {"arms": arms, "ratios": {"memory_of_prepare": peaks[-1] / peaks[0]}}
+
+
+def followed(process: multiprocessing.process.BaseProcess) -> tuple[float, float]:
+    """Seconds that the process takes, and the most MiB that it and its children had to themselves at one time."""
+    began, peak = time.perf_counter(), 0.0
+    process.start()
+    while process.is_alive():
+        with contextlib.suppress(psutil.Error):  # one of them ended meanwhile
+            parent = psutil.Process(process.pid)
+            family = [parent, *parent.children(recursive=True)]
+            peak = max(peak, sum(one.memory_full_info().uss for one in family) / measure.MIB)
+        time.sleep(EVERY)
+    if process.exitcode:
+        raise SystemExit(f"prepare ended with exit code {process.exitcode}")
+    return time.perf_counter() - began, peak
 
 
 def main() -> None:
-    args = table.arguments("prepare", __doc__).parse_args()
-    print(table.report(run(), args.json))
+    parser = table.arguments("prepare", __doc__)
+    parser.add_argument("--rows", type=int, nargs="+", metavar="N", help="measure memory instead, on sets of so many rows")
+    args = parser.parse_args()
+    print(table.report(memory(args.rows) if args.rows else rate(), args.json))
 
 
 if __name__ == "__main__":

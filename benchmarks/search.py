@@ -77,11 +77,9 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     found["ratios"] |= {f"memory_{name}": peaks[a] / peaks[b] for name, (a, b) in RATIOS.items()}
     for name, arm in found["arms"].items():
         arm["peak_mib"] = peaks[name] / measure.MIB
+    about = f"teacher of {size.about}; {prompts // 2} pairs of {size.prompt} tokens, {len(ways.layers)} layers watched"
     return {
-        "benchmark": "search",
-        "size": size.name,
-        "about": f"teacher of {size.about}; {prompts // 2} pairs of {size.prompt} tokens, {len(ways.layers)} layers watched",
-        **measure.where_and_when(device),
+        **measure.result("search", size.name, about, device),
         "precision": "bf16" if size.bf16 else "fp32",
         **found,
         "difference_from_eager": difference,

@@ -278,10 +278,7 @@ def _result(
     ratios = {name: RATIOS[name] for name in timed["ratios"]}
     held = {name: pair for name, pair in MEMORY_RATIOS.items() if set(pair) <= set(peaks)}
     return {
-        "benchmark": "step",
-        "size": size.name,
-        "about": size.about,
-        **measure.where_and_when(device),
+        **measure.result("step", size.name, size.about, device),
         "precision": "bf16" if size.bf16 else "fp32",
         "batch": size.batch,
         "tokens": tokens,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, write_json
+from benchmarks.measure import RESULTS
+from components.io import write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN = "<!-- benchmarks: written by `python -m benchmarks.table`; do not edit -->"
@@ -56,7 +56,7 @@ def arguments(name: str, doc: str | None) -> argparse.ArgumentParser:
 def report(result: dict[str, Any], target: Path | None = None) -> str:
     """The result as docs/performance.md shows it, all ratios added; `target` gets it as JSON."""
     if target:
-        write_json(target, result)
+        write_text(target, json.dumps(result, indent=2) + "\n")
     return "\n".join(_run(result, with_ratios=True))
 
 
@@ -70,7 +70,7 @@ def render(results: list[dict[str, Any]]) -> str:
     parts = ["| what | goal | paper / peer | measured |", "|---|---|---|---|"]
     parts += [_goal(goal, results) for goal in GOALS]
     for result in results:
-        with_ratios = result["benchmark"] in ("prepare", "streaming", "orchestration")
+        with_ratios = result["benchmark"] in ("prepare", "orchestration")
         parts += ["", *_run(result, with_ratios)]
     return "\n".join(parts)
 
@@ -148,14 +148,8 @@ def refresh(page: str, table: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
-    args = parser.parse_args()
     page = PAGE.read_text()
-    wanted = refresh(page, render(load()))
-    if args.check:
-        sys.exit(0 if page == wanted else f"{PAGE} is not what the results say: run `python -m benchmarks.table`")
-    PAGE.write_text(wanted)
+    PAGE.write_text(refresh(page, render(load())))
 
 
 if __name__ == "__main__":
