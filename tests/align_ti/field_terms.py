@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 from zlib import crc32
@@ -155,4 +156,28 @@ def permuted_iva(whole: Any) -> Tensor:
         for place, row in enumerate(at.tolist()):
             p, q = (logits[sample, row].softmax(-1) for logits in (whole.teacher, whole.student))
             total = total + weights[order[place]] / weights.sum() * kl(p, q)
+    return total
+
+
+def va_kd(whole: Any) -> Tensor:
+    """Tiny images are 16 x 16: shrunk they are one pixel, the mean under a triangle as wide as two images, cut at theirs."""
+    triangle = 1 - (torch.arange(16) - 7.5).abs() / 16
+    kernel = (triangle / triangle.sum()).outer(triangle / triangle.sum()).double()
+    pixels = (whole.batch.pixel_values * kernel).sum((2, 3), keepdim=True).expand_as(whole.batch.pixel_values)
+    teacher = whole.models[1].model
+    blind = teacher(input_ids=whole.batch.input_ids, pixel_values=pixels).logits
+    total = whole.student.sum() * 0
+    for sample, (logits, student, gold) in enumerate(answers(whole)):
+        p, q = logits.softmax(-1), student.softmax(-1)
+        at = whole.batch.response[sample].nonzero()[:, 0]
+        without = blind[sample, at - 1].softmax(-1)
+        need = [max(0.0, float(p[t, y].log() - without[t, y].log())) for t, y in enumerate(gold)]
+        top = sorted(range(len(gold)), key=lambda t: -need[t])[: math.ceil(0.2 * len(gold))]
+        rest = [t for t in range(len(gold)) if t not in top]
+        losses = [kl(p[t], q[t]) for t in range(len(gold))]
+        if not whole.batch.visual[sample].any() or not rest:
+            total = total + sum(losses)
+        else:
+            halves = [sum(losses[t] for t in part) / len(part) for part in (top, rest)]
+            total = total + len(gold) * sum(halves) / 2
     return total

@@ -180,6 +180,7 @@ CASES = {
     "tad": Case("tad", field_terms.tad),
     "dkd": Case("dkd", field_terms.dkd),
     "taid": Case("taid", field_terms.taid, held=True),
+    "va_kd": Case("va_kd", field_terms.va_kd),
     "relation": Case("relation", field_terms.relation, highest=2.0),
     "relation centred": Case("relation", partial(field_terms.relation, centred=True), {"centred": True}, highest=2.0),
     "affinity": Case("affinity", field_terms.affinity, highest=2.0, rtol=1e-6),
@@ -365,6 +366,21 @@ def test_chunks_change_nothing(case: Case) -> None:
     values = [loss(module, batch()) for module in (whole, chunked)]
     torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
     same(gradients(whole, values[0]), gradients(chunked, values[1]))
+
+
+def test_bf16_changes_it_little(case: Case) -> None:
+    """Under autocast, as the stage trains in bf16: what a term does itself it does in float32."""
+    values = []
+    for bf16 in (False, True):
+        module, b = step(*pair(torch.float32), case).float(), batch(dtype=torch.float32)
+        for p in module.live_teacher.vlm.parameters():
+            p.data = p.data.float()
+        draws = torch.full((sum(R for _, _, R in SAMPLES), 4), 9) if module.method.needs.ribbon else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss(module, b, draws=draws)
+        assert value.dtype == torch.float32 and all(g.isfinite().all() for g in gradients(module, value))
+        values.append(float(value.detach()))
+    assert values[1] == pytest.approx(values[0], rel=0.1)
 
 
 @pytest.mark.parametrize("samples", [[(0, 2, 0)], [(0, 2, 3)], [(1, 2, 0)]], ids=["nothing", "no image", "no response"])

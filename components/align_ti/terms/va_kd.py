@@ -1,0 +1,66 @@
+"""L_va_kd: L_kd in which the response tokens that most need the image weigh half. Units: response tokens.
+
+A token's need is what the teacher's log-probability of it loses when the image is blurred: shrunk to a tenth of each side and
+enlarged again. Source: VA-OPD, arXiv 2605.21924, here on the data's answers.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.align_ti.batch import Batch
+from components.align_ti.divergence import Divergence
+from components.align_ti.head import row_losses, rows_per_chunk
+from components.align_ti.row_weights import in_top, over_mean
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs, View, responses
+
+
+def blurred(batch: Batch) -> Batch:
+    """Raises ValueError for families whose images are not (images, 3, H, W): their patches say not where they lie."""
+    edited: Any = copy(batch)
+    if batch.pixel_values is not None:
+        if batch.pixel_values.dim() != 4:
+            raise ValueError(f"va_kd blurs images (images, 3, H, W), and this family's are {tuple(batch.pixel_values.shape)}")
+        H, W = batch.pixel_values.shape[-2:]
+        small = F.interpolate(batch.pixel_values, (max(1, H // 10), max(1, W // 10)), mode="bilinear", antialias=True)
+        edited.pixel_values = F.interpolate(small, (H, W), mode="nearest")
+    if getattr(batch, "teacher", None) is not None:  # which reads the image on another grid
+        edited.teacher = blurred(edited.teacher)
+    return edited  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Term:
+    share: float = 0.2  # of each answer's tokens that weigh half
+    divergence: Divergence | None = None  # None: the arm's
+    needs = Needs(live=True, views=(View("blurred", blurred, student=False),))
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return responses(batch)
+
+    def loss(self, seen: Seen) -> Tensor:
+        top = in_top(self._need(seen), seen.answer, self.share)
+        halves = over_mean(top.double(), seen.answer) + over_mean((~top).double(), seen.answer)
+        weights = over_mean(halves, seen.answer)  # 1 for an answer of one token
+        weights = torch.where(seen.batch.visual.any(1)[seen.answer], weights, 1.0).to(seen.zero.dtype)
+        return seen.divergence(seen.predicts, weights, self.divergence)
+
+    @torch.no_grad()
+    def _need(self, seen: Seen) -> Tensor:
+        """(N,) max(0, log p_T(y | image) - log p_T(y | blurred image))."""
+        head, (_, without) = seen.teacher_head, seen.views["blurred"]
+        assert isinstance(seen.teacher, Tensor) and without is not None and head is not None  # live, as `needs` asks
+
+        def missed(at: slice, logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits[:, : seen.shared_vocabulary], seen.gold[at], reduction="none")
+
+        size = rows_per_chunk(len(head.weight), seen.chunk_mib)
+        seeing, blind = (row_losses(states[seen.predicts], head, missed, size) for states in (seen.teacher, without))
+        return (blind - seeing).clamp_min(0)
