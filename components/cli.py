@@ -388,7 +388,7 @@ def up(
 
     ready = servers.up(host, {"mlflow": mlflow_port, "prefect": prefect_port}, postgres, typer.echo)
     for server in ready:
-        typer.echo(f"{server.name}: {server.url}")
+        typer.echo(f"{server.name}: {server.page}")
     typer.echo("`alignti deploy` and `alignti worker` find them by themselves. For other commands in this shell:")
     for name in ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL"):
         typer.echo(f"  export {name}={servers.client_environment()[name]}")
@@ -504,11 +504,13 @@ def compare(study: str) -> None:
 
     plan = expand.read(study)
     from components.config.load import load_settings
+    from components.errors import without_login
     from components.study import compare as comparison
     from components.study import report
-    from flows.servers import use_running
+    from components.tracking.outcome import page
+    from flows import servers
 
-    use_running()
+    servers.use_running()
     settings = load_settings()
     runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
     cells = [cell.name for cell in expand.cells(study)]
@@ -516,6 +518,9 @@ def compare(study: str) -> None:
     written = report.write(result, plan.about, settings.evaluate.confidence)
     typer.echo(report.standing(result))
     typer.echo(f"-> {', '.join(map(str, written))}")
+    address = next((s.url for s in servers.started() if s.name == "mlflow"), without_login(settings.runtime.tracking_uri))
+    if address.startswith("http"):
+        typer.echo(f"in MLflow: {page(address, [run.id for run in result.runs], result.runs[0].experiment)}")
 
 
 @app.command()

@@ -15,8 +15,11 @@ from graphlib import TopologicalSorter
 
 from components.config.load import load_settings
 from components.config.runtime import RuntimeSettings
+from components.config.settings import Settings
 from components.process import cores, exit_from
-from flows import devices, dvc
+from components.tracking import outcome
+from components.tracking.stage_run import PARENT, stage_run
+from flows import devices, dvc, servers
 
 
 def repro(jobs: int, run: Callable[[str], dvc.Outcome]) -> dict[str, dvc.Outcome]:
@@ -62,19 +65,34 @@ def workers(runtime: RuntimeSettings) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run stale stages, independent ones at the same time.")
     parser.add_argument("--jobs", type=int, help="stages at a time; as many as there are GPUs, or else cores")
-    asked, runtime = parser.parse_args().jobs, load_settings().runtime
+    asked, settings = parser.parse_args().jobs, load_settings()
+    runtime = settings.runtime
     jobs = asked or workers(runtime)
 
-    def run(stage: str) -> dvc.Outcome:
-        if jobs == 1:  # all devices are its own
-            return dvc.reproduce(stage)
-        held: AbstractContextManager[dict[str, str]] = nullcontext({}) if runtime.device == "cpu" else devices.one()
-        with held as device:
-            return dvc.reproduce(stage, device, label=stage)
+    if not dvc.status():
+        print("Nothing to do: every stage is up to date.")
+        return
+    with stage_run("repro", runtime=runtime, works=False) as above:
 
-    outcomes = repro(jobs, run)
+        def run(stage: str) -> dvc.Outcome:
+            if jobs == 1:  # all devices are its own
+                return dvc.reproduce(stage, {PARENT: above.id})
+            held: AbstractContextManager[dict[str, str]] = nullcontext({}) if runtime.device == "cpu" else devices.one()
+            with held as device:
+                return dvc.reproduce(stage, {PARENT: above.id, **device}, label=stage)
+
+        outcomes = repro(jobs, run)
     told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
     print(f"{len(outcomes)} stages, {jobs} at a time: {told}.")
+    say_where(settings)
+
+
+def say_where(settings: Settings) -> None:
+    """The address of MLflow's page that compares the arms; nothing where they were not sent."""
+    mlflow = next((server.url for server in servers.started() if server.name == "mlflow" and server.alive()), None)
+    address = mlflow or f"http://{servers.LOOPBACK}:{servers.PORTS['mlflow']}"
+    if page := outcome.comparison(list(settings.study.arms), address):
+        print(f"The arms compared in MLflow{'' if mlflow else ', once `alignti up` has started it'}: {page}")
 
 
 if __name__ == "__main__":

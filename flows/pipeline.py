@@ -102,10 +102,10 @@ def pipeline(
                 for path, md5 in list(locked.get(stage, {}).items())[:1]:  # the run that made it, whenever that was
                     run.link(f"stage.{stage}.run", provenance.maker(md5), path, md5)
             took = [history.last_seconds(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
-            run.metrics({"cost/stage_hours": sum(seconds for seconds, _ in filter(None, took)) / 3600})
+            run.metrics({"usage/stage_hours": sum(seconds for seconds, _ in filter(None, took)) / 3600})
             gate(targets or ())
             if "compare" in outcomes:
-                promote.register_all(run.id)
+                promote.register_all()
             prefect_artifacts.leaderboard()
     return outcomes
 

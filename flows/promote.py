@@ -49,14 +49,14 @@ class Verdict(Record):
     why: str
 
 
-def register(arms: list[str], settings: Settings, parent: str | None = None) -> tuple[list[str], bool]:
+def register(arms: list[str], settings: Settings) -> tuple[list[str], bool]:
     """Tell MLflow of these arms of the folder, the best of them as the candidate.
 
     Returns those not told before, and whether MLflow has taken them. Raises DataError if one has not been trained and scored.
     """
     students = record.standing(arms)
     best = record.best(students)
-    told = record.register(students, settings, parent, best)
+    told = record.register(students, settings, best)
     if not send(settings):
         return told, False
     if best.arm not in told:  # it was registered once, and others have been the candidate since
@@ -67,11 +67,11 @@ def register(arms: list[str], settings: Settings, parent: str | None = None) -> 
     return told, True
 
 
-def register_all(parent: str) -> None:
+def register_all() -> None:
     """`register` for every arm, at the end of a pipeline that has done its work: a fault costs a warning."""
     try:
         settings = load_settings()
-        register(list(settings.study.arms), settings, parent)
+        register(list(settings.study.arms), settings)
     except (AlignTIError, OSError) as error:
         journal.warn(f"the students are not registered: {error}; `alignti register` does it")
 

@@ -30,6 +30,7 @@ import psutil
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.io import write_text
 from components.tracking import mlflow_sync
+from components.tracking.outcome import TRAINING
 from flows import QUIET
 
 HOME = Path(".servers")
@@ -60,6 +61,11 @@ class Server:
     def url(self) -> str:
         reached_at = LOOPBACK if self.host in ("0.0.0.0", "::") else self.host
         return f"http://{reached_at}:{self.port}"
+
+    @property
+    def page(self) -> str:
+        """What to open in a browser."""
+        return f"{self.url}/#/experiments?{TRAINING}" if self.name == "mlflow" else self.url
 
     @property
     def log(self) -> Path:

@@ -23,9 +23,9 @@ from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError
 from components.records.distill import Cost
 from components.records.paths import STUDENTS
-from components.study import expand, record
+from components.study import expand
 from components.study.expand import Cell, Study
-from components.tracking import journal, mlflow_sync
+from components.tracking import journal, mlflow_sync, outcome
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 from flows import dvc, notify, prefect_artifacts, workspace
 from flows.early_stopping import diverged
@@ -129,11 +129,12 @@ def study(
             run.tag("study", name)
             pool = Orders(name, workspace.head(), recipe, run.id) if over_pool else None
             became = _run(cells, plan, run.id, parallel or (MOST if pool else 1), pool)
-            for cell, outcome in became.items():
-                run.tag(f"cell.{cell}", outcome)
-            digests, varied = dvc.digests(), record.varied(cells)
-            for arm in (arm for arm in cells if became[arm.name] in DONE):
-                record.record(name, arm, varied, digests[str(STUDENTS / arm.name)], runtime, run.id)
+            for arm, became_of in became.items():
+                run.tag(f"cell.{arm}", became_of)
+            digests, varied = dvc.digests(), outcome.varied({cell.name: cell.arm.model_dump(mode="json") for cell in cells})
+            for cell in (cell for cell in cells if became[cell.name] in DONE):
+                md5, differs = digests[str(STUDENTS / cell.name)], varied[cell.name]
+                outcome.record(cell.name, md5, differs, runtime, outcome.CELL, study=name, variant=cell.variant)
             _send(runtime)
             missing = {cell: outcome for cell, outcome in became.items() if outcome not in DONE}
             if missing:

@@ -43,7 +43,7 @@ def main() -> None:
         return
     with stage_run("distill", name, runtime=settings.runtime, params=arm.model_dump(mode="json")) as run:
         cost = distill(name, arm, settings, run)
-        run.metrics({"cost/train_seconds": cost.train_seconds, "cost/peak_memory_mib": cost.peak_memory_mib})
+        run.metrics({"usage/train_seconds": cost.train_seconds, "usage/peak_memory_mib": cost.peak_memory_mib})
     if PartialState().is_main_process:
         print(
             f"distill@{name}: {cost.steps:,} steps in {cost.train_seconds:.0f} s, peak {cost.peak_memory_mib:,.0f} MiB"

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from components.align_ti.step import AlignTI, total
+from components.align_ti.step import AlignTI, Method, total
 from components.config.distill import DistillSettings
 from components.distill.assemble import Job
 from components.distill.checkpoint import Checkpoints
@@ -95,7 +95,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
                 if module.method.max_expanded_length is not None:
                     line["tpa_steps_left_out"] = left_out
                 progress["losses"].append(line)
-                run.metrics({f"loss/{key}": value for key, value in line.items() if key != "step"}, step=step)
+                run.metrics(_tracked(line, module.method), step)
             progress |= {"step": step, "seconds": time.perf_counter() - started}
             if stopping or (step % settings.checkpoint_every == 0 and step < settings.steps):
                 checkpoints.save(accelerator, progress)
@@ -154,6 +154,13 @@ def _step(
         optimiser.step()
     optimiser.zero_grad()
     return means, norm, int(all_left_out), bool(asked)
+
+
+def _tracked(line: dict[str, float], method: Method) -> dict[str, float]:
+    """A line of losses.jsonl as metrics: only the terms that are trained, and the optimiser apart."""
+    losses = {"total", *filter(method.weighs, method.terms)}
+    others = line.keys() - {"step", "total", *method.terms}
+    return {f"loss/{key}": line[key] for key in losses} | {f"optim/{key}": line[key] for key in others}
 
 
 def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str], dump: Path) -> AlignTIError:

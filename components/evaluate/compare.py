@@ -46,7 +46,7 @@ from components.process import exit_from
 from components.records.compare import ArmResult, Comparison, Contrast, Difference, Estimate, PublishedRuns, TeacherResult
 from components.records.distill import Cost
 from components.records.evaluate import Scores, YesNo
-from components.records.paths import REPORTS, SCORES, TEACHER_ARM
+from components.records.paths import REPORTS, SCORES, STUDENTS, TEACHER_ARM
 from components.records.record import Absent
 from components.report import markdown as md
 
@@ -274,7 +274,8 @@ def main() -> None:
     from tqdm import tqdm
 
     from components.evaluate import published_runs, report
-    from components.tracking.stage_run import stage_run
+    from components.tracking import outcome, provenance
+    from components.tracking.stage_run import send, stage_run
 
     with stage_run("compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}) as run:
         outcomes = read(settings.study.arms)
@@ -286,8 +287,13 @@ def main() -> None:
                 progress.update()
         run.metrics(_tracked(comparison))
         run.tag("best_arm", comparison.order[0])
+        scores = {"teacher/exact_match": comparison.teacher.exact_match}
+        scores |= {f"{arm}/exact_match": result.exact_match for arm, result in comparison.arms.items()}
+        run.headline(scores, comparison.headline)
         for path in written:
             run.artifact(path)
+    students = {arm: provenance.locked().get(f"distill@{arm}", {}).get(str(STUDENTS / arm)) for arm in comparison.order}
+    send([outcome.of_arm(arm, md5, settings) for arm, md5 in students.items() if md5], settings.runtime)
     best = leaders(comparison)
     print(
         f"compare: best arm {listed(best)}, {spoken(comparison.arms[best[0]])} against the teacher's"

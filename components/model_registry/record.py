@@ -1,11 +1,10 @@
-"""Registration of this folder's students: a run each that records what stands, and a version in the registry.
+"""Registration of this folder's students: a version each in the registry, which the run of its outcome asks for.
 
 It goes through the journal like everything else: a server that is away costs a line, and `alignti sync` sends it later.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,11 @@ from components.config.settings import Settings
 from components.errors import DataError
 from components.model_registry import drift
 from components.records.dataset import Manifest
-from components.records.distill import Cost
 from components.records.evaluate import Scores
 from components.records.paths import DATASET, RAW, SCORES, STUDENTS
-from components.tracking import journal, provenance
+from components.tracking import journal, outcome, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import nearest_recipe
-
-STAGE = "student"  # the tag of these runs
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,14 @@ def best(students: Sequence[Student]) -> Student:
     return max(students, key=lambda student: student.scores.exact_match)
 
 
-def register(
-    students: Sequence[Student], settings: Settings, parent: str | None, candidate: Student | None = None
-) -> list[str]:
+def register(students: Sequence[Student], settings: Settings, candidate: Student | None = None) -> list[str]:
     """Journal each that was not before, `candidate` as such; returns the arms told now."""
-    return [student.arm for student in students if _tell(student, settings, parent, candidate=student is candidate)]
+    return [student.arm for student in students if _tell(student, settings, candidate=student is candidate)]
 
 
-def _tell(student: Student, settings: Settings, parent: str | None, candidate: bool) -> bool:
-    cost, arm = Cost.read(STUDENTS / student.arm / "cost.json"), settings.arm(student.arm)
-    made_by = provenance.maker(student.md5)
-    fingerprint = student.scores.fingerprint
+def _tell(student: Student, settings: Settings, candidate: bool) -> bool:
+    arm, made_by, fingerprint = settings.arm(student.arm), provenance.maker(student.md5), student.scores.fingerprint
     tags = {
-        "stage": STAGE,
         "arm": student.arm,
         **nearest_recipe().tag,
         "dvc.path": str(STUDENTS / student.arm),
@@ -79,29 +70,13 @@ def _tell(student: Student, settings: Settings, parent: str | None, candidate: b
         "samples": str(student.scores.samples),
         **_commit(made_by),
     }
-    outcome = hashlib.sha256(json.dumps([student.md5, student.scores_md5]).encode()).hexdigest()
-    return journal.record(
-        f"student-{student.arm}-{outcome[:12]}",
-        f"student/{student.arm}",
-        runtime=settings.runtime,
-        parent=parent,
+    return journal.register(
+        outcome.of_arm(student.arm, student.md5, settings),
+        made_by=made_by or "",
+        candidate=candidate,
         tags=tags,
-        params=arm.model_dump(mode="json"),
-        metrics={
-            "exact_match": student.scores.exact_match,
-            **{f"exact_match/{kind}": value for kind, value in student.scores.per_kind.items()},
-            "cost/train_seconds": cost.train_seconds,
-            "cost/device_hours": cost.train_seconds / 3600,
-            "cost/peak_memory_mib": cost.peak_memory_mib,
-        },
-        artifacts=[SCORES / student.arm / name for name in ("scores.json", "predictions.jsonl")],
-        registers={
-            "made_by": made_by or "",
-            "candidate": candidate,
-            "tags": tags,
-            "params": {key: str(value) for key, value in journal.flatten(arm.model_dump(mode="json"))},
-            "description": f"{student.arm}: {student.scores.exact_match:.1%} exact match on {student.scores.samples:,} samples",
-        },
+        params={key: str(value) for key, value in journal.flatten(arm.model_dump(mode="json"))},
+        description=f"{student.arm}: {student.scores.exact_match:.1%} exact match on {student.scores.samples:,} samples",
     )
 
 

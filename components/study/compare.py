@@ -18,11 +18,11 @@ import numpy as np
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.statistics import Interval, holm
 from components.study.expand import SEED
-from components.study.record import FINGERPRINT, STAGE
+from components.tracking.outcome import CELL, FINGERPRINT
 from components.tracking.stage_run import JOURNAL_ONLY
-from components.tracking.system_metrics import CPU_WH, GPU_WH
 
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
+GPU_WH, CPU_WH = "cost/gpu_wh", "cost/cpu_wh"
 MOST = 50_000  # runs that MLflow hands out at once
 SLACK = 0.05  # two trainings whose hours differ by less cost the same: one run's time varies by as much
 
@@ -38,6 +38,7 @@ class Run:
     metrics: dict[str, float]
     fingerprint: str
     made: int  # ms since 1970
+    experiment: str = ""  # MLflow's id
 
     @property
     def seed(self) -> str:
@@ -131,7 +132,7 @@ def read(client: Any, experiment: str, study: str) -> list[Run]:
         raise InputError(
             f"MLflow has no experiment {experiment!r} yet; run the study first, or name another in params/runtime.yaml"
         )
-    asked = f"tags.stage = '{STAGE}' and tags.study = '{study}' and attributes.status = 'FINISHED'"
+    asked = f"tags.stage = '{CELL}' and tags.study = '{study}' and attributes.status = 'FINISHED'"
     runs = client.search_runs([found.experiment_id], asked, max_results=MOST, order_by=["attributes.start_time ASC"])
     return [
         Run(
@@ -142,6 +143,7 @@ def read(client: Any, experiment: str, study: str) -> list[Run]:
             metrics=dict(run.data.metrics),
             fingerprint=run.data.tags.get(FINGERPRINT, "null"),
             made=run.info.start_time,
+            experiment=run.info.experiment_id,
         )
         for run in runs
     ]

@@ -22,7 +22,7 @@ def sent(run: str) -> dict[str, Any] | None:
 
 
 def energy(run: str) -> dict[str, float]:
-    """What the run of this journal took, in Wh, as far as that was measured, and here: `cost/gpu_wh`, `cost/cpu_wh`.
+    """What the run of this journal took, in Wh, as far as that was measured, and here: `usage/gpu_wh`, `usage/cpu_wh`.
 
     A run that went on after it was stopped has told more than once; its attempts are added up.
     """

@@ -4,7 +4,7 @@ A tracking server that is away, slow or broken therefore costs one warning, neve
 the journal beside the stage, and `alignti sync` sends what is left.
 
 Each line is an object with `event` and `time` (ms since 1970): start, resume, origin, params, metrics, artifact, dataset,
-tag, link (to another run), made, register, end.
+tag, link (to another run), made, headline (of the run above), register, end.
 """
 
 from __future__ import annotations
@@ -38,30 +38,24 @@ class Run:
         self._journal = journal
         self._file: IO[str] | None = None
         self._lock = threading.Lock()  # the meter's thread writes too
-        self._latest: dict[str, float] = {}
-        self._best: dict[str, float] = {}
         if journal is not None:
             try:
                 journal.parent.mkdir(parents=True, exist_ok=True)
                 self._file = journal.open("a", encoding="utf-8")
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while we live: how `sync` knows that we do
-                self._take_up(journal)
+                os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)  # half a line of a process that was killed
             except BlockingIOError:
                 raise
             except OSError as error:
                 self._stop(error)
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """`values` at `step`; without a step they describe the whole run. Stepped ones end as `final/` and `best/` too:
-        best is the lowest for names under `loss/`, else the highest."""
-        told = {name: float(value) for name, value in values.items()}
-        self._write("metrics", values=told, step=step)
-        if step is not None:
-            self._note(told)
+        """`values` at `step`; without a step they describe the whole run."""
+        self._write("metrics", values={name: float(value) for name, value in values.items()}, step=step)
 
-    def sample(self, values: Mapping[str, float], step: int) -> None:
-        """Metrics without a best and a final one: what the machine does."""
-        self._write("metrics", values=dict(values), step=step)
+    def headline(self, values: Mapping[str, float], text: str) -> None:
+        """What the run above this one shows in the table of runs: its metrics, and its description in Markdown."""
+        self._write("headline", values=dict(values), text=text)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """What was asked for, nested mappings as dotted names. Once set, a value cannot change."""
@@ -110,27 +104,9 @@ class Run:
         self._write("start", **fields)
 
     def end(self, status: str) -> None:
-        summary = {f"final/{k}": v for k, v in self._latest.items()} | {f"best/{k}": v for k, v in self._best.items()}
-        if summary:
-            self._write("metrics", values=summary, step=None)
         self._write("end", status=status)
         if self._file is not None:
             self._file.close()
-
-    def _take_up(self, journal: Path) -> None:
-        """Of an earlier process that was stopped: its values count for `best/` and `final/`; half a line of it is cut off."""
-        text = journal.read_bytes()
-        whole = text.rfind(b"\n") + 1
-        os.truncate(journal, whole)
-        for line in map(json.loads, text[:whole].splitlines()):
-            if line["event"] == "metrics" and line["step"] is not None:
-                self._note(line["values"])
-
-    def _note(self, values: Mapping[str, float]) -> None:
-        self._latest |= values
-        for name, value in values.items():
-            better = min if name.startswith("loss/") else max
-            self._best[name] = better(value, self._best.get(name, value))
 
     def _write(self, event: str, **fields: Any) -> None:
         with self._lock:
@@ -152,23 +128,17 @@ def record(
     name: str,
     *,
     runtime: RuntimeSettings,
-    parent: str | None,
     tags: Mapping[str, str],
     params: Mapping[str, Any],
     metrics: Mapping[str, float],
     artifacts: Sequence[Path] = (),
-    registers: Mapping[str, Any] | None = None,
-) -> bool:
-    """Journal, whole and at once, a run that says what lies there already; `alignti sync` or the caller sends it.
-
-    `registers`: the student, as `mlflow_registry.py` takes it. False if `key`, which names what lies there, was journalled
-    before: nothing is told twice.
-    """
+) -> None:
+    """Journal, whole and at once, a run that says what lies there already, if `key` was not journalled before; `alignti sync`
+    or the caller sends it."""
     journal = JOURNALS / f"{key}.jsonl"
     if journal.exists():
-        return False
-    above = {"id": parent, "name": "study", "ends_with_stages": False} if parent else None
-    start = {"name": name, "experiment": runtime.experiment, "parent": above, "tags": {**tags, **provenance.commit_tags()}}
+        return
+    start = {"name": name, "experiment": runtime.experiment, "parent": None, "tags": {**provenance.commit_tags(), **tags}}
     events: list[dict[str, Any]] = [
         {"event": "start", **start},
         {"event": "params", "values": {name: str(value) for name, value in flatten(params)}},
@@ -179,11 +149,22 @@ def record(
         files.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, files / path.name)
         events.append({"event": "artifact", "path": f"{files.name}/{path.name}"})
-    if registers:
-        events.append({"event": "register", **registers})
-    events.append({"event": "end", "status": "FINISHED"})
-    write_text(journal, "".join(json.dumps({"time": _now_ms(), **event}) + "\n" for event in events))
+    _append(journal, events)
+
+
+def register(key: str, **student: Any) -> bool:
+    """Add to the recorded run `key` that its student is registered, as `mlflow_registry.py` takes it; False if it says so."""
+    journal = JOURNALS / f"{key}.jsonl"
+    if '"event": "register"' in journal.read_text(encoding="utf-8"):
+        return False
+    _append(journal, [{"event": "register", **student}])
     return True
+
+
+def _append(journal: Path, events: Sequence[Mapping[str, Any]]) -> None:
+    before = journal.read_text(encoding="utf-8") if journal.exists() else ""
+    lines = [json.dumps({"time": _now_ms(), **event}) + "\n" for event in (*events, {"event": "end", "status": "FINISHED"})]
+    write_text(journal, before + "".join(lines))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,8 +3,8 @@
 Sending the same lines twice changes nothing: a run is found again by its tag `alignti.run`, and MLflow takes equal
 points, params, tags and inputs once. So it may be stopped anywhere and started again.
 
-    python -m components.tracking.mlflow_sync JOURNAL     what a stage starts: follows the journal until stdin closes
-    alignti sync                            sends every journal that is left
+    python -m components.tracking.mlflow_sync JOURNAL...    what a stage starts: follows each until stdin closes
+    alignti sync                                            sends every journal that is left
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ NAME_CHARS = 250  # MLflow's limit
 MOVED = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
 MAKING = JOURNALS / ".lock"  # held between looking for a run and making it
 FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
+
+EXPERIMENT = {
+    "mlflow.experimentKind": "custom_model_development",  # MLflow guesses one for language models that are asked, else
+    "mlflow.note.content": """\
+One run per arm, `tags.stage = "arm"`: weights, scores, cost. Select them and *Compare*; `make repro` prints the address.
+One run per stage, `tags.stage = "distill"`, below its pipeline or `dvc repro`: losses over steps, inputs and outputs.
+Cells of a study: `tags.stage = "cell" and tags.study = "NAME"`; `alignti compare NAME` says what they show.""",
+}
 
 ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run: what `alignti reproduce` reads
 
@@ -100,12 +108,13 @@ class Mirror:
             if found := self._client.get_experiment_by_name(name):
                 return found.experiment_id
             beside = Path(self._uri.removeprefix(LOCAL)).resolve().parent / "artifacts"
-            return self._client.create_experiment(name, beside.as_uri() if self._uri.startswith(LOCAL) else None)
+            return self._client.create_experiment(name, beside.as_uri() if self._uri.startswith(LOCAL) else None, EXPERIMENT)
 
     def _parent_id(self, experiment: str, parent: dict[str, Any], started: int) -> str:
         if len(parent["id"]) == 32 and set(parent["id"]) <= set("0123456789abcdef"):
             return parent["id"]  # an MLflow run id, given by whoever opened that run
-        return self._find_or_make(experiment, parent["id"], parent["name"], started, {"stage": "pipeline"}, ours=False)
+        tags = {"stage": "pipeline", **parent.get("tags", {})}
+        return self._find_or_make(experiment, parent["id"], parent["name"], started, tags, ours=False)
 
     def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str], ours: bool = True) -> str:
         """`ours`: the run of this journal, which knows its name and tags better than a child that made it before."""
@@ -171,6 +180,11 @@ class Mirror:
                 self._client.log_artifacts(run_id, str(path), path.name)
             else:
                 self._client.log_artifact(run_id, str(path))
+
+    def _headline(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        if above := self._client.get_run(run_id).data.tags.get("mlflow.parentRunId"):
+            self._metrics(above, [line | {"step": None} for line in lines])
+            self._client.set_tag(above, "mlflow.note.content", lines[-1]["text"][:TAG_CHARS])
 
     def _dataset(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Dataset, DatasetInput
@@ -314,8 +328,9 @@ def _select(path: Path, asked: str) -> Any:
 def _is_left(journal: Path) -> bool:
     if not journal.stat().st_size:
         return False  # its process was killed before it wrote a word
-    state = journal.with_suffix(".sent")
-    return not (state.exists() and json.loads(state.read_text(encoding="utf-8"))["done"])
+    file = journal.with_suffix(".sent")
+    state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"done": False}
+    return not state["done"] or state["bytes"] < journal.stat().st_size  # a recorded run may gain its registration
 
 
 def _began(journal: Path) -> tuple[int, str]:
@@ -350,10 +365,11 @@ def main() -> None:
         signal.signal(ending, signal.SIG_IGN)
     voice = os.fdopen(os.dup(2), "w", errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
-    sent = follow(Path(sys.argv[1]), os.environ["ALIGNTI_TRACKING_URI"], voice)
+    uri = os.environ["ALIGNTI_TRACKING_URI"]
+    not_sent = [journal for journal in sys.argv[1:] if not follow(Path(journal), uri, voice)]
     voice.flush()
     os._exit(
-        SENT if sent else NOT_SENT_AND_SAID_SO
+        NOT_SENT_AND_SAID_SO if not_sent else SENT
     )  # the stage waits, and to take MLflow's modules down lasts as long as sending
 
 

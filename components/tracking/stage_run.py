@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,9 +62,9 @@ def stage_run(
     run, spent, before = _open(name, known_as, of)
     if spent is None:
         run.start(
-            name=f"{stage}/{cell}" if cell else stage,
+            name=f"{stage}/{cell or nearest.name}" if cell or not (works or nearest.name is None) else stage,
             experiment=runtime.experiment,
-            parent=_parent(),
+            parent=_parent(nearest),
             tags={
                 "stage": stage,
                 "host": socket.gethostname(),
@@ -80,7 +80,7 @@ def stage_run(
         for path, md5 in of.inputs.items():
             run.dataset(path, md5, source="dvc")
     journal = JOURNALS / f"{run.id}.jsonl"
-    mirror = _start_mirror(journal, runtime)
+    mirror = _start_mirror([journal], runtime)
     began = time.monotonic()
     status = "FAILED"
     try:
@@ -100,6 +100,13 @@ def stage_run(
             _remember(known_as, run.id, seconds, nearest.name)
             _forget_unfinished(known_as, run.id)
         _finish_mirror(mirror, journal)
+
+
+def send(names: Sequence[str], runtime: RuntimeSettings) -> None:
+    """Send these journals, whole as they are, as a finished stage's is sent."""
+    journals = [JOURNALS / f"{name}.jsonl" for name in names]
+    if journals:
+        _finish_mirror(_start_mirror(journals, runtime), journals[0])
 
 
 class NearestRecipe(NamedTuple):
@@ -212,15 +219,15 @@ def _cost(seconds: float, runtime: RuntimeSettings, works: bool) -> dict[str, fl
     """Hours of processor, children among them, and of the devices that a stage held."""
     used = os.times()
     cpu = used.user + used.system + used.children_user + used.children_system
-    hours = {"cost/cpu_hours": cpu / 3600}
+    hours = {"usage/cpu_hours": cpu / 3600}
     if works:
         hours[system_metrics.DEVICE_HOURS] = runtime.devices * seconds / 3600
     return hours
 
 
-def _parent() -> dict[str, Any] | None:
+def _parent(nearest: NearestRecipe) -> dict[str, Any] | None:
     if given := os.environ.get(PARENT):
-        return {"id": given, "name": "pipeline", "ends_with_stages": False}
+        return {"id": given, "name": "pipeline", "ends_with_stages": False, "tags": nearest.tag}
     if "DVC_STAGE" not in os.environ:
         return None
     import psutil  # DVC itself needs it
@@ -229,15 +236,20 @@ def _parent() -> dict[str, Any] | None:
         words = process.cmdline()
         if any(Path(word).name == "dvc" for word in words[:2]) or words[1:3] == ["-m", "dvc"]:
             started = int(process.create_time() * 1000)
-            name = time.strftime("dvc repro %Y-%m-%d %H:%M:%S", time.localtime(started / 1000))
-            return {"id": f"dvc-{socket.gethostname()}-{process.pid}-{started}", "name": name, "ends_with_stages": True}
+            when = time.strftime("dvc repro %Y-%m-%d %H:%M:%S", time.localtime(started / 1000))
+            return {
+                "id": f"dvc-{socket.gethostname()}-{process.pid}-{started}",
+                "name": f"{nearest.name}: {when}" if nearest.name else when,
+                "ends_with_stages": True,
+                "tags": nearest.tag,
+            }
     return None
 
 
-def _start_mirror(journal: Path, runtime: RuntimeSettings) -> subprocess.Popen[bytes] | None:
-    if runtime.tracking_uri == JOURNAL_ONLY or not journal.exists():
+def _start_mirror(journals: Sequence[Path], runtime: RuntimeSettings) -> subprocess.Popen[bytes] | None:
+    if runtime.tracking_uri == JOURNAL_ONLY or not journals[0].exists():
         return None
-    command = [sys.executable, "-m", "components.tracking.mlflow_sync", str(journal)]
+    command = [sys.executable, "-m", "components.tracking.mlflow_sync", *map(str, journals)]
     # The address travels in the environment: it may hold a password, and command lines are public.
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
@@ -249,7 +261,7 @@ def _start_mirror(journal: Path, runtime: RuntimeSettings) -> subprocess.Popen[b
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
     except OSError as error:
-        warn(f"cannot start the process that sends {journal} to MLflow ({error}); `alignti sync` sends it later")
+        warn(f"cannot start the process that sends {journals[0]} to MLflow ({error}); `alignti sync` sends it later")
         return None
 
 

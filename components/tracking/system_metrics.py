@@ -22,7 +22,7 @@ from components.tracking.journal import Run
 
 SAMPLE_S = 10
 POWERCAP = Path("/sys/class/powercap")
-GPU_WH, CPU_WH, DEVICE_HOURS = "cost/gpu_wh", "cost/cpu_wh", "cost/device_hours"
+GPU_WH, CPU_WH, DEVICE_HOURS = "usage/gpu_wh", "usage/cpu_wh", "usage/device_hours"
 MJ_PER_WH, UJ_PER_WH, MB = 3.6e6, 3.6e9, 1e6
 
 
@@ -147,7 +147,7 @@ def metered(run: Run, runtime: RuntimeSettings, warn: Callable[[str], None]) -> 
         step = 0
         with _faults_told(warn):
             while True:
-                run.sample(meter.sample(), step)
+                run.metrics(meter.sample(), step)
                 step += 1
                 if done.wait(SAMPLE_S):
                     return

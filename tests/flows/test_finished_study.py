@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 
-from components.tracking import mlflow_sync
+from components.tracking import mlflow_sync, outcome
 from flows import servers
 from tests.browser import CHROMIUM, MISSING, Page, browser
 from tests.flows.conftest import ROOT, lay_out
@@ -75,12 +73,26 @@ def test_the_flow_run_page_shows_the_arms_and_what_became_of_them(finished: dict
 @in_a_browser
 def test_the_comparison_page_draws_the_arms_and_lists_their_artifacts(finished: dict[str, str], page: Page) -> None:
     mlflow, experiment = servers.running("mlflow").url, finished["experiment"]
-    runs = quote(json.dumps([finished[arm] for arm in ARMS]))
-    page.open(f"{mlflow}/#/compare-runs?runs={runs}&experiments={quote(json.dumps([experiment]))}")
-    page.wait_for("Comparing 2 Runs", "Parallel Coordinates Plot", *ARMS, "weights.tpa", "exact_match", "0.75")
-    page.wait_until("document.querySelectorAll('.js-plotly-plot .parcoords').length > 0")
+    page.open(outcome.page(mlflow, [finished[arm] for arm in ARMS], experiment))
+    _shows_weights_against_score(page)
     page.open(f"{mlflow}/#/experiments/{experiment}/runs/{finished[ARMS[1]]}/artifacts")
     page.wait_for(ARMS[1], "predictions.jsonl", "scores.json")
+
+
+@in_a_browser
+def test_three_clicks_lead_from_the_experiments_page_to_weights_against_score(finished: dict[str, str], page: Page) -> None:
+    page.open(f"{servers.running('mlflow').page}".replace("experiments", f"experiments/{finished['experiment']}"))
+    page.wait_for(*ARMS, "study-mine", 'tags.stage = "arm"')
+    page.evaluate("document.querySelector('input[aria-label=\"Select all runs\"]').click()")
+    above = "[...document.querySelectorAll('.ag-row')].find(row => row.innerText.includes('study-mine'))"
+    page.evaluate(f"{above}.querySelector('input[type=checkbox]').click()")
+    page.click("Compare", among="button")
+    _shows_weights_against_score(page)
+
+
+def _shows_weights_against_score(page: Page) -> None:
+    page.wait_for("Comparing 2 Runs", "Parallel Coordinates Plot", *ARMS, "weights.tpa", "exact_match", "0.75")
+    page.wait_until("document.querySelectorAll('.js-plotly-plot .parcoords').length > 0")
 
 
 def test_no_secret_is_in_any_log_database_journal_or_artifact(finished: dict[str, str]) -> None:

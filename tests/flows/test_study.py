@@ -72,7 +72,10 @@ if stage == "distill":
     cost = {"train_seconds": 60.0, "peak_memory_mib": 10.0, "device": "cpu", "steps": 1}
     write(f"artifacts/students/{arm[0]}/cost.json", json.dumps(cost))
 if stage == "evaluate":
-    scores = {"exact_match": 0.5, "per_kind": {"digit": 0.5}, "fingerprint": {"kit": "stub"}}
+    texts = ("kit", "kit_version", "dataset", "dataset_hash", "prompt_hash", "judge", "transformers", "dtype", "device")
+    fingerprint = {**dict.fromkeys(texts, "stub"), "decoding": {}}
+    scores = {"arm": arm[0], "samples": 2, "exact_match": 0.5, "per_kind": {"digit": 0.5}, "yes_no": {}, "token_f1": 0.5}
+    scores |= {"token_f1_per_kind": {}, "fingerprint": fingerprint}
     write(f"artifacts/scores/{arm[0]}/scores.json", json.dumps(scores))
     write(f"artifacts/scores/{arm[0]}/predictions.jsonl", "")
 if stage == "compare":
@@ -134,7 +137,7 @@ def test_a_failed_arm_leaves_the_rest_and_the_next_try_runs_only_what_is_missing
 
     start, params, metrics, *_ = records()["tpa1-seed1"]
     assert start["tags"]["study"] == "mine" and start["tags"]["variant"] == "tpa1"
-    assert json.loads(start["tags"]["eval.fingerprint"]) == {"kit": "stub"}
+    assert json.loads(start["tags"]["eval.fingerprint"])["kit"] == "stub"
     assert start["tags"]["dvc.md5"].endswith(".dir")
     assert params["values"] == {"weights.tpa": "1.0"}  # what the study varies, and no more
     assert metrics["values"]["exact_match"] == 0.5 and metrics["values"]["cost/device_hours"] == pytest.approx(1 / 60)

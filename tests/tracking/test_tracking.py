@@ -21,7 +21,10 @@ import pytest
 
 from components.config.runtime import RuntimeSettings
 from components.errors import Interrupted, SettingsError
-from components.tracking import history, journal, mlflow_sync, provenance
+from components.records.distill import Cost
+from components.records.evaluate import Scores
+from components.records.paths import SCORES, STUDENTS
+from components.tracking import history, journal, mlflow_sync, outcome, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 
@@ -92,16 +95,13 @@ def test_the_journal_holds_everything_in_order() -> None:
         "dataset",
         "tag",
         "artifact",
-        *["metrics"] * 2,
+        "metrics",
         "end",
     ]
     assert events[0]["name"] == "distill/align_ti"
     assert events[0]["tags"]["cell"] == "align_ti"
     assert events[1]["values"] == {"weights.sft": "1.0", "seed": "1"}
     assert events[-1]["status"] == "FINISHED"
-    summary = events[-2]["values"]
-    assert (summary["best/loss/sft"], summary["final/loss/sft"]) == (2.0, 2.0)
-    assert summary["best/accuracy"] == pytest.approx(0.2)
 
 
 def test_a_record_of_the_last_success_tells_how_long_it_took() -> None:
@@ -205,12 +205,15 @@ def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pyt
     with stage_run("pipeline", runtime=runtime(SQLITE)) as parent:
         monkeypatch.setenv(PARENT, parent.id)
         work(SQLITE)
+        with stage_run("compare", runtime=runtime(SQLITE)) as last:
+            last.headline({"kd/exact_match": 0.5}, "kd leads")
     found = runs()
-    assert set(found) == {"pipeline", "distill/align_ti"}
+    assert set(found) == {"pipeline", "distill/align_ti", "compare"}
+    above = found["pipeline"].data
+    assert (above.metrics["kd/exact_match"], above.tags["mlflow.note.content"]) == (0.5, "kd leads")
     run = found["distill/align_ti"]
     assert run.data.tags["mlflow.parentRunId"] == found["pipeline"].info.run_id
     assert run.data.params == {"weights.sft": "1.0", "seed": "1"}
-    assert run.data.metrics["best/loss/sft"] == 2.0
     assert [p.value for p in client().get_metric_history(run.info.run_id, "loss/sft")] == [2.0, 3.0, 2.0]
     assert run.data.tags["note"] == "hello"
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
@@ -342,21 +345,32 @@ def test_a_clone_that_was_copied_keeps_its_pictures_to_itself(workspace: Path, m
 
 
 @pytest.mark.usefixtures("database")
-def test_an_outcome_is_recorded_once_and_arrives_whole(workspace: Path) -> None:
-    scores = workspace / "scores.json"
-    scores.write_text("{}")
-    outcome: Any = {"tags": {"study": "terms"}, "params": {"weights.tpa": 1.0}, "metrics": {"exact_match": 0.5}}
-    with stage_run("study-terms", runtime=runtime()) as parent:
-        for expected in (True, False):
-            told = journal.record("cell-a", "kd-seed1", runtime=runtime(), parent=parent.id, artifacts=[scores], **outcome)
-            assert told is expected
+def test_an_outcome_is_recorded_once_beside_no_parent_and_found_by_the_page_that_compares_arms(workspace: Path) -> None:
+    for arm in ("kd", "kd-1"):
+        scores = Scores(
+            arm=arm, samples=2, exact_match=0.5, per_kind={"a": 0.5}, yes_no={}, token_f1=0.5, token_f1_per_kind={"a": 0.5}
+        )
+        (SCORES / arm).mkdir(parents=True)
+        scores.write(SCORES / arm / "scores.json")
+        (SCORES / arm / "predictions.jsonl").write_text("")
+        Cost(train_seconds=36.0, peak_memory_mib=1.0, device="cpu", steps=3).write(STUDENTS / arm / "cost.json")
+        varied = outcome.varied({"kd": {"weights": {"kd": 1}, "seed": 1}, "kd-1": {"weights": {}, "seed": 1}})[arm]
+        for _ in range(2):
+            key = outcome.record(arm, "0123", varied, runtime())
+    assert len(journals()) == 2 and outcome.comparison(["kd"], "http://x") is None
     assert mlflow_sync.sync(SQLITE) == (2, 0)
-    run = runs()["kd-seed1"]
-    assert run.data.tags["mlflow.parentRunId"] == runs()["study-terms"].info.run_id  # which keeps its own name
-    assert (run.data.tags["study"], run.data.params, run.data.metrics) == (
-        "terms", {"weights.tpa": "1.0"}, {"exact_match": 0.5},
-    )  # fmt: skip
-    assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["scores.json"]
+    registered = {"made_by": "", "candidate": True, "params": {}, "description": "", "tags": {"arm": "kd-1", "dvc.md5": "0123"}}
+    assert journal.register(key, **registered) and not journal.register(key, **registered)
+    assert mlflow_sync.sync(SQLITE) == (1, 0), "what a journal gained after its run was sent"
+    assert mlflow_sync.sync(SQLITE) == (0, 0)
+    found = runs()
+    run = found["kd-1"]
+    assert client().get_model_version_by_alias("tests", "candidate").tags["run.scores"] == run.info.run_id
+    assert "mlflow.parentRunId" not in run.data.tags
+    assert (run.data.tags["stage"], run.data.tags["dvc.md5"], run.data.params) == ("arm", "0123", {"weights.kd": "0.0"})
+    assert run.data.metrics["exact_match"] == 0.5 and run.data.metrics["cost/device_hours"] == 0.01
+    address = outcome.comparison(["kd", "kd-1"], "http://x")
+    assert address and all(run.info.run_id in address for run in found.values())
 
 
 # --- stages of dvc.yaml: what they read and make, and going on ----------------------------------------------------------
@@ -413,7 +427,6 @@ def test_a_stopped_stage_goes_on_in_its_run_and_tells_what_it_read_and_made(stag
     assert (run.info.status, run.data.tags["attempts"]) == ("FINISHED", "2")
     history = client().get_metric_history(run.info.run_id, "loss/sft")
     assert [(p.step, p.value) for p in history] == [(0, 0.5), (1, 9.0), (0, 2.0), (1, 3.0), (2, 2.0)]
-    assert run.data.metrics["best/loss/sft"] == 0.5  # of both
     made = provenance.digest(stage / "artifacts/students/align_ti").md5
     assert run.data.tags["out.artifacts/students/align_ti"] == made
     assert provenance.maker(made) == journal.stem

@@ -1,0 +1,107 @@
+"""MLflow run of one outcome: an arm's settings, scores and cost in one row of the table, under no parent.
+
+A stage's own runs say how it went; this one says what stands. It is journalled once for each pair of student and scores,
+whether the stages ran or were restored, and names the runs that made the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from components.config.runtime import RuntimeSettings
+from components.config.settings import Settings
+from components.records.distill import Cost
+from components.records.evaluate import Scores
+from components.records.paths import SCORES, STUDENTS
+from components.tracking import history, journal, provenance
+from components.tracking.journal import JOURNALS
+from components.tracking.stage_run import nearest_recipe
+
+ARM, CELL = "arm", "cell"  # tag `stage` of these runs: an arm of params/study.yaml, a cell of a study
+TRAINING = "workflowType=machine_learning"  # else MLflow shows its pages of language models that are asked
+DIGITS = 12  # of a digest, in a journal's name
+PER_TOKEN = ("token_f1", "nats_per_token", "kl_per_token")
+FINGERPRINT = "eval.fingerprint"
+
+
+def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettings, stage: str = ARM, **tags: str) -> str:
+    """Journal the arm's outcome, if it was not before; returns the journal's name.
+
+    `md5` is DVC's of the student, `params` what MLflow's table and plots should show. Raises DataError without a cost record.
+    """
+    folder = SCORES / arm
+    scores, cost = Scores.read(folder / "scores.json"), Cost.read(STUDENTS / arm / "cost.json")
+    scores_md5 = provenance.digest(folder).md5
+    made_by = {f"run.{made}": history.last_run(f"{made}@{arm}") for made in ("distill", "evaluate")}
+    made_by["run.distill"] = provenance.maker(md5) or made_by["run.distill"]  # restored bytes are an earlier run's
+    digest = hashlib.sha256(json.dumps([md5, scores_md5, params, tags]).encode()).hexdigest()
+    key = f"{stage}-{arm}-{digest[:DIGITS]}"
+    journal.record(
+        key,
+        arm,
+        runtime=runtime,
+        tags={
+            "stage": stage,
+            stage: arm,
+            FINGERPRINT: json.dumps(scores.fingerprint and scores.fingerprint.model_dump(mode="json"), sort_keys=True),
+            "dvc.path": str(STUDENTS / arm),
+            "dvc.md5": md5,
+            "dvc.scores": scores_md5,
+            "device": cost.device,
+            **{made: run for made, run in made_by.items() if run},
+            **tags,
+        },
+        params=params,
+        metrics={
+            "exact_match": scores.exact_match,
+            **{f"exact_match/{kind}": value for kind, value in scores.per_kind.items()},
+            **{name: value for name in PER_TOKEN if (value := getattr(scores, name)) is not None},
+            "cost/train_seconds": cost.train_seconds,
+            "cost/device_hours": cost.train_seconds / 3600,
+            "cost/peak_memory_mib": cost.peak_memory_mib,
+            "cost/steps": cost.steps,
+            **{name.replace("usage/", "cost/"): wh for name, wh in history.energy(made_by["run.distill"] or "").items()},
+        },
+        artifacts=[folder / "scores.json", folder / "predictions.jsonl"],
+    )
+    return key
+
+
+def of_arm(arm: str, md5: str, settings: Settings) -> str:
+    """`record` for an arm of params/study.yaml, with what the arms there differ in."""
+    study = {name: settings.arm(name).model_dump(mode="json") for name in settings.study.arms}
+    return record(arm, md5, varied(study)[arm], settings.runtime, **nearest_recipe().tag)
+
+
+def varied(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each arm, given as its settings, the values at the paths (`weights.tpa`) in which the arms differ."""
+    flat = {name: dict(journal.flatten(arm)) for name, arm in arms.items()}
+    paths = dict.fromkeys(path for arm in flat.values() for path in arm)
+    differ = [path for path in paths if len({json.dumps(arm.get(path)) for arm in flat.values()}) > 1]
+    return {
+        name: {path: arm.get(path, 0.0 if path.startswith("weights.") else None) for path in differ}
+        for name, arm in flat.items()
+    }
+
+
+def comparison(arms: Sequence[str], server: str) -> str | None:
+    """Address of MLflow's page that compares the last outcomes of these arms; None unless all were sent."""
+    sent = []
+    for arm in arms:
+        found = JOURNALS.glob(f"{ARM}-{arm}-{'[0-9a-f]' * DIGITS}.jsonl")
+        latest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        state = latest and history.sent(latest.stem)
+        if not (state and state["run_id"]):
+            return None
+        sent.append(state)
+    return page(server, [state["run_id"] for state in sent], sent[0]["experiment"])
+
+
+def page(server: str, runs: Sequence[str], experiment: str) -> str:
+    """Address of MLflow's page that compares runs."""
+    asked = f"runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}"
+    return f"{server.rstrip('/')}/#/compare-runs?{asked}&{TRAINING}"
