@@ -7,8 +7,10 @@ one and babble; another picture of the split is like those that it knows. What a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
@@ -47,41 +49,36 @@ class Controls(Record):
     contamination: Contamination
 
 
-class Blank(Sequence[Sample]):
-    """The same samples, each image replaced by a plain grey one of its size."""
+class Shown(Sequence[Sample]):
+    """The same samples, their images replaced: by index and sample, `change` gives what is asked instead."""
 
-    def __init__(self, samples: Samples) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        sample = self._samples[index]
-        if sample.image is None:
-            return sample
-        return Sample(sample.id, f"blank {sample.image_id}", sample.kind, blank(sample.image), sample.turns)
-
-
-class Other(Sequence[Sample]):
-    """The same samples, each asked about the image half a split further on. Raises DataError if there is only one image."""
-
-    def __init__(self, samples: Samples) -> None:
-        if samples.images < 2:
-            raise DataError("another image to ask about needs a split of two or more")
-        self._samples = samples
+    def __init__(self, samples: Samples, change: Callable[[int, Sample], Sample]) -> None:
+        self._samples, self._change = samples, change
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         sample = self._samples[index]
-        if sample.image is None:
-            return sample
-        images = self._samples.images
-        row = (int(self._samples.row_of[index]) + images // 2) % images
-        shown = self._samples[self._samples.of_image(row)[0]]
-        return Sample(sample.id, shown.image_id, sample.kind, shown.image, sample.turns)
+        return sample if sample.image is None else self._change(index, sample)
+
+
+def blank_images(samples: Samples) -> Shown:
+    """Each image replaced by a plain grey one of its size."""
+    return Shown(samples, lambda _, one: replace(one, image_id=f"blank {one.image_id}", image=blank(one.image or b"")))
+
+
+def other_images(samples: Samples) -> Shown:
+    """Each question about the image half a split further on. Raises DataError if there is only one image."""
+    if samples.images < 2:
+        raise DataError("another image to ask about needs a split of two or more")
+
+    def other(index: int, sample: Sample) -> Sample:
+        row = (int(samples.row_of[index]) + samples.images // 2) % samples.images
+        shown = samples[samples.of_image(row)[0]]
+        return replace(sample, image_id=shown.image_id, image=shown.image)
+
+    return Shown(samples, other)
 
 
 def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
@@ -92,19 +89,12 @@ def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
     template = Template.asked(settings.models.template)
     found = {}
     for name, path in models:
-        loaded, scores = load(path, device), []
-        for what, shown in (("seeing", samples), ("blank image", Blank(samples)), ("another image", Other(samples))):
+        loaded, scores = load(path, device), dict[str, Any]()
+        for what, shown in {"seeing": samples, "blank": blank_images(samples), "other": other_images(samples)}.items():
             said = generate.answers(loaded, shown, rows, template, settings.models.max_length, asked, f"{name}: {what}")
-            scores.append(metrics.score(name, metrics.predictions((samples[row] for row in rows), said)))
-        seeing, blank, other = scores
-        found[name] = Blind(
-            seeing=seeing.exact_match,
-            blank=blank.exact_match,
-            other=other.exact_match,
-            seeing_per_kind=seeing.per_kind,
-            blank_per_kind=blank.per_kind,
-            other_per_kind=other.per_kind,
-        )
+            score = metrics.score(name, metrics.predictions((samples[row] for row in rows), said))
+            scores |= {what: score.exact_match, f"{what}_per_kind": score.per_kind}
+        found[name] = Blind(**scores)
     guessed = metrics.score("majority", metrics.predictions((samples[row] for row in rows), majority(samples, rows)))
     return Controls(
         split=asked.split,
@@ -127,16 +117,12 @@ def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
 
 def markdown(controls: Controls) -> str:
     """What each model gets from seeing, per kind, and what the split shares with the training data."""
-    kinds = list(controls.majority_per_kind)
-    names = list(controls.models)
-    overall = [_row(m.seeing, m.blank, m.other) for m in controls.models.values()]
-    lines = [["all", *overall, percent(controls.majority)]]
-    for kind in kinds:
-        found = [
-            _row(m.seeing_per_kind[kind], m.blank_per_kind[kind], m.other_per_kind[kind]) for m in controls.models.values()
-        ]
-        lines.append([kind.replace("_", " "), *found, percent(controls.majority_per_kind[kind])])
-    scores = table(["exact match, %: its image / blank / another", *names, "majority"], lines)
+    models = controls.models.values()
+    lines = [["all", *(_row(m.seeing, m.blank, m.other) for m in models), percent(controls.majority)]]
+    for kind, guessed in controls.majority_per_kind.items():
+        found = (_row(m.seeing_per_kind[kind], m.blank_per_kind[kind], m.other_per_kind[kind]) for m in models)
+        lines.append([kind.replace("_", " "), *found, percent(guessed)])
+    scores = table(["exact match, %: its image / blank / another", *controls.models, "majority"], lines)
     asked = (
         f"{controls.questions:,} {controls.split} questions, with their images, with a blank grey one, and with those of other"
         " questions. Majority: the most frequent reference of each kind, said every time."

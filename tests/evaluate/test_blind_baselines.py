@@ -14,7 +14,7 @@ from components.config.load import load_settings
 from components.dataset.perceptual_hash import NEAR
 from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.evaluate import blind_baselines
-from components.evaluate.blind_baselines import Blank, Other, majority, markdown, measure
+from components.evaluate.blind_baselines import blank_images, majority, markdown, measure, other_images
 from components.evaluate.contamination import contamination
 from components.records.dataset import Manifest
 from components.records.paths import DATASET, MODELS
@@ -64,7 +64,7 @@ def test_twins_are_found_by_pixels_and_by_look(tmp_path: Path) -> None:
 
 
 def test_blank_images_have_the_size_of_those_that_they_replace(samples: Samples) -> None:
-    blank = Blank(samples)
+    blank = blank_images(samples)
     assert len(blank) == len(samples)
     for seen, hidden in zip(samples, (blank[i] for i in range(len(blank))), strict=True):
         assert (hidden.id, hidden.kind, hidden.turns) == (seen.id, seen.kind, seen.turns)
@@ -74,7 +74,7 @@ def test_blank_images_have_the_size_of_those_that_they_replace(samples: Samples)
 
 
 def test_another_image_is_never_the_question_s_own(samples: Samples) -> None:
-    other = Other(samples)
+    other = other_images(samples)
     assert len(other) == len(samples)
     for seen, exchanged in zip(samples, (other[i] for i in range(len(other))), strict=True):
         assert (exchanged.id, exchanged.turns) == (seen.id, seen.turns)
