@@ -6,13 +6,14 @@ import base64
 import json
 import os
 from collections.abc import Sequence
-from http.client import HTTPConnection, HTTPException
-from threading import local
+from http.client import HTTPException
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 KEY = "ALIGNTI_SERVE_KEY"  # in the environment: the bearer token that the server asks for
 MIME = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
+DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment is not for loopback
 
 
 class Endpoint(NamedTuple):
@@ -37,7 +38,7 @@ def ask(endpoint: Endpoint, question: str, images: Sequence[bytes], max_new_toke
     headers = {"Content-Type": "application/json"}
     if KEY in os.environ:
         headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    status, told = _post(endpoint.url, json.dumps(body).encode(), headers, timeout_s)
+    status, told = _exchange(Request(f"{endpoint.url}/v1/chat/completions", json.dumps(body).encode(), headers), timeout_s)
     if status != 200:
         raise Refused(f"HTTP {status}: {told[:500].decode(errors='replace')}")
     try:
@@ -48,14 +49,10 @@ def ask(endpoint: Endpoint, question: str, images: Sequence[bytes], max_new_toke
 
 def healthy(url: str) -> bool:
     """Whether a server there says that it is ready."""
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=5)
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, HTTPException):  # refused, reset, timed out, or no HTTP: not yet
+        return _exchange(Request(f"{url}/health"), timeout_s=5)[0] == 200
+    except OSError:  # refused, reset, timed out, or no HTTP: not yet
         return False
-    finally:
-        connection.close()
 
 
 def data_url(image: bytes) -> str:
@@ -63,36 +60,12 @@ def data_url(image: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(image).decode()}"
 
 
-class _Kept(local):
-    """Open connections of this thread by server: opening one for each question would cost as much as asking it."""
-
-    def __init__(self) -> None:
-        self.by_url: dict[str, HTTPConnection] = {}
-
-
-_KEPT = _Kept()
-
-
-def _post(url: str, body: bytes, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:
-    """Status and body of the answer, from the server itself: a proxy of the environment is not for loopback."""
-    kept = _KEPT.by_url.pop(url, None)
-    if kept is not None:
-        try:
-            return _exchange(url, kept, body, headers)
-        except TimeoutError:
-            raise
-        except OSError:  # the server has closed it meanwhile; if it is gone, a new connection says so
-            pass
-    return _exchange(url, HTTPConnection(urlsplit(url).netloc, timeout=timeout_s), body, headers)
-
-
-def _exchange(url: str, connection: HTTPConnection, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+def _exchange(request: Request, timeout_s: float) -> tuple[int, bytes]:
+    """Status and body of the answer. Raises OSError for no server, and for one that does not speak HTTP."""
     try:
-        connection.request("POST", "/v1/chat/completions", body, headers)
-        response = connection.getresponse()
-        told = response.read()
-    except (OSError, HTTPException) as error:
-        connection.close()
-        raise error if isinstance(error, OSError) else ConnectionError(f"{type(error).__name__}: {error}") from error
-    _KEPT.by_url[url] = connection
-    return response.status, told
+        with DIRECT.open(request, timeout=timeout_s) as response:
+            return response.status, response.read()
+    except HTTPError as error:
+        return error.code, error.read()
+    except HTTPException as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error

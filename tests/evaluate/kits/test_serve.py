@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -53,27 +52,6 @@ def test_what_is_missing_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"openai is not installed.*make kits"):
         serve.command(Path("m"), "127.0.0.1", 1, "cpu")
-
-
-def test_a_connection_is_kept_and_opened_again_when_the_server_has_closed_it(scripted: Scripted) -> None:
-    handler: Any = scripted.server.RequestHandlerClass
-    opened: list[Any] = []
-    setup = handler.setup
-
-    def counted(self: Any) -> None:
-        opened.append(self)
-        setup(self)
-
-    handler.setup = counted
-    handler.protocol_version = "HTTP/1.1"
-    assert [ask(scripted.endpoint, "q", [], 2) for _ in range(3)] == ["yes"] * 3 and len(opened) == 1
-    opened[0].connection.shutdown(socket.SHUT_RDWR)  # as after seconds of silence
-    assert ask(scripted.endpoint, "q", [], 2) == "yes" and len(opened) == 2
-    opened[1].connection.shutdown(socket.SHUT_RDWR)
-    scripted.server.shutdown()
-    scripted.server.server_close()
-    with pytest.raises(OSError):
-        ask(scripted.endpoint, "q", [], 2)
 
 
 def test_a_model_that_says_nothing_a_busy_server_and_none_at_all(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
