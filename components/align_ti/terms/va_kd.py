@@ -6,7 +6,6 @@ enlarged again. Source: VA-OPD, arXiv 2605.21924, here on the data's answers.
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +23,16 @@ from components.align_ti.terms import Needs, View, responses
 
 def blurred(batch: Batch) -> Batch:
     """Raises ValueError for families whose images are not (images, 3, H, W): their patches say not where they lie."""
-    edited: Any = copy(batch)
+    edited: dict[str, Any] = dict(vars(batch))
     if batch.pixel_values is not None:
         if batch.pixel_values.dim() != 4:
             raise ValueError(f"va_kd blurs images (images, 3, H, W), and this family's are {tuple(batch.pixel_values.shape)}")
         H, W = batch.pixel_values.shape[-2:]
         small = F.interpolate(batch.pixel_values, (max(1, H // 10), max(1, W // 10)), mode="bilinear", antialias=True)
-        edited.pixel_values = F.interpolate(small, (H, W), mode="nearest")
-    if getattr(batch, "teacher", None) is not None:  # which reads the image on another grid
-        edited.teacher = blurred(edited.teacher)
-    return edited  # type: ignore[no-any-return]
+        edited["pixel_values"] = F.interpolate(small, (H, W), mode="nearest")
+    if edited.get("teacher") is not None:  # which reads the image on another grid
+        edited["teacher"] = blurred(edited["teacher"])
+    return type(batch)(**edited)
 
 
 @dataclass(frozen=True)

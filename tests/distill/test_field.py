@@ -1,4 +1,4 @@
-"""State of L_taid: the published schedule, and a checkpoint that holds it."""
+"""The field's terms through the whole stage, and the state that one of them keeps in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from components.align_ti import terms
 from components.align_ti.terms.taid import Interpolation
 from components.config.load import load_settings
 from components.distill.__main__ import distill
@@ -35,20 +36,19 @@ def test_the_interpolation_follows_the_published_schedule() -> None:
     assert float(found.t) == pytest.approx(0.92)
 
 
-def test_resumed_it_ends_with_the_same_bytes(workplace: Path) -> None:
-    write_params(
-        workplace, "study", {"arms": {"taid": {"weights": {"sft": 1.0, "taid": 1.0}, "student": "student", "seed": 1}}}
-    )
-    write_params(workplace, "evaluate", {"baselines": ["taid"]})
+def test_every_term_trains_through_the_stage_and_resumes_to_the_same_bytes(workplace: Path) -> None:
+    weights = {"sft": 1.0} | {name: 0.1 for name in terms.names() if name not in terms.CORE}
+    write_params(workplace, "study", {"arms": {"all": {"weights": weights, "student": "student", "seed": 1}}})
+    write_params(workplace, "evaluate", {"baselines": ["all"]})
     settings = load_settings()
-    folder = Path("artifacts/students/taid")
+    folder = Path("artifacts/students/all")
 
     def trained(run: Run) -> tuple[bytes, list[str]]:
-        distill("taid", settings.arm("taid"), settings, run)
+        distill("all", settings.arm("all"), settings, run)
         return (folder / "model/model.safetensors").read_bytes(), (folder / "losses.jsonl").read_text().splitlines()
 
     whole = trained(Run(None))
-    assert json.loads(whole[1][-1])["taid"] > 0
+    assert all(json.loads(whole[1][-1])[name] > 0 for name in weights)
     shutil.rmtree(folder)
     with pytest.raises(Interrupted):
         trained(StopsAt(2))
