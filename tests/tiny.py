@@ -81,6 +81,7 @@ def batch(samples: list[tuple[int, int, int]], seed: int = 0) -> SimpleNamespace
         response=table(lambda kind, token: kind == "response", False),
         instruction=table(lambda kind, token: kind == "instruction", False),
         visual=table(lambda kind, token: kind == "visual", False),
+        pictures=table(lambda kind, token: int(kind == "visual"), 0),
         pixel_values=pixels if len(pixels) else None,
         image_inputs={},
     )

@@ -8,53 +8,60 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from components.align_ti.batch import by_column, owners
 
-def visual_weights(attention: Tensor, visual: Tensor) -> Tensor:
+
+def visual_weights(attention: Tensor, pictures: Tensor) -> Tensor:
     """The w_i of L_iva = sum_i w_i D(p_T(.|v_<=i), p_S(.|v_<=i)) over the visual rows of all images. Units: images.
 
     They are the attention (B, Nv), zero at columns beyond a sample's own, normalised to sum 1 over each image. An image that
     no instruction token follows has no attention to speak of: its tokens weigh the same.
 
     Args:
-        visual: (B, T) bool, as in the batch. Nv is the most visual tokens of a sample.
+        pictures: (B, T) long, as in the batch. Nv is the most visual tokens of a sample.
 
     Returns:
         (N,) the weights of the batch's visual rows, in order of (sample, position).
     """
-    owned = torch.arange(attention.shape[1], device=visual.device) < visual.sum(1, keepdim=True)
-    attention = torch.where(attention.sum(1, keepdim=True) > 0, attention, owned.to(attention.dtype))
-    return (attention / attention.sum(1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny))[owned]
+    columns = by_column(pictures)
+    weights = torch.zeros_like(attention)
+    for number in range(1, int(columns.max()) + 1 if columns.numel() else 1):
+        own = (columns == number).to(attention.dtype)
+        seen = attention * own
+        seen = torch.where(seen.sum(1, keepdim=True) > 0, seen, own)
+        weights = weights + seen / seen.sum(1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
+    return weights[columns > 0]
 
 
 Change = Literal["permuted", "sinks_removed", "sinks_alone"]
 
 
-def changed(attention: Tensor, visual: Tensor, ids: list[str], change: Change) -> Tensor:
+def changed(attention: Tensor, pictures: Tensor, ids: list[str], change: Change) -> Tensor:
     """(B, Nv) attention of which each image's own tokens are permuted, always alike for one of `ids`, or without its sinks, or
     of sinks alone. A sink takes more than its image's mean + 3 standard deviations."""
-    found = torch.zeros_like(attention)
-    for sample, (row, size) in enumerate(zip(attention, visual.sum(1).tolist(), strict=True)):
-        own = row[:size]
+    found, columns = torch.zeros_like(attention), by_column(pictures)
+    for sample, number in owners(pictures):
+        at = columns[sample] == number
+        own = attention[sample][at]
         if change == "permuted":
             stream = torch.Generator().manual_seed(zlib.crc32(ids[sample].encode()))
-            found[sample, :size] = own[torch.randperm(size, generator=stream).to(own.device)]
-        elif size:
+            found[sample, at] = own[torch.randperm(len(own), generator=stream).to(own.device)]
+        else:
             sinks = own > own.mean() + 3 * own.std(correction=0)
-            found[sample, :size] = own * (sinks if change == "sinks_alone" else ~sinks)
+            found[sample, at] = own * (sinks if change == "sinks_alone" else ~sinks)
     return found
 
 
-def concentration(weights: Tensor, visual: Tensor) -> dict[str, Tensor]:
+def concentration(weights: Tensor, pictures: Tensor) -> dict[str, Tensor]:
     """Of (N,) `visual_weights`, summed over images: effective sample size 1 / sum w^2, and the share of the five highest."""
-    of_image = weights.new_zeros(visual.shape)
-    of_image[visual] = weights
-    of_image = of_image[visual.any(1)]
-    top = of_image.topk(min(5, visual.shape[1])).values.sum()
+    placed = weights.new_zeros(pictures.shape)
+    placed[pictures > 0] = weights
+    of_image = torch.stack([placed[sample] * (pictures[sample] == number) for sample, number in owners(pictures)])
+    top = of_image.topk(min(5, pictures.shape[1])).values.sum()
     effective = (1 / of_image.square().sum(1)).sum()
     return {"images": weights.new_tensor(len(of_image)), "effective_tokens": effective, "top5": top}
 
 
-def uniform_attention(visual: Tensor) -> Tensor:
+def uniform_attention(pictures: Tensor) -> Tensor:
     """(B, Nv) equal attention: the control of the weighting."""
-    owned = torch.arange(int(visual.sum(1).max()), device=visual.device) < visual.sum(1, keepdim=True)
-    return owned.float()
+    return (by_column(pictures) > 0).float()

@@ -16,6 +16,7 @@ from components.records.dataset import Manifest, SplitRecord
 from components.records.paths import SPLITS
 
 SHOWN, COLUMNS, QUESTIONS = 12, 4, 3
+SIDE_BY_SIDE = 4  # of the images that are shown together
 WIDTH, PICTURE, LINE, MARGIN = 340, 256, 22, 16  # pixels: of a tile, its picture, a line of text, the space around
 INK, GREY, ACCENT, PAPER = "#1b1f24", "#6b7280", "#0b5cad", "#ffffff"
 
@@ -64,7 +65,10 @@ def _tile(samples: list[Sample]) -> Image.Image:
         lines += [("", line, INK) for line in _wrapped(sample.turns[0].question.replace("<image>", ""))]
         lines += [("", line, ACCENT) for line in _wrapped(sample.turns[0].answer)]
     tile = Image.new("RGB", (WIDTH, PICTURE + 8 + LINE * len(lines)), PAPER)
-    tile.paste(_picture(samples[0].image), (0, 0))
+    images = samples[0].images or (None,)
+    for place, image in enumerate(images[:SIDE_BY_SIDE]):
+        side = PICTURE if len(images) == 1 else WIDTH // min(len(images), SIDE_BY_SIDE)
+        tile.paste(_picture(image, side), (place * side, 0))
     pen = ImageDraw.Draw(tile)
     for number, (size, text, ink) in enumerate(lines):
         pen.text((0, PICTURE + 8 + LINE * number), text, ink, small if size else font)
@@ -76,13 +80,13 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), 40, max_lines=3, placeholder=" ...") or [" "]
 
 
-def _picture(image: bytes | None) -> Image.Image:
+def _picture(image: bytes | None, side: int) -> Image.Image:
     if image is None:
         blank = Image.new("RGB", (PICTURE, PICTURE), "#f3f4f6")
         ImageDraw.Draw(blank).text((PICTURE // 2, PICTURE // 2), "text only", GREY, ImageFont.load_default(16), anchor="mm")
         return blank
     picture = Image.open(io.BytesIO(image)).convert("RGB")
-    ratio = PICTURE / max(picture.size)
+    ratio = side / max(picture.size)
     size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
     return picture.resize(size, Image.Resampling.NEAREST if ratio > 1 else Image.Resampling.LANCZOS)
 

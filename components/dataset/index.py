@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from components.config.data import DataLimits
+from components.dataset.groups import groups
 from components.dataset.images import Refusal
 from components.dataset.readers import Place, Store
 from components.dataset.row import Held, Row, understand
@@ -34,6 +35,7 @@ SCHEMA = """
     CREATE TABLE contents (digest BLOB PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE repeated (id TEXT PRIMARY KEY, uses INTEGER) WITHOUT ROWID;
     CREATE TABLE members (source TEXT, name TEXT, place TEXT, other TEXT, PRIMARY KEY (source, name)) WITHOUT ROWID;
+    CREATE TABLE groups (digest TEXT PRIMARY KEY, least TEXT) WITHOUT ROWID;
     CREATE TABLE refused (source TEXT, row INTEGER, record TEXT);
     CREATE TABLE sources (name TEXT, rows INTEGER);
     CREATE TABLE rules (source TEXT, rule TEXT, rows INTEGER, row INTEGER, example TEXT);
@@ -42,12 +44,12 @@ TOGETHER = 10_000  # rows between commits
 
 
 class Indexed(NamedTuple):
-    """One image and the rows about it."""
+    """One image, or those that are shown together, and the rows about it."""
 
     source: str
     name: str
     file: str | None  # name in the source's rows
-    place: Place | None
+    places: list[Place]  # none: text
     rows: list[tuple[int, str, str, tuple[Turn, ...]]]  # (number within the source, id, kind, turns)
 
     @property
@@ -56,7 +58,7 @@ class Indexed(NamedTuple):
         return {row: id_ for row, id_, *_ in reversed(self.rows)}
 
 
-def build(path: Path, stores: dict[str, Store], limits: DataLimits, prefixed: bool) -> None:
+def build(path: Path, stores: dict[str, Store], limits: DataLimits, prefixed: bool, workers: int = 1) -> None:
     """Read every row of every store, whole or not at all. Raises DataError if a source cannot be read or has no row.
 
     Args:
@@ -69,6 +71,7 @@ def build(path: Path, stores: dict[str, Store], limits: DataLimits, prefixed: bo
         database = sqlite3.connect(draft)
         try:
             _fill(database, stores, limits, prefixed)
+            _group(database, stores, limits, workers)
         finally:
             database.close()
         draft.replace(path)
@@ -109,6 +112,13 @@ def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLi
     database.commit()
 
 
+def _group(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLimits, workers: int) -> None:
+    shown = database.execute("SELECT source, place FROM images WHERE json_array_length(place) > 1")
+    together = [(source, json.loads(places)) for source, places in shown]
+    database.executemany("INSERT INTO groups VALUES (?, ?)", groups(together, stores, limits, workers).items())
+    database.commit()
+
+
 class _Source:
     """What is inserted of one source, and which rules changed its rows."""
 
@@ -119,9 +129,9 @@ class _Source:
 
     def insert(self, row: Row, called: str) -> None:
         """Raises Refusal: duplicate_id, missing_file or ambiguous_name."""
-        picture = self._picture(row)
+        pictures = [self._picture(picture) for picture in row.pictures]
         if row.id is not None:
-            content = repr((self.prefix, row.id, picture, row.kind, row.samples)).encode("utf-8", "surrogatepass")
+            content = repr((self.prefix, row.id, pictures, row.kind, row.samples)).encode("utf-8", "surrogatepass")
             digest = hashlib.blake2b(content, digest_size=16).digest()
             if not self.database.execute("INSERT OR IGNORE INTO contents VALUES (?)", (digest,)).rowcount:
                 raise Refusal("duplicate_id", f"an earlier row with the id {row.id!r} says the same")
@@ -131,30 +141,31 @@ class _Source:
             own = self._free("rows", "id", self.prefix + wanted)
             if own != self.prefix + wanted and turns is row.samples[0]:
                 rules["repeated_id"] = f"{wanted!r} became {own.removeprefix(self.prefix)!r}"
-            name, key, place = picture or (f"text:{own.removeprefix(self.prefix)}", f"text {row.number}", None)
-            if picture is None and turns is not row.samples[0]:
+            name, key = f"text:{own.removeprefix(self.prefix)}", f"text {row.number}"
+            if pictures:
+                names, keys, _ = zip(*pictures, strict=True)
+                name, key = " + ".join(names), " ".join(keys)
+            elif turns is not row.samples[0]:
                 key = f"{key} {own}"
             said = json.dumps([(turn.question, turn.answer) for turn in turns])
             boxes = json.dumps([turn.boxes for turn in turns]) if any(turn.boxes for turn in turns) else None
             self.database.execute(
                 "INSERT INTO rows (id, image, row, kind, turns, boxes) VALUES (?, ?, ?, ?, ?, ?)",
-                (own, self._image(name, key, place), row.number, row.kind, said, boxes),
+                (own, self._image(name, key, [place for *_, place in pictures]), row.number, row.kind, said, boxes),
             )
         for rule, did in rules.items():
             self.rules[rule] += 1
             self.examples.setdefault(rule, (row.number, did))
 
-    def _picture(self, row: Row) -> tuple[str, str, Place] | None:
-        """Name, key and place of the row's picture."""
-        if row.picture is None:
-            return None
-        if isinstance(row.picture, Held):
-            return row.picture.name, json.dumps(row.picture.place), row.picture.place
-        if row.picture.startswith("data:"):
-            digest = hashlib.sha256(row.picture.encode()).hexdigest()
-            return f"data:{digest[:32]}", digest, [row.picture]
-        place = self._member(row.picture) if self.store.tars else [row.picture]
-        return row.picture, json.dumps(place), place
+    def _picture(self, picture: str | Held) -> tuple[str, str, Place]:
+        """Name, key and place."""
+        if isinstance(picture, Held):
+            return picture.name, json.dumps(picture.place), picture.place
+        if picture.startswith("data:"):
+            digest = hashlib.sha256(picture.encode()).hexdigest()
+            return f"data:{digest[:32]}", digest, [picture]
+        place = self._member(picture) if self.store.tars else [picture]
+        return picture, json.dumps(place), place
 
     def _member(self, name: str) -> Place:
         found = self.database.execute(
@@ -167,14 +178,14 @@ class _Source:
             raise Refusal("ambiguous_name", f"{name!r} is a member of {both}: which one is meant is not known")
         return list(json.loads(found[0]))
 
-    def _image(self, name: str, key: str, place: Place | None) -> int:
+    def _image(self, name: str, key: str, places: list[Place]) -> int:
         key = f"{self.name} {key}"
         known = self.database.execute("SELECT number FROM images WHERE key = ?", (key,)).fetchone()
         if known is None:
             unique = self._free("images", "name", self.prefix + name)
             known = self.database.execute(
                 "INSERT INTO images (key, name, source, file, place) VALUES (?, ?, ?, ?, ?) RETURNING number",
-                (key, unique, self.name, None if place is None else name, None if place is None else json.dumps(place)),
+                (key, unique, self.name, name if places else None, json.dumps(places)),
             ).fetchone()
         return int(known[0])
 
@@ -223,6 +234,16 @@ class Index:
         """Whether any row has boxes."""
         return bool(self._database.execute("SELECT EXISTS (SELECT 1 FROM rows WHERE boxes IS NOT NULL)").fetchone()[0])
 
+    @property
+    def several(self) -> bool:
+        """Whether any row shows several images."""
+        return bool(self._database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0])
+
+    def group(self, digest: str) -> str:
+        """The least digest of the pictures that rows show together with this one, over any number of rows; else its own."""
+        found = self._database.execute("SELECT least FROM groups WHERE digest = ?", (digest,)).fetchone()
+        return digest if found is None else str(found[0])
+
     def rules(self) -> list[Rule]:
         """The most frequent first."""
         return [Rule(*found) for found in self._database.execute("SELECT * FROM rules ORDER BY source, rows DESC, rule")]
@@ -242,7 +263,7 @@ class Index:
             lines = list(of_image)
             source, name, file, place = lines[0][1:5]
             rows = [(row, id_, kind, _turns(turns, boxes)) for *_, row, id_, kind, turns, boxes in lines]
-            yield Indexed(source, name, file, None if place is None else json.loads(place), rows)
+            yield Indexed(source, name, file, json.loads(place), rows)
 
     def texts(self, image: str) -> set[str]:
         """The conversations about an image, as they are stored; none if there is no such image."""

@@ -36,6 +36,7 @@ class Mixed:
     images: int
     rows_by_source: dict[str, int]
     boxes: bool
+    several: bool
 
     @property
     def rows_in(self) -> int:
@@ -50,7 +51,7 @@ class Mixed:
         with Index(self.index) as index:
             for found in index.part(part * size, (part + 1) * size):
                 try:
-                    yield self._stored(found)
+                    yield self._stored(found, index)
                 except Refusal as refusal:
                     yield [self._refused(found, row, id_, refusal) for row, id_ in found.first.items()]
 
@@ -62,16 +63,19 @@ class Mixed:
         with Index(self.index) as index:
             return index.rules()
 
-    def _stored(self, found: Indexed) -> Stored:
-        content, look, limits = None, None, self.settings.limits
-        if found.place is None:
-            digest = hashlib.sha256(repr(found.rows[0][-1]).encode()).hexdigest()
-        else:
-            raw = self.stores[found.source].image(found.place, limits.max_image_mib)
-            content, digest, look = check(raw, f"{found.source}: {found.file}", limits)
-        split = assign(digest, self.settings.seed, shares(self.settings))
-        row = ImageRow(found.name, content, tuple((id_, kind, turns) for _, id_, kind, turns in found.rows))
-        return Stored(row, Provenance(image_id=found.name, split=split, file=found.file, sha256=digest), look, len(found.first))
+    def _stored(self, found: Indexed, index: Index) -> Stored:
+        limits, pictures = self.settings.limits, []
+        for number, place in enumerate(found.places, start=1):
+            which = f", image {number}" if len(found.places) > 1 else ""
+            raw = self.stores[found.source].image(place, limits.max_image_mib)
+            pictures.append(check(raw, f"{found.source}: {found.file}{which}", limits))
+        digest = pictures[0].sha256 if pictures else hashlib.sha256(repr(found.rows[0][-1]).encode()).hexdigest()
+        split = assign(index.group(digest), self.settings.seed, shares(self.settings))
+        samples = tuple((id_, kind, turns) for _, id_, kind, turns in found.rows)
+        contents = [picture.content for picture in pictures]
+        row = ImageRow(found.name, contents[0] if contents else None, samples, tuple(contents[1:]))
+        origin = Provenance(image_id=found.name, split=split, file=found.file, sha256=digest)
+        return Stored(row, origin, tuple(picture.look for picture in pictures), len(found.first))
 
     def _refused(self, found: Indexed, row: int, id_: str, refusal: Refusal) -> Refused:
         source = found.source if self.settings.source == "mixture" else None
@@ -79,14 +83,14 @@ class Mixed:
         return Refused(row=row, id=own, reason=refusal.reason, detail=refusal.detail, source=source)
 
 
-def source(settings: DataSettings, index: Path) -> Mixed:
+def source(settings: DataSettings, index: Path, workers: int = 1) -> Mixed:
     """Reads all rows into the file `index`, unless a run before has. Raises DataError as `build` does."""
     sources = stores(settings)
     if not index.exists():
-        build(index, sources, settings.limits, prefixed=settings.source == "mixture")
+        build(index, sources, settings.limits, settings.source == "mixture", workers)
     with Index(index) as rows:
         title, licence = _title_and_licence(settings, rows.rows)
-        return Mixed(settings, index, sources, title, licence, rows.images, rows.rows, rows.boxes)
+        return Mixed(settings, index, sources, title, licence, rows.images, rows.rows, rows.boxes, rows.several)
 
 
 def stores(settings: DataSettings) -> dict[str, Store]:

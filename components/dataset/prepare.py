@@ -43,7 +43,7 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, wor
     draft = target.with_name(f".{target.name}.draft")
     try:
         _begin(draft, settings)
-        source = source_of(settings, draft / "index.sqlite", raw)
+        source = source_of(settings, draft / "index.sqlite", raw, workers or cores())
         manifest = write(source, settings, draft, workers or cores())
         write_card(draft, source, manifest)
         _finish(draft)
@@ -60,9 +60,9 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, wor
     return manifest
 
 
-def source_of(settings: DataSettings, index: Path, raw: Path = RAW) -> Source:
+def source_of(settings: DataSettings, index: Path, raw: Path = RAW, workers: int = 1) -> Source:
     """What `settings.source` names; a user's own rows are read into the file `index`. Raises DataError if it cannot be read."""
-    return grids.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index)
+    return grids.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index, workers)
 
 
 def _begin(draft: Path, settings: DataSettings) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from components.config.data import DataLimits
 from components.dataset.images import Refusal
+from components.dataset.shards import IMAGE as MARK
 from components.dataset.shards import Box, Turn
 
-MARK = "<image>"
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "model": GPT, "system": SYSTEM}
 CONVERSATION = ("conversations", "messages", "texts")
@@ -59,12 +59,12 @@ class Held(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row whose text is in order; its picture is not looked at yet."""
+    """A row whose text is in order; its pictures are not looked at yet."""
 
     number: int
     id: str | None  # None: it has none of its own
     kind: str
-    picture: str | Held | None  # a path within the folder, a name in tar files, or a data URL; None: text-only
+    pictures: tuple[str | Held, ...]  # each a path within the folder, a name in tar files, or a data URL; none: text-only
     samples: tuple[tuple[Turn, ...], ...]  # one, or several where a row of `texts` is long
     rules: dict[str, str]  # rule that changed the row -> what it did
     ignored: tuple[str, ...]  # keys
@@ -73,7 +73,7 @@ class Row(NamedTuple):
 def understand(number: int, raw: Any, limits: DataLimits, folder: Path | None = None) -> Row:
     """A row as JSON -> a Row. `folder`: absolute paths in it are taken as relative to it.
 
-    Raises Refusal: malformed_json, wrong_type, missing_key, image_path, several_images, video, unread_media, turns,
+    Raises Refusal: malformed_json, wrong_type, missing_key, image_path, video, unread_media, turns,
     empty_answer, empty_question, image_marks, boxes or too_long.
     """
     if isinstance(raw, Refusal):
@@ -98,19 +98,19 @@ class _Reading:
         if key is None and CAPTION not in self.raw:
             raise Refusal("missing_key", f"there is no {CONVERSATION[0]!r}, or nothing in it")
         turns, apart = self._turns(self.raw[key]) if key else ([Said(HUMAN, DESCRIBE), Said(GPT, self._caption())], False)
-        picture = self._picture()
-        ignored = self._left_over({"id", "kind", "system", key or CAPTION, *PICTURE}, picture is not None)
-        kind = _text(self.raw.get("kind", "text" if picture is None else "instruction"), "'kind'")
-        said = self._marked(self._alternating(turns), picture is not None, apart)
-        if picture is None and any(turn.boxes for turn in said):
-            raise Refusal("boxes", "'boxes' are regions of an image, and the row has none")
-        samples = tuple(tuple(sample) for sample in self._within_limit(said, apart))
-        if picture is not None:  # wherever the question had its image, the template puts it first
-            samples = tuple(
-                (replace(first, question=f"{MARK}\n{first.question.replace(MARK, '').strip()}"), *others)
-                for first, *others in samples
-            )
-        return Row(number, own, kind, picture, samples, self.rules, ignored)
+        pictures = self._pictures()
+        ignored = self._left_over({"id", "kind", "system", key or CAPTION, *PICTURE}, bool(pictures))
+        said, apart = self._marked(self._alternating(turns), len(pictures), apart)
+        if len(pictures) != 1 and any(turn.boxes for turn in said):
+            raise Refusal("boxes", f"'boxes' are regions of one image, and the row has {len(pictures) or 'none'}")
+        marked = any(MARK in turn.question for turn in said)
+        samples = tuple(
+            tuple(_placed(sample, len(pictures), marked and not index))
+            for index, sample in enumerate(self._within_limit(said, apart))
+        )
+        pictures = pictures[: sum(turn.question.count(MARK) for turn in samples[0])]  # turns may have been cut
+        kind = _text(self.raw.get("kind", "instruction" if pictures else "text"), "'kind'")
+        return Row(number, own, kind, pictures, samples, self.rules, ignored)
 
     def _id(self) -> str | None:
         own = self.raw.get("id")
@@ -227,16 +227,12 @@ class _Reading:
 
     # --- pictures ---
 
-    def _picture(self) -> str | Held | None:
+    def _pictures(self) -> tuple[str | Held, ...]:
         named = [self._listed(key) for key in PICTURE if key in self.raw]
-        if len(named) == 2 and named[0] == named[1]:
-            named.pop()
+        if len(named) == 2 and (named[0] == named[1][:1] or named[0] == named[1]):
+            named.pop(0)
         found = [*self.shown, *(one for some in named for one in some)]
-        if len(found) > 1:
-            raise Refusal("several_images", f"the row has {len(found)} images; a row has one")
-        if not found:
-            return None
-        return found[0] if isinstance(found[0], Held) or MEDIA_DATA.match(found[0]) else self._path(found[0])
+        return tuple(one if isinstance(one, Held) or MEDIA_DATA.match(one) else self._path(one) for one in found)
 
     def _listed(self, key: str) -> list[str | Held]:
         value = self.raw[key]
@@ -274,23 +270,25 @@ class _Reading:
             ignored.append(key)
         return tuple(ignored)
 
-    def _marked(self, turns: list[Turn], shown: bool, apart: bool) -> list[Turn]:
-        """One mark in the first question of a row with an image, none elsewhere."""
+    def _marked(self, turns: list[Turn], images: int, apart: bool) -> tuple[list[Turn], bool]:
+        """As many marks as images, or none, all in questions; and whether each question is `apart` from the others."""
         for turn in turns:
             if mark := MEDIA_MARK.search(turn.question):
                 raise Refusal("image_marks", f"a question holds {mark[0].strip()[:80]!r}, another code's mark of a medium")
         first = turns[0].question.count(MARK)
-        others = sum((turn.question + turn.answer).count(MARK) for turn in turns) - first
-        if shown and others and apart:
-            self.rules["stray_marks"] = f"{others} {MARK} beyond the first question were taken out"
+        asked = sum(turn.question.count(MARK) for turn in turns)
+        answered = sum(turn.answer.count(MARK) for turn in turns)
+        if apart and asked > first and (images == 1 or (images and asked != images)):
+            self.rules["stray_marks"] = f"{asked - first} {MARK} beyond the first question were taken out"
             turns = [turns[0]] + [replace(turn, question=turn.question.replace(MARK, "").strip()) for turn in turns[1:]]
-            others = turns[0].answer.count(MARK)
-        if shown and (first, others) == (0, 0):
-            self.rules["image_first"] = f"no {MARK} said where the image stands: it was put first"
-        elif (first, others) != (int(shown), 0):
-            where = f"{first} {MARK} in the first question and {others} elsewhere"
-            raise Refusal("image_marks", f"{where}, for {'one image' if shown else 'no image'}")
-        return turns
+            asked = first
+        if images and (asked, answered) == (0, 0):
+            stand = "the image stands: it was" if images == 1 else f"the {images} images stand: they were"
+            self.rules["image_first"] = f"no {MARK} said where {stand} put first"
+        elif (asked, answered) != (images, 0):
+            where = f"{asked} {MARK} in questions and {answered} in answers"
+            raise Refusal("image_marks", f"{where}, for {images or 'no'} image{'s' * (images > 1)}")
+        return turns, apart and asked == first
 
     def _within_limit(self, turns: list[Turn], apart: bool) -> list[list[Turn]]:
         """Whole turns of at most `max_text_chars`: of a conversation the first ones, of pairs several samples."""
@@ -320,6 +318,17 @@ class _Reading:
         if len(samples) > 1:
             self.rules["several_samples"] = f"{len(turns)} questions became {len(samples)} samples"
         return samples
+
+
+def _placed(turns: list[Turn], images: int, marked: bool) -> list[Turn]:
+    """Images that nothing says the place of open the first question; a row's only one opens its question, as LLaVA has it."""
+    if not images or (marked and images > 1):
+        return turns
+    its = next((index for index, turn in enumerate(turns) if MARK in turn.question), None) if marked else 0
+    if its is None:
+        return turns
+    opened = replace(turns[its], question=f"{MARK}\n" * images + turns[its].question.replace(MARK, "").strip())
+    return [*turns[:its], opened, *turns[its + 1 :]]
 
 
 def _nothing(value: Any) -> bool:

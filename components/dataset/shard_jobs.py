@@ -75,7 +75,7 @@ def write_part(
     source: Source, part: int, folder: Path, images_per_shard: int, bar: Callable[[int], object] | None = None
 ) -> Part:
     """Write one part: its shards, what they were made of, what was refused, what it looks like, and its record at last."""
-    writers = {split: SplitWriter(folder / split, images_per_shard, source.boxes, first=part) for split in SPLITS}
+    writers = {split: SplitWriter(folder / split, images_per_shard, source.boxes, source.several, part) for split in SPLITS}
     origins: list[Provenance] = []
     refused: list[Refused] = []
     looks: list[tuple[int, int, int]] = []
@@ -84,8 +84,7 @@ def write_part(
         for found in source.rows(part):
             images += 1
             if isinstance(found, Stored):
-                if found.look is not None:
-                    looks.append((SPLITS.index(found.origin.split), len(origins), found.look))
+                looks += [(SPLITS.index(found.origin.split), len(origins), look) for look in found.looks]
                 writers[found.origin.split].add(found.row)
                 origins.append(found.origin)
                 rows += found.rows

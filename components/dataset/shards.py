@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +25,22 @@ from components.records.rows import TriedRows
 if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles samples alone does without it
     import pyarrow as pa
 
+IMAGE = "<image>"  # stands in a question where an image is shown
 CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
 ANEW = "`dvc checkout --force` brings it back, or `dvc repro prepare` makes it anew"
 BATCH_BYTES = 32 * 2**20  # image bytes in one record batch
 
 
-def schema(boxes: bool) -> pa.Schema:
-    """One row per image, with all samples about it. A data set none of whose questions has `boxes` has no such field."""
+def schema(boxes: bool, several: bool = False) -> pa.Schema:
+    """One row per image, with all samples about it. A data set none of whose questions has `boxes` has no such field, and one
+    none of whose samples has `several` images no column for `more`."""
     import pyarrow as pa
 
     fields = [("from", pa.string()), ("value", pa.string())]
     turn = pa.struct([*fields, ("boxes", pa.list_(pa.list_(pa.float64())))] if boxes else fields)
     sample = pa.struct([("id", pa.string()), ("kind", pa.string()), ("conversations", pa.list_(turn))])
-    return pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(sample))])
+    columns = [("image_id", pa.string()), ("image", pa.binary()), ("samples", pa.list_(sample))]
+    return pa.schema([*columns, ("more", pa.list_(pa.binary()))] if several else columns)
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the image's width and height
@@ -45,7 +48,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its reference answer; the first question of an image sample holds one `<image>`."""
+    """One question and its reference answer; `<image>` in a question marks where a picture stands."""
 
     question: str
     answer: str
@@ -57,22 +60,38 @@ class Sample:
     id: str
     image_id: str
     kind: str
-    image: bytes | None  # an encoded image file; None for text-only samples
+    image: bytes | None  # an encoded image file, the first if there are several; None for text-only samples
     turns: tuple[Turn, ...]
+    more: tuple[bytes, ...] = ()  # the other images, in the order of their marks
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        return () if self.image is None else (self.image, *self.more)
+
+    def upto(self, turns: int) -> Sample:
+        """The first so many turns, and the images that they show."""
+        kept = self.turns[:turns]
+        shown = self.images[: sum(turn.question.count(IMAGE) for turn in kept)]
+        return replace(self, turns=kept, image=shown[0] if shown else None, more=shown[1:])
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image and the samples about it, all in one split."""
+    """One image, or the images that are shown together, and the samples about it, all in one split."""
 
     image_id: str
     image: bytes | None
     samples: tuple[tuple[str, str, tuple[Turn, ...]], ...]  # (id, kind, turns)
+    more: tuple[bytes, ...] = ()
+
+    def about(self) -> list[Sample]:
+        return [Sample(id_, self.image_id, kind, self.image, turns, self.more) for id_, kind, turns in self.samples]
 
     def as_dict(self) -> dict[str, object]:
         return {
             "image_id": self.image_id,
             "image": self.image,
+            "more": list(self.more),
             "samples": [
                 {"id": id_, "kind": kind, "conversations": list(_conversation(turns))} for id_, kind, turns in self.samples
             ],
@@ -92,10 +111,11 @@ class SplitWriter:
     whole; whoever does not come to `close` calls `discard`.
     """
 
-    def __init__(self, folder: Path, images_per_shard: int, boxes: bool, first: int = 0) -> None:
-        """`boxes`: some question of the data set has boxes; without it they are not stored."""
+    def __init__(self, folder: Path, images_per_shard: int, boxes: bool, several: bool = False, first: int = 0) -> None:
+        """`boxes`: some question of the data set has boxes, `several`: some sample has several images; else these are not
+        stored."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._schema = schema(boxes)
+        self._schema = schema(boxes, several)
         self._folder = folder
         self._images_per_shard = images_per_shard
         self._first = first
@@ -142,7 +162,7 @@ class _ShardWriter:
 
     def add(self, row: ImageRow) -> None:
         self._pending.append(row)
-        self._bytes += len(row.image or b"")
+        self._bytes += sum(map(len, (row.image or b"", *row.more)))
         self.images += 1
         self.samples += len(row.samples)
         if self._bytes >= BATCH_BYTES:
@@ -176,7 +196,7 @@ def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -
     """Write all `rows` of one split."""
     rows = list(rows)
     boxes = any(turn.boxes for row in rows for _, _, turns in row.samples for turn in turns)
-    writer = SplitWriter(folder, images_per_shard, boxes)
+    writer = SplitWriter(folder, images_per_shard, boxes, several=any(row.more for row in rows))
     for row in rows:
         writer.add(row)
     return writer.close()
@@ -281,24 +301,24 @@ class Samples(Sequence[Sample]):
         row = int(self.row_of[index])
         stored = int(self._stored[index])
         sample = self._table.column("samples")[row][stored - int(self._stored_first[row])].as_py()
-        return _sample(sample, *_image(self._table, row), None if self._turns is None else int(self._turns[stored]))
+        return _sample(sample, *_images(self._table, row), None if self._turns is None else int(self._turns[stored]))
 
     def texts(self, row: int) -> list[Sample]:
-        """All samples about image `row` as they are stored, with nothing in the image's place: no image is read."""
-        image = self._table.column("image")[row].is_valid
+        """All samples about image `row` as they are stored, with nothing in the images' places: no image is read."""
+        images = (b"",) * len(_stored_images(self._table, row))
         name = self._table.column("image_id")[row].as_py()
-        return [_sample(one, name, b"" if image else None) for one in self._table.column("samples")[row].as_py()]
+        return [_sample(one, name, images) for one in self._table.column("samples")[row].as_py()]
 
-    def image_size(self, row: int) -> tuple[int, int] | None:
-        """Width and height of an image as its file's header says, of which alone is read; None of text."""
+    def image_sizes(self, row: int) -> tuple[tuple[int, int], ...]:
+        """Width and height of each image of a row as its file's header says, of which alone is read."""
         import pyarrow as pa
         from PIL import Image
 
-        image = self._table.column("image")[row]
-        if not image.is_valid:
-            return None
-        with Image.open(pa.BufferReader(image.as_buffer())) as opened:
-            return opened.size
+        sizes = []
+        for image in _stored_images(self._table, row):
+            with Image.open(pa.BufferReader(image.as_buffer())) as opened:
+                sizes.append(opened.size)
+        return tuple(sizes)
 
     def about(self, row: int) -> list[Sample]:
         """All samples about image `row`, read at once: four times as fast as one by one."""
@@ -338,33 +358,40 @@ class Samples(Sequence[Sample]):
     def images(self) -> int:
         return self.record.images
 
-    def images_of(self, image_ids: Iterable[str]) -> dict[str, bytes | None]:
-        """Encoded image per image id, for those ids that the split has."""
+    def images_of(self, image_ids: Iterable[str]) -> dict[str, tuple[bytes, ...]]:
+        """Encoded images per image id, for those ids that the split has."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         asked = pc.is_in(self._table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))
-        found = self._table.select(["image_id", "image"]).filter(asked)
-        return dict(zip(found.column("image_id").to_pylist(), found.column("image").to_pylist(), strict=True))
+        found = self._table.drop_columns("samples").filter(asked)
+        return dict(_images(found, row) for row in range(found.num_rows))
 
 
 def about(table: pa.Table, row: int) -> list[Sample]:
     """All samples about the image in `row` of a shard."""
-    image = _image(table, row)
-    return [_sample(stored, *image) for stored in table.column("samples")[row].as_py()]
+    images = _images(table, row)
+    return [_sample(stored, *images) for stored in table.column("samples")[row].as_py()]
 
 
-def _image(table: pa.Table, row: int) -> tuple[str, bytes | None]:
-    return table.column("image_id")[row].as_py(), table.column("image")[row].as_py()
+def _images(table: pa.Table, row: int) -> tuple[str, tuple[bytes, ...]]:
+    return table.column("image_id")[row].as_py(), tuple(image.as_py() for image in _stored_images(table, row))
 
 
-def _sample(stored: dict[str, Any], image_id: str, image: bytes | None, turns_kept: int | None = None) -> Sample:
-    turns = stored["conversations"][: None if turns_kept is None else 2 * turns_kept]
+def _stored_images(table: pa.Table, row: int) -> list[pa.BinaryScalar]:
+    image = table.column("image")[row]
+    more = list(table.column("more")[row]) if "more" in table.column_names else []
+    return [image, *more] if image.is_valid else []
+
+
+def _sample(stored: dict[str, Any], image_id: str, images: tuple[bytes, ...], turns_kept: int | None = None) -> Sample:
+    turns = stored["conversations"]
     asked = tuple(
         Turn(q["value"], a["value"], tuple(map(tuple, q.get("boxes") or ())))
         for q, a in zip(turns[::2], turns[1::2], strict=True)
     )
-    return Sample(stored["id"], image_id, stored["kind"], image, asked)
+    sample = Sample(stored["id"], image_id, stored["kind"], images[0] if images else None, asked, images[1:])
+    return sample if turns_kept in (None, len(asked)) else sample.upto(turns_kept)
 
 
 def check_hashes(folder: Path, shards: Sequence[ShardRecord]) -> None:
@@ -388,6 +415,6 @@ def open_shard(path: Path) -> pa.Table:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: {error}; {ANEW}") from None
-    if table.schema not in (schema(boxes=False), schema(boxes=True)):
+    if table.schema not in [schema(boxes, several) for boxes in (False, True) for several in (False, True)]:
         raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; {ANEW}")
     return table

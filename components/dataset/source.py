@@ -27,7 +27,7 @@ class Provenance(Record):
     split: Split
     raw: tuple[int, ...] = ()  # `source: digits`: indices of the raw digits
     file: str | None = None  # `source: llava`: the image file
-    sha256: str | None = None  # hash of its pixels, which decides the split
+    sha256: str | None = None  # hash of its pixels, the first's if there are several, which decides the split
 
 
 class Rule(NamedTuple):
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 class Stored(NamedTuple):
     row: ImageRow
     origin: Provenance
-    look: int | None  # components/dataset/perceptual_hash.py; None: not to be compared
+    looks: tuple[int, ...]  # of its images, components/dataset/perceptual_hash.py; none: not to be compared
     rows: int  # rows of the source: fewer than samples where one row made several
 
 
@@ -72,6 +72,10 @@ class Source(Protocol):
     @property
     def boxes(self) -> bool:
         """Whether any question's region is known."""
+
+    @property
+    def several(self) -> bool:
+        """Whether any sample may show several images."""
 
     def rows(self, part: int) -> Iterator[Stored | list[Refused]]: ...
 

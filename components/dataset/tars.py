@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -69,10 +70,10 @@ def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
         return raw
     raw = dict(raw)
     held = {ending: Held([tar, part.offset, part.size], name) for ending, part in parts.items()}
-    pictures = [held[ending] for ending in sorted(parts) if ending.rpartition(".")[2] in PICTURES]
+    pictures = [held[ending] for ending in sorted(parts, key=_in_order) if ending.rpartition(".")[2] in PICTURES]
     if pictures:
         raw["image"] = pictures
-        if len(raw.get("images") or ()) <= 1:  # more would be pictures that are not here
+        if len(raw.get("images") or ()) <= len(pictures):  # more would be pictures that are not here
             raw.pop("images", None)
     if CAPTION in parts and not any(raw.get(key) for key in CONVERSATION):
         raw[CAPTION] = _text(_read(file, parts[CAPTION]), f"{name}.{CAPTION}")
@@ -80,6 +81,11 @@ def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
         if ending not in ("json", CAPTION) and held[ending] not in pictures:
             raw[f".{ending}"] = held[ending] if MEDIA_FILE.search(f".{ending}") or not _is_text(file, part) else "text"
     return raw
+
+
+def _in_order(ending: str) -> list[tuple[int, str]]:
+    """2.jpg stands before 10.jpg."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", ending)]
 
 
 def _read(file: Any, part: Member, most: int | None = None) -> bytes:

@@ -41,6 +41,7 @@ class Digits:
     licence: str = LICENCE
     parts: int = 1
     boxes: bool = True
+    several: bool = False
 
     @property
     def images(self) -> int:
@@ -53,7 +54,7 @@ class Digits:
         return images.train * (conversations + CAPTIONS) + images.val * questions.val + images.test * questions.test
 
     def rows(self, part: int) -> Iterator[Stored]:
-        return (Stored(row, origin, None, len(row.samples)) for row, origin in _rows(self.design, self.seed, self.folder))
+        return (Stored(row, origin, (), len(row.samples)) for row, origin in _rows(self.design, self.seed, self.folder))
 
     def refused(self) -> Iterator[Refused]:
         return iter(())

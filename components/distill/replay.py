@@ -31,7 +31,7 @@ from components.records.paths import RUNS
 
 DUMPS = RUNS / "dumps"
 BESIDE = "image_inputs."
-TENSORS = ("input_ids", "attention_mask", "response", "instruction", "visual", "pixel_values")
+TENSORS = ("input_ids", "attention_mask", "response", "instruction", "pictures", "pixel_values")
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ def _alone(batch: Batch, i: int) -> Batch:
     """The batch of sample i alone, without its padding."""
     length = int(batch.attention_mask[i].sum())
     rows = {name: getattr(batch, name)[i : i + 1, :length] for name in TENSORS if name != "pixel_values"}
-    image = int(batch.visual.any(1)[:i].sum())
-    own = slice(image, image + 1) if bool(batch.visual[i].any()) else slice(0, 0)
-    pixels = batch.pixel_values[own] if batch.pixel_values is not None and own.stop else None
+    first, count = int(batch.pictures[:i].amax(1).sum()), int(batch.pictures[i].max())
+    own = slice(first, first + count)
+    pixels = batch.pixel_values[own] if batch.pixel_values is not None and count else None
     return replace(batch, ids=[batch.ids[i]], image_ids=batch.image_ids[own], pixel_values=pixels, **rows)
 
 

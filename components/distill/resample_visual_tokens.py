@@ -70,14 +70,14 @@ class ResampledTeacher:
             )
         with self.teacher.watched(_own(batch), watch) as seen:
             yield seen
-        seen.maps = {
-            map: tensor @ self.weights.T.to(tensor) if tensor.shape[1] else tensor for map, tensor in seen.maps.items()
-        }
+        seen.maps = {map: self._on_grid(tensor) for map, tensor in seen.maps.items()}
         seen.hidden = {layer: self._of_student(states, batch) for layer, states in seen.hidden.items()}
 
     def _on_grid(self, attention: Tensor) -> Tensor:
-        """(B, Nv) of the teacher's (B, Nv'); without an image both are 0 wide."""
-        return attention @ self.weights.T.to(attention) if attention.shape[1] else attention
+        """(B, Nv) of the teacher's (B, Nv'), image by image; without one both are 0 wide."""
+        if not attention.shape[1]:
+            return attention
+        return (attention.unflatten(1, (-1, self.weights.shape[1])) @ self.weights.T.to(attention)).flatten(1)
 
     def _of_student(self, theirs: Tensor, batch: Batch) -> Tensor:
         """(B, T, d) at the student's positions, of the teacher's (B, T', d)."""

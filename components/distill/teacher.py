@@ -51,13 +51,13 @@ class FrozenTeacher:
         if not look:
             hidden, cache = self.vlm.plain(batch, features, keep)
             return hidden.to(home), cache, None
-        eyes = Look.at(batch.instruction, batch.visual)
+        eyes = Look.at(batch.instruction, batch.pictures)
         with watching(self.vlm.model, [self.layer], eyes):
             hidden, cache = self.vlm.plain(batch, features, keep)
         weights = eyes.seen[self.layer]
         if self.background is not None:
-            weights = centred_in_batch(weights, self.background, batch.visual, batch.ids)
-            self.equal_weights = self.equal_weights.to(weights.device) + without_weights(weights, batch.visual)
+            weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
+            self.equal_weights = self.equal_weights.to(weights.device) + without_weights(weights, batch.pictures)
         return hidden.to(home), cache, weights.to(home)
 
     @contextmanager

@@ -65,18 +65,32 @@ class Shown(Sequence[Sample]):
 
 def blank_images(samples: Samples) -> Shown:
     """Each image replaced by a plain grey one of its size."""
-    return Shown(samples, lambda _, one: replace(one, image_id=f"blank {one.image_id}", image=blank(one.image or b"")))
+
+    def change(_: int, sample: Sample) -> Sample:
+        first, *more = map(blank, sample.images)
+        return replace(sample, image_id=f"blank {sample.image_id}", image=first, more=tuple(more))
+
+    return Shown(samples, change)
 
 
 def other_images(samples: Samples) -> Shown:
-    """Each question about the image half a split further on. Raises DataError if there is only one image."""
+    """Each question about as many images from half a split further on. Raises DataError if there is only one image."""
     if samples.images < 2:
         raise DataError("another image to ask about needs a split of two or more")
 
     def other(index: int, sample: Sample) -> Sample:
-        row = (int(samples.row_of[index]) + samples.images // 2) % samples.images
-        shown = samples[samples.of_image(row)[0]]
-        return replace(sample, image_id=shown.image_id, image=shown.image)
+        own, images = int(samples.row_of[index]), samples.images
+        found: list[tuple[str, bytes]] = []
+        for row in ((own + images // 2 + step) % images for step in range(images)):
+            about = samples.of_image(row)
+            shown = samples[about[0]] if row != own and about else None
+            found += [] if shown is None else [(shown.image_id, image) for image in shown.images]
+            if len(found) >= len(sample.images):
+                break
+        if len(found) < len(sample.images):
+            raise DataError(f"{sample.id} shows {len(sample.images)} images, and there are not as many others in its split")
+        (name, first), *more = found[: len(sample.images)]
+        return replace(sample, image_id=name, image=first, more=tuple(image for _, image in more))
 
     return Shown(samples, other)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -93,16 +94,17 @@ def _looks(images: list[_Image]) -> NDArray[np.uint64]:
 
 
 def _images(samples: Samples, title: str) -> list[_Image]:
-    return [_image(samples, row) for row in tqdm(range(samples.images), desc=title, unit="image")]
+    return [image for row in tqdm(range(samples.images), desc=title, unit="image") for image in _of_row(samples, row)]
 
 
-def _image(samples: Samples, row: int) -> _Image:
+def _of_row(samples: Samples, row: int) -> Iterator[_Image]:
+    """Its images, the questions with the first."""
     about = samples.about(row)
     asked = [question_of(turn) for sample in about if sample.kind != CAPTION for turn in sample.turns[:1]]
-    content = about[0].image
-    if content is None:
-        return _Image(about[0].image_id, None, 0, asked)
-    with Image.open(io.BytesIO(content)) as image:
-        rgb = image.convert("RGB")
-        digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-    return _Image(about[0].image_id, digest, look_of(rgb), asked)
+    if not about[0].images:
+        yield _Image(about[0].image_id, None, 0, asked)
+    for number, content in enumerate(about[0].images):
+        with Image.open(io.BytesIO(content)) as image:
+            rgb = image.convert("RGB")
+            digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+        yield _Image(about[0].image_id, digest, look_of(rgb), asked if number == 0 else [])

@@ -54,7 +54,7 @@ def prompts(processor: Any, samples: Samples, rows: Sequence[int], template: Tem
     """Digest of the first prompt of each sample, as the model reads it."""
     image, own = processor.image_token, template.of(processor)
     return digest(
-        own.render(sample.turns, None if sample.image is None else image, answer=False).text
+        own.render(sample.turns, [image] * len(sample.upto(1).images), answer=False).text
         for sample in (samples[row] for row in rows)
     )
 

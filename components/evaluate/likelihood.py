@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +50,7 @@ def likelihoods(
     order = sorted(rows, key=lambda row: len(samples[row].turns[0].answer), reverse=True)
     for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch"):
         these = order[start : start + batch_size]
-        batch = collator([replace(samples[row], turns=samples[row].turns[:1]) for row in these]).to(loaded.model.device)
+        batch = collator([samples[row].upto(1) for row in these]).to(loaded.model.device)
         at = predicting(batch.response)
         hidden = view.plain(batch, view.features(batch), keep=False)[0][at]
         nats = _nats(hidden, view, batch.input_ids[batch.response])

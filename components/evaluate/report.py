@@ -90,7 +90,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Example:
-    image: str | None  # data URI
+    images: list[str]  # data URIs
     kind: str
     question: str
     reference: str
@@ -318,10 +318,10 @@ def _examples(comparison: Comparison, outcomes: Outcomes, indices: list[int]) ->
             raise DataError(
                 f"{DATASET} has no image {sample.image_id!r} in split {comparison.split}; `dvc repro` evaluates anew"
             )
-        image = images[sample.image_id]
+        shown = images[sample.image_id][: sample.question.count(IMAGE)]
         examples.append(
             Example(
-                image=None if image is None else data_uri(thumbnail(image, EXAMPLE_PX)),
+                images=[data_uri(thumbnail(image, EXAMPLE_PX)) for image in shown],
                 kind=sample.kind,
                 question=sample.question.replace(IMAGE, "").strip(),
                 reference=sample.reference,

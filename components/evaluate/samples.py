@@ -11,7 +11,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ THUMBNAIL_PX = 240  # longest side
 def write(
     comparison: Comparison,
     predictions: Mapping[str, Sequence[Prediction]],
-    looks: Mapping[str, NDArray[np.uint8]],
+    looks: Mapping[str, Sequence[NDArray[np.uint8]]],
     layer: int,
     most: int,
 ) -> Path:
@@ -50,7 +49,8 @@ def write(
 
     Args:
         predictions: per arm and of the teacher, the same questions in the same order (`outcomes.read`).
-        looks: sample id -> (side, side) where the instruction makes the teacher's `layer` look, 255 being its highest.
+        looks: sample id -> for each image (side, side) where the instruction makes the teacher's `layer` look, 255 being its
+            highest there.
 
     Raises DataError if the data set lacks an image that was asked about.
     """
@@ -59,27 +59,28 @@ def write(
     missing = next((p.image_id for p in asked if p.image_id not in stored), None)
     if missing is not None:
         raise DataError(f"{DATASET} has no image {missing!r} in split {comparison.split}; `dvc repro` evaluates anew")
-    images = list(dict.fromkeys(p.image_id for p in asked))
     kinds = list(comparison.kinds)
     who = [TEACHER_ARM, *comparison.order]
-    place = {name: index for index, name in enumerate(images)}
+    of = {p.id: stored[p.image_id][: p.question.count(IMAGE)] for p in asked}
+    shown = {p.id: [(p.image_id, number) for number in range(len(of[p.id]))] for p in asked}
+    place = {image: index for index, image in enumerate(dict.fromkeys(image for images in shown.values() for image in images))}
     rows = [
         {
             "id": p.id,
-            "image": place[p.image_id],
+            "images": [place[image] for image in shown[p.id]],
             "kind": kinds.index(p.kind),
             "question": p.question.replace(IMAGE, "").strip(),
             "reference": p.reference,
             "answers": [predictions[name][index].answer for name in who],
             "right": [int(predictions[name][index].correct) for name in who],
-            "look": _packed(looks[p.id]) if p.id in looks else None,
+            "looks": [_packed(grid) for grid in looks.get(p.id, ())],
         }
         for index, p in enumerate(asked)
     ]
     data = {
         "who": who,
         "kinds": [kind.replace("_", " ") for kind in kinds],
-        "images": [_shown(stored[name]) for name in images],
+        "images": [data_uri(thumbnail(stored[name][number], THUMBNAIL_PX)) for name, number in place],
         "rows": rows,
     }
     page = templates(Path(__file__).parent).get_template("samples.html.j2")
@@ -89,23 +90,23 @@ def write(
 
 @torch.inference_mode()
 def looks(loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: int, settings: Settings) -> dict[str, Any]:
-    """Sample id -> (side, side) uint8: attention of `layer` from each question to the image, its highest being 255.
+    """Sample id -> for each image (side, side) uint8: attention of `layer` from the question to it, its highest being 255.
 
     Samples without an image have none. Raises DataError if the visual tokens are no square grid.
     """
     ids = {p.id for p in asked}
-    rows = [row for row in generate.questions(samples) if (sample := samples[row]).id in ids and sample.image is not None]
+    rows = [row for row in generate.questions(samples) if (sample := samples[row].upto(1)).id in ids and sample.images]
     # As the layer search does: the answer follows, but no instruction row sees it.
     collator = Collator(loaded.processor, Template.asked(settings.models.template), max_length=sys.maxsize, train=True)
     view, size, found = VLM(loaded.model), settings.evaluate.batch_size, {}
     for start in tqdm(range(0, len(rows), size), desc="samples: where the teacher looks", unit="batch"):
-        these = [replace(sample, turns=sample.turns[:1]) for sample in map(samples.__getitem__, rows[start : start + size])]
+        these = [samples[row].upto(1) for row in rows[start : start + size]]
         batch = collator(these).to(loaded.model.device)
-        look = Look.at(batch.instruction, batch.visual)
+        look = Look.at(batch.instruction, batch.pictures)
         with watching(loaded.model, [layer], look):
             view.plain(batch, view.features(batch), keep=False)
-        for sample, seen in zip(these, look.seen[layer].cpu().numpy(), strict=True):
-            found[sample.id] = _grid(sample, seen)
+        for sample, seen, numbers in zip(these, look.seen[layer].cpu().numpy(), look.pictures.cpu().numpy(), strict=True):
+            found[sample.id] = [_grid(sample, seen[numbers == number + 1]) for number in range(len(sample.images))]
     return found
 
 
@@ -118,10 +119,6 @@ def _grid(sample: Sample, attention: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def _packed(grid: NDArray[np.uint8]) -> str:
     return base64.b64encode(grid.tobytes()).decode("ascii")
-
-
-def _shown(image: bytes | None) -> str | None:
-    return None if image is None else data_uri(thumbnail(image, THUMBNAIL_PX))
 
 
 def _embedded(data: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from components.align_ti.batch import by_column
 from components.errors import DataError
 
 NOTHING = 1e-6  # share of a sum of 1 below which float32 shows no difference
@@ -32,21 +33,27 @@ def centred(attention: Tensor, background: Tensor) -> Tensor:
     return torch.where(total > NOTHING, above / total.clamp_min(NOTHING), 0.0)
 
 
-def centred_in_batch(attention: Tensor, background: Tensor, visual: Tensor, ids: Sequence[str]) -> Tensor:
-    """`centred` for a batch's attention (B, Nv); `visual` (B, T) bool.
+def centred_in_batch(attention: Tensor, background: Tensor, pictures: Tensor, ids: Sequence[str]) -> Tensor:
+    """`centred`, image by image, for a batch's attention (B, Nv); `pictures` (B, T) as in the batch.
 
     Raises DataError, naming the first sample, if an image has another number of visual tokens than the background.
     """
-    tokens = visual.sum(1)
-    if bool((other := (tokens > 0) & (tokens != len(background))).any()):
-        row = int(other.int().argmax())
-        raise DataError(
-            f"sample {ids[row]}: its image has {int(tokens[row])} visual tokens, and the background that `centred` takes away"
-            f" was measured on images of {len(background)}; set weighting: mean in params/irs.yaml"
-        )
-    return centred(attention, background.to(attention)) if attention.shape[1] else attention
+    for number in range(1, int(pictures.max()) + 1):
+        tokens = (pictures == number).sum(1)
+        if bool((other := (tokens > 0) & (tokens != len(background))).any()):
+            row = int(other.int().argmax())
+            raise DataError(
+                f"sample {ids[row]}: its image has {int(tokens[row])} visual tokens, and the background that `centred` takes"
+                f" away was measured on images of {len(background)}; set weighting: mean in params/irs.yaml"
+            )
+    if not attention.shape[1]:
+        return attention
+    return centred(attention.unflatten(1, (-1, len(background))), background.to(attention)).flatten(1)
 
 
-def without_weights(weights: Tensor, visual: Tensor) -> Tensor:
-    """How many images' tokens weigh the same, because no attention is left to weigh them by."""
-    return ((weights.sum(1) == 0) & visual.any(1)).sum()
+def without_weights(weights: Tensor, pictures: Tensor) -> Tensor:
+    """How many images' tokens weigh the same, because no attention is left to weigh them by; their weights (B, Nv) are 0."""
+    columns = by_column(pictures)
+    totals = weights.new_zeros(len(weights), int(pictures.max()) + 1).scatter_add_(1, columns, weights)
+    shown = torch.zeros_like(totals, dtype=torch.bool).scatter_(1, columns, True)
+    return ((totals == 0) & shown)[:, 1:].sum()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from components.align_ti.batch import by_column
 from components.config.irs import IrsSettings
 from components.dataset.shards import CAPTION, Sample, Samples, Turn
 from components.errors import DataError
@@ -40,7 +41,7 @@ class TooFewInstructions(DataError):
 class Seen:
     """Where every layer looks: per image, per instruction."""
 
-    samples: list[list[Sample]]  # X images, I instructions on each
+    samples: list[list[Sample]]  # X images, each alone in its samples, I instructions on each
     attention: dict[Rows, Tensor]  # per kind of rows (L, X, I, Nv) float32, 0 behind the tokens of smaller images
     tokens: Tensor  # (X,) visual tokens of each image
 
@@ -75,20 +76,31 @@ def look(
     collators = {rows: Collator(loaded.processor, template, max_length=sys.maxsize, train=True, rows=rows) for rows in kinds}
     view = VLM(loaded.model)
     parts: dict[Rows, list[Tensor]] = {rows: [] for rows in kinds}
-    tokens: list[Tensor] = []
+    numbers: list[Tensor] = []
     for start in tqdm(range(0, len(prompts), settings.batch_size), desc="attention", unit="batch"):
         these = prompts[start : start + settings.batch_size]
         batch = collators["all"](these).to(loaded.model.device)
         asked = {rows: collators[rows].text(these).instruction.to(loaded.model.device) for rows in kinds}
         for rows, found in _attention(view, batch, asked).items():
             parts[rows].append(found)
-        tokens.append(batch.visual.sum(1).cpu())
+        numbers.append(by_column(batch.pictures).cpu())
     shape = (len(chosen), settings.instructions_per_image)
-    return Seen(
-        chosen,
-        {rows: _padded(some).unflatten(1, shape) for rows, some in parts.items()},
-        torch.cat(tokens).unflatten(0, shape)[:, 0],
-    )
+    whole = {rows: _padded(some).unflatten(1, shape) for rows, some in parts.items()}
+    return _apart(chosen, whole, _padded([one[None] for one in numbers])[0].unflatten(0, shape)[:, 0])
+
+
+def _apart(chosen: list[list[Sample]], attention: dict[Rows, Tensor], numbers: Tensor) -> Seen:
+    """Of (L, X, I, Nv) attention to images that are shown together each one's own; `numbers` (X, Nv) as by `by_column`."""
+    tokens = torch.stack([(numbers == number).sum(1) for number in range(1, int(numbers.max()) + 1)], dim=1)  # (X, most images)
+    if tokens.shape[1] == 1:
+        return Seen(chosen, attention, tokens[:, 0])
+    owners = tokens.nonzero().tolist()
+    samples = [[replace(sample, image=sample.images[image], more=()) for sample in chosen[x]] for x, image in owners]
+    own = {
+        rows: _padded([found[:, x, :, numbers[x] == image + 1][:, None] for x, image in owners])
+        for rows, found in attention.items()
+    }
+    return Seen(samples, own, tokens[tokens > 0])
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
@@ -151,12 +163,14 @@ def furthest_apart(attention: Tensor) -> tuple[int, int]:
 
 
 def instructions(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample, of one turn, per different question about the image, in whatever turn it is asked."""
+    """One sample, of one turn, per different question that follows all of the images, in whatever turn it is asked."""
     different: dict[str, Sample] = {}
     for sample in samples:
-        for turn in sample.turns if sample.image is not None and sample.kind != CAPTION else ():
-            question = question_of(turn)
-            different.setdefault(question, replace(sample, turns=(Turn(f"{IMAGE}\n{question}", turn.answer, turn.boxes),)))
+        for index, turn in enumerate(sample.turns if sample.images and sample.kind != CAPTION else ()):
+            if len(sample.upto(index + 1).images) == len(sample.images):
+                before = len(sample.images) - turn.question.count(IMAGE)
+                asked = Turn(f"{IMAGE}\n" * before + turn.question, turn.answer, turn.boxes)
+                different.setdefault(question_of(turn), replace(sample, turns=(asked,)))
     return list(different.values())
 
 
@@ -165,7 +179,7 @@ def _attention(view: VLM, batch: Batch, asked: dict[Rows, Tensor]) -> dict[Rows,
     """(L, B, Nv) float32 on the CPU, from each kind of rows (B, T) bool; 0 behind an image's own tokens, Nv being the most of
     the batch."""
     layers = list(attention_layers(view.model))
-    looks = {rows: Look.at(mask, batch.visual) for rows, mask in asked.items()}
+    looks = {rows: Look.at(mask, batch.pictures) for rows, mask in asked.items()}
     with ExitStack() as stack:
         for look in looks.values():
             stack.enter_context(watching(view.model, layers, look))

@@ -21,12 +21,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from components.align_ti.batch import by_column
+
 IMPLEMENTATION = "alignti_probe"
 
 
 @dataclass(eq=False)
 class Look:
-    """Which rows and columns of a batch to look at, and what was seen: layer -> (B, Nc), averaged over heads and rows.
+    """Which rows and columns of a batch to look at, and what was seen: layer -> (B, Nc), averaged over heads and, for each
+    image's columns, over the rows after it begins.
 
     Args:
         each_row: keep the rows apart: (B, Nr, Nc), zeros where a sample has fewer.
@@ -34,25 +37,37 @@ class Look:
     """
 
     rows: Tensor  # (B, Nr) positions, padded with -1
-    columns: Tensor  # (B, Nc) positions, padded with -1
+    columns: Tensor  # (B, Nc) positions of the images' tokens, padded with -1
+    pictures: Tensor  # (B, Nc) the numbers of these images in their sample, from 1, padded with 0
+    images: int  # the most of a sample
     seen: dict[int, Tensor] = field(default_factory=dict)
     each_row: bool = False
     gradients: bool = False
 
     @classmethod
-    def at(cls, rows: Tensor, columns: Tensor, each_row: bool = False, gradients: bool = False) -> Look:
-        """From (B, T) bool masks."""
-        return cls(_positions(rows), _positions(columns), each_row=each_row, gradients=gradients)
+    def at(cls, rows: Tensor, pictures: Tensor, each_row: bool = False, gradients: bool = False) -> Look:
+        """From a (B, T) bool mask and the numbers of images (B, T), as in the batch."""
+        images = int(pictures.max())
+        return cls(
+            _positions(rows), _positions(pictures > 0), by_column(pictures), images, each_row=each_row, gradients=gradients
+        )
 
     def keep(self, layer: int, over_heads: Tensor) -> None:
         """Of (B, Nr, T), the mean over heads at this look's rows. When a layer runs again, what it gave at first stands."""
         counted = (self.rows >= 0)[:, :, None]
-        of_rows = over_heads * counted
-        if not self.each_row:
-            of_rows = of_rows.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)
-        columns = self.columns[:, None, :].expand(-1, of_rows.shape[1], -1)
-        at_columns = of_rows.gather(2, columns.clamp_min(0)) * (columns >= 0)
-        self.seen.setdefault(layer, at_columns if self.each_row else at_columns[:, 0])
+        columns = self.columns[:, None, :].clamp_min(0)
+        if self.each_row:
+            columns = columns.expand(-1, counted.shape[1], -1)
+            self.seen.setdefault(layer, (over_heads * counted).gather(2, columns) * (self.pictures > 0)[:, None])
+            return
+        found = over_heads.new_zeros(self.columns.shape)
+        for number in range(1, self.images + 1):
+            own = self.pictures == number
+            begins = self.columns.masked_fill(~own, torch.iinfo(self.columns.dtype).max).amin(1, keepdim=True)
+            after = (self.rows >= begins)[:, :, None]
+            mean = (over_heads * after).sum(1, keepdim=True) / after.sum(1, keepdim=True).clamp_min(1)
+            found = found + mean.gather(2, columns)[:, 0] * own
+        self.seen.setdefault(layer, found)
 
 
 def _positions(mask: Tensor) -> Tensor:

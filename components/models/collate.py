@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,18 +33,23 @@ class RefusedImageError(DataError):
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of at most T tokens; images in the order of the samples that have one."""
+    """B samples of at most T tokens; images in the order of the samples and of their marks."""
 
     ids: list[str]
     image_ids: list[str]  # ids of the images in `pixel_values`
     input_ids: Tensor  # (B, T) long
     attention_mask: Tensor  # (B, T) long, 0 at padding
     response: Tensor  # (B, T) bool: answers, the EOS of each included
-    instruction: Tensor  # (B, T) bool: text after the image that is not response; of it the collator's `rows`
-    visual: Tensor  # (B, T) bool: the image's tokens
+    instruction: Tensor  # (B, T) bool: text after the first image that is not response; of it the collator's `rows`
+    pictures: Tensor  # (B, T) long: at an image's tokens its number in the sample, from 1; 0 elsewhere
     pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # further image inputs of the family: sizes, grids, masks
     teacher: Batch | None = None  # the same samples as the teacher reads them, where it sees images on another grid
+
+    @cached_property
+    def visual(self) -> Tensor:
+        """(B, T) bool: the images' tokens."""
+        return self.pictures > 0
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
@@ -55,9 +60,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Processed:
-    """One image as the model takes it."""
+    """The images of one sample as the model takes them."""
 
-    text: str  # placeholder of the image among the tokens
+    texts: tuple[str, ...]  # placeholder of each among the tokens
     tensors: dict[str, Tensor]  # pixel_values, and what else the model asks of it
 
     @property
@@ -72,7 +77,11 @@ class Encoded:
     input_ids: np.ndarray  # long
     response: np.ndarray  # bool
     instruction: np.ndarray  # bool
-    visual: np.ndarray  # bool
+    pictures: np.ndarray  # long
+
+    @property
+    def visual(self) -> np.ndarray:
+        return self.pictures > 0
 
 
 class Collator:
@@ -80,11 +89,12 @@ class Collator:
 
     `train`: all turns with their answers, padded right. Else: the first turn without its answer, padded left, so that
     `generate` goes on from the last column. `rows` says which tokens are instruction, the rows whose attention is read: all of
-    the text after the image but the response, or the words of the user's questions without the template's own.
+    the text after the first image but the response, or the words of the user's questions without the template's own.
 
     Raises:
         ModelError: at construction, if the processor cannot serve (see `check_special_tokens`).
-        DataError: naming the sample: longer than `max_length` tokens, `<image>` that does not match its image, no response
+        ModelError: the template of a sample has no place for several images.
+        DataError: naming the sample: longer than `max_length` tokens, `<image>` that do not match its images, no response
             token, an image that does not decode. The stage `check_rows` has left such rows out.
     """
 
@@ -104,10 +114,11 @@ class Collator:
         self.rows = rows
         self._image_text = image_text(processor)  # None: each image has its own
         self._plain = PlainText(self.tokenizer)
-        self._processed: dict[str, Processed] = {}
+        self._processed: dict[tuple[str, int], Processed] = {}
         self._processed_bytes = 0
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
+        samples = self._asked(samples)
         batch = self.text(samples)
         if self._teacher is not None:
             batch = replace(batch, teacher=_checked(self._teacher(samples), batch))
@@ -119,6 +130,7 @@ class Collator:
 
     def text(self, samples: Sequence[Sample]) -> Batch:
         """The batch without its pixels, for callers that hold the images' features already."""
+        samples = self._asked(samples)
         rows = self.encode(samples)
         length = max(len(row.input_ids) for row in rows)
 
@@ -133,24 +145,27 @@ class Collator:
         column = torch.arange(length)[None, :]
         return Batch(
             ids=[sample.id for sample in samples],
-            image_ids=[sample.image_id for sample in samples if sample.image is not None],
+            image_ids=[sample.image_id for sample in samples for _ in sample.images],
             input_ids=stack("input_ids", self.tokenizer.pad_token_id),
             attention_mask=(column < lengths if self.train else column >= length - lengths).long(),
             response=stack("response", False),
             instruction=stack("instruction", False),
-            visual=stack("visual", False),
+            pictures=stack("pictures", 0),
             pixel_values=None,
         )
 
-    def encode(self, samples: Sequence[Sample], shown: Sequence[str | None] | None = None) -> list[Encoded]:
+    def _asked(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        return samples if self.train else [sample.upto(1) for sample in samples]
+
+    def encode(self, samples: Sequence[Sample], shown: Sequence[Sequence[str]] | None = None) -> list[Encoded]:
         """Token ids and masks. A token is response if its characters overlap a response's, whatever the tokenizer's kind.
 
-        `shown`: what stands for each sample's image, where that is known already.
+        `shown`: what stands for each sample's images, where that is known already.
         """
         for sample in samples:
             self._check(sample)
-        shown = [self._text_of(sample) for sample in samples] if shown is None else shown
-        rendered = [self.template.render(sample.turns, text, self.train) for sample, text in zip(samples, shown, strict=True)]
+        shown = [self._texts_of(sample) for sample in samples] if shown is None else shown
+        rendered = [self.template.render(sample.turns, texts, self.train) for sample, texts in zip(samples, shown, strict=True)]
         rows = []
         for sample, (text, ids, offsets) in zip(samples, self._tokens(rendered), strict=True):
             start, end = np.asarray(offsets).T
@@ -162,11 +177,17 @@ class Collator:
                     raise DataError(f"sample {sample.id}: an answer has no response tokens: {text.text[a:b]!r}")
                 response |= answer
             visual = input_ids == self._visual_id
-            after = np.cumsum(visual) == visual.sum() if visual.any() else np.zeros_like(visual)
-            instruction = after & ~visual & ~response & (end > start)
+            pictures = np.zeros_like(input_ids)
+            instruction = np.zeros_like(response)
+            for number, (a, b) in enumerate(text.image_spans, start=1):
+                own = np.flatnonzero(visual & (start < b) & (end > a))
+                pictures[own] = number
+                instruction[own[0] : own[-1]] = False  # what stands between its tokens
+                instruction[own[-1] :] = True
+            instruction &= ~visual & ~response & (end > start)
             if self.rows == "words":
                 instruction &= np.any([(start < b) & (end > a) for a, b in text.question_spans], axis=0)
-            rows.append(Encoded(input_ids, response, instruction, visual))
+            rows.append(Encoded(input_ids, response, instruction, pictures))
             self._check_encoded(sample, rows[-1])
         return rows
 
@@ -195,56 +216,53 @@ class Collator:
         return f"sample {sample.id} reads {read!r} around {int(row.visual.sum())} visual tokens; trained on: {said!r}"
 
     def images(self, samples: Sequence[Sample]) -> list[Processed]:
-        """The images of the samples that have one, in their order; each is processed once, as long as the cache has room."""
+        """Those of the samples that have any, in their order; each is processed once, as long as the cache has room."""
         shown = [sample for sample in samples if sample.image is not None]
-        found: dict[str, Processed] = {}
+        found: dict[tuple[str, int], Processed] = {}
         for sample in shown:
-            key = sample.image_id
+            key = (sample.image_id, len(sample.images))
             if key in self._processed or key in found:
                 found[key] = self._processed.get(key) or found[key]
                 continue
-            found[key] = self._accepted(decode(sample))
+            found[key], _ = self._accepted(decoded(sample))
             if self._processed_bytes + found[key].nbytes <= PIXEL_CACHE_BYTES:
                 self._processed[key] = found[key]
                 self._processed_bytes += found[key].nbytes
-        return [found[sample.image_id] for sample in shown]
+        return [found[sample.image_id, len(sample.images)] for sample in shown]
 
-    def _accepted(self, image: Image.Image) -> Processed:
-        """The image, stretched where the processor refuses its shape."""
+    def _accepted(self, images: list[Image.Image]) -> tuple[Processed, bool]:
+        """The images, stretched where the processor refuses their shapes, and whether they were."""
         try:
-            return processed(self.processor, image)
+            return processed(self.processor, *images), False
         except RefusedImageError:
-            return processed(self.processor, stretched(image))
+            return processed(self.processor, *map(stretched, images)), True
 
-    def shown(self, width: int, height: int) -> tuple[str, bool]:
-        """What stands for an image of that size among the tokens, and whether it has to be stretched for it.
+    def shown(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[str, ...], bool]:
+        """What stands for a sample's images of these sizes among the tokens, and whether one has to be stretched for it.
 
-        Raises RefusedImageError if the processor refuses it stretched, too.
+        Raises RefusedImageError if the processor refuses them stretched, too.
         """
         from PIL import Image
 
-        if self._image_text is not None:
-            return self._image_text, False
-        blank = Image.new("RGB", (width, height))
-        try:
-            return processed(self.processor, blank).text, False
-        except RefusedImageError:
-            return processed(self.processor, stretched(blank)).text, True
+        if self._image_text is not None or not sizes:
+            return (self._image_text or "",) * len(sizes), False
+        made, changed = self._accepted([Image.new("RGB", size) for size in sizes])
+        return made.texts, changed
 
-    def _text_of(self, sample: Sample) -> str | None:
-        if sample.image is None:
-            return None
-        return self.images([sample])[0].text if self._image_text is None else self._image_text
+    def _texts_of(self, sample: Sample) -> tuple[str, ...]:
+        if sample.image is None or self._image_text is not None:
+            return (self._image_text or "",) * len(sample.images)
+        return self.images([sample])[0].texts
 
     def _check(self, sample: Sample) -> None:
         if not sample.turns:
             raise DataError(f"sample {sample.id}: no turns")
-        marks = [text.count(IMAGE) for turn in sample.turns for text in (turn.question, turn.answer)]
-        wanted = [int(sample.image is not None)] + [0] * (len(marks) - 1)
-        if marks != wanted:
+        asked = sum(turn.question.count(IMAGE) for turn in sample.turns)
+        said = sum(turn.answer.count(IMAGE) for turn in sample.turns)
+        if (asked, said) != (len(sample.images), 0):
             raise DataError(
-                f"sample {sample.id}: {IMAGE} stands {sum(marks)} time(s) in its text; "
-                + ("it must stand once, in the first question" if sample.image is not None else "but the sample has no image")
+                f"sample {sample.id}: {IMAGE} stands {asked} time(s) in its questions and {said} in its answers; it must stand"
+                f" {len(sample.images)} time(s) in questions, once for each image"
             )
         if self.train and not all(turn.answer.strip() for turn in sample.turns):
             raise DataError(f"sample {sample.id}: an answer is empty, so there are no response tokens")
@@ -258,12 +276,16 @@ class Collator:
 
 
 def decode(sample: Sample) -> Image.Image:
-    """The sample's image, RGB. Raises DataError naming the sample if it does not decode."""
+    """The sample's first image, as `decoded`."""
+    return decoded(sample)[0]
+
+
+def decoded(sample: Sample) -> list[Image.Image]:
+    """The sample's images, RGB. Raises DataError naming the sample if one does not decode."""
     from PIL import Image, UnidentifiedImageError
 
-    assert sample.image is not None
     try:
-        return Image.open(io.BytesIO(sample.image)).convert("RGB")
+        return [Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images]
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(f"sample {sample.id}: image {sample.image_id} does not decode: {error}") from None
 
@@ -318,27 +340,31 @@ def shapes() -> list[Image.Image]:
     return [whole.resize(size) for size in ((64, 64), (96, 48), (48, 96), (600, 400))]
 
 
-def processed(processor: Any, image: Image.Image) -> Processed:
-    """Raises ModelError if the processor is not of a kind that is known to work, RefusedImageError if it refuses the image."""
+def processed(processor: Any, *images: Image.Image) -> Processed:
+    """The images of one sample: some families see one of several as one tile.
+
+    Raises ModelError if the processor is not of a kind that is known to work, RefusedImageError if it refuses an image.
+    """
     if not hasattr(processor, "replace_image_token"):
         raise ModelError(f"{type(processor).__name__} does not say how many visual tokens an image has")
     options = getattr(processor, "images_kwargs", {})  # options of this processor beyond its image processor's defaults
     try:
-        found = processor.image_processor(images=[image], return_tensors="pt", **options)
+        several = list(images) if len(images) == 1 else [list(images)]
+        found = processor.image_processor(images=several, return_tensors="pt", **options)
     except (ValueError, ZeroDivisionError, RuntimeError) as error:
-        shape = f"{image.width} x {image.height} pixels"
-        raise RefusedImageError(f"{type(processor).__name__} refuses an image of {shape}: {error}") from None
+        sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
+        raise RefusedImageError(f"{type(processor).__name__} refuses an image of {sizes} pixels: {error}") from None
     try:
-        text: str = processor.replace_image_token(found, 0)
+        texts = tuple(str(processor.replace_image_token(found, index)) for index in range(len(images)))
     except (TypeError, AttributeError) as error:
         raise ModelError(f"{type(processor).__name__}: its processor_config.json is incomplete: {error}") from None
-    return Processed(text, {name: found[name] for name in ("pixel_values", *IMAGE_INPUTS) if name in found})
+    return Processed(texts, {name: found[name] for name in ("pixel_values", *IMAGE_INPUTS) if name in found})
 
 
 def image_text(processor: Any) -> str | None:
     """What stands for an image among the tokens; None if that depends on the image's shape."""
-    texts = {processed(processor, shown).text for shown in shapes()}
-    return texts.pop() if len(texts) == 1 else None
+    texts = {processed(processor, shown).texts for shown in shapes()}
+    return texts.pop()[0] if len(texts) == 1 else None
 
 
 def visual_tokens(processor: Any) -> int | None:

@@ -16,7 +16,7 @@ from components.models.checkpoint_folder import weight_files
 from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
 from components.models.families import Family, family_of, reads_one_layer
 from components.models.processor import load_processor
-from components.models.template import Template
+from components.models.template import IMAGE, Template
 
 if TYPE_CHECKING:
     from components.config.models import Template as TemplateSettings
@@ -164,7 +164,7 @@ def check_reading(teacher: Loaded, student: Loaded, own_images: bool = False) ->
             raise ModelError(f"{between}: {role} is {ids[0]} and {ids[1]}; both read the same batch, so they must agree")
     for shown in () if own_images else shapes():
         theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))
-        if theirs.text != mine.text or not _alike(theirs.tensors, mine.tensors):
+        if theirs.texts != mine.texts or not _alike(theirs.tensors, mine.tensors):
             raise ModelError(f"{between}: their image processors prepare the same image differently (size, mean or std)")
     return shared
 
@@ -173,8 +173,8 @@ def check_same_template(teacher: Loaded, student: Loaded, settings: TemplateSett
     """Raises ModelError if the two would write one conversation differently, each with its own chat template."""
     if settings.style == "vicuna":
         return
-    turns = (Turn("What?", "This."), Turn("And?", "That."))
-    texts = [Template.asked(settings).of(loaded.processor).render(turns, "<image>").text for loaded in (teacher, student)]
+    turns = (Turn(f"{IMAGE}What?", "This."), Turn("And?", "That."))
+    texts = [Template.asked(settings).of(loaded.processor).render(turns, ["<image>"]).text for loaded in (teacher, student)]
     if texts[0] != texts[1]:
         raise ModelError(
             f"teacher {teacher.name} and student {student.name}: their chat templates write one conversation differently,"
@@ -209,7 +209,7 @@ def check_images(loaded: Loaded) -> None:
 
 
 def _visual(loaded: Loaded, image: Processed) -> int:
-    return loaded.processor.tokenizer.encode(image.text, add_special_tokens=False).count(visual_id(loaded.processor))
+    return loaded.processor.tokenizer.encode("".join(image.texts), add_special_tokens=False).count(visual_id(loaded.processor))
 
 
 def _alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -6,26 +6,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from components.dataset.shards import IMAGE as IMAGE
 from components.dataset.shards import Turn
 from components.errors import ModelError
 
 if TYPE_CHECKING:
     from components.config.models import Template as TemplateSettings
 
-IMAGE = "<image>"  # how data sets mark the image's place; the template itself always puts the image first, as LLaVA does
 EOS = "<|endoftext|>"
 USER, ASSISTANT = "USER:", "ASSISTANT:"
+
+
+Shape = tuple[str, ...]  # per question its images and texts in order: "it", "iit", "tit", "t", ...
 
 
 class Part(NamedTuple):
     text: str
     own: bool  # the template's words, in which special tokens are special; else the data's, which are plain text
     response: bool = False  # text of an answer, from the space before it to its EOS, included
+    image: bool = False  # what stands for an image
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,17 @@ class Rendered:
     @property
     def question_spans(self) -> tuple[tuple[int, int], ...]:
         """`text[a:b]` for each of them is a question, without anything of the template's own."""
+        return self._spans(lambda part: not (part.own or part.response))
+
+    @property
+    def image_spans(self) -> tuple[tuple[int, int], ...]:
+        """`text[a:b]` for each of them stands for an image."""
+        return self._spans(lambda part: part.image)
+
+    def _spans(self, wanted: Callable[[Part], bool]) -> tuple[tuple[int, int], ...]:
         ends = accumulate(len(part.text) for part in self.parts)
-        asked = ((end, part) for end, part in zip(ends, self.parts, strict=True) if not (part.own or part.response))
-        return tuple((end - len(part.text), end) for end, part in asked)
+        found = ((end, part) for end, part in zip(ends, self.parts, strict=True) if wanted(part))
+        return tuple((end - len(part.text), end) for end, part in found)
 
 
 @dataclass(frozen=True)
@@ -87,16 +99,24 @@ class Template:
         _try(made, processor)
         return made
 
-    def render(self, turns: Sequence[Turn], image_text: str | None, answer: bool = True) -> Rendered:
+    def render(self, turns: Sequence[Turn], images: Sequence[str], answer: bool = True) -> Rendered:
         """All `turns`; the first one alone, up to `ASSISTANT:`, if not `answer`. Answers are stripped of white space.
 
-        `image_text` is what stands for the image (the image token, once per visual token); None for text-only samples.
+        `images` are what stands for each image (the image token, once per visual token), in the order of their marks; a line
+        ends after those that open a question.
         The space before an answer belongs to the answer: tokenizers join it to the first word, and a prompt ends without it.
         """
-        parts = [Part(f"{self.system} " if self.system else "", own=True)]
-        for index, turn in enumerate(turns if answer else turns[:1]):
-            image = f"{image_text}\n" if image_text is not None and index == 0 else ""
-            parts += [Part(f"{USER} {image}", own=True), Part(question_of(turn), own=False), Part(f" {ASSISTANT}", own=True)]
+        parts, shown = [Part(f"{self.system} " if self.system else "", own=True)], iter(images)
+        for turn in turns if answer else turns[:1]:
+            parts.append(Part(f"{USER} ", own=True))
+            asked = pieces(turn.question)
+            opening = asked.index(next(filter(None, asked), ""))
+            for index, piece in enumerate(asked):
+                if piece is None:
+                    parts += [Part(next(shown), own=True, image=True), Part("\n" * (index < opening), own=True)]
+                else:
+                    parts.append(Part(piece, own=False))
+            parts.append(Part(f" {ASSISTANT}", own=True))
             if answer:
                 parts += [Part(f" {turn.answer.strip()}", own=False, response=True), Part(self.eos, own=True, response=True)]
         return Rendered(tuple(parts))
@@ -109,6 +129,12 @@ class Template:
             f"{{{{ '{system}' }}}}"
             "{% for message in messages %}"
             "{% if message['content'] is string %}{% set text = message['content'] %}{% set image = '' %}"
+            "{% elif message['content'] | selectattr('type', 'equalto', 'image') | list | length > 1 %}"
+            "{% set said = namespace(text='', image='') %}{% for part in message['content'] %}"
+            f"{{% if part['type'] == 'text' %}}{{% set said.text = said.text + part['text'] %}}"
+            f"{{% elif said.text %}}{{% set said.text = said.text + '{IMAGE}' %}}"
+            f"{{% else %}}{{% set said.image = said.image + '{IMAGE}\\n' %}}{{% endif %}}{{% endfor %}}"
+            "{% set text = said.text %}{% set image = said.image %}"
             "{% else %}"
             "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') %}"
             f"{{% set image = '{IMAGE}\\n' if message['content'] | selectattr('type', 'equalto', 'image') | list else '' %}}"
@@ -138,85 +164,105 @@ class ChatTemplate:
         self.jinja: str = processor.chat_template or processor.tokenizer.chat_template or ""
         if not self.jinja:
             raise ModelError(f"{self._name}: neither processor nor tokenizer has a chat template; set template.style: vicuna")
-        if "".join(self._around(1, True, 0)).count(self._image_token) != 1:
-            raise ModelError(
-                f"{self._name}: its chat template has no place for an image ({self._image_token!r}); set template.style: vicuna"
-            )
-        tail = self._around(1, False, 1)[-1]
+        self._around(("it",), 0)
+        tail = self._around(("t",), 1)[-1]
         self.eos = self._end(tail)
         self._tail = tail[: tail.index(self.eos) + len(self.eos)]
         bos = self._tokenizer.bos_token
-        self.wants_special_tokens = not (bos and self._around(1, False, 0)[0].startswith(bos))
-        self._frames: dict[tuple[int, bool], list[Part | int]] = {}
+        self.wants_special_tokens = not (bos and self._around(("t",), 0)[0].startswith(bos))
+        self._frames: dict[tuple[Shape, bool], list[Part | None]] = {}
 
-    def render(self, turns: Sequence[Turn], image_text: str | None, answer: bool = True) -> Rendered:
-        """As `Template.render`."""
-        shown = image_text is not None
-        texts = [text for turn in turns for text in (question_of(turn), turn.answer.strip())]
-        parts = []
-        for piece in self._frame(len(turns) if answer else 0, shown):
-            if isinstance(piece, int):
-                parts.append(Part(texts[piece], own=False, response=piece % 2 == 1))
-            elif shown and self._image_token in piece.text:
-                assert image_text is not None
-                parts.append(piece._replace(text=piece.text.replace(self._image_token, image_text, 1)))
-            else:
-                parts.append(piece)
+    def render(self, turns: Sequence[Turn], images: Sequence[str], answer: bool = True) -> Rendered:
+        """As `Template.render`; a line ends after an image where this template says so."""
+        asked = [pieces(turn.question) for turn in (turns if answer else turns[:1])]
+        shape = tuple("".join("i" if piece is None else "t" for piece in question) for question in asked)
+        texts = iter(
+            Part(text, own=False, response=response)
+            for question, turn in zip(asked, turns, strict=False)
+            for text, response in [*((piece, False) for piece in question if piece is not None), (turn.answer.strip(), True)]
+        )
+        shown, parts = iter(images), []
+        for piece in self._frame(shape, answer):
+            if piece is None:
+                parts.append(next(texts))
+                continue
+            first, *others = piece.text.split(self._image_token)
+            parts.append(piece._replace(text=first))
+            for text in others:
+                parts += [Part(next(shown), own=True, image=True), piece._replace(text=text)]
         return Rendered(tuple(parts))
 
-    def _frame(self, turns: int, shown: bool) -> list[Part | int]:
-        """The template's words around so many turns, 2k for question k and 2k + 1 for its answer between them; 0: a prompt."""
-        if (turns, shown) not in self._frames:
-            self._frames[turns, shown] = self._framed(turns, shown) if turns else self._prompt(shown)
-        return self._frames[turns, shown]
+    def _frame(self, shape: Shape, answer: bool) -> list[Part | None]:
+        """The template's words around turns of this shape, None for each text between them."""
+        if (shape, answer) not in self._frames:
+            self._frames[shape, answer] = self._framed(shape) if answer else self._prompt(shape)
+        return self._frames[shape, answer]
 
-    def _prompt(self, shown: bool) -> list[Part | int]:
-        before, after = self._around(1, shown, 0)
-        return [Part(before, own=True), 0, Part(after, own=True)]
+    def _prompt(self, shape: Shape) -> list[Part | None]:
+        first, *others = (Part(words, own=True) for words in self._around(shape, 0))
+        return [first, *(piece for words in others for piece in (None, words))]
 
-    def _framed(self, turns: int, shown: bool) -> list[Part | int]:
-        around = self._around(turns, shown, turns)
-        first, asks = self._around(1, shown, 0)
-        heads = [asks] if turns == 1 else [asks, self._around(2, shown, 1)[-1]]
-        frame: list[Part | int] = [Part(first, own=True)]
-        for index in range(turns):
-            head, before, after = heads[min(index, 1)], around[2 * index + 1], around[2 * index + 2]
+    def _framed(self, shape: Shape) -> list[Part | None]:
+        first, *around = self._around(shape, len(shape))
+        alone = self._around(shape[:1], 0)
+        heads = {asked: self._around((shape[0], asked), 1)[-1] for asked in set(shape[1:])}
+        frame: list[Part | None] = [Part(first, own=True)]
+        end = len(self._tail)
+        for index, asked in enumerate(shape):
+            texts = asked.count("t")
+            (*between, before, after), around = around[: texts + 1], around[texts + 1 :]
+            head = heads[asked] if index else alone[-1]
             lead = before.removeprefix(head) if before.startswith(head) else ""
-            end = len(self._tail)
-            if around[0] != first or not after.startswith(self._tail):
+            if alone[0] != first or not after.startswith(self._tail):
                 raise ModelError(
                     f"{self._name}: its chat template writes a turn differently once another follows, so that where answers"
                     " stand is not known; set template.style: vicuna"
                 )
-            frame += [2 * index, Part(head, own=True), Part("" if lead.strip() else lead, own=True, response=True)]
-            frame += [2 * index + 1, Part(after[:end], own=True, response=True), Part(after[end:], own=True)]
+            for words in between:
+                frame += [None, Part(words, own=True)]
+            frame += [None, Part(head, own=True), Part("" if lead.strip() else lead, own=True, response=True)]
+            frame += [None, Part(after[:end], own=True, response=True), Part(after[end:], own=True)]
         return frame
 
-    def _around(self, turns: int, image: bool, answers: int) -> list[str]:
-        """What the template writes before, between and after questions and answers; without the last answer, up to where it
-        begins. Nothing of the data is shown to the template, so that no text of theirs changes what it writes."""
+    def _around(self, shape: Shape, answers: int) -> list[str]:
+        """What the template writes before, between and after the texts of questions and answers; without the last answer, up
+        to where it begins. Nothing of the data is shown to the template, so that no text of theirs changes what it writes."""
         messages: list[dict[str, Any]] = []
         if self.system:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
-        for index in range(turns):
-            shown = [{"type": "image"}] if image and index == 0 else []
-            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": _slot(2 * index)}]})
+        slots = count()
+        images = [0]  # before, between and after the texts
+        for index, asked in enumerate(shape):
+            content: list[dict[str, str]] = []
+            for kind in asked:
+                content.append({"type": "image"} if kind == "i" else {"type": "text", "text": _slot(next(slots))})
+                images[-1:] = [images[-1] + 1] if kind == "i" else [images[-1], 0]
+            messages.append({"role": "user", "content": content})
             if index < answers:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": _slot(2 * index + 1)}]})
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": _slot(next(slots))}]})
+                images.append(0)
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=answers < turns
+                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=answers < len(shape)
             )
         except Exception as error:  # it is a program of somebody's, which may raise anything
             raise ModelError(
                 f"{self._name}: its chat template refuses these turns: {error}; set template.style: vicuna"
             ) from None
-        pieces = SLOT.split(text)
-        if [int(slot) for slot in pieces[1::2]] != list(range(turns + answers)):
+        found = SLOT.split(text)
+        if [int(slot) for slot in found[1::2]] != list(range(next(slots))):
             raise ModelError(
                 f"{self._name}: its chat template leaves out, repeats or reorders turns; set template.style: vicuna"
             )
-        return pieces[::2]
+        words = found[::2]
+        places = [text.count(self._image_token) for text in words]
+        if places != images and not (sum(places) == sum(images) == shape[0].count("i") == 1):
+            several = f"several images in one conversation (it writes {sum(places)} of {sum(images)}, or elsewhere)"
+            raise ModelError(
+                f"{self._name}: its chat template has no place for {several if sum(images) > 1 else 'an image'}"
+                f" ({self._image_token!r}); set template.style: vicuna{', or leave those rows out' if sum(images) > 1 else ''}"
+            )
+        return words
 
     def _end(self, tail: str) -> str:
         """The special token that ends an answer."""
@@ -240,10 +286,10 @@ def _try(template: Template | ChatTemplate, processor: Any) -> None:
     """Raises ModelError if a prompt's tokens are not those that its training sample begins with, or if what is trained on are
     not the answers and one end each."""
     tokenizer = processor.tokenizer
-    for count in (1, 2, 3):
-        for image in (None, processor.image_token):
-            turns = [Turn("What?", "This"), Turn("And?", "That"), Turn("Why?", "So")][:count]
-            prompt, whole = (template.render(turns, image, answer) for answer in (False, True))
+    for turn_count in (1, 2, 3):
+        for images in ([], [processor.image_token]):
+            turns = [Turn(f"{IMAGE * len(images)}What?", "This"), Turn("And?", "That"), Turn("Why?", "So")][:turn_count]
+            prompt, whole = (template.render(turns, images, answer) for answer in (False, True))
             special = template.wants_special_tokens
             asked = tokenizer(prompt.text, add_special_tokens=special).input_ids
             said = tokenizer(whole.text, add_special_tokens=special, return_offsets_mapping=True)
@@ -263,8 +309,19 @@ def _try(template: Template | ChatTemplate, processor: Any) -> None:
 
 
 def question_of(turn: Turn) -> str:
-    """The question without the mark of the image's place."""
+    """The question without the marks of its images."""
     return turn.question.replace(IMAGE, "").strip()
+
+
+def pieces(question: str) -> list[str | None]:
+    """A question's texts, one at least, and its images, as None, in order. White space around the question, and after images
+    that open it, is no part of it."""
+    first, *others = question.strip().split(IMAGE)
+    found: list[str | None] = [first] if first else []
+    for text in others:
+        text = text if any(found) else text.lstrip()
+        found += [None, text] if text else [None]
+    return found if any(found) else [*found, ""]
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ class VLM(nn.Module):
         with ExitStack() as stack:
             open_looks: dict[Map, Look] = {}
             for (rows, each_row), maps in looks.items():
-                look = Look.at(getattr(batch, rows), batch.visual, each_row, gradients=True)
+                look = Look.at(getattr(batch, rows), batch.pictures, each_row, gradients=True)
                 open_looks |= dict.fromkeys(maps, look)
                 stack.enter_context(watching(self.model, [map.layer % depth for map in maps], look))
             for index in watch.hidden:

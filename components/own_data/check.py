@@ -21,7 +21,7 @@ from components.config.models import Checkpoint, ModelsSettings
 from components.config.settings import Settings
 from components.dataset.prepare import source_of, summary
 from components.dataset.shard_jobs import WORTH_A_WORKER
-from components.dataset.shards import ImageRow, Sample, Turn
+from components.dataset.shards import Sample, Turn
 from components.dataset.source import Refused, Rule, Source, Stored
 from components.errors import DataError
 from components.irs.search import instructions
@@ -29,7 +29,7 @@ from components.models.template import question_of
 from components.process import cores, shared_out
 from components.records.models import ModelIndex
 from components.records.paths import MODELS, SPLITS, Split
-from components.rows.judge import CUT, RESIZED, Judge, Remark, different
+from components.rows.judge import CUT, RESIZED, Judge, Remark, Sizes, different
 from components.rows.trial import judge_of
 
 if TYPE_CHECKING:
@@ -51,15 +51,16 @@ class Tally:
     refused: list[Refused] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
 
-    def add(self, split: Split, samples: list[Sample], size: tuple[int, int] | None, judge: Judge | None) -> None:
-        """One image's samples, and its width and height; `samples` hold no image."""
+    def add(self, split: Split, samples: list[Sample], judge: Judge | None) -> None:
+        """The samples about one image, or about some that are shown together."""
         self.images[split] += 1
         self.samples[split] += len(samples)
-        self.questions[split, len(instructions(samples))] += size is not None
+        self.questions[split, len(instructions(samples))] += bool(samples[0].images)
         if judge is None:
             return
         kept = []
-        for sample, ((turns, tokens, _), remark) in zip(samples, judge(split, samples, [size] * len(samples)), strict=True):
+        tried = judge(split, samples, [sizes_of(samples[0])] * len(samples))
+        for sample, ((turns, tokens, _), remark) in zip(samples, tried, strict=True):
             if turns:
                 kept.append(sample)
                 self.tokens[tokens] += 1
@@ -146,7 +147,7 @@ def try_part(
     tally, judge = Tally(), judge_of(folders, models) if folders else None
     for found in source.rows(part):
         if isinstance(found, Stored):
-            tally.add(found.origin.split, samples_of(found.row), size_of(found.row), judge)
+            tally.add(found.origin.split, found.row.about(), judge)
         else:
             tally.refused += found
         if bar is not None:
@@ -154,17 +155,12 @@ def try_part(
     return tally
 
 
-def samples_of(row: ImageRow) -> list[Sample]:
-    """Without the image itself."""
-    shown = None if row.image is None else b""
-    return [Sample(id_, row.image_id, kind, shown, turns) for id_, kind, turns in row.samples]
-
-
-def size_of(row: ImageRow) -> tuple[int, int] | None:
-    if row.image is None:
-        return None
-    with Image.open(io.BytesIO(row.image)) as image:
-        return image.size
+def sizes_of(sample: Sample) -> Sizes:
+    sizes = []
+    for content in sample.images:
+        with Image.open(io.BytesIO(content)) as image:
+            sizes.append(image.size)
+    return tuple(sizes)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ source is read. At most `MOST` images are looked at, evenly spaced.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from statistics import median
@@ -17,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import typer
-from PIL import Image
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -116,14 +114,13 @@ def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
     with TemporaryDirectory(prefix="alignti-") as scratch:
         origin, images = _images(settings, Path(scratch))
         for split, samples in images:
-            bare = [replace(sample, image=sample.image and b"") for sample in samples]
-            tally.add(split, bare, _size(samples[0].image), judge)
+            tally.add(split, samples, judge)
             remarks = {remark.id: remark for remark in tally.remarks[-len(samples) :]}
             for sample in samples:
                 if len(of_kind := shown.setdefault(sample.kind, [])) < each:
                     remark = remarks.get(sample.id)
                     if remark is None or remark.kept:
-                        kept = sample if remark is None else replace(sample, turns=sample.turns[: remark.kept])
+                        kept = sample if remark is None else sample.upto(remark.kept)
                         of_kind.append(Shown(sample, pieces(collator, kept), remark.detail if remark else ""))
                     else:
                         of_kind.append(Shown(sample, [], remark.detail))
@@ -140,7 +137,7 @@ def pieces(collator: Collator, sample: Sample) -> list[Piece]:
     (row,) = collator.encode([sample])
     roles = ["visual" if seen else "trained" if said else "read" for seen, said in zip(row.visual, row.response, strict=True)]
     found, start = [], 0
-    for role, group in groupby(roles):
+    for (role, _), group in groupby(zip(roles, row.pictures, strict=True)):
         end = start + len(list(group))
         # What a run adds to the text before it: decoded alone, some tokenizers drop its first space.
         before, upto = (collator.tokenizer.decode(row.input_ids[:n][~row.visual[:n]]) for n in (start, end))
@@ -168,9 +165,7 @@ def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Spli
             for found in islice(source.rows(part), of_part):
                 bar.update()
                 if isinstance(found, Stored):
-                    row = found.row
-                    samples = [Sample(id_, row.image_id, kind, row.image, turns) for id_, kind, turns in row.samples]
-                    yield found.origin.split, samples
+                    yield found.origin.split, found.row.about()
 
     return f"{source.title}, not prepared yet", read()
 
@@ -184,13 +179,6 @@ def prepared(settings: DataSettings) -> bool:
         return made is not None and DataSettings.model_validate(made) == settings
     except ValidationError:
         return False
-
-
-def _size(image: bytes | None) -> tuple[int, int] | None:
-    if image is None:
-        return None
-    with Image.open(io.BytesIO(image)) as opened:
-        return opened.size
 
 
 # --- how they are shown -----------------------------------------------------------------------------------------------------
@@ -229,10 +217,9 @@ def printable(text: str) -> str:
 def write_page(found: Preview) -> Path:
     """reports/preview.html: one file that needs nothing beside it; all text is escaped."""
     images = {
-        shown.sample.id: data_uri(thumbnail(shown.sample.image, THUMBNAIL_PX))
+        shown.sample.id: [data_uri(thumbnail(image, THUMBNAIL_PX)) for image in shown.sample.images]
         for of_kind in found.shown.values()
         for shown in of_kind
-        if shown.sample.image is not None
     }
     page = templates(Path(__file__).parent).get_template("preview.html.j2")
     write_text(PAGE, page.render(found=found, images=images))

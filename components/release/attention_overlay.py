@@ -48,7 +48,7 @@ def look(named: Named, loaded: Loaded, batch: Batch, sample: Sample, answer: str
     layer, how = layer_of(named, layers)
     view = VLM(loaded.model)
     with watching(
-        loaded.model, list(range(layers)) if layer is None else [layer], Look.at(batch.instruction, batch.visual)
+        loaded.model, list(range(layers)) if layer is None else [layer], Look.at(batch.instruction, batch.pictures)
     ) as eyes:
         view.plain(batch, view.features(batch), keep=False)
     attention = torch.stack([seen[0] for seen in eyes.seen.values()]).mean(0).float().cpu().numpy()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +24,9 @@ from components.models.template import Template
 from components.records.paths import Split
 from components.records.record import Record
 
+Sizes = tuple[tuple[int, int], ...]  # width and height of each of a sample's images
 VERDICT = np.dtype([("turns", "<u2"), ("tokens", "<i4"), ("response", "<i4")])  # turns kept: 0 if the sample is left out
-SIZES = 2**14  # image sizes whose visual tokens are remembered
+REMEMBERED = 2**14  # image sizes whose visual tokens are
 CUT, RESIZED = "cut", "resized"  # remarks on usable samples; other reasons are of those that are left out
 
 
@@ -48,10 +48,10 @@ class _LeftOut(Exception):
 
 
 class _Shown(NamedTuple):
-    """What stands for an image among the tokens: one of its tokens where only their number matters."""
+    """What stands for each of a sample's images among the tokens: one of its tokens where only their number matters."""
 
-    text: str
-    more: int  # tokens that the image has beyond those of `text`
+    texts: tuple[str, ...]
+    more: tuple[int, ...]  # tokens that each image has beyond those of its text
     stretched: bool
 
 
@@ -61,104 +61,107 @@ class Judge:
         self.settings = settings
         template = Template.asked(settings.template)
         self.collators = [Collator(load_processor(folder), template, sys.maxsize, train=True) for folder in folders]
-        self._shown = lru_cache(SIZES)(self._shown_anew)
+        self._shown = lru_cache(REMEMBERED)(self._shown_anew)
 
     def __call__(
-        self, split: Split, samples: Sequence[Sample], sizes: Sequence[tuple[int, int] | None]
+        self, split: Split, samples: Sequence[Sample], sizes: Sequence[Sizes]
     ) -> Iterator[tuple[tuple[int, int, int], Remark | None]]:
-        """Of each sample, whose image has that size, its verdict and what there is to say of it."""
+        """Of each sample, whose images have these sizes, its verdict and what there is to say of it."""
         together = self._together(samples, sizes)
-        for place, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
+        for place, (sample, its) in enumerate(zip(samples, sizes, strict=True)):
             try:
-                tried = together[place] if together else [self._tried(model, sample, size) for model in self._models]
-                verdict, longest = self._within(sample, size, tried)
+                tried = together[place] if together else [self._tried(model, sample, its) for model in self._models]
+                verdict, longest = self._within(sample, its, tried)
             except _LeftOut as left:
                 yield (
                     (0, 0, 0),
                     Remark(split=split, id=sample.id, reason=left.reason, detail=left.detail, turns=len(sample.turns), kept=0),
                 )
                 continue
-            yield verdict, self._remark(split, sample, verdict[0], longest, size)
+            yield verdict, self._remark(split, sample, verdict[0], longest, its)
 
     @property
     def _models(self) -> range:
         return range(len(self.collators))
 
-    def _together(self, samples: Sequence[Sample], sizes: Sequence[tuple[int, int] | None]) -> list[list[np.ndarray]] | None:
+    def _together(self, samples: Sequence[Sample], sizes: Sequence[Sizes]) -> list[list[np.ndarray]] | None:
         """All samples tried at once with each model, which is fastest; None if something is wrong with one of them."""
         by_model = []
         for model, collator in enumerate(self.collators):
             try:
-                shown = [self._image(model, size) for size in sizes]
-                encoded = collator.encode(samples, [one and one.text for one in shown])
+                shown = [self._images(model, size) for size in sizes]
+                encoded = collator.encode(samples, [one.texts for one in shown])
             except (DataError, _LeftOut):
                 return None
-            by_model.append([_lengths(row, one.more if one else 0) for row, one in zip(encoded, shown, strict=True)])
+            by_model.append([_lengths(row, one.more) for row, one in zip(encoded, shown, strict=True)])
         return [list(lengths) for lengths in zip(*by_model, strict=True)]
 
-    def _tried(self, model: int, sample: Sample, size: tuple[int, int] | None) -> np.ndarray:
-        shown = self._image(model, size)
+    def _tried(self, model: int, sample: Sample, sizes: Sizes) -> np.ndarray:
+        shown = self._images(model, sizes)
         try:
-            (row,) = self.collators[model].encode([sample], [shown and shown.text])
+            (row,) = self.collators[model].encode([sample], [shown.texts])
         except DataError as error:
             raise _LeftOut("no_sample", str(error)) from None
-        return _lengths(row, shown.more if shown else 0)
+        return _lengths(row, shown.more)
 
-    def _within(
-        self, sample: Sample, size: tuple[int, int] | None, tried: list[np.ndarray]
-    ) -> tuple[tuple[int, int, int], int]:
+    def _within(self, sample: Sample, sizes: Sizes, tried: list[np.ndarray]) -> tuple[tuple[int, int, int], int]:
         """The verdict, and the tokens of the whole sample."""
         most, kept = self.settings.max_length, len(sample.turns)
         longest = tokens = max(int(lengths[-1]) for lengths in tried)
         if tokens > most and self.settings.too_long == "cut":
             kept = min(int((lengths[:-2] <= most).sum()) for lengths in tried)
             while kept and tokens > most:  # what a template writes after an answer may not fit
-                shorter = replace(sample, turns=sample.turns[:kept])
-                tried = [self._tried(model, shorter, size) for model in self._models]
+                shorter = sample.upto(kept)
+                tried = [self._tried(model, shorter, sizes[: len(shorter.images)]) for model in self._models]
                 tokens = max(int(lengths[-1]) for lengths in tried)
                 kept -= tokens > most
         if tokens > most:
             raise _LeftOut("too_long", f"{tokens:,} tokens; models.max_length is {most:,}")
         return (kept, tokens, max(int(lengths[-2]) for lengths in tried)), longest
 
-    def _remark(self, split: Split, sample: Sample, kept: int, longest: int, size: tuple[int, int] | None) -> Remark | None:
+    def _remark(self, split: Split, sample: Sample, kept: int, longest: int, sizes: Sizes) -> Remark | None:
         turns = len(sample.turns)
         if kept < turns:
             detail = f"{longest:,} tokens; the first {kept} of {turns} turns are within max_length {self.settings.max_length:,}"
             return Remark(split=split, id=sample.id, reason=CUT, detail=detail, turns=turns, kept=kept)
-        if size and any(self._shown(model, size).stretched for model in self._models):
-            detail = f"its image, {size[0]} x {size[1]} pixels, is stretched to a shape that the processor takes"
+        if sizes and any(self._shown(model, sizes).stretched for model in self._models):
+            detail = f"its image, {_spelt(sizes)} pixels, is stretched to a shape that the processor takes"
             return Remark(split=split, id=sample.id, reason=RESIZED, detail=detail, turns=turns, kept=kept)
         return None
 
-    def _image(self, model: int, size: tuple[int, int] | None) -> _Shown | None:
-        if size is None:
-            return None
+    def _images(self, model: int, sizes: Sizes) -> _Shown:
         try:
-            shown = self._shown(model, size)
+            shown = self._shown(model, sizes)
         except RefusedImageError as error:
             raise _LeftOut("refused_image", str(error)) from None
         if shown.stretched and self.settings.refused_images == "leave_out":
-            raise _LeftOut("refused_image", f"a processor refuses an image of {size[0]} x {size[1]} pixels")
+            raise _LeftOut("refused_image", f"a processor refuses an image of {_spelt(sizes)} pixels")
         return shown
 
-    def _shown_anew(self, model: int, size: tuple[int, int]) -> _Shown:
+    def _shown_anew(self, model: int, sizes: Sizes) -> _Shown:
         collator = self.collators[model]
-        text, stretched = collator.shown(*size)
-        ids = collator.tokenizer.encode(text, add_special_tokens=False)
+        whole, stretched = collator.shown(sizes)
         one = collator.tokenizer.convert_ids_to_tokens(visual_id(collator.processor))
-        if {ids[0], ids[-1]} <= set(
-            collator.tokenizer.added_tokens_decoder
-        ):  # they part the words before and after, as one does
-            return _Shown(one, len(ids) - 1, stretched)
-        return _Shown(text, 0, stretched)
+        texts, more = [], []
+        for text in whole:
+            ids = collator.tokenizer.encode(text, add_special_tokens=False)
+            # They part the words before and after, as one does.
+            parts = {ids[0], ids[-1]} <= set(collator.tokenizer.added_tokens_decoder)
+            texts.append(one if parts else text)
+            more.append(len(ids) - 1 if parts else 0)
+        return _Shown(tuple(texts), tuple(more), stretched)
 
 
-def _lengths(row: Encoded, more: int) -> np.ndarray:
-    """Tokens up to the end of each answer, of all answers, and of all; `more` of them stand before the first answer."""
+def _spelt(sizes: Sizes) -> str:
+    return " and ".join(f"{width} x {height}" for width, height in sizes)
+
+
+def _lengths(row: Encoded, more: tuple[int, ...]) -> np.ndarray:
+    """Tokens up to the end of each answer, of all answers, and of all; each image has `more` than `row` says."""
     follows = np.append(row.response[1:], False)
-    ends = np.flatnonzero(row.response & ~follows) + 1 + more
-    return np.array([*ends, row.response.sum(), len(row.input_ids) + more])
+    ends = np.flatnonzero(row.response & ~follows) + 1
+    before = [sum(more[: row.pictures[:end].max()]) for end in ends]
+    return np.array([*(ends + np.array(before, dtype=int)), row.response.sum(), len(row.input_ids) + sum(more)])
 
 
 def different(folders: Sequence[Path]) -> list[Path]:

@@ -86,8 +86,8 @@ def try_part(dataset: Path, split: Split, first: int, last: int, folders: tuple[
     judge, samples = judge_of(folders, settings), _samples(dataset, split)
     verdicts: list[tuple[int, int, int]] = []
     remarks: list[Remark] = []
-    sizes = {row: samples.image_size(row) for row in range(first, last)}
-    waiting = [(sample, size) for row, size in sizes.items() for sample in samples.texts(row)]
+    sizes = {row: samples.image_sizes(row) for row in range(first, last)}
+    waiting = [(sample, its[: len(sample.images)]) for row, its in sizes.items() for sample in samples.texts(row)]
     for start in range(0, len(waiting), TOGETHER):
         some, shown = zip(*waiting[start : start + TOGETHER], strict=True)
         for verdict, remark in judge(split, some, shown):

@@ -53,14 +53,14 @@ class TeacherPass:
         """A batch of samples, hidden states (B, T, d), and (N,) weights of its visual rows."""
         batch = self.collator(samples).to(self.vlm.model.device)
         layer, bf16 = self.facts.layer, self.facts.precision == "bf16"
-        eyes = Look.at(batch.instruction, batch.visual)
+        eyes = Look.at(batch.instruction, batch.pictures)
         autocast = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16)
         with autocast, watching(self.vlm.model, [layer], eyes):
             hidden, _ = self.vlm.plain(batch, self.vlm.features(batch), keep=False)
         weights = eyes.seen[layer]
         if self.background is not None:
-            weights = centred_in_batch(weights, self.background, batch.visual, batch.ids)
-        return batch, hidden, visual_weights(weights, batch.visual)
+            weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
+        return batch, hidden, visual_weights(weights, batch.pictures)
 
     @torch.inference_mode()
     def word(self, hidden: Tensor) -> TopK:

@@ -94,7 +94,7 @@ def test_step_equals_separate_forward_passes(family: str, route: str) -> None:
     student, teacher = pair(family)
     b = batch()
     draws = fixed_draws(b)
-    look = Look.at(b.instruction, b.visual)
+    look = Look.at(b.instruction, b.pictures)
     with torch.no_grad(), watching(teacher.model, [1], look):
         teacher.plain(b, teacher.features(b), keep=False)
     attention = look.seen[1]

@@ -108,7 +108,7 @@ def _kd_of_top(whole: Whole) -> Tensor:
 
 
 def _iva(whole: Whole) -> Tensor:
-    return (visual_weights(whole.attention, whole.batch.visual) * whole.kl(whole.batch.visual)).sum()
+    return (visual_weights(whole.attention, whole.batch.pictures) * whole.kl(whole.batch.visual)).sum()
 
 
 def _uniform(whole: Whole) -> Tensor:
@@ -254,7 +254,7 @@ def test_it_equals_its_plain_formula(case: Case) -> None:
     student, teacher = pair()
     b = batch()
     module = step(student, teacher, case)
-    look = Look.at(b.instruction, b.visual)
+    look = Look.at(b.instruction, b.pictures)
     with torch.no_grad(), watching(teacher.model, [1], look):
         theirs, _ = teacher.plain(b, teacher.features(b), keep=False)
     mine, _ = student.plain(b, student.features(b), keep=False)
@@ -420,7 +420,7 @@ class Cache:
         self.teacher = teacher
 
     def look_up(self, b: Any, visual: bool, look: bool) -> tuple[CachedTopK, Tensor | None]:
-        eyes = Look.at(b.instruction, b.visual)
+        eyes = Look.at(b.instruction, b.pictures)
         with torch.no_grad(), watching(self.teacher.model, [1], eyes):
             hidden, _ = self.teacher.plain(b, self.teacher.features(b), keep=False)
         rows = predicting(b.response) | (b.visual if visual else False)

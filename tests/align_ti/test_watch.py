@@ -137,7 +137,7 @@ def test_maps_of_grouped_heads_windows_and_capped_scores_have_gradients(family: 
 def test_looks_at_one_layer_stack() -> None:
     vlm, _ = pair()
     b = batch()
-    alone, outer, inner = (Look.at(b.instruction, b.visual) for _ in range(3))
+    alone, outer, inner = (Look.at(b.instruction, b.pictures) for _ in range(3))
     with torch.no_grad():
         with watching(vlm.model, [1], alone):
             vlm.plain(b, vlm.features(b), keep=False)

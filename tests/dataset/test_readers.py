@@ -214,6 +214,35 @@ def test_training_images_that_look_like_evaluated_ones(what: str, tmp_path: Path
         assert not found.dropped and expected <= of_split["train"] and not manifest.quarantined
 
 
+def test_rows_that_share_a_picture_are_in_one_split_whatever_it_is_called(tmp_path: Path) -> None:
+    """Chains of three pictures: rows show two each, the second by a copy's name; other rows show one."""
+    asked_for = as_folder(tmp_path)
+    names = [f"in/{n}.png" for n in range(PICTURES)]
+    for n in range(PICTURES):
+        Image.open(tmp_path / "images" / names[n]).save(tmp_path / "images" / f"copy-{n}.bmp")
+    pairs = [(n, n + 1) for n in range(PICTURES - 1) if n % 3 < 2]
+    rows = llava_rows()
+    for n, other in pairs:
+        said = [{"from": "human", "value": "Is <image>\nlike\n<image>?"}, {"from": "gpt", "value": f"{n} and {other}."}]
+        rows.append({"id": f"{n}-{other}", "images": [names[n], f"copy-{other}.bmp"], "conversations": said})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    asked, split_of = ask_for({"mine": asked_for}, val=0.3, test=0.3), {}
+    for workers in (1, 2):
+        folder = tmp_path / f"out-{workers}"
+        manifest = write(source(asked, folder / "index.sqlite", workers), asked, folder)
+        assert manifest.rows_out == manifest.rows_in == len(rows)
+        found = {sample.id: (split, sample) for split in SPLITS for sample in Samples(folder, split)}
+        split_of = {name: split for name, (split, _) in found.items()}
+        for n, other in pairs:
+            split, sample = found[f"mine/{n}-{other}"]
+            assert split == split_of[f"mine/{n}"] == split_of[f"mine/{other}"] and sample.images[0] == picture(n)
+            assert (sample.image_id, len(sample.images)) == (f"mine/{names[n]} + copy-{other}.bmp", 2)
+            assert sample.turns[0].question == "Is <image>\nlike\n<image>?"
+    assert len({split_of[f"mine/{n}"] for n in range(0, PICTURES, 3)}) > 1, "and chains are apart"
+    overlap = Overlap.read(tmp_path / "out-1" / "overlap.json")
+    assert sum(overlap.compared.values()) == PICTURES + 2 * len(pairs) and overlap.near == 0
+
+
 # --- rows that cannot be used -----------------------------------------------------------------------------------------
 
 
@@ -230,7 +259,7 @@ def test_odd_samples_of_a_webdataset_are_quarantined(tmp_path: Path) -> None:
         (1, "missing_key"),
         (2, "malformed_json"),
         (3, "wrong_type"),
-        (4, "several_images"),
+        (4, "zero_bytes"),
     ]
     assert "mine/x/e" in {sample.id for sample in stored(tmp_path / "out")}  # text alone
 
@@ -246,10 +275,9 @@ def test_odd_rows_of_parquet_are_quarantined(tmp_path: Path) -> None:
     asked = ask_for({"mine": {"files": str(tmp_path / "x.parquet"), "images": None}})
     manifest = write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
     assert [(one.row - PICTURES, one.reason) for one in quarantine(tmp_path / "out")] == [
-        (1, "several_images"),
         (2, "missing_file"),
     ]
-    assert manifest.rows_out == PICTURES + 2  # two of text alone
+    assert manifest.rows_out == PICTURES + 3  # two of text alone
 
 
 def test_a_member_that_no_tar_file_has_is_quarantined(tmp_path: Path) -> None:
@@ -335,8 +363,9 @@ def test_members_that_may_be_pictures_are_never_left_out(tmp_path: Path) -> None
     asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
     write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
     reasons = [one.reason for one in quarantine(tmp_path / "out")]
-    assert reasons == ["unread_media", "unread_media", "unread_media", "several_images"]
-    assert shown_by_answer(tmp_path / "out")["That."] == picture(3)
+    assert reasons == ["unread_media"] * 3
+    shown = {sample.id: sample.images for sample in stored(tmp_path / "out") if sample.turns[0].answer == "That."}
+    assert shown == {"mine/x/d": (picture(1), picture(2)), "mine/x/e": (picture(3),)}
 
 
 def test_a_text_row_and_a_picture_may_share_a_name(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
 @pytest.mark.parametrize(("raw", "picture", "rules"), UNDERSTOOD.values(), ids=UNDERSTOOD)
 def test_the_same_row_in_every_dialect(raw: dict[str, Any], picture: object, rules: set[str]) -> None:
     row = read(**raw)
-    assert (row.picture, said(row), set(row.rules)) == (picture, [(CAT, "A cat.")], rules)
+    assert (row.pictures, said(row), set(row.rules)) == ((picture,), [(CAT, "A cat.")], rules)
 
 
 def test_turns_that_have_no_counterpart_are_left_out_and_named() -> None:
@@ -120,7 +120,7 @@ def test_numbers_are_text_and_null_is_missing() -> None:
 def test_an_absolute_path_within_the_folder_is_relative(tmp_path: Any) -> None:
     raw = {"image": str(tmp_path / "in" / "c.png"), "conversations": chat(CAT, "A cat.")}
     row = understand(1, raw, LIMITS, tmp_path)
-    assert row.picture == "in/c.png" and "absolute_path" in row.rules
+    assert row.pictures == ("in/c.png",) and "absolute_path" in row.rules
     with pytest.raises(Refusal, match="leads out"):
         understand(1, raw, LIMITS, tmp_path / "other")
 
@@ -140,6 +140,44 @@ def test_many_questions_about_a_picture_become_several_samples() -> None:
         assert sum(len(turn.question + turn.answer) for turn in (first, *others)) <= 200 + len("<image>\n")
 
 
+PAIR = {"images": ["a.png", "b.png"]}
+SEVERAL: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no mark": ({**PAIR, "conversations": chat("Compare.", "No.")}, ["<image>\n<image>\nCompare."]),
+    "in their places": (
+        {**PAIR, "conversations": chat("Is <image> it?", "No.", "Or\n<image>", "Yes.")},
+        ["Is <image> it?", "Or\n<image>"],
+    ),
+    "pairs": (
+        {"images": [HELD, HELD], "texts": [{"user": "What?", "assistant": "A."}, {"user": "<image>And?", "assistant": "B."}]},
+        ["<image>\n<image>\nWhat?", "And?"],
+    ),
+    "image beside the same images": (
+        {"image": "a.png", **PAIR, "conversations": chat("<image><image>Compare.", "No.")},
+        ["<image><image>Compare."],
+    ),
+    "parts": (
+        {"images": [HELD, HELD], "messages": openai([PARTS[1], PARTS[0], PARTS[1]], "No.")},
+        ["<image>What is it?<image>"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "questions"), SEVERAL.values(), ids=SEVERAL)
+def test_several_images_stand_at_their_marks(raw: dict[str, Any], questions: list[str]) -> None:
+    row = read(**raw)
+    assert len(row.pictures) == 2 and [question for question, _ in said(row)] == questions
+
+
+def test_one_image_opens_its_question_in_whatever_turn() -> None:
+    row = read(image="c.png", conversations=chat("Hello?", "Hello.", "What is it?\n<image>", "A cat."))
+    assert row.pictures == ("c.png",) and said(row) == [("Hello?", "Hello."), (CAT, "A cat.")]
+
+
+def test_turns_that_are_cut_take_their_images_with_them() -> None:
+    row = read(images=["a.png", "b.png"], conversations=chat("<image>What?", "A.", "<image>And?", "x" * 195))
+    assert row.pictures == ("a.png",) and said(row) == [("<image>What?", "A.")] and "cut_at_turn" in row.rules
+
+
 def test_a_long_conversation_keeps_its_first_turns() -> None:
     row = read(conversations=chat(*[f"{'word ' * 10}{n}" for n in range(12)]))
     assert row.samples == (tuple(Turn(f"{'word ' * 10}{n}", f"{'word ' * 10}{n + 1}") for n in (0,)),)
@@ -149,7 +187,12 @@ def test_a_long_conversation_keeps_its_first_turns() -> None:
 
 
 HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
-    "several": ("several_images", {"images": ["a.png", "b.png"]}),
+    "fewer marks than images": ("image_marks", {"images": ["a.png", "b.png"], "conversations": chat(CAT, "A cat.")}),
+    "more marks than images": ("image_marks", {"image": "a.png", "conversations": chat(f"<image>{CAT}", "A cat.")}),
+    "boxes of one of several": (
+        "boxes",
+        {"images": ["a.png", "b.png"], "conversations": [{**chat("What?")[0], "boxes": [[0, 0, 1, 1]]}, *chat("", "A.")[1:]]},
+    ),
     "another name": ("unread_media", {"img": "a.png"}),
     "bytes under another name": ("unread_media", {"thing": HELD}),
     "a second one under another name": ("unread_media", {"image": HELD, "image_1": HELD}),
@@ -182,4 +225,4 @@ def test_what_a_model_would_have_to_see_is_never_left_out(reason: str, raw: dict
 @pytest.mark.parametrize("text", ['<img src="a.png" alt="x">', "the <video> tag", "</s>", "see a.png", "<|im_end|>"])
 def test_text_about_pictures_is_text(text: str) -> None:
     row = read(conversations=chat(f"What does {text} mean?", text), model="x", num_images=0, language="en")
-    assert row.picture is None and row.ignored == ("model", "num_images", "language")
+    assert row.pictures == () and row.ignored == ("model", "num_images", "language")

@@ -140,6 +140,7 @@ class Deadly:
     rows_in: int = 2 * shard_jobs.WORTH_A_WORKER
     parts: int = 2
     boxes: bool = False
+    several: bool = False
 
     def rows(self, part: int) -> Iterator[Stored | list[Refused]]:
         if part:

@@ -38,7 +38,8 @@ def test_hidden_states_come_home_from_another_device() -> None:
     with Carries():
         bring_head(model, home)
         teacher = FrozenTeacher(VLM(model), 1, shares_tower=False)
-        batch = Batch(image_ids=[], **vars(tiny.batch([(1, 3, 3), (1, 5, 2)])))
+        made = vars(tiny.batch([(1, 3, 3), (1, 5, 2)]))
+        batch = Batch(image_ids=[], **{name: value for name, value in made.items() if name != "visual"})
         features = teacher.features(batch, None)
         hidden, cache, _ = teacher.plain(batch, features, keep=True, look=False)
         assert cache is not None and cache.cache.layers[0].keys.is_meta, "what is large stays there"

@@ -32,7 +32,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, sample_id: str, value: float) -> No
             if sample.id == sample_id:
                 pixels = made[i].tensors["pixel_values"].clone()
                 pixels[0, 0, 0, 0] = value
-                made[i] = Processed(made[i].text, {"pixel_values": pixels})
+                made[i] = Processed(made[i].texts, {"pixel_values": pixels})
         return made
 
     monkeypatch.setattr(Collator, "images", images)

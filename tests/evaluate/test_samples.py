@@ -44,7 +44,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
         first, *rest = outcomes.predictions["kd"]
         answers = {**outcomes.predictions, "kd": [first.model_copy(update={"answer": HOSTILE}), *rest]}
         grid = np.arange(16, dtype=np.uint8).reshape(4, 4)
-        path = write(comparison, answers, {p.id: grid for p in answers["kd"][:-1]}, layer=2, most=2000)
+        path = write(comparison, answers, {p.id: [grid] for p in answers["kd"][:-1]}, layer=2, most=2000)
         return root / path, comparison, outcomes
 
 
@@ -64,8 +64,8 @@ def test_every_sample_is_there_with_every_answer(page: Page) -> None:
         assert data["kinds"][row["kind"]].replace(" ", "_") == asked.kind
     column = data["who"].index("align_ti")
     assert [row["right"][column] for row in data["rows"]] == [int(p.correct) for p in outcomes.predictions["align_ti"]]
-    assert data["rows"][-1]["look"] is None
-    assert list(base64.b64decode(data["rows"][0]["look"])) == list(range(16))
+    assert data["rows"][-1]["looks"] == []
+    assert list(base64.b64decode(data["rows"][0]["looks"][0])) == list(range(16))
 
 
 def test_answers_cannot_leave_the_data_and_the_page_fetches_nothing(page: Page) -> None:
@@ -91,9 +91,10 @@ def test_looks_are_the_attention_of_the_layer_to_each_image(loaded: Loaded, samp
     asked = predicted((samples[row] for row in rows), [""] * 5)
     found = looks(loaded, samples, asked, layer=1, settings=settings)
     assert list(found) == [p.id for p in asked]
-    assert all(grid.shape == (4, 4) and grid.dtype == np.uint8 and grid.max() == 255 for grid in found.values())
-    assert any((found[asked[0].id] != found[p.id]).any() for p in asked[1:])
-    assert all((looks(loaded, samples, asked[:1], 1, settings)[asked[0].id] == found[asked[0].id]).all() for _ in range(2))
+    assert all(grid.shape == (4, 4) and grid.dtype == np.uint8 and grid.max() == 255 for (grid,) in found.values())
+    (first,), *others = found.values()
+    assert any((first != grid).any() for (grid,) in others)
+    assert all((looks(loaded, samples, asked[:1], 1, settings)[asked[0].id][0] == first).all() for _ in range(2))
 
 
 def opened(path: Path, tmp_path: Path, fragment: str = "") -> str:

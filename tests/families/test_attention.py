@@ -18,13 +18,18 @@ TITLE = "probe"
 def check(family: str) -> str:
     vlm, batch = VLM(load(toy.folder(family), "cpu", torch.float64).model), toy.batch(family)
     layers = list(attention_layers(vlm.model))
-    look = Look.at(batch.instruction, batch.visual)
+    look = Look.at(batch.instruction, batch.pictures)
     with torch.no_grad(), watching(vlm.model, layers, look):
         vlm.plain(batch, vlm.features(batch), keep=False)
     for layer, attention in zip(layers, eager_maps(family), strict=True):
-        for row in (0, 2):
-            expected = attention[row].mean(0)[batch.instruction[row]][:, batch.visual[row]].mean(0)
-            found = look.seen[layer][row]
+        for row in (0, 2, 3):
+            numbers = batch.pictures[row]
+            parts = []
+            for number in range(1, int(numbers.max()) + 1):
+                own = numbers == number
+                after = batch.instruction[row] & (torch.arange(len(own)) > own.nonzero().max())
+                parts.append(attention[row].mean(0)[after][:, own].mean(0))
+            expected, found = torch.cat(parts), look.seen[layer][row]
             torch.testing.assert_close(found[: len(expected)].double(), expected, rtol=1e-5, atol=1e-7)
             assert not found[len(expected) :].any()
         assert not look.seen[layer][1].any(), "no image, no attention"

@@ -17,7 +17,7 @@ def check(family: str) -> str:
     with torch.no_grad():
         _, kept = vlm.plain(batch, vlm.features(batch), keep=True)
     T = batch.input_ids.shape[1]
-    rows = torch.tensor([[3, 5], [2, 2], [T - 1, 4]])
+    rows = torch.tensor([[3, 5], [2, 2], [T - 1, 4], [1, 9]])
     found = _at(kept.positions, rows)
     if kept.positions is None:
         assert torch.equal(found, rows)
@@ -36,7 +36,7 @@ def check(family: str) -> str:
                 alone.input_ids, mm_token_type_ids=alone.visual.int(), image_grid_thw=alone.image_inputs["image_grid_thw"]
             )
             expected = expected[:, 0]
-            seen = expected[:, alone.visual[0]]
+            seen = expected[:, alone.pictures[0] == 1]
             assert seen[0].unique().numel() == 1 and seen[1].unique().numel() > 1 and seen[2].unique().numel() > 1
         assert torch.equal(kept.positions[:, row, :real], expected)
     for axis in range(3):

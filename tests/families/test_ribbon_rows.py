@@ -43,14 +43,14 @@ ROUTES = {"continuation": continued, "expanded": expanded}
 
 
 def alone(family: str, batch: Batch, row: int, tokens: Tensor, answered: Tensor) -> Tensor:
-    """(T, V) logits of the stock model for one unpadded sequence of the batch's sample `row`, with that sample's image."""
+    """(T, V) logits of the stock model for one unpadded sequence of the batch's sample `row`, with its images so far."""
     model = toy.loaded(family).model
-    one = toy.alone(family, row)
     length = len(tokens)
-    visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[0, : batch.visual.shape[1]] = batch.visual[row, :length]
+    one = toy.alone(family, row, 1 if batch.pictures[row, :length].max() < batch.pictures[row].max() else None)
+    pictures = torch.zeros(1, length, dtype=torch.long)
+    pictures[0, : batch.pictures.shape[1]] = batch.pictures[row, :length]
     one = replace(
-        one, input_ids=tokens[None], attention_mask=torch.ones(1, length).long(), response=answered[None], visual=visual
+        one, input_ids=tokens[None], attention_mask=torch.ones(1, length).long(), response=answered[None], pictures=pictures
     )
     logits: Tensor = model(
         input_ids=one.input_ids, attention_mask=one.attention_mask, pixel_values=one.pixel_values, **inputs(model, one)

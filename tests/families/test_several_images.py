@@ -1,65 +1,114 @@
-"""Several images in one sample, as the family's own processor writes them: the method's view of the model takes them."""
+"""Several images in one sample, over two turns: as the family's own processor writes them, each token its own image's."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, Literal
+
 import pytest
 import torch
+from torch import Tensor
 
-from components.models.collate import IMAGE_INPUTS, Batch, visual_id
-from components.models.families import inputs
+from components.align_ti.step import AlignTI, Method
+from components.align_ti.terms import CORE
+from components.dataset.shards import IMAGE, Sample, Turn
+from components.distill.teacher import FrozenTeacher
+from components.models.attention import Look, watching
+from components.models.collate import IMAGE_INPUTS, Batch, decoded
+from components.models.families import prompt
+from components.models.load import check_pair, load
 from components.models.vlm import VLM
 from tests.families import toy
 from tests.families.table import documented
 from tests.families.test_visual_tokens import entering
 
 TITLE = "several images"
-
-
-def batch_of(family: str, seeds: tuple[int, int]) -> Batch:
-    processor = toy.loaded(family).processor
-    images = [toy.image(40, 20, seeds[0]), toy.image(20, 40, seeds[1])]
-    text = f"one {processor.image_token} {processor.tokenizer.eos_token} {processor.image_token} red"
-    made = processor(images=[images], text=[text], return_tensors="pt")
-    ids = made["input_ids"]
-    nothing = torch.zeros_like(ids).bool()
-    return Batch(
-        ids=["several"],
-        image_ids=["a", "b"],
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        response=nothing,
-        instruction=nothing,
-        visual=ids == visual_id(processor),
-        pixel_values=made["pixel_values"].double(),
-        image_inputs={name: made[name] for name in IMAGE_INPUTS if name in made},
-    )
+SEVERAL = toy.SAMPLES[3]
 
 
 def check(family: str) -> str:
-    vlm = VLM(toy.loaded(family).model)
-    first, other = batch_of(family, (1, 2)), batch_of(family, (1, 3))
-    assert torch.equal(first.input_ids, other.input_ids)
-    with torch.no_grad():
-        hidden, _ = vlm.plain(first, vlm.features(first), keep=False)
-        stock = vlm.model(
-            input_ids=first.input_ids,
-            attention_mask=first.attention_mask,
-            pixel_values=first.pixel_values,
-            **inputs(vlm.model, first),
-        ).logits
-        torch.testing.assert_close(vlm.head(hidden).double(), stock, rtol=1e-5, atol=1e-5)
-        one, two = (entering(vlm, batch, vlm.features(batch)) for batch in (first, other))
-    changed = (one != two).any(-1)[0]
-    positions = first.visual[0].nonzero()[:, 0]
-    between = int((first.input_ids[0] == toy.loaded(family).processor.tokenizer.eos_token_id).nonzero()[0, 0])
-    # Another second image changes its own tokens: all of those behind the token between the images, and no other. A row of
-    # LLaVA-NeXT's ends in a token that is the same in every image.
-    assert not changed[:between].any() and not changed[~first.visual[0]].any()
-    assert changed[positions[positions > between]].float().mean() > 0.6
-    assert (positions < between).sum() > 1
+    processor, vlm = toy.loaded(family).processor, VLM(toy.loaded(family).model)
+    styles: list[Literal["vicuna", "processor"]] = ["vicuna"] if processor.chat_template is None else ["vicuna", "processor"]
+    for style in styles:
+        collator = toy.collator(family, style=style)
+        made = collator([SEVERAL])
+        text = collator.template.render(SEVERAL.turns, [processor.image_token] * 3).text
+        whole: dict[str, Any] = {"add_special_tokens": collator.template.wants_special_tokens}
+        stock = processor(images=[decoded(SEVERAL)], text=[text], return_tensors="pt", **whole)
+        if family != "paligemma":  # whose own puts all images before the text
+            assert torch.equal(made.input_ids, stock["input_ids"])
+        assert torch.equal(made.pixel_values.flatten(), stock["pixel_values"].flatten())
+        for name in set(IMAGE_INPUTS) & set(stock):
+            assert made.image_inputs[name].tolist() == torch.as_tensor(stock[name]).tolist()
+    batch = toy.alone(family, 3)
+    other = toy.batch(family, [replace(SEVERAL, image_id="other", more=(SEVERAL.more[0], toy.png(40, 20, 9)))])
+    one, two = (entering(vlm, each, vlm.features(each)) for each in (batch, other))
+    changed, own = (one != two).any(-1), batch.pictures == 3
+    # A row of LLaVA-NeXT's ends in a token that is the same in every image.
+    assert not changed[~own].any() and changed[own].float().mean() > 0.6 and own.sum() > 1
     return "yes"
 
 
 @pytest.mark.parametrize("family", toy.FAMILIES)
-def test_each_images_tokens_are_its_own(family: str) -> None:
+def test_they_are_read_as_the_familys_own_processor_writes_them(family: str) -> None:
     assert check(family) == documented(family, TITLE)
+
+
+def conversation(*shown: int) -> Sample:
+    """Turns with so many images each."""
+    turns = tuple(Turn(f"{IMAGE * count}what at a{turn} ?", f"red {turn}") for turn, count in enumerate(shown))
+    images = [toy.png(*size, seed) for seed, size in enumerate([(40, 20), (16, 16), (20, 40), (32, 32)][: sum(shown)])]
+    return Sample(f"{shown}", f"{shown}", "digit_at", images[0] if images else None, turns, tuple(images[1:]))
+
+
+def kl(theirs: Tensor, mine: Tensor) -> Tensor:
+    p, q = theirs.log_softmax(-1), mine.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("route", ["continuation", "expanded"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_all_terms_on_rows_of_none_to_four_images_equal_separate_forward_passes(family: str, route: str) -> None:
+    """One stock pass for each alternative, in its token's place: what follows changes nothing before it."""
+    pupil, master = (load(toy.folder(family, seed, layers), "cpu", torch.float64) for seed, layers in ((2, 2), (1, 3)))
+    samples = [conversation(*shown) for shown in [(0,), (1,), (1, 1), (2, 1), (0, 2, 2)]]
+    batch = toy.batch(family, samples)
+    teacher = FrozenTeacher(VLM(master.model), 1, shares_tower=False)
+    method = Method(dict.fromkeys(CORE, 1.0), draws=2, route=route)
+    method = replace(method, eos=pupil.processor.tokenizer.eos_token_id, shared_vocabulary=check_pair(master, pupil))
+    gold = batch.input_ids[:, 1:][batch.response[:, 1:]]
+    draws = torch.stack([gold, torch.randint(40, 280, gold.shape, generator=torch.Generator().manual_seed(3))], dim=1)
+    found = AlignTI(VLM(pupil.model), teacher, method)(batch, [*range(len(samples))], draws)
+
+    terms: dict[str, list[Tensor]] = {name: [] for name in CORE}
+    drawn = iter(draws.tolist())
+    for sample in samples:
+        one = toy.batch(family, [sample])
+
+        def logits(model: Any, at: int | None = None, token: int = 0, one: Batch = one) -> Tensor:
+            ids = one.input_ids.clone()
+            if at is not None:
+                ids[0, at] = token
+            whole: Tensor = model(**{**prompt(model, one), "input_ids": ids}).logits[0]
+            return whole[:, : method.shared_vocabulary]
+
+        with torch.no_grad():
+            mine, theirs = logits(pupil.model), logits(master.model)
+            for t in one.response[0].nonzero().flatten().tolist():
+                terms["sft"].append(-mine[t - 1].log_softmax(-1)[one.input_ids[0, t]])
+                terms["kd"].append(kl(theirs[t - 1], mine[t - 1]))
+                for token in next(drawn):
+                    if token != method.eos:
+                        terms["tpa"].append(kl(*(logits(model, t, token)[t] for model in (master.model, pupil.model))))
+            look = Look.at(one.attention_mask.bool(), one.pictures, each_row=True)
+            with watching(master.model, [1], look):
+                teacher.vlm.plain(one, teacher.vlm.features(one), keep=False)
+        columns = one.pictures[0][one.pictures[0] > 0]
+        for number in range(1, len(sample.images) + 1):
+            own = (one.pictures[0] == number).nonzero().flatten()
+            after = one.instruction[0] & (torch.arange(len(one.instruction[0])) > own.max())
+            seen = look.seen[1][0][after][:, columns == number].mean(0)
+            terms["iva"].append((seen / seen.sum() * kl(theirs[own], mine[own])).sum())
+    assert found.counts.tolist() == [float(len(terms[name])) for name in CORE] and len(terms["iva"]) == 0 + 1 + 2 + 3 + 4
+    wanted = torch.stack([torch.stack(terms[name]).sum() for name in CORE])
+    torch.testing.assert_close(found.sums, wanted, rtol=1e-6, atol=1e-8)

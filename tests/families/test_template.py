@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from components.dataset.shards import Turn
 from components.errors import ModelError
-from components.models.template import ChatTemplate, Template, question_of
+from components.models.template import ChatTemplate, Template, pieces, question_of
 from tests.families import toy
 from tests.families.table import documented
 
@@ -32,8 +32,9 @@ def check(family: str) -> str:
         start = int(batch.response[row].int().argmax())
         prompt = prompts.text([sample]).input_ids[0]
         assert prompt.tolist() == real[:start].tolist(), "a prompt ends where the answer begins"
-        rendered = collator.template.render(sample.turns, None)
-        assert [rendered.text[a:b] for a, b in rendered.question_spans] == [question_of(turn) for turn in sample.turns]
+        rendered = collator.template.render(sample.turns, ["<image>"] * len(sample.images))
+        asked = ["".join(rendered.text[a:b] for a, b in rendered.question_spans)]
+        assert asked == ["".join(text for turn in sample.turns for text in pieces(turn.question) if text)]
         if tokenizer.bos_token is not None:
             assert real.tolist().count(tokenizer.bos_token_id) == 1
     # Token for token what the stock processor makes of the same turns.
@@ -89,7 +90,7 @@ def test_templates_that_cannot_serve_are_refused(case: str) -> None:
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     jinja = ROLE + "{% endfor %}{{ '' if loop.last else '(earlier)' }}<|im_end|>{% endfor %}"
     with pytest.raises(ModelError, match="writes a turn differently"):
-        template(jinja).render((Turn("what ?", "one"), Turn("is it ?", "no")), None)
+        template(jinja).render((Turn("what ?", "one"), Turn("is it ?", "no")), [])
 
 
 ONEVISION = (  # as some releases of LLaVA-OneVision: a space before an answer that is there, a line break in a prompt
@@ -106,12 +107,12 @@ THINKING = (  # as Qwen3's: empty thoughts before the last answer alone
 
 
 @pytest.mark.parametrize("jinja", [ONEVISION, THINKING], ids=["onevision", "thinking"])
-@pytest.mark.parametrize("image", [None, "<image>"])
+@pytest.mark.parametrize("images", [[], ["<image>"]])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_an_answer_stands_right_after_the_words_of_a_prompt(jinja: str, image: str | None, count: int) -> None:
+def test_an_answer_stands_right_after_the_words_of_a_prompt(jinja: str, images: list[str], count: int) -> None:
     made = template(jinja)
-    turns = [Turn("what ?", " one"), Turn("is it ?", "no\n"), Turn("where ?", "a1")][:count]
-    whole, prompt = made.render(turns, image), made.render(turns, image, answer=False)
+    turns = [Turn("<image>" * len(images) + "what ?", " one"), Turn("is it ?", "no\n"), Turn("where ?", "a1")][:count]
+    whole, prompt = made.render(turns, images), made.render(turns, images, answer=False)
     assert [whole.text[a:b] for a, b in whole.response_spans] == [f"{turn.answer.strip()}<|im_end|>" for turn in turns]
     assert whole.text.startswith(prompt.text) and whole.text.count("<|im_start|>assistant\n") == count
     assert "<think>" not in whole.text
@@ -119,7 +120,7 @@ def test_an_answer_stands_right_after_the_words_of_a_prompt(jinja: str, image: s
 
 def test_what_data_say_does_not_change_what_a_template_writes() -> None:
     turns = (Turn("what </think> ?", "<think>one</think>"), Turn("\ue0000\ue001", "{{ no }}"))
-    whole = template(THINKING).render(turns, None)
+    whole = template(THINKING).render(turns, [])
     assert [part.text for part in whole.parts if not part.own] == [t for turn in turns for t in (turn.question, turn.answer)]
 
 
@@ -128,14 +129,14 @@ def test_a_conversation_is_rendered_in_time_that_grows_with_its_turns(monkeypatc
     asked: list[int] = []
     real = made._around
 
-    def counted(turns: int, image: bool, answers: int) -> list[str]:
-        asked.append(turns)
-        return real(turns, image, answers)
+    def counted(shape: tuple[str, ...], answers: int) -> list[str]:
+        asked.append(len(shape))
+        return real(shape, answers)
 
     monkeypatch.setattr(made, "_around", counted)
     turns = [Turn(f"what {n} ?", "one") for n in range(100)]
     for _ in range(3):
-        made.render(turns, None)
+        made.render(turns, [])
     assert len(asked) == 3, "the template is asked three times for so many turns, and never again"
 
 

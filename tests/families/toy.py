@@ -384,6 +384,11 @@ SAMPLES = (
     sample("wide", "red one", (40, 20)),
     sample("none", "no", None),
     sample("small", "two , green three", (16, 16), turns=2),
+    replace(
+        sample("several", "red", (20, 40)),
+        turns=(Turn(f"{IMAGE}{IMAGE}\nwhat digit ?", "red"), Turn(f"is {IMAGE} red ?", "no , green")),
+        more=(png(16, 16, 7), png(40, 20, 8)),
+    ),
 )
 
 
@@ -400,6 +405,6 @@ def batch(family: str, samples: Sequence[Sample] = SAMPLES) -> Batch:
 
 
 @cache
-def alone(family: str, row: int) -> Batch:
-    """The batch of one of SAMPLES."""
-    return batch(family, [SAMPLES[row]])
+def alone(family: str, row: int, turns: int | None = None) -> Batch:
+    """The batch of one of SAMPLES, of its first turns alone."""
+    return batch(family, [SAMPLES[row].upto(turns or len(SAMPLES[row].turns))])

@@ -173,6 +173,19 @@ def test_attention_is_the_models_own(loaded: Loaded, samples: Samples, folder: P
             torch.testing.assert_close(seen.attention["words"][layer, x, i], over_rows[own].mean(0), atol=1e-6, rtol=1e-4)
 
 
+def test_of_images_that_are_shown_together_each_is_its_own(loaded: Loaded, tmp_path: Path) -> None:
+    """What is asked before the last of them is no instruction; weights go by what follows each."""
+    turns = (Turn("<image>\nHow many?", "one"), Turn("<image>\nList all.", "two"), Turn("Is there a red one?", "one"))
+    rows = [ImageRow(f"pair-{n}", png(n), ((f"{n}", "open", turns),), (png(n + 5),)) for n in range(2)]
+    asked = SETTINGS.model_copy(update={"instructions_per_image": 2})
+    seen = look(loaded, dataset(tmp_path, rows), Template(""), asked)
+    assert [len(of_image) for of_image in seen.samples] == [2] * 4 and seen.tokens.tolist() == [NV] * 4
+    assert {of_image[0].images for of_image in seen.samples} == {(png(n),) for n in (0, 1, 5, 6)}
+    assert seen.attention["all"].shape == (LAYERS, 4, 2, NV) and bool((seen.attention["words"].sum(-1) > 0).all())
+    first, second = seen.attention["all"][:, 0], seen.attention["all"][:, 1]
+    assert not torch.allclose(first, second) and rank(seen.attention["all"]).irs[0] > 0
+
+
 def test_batches_do_not_matter(loaded: Loaded, samples: Samples) -> None:
     one, many = (look(loaded, samples, Template(""), SETTINGS.model_copy(update={"batch_size": size})) for size in (1, 18))
     for rows in ("all", "words"):

@@ -53,21 +53,22 @@ def test_sinks_go_with_the_background_and_the_asked_place_stays() -> None:
 
 @pytest.mark.parametrize("attention", [[0.0] * 4, [0.21, 0.03, 0.03, 0.03]], ids=["none at all", "the background itself"])
 def test_where_nothing_is_left_tokens_weigh_the_same_and_are_counted(attention: list[float]) -> None:
-    visual = torch.tensor([[True] * 4 + [False], [True] * 4 + [False], [False] * 5])
-    rows = torch.tensor([attention, [0.1, 0.1, 0.3, 0.1], [0.0] * 4])
-    weights = centred_in_batch(rows, torch.tensor([0.7, 0.1, 0.1, 0.1]), visual, ["a", "b", "text"])
-    assert int(without_weights(weights, visual)) == 1
-    found = visual_weights(weights, visual)
-    torch.testing.assert_close(found[:4], torch.full((4,), 0.25))
-    assert float(found[4:].sum()) == pytest.approx(1)
+    pictures = torch.tensor([[1] * 4 + [0] * 5, [1] * 4 + [0] + [2] * 4, [0] * 9])
+    other = [0.1, 0.1, 0.3, 0.1]
+    rows = torch.tensor([attention + [0.0] * 4, other + attention, [0.0] * 8])
+    weights = centred_in_batch(rows, torch.tensor([0.7, 0.1, 0.1, 0.1]), pictures, ["a", "b", "text"])
+    assert int(without_weights(weights, pictures)) == 2
+    found = visual_weights(weights, pictures).unflatten(0, (3, 4))
+    torch.testing.assert_close(found[[0, 2]], torch.full((2, 4), 0.25))
+    assert float(found[1].sum()) == pytest.approx(1) and float(found[1].max()) > 0.5
 
 
 def test_an_image_of_another_size_is_refused_by_name_and_text_alone_is_not() -> None:
     background = torch.full((4,), 0.25)
-    visual = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    pictures = torch.tensor([[1] * 4, [1] * 3 + [0]])
     with pytest.raises(DataError, match=r"sample other: its image has 3 visual tokens.*images of 4; set weighting: mean"):
-        centred_in_batch(torch.rand(2, 4), background, visual, ["one", "other"])
-    nothing = centred_in_batch(torch.zeros(1, 0), background, torch.zeros(1, 4, dtype=torch.bool), ["text"])
+        centred_in_batch(torch.rand(2, 4), background, pictures, ["one", "other"])
+    nothing = centred_in_batch(torch.zeros(1, 0), background, torch.zeros(1, 4, dtype=torch.long), ["text"])
     assert nothing.shape == (1, 0)
 
 

@@ -42,6 +42,41 @@ def test_masks_equal_a_hand_written_tokenisation() -> None:
         assert batch.attention_mask[row].tolist() == [int(word != "<pad>") for word, _ in expected]
 
 
+def test_each_of_several_images_stands_at_its_mark_and_has_its_number() -> None:
+    processor = PROCESSORS["words"]
+    several = replace(
+        sample(("<image> what ?", "no"), ("digit at <image> one ?", "red")),
+        more=(sample(name="b").image, sample(name="c").image),
+    )
+    batch = Collator(processor, TEMPLATE, 64, train=True)([several, TWO_TURNS])
+    eos = "<|endoftext|>"
+    words = [("USER:", "."), *[("<image>", "1")] * 4, ("\n", "i"), *[("<image>", "2")] * 4, ("\n", "i")]
+    words += [
+        ("what", "i"),
+        ("?", "i"),
+        ("ASSISTANT:", "i"),
+        ("no", "r"),
+        (eos, "r"),
+        ("USER:", "i"),
+        ("digit", "i"),
+        ("at", "i"),
+    ]
+    words += [*[("<image>", "3")] * 4, ("one", "i"), ("?", "i"), ("ASSISTANT:", "i"), ("red", "r"), (eos, "r")]
+    assert strings(processor, batch.input_ids[0][: len(words)]) == [word for word, _ in words]
+    assert batch.pictures[0][: len(words)].tolist() == [int(kind) if kind.isdigit() else 0 for _, kind in words]
+    for mask, mark in ((batch.response, "r"), (batch.instruction, "i")):
+        assert mask[0][: len(words)].tolist() == [mark == kind for _, kind in words]
+    assert batch.image_ids == [several.image_id] * 3 + [TWO_TURNS.image_id] and len(batch.pixel_values) == 4
+    assert torch.equal(batch.pixel_values[3], batch.pixel_values[0]) and not torch.equal(
+        batch.pixel_values[1], batch.pixel_values[2]
+    )
+    prompt = Collator(processor, TEMPLATE, 64, train=False)([several])
+    assert len(prompt.pixel_values) == 2 and torch.equal(prompt.input_ids[0], batch.input_ids[0][: prompt.input_ids.shape[1]])
+    assert (
+        several.upto(1).more == several.more[:1] and several.upto(2) == several and TWO_TURNS.upto(1).image == TWO_TURNS.image
+    )
+
+
 def test_bpe_masks_decode_to_the_answers() -> None:
     processor = PROCESSORS["bpe"]
     batch = Collator(processor, TEMPLATE, 200, train=True)([TWO_TURNS])
@@ -154,10 +189,10 @@ def test_model_reads_the_batch(processor) -> None:
 
 
 BAD = {
-    "no image for its mark": (replace(TWO_TURNS, image=None), "stands 1 time"),
-    "no mark for its image": (replace(sample(("what ?", "no"), image=False), image=TWO_TURNS.image), "must stand once"),
-    "mark in a later turn": (sample(("what ?", "no"), ("<image> what ?", "no")), "stands 2 time"),
-    "mark in an answer": (sample(("what ?", "<image>"), image=False), "no image"),
+    "no image for its mark": (replace(TWO_TURNS, image=None), "must stand 0 time"),
+    "no mark for its image": (replace(sample(("what ?", "no"), image=False), image=TWO_TURNS.image), "must stand 1 time"),
+    "two marks for an image": (sample(("what ?", "no"), ("<image> what ?", "no")), "stands 2 time"),
+    "mark in an answer": (sample(("what ?", "<image>"), image=False), "1 in its answers"),
     "empty answer": (sample(("what ?", "  ")), "an answer is empty"),
     "one empty answer of two": (sample(("what ?", "no"), ("what ?", "")), "an answer is empty"),
     "no turns": (replace(TWO_TURNS, turns=()), "no turns"),

@@ -6,7 +6,7 @@ TURNS = (Turn("<image>\nwhat digit is at a1 ?", "one"), Turn("list the grid .", 
 
 
 def test_text_is_that_of_the_method() -> None:
-    rendered = Template("be brief .").render(TURNS, "<image><image>")
+    rendered = Template("be brief .").render(TURNS, ["<image><image>"])
     assert rendered.text == (
         "be brief . USER: <image><image>\nwhat digit is at a1 ? ASSISTANT: one<|endoftext|>"
         "USER: list the grid . ASSISTANT: red one, red two<|endoftext|>"
@@ -17,21 +17,22 @@ def test_text_is_that_of_the_method() -> None:
 
 
 def test_prompt_is_the_first_turn_up_to_where_the_answer_begins() -> None:
-    prompt = Template("").render(TURNS, "<image>", answer=False)
+    prompt = Template("").render(TURNS, ["<image>"], answer=False)
     assert prompt.text == "USER: <image>\nwhat digit is at a1 ? ASSISTANT:"
     assert prompt.response_spans == ()
     assert [prompt.text[a:b] for a, b in prompt.question_spans] == ["what digit is at a1 ?"]
-    whole = Template("").render(TURNS, "<image>")
+    whole = Template("").render(TURNS, ["<image>"])
     assert whole.text[: whole.response_spans[0][0]] == prompt.text
 
 
-def test_image_goes_first_wherever_the_data_put_it() -> None:
-    behind = (Turn("what digit is at a1 ?\n<image>", "one"),)
-    assert Template("").render(behind, "<image>") == Template("").render(TURNS[:1], "<image>")
+def test_images_stand_where_the_data_put_them_a_line_each_where_they_open_a_question() -> None:
+    turns = (Turn("<image> <image>what ?", "one"), Turn("at <image> or <image>", "no"))
+    text = Template("").render(turns, "abcd", answer=True).text
+    assert text == "USER: a\nb\nwhat ? ASSISTANT: one<|endoftext|>USER: at c or d ASSISTANT: no<|endoftext|>"
 
 
 def test_text_only_has_no_image_and_no_line_break() -> None:
-    assert Template("").render((Turn("list .", "one"),), None).text == "USER: list . ASSISTANT: one<|endoftext|>"
+    assert Template("").render((Turn("list .", "one"),), []).text == "USER: list . ASSISTANT: one<|endoftext|>"
 
 
 def test_chat_template_says_the_same() -> None:
@@ -41,7 +42,12 @@ def test_chat_template_says_the_same() -> None:
         processor.chat_template = template.jinja
         image, text = {"type": "image"}, {"type": "text", "text": "what digit is at a1 ?"}
         messages = [{"role": "user", "content": [image, text]}]
-        assert processor.apply_chat_template(messages) == template.render(TURNS, "<image>", answer=False).text
+        assert processor.apply_chat_template(messages) == template.render(TURNS, ["<image>"], answer=False).text
+        several = [
+            {"role": "user", "content": [image, image, {"type": "text", "text": "at "}, image, {"type": "text", "text": "?"}]}
+        ]
+        asked = (Turn("<image><image>at <image>?", ""),)
+        assert processor.apply_chat_template(several) == template.render(asked, ["<image>"] * 3, answer=False).text
         messages += [{"role": "assistant", "content": "one"}, {"role": "user", "content": "list the grid ."}]
         messages += [{"role": "assistant", "content": "red one, red two"}]
-        assert processor.apply_chat_template(messages) == template.render(TURNS, "<image>").text
+        assert processor.apply_chat_template(messages) == template.render(TURNS, ["<image>"]).text

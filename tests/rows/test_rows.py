@@ -152,9 +152,13 @@ def test_a_verdict_is_the_length_of_what_the_collator_makes(family: str) -> None
     settings = asked(template=load_settings(ROOT).models.template, max_length=100_000).models
     collator = Collator(load_processor(toy.folder(family)), Template.asked(settings.template), 100_000, train=True)
     samples = list(toy.SAMPLES)
-    sizes = [None if sample.image is None else Image.open(io.BytesIO(sample.image)).size for sample in samples]
+    sizes = [tuple(Image.open(io.BytesIO(image)).size for image in sample.images) for sample in samples]
     found = [verdict for verdict, _ in Judge([toy.folder(family)], settings)("train", samples, sizes)]
     rows = collator.encode(samples)
+    shorter = settings.model_copy(update={"max_length": len(rows[3].input_ids) - 1})
+    ((cut, _),) = Judge([toy.folder(family)], shorter)("train", samples[3:], sizes[3:])
+    (first,) = collator.encode([samples[3].upto(1)])
+    assert cut == (1, len(first.input_ids), int(first.response.sum())), "a later turn goes with its image"
     assert found == [(len(s.turns), len(row.input_ids), int(row.response.sum())) for s, row in zip(samples, rows, strict=True)]
 
 

@@ -117,7 +117,7 @@ def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, 
             back = torch.zeros_like(wanted.log_probs).scatter(1, wanted.tokens, wanted.log_probs)
             torch.testing.assert_close(back.gather(1, got.tokens), got.log_probs, rtol=1e-4, atol=1e-5)
     assert look is not None and attention is not None
-    torch.testing.assert_close(visual_weights(attention, batch.visual), visual_weights(look, batch.visual))
+    torch.testing.assert_close(visual_weights(attention, batch.pictures), visual_weights(look, batch.pictures))
     none, nothing = opened().look_up(batch, visual=False, look=False)
     assert len(none.rows) == int(predicting(batch.response).sum()) and nothing is None
 

@@ -42,7 +42,7 @@ class Needs:
         teacher: its pass over the sequence.
         response: logits of the rows that predict the response.
         visual: logits of the visual rows.
-        attention: the weights of the image's tokens, from the teacher's attention at the IRS layer.
+        attention: the weights of each image's tokens, from the teacher's attention at the IRS layer.
         ribbon: alternatives, and both models after each.
         live: the teacher's hidden states or whole logits, which no cache has.
         in_student: attention maps and hidden states of chosen layers of the student.
@@ -145,5 +145,5 @@ def responses(batch: Batch) -> Tensor:
 
 
 def images(batch: Batch) -> Tensor:
-    """() samples with an image."""
-    return batch.visual.any(1).sum().float()
+    """() images of all samples."""
+    return batch.pictures.amax(1).sum().float()

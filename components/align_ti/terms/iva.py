@@ -30,10 +30,11 @@ class Term:
         visual = seen.batch.visual
         if not bool(visual.any()):
             return seen.zero
-        attention = uniform_attention(visual) if self.uniform else seen.attention
+        pictures = seen.batch.pictures
+        attention = uniform_attention(pictures) if self.uniform else seen.attention
         assert attention is not None  # guaranteed by `needs`
         if self.change is not None:
-            attention = changed(attention, visual, seen.batch.ids, self.change)
-        weights = visual_weights(attention, visual)
-        seen.measured |= {f"iva/{name}": sum.detach() for name, sum in concentration(weights, visual).items()}
+            attention = changed(attention, pictures, seen.batch.ids, self.change)
+        weights = visual_weights(attention, pictures)
+        seen.measured |= {f"iva/{name}": sum.detach() for name, sum in concentration(weights, pictures).items()}
         return seen.divergence(visual, weights, self.divergence)

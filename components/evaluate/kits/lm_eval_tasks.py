@@ -13,7 +13,7 @@ from components.config.load import load_settings
 from components.dataset.shards import Sample, Samples, Turn
 from components.evaluate.generate import questions as scored
 from components.evaluate.metrics import normalise
-from components.models.collate import decode
+from components.models.collate import decoded
 from components.models.load import load_processor
 from components.models.template import Template, question_of
 from components.records.paths import DATASET, ROWS
@@ -44,7 +44,7 @@ def questions(**_: Any) -> dict[str, Dataset]:
 
 
 def image(document: dict[str, Any]) -> list[Image.Image]:
-    return [decode(split()[document["row"]])]
+    return decoded(split()[document["row"]].upto(1))
 
 
 def conversations(model: str, **_: Any) -> dict[str, Dataset]:
@@ -58,7 +58,7 @@ def conversations(model: str, **_: Any) -> dict[str, Dataset]:
     samples = split()
 
     def text(sample: Sample) -> str:
-        shown = template.render(_unmarked(sample), None)
+        shown = template.render(_unmarked(sample), [])
         return shown.text[: shown.response_spans[0][1]].removesuffix(template.eos).removeprefix(bos)
 
     return _documents({"text": text(samples[row])} for row in scored(samples))

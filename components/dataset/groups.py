@@ -1,0 +1,52 @@
+"""Groups of pictures that rows show together: one split takes all of a group, whatever their files are called."""
+
+from __future__ import annotations
+
+import json
+
+from components.config.data import DataLimits
+from components.dataset.images import Refusal, check
+from components.dataset.readers import Place, Store
+from components.process import shared_out
+
+TOGETHER = 200  # pictures of a job
+
+
+def groups(
+    together: list[tuple[str, list[Place]]], stores: dict[str, Store], limits: DataLimits, workers: int
+) -> dict[str, str]:
+    """Hash of a picture's pixels -> the least such hash of its group.
+
+    `together`: source and places of the pictures of each row that shows several. Those that cannot be read are in no group.
+    """
+    names = list(dict.fromkeys((source, json.dumps(place)) for source, places in together for place in places))
+    jobs = [(start, names[start : start + TOGETHER], stores, limits) for start in range(0, len(names), TOGETHER)]
+    digests: dict[tuple[str, str], str | None] = {}
+    for start, found in shared_out(digested, jobs, min(workers, len(jobs))):
+        digests |= zip(names[start : start + TOGETHER], found, strict=True)
+    parent: dict[str, str] = {}
+
+    def least(digest: str) -> str:
+        while (above := parent.setdefault(digest, digest)) != digest:
+            parent[digest] = parent[above]  # halves the way for those who come after
+            digest = above
+        return digest
+
+    for source, places in together:
+        known = [digest for place in places if (digest := digests[source, json.dumps(place)])]
+        roots = sorted(map(least, known))
+        parent |= dict.fromkeys(roots, roots[0]) if roots else {}
+    return {digest: least(digest) for digest in parent}
+
+
+def digested(
+    start: int, names: list[tuple[str, str]], stores: dict[str, Store], limits: DataLimits
+) -> tuple[int, list[str | None]]:
+    found: list[str | None] = []
+    for source, place in names:
+        try:
+            content = stores[source].image(json.loads(place), limits.max_image_mib)
+            found.append(check(content, place, limits).sha256)
+        except Refusal:  # which its rows hear of when they are stored
+            found.append(None)
+    return start, found
