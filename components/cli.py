@@ -396,11 +396,12 @@ def up(
 
 @app.command()
 def down() -> None:
-    """Stop the servers of this folder, and all that they started."""
-    from flows import servers
+    """Stop the workers and the servers of this folder, and all that they started."""
+    from flows import pool, servers
 
-    stopped = servers.down()
-    typer.echo(f"stopped {' and '.join(server.name for server in stopped)}" if stopped else "nothing was running")
+    workers = ["the workers"] if pool.stop_workers() else []
+    stopped = [*workers, *(server.name for server in servers.down())]
+    typer.echo(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running")
 
 
 @app.command()
@@ -434,10 +435,15 @@ def worker(count: int = typer.Option(None, min=1, help="How many; else one per G
 
 
 @app.command()
-def doctor(free_slots: bool = typer.Option(False, "--free-slots", help="Free them, too.")) -> None:
+def doctor(
+    free_slots: bool = typer.Option(False, "--free-slots", help="Free them, too."),
+    prune: int = typer.Option(None, min=0, metavar="DAYS", help="Delete the branches runs/... of flow runs older than that."),
+) -> None:
     """List what dead flow runs still hold: slots of pools, queues and deployments, and worktrees."""
-    from flows import cleanup_stale_runs
+    from flows import cleanup_stale_runs, workspace
 
+    if prune is not None:
+        typer.echo(f"deleted {len(workspace.prune(prune))} branch(es) runs/... older than {prune} days")
     said = list(cleanup_stale_runs.free() if free_slots else (leak.what for leak in cleanup_stale_runs.leaks()))
     for what in said:
         typer.echo(f"{'freed' if free_slots else 'leaked'}: {what}")

@@ -30,6 +30,7 @@ WATCH_S = 1  # between two looks at a stage that runs
 BAR_S = 15  # between two states of a labelled progress bar
 
 Outcome = Literal["unchanged", "restored", "ran"]
+Say = Callable[[str], None]  # takes a line with its end, which is a carriage return where a progress bar draws over it
 _running: set[subprocess.Popen[bytes]] = set()
 _starting = threading.Lock()
 _over = threading.Event()
@@ -92,19 +93,19 @@ def reproduce(
     env: Mapping[str, str] | None = None,
     stop_when: Callable[[], str | None] | None = None,
     anew: bool = False,
-    label: str | None = None,
+    say: Say | None = None,
 ) -> Outcome:
     """Run `stage` alone if it is stale; whether it needs what comes before it is for the caller to know.
 
     `stop_when` is asked each second, and ends the stage when it gives a reason. `anew`: run it even if DVC has its result.
-    `label`: opens each line that the stage prints, where several run at the same time.
+    `say` is called with each line that the stage prints and each state of a progress bar; else they are passed on as they are.
 
     Raises:
         StageFailed: with the stage's exit code.
     """
     if not STAGE.fullmatch(stage):
         raise InputError(f"{stage!r} is no name of a stage")
-    return _repro(stage, [*(["--force"] if anew else []), "--single-item", stage], env, stop_when, label)
+    return _repro(stage, [*(["--force"] if anew else []), "--single-item", stage], env, stop_when, say)
 
 
 def reproduce_all(targets: Sequence[str] = ()) -> Outcome:
@@ -232,7 +233,7 @@ def _repro(
     words: list[str],
     env: Mapping[str, str] | None,
     stop_when: Callable[[], str | None] | None,
-    label: str | None = None,
+    say: Say | None = None,
 ) -> Outcome:
     with _starting:
         if _over.is_set():
@@ -248,7 +249,7 @@ def _repro(
         _running.add(process)
     try:
         with _watched(process, stop_when) as stopped_because:
-            said = _pass_on(process, _labelled(label) if label else sys.stdout.write)
+            said = _pass_on(process, _by_lines(say) if say else sys.stdout.write)
             code = process.wait()
     except BaseException:  # Ctrl-C, a cancelled flow: nothing may go on running unseen
         _stop(process)
@@ -299,19 +300,29 @@ def _pass_on(process: subprocess.Popen[bytes], show: Callable[[str], object]) ->
     return said.decode("utf-8", "replace")
 
 
-def _labelled(label: str) -> Callable[[str], None]:
-    """Shows whole lines after their label; of a progress bar, which draws over its line, one state in `BAR_S` seconds."""
-    rest, shown = "", 0.0
+def _by_lines(say: Say) -> Callable[[str], None]:
+    rest = ""
 
     def show(text: str) -> None:
-        nonlocal rest, shown
+        nonlocal rest
         *lines, rest = re.split("(?<=[\r\n])", rest + text)
-        for line in lines:
-            if line.strip() and (line.endswith("\n") or time.monotonic() - shown > BAR_S):
-                shown = time.monotonic()
-                sys.stdout.write(f"{label}: {line.strip()}\n")
+        for line in filter(str.strip, lines):
+            say(line)
 
     return show
+
+
+def labelled(label: str) -> Say:
+    """Prints lines after their label, where several stages run at once; of a progress bar one state in `BAR_S` seconds."""
+    shown = 0.0
+
+    def say(line: str) -> None:
+        nonlocal shown
+        if line.endswith("\n") or time.monotonic() - shown > BAR_S:
+            shown = time.monotonic()
+            sys.stdout.write(f"{label}: {line.strip()}\n")
+
+    return say
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

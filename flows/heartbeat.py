@@ -1,4 +1,4 @@
-"""Heartbeat of flow runs on this machine: a lock file each, held as long as its process lives.
+"""Heartbeat of flow runs and workers on this machine: a lock file each, held as long as its process lives.
 
 A server hears of the end of a run only from the run itself or from its worker; killed together they leave it `Running`, and the
 slots that it held taken. The kernel frees a lock whatever happens.
@@ -11,19 +11,20 @@ import fcntl
 import os
 import select
 import threading
+from pathlib import Path
 from typing import IO
 
 from components.process import is_free
 from components.records.paths import RUNS
 
-FOLDER = RUNS / "flow-runs"
+FOLDER, WORKERS = RUNS / "flow-runs", RUNS / "workers"
 _held: list[IO[str]] = []  # open, and so locked, until this process ends
 
 
-def announce(run: str) -> None:
-    """Be seen as the process of flow run `run` (its id) until this process ends."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = (FOLDER / run).resolve()
+def announce(name: str, folder: Path = FOLDER) -> None:
+    """Be seen as the process of flow run `name` (its id), or in `WORKERS` of a worker (its pid), until this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / name).resolve()
     file = path.open("a")
     fcntl.flock(file, fcntl.LOCK_EX)
     _held.append(file)
@@ -51,6 +52,11 @@ def outlive_output() -> None:
 def left() -> list[str]:
     """The ids of the runs that were here and died: their files are there, and nobody holds them."""
     return [file.name for file in sorted(FOLDER.glob("*")) if is_free(file)]
+
+
+def workers() -> list[int]:
+    """The pids of the `alignti worker` of this folder that live on this machine."""
+    return [int(file.name) for file in WORKERS.glob("*") if not is_free(file)]
 
 
 def forget(run: str) -> None:

@@ -21,12 +21,12 @@ from components.records.paths import DATASET, RAW
 from components.tracking import provenance
 from components.tracking.mlflow_registry import Version
 from flows import dvc, notify, promote
-from flows.pipeline import end_with_worker, folder, pipeline
+from flows.pipeline import RecipeName, end_with_worker, folder, pipeline, run_name
 
 
-@flow(name="alignti-nightly", on_failure=[notify.failed], on_crashed=[notify.failed])
+@flow(name="alignti-nightly", flow_run_name=run_name, on_failure=[notify.failed], on_crashed=[notify.failed])
 def nightly(
-    recipe: str | None = None,
+    recipe: RecipeName = None,
     parallel: Annotated[int, Field(ge=1, le=64)] = 1,
     drift_above: Annotated[float, Field(gt=0, lt=1)] = 0.05,
 ) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def main() -> None:
                 return dvc.reproduce(stage, {PARENT: above.id})
             held: AbstractContextManager[dict[str, str]] = nullcontext({}) if runtime.device == "cpu" else devices.one()
             with held as device:
-                return dvc.reproduce(stage, {PARENT: above.id, **device}, label=stage)
+                return dvc.reproduce(stage, {PARENT: above.id, **device}, say=dvc.labelled(stage))
 
         outcomes = repro(jobs, run)
     told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())

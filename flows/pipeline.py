@@ -31,6 +31,7 @@ from components.process import end_with_parent, exit_from
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
 from flows import devices, dvc, heartbeat, notify, prefect_artifacts, promote
+from flows.stage_log import StageLog
 from flows.workspace import workspace
 
 RETRIES = 2
@@ -55,16 +56,31 @@ def run_stage(
     stage: str, parent: str, slots: threading.Semaphore, stop_when: Callable[[], str | None] | None = None
 ) -> dvc.Outcome:
     with slots, devices.one() as device:
-        return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when)
+        return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when, say=StageLog(stage))
 
 
 FREE = threading.Semaphore(2**20)  # slots of a stage that need not wait, or whose caller holds one already
 
 
-@flow(name="alignti-pipeline", on_failure=[notify.failed], on_crashed=[notify.failed])
+def menu(names: list[Any]) -> Any:
+    """A field whose values Prefect's form offers, and whose others its server refuses; any where there are none to offer."""
+    return Field(json_schema_extra={"enum": names} if any(names) else None)
+
+
+RecipeName = Annotated[str | None, menu([None, *recipes.names()])]
+
+
+def run_name() -> str:
+    """What a flow run does, and a part of its id: it names a folder and a branch too."""
+    asked = flow_run.parameters
+    words = [asked.get("name") or flow_run.flow_name.removeprefix("alignti-"), asked.get("recipe"), str(flow_run.id)[:8]]
+    return "-".join(word.replace("/", "-") for word in words if word)
+
+
+@flow(name="alignti-pipeline", flow_run_name=run_name, on_failure=[notify.failed], on_crashed=[notify.failed])
 def pipeline(
     parallel: Annotated[int, Field(ge=1, le=64)] = 1,
-    recipe: str | None = None,
+    recipe: RecipeName = None,
     targets: list[str] | None = None,
     own_workspace: bool = False,
 ) -> dict[str, dvc.Outcome]:

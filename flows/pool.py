@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from components.errors import AlignTIError
 from components.process import end_with_parent
-from flows import cleanup_stale_runs, devices, servers
+from flows import cleanup_stale_runs, devices, heartbeat, servers
 
 QUEUES = {"urgent": 1, "default": 10, "background": 20}  # priority; the lowest number goes first
 ROOT = "ALIGNTI_ROOT"  # the clone that a worker works in; each machine of a pool has one
@@ -62,6 +63,7 @@ def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
     Raises:
         AlignTIError: a worker ended by itself.
     """
+    heartbeat.announce(str(os.getpid()), heartbeat.WORKERS)
     environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S, ROOT: str(Path.cwd())}
     for freed in cleanup_stale_runs.free():  # a machine that went down cannot have done it
         say(f"freed: {freed}")
@@ -77,6 +79,20 @@ def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
         raise AlignTIError(f"a worker ended with exit code {ended.returncode}; what it said is above. The others are stopped.")
     finally:
         _stop(workers)
+
+
+def stop_workers() -> int:
+    """Stop the `alignti worker` of this folder and what they run, and wait for it; returns how many there were."""
+    asked = heartbeat.workers()
+    for pid in asked:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + 2 * GRACE_S
+    while left := [pid for pid in heartbeat.workers() if pid in asked]:
+        if time.monotonic() > until:
+            raise AlignTIError(f"process(es) {', '.join(map(str, left))} of `alignti worker` do not end")
+        time.sleep(0.1)
+    return len(asked)
 
 
 def _make_pool(pool: str, limit: int) -> None:

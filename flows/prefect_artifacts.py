@@ -38,11 +38,11 @@ def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
     names = {id(future): name for name, future in futures.items()}
     became: dict[str, str] = {}
     began = time.monotonic()
-    bar = _put(create_progress_artifact, progress=0.0, key=f"{key}-progress", description=f"0 of {len(names)} {what} done")
+    bar = put(create_progress_artifact, progress=0.0, key=f"{key}-progress", description=f"0 of {len(names)} {what} done")
     for future in as_completed(list(futures.values())):
         became[names[id(future)]] = _became(future)
         if bar is not None:
-            _put(
+            put(
                 update_progress_artifact,
                 artifact_id=bar,
                 progress=100 * len(became) / len(names),
@@ -50,7 +50,7 @@ def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
                 f" {time.monotonic() - began:.0f} s after the start",
             )
     table = [{"name": name, "outcome": became[name]} for name in futures]
-    _put(
+    put(
         create_table_artifact,
         key=key,
         table=table,
@@ -75,7 +75,7 @@ def leaderboard() -> None:
         }
         for arm, result in ((arm, found.arms[arm]) for arm in found.order)
     ]
-    _put(create_table_artifact, key="leaderboard", table=[teacher, *rows], description=f"{found.headline}\n\n{found.standing}")
+    put(create_table_artifact, key="leaderboard", table=[teacher, *rows], description=f"{found.headline}\n\n{found.standing}")
 
 
 @contextmanager
@@ -91,9 +91,9 @@ def linked(runtime: RuntimeSettings, opening: AbstractContextManager[Run]) -> It
                     run.artifact(REPORT)  # a workspace goes when its flow run ends, and the report in it
     finally:
         if run is not None and (address := mlflow_page(run.id, runtime)):
-            _put(create_link_artifact, key="mlflow-run", link=address, link_text="this run in MLflow")
+            put(create_link_artifact, key="mlflow-run", link=address, link_text="this run in MLflow")
             if REPORT.exists():
-                _put(create_link_artifact, key="report", link=f"{address}/artifacts/{REPORT.name}", link_text="the report")
+                put(create_link_artifact, key="report", link=f"{address}/artifacts/{REPORT.name}", link_text="the report")
 
 
 def mlflow_page(run: str, runtime: RuntimeSettings) -> str | None:
@@ -115,7 +115,7 @@ def _became(future: PrefectFuture[Any]) -> str:
         return f"not run: {redacted(str(error))[:LONGEST]}"
 
 
-def _put(show: Shown, **what: Any) -> Any:
+def put(show: Shown, **what: Any) -> Any:
     """Prefect's answer, or None and a line in the log."""
     try:
         return show(**what)

@@ -29,7 +29,20 @@ from components.tracking import journal, mlflow_sync, outcome
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 from flows import dvc, notify, prefect_artifacts, workspace
 from flows.early_stopping import diverged
-from flows.pipeline import FREE, RETRIES, RETRY_DELAY_S, end_with_worker, folder, gate, run_stage, settle, worth_another_try
+from flows.pipeline import (
+    FREE,
+    RETRIES,
+    RETRY_DELAY_S,
+    RecipeName,
+    end_with_worker,
+    folder,
+    gate,
+    menu,
+    run_name,
+    run_stage,
+    settle,
+    worth_another_try,
+)
 from flows.remote_arms import NotMade, Orders
 
 CLOSING = "compare"  # the stage over all arms: run when none is missing
@@ -99,11 +112,11 @@ def run_cell(
     return outcome
 
 
-@flow(name="alignti-study", on_failure=[notify.failed], on_crashed=[notify.failed])
+@flow(name="alignti-study", flow_run_name=run_name, on_failure=[notify.failed], on_crashed=[notify.failed])
 def study(
-    name: str,
+    name: Annotated[str, menu(expand.names())],
     parallel: Annotated[int, Field(ge=1, le=64)] | None = None,
-    recipe: str | None = None,
+    recipe: RecipeName = None,
     over_pool: bool = False,
 ) -> dict[str, str]:
     """Run every arm of the study that has not been run; returns what became of each.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,6 +81,17 @@ def sweep() -> None:
     for name in left():
         with suppress(TryAgainError), locked(FOLDERS / f"{name}.lock", "another run removes it"):
             _remove(name)
+
+
+def prune(days: float) -> list[str]:
+    """Delete the branches of runs that ended so many days ago; returns their names. What they made stays in DVC's cache."""
+    listed = _git("for-each-ref", "--format=%(refname:short) %(committerdate:unix)", "refs/heads/runs").splitlines()
+    dated = [line.rsplit(" ", 1) for line in listed]
+    old = [branch for branch, when in dated if int(when) <= time.time() - days * 86400]
+    ended = [branch for branch in old if not (FOLDERS / branch.removeprefix("runs/")).exists()]
+    if ended:
+        _git("branch", "--quiet", "-D", *ended)
+    return ended
 
 
 def _keep(name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ import pytest
 import yaml
 
 from components.errors import AlignTIError
-from flows import devices, pool, servers
+from flows import devices, heartbeat, pool, servers
 from flows.nightly import nightly
 from flows.pipeline import pipeline
 from flows.remote_arms import stages
@@ -48,9 +50,8 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Workers:
     return started
 
 
-def test_a_worker_per_gpu_and_if_one_ends_all_do(
-    waiting: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_per_gpu_and_if_one_ends_all_do(waiting: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(devices.VISIBLE, "0,1,2")
 
     def kill_one() -> None:
@@ -63,6 +64,20 @@ def test_a_worker_per_gpu_and_if_one_ends_all_do(
         pool.work(say=lambda _: None)
     assert len(waiting) == 4  # and one for studies
     assert all(process.poll() is not None for process in waiting)
+
+
+def test_down_stops_the_workers_of_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert pool.stop_workers() == 0
+    code = "import os, time; from flows import heartbeat as h; h.announce(str(os.getpid()), h.WORKERS); time.sleep(600)"
+    worker = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while heartbeat.workers() != [worker.pid]:
+        time.sleep(0.02)
+    ended = threading.Thread(target=worker.wait)
+    ended.start()
+    assert pool.stop_workers() == 1 and heartbeat.workers() == []
+    ended.join()
+    assert worker.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
@@ -80,3 +95,5 @@ def test_the_form_of_a_deployment_explains_every_parameter() -> None:
     for flow in FLOWS.values():
         for parameter in flow.parameters.properties.values():
             assert len(parameter["description"]) > 15
+    assert {None, "smoke", "digits"} <= set(pipeline.parameters.properties["recipe"]["enum"])  # menus, which refuse a typo
+    assert "terms" in study.parameters.properties["name"]["enum"]

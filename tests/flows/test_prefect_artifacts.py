@@ -47,6 +47,20 @@ def test_progress_and_what_became_of_each_stage(project: Path) -> None:
     assert shown()["stages-progress"].description.startswith("4 of 4 stages done; the last was last,")
 
 
+def test_a_stage_speaks_in_the_log_of_its_flow_run_and_its_bar_moves_an_artifact(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (project / "stage.py").read_text()
+    bars = "\\r".join(f"distill: {percent:3}%|#| 1/100" for percent in range(0, 101, 5))
+    said = f"print('{bars}')\nprint('tracking: MLflow is away')\nprint('   git add dvc.lock')\n"
+    (project / "stage.py").write_text(said + text)
+    pipeline(targets=["first"])
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert shown()["progress-first"].data == 100
+    assert sum("%|" in line for _, line in lines) == 10 and ("WARNING", "tracking: MLflow is away") in lines
+    assert not any("git add" in line for _, line in lines)
+
+
 def test_a_failed_stage_says_why_and_what_needs_it_that_it_did_not_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-token")
     (project / "stage.py").write_text("import os, sys; sys.exit('401 for ' + os.environ['HF_TOKEN'])")

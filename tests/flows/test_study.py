@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Crashed, Failed
 
 from components.errors import AlignTIError
-from flows import dvc
+from flows import dvc, workspace
 from flows import study as module
 from flows.early_stopping import diverged
 from flows.remote_arms import NotMade
@@ -145,7 +145,8 @@ def test_a_failed_arm_leaves_the_rest_and_the_next_try_runs_only_what_is_missing
     assert Path.cwd() == clone and Path("params/study.yaml").read_bytes() == before
     assert not any((clone / ".runs/workspaces").iterdir())  # no worktree is left,
     branches = subprocess.run(["git", "branch", "--list", "runs/*"], capture_output=True, text=True).stdout.split()
-    assert len(branches) == 2  # but what ran, and what came of it, is
+    assert len(branches) == 2 and all(branch.startswith("runs/mine-") for branch in branches)  # but what came of it is,
+    assert workspace.prune(days=1) == [] and workspace.prune(days=0) == branches  # until it is old
 
 
 def test_no_arm_is_started_that_would_pass_the_budget() -> None:

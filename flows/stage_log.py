@@ -1,0 +1,42 @@
+"""Log and progress of a stage on its flow run's page: its lines, every tenth of a progress bar, warnings as such."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
+
+from flows.prefect_artifacts import put
+
+BAR = re.compile(r"(\d+)%\|")
+TO_A_TERMINAL = re.compile(
+    r"to track the changes with git|git add|to enable auto staging|dvc config core|dvc push|ing lock file", re.IGNORECASE
+)
+WARNING = re.compile(r"\bwarning\b|^tracking: |^ERROR", re.I)
+
+
+class StageLog:
+    """To be called with what a stage says, line by line (`flows/dvc.py`)."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage, self._logger, self._tenth, self._bar = stage, get_run_logger(), 0, None
+
+    def __call__(self, line: str) -> None:
+        text = line.strip()
+        if found := BAR.search(text):
+            tenth = int(found[1]) // 10
+            if tenth == self._tenth:
+                return
+            self._tenth = tenth
+            self._show(10.0 * tenth, text)
+        if not TO_A_TERMINAL.search(text):
+            self._logger.log(logging.WARNING if WARNING.search(text) else logging.INFO, "%s", text)
+
+    def _show(self, percent: float, text: str) -> None:
+        if self._bar is None:
+            key = re.sub(r"[^a-z0-9]+", "-", f"progress-{self._stage}".lower()).strip("-")
+            self._bar = put(create_progress_artifact, progress=percent, key=key, description=text)
+        else:
+            put(update_progress_artifact, artifact_id=self._bar, progress=percent, description=text)
