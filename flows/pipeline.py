@@ -62,12 +62,12 @@ def run_stage(
 FREE = threading.Semaphore(2**20)  # slots of a stage that need not wait, or whose caller holds one already
 
 
-def menu(names: list[Any]) -> Any:
+def menu(names: list[str]) -> Any:
     """A field whose values Prefect's form offers, and whose others its server refuses; any where there are none to offer."""
-    return Field(json_schema_extra={"enum": names} if any(names) else None)
+    return Field(json_schema_extra={"enum": names} if names else None)
 
 
-RecipeName = Annotated[str | None, menu([None, *recipes.names()])]
+RecipeName = Annotated[str, menu(recipes.names())] | None
 
 
 def run_name() -> str:
