@@ -186,6 +186,13 @@ def small_tables(comparison: Comparison) -> dict[str, Table]:
     return tables
 
 
+def pairs(comparison: Comparison) -> list[Line]:
+    """Each arm minus each that ranks below it: a line for the one, a column for the other."""
+    found = {(pair.arm, pair.against): pair for pair in comparison.pairs}
+    cells = {arm: [found.get((arm, other)) for other in comparison.order[1:]] for arm in comparison.order[:-1]}
+    return [Line(arm, [_gain(pair) if pair else Cell("") for pair in row]) for arm, row in cells.items()]
+
+
 def published_by(comparison: Comparison) -> str:
     """Whose runs those are, in a sentence or two."""
     found = comparison.published
@@ -213,14 +220,14 @@ def markdown(comparison: Comparison) -> str:
         [
             pair.arm,
             pair.against,
-            _points(pair.difference),
-            _bounds(pair),
+            gain.value,
+            gain.below,
             md.p_value(pair.p_value),
             md.p_value(pair.p_holm),
             md.DASH if pair.p_mcnemar is None else md.p_value(pair.p_mcnemar),
             "measured otherwise" if pair.differs else "yes" if pair.larger_than_noise else "no",
         ]
-        for pair in comparison.pairs
+        for pair, gain in ((pair, _gain(pair)) for pair in comparison.pairs)
     ]
     parts += ["## Every pair of arms", md.table(header, pairs), "## How it was measured", *_notes(comparison)]
     return "\n\n".join(parts) + "\n"
@@ -238,10 +245,7 @@ def html(
     environment = templates(Path(__file__).parent)
     environment.filters |= {
         "percent": md.percent,
-        "points": _points,
-        "range": _range,
         "mark": partial(marked, comparison),
-        "bounds": _bounds,
         "plain": lambda name: name.replace("_", " "),
     }
     return environment.get_template("report.html.j2").render(
@@ -253,7 +257,7 @@ def html(
         noise_of=noise_of(comparison),
         unlike=unlike(comparison),
         columns=[TEACHER_ARM, *comparison.order],
-        pair_of={(pair.arm, pair.against): pair for pair in comparison.pairs},
+        pairs=pairs(comparison),
         beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
         pictures=pictures,
         notes=_notes(comparison),
@@ -396,14 +400,6 @@ def _share(arm: ArmResult) -> Cell:
 
 def _range(interval: Interval) -> str:
     return f"[{md.percent(interval[0])}, {md.percent(interval[1])}]"
-
-
-def _points(difference: float) -> str:
-    return md.signed(100 * difference)
-
-
-def _bounds(pair: Difference) -> str:
-    return f"[{_points(pair.ci95[0])}, {_points(pair.ci95[1])}]"
 
 
 def _seconds(value: float) -> str:
