@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -63,18 +62,16 @@ def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
     questions = [question for image in here for question in image.questions]
     asked_in_training = {question for image in seen for question in image.questions}
     by_pixels = {image.pixels: index for index, image in reversed(list(enumerate(seen)))}
-    near, _ = nearest(_looks(pictured), _looks(seen))
+    looks = (np.array([image.look for image in images], dtype=np.uint64) for images in (pictured, seen))
+    near, _ = nearest(*looks)
     pairs = []
     for image, likest in zip(pictured, near.tolist(), strict=True):
         twin = by_pixels.get(image.pixels, likest)
-        if twin < 0:
-            continue
-        other = seen[twin]
-        both = sum(question in other.questions for question in image.questions)
-        exact = image.pixels == other.pixels
-        pairs.append(
-            Pair(test=image.name, train=other.name, bits=(image.look ^ other.look).bit_count(), exact=exact, questions=both)
-        )
+        if twin >= 0:
+            other = seen[twin]
+            both = sum(question in other.questions for question in image.questions)
+            bits, exact = (image.look ^ other.look).bit_count(), image.pixels == other.pixels
+            pairs.append(Pair(test=image.name, train=other.name, bits=bits, exact=exact, questions=both))
     pairs.sort(key=lambda pair: (not pair.exact, pair.bits, pair.test))
     return Contamination(
         split=split,
@@ -87,10 +84,6 @@ def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
         questions_in_training=sum(question in asked_in_training for question in questions),
         pairs=pairs[:LISTED],
     )
-
-
-def _looks(images: list[_Image]) -> NDArray[np.uint64]:
-    return np.array([image.look for image in images], dtype=np.uint64)
 
 
 def _images(samples: Samples, title: str) -> list[_Image]:

@@ -73,7 +73,7 @@ def write(
             "reference": p.reference,
             "answers": [predictions[name][index].answer for name in who],
             "right": [int(predictions[name][index].correct) for name in who],
-            "looks": [_packed(grid) for grid in looks.get(p.id, ())],
+            "looks": [base64.b64encode(grid.tobytes()).decode("ascii") for grid in looks.get(p.id, ())],
         }
         for index, p in enumerate(asked)
     ]
@@ -115,10 +115,6 @@ def _grid(sample: Sample, attention: NDArray[np.float32]) -> NDArray[np.uint8]:
     if side * side != len(attention):
         raise DataError(f"{sample.id}: {len(attention)} visual tokens are no square grid, so there is no picture of them")
     return np.rint(255 * attention / attention.max()).astype(np.uint8).reshape(side, side)
-
-
-def _packed(grid: NDArray[np.uint8]) -> str:
-    return base64.b64encode(grid.tobytes()).decode("ascii")
 
 
 def _embedded(data: Any) -> str:

@@ -91,10 +91,9 @@ def p_value(differences: NDArray[np.float64]) -> float:
 def holm(p_values: list[float]) -> list[float]:
     """Holm's step-down adjustment: below alpha, a claim holds although this many were tested (Holm, 1979)."""
     order = np.argsort(p_values, kind="stable")
-    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
     adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return [float(p) for p in adjusted]
+    adjusted[order] = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1))
+    return [float(p) for p in np.minimum(adjusted, 1.0)]
 
 
 def over_seeds(observed: Scored, resampled: Scored, runs: Sequence[Sequence[int]], seed: int) -> tuple[Scored, Scored]:

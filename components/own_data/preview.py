@@ -119,16 +119,11 @@ def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
             for sample in samples:
                 if len(of_kind := shown.setdefault(sample.kind, [])) < each:
                     remark = remarks.get(sample.id)
-                    if remark is None or remark.kept:
-                        kept = sample if remark is None else sample.upto(remark.kept)
-                        of_kind.append(Shown(sample, pieces(collator, kept), remark.detail if remark else ""))
-                    else:
-                        of_kind.append(Shown(sample, [], remark.detail))
-    by = (
-        " and ".join(folders)
-        if len(judge.collators) == 1
-        else f"{next(iter(folders))}; another of {', '.join(folders)} reads otherwise"
-    )
+                    kept = sample if remark is None else sample.upto(remark.kept)
+                    read = pieces(collator, kept) if kept.turns else []
+                    of_kind.append(Shown(sample, read, remark.detail if remark else ""))
+    alike = len(judge.collators) == 1
+    by = " and ".join(folders) if alike else f"{next(iter(folders))}; another of {', '.join(folders)} reads otherwise"
     return Preview(origin, by, shown, tally, settings.models.max_length, settings.evaluate.max_new_tokens)
 
 

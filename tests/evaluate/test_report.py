@@ -278,7 +278,7 @@ def test_an_arm_measured_otherwise_has_a_dagger_and_says_how(finished: Finished,
     assert f"| {odd} \N{DAGGER} |" in text and text.count("| measured otherwise |") == len(arms) - 1
     assert f"{odd} was measured otherwise than the teacher (dtype: bfloat16, not float32)" in text
     page = rendered(marked, outcomes)
-    assert page.count("\N{DAGGER}") == 3 and "bfloat16, not float32" in page  # in both tables, and before the sentence
+    assert page.count("\N{DAGGER}") == 4 and "bfloat16, not float32" in page  # in three tables, and before the sentence
     assert "\N{DAGGER}" not in rendered(finished, outcomes)
 
 

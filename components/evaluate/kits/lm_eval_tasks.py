@@ -58,7 +58,8 @@ def conversations(model: str, **_: Any) -> dict[str, Dataset]:
     samples = split()
 
     def text(sample: Sample) -> str:
-        shown = template.render(_unmarked(sample), [])
+        first = sample.turns[0]
+        shown = template.render([Turn(question_of(first), first.answer)], [])
         return shown.text[: shown.response_spans[0][1]].removesuffix(template.eos).removeprefix(bos)
 
     return _documents({"text": text(samples[row])} for row in scored(samples))
@@ -89,10 +90,6 @@ def manners(**_: Any) -> dict[str, Dataset]:
             }
         )
     return _documents(documents)
-
-
-def _unmarked(sample: Sample) -> list[Turn]:
-    return [Turn(question_of(turn), turn.answer) for turn in sample.turns[:1]]
 
 
 def _documents(found: Iterable[dict[str, Any]]) -> dict[str, Dataset]:

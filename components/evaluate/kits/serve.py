@@ -28,16 +28,13 @@ START_S = 900  # a large model's weights take minutes to read
 STOP_S = 20
 DTYPE = "float32"  # dtype of the stage `evaluate`, so that answers are the same
 
-# Dies with the process that started it (Linux), also if that one is killed; stands in for `transformers serve`.
 TRANSFORMERS = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-if os.getppid() == 1:
-    sys.exit("whoever asked for this server is gone")
+import os
+from components.process import end_with_parent
+end_with_parent()
 from transformers.cli.transformers import main
 main()
-"""
+"""  # in the place of `transformers serve`
 
 
 def command(model: Path, host: str, port: int, device: str) -> list[str]:
@@ -111,12 +108,10 @@ def _wait(endpoint: Endpoint, process: subprocess.Popen[bytes], log: Path) -> No
     end = time.monotonic() + START_S
     with tqdm(desc="server starting", unit="s", bar_format="{desc}: {elapsed}", delay=2) as bar:
         while not healthy(endpoint.url):
-            if process.poll() is not None:
-                raise TryAgainError(f"the server ended with {process.returncode}: {last_words(log)} (all of it: {log})")
-            if time.monotonic() > end:
-                raise TryAgainError(
-                    f"the server was not ready in {START_S // 60} minutes: {last_words(log)} (all of it: {log})"
-                )
+            ended = process.poll()
+            if ended is not None or time.monotonic() > end:
+                how = f"was not ready in {START_S // 60} minutes" if ended is None else f"ended with {ended}"
+                raise TryAgainError(f"the server {how}: {last_words(log)} (all of it: {log})")
             time.sleep(0.2)
             bar.update()
 
