@@ -95,5 +95,5 @@ def test_the_form_of_a_deployment_explains_every_parameter() -> None:
     for flow in FLOWS.values():
         for parameter in flow.parameters.properties.values():
             assert len(parameter["description"]) > 15
-    assert {"smoke", "digits"} <= set(pipeline.parameters.properties["recipe"]["anyOf"][0]["enum"])  # menus, which refuse a typo
+    assert {"smoke", "digits"} <= set(pipeline.parameters.properties["recipe"]["anyOf"][0]["enum"])  # menus refuse typos
     assert "terms" in study.parameters.properties["name"]["enum"]
