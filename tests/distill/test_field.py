@@ -15,10 +15,11 @@ from components.align_ti import terms
 from components.align_ti.terms.taid import Interpolation
 from components.config.load import load_settings
 from components.distill.__main__ import distill
+from components.distill.launch import launch
 from components.errors import Interrupted
 from components.tracking.journal import Run
-from tests.distill.conftest import write_params
-from tests.distill.test_scale import StopsAt
+from tests.distill.conftest import REPOSITORY, write_params
+from tests.distill.test_scale import StopsAt, legible, runtime
 
 
 def test_the_interpolation_follows_the_published_schedule() -> None:
@@ -36,22 +37,59 @@ def test_the_interpolation_follows_the_published_schedule() -> None:
     assert float(found.t) == pytest.approx(0.92)
 
 
-def test_every_term_trains_through_the_stage_and_resumes_to_the_same_bytes(workplace: Path) -> None:
+FOLDER = Path("artifacts/students/all")
+
+
+@pytest.fixture
+def every(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The workplace with an arm of all terms but the paper's."""
     weights = {"sft": 1.0} | {name: 0.1 for name in terms.names() if name not in terms.CORE}
     write_params(workplace, "study", {"arms": {"all": {"weights": weights, "student": "student", "seed": 1}}})
     write_params(workplace, "evaluate", {"baselines": ["all"]})
+    monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
+    return workplace
+
+
+def trained(run: Run) -> tuple[bytes, list[dict[str, float]]]:
     settings = load_settings()
-    folder = Path("artifacts/students/all")
+    distill("all", settings.arm("all"), settings, run)
+    return (FOLDER / "model/model.safetensors").read_bytes(), losses()
 
-    def trained(run: Run) -> tuple[bytes, list[str]]:
-        distill("all", settings.arm("all"), settings, run)
-        return (folder / "model/model.safetensors").read_bytes(), (folder / "losses.jsonl").read_text().splitlines()
 
+def losses() -> list[dict[str, float]]:
+    return [json.loads(line) for line in (FOLDER / "losses.jsonl").read_text().splitlines()]
+
+
+def test_every_term_trains_through_the_stage_and_resumes_to_the_same_bytes(every: Path) -> None:
     whole = trained(Run(None))
-    assert all(json.loads(whole[1][-1])[name] > 0 for name in weights)
-    shutil.rmtree(folder)
+    assert all(whole[1][-1][name] > 0 for name in load_settings().arm("all").weights)
+    shutil.rmtree(FOLDER)
     with pytest.raises(Interrupted):
         trained(StopsAt(2))
     (checkpoint,) = Path(".runs/distill").rglob("step-*")
     assert load_file(checkpoint / "model.safetensors")["method.term_modules.taid.t"] > 0.4
     assert trained(Run(None)) == whole
+
+
+def test_two_processes_that_checkpoint_and_accumulate_train_as_one(
+    every: Path, own_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under FSDP2."""
+    legible(every)
+    _, wanted = trained(Run(None))
+    shutil.rmtree(FOLDER)
+    write_params(every, "distill", {"gradient_checkpointing": True, "flex_attention": False, "micro_batch_size": 1})
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    launch(runtime(devices=2, accelerate="fsdp2"), "cpu", ["--arm", "all"], module="tests.distill.fsdp2_on_cpu")
+    for mine, theirs in zip(wanted, losses(), strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-7)  # 1 - cos is rounded at 1
+
+
+def test_through_adapters(every: Path) -> None:
+    _, exact = trained(Run(None))
+    shutil.rmtree(FOLDER)
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+    write_params(every, "distill", {"trainable": load_settings().distill.trainable.model_dump() | {"lora": lora}})
+    _, found = trained(Run(None))
+    assert found[0]["total"] == pytest.approx(exact[0]["total"]) and found[0]["grad_norm"] < exact[0]["grad_norm"]
+    assert found[-1]["total"] < found[0]["total"]

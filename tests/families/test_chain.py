@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from components.align_ti import terms
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.config.irs import IrsSettings
@@ -67,6 +69,30 @@ def trained(student: Loaded, teacher: Loaded, layer: int, route: str) -> list[fl
         losses.append(float(loss.detach()))
     assert (terms.counts > 0).all() and (terms.sums > 0).all()
     return losses
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_every_further_term_takes_a_step(family: str) -> None:
+    teacher, student = load(toy.folder(family, 1, 3), "cpu"), load(toy.folder(family, 2, 2), "cpu")
+    batch = toy.collator(student.model.config.model_type)(toy.SAMPLES)
+    weights = {name: 1.0 for name in terms.names() if name not in CORE}
+    shared = check_pair(teacher, student)
+
+    def step() -> None:
+        module = AlignTI(
+            VLM(student.model), FrozenTeacher(VLM(teacher.model), 1, False), Method(weights, shared_vocabulary=shared)
+        )
+        found = module(batch, [1, 2, 3])
+        values = dict(zip(module.method.terms, found.sums.tolist(), strict=True))
+        assert all(0 < values[name] < math.inf for name in weights), values
+        found.sums.sum().backward()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in module.parameters())
+
+    if VLM(student.model).head.cap is not None:
+        with pytest.raises(ValueError, match="no Gram matrix"):
+            step()
+        del weights["relation"]
+    step()
 
 
 def check(family: str) -> str:

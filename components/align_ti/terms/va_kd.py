@@ -22,14 +22,17 @@ from components.align_ti.terms import Needs, View, responses
 
 
 def blurred(batch: Batch) -> Batch:
-    """Raises ValueError for families whose images are not (images, 3, H, W): their patches say not where they lie."""
+    """The batch with its pixels (..., 3, H, W) shrunk and enlarged: images, or each of their tiles. Of a family that hands over
+    flat patches (N, 3 x pixels) each becomes its mean colour."""
     edited: dict[str, Any] = dict(vars(batch))
-    if batch.pixel_values is not None:
-        if batch.pixel_values.dim() != 4:
-            raise ValueError(f"va_kd blurs images (images, 3, H, W), and this family's are {tuple(batch.pixel_values.shape)}")
-        H, W = batch.pixel_values.shape[-2:]
-        small = F.interpolate(batch.pixel_values, (max(1, H // 10), max(1, W // 10)), mode="bilinear", antialias=True)
-        edited["pixel_values"] = F.interpolate(small, (H, W), mode="nearest")
+    pixels = batch.pixel_values
+    if pixels is not None and pixels.dim() == 2:
+        colours = pixels.unflatten(1, (3, -1))
+        edited["pixel_values"] = colours.mean(-1, keepdim=True).expand_as(colours).flatten(1)
+    elif pixels is not None:
+        (H, W), tiles = pixels.shape[-2:], pixels.flatten(0, -4)
+        small = F.interpolate(tiles, (max(1, H // 10), max(1, W // 10)), mode="bilinear", antialias=True)
+        edited["pixel_values"] = F.interpolate(small, (H, W), mode="nearest").view_as(pixels)
     if edited.get("teacher") is not None:  # which reads the image on another grid
         edited["teacher"] = blurred(edited["teacher"])
     return type(batch)(**edited)
