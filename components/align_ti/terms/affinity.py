@@ -1,6 +1,6 @@
-"""L_affinity: smooth L1 of both models' cosines between last hidden states of visual and text tokens. Units: images.
+"""L_affinity: smooth L1 of both models' cosines of last hidden states, visual x text tokens. Units: samples with an image.
 
-Text tokens are the sample's instruction and response; the mean is over an image's Nv x Nt cosines. Source: EM-KD, arXiv
+Text tokens are the sample's instruction and response; the mean is over a sample's Nv x Nt cosines. Source: EM-KD, arXiv
 2511.21106.
 """
 

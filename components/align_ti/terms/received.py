@@ -1,4 +1,4 @@
-"""L_received: 1 - cos of the attention that visual tokens receive in both models, mean over layers. Units: images.
+"""L_received: 1 - cos of the attention that visual tokens receive in both models, by layer. Units: samples with an image.
 
 From the image's own tokens, in middle layers, without sinks: CompoDistill, arXiv 2510.12184. From the instruction's, in the
 first layer: what Align-KD (arXiv 2412.01282) describes.

@@ -6,8 +6,8 @@ enlarged again. Source: VA-OPD, arXiv 2605.21924, here on the data's answers.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +24,17 @@ from components.align_ti.terms import Needs, View, responses
 def blurred(batch: Batch) -> Batch:
     """The batch with its pixels (..., 3, H, W) shrunk and enlarged: images, or each of their tiles. Of a family that hands over
     flat patches (N, 3 x pixels) each becomes its mean colour."""
-    edited: dict[str, Any] = dict(vars(batch))
-    pixels = batch.pixel_values
+    edited, pixels = copy(batch), batch.pixel_values
     if pixels is not None and pixels.dim() == 2:
         colours = pixels.unflatten(1, (3, -1))
-        edited["pixel_values"] = colours.mean(-1, keepdim=True).expand_as(colours).flatten(1)
+        vars(edited)["pixel_values"] = colours.mean(-1, keepdim=True).expand_as(colours).flatten(1)
     elif pixels is not None:
         (H, W), tiles = pixels.shape[-2:], pixels.flatten(0, -4)
         small = F.interpolate(tiles, (max(1, H // 10), max(1, W // 10)), mode="bilinear", antialias=True)
-        edited["pixel_values"] = F.interpolate(small, (H, W), mode="nearest").view_as(pixels)
-    if edited.get("teacher") is not None:  # which reads the image on another grid
-        edited["teacher"] = blurred(edited["teacher"])
-    return type(batch)(**edited)
+        vars(edited)["pixel_values"] = F.interpolate(small, (H, W), mode="nearest").view_as(pixels)
+    if getattr(batch, "teacher", None) is not None:  # which reads the image on another grid
+        vars(edited)["teacher"] = blurred(vars(edited)["teacher"])
+    return edited
 
 
 @dataclass(frozen=True)
