@@ -603,17 +603,20 @@ def runs() -> None:
 def try_model(
     student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder, or ORG/NAME[@REVISION] of the hub.")],
     question: str,
-    image: Annotated[Path, typer.Option(help="What the question is about: JPEG, PNG, WebP, GIF, BMP or TIFF.")],
+    image: Annotated[
+        list[Path], typer.Option(help="What the question is about: JPEG, PNG, WebP, GIF, BMP or TIFF. Again for another.")
+    ],
     vs: Annotated[str | None, typer.Option(help="Another model, to answer beside it.")] = None,
     look: Annotated[bool, typer.Option("--look", help="Write a picture of where each looked.")] = False,
     longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
 ) -> None:
-    """Ask a model a question about an image: its answer as it comes, with timings."""
+    """Ask a model a question about images, each where <image> stands in it or first: its answer as it comes, with timings."""
     from components.errors import InputError
 
     _check_models(student, vs)
-    if not image.is_file():
-        raise InputError(f"--image {image}: no such file")
+    for path in image:
+        if not path.is_file():
+            raise InputError(f"--image {path}: no such file")
     from components.config.load import load_settings
     from components.release.generate import run
 

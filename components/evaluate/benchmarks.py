@@ -181,7 +181,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         metric="choice_vlmeval", rule="the kit reads a letter from the answer", licence="MIT", address=None, md5=None,
         size_mb=None,
         open_points=(
-            "video: our students see one image, so eight frames need a model that takes several",
+            "video: frames of a video are not shown to students as images yet",
             "items, size, and the kit's prompt were not verified",
         ),
     ),
@@ -190,7 +190,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         prompt="{question}\n{options}", metric="choice_vlmeval", rule="the kit reads a letter from the answer", licence=None,
         address=None, md5=None, size_mb=None,
         open_points=(
-            "video: our students see one image, so eight frames need a model that takes several",
+            "video: frames of a video are not shown to students as images yet",
             "items: a card shows 2.7k rows; licence, size, and the kit's prompt were not verified",
         ),
     ),

@@ -25,7 +25,7 @@ from components.evaluate.metrics import OVERALL
 from components.evaluate.statistics import Interval
 from components.io import write_bytes, write_text
 from components.irs.overlays import curve
-from components.models.template import IMAGE
+from components.models.template import IMAGE, with_marks
 from components.records.compare import ArmResult, Comparison, Difference, TeacherResult
 from components.records.evaluate import Prediction
 from components.records.irs import LayerChoice
@@ -327,7 +327,7 @@ def _examples(comparison: Comparison, outcomes: Outcomes, indices: list[int]) ->
             Example(
                 images=[data_uri(thumbnail(image, EXAMPLE_PX)) for image in shown],
                 kind=sample.kind,
-                question=sample.question.replace(IMAGE, "").strip(),
+                question=with_marks(sample.question),
                 reference=sample.reference,
                 answers=[(row, outcomes.predictions[row][index]) for row in (TEACHER_ARM, *comparison.order)],
             )

@@ -27,7 +27,7 @@ from components.io import write_text
 from components.models.attention import Look, watching
 from components.models.collate import Collator
 from components.models.load import Loaded
-from components.models.template import IMAGE, Template
+from components.models.template import IMAGE, Template, with_marks
 from components.models.vlm import VLM
 from components.records.compare import Comparison
 from components.records.evaluate import Prediction
@@ -69,7 +69,7 @@ def write(
             "id": p.id,
             "images": [place[image] for image in shown[p.id]],
             "kind": kinds.index(p.kind),
-            "question": p.question.replace(IMAGE, "").strip(),
+            "question": with_marks(p.question),
             "reference": p.reference,
             "answers": [predictions[name][index].answer for name in who],
             "right": [int(predictions[name][index].correct) for name in who],

@@ -134,21 +134,21 @@ def _outline(axes: Axes, region: NDArray[np.float64] | None) -> None:
             axes.contour(across, down, np.pad(region, 1), levels=[0.5], colors=[colour], linewidths=width)
 
 
-def heatmaps(image: NDArray[np.uint8], heats: Sequence[Heat], label: str, theme: Theme) -> Figure:
-    """The image (H, W, 3), and once per heat with that laid over it, on one scale."""
-    most = max(float(heat.grid.max()) for heat in heats)
-    figure = Figure(figsize=(2.9 * (1 + len(heats)) + 0.5, 3.35))
-    panels = figure.subplots(1, 1 + len(heats))
-    panels[0].imshow(image, interpolation="nearest")
-    panels[0].set_title("the image", color=theme.muted, fontweight="normal")
-    grey = _grey(image)
-    for axes, heat in zip(panels[1:], heats, strict=True):
-        drawn = _heat(axes, grey, heat.grid, most)
-        axes.set_title("\n".join(textwrap.wrap(heat.above, 34)))
-        axes.set_xlabel(textwrap.shorten(heat.below, 45, placeholder=" …"))
-    for axes in panels:
-        _bare(axes)
-    figure.colorbar(drawn, ax=panels, shrink=0.75, aspect=28, label=label)
+def heatmaps(images: Sequence[NDArray[np.uint8]], heats: Sequence[Sequence[Heat]], label: str, theme: Theme) -> Figure:
+    """In a row each image (H, W, 3), and once per heat of it with that laid over it, all on one scale."""
+    most = max(float(heat.grid.max()) for of_image in heats for heat in of_image)
+    figure = Figure(figsize=(2.9 * (1 + len(heats[0])) + 0.5, 3.35 * len(images)))
+    table = figure.subplots(len(images), 1 + len(heats[0]), squeeze=False)
+    for row, image, of_image in zip(table, images, heats, strict=True):
+        row[0].imshow(image, interpolation="nearest")
+        row[0].set_title("the image", color=theme.muted, fontweight="normal")
+        for axes, heat in zip(row[1:], of_image, strict=True):
+            drawn = _heat(axes, _grey(image), heat.grid, most)
+            axes.set_title("\n".join(textwrap.wrap(heat.above, 34)))
+            axes.set_xlabel(textwrap.shorten(heat.below, 45, placeholder=" …"))
+        for axes in row:
+            _bare(axes)
+    figure.colorbar(drawn, ax=table, shrink=0.75 / len(images), aspect=28, label=label)
     return figure
 
 

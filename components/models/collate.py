@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Batch:
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # further image inputs of the family: sizes, grids, masks
     teacher: Batch | None = None  # the same samples as the teacher reads them, where it sees images on another grid
 
-    @cached_property
+    @property
     def visual(self) -> Tensor:
         """(B, T) bool: the images' tokens."""
         return self.pictures > 0

@@ -324,6 +324,13 @@ def pieces(question: str) -> list[str | None]:
     return found if any(found) else [*found, ""]
 
 
+def with_marks(question: str) -> str:
+    """The question as text: without the images that open it; where others stand among its words, IMAGE marks all."""
+    found = pieces(question)
+    words = [IMAGE if piece is None else piece for piece in found]
+    return "".join(words if None in found[found.index(next(filter(None, found), "")) :] else filter(None, found)).strip()
+
+
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Those with a name (EOS, ...) and those without, such as the marks of a turn."""
     marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)

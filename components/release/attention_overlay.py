@@ -17,7 +17,7 @@ from components.io import write_bytes
 from components.irs.overlays import Heat, heatmaps
 from components.irs.regions import seen_by
 from components.models.attention import Look, watching
-from components.models.collate import Batch, decode
+from components.models.collate import Batch, decoded
 from components.models.families import family_of
 from components.models.load import Loaded
 from components.models.vlm import VLM
@@ -31,30 +31,32 @@ FOLDER = REPORTS / "try"
 
 @dataclass(frozen=True)
 class Seen:
-    """One model's panel, and the image under it."""
+    """One model's panel for each image, and the images under them."""
 
-    heat: Heat
+    heats: list[Heat]
     how: str
-    image: NDArray[np.uint8]  # (H, W, 3)
+    images: list[NDArray[np.uint8]]  # (H, W, 3)
 
 
 @torch.inference_mode()
 def look(named: Named, loaded: Loaded, batch: Batch, sample: Sample, answer: str) -> Seen:
-    """The attention from the question's tokens to the image's, mean over heads, of one layer, or of all where none is known.
+    """The attention from the question's tokens after an image to its own, mean over heads, of one layer, or of all where none
+    is known.
 
     Raises InputError if it is not known where the visual tokens lie in the image.
     """
     layers: int = loaded.model.config.get_text_config().num_hidden_layers
     layer, how = layer_of(named, layers)
     view = VLM(loaded.model)
-    with watching(
-        loaded.model, list(range(layers)) if layer is None else [layer], Look.at(batch.instruction, batch.pictures)
-    ) as eyes:
+    eyes = Look.at(batch.instruction, batch.pictures)
+    with watching(loaded.model, list(range(layers)) if layer is None else [layer], eyes):
         view.plain(batch, view.features(batch), keep=False)
     attention = torch.stack([seen[0] for seen in eyes.seen.values()]).mean(0).float().cpu().numpy()
-    grid = placed(loaded, batch, attention)
+    numbers = eyes.pictures[0].cpu().numpy()
+    grids = [placed(loaded, batch, attention[numbers == number + 1], number) for number in range(len(sample.images))]
     title = f"{named.name}, {'all layers' if layer is None else f'layer {layer}'}"
-    return Seen(Heat(title, answer or "(nothing)", (grid / grid.mean()).astype(np.float32)), how, _image(loaded, sample))
+    heats = [Heat(title, answer or "(nothing)", (grid / grid.mean()).astype(np.float32)) for grid in grids]
+    return Seen(heats, how, _images(loaded, sample))
 
 
 def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
@@ -69,11 +71,11 @@ def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
     return round(depth * (layers - 1)), f"{same}, which the layer search chose"
 
 
-def placed(loaded: Loaded, batch: Batch, attention: NDArray[Any]) -> NDArray[Any]:
-    """(Nv,) -> (rows, columns) over the whole image. Raises InputError if it is not known where the tokens lie."""
+def placed(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: int = 0) -> NDArray[Any]:
+    """(Nv,) -> (rows, columns) over the whole image of that number. Raises InputError if it is not known where tokens lie."""
     if (grid := batch.image_inputs.get("image_grid_thw")) is not None:
         merged = loaded.processor.image_processor.merge_size
-        return attention.reshape(int(grid[0, 1]) // merged, int(grid[0, 2]) // merged)
+        return attention.reshape(int(grid[number, 1]) // merged, int(grid[number, 2]) // merged)
     whole, count = family_of(loaded.model.config).whole, len(attention)
     if whole is not None:
         processor = loaded.processor
@@ -93,14 +95,15 @@ def _patches(loaded: Loaded) -> int:
     return int(vision.image_size // vision.patch_size) ** 2
 
 
-def _image(loaded: Loaded, sample: Sample) -> NDArray[np.uint8]:
-    """The part of the image that visual tokens cover."""
-    image = decode(sample)
-    return seen_by(loaded.processor, image) if family_of(loaded.model.config).crops else np.asarray(image)
+def _images(loaded: Loaded, sample: Sample) -> list[NDArray[np.uint8]]:
+    """The part of each image that visual tokens cover."""
+    crops = family_of(loaded.model.config).crops
+    return [seen_by(loaded.processor, image) if crops else np.asarray(image) for image in decoded(sample)]
 
 
 def draw_looks(name: str, looks: list[Seen]) -> Path:
-    """The models' panels beside the image as the first of them sees it. Returns the PNG's path, which `name` decides."""
+    """The models' panels beside each image as the first of them sees it. Returns the PNG's path, which `name` decides."""
     path = FOLDER / f"{name}.png"
-    write_bytes(path, draw(heatmaps, looks[0].image, [seen.heat for seen in looks], "attention / equal share"))
+    of_image = [[seen.heats[number] for seen in looks] for number in range(len(looks[0].images))]
+    write_bytes(path, draw(heatmaps, looks[0].images, of_image, "attention / equal share"))
     return path

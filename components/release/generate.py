@@ -1,10 +1,10 @@
-"""`alignti try`: streamed answer of one model, or of two side by side, to a question about an image."""
+"""`alignti try`: streamed answer of one model, or of two side by side, to a question about images."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class _Stream(TextStreamer):
         self._changed()
 
 
-def run(names: list[str], image: Path, question: str, settings: Settings, longest: int, overlay: bool) -> None:
+def run(names: list[str], images: Sequence[Path], question: str, settings: Settings, longest: int, overlay: bool) -> None:
     """Print the answers of the models called `names`, and where they looked if `overlay` asks for that.
 
     Args:
@@ -82,7 +82,7 @@ def run(names: list[str], image: Path, question: str, settings: Settings, longes
         ModelError, DataError: a model that cannot be opened; a question that does not fit the template or the model.
         TryAgainError: a model of the hub that does not come.
     """
-    sample = sample_of(image, question, settings.data.limits)
+    sample = sample_of(images, question, settings.data.limits)
     device = prepare_torch(settings.runtime, seed=0)
     answers = [Answer(find(name, settings)) for name in names]
     console = Console()
@@ -106,22 +106,28 @@ def run(names: list[str], image: Path, question: str, settings: Settings, longes
     if not console.is_terminal:
         console.print()  # which Live leaves to us
     if overlay:
-        path = draw_looks("-".join([image.stem, *(re.sub(r"[^\w.]+", "_", answer.named.name) for answer in answers)]), looks)
+        stems, models = (image.stem for image in images), (re.sub(r"[^\w.]+", "_", answer.named.name) for answer in answers)
+        path = draw_looks("-".join([*stems, *models]), looks)
         for seen in looks:
-            console.print(Text(f"{seen.heat.above}: {seen.how}"))
+            console.print(Text(f"{seen.heats[0].above}: {seen.how}"))
         console.print(Text(f"-> {path}"), soft_wrap=True)
 
 
-def sample_of(image: Path, question: str, limits: DataLimits) -> Sample:
-    """The question about the image as `prepare` would store it. Raises InputError."""
-    asked = question.replace(IMAGE, "").strip()
+def sample_of(images: Sequence[Path], question: str, limits: DataLimits) -> Sample:
+    """The question about the images as `prepare` would store it. Raises InputError."""
+    asked, marks = question.replace(IMAGE, "").strip(), question.count(IMAGE)
     if not asked:
         raise InputError('the question is empty: alignti try MODEL --image X "What is on the table?"')
+    if len(images) > 1 and marks not in (0, len(images)):
+        raise InputError(f"the question shows {marks} {IMAGE}, and there are {len(images)} --image")
+    if len(images) == 1 or not marks:
+        question = f"{IMAGE}\n" * len(images) + asked
     try:
-        picture = load_image(image, limits)
+        first, *more = (load_image(image, limits).content for image in images)
     except Refusal as refusal:
         raise InputError(f"--image: {refusal.detail}") from None
-    return Sample("your question", str(image), "instruction", picture.content, (Turn(f"{IMAGE}\n{asked}", ""),))
+    name = " + ".join(map(str, images))
+    return Sample("your question", name, "instruction", first, (Turn(question, ""),), tuple(more))
 
 
 def read(loaded: Loaded, named: Named, sample: Sample, settings: Settings) -> tuple[Batch, int]:

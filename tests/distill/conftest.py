@@ -83,9 +83,12 @@ def write_params(root: Path, file: str, values: dict[str, Any]) -> None:
 
 
 def _row(i: int) -> ImageRow:
+    """The last two show a second image in a second turn."""
+    more = (png(i + 20, IMAGE_PX),) * (i > 5)
+    later = (Turn("list the <image> red.", "two"),) * len(more)
     samples = [
-        (f"{i}-caption", "caption", (Turn("<image>\ndescribe the grid.", "red one"),)),
-        (f"{i}-digit", "digit_at", (Turn("<image>\nwhat digit is at a1?", WORDS[i % 3]),)),
-        (f"{i}-list", "list", (Turn("<image>\nlist the red.", " ".join(WORDS[: 1 + i % 3])),)),
+        (f"{i}-caption", "caption", (Turn("<image>\ndescribe the grid.", "red one"), *later)),
+        (f"{i}-digit", "digit_at", (Turn("<image>\nwhat digit is at a1?", WORDS[i % 3]), *later)),
+        (f"{i}-list", "list", (Turn("<image>\nlist the red.", " ".join(WORDS[: 1 + i % 3])), *later)),
     ]
-    return ImageRow(f"image-{i}", png(i, IMAGE_PX), tuple(samples))
+    return ImageRow(f"image-{i}", png(i, IMAGE_PX), tuple(samples), more)

@@ -28,14 +28,14 @@ def asked(settings: Settings, name: str = "align_ti", longest: int = 6) -> tuple
     """The answer, and its text at each change."""
     answer, said = Answer(find(name, settings)), []
     loaded = load(answer.named.path, "cpu")
-    batch, eos = read(loaded, answer.named, sample_of(Path("cat.png"), QUESTION, settings.data.limits), settings)
+    batch, eos = read(loaded, answer.named, sample_of([Path("cat.png")], QUESTION, settings.data.limits), settings)
     respond(loaded, batch, eos, longest, answer, lambda: said.append(answer.text))
     return answer, said
 
 
 def test_the_answer_is_that_of_evaluation_and_comes_in_pieces(project: Path, settings: Settings) -> None:
     answer, said = asked(settings)
-    sample = sample_of(Path("cat.png"), QUESTION, settings.data.limits)
+    sample = sample_of([Path("cat.png")], QUESTION, settings.data.limits)
     loaded = load(Path("artifacts/students/align_ti/model"), "cpu")
     evaluate = settings.evaluate.model_copy(update={"max_new_tokens": 6})
     (expected,) = answers(loaded, [sample], [0], Template.asked(settings.models.template), 200, evaluate, "")
@@ -60,7 +60,7 @@ def test_an_exported_students_own_template_reads_as_the_one_it_was_trained_with(
 def test_two_models_answer_side_by_side_and_show_where_they_looked(
     project: Path, settings: Settings, capsys: pytest.CaptureFixture
 ) -> None:
-    run(["align_ti", "teacher"], Path("cat.png"), QUESTION, settings, longest=3, overlay=True)
+    run(["align_ti", "teacher"], [Path("cat.png")], QUESTION, settings, longest=3, overlay=True)
     out = capsys.readouterr().out
     assert "align_ti" in out and "teacher" in out and out.count("first token after") == 2
     assert "align_ti, layer 0: as deep in its 2 layers as layer 1 lies in the teacher's 3" in " ".join(out.split())
@@ -69,6 +69,22 @@ def test_two_models_answer_side_by_side_and_show_where_they_looked(
     assert str(path) in out
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[1] > 2 * pixels.shape[0] and pixels.std() > 20
+
+
+def test_each_of_several_images_has_its_place_in_the_question_and_its_row_of_panels(
+    project: Path, settings: Settings, capsys: pytest.CaptureFixture
+) -> None:
+    Path("dog.png").write_bytes(toy.png(20, 40, 5))
+    pair, limits = [Path("cat.png"), Path("dog.png")], settings.data.limits
+    assert sample_of(pair, QUESTION, limits).turns[0].question == f"<image>\n<image>\n{QUESTION}"
+    assert sample_of(pair, "is <image> red ? <image>", limits).turns[0].question == "is <image> red ? <image>"
+    with pytest.raises(InputError, match="shows 1 <image>, and there are 2 --image"):
+        sample_of(pair, "is <image> red ?", limits)
+    run(["align_ti", "teacher"], pair, "is <image> red ? <image>", settings, longest=3, overlay=True)
+    path = Path("reports/try/cat-dog-align_ti-teacher.png")
+    assert str(path) in capsys.readouterr().out.replace("\n", "")
+    one, two = np.array_split(np.asarray(Image.open(path).convert("L")), 2)
+    assert one.std() > 20 and two.std() > 20
 
 
 def test_where_no_search_was_made_all_layers_are_shown(project: Path) -> None:
@@ -95,8 +111,9 @@ def test_attention_is_laid_out_over_the_whole_image(family: str, monkeypatch: py
         assert rows == columns and rows * columns == count
     answer = "red"
     seen = look(Named(family, Path(), None), loaded, replace(batch, ids=["x"]), sample, answer)
-    assert seen.heat.grid.shape == grid.shape and seen.heat.grid.mean() == pytest.approx(1)
-    assert seen.heat.below == answer and seen.heat.above == f"{family}, all layers"
+    (heat,) = seen.heats
+    assert heat.grid.shape == grid.shape and heat.grid.mean() == pytest.approx(1)
+    assert heat.below == answer and heat.above == f"{family}, all layers"
 
 
 def test_tokens_that_are_no_square_are_refused() -> None:
@@ -120,5 +137,5 @@ def test_what_cannot_be_asked_is_refused(
     Path("notes.txt").write_text("no picture")
     Path("half.png").write_bytes(toy.png(40, 20)[:-300])
     with pytest.raises(kind) as refusal:
-        run(["align_ti"], Path(image), question, settings, longest=2, overlay=False)
+        run(["align_ti"], [Path(image)], question, settings, longest=2, overlay=False)
     assert message in str(refusal.value) and refusal.value.exit_code == 2

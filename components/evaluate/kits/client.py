@@ -28,10 +28,13 @@ class Refused(Exception):
     """The server is there and does not answer this request; the message is the server's."""
 
 
-def ask(endpoint: Endpoint, question: str, images: Sequence[bytes], max_new_tokens: int, timeout_s: float = 600) -> str:
-    """The greedy answer, stripped. Raises Refused for an HTTP error or an answer of another shape, OSError for no server."""
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-    content.append({"type": "text", "text": question})
+def ask(endpoint: Endpoint, parts: Sequence[str | bytes], max_new_tokens: int, timeout_s: float = 600) -> str:
+    """The greedy answer, stripped, to words and images in their order. Raises Refused for an HTTP error or an answer of another
+    shape, OSError for no server."""
+    content: list[dict[str, Any]] = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": data_url(part)}}
+        for part in parts
+    ]
     messages: list[dict[str, Any]] = [{"role": "system", "content": endpoint.system}] if endpoint.system else []
     messages.append({"role": "user", "content": content})
     body = {"model": endpoint.model, "messages": messages, "temperature": 0, "max_tokens": max_new_tokens}

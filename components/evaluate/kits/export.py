@@ -21,7 +21,7 @@ import numpy as np
 
 from components.dataset.shards import Sample
 from components.evaluate.metrics import normalise
-from components.models.template import question_of
+from components.models.template import IMAGE, with_marks
 
 Form = Literal["mcq", "yes_no", "vqa"]
 LETTERS = string.ascii_uppercase
@@ -43,13 +43,14 @@ def sets(samples: Sequence[Sample], rows: Sequence[int]) -> tuple[list[KitSet], 
     """The sets that there are questions for, and the rows without an image, which an image kit does not ask.
 
     A kind is yes/no if all its references are; multiple choice if its references are 2 to 26 texts of one line, none of which
-    is in another (the kit takes for chosen the only option that an answer contains, to the letter); open otherwise.
+    is in another (the kit takes for chosen the only option that an answer contains, to the letter), and no image stands among
+    the words of a question; open otherwise.
     """
     kinds: dict[str, list[int]] = defaultdict(list)
     textual = []
     for row in rows:
         sample = samples[row]
-        if sample.image is None:
+        if not sample.upto(1).images:
             textual.append(row)
         else:
             kinds[sample.kind].append(row)
@@ -70,7 +71,10 @@ def _form(samples: Sequence[Sample]) -> Form:
         return "yes_no"
     if not 2 <= len(references) <= len(LETTERS) or any(len(s.turns[0].answer.split("\n")) > 1 for s in samples):
         return "vqa"
-    return "vqa" if any(a in b for a in references for b in references if a != b) else "mcq"
+    among_words = any(
+        IMAGE in with_marks(sample.turns[0].question) for sample in samples
+    )  # the kit's own wording keeps no place
+    return "vqa" if among_words or any(a in b for a in references for b in references if a != b) else "mcq"
 
 
 def write(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int, turned: bool = False) -> Path:
@@ -113,9 +117,9 @@ def _choice(index: int, sample: Sample, offered: Sequence[str]) -> dict[str, obj
 
 
 def _row(index: int, sample: Sample) -> dict[str, object]:
-    assert sample.image is not None
-    image = base64.b64encode(sample.image).decode()
-    return {"index": index, "image": image, "question": question_of(sample.turns[0]), "category": sample.kind}
+    images = [base64.b64encode(image).decode() for image in sample.upto(1).images]
+    image = images[0] if len(images) == 1 else repr(images)  # the kit reads a list so
+    return {"index": index, "image": image, "question": with_marks(sample.turns[0].question), "category": sample.kind}
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -15,7 +15,7 @@ from components.evaluate.generate import questions as scored
 from components.evaluate.metrics import normalise
 from components.models.collate import decoded
 from components.models.load import load_processor
-from components.models.template import Template, question_of
+from components.models.template import IMAGE, Template, pieces, question_of
 from components.records.paths import DATASET, ROWS
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def questions(**_: Any) -> dict[str, Dataset]:
     samples = split()
     asked = ((row, samples[row]) for row in scored(samples))
     return _documents(
-        {"row": row, "id": s.id, "question": question_of(s.turns[0]), "answer": s.turns[0].answer}
+        {"row": row, "id": s.id, "question": _shown(s.turns[0]), "answer": s.turns[0].answer}
         for row, s in asked
-        if s.image is not None
+        if s.upto(1).images
     )
 
 
@@ -90,6 +90,11 @@ def manners(**_: Any) -> dict[str, Dataset]:
             }
         )
     return _documents(documents)
+
+
+def _shown(turn: Turn) -> str:
+    """The kit puts an image where IMAGE stands."""
+    return "".join(IMAGE if piece is None else piece for piece in pieces(turn.question))
 
 
 def _documents(found: Iterable[dict[str, Any]]) -> dict[str, Dataset]:

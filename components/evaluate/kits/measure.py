@@ -90,7 +90,7 @@ def is_current(bench: Bench, found: KitScores) -> bool:
     """Whether measuring again would give the same: nothing that a score depends on has changed, and no question was refused."""
     if found.kit == "own" or found.failed:
         return False  # own: read from its stage's scores in no time
-    asked = [row for row in bench.rows if bench.samples[row].image is not None]
+    asked = [row for row in bench.rows if bench.samples[row].upto(1).images]
     return found.fingerprint == _fingerprint(bench, folder_of(found.arm), asked, found.kit)
 
 

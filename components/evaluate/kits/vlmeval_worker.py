@@ -142,7 +142,7 @@ def _benchmark(name: str, light: bool, md5: dict[str, str]) -> Any:
         more = "; the full one has more: `make vlmeval-env`" if light else ""
         _refuse(f"this VLMEvalKit has no benchmark {name!r} of questions about images{more}")
     if found.MODALITY != "IMAGE":
-        _refuse(f"{name} asks about {found.MODALITY.lower()}s, and students see one image")
+        _refuse(f"{name} asks about {found.MODALITY.lower()}s, and students see images")
     if name in md5:
         if found.DATASET_MD5.get(name) == md5[name]:
             del md5[name]
@@ -178,25 +178,35 @@ def _student(job: dict[str, Any]) -> Any:
             return bool(job["plain"])
 
         def build_prompt(self, line: Any, dataset: str) -> list[dict[str, str]]:
-            """The image as it is in our file: the kit's own `dump_image` would decode it and write it anew."""
-            path = Path(LMUDataRoot()) / "images" / dataset / f"{line['index']}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(base64.b64decode(line["image"]))
-            return [{"type": "image", "value": str(path)}, {"type": "text", "value": str(line["question"])}]
+            """Images as they are in our file (the kit's own `dump_image` would decode and write them anew), each where <image>
+            stands in the question, or first."""
+            held = line["image"] if isinstance(line["image"], list) else [line["image"]]
+            shown = []
+            for number, image in enumerate(held):
+                path = Path(LMUDataRoot()) / "images" / dataset / f"{line['index']}{f'_{number}' * (len(held) > 1)}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(image))
+                shown.append({"type": "image", "value": str(path)})
+            words = [{"type": "text", "value": text} for text in str(line["question"]).split("<image>")]
+            if len(words) != len(shown) + 1:
+                return [*shown, {"type": "text", "value": str(line["question"])}]
+            both = [part for pair in zip(words, [*shown, words[-1]], strict=True) for part in pair][:-1]
+            return [part for part in both if part["value"]]
 
         def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
             if self.gone:
                 raise self.gone  # the rest of the questions need not find out one by one
             paths = [part["value"] for part in message if part["type"] == "image"]
-            question = "\n".join(part["value"] for part in message if part["type"] == "text")
-            images = [Path(path).read_bytes() for path in paths]
+            parts = [Path(part["value"]).read_bytes() if part["type"] == "image" else part["value"] for part in message]
+            if len(paths) < 2:  # all words after the image
+                parts = [*(Path(path).read_bytes() for path in paths), "\n".join(p for p in parts if isinstance(p, str))]
             if job["blank"]:
-                images = [blank(image) for image in images]
-            named = f"{dataset}/{Path(paths[0]).stem}" if paths else question  # the kit names an image after its row
-            key = hashlib.sha256(b"\0".join([question.encode(), *images])).hexdigest()
+                parts = [blank(part) if isinstance(part, bytes) else part for part in parts]
+            named = f"{dataset}/{Path(paths[0]).stem}" if paths else str(parts)  # the kit names an image after its row
+            key = hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)).hexdigest()
             if key not in journal.known:
                 try:
-                    journal.add({key: ask(endpoint, question, images, job["max_new_tokens"])})
+                    journal.add({key: ask(endpoint, parts, job["max_new_tokens"])})
                 except Refused as error:  # counted, and asked again by the next run
                     self.failed[named] = str(error)
                     return NOTHING

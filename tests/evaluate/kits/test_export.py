@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,19 @@ def test_the_files_hold_what_the_kit_reads(tmp_path: Path) -> None:
     ]
     assert rows[0]["question"] == "What, 0?" and base64.b64decode(rows[0]["image"]) == found[0].image
     assert vlmeval.checked(path) == ("mcq", 4)
+
+
+def test_several_images_are_a_list_and_those_among_words_keep_their_marks(tmp_path: Path) -> None:
+    one, other = sample(0, "compare", "same"), sample(1, "compare", "other")
+    opened = replace(one, turns=(Turn("<image><image>\nAlike?", "same"),), more=(other.image,))
+    among = replace(other, turns=(Turn("Is <image> like <image>?", "other"),), more=(one.image,))
+    for samples, form, question in (([opened, other], "mcq", "Alike?"), ([among, opened], "vqa", "Is <image> like <image>?")):
+        (kit_set,) = export.sets(samples, range(2))[0]
+        path = export.write(kit_set, samples, tmp_path / "set.tsv", seed=1)
+        first = next(vlmeval.table(path))
+        images = [base64.b64decode(image) for image in ast.literal_eval(first["image"])]
+        assert (kit_set.form, first["question"], images) == (form, question, list(samples[0].images))
+        assert vlmeval.checked(path) == (form, 2)
 
 
 def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_path: Path) -> None:

@@ -57,13 +57,13 @@ def test_what_is_missing_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
 def test_a_model_that_says_nothing_a_busy_server_and_none_at_all(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not for loopback
     scripted.answer = lambda question: (200, None)
-    assert ask(scripted.endpoint, "q", [], 2) == "" and not scripted.systems  # a model that says nothing
-    ask(scripted.endpoint._replace(system="Be brief."), "q", [], 2)
+    assert ask(scripted.endpoint, ["q"], 2) == "" and not scripted.systems  # a model that says nothing
+    ask(scripted.endpoint._replace(system="Be brief."), ["q"], 2)
     assert scripted.systems == ["Be brief."]
     scripted.answer = lambda question: (503, "busy")
     with pytest.raises(Refused, match="HTTP 503"):
-        ask(scripted.endpoint, "q", [], 2)
+        ask(scripted.endpoint, ["q"], 2)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         with pytest.raises(OSError):
-            ask(Endpoint(f"http://127.0.0.1:{nobody.getsockname()[1]}", "m"), "q", [], 2, timeout_s=2)
+            ask(Endpoint(f"http://127.0.0.1:{nobody.getsockname()[1]}", "m"), ["q"], 2, timeout_s=2)

@@ -52,7 +52,7 @@ def test_the_served_student_says_what_direct_generation_says_token_for_token(
     monkeypatch.setattr(loaded.model, "generate", recorded)
     expected = answers(loaded, samples, rows, Template(""), 64, settings, "tests")
     before = len(served_tokens.read_text().splitlines()) if served_tokens.exists() else 0
-    assert [ask(endpoint, question_of(s.turns[0]), [s.image or b""], 6) for s in (samples[row] for row in rows)] == expected
+    assert [ask(endpoint, [s.image or b"", question_of(s.turns[0])], 6) for s in (samples[row] for row in rows)] == expected
     served = [json.loads(line) for line in served_tokens.read_text().splitlines()[before:]]
     assert len(served) == len(rows) and sorted(served) == sorted(direct)
     assert len(set(expected)) > 6
@@ -63,8 +63,8 @@ def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answ
     endpoint: Endpoint, samples: Samples
 ) -> None:
     with pytest.raises(Refused, match="HTTP 500"):
-        ask(endpoint, "List all.", [b"no image"], 2)
-    assert ask(endpoint, "List all.", [samples[0].image or b""], 2)
+        ask(endpoint, [b"no image", "List all."], 2)
+    assert ask(endpoint, [samples[0].image or b"", "List all."], 2)
 
 
 @needs_server
