@@ -81,8 +81,8 @@ def main() -> None:
         model = (
             asked.model if asked.size == "digits" else random_student(SIZES[asked.size], asked.model, Path(scratch) / "model")
         )
-        taken, device = spent_by_way(model, asked.samples, asked.rounds, Path(scratch))
-    print(table.report(figures(asked.size, taken, asked.samples, asked.rounds, device), asked.json))
+        result = run(asked.size, model, asked.samples, asked.rounds, Path(scratch))
+    print(table.report(result, asked.json))
 
 
 def random_student(size: Size, like: Path, folder: Path) -> Path:
@@ -100,7 +100,7 @@ def random_student(size: Size, like: Path, folder: Path) -> Path:
     return folder
 
 
-def spent_by_way(model: Path, amount: int, rounds: int, scratch: Path) -> tuple[dict[str, list[Spent]], torch.device]:
+def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, Any]:
     settings = load_settings()
     device = prepare_torch(settings.runtime, seed=0)
     samples = Samples(DATASET, settings.evaluate.split)
@@ -145,10 +145,10 @@ def spent_by_way(model: Path, amount: int, rounds: int, scratch: Path) -> tuple[
                 before = now()
                 run()
                 taken[way].append(now().since(before))
-    return taken, device
+    return measure.result("evaluate", size, f"{len(rows)} questions of the split", device) | figures(taken, len(rows))
 
 
-def figures(size: str, taken: dict[str, list[Spent]], amount: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def figures(taken: dict[str, list[Spent]], amount: int) -> dict[str, Any]:
     """Medians over rounds, and the ratios that docs/performance.md speaks of."""
 
     def median(way: str, of: Callable[[Spent], float]) -> float:
@@ -161,10 +161,8 @@ def figures(size: str, taken: dict[str, list[Spent]], amount: int, rounds: int, 
     client = max(0.0, median("vlmeval", lambda s: s.kit_cpu) - once)  # of a few questions less than what two starts differ by
     arms = {way: {"seconds": found, "samples_per_second": amount / found} for way, found in cpu.items()}
     parts = {"generation": generating, "server beside it": server, "kit, per question": client, "kit, once": once}
-    about = f"{amount} questions; over VLMEvalKit a question's generation takes {1000 * generating / amount:.0f} ms"
     return {
-        **measure.result("evaluate", size, about, device),
-        "repeats": rounds,
+        "repeats": len(taken["vlmeval"]),
         "ratios": {
             "batched_vs_one_by_one": cpu["one by one"] / cpu["batched"],
             "bridge_overhead": (server + client) / generating,
