@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 KIT = "alignti"
 JUDGE = "exact match of the normalised answer"
-CODE = [
-    Path(__file__).with_name(name) for name in ("generate.py", "likelihood.py", "metrics.py")
-]  # modules that make the stage's scores
+# Modules that make the stage's scores.
+CODE = [Path(__file__).with_name(name) for name in ("generate.py", "likelihood.py", "metrics.py")]
 
 
 def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings) -> Fingerprint:

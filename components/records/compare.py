@@ -21,9 +21,8 @@ class Difference(Record):
     p_value: float
     p_holm: float
     p_mcnemar: float | None = None  # exact, over the yes/no questions alone; None if there are none
-    differs: list[str] = Field(
-        default_factory=list
-    )  # fields in which their fingerprints differ: then the difference is not of the arms alone
+    # Fields in which their fingerprints differ: then the difference is not of the arms alone.
+    differs: list[str] = Field(default_factory=list)
 
     @property
     def larger_than_noise(self) -> bool:
@@ -66,9 +65,8 @@ class TeacherResult(Record):
     per_kind_ci95: dict[str, tuple[float, float]]
     yes_no: dict[str, YesNo]
     measures: dict[str, Estimate]  # token F1, nats and KL per token (components/evaluate/measures.py)
-    differs: list[str] = Field(
-        default_factory=list
-    )  # in how it was measured, from the teacher; then it compares with nothing here
+    # What differs in how it was measured from how the teacher was; then it compares with nothing here.
+    differs: list[str] = Field(default_factory=list)
 
 
 class ArmResult(TeacherResult):

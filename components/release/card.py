@@ -19,14 +19,8 @@ from components.report import markdown as md
 from components.tracking import history, provenance
 from components.tracking.system_metrics import CPU_WH, GPU_WH
 
-BEFORE = (
-    "prepare",
-    "obtain_models",
-    "check_rows",
-    "select_teacher",
-    "search_layer",
-    "cache_teacher",
-)  # inputs of `distill@ARM`
+# Inputs of `distill@ARM`.
+BEFORE = ("prepare", "obtain_models", "check_rows", "select_teacher", "search_layer", "cache_teacher")
 
 
 def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
@@ -59,19 +53,11 @@ def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
         return "## Scores\n\nNot measured.\n", {}, [f"scores: {file} has no arm {arm}; `dvc repro` measures it"]
     over = f" over {len(result.runs)} seeds" if len(result.runs) > 1 else ""
     percent = round(100 * comparison.confidence)
-    both = (result, teacher)
-    rows = [
-        [
-            "**all**",
-            f"{comparison.n:,}",
-            f"**{_with(result.exact_match, result.ci95)}**",
-            _with(teacher.exact_match, teacher.ci95),
-        ],
-        *(
-            [kind, f"{count:,}", *(_with(each.per_kind[kind], each.per_kind_ci95[kind]) for each in both)]
-            for kind, count in comparison.kinds.items()
-        ),
-    ]
+    whole = [_with(each.exact_match, each.ci95) for each in (result, teacher)]
+    rows = [["**all**", f"{comparison.n:,}", f"**{whole[0]}**", whole[1]]]
+    for kind, count in comparison.kinds.items():
+        shares = (_with(each.per_kind[kind], each.per_kind_ci95[kind]) for each in (result, teacher))
+        rows.append([kind, f"{count:,}", *shares])
     text = "\n".join(
         [
             "## Scores\n",
