@@ -1,4 +1,4 @@
-"""How fast students are evaluated, and what the bridge to VLMEvalKit costs.
+"""Evaluation speed, and the overhead of the bridge to VLMEvalKit.
 
     python -m benchmarks.evaluate artifacts/students/align_ti/model --json benchmarks/results/evaluate-digits.json
     python -m benchmarks.evaluate artifacts/students/align_ti/model --size small --samples 16 --json ...

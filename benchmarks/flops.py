@@ -14,7 +14,7 @@ TERMS = {"kd": needs_of(["sft", "kd"]), "kd_only": needs_of(["kd"]), "trl": need
 
 
 def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
-    """Of one optimiser step of an arm of `benchmarks.step`, the optimiser's own apart."""
+    """Operations of one optimiser step of an arm of `benchmarks.step`, the optimiser's own apart."""
     student, teacher, work = size.model(size.student), size.model(size.teacher), work_of(batch, ribbon_rows)
     if arm != "reference":
         draws_first = arm in ("align_ti_expanded", "align_ti_flex")

@@ -1,4 +1,4 @@
-"""How time and memory are measured, and what a result says of where it was measured."""
+"""Timing harness, and the machine's description in every result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Work = Callable[[], Any]
 def raced(
     arms: dict[str, Work], repeats: int, device: torch.device, title: str, over: dict[str, tuple[str, str]], **amount: float
 ) -> dict[str, Any]:
-    """What a result holds of arms timed in turns: medians and quartiles over the rounds of each arm, and of ratios.
+    """Result of arms timed in turns: medians and quartiles over the rounds of each arm, and of ratios.
 
     Args:
         over: name of a ratio -> the arm above and the arm below; those with an arm that is not there are left out.
@@ -94,7 +94,7 @@ def prepare() -> torch.device:
 
 
 class Parts:
-    """Where a step's seconds go, by the same clock."""
+    """Breakdown of a step's seconds, by the same clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -122,7 +122,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Of the different storages behind the tensors."""
+    """Bytes of the distinct storages behind the tensors."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -142,7 +142,7 @@ def machine(device: torch.device) -> str:
 
 
 def result(benchmark: str, size: str, about: str, device: torch.device) -> dict[str, Any]:
-    """What every result begins with: what was measured, where and when."""
+    """Header of every result: what was measured, where and when."""
     import transformers
 
     return {

@@ -1,4 +1,4 @@
-"""What flow, DVC and tracking cost beside the work: `python -m benchmarks.orchestration`
+"""Overhead of flow, DVC and tracking: `python -m benchmarks.orchestration`
 
 A study of 20 cells of 10 seconds, one at a time: components that sleep, and log as a training does (five points a second), run
 
@@ -79,7 +79,7 @@ def lay_out(folder: Path, cells: int, seconds: float) -> None:
 
 
 def forget(folder: Path) -> None:
-    """As if nothing had run: neither outputs, nor lock, nor DVC's run cache."""
+    """Remove outputs, lock and DVC's run cache."""
     for path in ("out", ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(folder / path, ignore_errors=True)
     (folder / "dvc.lock").unlink(missing_ok=True)

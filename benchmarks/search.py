@@ -31,7 +31,7 @@ def pairs(size: Size, device: torch.device) -> Batch:
 
 
 class Ways:
-    """The same look at the same pairs, three ways."""
+    """Attention maps of the same pairs, computed in three ways."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""What is measured on: pairs of models of known shape with random weights, and a batch of random tokens and pixels.
+"""Benchmark inputs: pairs of models of known shape with random weights, and a batch of random tokens and pixels.
 
 Nothing is downloaded and no tokenizer is needed: speed and memory follow from shapes, and from how many different tokens
 are drawn, which `script` fixes.

@@ -83,7 +83,7 @@ def read_corpus(samples: Samples) -> Corpus:
 
 @dataclass(frozen=True)
 class Family:
-    """What every member of the family is made of and learns from; a process of its own may train any one of them."""
+    """Inputs that all members of the family share, picklable for the processes that train them."""
 
     settings: ModelsSettings
     runtime: RuntimeSettings

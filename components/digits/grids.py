@@ -139,7 +139,7 @@ def _conversation(asked: list[Asked], scene: Scene, grid: int) -> tuple[str, tup
 
 
 def boxes(cells: tuple[str, ...], scene: Scene, grid: int) -> tuple[Box, ...]:
-    """Where these cells lie in the image."""
+    """Bounding boxes of the cells, in shares of the image."""
     corners = (divmod(scene.places.index(cell), grid) for cell in cells)
     return tuple((column / grid, row / grid, (column + 1) / grid, (row + 1) / grid) for row, column in corners)
 

@@ -46,7 +46,7 @@ class Scene(NamedTuple):
         return next((digit for digit in self.digits if digit.place == place), None)
 
     def digit(self, place: str) -> str:
-        """What stands there, as a word."""
+        """The cell's digit as a word."""
         found = self.at(place)
         return EMPTY if found is None else DIGITS[found.value]
 
@@ -172,7 +172,7 @@ KINDS: dict[str, Callable[[Scene], list[Option]]] = {
 
 
 def captions(scene: Scene) -> list[tuple[str, str]]:
-    """What models learn first: CAPTIONS questions whose answers describe every cell in three words.
+    """Captions, which models learn first: CAPTIONS questions whose answers describe every cell in three words.
 
     Of the first, in reading order, words 3i to 3i + 2 are about cell i: easy to align. The second goes by columns, so that a
     cell is found by its name and not by its turn.
@@ -185,7 +185,7 @@ def captions(scene: Scene) -> list[tuple[str, str]]:
 
 
 class Balance:
-    """How often each kind, and each stratum of it, was used so far in one split."""
+    """Usage counts of each kind and of its strata in one split."""
 
     def __init__(self) -> None:
         self._used: Counter[tuple[str, ...]] = Counter()

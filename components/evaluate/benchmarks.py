@@ -44,7 +44,7 @@ class Benchmark(BaseModel):
 
     @property
     def lands(self) -> PurePosixPath:
-        """Where the kit keeps it, below the folder that the environment's `LMUData` names (`~/LMUData` without it)."""
+        """Path of the kit's file below the folder that the environment's `LMUData` names (`~/LMUData` without it)."""
         return PurePosixPath(f"{self.kit_dataset}.tsv")
 
     @property
@@ -54,7 +54,7 @@ class Benchmark(BaseModel):
 
     @property
     def get(self) -> str:
-        """How to get it."""
+        """Command that downloads it."""
         if self.address is None:
             return f"VLMEvalKit fetches it from the Hugging Face hub when it builds the data set {self.kit_dataset}"
         return f"curl -fL -o $LMUData/{self.lands} {self.address}"

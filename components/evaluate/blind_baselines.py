@@ -130,7 +130,7 @@ def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
 
 
 def markdown(controls: Controls) -> str:
-    """What each model gets from seeing, per kind, and what the split shares with the training data."""
+    """Exact match with and without images, per kind, and the split's overlap with the training data."""
     models = controls.models.values()
     lines = [["all", *(_row(m.seeing, m.blank, m.other) for m in models), percent(controls.majority)]]
     for kind, guessed in controls.majority_per_kind.items():

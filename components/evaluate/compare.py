@@ -204,7 +204,7 @@ def _cost(runs: list[Cost]) -> dict[str, Any]:
 
 
 def _differs(outcomes: Outcomes, ours: Iterable[str], theirs: Iterable[str]) -> list[str]:
-    """What the fingerprints of any two of the runs do not share."""
+    """Differences between the fingerprints of any two of the runs."""
     prints = outcomes.fingerprints
     return list(dict.fromkeys(what for a, b in product(ours, theirs) for what in differences(prints[a], prints[b])))
 
@@ -253,7 +253,7 @@ def _share(draws: NDArray[np.float64], of: NDArray[np.float64], confidence: floa
 
 
 def without_teacher(arms: Iterable[str], none: str) -> str:
-    """Where there is no teacher (stage align) nothing is compared; each arm's own score as Markdown."""
+    """Each arm's own score as Markdown, where no teacher (stage align) is there to compare with."""
     scores = [(arm, f"{Scores.read(SCORES / arm / 'scores.json').exact_match:.1%}") for arm in arms]
     return f"No comparison: {none}. What each arm answers by itself:\n\n{md.table(['arm', 'exact match'], scores)}\n"
 

@@ -27,7 +27,7 @@ CODE = [Path(__file__).with_name(name) for name in ("generate.py", "likelihood.p
 
 
 def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings) -> Fingerprint:
-    """Of the stage `evaluate` itself: greedy answers to `rows` of one split, matched with the references."""
+    """Fingerprint of the stage `evaluate`: greedy answers to `rows` of one split, matched with the references."""
     dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type
     how = {"kit": KIT, "kit_version": sha256(CODE)[:12], "judge": JUDGE, "dtype": dtype, "device": device}
     return of(loaded.processor, samples, rows, template, settings, **how)
@@ -36,7 +36,7 @@ def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Templat
 def of(
     processor: Any, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings, **how: str
 ) -> Fingerprint:
-    """`how`: kit, kit_version, judge, dtype and device."""
+    """Fingerprint of greedy answers to `rows`; `how`: kit, kit_version, judge, dtype and device."""
     import transformers
 
     return Fingerprint(
@@ -68,7 +68,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def differences(one: Fingerprint | None, other: Fingerprint | None) -> list[str]:
-    """What differs, as `field: value of one, not value of other`; empty if the two scores may stand side by side."""
+    """Differing fields, as `field: value of one, not value of other`; empty if the two scores may stand side by side."""
     if one is None or other is None:
         return ["no fingerprint: it is not known how it was measured"]
     pairs = ((name, getattr(one, name), getattr(other, name)) for name in Fingerprint.model_fields)

@@ -10,12 +10,12 @@ from components.records.paths import TEACHER_ARM
 
 
 def headline(comparison: Comparison) -> str:
-    """What the sample can tell apart, then who leads."""
+    """Resolution of the sample, then the leading arms."""
     return f"{resolution(comparison)} {leading(comparison)}".strip()
 
 
 def resolution(comparison: Comparison) -> str:
-    """What these questions and seeds can tell apart by exact match, in a sentence or two; empty for one arm alone."""
+    """Detectable difference in exact match with these questions and seeds, in a sentence or two; empty for one arm alone."""
     found = comparison.exact_match
     if found.noise is None or found.detectable is None:
         return ""
@@ -42,7 +42,7 @@ def _published_spread(published: PublishedRuns | None) -> float | None:
 
 
 def leading(comparison: Comparison) -> str:
-    """What may be said of the best arms: of each lead what its interval says, and what Holm's correction leaves of it."""
+    """Leading arms: which of their leads exceed the noise, and which still do after Holm's correction."""
     best = leaders(comparison)
     alike = {pair.against for pair in comparison.pairs if pair.arm == best[0] and not pair.differs}
     others = [arm for arm in comparison.order[len(best) :] if arm in alike]
@@ -69,7 +69,7 @@ def leading(comparison: Comparison) -> str:
 
 
 def noise_of(comparison: Comparison) -> str:
-    """What the intervals hold the chance of."""
+    """Sources of noise that the intervals account for."""
     return "the test sample and the seeds" if comparison.repeated else "the test sample"
 
 

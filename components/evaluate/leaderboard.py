@@ -125,7 +125,7 @@ def read_published() -> list[Row]:
 
 
 def relative_gain(average: float, baseline: float) -> float:
-    """As the paper computes it, percent of the baseline: from averages rounded half up to one decimal, then rounded."""
+    """The paper's relative gain, percent of the baseline: from averages rounded half up to one decimal, then rounded."""
     return _rounded(100 * (_rounded(average) / _rounded(baseline) - 1))
 
 
@@ -276,7 +276,7 @@ def write(board: Leaderboard) -> list[Path]:
 
 
 def read_speed() -> SpeedReport | None:
-    """What `--measure` left, if it ever ran here."""
+    """Speed report of `--measure`; None if it never ran here."""
     return SpeedReport.read(SPEED) if SPEED.exists() else None
 
 

@@ -13,7 +13,7 @@ EXACT_MATCH = "exact_match"
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is named and written."""
+    """Title, unit and number format of a measure."""
 
     title: str
     unit: str  # unit of a difference

@@ -15,7 +15,7 @@ FILE = Path(__file__).with_suffix(".yaml")
 
 
 def nearest(file: Path = FILE) -> PublishedRuns | None:
-    """Of the recipe that `params/` are nearest to; None if none are published. Raises InputError if the file is malformed."""
+    """Published runs of the recipe nearest to `params/`; None if there are none. Raises InputError if the file is malformed."""
     recipe, differing = recipes.nearest()
     entry = read_yaml(file).get(recipe) if recipe else None
     try:

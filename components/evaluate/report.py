@@ -153,7 +153,7 @@ def measures(comparison: Comparison) -> list[Line]:
 
 
 def small_tables(comparison: Comparison) -> dict[str, Table]:
-    """By name: yes/no figures, what the sample can tell apart, the published runs beside these, several seeds of an arm."""
+    """Tables by name: yes/no figures, resolution of the sample, published runs beside these, seeds of each arm."""
     everyone = [(TEACHER_ARM, comparison.teacher), *((name, comparison.arms[name]) for name in comparison.order)]
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     closed = [
@@ -194,7 +194,7 @@ def pairs(comparison: Comparison) -> list[Line]:
 
 
 def published_by(comparison: Comparison) -> str:
-    """Whose runs those are, in a sentence or two."""
+    """Recipe and machine of the published runs, in a sentence or two."""
     found = comparison.published
     if found is None:
         return ""

@@ -47,7 +47,7 @@ def standing(arms: Sequence[str]) -> list[Student]:
 
 
 def best(students: Sequence[Student]) -> Student:
-    """Of equals the first, as in the report."""
+    """Student of the highest exact match; of equals the first, as in the report."""
     return max(students, key=lambda student: student.scores.exact_match)
 
 
@@ -81,7 +81,7 @@ def _tell(student: Student, settings: Settings, candidate: bool) -> bool:
 
 
 def _data() -> dict[str, str]:
-    """What it was trained on: the raw data and the prepared set."""
+    """Tags of the training data: md5 of the raw and the prepared set, and its statistics."""
     prepared = provenance.locked().get("prepare", {}).get(str(DATASET))
     known = {"dvc.raw": provenance.raw().get(str(RAW)), "dvc.dataset": prepared}
     figures = drift.statistics(Manifest.read(DATASET / "manifest.json"))

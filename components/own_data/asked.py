@@ -12,7 +12,7 @@ from components.errors import InputError
 
 @dataclass(frozen=True)
 class Asked:
-    """What `alignti init` was given."""
+    """Command-line options of `alignti init`."""
 
     data: Path
     images: Path

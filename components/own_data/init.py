@@ -164,7 +164,7 @@ def _choices(found: Found, settings: Settings, pair: Pair) -> Iterator[Choice]:
 
 
 def _irs(found: Found) -> Iterator[Choice]:
-    """By what images have: regions that questions ask about, and several questions each."""
+    """IRS settings, by the regions and the number of questions that images have."""
     tally = found.tally
     most = next((n for n in (4, 3, 2) if min(tally.with_questions(split, n) for split in ("train", "val")) >= 2), None)
     if most is None:

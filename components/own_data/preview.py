@@ -91,7 +91,7 @@ class Preview:
 
     @property
     def bars(self) -> list[tuple[str, int, float]]:
-        """Of the histogram of lengths: `from-to`, samples, share of the highest bar."""
+        """Histogram of lengths: `from-to`, samples, share of the highest bar."""
         if not self.tally.tokens:
             return []
         width = -(-(max(self.tally.tokens) + 1) // BARS)
@@ -145,7 +145,7 @@ def pieces(collator: Collator, sample: Sample) -> list[Piece]:
 
 
 def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Split, list[Sample]]]]:
-    """What is shown, and split and samples of each image."""
+    """Title of the source, and split and samples of each image."""
     if prepared(settings.data):
         samples = Samples(DATASET, "train", check=False)
         rows = np.unique(np.linspace(0, samples.images - 1, min(MOST, samples.images)).astype(int))

@@ -38,7 +38,7 @@ class YesNo(Record):
 
 
 class Fingerprint(Record):
-    """How a score was measured. Two scores are compared only if theirs agree (components/evaluate/fingerprint.py)."""
+    """Measurement conditions of a score. Two scores are compared only if theirs agree (components/evaluate/fingerprint.py)."""
 
     kit: str  # "alignti", "vlmeval", "lm-eval"
     kit_version: str  # a version, a commit, or a digest of the kit's code

@@ -13,7 +13,7 @@ Interval = tuple[float, float]
 
 
 class Picked(Record):
-    """What weighs the visual tokens where params/distill.yaml asks for `weighting: searched`."""
+    """Layer, weighting and rows for the visual tokens where params/distill.yaml asks for `weighting: searched`."""
 
     rule: Literal["irs", "pointing", "given"]  # rule of params/irs.yaml
     layer: int
@@ -77,5 +77,5 @@ class LayerChoice(Record):
 
     @classmethod
     def found(cls) -> Self | None:
-        """That of this folder; None where no layer could be searched for: no image has enough instructions."""
+        """Layer choice of this folder; None where no layer could be searched for: no image has enough instructions."""
         return None if Absent.reason_at(IRS / "layer.json") else cls.read(IRS / "layer.json")

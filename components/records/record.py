@@ -37,7 +37,7 @@ class Record(BaseModel):
 
 
 class Absent(Record):
-    """In place of a record that a run does without."""
+    """Stand-in for a record that a run does without."""
 
     none: str  # why
 

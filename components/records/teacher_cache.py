@@ -9,7 +9,7 @@ from components.records.record import Record
 
 
 class SignalFacts(Record):
-    """What decides the teacher's signals: a cache serves a run only if each of these is the same for both."""
+    """Identity of the teacher's signals: a cache serves a run only if each of these is the same for both."""
 
     teacher: str  # sha256 of its folder
     students: dict[str, str]  # sha256 of each folder whose vocabulary and images were compared with the teacher's

@@ -143,7 +143,7 @@ def _run(arm: str) -> str | None:
 
 
 def _remote() -> str:
-    """Where this repository lies, without a login."""
+    """URL of this repository's origin, without a login."""
     done = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
     address = done.stdout.strip()
     return without_login(address) if not done.returncode and "://" in address else "this project"

@@ -38,7 +38,7 @@ ASKED = 8  # prepared samples that both answer
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what reading it back showed."""
+    """Files written, and the comparison of the model read back."""
 
     folder: Path
     files: int
@@ -140,7 +140,7 @@ def stored(path: Path) -> str:
 
 
 def reopened(folder: Path) -> Loaded:
-    """As a user opens it."""
+    """The exported model, opened with stock transformers."""
     from transformers import AutoModelForImageTextToText
 
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -149,7 +149,7 @@ def reopened(folder: Path) -> Loaded:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of some samples."""
+    """Answers of a model to some samples."""
 
     texts: list[str]  # greedy
     log_probs: list[Tensor]  # per sample (R, V), float32, at the tokens of the reference answer

@@ -34,7 +34,7 @@ from components.runtime import prepare_torch
 
 @dataclass
 class Answer:
-    """What one model says, while it says it, and its timings."""
+    """Answer of one model while it is generated, and its timings."""
 
     named: Named
     text: str = ""
@@ -54,7 +54,7 @@ class Answer:
 
 
 class _Stream(TextStreamer):
-    """Hands words on when they are whole, and notes when each token came."""
+    """Streamer that passes whole words on and records each token's time."""
 
     def __init__(self, tokenizer: Any, answer: Answer, changed: Callable[[], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -137,7 +137,7 @@ def read(loaded: Loaded, named: Named, sample: Sample, settings: Settings) -> tu
 
 
 def respond(loaded: Loaded, batch: Batch, eos: int, longest: int, answer: Answer, changed: Callable[[], None]) -> None:
-    """Fill in the greedy answer word by word. One token is written before, unheard: what a process does once is not timed."""
+    """Fill in the greedy answer word by word. One token is generated before, as a warm-up."""
     given = prompt(loaded.model, batch)
     with greedy(loaded, 1, eos) as model:
         model.generate(**given)  # type: ignore[operator]

@@ -57,7 +57,7 @@ def open_model(path: Path, device: torch.device | str, dtype: torch.dtype = torc
 
 
 def template_of(named: Named, loaded: Loaded, settings: Settings) -> Template:
-    """How it is asked: as this project trained it, or else with its own chat template, if it has one."""
+    """Chat template of the model: this project's for its own arms, else the checkpoint's, if it has one."""
     own = loaded.processor.chat_template or loaded.processor.tokenizer.chat_template
     if named.arm is not None or not own:
         return Template.asked(settings.models.template)

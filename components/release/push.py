@@ -33,7 +33,7 @@ UNSAID = re.compile(r"note it here before|not verified|unknown", re.IGNORECASE) 
 
 @dataclass(frozen=True)
 class Upload:
-    """What would go to the hub."""
+    """Files to upload, and what is left out."""
 
     folder: Path
     repo: str
@@ -71,7 +71,7 @@ def plan(folder: Path, repo: str, private: bool) -> Upload:
 
 
 def warnings(card: Path) -> Iterator[str]:
-    """What to settle before others get the model, as far as its front matter tells. Raises ModelError if that is not valid."""
+    """Open licence and score questions, as far as the card's front matter tells. Raises ModelError if that is not valid."""
     try:
         front = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
     except Exception as error:  # yaml's, and the hub client's own
@@ -150,6 +150,6 @@ def _flat(licences: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _line(error: Exception) -> str:
-    """What it says first, without the token: `redact` knows that of the environment alone, not that of `hf auth login`."""
+    """First line of the message, without the token: `redact` knows the environment's alone, not that of `hf auth login`."""
     said = first_line(error)
     return said.replace(token, HIDDEN) if (token := get_token()) else said

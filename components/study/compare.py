@@ -67,7 +67,7 @@ class Test:
 
 @dataclass(frozen=True)
 class Effect:
-    """Of setting `factor` to `level` where it was `reference`, everything else equal."""
+    """Effect of setting `factor` to `level` where it was `reference`, everything else equal."""
 
     factor: str
     level: str
@@ -274,7 +274,7 @@ def _tests(by_variant: dict[str, list[Run]], baselines: Sequence[str], confidenc
 
 
 def _effects(factor: str, runs: Sequence[Run], confidence: float) -> list[Effect]:
-    """Of each level of `factor` against its first, as the study lists them."""
+    """Main effects of each level of `factor` against its first, as the study lists them."""
     blocks: dict[tuple[tuple[str, str], ...], dict[str, float]] = defaultdict(dict)
     for run in runs:
         rest = tuple(sorted((path, value) for path, value in run.params.items() if path != factor))

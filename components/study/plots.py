@@ -66,7 +66,7 @@ def _front(axes: Axes, result: StudyResult, costs: list[float], label: str, them
 
 
 def _positions(result: StudyResult, name: str) -> tuple[list[float], list[tuple[float, str]]]:
-    """Where each run crosses the axis, 0..1, and what is written there."""
+    """Position of each run on the axis, 0..1, and the axis labels."""
     if name in result.factors:
         levels = list(dict.fromkeys(run.params.get(name, "") for run in result.runs))
         place = {level: index / max(len(levels) - 1, 1) for index, level in enumerate(levels)}

@@ -41,7 +41,7 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
 
 
 def standing(result: StudyResult) -> str:
-    """What is there and what is not, in a sentence or three."""
+    """Best variant, significant differences and missing cells, in a sentence or three."""
     best = result.variants[0]
     said = f"{len(result.runs)} runs of {len(result.variants)} variants; the best is {best.name} with {_percent(best.score)}."
     clear = [t for t in result.tests if t.p_holm is not None and t.p_holm < 0.05]

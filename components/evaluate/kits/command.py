@@ -41,7 +41,7 @@ def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], bla
 
 
 def _run(bench: measure.Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -> tuple[Path, str]:
-    """Where the table is and what is new in it. It is written after each run: what follows may break off."""
+    """Path of the table and what is new in it. It is written after each run: a later one may break off."""
     if tasks:
         figures = measure.stock(bench, kit, arm, tasks, blank)
         # Read only now: another command may have written in the meantime.

@@ -147,7 +147,7 @@ def _student(model: Path, device: torch.device, batch_size: int, journal: Path, 
 
 
 def _key(arguments: tuple[Any, ...]) -> str:
-    """Of one request: prompt, settings and the pixels of its images."""
+    """Digest of one request: prompt, settings and the pixels of its images."""
     prompt, settings, *rest = arguments
     found = hashlib.sha256(json.dumps([prompt, settings], sort_keys=True, default=str).encode())
     for image in rest[0]["visual"] if rest else ():

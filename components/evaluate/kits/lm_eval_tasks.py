@@ -28,7 +28,7 @@ SEED = 1
 
 @cache
 def split() -> Samples:
-    """Of the working directory, as every stage reads it."""
+    """Evaluated split of the working directory."""
     return Samples(DATASET, load_settings().evaluate.split, ROWS)
 
 

@@ -217,7 +217,7 @@ def _empty(predicted: Sequence[Prediction]) -> list[str]:
 
 
 def _fingerprint(bench: Bench, model: Path, rows: Sequence[int], kit: str) -> Fingerprint:
-    """Of a kit, which asks with the template that is saved with the model, whatever the settings say."""
+    """Fingerprint of a kit's run, which uses the template that is saved with the model, whatever the settings say."""
     here = Path(__file__).parent
     if kit == "vlmeval":
         version, judge, bridge = f"ms-vlmeval {vlmeval.kit(full=False).version}", JUDGE, ["export.py", "vlmeval_worker.py"]

@@ -12,7 +12,7 @@ from components.records.record import Record
 
 @dataclass(frozen=True)
 class Measured:
-    """What a kit made of the split: per row its answer and, where the kit has a judge for it, its verdict."""
+    """Results of a kit on the split: per row the answer and, where the kit has a judge for it, its verdict."""
 
     answers: dict[int, str]
     verdicts: dict[int, bool]

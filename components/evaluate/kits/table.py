@@ -33,7 +33,7 @@ class Table(Record):
 
 
 def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
-    """What earlier commands measured, less what is of models that are no longer there. `current` says an arm's model's hash."""
+    """Earlier results, without those of models that have changed. `current`: hash of an arm's model."""
     if not (folder / "kits.json").exists():
         return Table(scores=[], tasks={})
     try:
@@ -98,7 +98,7 @@ def _overview(found: Sequence[KitScores]) -> str:
 
 
 def _unlike(kits: Sequence[KitScores]) -> list[str]:
-    """What else differs in how the kits measured, beyond who asked and who judged."""
+    """Differences between the kits' fingerprints, kit and judge aside."""
     said = []
     for scores in kits[1:]:
         told = differences(scores.fingerprint, kits[0].fingerprint)
