@@ -61,6 +61,11 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
     """What the cache of teacher signals, made once for all arms, cannot serve."""
     arm, shared = settings.arm(name), settings.distill
     assert arm.divergence is not None and arm.iva is not None  # filled in by Settings.arm
+    if arm.iva.of_another and "iva" in arm.weights and not settings.uses_cache(arm):
+        return [
+            f"params/study.yaml: arms.{name}: iva.change is {arm.iva.change}, and only the cache has other samples' attention;"
+            " set teacher_signals.source to cache, and give the arm no term that needs the live teacher"
+        ]
     if not settings.uses_cache(arm) or not terms.union(arm.needs.values()).teacher:
         return []
     problems = []

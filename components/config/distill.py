@@ -22,10 +22,15 @@ class Iva(Strict):
     layer: Annotated[int, Field(ge=0)] | Literal["middle", "last", "random"] | None = Field(
         description="for weighting: layer; middle, last, or random by the arm's seed: of the live teacher's"
     )
-    change: Literal["permuted", "sinks_removed", "sinks_alone"] | None = Field(
-        default=None, description="a control: the weights permuted within the image, or a part of them"
+    change: Literal["permuted", "sinks_removed", "sinks_alone", "other_instruction", "other_image"] | None = Field(
+        default=None, description="a control: the weights permuted within the image, a part of them, or another sample's"
     )
     divergence: Divergence | None = Field(default=None, description="null: the arm's")
+
+    @property
+    def of_another(self) -> str | None:
+        """Whose weights each sample is given, where not its own."""
+        return self.change if self.change in ("other_instruction", "other_image") else None
 
     @model_validator(mode="after")
     def _layer_given(self) -> Iva:

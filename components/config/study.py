@@ -34,7 +34,7 @@ class Arm(WithTerms):
             "iva": {
                 "uniform": self.iva.weighting == "uniform",
                 "divergence": _dumped(self.iva.divergence),
-                "change": self.iva.change,
+                "change": None if self.iva.of_another else self.iva.change,
             },
             "tpa": {"divergence": _dumped(self.tpa.divergence)},
         }

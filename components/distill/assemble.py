@@ -213,6 +213,8 @@ def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator) -
     if any(needs.teacher for needs in arm.needs.values()):
         cache = read_manifest(SIGNALS, facts_of(settings))
         signals, shared = Signals(SIGNALS, cache.shards), cache.shared_vocabulary
+        if arm.iva is not None and arm.iva.of_another:
+            signals.weigh_by(arm.iva.of_another)
     return AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, shared), signals)
 
 

@@ -81,6 +81,7 @@ class Signals:
         tables = [shard["samples"].numpy() for shard in self._shards]
         self._samples = np.concatenate(tables)
         self._shard_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        self._looks = np.arange(len(self._samples))  # the sample whose attention each is given
         self._order = self._samples[:, KEY].argsort()
         self._sorted = self._samples[self._order, KEY]
         if (self._sorted[1:] == self._sorted[:-1]).any():
@@ -106,6 +107,21 @@ class Signals:
                 found += int((np.maximum.reduceat(weights, firsts) == np.minimum.reduceat(weights, firsts)).sum())
         return found
 
+    def weigh_by(self, other: str) -> None:
+        """From now on each sample is given the attention of another one: by `other_instruction` the next on its image, by
+        `other_image` one on the next image of as many tokens. Where there is none, its own."""
+        of_image: dict[tuple[int, int], list[int]] = {}
+        for sample, (shard, row) in enumerate(zip(self._shard_of, self._samples, strict=True)):
+            if row[VISUAL_ROWS]:  # samples on one image share the teacher's word on it
+                of_image.setdefault((int(shard), int(row[VISUAL])), []).append(sample)
+        rings: dict[int, list[list[int]]] = {}
+        for samples in of_image.values():
+            rings.setdefault(int(self._samples[samples[0], VISUAL_ROWS]), []).append(samples)
+        for ring in rings.values():
+            for mine, next_image in zip(ring, [*ring[1:], ring[0]], strict=True):
+                others = [*mine[1:], mine[0]] if other == "other_instruction" else next_image
+                self._looks[mine] = [others[place % len(others)] for place in range(len(mine))]
+
     def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[CachedTopK, Tensor | None]:
         """The teacher's word at the rows that predict a response and, if `visual`, at the visual tokens; if `look`, the
         attention (B, Nv) that weighs these. On the batch's device.
@@ -130,7 +146,11 @@ class Signals:
         if visual:
             index[batch.visual] = rows[text:]
         known = CachedTopK(TopK(tokens, log_probs, log_tail), index)
-        return known, self._attention(shards, table).to(device) if look else None
+        if not look:
+            return known, None
+        others = self._looks[found]
+        shards = [self._shards[i] for i in self._shard_of[others]]
+        return known, self._attention(shards, self._samples[others]).to(device)
 
     @staticmethod
     def _attention(shards: list[dict[str, Tensor]], table: np.ndarray) -> Tensor:

@@ -24,7 +24,7 @@ from components.models.load import load
 from components.models.template import Template
 from components.models.vlm import VLM
 from components.process import locked
-from components.records.paths import DATASET, RUNS, SIGNALS, STUDENTS
+from components.records.paths import DATASET, ROWS, RUNS, SIGNALS, STUDENTS
 from components.records.teacher_cache import SignalFacts, SignalManifest
 from components.teacher_cache import __main__ as signals_stage
 from components.teacher_cache import build
@@ -233,3 +233,28 @@ def test_what_no_cache_serves_is_refused_before_any_work(workplace: Path) -> Non
     ask(workplace, iva={"weighting": "layer", "layer": 7})
     with pytest.raises(ModelError, match=r"iva.layer is 7, but teacher .* has layers 0..1"):
         signals_stage.make(load_settings())
+
+
+def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
+    arm = {"weights": {"sft": 1.0, "iva": 1.0}, "student": "student", "seed": 1}
+    iva = load_settings().distill.iva.model_dump() | {"change": "other_image"}
+    write_params(workplace, "study", {"arms": {"own": arm, "other": arm | {"iva": iva}}})
+    write_params(workplace, "evaluate", {"baselines": ["own"]})
+    with pytest.raises(SettingsError, match=r"arms\.other: iva\.change is other_image, and only the cache has other samples'"):
+        load_settings()
+    ask(workplace)
+    signals_stage.main()
+    samples = [sample for sample in Samples(DATASET, "train", ROWS) if sample.kind != CAPTION]  # two on each image
+    student = load(Path("artifacts/models/students/student"), "cpu")
+    batch = Collator(student.processor, Template(""), 64, train=True)(samples)
+    own = opened().look_up(batch, visual=True, look=True)[1]
+    assert own is not None and len(own.unique(dim=0)) == len(samples)
+    for change, wanted in {
+        "other_instruction": own.view(-1, 2, NV).flip(1).view(-1, NV),
+        "other_image": own.roll(-2, 0),
+    }.items():
+        signals = opened()
+        signals.weigh_by(change)
+        assert torch.equal(signals.look_up(batch, visual=True, look=True)[1], wanted)
+    one, other = distill("own"), distill("other")
+    assert any(not torch.equal(one[name], other[name]) for name in one)
