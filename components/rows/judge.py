@@ -16,7 +16,7 @@ import numpy as np
 
 from components.config.models import ModelsSettings
 from components.dataset.shards import Sample
-from components.errors import DataError
+from components.errors import DataError, ModelError
 from components.io import sha256
 from components.models.collate import Collator, Encoded, RefusedImageError, visual_id
 from components.models.processor import load_processor
@@ -91,7 +91,7 @@ class Judge:
             try:
                 shown = [self._images(model, size) for size in sizes]
                 encoded = collator.encode(samples, [one.texts for one in shown])
-            except (DataError, _LeftOut):
+            except (DataError, ModelError, _LeftOut):
                 return None
             by_model.append([_lengths(row, one.more) for row, one in zip(encoded, shown, strict=True)])
         return [list(lengths) for lengths in zip(*by_model, strict=True)]
@@ -100,7 +100,7 @@ class Judge:
         shown = self._images(model, sizes)
         try:
             (row,) = self.collators[model].encode([sample], [shown.texts])
-        except DataError as error:
+        except (DataError, ModelError) as error:  # a template may have no place for several images
             raise _LeftOut("no_sample", str(error)) from None
         return _lengths(row, shown.more)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,29 @@ def test_a_verdict_is_the_length_of_what_the_collator_makes(family: str) -> None
     (first,) = collator.encode([samples[3].upto(1)])
     assert cut == (1, len(first.input_ids), int(first.response.sum())), "a later turn goes with its image"
     assert found == [(len(s.turns), len(row.input_ids), int(row.response.sum())) for s, row in zip(samples, rows, strict=True)]
+
+
+@pytest.mark.parametrize(("jinja", "usable"), [("", 3), ("first", 2), ("one", 1)])
+def test_rows_whose_images_a_template_has_no_place_for_are_left_out_and_say_so(jinja: str, usable: int, here: Path) -> None:
+    """As released: LLaVA-OneVision's puts a turn's images before its words; others write one image alone."""
+    folder = toy.save("llava_onevision", here / "onevision")
+    words = "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}<|im_end|>"
+    images = "{% for c in m['content'] if c['type'] == 'image' %}<image>{% endfor %}"
+    images = images if jinja == "first" else "{% if m['content'][0]['type'] == 'image' %}<image>{% endif %}"
+    if jinja:
+        ask = "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+        whole = "{% for m in messages %}<|im_start|>{{ m['role'] }}" + images + words + "{% endfor %}" + ask
+        (folder / "chat_template.jinja").write_text(whole)
+    samples = [
+        replace(toy.SAMPLES[3], turns=(Turn(question, "red"),), more=toy.SAMPLES[3].more[:count])
+        for question, count in (("<image>what ?", 0), ("<image><image>what ?", 1), ("is <image> at <image> ?", 1))
+    ]
+    sizes = [tuple(Image.open(io.BytesIO(image)).size for image in sample.images) for sample in samples]
+    found = list(Judge([folder], asked(max_length=1000).models)("train", samples, sizes))
+    assert [bool(verdict[0]) for verdict, _ in found] == [True] * usable + [False] * (3 - usable)
+    for _, remark in found[usable:]:
+        assert remark is not None and remark.reason == "no_sample"
+        assert "no place for several images" in remark.detail and "template.style: vicuna" in remark.detail
 
 
 def test_samples_skip_what_was_left_out_in_every_way_of_reading(here: Path) -> None:

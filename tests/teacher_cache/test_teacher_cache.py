@@ -106,7 +106,8 @@ def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, 
     samples = Samples(DATASET, "train")
     chosen = [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][order]
     text = sum(len(row) for row in _text_rows(teacher, samples))
-    assert (cache.samples, cache.rows, cache.dtype) == (16, text + 8 * NV, "float32")  # visual rows once per image
+    visual = 6 * NV + 4 * 2 * NV  # once per image, but where an answer stands before the second
+    assert (cache.samples, cache.rows, cache.dtype) == (16, text + visual, "float32")
     batch = Collator(teacher.processor, Template(""), 64, train=True)(chosen)
     known, attention = opened().look_up(batch, visual=True, look=True)
     frozen = FrozenTeacher(VLM(teacher.model), 1, False)
