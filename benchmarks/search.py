@@ -49,7 +49,7 @@ class Ways:
     @torch.inference_mode()
     def search(self) -> Tensor:
         """(L, B, Nv), as `components.irs.search.look` gets it."""
-        with watching(self.watched.model, self.layers, Look.at(self.batch.instruction, self.batch.visual)) as seen:
+        with watching(self.watched.model, self.layers, Look.at(self.batch.instruction, self.batch.pictures)) as seen:
             self.watched.plain(self.batch, self.watched.features(self.batch), keep=False)
         return torch.stack([seen.seen[layer] for layer in self.layers])
 

@@ -102,8 +102,12 @@ class Batch:
     attention_mask: Tensor  # (B, T) long
     response: Tensor  # (B, T) bool
     instruction: Tensor  # (B, T) bool
-    visual: Tensor  # (B, T) bool
+    pictures: Tensor  # (B, T) long, 1 at the image's tokens
     pixel_values: Tensor | None  # (B, 3, H, W)
+
+    @property
+    def visual(self) -> Tensor:
+        return self.pictures > 0
 
     @property
     def image_inputs(self) -> dict[str, Tensor]:
@@ -173,9 +177,9 @@ def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.d
     return model
 
 
-def batch(size: Size, device: torch.device, seed: int = 0) -> Batch:
+def batch(size: Size, device: torch.device) -> Batch:
     """Samples of one image, one instruction and one response that ends in EOS; prompts are of one length."""
-    stream = torch.Generator().manual_seed(seed)
+    stream = torch.Generator().manual_seed(0)
     B, P, T = size.batch, size.prompt, size.prompt + size.response
     lengths = P + torch.linspace(size.response, (size.response + 1) // 2, B).round().long()[:, None]
     column = torch.arange(T)[None, :].expand(B, T)
@@ -187,7 +191,7 @@ def batch(size: Size, device: torch.device, seed: int = 0) -> Batch:
         attention_mask=(column < lengths).long(),
         response=(column >= P) & (column < lengths),
         instruction=(column > size.tower.tokens) & (column < P),
-        visual=visual,
+        pictures=visual.long(),
         pixel_values=torch.randn(B, 3, size.tower.image_px, size.tower.image_px, generator=stream),
     )
     return replace(made, **{name: value.to(device) for name, value in vars(made).items()})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from components.evaluate.metrics import token_f1
 from components.records.evaluate import Likelihood, Prediction
+from components.report.markdown import signed
 
 EXACT_MATCH = "exact_match"
 
@@ -25,8 +26,7 @@ class Measure:
         return f"{self.scale * value:.{self.digits}f}"
 
     def difference(self, value: float) -> str:
-        """With a sign; a true minus, as wide as the plus."""
-        return f"{self.scale * value:+.{self.digits}f}".replace("-", "\N{MINUS SIGN}")
+        return signed(self.scale * value, self.digits)
 
 
 MEASURES = {

@@ -43,7 +43,7 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
 def standing(result: StudyResult) -> str:
     """Best variant, significant differences and missing cells, in a sentence or three."""
     best = result.variants[0]
-    said = f"{len(result.runs)} runs of {len(result.variants)} variants; the best is {best.name} with {_percent(best.score)}."
+    said = f"{len(result.runs)} runs of {len(result.variants)} variants; the best is {best.name} with {best.score.mean:.1%}."
     clear = [t for t in result.tests if t.p_holm is not None and t.p_holm < 0.05]
     said += " Different from a baseline beyond chance (Holm, 5%): "
     said += ", ".join(f"{t.variant} against {t.against}" for t in clear) + "." if clear else "none."
@@ -62,31 +62,23 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
     }
     measured = {name: values for name, values in energy.items() if any(value is not None for value in values)}
     variants = [
-        [v.name, _percent(v.score), _interval(v.score), str(v.score.n), f"{v.hours:.4f}", f"{v.memory_mib:,.0f}",
-         *("-" if values[i] is None else f"{values[i]:.3g}" for values in measured.values()),
+        [v.name, f"{v.score.mean:.1%}", _interval(v.score), str(v.score.n), f"{v.hours:.4f}", f"{v.memory_mib:,.0f}",
+         *(md.DASH if values[i] is None else f"{values[i]:.3g}" for values in measured.values()),
          "yes" if v.best_at_its_cost else ""]
         for i, v in enumerate(result.variants)
     ]  # fmt: skip
     tests = [
-        [
-            t.variant,
-            t.against,
-            _gap(t.difference.mean),
-            _interval(t.difference),
-            str(t.difference.n),
-            _p(t.p_value),
-            _p(t.p_holm),
-        ]
-        for t in result.tests
+        [t.variant, t.against, _points(d.mean), _interval(d), str(d.n), *map(_p, (t.p_value, t.p_holm))]
+        for t, d in ((test, test.difference) for test in result.tests)
     ]
     effects = [
-        [e.factor, f"{e.reference} to {e.level}", _gap(e.effect.mean), _interval(e.effect), str(e.effect.n)]
+        [e.factor, f"{e.reference} to {e.level}", _points(e.effect.mean), _interval(e.effect), str(e.effect.n)]
         for e in result.effects
     ]
     equal = [
-        [one.name, f"{one.hours:.4f}", "nothing else is as cheap", "-", "-"]
+        [one.name, f"{one.hours:.4f}", "nothing else is as cheap", md.DASH, md.DASH]
         if other is None
-        else [one.name, f"{one.hours:.4f}", other.name, f"{other.hours:.4f}", _gap(one.score.mean - other.score.mean)]
+        else [one.name, f"{one.hours:.4f}", other.name, f"{other.hours:.4f}", _points(one.score.mean - other.score.mean)]
         for one, other in result.equal_compute
     ]
     return [
@@ -138,19 +130,15 @@ def _csv(result: StudyResult) -> str:
     return buffer.getvalue()
 
 
-def _percent(estimate: Estimate) -> str:
-    return f"{POINTS * estimate.mean:.1f}%"
-
-
-def _gap(share: float) -> str:
-    return f"{POINTS * share:+.2f}"
-
-
 def _interval(estimate: Estimate) -> str:
     if estimate.interval is None:
         return "one value"
     return " to ".join(f"{POINTS * bound:.2f}" for bound in estimate.interval)
 
 
+def _points(share: float) -> str:
+    return md.signed(POINTS * share, 2)
+
+
 def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
+    return md.DASH if value is None else md.p_value(value)

@@ -80,7 +80,7 @@ def test_energy_is_a_column_where_it_was_measured_and_blank_where_a_run_lacks_it
     runs[0] = RUNS[0]
     _, note, head, rows = report._tables(result(runs), 0.95)[0]
     told = {row[0]: row[head.index("GPU Wh")] for row in rows}
-    assert told == {"iva1-tpa1": "11", "iva0-tpa1": "11", "iva1-tpa0": "1", "iva0-tpa0": "-"}
+    assert told == {"iva1-tpa1": "11", "iva0-tpa1": "11", "iva1-tpa0": "1", "iva0-tpa0": "\N{EN DASH}"}
     assert "processor Wh" not in head and "Energy of the training" in note
 
 
@@ -90,7 +90,8 @@ def test_at_equal_compute_a_variant_stands_beside_the_best_that_costs_no_more() 
         "iva1-tpa1": "iva0-tpa1", "iva0-tpa1": "iva1-tpa1", "iva1-tpa0": "iva0-tpa0", "iva0-tpa0": "iva1-tpa0",
     }  # fmt: skip
     *_, (_, _, _, rows) = report._tables(result(), 0.95)
-    assert {row[0]: row[-1] for row in rows} | {"iva1-tpa1": "+3.00", "iva0-tpa0": "-2.00"} == {row[0]: row[-1] for row in rows}
+    shown = {row[0]: row[-1] for row in rows}
+    assert (shown["iva1-tpa1"], shown["iva0-tpa0"]) == ("+3.00", "\N{MINUS SIGN}2.00")
     cheapest = [v for v in result().variants if v.name == "iva0-tpa0"]
     assert module.equal_compute(cheapest) == [(cheapest[0], None)]
 
