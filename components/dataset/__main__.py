@@ -31,7 +31,7 @@ def main() -> None:
     images = sum(split.images for split in manifest.splits.values())
     print(
         f"prepare: {images:,} images, {manifest.rows_out:,} samples in {len(manifest.splits)} splits,"
-        f" {manifest.quarantined:,} quarantined{_overlap()} -> {DATASET} (card.md, contact_sheet.png)"
+        f" {manifest.quarantined:,} quarantined{_reasons()}{_overlap()} -> {DATASET} (card.md, contact_sheet.png)"
     )
 
 
@@ -49,6 +49,14 @@ def unseen_by_dvc(settings: Settings) -> Iterator[str]:
         below = (Path(at) / name for at, names, _ in os.walk(whole) for name in names)
         for link in filter(Path.is_symlink, (*(step for step in above if step.is_dir()), *below)):
             yield f"{key}: {link.relative_to(Path.cwd())} is a link to {link.readlink()}: {told}"
+
+
+def _reasons() -> str:
+    from components.dataset.prepare import summary
+    from components.dataset.source import Refused
+
+    lines = (DATASET / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    return f" ({summary([Refused.model_validate_json(line) for line in lines])})" if lines else ""
 
 
 def _overlap() -> str:

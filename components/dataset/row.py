@@ -34,6 +34,7 @@ MEDIA_FILE = re.compile(
     r"(\?.*)?$",
     re.IGNORECASE,
 )
+VIDEO = re.compile(r"video|frames?\b|\.(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
 MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
 MEDIA_KEY = re.compile(
     r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|videos?|frames?|clips?|audios?|media|pixels?)"
@@ -265,7 +266,7 @@ class _Reading:
             named = MEDIA_KEY.search(key)
             pointer = named is not None and named["pointer"] is not None
             if _holds_media(value, not shown) or (named and (not pointer or not shown) and _may_point(value, pointer)):
-                what = "video" if "video" in key.lower() or "frame" in key.lower() else "unread_media"
+                what = "video" if VIDEO.search(f"{key} {_short(value)}") else "unread_media"
                 raise Refusal(what, f"{key!r} may be a picture, a video or a sound, and is not read: {_short(value)}")
             ignored.append(key)
         return tuple(ignored)
@@ -274,7 +275,8 @@ class _Reading:
         """As many marks as images, or none, all in questions; and whether each question is `apart` from the others."""
         for turn in turns:
             if mark := MEDIA_MARK.search(turn.question):
-                raise Refusal("image_marks", f"a question holds {mark[0].strip()[:80]!r}, another code's mark of a medium")
+                what = "video" if VIDEO.search(mark[0]) else "image_marks"
+                raise Refusal(what, f"a question holds {mark[0].strip()[:80]!r}, another code's mark of a medium")
         first = turns[0].question.count(MARK)
         asked = sum(turn.question.count(MARK) for turn in turns)
         answered = sum(turn.answer.count(MARK) for turn in turns)

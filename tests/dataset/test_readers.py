@@ -363,7 +363,7 @@ def test_members_that_may_be_pictures_are_never_left_out(tmp_path: Path) -> None
     asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
     write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
     reasons = [one.reason for one in quarantine(tmp_path / "out")]
-    assert reasons == ["unread_media"] * 3
+    assert reasons == ["video", "unread_media", "unread_media"]
     shown = {sample.id: sample.images for sample in stored(tmp_path / "out") if sample.turns[0].answer == "That."}
     assert shown == {"mine/x/d": (picture(1), picture(2)), "mine/x/e": (picture(3),)}
 

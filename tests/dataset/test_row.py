@@ -204,6 +204,7 @@ HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "a sound": ("unread_media", {"audio": "a.wav"}),
     "a video": ("video", {"video": "a.mp4"}),
     "frames": ("video", {"frames": ["1", "2"]}),
+    "a video in a tar file": ("video", {".mp4": HELD}),
     "a member of a tar file": ("unread_media", {".heic": HELD}),
     "a turn's own": ("unread_media", {"conversations": [{**chat("What?")[0], "image": "a.png"}, *chat("", "That.")[1:]]}),
     "a video part": (
@@ -211,7 +212,7 @@ HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
         {"conversations": None, "messages": openai([PARTS[0], {"type": "video", "video": "a.mp4"}], "That.")},
     ),
     "Qwen-VL's mark": ("image_marks", {"conversations": chat("Picture 1: <img>a.png</img>\nWhat?", "That.")}),
-    "LLaVA-Video's mark": ("image_marks", {"conversations": chat("<video>\nWhat?", "That.")}),
+    "LLaVA-Video's mark": ("video", {"conversations": chat("<video>\nWhat?", "That.")}),
 }
 
 
