@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
+from components.dataset.shards import Samples
 from components.errors import DataError
+from components.models.template import IMAGE
 from components.records.distill import Cost
 from components.records.evaluate import Fingerprint, Likelihood, Prediction, Scores, YesNo
-from components.records.paths import SCORES, STUDENTS, TEACHER_ARM
+from components.records.paths import DATASET, SCORES, STUDENTS, TEACHER_ARM, Split
 from components.records.record import Record
 
 R = TypeVar("R", bound=Record)
@@ -54,6 +56,14 @@ def read(arms: Iterable[str]) -> Outcomes:
 def read_predictions(path: Path) -> list[Prediction]:
     """Raises DataError if the file is missing, or a line is no prediction."""
     return _records(path, Prediction)
+
+
+def images_of(asked: Sequence[Prediction], split: Split) -> dict[str, tuple[bytes, ...]]:
+    """Images that each question shows, by its sample's id. Raises DataError if the data set lacks one."""
+    stored = Samples(DATASET, split).images_of({p.image_id for p in asked})
+    if missing := [p.image_id for p in asked if p.image_id not in stored]:
+        raise DataError(f"{DATASET} has no image {missing[0]!r} in split {split}; `dvc repro` evaluates anew")
+    return {p.id: stored[p.image_id][: p.question.count(IMAGE)] for p in asked}
 
 
 def _likelihoods(arm: str, predictions: list[Prediction]) -> list[Likelihood]:

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from components.config.evaluate import EvaluateSettings
-from components.dataset.shards import Samples
 from components.errors import DataError
 from components.evaluate import plots
 from components.evaluate.headline import noise_of, resolution
-from components.evaluate.load_results import Outcomes
+from components.evaluate.load_results import Outcomes, images_of
 from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
 from components.evaluate.metrics import OVERALL
 from components.evaluate.statistics import Interval
 from components.io import write_bytes, write_text
 from components.irs.overlays import curve
-from components.models.template import IMAGE, with_marks
+from components.models.template import with_marks
 from components.records.compare import ArmResult, Comparison, Difference, TeacherResult
 from components.records.evaluate import Prediction
 from components.records.irs import LayerChoice
@@ -86,15 +86,6 @@ class Line:
     cells: list[Cell]
     starts_group: bool = False
     belongs_above: bool = False
-
-
-@dataclass(frozen=True)
-class Example:
-    images: list[str]  # data URIs
-    kind: str
-    question: str
-    reference: str
-    answers: list[tuple[str, Prediction]]  # teacher first, then arms from the best down
 
 
 def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings) -> Iterator[list[Path]]:
@@ -312,27 +303,20 @@ def _plots(comparison: Comparison, outcomes: Outcomes) -> dict[str, Plot]:
     return found
 
 
-def _examples(comparison: Comparison, outcomes: Outcomes, indices: list[int]) -> list[Example]:
-    asked = outcomes.predictions[TEACHER_ARM]
-    images = Samples(DATASET, comparison.split).images_of({asked[index].image_id for index in indices})
-    examples = []
-    for index in indices:
-        sample = asked[index]
-        if sample.image_id not in images:
-            raise DataError(
-                f"{DATASET} has no image {sample.image_id!r} in split {comparison.split}; `dvc repro` evaluates anew"
-            )
-        shown = images[sample.image_id][: sample.question.count(IMAGE)]
-        examples.append(
-            Example(
-                images=[data_uri(thumbnail(image, EXAMPLE_PX)) for image in shown],
-                kind=sample.kind,
-                question=with_marks(sample.question),
-                reference=sample.reference,
-                answers=[(row, outcomes.predictions[row][index]) for row in (TEACHER_ARM, *comparison.order)],
-            )
-        )
-    return examples
+def _examples(comparison: Comparison, outcomes: Outcomes, indices: list[int]) -> list[dict[str, Any]]:
+    """Images, kind, question and reference of each sample, with the answers of the teacher and the arms from the best down."""
+    asked = [outcomes.predictions[TEACHER_ARM][index] for index in indices]
+    images = images_of(asked, comparison.split)
+    return [
+        {
+            "images": [data_uri(thumbnail(image, EXAMPLE_PX)) for image in images[sample.id]],
+            "kind": sample.kind,
+            "question": with_marks(sample.question),
+            "reference": sample.reference,
+            "answers": [(row, outcomes.predictions[row][index]) for row in (TEACHER_ARM, *comparison.order)],
+        }
+        for index, sample in zip(indices, asked, strict=True)
+    ]
 
 
 def _notes(comparison: Comparison) -> list[str]:

@@ -23,15 +23,16 @@ from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
 from components.errors import DataError
 from components.evaluate import generate
+from components.evaluate.load_results import images_of
 from components.io import write_text
 from components.models.attention import Look, watching
 from components.models.collate import Collator
 from components.models.load import Loaded
-from components.models.template import IMAGE, Template, with_marks
+from components.models.template import Template, with_marks
 from components.models.vlm import VLM
 from components.records.compare import Comparison
 from components.records.evaluate import Prediction
-from components.records.paths import DATASET, REPORTS, TEACHER_ARM
+from components.records.paths import REPORTS, TEACHER_ARM
 from components.report.pages import data_uri, templates, thumbnail
 
 PAGE = REPORTS / "samples.html"
@@ -55,19 +56,15 @@ def write(
     Raises DataError if the data set lacks an image that was asked about.
     """
     asked = predictions[TEACHER_ARM][:most]
-    stored = Samples(DATASET, comparison.split).images_of({p.image_id for p in asked})
-    missing = next((p.image_id for p in asked if p.image_id not in stored), None)
-    if missing is not None:
-        raise DataError(f"{DATASET} has no image {missing!r} in split {comparison.split}; `dvc repro` evaluates anew")
     kinds = list(comparison.kinds)
     who = [TEACHER_ARM, *comparison.order]
-    of = {p.id: stored[p.image_id][: p.question.count(IMAGE)] for p in asked}
-    shown = {p.id: [(p.image_id, number) for number in range(len(of[p.id]))] for p in asked}
-    place = {image: index for index, image in enumerate(dict.fromkeys(image for images in shown.values() for image in images))}
+    images = images_of(asked, comparison.split)
+    content = {(p.image_id, number): image for p in asked for number, image in enumerate(images[p.id])}
+    place = {image: index for index, image in enumerate(content)}
     rows = [
         {
             "id": p.id,
-            "images": [place[image] for image in shown[p.id]],
+            "images": [place[p.image_id, number] for number in range(len(images[p.id]))],
             "kind": kinds.index(p.kind),
             "question": with_marks(p.question),
             "reference": p.reference,
@@ -80,7 +77,7 @@ def write(
     data = {
         "who": who,
         "kinds": [kind.replace("_", " ") for kind in kinds],
-        "images": [data_uri(thumbnail(stored[name][number], THUMBNAIL_PX)) for name, number in place],
+        "images": [data_uri(thumbnail(image, THUMBNAIL_PX)) for image in content.values()],
         "rows": rows,
     }
     page = templates(Path(__file__).parent).get_template("samples.html.j2")
