@@ -133,7 +133,7 @@ def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict
     with serve.served(model, device.type, scratch / "server.log") as endpoint:
 
         def one(row: int) -> None:
-            ask(endpoint, question_of(samples[row].turns[0]), [samples[row].image or b""], tokens)
+            ask(endpoint, [samples[row].image or b"", question_of(samples[row].turns[0])], tokens)
 
         for row in rows[:3]:  # its first answers are slow
             one(row)
