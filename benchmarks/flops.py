@@ -5,7 +5,9 @@ A matrix product of (n, a) and (a, b) is 2 n a b. A backward pass is twice its f
 
 from __future__ import annotations
 
-from benchmarks.shapes import DRAWS, Batch, Size
+from dataclasses import replace
+
+from benchmarks.shapes import DRAWS, ROWS, Batch, Size
 from components.align_ti.terms import CORE, needs_of
 from components.cost.step import BatchShape, StepPlan, body, head, operations, tower
 
@@ -16,6 +18,8 @@ TERMS = {"kd": needs_of(["sft", "kd"]), "kd_only": needs_of(["kd"]), "trl": need
 def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
     """Operations of one optimiser step of an arm of `benchmarks.step`, the optimiser's own apart."""
     student, teacher, work = size.model(size.student), size.model(size.teacher), work_of(batch, ribbon_rows)
+    if arm == "align_ti_rows":  # at most: rows drawn twice are read once
+        work = replace(work, visual=min(work.visual, ROWS * work.images))
     if arm != "reference":
         draws_first = arm in ("align_ti_expanded", "align_ti_flex")
         towers = 2 if arm == "trl" else 1

@@ -18,6 +18,7 @@ from components.cost.step import ALTERNATIVES
 
 PAD, EOS, IMAGE, FIRST_WORD = 0, 1, 2, 3
 DRAWS = 4
+ROWS = 64  # visual rows drawn per image where L_iva reads some
 
 # Distinct alternatives per response step that are neither gold nor EOS, of d = 4: measured with a prototype of the digits
 # recipe, at the start of distillation and for a student that has learnt the task. The last is the most there can be.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import divergence, flops, measure, reference, table
-from benchmarks.shapes import DRAWS, EOS, SIZES, START, TRAINED, WORST, Batch, Size, batch, llava, script
+from benchmarks.shapes import DRAWS, EOS, ROWS, SIZES, START, TRAINED, WORST, Batch, Size, batch, llava, script
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.distill.teacher import FrozenTeacher
@@ -34,7 +34,9 @@ ENGINE = {  # arm -> its terms and its draws
     "align_ti": (ALL, TRAINED),
     "align_ti_start": (ALL, START),
     "align_ti_worst": (ALL, WORST),
+    "align_ti_rows": (ALL, TRAINED),  # L_iva over drawn rows
 }
+
 APPENDED = {  # arms of a GPU: alternatives appended, as under gradient checkpointing -> attention over them
     "align_ti_expanded": "sdpa",
     "align_ti_flex": "flex_attention",
@@ -43,6 +45,7 @@ RATIOS = {  # name -> time of the first arm over that of the second
     "align_ti_vs_kd": ("align_ti", "kd"),
     "align_ti_start_vs_kd": ("align_ti_start", "kd"),
     "align_ti_vs_kd_worst": ("align_ti_worst", "kd"),
+    "align_ti_rows_vs_kd": ("align_ti_rows", "kd"),
     "align_ti_vs_reference": ("align_ti", "reference"),
     "expanded_vs_continuation": ("align_ti_expanded", "align_ti"),
     "flex_vs_sdpa": ("align_ti_flex", "align_ti_expanded"),
@@ -101,13 +104,15 @@ class Bench:
     def script(self, distinct: float) -> Tensor:
         return script(self.batch, distinct, min(self.size.student.vocabulary, self.size.teacher.vocabulary))
 
-    def method(self, weights: dict[str, float], route: str = "continuation") -> Method:
+    def method(self, weights: dict[str, float], route: str = "continuation", rows: int | None = None) -> Method:
         shared = min(self.size.student.vocabulary, self.size.teacher.vocabulary)
-        return Method(weights=weights, draws=DRAWS, eos=EOS, shared_vocabulary=shared, route=route)
+        return Method(
+            weights=weights, options={"iva": {"rows": rows}}, draws=DRAWS, eos=EOS, shared_vocabulary=shared, route=route
+        )
 
     def engine(self, arm: str) -> Callable[[], Tensor]:
         weights, distinct = ENGINE[arm]
-        module = Scripted(self.student, self.teacher, self.method(weights))
+        module = Scripted(self.student, self.teacher, self.method(weights, rows=ROWS if arm == "align_ti_rows" else None))
         module.script = None if distinct is None else self.script(distinct)
         wanted = module.method.weight_vector(self.device)
 

@@ -31,6 +31,7 @@ class Seen:
     batch: Batch
     student: Tensor
     student_head: Head
+    keys: list[int] = field(default_factory=list)  # one per sample, the seed of whatever is drawn for it
     teacher: Tensor | CachedTopK | None = None  # CachedTopK where the cache serves
     teacher_head: Head | None = None
     attention: Tensor | None = None  # (B, Nv), the teacher's at the IRS layer

@@ -249,6 +249,7 @@ class AlignTI(nn.Module):
             batch,
             mine,
             student.head,
+            keys,
             in_student=in_student,
             divergence_of_arm=method.divergence,
             shared_vocabulary=method.shared_vocabulary,

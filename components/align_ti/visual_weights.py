@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from typing import Literal
 
@@ -50,6 +51,30 @@ def changed(attention: Tensor, pictures: Tensor, ids: list[str], change: Change)
             sinks = own > own.mean() + 3 * own.std(correction=0)
             found[sample, at] = own * (sinks if change == "sinks_alone" else ~sinks)
     return found
+
+
+def sampled(weights: Tensor, pictures: Tensor, keys: list[int], rows: int) -> tuple[Tensor, Tensor]:
+    """Visual rows drawn by their weights, so that an L_iva over them alone has the mean of the whole one.
+
+    `rows` systematic draws per image with one uniform, from a stream of its sample's key: how a batch is split changes
+    nothing. An image of no more tokens than that keeps them all.
+
+    Returns:
+        (B, T) bool, the distinct rows drawn, and (n,) their weights, how often each was drawn over `rows`.
+    """
+    placed = weights.new_zeros(pictures.shape)
+    placed[pictures > 0] = weights
+    for sample, number in owners(pictures):
+        at = pictures[sample] == number
+        own = placed[sample, at]
+        if len(own) > rows:
+            first = random.Random(f"iva {keys[sample]} {number}").random()
+            points = (torch.arange(rows, device=own.device, dtype=torch.float64) + first) / rows
+            reached = own.double().cumsum(0)
+            found = torch.searchsorted(reached / reached[-1], points, right=True)
+            placed[sample, at] = found.bincount(minlength=len(own)).to(own.dtype) / rows
+    drawn = placed > 0
+    return drawn, placed[drawn]
 
 
 def concentration(weights: Tensor, pictures: Tensor) -> dict[str, Tensor]:

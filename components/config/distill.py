@@ -25,6 +25,9 @@ class Iva(Strict):
     change: Literal["permuted", "sinks_removed", "sinks_alone", "other_instruction", "other_image"] | None = Field(
         default=None, description="a control: the weights permuted within the image, a part of them, or another sample's"
     )
+    rows: PositiveInt | None = Field(
+        default=None, description="visual rows drawn per image, by their weights and without bias; null: all are read"
+    )
     divergence: Divergence | None = Field(default=None, description="null: the arm's")
 
     @property

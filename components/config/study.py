@@ -35,6 +35,7 @@ class Arm(WithTerms):
                 "uniform": self.iva.weighting == "uniform",
                 "divergence": _dumped(self.iva.divergence),
                 "change": None if self.iva.of_another else self.iva.change,
+                "rows": self.iva.rows,
             },
             "tpa": {"divergence": _dumped(self.tpa.divergence)},
         }

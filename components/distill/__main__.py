@@ -101,10 +101,10 @@ def _equal_weights(module: AlignTI, accelerator: Accelerator) -> int:
 
 def _concentration(module: AlignTI, accelerator: Accelerator) -> dict[str, float]:
     """Mean over images of what L_iva measured of its weights, over all processes since this one began."""
-    names = ("iva/effective_tokens", "iva/top5", "iva/images")
+    names = ("iva/effective_tokens", "iva/top5", "iva/rows", "iva/images")
     sums = torch.tensor([float(module.measured.get(name, 0)) for name in names], device=accelerator.device)
     *means, images = accelerator.reduce(sums, reduction="sum").tolist()
-    return {name: mean / images for name, mean in zip(names, means, strict=False)} if images else {}
+    return {name: mean / images for name, mean in zip(names, means, strict=False) if mean} if images else {}
 
 
 if __name__ == "__main__":

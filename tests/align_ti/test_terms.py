@@ -170,6 +170,7 @@ CASES = {
     "kd jsd": Case("kd", None, {"divergence": {"kind": "jsd", "mix": 0.5, "temperature": 1.0}}, highest=0.6932),
     "iva": Case("iva", _iva),
     "iva uniform": Case("iva", _uniform, {"uniform": True}),
+    "iva of drawn rows": Case("iva", None, {"rows": 2}),
     "iva permuted": Case("iva", field_terms.permuted_iva, {"change": "permuted"}),
     "iva reverse": Case("iva", None, {"divergence": {"kind": "reverse", "mix": 0.5, "temperature": 1.0}}),
     "tpa": Case("tpa", None),

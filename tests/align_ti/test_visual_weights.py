@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.align_ti.visual_weights import changed, concentration, uniform_attention, visual_weights
+from components.align_ti.visual_weights import changed, concentration, sampled, uniform_attention, visual_weights
 
 VISUAL = torch.tensor([[0, 1, 1, 1, 0], [0] * 5, [1, 1, 0, 0, 0]])
 
@@ -49,6 +49,22 @@ def test_concentration_is_summed_over_images() -> None:
     weights = torch.cat([torch.full((8,), 1 / 8), torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0])])
     found = {name: float(value) for name, value in concentration(weights, pictures).items()}
     assert found == pytest.approx({"images": 2, "effective_tokens": 10, "top5": 5 / 8 + 1})
+
+
+def test_sampled_rows_have_the_mean_of_all_and_do_not_depend_on_the_batch() -> None:
+    pictures = torch.zeros(2, 14, dtype=torch.long)
+    pictures[0, 1:9], pictures[0, 10:14], pictures[1, :5] = 1, 2, 1
+    weights = visual_weights(torch.rand(2, 12, generator=torch.Generator().manual_seed(0)) ** 4, pictures)
+    mean = torch.zeros(2, 14)
+    for key in range(400):
+        at, drawn = sampled(weights, pictures, [key, key + 1000], rows=4)
+        placed = torch.zeros(2, 14).masked_scatter(at, drawn)
+        torch.testing.assert_close(placed[0, 1:9].sum(), torch.tensor(1.0))
+        torch.testing.assert_close(placed[0, 10:14], weights[8:12])  # no more tokens than draws: all of them
+        alone, its = sampled(weights[12:], pictures[1:], [key + 1000], rows=4)
+        assert torch.equal(alone[0], at[1]) and torch.equal(its, drawn[-len(its) :])
+        mean += placed / 400
+    torch.testing.assert_close(mean[pictures > 0], weights, rtol=0, atol=0.01)
 
 
 def test_each_of_several_images_is_a_unit_of_its_own() -> None:

@@ -10,7 +10,7 @@ from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, images
-from components.align_ti.visual_weights import Change, changed, concentration, uniform_attention, visual_weights
+from components.align_ti.visual_weights import Change, changed, concentration, sampled, uniform_attention, visual_weights
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Term:
     uniform: bool = False  # all of an image's tokens weigh the same: the control
     divergence: Divergence | None = None  # None: the arm's
     change: Change | None = None  # a control: weights with their places changed, or a part of them
+    rows: int | None = None  # systematic draws per image of the rows that are read, by their weights; None: all of them
 
     @property
     def needs(self) -> Needs:
@@ -37,4 +38,7 @@ class Term:
             attention = changed(attention, pictures, seen.batch.ids, self.change)
         weights = visual_weights(attention, pictures)
         seen.measured |= {f"iva/{name}": sum.detach() for name, sum in concentration(weights, pictures).items()}
+        if self.rows is not None:
+            visual, weights = sampled(weights, pictures, seen.keys, self.rows)
+            seen.measured["iva/rows"] = weights.new_tensor(len(weights))
         return seen.divergence(visual, weights, self.divergence)
