@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import BeforeValidator, Field
 
 from components.config.fields import Name, PositiveInt, Strict
+
+
+def _words(given: Any) -> Any:
+    """Of an environment variable."""
+    return [word for word in given.split(",") if word] if isinstance(given, str) else given
 
 
 class RuntimeSettings(Strict):
@@ -23,4 +26,5 @@ class RuntimeSettings(Strict):
     teacher_device: Annotated[str, Field(pattern=r"^(same|cpu|cuda:\d+)$")] = Field(description="same: with the student")
     teacher_sharded: bool = Field(strict=False, description="the teacher's layers are shared out over the processes (FSDP2)")
     tracking_uri: str
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_words)] = Field(description="beside MLflow")
     experiment: str

@@ -81,6 +81,8 @@ def stage_run(
             run.dataset(path, md5, source="dvc")
     journal = JOURNALS / f"{run.id}.jsonl"
     mirror = _start_mirror([journal], runtime)
+    trackers = runtime.trackers if journal.exists() else ()
+    also = [_start(["components.tracking.also", tracker, str(journal)], runtime, journal) for tracker in trackers]
     began = time.monotonic()
     status = "FAILED"
     try:
@@ -99,6 +101,8 @@ def stage_run(
         if status == "FINISHED":
             _remember(known_as, run.id, seconds, nearest.name)
             _forget_unfinished(known_as, run.id)
+        for sender in also:
+            _finish_mirror(sender, journal)
         _finish_mirror(mirror, journal)
 
 
@@ -249,7 +253,10 @@ def _parent(nearest: NearestRecipe) -> dict[str, Any] | None:
 def _start_mirror(journals: Sequence[Path], runtime: RuntimeSettings) -> subprocess.Popen[bytes] | None:
     if runtime.tracking_uri == JOURNAL_ONLY or not journals[0].exists():
         return None
-    command = [sys.executable, "-m", "components.tracking.mlflow_sync", *map(str, journals)]
+    return _start(["components.tracking.mlflow_sync", *map(str, journals)], runtime, journals[0])
+
+
+def _start(module: list[str], runtime: RuntimeSettings, journal: Path) -> subprocess.Popen[bytes] | None:
     # The address travels in the environment: it may hold a password, and command lines are public.
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
@@ -259,9 +266,10 @@ def _start_mirror(journals: Sequence[Path], runtime: RuntimeSettings) -> subproc
         "PYTHONPATH": path,  # it is found from wherever this file was
     }
     try:
+        command = [sys.executable, "-m", *module]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
     except OSError as error:
-        warn(f"cannot start the process that sends {journals[0]} to MLflow ({error}); `alignti sync` sends it later")
+        warn(f"cannot start {module[0]}, which sends {journal} ({error}); `alignti sync` sends it to MLflow later")
         return None
 
 

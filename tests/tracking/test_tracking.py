@@ -38,6 +38,7 @@ REST: dict[str, Any] = {
     "accelerate": None,
     "teacher_device": "same",
     "teacher_sharded": False,
+    "trackers": [],
     "experiment": "tests",
 }
 

@@ -1,0 +1,126 @@
+"""Sync of run journals (`journal.py`) to TensorBoard and W&B, beside MLflow: `trackers` in params/runtime.yaml.
+
+Either follows a stage's journal as `mlflow_sync.py` does, keeps how far it got beside it, and never stops a stage:
+curves, params and the final status. What made what, artifacts and the registry are MLflow's alone.
+
+    python -m components.tracking.also TRACKER JOURNAL
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from components.io import write_text
+from components.tracking.journal import warn
+
+PAUSE_S = 3
+EVENTS = Path(".tensorboard")  # `tensorboard --logdir .tensorboard`
+
+Line = Mapping[str, Any]
+
+
+class Tracker(Protocol):
+    def __init__(self, start: Line, run: str) -> None: ...
+    def take(self, line: Line) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """An event file per run."""
+
+    def __init__(self, start: Line, run: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(EVENTS / start["name"].replace("/", "-") / run))
+
+    def take(self, line: Line) -> None:
+        if line["event"] == "metrics":
+            for name, value in line["values"].items():
+                self._writer.add_scalar(name, value, line["step"] or 0, line["time"] / 1000)
+        elif line["event"] == "params":
+            table = "\n".join(f"| {name} | {value} |" for name, value in line["values"].items())
+            self._writer.add_text("params", f"| param | value |\n|---|---|\n{table}")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of the project called like MLflow's experiment; offline unless $WANDB_MODE says otherwise."""
+
+    def __init__(self, start: Line, run: str) -> None:
+        import wandb
+
+        os.environ.setdefault("WANDB_MODE", "offline")
+        quiet = wandb.Settings(silent=True, disable_git=True, save_code=False, console="off", x_disable_stats=True)
+        tags = [f"{name}:{start['tags'][name]}"[:64] for name in ("stage", "recipe") if name in start["tags"]]
+        self._run: Any = wandb.init(
+            project=start["experiment"], id=run[-60:], name=start["name"], tags=tags, resume="allow", settings=quiet
+        )
+
+    def take(self, line: Line) -> None:
+        if line["event"] == "metrics" and line["step"] is None:
+            self._run.summary.update(dict(line["values"]))
+        elif line["event"] == "metrics":
+            self._run.log({**line["values"], "step": line["step"]})  # the step is a value: W&B's own must never go back
+        elif line["event"] == "params":
+            self._run.config.update(dict(line["values"]), allow_val_change=True)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def follow(name: str, journal: Path) -> None:
+    """Hand on `journal` while stdin stays open, and its rest when it closes."""
+    state, complete, tracker = journal.with_suffix(f".{name}"), False, None
+    while True:
+        lines = _gained(journal, state)
+        if lines and tracker is None:
+            with journal.open(encoding="utf-8") as file:
+                tracker = TRACKERS[name](json.loads(file.readline()), journal.stem)
+        for line in lines:
+            assert tracker is not None
+            tracker.take(line)
+        if complete or any(line["event"] == "end" for line in lines):
+            break
+        complete = bool(select.select([sys.stdin], [], [], PAUSE_S)[0])
+    if tracker is not None:
+        tracker.close()
+
+
+def _gained(journal: Path, state: Path) -> Sequence[Line]:
+    """The whole lines that nobody has handed on yet; from now on somebody has."""
+    before = int(state.read_text(encoding="utf-8")) if state.exists() else 0
+    with journal.open("rb") as file:
+        file.seek(before)
+        gained = file.read()
+    whole = gained[: gained.rfind(b"\n") + 1]
+    if whole:
+        write_text(state, str(before + len(whole)))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def main() -> None:
+    for ending in (signal.SIGINT, signal.SIGTERM):  # they end the stage; what it leaves is still to be handed on
+        signal.signal(ending, signal.SIG_IGN)
+    name, journal = sys.argv[1], Path(sys.argv[2])
+    try:
+        follow(name, journal)
+    except Exception as error:  # trackers raise all sorts, and no stage fails for it
+        warn(f"{name} does not take this run ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
