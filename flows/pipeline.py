@@ -64,7 +64,8 @@ FREE = threading.Semaphore(2**20)  # slots of a stage that need not wait, or who
 
 def menu(names: list[str]) -> Any:
     """A field whose values Prefect's form offers, and whose others its server refuses; any where there are none to offer."""
-    return Field(json_schema_extra={"enum": names} if names else None)
+    offered: Any = {"enum": names}
+    return Field(json_schema_extra=offered if names else None)
 
 
 RecipeName = Annotated[str, menu(recipes.names())] | None
