@@ -36,7 +36,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a multimodal model with Align-TI. `make repro` runs the whole job; these commands prepare and explain it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich would double the start-up time
 )
@@ -531,21 +530,23 @@ def compare(study: str) -> None:
 
 @app.command()
 def serve(
-    model: Path,
+    model: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder, or ORG/NAME[@REVISION] of the hub.")],
     port: int = typer.Option(8000, help="Where to listen."),
     host: str = typer.Option("127.0.0.1", help="An address of this machine; one that is open to others needs a key."),
 ) -> None:
-    """Serve the checkpoint folder MODEL behind an OpenAI-compatible API until interrupted."""
+    """Serve MODEL behind an OpenAI-compatible API until interrupted."""
+    _check_models(model)
     import signal
 
     from components.config.load import load_settings
     from components.evaluate.kits.serve import served
     from components.records.paths import RUNS
+    from components.release.model import find
     from components.runtime import prepare_torch
 
-    log = RUNS / "serve" / f"{port}.log"
-    device = prepare_torch(load_settings().runtime, seed=0)
-    with served(model, device.type, log, host, port) as endpoint:
+    log, settings = RUNS / "serve" / f"{port}.log", load_settings()
+    device = prepare_torch(settings.runtime, seed=0)
+    with served(find(model, settings).path, device.type, log, host, port) as endpoint:
         typer.echo(f"{endpoint.url}/v1 serves the model named {endpoint.model}; log: {log}; Ctrl-C ends it")
         signal.pause()
 

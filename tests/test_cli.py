@@ -155,7 +155,7 @@ def test_benchmarks_say_how_to_get_each_and_what_is_open(root: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("serve", "nowhere"), "ModelError: "),
+        (("serve", "nowhere"), "InputError: there is no model 'nowhere'"),
         (("evaluate", "--kit", "lmms"), "InputError: --kit lmms: there are own, vlmeval, lm-eval\n"),
     ],
 )
