@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from components.config.evaluate import EvaluateSettings
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.errors import DataError
 from components.models.collate import Collator
+from components.models.decoding import greedy
 from components.models.families import prompt
 from components.models.load import Loaded
 from components.models.template import Template
@@ -84,21 +81,3 @@ def answers(
 def _length(sample: Sample) -> tuple[bool, int]:
     """Sort key of samples by prompt length: whether there is an image, then characters."""
     return sample.image is not None, len(sample.turns[0].question)
-
-
-@contextmanager
-def greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]:
-    """Greedy decoding; the checkpoint's generation_config (a repetition penalty, say) is ignored."""
-    model, tokenizer = loaded.model, loaded.processor.tokenizer
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({eos, tokenizer.eos_token_id}),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    try:
-        with torch.inference_mode():
-            yield model
-    finally:
-        model.generation_config = own

@@ -22,8 +22,8 @@ from components.dataset.images import Refusal
 from components.dataset.images import load as load_image
 from components.dataset.shards import Sample, Turn
 from components.errors import InputError
-from components.evaluate.generate import greedy
 from components.models.collate import Batch, Collator
+from components.models.decoding import greedy
 from components.models.families import prompt
 from components.models.load import Loaded
 from components.models.template import IMAGE
