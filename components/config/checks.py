@@ -18,6 +18,7 @@ def across_files(settings: Settings) -> list[str]:
             )
         problems += _cache_checks(settings, name)
         problems += _inside_checks(settings, name)
+        problems += _rollout_checks(settings, name)
     problems += _stage_checks(settings)
     tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
     if tokens is not None and tokens < longest:
@@ -104,3 +105,22 @@ def _inside_checks(settings: Settings, name: str) -> list[str]:
             " student, and FlexAttention has none; set it to false"
         )
     return problems
+
+
+def _rollout_checks(settings: Settings, name: str) -> list[str]:
+    """What cannot be had of answers that the student writes."""
+    arm, distill = settings.arm(name), settings.distill
+    if arm.rollouts is None:
+        return []
+    assert arm.tpa is not None  # filled in by Settings.arm
+    problems = []
+    gold = [term for term, needs in arm.needs.items() if needs.gold or (term == "tpa" and arm.tpa.source == "gold")]
+    if gold:
+        problems.append(f"{', '.join(gold)} take the data's answers, and the student writes others; set their weights to 0")
+    if settings.uses_cache(arm):
+        problems.append("no cache holds the teacher at answers that are not written yet; set teacher_signals.source to live")
+    if distill.micro_batch_tokens is not None:
+        problems.append("the length of an answer is not known before it is written; set micro_batch_tokens to null")
+    if distill.gradient_checkpointing and distill.flex_attention and terms.union(arm.needs.values()).ribbon:
+        problems.append("FlexAttention takes no key/value cache, which answers are written with; set flex_attention to false")
+    return [f"params/study.yaml: arms.{name}.rollouts: {problem}" for problem in problems]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from components.align_ti import terms
 from components.config.distill import Iva, Tpa
-from components.config.fields import ArmName, Name, Strict
+from components.config.fields import ArmName, Name, NonNegative, PositiveInt, Share, Strict
 from components.config.loss_terms import Divergence, Weights, WithTerms, as_tuples
 from components.records.paths import TEACHER_ARM
+
+
+class Rollouts(Strict):
+    """Answers that the student itself writes in training, to a sample's first question, in place of the data's."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="of the samples of an epoch, drawn anew in each: GKD's lambda"
+    )
+    temperature: NonNegative = Field(description="that tokens are drawn at; 0: greedy. The divergence has its own")
+    top_p: Share | None = Field(description="draw among the fewest tokens whose probabilities reach this; null: among all")
+    max_new_tokens: PositiveInt = Field(description="an answer that has not ended by then is cut off, and trained on as it is")
+    reuse: PositiveInt = Field(description="epochs that an answer serves")
 
 
 class Arm(WithTerms):
@@ -25,6 +34,7 @@ class Arm(WithTerms):
     iva: Iva | None = None
     tpa: Tpa | None = None
     divergence: Divergence | None = None
+    rollouts: Rollouts | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from components.distill.launch import check_came_up
 from components.distill.placement import load_teacher
 from components.distill.replay import Origin
 from components.distill.resample_visual_tokens import ResampledTeacher
+from components.distill.rollouts import Rollouts
 from components.distill.sampler import Sampler
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable
@@ -53,6 +54,7 @@ class Job:
     order: Sampler
     accelerator: Accelerator
     origin: Origin
+    rollouts: Rollouts | None
 
     @property
     def title(self) -> str:
@@ -111,6 +113,10 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
     chosen = trained_on(samples.kinds, settings.distill)
     weights = samples.weights
     order = Sampler(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
+    rollouts = None
+    if arm.rollouts is not None:
+        shared = module.method.shared_vocabulary or student.vocabulary
+        rollouts = Rollouts(arm.rollouts, student, collator, samples, order, shared, accelerator)
     accelerator.print(f"distill@{name}: {len(chosen):,} samples of {len(samples):,}; {collator.spelt_out(samples[chosen[0]])}")
     origin = Origin(
         arm=name,
@@ -118,7 +124,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         teacher={"path": choice.path, "sha256": choice.sha256} if choice else None,
         precision=settings.distill.precision,
     )
-    return Job(name, settings, facts, start, student, module, samples, collator, order, accelerator, origin)
+    return Job(name, settings, facts, start, student, module, samples, collator, order, accelerator, origin, rollouts)
 
 
 def _accelerator(arm: Arm, settings: Settings) -> Accelerator:

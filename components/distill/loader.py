@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from components.config.distill import DistillSettings
 from components.dataset.shards import Samples
+from components.distill.rollouts import Rollouts
 from components.distill.sampler import Sampler, draw_key, shared_out, shared_out_by_length
 from components.errors import AlignTIError, TryAgainError
 from components.models.collate import Batch, Collator
@@ -26,26 +28,36 @@ MicroBatches = list[tuple[Batch, list[int]]]
 
 
 class Steps(Dataset[MicroBatches | AlignTIError]):
-    """Step -> the collated micro-batches of one rank, with the seeds of their samples' draws: a function of the step alone.
+    """Step -> the collated micro-batches of one rank, with the seeds of their samples' draws: a function of the step alone, and
+    of the student as it is, where it writes `rollouts`.
 
     What is wrong with a sample comes as the error, so that it keeps its one sentence on the way out of a process.
     """
 
     def __init__(
-        self, samples: Samples, collator: Collator, order: Sampler, settings: DistillSettings, rank: int, ranks: int
+        self,
+        samples: Samples,
+        collator: Collator,
+        order: Sampler,
+        settings: DistillSettings,
+        rank: int,
+        ranks: int,
+        rollouts: Rollouts | None = None,
     ) -> None:
         self.samples, self.collator, self.order, self.settings = samples, collator, order, settings
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.rollouts = rank, ranks, rollouts
         self._lengths: dict[int, int] = {}
 
     def __getitem__(self, step: int) -> MicroBatches | AlignTIError:
         try:
-            return [self._collated(micro) for micro in self._shared_out(self.order.batch(step))]
+            mine = self._shared_out(self.order.batch(step))
+            written = self.rollouts.written(list(chain(*mine))) if self.rollouts else {}
+            return [self._collated(micro, written) for micro in mine]
         except AlignTIError as error:
             return error
 
-    def _collated(self, micro: list[tuple[int, int]]) -> tuple[Batch, list[int]]:
-        batch = self.collator([self.samples[index] for _, index in micro])
+    def _collated(self, micro: list[tuple[int, int]], written: dict[int, list[int]]) -> tuple[Batch, list[int]]:
+        batch = self.collator([self.samples[index] for _, index in micro], [written.get(key) for key, _ in micro])
         return batch, [draw_key(self.order.seed, key) for key, _ in micro]
 
     def _shared_out(self, batch: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:

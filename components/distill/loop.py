@@ -68,8 +68,13 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
     if latest := checkpoints.latest():
         progress = checkpoints.restore(accelerator, latest)
         accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}", flush=True)
-    steps = Steps(job.samples, job.collator, job.order, settings, accelerator.process_index, accelerator.num_processes)
-    stream = batches(steps, progress["step"], settings.steps, job.settings.runtime.loaders)
+    place = accelerator.process_index, accelerator.num_processes
+    steps = Steps(job.samples, job.collator, job.order, settings, *place, job.rollouts)
+    loaders = job.settings.runtime.loaders
+    if job.rollouts is not None:
+        loaders = 0  # the student that writes is here
+        job.rollouts.kept = progress.setdefault("rollouts", {})
+    stream = batches(steps, progress["step"], settings.steps, loaders)
     bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter() - progress["seconds"]
     wrapped.train()
@@ -95,7 +100,8 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
                 if module.method.max_expanded_length is not None:
                     line["tpa_steps_left_out"] = left_out
                 progress["losses"].append(line)
-                run.metrics(_tracked(line, module.method), step)
+                rollouts = job.rollouts.measured() if job.rollouts else {}
+                run.metrics(_tracked(line, module.method) | rollouts, step)
             progress |= {"step": step, "seconds": time.perf_counter() - started}
             if stopping or (step % settings.checkpoint_every == 0 and step < settings.steps):
                 checkpoints.save(accelerator, progress)

@@ -9,9 +9,10 @@ import torch
 from components.errors import DataError, InputError
 
 
-def draw_key(seed: int, key: int) -> int:
-    """The seed of the draws of one sample in a run of `seed`. Hashed: torch's CPU generator reads the low 32 bits alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:4], "big")
+def draw_key(*what: int | str) -> int:
+    """32 bits: the seed of the draws of `what`, a run's seed and a sample's key, say. Hashed: torch's CPU generator reads the
+    low 32 bits alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
 
 
 class Sampler:
@@ -62,6 +63,9 @@ class Sampler:
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The (key, sample index) pairs of one global batch; the key is unique over the whole run."""
         return [(key, self._at(key)) for key in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
+    def epoch(self, key: int) -> int:
+        return key // self.epoch_size
 
     def _at(self, key: int) -> int:
         epoch, place = divmod(key, self.epoch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
 SHORTEST, LONGEST = 56, 100  # pixels of a side; the aspect: Qwen's processors refuse sides under 28 or an aspect over 200
+Written = Sequence[Sequence[int] | None]
 PIXEL_CACHE_BYTES = 2**29  # the image processor costs 0.3 ms an image, as much as a small student's whole step
 
 
@@ -83,6 +85,11 @@ class Encoded:
     def visual(self) -> np.ndarray:
         return self.pictures > 0
 
+    def answered(self, ids: Sequence[int]) -> Encoded:
+        """A prompt with the tokens of an answer to it."""
+        after = Encoded(np.asarray(ids), np.ones(len(ids), bool), np.zeros(len(ids), bool), np.zeros(len(ids), int))
+        return Encoded(*(np.concatenate([getattr(self, f.name), getattr(after, f.name)]) for f in fields(self)))
+
 
 class Collator:
     """Turn samples into a Batch.
@@ -117,21 +124,29 @@ class Collator:
         self._processed: dict[tuple[str, int], Processed] = {}
         self._processed_bytes = 0
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        samples = self._asked(samples)
-        batch = self.text(samples)
+    def __call__(self, samples: Sequence[Sample], written: Written | None = None) -> Batch:
+        """`written`: for each sample the tokens of an answer to its first question, in place of its turns; None: as it is."""
+        samples = self._asked(samples, written)
+        batch = self.text(samples, written)
         if self._teacher is not None:
-            batch = replace(batch, teacher=_checked(self._teacher(samples), batch))
+            batch = replace(batch, teacher=_checked(self._teacher(samples, written), batch))
         images = [image.tensors for image in self.images(samples)]
         if not images:
             return batch
         tensors = {name: joined([image[name] for image in images]) for name in images[0]}
         return replace(batch, pixel_values=tensors.pop("pixel_values"), image_inputs=tensors)
 
-    def text(self, samples: Sequence[Sample]) -> Batch:
+    @property
+    def of_prompts(self) -> Collator:
+        """As one that does not `train`, with this one's processed images."""
+        other = copy(self)
+        other.train, other._teacher = False, None
+        return other
+
+    def text(self, samples: Sequence[Sample], written: Written | None = None) -> Batch:
         """The batch without its pixels, for callers that hold the images' features already."""
-        samples = self._asked(samples)
-        rows = self.encode(samples)
+        samples = self._asked(samples, written)
+        rows = self.encode(samples, written=written)
         length = max(len(row.input_ids) for row in rows)
 
         def stack(name: str, fill: int) -> Tensor:
@@ -154,28 +169,35 @@ class Collator:
             pixel_values=None,
         )
 
-    def _asked(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        return samples if self.train else [sample.upto(1) for sample in samples]
+    def _asked(self, samples: Sequence[Sample], written: Written | None) -> Sequence[Sample]:
+        whole = [self.train and ids is None for ids in written or [None] * len(samples)]
+        return [sample if all_turns else sample.upto(1) for sample, all_turns in zip(samples, whole, strict=True)]
 
-    def encode(self, samples: Sequence[Sample], shown: Sequence[Sequence[str]] | None = None) -> list[Encoded]:
+    def encode(
+        self, samples: Sequence[Sample], shown: Sequence[Sequence[str]] | None = None, written: Written | None = None
+    ) -> list[Encoded]:
         """Token ids and masks. A token is response if its characters overlap a response's, whatever the tokenizer's kind.
 
-        `shown`: what stands for each sample's images, where that is known already.
+        `shown`: what stands for each sample's images, where that is known already. `written`: as in a call.
         """
         for sample in samples:
             self._check(sample)
         shown = [self._texts_of(sample) for sample in samples] if shown is None else shown
-        rendered = [self.template.render(sample.turns, texts, self.train) for sample, texts in zip(samples, shown, strict=True)]
+        written = written or [None] * len(samples)
+        rendered = [
+            self.template.render(sample.turns, texts, self.train and answer is None)
+            for sample, texts, answer in zip(samples, shown, written, strict=True)
+        ]
         rows = []
-        for sample, (text, ids, offsets) in zip(samples, self._tokens(rendered), strict=True):
+        for sample, answer, (text, ids, offsets) in zip(samples, written, self._tokens(rendered), strict=True):
             start, end = np.asarray(offsets).T
             input_ids = np.asarray(ids)
             response = np.zeros(len(ids), dtype=bool)
             for a, b in text.response_spans:
-                answer = (start < b) & (end > a)
-                if answer.sum() < 2:  # its EOS, and nothing else
+                tokens = (start < b) & (end > a)
+                if tokens.sum() < 2:  # its EOS, and nothing else
                     raise DataError(f"sample {sample.id}: an answer has no response tokens: {text.text[a:b]!r}")
-                response |= answer
+                response |= tokens
             visual = input_ids == self._visual_id
             pictures = np.zeros_like(input_ids)
             instruction = np.zeros_like(response)
@@ -187,7 +209,8 @@ class Collator:
             instruction &= ~visual & ~response & (end > start)
             if self.rows == "words":
                 instruction &= np.any([(start < b) & (end > a) for a, b in text.question_spans], axis=0)
-            rows.append(Encoded(input_ids, response, instruction, pictures))
+            row = Encoded(input_ids, response, instruction, pictures)
+            rows.append(row if answer is None else row.answered(answer))
             self._check_encoded(sample, rows[-1])
         return rows
 

@@ -45,6 +45,7 @@ class Needs:
         attention: the weights of each image's tokens, from the teacher's attention at the IRS layer.
         ribbon: alternatives, and both models after each.
         live: the teacher's hidden states or whole logits, which no cache has.
+        gold: the data's answers, which no other answer replaces.
         in_student: attention maps and hidden states of chosen layers of the student.
         in_teacher: the same of the teacher.
         views: edited batches for one more pass each.
@@ -56,13 +57,14 @@ class Needs:
     attention: bool = False
     ribbon: bool = False
     live: bool = False
+    gold: bool = False
     in_student: Watch = NOTHING
     in_teacher: Watch = NOTHING
     views: tuple[View, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
-            **{field.name: getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:6]},
+            **{field.name: getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:7]},
             in_student=self.in_student | other.in_student,
             in_teacher=self.in_teacher | other.in_teacher,
             views=tuple(dict.fromkeys(self.views + other.views)),

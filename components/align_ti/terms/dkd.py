@@ -22,7 +22,7 @@ class Term:
     target: float = 1.0
     others: float = 2.0
     row_weight: str | None = "certainty"  # a function of align_ti/row_weights.py; None: all rows alike
-    needs = Needs(live=True)
+    needs = Needs(live=True, gold=True)
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:

@@ -25,7 +25,7 @@ class Term:
     row_weight: str | None = None  # w of each row is this function's, of align_ti/row_weights.py
     risk: float = 0.0
     discount: float = 0.9999
-    needs = Needs(live=True)
+    needs = Needs(live=True, gold=True)
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:

@@ -14,7 +14,7 @@ from components.align_ti.terms import Needs, responses
 
 @dataclass(frozen=True)
 class Term:
-    needs = Needs(teacher=False)
+    needs = Needs(teacher=False, gold=True)
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return responses(batch)

@@ -1,0 +1,213 @@
+"""Answers that the student writes in training: equal to a plain loop, keyed, resumable, and refused where they cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from components.align_ti.batch import predicting
+from components.config.load import load_settings
+from components.distill.__main__ import distill
+from components.distill.assemble import Job, assemble
+from components.distill.launch import launch
+from components.distill.loader import Steps
+from components.errors import InputError, Interrupted, ModelError, SettingsError
+from components.models.families import prompt
+from components.tracking.journal import Run
+from tests.distill.conftest import REPOSITORY, write_params
+from tests.distill.test_scale import StopsAt, legible, runtime
+
+ROLLOUTS = {"share": 0.5, "temperature": 1.0, "top_p": 0.9, "max_new_tokens": 6, "reuse": 1}
+FOLDER = Path("artifacts/students/gkd")
+
+
+def arm(**changes: Any) -> dict[str, Any]:
+    """Of the field's GKD, with its `rollouts` changed, or other blocks."""
+    jsd = {"divergence": {"kind": "jsd", "mix": 0.5, "temperature": 1.0}}
+    rollouts = ROLLOUTS | {key: changes.pop(key) for key in ROLLOUTS.keys() & changes.keys()}
+    return {"weights": {"kd": 1.0}, "student": "student", "seed": 1, "kd": jsd, "rollouts": rollouts} | changes
+
+
+def put(root: Path, **changes: Any) -> None:
+    write_params(root, "study", {"arms": {"gkd": arm(**changes)}})
+
+
+@pytest.fixture
+def gkd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """16 samples in 4 to a step: an epoch and a half in six steps."""
+    put(workplace)
+    write_params(workplace, "evaluate", {"baselines": ["gkd"]})
+    monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    return workplace
+
+
+def job() -> Job:
+    settings = load_settings()
+    return assemble("gkd", settings.arm("gkd"), settings)
+
+
+def answers(of: Job, step: int, rank: int = 0, ranks: int = 1, gold: bool = False) -> dict[str, list[int]]:
+    """Tokens trained on, by sample; of the data, if `gold`."""
+    found = Steps(of.samples, of.collator, of.order, of.distill, rank, ranks, None if gold else of.rollouts)[step]
+    assert isinstance(found, list)
+    return {name: batch.input_ids[i][batch.response[i]].tolist() for batch, _ in found for i, name in enumerate(batch.ids)}
+
+
+def trained(run: Run) -> tuple[bytes, str]:
+    settings = load_settings()
+    distill("gkd", settings.arm("gkd"), settings, run)
+    return (FOLDER / "model/model.safetensors").read_bytes(), (FOLDER / "losses.jsonl").read_text()
+
+
+def test_greedy_answers_and_their_loss_are_those_of_a_plain_loop(gkd: Path) -> None:
+    put(gkd, share=1.0, temperature=0.0)
+    made = job()
+    ((batch, keys),) = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, made.rollouts)[0]
+    model, teacher, tokenizer = made.student.model, made.module.teacher.vlm.model, made.student.processor.tokenizer
+    barred = [i for i in tokenizer.all_special_ids if i != made.collator.eos_id]
+    losses = []
+    for row, (_, sample) in enumerate(made.order.batch(0)):
+        given = prompt(model, made.collator.of_prompts([made.samples[sample]]))
+        tokens, asked = given.pop("input_ids"), given["attention_mask"].shape[1]
+        for _ in range(6):
+            with torch.no_grad():
+                logits = model(**given | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}).logits[:, -1]
+            logits[:, barred] = float("-inf")
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+            if tokens[0, -1] == made.collator.eos_id:
+                break
+        assert batch.input_ids[row][batch.attention_mask[row].bool()].tolist() == tokens[0].tolist()
+        whole = given | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        with torch.no_grad():
+            p, q = (each(**whole).logits[0, asked - 1 : -1, : len(tokenizer)].double().softmax(-1) for each in (teacher, model))
+        middle = ((p + q) / 2).log()
+        losses.append((F.kl_div(middle, p, reduction="none") + F.kl_div(middle, q, reduction="none")).sum(-1) / 2)
+    assert predicting(batch.response).sum() == sum(map(len, losses))
+    with torch.no_grad():
+        sums = made.module(batch, keys)
+    assert float(sums.sums[1] / sums.counts[1]) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+def test_draws_depend_on_seed_epoch_and_sample_alone(gkd: Path) -> None:
+    whole = answers(job(), 1)
+    write_params(gkd, "distill", {"micro_batch_size": 1})
+    split = job()
+    assert answers(split, 1) == whole
+    shares = [answers(split, 1, rank, ranks=2) for rank in range(2)]
+    assert shares[0] | shares[1] == whole
+    gold = answers(split, 1, gold=True)
+    assert 0 < sum(whole[name] != gold[name] for name in whole) < len(whole), "some are the student's, and some the data's"
+
+
+def test_an_answer_serves_as_many_epochs_as_asked(gkd: Path) -> None:
+    put(gkd, share=1.0, reuse=2)
+    made = job()
+    epochs = [{}, {}, {}]
+    for step in range(12):
+        epochs[step // 4] |= answers(made, step)
+    assert epochs[0] == epochs[1] != epochs[2] and epochs[0].keys() == epochs[2].keys()
+
+
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_stopped_and_resumed_gives_the_same_bytes(gkd: Path, reuse: int) -> None:
+    put(gkd, reuse=reuse)
+    logged = Logs()
+    whole = trained(logged)
+    assert {"rollout/answers", "rollout/cut_off", "rollout/tokens"} <= logged.values.keys()
+    shutil.rmtree(FOLDER)
+    with pytest.raises(Interrupted):
+        trained(StopsAt(3))
+    assert trained(Run(None)) == whole
+
+
+class Logs(Run):
+    """A run that keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.values: dict[str, float] = {}
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        self.values |= values
+
+
+def test_two_processes_that_accumulate_train_as_one(gkd: Path, own_environment: None) -> None:
+    put(gkd, reuse=2)
+    legible(gkd)
+    _, wanted = trained(Run(None))
+    shutil.rmtree(FOLDER)
+    write_params(gkd, "distill", {"micro_batch_size": 1})
+    launch(runtime(devices=2), "cpu", ["--arm", "gkd"])
+    found = (FOLDER / "losses.jsonl").read_text()
+    for mine, theirs in zip(wanted.splitlines(), found.splitlines(), strict=True):
+        assert json.loads(theirs) == pytest.approx(json.loads(mine), rel=1e-4)
+
+
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.5, "targets": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("arms", "distills"),
+    [
+        ({}, {"gradient_checkpointing": True}),
+        ({}, {"precision": "bf16"}),
+        ({}, {"trainable": {"vision_tower": False, "projector": True, "language_model": True, "lora": LORA}}),
+        ({"weights": {"kd": 1.0, "iva": 1.0, "tpa": 1.0, "va_kd": 1.0}}, {}),
+    ],
+    ids=["checkpointing", "bf16", "lora", "terms"],
+)
+def test_beside_other_options(
+    gkd: Path, request: pytest.FixtureRequest, arms: dict[str, Any], distills: dict[str, Any]
+) -> None:
+    for when in (lambda reset: reset(), request.addfinalizer):  # a process has one precision
+        when(lambda: AcceleratorState._reset_state(reset_partial_state=True))
+    put(gkd, **arms)
+    write_params(gkd, "distill", distills)
+    lines = [json.loads(line) for line in trained(Run(None))[1].splitlines()]
+    assert all(line[name] > 0 for line in lines for name in load_settings().arm("gkd").weights)
+
+
+@pytest.mark.parametrize(
+    ("arms", "distills", "said"),
+    [
+        ({"weights": {"sft": 1.0, "kd": 1.0}}, {}, "sft take the data's answers"),
+        ({"weights": {"hybrid": 1.0, "dkd": 1.0}}, {}, "dkd, hybrid take"),
+        ({"weights": {"tpa": 1.0}, "tpa": {"source": "gold"}}, {}, "tpa take"),
+        ({"kd": {}}, {"teacher_signals": {"source": "cache", "top_k": 4}}, "no cache holds the teacher at answers"),
+        ({}, {"micro_batch_tokens": 64}, "micro_batch_tokens to null"),
+        ({"weights": {"tpa": 1.0}}, {"gradient_checkpointing": True}, "set flex_attention to false"),
+        ({"share": 0.0}, {}, "greater than 0"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(gkd: Path, arms: dict[str, Any], distills: dict[str, Any], said: str) -> None:
+    own = {"tpa": load_settings().distill.tpa.model_dump() | arms["tpa"]} if "tpa" in arms else {}
+    put(gkd, **arms | own)
+    write_params(gkd, "distill", distills)
+    with pytest.raises(SettingsError, match=f"arms.gkd.rollouts.*{said}"):
+        load_settings()
+
+
+def test_divided_weights_and_another_end_of_turn_are_refused(gkd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = gkd / "artifacts/models/teachers/base/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "one"}))
+    with pytest.raises(ModelError, match="eos_token_id is"):
+        job()
+    file.write_text((gkd / "artifacts/models/students/student/tokenizer_config.json").read_text())
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(InputError, match="rollouts are written with a student whose weights are whole"):
+        job()
+
+
+def test_an_arm_without_them_is_written_as_before(gkd: Path) -> None:
+    assert "rollouts" not in load_settings().arm("gkd").model_copy(update={"rollouts": None}).model_dump_json()
