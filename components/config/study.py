@@ -16,9 +16,7 @@ from components.records.paths import TEACHER_ARM
 class Rollouts(Strict):
     """Answers that the student itself writes in training, to a sample's first question, in place of the data's."""
 
-    share: Annotated[float, Field(gt=0, le=1)] = Field(
-        description="of the samples of an epoch, drawn anew in each: GKD's lambda"
-    )
+    share: Annotated[float, Field(gt=0, le=1)] = Field(description="GKD's lambda: of the samples, drawn anew in each epoch")
     temperature: NonNegative = Field(description="that tokens are drawn at; 0: greedy. The divergence has its own")
     top_p: Share | None = Field(description="draw among the fewest tokens whose probabilities reach this; null: among all")
     max_new_tokens: PositiveInt = Field(description="an answer that has not ended by then is cut off, and trained on as it is")

@@ -87,6 +87,10 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         one = step.operations(student, asked, shape, plan)
         hours[f"distill@{arm_name}"] = distill.steps * passes * step.hours(one, device)
         prompt, written = student.visual + sample.text, min(settings.evaluate.max_new_tokens, sample.response)
+        if arm.rollouts is not None:
+            answers, at_once = arm.rollouts.share * rows, distill.batch_size // runtime.devices
+            longest = min(arm.rollouts.max_new_tokens, sample.response)
+            hours[f"distill@{arm_name}"] += step.answering(student, answers, at_once, prompt, longest, device)
         hours[f"evaluate@{arm_name}"] = step.answering(student, tested, settings.evaluate.batch_size, prompt, written, device)
         held[arm_name] = step.memory(student, asked, shape, plan, _memory_plan(student, settings))
     dearest = max(held.values(), key=lambda parts: sum(parts.values()))

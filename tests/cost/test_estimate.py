@@ -13,6 +13,7 @@ from rich.console import Console
 
 from components.config import recipes
 from components.config.models import Checkpoint, Cut
+from components.config.study import Rollouts
 from components.cost import downloads, shapes
 from components.cost import estimate as costs
 from components.errors import InputError
@@ -47,6 +48,19 @@ def test_all_runs_and_all_that_is_missing_are_told(root: Path) -> None:
     assert "15.2" in said and "of unknown size" in said and "not gated" in said
     assert "an assumed share" in said
     assert "artifacts/students" not in said
+
+
+def test_answers_that_a_student_writes_in_training_cost_their_time(root: Path) -> None:
+    settings = recipes.settings_with(NAME, root)
+    name, arm = next(iter(settings.study.arms.items()))
+    hours = []
+    for share in (None, 0.5, 1.0):
+        asked = share and Rollouts(share=share, temperature=1.0, top_p=None, max_new_tokens=32, reuse=1)
+        study = settings.study.model_copy(update={"arms": {name: arm.model_copy(update={"rollouts": asked})}})
+        found = costs.estimate(NAME, settings.model_copy(update={"study": study}), root)
+        assert found is not None
+        hours.append(found.hours[f"distill@{name}"])
+    assert hours[0] < hours[1] and hours[2] - hours[0] == pytest.approx(2 * (hours[1] - hours[0]))
 
 
 def test_what_is_here_is_not_missing(root: Path) -> None:
