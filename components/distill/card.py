@@ -148,9 +148,11 @@ def _losses(facts: dict[str, Any]) -> str:
         "layer": f"layer {iva['layer']} of the teacher, as asked{found}",
         "uniform": f"no layer: all weigh the same{found}",
     }
+    rollouts = facts["arm"].get("rollouts")
+    own = "" if rollouts is None else f" Of the samples {rollouts['share']:.0%} had an answer that the student wrote."
     if "iva" not in weights:
-        return f"Loss: L = {terms}; nothing weighs visual tokens{found}."
-    return f"Loss: L = {terms}. L_iva weighs visual tokens by {looked[iva['weighting']]}."
+        return f"Loss: L = {terms}; nothing weighs visual tokens{found}.{own}"
+    return f"Loss: L = {terms}. L_iva weighs visual tokens by {looked[iva['weighting']]}.{own}"
 
 
 def _picked(searched: dict[str, Any]) -> str:

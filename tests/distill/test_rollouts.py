@@ -125,6 +125,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(gkd: Path, reuse: int) -> None
     logged = Logs()
     whole = trained(logged)
     assert {"rollout/answers", "rollout/cut_off", "rollout/tokens"} <= logged.values.keys()
+    assert "50% had an answer that the student wrote" in (FOLDER / "model/README.md").read_text()
     shutil.rmtree(FOLDER)
     with pytest.raises(Interrupted):
         trained(StopsAt(3))
