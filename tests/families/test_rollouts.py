@@ -1,4 +1,4 @@
-"""What a student writes over its cache, from prompts padded on the left, is what the training's plain pass says of the same tokens."""
+"""What a student writes over its cache, from prompts padded on the left, is what the plain pass that trains on it says."""
 
 from __future__ import annotations
 
