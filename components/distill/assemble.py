@@ -90,7 +90,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         module = AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, student.vocabulary))
     elif settings.uses_cache(arm):
         facts |= _searched(arm, layers)
-        module = _cached(arm, settings, student, collator)
+        module = _cached(arm, settings, student, collator, samples)
         facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
     else:
         if settings.distill.teacher_signals.source == "cache":
@@ -213,14 +213,15 @@ def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:
     return {"searched": picked | {"background": weighting(arm.iva, layers).digest}}
 
 
-def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator) -> AlignTI:
+def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator, samples: Samples) -> AlignTI:
     """The step with what `cache_teacher` kept, if the arm has any use for it. Raises DataError if that is of another run."""
     signals, shared = None, student.vocabulary
     if any(needs.teacher for needs in arm.needs.values()):
         cache = read_manifest(SIGNALS, facts_of(settings))
         signals, shared = Signals(SIGNALS, cache.shards), cache.shared_vocabulary
         if arm.iva is not None and arm.iva.of_another:
-            signals.weigh_by(arm.iva.of_another)
+            rows = [row for row, kind in zip(samples.row_of.tolist(), samples.kinds, strict=True) if kind != CAPTION]
+            signals.weigh_by(arm.iva.of_another, rows)
     return AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, shared), signals)
 
 

@@ -12,6 +12,7 @@ Visual rows depend on the image and what stands before it alone, so samples abou
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,16 +108,20 @@ class Signals:
                 found += int((np.maximum.reduceat(weights, firsts) == np.minimum.reduceat(weights, firsts)).sum())
         return found
 
-    def weigh_by(self, other: str) -> None:
-        """From now on each sample is given the attention of another one: by `other_instruction` the next on its image, by
-        `other_image` one on the next image of as many tokens. Where there is none, its own."""
-        of_image: dict[tuple[int, int], list[int]] = {}
-        for sample, (shard, row) in enumerate(zip(self._shard_of, self._samples, strict=True)):
-            if row[VISUAL_ROWS]:  # samples on one image share the teacher's word on it
-                of_image.setdefault((int(shard), int(row[VISUAL])), []).append(sample)
+    def weigh_by(self, other: str, rows: Sequence[int]) -> None:
+        """From now on each sample is given the attention of another one: by `other_instruction` the next on its images, by
+        `other_image` one on the next images of as many tokens. Where there is none, its own.
+
+        Args:
+            rows: of the data set's images that each of the cache's samples shows, in their order.
+        """
+        of_images: dict[tuple[int, int], list[int]] = {}
+        for sample, (row, size) in enumerate(zip(rows, self._samples[:, VISUAL_ROWS].tolist(), strict=True)):
+            if size:
+                of_images.setdefault((row, size), []).append(sample)
         rings: dict[int, list[list[int]]] = {}
-        for samples in of_image.values():
-            rings.setdefault(int(self._samples[samples[0], VISUAL_ROWS]), []).append(samples)
+        for (_, size), samples in of_images.items():
+            rings.setdefault(size, []).append(samples)
         for ring in rings.values():
             for mine, next_image in zip(ring, [*ring[1:], ring[0]], strict=True):
                 others = [*mine[1:], mine[0]] if other == "other_instruction" else next_image

@@ -245,17 +245,18 @@ def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
         load_settings()
     ask(workplace)
     signals_stage.main()
-    samples = [sample for sample in Samples(DATASET, "train", ROWS) if sample.kind != CAPTION]  # two on each image
+    samples = [sample for sample in Samples(DATASET, "train", ROWS) if sample.kind != CAPTION]
+    rows = [i // 2 for i in range(16)]  # two samples on each, the last two of two images
     student = load(Path("artifacts/models/students/student"), "cpu")
     batch = Collator(student.processor, Template(""), 64, train=True)(samples)
     own = opened().look_up(batch, visual=True, look=True)[1]
     assert own is not None and len(own.unique(dim=0)) == len(samples)
     for change, wanted in {
-        "other_instruction": own.view(-1, 2, NV).flip(1).view(-1, NV),
-        "other_image": own.roll(-2, 0),
+        "other_instruction": own.unflatten(0, (-1, 2)).flip(1).flatten(0, 1),
+        "other_image": torch.cat([own[:12].roll(-2, 0), own[12:].roll(-2, 0)]),
     }.items():
         signals = opened()
-        signals.weigh_by(change)
+        signals.weigh_by(change, rows)
         assert torch.equal(signals.look_up(batch, visual=True, look=True)[1], wanted)
     one, other = distill("own"), distill("other")
     assert any(not torch.equal(one[name], other[name]) for name in one)
