@@ -26,7 +26,7 @@ KITS := $(VENV)/.kits
 SITE_VENV := .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kits vlmeval-env data repro flow plan test test-live check format docs
+.PHONY: help venv kits vlmeval-env data repro flow plan test test-live faults check format docs
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -75,6 +75,10 @@ test: $(KITS) ## the tests, offline
 
 test-live: $(KITS) ## those that run servers, workers and nights for minutes
 	@$(IN_VENV) python -m pytest -n 2 --dist loadfile -m live $(TESTS)
+
+MINUTES ?= 60
+faults: $(STAMP) ## break things at random for MINUTES=60 and say what did not hold; ARGS="--seed 7 --kinds kill" (docs/reliability.md)
+	@$(IN_VENV) python -m tests.campaign --minutes $(MINUTES) $(ARGS)
 
 check: $(STAMP) ## lint, format, types, and a dry validation of every recipe
 	@$(IN_VENV) ruff check .

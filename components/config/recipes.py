@@ -207,19 +207,37 @@ def _stems(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / "params/recipes").glob("[!_]*.yaml"))
 
 
-def _whole(stem: str, root: Path, load: Load | None = None) -> dict[str, Any]:
-    """A recipe's file on top of the one that it is like."""
+def _whole(stem: str, root: Path, load: Load | None = None, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's file on top of the one that it is like. `above`: the recipes that are like this one."""
     path = _path(stem, root)
     own = _read(path, load)
+    _check_shape(own, path)
     if unknown := sorted(set(own) - {"about", "like", "mixture", "phases", *FILES}):
         raise SettingsError(f"{path}: {', '.join(unknown)}: no such file in params/; known: {', '.join(FILES)}")
     if "like" not in own:
         return own
     if not _path(own["like"], root).is_file():
         raise SettingsError(f"{path}: like: params/recipes/ has no {own['like']!r}")
-    whole = _whole(own["like"], root, load)
+    if own["like"] in (*above, stem):
+        raise SettingsError(f"{path}: like: {' is like '.join((*above, stem, own['like']))}")
+    whole = _whole(own["like"], root, load, (*above, stem))
     _lay_over(own, whole)
     return whole
+
+
+def _check_shape(own: Mapping[str, Any], path: Path) -> None:
+    """Raises SettingsError where a recipe does not hold names, or keys with values, as its keys want them."""
+    for key in ("like", "mixture"):
+        if not isinstance(own.get(key, ""), str | None):
+            raise SettingsError(f"{path}: {key}: must be a name, not {str(own[key])[:60]!r}")
+    blocks = {key: own[key] for key in ("phases", *FILES) if own.get(key) is not None}
+    for key, block in blocks.items():
+        if not isinstance(block, Mapping):
+            raise SettingsError(f"{path}: {key}: must hold keys with values, not {str(block)[:60]!r}")
+    for name, phase in blocks.get("phases", {}).items():
+        if not isinstance(phase, Mapping):
+            raise SettingsError(f"{path}: phases.{name}: must hold keys with values, not {str(phase)[:60]!r}")
+        _check_shape(phase, path)
 
 
 def _lay_over(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:

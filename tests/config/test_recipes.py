@@ -179,6 +179,11 @@ def test_a_block_that_is_null_is_filled_in(root: Path) -> None:
         ("study: {arms: {a: {weights: {sft: 1.0, kd: 0.0, iva: 0.0, tpa: 0.0}, student: s, seed: 1}}}", "none of the students"),
         ("distil: {steps: 1}", "distil: no such file in params/"),
         ("distill: {steps", "not valid YAML"),
+        ("like: [smoke]", "like: must be a name"),
+        ("like: mine", "like: mine is like mine"),
+        ("data: [digits]", "data: must hold keys with values"),
+        ("phases: {align: [1]}", "phases.align: must hold keys with values"),
+        ("mixture: {x: 1}", "mixture: must be a name"),
     ],
 )
 def test_a_recipe_that_does_not_fit_changes_nothing(root: Path, body: str, said: str) -> None:

@@ -1,0 +1,110 @@
+"""The fault campaign: `make faults`, or `python -m tests.campaign --minutes 10 [--seed N] [--kinds params kill ...]`.
+
+Prints the seed of every try that went wrong; `--only KIND:SEED` repeats one. Exit code 1 if anything went wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tests.campaign import bad_input, kills
+
+ROOT = Path(__file__).parents[2]
+SLOW: dict[str, Callable[[kills.Undisturbed, str, Path], tuple[str, str | None]]] = {"kill": kills.kill} | (
+    {"full disk": kills.full_disk} if kills.MOUNT else {}
+)
+SHARE = 0.6  # of the time for those that take minutes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Break things at random, and say what did not hold.")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=None, help="of all tries; else drawn, and printed")
+    parser.add_argument("--kinds", nargs="+", default=[*bad_input.KINDS, *SLOW], choices=[*bad_input.KINDS, *SLOW])
+    parser.add_argument("--only", help="KIND:SEED of one try, as it was printed")
+    parser.add_argument("--json", type=Path, help="where to write every try that took minutes, and the counts of the others")
+    asked = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if asked.seed is None else asked.seed
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
+        if asked.only:
+            kind, _, its = asked.only.partition(":")
+            found = {kind: [_one(kind, its, Path(folder), None)]}
+        else:
+            print(f"seed {seed}, {asked.minutes:g} minutes", flush=True)
+            found = _all(asked.kinds, seed, asked.minutes * 60, Path(folder))
+    wrong = [one for tries in found.values() for one in tries if one["wrong"]]
+    told = {
+        "seed": seed,
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "tries": {kind: len(tries) for kind, tries in found.items()},
+        "wrong": wrong,
+        "disturbed": [one for kind in SLOW for one in found.get(kind, [])],
+    }
+    if asked.json:
+        asked.json.write_text(json.dumps(told, indent=1) + "\n")
+    for one in wrong:
+        print(f"WRONG {one['kind']}:{one['seed']}: {one['did']}: {one['wrong']}")
+    print("; ".join(f"{kind}: {count} tries" for kind, count in told["tries"].items()) + f"; {len(wrong)} went wrong")
+    sys.exit(bool(wrong))
+
+
+def _all(kinds: list[str], seed: int, seconds: float, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """As many tries as fit: those of minutes first, the kinds of each half in turn."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    slow, quick = [kind for kind in kinds if kind in SLOW], [kind for kind in kinds if kind not in SLOW]
+    began, undisturbed = time.monotonic(), None
+    for some, until in ((slow, seconds * SHARE if quick else seconds), (quick, seconds)):
+        number = 0
+        while some and time.monotonic() - began < until:
+            kind = some[number % len(some)]
+            if kind in SLOW and undisturbed is None:
+                undisturbed = kills.Undisturbed.made(folder)
+            found[kind].append(_one(kind, f"{seed}-{number}", folder, undisturbed))
+            number += 1
+    return found
+
+
+def _one(kind: str, seed: str, folder: Path, undisturbed: kills.Undisturbed | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as beside:
+        here = Path(beside) / "here"
+        if kind in SLOW:
+            did, wrong = SLOW[kind](undisturbed or kills.Undisturbed.made(folder), seed, here)
+            print(f"{kind}:{seed}: {did}: {wrong or 'held'}", flush=True)
+            shutil.rmtree(here, ignore_errors=True)
+        else:
+            here.mkdir()
+            with _quiet():
+                did, wrong = kind, bad_input.one(kind, seed, here)
+    return {"kind": kind, "seed": seed, "did": did, "wrong": wrong}
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Without the progress bars of whatever is tried."""
+    kept, nobody = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nobody, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nobody)
+
+
+if __name__ == "__main__":
+    main()

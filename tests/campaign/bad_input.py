@@ -1,0 +1,178 @@
+"""Bad input: whatever is damaged, a sentence and exit code 2 (or a quarantined row), never a traceback, a hang, a stray file.
+
+Each kind takes something good, damages it and hands it to the code that reads it, in this process: an `AlignTIError` or a
+result is right, anything else is a fault.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from components.config import recipes
+from components.config.data import DataSettings
+from components.config.load import load_settings
+from components.dataset.prepare import prepare
+from components.errors import AlignTIError
+from components.study import expand
+from tests.campaign.mutate import ODD, altered, as_json, damaged
+
+ROOT = Path(__file__).parents[2]
+LONGEST_S = 10
+Try = Callable[[random.Random, Path], object]
+
+
+class TooLongError(Exception):
+    pass
+
+
+def picture(format: str = "PNG", px: int = 32) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((px, px), 64).convert("RGB").save(file, format)
+    return file.getvalue()
+
+
+PICTURES = [picture(), picture("JPEG"), picture("WEBP"), picture("GIF")]
+ROWS = [
+    {
+        "id": f"row {number}",
+        "image": f"{number % 4}.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}],
+    }
+    for number in range(24)
+]
+COMMANDS = (
+    *("use", "check", "plan", "arms", "runs", "study expand", "study run", "compare", "try", "export", "serve", "samples"),
+    *("promote", "register", "reproduce", "benchmarks", "leaderboard", "init", "evaluate"),
+)
+PRINTABLE = [str(word) for word in ODD if word is not None and not {"\0", "\ud800"} & set(str(word)) and len(str(word)) < 500]
+WORDS = [*PRINTABLE, "--help", "sft", "--image", "-1", "--vs", "--kit", "--data"]
+ENDINGS = (".json", ".jsonl", ".tar", ".parquet")
+
+
+def params(rng: random.Random, here: Path) -> object:
+    """A params file, as a user edits it."""
+    source = rng.choice(sorted((ROOT / "params").glob("*.yaml")))
+    for file in (ROOT / "params").glob("*.yaml"):
+        _write(here / "params" / file.name, file.read_bytes())
+    if rng.random() < 0.5:
+        content = _yaml(altered(yaml.safe_load(source.read_text()), rng))
+    else:
+        content = damaged(source.read_bytes(), rng)
+    _write(here / "params" / source.name, content)
+    return load_settings(here)
+
+
+def recipe(rng: random.Random, here: Path) -> object:
+    """A recipe or a study of a user's own."""
+    for file in (ROOT / "params").glob("*.yaml"):
+        _write(here / "params" / file.name, file.read_bytes())
+    kind = rng.choice(["recipes", "studies"])
+    source = rng.choice(sorted((ROOT / "params" / kind).glob("*.yaml")))
+    value = altered(yaml.safe_load(source.read_text()), rng)
+    _write(here / "params" / kind / "mine.yaml", _yaml(value))
+    return recipes.merged("mine", here) if kind == "recipes" else expand.cells("mine", here)
+
+
+def rows(rng: random.Random, here: Path) -> object:
+    """Rows of one's own, and the pictures beside them, of every format that is read."""
+    for number, content in enumerate(PICTURES):
+        _write(here / "images" / f"{number}.png", damaged(content, rng) if rng.random() < 0.2 else content)
+    some = [altered(row, rng) if rng.random() < 0.3 else row for row in ROWS]
+    ending = rng.choice(ENDINGS)
+    content = _file(some, ending, rng)
+    _write(here / f"rows{ending}", damaged(content, rng) if rng.random() < 0.4 else content)
+    where = str(here / "images") if ending in (".json", ".jsonl") else None
+    source = {"files": str(here / f"rows{ending}"), "images": where, "weight": 1.0, "licence": "CC0"}
+    raw = load_settings(ROOT).data.model_dump(mode="json") | {"source": "mixture", "images_per_shard": 8}
+    raw["mixture"] = {"sources": {"mine": source}, "val": 0.2, "test": 0.2, "evaluation_images": [], "near_duplicates": "drop"}
+    raw["limits"]["max_bad_ratio"] = 1.0
+    return prepare(DataSettings.model_validate(raw), target=here / "out", workers=1)
+
+
+def arguments(rng: random.Random, here: Path) -> object:
+    """Words after `alignti`."""
+    words = [*rng.choice(COMMANDS).split(), *rng.choices(WORDS, k=rng.randrange(4))]
+    if words[:2] == ["study", "run"]:
+        words.insert(2, "no such study")
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(here / "clone")], check=True)
+    command = [sys.executable, "-m", "components.cli", *words]
+    done = subprocess.run(command, cwd=here / "clone", capture_output=True, text=True, timeout=6 * LONGEST_S, errors="replace")
+    assert "Traceback" not in done.stderr, f"{words}: {done.stderr[-600:]}"
+    assert done.returncode in (0, 2, 75), f"{words}: exit code {done.returncode}, {done.stderr[-300:]}"
+    return done
+
+
+KINDS: dict[str, Try] = {"params": params, "recipe": recipe, "rows": rows, "arguments": arguments}
+
+
+def one(kind: str, seed: str, here: Path) -> str | None:
+    """What was wrong with this try, None if it went as it should."""
+    before = set(here.parent.iterdir())
+    try:
+        with _within(LONGEST_S * (6 if kind == "arguments" else 1)):
+            KINDS[kind](random.Random(seed), here)
+    except AlignTIError as error:
+        if not str(error).strip():
+            return f"{type(error).__name__} without a sentence"
+    except Exception as error:  # the finding itself
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    stray = set(here.parent.iterdir()) - before - {here}
+    return f"wrote outside its folder: {sorted(map(str, stray))}" if stray else None
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def late(_signum: int, _frame: object) -> None:
+        raise TooLongError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _file(some: list[Any], ending: str, rng: random.Random) -> bytes:
+    if ending == ".json":
+        return as_json(some, rng)
+    if ending == ".jsonl":
+        return b"\n".join(as_json(row, rng) for row in some)
+    file = io.BytesIO()
+    if ending == ".parquet":
+        try:
+            pq.write_table(pa.Table.from_pylist([row for row in some if isinstance(row, dict)]), file)
+        except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):  # no column holds such values
+            pq.write_table(pa.Table.from_pylist(ROWS), file)
+        return file.getvalue()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for number, row in enumerate(some):
+            for name, content in ((f"{number}.json", as_json(row, rng)), (f"{number}.png", rng.choice(PICTURES))):
+                member = tarfile.TarInfo(rng.choice([name, name, name, f"../{name}", f"/{name}", name.upper()]))
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def _yaml(value: Any) -> bytes:
+    return yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "replace")
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
