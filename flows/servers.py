@@ -20,7 +20,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -186,8 +185,10 @@ def use_running() -> bool:
 
 def _auth(host: str) -> str | None:
     """user:password, if there is one. Raises InputError if `host` is open to others and there is none, or a weak one."""
+    from components.evaluate.kits.serve import is_loopback
+
     given = os.environ.get(AUTH)
-    if given is None and not _is_loopback(host):
+    if given is None and not is_loopback(host):
         raise InputError(
             f"--host {host} lets others in, and anyone who reaches Prefect may run code here: set {AUTH}=user:password, and put"
             f" a proxy with TLS before both servers. Without --host they listen on {LOOPBACK} alone."
@@ -197,13 +198,6 @@ def _auth(host: str) -> str | None:
         if not user or len(password) < SHORTEST_PASSWORD:
             raise InputError(f"{AUTH} must be user:password, with {SHORTEST_PASSWORD} or more characters of password")
     return given
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _port_free(host: str, port: int, name: Name) -> None:
