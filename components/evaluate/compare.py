@@ -49,6 +49,7 @@ from components.records.evaluate import Scores, YesNo
 from components.records.paths import REPORTS, SCORES, STUDENTS, TEACHER_ARM
 from components.records.record import Absent
 from components.report import markdown as md
+from components.tracking.outcome import varied
 
 POWER = 0.8  # probability of seeing a difference that is called detectable
 
@@ -90,9 +91,11 @@ def compare(
     teacher = results.pop(TEACHER_ARM)
     order = sorted(arms, key=lambda arm: -results[arm].exact_match)  # stable: equal scores stay in the study's order
     contrast = _contrast(exact, order, runs, outcomes, settings.confidence, closed=_closed(outcomes))
+    settings_of = varied({arm: study[arm].model_dump(mode="json", exclude={"seed"}, exclude_none=True) for arm in arms})
     complete = {
         arm: ArmResult(
             **results[arm].model_dump(),
+            settings=settings_of[arm],
             runs={run: float(np.mean([p.correct for p in outcomes.predictions[run]])) for run in runs[arm]},
             share_of_teacher=results[arm].exact_match / teacher.exact_match if teacher.exact_match else None,
             share_ci95=_share(exact.draws(arm), exact.draws(TEACHER_ARM), settings.confidence) if teacher.exact_match else None,

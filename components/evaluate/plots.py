@@ -127,7 +127,7 @@ def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
         )  # fmt: skip
     _teacher_line(axes, comparison.teacher, theme, "h")
     axes.set_xlim(left=0)
-    axes.set_xlabel("training time of the student, seconds")
+    axes.set_xlabel("training time of the student, seconds of wall clock")
     axes.set_ylabel("exact match, %")
     axes.grid()
     figure.legend(loc="outside right upper")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 
 from components.config.evaluate import EvaluateSettings
 from components.errors import DataError
-from components.evaluate import plots
+from components.evaluate import origin, plots
 from components.evaluate.headline import noise_of, resolution
 from components.evaluate.load_results import Outcomes, images_of
 from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
@@ -52,6 +52,10 @@ OVER_SEEDS = (
     "The intervals measure what would change with other images and questions and with other seeds. How much seeds of one arm"
     " differ is taken to be the same for all arms, an arm of one seed included, and its uncertainty widens the intervals as in"
     " Student's t."
+)
+WALL_CLOCK = (
+    "Training time is wall clock of the machine that trained the arm, with whatever else ran on it: no measure of the method"
+    " unless the machine was idle."
 )
 
 EXAMPLE_PX = 480  # longest side of an example's image in the report; smaller images go in as they are
@@ -103,7 +107,8 @@ def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings
     drawn |= {name: draw(plot) for name, plot in inherited.items()}
     pictures = {name: _picture(drawn[name], draw(plot, theme=DARK)) for name, plot in (own | inherited).items()}
     yield []
-    write_text(REPORTS / "report.html", html(comparison, outcomes, settings, layer, pictures))
+    facts = origin.facts(cost.device for cost in outcomes.costs.values())
+    write_text(REPORTS / "report.html", html(comparison, outcomes, settings, layer, pictures, facts))
     yield [REPORTS / "report.html"]
 
 
@@ -120,12 +125,15 @@ def table(comparison: Comparison) -> list[Line]:
         Line(f"{kind.replace('_', ' ')} ({count:,})", _of_kind(columns, kind), starts_group=index == 0)
         for index, (kind, count) in enumerate(comparison.kinds.items())
     ]
+    for index, name in enumerate(arms[0].settings):
+        values = [NOTHING, *(_setting(arm.settings[name]) for arm in arms)]
+        lines.append(Line(name.replace("weights.", "weight of "), values, starts_group=index == 0))
     for index, baseline in enumerate(_baselines(comparison)):
         gains = [arm.gains.get(baseline) for arm in arms]
         lines.append(Line(f"gain over {baseline}, points", [NOTHING, *map(_gain, gains)], starts_group=index == 0))
         lines.append(Line("p (Holm)", [NOTHING, *map(_p_value, gains)], belongs_above=True))
     lines.append(Line("share of the teacher, %", [Cell("100"), *map(_share, arms)], starts_group=True))
-    lines.append(Line("training, s", [NOTHING, *(Cell(_seconds(arm.train_seconds)) for arm in arms)], starts_group=True))
+    lines.append(Line("training, s of wall clock", [NOTHING, *map(_wall_clock, arms)], starts_group=True))
     lines.append(Line("peak memory, MiB", [NOTHING, *(Cell(f"{arm.peak_memory_mib:,.0f}") for arm in arms)]))
     return lines
 
@@ -230,8 +238,9 @@ def html(
     settings: EvaluateSettings,
     layer: LayerChoice | None,
     pictures: dict[str, Picture],
+    facts: Mapping[str, str],
 ) -> str:
-    """The whole report as one page: every picture inside, nothing fetched."""
+    """The whole report as one page: every picture inside, nothing fetched. `facts`: its origin (`origin.facts`)."""
     found = disagreements({name: outcomes.predictions[name] for name in (TEACHER_ARM, *comparison.order)}, settings.seed)
     environment = templates(Path(__file__).parent)
     environment.filters |= {
@@ -241,6 +250,8 @@ def html(
     }
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
+        facts=facts,
+        wall_clock=WALL_CLOCK,
         lines=table(comparison),
         measures=measures(comparison),
         small=small_tables(comparison),
@@ -331,7 +342,7 @@ def _notes(comparison: Comparison) -> list[str]:
         f" chance. There are {len(comparison.pairs)} pairs here; p (Holm) accounts for that.",
         "An arm that answers all questions of a kind right, or none, has an interval of no width there: the draws hold nothing"
         " that the sample does not.",
-        "Training seconds and peak memory are of the machine that trained the arm, with whatever else ran on it.",
+        f"{WALL_CLOCK} So is peak memory.",
     ]
 
 
@@ -386,8 +397,13 @@ def _range(interval: Interval) -> str:
     return f"[{md.percent(interval[0])}, {md.percent(interval[1])}]"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+def _setting(value: Any) -> Cell:
+    return NOTHING if value is None else Cell(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _wall_clock(arm: ArmResult) -> Cell:
+    said = f"{arm.train_seconds:,.0f}" if arm.train_seconds >= 10 else f"{arm.train_seconds:.1f}"
+    return Cell(said, f"{arm.train_seconds / arm.steps:.3g} per step")
 
 
 def _of_lines(names: list[str], lines: list[Line]) -> str:

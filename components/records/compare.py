@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -72,6 +72,8 @@ class TeacherResult(Record):
 class ArmResult(TeacherResult):
     """Means over the arm's runs, which differ in their seed alone; intervals of those means."""
 
+    # What the arms differ in, by path in params/study.yaml (`weights.kd`); None: as in params/distill.yaml.
+    settings: dict[str, Any] = Field(default_factory=dict)
     runs: dict[str, float]  # name in params/study.yaml -> exact match; the first gives the arm its name
     share_of_teacher: float | None  # exact match over the teacher's; None where the teacher has none
     share_ci95: tuple[float, float] | None

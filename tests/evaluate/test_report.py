@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from components.config import recipes
@@ -29,6 +30,7 @@ from components.records.compare import Comparison, PublishedRuns
 from components.records.irs import LayerChoice
 from components.records.paths import IRS
 from components.report.figures import LIGHT, draw
+from components.report.markdown import DASH
 from components.report.pages import data_uri, thumbnail
 from tests.evaluate.study import write_study
 
@@ -69,7 +71,7 @@ def rendered(finished: Finished, outcomes: Outcomes) -> str:
     picture = Picture(data_uri(dot.getvalue()), data_uri(dot.getvalue()), 1)
     names = ("scores", "gains", "kinds", "measures", "quality_cost", "losses", "irs")
     layer = LayerChoice.read(IRS / "layer.json")
-    return html(finished.comparison, outcomes, finished.settings.evaluate, layer, dict.fromkeys(names, picture))
+    return html(finished.comparison, outcomes, finished.settings.evaluate, layer, dict.fromkeys(names, picture), {})
 
 
 @dataclass
@@ -136,6 +138,21 @@ def test_the_page_says_it_all(finished: Finished) -> None:
         assert f"{100 * pair.difference:+.1f}" in text
 
 
+def test_the_page_says_what_it_compares(finished: Finished) -> None:
+    text = page((finished.root / "reports/report.html").read_text(encoding="utf-8")).text
+    for fact in (
+        "recipe digits",
+        "commit none",
+        "data tests, digest 00000000: test 160 questions about 40 images",
+        f"torch {torch.__version__}",
+    ):
+        assert fact in text
+    lines = {line.label: [cell.value for cell in line.cells] for line in table(finished.comparison)}
+    arms = [finished.settings.study.arms[arm] for arm in finished.comparison.order]
+    assert lines["weight of tpa"] == [DASH, *(f"{arm.weights.get('tpa', 0):g}" for arm in arms)]
+    assert "weight of sft" not in lines, "all arms have the same"
+
+
 def test_the_page_escapes_what_models_and_people_wrote(finished: Finished, outcomes: Outcomes) -> None:
     evil = '<script>alert("x")</script> & <img src=x>'
     spoiled = {
@@ -198,7 +215,13 @@ def test_markdown_is_one_table_of_arms_and_measures(finished: Finished) -> None:
     assert labels == [line.label for line in table(finished.comparison)]
     for kind in finished.comparison.kinds:
         assert any(label.startswith(kind.replace("_", " ")) for label in labels)
-    for label in ("exact match, %", "average over kinds, %", "share of the teacher, %", "training, s", "peak memory, MiB"):
+    for label in (
+        "exact match, %",
+        "average over kinds, %",
+        "share of the teacher, %",
+        "training, s of wall clock",
+        "peak memory, MiB",
+    ):
         assert label in labels
 
 
