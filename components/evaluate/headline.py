@@ -59,7 +59,8 @@ def leading(comparison: Comparison) -> str:
     lead = "Its lead" if len(best) == 1 else f"The lead of {best[0]}"
     larger = f"larger than the noise of {noise_of(comparison)}"
     if not beyond:
-        return f"{words} {lead} over no other arm is {larger}."
+        over = "no other arm is" if len(others) > 1 else f"{others[0]} is not"
+        return f"{words} {lead} over {over} {larger}."
     words += f" {lead} over {listed(beyond) if within else 'every other arm'} is {larger}"
     words += f"; over {listed(within)} it is not." if within else "."
     kept = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.p_holm < 1 - comparison.confidence}

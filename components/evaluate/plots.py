@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from components.evaluate.load_results import Losses
 from components.evaluate.measures import MEASURES
 from components.records.compare import Comparison, TeacherResult
-from components.report.figures import Theme
+from components.report.figures import Theme, places
 
 POINTS = 100  # shares are drawn in percent, differences in points
 
@@ -44,16 +44,17 @@ def scores(comparison: Comparison, theme: Theme) -> Figure:
 
 def gains(comparison: Comparison, theme: Theme) -> Figure:
     """Forest plot: each arm's gain over each baseline; filled where the interval excludes zero."""
-    baselines = sorted({b for arm in comparison.arms.values() for b in arm.gains}, key=list(comparison.arms).index)
+    stated = baselines(comparison)
     arms = comparison.order[::-1]
     figure = Figure(figsize=(7.2, 1.3 + 0.34 * len(arms)))
     figure.set_layout_engine("constrained", wspace=0.06)
-    panels = figure.subplots(1, max(len(baselines), 1), sharey=True, sharex=True, squeeze=False)[0]
-    for axes, baseline in zip(panels, baselines, strict=False):
+    panels = figure.subplots(1, len(stated), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, baseline in zip(panels, stated, strict=True):
         for row, arm in enumerate(arms):
             gain = comparison.arms[arm].gains.get(baseline)
             if gain is None:
-                axes.text(0, row, "baseline ", color=theme.muted, fontsize=8, va="center", ha="right")
+                beside = {"transform": axes.get_yaxis_transform(), "backgroundcolor": theme.paper}
+                axes.text(0.03, row, "baseline", color=theme.muted, fontsize=8, va="center", **beside)
                 continue
             colour = _colour(comparison, arm, theme)
             axes.plot(*_span(gain.ci95, row), color=colour, linewidth=2)
@@ -94,14 +95,17 @@ def measures(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def kinds(comparison: Comparison, theme: Theme) -> Figure:
-    """Heat map of exact match, arms by kinds, the teacher on top."""
+    """Heat map of exact match, arms by `telling` kinds, the teacher on top; coloured by the distance from `yardstick`."""
     rows: dict[str, TeacherResult] = {"teacher": comparison.teacher, **{a: comparison.arms[a] for a in comparison.order}}
-    names = list(comparison.kinds)
+    names = telling(comparison) or list(comparison.kinds)
     values = POINTS * np.array([[row.per_kind[kind] for kind in names] for row in rows.values()])
+    distances = values - values[list(rows).index(yardstick(comparison))]
+    most = max(5.0, float(np.abs(distances[1:]).max()))  # of arms: beside the teacher's lead theirs would be pale
     figure = Figure(figsize=(max(5.0, 1.6 + 0.72 * len(names)), 1.6 + 0.36 * len(rows)))
     axes = figure.subplots()
-    shades = LinearSegmentedColormap.from_list("paper-to-accent", [theme.paper, theme.accent])
-    axes.imshow(values, cmap=shades, vmin=0, vmax=165, aspect="auto")  # 165: ink stays legible on the darkest cell
+    shades = LinearSegmentedColormap.from_list("behind-to-ahead", [theme.behind, theme.paper, theme.accent])
+    scale = 1.65 * most  # ink stays legible on the darkest cell
+    axes.imshow(distances.clip(-most, most), cmap=shades, vmin=-scale, vmax=scale, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8.5)
     axes.set_xticks(range(len(names)), [n.replace("_", " ") for n in names], rotation=32, ha="right", rotation_mode="anchor")
@@ -111,6 +115,22 @@ def kinds(comparison: Comparison, theme: Theme) -> Figure:
     for side in axes.spines.values():
         side.set_visible(False)
     return figure
+
+
+def baselines(comparison: Comparison) -> list[str]:
+    """Arms that some other arm states its gain over."""
+    return [arm for arm in comparison.arms if any(arm in other.gains for other in comparison.arms.values())]
+
+
+def yardstick(comparison: Comparison) -> str:
+    """What the heat map measures distance from: kd, else the first baseline, else the teacher."""
+    return "kd" if "kd" in comparison.arms else next(iter(baselines(comparison)), "teacher")
+
+
+def telling(comparison: Comparison) -> list[str]:
+    """Kinds of question that not all, the teacher among them, answer equally well."""
+    everyone = (comparison.teacher, *comparison.arms.values())
+    return [kind for kind in comparison.kinds if len({result.per_kind[kind] for result in everyone}) > 1]
 
 
 def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
@@ -144,7 +164,7 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
     drawn: dict[str, Artist] = {}
     for axes, term in zip(panels, terms, strict=False):
-        for index, arm in enumerate(comparison.arms):
+        for arm, index in places(comparison.arms).items():
             steps, values = _curve(rows[arm], term)
             if values:
                 (line,) = axes.plot(
@@ -195,4 +215,4 @@ def _span(interval: tuple[float, float], row: int) -> tuple[list[float], list[in
 
 
 def _colour(comparison: Comparison, arm: str, theme: Theme) -> str:
-    return theme.colour(list(comparison.arms).index(arm))
+    return theme.colour(places(comparison.arms)[arm])

@@ -18,7 +18,7 @@ from PIL import Image
 from components.config.evaluate import EvaluateSettings
 from components.errors import DataError
 from components.evaluate import origin, plots
-from components.evaluate.headline import noise_of, resolution
+from components.evaluate.headline import listed, noise_of, resolution
 from components.evaluate.load_results import Outcomes, images_of
 from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
 from components.evaluate.metrics import OVERALL
@@ -32,7 +32,7 @@ from components.records.irs import LayerChoice
 from components.records.paths import DATASET, REPORTS, TEACHER_ARM
 from components.records.teacher import TeacherReport
 from components.report import markdown as md
-from components.report.figures import DARK, DPI, LIGHT, draw
+from components.report.figures import DARK, DPI, LIGHT, draw, places
 from components.report.pages import data_uri, templates, thumbnail
 
 Plot = Callable[..., Figure]  # of a theme
@@ -78,7 +78,6 @@ class Cell:
     value: str
     below: str = ""
     strong: bool = False
-    shade: float | None = None  # 0..1, share answered right: tints the cell
 
 
 NOTHING = Cell(md.DASH)
@@ -121,14 +120,15 @@ def table(comparison: Comparison) -> list[Line]:
         Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))),
     ]
     lines += [Line(MEASURES[name].title, [_estimate(name, column) for column in columns]) for name in comparison.measures]
+    shown = plots.telling(comparison)
     lines += [
-        Line(f"{kind.replace('_', ' ')} ({count:,})", _of_kind(columns, kind), starts_group=index == 0)
-        for index, (kind, count) in enumerate(comparison.kinds.items())
+        Line(f"{plain(kind)} ({comparison.kinds[kind]:,})", _of_kind(columns, kind), starts_group=index == 0)
+        for index, kind in enumerate(shown)
     ]
     for index, name in enumerate(arms[0].settings):
         values = [NOTHING, *(_setting(arm.settings[name]) for arm in arms)]
         lines.append(Line(name.replace("weights.", "weight of "), values, starts_group=index == 0))
-    for index, baseline in enumerate(_baselines(comparison)):
+    for index, baseline in enumerate(plots.baselines(comparison)):
         gains = [arm.gains.get(baseline) for arm in arms]
         lines.append(Line(f"gain over {baseline}, points", [NOTHING, *map(_gain, gains)], starts_group=index == 0))
         lines.append(Line("p (Holm)", [NOTHING, *map(_p_value, gains)], belongs_above=True))
@@ -138,6 +138,29 @@ def table(comparison: Comparison) -> list[Line]:
     return lines
 
 
+def by_kind(comparison: Comparison) -> str:
+    """Which kinds the table leaves out, and on which the arms fall furthest behind the teacher."""
+    shown = plots.telling(comparison)
+    alike = [
+        f"{plain(kind)} {md.percent(comparison.teacher.per_kind[kind])}%" for kind in comparison.kinds if kind not in shown
+    ]
+    words = (
+        f"Left out are {len(alike)} of {len(comparison.kinds)} kinds, in which all are equal: {listed(alike)}." if alike else ""
+    )
+    scores = {kind: [arm.per_kind[kind] for arm in comparison.arms.values()] for kind in shown}
+    behind = {kind: comparison.teacher.per_kind[kind] - fmean(found) for kind, found in scores.items()}
+    furthest = max(behind, key=behind.__getitem__, default=None)
+    if furthest is None or behind[furthest] <= 0:
+        return words
+    low, high, taught = map(md.percent, (min(scores[furthest]), max(scores[furthest]), comparison.teacher.per_kind[furthest]))
+    theirs = low if low == high else f"{low} to {high}"
+    return f"Arms fall furthest behind the teacher in {plain(furthest)}: it has {taught}%, they have {theirs}%. {words}".strip()
+
+
+def plain(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def measures(comparison: Comparison) -> list[Line]:
     """Each measure beside exact match, and every arm's difference from each baseline by it."""
     lines = []
@@ -145,7 +168,7 @@ def measures(comparison: Comparison) -> list[Line]:
         measure, best = MEASURES[name], "lower" if MEASURES[name].lower_is_better else "higher"
         cells = [_estimate(name, column) for column in (comparison.teacher, *(comparison.arms[a] for a in comparison.order))]
         lines.append(Line(f"{measure.title} ({best} is better)", cells, starts_group=True))
-        for baseline in _baselines(comparison):
+        for baseline in plots.baselines(comparison):
             found = [contrast.gain(arm, baseline) if arm != baseline else None for arm in comparison.order]
             lines.append(Line(f"minus {baseline}, {measure.unit}", [NOTHING, *(_gain(gain, measure) for gain in found)]))
     return lines
@@ -160,6 +183,8 @@ def small_tables(comparison: Comparison) -> dict[str, Table]:
         for name, result in everyone
         if result.yes_no
     ]
+    if len({tuple(row[1:]) for row in closed}) == 1:
+        closed = [["teacher and all arms", *closed[0][1:]]]
     tables = {"yes_no": (["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"], closed)} if closed else {}
     rows = []
     for name, found in {EXACT_MATCH: comparison.exact_match, **comparison.measures}.items():
@@ -205,7 +230,8 @@ def markdown(comparison: Comparison) -> str:
     """The headline, the tables, the pairs and how it was measured."""
     small = {name: md.table(*found) for name, found in small_tables(comparison).items()}
     names = ["", TEACHER_ARM, *(marked(comparison, arm) for arm in comparison.order)]
-    parts = ["# Comparison", f"**{comparison.headline}**", comparison.standing, _of_lines(names, table(comparison))]
+    parts = ["# Comparison", f"**{comparison.headline}**", comparison.standing, by_kind(comparison)]
+    parts = [*filter(None, parts), _of_lines(names, table(comparison))]
     if "yes_no" in small:
         parts += ["## Yes/no questions, %", small["yes_no"]]
     parts += ["## Beyond right and wrong", _of_lines(names, measures(comparison))]
@@ -246,7 +272,7 @@ def html(
     environment.filters |= {
         "percent": md.percent,
         "mark": partial(marked, comparison),
-        "plain": lambda name: name.replace("_", " "),
+        "plain": plain,
     }
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
@@ -263,7 +289,9 @@ def html(
         beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
         pictures=pictures,
         notes=_notes(comparison),
-        colours={arm: (LIGHT.colour(i), DARK.colour(i)) for i, arm in enumerate(comparison.arms)},
+        colours={arm: (LIGHT.colour(place), DARK.colour(place)) for arm, place in places(comparison.arms).items()},
+        by_kind=by_kind(comparison),
+        yardstick=plots.yardstick(comparison),
         teacher=TeacherReport.read(REPORTS / "teacher" / "candidates.json"),
         teacher_plot=_file(REPORTS / "teacher" / "quality_cost.png"),
         layer=layer,
@@ -309,7 +337,7 @@ def _plots(comparison: Comparison, outcomes: Outcomes) -> dict[str, Plot]:
         "quality_cost": partial(plots.quality_cost, comparison),
         "losses": partial(plots.losses, comparison, outcomes.losses),
     }
-    if _baselines(comparison):
+    if plots.baselines(comparison):
         found["gains"] = partial(plots.gains, comparison)
     return found
 
@@ -351,12 +379,6 @@ def _inline(cell: Cell) -> str:
     return f"{value} {cell.below}".strip()
 
 
-def _baselines(comparison: Comparison) -> list[str]:
-    """Arms that some other arm states its gain over."""
-    named = {baseline for arm in comparison.arms.values() for baseline in arm.gains}
-    return [arm for arm in comparison.arms if arm in named]
-
-
 def _estimate(name: str, result: TeacherResult) -> Cell:
     said, found = MEASURES[name].said, result.measures[name]
     return Cell(said(found.value), f"[{said(found.ci95[0])}, {said(found.ci95[1])}]")
@@ -371,7 +393,7 @@ def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
     f1 = [column.measures["token_f1"].per_kind[kind] for column in columns]
     partly = any(abs(value - column.per_kind[kind]) > 5e-4 for value, column in zip(f1, columns, strict=True))
     return [
-        Cell(md.percent(column.per_kind[kind]), f"F1 {md.percent(value)}" if partly else "", shade=column.per_kind[kind])
+        Cell(md.percent(column.per_kind[kind]), f"F1 {md.percent(value)}" if partly else "")
         for value, column in zip(f1, columns, strict=True)
     ]
 

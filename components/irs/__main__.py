@@ -163,7 +163,7 @@ def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picke
     those whose region is known if these are two or more."""
     from tqdm import tqdm
 
-    from components.irs.overlays import overlay
+    from components.irs.overlays import overlay, peaks
     from components.irs.regions import seen_by
     from components.models.collate import decode
     from components.report.figures import draw
@@ -174,12 +174,13 @@ def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picke
         print("search_layer: no overlays, for the teacher's visual tokens are no square grid that all images share")
         return []
     title = f"layer {picked.layer}, {'all rows' if picked.rows == 'all' else 'words'}"
+    attention, background = seen.attention[picked.rows][picked.layer], backgrounds[picked.rows][picked.layer]
+    looks = [_gazes(tiling, samples, attention[index], background) for index, samples in enumerate(seen.samples[:count])]
+    most = peaks(gaze for gazes in looks for gaze in gazes)
     paths = []
-    for index, samples in enumerate(tqdm(seen.samples[:count], desc="overlays", unit="image")):
-        attention = seen.attention[picked.rows][picked.layer, index]
-        gazes = _gazes(tiling, samples, attention, backgrounds[picked.rows][picked.layer])
-        paths.append(FOLDER / f"overlay_{index + 1}.png")
-        write_bytes(paths[-1], draw(overlay, seen_by(tiling.processor, decode(samples[0])), gazes, title))
+    for samples, gazes in zip(seen.samples, tqdm(looks, desc="overlays", unit="image"), strict=False):
+        paths.append(FOLDER / f"overlay_{len(paths) + 1}.png")
+        write_bytes(paths[-1], draw(overlay, seen_by(tiling.processor, decode(samples[0])), gazes, most, title))
     return paths
 
 

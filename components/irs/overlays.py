@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,11 +98,17 @@ class Heat:
     grid: NDArray[np.float32]  # (rows, columns) of visual tokens, 1 being an equal share of the attention
 
 
-def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], title: str, theme: Theme) -> Figure:
+def peaks(gazes: Iterable[Gaze]) -> tuple[float, float]:
+    """Highest attention, mean and centred, as multiples of an equal share: ends of the colour scales that pictures share."""
+    means, centred = zip(*((gaze.mean, gaze.centred) for gaze in gazes), strict=True)
+    return max(float(_grid(mean).max()) for mean in means), max(float(_grid(less).max()) for less in centred)
+
+
+def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], most: tuple[float, float], title: str, theme: Theme) -> Figure:
     """Per instruction a row: the image (H, W, 3) as the teacher sees it, then a layer's attention laid over it, mean and
     centred. The asked region is outlined.
 
-    The colour says how many times its equal share a visual token receives, on one scale per column.
+    The colour says how many times its equal share a visual token receives, on one scale per column, up to `most` (`peaks`).
     Raises DataError if the visual tokens are no square grid.
     """
     figure = Figure(figsize=(9.6, 3.3 * len(gazes)), layout="constrained")
@@ -112,11 +118,9 @@ def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], title: str, theme: 
         axes.imshow(image, interpolation="nearest")
         axes.set_title("\n".join(textwrap.wrap(gaze.question, 34)))
         axes.set_xlabel(textwrap.shorten(f"reference: {gaze.reference}", 36, placeholder=" …"))
-    for column, name in ((1, "mean"), (2, "centred")):
-        grids = [_grid(getattr(gaze, name)) for gaze in gazes]
-        most = max(float(grid.max()) for grid in grids)
-        for axes, grid in zip(table[:, column], grids, strict=True):
-            drawn = _heat(axes, grey, grid, most)
+    for column, name, highest in ((1, "mean", most[0]), (2, "centred", most[1])):
+        for axes, gaze in zip(table[:, column], gazes, strict=True):
+            drawn = _heat(axes, grey, _grid(getattr(gaze, name)), highest)
             axes.set_title(name, color=theme.muted, fontweight="normal")
         figure.colorbar(drawn, ax=table[:, column], shrink=0.75, aspect=28, label=f"{title} / equal share")
     for row, gaze in zip(table, gazes, strict=True):

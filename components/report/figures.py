@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 DPI = 200
+SHIPPED = ("sft", "kd", "kd_uniform", "kd_iva", "kd_tpa", "align_ti")  # arms of the shipped recipes
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Theme:
     muted: str  # secondary text, reference lines
     faint: str  # grid
     accent: str
-    series: tuple[str, ...]  # one colour per arm, in the order of the study
+    behind: str  # of what is worse, as accent is of what is better
+    series: tuple[str, ...]  # colours of arms: of `SHIPPED` in their order, then of other names
 
     def colour(self, index: int) -> str:
         return self.series[index % len(self.series)]
@@ -30,13 +34,29 @@ class Theme:
         return ("-", "--", ":", "-.")[index // len(self.series) % 4]
 
 
+def places(arms: Iterable[str]) -> dict[str, int]:
+    """Place in `series` of each arm, by its name alone, so that all reports draw it alike; an arm whose place another of
+    these arms has taken gets the next free one, with a dash of its own once all are taken."""
+    taken: dict[str, int] = {}
+    others = len(LIGHT.series) - len(SHIPPED)
+    for arm in arms:
+        at = zlib.crc32(arm.encode()) % others
+        free = (len(SHIPPED) + (at + n) % others + n // others * len(LIGHT.series) for n in count())
+        taken[arm] = SHIPPED.index(arm) if arm in SHIPPED else next(place for place in free if place not in taken.values())
+    return taken
+
+
 LIGHT = Theme(
     paper="#ffffff",
     ink="#1c2430",
     muted="#667080",
     faint="#e4e7ec",
     accent="#1f5fa8",
-    series=("#8b93a0", "#4a5568", "#b8862f", "#3e8e7e", "#8a5ea8", "#1f5fa8"),
+    behind="#b3392f",
+    series=(
+        *["#8b93a0", "#4a5568", "#b8862f", "#3e8e7e", "#8a5ea8", "#1f5fa8"],
+        *["#b3392f", "#c2701e", "#5b7f2b", "#2b8fb5", "#c04f86", "#7a5a3a", "#6a4fc4", "#8a8a1f", "#1d7a4f", "#a04668"],
+    ),
 )
 DARK = Theme(
     paper="#14181f",
@@ -44,7 +64,11 @@ DARK = Theme(
     muted="#98a2b1",
     faint="#2a313c",
     accent="#6fb0f5",
-    series=("#7d8795", "#b6bfcc", "#dcb15c", "#66c2ae", "#bb93d8", "#6fb0f5"),
+    behind="#f0857a",
+    series=(
+        *["#7d8795", "#b6bfcc", "#dcb15c", "#66c2ae", "#bb93d8", "#6fb0f5"],
+        *["#f0857a", "#f0a35e", "#a3c96b", "#6cc6e6", "#ee8dba", "#c49f7c", "#a592f5", "#cfcf62", "#5fc596", "#dd8aa8"],
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from components.config.study import Arm
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.evaluate.metrics import score
 from components.io import write_bytes, write_text
-from components.irs.overlays import Gaze, curve, overlay
+from components.irs.overlays import Gaze, curve, overlay, peaks
 from components.records.dataset import Manifest
 from components.records.distill import Cost
 from components.records.evaluate import Fingerprint, Likelihood, Prediction
@@ -192,7 +192,7 @@ def _layers(root: Path, row: ImageRow) -> None:
     assert row.image is not None
     image = np.asarray(Image.open(io.BytesIO(row.image)))
     for index in (1, 2):
-        write_bytes(folder / f"overlay_{index}.png", draw(overlay, image, gazes, f"layer {choice.layer}"))
+        write_bytes(folder / f"overlay_{index}.png", draw(overlay, image, gazes, peaks(gazes), f"layer {choice.layer}"))
 
 
 def _sheet(rows: list[ImageRow]) -> bytes:

@@ -25,11 +25,11 @@ from components.evaluate import compare as stage
 from components.evaluate import dvc_files, plots, published_runs
 from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import MEASURES
-from components.evaluate.report import Picture, disagreements, html, markdown, table
+from components.evaluate.report import Picture, by_kind, disagreements, html, markdown, table
 from components.records.compare import Comparison, PublishedRuns
 from components.records.irs import LayerChoice
 from components.records.paths import IRS
-from components.report.figures import LIGHT, draw
+from components.report.figures import LIGHT, draw, places
 from components.report.markdown import DASH
 from components.report.pages import data_uri, thumbnail
 from tests.evaluate.study import write_study
@@ -254,6 +254,33 @@ def test_plots_show_the_numbers(finished: Finished, outcomes: Outcomes) -> None:
     assert [axes.get_title() for axes in plots.losses(comparison, outcomes.losses, LIGHT).axes] == [
         "L_sft", "L_kd", "L_iva", "L_tpa", "weighted total",
     ]  # fmt: skip
+
+
+def test_kinds_in_which_all_are_equal_are_left_out_and_the_hardest_is_named(finished: Finished) -> None:
+    kinds = dict.fromkeys(finished.comparison.kinds, 1.0)
+    arms = {
+        arm: result.model_copy(update={"per_kind": {**kinds, "sum": 0.4 + 0.02 * i, "where": 0.9}})
+        for i, (arm, result) in enumerate(finished.comparison.arms.items())
+    }
+    teacher = finished.comparison.teacher.model_copy(update={"per_kind": {**kinds, "sum": 0.9}})
+    shown = finished.comparison.model_copy(update={"teacher": teacher, "arms": arms})
+    assert plots.telling(shown) == ["sum", "where"]
+    said = by_kind(shown)
+    assert said.startswith(
+        "Arms fall furthest behind the teacher in sum: it has 90.0%, they have 40.0 to 50.0%. Left out are 7 of"
+    )
+    assert said in markdown(shown) and "count colour" not in [line.label.split(" (")[0] for line in table(shown)]
+    (axes,) = plots.kinds(shown, LIGHT).axes
+    distances = axes.images[0].get_array()
+    assert list(distances[1 + shown.order.index("kd")]) == [0, 0], "coloured by the distance from kd"
+    assert distances[1 + shown.order.index("sft"), 0] == pytest.approx(-2)
+
+
+def test_an_arm_has_one_colour_in_all_reports() -> None:
+    names = ["sft", "mine", "kd", "theirs", *map(str, range(40))]
+    together = places(names)
+    assert len(set(together.values())) == len(names)
+    assert all(places([name])[name] == together[name] for name in names[:4])
 
 
 def test_losses_leave_out_terms_that_no_arm_trains_on(finished: Finished) -> None:

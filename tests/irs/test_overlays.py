@@ -13,7 +13,7 @@ from PIL import Image
 from components.digits.tokenizer import build_processor
 from components.errors import DataError
 from components.irs.__main__ import _overlays
-from components.irs.overlays import Gaze, curve, overlay
+from components.irs.overlays import Gaze, curve, overlay, peaks
 from components.irs.regions import Tiling, seen_by
 from components.irs.search import Seen
 from components.models.template import Template
@@ -33,7 +33,7 @@ def gaze(
 
 def panels(gazes: list[Gaze]) -> list[list[Axes]]:
     """Rows of (image, mean, centred)."""
-    axes = overlay(PICTURE, gazes, "layer 2", LIGHT).axes
+    axes = overlay(PICTURE, gazes, peaks(gazes), "layer 2", LIGHT).axes
     return [axes[3 * row : 3 * row + 3] for row in range(len(gazes))]
 
 
@@ -70,12 +70,12 @@ def test_questions_stand_over_their_picture_and_dollars_are_no_formula() -> None
     assert rows[0][0].get_title() == "Is it $5 or $6?"
     assert "that" in rows[1][0].get_xlabel()
     assert rows[1][2].images[-1].get_array().tolist() == [[1.0] * 4] * 4, "nothing left: equal weights"
-    assert draw(lambda theme: overlay(PICTURE, [gaze(r"\frac{$", "$^$", even)] * 2, "", theme)).startswith(b"\x89PNG")
+    assert draw(lambda theme: overlay(PICTURE, [gaze(r"\frac{$", "$^$", even)] * 2, (1, 1), "", theme)).startswith(b"\x89PNG")
 
 
 def test_visual_tokens_that_are_no_square_are_refused() -> None:
     with pytest.raises(DataError, match="12 visual tokens are no square grid"):
-        overlay(PICTURE, [gaze("Where?", "here", np.ones(12, np.float32))], "", LIGHT)
+        overlay(PICTURE, [gaze("Where?", "here", np.ones(12, np.float32))], (1, 1), "", LIGHT)
 
 
 def test_image_is_shown_as_the_model_sees_it() -> None:
