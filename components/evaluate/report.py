@@ -116,7 +116,11 @@ def table(comparison: Comparison) -> list[Line]:
     arms = [comparison.arms[name] for name in comparison.order]
     columns: list[TeacherResult] = [comparison.teacher, *arms]
     lines = [
-        Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95))),
+        Line(name.replace("weights.", "weight of "), [NOTHING, *(_setting(arm.settings[name]) for arm in arms)])
+        for name in arms[0].settings
+    ]
+    lines += [
+        Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95)), starts_group=True),
         Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))),
     ]
     lines += [Line(MEASURES[name].title, [_estimate(name, column) for column in columns]) for name in comparison.measures]
@@ -125,9 +129,6 @@ def table(comparison: Comparison) -> list[Line]:
         Line(f"{plain(kind)} ({comparison.kinds[kind]:,})", _of_kind(columns, kind), starts_group=index == 0)
         for index, kind in enumerate(shown)
     ]
-    for index, name in enumerate(arms[0].settings):
-        values = [NOTHING, *(_setting(arm.settings[name]) for arm in arms)]
-        lines.append(Line(name.replace("weights.", "weight of "), values, starts_group=index == 0))
     for index, baseline in enumerate(plots.baselines(comparison)):
         gains = [arm.gains.get(baseline) for arm in arms]
         lines.append(Line(f"gain over {baseline}, points", [NOTHING, *map(_gain, gains)], starts_group=index == 0))
