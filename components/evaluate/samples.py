@@ -1,7 +1,8 @@
 """Page of answers: image, question, reference, answers of teacher and arms, the teacher's attention map.
 
 One HTML file that needs nothing beside it. The samples lie in it as data and only the cards on screen are built, so that
-thousands open at once; the address after `#` holds the filters, so that a view can be sent on.
+thousands open at once; the address after `#` holds the filters, so that a view can be sent on. It opens on the questions that
+some arms get right and others wrong, the most evenly divided first.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from components.dataset.shards import Sample, Samples
 from components.errors import DataError
 from components.evaluate import generate
 from components.evaluate.load_results import images_of
+from components.evaluate.plots import yardstick
 from components.io import write_text
 from components.models.attention import Look, watching
 from components.models.collate import Collator
@@ -74,8 +76,11 @@ def write(
         }
         for index, p in enumerate(asked)
     ]
+    best, *others = comparison.order
+    other = yardstick(comparison) if best != yardstick(comparison) else next(iter(others), best)
     data = {
         "who": who,
+        "pairs": [] if other == best else [[best, other], [other, best]],
         "kinds": [kind.replace("_", " ") for kind in kinds],
         "images": [data_uri(thumbnail(image, THUMBNAIL_PX)) for image in content.values()],
         "rows": rows,

@@ -118,6 +118,17 @@ def test_a_browser_opens_2000_samples_in_two_seconds_and_filters_them(page: Page
     path, _, outcomes = page
     dom = opened(path, tmp_path)
     took = [milliseconds(dom)]
+    arms = [outcomes.predictions[arm] for arm in ARMS]
+    divided = sum(len({p.correct for p in row}) > 1 for row in zip(*arms, strict=True))
+    assert 0 < divided < 2000 and f"{divided} of 2000 test questions" in dom, "opens on disagreement"
+    assert f"arms disagree ({divided})</button>" in dom
+    best, other = page[1].order[0], "kd"
+    better = sum(
+        a.correct and not b.correct for a, b in zip(outcomes.predictions[best], outcomes.predictions[other], strict=True)
+    )
+    assert f"{best} right, kd wrong ({better})</button>" in dom and "where the teacher's layer 2 looks" in dom
+    dom = opened(path, tmp_path, "#view=all")
+    took.append(milliseconds(dom))
     assert "2000 of 2000 test questions" in dom
     assert "<article>" in dom and dom.count("<article>") < 500  # only what is near the screen is built
     assert html.escape(HOSTILE.split(" &")[0], quote=False) in dom and "<title>broken" not in dom  # shown, not run
