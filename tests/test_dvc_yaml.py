@@ -30,6 +30,7 @@ NOT_LISTED = frozenset(f"components.{name}" for name in ("config", "records", "i
 COMMANDS = frozenset(
     f"components/{name}"
     for name in (
+        "evaluate/controls.html.j2",
         "evaluate/leaderboard.html.j2",
         "evaluate/published.csv",
         "evaluate/samples.html.j2",

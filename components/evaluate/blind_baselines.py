@@ -24,6 +24,7 @@ from components.models.template import Template
 from components.records.paths import DATASET, REPORTS, ROWS, Split
 from components.records.record import Record
 from components.report.markdown import percent, table
+from components.report.pages import templates
 from components.runtime import prepare_torch
 
 
@@ -129,40 +130,59 @@ def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
     return [most[samples[row].kind] for row in rows]
 
 
-def markdown(controls: Controls) -> str:
-    """Exact match with and without images, per kind, and the split's overlap with the training data."""
+def scores(controls: Controls) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: exact match with and without images, over all and per kind."""
     models = controls.models.values()
     lines = [["all", *(_row(m.seeing, m.blank, m.other) for m in models), percent(controls.majority)]]
     for kind, guessed in controls.majority_per_kind.items():
         found = (_row(m.seeing_per_kind[kind], m.blank_per_kind[kind], m.other_per_kind[kind]) for m in models)
         lines.append([kind.replace("_", " "), *found, percent(guessed)])
-    scores = table(["exact match, %: its image / blank / another", *controls.models, "majority"], lines)
-    asked = (
+    return ["exact match, %: its image / blank / another", *controls.models, "majority"], lines
+
+
+def asked(controls: Controls) -> str:
+    return (
         f"{controls.questions:,} {controls.split} questions, with their images, with a blank grey one, and with those of other"
         " questions. Majority: the most frequent reference of each kind, said every time."
     )
-    twins = _contaminated(controls.contamination)
-    return "\n\n".join(["# Controls", asked, scores, "## Is the test in the training data?", twins]) + "\n"
+
+
+def markdown(controls: Controls) -> str:
+    """Scores with and without images, and the split's overlap with the training data."""
+    twins = "\n".join([contaminated(controls.contamination), "", *(f"- {pair}" for pair in twin_pairs(controls))]).strip()
+    parts = ["# Controls", asked(controls), table(*scores(controls)), "## Is the test in the training data?", twins]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(controls: Controls) -> str:
+    """The same as one HTML file that fetches nothing."""
+    template = templates(Path(__file__).parent).get_template("controls.html.j2")
+    header, rows = scores(controls)
+    told = {"asked": asked(controls), "twins": contaminated(controls.contamination), "pairs": twin_pairs(controls)}
+    return template.render(header=header, rows=rows, **told)
 
 
 def write(controls: Controls) -> list[Path]:
-    """reports/controls.json and controls.md"""
+    """reports/controls.{json,md,html}"""
     write_text(REPORTS / "controls.md", markdown(controls))
-    return [controls.write(REPORTS / "controls.json"), REPORTS / "controls.md"]
+    write_text(REPORTS / "controls.html", page(controls))
+    return [controls.write(REPORTS / "controls.json"), REPORTS / "controls.md", REPORTS / "controls.html"]
 
 
-def _contaminated(found: Contamination) -> str:
-    words = (
+def contaminated(found: Contamination) -> str:
+    return (
         f"Of {found.images:,} {found.split} images {found.exact:,} equal one of {found.train_images:,} training images,"
         f" and {found.near:,} more look like one (difference hash). Such twins were asked {found.verbatim:,} of the same"
         f" questions word for word. Of all {found.questions:,} questions {found.questions_in_training:,} are asked in training"
         " about some image."
     )
-    listed = [
-        f"- {pair.test} and {pair.train}: {'the same pixels' if pair.exact else f'{pair.bits} bits apart'}"
-        for pair in found.pairs
+
+
+def twin_pairs(controls: Controls) -> list[str]:
+    return [
+        f"{pair.test} and {pair.train}: {'the same pixels' if pair.exact else f'{pair.bits} bits apart'}"
+        for pair in controls.contamination.pairs
     ]
-    return "\n".join([words, "", *listed]).strip()
 
 
 def _row(*shares: float) -> str:

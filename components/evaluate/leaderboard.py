@@ -1,7 +1,7 @@
 """Leaderboard: our students and their teacher beside the published rows, with what may be compared.
 
-Our rows are scored on our own test questions, the published ones on the paper's six benchmarks: the two halves share a page,
-not a column. A score of ours on one of the six is what VLMEvalKit said of it (`alignti evaluate --kit vlmeval --task`). What
+Our rows are scored on our own test questions, the published ones on the paper's six benchmarks: the two share a page, not a
+table. A score of ours on one of the six is what VLMEvalKit said of it (`alignti evaluate --kit vlmeval --task`). What
 was not measured is a dash.
 """
 
@@ -40,6 +40,7 @@ FIGURES = {  # which of VLMEvalKit's figures is the benchmark's, and what a unit
     "mme": ("/perception", 1 / 20),  # percent of 2,000 points
     "mmb": ("/Overall", 100.0),
 }
+APART = "Our models answer our own test questions, the published ones the paper's benchmarks: the two do not compare."
 KIT_NOTE = (
     "Scores of ours on the six are VLMEvalKit's, by its prompts and its rules without a judge, which are not the paper's"
     " (docs/evaluation.md): what they differ by from a published one is not the model's alone."
@@ -188,7 +189,6 @@ def _notes(comparison: Comparison, speed: SpeedReport | None) -> list[str]:
         else "Speed and memory were not measured: `alignti leaderboard --measure` does."
     )
     return [
-        "Our models answer our own test questions, the published ones the paper's benchmarks: the two do not compare.",
         "Relative gain as the paper computes it: from averages with one decimal, percent of the same backbone's baseline.",
         f"Noise: a gap between published scores below it may be chance ({comparison.confidence:.0%}), questions taken for"
         " independent and unpaired, as nobody published the answers one by one. For POPE it is that of accuracy; MME sums"
@@ -221,21 +221,29 @@ def _shown(value: float | None, how: str = "{:.1f}") -> str:
 def header(board: Leaderboard) -> list[str]:
     noise = {name: "" if gap is None else f" (±{gap:.1f})" for name, gap in board.noise.items()}
     return [
-        "model", "ours: exact match, %", *(BENCHMARKS[name].title + noise[name] for name in PAPER), "average", "over SFT, %",
+        "model", "exact match, %", *(BENCHMARKS[name].title + noise[name] for name in PAPER), "average", "over SFT, %",
         "over KD, %", "parameters", "tokens/s", "first token, ms", "memory, MiB",
     ]  # fmt: skip
 
 
+def halves(board: Leaderboard) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
+    """Ours, then the published: title, header, and each row with its cells; columns that a half leaves empty are left out."""
+    found = []
+    for title, ours in ((f"Ours, on {board.own_questions}", True), ("Published, on the paper's benchmarks", False)):
+        rows = [(row, cells(row)) for row in board.rows if row.ours == ours]
+        kept = [i for i, column in enumerate(zip(*(shown for _, shown in rows), strict=True)) if set(column) != {DASH}]
+        found.append((title, [header(board)[i] for i in kept], [(row, [shown[i] for i in kept]) for row, shown in rows]))
+    return found
+
+
 def markdown(board: Leaderboard) -> str:
-    """Our rows in bold."""
-    rows = [[f"**{name}**" if row.ours else name, *rest] for row in board.rows for name, *rest in [cells(row)]]
-    ours = f"Rows in bold are ours, on {board.own_questions}. The others are published."
+    """Both tables, and what is to be known of them."""
     sources = sorted({f"{row.source}" for row in board.rows if not row.ours})
     remarks = [f"- {row.name}: {row.note}" for row in board.rows if row.note]
     parts = [
         "# Leaderboard",
-        ours,
-        table(header(board), rows),
+        APART,
+        *(part for title, names, rows in halves(board) for part in (f"## {title}", table(names, [shown for _, shown in rows]))),
         *board.notes,
         "Sources: " + "; ".join(sources) + ".",
         "\n".join(remarks),
@@ -257,9 +265,9 @@ def spreadsheet(board: Leaderboard) -> str:
 
 
 def page(board: Leaderboard) -> str:
-    """The table as one HTML file that fetches nothing; published rows in a colour of their own."""
+    """Both tables as one HTML file that fetches nothing."""
     template = templates(Path(__file__).parent).get_template("leaderboard.html.j2")
-    return template.render(board=board, header=header(board), rows=[(row, cells(row)) for row in board.rows])
+    return template.render(board=board, apart=APART, halves=halves(board))
 
 
 def write(board: Leaderboard) -> list[Path]:

@@ -53,6 +53,11 @@ OVER_SEEDS = (
     " differ is taken to be the same for all arms, an arm of one seed included, and its uncertainty widens the intervals as in"
     " Student's t."
 )
+BESIDE = {
+    "samples": "all answers",
+    "controls": "controls without the image",
+    "leaderboard": "leaderboard",
+}  # command -> its page
 WALL_CLOCK = (
     "Training time is wall clock of the machine that trained the arm, with whatever else ran on it: no measure of the method"
     " unless the machine was idle."
@@ -278,6 +283,7 @@ def html(
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         facts=facts,
+        beside=BESIDE,
         wall_clock=WALL_CLOCK,
         lines=table(comparison),
         measures=measures(comparison),

@@ -17,7 +17,7 @@ from components.evaluate import blind_baselines
 from components.evaluate.blind_baselines import blank_images, majority, markdown, measure, other_images
 from components.evaluate.contamination import contamination
 from components.records.dataset import Manifest
-from components.records.paths import DATASET, MODELS
+from components.records.paths import DATASET, MODELS, REPORTS
 
 
 def picture(seed: int, px: int = 48) -> Image.Image:
@@ -104,7 +104,9 @@ def test_a_model_that_looks_loses_without_its_image(workplace: Path) -> None:
         f"{100 * figures.seeing:.1f} / {100 * figures.blank:.1f} / {100 * figures.other:.1f}" in text
         and "Is the test in the training data?" in text
     )
-    assert [path.name for path in blind_baselines.write(found)] == ["controls.json", "controls.md"]
+    assert [path.name for path in blind_baselines.write(found)] == ["controls.json", "controls.md", "controls.html"]
+    html = (REPORTS / "controls.html").read_text()
+    assert all(f"<td>{cell}</td>" in html for row in blind_baselines.scores(found)[1] for cell in row[1:])
 
 
 @pytest.mark.parametrize("name", ["nobody"])

@@ -25,7 +25,7 @@ from components.evaluate import compare as stage
 from components.evaluate import dvc_files, plots, published_runs
 from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import MEASURES
-from components.evaluate.report import Picture, by_kind, disagreements, html, markdown, table
+from components.evaluate.report import BESIDE, Picture, by_kind, disagreements, html, markdown, table
 from components.records.compare import Comparison, PublishedRuns
 from components.records.irs import LayerChoice
 from components.records.paths import IRS
@@ -122,7 +122,8 @@ def test_the_page_fetches_nothing(finished: Finished) -> None:
         assert head in ("data:image/png", "data:image/jpeg")
         Image.open(io.BytesIO(base64.b64decode(content))).load()
     assert found.links
-    assert {link.removeprefix("#") for link in found.links} <= found.ids
+    beside = {f"{command}.html" for command in BESIDE}
+    assert {link.removeprefix("#") for link in found.links} - beside <= found.ids and beside <= set(found.links)
 
 
 def test_the_page_says_it_all(finished: Finished) -> None:
