@@ -12,12 +12,18 @@ from components.study.compare import HOURS, MEMORY, SCORE, StudyResult
 POINTS = 100
 
 
+def duration(hours: float) -> str:
+    """In seconds below a minute, in minutes below an hour."""
+    seconds = 3600 * hours
+    return f"{seconds:.2g} s" if seconds < 59.5 else f"{seconds / 60:.1f} min" if hours < 1 else f"{hours:.2f} h"
+
+
 def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
-    """A line per run through what was varied, the cost and the score, the darker the better."""
+    """A line per run through what was varied, the cost and the score, the bluer the better."""
     axes_names = [*result.factors, HOURS, MEMORY, SCORE]
     columns = {name: _positions(result, name) for name in axes_names}
     scores = [run.metrics[SCORE] for run in result.runs]
-    shade = LinearSegmentedColormap.from_list("faint-to-accent", [theme.faint, theme.accent])
+    shade = LinearSegmentedColormap.from_list("muted-to-accent", [theme.muted, theme.accent])
     scale = Normalize(min(scores), max(scores) if max(scores) > min(scores) else min(scores) + 1)
     figure = Figure(figsize=(max(5.0, 1.5 * len(axes_names)), 3.6))
     axes = figure.subplots()
@@ -28,7 +34,9 @@ def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
         axes.axvline(place, color=theme.muted, linewidth=0.8)
         for height, label in columns[name][1]:
             axes.annotate(label, (place, height), (4, 0), textcoords="offset points", fontsize=7.5, va="center")
-    axes.set_xticks(range(len(axes_names)), [name.removeprefix("cost/").replace("_", " ") for name in axes_names])
+    axes.set_xticks(
+        range(len(axes_names)), [name.removeprefix("cost/").replace("hours", "time").replace("_", " ") for name in axes_names]
+    )
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(axes_names) - 0.6)
     for side in axes.spines.values():
@@ -37,12 +45,14 @@ def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
 
 
 def pareto(result: StudyResult, theme: Theme) -> Figure:
-    """Score against device hours and against memory, a point per variant; the line joins those that none beats on both."""
+    """Score against device time and against memory, a point per variant; the line joins those that none beats on both."""
     figure = Figure(figsize=(9.0, 3.6))
     left, right = figure.subplots(1, 2, sharey=True)
-    hours = [variant.hours for variant in result.variants]
+    longest = max(variant.hours for variant in result.variants)
+    unit, per_hour = ("hours", 1) if longest >= 1 else ("minutes", 60) if longest >= 1 / 60 else ("seconds", 3600)
+    times = [per_hour * variant.hours for variant in result.variants]
     memory = [variant.memory_mib for variant in result.variants]
-    _front(left, result, hours, "device hours per student", theme)
+    _front(left, result, times, f"device time per student, {unit}", theme)
     _front(right, result, memory, "peak memory, MiB", theme)
     left.set_ylabel("exact match, %")
     return figure
@@ -74,4 +84,5 @@ def _positions(result: StudyResult, name: str) -> tuple[list[float], list[tuple[
     values = [run.metrics[name] for run in result.runs]
     low, high = min(values), max(values)
     spread = high - low or 1.0
-    return [(value - low) / spread for value in values], [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
+    said = duration if name == HOURS else "{:.3g}".format
+    return [(value - low) / spread for value in values], [(0.0, said(low)), (1.0, said(high))]

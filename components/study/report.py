@@ -17,6 +17,7 @@ from components.study.compare import SLACK, Estimate, StudyResult
 
 FOLDER = REPORTS / "studies"
 POINTS = 100
+NOTHING_LEARNT = "no run answered a question right, so nothing was learnt and none is the best"
 
 Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, names of columns, rows
 
@@ -43,7 +44,8 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
 def standing(result: StudyResult) -> str:
     """Best variant, significant differences and missing cells, in a sentence or three."""
     best = result.variants[0]
-    said = f"{len(result.runs)} runs of {len(result.variants)} variants; the best is {best.name} with {best.score.mean:.1%}."
+    leads = f"the best is {best.name} with {best.score.mean:.1%}" if best.score.mean else NOTHING_LEARNT
+    said = f"{len(result.runs)} runs of {len(result.variants)} variants; {leads}."
     clear = [t for t in result.tests if t.p_holm is not None and t.p_holm < 0.05]
     said += " Different from a baseline beyond chance (Holm, 5%): "
     said += ", ".join(f"{t.variant} against {t.against}" for t in clear) + "." if clear else "none."
@@ -62,7 +64,7 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
     }
     measured = {name: values for name, values in energy.items() if any(value is not None for value in values)}
     variants = [
-        [v.name, f"{v.score.mean:.1%}", _interval(v.score), str(v.score.n), f"{v.hours:.4f}", f"{v.memory_mib:,.0f}",
+        [v.name, f"{v.score.mean:.1%}", _interval(v.score), str(v.score.n), plots.duration(v.hours), f"{v.memory_mib:,.0f}",
          *(md.DASH if values[i] is None else f"{values[i]:.3g}" for values in measured.values()),
          "yes" if v.best_at_its_cost else ""]
         for i, v in enumerate(result.variants)
@@ -76,17 +78,23 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
         for e in result.effects
     ]
     equal = [
-        [one.name, f"{one.hours:.4f}", "nothing else is as cheap", md.DASH, md.DASH]
+        [one.name, plots.duration(one.hours), "nothing else is as cheap", md.DASH, md.DASH]
         if other is None
-        else [one.name, f"{one.hours:.4f}", other.name, f"{other.hours:.4f}", _points(one.score.mean - other.score.mean)]
+        else [
+            one.name,
+            plots.duration(one.hours),
+            other.name,
+            plots.duration(other.hours),
+            _points(one.score.mean - other.score.mean),
+        ]
         for one, other in result.equal_compute
     ]
     return [
         (
             "Variants",
-            "Mean over seeds, with the t interval; the last column: no other variant scores as much in as few hours."
+            "Mean over seeds, with the t interval; the last column: no other variant scores as much in as little time."
             + (" Energy of the training; the processor's is of all that ran on the machine meanwhile." if measured else ""),
-            ["variant", "exact match", sure, "seeds", "device hours", "peak MiB", *measured, "best at its cost"],
+            ["variant", "exact match", sure, "seeds", "device time", "peak MiB", *measured, "best at its cost"],
             variants,
         ),
         (
@@ -104,8 +112,8 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
         ),
         (
             "At equal compute",
-            f"Each variant against the best other that took no more device hours ({SLACK:.0%} of slack); points.",
-            ["variant", "device hours", "best for as much or less", "its hours", "difference"],
+            f"Each variant against the best other that took no more device time ({SLACK:.0%} of slack); points.",
+            ["variant", "device time", "best for as much or less", "its time", "difference"],
             equal,
         ),
     ]

@@ -16,7 +16,7 @@ from scipy import stats
 
 from components.errors import DataError, InputError, TryAgainError
 from components.study import compare as module
-from components.study import report
+from components.study import plots, report
 from components.study.compare import HOURS, MEMORY, SCORE, Run, StudyResult, compare
 from components.tracking.mlflow_sync import client
 
@@ -152,6 +152,17 @@ def test_the_files_say_what_was_found_and_need_no_other(tmp_path: Path, monkeypa
     assert "What &lt;each&gt; term does" in page and not re.search(r'(?:src|href)="(?!data:)', page)
     for text in (page, written[".md"].read_text()):
         assert "weights.tpa" in text and "+7.70" in text
+
+
+def test_where_nothing_was_learnt_none_is_the_best() -> None:
+    runs = [replace(r, metrics={**r.metrics, SCORE: 0.0}) for r in RUNS]
+    assert "nothing was learnt and none is the best" in report.standing(result(runs))
+    assert "the best is iva1-tpa1" in report.standing(result())
+
+
+@pytest.mark.parametrize(("hours", "said"), [(0.0002, "0.72 s"), (0.01, "36 s"), (0.5, "30.0 min"), (3, "3.00 h")])
+def test_times_are_said_in_the_unit_that_suits_them(hours: float, said: str) -> None:
+    assert plots.duration(hours) == said
 
 
 def test_a_thousand_runs_compare_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
