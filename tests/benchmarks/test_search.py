@@ -24,7 +24,7 @@ def test_a_search_that_sees_something_else_stops_the_benchmark(monkeypatch: pyte
 
 def test_prepare_results_have_their_fields() -> None:
     grown = prepare.memory([120, 160])
-    assert grown["arms"]["160 rows"]["peak_mib"] > 50 and 0.5 < grown["ratios"]["memory_of_prepare"] < 2
+    assert grown["arms"]["160 rows"]["peak_mib"] > 5 and 0.5 < grown["ratios"]["memory_of_prepare"] < 2
     found = prepare.rate(images=60, copies=1, repeats=1)
     assert found["ratios"]["prepare_rate_vs_pillow"] > 0
     assert found["arms"]["pillow"]["images_per_second"] > 0
