@@ -20,7 +20,7 @@ LEVELS = [
     {"models"},
     {"digits"},
     {"irs", "rows"},
-    {"teacher_cache"},
+    {"teacher_cache", "teacher_answers"},
     {"distill", "evaluate"},
     {"cost"},  # reads what the training loop holds
     {"teacher"},  # scores candidates with the metrics of `evaluate`

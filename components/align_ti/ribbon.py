@@ -13,6 +13,7 @@ Only a cap on a sample's length is an approximation (`fit`): response steps that
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,12 @@ class Ribbon:
     @property
     def valid(self) -> Tensor:
         return self.multiplicity > 0
+
+
+def draw_key(*what: int | str) -> int:
+    """32 bits: the seed of the draws of `what`, a run's seed and a sample's key, say. Hashed: torch's CPU generator reads the
+    low 32 bits alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
 
 
 def uniforms(response: Tensor, keys: list[int], draws: int) -> Tensor:

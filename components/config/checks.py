@@ -18,7 +18,7 @@ def across_files(settings: Settings) -> list[str]:
             )
         problems += _cache_checks(settings, name)
         problems += _inside_checks(settings, name)
-        problems += _rollout_checks(settings, name)
+        problems += _answer_checks(settings, name)
     problems += _stage_checks(settings)
     tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
     if tokens is not None and tokens < longest:
@@ -107,20 +107,28 @@ def _inside_checks(settings: Settings, name: str) -> list[str]:
     return problems
 
 
-def _rollout_checks(settings: Settings, name: str) -> list[str]:
-    """What cannot be had of answers that the student writes."""
+def _answer_checks(settings: Settings, name: str) -> list[str]:
+    """What cannot be had of answers that a model writes."""
     arm, distill = settings.arm(name), settings.distill
-    if arm.rollouts is None:
+    if arm.rollouts is None and arm.answers is None:
         return []
     assert arm.tpa is not None  # filled in by Settings.arm
     problems = []
-    gold = [term for term, needs in arm.needs.items() if needs.gold or (term == "tpa" and arm.tpa.source == "gold")]
-    if gold:
-        problems.append(f"{', '.join(gold)} take the data's answers, and the student writes others; set their weights to 0")
-    if settings.uses_cache(arm):
-        problems.append("no cache holds the teacher at answers that are not written yet; set teacher_signals.source to live")
+    if arm.answers is not None and distill.teacher_answers is None:
+        problems.append("answers: the teacher writes none; give params/distill.yaml a block teacher_answers")
+    where = "answers" if arm.rollouts is None else "rollouts"
+    if settings.uses_cache(arm) and any(needs.teacher for needs in arm.needs.values()):
+        problems.append(f"{where}: the cache holds the teacher at the data's answers; set teacher_signals.source to live")
     if distill.micro_batch_tokens is not None:
-        problems.append("the length of an answer is not known before it is written; set micro_batch_tokens to null")
-    if distill.gradient_checkpointing and distill.flex_attention and terms.union(arm.needs.values()).ribbon:
-        problems.append("FlexAttention takes no key/value cache, which answers are written with; set flex_attention to false")
-    return [f"params/study.yaml: arms.{name}.rollouts: {problem}" for problem in problems]
+        problems.append(f"{where}: the lengths that share a batch out are the data's; set micro_batch_tokens to null")
+    if arm.rollouts is not None:
+        gold = [term for term, needs in arm.needs.items() if needs.gold or (term == "tpa" and arm.tpa.source == "gold")]
+        if gold:
+            problems.append(
+                f"rollouts: {', '.join(gold)} take the data's answers, and the student writes others; set their weights to 0"
+            )
+        if distill.gradient_checkpointing and distill.flex_attention and terms.union(arm.needs.values()).ribbon:
+            problems.append(
+                "rollouts: FlexAttention takes no key/value cache, which answers are written with; set flex_attention to false"
+            )
+    return [f"params/study.yaml: arms.{name}.{problem}" for problem in problems]

@@ -9,7 +9,7 @@ from pydantic import (
     model_validator,
 )
 
-from components.config.fields import PositiveFloat, PositiveInt, Share, Strict
+from components.config.fields import NonNegative, PositiveFloat, PositiveInt, Share, Strict
 from components.config.loss_terms import Divergence, WithTerms
 from components.config.models import Optimiser
 
@@ -70,6 +70,21 @@ class TeacherSignals(Strict):
     top_k: PositiveInt = Field(description="for the cache: likeliest tokens kept per row, with the mass of all others")
 
 
+class TeacherAnswers(Strict):
+    """Answers that the teacher writes to the first questions of the train split, for arms with `answers: teacher`."""
+
+    samples: PositiveInt = Field(description="answers to each; an epoch takes one after another")
+    temperature: NonNegative = Field(description="that tokens are drawn at; 0: greedy")
+    top_p: Share | None = Field(description="draw among the fewest tokens whose probabilities reach this; null: among all")
+    max_new_tokens: PositiveInt = Field(description="an answer that has not ended by then is not kept")
+
+    @model_validator(mode="after")
+    def _one_if_greedy(self) -> TeacherAnswers:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError("greedy answers are all the same: set samples to 1, or a temperature")
+        return self
+
+
 class Lora(Strict):
     """Low-rank adapters in the language model, folded into its weights at the end."""
 
@@ -118,6 +133,7 @@ class DistillSettings(WithTerms):
     iva: Iva
     tpa: Tpa
     teacher_signals: TeacherSignals
+    teacher_answers: TeacherAnswers | None = Field(description="null: the teacher writes none")
     trainable: Trainable
     teacher_weights: Literal["same", "fp32", "bf16", "int8", "nf4"] = Field(description="same: as `precision`")
     gradient_checkpointing: bool

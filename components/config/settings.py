@@ -38,7 +38,7 @@ class Settings(Strict):
         arm = self.study.arms[name]
         shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
         blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
-        own: dict[str, Any] = {field: getattr(arm, field) for field in ("weights", "student", "seed", "rollouts")}
+        own: dict[str, Any] = {field: getattr(arm, field) for field in ("weights", "student", "seed", "answers", "rollouts")}
         return Arm(**own | shared | blocks)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,9 @@ class Arm(WithTerms):
     iva: Iva | None = None
     tpa: Tpa | None = None
     divergence: Divergence | None = None
+    answers: Literal["teacher"] | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="teacher: those of `teacher_answers`, not the data's"
+    )
     rollouts: Rollouts | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property

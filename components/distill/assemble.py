@@ -32,9 +32,11 @@ from components.models.template import Template
 from components.models.vlm import VLM
 from components.records.irs import LayerChoice
 from components.records.models import ModelIndex, ModelRecord
-from components.records.paths import DATASET, IRS, MODELS, ROWS, SIGNALS, TEACHER
+from components.records.paths import ANSWERS, DATASET, IRS, MODELS, ROWS, SIGNALS, TEACHER
 from components.records.teacher import TeacherChoice
 from components.runtime import prepare_torch
+from components.teacher_answers.store import Answers
+from components.teacher_answers.store import facts as answer_facts
 from components.teacher_cache.store import Signals, read_manifest
 from components.teacher_cache.store import facts as facts_of
 
@@ -55,6 +57,7 @@ class Job:
     accelerator: Accelerator
     origin: Origin
     rollouts: Rollouts | None
+    answers: Answers | None
 
     @property
     def title(self) -> str:
@@ -110,7 +113,11 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=look.rows)
         facts |= _searched(arm, layers)
         module = _live(arm, settings.distill, student, teacher, look, collator, sides)
-    chosen = trained_on(samples.kinds, settings.distill)
+    chosen, answers = trained_on(samples.kinds, settings.distill), None
+    if arm.answers is not None:
+        answers = Answers(ANSWERS, answer_facts(settings))
+        facts["teacher_answers"] = answers.manifest.model_dump()
+        chosen = answers.answered(chosen)
     weights = samples.weights
     order = Sampler(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
     rollouts = None
@@ -124,7 +131,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         teacher={"path": choice.path, "sha256": choice.sha256} if choice else None,
         precision=settings.distill.precision,
     )
-    return Job(name, settings, facts, start, student, module, samples, collator, order, accelerator, origin, rollouts)
+    return Job(name, settings, facts, start, student, module, samples, collator, order, accelerator, origin, rollouts, answers)
 
 
 def _accelerator(arm: Arm, settings: Settings) -> Accelerator:
@@ -149,7 +156,8 @@ def _facts(
     facts = {
         "arm": arm.model_dump(mode="json"),
         "distill": settings.distill.model_dump(
-            mode="json", exclude={"iva", "tpa", "divergence", "teacher_signals", "log_every", *settings.distill.blocks}
+            mode="json",
+            exclude={"iva", "tpa", "divergence", "teacher_signals", "teacher_answers", "log_every", *settings.distill.blocks},
         ),
         "template": settings.models.template.model_dump(mode="json"),
         "dataset": samples.manifest.digest,

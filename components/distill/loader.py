@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from components.align_ti.ribbon import draw_key
 from components.config.distill import DistillSettings
 from components.dataset.shards import Samples
 from components.distill.rollouts import Rollouts
-from components.distill.sampler import Sampler, draw_key, shared_out, shared_out_by_length
+from components.distill.sampler import Sampler, shared_out, shared_out_by_length
 from components.errors import AlignTIError, TryAgainError
 from components.models.collate import Batch, Collator
 from components.process import end_with_parent
+from components.teacher_answers.store import Answers
 
 MicroBatches = list[tuple[Batch, list[int]]]
 
@@ -43,18 +45,25 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
         rank: int,
         ranks: int,
         rollouts: Rollouts | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self.samples, self.collator, self.order, self.settings = samples, collator, order, settings
-        self.rank, self.ranks, self.rollouts = rank, ranks, rollouts
+        self.rank, self.ranks, self.rollouts, self.answers = rank, ranks, rollouts, answers
         self._lengths: dict[int, int] = {}
 
     def __getitem__(self, step: int) -> MicroBatches | AlignTIError:
         try:
             mine = self._shared_out(self.order.batch(step))
-            written = self.rollouts.written(list(chain(*mine))) if self.rollouts else {}
+            written = self._written(list(chain(*mine)))
             return [self._collated(micro, written) for micro in mine]
         except AlignTIError as error:
             return error
+
+    def _written(self, pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
+        """Key -> tokens of the answer that a model wrote; no such key: the data's."""
+        order, answers = self.order, self.answers
+        by_teacher = {key: answers.of(sample, order.epoch(key)) for key, sample in pairs} if answers else {}
+        return {**by_teacher, **(self.rollouts.written(pairs) if self.rollouts else {})}
 
     def _collated(self, micro: list[tuple[int, int]], written: dict[int, list[int]]) -> tuple[Batch, list[int]]:
         batch = self.collator([self.samples[index] for _, index in micro], [written.get(key) for key, _ in micro])

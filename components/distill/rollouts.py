@@ -1,8 +1,7 @@
 """Rollouts: answers that the student writes during its training, and is then trained on (GKD, arXiv 2306.13649).
 
 Which samples get one, and every token of it, are drawn by seed, epoch and sample alone, so that neither ranks, nor
-accumulation, nor a resumption change them, to the last near-tie. As in the data, no special token stands in an answer but
-its end, and the tokens are those of the shared vocabulary.
+accumulation, nor a resumption change them, to the last near-tie.
 """
 
 from __future__ import annotations
@@ -12,19 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
-from components.align_ti.ribbon import draw, probabilities
+from components.align_ti.ribbon import draw_key
 from components.config.study import Rollouts as Asked
 from components.dataset.shards import Samples
-from components.distill.sampler import Sampler, draw_key
+from components.distill.sampler import Sampler
 from components.errors import InputError
-from components.models.collate import Collator, visual_id
-from components.models.decoding import greedy
-from components.models.families import prompt
+from components.models.collate import Collator
 from components.models.load import Loaded
-from components.models.template import special_tokens
+from components.models.writing import Writer
 
 
 @dataclass
@@ -54,12 +49,10 @@ class Rollouts:
                 f"rollouts are written with a student whose weights are whole, and {self.accelerator.distributed_type.value}"
                 " divides them: set `accelerate` in params/runtime.yaml to ddp"
             )
-        self._prompts = self.collator.of_prompts
-        tokenizer = self.student.processor.tokenizer
-        self._barred = torch.arange(self.student.vocabulary, device=self.accelerator.device) >= self.shared_vocabulary
-        special = tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer)))
-        self._barred[[*special, visual_id(self.student.processor)]] = True
-        self._barred[self.collator.eos_id] = False
+        asked = self.asked
+        self.writer = Writer(
+            self.student, self.collator, asked.max_new_tokens, asked.temperature, asked.top_p, self.shared_vocabulary
+        )
         self._answers: list[list[int]] = []
 
     def written(self, pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
@@ -87,20 +80,10 @@ class Rollouts:
         return self.asked.reuse > 1 and sample in self.kept and self.kept[sample][0] == epoch
 
     def _write(self, wanted: list[tuple[int, str]]) -> list[list[int]]:
-        """Answers to the first questions of the samples, all in one batch over the key/value cache."""
-        asked, eos = self.asked, self.collator.eos_id
-        batch = self._prompts([self.samples[int(sample)] for _, sample in wanted]).to(self.accelerator.device)
         keys = [draw_key(self.order.seed, "rollout", epoch, sample) for epoch, sample in wanted]
-        streams = [torch.rand(asked.max_new_tokens, generator=torch.Generator().manual_seed(key)) for key in keys]
-        length = batch.input_ids.shape[1]
-        drawn = Drawn(torch.stack(streams).to(self._barred.device), self._barred, length, asked.temperature, asked.top_p)
-        training = self.student.model.training
-        self.student.model.eval()
-        with greedy(self.student, asked.max_new_tokens, eos) as model, self.accelerator.autocast():
-            tokens = model.generate(**prompt(model, batch), logits_processor=LogitsProcessorList([drawn]))  # type: ignore[operator]
-        self.student.model.train(training)
-        room = (self.collator.max_length - batch.attention_mask.sum(1)).tolist()
-        return [_ended(row, eos)[:most] for row, most in zip(tokens[:, length:].tolist(), room, strict=True)]
+        with self.accelerator.autocast():
+            answers = self.writer.write([self.samples[int(sample)] for _, sample in wanted], keys)
+        return [answer.tokens for answer in answers]
 
     def measured(self) -> dict[str, float]:
         """Over all ranks, of the last step's answers: how many, the share of those cut off, their mean length."""
@@ -109,31 +92,3 @@ class Rollouts:
         answers, cut_off, tokens = self.accelerator.reduce(mine, reduction="sum").tolist()
         means = {"rollout/cut_off": cut_off / answers, "rollout/tokens": tokens / answers} if answers else {}
         return {"rollout/answers": answers, **means}
-
-
-class Drawn(LogitsProcessor):
-    """Leaves each sample the one token that its uniform draws, by inverting the cumulative sum; the likeliest at temperature 0.
-
-    Args:
-        uniforms: (B, most) in [0, 1), one per token to write.
-        barred: (V,) bool, tokens that are never drawn.
-        prompt: tokens of the prompts, padding included.
-    """
-
-    def __init__(self, uniforms: Tensor, barred: Tensor, prompt: int, temperature: float, top_p: float | None) -> None:
-        self._uniforms, self._barred, self._prompt = uniforms, barred, prompt
-        self._temperature, self._top_p = temperature, top_p
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        logits = scores.float().masked_fill(self._barred, float("-inf"))
-        if self._temperature == 0:
-            token = logits.argmax(-1, keepdim=True)
-        else:
-            at = input_ids.shape[1] - self._prompt
-            token = draw(probabilities(logits, self._temperature, top_p=self._top_p), self._uniforms[:, at : at + 1])
-        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
-
-
-def _ended(tokens: list[int], eos: int) -> list[int]:
-    """Up to the first end of turn, which is included."""
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from components.errors import DataError, InputError
-
-
-def draw_key(*what: int | str) -> int:
-    """32 bits: the seed of the draws of `what`, a run's seed and a sample's key, say. Hashed: torch's CPU generator reads the
-    low 32 bits alone."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
 
 
 class Sampler:

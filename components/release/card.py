@@ -20,7 +20,7 @@ from components.tracking import history, provenance
 from components.tracking.system_metrics import CPU_WH, GPU_WH
 
 # Inputs of `distill@ARM`.
-BEFORE = ("prepare", "obtain_models", "check_rows", "select_teacher", "search_layer", "cache_teacher")
+BEFORE = ("prepare", "obtain_models", "check_rows", "select_teacher", "search_layer", "cache_teacher", "write_answers")
 
 
 def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.align_ti.ribbon import uniforms
-from components.distill.sampler import Sampler, draw_key, shared_out, shared_out_by_length
+from components.align_ti.ribbon import draw_key, uniforms
+from components.distill.sampler import Sampler, shared_out, shared_out_by_length
 from components.errors import DataError, InputError
 
 

@@ -34,7 +34,7 @@ def test_each_token_is_the_likeliest_of_the_plain_pass(family: str) -> None:
         hidden, _ = view.plain(batch, view.features(batch), keep=False)
     rows = predicting(batch.response)
     likeliest = torch.zeros_like(batch.input_ids)
-    likeliest[rows] = view.head(hidden[rows]).masked_fill(made._barred, float("-inf")).argmax(-1)
+    likeliest[rows] = view.head(hidden[rows]).masked_fill(made.writer.barred, float("-inf")).argmax(-1)
     for row, (key, _) in enumerate(pairs):
         if key in written:
             assert likeliest[row][rows[row]].tolist() == written[key]

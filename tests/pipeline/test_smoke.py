@@ -28,6 +28,7 @@ STAGES = {
     "select_teacher",
     "search_layer",
     "cache_teacher",
+    "write_answers",
     "terms",
     *(f"{stage}@{arm}" for stage in ("distill", "evaluate") for arm in ("sft", "align_ti")),
     "evaluate_teacher",

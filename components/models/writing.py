@@ -1,0 +1,101 @@
+"""Answers that a model writes to the first questions of samples, drawn by keys, for training on their tokens.
+
+As in the data, no special token stands in an answer but its end, and the tokens are those of the shared vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from components.align_ti.ribbon import draw, probabilities
+from components.dataset.shards import Sample
+from components.models.collate import Collator, visual_id
+from components.models.decoding import greedy
+from components.models.families import prompt
+from components.models.load import Loaded
+from components.models.template import special_tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]  # its end included, where it has one
+    log_prob: float  # of all of them, under the model at temperature 1 and all tokens of its vocabulary
+
+
+class Writer:
+    """A model that writes, at most `max_new_tokens` for an answer and within the collator's `max_length`.
+
+    Args:
+        temperature: 0: the likeliest tokens.
+        top_p: draw among the fewest tokens whose probabilities reach this.
+        shared_vocabulary: columns of both heads.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        collator: Collator,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float | None,
+        shared_vocabulary: int,
+    ) -> None:
+        self.loaded, self.most, self.temperature, self.top_p = loaded, max_new_tokens, temperature, top_p
+        self.eos_id, self._longest, self._prompts = collator.eos_id, collator.max_length, collator.of_prompts
+        tokenizer = loaded.processor.tokenizer
+        self.barred = torch.arange(loaded.vocabulary, device=loaded.model.device) >= shared_vocabulary
+        special = tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer)))
+        self.barred[[*special, visual_id(loaded.processor)]] = True
+        self.barred[self.eos_id] = False
+
+    def write(self, samples: Sequence[Sample], keys: Sequence[int]) -> list[Answer]:
+        """All in one batch, over the key/value cache and without dropout. `keys`: of each answer, the seed of its draws."""
+        model = self.loaded.model
+        batch = self._prompts(samples).to(model.device)
+        streams = [torch.rand(self.most, generator=torch.Generator().manual_seed(key)) for key in keys]
+        length = batch.input_ids.shape[1]
+        drawn = Drawn(torch.stack(streams).to(model.device), self.barred, length, self.temperature, self.top_p)
+        training = model.training
+        model.eval()
+        with greedy(self.loaded, self.most, self.eos_id):
+            tokens = model.generate(**prompt(model, batch), logits_processor=LogitsProcessorList([drawn]))
+        model.train(training)
+        room = (self._longest - batch.attention_mask.sum(1)).tolist()
+        found = [_ended(row, self.eos_id)[:most] for row, most in zip(tokens[:, length:].tolist(), room, strict=True)]
+        log_probs = torch.stack(drawn.log_probs, dim=1).tolist()
+        return [Answer(row, sum(of_row[: len(row)])) for row, of_row in zip(found, log_probs, strict=True)]
+
+
+class Drawn(LogitsProcessor):
+    """Leaves each sample the one token that its uniform draws, by inverting the cumulative sum; the likeliest at temperature 0.
+
+    Args:
+        uniforms: (B, most) in [0, 1), one per token to write.
+        barred: (V,) bool, tokens that are never drawn.
+        prompt: tokens of the prompts, padding included.
+    """
+
+    def __init__(self, uniforms: Tensor, barred: Tensor, prompt: int, temperature: float, top_p: float | None) -> None:
+        self._uniforms, self._barred, self._prompt = uniforms, barred, prompt
+        self._temperature, self._top_p = temperature, top_p
+        self.log_probs: list[Tensor] = []  # (B,) of each token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        logits = scores.float().masked_fill(self._barred, float("-inf"))
+        if self._temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            at = input_ids.shape[1] - self._prompt
+            token = draw(probabilities(logits, self._temperature, top_p=self._top_p), self._uniforms[:, at : at + 1])
+        self.log_probs.append(scores.float().log_softmax(-1).gather(1, token)[:, 0])
+        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+
+
+def _ended(tokens: list[int], eos: int) -> list[int]:
+    """Up to the first end of turn, which is included."""
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens

@@ -1,0 +1,149 @@
+"""Stage `write_answers`: the teacher's answers to the first questions of the train split, for arms that train on them.
+
+python -m components.teacher_answers     artifacts/{dataset,models,rows,teacher} -> artifacts/answers
+
+Where params/distill.yaml asks for none, it writes down that there are none. Source: sequence-level KD, arXiv 1606.07947.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.config.load import load_settings
+from components.config.settings import Settings
+from components.io import fingerprint, sha256, write_text
+from components.process import exit_from, locked
+from components.records.models import ModelIndex
+from components.records.paths import ANSWERS, DATASET, MODELS, ROWS, RUNS, TEACHER
+from components.records.record import jsonl
+from components.records.teacher import TeacherChoice
+from components.records.teacher_answers import Answered, AnswerFacts, AnswerManifest, AnswerSet
+from components.tracking.import_graph import closure, modules
+
+if TYPE_CHECKING:
+    import torch
+
+APART = [f"components.{name}" for name in ("config", "records", "io", "errors", "process", "tracking", "runtime")]
+PART = 1024  # samples of a file: what an interrupted run has to write again
+
+
+def main() -> None:
+    settings = load_settings()
+    from components.tracking.stage_run import stage_run
+
+    asked = settings.distill.teacher_answers
+    with stage_run("write_answers", runtime=settings.runtime, params=asked.model_dump() if asked else {}) as run:
+        if asked is None:
+            shutil.rmtree(ANSWERS, ignore_errors=True)
+            AnswerManifest(written=None).write(ANSWERS / "manifest.json")
+            print("write_answers: nothing to do, params/distill.yaml:teacher_answers is null")
+            return
+        made = make(settings)
+        run.metrics({name: getattr(made, name) for name in ("answers", "cut_off", "without", "tokens", "log_prob")})
+    print(
+        f"write_answers: {made.answers:,} answers to {made.samples:,} samples, {made.cut_off:,} cut off and not kept,"
+        f" {made.without:,} samples without any; {made.tokens:.1f} tokens and {made.log_prob:.2f} nats a token on"
+        f" average -> {ANSWERS}"
+    )
+
+
+def make(settings: Settings) -> AnswerSet:
+    """Write the answers, from where an interrupted run was, and put them in their place.
+
+    Raises:
+        ModelError: teacher and students are no pair (`check_pair`).
+        TryAgainError: another process is writing them.
+    """
+    from components.runtime import prepare_torch
+    from components.teacher_answers.store import facts
+
+    device = prepare_torch(settings.runtime, 0, settings.distill.precision)
+    wanted = facts(settings)
+    code = [modules()[name] for name in closure("components.teacher_answers.__main__", APART)]
+    draft = RUNS / "answers" / fingerprint(wanted.model_dump(), code)
+    draft.mkdir(parents=True, exist_ok=True)
+    with locked(draft.with_suffix(".lock"), f"another process is writing {ANSWERS}"):
+        made = _fill(draft, settings, wanted, device)
+        shutil.rmtree(ANSWERS, ignore_errors=True)
+        ANSWERS.parent.mkdir(parents=True, exist_ok=True)
+        draft.replace(ANSWERS)
+    return made
+
+
+def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.device) -> AnswerSet:
+    """Write files and manifest into `folder`."""
+    import torch
+    from tqdm import tqdm
+
+    from components.align_ti.ribbon import draw_key
+    from components.dataset.shards import CAPTION, Samples
+    from components.models.collate import Collator
+    from components.models.load import check_pair, load
+    from components.models.template import Template
+    from components.models.writing import Writer
+
+    asked = settings.distill.teacher_answers
+    assert asked is not None
+    precision = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
+    teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
+    students = ModelIndex.read(MODELS / "index.json").students
+    shared = min(check_pair(teacher, load(Path(record.path), device), own_images=True) for record in students.values())
+    collator = Collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
+    writer = Writer(teacher, collator, asked.max_new_tokens, asked.temperature, asked.top_p, shared)
+    samples = Samples(DATASET, "train", ROWS)
+    rows = [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
+    size = settings.distill.micro_batch_size
+
+    def answered(these: list[int]) -> list[Answered]:
+        """Lines of some samples: one batch for each of their answers."""
+        shown = [samples[row] for row in these]
+        rounds = [writer.write(shown, [draw_key("teacher", row, n) for row in these]) for n in range(asked.samples)]
+        lines = []
+        for row, sample, answers in zip(these, shown, zip(*rounds, strict=True), strict=True):
+            kept = [answer for answer in answers if answer.tokens[-1] == writer.eos_id]
+            lines.append(
+                Answered(
+                    sample=row,
+                    id=sample.id,
+                    answers=[answer.tokens for answer in kept],
+                    log_probs=[answer.log_prob for answer in kept],
+                    cut_off=len(answers) - len(kept),
+                    texts=[teacher.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in kept],
+                )
+            )
+        return lines
+
+    lines: list[Answered] = []
+    files: list[Path] = []
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=wanted.precision == "bf16")
+    with tqdm(total=len(rows), desc="write_answers", unit="sample") as bar, autocast:
+        for first in range(0, len(rows), PART):
+            part = rows[first : first + PART]
+            files.append(folder / f"part-{first // PART:05d}.jsonl")
+            if not files[-1].is_file():
+                found: list[Answered] = []
+                for start in range(0, len(part), size):
+                    found += answered(part[start : start + size])
+                    bar.update(len(part[start : start + size]))
+                write_text(files[-1], jsonl(found))
+            lines += [Answered.model_validate_json(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+    answers, tokens = sum(len(line.answers) for line in lines), sum(len(ids) for line in lines for ids in line.answers)
+    cut_off = sum(line.cut_off for line in lines)
+    made = AnswerSet(
+        facts=wanted,
+        samples=len(lines),
+        answers=answers + cut_off,
+        cut_off=cut_off,
+        without=sum(not line.answers for line in lines),
+        tokens=tokens / max(answers, 1),
+        log_prob=sum(sum(line.log_probs) for line in lines) / max(tokens, 1),
+        files={path.name: sha256([path]) for path in files},
+    )
+    AnswerManifest(written=made).write(folder / "manifest.json")
+    return made
+
+
+if __name__ == "__main__":
+    exit_from(main)

@@ -1,0 +1,70 @@
+"""Store of the teacher's answers: lines of JSON, and a manifest that identifies teacher, data and settings."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from components.config.settings import Settings
+from components.errors import DataError
+from components.io import sha256
+from components.models.template import Template
+from components.records.dataset import Manifest
+from components.records.paths import DATASET, ROWS, TEACHER
+from components.records.teacher import TeacherChoice
+from components.records.teacher_answers import Answered, AnswerFacts, AnswerManifest, AnswerSet
+
+AGAIN = "`dvc repro write_answers` makes them anew"
+
+
+def facts(settings: Settings) -> AnswerFacts:
+    """Those of answers for these settings and what earlier stages made."""
+    asked = settings.distill.teacher_answers
+    assert asked is not None
+    return AnswerFacts(
+        teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
+        dataset=Manifest.read(DATASET / "manifest.json").digest,
+        rows=sha256([ROWS / "train.npy"]),
+        template=hashlib.sha256(Template.asked(settings.models.template).identity.encode()).hexdigest(),
+        precision=settings.distill.precision,
+        asked=asked.model_dump(),
+    )
+
+
+class Answers:
+    """The teacher's answers to the train split, opened for reading.
+
+    Raises DataError if there are none, if they are of another teacher, data set or settings, or if a file has other bytes.
+    """
+
+    def __init__(self, folder: Path, wanted: AnswerFacts) -> None:
+        written = AnswerManifest.read(folder / "manifest.json").written
+        if written is None:
+            raise DataError(f"{folder} holds no answers: teacher_answers was null in params/distill.yaml; {AGAIN}")
+        for name, value in wanted:
+            if getattr(written.facts, name) != value:
+                raise DataError(f"{folder}: {name} is {getattr(written.facts, name)} there, {value} here; {AGAIN}")
+        self.manifest: AnswerSet = written
+        self._of: dict[int, list[list[int]]] = {}
+        for name, digest in written.files.items():
+            if not (folder / name).is_file() or sha256([folder / name]) != digest:
+                raise DataError(f"{folder / name} is missing or has other bytes than the manifest says; {AGAIN}")
+            for line in (folder / name).read_text(encoding="utf-8").splitlines():
+                found = Answered.model_validate_json(line)
+                if found.answers:
+                    self._of[found.sample] = found.answers
+
+    def answered(self, samples: list[int]) -> list[int]:
+        """Those of the samples that have an answer. Raises DataError if none has."""
+        found = [sample for sample in samples if sample in self._of]
+        if not found:
+            raise DataError(
+                f"none of the teacher's {self.manifest.answers:,} answers has an end; raise teacher_answers.max_new_tokens in"
+                " params/distill.yaml, or let a teacher that has learnt to answer write them"
+            )
+        return found
+
+    def of(self, sample: int, epoch: int) -> list[int]:
+        """Tokens of the answer that the epoch takes, one after another."""
+        answers = self._of[sample]
+        return answers[epoch % len(answers)]

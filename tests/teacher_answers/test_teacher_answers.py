@@ -1,0 +1,155 @@
+"""The stage `write_answers`, and `distill` on what the teacher wrote: sequence-level KD."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.config.load import load_settings
+from components.dataset.shards import CAPTION, Samples
+from components.distill.__main__ import distill
+from components.distill.assemble import assemble
+from components.distill.loader import Steps
+from components.errors import DataError, Interrupted, SettingsError
+from components.models.families import prompt
+from components.models.load import load
+from components.models.writing import Writer
+from components.records.paths import ANSWERS, DATASET, ROWS
+from components.records.teacher_answers import Answered, AnswerManifest
+from components.teacher_answers import __main__ as stage
+from components.tracking.journal import Run
+from tests.distill.conftest import write_params
+from tests.distill.test_scale import StopsAt
+
+GREEDY = {"samples": 1, "temperature": 0.0, "top_p": None, "max_new_tokens": 40}
+DRAWN = GREEDY | {"samples": 2, "temperature": 1.0}
+ARM: dict[str, Any] = {"weights": {"sft": 1.0}, "student": "student", "seed": 1, "answers": "teacher"}
+FOLDER = Path("artifacts/students/seqkd")
+
+
+@pytest.fixture
+def seqkd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_params(workplace, "distill", {"teacher_answers": DRAWN})
+    write_params(workplace, "study", {"arms": {"seqkd": ARM}})
+    write_params(workplace, "evaluate", {"baselines": ["seqkd"]})
+    monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
+    return workplace
+
+
+def lines() -> dict[int, Answered]:
+    found = [Answered.model_validate_json(line) for part in sorted(ANSWERS.glob("part-*")) for line in part.open()]
+    return {line.sample: line for line in found}
+
+
+def trained(run: Run) -> bytes:
+    settings = load_settings()
+    distill("seqkd", settings.arm("seqkd"), settings, run)
+    return (FOLDER / "model/model.safetensors").read_bytes()
+
+
+def test_where_none_are_asked_for_only_a_note_is_left(seqkd: Path) -> None:
+    stage.main()
+    assert lines()
+    write_params(seqkd, "distill", {"teacher_answers": None})
+    write_params(seqkd, "study", {"arms": {"seqkd": ARM | {"answers": None}}})
+    stage.main()
+    assert json.loads((ANSWERS / "manifest.json").read_text()) == {"written": None}
+    assert [path.name for path in ANSWERS.iterdir()] == ["manifest.json"]
+
+
+def test_each_answer_and_its_log_probability_are_the_teachers(seqkd: Path) -> None:
+    stage.main()
+    written = AnswerManifest.read(ANSWERS / "manifest.json").written
+    samples, found = Samples(DATASET, "train", ROWS), lines()
+    assert written is not None and set(found) == {i for i, kind in enumerate(samples.kinds) if kind != CAPTION}
+    assert written.answers == 2 * len(found) and 0 < written.cut_off < written.answers
+    made = assemble("seqkd", load_settings().arm("seqkd"), load_settings())
+    teacher = load(Path("artifacts/models/teachers/base"), "cpu")
+    for row in [row for row, line in found.items() if line.answers][:3]:
+        given = prompt(teacher.model, made.collator.of_prompts([samples[row]]))
+        asked, tokens = given["input_ids"].shape[1], found[row].answers[0]
+        whole = torch.cat([given["input_ids"], torch.tensor([tokens])], dim=1)
+        with torch.no_grad():
+            logits = teacher.model(**given | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits
+        log_probs = logits[0, asked - 1 : -1].log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
+        assert found[row].log_probs[0] == pytest.approx(float(log_probs.sum()), rel=1e-4)
+
+
+def test_epochs_take_one_answer_after_another_and_samples_without_any_are_left_out(seqkd: Path) -> None:
+    stage.main()
+    made, found = assemble("seqkd", load_settings().arm("seqkd"), load_settings()), lines()
+    assert {len(line.answers) for line in found.values()} == {0, 1, 2}
+    assert made.order.samples == [sample for sample, line in found.items() if line.answers]
+    steps = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, None, made.answers)
+    for step in range(8):  # two epochs
+        ((batch, _),) = steps[step]  # type: ignore[misc]
+        for row, (key, sample) in enumerate(made.order.batch(step)):
+            answers = found[sample].answers
+            assert batch.input_ids[row][batch.response[row]].tolist() == answers[made.order.epoch(key) % len(answers)]
+    write_params(seqkd, "distill", {"teacher_answers": GREEDY | {"max_new_tokens": 1}})
+    stage.main()
+    with pytest.raises(DataError, match=r"none of the teacher's 16 answers has an end; raise"):
+        trained(Run(None))
+
+
+def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "PART", 4)
+    stage.main()
+    whole = {path.name: path.read_bytes() for path in ANSWERS.iterdir()}
+    shutil.rmtree(ANSWERS)
+    write, calls = Writer.write, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(Writer, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stage.make(load_settings())
+    assert not ANSWERS.exists()
+    stage.make(load_settings())
+    assert {path.name: path.read_bytes() for path in ANSWERS.iterdir()} == whole
+    assert len(calls) == 6 + 8 - 4, "what was written of it is not written again"
+    bytes_of = trained(Run(None))
+    shutil.rmtree(FOLDER)
+    with pytest.raises(Interrupted):
+        trained(StopsAt(3))
+    assert trained(Run(None)) == bytes_of
+
+
+@pytest.mark.parametrize(
+    ("arm", "distills", "said"),
+    [
+        ({}, {"teacher_answers": None}, "arms.seqkd.answers: the teacher writes none"),
+        (
+            {"weights": {"kd": 1.0}},
+            {"teacher_signals": {"source": "cache", "top_k": 4}},
+            "arms.seqkd.answers: the cache holds the teacher at the data's answers",
+        ),
+        ({}, {"micro_batch_tokens": 64}, "set micro_batch_tokens to null"),
+        ({}, {"teacher_answers": GREEDY | {"samples": 2}}, "greedy answers are all the same"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(seqkd: Path, arm: dict[str, Any], distills: dict[str, Any], said: str) -> None:
+    write_params(seqkd, "study", {"arms": {"seqkd": ARM | arm}})
+    write_params(seqkd, "distill", distills)
+    with pytest.raises(SettingsError, match=said):
+        load_settings()
+
+
+def test_answers_of_other_settings_and_damaged_ones_are_refused(seqkd: Path) -> None:
+    stage.main()
+    write_params(seqkd, "distill", {"teacher_answers": GREEDY})
+    with pytest.raises(DataError, match=r"asked is .* there, .* here; `dvc repro write_answers`"):
+        trained(Run(None))
+    write_params(seqkd, "distill", {"teacher_answers": DRAWN})
+    (ANSWERS / "part-00000.jsonl").write_text("")
+    with pytest.raises(DataError, match="missing or has other bytes"):
+        trained(Run(None))
