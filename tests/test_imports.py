@@ -33,7 +33,14 @@ TO_THE_TOY = {"components.dataset.prepare", "components.models.__main__"}
 
 # What a box that only distils may lack.
 PIPELINE_ONLY = {"dvc", "prefect", "mlflow", "matplotlib", "scipy", "sklearn", "typer", "rich", "ruamel", "pyarrow", "PIL"}
-DISTILS = ("components.align_ti", "components.irs.score", "components.models", "components.teacher_cache", "components.distill")
+DISTILS = (
+    "components.align_ti",
+    "components.irs.score",
+    "components.models",
+    "components.teacher_cache",
+    "components.teacher_answers",
+    "components.distill",
+)
 
 
 def room(module: str) -> str:

@@ -78,8 +78,8 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         hours["search_layer"] = step.answering(teacher, looked, settings.irs.batch_size, prompt, 0, device)
         if (asked_answers := settings.distill.teacher_answers) is not None:
             longest = min(asked_answers.max_new_tokens, sample.response)
-            answers, at_once = asked_answers.samples * rows, distill.micro_batch_size
-            hours["write_answers"] = step.answering(teacher, answers, at_once, prompt, longest, device)
+            count = asked_answers.samples * rows
+            hours["write_answers"] = step.answering(teacher, count, distill.micro_batch_size, prompt, longest, device)
         hours["evaluate_teacher"] = step.answering(teacher, tested, batch, prompt, written, device)
     held: dict[str, dict[str, float]] = {}
     for arm_name in settings.study.arms:
