@@ -101,8 +101,8 @@ class Mixture(Strict):
     val: Share = Field(description="share of images that go to the validation split")
     test: Share = Field(description="share of images that go to the test split")
     near_duplicates: Literal["report", "drop"] = Field(description="training images that look like an evaluated one")
-    evaluation_images: list[Path] = Field(
-        strict=False, description="folders of benchmarks' images, evaluated on as val and test are"
+    evaluation_images: list[Annotated[Path, Field(strict=False)]] = Field(
+        description="folders of benchmarks' images, evaluated on as val and test are"
     )
     sources: dict[Name, MixtureSource] = Field(min_length=1)
 

@@ -240,6 +240,15 @@ def test_what_is_named_and_not_here_is_listed_with_its_key(root: Path, monkeypat
     ]
 
 
+def test_folders_of_benchmarks_images_are_paths(root: Path) -> None:
+    sources = {"own": {"files": "x.json", "images": "x", "weight": 1.0, "licence": "own"}}
+    mixture = {"val": 0.1, "test": 0.1, "near_duplicates": "drop", "evaluation_images": ["x/pope"], "sources": sources}
+    path = root / "params/data.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "source": "mixture", "mixture": mixture}))
+    found = load_settings(root).data.mixture
+    assert found is not None and found.evaluation_images == [Path("x/pope")]
+
+
 def test_arms_and_baselines_must_name_what_exists(root: Path) -> None:
     put(root, "study", "student: student", "student: stud")
     put(root, "evaluate", r"baselines: \[.*?\]", "baselines: [sft, kdd]")
