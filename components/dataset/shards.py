@@ -29,6 +29,7 @@ IMAGE = "<image>"  # stands in a question where an image is shown
 CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
 ANEW = "`dvc checkout --force` brings it back, or `dvc repro prepare` makes it anew"
 BATCH_BYTES = 32 * 2**20  # image bytes in one record batch
+BATCH_CHARS = 4 * 2**20  # characters of text in it; as Python's objects and pyarrow's they take ten times as many bytes
 
 
 def schema(boxes: bool, several: bool = False) -> pa.Schema:
@@ -156,7 +157,7 @@ class _ShardWriter:
         self._file = pa.OSFile(str(self._draft), "wb")
         self._stream = pa.ipc.new_stream(self._file, schema)
         self._pending: list[ImageRow] = []
-        self._bytes = 0
+        self._bytes = self._chars = 0
         self.images = 0
         self.samples = 0
 
@@ -165,7 +166,8 @@ class _ShardWriter:
         self._bytes += sum(map(len, (row.image or b"", *row.more)))
         self.images += 1
         self.samples += len(row.samples)
-        if self._bytes >= BATCH_BYTES:
+        self._chars += sum(len(turn.question) + len(turn.answer) for *_, turns in row.samples for turn in turns)
+        if self._bytes >= BATCH_BYTES or self._chars >= BATCH_CHARS:
             self._flush()
 
     def _flush(self) -> None:
@@ -174,7 +176,7 @@ class _ShardWriter:
         if self._pending:
             self._stream.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in self._pending], schema=self._schema))
             self._pending.clear()
-            self._bytes = 0
+            self._bytes = self._chars = 0
 
     def discard(self) -> None:
         try:

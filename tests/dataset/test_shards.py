@@ -143,8 +143,12 @@ def test_a_loader_worker_is_sent_the_place_not_the_data(tmp_path: Path) -> None:
     assert list(pickle.loads(packed)) == expected(rows)  # noqa: S301
 
 
-def test_the_writer_holds_a_batch_and_not_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "BATCH_BYTES", 1000)
+@pytest.mark.parametrize(("bound", "most"), [("BATCH_BYTES", 1000), ("BATCH_CHARS", 510)])
+def test_the_writer_holds_a_batch_and_not_a_shard(
+    bound: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images, and of rows of text alone."""
+    monkeypatch.setattr(shards, bound, most)
     writer = SplitWriter(tmp_path / "train", images_per_shard=100, boxes=False)
     for number in range(60):
         writer.add(image_row(number, size=100))
