@@ -205,6 +205,7 @@ def workspace(root: Path) -> tuple[dict[tuple[str, int], str], dict[str, str]]:
     change(root, "data", source="mixture", limits=LIMITS, images_per_shard=100, mixture=mixture)
     change(root, "models", family="pretrained", pretrained=checkpoints, max_length=256, refused_images="leave_out")
     change(root, "models", template={"style": "processor", "system": ""})
+    change(root, "irs", rule="irs", weighting="mean", instruction_rows="all")  # no row has boxes
     change(root, "distill", steps=60, batch_size=16, micro_batch_size=16, log_every=10, checkpoint_every=30)
     change(root, "evaluate", max_new_tokens=4)
     dvc(root, "add", "--quiet", "data")
