@@ -16,17 +16,38 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.campaign import bad_input, kills
+from tests.campaign import bad_input, kills, trackers
 
 ROOT = Path(__file__).parents[2]
-SLOW: dict[str, Callable[[kills.Undisturbed, str, Path], tuple[str, str | None]]] = {"kill": kills.kill} | (
-    {"full disk": kills.full_disk} if kills.MOUNT else {}
-)
+
+
+class Bench:
+    """What tries of minutes share, made when the first of them asks."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+
+    @cached_property
+    def undisturbed(self) -> kills.Undisturbed:
+        return kills.Undisturbed.made(self._folder)
+
+    @cached_property
+    def server(self) -> str:
+        return self._stack.enter_context(trackers.mlflow(self._folder / "mlflow"))
+
+
+SLOW: dict[str, Callable[[Bench, str, Path], tuple[str, str | None]]] = {
+    "kill": lambda bench, seed, here: kills.kill(bench.undisturbed, seed, here),
+    "tracker": lambda bench, seed, here: trackers.tracker(bench.server, seed, here),
+}
+if kills.MOUNT:
+    SLOW["full disk"] = lambda bench, seed, here: kills.full_disk(bench.undisturbed, seed, here)
 SHARE = 0.6  # of the time for those that take minutes
 
 
@@ -39,13 +60,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write every try that took minutes, and the counts of the others")
     asked = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if asked.seed is None else asked.seed
-    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
+        bench = Bench(Path(folder), stack)
         if asked.only:
             kind, _, its = asked.only.partition(":")
-            found = {kind: [_one(kind, its, Path(folder), None)]}
+            found = {kind: [_one(kind, its, Path(folder), bench)]}
         else:
             print(f"seed {seed}, {asked.minutes:g} minutes", flush=True)
-            found = _all(asked.kinds, seed, asked.minutes * 60, Path(folder))
+            found = _all(asked.kinds, seed, asked.minutes * 60, Path(folder), bench)
     wrong = [one for tries in found.values() for one in tries if one["wrong"]]
     told = {
         "seed": seed,
@@ -63,27 +85,25 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
-def _all(kinds: list[str], seed: int, seconds: float, folder: Path) -> dict[str, list[dict[str, Any]]]:
+def _all(kinds: list[str], seed: int, seconds: float, folder: Path, bench: Bench) -> dict[str, list[dict[str, Any]]]:
     """As many tries as fit: those of minutes first, the kinds of each half in turn."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     slow, quick = [kind for kind in kinds if kind in SLOW], [kind for kind in kinds if kind not in SLOW]
-    began, undisturbed = time.monotonic(), None
+    began = time.monotonic()
     for some, until in ((slow, seconds * SHARE if quick else seconds), (quick, seconds)):
         number = 0
         while some and time.monotonic() - began < until:
             kind = some[number % len(some)]
-            if kind in SLOW and undisturbed is None:
-                undisturbed = kills.Undisturbed.made(folder)
-            found[kind].append(_one(kind, f"{seed}-{number}", folder, undisturbed))
+            found[kind].append(_one(kind, f"{seed}-{number}", folder, bench))
             number += 1
     return found
 
 
-def _one(kind: str, seed: str, folder: Path, undisturbed: kills.Undisturbed | None) -> dict[str, Any]:
+def _one(kind: str, seed: str, folder: Path, bench: Bench) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as beside:
         here = Path(beside) / "here"
         if kind in SLOW:
-            did, wrong = SLOW[kind](undisturbed or kills.Undisturbed.made(folder), seed, here)
+            did, wrong = SLOW[kind](bench, seed, here)
             print(f"{kind}:{seed}: {did}: {wrong or 'held'}", flush=True)
             shutil.rmtree(here, ignore_errors=True)
         else:
