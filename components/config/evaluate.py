@@ -18,5 +18,8 @@ class EvaluateSettings(Strict):
     bootstrap_resamples: PositiveInt
     confidence: Annotated[float, Field(gt=0, lt=1)]
     seed: int
+    scorers: list[Literal["anls", "relaxed_accuracy", "choice"]] = Field(
+        description="beside exact match and token F1, of one's own data (components/evaluate/scorers.py)"
+    )
     baselines: list[Name] = Field(description="arms that every other arm's gain is stated against")
     examples: PositiveInt = Field(description="samples where arms disagree, shown in the report")

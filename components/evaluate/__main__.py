@@ -32,7 +32,7 @@ def main() -> None:
         return
 
     from components.dataset.shards import Samples
-    from components.evaluate import fingerprint, generate, likelihood, metrics
+    from components.evaluate import fingerprint, generate, likelihood, metrics, scorers
     from components.evaluate.journal import Journal
     from components.models.load import load
     from components.models.template import Template
@@ -55,13 +55,16 @@ def main() -> None:
         teacher = None if none or arm == TEACHER_ARM else load(model_of(TEACHER_ARM), device)
         forced = likelihood.likelihoods(loaded, samples, rows, template, asked.batch_size, f"{arm}: references", teacher)
         per_token = {"nats_per_token": likelihood.nats_per_token(forced), "kl_per_token": likelihood.kl_per_token(forced)}
-        scores = metrics.score(arm, predicted).model_copy(update={**per_token, "fingerprint": measured})
+        own = {scorer: scorers.mean(scorer, predicted) for scorer in asked.scorers}
+        scores = metrics.score(arm, predicted).model_copy(update={**per_token, "scorers": own, "fingerprint": measured})
         write_text(SCORES / arm / "predictions.jsonl", jsonl(predicted))
         write_text(SCORES / arm / "likelihoods.jsonl", jsonl(forced))
         path = scores.write(SCORES / arm / "scores.json")
         journal.close()
         run.metrics({"exact_match": scores.exact_match, **{f"exact_match/{k}": v for k, v in scores.per_kind.items()}})
-        run.metrics({"token_f1": scores.token_f1, **{key: value for key, value in per_token.items() if value is not None}})
+        run.metrics(
+            {"token_f1": scores.token_f1, **{key: value for key, value in per_token.items() if value is not None}, **own}
+        )
         for kind, figures in scores.yes_no.items():
             run.metrics({f"{name}/{kind}": value for name, value in figures.model_dump(exclude={"samples"}).items()})
         run.artifact(path)

@@ -26,7 +26,7 @@ from components.evaluate import dvc_files
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import headline, leaders, listed, spoken, standing
 from components.evaluate.load_results import Outcomes, read
-from components.evaluate.measures import EXACT_MATCH, MEASURES, per_question
+from components.evaluate.measures import ALWAYS, EXACT_MATCH, per_question
 from components.evaluate.metrics import OVERALL
 from components.evaluate.statistics import (
     Interval,
@@ -85,7 +85,7 @@ def compare(
     arms = [name for name in runs if name != TEACHER_ARM]
     asked = outcomes.predictions[TEACHER_ARM]
     kinds = dict(sorted(Counter(p.kind for p in asked).items()))
-    sampled = {measure: _sampled(measure, outcomes, runs, list(kinds), settings) for measure in MEASURES}
+    sampled = {measure: _sampled(measure, outcomes, runs, list(kinds), settings) for measure in (*ALWAYS, *settings.scorers)}
     exact = sampled.pop(EXACT_MATCH)
     results = {name: _result(name, runs, exact, sampled, list(kinds), outcomes, settings.confidence) for name in runs}
     teacher = results.pop(TEACHER_ARM)

@@ -24,12 +24,15 @@ KIT = "alignti"
 JUDGE = "exact match of the normalised answer"
 # Modules that make the stage's scores.
 CODE = [Path(__file__).with_name(name) for name in ("generate.py", "likelihood.py", "metrics.py")]
+SCORERS = Path(__file__).with_name("scorers.py")
 
 
 def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings) -> Fingerprint:
     """Fingerprint of the stage `evaluate`: greedy answers to `rows` of one split, matched with the references."""
     dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type
-    how = {"kit": KIT, "kit_version": sha256(CODE)[:12], "judge": JUDGE, "dtype": dtype, "device": device}
+    code = [*CODE, SCORERS] if settings.scorers else CODE
+    judge = ", ".join([JUDGE, *settings.scorers])
+    how = {"kit": KIT, "kit_version": sha256(code)[:12], "judge": judge, "dtype": dtype, "device": device}
     return of(loaded.processor, samples, rows, template, settings, **how)
 
 

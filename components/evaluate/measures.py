@@ -1,4 +1,4 @@
-"""Measures that arms are compared by, each a ratio of two sums over questions."""
+"""Measures that arms are compared by, each a ratio of two sums over questions; scorers of params/evaluate.yaml come last."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from components.evaluate.metrics import token_f1
+from components.evaluate.scorers import SCORERS
 from components.records.evaluate import Likelihood, Prediction
 from components.report.markdown import signed
 
@@ -35,6 +36,8 @@ MEASURES = {
     "nats_per_token": Measure("nats per reference token", "nats", 1, 3, lower_is_better=True),
     "kl_per_token": Measure("KL from the teacher, nats per token", "nats", 1, 3, lower_is_better=True),
 }
+ALWAYS = tuple(MEASURES)
+MEASURES |= {name: Measure(f"{scorer.title}, %", "points", 100, 1) for name, scorer in SCORERS.items()}
 
 
 def per_question(
@@ -45,6 +48,8 @@ def per_question(
         return [(float(p.correct), 1.0) for p in predictions]
     if measure == "token_f1":
         return [(token_f1(p.answer, p.reference), 1.0) for p in predictions]
+    if measure in SCORERS:
+        return [(SCORERS[measure].worth(p), 1.0) for p in predictions]
     if measure == "nats_per_token":
         return [(one.nats, one.tokens) for one in likelihoods]
     return [(one.kl or 0.0, one.tokens) for one in likelihoods]

@@ -73,7 +73,7 @@ def gains(comparison: Comparison, theme: Theme) -> Figure:
 def measures(comparison: Comparison, theme: Theme) -> Figure:
     """A panel per measure beside exact match: arms in the order of exact match, the teacher as a line."""
     arms = comparison.order[::-1]
-    figure = Figure(figsize=(9.6, 1.3 + 0.34 * len(arms)))
+    figure = Figure(figsize=(3.2 * len(comparison.measures), 1.3 + 0.34 * len(arms)))
     panels = figure.subplots(1, len(comparison.measures), sharey=True)
     for axes, name in zip(panels, comparison.measures, strict=True):
         measure = MEASURES[name]

@@ -22,6 +22,7 @@ from components.evaluate.headline import listed, noise_of, resolution
 from components.evaluate.load_results import Outcomes, images_of
 from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
 from components.evaluate.metrics import OVERALL
+from components.evaluate.scorers import SCORERS
 from components.evaluate.statistics import Interval
 from components.io import write_bytes, write_text
 from components.irs.overlays import curve
@@ -372,6 +373,7 @@ def _notes(comparison: Comparison) -> list[str]:
         comparison.method,
         *filter(None, [resolution(comparison)]),
         OTHER_MEASURES,
+        *(f"{scorer.title.capitalize()}: {scorer.note}." for name, scorer in SCORERS.items() if name in comparison.measures),
         OVER_SEEDS if comparison.repeated else ONE_SEED,
         f"Where two arms do not differ at all, one interval in {round(1 / (1 - comparison.confidence))} still excludes zero by"
         f" chance. There are {len(comparison.pairs)} pairs here; p (Holm) accounts for that.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from components.records.record import Record
 
 
@@ -64,4 +66,5 @@ class Scores(Record):
     token_f1_per_kind: dict[str, float]
     nats_per_token: float | None = None  # mean NLL of the references; None: not measured
     kl_per_token: float | None = None  # KL from the teacher; None: not measured, or the teacher itself
+    scorers: dict[str, float] = Field(default_factory=dict, exclude_if=lambda value: not value)  # of params/evaluate.yaml
     fingerprint: Fingerprint | None = None  # None: not known how it was measured, so it compares with nothing

@@ -31,6 +31,7 @@ SETTINGS = EvaluateSettings(
     split="test",
     batch_size=1,
     max_new_tokens=1,
+    scorers=[],
     bootstrap_resamples=1000,
     confidence=0.95,
     seed=1,

@@ -12,6 +12,7 @@ from functools import partial
 from statistics import fmean
 
 from components.errors import DataError
+from components.evaluate import scorers
 from tests.oracles import choices, closed, text, vqa
 
 PERCEPTION = (
@@ -130,12 +131,12 @@ SCORERS: dict[str, Callable[[Sequence[Answer]], dict[str, float]]] = {
     "exact": partial(mean_worth, text.exact),
     "vqa": partial(mean_worth, partial(vqa.accuracy, normalise=vqa.normalise)),
     "vqa_m4c": partial(mean_worth, partial(vqa.accuracy, normalise=vqa.normalise_m4c)),
-    "anls": partial(mean_worth, text.anls),
-    "relaxed": partial(mean_worth, text.relaxed),
+    "anls": partial(mean_worth, scorers.anls),
+    "relaxed": partial(mean_worth, scorers.relaxed),
     "ocrbench": _ocrbench,
     "choice_scienceqa": partial(_choice, choices.letter_scienceqa, False),
-    "choice_vlmeval": partial(_choice, choices.letter_vlmeval, False),
-    "choice_circular": partial(_choice, choices.letter_vlmeval, True),
+    "choice_vlmeval": partial(_choice, scorers.letter_vlmeval, False),
+    "choice_circular": partial(_choice, scorers.letter_vlmeval, True),
     "pope": partial(_f1, closed.verdict_pope, True),
     "pope_vlmeval": partial(_f1, closed.verdict_vlmeval, False),
     "mme": _mme,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.oracles.choices import letter_scienceqa, letter_vlmeval
+from components.evaluate.scorers import letter_vlmeval
+from tests.oracles.choices import letter_scienceqa
 
 OPTIONS = {"A": "cat", "B": "teddy bear", "C": "spider"}
 

@@ -1,0 +1,143 @@
+"""Scorers for one's own data beside exact match, chosen in params/evaluate.yaml: ANLS, relaxed accuracy, choice letters.
+
+The rules are those of the field's benchmarks, with one reference per question.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from components.evaluate.metrics import matches
+from components.records.evaluate import Prediction
+
+ANLS_THRESHOLD = 0.5
+RELAXED_TOLERANCE = 0.05
+SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+WORDS_AFTER = 5  # VLMEvalKit takes a letter for the answer only if it is among the last words
+REFUSALS = (  # no option, whatever letter they hold
+    "Failed to obtain answer via API",
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+# An option of a question, such as "A. cat", "(B) dog" or "C: a bird", in a line or behind another.
+OPTION = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s+(.+?)(?=\s+\(?[A-Z][.):]\s|\s*\n|\s*$)")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    title: str
+    note: str  # what an answer is worth, for the report
+    worth: Callable[[Prediction], float]  # 0..1
+
+
+def mean(scorer: str, predicted: Sequence[Prediction]) -> float:
+    return fmean(SCORERS[scorer].worth(p) for p in predicted)
+
+
+def choice(prediction: Prediction) -> float:
+    """Whether answer and reference name the same option of the question; without two options, exact match."""
+    options = dict(OPTION.findall(prediction.question))
+    if len(options) < 2:
+        return float(matches(prediction.answer, prediction.reference))
+    right = letter_vlmeval(prediction.reference, options)
+    return float(right is not None and letter_vlmeval(prediction.answer, options) == right)
+
+
+def anls(answer: str, references: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity of one answer: the best of 1 - NL over the references, 0 from NL = 0.5 on.
+
+    Biten et al., Scene Text Visual Question Answering, ICCV 2019, equation 1: NL is the edit distance over the longer length.
+    VLMEvalKit keeps a similarity of exactly 0.5, which the equation sets to 0; here the equation holds.
+    """
+    return max(_similarity(_spaced(answer), _spaced(reference)) for reference in references)
+
+
+def relaxed(answer: str, references: Sequence[str]) -> float:
+    """ChartQA: within 5% of a number, else equal to a text, case aside (Masry et al., Findings of ACL 2022, section 5.1).
+
+    A percentage counts as its hundredth; 0 has no relative error, so it is compared as text (Pix2Struct's evaluator).
+    """
+    return float(any(_relaxed(answer.strip(), reference) for reference in references))
+
+
+def letter_vlmeval(answer: str, options: Mapping[str, str]) -> str | None:
+    """As VLMEvalKit reads it without a judge (`exact_matching`): one letter among the last words, else one option's text.
+
+    Source: vlmeval/utils/matching_util.py, `can_infer`. A letter earlier in the sentence, two letters, or a text much longer
+    than the options name nothing. An article "A" among few words is taken for the letter, as the kit does.
+    """
+    if any(phrase in answer for phrase in REFUSALS):
+        return None
+    words = answer.translate(SEPARATORS).split()
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - WORDS_AFTER:
+        return named[0]
+    if len(answer) > 2 * sum(len(text) for text in options.values()):
+        return None
+    quoted = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return quoted[0] if len(quoted) == 1 else None
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(other, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _similarity(answer: str, reference: str) -> float:
+    longest = max(len(answer), len(reference))
+    if not longest:
+        return 1.0
+    if abs(len(answer) - len(reference)) >= ANLS_THRESHOLD * longest:
+        return 0.0  # their lengths alone put them that far apart: an answer of 100 kB costs nothing
+    distance = edit_distance(answer, reference) / longest
+    return 1 - distance if distance < ANLS_THRESHOLD else 0.0
+
+
+def _relaxed(answer: str, reference: str) -> bool:
+    said, true = _number(answer), _number(reference)
+    if said is not None and true:
+        return abs(said - true) / abs(true) <= RELAXED_TOLERANCE
+    return answer.lower() == reference.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+SCORERS = {
+    "anls": Scorer(
+        "ANLS",
+        "1 less the edit distance to the reference over the longer length, 0 from a half on (Biten et al., ICCV 2019)",
+        lambda p: anls(p.answer, [p.reference]),
+    ),
+    "relaxed_accuracy": Scorer(
+        "relaxed accuracy",
+        "within 5% of a number, else the same text, case aside (ChartQA)",
+        lambda p: relaxed(p.answer, [p.reference]),
+    ),
+    "choice": Scorer(
+        "choice letters",
+        "answer and reference name the same option of the question, read as VLMEvalKit does without a judge; a question without"
+        " options is scored by exact match",
+        choice,
+    ),
+}
