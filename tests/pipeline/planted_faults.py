@@ -94,7 +94,7 @@ PLANTS: dict[str, Callable[[Row, Path], object]] = {
     "missing_key": lambda row, _: row.pop("conversations"),
     "wrong_type": lambda row, _: row.update(image=7),
     "malformed_json": lambda row, _: row.update(cut=True),  # its line is cut when it is written
-    "boxes": lambda row, _: turns(row)[0].update(boxes=[[5, 5, 20, 20]]),
+    "boxes": lambda row, _: row["conversations"][0].update(boxes=[[5, 5, 20, 20]]),
     "video": lambda row, _: row.update(video="clip.mp4"),
     "unread_media": lambda row, _: row.update(photo="another.jpg"),
     "unsupported": lambda row, folder: own_image(row, folder, float_tiff()),
