@@ -55,7 +55,7 @@ def main() -> None:
         teacher = None if none or arm == TEACHER_ARM else load(model_of(TEACHER_ARM), device)
         forced = likelihood.likelihoods(loaded, samples, rows, template, asked.batch_size, f"{arm}: references", teacher)
         per_token = {"nats_per_token": likelihood.nats_per_token(forced), "kl_per_token": likelihood.kl_per_token(forced)}
-        own = {scorer: scorers.mean(scorer, predicted) for scorer in asked.scorers}
+        own: dict[str, float] = {scorer: scorers.mean(scorer, predicted) for scorer in asked.scorers}
         scores = metrics.score(arm, predicted).model_copy(update={**per_token, "scorers": own, "fingerprint": measured})
         write_text(SCORES / arm / "predictions.jsonl", jsonl(predicted))
         write_text(SCORES / arm / "likelihoods.jsonl", jsonl(forced))

@@ -177,7 +177,7 @@ def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picke
     attention, background = seen.attention[picked.rows][picked.layer], backgrounds[picked.rows][picked.layer]
     looks = [_gazes(tiling, samples, attention[index], background) for index, samples in enumerate(seen.samples[:count])]
     most = peaks(gaze for gazes in looks for gaze in gazes)
-    paths = []
+    paths: list[Path] = []
     for samples, gazes in zip(seen.samples, tqdm(looks, desc="overlays", unit="image"), strict=False):
         paths.append(FOLDER / f"overlay_{len(paths) + 1}.png")
         write_bytes(paths[-1], draw(overlay, seen_by(tiling.processor, decode(samples[0])), gazes, most, title))
