@@ -22,11 +22,16 @@ export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 VLMEVAL := ms-vlmeval==0.0.20 validators==0.36.0 sty==1.0.6
 KITS := $(VENV)/.kits
 
+# Its torch is built for CUDA, as torchvision is: an environment of its own, and other releases than constraints.txt has.
+VISION_VENV := .venv-vision
+VISION := torch==2.14.1 torchvision==0.29.1
+VISION_TESTS := tests/families tests/models tests/dataset tests/rows tests/test_dry_run.py tests/pipeline
+
 # The documentation is read from the source, so building it needs nothing of the project's own environment.
 SITE_VENV := .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kits vlmeval-env data repro flow plan test test-live faults check format docs
+.PHONY: help venv kits vlmeval-env data repro flow plan test test-live test-vision faults check format docs
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -75,6 +80,16 @@ test: $(KITS) ## the tests, offline
 
 test-live: $(KITS) ## those that run servers, workers and nights for minutes
 	@$(IN_VENV) python -m pytest -n 2 --dist loadfile -m live $(TESTS)
+
+test-vision: $(VISION_VENV)/.installed ## with torchvision, as GPU boxes have it, in .venv-vision (7 GB): what opens images
+	@PATH="$(CURDIR)/$(VISION_VENV)/bin:$$PATH" python -m pytest -n 2 --dist loadfile -m "not live" $(or $(TESTS),$(VISION_TESTS))
+
+$(VISION_VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(VISION_VENV)/bin/pip || $(PYTHON) -m venv $(VISION_VENV)
+	@grep -vE '^torch(vision)?==' constraints.txt >$(VISION_VENV)/constraints.txt
+	@$(VISION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VISION_VENV)/constraints.txt \
+		-e '.[pipeline,dev,vision]' $(VISION)
+	@touch $@
 
 MINUTES ?= 60
 faults: $(STAMP) ## break things at random for MINUTES=60 and say what did not hold; ARGS="--seed 7 --kinds kill" (docs/reliability.md)
