@@ -5,7 +5,7 @@ two questions each. `prepare` reads, checks, decodes, hashes, looks for near dup
 and contact sheet.
 
 Rate: against Pillow alone decoding the same images of 640 x 480, both in one process: with more, `prepare` makes parts that
-share nothing, as so many Pillows would. Memory, as data grow: images of 32 x 32, all cores; what is the processes' alone (USS).
+share nothing, as so many Pillows would. Memory, as data grow: images of 32 x 32, all cores; without pages of files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import resource
 import shutil
 import tempfile
 import time
@@ -100,29 +101,37 @@ def memory(sizes: list[int]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             settings = generate(Path(name) / "raw", images // copies, copies, SMALL, SMALL)
             told = {"target": Path(name) / "dataset", "workers": cores()}
-            seconds, peak = followed(
-                multiprocessing.get_context("spawn").Process(target=prepare, args=(settings,), kwargs=told)
-            )
-        arms[f"{rows:,} rows"] = {"seconds": seconds, "images_per_second": images / seconds, "peak_mib": peak}
+            process = multiprocessing.get_context("spawn").Process(target=prepare, args=(settings,), kwargs=told)
+            seconds, cpu, peak = followed(process)
+        made = {"seconds": seconds, "cpu_seconds": cpu, "images_per_second": images / seconds, "peak_mib": peak}
+        arms[f"{rows:,} rows"] = made
     peaks = [arm["peak_mib"] for arm in arms.values()]
     about = f"JPEG images of {SMALL} x {SMALL}, two questions each; {cores()} processes"
     head = measure.result("prepare", f"to {sizes[-1]:,} rows", about, measure.prepare()) | {"clock": "wall time"}
     return head | {"arms": arms, "ratios": {"memory_of_prepare": peaks[-1] / peaks[0]}}
 
 
-def followed(process: multiprocessing.process.BaseProcess) -> tuple[float, float]:
-    """Seconds that the process takes, and the most MiB that it and its children had to themselves at one time."""
-    began, peak = time.perf_counter(), 0.0
+def followed(process: multiprocessing.process.BaseProcess) -> tuple[float, float, float]:
+    """Seconds that the process takes, of the clock and, with its children, of CPUs, and the most MiB of memory that they had at
+    one time beside the pages of files."""
+    began, before, peak = time.perf_counter(), cpu_of_children(), 0.0
     process.start()
     while process.is_alive():
         with contextlib.suppress(psutil.Error):  # one of them ended meanwhile
             parent = psutil.Process(process.pid)
             family = [parent, *parent.children(recursive=True)]
-            peak = max(peak, sum(one.memory_full_info().uss for one in family) / measure.MIB)
+            held = [one.memory_info() for one in family]
+            peak = max(peak, sum(one.rss - one.shared for one in held) / measure.MIB)
         time.sleep(EVERY)
     if process.exitcode:
-        raise SystemExit(f"prepare ended with exit code {process.exitcode}")
-    return time.perf_counter() - began, peak
+        raise SystemExit(f"it ended with exit code {process.exitcode}")
+    return time.perf_counter() - began, cpu_of_children() - before, peak
+
+
+def cpu_of_children() -> float:
+    """Seconds of those that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

@@ -103,6 +103,7 @@ def _run(result: dict[str, Any], with_ratios: bool) -> list[str]:
         "samples_per_second": ("samples/s", "{:,.1f}"),
         "ms_per_question": ("ms a question", "{:,.2f}"),
         "images_per_second": ("images/s", "{:,.0f}"),
+        "rows_per_second": ("rows/s", "{:,.0f}"),
         "peak_mib": ("peak MiB", "{:,.1f}"),
         "tflop": ("TFLOP", "{:.3g}"),
         "share_of_peak": ("of a large product's rate", "{:.0%}"),
