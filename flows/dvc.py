@@ -5,6 +5,7 @@ Always `--wait-for-lock`: DVC must lock again after a stage has run, and without
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -80,12 +81,27 @@ def status() -> dict[str, list[object]]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    _mend_rwlock()
     try:
         with _looking, Repo(_wait_for_lock=True) as repo:
             found: dict[str, list[object]] = repo.status()
     except DvcException as error:
         raise InputError(f"`dvc status` failed: {error}") from None
     return found
+
+
+def _mend_rwlock() -> None:
+    """Empty DVC's list of who reads and writes what, where a full disk cut it off: no command of DVC's reads such a file."""
+    from dvc.lock import LockError, make_lock
+
+    rwlock = Path(".dvc/tmp/rwlock")
+    if not rwlock.exists():
+        return
+    with suppress(LockError), make_lock(f"{rwlock}.lock", tmp_dir=str(rwlock.parent)):  # held: somebody is writing it
+        try:
+            json.loads(rwlock.read_text(encoding="utf-8") or "{}")
+        except ValueError:
+            rwlock.write_text("{}", encoding="utf-8")
 
 
 def reproduce(

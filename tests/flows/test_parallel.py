@@ -22,6 +22,12 @@ def test_stages_run_in_dvcs_order_and_leave_dvc_nothing_to_do(project: Path) -> 
     assert dvc.reproduce_all() == "unchanged" and dvc.status() == {}
 
 
+def test_a_list_of_locks_that_a_full_disk_cut_off_stops_nothing(project: Path) -> None:
+    (project / ".dvc/tmp").mkdir()
+    (project / ".dvc/tmp/rwlock").write_text('{"raw.txt": {"re')
+    assert repro(2, dvc.reproduce)["last"] == "ran"
+
+
 def test_only_what_is_stale_or_needs_what_was_run_is_started(project: Path) -> None:
     dvc.reproduce_all()
     ran(project)
