@@ -513,9 +513,9 @@ def compare(study: str) -> None:
     from components.study import compare as comparison
     from components.study import report
     from components.tracking.outcome import page
-    from flows import servers
+    from flows.servers import use_running
 
-    servers.use_running()
+    use_running()
     settings = load_settings()
     runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
     cells = [cell.name for cell in expand.cells(study)]
@@ -523,7 +523,7 @@ def compare(study: str) -> None:
     written = report.write(result, plan.about, settings.evaluate.confidence)
     typer.echo(report.standing(result))
     typer.echo(f"-> {', '.join(map(str, written))}")
-    address = next((s.url for s in servers.started() if s.name == "mlflow"), without_login(settings.runtime.tracking_uri))
+    address = without_login(settings.runtime.tracking_uri)
     if address.startswith("http"):
         typer.echo(f"in MLflow: {page(address, [run.id for run in result.runs], result.runs[0].experiment)}")
 

@@ -17,13 +17,10 @@ from components.config.load import load_settings
 from components.io import sha256, whole_folder, write_text
 from components.process import exit_from
 from components.records.paths import TERMS
-from components.tracking.import_graph import ROOT, closure, modules
+from components.tracking.import_graph import ROOT, SHARED, closure, modules
 
-# Modules shared by all stages, and those that only report on a training: neither changes a student's bytes.
-APART = (
-    "config", "records", "io", "errors", "process", "tracking", "runtime",
-    "distill.card", "distill.footprint", "distill.memory", "distill.replay",
-)  # fmt: skip
+# Those that only report on a training do not change a student's bytes either.
+REPORTING = tuple(f"components.distill.{name}" for name in ("card", "footprint", "memory", "replay"))
 
 
 def main() -> None:
@@ -46,8 +43,7 @@ def of_training(weights: Iterable[str]) -> list[Path]:
 
 
 def _files(names: Iterable[str]) -> list[Path]:
-    apart = [f"components.{name}" for name in APART]
-    return sorted({modules()[module] for name in names for module in closure(name, apart)})
+    return sorted({modules()[module] for name in names for module in closure(name, (*SHARED, *REPORTING))})
 
 
 if __name__ == "__main__":

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING
 
 from components.config.load import load_settings
 from components.config.settings import Settings
-from components.io import fingerprint, sha256, write_text
-from components.process import exit_from, locked
+from components.io import sha256, write_text
+from components.process import exit_from
 from components.records.models import ModelIndex
-from components.records.paths import ANSWERS, DATASET, MODELS, ROWS, RUNS, TEACHER
+from components.records.paths import ANSWERS, DATASET, MODELS, ROWS, TEACHER
 from components.records.record import jsonl
 from components.records.teacher import TeacherChoice
 from components.records.teacher_answers import Answered, AnswerFacts, AnswerManifest, AnswerSet
-from components.tracking.import_graph import closure, modules
+from components.tracking.resumable import resumable
 
 if TYPE_CHECKING:
     import torch
 
-APART = [f"components.{name}" for name in ("config", "records", "io", "errors", "process", "tracking", "runtime")]
 PART = 1024  # samples of a file: what an interrupted run has to write again
 
 
@@ -61,15 +60,8 @@ def make(settings: Settings) -> AnswerSet:
 
     device = prepare_torch(settings.runtime, 0, settings.distill.precision)
     wanted = facts(settings)
-    code = [modules()[name] for name in closure("components.teacher_answers.__main__", APART)]
-    draft = RUNS / "answers" / fingerprint(wanted.model_dump(), code)
-    draft.mkdir(parents=True, exist_ok=True)
-    with locked(draft.with_suffix(".lock"), f"another process is writing {ANSWERS}"):
-        made = _fill(draft, settings, wanted, device)
-        shutil.rmtree(ANSWERS, ignore_errors=True)
-        ANSWERS.parent.mkdir(parents=True, exist_ok=True)
-        draft.replace(ANSWERS)
-    return made
+    with resumable(ANSWERS, wanted, "components.teacher_answers.__main__") as draft:
+        return _fill(draft, settings, wanted, device)
 
 
 def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.device) -> AnswerSet:

@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import ModelError
-from components.io import fingerprint, sha256
-from components.process import exit_from, locked
+from components.io import sha256
+from components.process import exit_from
 from components.records.irs import LayerChoice
 from components.records.models import ModelIndex
-from components.records.paths import DATASET, MODELS, ROWS, RUNS, SIGNALS, TEACHER
+from components.records.paths import DATASET, MODELS, ROWS, SIGNALS, TEACHER
 from components.records.teacher import TeacherChoice
 from components.records.teacher_cache import SignalCache, SignalFacts, SignalManifest
-from components.tracking.import_graph import closure, modules
+from components.tracking.resumable import resumable
 
 if TYPE_CHECKING:
     import torch
 
     from components.models.load import Loaded
-
-APART = [f"components.{name}" for name in ("settings", "artifacts", "errors", "imports", "lock", "tracking", "runtime")]
 
 
 def main() -> None:
@@ -62,15 +60,8 @@ def make(settings: Settings) -> SignalCache:
 
     device = prepare_torch(settings.runtime, 0, settings.distill.precision)
     wanted = facts(settings)
-    code = [modules()[name] for name in closure("components.teacher_cache.__main__", APART)]
-    draft = RUNS / "signals" / fingerprint(wanted.model_dump(), code)
-    draft.mkdir(parents=True, exist_ok=True)
-    with locked(draft.with_suffix(".lock"), f"another process is making {SIGNALS}"):
-        cache = _fill(draft, settings, wanted, device)
-        shutil.rmtree(SIGNALS, ignore_errors=True)
-        SIGNALS.parent.mkdir(parents=True, exist_ok=True)
-        draft.replace(SIGNALS)
-    return cache
+    with resumable(SIGNALS, wanted, "components.teacher_cache.__main__") as draft:
+        return _fill(draft, settings, wanted, device)
 
 
 def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.device) -> SignalCache:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("components", "flows")
+# Rooms and modules of all stages, whose edits change no bytes of a result that goes by its settings and inputs too.
+SHARED = tuple(f"components.{name}" for name in ("config", "records", "io", "errors", "process", "tracking", "runtime"))
 
 
 @cache

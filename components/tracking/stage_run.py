@@ -59,10 +59,11 @@ def stage_run(
     known_as = os.environ.get("DVC_STAGE", name)
     of = _read_lineage(known_as)
     nearest = nearest_recipe()
+    title = cell or (None if works else nearest.name)
     run, spent, before = _open(name, known_as, of)
     if spent is None:
         run.start(
-            name=f"{stage}/{cell or nearest.name}" if cell or not (works or nearest.name is None) else stage,
+            name=f"{stage}/{title}" if title else stage,
             experiment=runtime.experiment,
             parent=_parent(nearest),
             tags={

@@ -1,0 +1,28 @@
+"""Folder that a stage fills and puts in its place whole; an interrupted run is gone on from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from components.io import fingerprint
+from components.process import locked
+from components.records.paths import RUNS
+from components.records.record import Record
+from components.tracking.import_graph import SHARED, closure, modules
+
+
+@contextmanager
+def resumable(target: Path, facts: Record, module: str) -> Iterator[Path]:
+    """A draft of `target` with whatever an interrupted run of these facts and of the code of `module` left there; it takes
+    `target`'s place when the block ends well. Raises TryAgainError if another process is at it."""
+    code = [modules()[name] for name in closure(module, SHARED)]
+    draft = RUNS / target.name / fingerprint(facts.model_dump(), code)
+    draft.mkdir(parents=True, exist_ok=True)
+    with locked(draft.with_suffix(".lock"), f"another process is making {target}"):
+        yield draft
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.replace(target)
