@@ -180,14 +180,19 @@ def check(
     data: bool = typer.Option(False, "--data", help="Also try every row of the data as the stages will; writes nothing."),
 ) -> None:
     """Check params/, and that the data and models they name are here: every problem at once; exit code 2 if there is one."""
+    from importlib.util import find_spec
+
     from components.config import recipes
     from components.config.load import load_settings
     from components.config.local_paths import not_here
     from components.errors import SettingsError
 
     def own() -> None:
-        if missing := not_here(load_settings()):
+        settings = load_settings()
+        if missing := not_here(settings):
             raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
+        if away := [name for name in settings.runtime.trackers if find_spec(name) is None]:
+            raise SettingsError(f"params/runtime.yaml: trackers: not installed: pip install {' '.join(away)}, or leave it out")
 
     problems = []
     checks = {"params/": own}
@@ -376,8 +381,8 @@ def up(
     host: str = typer.Option(
         "127.0.0.1", help="Address to listen on; any but loopback needs ALIGNTI_SERVER_AUTH=user:password."
     ),
-    mlflow_port: int = typer.Option(5000),
-    prefect_port: int = typer.Option(4200),
+    mlflow_port: int = typer.Option(5000, min=1, max=65535),
+    prefect_port: int = typer.Option(4200, min=1, max=65535),
     postgres: str = typer.Option(
         None, envvar="ALIGNTI_POSTGRES", show_envvar=True, help="postgresql://user:password@host:port, for a pool of machines."
     ),
@@ -531,7 +536,7 @@ def compare(study: str) -> None:
 @app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder, or ORG/NAME[@REVISION] of the hub.")],
-    port: int = typer.Option(8000, help="Where to listen."),
+    port: int = typer.Option(8000, min=1, max=65535, help="Where to listen."),
     host: str = typer.Option("127.0.0.1", help="An address of this machine; one that is open to others needs a key."),
 ) -> None:
     """Serve MODEL behind an OpenAI-compatible API until interrupted."""

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,15 @@ def test_check_names_data_that_are_not_here(root: Path) -> None:
     assert "not here: data.llava.annotations: data/x.json, data.llava.images: data/img" in done.stderr
 
 
+def test_check_names_a_tracker_that_is_not_installed(root: Path) -> None:
+    (root / "wandb.py").write_text("")
+    there = alignti(root, "check", ALIGNTI_TRACKERS="wandb", PYTHONPATH=f"{root}{os.pathsep}{ROOT}")
+    assert there.returncode == 0, there.stderr
+    if find_spec("tensorboard") is None:
+        away = alignti(root, "check", ALIGNTI_TRACKERS="tensorboard")
+        assert away.returncode == 2 and "trackers: not installed: pip install tensorboard, or leave it out" in away.stderr
+
+
 def test_use_says_where_own_values_are_kept(root: Path) -> None:
     path = root / "params/distill.yaml"
     path.write_text(path.read_text().replace("\nlog_every: ", "\nlog_every: 1"))
@@ -156,6 +166,7 @@ def test_benchmarks_say_how_to_get_each_and_what_is_open(root: Path) -> None:
     ("words", "said"),
     [
         (("serve", "nowhere"), "InputError: there is no model 'nowhere'"),
+        (("serve", "sft", "--port", "99999"), "less than or equal to 65535"),
         (("evaluate", "--kit", "lmms"), "InputError: --kit lmms: there are own, vlmeval, lm-eval\n"),
     ],
 )

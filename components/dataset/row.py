@@ -289,7 +289,9 @@ class _Reading:
             self.rules["image_first"] = f"no {MARK} said where {stand} put first"
         elif (asked, answered) != (images, 0):
             where = f"{asked} {MARK} in questions and {answered} in answers"
-            raise Refusal("image_marks", f"{where}, for {images or 'no'} image{'s' * (images > 1)}")
+            raise Refusal(
+                "image_marks", f"{where}, for {images or 'no'} image{'s' * (images > 1)}: one in a question for each, or none"
+            )
         return turns, apart and asked == first
 
     def _within_limit(self, turns: list[Turn], apart: bool) -> list[list[Turn]]:

@@ -118,8 +118,8 @@ def sample_of(images: Sequence[Path], question: str, limits: DataLimits) -> Samp
     asked, marks = question.replace(IMAGE, "").strip(), question.count(IMAGE)
     if not asked:
         raise InputError('the question is empty: alignti try MODEL --image X "What is on the table?"')
-    if len(images) > 1 and marks not in (0, len(images)):
-        raise InputError(f"the question shows {marks} {IMAGE}, and there are {len(images)} --image")
+    if marks not in (0, len(images)):
+        raise InputError(f"the question shows {marks} {IMAGE}, and there are {len(images)} --image: one for each, or none")
     if len(images) == 1 or not marks:
         question = f"{IMAGE}\n" * len(images) + asked
     try:

@@ -80,6 +80,8 @@ def test_each_of_several_images_has_its_place_in_the_question_and_its_row_of_pan
     assert sample_of(pair, "is <image> red ? <image>", limits).turns[0].question == "is <image> red ? <image>"
     with pytest.raises(InputError, match="shows 1 <image>, and there are 2 --image"):
         sample_of(pair, "is <image> red ?", limits)
+    with pytest.raises(InputError, match="shows 2 <image>, and there are 1 --image: one for each, or none"):
+        sample_of(pair[:1], "is <image> redder than <image> ?", limits)
     run(["align_ti", "teacher"], pair, "is <image> red ? <image>", settings, longest=3, overlay=True)
     path = Path("reports/try/cat-dog-align_ti-teacher.png")
     assert str(path) in capsys.readouterr().out.replace("\n", "")
