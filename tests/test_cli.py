@@ -75,6 +75,8 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
         (["init", "--data", "no.json", "--images", ".", "--teacher", "a", "--student", "b"], "--data no.json: no such file"),
         (["try", "teacher", "what?", "--image", "nofile.png"], "--image nofile.png: no such file"),
         (["export", "algin_ti", "out"], "there is no model 'algin_ti'; did you mean 'align_ti'?"),
+        (["register", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
+        (["promote", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
         (["controls", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
         (["evaluate", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
     ],

@@ -127,14 +127,14 @@ def use(name: str, root: Path = Path()) -> str:
     return diff
 
 
-def keep_own(root: Path = Path()) -> Path | None:
-    """Copy `params/` to a folder of its own if it holds values that no recipe states, such as own arms; None if it does not."""
+def keep_own(root: Path = Path()) -> str:
+    """Copy `params/` to a folder of its own if it holds values that no recipe states (own arms), and say where; or ""."""
     if not nearest(root)[1]:
-        return None
+        return ""
     kept = root / RUNS / "params" / time.strftime("%Y%m%dT%H%M%S")
     for file in FILES:
         write_text(kept / f"{file}.yaml", (root / "params" / f"{file}.yaml").read_text(encoding="utf-8"))
-    return kept
+    return f"params/ held values that no recipe has; they are kept: `cp {kept}/*.yaml params/` brings them back."
 
 
 def restate(name: str, root: Path = Path()) -> None:

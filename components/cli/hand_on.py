@@ -1,0 +1,112 @@
+"""Hand on: a trained student, for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components.config.names import check_arms, check_models
+
+app = typer.Typer()
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder (LoRA adapters too), or ORG/NAME of the hub.")],
+    folder: Path,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; else as the weights are stored.")] = None,
+    shard: Annotated[str, typer.Option("--max-shard-size", help="The largest file of weights.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is at FOLDER.")] = False,
+) -> None:
+    """Write a model to FOLDER for others, with its full card, and read it back to see that it answers as before."""
+    from components.errors import InputError
+
+    check_models(student)
+    from components.config.load import load_settings
+    from components.release.export import DTYPES
+    from components.release.export import export as write
+
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    typer.echo(str(write(student, folder, load_settings(), dtype, shard, force)))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="As `alignti export` writes it.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME")],
+    yes: Annotated[bool, typer.Option("--yes-upload", help="Upload; without it nothing leaves this machine.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is private without it.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that holds files.")] = False,
+) -> None:
+    """Upload a model's folder to the hub; without --yes-upload say what would go there, and what its licences leave open."""
+    from components.release import push as hub
+
+    upload = hub.plan(folder, repo, private=not public)
+    typer.echo(str(upload))
+    if yes:
+        typer.echo(f"uploaded: {hub.push(upload, update)}")
+    else:
+        typer.echo("Nothing was uploaded; add --yes-upload to do it.")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder, or ORG/NAME[@REVISION] of the hub.")],
+    port: int = typer.Option(8000, min=1, max=65535, help="Where to listen."),
+    host: str = typer.Option("127.0.0.1", help="An address of this machine; one that is open to others needs a key."),
+) -> None:
+    """Serve MODEL behind an OpenAI-compatible API until interrupted."""
+    check_models(model)
+    import signal
+
+    from components.config.load import load_settings
+    from components.evaluate.kits.serve import served
+    from components.records.paths import RUNS
+    from components.release.model import find
+    from components.runtime import prepare_torch
+
+    log, settings = RUNS / "serve" / f"{port}.log", load_settings()
+    device = prepare_torch(settings.runtime, seed=0)
+    with served(find(model, settings).path, device.type, log, host, port) as endpoint:
+        typer.echo(f"{endpoint.url}/v1 serves the model named {endpoint.model}; log: {log}; Ctrl-C ends it")
+        signal.pause()
+
+
+@app.command()
+def register(
+    arms: Annotated[list[str] | None, typer.Argument(help="Arms; all of params/study.yaml if not given.")] = None,
+) -> None:
+    """Register the students of this folder in MLflow, the best as the candidate; their weights stay with DVC."""
+    check_arms(arms or (), teacher=False)
+    from components.config.load import load_settings
+    from flows import promote as module
+    from flows.servers import use_running
+
+    use_running()
+    settings = load_settings()
+    told, sent = module.register(arms or list(settings.study.arms), settings)
+    state = "in MLflow" if sent else "in the journal; `alignti sync` sends them to MLflow"
+    typer.echo(f"{', '.join(told) if told else 'no student'} newly registered, {state}")
+
+
+@app.command()
+def promote(
+    candidate: Annotated[str | None, typer.Argument(help="An arm of this folder, or a version's number.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Ask the champion today's questions if it was asked others.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="The verdict as JSON.")] = False,
+) -> None:
+    """Make the candidate the champion if it is better beyond chance, and say why or why not."""
+    if candidate is not None and not candidate.isdigit():
+        check_arms([candidate], teacher=False)
+    from components.config.load import load_settings
+    from flows import promote as module
+    from flows.servers import use_running
+
+    use_running()
+    verdict = module.promote(candidate, load_settings(), measure)
+    typer.echo(verdict.model_dump_json(indent=2) if json else f"{verdict.model}: {verdict.why}.")

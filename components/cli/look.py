@@ -1,0 +1,173 @@
+"""Look: what runs have found, and what a model answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components.config.names import check_arms, check_models
+
+app = typer.Typer()
+
+
+@app.command()
+def runs() -> None:
+    """List the runs of this folder, the latest last: name, status, recipe and commit; `alignti reproduce` takes the name."""
+    from components.tracking import history
+
+    for run in history.recorded():
+        typer.echo(f"{run.name:60} {run.status:9} {run.recipe or '-':24} {run.commit[:10]}")
+
+
+@app.command()
+def compare(study: str) -> None:
+    """Say what a study shows, from its runs in MLflow: reports/studies/STUDY/compare.{md,csv,html}."""
+    from components.study import expand
+
+    plan = expand.read(study)
+    from components.config.load import load_settings
+    from components.errors import without_login
+    from components.study import compare as comparison
+    from components.study import report
+    from components.tracking.outcome import page
+    from flows.servers import use_running
+
+    use_running()
+    settings = load_settings()
+    runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
+    cells = [cell.name for cell in expand.cells(study)]
+    result = comparison.compare(study, runs, cells, plan.baselines, settings.evaluate.confidence)
+    written = report.write(result, plan.about, settings.evaluate.confidence)
+    typer.echo(report.standing(result))
+    typer.echo(f"-> {', '.join(map(str, written))}")
+    address = without_login(settings.runtime.tracking_uri)
+    if address.startswith("http"):
+        typer.echo(f"in MLflow: {page(address, [run.id for run in result.runs], result.runs[0].experiment)}")
+
+
+@app.command()
+def leaderboard(
+    measure: bool = typer.Option(
+        False, "--measure", help="First time every model's answers: tokens/s, time to first token, memory."
+    ),
+) -> None:
+    """Write reports/leaderboard.*: our students and their teacher beside the published rows."""
+    from components.config.load import load_settings
+    from components.evaluate import leaderboard as board
+    from components.evaluate.kits import table
+    from components.evaluate.kits.command import current
+    from components.records.compare import Comparison
+    from components.records.models import ModelIndex
+    from components.records.paths import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM
+    from components.records.teacher import TeacherChoice
+
+    settings = load_settings()
+    comparison = Comparison.read(REPORTS / "compare.json")
+    index, teacher = ModelIndex.read(MODELS / "index.json"), TeacherChoice.read(TEACHER / "choice.json")
+    if measure:
+        from components.evaluate import speed
+        from components.runtime import prepare_torch
+
+        models = [(TEACHER_ARM, Path(teacher.path)), *((arm, STUDENTS / arm / "model") for arm in comparison.arms)]
+        speed.measure(models, settings, prepare_torch(settings.runtime, seed=0)).write(speed.SPEED)
+    asked = {who.removeprefix("vlmeval/"): told.figures for who, told in table.read(current).tasks.items() if "vlmeval/" in who}
+    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed(), asked))
+    typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, made))}")
+
+
+@app.command()
+def samples(
+    most: int = typer.Option(2000, "--most", min=1, help="Samples on the page; the first ones of the evaluated split."),
+) -> None:
+    """Write reports/samples.html: each image and question with all answers, and where the teacher looked."""
+    from components.config.load import load_settings
+    from components.dataset.shards import Samples
+    from components.evaluate import samples as page
+    from components.evaluate.load_results import read
+    from components.models.load import load
+    from components.records.compare import Comparison
+    from components.records.irs import LayerChoice
+    from components.records.paths import DATASET, IRS, REPORTS, TEACHER, TEACHER_ARM
+    from components.records.teacher import TeacherChoice
+    from components.runtime import prepare_torch
+
+    settings = load_settings()
+    comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").picked.layer
+    predictions = read(comparison.arms).predictions
+    teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), prepare_torch(settings.runtime, seed=0))
+    asked = predictions[TEACHER_ARM][:most]
+    looks = page.looks(teacher, Samples(DATASET, comparison.split), asked, layer, settings)
+    path = page.write(comparison, predictions, looks, layer, most)
+    typer.echo(f"samples: {len(asked):,} questions with every answer, {path.stat().st_size / 2**20:.1f} MiB -> {path}")
+
+
+@app.command()
+def controls(
+    arm: Annotated[list[str] | None, typer.Option(help="Only these arms, or `teacher`; all without it.")] = None,
+) -> None:
+    """Write reports/controls.*: every model without its image, and what the test split shares with the training data."""
+    check_arms(arm or ())
+    from components.config.load import load_settings
+    from components.evaluate import blind_baselines as measured
+    from components.records.paths import STUDENTS, TEACHER, TEACHER_ARM
+    from components.records.teacher import TeacherChoice
+
+    settings = load_settings()
+    folders = {TEACHER_ARM: Path(TeacherChoice.read(TEACHER / "choice.json").path)}
+    folders |= {name: STUDENTS / name / "model" for name in settings.study.arms}
+    found = measured.measure([(name, folders[name]) for name in arm or folders], settings)
+    made = measured.write(found)
+    blind = ", ".join(f"{name} {max(m.blank, m.other):.1%} of {m.seeing:.1%}" for name, m in found.models.items())
+    twins = found.contamination.exact + found.contamination.near
+    typer.echo(f"controls: right without the image {blind}; {twins} test images have a twin in training -> {made[1]}")
+
+
+@app.command()
+def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, with its prompt.")] = None) -> None:
+    """List the benchmarks: what each asks, how it is scored, where to get it, and what is not verified."""
+    from components.errors import InputError
+    from components.evaluate.benchmarks import BENCHMARKS
+    from components.evaluate.statistics import noise_unpaired
+
+    if name is not None and name not in BENCHMARKS:
+        raise InputError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    for key in [name] if name else BENCHMARKS:
+        entry = BENCHMARKS[key]
+        items = f"{entry.items:,} questions" if entry.items else "number of questions not verified"
+        typer.secho(f"{key}: {entry.title}, {entry.split}, {items}{' (paper)' if entry.in_paper else ''}", bold=True)
+        typer.echo(f"  score    {entry.metric}: {entry.rule}")
+        typer.echo(f"  licence  {entry.licence or 'not verified'}")
+        if entry.independent:
+            gap = 100 * noise_unpaired(0.5, entry.independent, 0.95)
+            typer.echo(f"  noise    two scores less than {gap:.1f} points apart may differ by chance (unpaired, 95%, near 50)")
+        typer.echo(f"  get      {entry.get}")
+        for point in entry.open_points:
+            typer.echo(f"  open     {point}")
+        if name is not None:
+            typer.echo("  prompt   " + entry.prompt.replace("\n", "\n           "))
+
+
+@app.command("try")
+def try_model(
+    student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder, or ORG/NAME[@REVISION] of the hub.")],
+    question: str,
+    image: Annotated[
+        list[Path], typer.Option(help="What the question is about: JPEG, PNG, WebP, GIF, BMP or TIFF. Again for another.")
+    ],
+    vs: Annotated[str | None, typer.Option(help="Another model, to answer beside it.")] = None,
+    look: Annotated[bool, typer.Option("--look", help="Write a picture of where each looked.")] = False,
+    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
+) -> None:
+    """Ask a model a question about images, each where <image> stands in it or first: its answer as it comes, with timings."""
+    from components.errors import InputError
+
+    check_models(student, vs)
+    for path in image:
+        if not path.is_file():
+            raise InputError(f"--image {path}: no such file")
+    from components.config.load import load_settings
+    from components.release.generate import run
+
+    run([student] if vs is None else [student, vs], image, question, load_settings(), longest, look)

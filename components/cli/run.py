@@ -1,0 +1,114 @@
+"""Run: studies, the field's kits, and runs again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components.config.names import check_arms
+
+app = typer.Typer()
+
+study = typer.Typer(help="What params/studies/*.yaml ask for.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(study, name="study")
+
+
+@study.command("list")
+def list_studies() -> None:
+    """Say which studies there are, what each is for, and how many arms it has."""
+    from components.study import expand
+
+    for name in expand.names():
+        typer.echo(f"{name:16} {len(expand.cells(name)):4} arms  {expand.read(name).about}")
+
+
+@study.command("expand")
+def expand_study(name: str) -> None:
+    """Make the study's arms those of params/study.yaml, for `make repro` to run, and print what changed."""
+    from components.config import recipes
+    from components.study import expand
+
+    expand.read(name)
+    if kept := recipes.keep_own():
+        typer.echo(kept)
+    diff = expand.expand(name)
+    typer.echo(diff or f"params/study.yaml says already what study {name} says.")
+
+
+@study.command("run")
+def run_study(
+    name: str,
+    parallel: int = typer.Option(None, min=1, help="Arms at a time; else one, or over the pool as many as workers take."),
+    recipe: str = typer.Option(None),
+    pool: bool = typer.Option(False, "--pool", help="Hand the arms out to the workers of the pool."),
+) -> None:
+    """Run what is missing of a study, in a workspace of its own, and record it."""
+    from components.config import recipes
+    from components.study import expand
+    from flows.servers import client_environment, use_running
+
+    expand.read(name)
+    if recipe is not None:
+        recipes.about(recipe)
+    if pool:
+        client_environment()  # says what is not up
+    use_running()
+    from flows.study import study as flow
+
+    outcomes = flow(name, parallel, recipe, pool)
+    typer.echo(f"study {name}: {len(outcomes)} arms run and recorded; `alignti compare {name}` says what they show.")
+
+
+Kits = Annotated[list[str] | None, typer.Option(help="own, vlmeval or lm-eval; all of them if not given.")]
+Arms = Annotated[list[str] | None, typer.Option(help="Arms, `teacher`, before-STUDENT; else the teacher and every arm.")]
+Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the kit's own, or as docs/kits.md says; else our questions.")]
+
+
+@app.command()
+def evaluate(
+    kit: Kits = None,
+    arm: Arms = None,
+    task: Tasks = None,
+    blank: bool = typer.Option(False, "--blank", help="vlmeval's tasks with a plain grey image in each image's place."),
+) -> None:
+    """Measure students with the field's own kits, beside our own scores: reports/kits.md."""
+    check_arms(name for name in arm or () if not name.startswith("before-"))
+    from components.evaluate.kits.command import evaluate as run
+
+    run(kit or (), arm or (), task or (), blank)
+
+
+@app.command()
+def replay(dump: Path) -> None:
+    """Rerun a step that stopped with a loss that was not finite, sample by sample, and say which sample's which term it is."""
+    from components.distill.replay import replay as findings_of
+
+    found = 0
+    for found, finding in enumerate(findings_of(dump), 1):  # noqa: B007
+        typer.echo(str(finding))
+    if not found:
+        typer.echo(f"{dump}: every term of every sample and every gradient is finite here, one sample at a time.")
+
+
+@app.command()
+def reproduce(
+    run_id: Annotated[str, typer.Argument(help="Of a stage's run: MLflow's id, or a journal's name in .runs/journal.")],
+    stage_only: Annotated[
+        bool, typer.Option("--stage-only", help="Take what comes before the stage from DVC's cache, where it is there.")
+    ] = False,
+) -> None:
+    """Run again what a run ran, in a worktree of its commit, and say whether the same bytes come out (exit code 1 if not)."""
+    from components.config.load import load_settings
+    from flows import reproduce as module
+    from flows.servers import use_running
+
+    use_running()
+    settings = load_settings()
+    recorded = module.find(run_id, settings)
+    typer.echo(f"{recorded.stage} as of commit {recorded.commit[:12]}, with the params of run {recorded.run}")
+    outcome = module.reproduce(recorded, settings, stage_only)
+    typer.echo(f"{outcome}.")
+    if not outcome.same:
+        raise typer.Exit(1)

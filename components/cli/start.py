@@ -1,0 +1,184 @@
+"""Start: recipes, settings, data and models of one's own, and what would run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+LONG_S = 3 * 3600
+
+
+@app.command()
+def use(recipe: str) -> None:
+    """Merge params/recipes/RECIPE.yaml into params/ and print what changed."""
+    from components.config import recipes
+
+    recipes.merged(recipe)  # says what is wrong with it before anything is kept
+    if kept := recipes.keep_own():
+        typer.echo(kept)
+    diff = recipes.use(recipe)
+    for line in diff.splitlines():
+        colour = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}.get(line[:1])
+        typer.secho(line, fg=colour, bold=line.startswith(("+++", "---")))
+    about = recipes.about(recipe)
+    typer.echo(
+        f"params/ {'now say' if diff else 'said already'} what recipe {recipe} says. On {about.hardware} the whole job takes"
+        f" {about.time}: `make repro`, or `alignti plan` to see it first."
+    )
+    if before := recipes.phases(recipe) if "/" not in recipe else []:
+        typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in before)}.")
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Option(help="Your rows: JSON or JSONL (docs/data.md).")],
+    images: Annotated[Path, typer.Option(help="The folder that their images are in.")],
+    teacher: Annotated[str, typer.Option(help="A checkpoint folder, or ORG/NAME@COMMIT of the hub.")],
+    student: Annotated[str, typer.Option(help="Likewise.")],
+    name: Annotated[str, typer.Option(help="Of the recipe that is made.")] = "own",
+) -> None:
+    """Look at your data and models, and make a recipe and params/ for them: what was chosen, and why."""
+    from components.own_data.asked import Asked
+
+    asked = Asked(data, images, teacher, student, name)
+    asked.check()
+
+    from components.config import recipes
+    from components.config.load import load_settings
+    from components.config.local_paths import not_here
+    from components.dataset.__main__ import unseen_by_dvc
+    from components.errors import SettingsError
+    from components.own_data.init import init as look
+
+    seen, choices = look(asked)
+    for line in (*seen, "", *choices):
+        typer.echo(line)
+    if kept := recipes.keep_own():
+        typer.echo(kept)
+    recipes.use(name)
+    settings = load_settings()
+    if missing := not_here(settings):
+        raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
+    for unseen in unseen_by_dvc(settings):
+        typer.secho(unseen, fg=typer.colors.YELLOW)
+    if not Path("data").is_dir():  # stage `prepare` depends on it, wherever the rows are
+        from flows import dvc
+
+        dvc.fetch("data.dvc")
+    typer.echo(
+        f"\nparams/ now say what {asked.recipe} says: `alignti preview` shows what is trained on, `dvc repro` runs it all."
+    )
+
+
+@app.command()
+def check(
+    all_recipes: bool = typer.Option(False, "--all-recipes", help="Also merge each recipe into these params and check that."),
+    data: bool = typer.Option(False, "--data", help="Also try every row of the data as the stages will; writes nothing."),
+) -> None:
+    """Check params/, and that the data and models they name are here: every problem at once; exit code 2 if there is one."""
+    from importlib.util import find_spec
+
+    from components.config import recipes
+    from components.config.load import load_settings
+    from components.config.local_paths import not_here
+    from components.errors import SettingsError
+
+    def own() -> None:
+        settings = load_settings()
+        if missing := not_here(settings):
+            raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
+        if away := [name for name in settings.runtime.trackers if find_spec(name) is None]:
+            raise SettingsError(f"params/runtime.yaml: trackers: not installed: pip install {' '.join(away)}, or leave it out")
+
+    problems = []
+    checks = {"params/": own}
+    if all_recipes:
+        checks |= {f"recipe {name}": lambda name=name: recipes.merged(name) for name in recipes.names()}  # type: ignore[misc]
+    for what, run in checks.items():
+        try:
+            run()
+        except SettingsError as error:
+            problems.append(str(error))
+        else:
+            typer.echo(f"{what}: fine")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    if data:
+        from components.own_data import check as tried
+
+        settings = load_settings()
+        folders, missing = tried.at_hand(settings.models)
+        found = tried.try_data(settings, folders.values(), settings.runtime.workers)
+        for line in tried.report(found, settings, folders, missing):
+            typer.echo(line)
+        tried.accept(found, settings)
+        typer.echo("data: fine")
+
+
+@app.command()
+def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) -> None:
+    """Show samples as the student reads them, with what is trained on in colour: here, and as reports/preview.html."""
+    from components.config.load import load_settings
+    from components.own_data import preview as page
+    from components.own_data.check import at_hand
+
+    settings = load_settings()
+    found = page.preview(settings, at_hand(settings.models)[0], each)
+    for line in page.lines(found):
+        typer.echo(line)
+    typer.echo(f"-> {page.write_page(found)}")
+
+
+@app.command()
+def plan() -> None:
+    """Say for each stage whether it would run, why, and how long that takes."""
+    from components.config.load import load_settings
+    from components.config.local_paths import not_here
+    from flows.plan import plan as make_plan
+
+    settings = load_settings()
+    steps, basis, recipe = make_plan(settings)
+    width = max(len(step.stage) for step in steps)
+    for step in steps:
+        state = typer.style("would run" if step.reasons else "cached   ", fg=typer.colors.YELLOW if step.reasons else None)
+        time = _duration(step.seconds) if step.reasons and step.seconds is not None else " " * 8
+        typer.echo(f"{step.stage:{width}}  {state} {time}  {'; '.join(step.reasons)}".rstrip())
+    running = [step for step in steps if step.reasons]
+    if not running:
+        typer.echo("Nothing to do: `make repro` would run no stage.")
+        return
+    total = sum(step.seconds or 0 for step in running)
+    unknown = [step.stage for step in running if step.seconds is None]
+    but = f", not counting {', '.join(unknown)}: never timed" if unknown else ""
+    in_all = f"{total / 60:.1f} min" if total < LONG_S else f"{total / 3600:,.0f} h"
+    long = f"about {in_all}, one at a time{but}" if len(unknown) < len(running) else "how long was never timed"
+    typer.echo(f"{len(running)} of {len(steps)} stages would run: {long}.")
+    typer.echo(f"Times: {basis}. DVC restores a stage at once instead if it has run on the same inputs before.")
+    if missing := not_here(settings):
+        typer.secho(f"Not here, so it would fail: {', '.join(missing)}.", fg=typer.colors.RED)
+    if recipe is not None and settings.models.family == "pretrained":
+        from flows import cost_report
+
+        cost_report.show(recipe, settings)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:6.0f} s" if seconds < LONG_S else f"{seconds / 3600:6.1f} h"
+
+
+@app.command()
+def arms() -> None:
+    """List the arms: student, seed, weights, and the score of those that have one."""
+    from components.config.load import load_settings
+    from components.records.evaluate import Scores
+    from components.records.paths import SCORES
+
+    for name, arm in load_settings().study.arms.items():
+        weights = " ".join(f"{term} {weight:g}" for term, weight in dict(arm.weights).items() if weight)
+        file = SCORES / name / "scores.json"
+        score = f"{Scores.read(file).exact_match:.1%}" if file.is_file() else "-"
+        typer.echo(f"{name:20} {score:>6}  {arm.student:12} seed {arm.seed:<4} {weights}")

@@ -1,0 +1,34 @@
+"""Names that a command was given, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def check_models(*names: str | None) -> None:
+    """Raises InputError for what is no arm, `teacher`, folder or ORG/NAME of the hub."""
+    from components.errors import unknown
+
+    known = answering()
+    for name in names:
+        if name is not None and name not in known and "/" not in name and not Path(name).is_dir():
+            raise unknown("model", name, known)
+
+
+def check_arms(names: Iterable[str], teacher: bool = True) -> None:
+    """Raises InputError for what is no arm, nor `teacher` where that may be."""
+    from components.errors import unknown
+
+    known = answering()[0 if teacher else 1 :]
+    for name in names:
+        if name not in known:
+            raise unknown("arm", name, known)
+
+
+def answering() -> list[str]:
+    """`teacher` and the arms of params/study.yaml."""
+    from components.config.load import load_settings
+    from components.records.paths import TEACHER_ARM
+
+    return [TEACHER_ARM, *load_settings().study.arms]
