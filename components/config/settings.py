@@ -38,8 +38,16 @@ class Settings(Strict):
         arm = self.study.arms[name]
         shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
         blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
-        own: dict[str, Any] = {field: getattr(arm, field) for field in ("weights", "student", "seed", "answers", "rollouts")}
+        own: dict[str, Any] = {
+            field: getattr(arm, field) for field in ("weights", "student", "seed", "steps", "answers", "rollouts")
+        }
         return Arm(**own | shared | blocks)
+
+    def of_arm(self, arm: Arm) -> Settings:
+        """The settings that it trains by: with its own number of steps, if it has one."""
+        if arm.steps is None:
+            return self
+        return self.model_copy(update={"distill": self.distill.model_copy(update={"steps": arm.steps})})
 
     @property
     def needs_layer(self) -> bool:

@@ -32,6 +32,9 @@ class Arm(WithTerms):
     iva: Iva | None = None
     tpa: Tpa | None = None
     divergence: Divergence | None = None
+    steps: PositiveInt | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="in place of params/distill.yaml's"
+    )
     answers: Literal["teacher"] | None = Field(
         default=None, exclude_if=lambda value: value is None, description="teacher: those of `teacher_answers`, not the data's"
     )

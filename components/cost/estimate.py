@@ -89,10 +89,11 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         passes = distill.batch_size / len(shape.lengths)
         asked = teacher if any(needs.teacher for needs in arm.needs.values()) else None
         one = step.operations(student, asked, shape, plan)
-        hours[f"distill@{arm_name}"] = distill.steps * passes * step.hours(one, device)
+        steps = settings.of_arm(arm).distill.steps
+        hours[f"distill@{arm_name}"] = steps * passes * step.hours(one, device)
         prompt, written = student.visual + sample.text, min(settings.evaluate.max_new_tokens, sample.response)
         if arm.rollouts is not None:
-            answers, at_once = arm.rollouts.share * rows, distill.batch_size // runtime.devices
+            answers, at_once = arm.rollouts.share * steps * distill.batch_size, distill.batch_size // runtime.devices
             longest = min(arm.rollouts.max_new_tokens, sample.response)
             hours[f"distill@{arm_name}"] += step.answering(student, answers, at_once, prompt, longest, device)
         hours[f"evaluate@{arm_name}"] = step.answering(student, tested, settings.evaluate.batch_size, prompt, written, device)

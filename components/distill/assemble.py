@@ -76,6 +76,7 @@ class Job:
 
 def assemble(name: str, arm: Arm, settings: Settings) -> Job:
     """The job of one arm on this process's device. Raises DataError or ModelError where parts do not fit each other."""
+    settings = settings.of_arm(arm)
     accelerator = _accelerator(arm, settings)
     samples = Samples(DATASET, "train", ROWS)
     align = settings.distill.stage == "align"

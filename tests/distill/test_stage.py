@@ -45,6 +45,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
+def test_an_arm_may_have_its_own_number_of_steps(workplace: Path) -> None:
+    settings = load_settings()
+    arm = settings.arm("kd").model_copy(update={"steps": 1})
+    distill("kd", arm, settings, Run(None))
+    assert Cost.read(STUDENTS / "kd/cost.json").steps == 1
+    assert len((STUDENTS / "kd/losses.jsonl").read_text().splitlines()) == 1
+
+
 def test_outputs_and_what_was_trained(workplace: Path) -> None:
     folder = run()
     losses = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
