@@ -37,8 +37,9 @@ def compare(study: str) -> None:
     use_running()
     settings = load_settings()
     runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
-    cells = [cell.name for cell in expand.cells(study)]
-    result = comparison.compare(study, runs, cells, plan.baselines, settings.evaluate.confidence)
+    cells = expand.cells(study)
+    asked = expand.families(plan, cells)
+    result = comparison.compare(study, runs, [cell.name for cell in cells], asked, settings.evaluate.confidence)
     written = report.write(result, plan.about, settings.evaluate.confidence)
     typer.echo(report.standing(result))
     typer.echo(f"-> {', '.join(map(str, written))}")

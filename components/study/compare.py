@@ -1,15 +1,16 @@
 """Comparison of a study from its runs in MLflow: variants over seeds, against the baselines, effects of the factors.
 
 The repetitions are the seeds: a variant is compared with another over the seeds that both have run, with the paired t test,
-and all such p values of a study are adjusted together (Holm). A factor's main effect is the mean difference over all pairs of
+and all such p values of a family are adjusted together (Holm). A factor's main effect is the mean difference over all pairs of
 runs that agree in everything else, seed included.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.statistics import Interval, holm
-from components.study.expand import SEED
+from components.study.expand import SEED, Family
 from components.tracking.outcome import CELL, FINGERPRINT
 from components.tracking.stage_run import JOURNAL_ONLY
 
@@ -63,6 +64,7 @@ class Test:
     difference: Estimate
     p_value: float | None  # None: fewer than two seeds
     p_holm: float | None
+    family: str
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def read(client: Any, experiment: str, study: str) -> list[Run]:
     ]
 
 
-def compare(study: str, runs: Sequence[Run], cells: Sequence[str], baselines: Sequence[str], confidence: float) -> StudyResult:
+def compare(
+    study: str, runs: Sequence[Run], cells: Sequence[str], families: Mapping[str, Family], confidence: float
+) -> StudyResult:
     """`cells` are those that the study asks for; of each, the latest of `runs` counts.
 
     Raises:
@@ -171,7 +175,7 @@ def compare(study: str, runs: Sequence[Run], cells: Sequence[str], baselines: Se
         missing=[cell for cell in cells if cell not in latest],
         superseded=len(runs) - len(chosen),
         variants=variants,
-        tests=_tests(by_variant, baselines, confidence),
+        tests=[test for name, family in families.items() for test in _tests(name, family, by_variant, confidence)],
         effects=[effect for factor in factors for effect in _effects(factor, chosen, confidence)],
         factors=factors,
         equal_compute=equal_compute(variants),
@@ -254,21 +258,21 @@ def _score(variant: Variant) -> float:
     return variant.score.mean
 
 
-def _tests(by_variant: dict[str, list[Run]], baselines: Sequence[str], confidence: float) -> list[Test]:
+def _tests(name: str, family: Family, by_variant: dict[str, list[Run]], confidence: float) -> list[Test]:
     from scipy import stats
 
+    scores = {variant: {run.seed: run.metrics[SCORE] for run in runs} for variant, runs in by_variant.items()}
     pairs: list[tuple[str, str, list[float]]] = []
-    for baseline in baselines:
-        theirs = {run.seed: run.metrics[SCORE] for run in by_variant.get(baseline, [])}
-        for variant, runs in by_variant.items():
-            common = [run.metrics[SCORE] - theirs[run.seed] for run in runs if run.seed in theirs]
-            if variant != baseline and common:
-                pairs.append((variant, baseline, common))
+    for baseline, variant in itertools.product(family.against, family.variants):
+        ours, theirs = scores.get(variant, {}), scores.get(baseline, {})
+        common = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        if variant != baseline and common:
+            pairs.append((variant, baseline, common))
     p_values = [float(stats.ttest_1samp(d, 0.0).pvalue) if len(d) > 1 and np.ptp(d) > 0 else None for _, _, d in pairs]
     tested = [p for p in p_values if p is not None]
     adjusted = iter(holm(tested) if tested else [])
     return [
-        Test(variant, against, estimate(d, confidence), p, None if p is None else next(adjusted))
+        Test(variant, against, estimate(d, confidence), p, None if p is None else next(adjusted), name)
         for (variant, against, d), p in zip(pairs, p_values, strict=True)
     ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,13 @@ STUDIES = Path("params/studies")
 SEED = "seed"  # the grid key whose values are repetitions, not variants
 
 
+class Family(Strict):
+    """Comparisons whose p values are adjusted together."""
+
+    variants: list[ArmName]
+    against: list[ArmName]
+
+
 class Study(Strict):
     """`params/studies/NAME.yaml`. Keys such as `weights.tpa` are paths into an arm."""
 
@@ -38,6 +46,9 @@ class Study(Strict):
     cells: dict[ArmName, dict[str, Any]] = Field(description="named changes of the base; none: the base alone, unnamed")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(description="path -> values; every combination is run")
     baselines: list[ArmName] = Field(description="variants (arms without their seed) that the others are tested against")
+    families: dict[str, Family] | None = Field(
+        default=None, description="comparisons by the question they answer; none: every variant against the baselines"
+    )
     device_hours: PositiveFloat | None = Field(description="no further arm is started when it would pass this; null: no cap")
     diverged_above: PositiveFloat | None = Field(
         description="an arm is stopped at this multiple of its first loss; null: never"
@@ -91,14 +102,24 @@ def cells(name: str, root: Path = Path()) -> list[Cell]:
     repeated = {cell.name for cell in found if sum(cell.name == other.name for other in found) > 1}
     problems += [f"{STUDIES / name}.yaml: two arms would be called {arm}" for arm in sorted(repeated)]
     variants = list(dict.fromkeys(cell.variant for cell in found))
+    compared = {"baselines": study.baselines}
+    for question, family in (study.families or {}).items():
+        compared |= {f"families.{question}": [*family.variants, *family.against]}
     problems += [
-        f"{STUDIES / name}.yaml: baselines: {baseline!r} is none of the variants {', '.join(variants)}"
-        for baseline in study.baselines
-        if baseline not in variants and not problems
+        f"{STUDIES / name}.yaml: {where}: {variant!r} is none of the variants {', '.join(variants)}"
+        for where, asked in compared.items()
+        for variant in asked
+        if variant not in variants and not problems
     ]
     if problems:
         raise SettingsError("\n".join(problems))
     return found
+
+
+def families(study: Study, arms: Sequence[Cell]) -> dict[str, Family]:
+    """What is compared with what: as declared, or every variant with the baselines."""
+    variants = list(dict.fromkeys(cell.variant for cell in arms))
+    return study.families or {"Against the baselines": Family(variants=variants, against=study.baselines)}
 
 
 def expand(name: str, root: Path = Path()) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from components.report.figures import Theme
-from components.study.compare import HOURS, MEMORY, SCORE, StudyResult
+from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test
 
 POINTS = 100
+SURE = 0.05  # of a family's comparisons, after Holm
 
 
 def duration(hours: float) -> str:
@@ -41,6 +44,34 @@ def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
     axes.set_xlim(-0.1, len(axes_names) - 0.6)
     for side in axes.spines.values():
         side.set_visible(False)
+    return figure
+
+
+def differences(result: StudyResult, theme: Theme) -> Figure:
+    """A row per comparison with its interval, by family; in colour what holds after Holm."""
+    rows: list[str | Test] = []
+    for family, tests in groupby(result.tests, key=lambda test: test.family):
+        rows += [family, *tests]
+    figure = Figure(figsize=(8.0, max(2.0, 0.22 * len(rows) + 0.7)))
+    axes = figure.subplots()
+    axes.axvline(0, color=theme.muted, linewidth=0.8)
+    for height, test in enumerate(rows):
+        if isinstance(test, str):
+            continue
+        mean = POINTS * test.difference.mean
+        low, high = (POINTS * bound for bound in test.difference.interval or (test.difference.mean,) * 2)
+        holds = test.p_holm is not None and test.p_holm < SURE
+        colour = theme.muted if not holds else theme.accent if mean > 0 else theme.behind
+        axes.plot([low, high], [height, height], color=colour, linewidth=1.6)
+        axes.plot(mean, height, "o", color=colour, markersize=4.5)
+    labels = [row if isinstance(row, str) else f"{row.variant} \N{MINUS SIGN} {row.against}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
+    for row, label in zip(rows, axes.get_yticklabels(), strict=True):
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("difference of exact match, points")
+    axes.grid(axis="x")
     return figure
 
 

@@ -17,6 +17,7 @@ from components.study.compare import SLACK, Estimate, StudyResult
 
 FOLDER = REPORTS / "studies"
 POINTS = 100
+PICTURES = ("differences.png", "runs.png", "pareto.png")
 NOTHING_LEARNT = "no run answered a question right, so nothing was learnt and none is the best"
 
 Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, names of columns, rows
@@ -26,6 +27,7 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
     """Writes compare.md, compare.csv and compare.html; returns where they are."""
     tables = _tables(result, confidence)
     pictures = [
+        ("Differences, with intervals", draw(plots.differences, result)),
         ("Every run: what was varied, what it cost, what it scored", draw(plots.parallel_coordinates, result)),
         ("Score against cost", draw(plots.pareto, result)),
     ]
@@ -36,7 +38,7 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
     write_text(folder / "compare.md", _markdown(result, about, tables))
     write_text(folder / "compare.csv", _csv(result))
     write_text(folder / "compare.html", html)
-    for name, (_, picture) in zip(("runs.png", "pareto.png"), pictures, strict=True):
+    for name, (_, picture) in zip(PICTURES, pictures, strict=True):
         write_bytes(folder / name, picture)
     return [folder / f"compare.{ending}" for ending in ("md", "csv", "html")]
 
@@ -47,7 +49,7 @@ def standing(result: StudyResult) -> str:
     leads = f"the best is {best.name} with {best.score.mean:.1%}" if best.score.mean else NOTHING_LEARNT
     said = f"{len(result.runs)} runs of {len(result.variants)} variants; {leads}."
     clear = [t for t in result.tests if t.p_holm is not None and t.p_holm < 0.05]
-    said += " Different from a baseline beyond chance (Holm, 5%): "
+    said += " Different beyond chance (Holm, 5%): "
     said += ", ".join(f"{t.variant} against {t.against}" for t in clear) + "." if clear else "none."
     if result.missing:
         said += f" Missing: {', '.join(result.missing)}."
@@ -69,10 +71,9 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
          "yes" if v.best_at_its_cost else ""]
         for i, v in enumerate(result.variants)
     ]  # fmt: skip
-    tests = [
-        [t.variant, t.against, _points(d.mean), _interval(d), str(d.n), *map(_p, (t.p_value, t.p_holm))]
-        for t, d in ((test, test.difference) for test in result.tests)
-    ]
+    tests: dict[str, list[list[str]]] = {test.family: [] for test in result.tests}
+    for t, d in ((test, test.difference) for test in result.tests):
+        tests[t.family].append([t.variant, t.against, _points(d.mean), _interval(d), str(d.n), *map(_p, (t.p_value, t.p_holm))])
     effects = [
         [e.factor, f"{e.reference} to {e.level}", _points(e.effect.mean), _interval(e.effect), str(e.effect.n)]
         for e in result.effects
@@ -97,11 +98,14 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
             ["variant", "exact match", sure, "seeds", "device time", "peak MiB", *measured, "best at its cost"],
             variants,
         ),
-        (
-            "Against the baselines",
-            "Points of exact match over the seeds that both ran; paired t test, adjusted for all tests here (Holm).",
-            ["variant", "against", "difference", sure, "seeds", "p", "p (Holm)"],
-            tests,
+        *(
+            (
+                family,
+                "Points of exact match over the seeds that both ran; paired t test, adjusted for all tests here (Holm).",
+                ["variant", "against", "difference", sure, "seeds", "p", "p (Holm)"],
+                rows,
+            )
+            for family, rows in tests.items()
         ),
         (
             "Main effects",
@@ -123,7 +127,7 @@ def _markdown(result: StudyResult, about: str, tables: Sequence[Table]) -> str:
     parts = [f"# Study {result.study}", about, standing(result)]
     for heading, note, head, rows in tables:
         parts += [f"## {heading}", note, md.table(head, rows)]
-    return "\n\n".join([*parts, "![every run](runs.png)", "![score against cost](pareto.png)"]) + "\n"
+    return "\n\n".join([*parts, *(f"![{Path(picture).stem}]({picture})" for picture in PICTURES)]) + "\n"
 
 
 def _csv(result: StudyResult) -> str:

@@ -75,6 +75,7 @@ def test_an_added_value_leaves_the_arms_that_were_there_as_they_were(root: Path)
         ({"grid": {"weights.tpaa": [1.0]}}, "weights.tpaa"),
         ({"grid": {"weights.tpa": [-1.0], "seed": [1]}, "baselines": []}, "weights.tpa: Input should be greater than or equal"),
         ({"cells": {}, "grid": {}}, "there is nothing to compare"),
+        ({"families": {"q": {"variants": ["kd"], "against": []}}}, "families.q: 'kd' is none of the variants kd-draws1"),
         ({"baselines": ["sft"]}, "'sft' is none of the variants kd-draws1"),
         ({"grid": {"tpa.draws": [2, 2], "seed": [1]}, "baselines": []}, "two arms would be called kd-draws2-seed1"),
         ({"grid": {"a.b.c": [1]}}, "no such place in an arm"),
