@@ -1,6 +1,7 @@
 """The fault campaign: `make faults`, or `python -m tests.campaign --minutes 10 [--seed N] [--kinds params kill ...]`.
 
-Prints the seed of every try that went wrong; `--only KIND:SEED` repeats one. Exit code 1 if anything went wrong.
+Prints how to repeat every try that went wrong. Exit code 1 if any did, or none could be made; a try for which this machine
+cannot be prepared (a server that does not start, a full disk) is told of and is no fault.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ SLOW: dict[str, Callable[[Bench, str, Path], tuple[str, str | None]]] = {
 }
 if kills.MOUNT:
     SLOW["full disk"] = lambda bench, seed, here: kills.full_disk(bench.undisturbed, seed, here)
+EVERY = [*bad_input.KINDS, *SLOW]
 SHARE = 0.6  # of the time for those that take minutes
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Break things at random, and say what did not hold.")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=None, help="of all tries; else drawn, and printed")
-    parser.add_argument("--kinds", nargs="+", default=[*bad_input.KINDS, *SLOW], choices=[*bad_input.KINDS, *SLOW])
+    parser.add_argument("--kinds", nargs="+", default=EVERY, choices=EVERY)
     parser.add_argument("--only", help="KIND:SEED of one try, as it was printed")
     parser.add_argument("--json", type=Path, help="where to write every try that took minutes, and the counts of the others")
     asked = parser.parse_args()
@@ -66,51 +68,61 @@ def main() -> None:
             kind, _, its = asked.only.partition(":")
             found = {kind: [_one(kind, its, Path(folder), bench)]}
         else:
-            print(f"seed {seed}, {asked.minutes:g} minutes", flush=True)
+            kinds = "" if asked.kinds == EVERY else f" --kinds {' '.join(asked.kinds)}"
+            print(f"seed {seed}; again: python -m tests.campaign --minutes {asked.minutes:g} --seed {seed}{kinds}", flush=True)
             found = _all(asked.kinds, seed, asked.minutes * 60, Path(folder), bench)
     wrong = [one for tries in found.values() for one in tries if one["wrong"]]
+    untried = [one for tries in found.values() for one in tries if one["untried"]]
     told = {
         "seed": seed,
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
         "date": datetime.now(UTC).date().isoformat(),
-        "tries": {kind: len(tries) for kind, tries in found.items()},
+        "tries": {kind: sum(not one["untried"] for one in tries) for kind, tries in found.items()},
         "wrong": wrong,
         "disturbed": [one for kind in SLOW for one in found.get(kind, [])],
     }
     if asked.json:
         asked.json.write_text(json.dumps(told, indent=1) + "\n")
+    for one in untried:
+        print(f"not tried: {one['kind']}:{one['seed']}: {one['untried']}")
     for one in wrong:
-        print(f"WRONG {one['kind']}:{one['seed']}: {one['did']}: {one['wrong']}")
+        print(f"WRONG: {one['did']}: {one['wrong']}\n  again: python -m tests.campaign --only '{one['kind']}:{one['seed']}'")
     print("; ".join(f"{kind}: {count} tries" for kind, count in told["tries"].items()) + f"; {len(wrong)} went wrong")
-    sys.exit(bool(wrong))
+    sys.exit(bool(wrong) or not any(told["tries"].values()))
 
 
 def _all(kinds: list[str], seed: int, seconds: float, folder: Path, bench: Bench) -> dict[str, list[dict[str, Any]]]:
-    """As many tries as fit: those of minutes first, the kinds of each half in turn."""
+    """As many tries as fit: those of minutes first; next is the kind that had the least time."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     slow, quick = [kind for kind in kinds if kind in SLOW], [kind for kind in kinds if kind not in SLOW]
     began = time.monotonic()
     for some, until in ((slow, seconds * SHARE if quick else seconds), (quick, seconds)):
-        number = 0
+        spent = dict.fromkeys(some, 0.0)
         while some and time.monotonic() - began < until:
-            kind = some[number % len(some)]
-            found[kind].append(_one(kind, f"{seed}-{number}", folder, bench))
-            number += 1
+            kind, before = min(some, key=lambda one: spent[one]), time.monotonic()
+            found[kind].append(_one(kind, f"{seed}-{len(found[kind])}", folder, bench))
+            spent[kind] += time.monotonic() - before
     return found
 
 
 def _one(kind: str, seed: str, folder: Path, bench: Bench) -> dict[str, Any]:
+    did, wrong, untried = kind, None, None
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as beside:
         here = Path(beside) / "here"
         if kind in SLOW:
-            did, wrong = SLOW[kind](bench, seed, here)
-            print(f"{kind}:{seed}: {did}: {wrong or 'held'}", flush=True)
+            try:
+                did, wrong = SLOW[kind](bench, seed, here)
+            except subprocess.TimeoutExpired as error:
+                wrong = f"not done in {error.timeout:.0f} s: {error.cmd}"
+            except Exception as error:  # of the campaign or its machine
+                untried = f"{type(error).__name__}: {' '.join(str(error).split())[-600:]}"
+            print(f"{kind}:{seed}: {did}: {untried or wrong or 'held'}", flush=True)
             shutil.rmtree(here, ignore_errors=True)
         else:
             here.mkdir()
             with _quiet():
-                did, wrong = kind, bad_input.one(kind, seed, here)
-    return {"kind": kind, "seed": seed, "did": did, "wrong": wrong}
+                wrong = bad_input.one(kind, seed, here)
+    return {"kind": kind, "seed": seed, "did": did, "wrong": wrong, "untried": untried}
 
 
 @contextmanager
