@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from tqdm import tqdm
+
 from components.config.data import DataLimits
 from components.dataset.images import Refusal, check
 from components.dataset.readers import Place, Store
@@ -22,8 +24,10 @@ def groups(
     names = list(dict.fromkeys((source, json.dumps(place)) for source, places in together for place in places))
     jobs = [(start, names[start : start + TOGETHER], stores, limits) for start in range(0, len(names), TOGETHER)]
     digests: dict[tuple[str, str], str | None] = {}
-    for start, found in shared_out(digested, jobs, min(workers, len(jobs))):
-        digests |= zip(names[start : start + TOGETHER], found, strict=True)
+    with tqdm(desc="prepare: pictures shown together", total=len(names), unit="image", mininterval=1, delay=2) as bar:
+        for start, found in shared_out(digested, jobs, min(workers, len(jobs))):
+            digests |= zip(names[start : start + TOGETHER], found, strict=True)
+            bar.update(len(found))
     parent: dict[str, str] = {}
 
     def least(digest: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,19 +46,18 @@ def try_rows(
     draft = RUNS / "check_rows" / fingerprint(facts, ["rows", "models"])
     _try_all(dataset, manifest, folders, settings.models, draft, workers)
     verdicts = {split: np.concatenate([np.load(part) for part in _parts(draft, split)]) for split in SPLITS}
-    remarks = {split: [remark for part in _parts(draft, split) for remark in _remarks(part)] for split in SPLITS}
     found = TriedRows(
         digest=manifest.digest,
         max_length=settings.models.max_length,
         tried_with=[folder.name for folder in folders],
-        splits={split: _counted(verdicts[split], remarks[split]) for split in SPLITS},
+        splits={split: _counted(verdicts[split], _remarks(draft, split)) for split in SPLITS},
     )
-    everything = [remark for split in SPLITS for remark in remarks[split]]
-    _accept(found, everything, settings.data.limits.max_bad_ratio)
+    _accept(found, draft, settings.data.limits.max_bad_ratio)
     with whole_folder(target) as folder:
         for split, verdict in verdicts.items():
             np.save(folder / f"{split}.npy", verdict)
-        write_text(folder / "remarks.jsonl", jsonl(everything))
+        with (folder / "remarks.jsonl").open("wb") as file:
+            file.writelines(part.with_suffix(".jsonl").read_bytes() for split in SPLITS for part in _parts(draft, split))
         found.write(folder / "rows.json")
     shutil.rmtree(draft.parent)
     return found
@@ -114,12 +114,13 @@ def _parts(draft: Path, split: Split) -> list[Path]:
     return sorted(draft.glob(f"{split}-*.npy"))
 
 
-def _remarks(part: Path) -> list[Remark]:
-    lines = part.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
-    return [Remark.model_validate_json(line) for line in lines]
+def _remarks(draft: Path, split: Split) -> Iterator[Remark]:
+    for part in _parts(draft, split):
+        with part.with_suffix(".jsonl").open(encoding="utf-8") as file:
+            yield from map(Remark.model_validate_json, file)
 
 
-def _counted(verdict: np.ndarray, remarks: list[Remark]) -> TriedSplit:
+def _counted(verdict: np.ndarray, remarks: Iterable[Remark]) -> TriedSplit:
     reasons = Counter(remark.reason for remark in remarks)
     usable = verdict["turns"] > 0
     return TriedSplit(
@@ -134,18 +135,18 @@ def _counted(verdict: np.ndarray, remarks: list[Remark]) -> TriedSplit:
     )
 
 
-def _accept(found: TriedRows, remarks: list[Remark], max_bad_ratio: float) -> None:
+def _accept(found: TriedRows, draft: Path, max_bad_ratio: float) -> None:
     samples = sum(split.samples for split in found.splits.values())
-    bad = [remark for remark in remarks if not remark.kept]
+    bad = sum((Counter(split.left_out) for split in found.splits.values()), Counter())
+    empty = [split for split, tried in found.splits.items() if not tried.usable]
+    if bad.total() <= max_bad_ratio * samples and not empty:
+        return
     listing = RUNS / "check_rows" / "remarks.jsonl"
-    if len(bad) > max_bad_ratio * samples:
-        write_text(listing, jsonl(bad))
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in bad).most_common())
+    write_text(listing, jsonl(remark for split in SPLITS for remark in _remarks(draft, split) if not remark.kept))
+    if bad.total() > max_bad_ratio * samples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
         raise DataError(
-            f"{len(bad):,} of {samples:,} samples cannot be trained on, more than limits.max_bad_ratio = {max_bad_ratio} of"
+            f"{bad.total():,} of {samples:,} samples cannot be trained on, more than limits.max_bad_ratio = {max_bad_ratio} of"
             f" params/data.yaml allows: {reasons}; each and its reason is in {listing}"
         )
-    empty = [split for split, tried in found.splits.items() if not tried.usable]
-    if empty:
-        write_text(listing, jsonl(bad))
-        raise DataError(f"no sample of {' and '.join(empty)} can be used; the reasons are in {listing}")
+    raise DataError(f"no sample of {' and '.join(empty)} can be used; the reasons are in {listing}")
