@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +33,31 @@ class Batch(Protocol):
     @property
     def image_inputs(self) -> dict[str, Tensor]: ...
     def to(self, device: torch.device) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Edits:
+    """n of a batch's samples once more, some tokens given the embeddings of another sample's, and what the teacher says.
+
+    Where none of the samples is edited, n is 1, without a response. Distributions are over W tokens, and all others as one.
+    """
+
+    batch: Batch
+    other: Batch  # the same, with the other samples' pictures, and their words where an instruction stands
+    own: Tensor  # (n, T) float: 1 where a token keeps its embedding, 0 where it gets that of `other`
+    places: Tensor  # (n,) long: of each sample in the whole batch; none where none is edited
+    effect: Tensor  # (n,) bool: what the edit changes is compared; else what it leaves
+    tokens: Tensor  # (N, W) long, at the N rows that predict the responses
+    whole: Tensor  # (N, W + 1) the teacher's distributions without an edit
+    without: Tensor  # (N, W + 1) and with the evidence taken away
+
+    def to(self, device: torch.device | str) -> Edits:
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        return replace(self, **moved)
+
+
+def edits_of(batch: Batch) -> Edits | None:
+    return cast("Edits | None", getattr(batch, "edits", None))
 
 
 def by_column(pictures: Tensor) -> Tensor:

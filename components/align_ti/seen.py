@@ -38,6 +38,7 @@ class Seen:
     in_student: Watched = field(default_factory=Watched)
     in_teacher: Watched = field(default_factory=Watched)
     views: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)  # student's, teacher's (B, T, d)
+    edited: Tensor | None = None  # (n, T, d) the student's, of the batch's edits
     ribbon: Ribbon | None = None
     student_ribbon: Tensor | None = None
     teacher_ribbon: Tensor | None = None

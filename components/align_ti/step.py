@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from components.align_ti.batch import Batch, predicting
+from components.align_ti.batch import Batch, Edits, edits_of, predicting
 from components.align_ti.divergence import Divergence
 from components.align_ti.head import CHUNK_MIB, Head, rows_per_chunk
 from components.align_ti.ribbon import (
@@ -50,6 +50,7 @@ class Student(Protocol):
     def plain(self, batch: Batch, features: Any, keep: bool) -> tuple[Tensor, Any]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
     def expanded(self, batch: Batch, features: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
+    def edited(self, edits: Edits) -> Tensor: ...
     def watched(self, batch: Batch, watch: Watch) -> AbstractContextManager[Watched]: ...
     @property
     def head(self) -> Head: ...
@@ -270,6 +271,8 @@ class AlignTI(nn.Module):
                     )
         for view in needs.views:
             seen.views[view.name] = self._viewed(view.edit(batch), view.student, view.teacher)
+        if needs.edits and (edits := edits_of(batch)) is not None:
+            seen.edited = student.edited(edits)
         if not needs.ribbon:
             return seen
         if ribbon is None:

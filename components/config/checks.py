@@ -19,6 +19,7 @@ def across_files(settings: Settings) -> list[str]:
         problems += _cache_checks(settings, name)
         problems += _inside_checks(settings, name)
         problems += _answer_checks(settings, name)
+        problems += _evidence_checks(settings, name)
     problems += _stage_checks(settings)
     tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
     if tokens is not None and tokens < longest:
@@ -49,6 +50,10 @@ def _stage_checks(settings: Settings) -> list[str]:
         )
     if settings.distill.teacher_signals.source == "cache":
         problems.append("params/distill.yaml: teacher_signals.source is cache, and stage align has no teacher; set it to live")
+    if settings.distill.teacher_signals.evidence is not None:
+        problems.append(
+            "params/distill.yaml: teacher_signals.evidence is a teacher's, and stage align has none; set it to null"
+        )
     for name in settings.study.arms:
         if asking := [term for term, needs in settings.arm(name).needs.items() if needs.teacher]:
             problems.append(
@@ -105,6 +110,21 @@ def _inside_checks(settings: Settings, name: str) -> list[str]:
             " student, and FlexAttention has none; set it to false"
         )
     return problems
+
+
+def _evidence_checks(settings: Settings, name: str) -> list[str]:
+    """What L_mcd asks of `cache_teacher`."""
+    arm, asked = settings.arm(name), settings.distill.teacher_signals.evidence
+    if "mcd" not in arm.weights:
+        return []
+    where = f"params/study.yaml: arms.{name}.weights.mcd"
+    kind = arm.options["mcd"].get("evidence", "gradient")
+    if asked is None or kind not in asked.kinds:
+        return [
+            f"{where}: the teacher's {kind} evidence is not kept; give teacher_signals of params/distill.yaml"
+            f" `evidence: {{kinds: [{kind}], share: 0.25}}`"
+        ]
+    return [] if arm.answers is None else [f"{where}: evidence is of the data's answers, and `answers` is {arm.answers}"]
 
 
 def _answer_checks(settings: Settings, name: str) -> list[str]:

@@ -63,11 +63,21 @@ class Tpa(Strict):
         return self
 
 
+class Evidence(Strict):
+    """What each answer of the teacher rests on, for arms with L_mcd."""
+
+    kinds: list[Literal["gradient", "random"]] = Field(min_length=1)
+    share: Share = Field(description="of a sample's words and visual tokens, at most")
+
+
 class TeacherSignals(Strict):
     """Source of the teacher's logits for KD and IVA: a live forward pass, or the cache that `cache_teacher` makes."""
 
     source: Literal["live", "cache"]
     top_k: PositiveInt = Field(description="for the cache: likeliest tokens kept per row, with the mass of all others")
+    evidence: Evidence | None = Field(
+        exclude_if=lambda value: value is None, description="kept beside, whatever the source; null: none"
+    )
 
 
 class TeacherAnswers(Strict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -37,7 +37,9 @@ from components.records.teacher import TeacherChoice
 from components.runtime import prepare_torch
 from components.teacher_answers.store import Answers
 from components.teacher_answers.store import facts as answer_facts
-from components.teacher_cache.store import Signals, read_manifest
+from components.teacher_cache.evidence import Evidence
+from components.teacher_cache.evidence import collator as of_edits
+from components.teacher_cache.store import Signals, read_evidence, read_manifest
 from components.teacher_cache.store import facts as facts_of
 
 
@@ -58,6 +60,7 @@ class Job:
     origin: Origin
     rollouts: Rollouts | None
     answers: Answers | None
+    evidence: Evidence | None
 
     @property
     def title(self) -> str:
@@ -119,6 +122,13 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         answers = Answers(ANSWERS, answer_facts(settings))
         facts["teacher_answers"] = answers.manifest.model_dump()
         chosen = answers.answered(chosen)
+    evidence = None
+    if "mcd" in arm.weights:
+        kept, term = read_evidence(SIGNALS, facts_of(settings)), cast(Any, module.method.terms["mcd"])
+        facts["evidence"] = kept.model_dump()
+        collate = of_edits(student.processor, template, settings.models.max_length)
+        evidence = Evidence(SIGNALS, kept, term.evidence, term.verified, samples, collate)
+        accelerator.print(f"distill@{name}: L_mcd edits {len(evidence):,} samples")
     weights = samples.weights
     order = Sampler(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
     rollouts = None
@@ -132,7 +142,22 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         teacher={"path": choice.path, "sha256": choice.sha256} if choice else None,
         precision=settings.distill.precision,
     )
-    return Job(name, settings, facts, start, student, module, samples, collator, order, accelerator, origin, rollouts, answers)
+    return Job(
+        name,
+        settings,
+        facts,
+        start,
+        student,
+        module,
+        samples,
+        collator,
+        order,
+        accelerator,
+        origin,
+        rollouts,
+        answers,
+        evidence,
+    )
 
 
 def _accelerator(arm: Arm, settings: Settings) -> Accelerator:

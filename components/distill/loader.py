@@ -25,6 +25,7 @@ from components.errors import AlignTIError, TryAgainError
 from components.models.collate import Batch, Collator
 from components.process import end_with_parent
 from components.teacher_answers.store import Answers
+from components.teacher_cache.evidence import Evidence
 
 MicroBatches = list[tuple[Batch, list[int]]]
 
@@ -46,9 +47,10 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
         ranks: int,
         rollouts: Rollouts | None = None,
         answers: Answers | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         self.samples, self.collator, self.order, self.settings = samples, collator, order, settings
-        self.rank, self.ranks, self.rollouts, self.answers = rank, ranks, rollouts, answers
+        self.rank, self.ranks, self.rollouts, self.answers, self.evidence = rank, ranks, rollouts, answers, evidence
         self._lengths: dict[int, int] = {}
 
     def __getitem__(self, step: int) -> MicroBatches | AlignTIError:
@@ -67,7 +69,8 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
 
     def _collated(self, micro: list[tuple[int, int]], written: dict[int, list[int]]) -> tuple[Batch, list[int]]:
         batch = self.collator([self.samples[index] for _, index in micro], [written.get(key) for key, _ in micro])
-        return batch, [draw_key(self.order.seed, key) for key, _ in micro]
+        seeds = [draw_key(self.order.seed, key) for key, _ in micro]
+        return (self.evidence.edit(batch, [index for _, index in micro], seeds) if self.evidence else batch), seeds
 
     def _shared_out(self, batch: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         tokens = self.settings.micro_batch_tokens

@@ -69,7 +69,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
         progress = checkpoints.restore(accelerator, latest)
         accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}", flush=True)
     place = accelerator.process_index, accelerator.num_processes
-    steps = Steps(job.samples, job.collator, job.order, settings, *place, job.rollouts, job.answers)
+    steps = Steps(job.samples, job.collator, job.order, settings, *place, job.rollouts, job.answers, job.evidence)
     loaders = job.settings.runtime.loaders
     if job.rollouts is not None:
         loaders = 0  # the student that writes is here

@@ -119,6 +119,8 @@ def replay(folder: Path) -> Iterator[str | Finding]:
         raise ModelError(
             f"{folder}: the step ran without the live teacher, or with one on another grid; it cannot be run again"
         )
+    if about["method"]["weights"].get("mcd"):
+        raise ModelError(f"{folder}: the step had edited samples (L_mcd), which a dump does not hold; look at the batch")
     for role in ("student", "teacher"):
         path = Path(about[role]["path"])
         if not path.exists() or sha256([path]) != about[role]["sha256"]:

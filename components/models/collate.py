@@ -23,6 +23,8 @@ from components.records.irs import Rows
 if TYPE_CHECKING:
     from PIL import Image
 
+    from components.align_ti.batch import Edits
+
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
 SHORTEST, LONGEST = 56, 100  # pixels of a side; the aspect: Qwen's processors refuse sides under 28 or an aspect over 200
 Written = Sequence[Sequence[int] | None]
@@ -47,6 +49,7 @@ class Batch:
     pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # further image inputs of the family: sizes, grids, masks
     teacher: Batch | None = None  # the same samples as the teacher reads them, where it sees images on another grid
+    edits: Edits | None = None  # of some of the samples, for L_mcd
 
     @property
     def visual(self) -> Tensor:
@@ -57,7 +60,8 @@ class Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         moved["image_inputs"] = {name: tensor.to(device, non_blocking=True) for name, tensor in self.image_inputs.items()}
-        return replace(self, **moved, teacher=None if self.teacher is None else self.teacher.to(device))
+        moved |= {name: value.to(device) for name in ("teacher", "edits") if (value := getattr(self, name)) is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

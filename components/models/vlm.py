@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
-from components.align_ti.batch import Batch
+from components.align_ti.batch import Batch, Edits
 from components.align_ti.head import Head
 from components.align_ti.watch import Map, Watch, Watched
 from components.errors import ModelError
@@ -38,6 +38,10 @@ class Kept:
     cache: DynamicCache
     positions: Tensor | None  # ([axes,] B or 1, T); None: 0..T-1
     masks: Masks
+
+
+class _Given(Exception):
+    """What a language model is given: ends a forward where that would begin."""
 
 
 class VLM(nn.Module):
@@ -66,15 +70,24 @@ class VLM(nn.Module):
             features: Tensor = states[config.vision_feature_layer]
             return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
-    def plain(self, batch: Batch, features: Any, keep: bool) -> tuple[Tensor, Kept | None]:
+    def plain(
+        self, batch: Batch, features: Any, keep: bool, change: Callable[[dict[str, Any]], None] | None = None
+    ) -> tuple[Tensor, Kept | None]:
         """One pass over the sequence. Returns hidden states (B, T, d) and, if `keep`, what `continued` continues over.
 
         Without a mask: padding is on the right, where no real token sees it, and the fused causal kernel is the faster one.
+        `change` changes what the language model is given.
         """
         seen: dict[str, Any] = {}
+
+        def look(given: dict[str, Any]) -> None:
+            if change is not None:
+                change(given)
+            seen.update(given)
+
         # A cache that knows of no layer's window: it would keep the last keys only, and alternatives stand further back.
         cache = DynamicCache() if keep else None
-        out = self._stock(batch, features, lambda given: seen.update(given), **{CACHE: cache}, use_cache=keep)
+        out = self._stock(batch, features, look, **{CACHE: cache}, use_cache=keep)
         if cache is None:
             return out.last_hidden_state, None
         return out.last_hidden_state, Kept(cache, seen.get("position_ids"), self._masks(seen))
@@ -114,6 +127,37 @@ class VLM(nn.Module):
 
         states: Tensor = self._stock(batch, features, join, use_cache=False).last_hidden_state
         return states
+
+    def embedded(self, batch: Batch, features: Any) -> dict[str, Any]:
+        """What the language model is given: `inputs_embeds` (B, T, d), and what enters deeper layers (Qwen3-VL)."""
+
+        def end(given: dict[str, Any]) -> None:
+            raise _Given(given)
+
+        try:
+            self._stock(batch, features, end, use_cache=False)
+        except _Given as found:
+            return dict(found.args[0])
+        raise AssertionError("no language model was run")
+
+    def mixed(self, batch: Batch, features: Any, other: dict[str, Any], own: Tensor) -> Tensor:
+        """(B, T, d) hidden states of a plain pass in which each token is given `own` (B, T) of its embedding, and the rest of
+        that of `other`, as `embedded` returns it."""
+
+        def mix(given: dict[str, Any]) -> None:
+            share = own.to(given["inputs_embeds"].dtype)
+            given["inputs_embeds"] = torch.lerp(other["inputs_embeds"], given["inputs_embeds"], share[..., None])
+            if (deeper := given.get("deepstack_visual_embeds")) is not None:
+                visual = share[batch.visual][:, None]
+                pairs = zip(other["deepstack_visual_embeds"], deeper, strict=True)
+                given["deepstack_visual_embeds"] = [torch.lerp(theirs, mine, visual) for theirs, mine in pairs]
+
+        return self.plain(batch, features, False, mix)[0]
+
+    def edited(self, edits: Edits) -> Tensor:
+        """(n, T, d) hidden states of the edited samples."""
+        other = self.embedded(edits.other, self.features(edits.other))
+        return self.mixed(edits.batch, self.features(edits.batch), other, edits.own)
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from components.records.irs import Rows
 from components.records.record import Record
@@ -21,6 +23,7 @@ class SignalFacts(Record):
     background: str | None  # its digest, for centred attention
     temperature: float
     top_k: int
+    evidence: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)  # as asked, and of which rows
 
 
 class Approximation(Record):
@@ -48,7 +51,18 @@ class SignalCache(Record):
     errors: dict[Literal["text", "visual"], Approximation]  # none of a kind of which there are no rows
 
 
+class EvidenceKept(Record):
+    """The teacher's part of L_mcd."""
+
+    facts: SignalFacts
+    asked: int  # samples with an image and a partner
+    right: dict[str, int]  # kind -> samples kept: those that the teacher answers as the data do
+    effect: dict[str, float]  # kind -> its mean, nats
+    shards: dict[str, dict[str, str]]  # kind -> file -> sha256
+
+
 class SignalManifest(Record):
     """artifacts/signals/manifest.json; `cache` is null where params/distill.yaml asks for the live teacher."""
 
     cache: SignalCache | None
+    evidence: EvidenceKept | None = Field(default=None, exclude_if=lambda value: value is None)

@@ -49,6 +49,7 @@ class Study(Strict):
     families: dict[str, Family] | None = Field(
         default=None, description="comparisons by the question they answer; none: every variant against the baselines"
     )
+    distill: dict[str, Any] = Field(default={}, description="params/distill.yaml where its arms need it otherwise")
     device_hours: PositiveFloat | None = Field(description="no further arm is started when it would pass this; null: no cap")
     diverged_above: PositiveFloat | None = Field(
         description="an arm is stopped at this multiple of its first loss; null: never"
@@ -123,7 +124,8 @@ def families(study: Study, arms: Sequence[Cell]) -> dict[str, Family]:
 
 
 def expand(name: str, root: Path = Path()) -> str:
-    """Make the study's arms those of params/study.yaml, and its baselines those of params/evaluate.yaml; returns the diff.
+    """Make the study's arms those of params/study.yaml, its baselines those of params/evaluate.yaml, and merge its `distill`
+    into params/distill.yaml; returns the diff.
 
     Nothing is written unless the outcome is valid.
     """
@@ -134,6 +136,7 @@ def expand(name: str, root: Path = Path()) -> str:
     wanted = {
         "study": {"arms": {cell.name: _stated(cell.arm) for cell in arms}},
         "evaluate": {"baselines": list(first.values())},
+        "distill": read(name, root).distill,
     }
     diff = ""
     for path, text in checked_texts(wanted, f"study {name}", root).items():

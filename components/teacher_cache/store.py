@@ -31,9 +31,9 @@ from components.models.template import Template
 from components.records.dataset import Manifest
 from components.records.irs import LayerChoice
 from components.records.models import ModelIndex
-from components.records.paths import DATASET, MODELS, TEACHER
+from components.records.paths import DATASET, MODELS, ROWS, TEACHER
 from components.records.teacher import TeacherChoice
-from components.records.teacher_cache import SignalCache, SignalFacts, SignalManifest
+from components.records.teacher_cache import EvidenceKept, SignalCache, SignalFacts, SignalManifest
 
 KEY, TEXT, TEXT_ROWS, VISUAL, VISUAL_ROWS, ATTENTION = range(6)  # columns of `samples`
 AGAIN = "`dvc repro cache_teacher` makes it anew"
@@ -43,7 +43,7 @@ def facts(settings: Settings) -> SignalFacts:
     """Those of a cache for these settings and what earlier stages made."""
     distill = settings.distill
     weights = weighting(distill.iva, LayerChoice.found())
-    students = ModelIndex.read(MODELS / "index.json").students
+    students, evidence = ModelIndex.read(MODELS / "index.json").students, distill.teacher_signals.evidence
     return SignalFacts(
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
         students={name: student.sha256 for name, student in sorted(students.items())},
@@ -55,6 +55,7 @@ def facts(settings: Settings) -> SignalFacts:
         background=weights.digest,
         temperature=distill.divergence.temperature,
         top_k=distill.teacher_signals.top_k,
+        evidence=None if evidence is None else {**evidence.model_dump(), "rows": sha256([ROWS / "train.npy"])},
     )
 
 
@@ -179,11 +180,24 @@ def read_manifest(folder: Path, wanted: SignalFacts) -> SignalCache:
     cache = SignalManifest.read(folder / "manifest.json").cache
     if cache is None:
         raise DataError(f"{folder} holds no signals: the live teacher was asked for when it was made; {AGAIN}")
-    differing = [name for name in SignalFacts.model_fields if getattr(cache.facts, name) != getattr(wanted, name)]
-    if differing:
-        said = "; ".join(f"{name} is {getattr(cache.facts, name)} there, {getattr(wanted, name)} here" for name in differing)
-        raise DataError(f"{folder} is of another teacher, data or settings: {said}; {AGAIN}")
+    _check_facts(folder, cache.facts, wanted)
     return cache
+
+
+def read_evidence(folder: Path, wanted: SignalFacts) -> EvidenceKept:
+    """As `read_manifest`, of the evidence beside it."""
+    kept = SignalManifest.read(folder / "manifest.json").evidence
+    if kept is None:
+        raise DataError(f"{folder} holds no evidence: none was asked for when it was made; {AGAIN}")
+    _check_facts(folder, kept.facts, wanted)
+    return kept
+
+
+def _check_facts(folder: Path, found: SignalFacts, wanted: SignalFacts) -> None:
+    differing = [name for name in SignalFacts.model_fields if getattr(found, name) != getattr(wanted, name)]
+    if differing:
+        said = "; ".join(f"{name} is {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
+        raise DataError(f"{folder} is of another teacher, data or settings: {said}; {AGAIN}")
 
 
 def _open_shard(path: Path, digest: str) -> dict[str, Tensor]:

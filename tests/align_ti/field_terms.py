@@ -159,6 +159,40 @@ def permuted_iva(whole: Any) -> Tensor:
     return total
 
 
+def mcd(whole: Any) -> Tensor:
+    """Each edited sample through the stock model from its embeddings, alone and without its padding."""
+    edits, model = whole.batch.edits, whole.models[0].model
+    total, row = whole.student.sum() * 0, 0
+
+    def embedded(batch: Any, sample: int, length: int) -> Tensor:
+        words = model.get_input_embeddings()(batch.input_ids[sample, :length])
+        image = model.model.get_image_features(pixel_values=batch.pixel_values[sample : sample + 1]).pooler_output[0]
+        visual = batch.visual[sample, :length]
+        return torch.stack([image[int(visual[:t].sum())] if visual[t] else words[t] for t in range(length)])
+
+    def coarse(logits: Tensor, tokens: Tensor) -> Tensor:
+        p = logits.softmax(-1)
+        return torch.cat([p[tokens], 1 - p[tokens].sum()[None]])
+
+    for sample, place in enumerate(edits.places.tolist()):
+        length = int(edits.batch.attention_mask[sample].sum())
+        mine, theirs = (embedded(b, sample, length) for b in (edits.batch, edits.other))
+        mixed = torch.stack([m if own else b for own, m, b in zip(edits.own[sample, :length], mine, theirs, strict=True)])
+        logits = model(inputs_embeds=mixed[None]).logits[0]
+        at = edits.batch.response[sample].nonzero()[:, 0].tolist()
+        losses = []
+        for t in at:
+            moved = coarse(logits[t - 1], edits.tokens[row])
+            if edits.effect[sample]:
+                before = coarse(whole.student[place, t - 1], edits.tokens[row])
+                losses.append(((edits.whole[row] - edits.without[row]) - (before - moved)).abs().sum() / 4)
+            else:
+                losses.append((edits.whole[row] - moved).abs().sum() / 2)
+            row += 1
+        total = total + sum(losses) / len(at)
+    return total
+
+
 def va_kd(whole: Any) -> Tensor:
     """Tiny images are 16 x 16: shrunk they are one pixel, the mean under a triangle as wide as two images, cut at theirs."""
     triangle = 1 - (torch.arange(16) - 7.5).abs() / 16

@@ -21,7 +21,7 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from components.align_ti import terms
-from components.align_ti.batch import predicting
+from components.align_ti.batch import Edits, predicting
 from components.align_ti.row_weights import ROW_WEIGHTS
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.top_k import CachedTopK, top_k
@@ -182,6 +182,7 @@ CASES = {
     "dkd": Case("dkd", field_terms.dkd),
     "taid": Case("taid", field_terms.taid, held=True),
     "va_kd": Case("va_kd", field_terms.va_kd),
+    "mcd": Case("mcd", field_terms.mcd, highest=1.0, aligned=None),
     "relation": Case("relation", field_terms.relation, highest=2.0),
     "relation centred": Case("relation", partial(field_terms.relation, centred=True), {"centred": True}, highest=2.0),
     "affinity": Case("affinity", field_terms.affinity, highest=2.0, rtol=1e-6),
@@ -217,7 +218,32 @@ def pair(dtype: torch.dtype = torch.float64, family: str = "qwen2") -> tuple[VLM
 def batch(samples: list[tuple[int, int, int]] = SAMPLES, dtype: torch.dtype = torch.float64) -> Any:
     made = tiny.batch(samples)
     made.pixel_values = None if made.pixel_values is None else made.pixel_values.to(dtype)
+    made.edits = edits(made, samples, dtype)
     return made
+
+
+def edits(b: Any, samples: list[tuple[int, int, int]], dtype: torch.dtype) -> Edits | None:
+    """Of the samples with an image and an answer, some tokens of which are those of a batch by another seed."""
+    places = [place for place, (images, _, R) in enumerate(samples) if images and R]
+    if not places:
+        return None
+    shown = [samples[place] for place in places]
+    own, other = tiny.batch(shown), tiny.batch(shown, seed=9)
+    for made in (own, other):
+        made.pixel_values = made.pixel_values.to(dtype)
+    for name in ("ids", "input_ids", "attention_mask"):  # as they stand in the whole batch
+        kept = [getattr(b, name)[place] for place in places]
+        setattr(own, name, torch.stack(kept)[:, : own.response.shape[1]] if name != "ids" else kept)
+    own.pixel_values = b.pixel_values[[sum(images for images, _, _ in samples[:place]) for place in places]]
+    other.input_ids = torch.where(own.instruction, other.input_ids, own.input_ids)
+    stream = torch.Generator().manual_seed(3)
+    kept = torch.rand(own.input_ids.shape, generator=stream) < 0.5
+    kept |= ~(own.instruction | own.visual)
+    effect = torch.tensor([place % 2 == 0 for place in places])
+    rows = int(own.response.sum())
+    tokens = torch.stack([torch.randperm(tiny.VOCABULARY, generator=stream)[:3] for _ in range(rows)])
+    whole, without = torch.rand(2, rows, 4, generator=stream, dtype=dtype).softmax(-1)
+    return Edits(own, other, kept.to(dtype), torch.tensor(places), effect, tokens, whole, without)
 
 
 def step(student: VLM, teacher: VLM | None, case: Case, signals: Any = None, **options: Any) -> AlignTI:
@@ -357,8 +383,23 @@ def pieces(b: Any, split: list[int]) -> Any:
         part = type(b)(**{k: v[start : start + size] if isinstance(v, Tensor | list) else v for k, v in vars(b).items()})
         pixels = b.pixel_values[images[start] : images[start + size]]
         part.pixel_values = pixels if len(pixels) else None
+        part.edits = None if b.edits is None else part_of(b.edits, start, size)
         yield part, KEYS[start : start + size]
         start += size
+
+
+def part_of(whole: Edits, start: int, size: int) -> Edits | None:
+    """Edits of a piece of the batch."""
+    here = [row for row, place in enumerate(whole.places.tolist()) if start <= place < start + size]
+    if not here:
+        return None
+    both = (
+        type(b)(**{name: v[here] if isinstance(v, Tensor) else v for name, v in vars(b).items()})
+        for b in (whole.batch, whole.other)
+    )
+    rows = torch.isin(whole.batch.response.nonzero()[:, 0], torch.tensor(here))
+    per_row = (getattr(whole, name)[rows] for name in ("tokens", "whole", "without"))
+    return Edits(*both, whole.own[here], whole.places[here] - start, whole.effect[here], *per_row)
 
 
 def test_chunks_change_nothing(case: Case) -> None:

@@ -17,6 +17,8 @@ from components.config.load import load_settings
 from components.distill.__main__ import distill
 from components.distill.launch import launch
 from components.errors import Interrupted
+from components.teacher_cache.__main__ import make
+from components.teacher_cache.find_evidence import EvidencePass
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, write_params
 from tests.distill.test_scale import StopsAt, legible, runtime
@@ -46,7 +48,11 @@ def every(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     weights = {"sft": 1.0} | {name: 0.1 for name in terms.names() if name not in terms.CORE}
     write_params(workplace, "study", {"arms": {"all": {"weights": weights, "student": "student", "seed": 1}}})
     write_params(workplace, "evaluate", {"baselines": ["all"]})
+    evidence = {"kinds": ["gradient"], "share": 0.25}
+    write_params(workplace, "distill", {"teacher_signals": {"source": "live", "top_k": 4, "evidence": evidence}})
     monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
+    monkeypatch.setattr(EvidencePass, "_right", lambda self, samples: [True] * len(samples))  # this teacher has not learnt
+    make(load_settings())
     return workplace
 
 

@@ -185,7 +185,11 @@ def test_beside_other_options(
         ({"weights": {"sft": 1.0, "kd": 1.0}}, {}, "sft take the data's answers"),
         ({"weights": {"hybrid": 1.0, "dkd": 1.0}}, {}, "dkd, hybrid take"),
         ({"weights": {"tpa": 1.0}, "tpa": {"source": "gold"}}, {}, "tpa take"),
-        ({"kd": {}}, {"teacher_signals": {"source": "cache", "top_k": 4}}, "the cache holds the teacher at the data's answers"),
+        (
+            {"kd": {}},
+            {"teacher_signals": {"source": "cache", "top_k": 4, "evidence": None}},
+            "the cache holds the teacher at the data's answers",
+        ),
         ({}, {"micro_batch_tokens": 64}, "micro_batch_tokens to null"),
         ({"weights": {"tpa": 1.0}}, {"gradient_checkpointing": True}, "set flex_attention to false"),
         ({"share": 0.0}, {}, "greater than 0"),

@@ -25,7 +25,7 @@ from components.models.template import Template
 from components.models.vlm import VLM
 from components.process import locked
 from components.records.paths import DATASET, ROWS, RUNS, SIGNALS, STUDENTS
-from components.records.teacher_cache import SignalFacts, SignalManifest
+from components.records.teacher_cache import SignalCache, SignalFacts, SignalManifest
 from components.teacher_cache import __main__ as signals_stage
 from components.teacher_cache import build
 from components.teacher_cache.store import Signals, facts, read_manifest
@@ -38,7 +38,7 @@ ALL_TOKENS = 1000  # more than there are
 
 
 def ask(root: Path, source: str = "cache", top_k: int = ALL_TOKENS, **others: Any) -> None:
-    write_params(root, "distill", {"teacher_signals": {"source": source, "top_k": top_k}, **others})
+    write_params(root, "distill", {"teacher_signals": {"source": source, "top_k": top_k, "evidence": None}, **others})
 
 
 def distill(arm: str) -> dict[str, torch.Tensor]:
@@ -52,6 +52,12 @@ def without_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the teacher was loaded")
 
     monkeypatch.setattr("components.distill.assemble.load_teacher", refuse)
+
+
+def kept() -> SignalCache:
+    cache = signals_stage.make(load_settings()).cache
+    assert cache is not None
+    return cache
 
 
 def opened() -> Signals:
@@ -101,7 +107,7 @@ def test_with_all_tokens_kept_training_is_the_same_and_needs_no_teacher(
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -3)])
 def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, order: slice) -> None:
     ask(workplace)
-    cache = signals_stage.make(load_settings())
+    cache = kept()
     teacher = load(TEACHER, "cpu")
     samples = Samples(DATASET, "train")
     chosen = [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][order]
@@ -133,7 +139,7 @@ def test_the_error_of_cutting_is_reported_and_falls_with_k(workplace: Path) -> N
     found = {}
     for k in (2, 8, ALL_TOKENS):
         ask(workplace, top_k=k)
-        found[k] = signals_stage.make(load_settings())
+        found[k] = kept()
         assert sum(path.stat().st_size for path in SIGNALS.glob("*.safetensors")) == found[k].size_bytes
     for kind in ("text", "visual"):
         few, more, every = (found[k].errors[kind] for k in (2, 8, ALL_TOKENS))
@@ -150,6 +156,7 @@ def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
     manifest = SignalManifest.read(SIGNALS / "manifest.json")
     assert manifest.cache is not None
     other = {"students": {"another": "0"}, "precision": "bf16", "layer": 0, "rows": "words", "temperature": 2.0, "top_k": 5}
+    other |= {"evidence": {"share": 0.1}}
     for name in SignalFacts.model_fields:
         changed = manifest.cache.facts.model_copy(update={name: other.get(name, "0")})
         SignalManifest(cache=manifest.cache.model_copy(update={"facts": changed})).write(SIGNALS / "manifest.json")

@@ -46,6 +46,7 @@ class Needs:
         ribbon: alternatives, and both models after each.
         live: the teacher's hidden states or whole logits, which no cache has.
         gold: the data's answers, which no other answer replaces.
+        edits: the student's pass over edited samples.
         in_student: attention maps and hidden states of chosen layers of the student.
         in_teacher: the same of the teacher.
         views: edited batches for one more pass each.
@@ -58,13 +59,14 @@ class Needs:
     ribbon: bool = False
     live: bool = False
     gold: bool = False
+    edits: bool = False
     in_student: Watch = NOTHING
     in_teacher: Watch = NOTHING
     views: tuple[View, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
-            **{field.name: getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:7]},
+            **{field.name: getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:8]},
             in_student=self.in_student | other.in_student,
             in_teacher=self.in_teacher | other.in_teacher,
             views=tuple(dict.fromkeys(self.views + other.views)),

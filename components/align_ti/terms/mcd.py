@@ -1,0 +1,60 @@
+"""L_mcd: the student's answers to counterfactual edits of the input held to the teacher's. Units: edited samples.
+
+The evidence is the part of an input's words and visual tokens that the teacher's answer rests on (teacher_cache). An edit,
+drawn by halves, either replaces all but the evidence by another sample's, and p_S is to stay p_T; or it replaces the
+evidence, and p_S is to move as p_T does. Source: MCD, arXiv 2609.39920, its form for one image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from components.align_ti.batch import Batch, edits_of, predicting
+from components.align_ti.head import row_losses, rows_per_chunk
+from components.align_ti.seen import Seen
+from components.align_ti.terms import Needs
+
+
+@dataclass(frozen=True)
+class Term:
+    evidence: Literal["gradient", "random"] = "gradient"  # random: the control
+    verified: float | None = 0.5  # only so large a share of samples, whose evidence moves the teacher most; None: all
+    needs = Needs(teacher=False, gold=True, edits=True)
+
+    def __post_init__(self) -> None:
+        if self.verified is not None and not 0 < self.verified <= 1:
+            raise ValueError("verified is a share above 0 and at most 1, or null")
+
+    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        edits = edits_of(batch)
+        return batch.response.sum().float() * 0 if edits is None else edits.batch.response.any(1).sum().float()
+
+    def loss(self, seen: Seen) -> Tensor:
+        edits, hidden = edits_of(seen.batch), seen.edited
+        if edits is None or hidden is None:
+            return seen.zero
+        rows = predicting(edits.batch.response)
+        of = rows.nonzero()[:, 0]
+        effect = edits.effect[of]
+        unedited = seen.student[edits.places][predicting(seen.batch.response[edits.places])]
+        moved = self._probabilities(seen, hidden[rows], edits.tokens)
+        before = self._probabilities(seen, unedited[effect], edits.tokens[effect])
+        kept = (edits.whole - moved)[~effect].abs().sum(-1) / 2
+        changed = ((edits.whole - edits.without)[effect] - (before - moved[effect])).abs().sum(-1) / 4
+        mean = 1 / rows.sum(1)[of].to(moved.dtype)  # over an answer's rows
+        return (mean[~effect] * kept).sum() + (mean[effect] * changed).sum() + hidden.sum() * 0.0
+
+    @staticmethod
+    def _probabilities(seen: Seen, rows: Tensor, tokens: Tensor) -> Tensor:
+        """(N, W + 1) the student's, of `tokens` (N, W) and of all others, at hidden rows (N, d)."""
+        head = seen.student_head
+
+        def of_chunk(at: slice, logits: Tensor) -> Tensor:
+            p = logits[:, : seen.shared_vocabulary].softmax(-1)
+            return torch.cat([p.gather(1, tokens[at]), p.scatter(1, tokens[at], 0.0).sum(1, keepdim=True)], dim=1)
+
+        return row_losses(rows, head, of_chunk, rows_per_chunk(len(head.weight), seen.chunk_mib))

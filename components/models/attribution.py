@@ -1,0 +1,35 @@
+"""Attribution of a model's answer to the tokens that it read: slopes along embeddings between its own and others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.align_ti.batch import Batch, predicting
+from components.align_ti.head import CHUNK_MIB, row_losses, rows_per_chunk
+from components.models.vlm import VLM
+
+
+def attributions(vlm: VLM, batch: Batch, features: Any, other: dict[str, Any], at: Tensor, shared: int | None = None) -> Tensor:
+    """(B, T) ds/dm_j = (e_j - b_j) ds/de_j of s, the mean log-probability of a sample's response tokens, where each token j is
+    given the embedding b_j + m_j (e_j - b_j) between `other`'s, as `VLM.embedded` returns it, and its own. Padding has 0.
+
+    Args:
+        at: (B, T) m.
+        shared: columns of the head.
+    """
+    rows = predicting(batch.response)
+    gold, size = batch.input_ids[:, 1:][batch.response[:, 1:]], rows_per_chunk(len(vlm.head.weight), CHUNK_MIB)
+
+    def missed(some: slice, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :shared], gold[some], reduction="none")
+
+    with torch.enable_grad():
+        m = at.detach().clone().requires_grad_()
+        losses = row_losses(vlm.mixed(batch, features, other, m)[rows], vlm.head, missed, size)
+        of = rows.nonzero()[:, 0]
+        (slopes,) = torch.autograd.grad((losses / rows.sum(1)[of]).sum() + m.sum() * 0.0, m)
+    return -slopes

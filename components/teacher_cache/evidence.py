@@ -1,0 +1,116 @@
+"""Evidence kept beside the teacher's signals, and the edits of a batch that it calls for (align_ti/terms/mcd.py).
+
+One file per kind of evidence and shard of the train split. Its tensors:
+
+    samples                   (S, 6) int64     per sample: SAMPLE and PARTNER in the split, and where its rows and places begin
+    effects                   (S,)             JS of the teacher without its evidence less that with it alone, means over rows
+    places                    (P,) int32       positions of the evidence in the sample's sequence
+    tokens                    (M, W)           at M response rows, the likeliest with or without the evidence
+    whole, without            (M, W + 1)       the teacher's probabilities of them and of all others, as it is, and without
+
+Only samples that the teacher answers as the data do are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from components.align_ti.batch import Edits
+from components.align_ti.ribbon import draw_key
+from components.dataset.shards import Samples
+from components.errors import DataError
+from components.io import sha256
+from components.models.collate import Batch, Collator
+from components.models.template import Template
+from components.records.teacher_cache import EvidenceKept
+from components.teacher_cache.store import AGAIN
+
+SAMPLE, PARTNER, ROW, ROWS, PLACE, PLACES = range(6)  # columns of `samples`
+NAMES = ("samples", "effects", "places", "tokens", "whole", "without")
+
+
+def collator(processor: Any, template: Template, max_length: int) -> Collator:
+    """Of samples to edit: of their text the words of questions alone, not the template's."""
+    return Collator(processor, template, max_length, train=True, rows="words")
+
+
+def donor(batch: Batch, others: Batch) -> Batch:
+    """The batch with the pictures of others, of like grids, and the words of their questions in place of its own: at each the
+    one at the nearest relative place."""
+    ids = batch.input_ids.clone()
+    for row in range(len(ids)):
+        mine, theirs = batch.instruction[row].nonzero()[:, 0], others.input_ids[row][others.instruction[row]]
+        if len(mine) and len(theirs):
+            ids[row, mine] = theirs[torch.linspace(0, len(theirs) - 1, len(mine)).round().long()]
+    return replace(batch, input_ids=ids, pixel_values=others.pixel_values, image_inputs=others.image_inputs)
+
+
+class Evidence:
+    """The teacher's part of L_mcd for one kind of evidence, opened for reading.
+
+    Args:
+        verified: share of the samples, those whose evidence moves the teacher most, that are edited; None: all.
+
+    Raises DataError if a file is missing or has other bytes.
+    """
+
+    def __init__(
+        self, folder: Path, kept: EvidenceKept, kind: str, verified: float | None, samples: Samples, collate: Collator
+    ) -> None:
+        self.samples, self.collate = samples, collate
+        shards = []
+        for name, digest in kept.shards[kind].items():
+            if not (folder / name).is_file() or sha256([folder / name]) != digest:
+                raise DataError(f"{folder / name} is missing or has other bytes than the manifest says; {AGAIN}")
+            shards.append(load_file(folder / name))
+        tables = [shard["samples"] for shard in shards]
+        for begin, tensor in ((ROW, "tokens"), (PLACE, "places")):  # in a file -> in all of them
+            starts = np.cumsum([0, *(len(shard[tensor]) for shard in shards)])
+            for table, start in zip(tables, starts, strict=False):
+                table[:, begin] += start
+        self._of = {name: np.concatenate([shard[name] for shard in shards]) for name in NAMES}
+        effects = self._of["effects"]
+        most = effects.argsort(kind="stable")[::-1][: int((verified or 1) * len(effects))]
+        taken = most if verified is None else most[effects[most] > 0]
+        self._rows = {int(self._of["samples"][row, SAMPLE]): int(row) for row in taken}
+
+    def __len__(self) -> int:
+        """Samples that are edited."""
+        return len(self._rows)
+
+    def edit(self, batch: Batch, samples: Sequence[int], keys: Sequence[int]) -> Batch:
+        """The batch of `samples` with the edits of those that have any; which of the two edits it is their keys say."""
+        places = [place for place, sample in enumerate(samples) if sample in self._rows]
+        table = self._of["samples"][[self._rows[samples[place]] for place in places]]
+        shown = [samples[place] for place in places] or [samples[0]]
+        partners = table[:, PARTNER].tolist() or shown
+        own = self.collate([self.samples[sample] for sample in shown])
+        if not places:
+            own = replace(own, response=torch.zeros_like(own.response))
+        effect = torch.tensor([draw_key("mcd", keys[place]) % 2 == 0 for place in places] or [False])
+        evidence = torch.zeros(own.input_ids.shape)
+        for row, line in enumerate(table):
+            evidence[row, self._of["places"][line[PLACE] : line[PLACE] + line[PLACES]]] = 1.0
+        rows = [slice(line[ROW], line[ROW] + line[ROWS]) for line in table]
+        edits = Edits(
+            own,
+            donor(own, self.collate([self.samples[sample] for sample in partners])),
+            torch.where(effect[:, None], 1 - evidence, evidence) if places else torch.ones_like(evidence),
+            torch.tensor(places, dtype=torch.long),
+            effect,
+            *(self._stacked(name, rows, dtype) for name, dtype in (("tokens", torch.long), ("whole", None), ("without", None))),
+        )
+        return replace(batch, edits=edits)
+
+    def _stacked(self, name: str, rows: list[slice], dtype: torch.dtype | None) -> Tensor:
+        found = self._of[name]
+        parts = [found[:0], *(found[at] for at in rows)]
+        return torch.from_numpy(np.concatenate(parts)).to(dtype or torch.float32)

@@ -1,0 +1,191 @@
+"""Search of each training sample for the words and visual tokens that the teacher's answer rests on, and what it says without.
+
+Of a sample that the teacher answers token by token as the data do, the embeddings e of its question's words and of its image
+are mixed with b, those of a partner: a sample of the shard with another image of the same grid. The evidence of kind
+`gradient` are the highest positive (e_j - b_j) ds/de_j at b + alpha (e - b), s the mean log-probability of the answer, alpha
+uniform, drawn once; that of kind `random` is as many tokens at random. Source: MCD, arXiv 2609.39920.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from components.align_ti.batch import predicting
+from components.align_ti.divergence import divergence
+from components.dataset.shards import CAPTION, Sample, Samples
+from components.models.attribution import attributions
+from components.models.collate import Batch, Collator
+from components.models.vlm import VLM
+from components.teacher_cache.evidence import donor
+
+TOKENS = 128  # kept at each row: the likeliest with or without the evidence
+
+
+@dataclass(frozen=True)
+class Found:
+    """The evidence of one sample."""
+
+    sample: int
+    partner: int
+    effect: float
+    places: Tensor  # (P,)
+    tokens: Tensor  # (R, W)
+    whole: Tensor  # (R, W + 1)
+    without: Tensor  # (R, W + 1)
+
+
+@dataclass(frozen=True)
+class EvidencePass:
+    """The teacher, and how it is asked.
+
+    Args:
+        share: of a sample's words and visual tokens that are evidence, at most.
+        collate: of `evidence.collator`.
+    """
+
+    vlm: VLM
+    collate: Collator
+    samples: Samples
+    kinds: Sequence[str]
+    share: float
+    shared_vocabulary: int
+    bf16: bool = False
+
+    @torch.no_grad()
+    def __call__(self, pairs: list[tuple[int, int]]) -> dict[str, list[Found]]:
+        """Of (sample, partner) pairs, those whose answer the teacher gives."""
+        pairs = [pair for pair, right in zip(pairs, self._right([one for one, _ in pairs]), strict=True) if right]
+        found: dict[str, list[Found]] = {kind: [] for kind in self.kinds}
+        if not pairs:
+            return found
+        shown = [self.samples[one] for one, _ in pairs]
+        device = self.vlm.model.device
+        batch = self.collate(shown)
+        other = donor(batch, self.collate([self.samples[partner] for _, partner in pairs])).to(device)
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            features, others = self.vlm.features(batch), self.vlm.embedded(other, self.vlm.features(other))
+            streams = [random.Random(f"evidence {sample.id}") for sample in shown]
+            at = torch.tensor([[stream.random()] for stream in streams], device=device).expand(batch.input_ids.shape)
+            slopes = attributions(self.vlm, batch, features, others, at, self.shared_vocabulary)
+            whole = self._logits(batch, self.vlm.plain(batch, features, keep=False)[0])
+            for kind in self.kinds:
+                places = [self._places(kind, batch, row, slopes[row], streams[row]) for row in range(len(pairs))]
+                evidence = torch.zeros(batch.input_ids.shape, device=device)
+                for row, chosen in enumerate(places):
+                    evidence[row, chosen] = 1.0
+                kept, without = (
+                    self._logits(batch, self.vlm.mixed(batch, features, others, own)) for own in (evidence, 1 - evidence)
+                )
+                for row, (sample, partner) in enumerate(pairs):
+                    effect = divergence(whole[row], without[row], "jsd") - divergence(whole[row], kept[row], "jsd")
+                    words = self._words(whole[row].softmax(-1), without[row].softmax(-1))
+                    if len(places[row]):
+                        found[kind].append(Found(sample, partner, float(effect.mean()), places[row].cpu(), *words))
+        return found
+
+    def _right(self, samples: list[int]) -> list[bool]:
+        """Whether each answer is what the teacher would write."""
+        batch = self.collate([self.samples[sample] for sample in samples]).to(self.vlm.model.device)
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden, _ = self.vlm.plain(batch, self.vlm.features(batch), keep=False)
+        gold = [row[answer] for row, answer in zip(batch.input_ids, batch.response, strict=True)]
+        logits = self._logits(batch, hidden)
+        return [torch.equal(found.argmax(-1), wanted) for found, wanted in zip(logits, gold, strict=True)]
+
+    def _logits(self, batch: Batch, hidden: Tensor) -> list[Tensor]:
+        """(R, V) of each sample, at the rows that predict its response."""
+        rows = predicting(batch.response)
+        return [self.vlm.head(states[at])[:, : self.shared_vocabulary] for states, at in zip(hidden, rows, strict=True)]
+
+    def _places(self, kind: str, batch: Batch, row: int, slopes: Tensor, stream: random.Random) -> Tensor:
+        """(P,) positions of the evidence."""
+        candidates = (batch.instruction[row] | batch.visual[row]).nonzero()[:, 0]
+        most = max(1, int(self.share * len(candidates)))
+        if kind == "random":
+            return candidates[sorted(stream.sample(range(len(candidates)), most))]
+        highest = candidates[slopes[candidates].argsort(descending=True, stable=True)[:most]]
+        return highest[slopes[highest] > 0].sort().values
+
+    @staticmethod
+    def _words(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(R, W) tokens, and (R, W + 1) probabilities of them and of all others, of two distributions (R, V)."""
+        tokens = torch.maximum(whole, without).topk(min(TOKENS, whole.shape[-1]), dim=-1).indices
+        parts = [
+            torch.cat([p.gather(1, tokens), p.scatter(1, tokens, 0.0).sum(1, keepdim=True)], dim=1) for p in (whole, without)
+        ]
+        dtype = torch.float16 if tokens.shape[1] < whole.shape[1] else torch.float32
+        index = torch.int16 if whole.shape[1] <= 2**15 else torch.int32
+        return tokens.to("cpu", index), parts[0].to("cpu", dtype), parts[1].to("cpu", dtype)
+
+
+def find(evidence: EvidencePass, size: int, folder: Path) -> tuple[dict[str, list[Path]], int]:
+    """Write the files that `folder` does not hold yet, with passes over `size` samples; returns those of each kind, in order,
+    and how many samples were asked about."""
+    samples = evidence.samples
+    paths: dict[str, list[Path]] = {kind: [] for kind in evidence.kinds}
+    asked, first = 0, 0
+    for number, record in enumerate(tqdm(samples.record.shards, desc="evidence", unit="shard")):
+        images = range(first, first := first + record.images)
+        pairs = _pairs(samples, images, evidence.collate)
+        asked += len(pairs)
+        files = {kind: folder / f"evidence-{kind}-{number:05d}.safetensors" for kind in evidence.kinds}
+        if not all(path.is_file() for path in files.values()):
+            passes = [evidence(pairs[start : start + size]) for start in range(0, len(pairs), size)]
+            for kind, path in files.items():
+                _write([found for one in passes for found in one[kind]], path)
+        for kind, path in files.items():
+            if path.is_file():
+                paths[kind].append(path)
+    return paths, asked
+
+
+def _pairs(samples: Samples, images: range, collate: Collator) -> list[tuple[int, int]]:
+    """Each question about one image, and its partner: of another image, of the same grid; none where there is no such."""
+    alike: dict[Any, list[tuple[int, int, Sample]]] = {}
+    for row in images:
+        for index, sample in zip(samples.of_image(row), samples.about(row), strict=True):
+            if sample.kind != CAPTION and len(sample.images) == 1:
+                alike.setdefault(_grid(collate, sample), []).append((row, index, sample))
+    pairs = []
+    for members in alike.values():
+        for row, index, sample in members:
+            others = [other for at, other, _ in members if at != row]
+            if others:
+                pairs.append((index, random.Random(f"partner {sample.id}").choice(others)))
+    return sorted(pairs)
+
+
+def _grid(collate: Collator, sample: Sample) -> Any:
+    """What an image's visual tokens go by: its marks in the text, the shape of its pixels, the values of its other inputs."""
+    (image,) = collate.images([sample])
+    beside = [tensor.numpy().tobytes() for name, tensor in sorted(image.tensors.items()) if name != "pixel_values"]
+    return image.texts, image.tensors["pixel_values"].shape, *beside
+
+
+def _write(found: list[Found], path: Path) -> None:
+    """Whole or not at all; nothing where there is no evidence."""
+    if not found:
+        return
+    table, row, place = [], 0, 0
+    for one in found:
+        table.append((one.sample, one.partner, row, len(one.tokens), place, len(one.places)))
+        row, place = row + len(one.tokens), place + len(one.places)
+    draft = path.with_name(f".{path.name}.tmp")
+    tensors = {name: torch.cat([getattr(one, name) for one in found]) for name in ("tokens", "whole", "without")}
+    places = torch.cat([one.places for one in found]).to(torch.int32)
+    effects = torch.tensor([one.effect for one in found])
+    try:
+        save_file({**tensors, "places": places, "samples": torch.tensor(table), "effects": effects}, draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
