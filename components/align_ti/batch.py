@@ -69,6 +69,12 @@ def by_column(pictures: Tensor) -> Tensor:
     return columns
 
 
+def placed(weights: Tensor, pictures: Tensor) -> Tensor:
+    """(B, Nv) of (N,) at the visual rows; 0 beyond a sample's own."""
+    columns = by_column(pictures)
+    return weights.new_zeros(columns.shape).masked_scatter(columns > 0, weights)
+
+
 def owners(pictures: Tensor) -> list[tuple[int, int]]:
     """Sample and number of each image of (B, T) `pictures`, in order."""
     return [(sample, number) for sample, most in enumerate(pictures.amax(1).tolist()) for number in range(1, most + 1)]

@@ -38,7 +38,8 @@ def divergence(
         kind: forward KL(p_T || p_S); reverse KL(p_S || p_T); jsd, generalised Jensen-Shannon with beta = mix
             (arXiv 2306.13649, eq. 1: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S); skewed,
             KL(p_T || alpha p_T + (1 - alpha) p_S), and skewed_reverse, KL(p_S || alpha p_S + (1 - alpha) p_T), with
-            alpha = mix (arXiv 2402.03898, eq. 3; DistiLLM-2 takes p_S inside its mixture without a gradient, not so here).
+            alpha = mix (arXiv 2402.03898, eq. 3; DistiLLM-2 takes p_S inside its mixture without a gradient, not so here);
+            argmax, the hard label -log p_S(argmax p_T), which is no divergence.
         temperature: both logits are divided by it; no T^2 factor is applied.
 
     Returns:
@@ -59,7 +60,9 @@ def divergence(
         return kl(log_t, _log_mixture(log_t, log_s, mix))
     if kind == "skewed_reverse":
         return kl(log_s, _log_mixture(log_s, log_t, mix))
-    raise ValueError(f"unknown divergence {kind!r}: forward, reverse, jsd, skewed or skewed_reverse")
+    if kind == "argmax":
+        return -log_s.gather(-1, log_t.argmax(-1, keepdim=True))[:, 0]
+    raise ValueError(f"unknown divergence {kind!r}: forward, reverse, jsd, skewed, skewed_reverse or argmax")
 
 
 def row_divergence(

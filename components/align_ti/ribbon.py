@@ -65,6 +65,13 @@ def places(response: Tensor, keys: list[int]) -> Tensor:
     return uniforms(response, [-1 - key for key in keys], 1)[:, 0]
 
 
+def shuffled(draws: Tensor, response: Tensor, keys: list[int]) -> Tensor:
+    """(N, d) draws of each response's steps, in another order by its sample's key."""
+    lines = uniforms(response, [-2 - key for key in keys], 1)[:, 0].split(response.sum(1).tolist())
+    parts = draws.split(response.sum(1).tolist())
+    return torch.cat([part[line.argsort(stable=True)] for part, line in zip(parts, lines, strict=True)])
+
+
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """(N, V) probabilities to draw from, in the order that `generate` of transformers has: logits / temperature, then the
     `top_k` most likely tokens, then the smallest set of the most likely whose probabilities reach `top_p`. They sum to 1.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from components.align_ti.divergence import kl
 from components.align_ti.seen import Seen
 
 RowWeight = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher's and student's logits (n, V), gold tokens (n,) -> (n,)
@@ -39,7 +40,12 @@ def accepted(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
     return torch.where(found.any(-1), 1.0, 0.01).to(teacher.dtype)
 
 
-ROW_WEIGHTS: dict[str, RowWeight] = {f.__name__: f for f in (entropy, certainty, confidence, unsure, accepted)}
+def divergence(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
+    """KL(p_T || p_S): rows at which the two are furthest apart weigh most."""
+    return kl(torch.log_softmax(teacher, -1), torch.log_softmax(student, -1))
+
+
+ROW_WEIGHTS: dict[str, RowWeight] = {f.__name__: f for f in (entropy, certainty, confidence, unsure, accepted, divergence)}
 
 
 def weight_called(name: str) -> RowWeight:
@@ -50,10 +56,12 @@ def weight_called(name: str) -> RowWeight:
 
 
 @torch.no_grad()
-def row_weights(seen: Seen, name: str) -> Tensor:
-    """(N,) at the rows that predict the response, without a gradient. A term that asks for them needs `live`."""
-    weight = weight_called(name)
-    return seen.rowwise(seen.predicts, lambda at, teacher, student: weight(teacher, student, seen.gold[at]))
+def row_weights(seen: Seen, name: str, visual: bool = False) -> Tensor:
+    """(N,) at the rows that predict the response, or at the visual ones, without a gradient. A term that asks for them needs
+    `live`."""
+    weight, rows = weight_called(name), seen.batch.visual if visual else seen.predicts
+    gold = seen.batch.input_ids[rows] if visual else seen.gold
+    return seen.rowwise(rows, lambda at, teacher, student: weight(teacher, student, gold[at]))
 
 
 def over_mean(weights: Tensor, answer: Tensor) -> Tensor:

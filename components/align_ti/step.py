@@ -32,6 +32,7 @@ from components.align_ti.ribbon import (
     places,
     plan,
     probabilities,
+    shuffled,
     uniforms,
 )
 from components.align_ti.seen import Seen
@@ -99,6 +100,7 @@ class Method:
     draw_temperature: float = 1.0
     top_k: int | None = None  # draw among so many of the most likely tokens
     top_p: float | None = None  # and among the fewest whose probabilities reach this
+    alternatives: str | None = None  # a control: shuffled | wrong
     max_expanded_length: int | None = None  # tokens of one sample with its alternatives; response steps beyond are left out
     eos: int = 0
     shared_vocabulary: int | None = None  # columns that both heads share; None: those of the narrower one
@@ -337,6 +339,10 @@ class AlignTI(nn.Module):
             for some, numbers in zip(rows.split(size), uniform.split(size), strict=True)
         ]
         draws = torch.cat(drawn)
+        if method.alternatives == "shuffled":
+            draws = shuffled(draws, response, keys)
+        if method.alternatives == "wrong":  # EOS counts for nothing
+            draws = draws.masked_fill(draws == batch.input_ids[:, 1:][response][:, None], method.eos)
         if method.max_expanded_length is None:
             return draws
         whole = (batch.input_ids, batch.attention_mask, batch.response)

@@ -15,10 +15,11 @@ from components.config.models import Optimiser
 
 
 class Iva(Strict):
-    """Weights over visual tokens: attention (mean, all rows) at the IRS layer or at a given one; equal; or what the rule of
-    params/irs.yaml picks."""
+    """Weights over visual tokens: attention (mean, all rows) at the IRS layer or at a given one; equal; what the rule of
+    params/irs.yaml picks; what each adds to the teacher's log-probability of the answer; the row's own entropy of the teacher,
+    or its KL."""
 
-    weighting: Literal["irs", "searched", "layer", "uniform"]
+    weighting: Literal["irs", "searched", "layer", "uniform", "gradient", "entropy", "divergence"]
     layer: Annotated[int, Field(ge=0)] | Literal["middle", "last", "random"] | None = Field(
         description="for weighting: layer; middle, last, or random by the arm's seed: of the live teacher's"
     )
@@ -55,6 +56,17 @@ class Tpa(Strict):
         description="tokens of one sample with its alternatives; beyond it some response steps, at random, get none"
     )
     divergence: Divergence | None = Field(default=None, description="null: the arm's")
+    alternatives: Literal["shuffled", "wrong"] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="a control: each step with the alternatives of another of its answer, or without those that are right",
+    )
+
+    @model_validator(mode="after")
+    def _others_than_gold(self) -> Tpa:
+        if self.alternatives is not None and self.source == "gold":
+            raise ValueError("`alternatives` are changed of a source other than gold")
+        return self
 
     @model_validator(mode="after")
     def _enough_to_draw(self) -> Tpa:
@@ -167,6 +179,8 @@ class DistillSettings(WithTerms):
     def _a_layer_to_keep(self) -> DistillSettings:
         if self.teacher_signals.source == "cache" and isinstance(self.iva.layer, str):
             raise ValueError(f"iva.layer is {self.iva.layer}, which a live teacher's depth says: give the cache its number")
+        if self.teacher_signals.source == "cache" and self.iva.weighting == "gradient":
+            raise ValueError("iva.weighting is gradient, which takes a live teacher: set teacher_signals.source to live")
         return self
 
     @model_validator(mode="after")

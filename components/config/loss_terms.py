@@ -20,9 +20,10 @@ from components.config.fields import NonNegative, PositiveFloat, Ratio, Strict
 
 
 class Divergence(Strict):
-    """Per-row divergence D(teacher, student) in nats; `mix` is JSD's beta or the skew's alpha."""
+    """Per-row divergence D(teacher, student) in nats; `mix` is JSD's beta or the skew's alpha. argmax: cross-entropy
+    against the teacher's likeliest token."""
 
-    kind: Literal["forward", "reverse", "jsd", "skewed", "skewed_reverse"]
+    kind: Literal["forward", "reverse", "jsd", "skewed", "skewed_reverse", "argmax"]
     mix: Ratio
     temperature: PositiveFloat
 

@@ -47,6 +47,7 @@ class Arm(WithTerms):
         own: dict[str, dict[str, Any]] = {
             "iva": {
                 "uniform": self.iva.weighting == "uniform",
+                "by": self.iva.weighting if self.iva.weighting in ("entropy", "divergence") else None,
                 "divergence": _dumped(self.iva.divergence),
                 "change": None if self.iva.of_another else self.iva.change,
                 "rows": self.iva.rows,

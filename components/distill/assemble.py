@@ -232,10 +232,10 @@ def _live(
     if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
     if sides is not None:
-        frozen = FrozenTeacher(master, look.layer, shares_tower=False, background=look.background)
+        frozen = FrozenTeacher(master, look.layer, False, look.background, look.gradient)
         return AlignTI(pupil, ResampledTeacher(frozen, *sides), method)
     shares_tower = not distill.trainable.vision_tower and same_tower(pupil, master)
-    return AlignTI(pupil, FrozenTeacher(master, look.layer, shares_tower, look.background), method)
+    return AlignTI(pupil, FrozenTeacher(master, look.layer, shares_tower, look.background, look.gradient), method)
 
 
 def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:

@@ -147,6 +147,9 @@ def _losses(facts: dict[str, Any]) -> str:
         "searched": picked and _picked(picked),
         "layer": f"layer {iva['layer']} of the teacher, as asked{found}",
         "uniform": f"no layer: all weigh the same{found}",
+        "gradient": f"what each adds to the teacher's log-probability of the answer{found}",
+        "entropy": f"the teacher's entropy there{found}",
+        "divergence": f"KL of the two models there{found}",
     }
     rollouts = facts["arm"].get("rollouts")
     own = "" if rollouts is None else f" Of the samples {rollouts['share']:.0%} had an answer that the student wrote."

@@ -78,6 +78,7 @@ class Origin:
             if isinstance(teacher, FrozenTeacher):
                 background = None if teacher.background is None else teacher.background.tolist()
                 live = {"layer": teacher.layer, "shares_tower": teacher.shares_tower, "background": background}
+                live |= {"gradient": teacher.gradient}
             about = {
                 **asdict(self),
                 "step": step,
@@ -168,7 +169,8 @@ def _module(about: dict[str, Any], state: dict[str, Tensor], precision: str) -> 
     method = {field.name: about["method"][field.name] for field in fields(Method)}
     live = about["live_teacher"]
     background = None if live["background"] is None else torch.tensor(live["background"])
-    module = AlignTI(student, FrozenTeacher(teacher, live["layer"], live["shares_tower"], background), Method(**method))
+    frozen = FrozenTeacher(teacher, live["layer"], live["shares_tower"], background, live["gradient"])
+    module = AlignTI(student, frozen, Method(**method))
     module.progress = about["progress"]
     module.load_state_dict(state)
     return module

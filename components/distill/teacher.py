@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import Batch
+from components.align_ti.batch import Batch, owners, placed
 from components.align_ti.head import Head
 from components.align_ti.watch import Watch, Watched
 from components.irs.centred import centred_in_batch, without_weights
 from components.models.attention import Look, watching
+from components.models.attribution import attributions
 from components.models.families import reads_one_layer
 from components.models.vlm import VLM, Kept
 
@@ -27,14 +28,17 @@ class FrozenTeacher:
         layer: whose attention weighs the visual tokens.
         shares_tower: the student has the same frozen vision tower, so its image features are the teacher's too.
         background: (Nv,) of that attention, taken away from it (`centred`); None: the attention as it is.
+        gradient: visual tokens are weighed not by it, but by what each adds to the log-probability of the answer.
     """
 
-    def __init__(self, vlm: VLM, layer: int, shares_tower: bool, background: Tensor | None = None) -> None:
+    def __init__(
+        self, vlm: VLM, layer: int, shares_tower: bool, background: Tensor | None = None, gradient: bool = False
+    ) -> None:
         self.vlm = vlm.eval().requires_grad_(False)
         self.device = vlm.model.get_input_embeddings().weight.device
         self.layer = layer
         self.shares_tower = shares_tower
-        self.background = background
+        self.background, self.gradient = background, gradient
         self.equal_weights = torch.zeros((), dtype=torch.long)  # images whose tokens weighed the same, for want of attention
 
     def features(self, batch: Batch, of_student: Any) -> Any:
@@ -48,9 +52,9 @@ class FrozenTeacher:
         batch = self._here(batch)
         if isinstance(features, Tensor):
             features = features.to(self.device)
-        if not look:
+        if not look or self.gradient:
             hidden, cache = self.vlm.plain(batch, features, keep)
-            return hidden.to(home), cache, None
+            return hidden.to(home), cache, self._by_gradient(batch, features).to(home) if look else None
         eyes = Look.at(batch.instruction, batch.pictures)
         with watching(self.vlm.model, [self.layer], eyes):
             hidden, cache = self.vlm.plain(batch, features, keep)
@@ -59,6 +63,17 @@ class FrozenTeacher:
             weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
             self.equal_weights = self.equal_weights.to(weights.device) + without_weights(weights, batch.pictures)
         return hidden.to(home), cache, weights.to(home)
+
+    def _by_gradient(self, batch: Batch, features: Any) -> Tensor:
+        """(B, Nv) max(0, (e_j - b) ds/de_j), s the mean log-probability of the answer, b the mean embedding of the image."""
+        own = self.vlm.embedded(batch, features)
+        means = own["inputs_embeds"].clone()
+        for sample, number in owners(batch.pictures):
+            at = batch.pictures[sample] == number
+            means[sample, at] = means[sample, at].mean(0)
+        everywhere = torch.ones(batch.input_ids.shape, device=means.device)
+        slopes = attributions(self.vlm, batch, features, own | {"inputs_embeds": means}, everywhere)
+        return placed(slopes[batch.visual].clamp_min(0), batch.pictures)
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:

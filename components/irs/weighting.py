@@ -27,6 +27,7 @@ class Weighting:
     layer: int
     rows: Rows = "all"
     background: Tensor | None = None  # (Nv,), of sum 1; None: the attention as it is
+    gradient: bool = False  # not attention, but what each token adds to the answer
 
     @property
     def digest(self) -> str | None:
@@ -45,6 +46,8 @@ def weighting(iva: Iva, choice: LayerChoice | None, depth: int = 1, seed: int = 
         assert iva.layer is not None  # settings guarantee it
         rules = {"middle": depth // 2, "last": depth - 1, "random": random.Random(seed).randrange(depth)}
         return Weighting(rules[iva.layer] if isinstance(iva.layer, str) else iva.layer)
+    if iva.weighting == "gradient":
+        return Weighting(0, gradient=True)
     if choice is None:
         return Weighting(0)
     if iva.weighting != "searched":

@@ -21,6 +21,7 @@ from components.align_ti.ribbon import (
     plan,
     predicting,
     probabilities,
+    shuffled,
     uniforms,
 )
 from tests import tiny
@@ -211,3 +212,13 @@ def test_every_step_is_as_likely_to_be_left_out_by_a_cap() -> None:
 
 def tiny_rows(batch, start: int, stop: int):
     return type(batch)(**{k: v[start:stop] if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
+
+
+def test_shuffled_draws_stay_in_their_answer_whatever_the_batch() -> None:
+    response = torch.tensor([[False, True, True, True, True, True], [False, False, True, True, False, False]])
+    draws = torch.arange(14).view(7, 2)
+    found = shuffled(draws, response, [3, 4])
+    assert found.tolist() != draws.tolist()
+    for part, whole in ((found[:5], draws[:5]), (found[5:], draws[5:])):
+        assert sorted(part.tolist()) == whole.tolist()
+    assert torch.equal(found[:5], shuffled(draws[:5], response[:1], [3]))

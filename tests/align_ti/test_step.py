@@ -194,7 +194,10 @@ def test_flex_attention_compiled_on_a_gpu(family: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-3)  # TF32 inside
 
 
-@pytest.mark.parametrize("options", [{}, {"draw_temperature": 1.5, "top_k": 12, "top_p": 0.9, "max_expanded_length": 16}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"draw_temperature": 1.5, "top_k": 12, "top_p": 0.9, "max_expanded_length": 16, "alternatives": "shuffled"}],
+)
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_routes_agree_on_what_is_drawn(options: dict, source: str) -> None:
     student, teacher = pair("qwen2")
@@ -245,6 +248,18 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(split: list[int], option
     found = [p.grad for p in student.parameters() if p.grad is not None]
     for got, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)  # RMSNorm is float32 inside
+
+
+@pytest.mark.parametrize("route", ["continuation", "expanded"])
+def test_wrong_alternatives_are_all_but_those_that_the_data_have(route: str) -> None:
+    student, teacher = pair("qwen2")
+    b = batch()
+    plain, wrong = (step(student, teacher, route=route, draws=60, alternatives=which) for which in (None, "wrong"))
+    gold = b.input_ids[:, 1:][b.response[:, 1:]][:, None]
+    draws = plain.draw(b, KEYS)
+    assert (draws == gold).any()
+    assert torch.equal(wrong.draw(b, KEYS), draws.masked_fill(draws == gold, tiny.EOS))
+    assert float(wrong(b, KEYS).counts[3]) == float(((draws != gold) & (draws != tiny.EOS)).sum())
 
 
 def test_sharing_the_tower_changes_nothing() -> None:

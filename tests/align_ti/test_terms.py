@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
@@ -88,6 +89,7 @@ def _weighted_kd(name: str, whole: Whole) -> Tensor:
         "certainty": (-doubts).exp(),
         "confidence": 1 - p[range(len(gold)), gold],
         "unsure": unsure,
+        "divergence": whole.kl(rows).detach(),
         "accepted": torch.tensor(
             [1 if int(b.argmax()) in a.topk(5).indices.tolist() else 0.01 for a, b in zip(p, q, strict=True)]
         ),
@@ -109,6 +111,21 @@ def _kd_of_top(whole: Whole) -> Tensor:
 
 def _iva(whole: Whole) -> Tensor:
     return (visual_weights(whole.attention, whole.batch.pictures) * whole.kl(whole.batch.visual)).sum()
+
+
+def _labels(whole: Whole) -> Tensor:
+    rows = predicting(whole.batch.response)
+    return F.cross_entropy(whole.student[rows], whole.teacher[rows].argmax(-1), reduction="sum")
+
+
+def _iva_by(name: str, whole: Whole) -> Tensor:
+    losses = []
+    for sample in whole.batch.visual.any(1).nonzero()[:, 0].tolist():
+        rows = torch.arange(len(whole.batch.visual))[:, None].eq(sample) & whole.batch.visual
+        p, kl = whole.teacher[rows].softmax(-1), whole.kl(rows)
+        weights = kl.detach() if name == "divergence" else -(p * p.log()).sum(-1)
+        losses.append((weights / weights.sum() * kl).sum())
+    return torch.stack(losses).sum()
 
 
 def _uniform(whole: Whole) -> Tensor:
@@ -163,14 +180,18 @@ CASES = {
     "sft": Case("sft", _sft, aligned=None),
     "kd": Case("kd", _kd),
     **{
-        f"kd by {name}": Case("kd", partial(_weighted_kd, name), {"row_weight": name}, held=name == "unsure")
+        f"kd by {name}": Case("kd", partial(_weighted_kd, name), {"row_weight": name}, held=name in ("unsure", "divergence"))
         for name in ROW_WEIGHTS
     },
+    "kd pooled": Case("kd", lambda whole: _kd(whole) + whole.kl(whole.batch.visual).sum(), {"pooled": True}),
+    "kd against labels": Case("kd", _labels, {"divergence": {"kind": "argmax", "mix": 0.5, "temperature": 1.0}}, aligned=None),
     "kd of top rows": Case("kd", _kd_of_top, {"row_weight": "unsure", "top": 0.5}),
     "kd jsd": Case("kd", None, {"divergence": {"kind": "jsd", "mix": 0.5, "temperature": 1.0}}, highest=0.6932),
     "iva": Case("iva", _iva),
     "iva uniform": Case("iva", _uniform, {"uniform": True}),
     "iva of drawn rows": Case("iva", None, {"rows": 2}),
+    "iva by entropy": Case("iva", partial(_iva_by, "entropy"), {"by": "entropy"}),
+    "iva by divergence": Case("iva", partial(_iva_by, "divergence"), {"by": "divergence"}, held=True),
     "iva permuted": Case("iva", field_terms.permuted_iva, {"change": "permuted"}),
     "iva reverse": Case("iva", None, {"divergence": {"kind": "reverse", "mix": 0.5, "temperature": 1.0}}),
     "tpa": Case("tpa", None),

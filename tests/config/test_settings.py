@@ -380,7 +380,7 @@ def test_no_field_has_a_hidden_default_but_what_an_arm_may_leave_to_distill() ->
                     seen.append(part)
                 parts += getattr(part, "__args__", ())
     of_arm = {"Arm.iva", "Arm.tpa", "Arm.divergence", "Arm.steps", "Arm.answers", "Arm.rollouts"}
-    assert hidden == of_arm | {"Iva.divergence", "Iva.change", "Iva.rows", "Tpa.divergence"}
+    assert hidden == of_arm | {"Iva.divergence", "Iva.change", "Iva.rows", "Tpa.divergence", "Tpa.alternatives"}
 
 
 def test_what_dvc_reads_is_what_we_read() -> None:
@@ -401,3 +401,22 @@ def test_compiled_layers_that_a_term_reads_inside_are_refused(root: Path, monkey
     put(root, "distill", "compile: false", "compile: true")
     (told,) = problems(root)
     assert told.startswith("params/distill.yaml: compile: arms.kd has attention, which read inside the student's layers")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"iva": {"weighting": "gradient", "layer": None}}, "which takes a live teacher: set teacher_signals.source to live"),
+        ({"iva": {"weighting": "layer", "layer": "middle"}}, "give the cache its number"),
+        ({"tpa": {"source": "gold", "alternatives": "wrong"}}, "of a source other than gold"),
+    ],
+)
+def test_controls_that_have_nothing_to_work_on_are_refused(root: Path, values: dict[str, Any], said: str) -> None:
+    path = root / "params/distill.yaml"
+    document = yaml.safe_load(path.read_text())
+    document["teacher_signals"]["source"] = "cache"
+    for block, changes in values.items():
+        document[block] |= changes
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(SettingsError, match=said):
+        load_settings(root)

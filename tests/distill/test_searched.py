@@ -6,18 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from components.config.load import load_settings
 from components.distill.__main__ import distill
 from components.distill.card import facts_in
+from components.distill.teacher import FrozenTeacher
 from components.errors import SettingsError
 from components.irs import __main__ as search
+from components.models.vlm import VLM
 from components.records.irs import LayerChoice
 from components.records.paths import IRS, SIGNALS, STUDENTS
 from components.teacher_cache import __main__ as signals
 from components.teacher_cache.store import facts, read_manifest
 from components.tracking.journal import Run
+from tests import tiny
 from tests.distill.conftest import write_params
 from tests.models.conftest import NV
 
@@ -94,3 +99,30 @@ def test_the_rule_irs_searches_for_what_irs_says(searched: Path) -> None:
     write_params(searched, "distill", {"iva": {"weighting": "irs", "layer": None}})
     assert losses("kd_iva") == found
     assert (STUDENTS / "kd_iva/model/model.safetensors").read_bytes() == weights
+
+
+def test_weights_by_gradient_are_what_each_token_adds_to_the_answer() -> None:
+    """Slopes of the mean log-probability of the answer as one token's embedding leaves the mean of its image, cut off at 0."""
+    vlm, h = VLM(tiny.llava("qwen2", 1).double()), 1e-3
+    batch = tiny.batch([(1, 3, 3), (0, 2, 2), (1, 5, 2)])
+    batch.pixel_values = batch.pixel_values.double()
+    frozen = FrozenTeacher(vlm, 0, False, gradient=True)
+    with torch.no_grad():
+        *_, weights = frozen.plain(batch, frozen.features(batch, None), keep=False, look=True)
+        embeddings = vlm.embedded(batch, vlm.features(batch))["inputs_embeds"]
+    assert weights is not None and weights.shape == (3, tiny.NV) and not weights[1].any() and bool((weights > 0).any())
+    for sample in (0, 2):
+        visual = batch.visual[sample].nonzero()[:, 0]
+        answer = batch.response[sample].nonzero()[:, 0]
+        mean = embeddings[sample, visual].mean(0)
+
+        def said(shift: float, token: int, sample: int = sample, answer: Tensor = answer, mean: Tensor = mean) -> float:
+            moved = embeddings[sample].clone()
+            moved[token] += shift * (moved[token] - mean)
+            with torch.no_grad():
+                log_p = vlm.model(inputs_embeds=moved[None]).logits[0, answer - 1].log_softmax(-1)
+            return float(log_p.gather(1, batch.input_ids[sample, answer][:, None]).mean())
+
+        for place, token in enumerate(visual.tolist()):
+            slope = (said(h, token) - said(-h, token)) / (2 * h)
+            assert float(weights[sample, place]) == pytest.approx(max(0.0, slope), rel=2e-2, abs=1e-4)

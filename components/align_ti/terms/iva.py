@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from components.align_ti.batch import Batch
+from components.align_ti.batch import Batch, placed
 from components.align_ti.divergence import Divergence
+from components.align_ti.row_weights import row_weights
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, images
 from components.align_ti.visual_weights import Change, changed, concentration, sampled, uniform_attention, visual_weights
@@ -16,13 +18,14 @@ from components.align_ti.visual_weights import Change, changed, concentration, s
 @dataclass(frozen=True)
 class Term:
     uniform: bool = False  # all of an image's tokens weigh the same: the control
+    by: Literal["entropy", "divergence"] | None = None  # a control: weights are a function of align_ti/row_weights.py
     divergence: Divergence | None = None  # None: the arm's
     change: Change | None = None  # a control: weights with their places changed, or a part of them
     rows: int | None = None  # systematic draws per image of the rows that are read, by their weights; None: all of them
 
     @property
     def needs(self) -> Needs:
-        return Needs(response=False, visual=True, attention=not self.uniform)
+        return Needs(response=False, visual=True, attention=not self.uniform and self.by is None, live=self.by is not None)
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return images(batch)
@@ -33,6 +36,8 @@ class Term:
             return seen.zero
         pictures = seen.batch.pictures
         attention = uniform_attention(pictures) if self.uniform else seen.attention
+        if self.by is not None:
+            attention = placed(row_weights(seen, self.by, visual=True), pictures)
         assert attention is not None  # guaranteed by `needs`
         if self.change is not None:
             attention = changed(attention, pictures, seen.batch.ids, self.change)

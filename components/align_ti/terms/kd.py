@@ -1,4 +1,5 @@
-"""L_kd: divergence at the rows that predict the response, alike or weighted by `row_weight`. Units: response tokens."""
+"""L_kd: divergence at the rows that predict the response, alike or weighted by `row_weight`. Units: response tokens, and visual
+ones where they are pooled."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ class Term:
     row_weight: str | None = None  # a function of align_ti/row_weights.py
     top: float | None = None  # only so large a share of each answer's rows, those of highest weight, and these alike
 
+    pooled: bool = False  # a control: visual rows too, all rows in one mean
+
     def __post_init__(self) -> None:
         if self.row_weight is not None:
             weight_called(self.row_weight)
@@ -27,12 +30,19 @@ class Term:
 
     @property
     def needs(self) -> Needs:
-        return Needs(live=self.row_weight is not None)
+        return Needs(live=self.row_weight is not None, visual=self.pooled)
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return responses(batch)
+        return responses(batch) + batch.visual.sum() if self.pooled else responses(batch)
 
     def loss(self, seen: Seen) -> Tensor:
+        return self._at_response(seen) + self._at_images(seen) if self.pooled else self._at_response(seen)
+
+    def _at_images(self, seen: Seen) -> Tensor:
+        rows = seen.batch.visual
+        return seen.divergence(rows, seen.ones(seen.batch.input_ids[rows]), self.divergence) if bool(rows.any()) else seen.zero
+
+    def _at_response(self, seen: Seen) -> Tensor:
         if self.row_weight is None:
             return seen.text_divergence(self.divergence)[seen.predicts[seen.text_rows]].sum()
         weights = row_weights(seen, self.row_weight)
