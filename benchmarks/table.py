@@ -104,9 +104,15 @@ def _run(result: dict[str, Any], with_ratios: bool) -> list[str]:
         "ms_per_question": ("ms a question", "{:,.2f}"),
         "images_per_second": ("images/s", "{:,.0f}"),
         "rows_per_second": ("rows/s", "{:,.0f}"),
+        "padding": ("padding", "{:.0%}"),
         "peak_mib": ("peak MiB", "{:,.1f}"),
         "tflop": ("TFLOP", "{:.3g}"),
         "share_of_peak": ("of a large product's rate", "{:.0%}"),
+        "bytes_per_row": ("bytes a row", "{:.0f}"),
+        "angle": ("angle", "{:.2f}°"),
+        "norm": ("norm", "{:.3f}"),
+        "noise": ("noise", "{:.3f}"),
+        "noise_of_mean": ("of the mean", "{:.3f}"),
         "ribbon_rows_per_step": ("ribbon rows per response token", "{:.2f}"),
     }
     used = [key for key in columns if any(arm.get(key) for arm in arms.values())]

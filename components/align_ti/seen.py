@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from components.align_ti.batch import Batch, predicting
+from components.align_ti.cached import Cached, Rows, cached_row_divergence
 from components.align_ti.divergence import Divergence, row_divergence
 from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk, weighted_loss
 from components.align_ti.ribbon import Ribbon
-from components.align_ti.top_k import CachedTopK, TopK, top_k_row_divergence
 from components.align_ti.watch import Watched
 
 Rowwise = Callable[[slice, Tensor, Tensor], Tensor]  # rows of the mask, teacher's logits and student's (n, V) -> (n,)
@@ -32,7 +32,7 @@ class Seen:
     student: Tensor
     student_head: Head
     keys: list[int] = field(default_factory=list)  # one per sample, the seed of whatever is drawn for it
-    teacher: Tensor | CachedTopK | None = None  # CachedTopK where the cache serves
+    teacher: Tensor | Cached | None = None  # Cached where the cache serves
     teacher_head: Head | None = None
     attention: Tensor | None = None  # (B, Nv), the teacher's at the IRS layer
     in_student: Watched = field(default_factory=Watched)
@@ -118,17 +118,17 @@ class Seen:
         """(N,) weights of 1 for `rowwise`."""
         return torch.ones(len(like), dtype=self.zero.dtype, device=self.student.device)
 
-    def teacher_at(self, rows: Tensor) -> Tensor | TopK:
+    def teacher_at(self, rows: Tensor) -> Tensor | Rows:
         """The teacher at the rows of a (B, T) bool mask: hidden states (N, d), or what the cache has."""
         assert self.teacher is not None, "a term that reads the teacher says so in its needs"
-        return self.teacher.at(rows) if isinstance(self.teacher, CachedTopK) else self.teacher[rows]
+        return self.teacher.at(rows) if isinstance(self.teacher, Cached) else self.teacher[rows]
 
     def _divergence(
-        self, theirs: Tensor | TopK, mine: Tensor, divergence: Divergence | None = None, weights: Tensor | None = None
+        self, theirs: Tensor | Rows, mine: Tensor, divergence: Divergence | None = None, weights: Tensor | None = None
     ) -> Tensor:
         wanted = divergence or self.divergence_of_arm
         chunked: dict[str, Any] = {"shared": self.shared_vocabulary, "weights": weights, "chunk_mib": self.chunk_mib}
-        if isinstance(theirs, TopK):
-            return top_k_row_divergence(theirs, mine, self.student_head, temperature=wanted.temperature, **chunked)
+        if not isinstance(theirs, Tensor):
+            return cached_row_divergence(theirs, mine, self.student_head, temperature=wanted.temperature, **chunked)
         assert self.teacher_head is not None
         return row_divergence(theirs, self.teacher_head, mine, self.student_head, **asdict(wanted), **chunked)

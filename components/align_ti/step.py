@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from components.align_ti.batch import Batch, Edits, edits_of, predicting
+from components.align_ti.cached import Cached
 from components.align_ti.divergence import Divergence
 from components.align_ti.head import CHUNK_MIB, Head, rows_per_chunk
 from components.align_ti.ribbon import (
@@ -38,7 +39,6 @@ from components.align_ti.ribbon import (
 from components.align_ti.seen import Seen
 from components.align_ti.shared_weights import SharedWeights
 from components.align_ti.terms import CORE, Follows, Needs, Term, Trained, computed, term_class, union
-from components.align_ti.top_k import CachedTopK
 from components.align_ti.watch import Watch, Watched
 
 SHARED_FROM = 10_000_000  # trained parameters: below, working out whole gradients twice is cheaper than keeping book of rows
@@ -81,7 +81,7 @@ class Teacher(Protocol):
 class Signals(Protocol):
     """What the frozen teacher says of every sample, kept from an earlier pass: it needs no teacher here."""
 
-    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[CachedTopK, Tensor | None]: ...
+    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Cached, Tensor | None]: ...
 
 
 @dataclass(frozen=True)

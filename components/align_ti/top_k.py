@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from components.align_ti.divergence import kl
-from components.align_ti.head import CHUNK_MIB, Head, row_losses, rows_per_chunk, weighted_loss
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,6 @@ class TopK:
 
     def __getitem__(self, rows: slice | Tensor) -> TopK:
         return TopK(self.tokens[rows], self.log_probs[rows], self.log_tail[rows])
-
-
-@dataclass(frozen=True)
-class CachedTopK:
-    """What is kept of a batch: `index` (B, T) is each position's row in `rows`, -1 where nothing is."""
-
-    rows: TopK
-    index: Tensor
-
-    def at(self, where: Tensor) -> TopK:
-        """The rows at a (B, T) bool mask, in order of (sample, position). Raises ValueError if one of them is not kept."""
-        index = self.index[where]
-        if bool((index < 0).any()):
-            raise ValueError("the teacher's word is not kept for all the rows asked for")
-        return self.rows[index]
 
 
 def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
@@ -81,25 +65,3 @@ def decoupled(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor,
     rest_p, rest_q = (others.logsumexp(-1, keepdim=True) for others in (log_p, log_q))
     parts = TopK(tokens, teacher[:, :shared].log_softmax(-1).gather(-1, tokens), rest_p[:, 0])
     return top_k_divergence(parts, student[:, :shared]), kl(log_p - rest_p, log_q - rest_q), rest_p[:, 0].exp()
-
-
-def top_k_row_divergence(
-    teacher: TopK,
-    student_rows: Tensor,
-    student_head: Head,
-    *,
-    shared: int | None,
-    temperature: float = 1.0,
-    weights: Tensor | None = None,
-    chunk_mib: float = CHUNK_MIB,
-) -> Tensor:
-    """(N,) `top_k_divergence` of hidden rows (N, d_S) through the student's head cut to `shared` columns, in chunks of rows;
-    or, given `weights` (N,), their weighted sum ()."""
-
-    def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
-        return top_k_divergence(teacher[at], student_logits[:, :shared], temperature)
-
-    size = rows_per_chunk(len(student_head.weight), chunk_mib)
-    if weights is None:
-        return row_losses(student_rows, student_head, of_chunk, size)
-    return weighted_loss(student_rows, student_head, of_chunk, weights, size)

@@ -86,7 +86,9 @@ class TeacherSignals(Strict):
     """Source of the teacher's logits for KD and IVA: a live forward pass, or the cache that `cache_teacher` makes."""
 
     source: Literal["live", "cache"]
-    top_k: PositiveInt = Field(description="for the cache: likeliest tokens kept per row, with the mass of all others")
+    kind: Literal["top_k", "sampled"] = Field(description="what the cache keeps per row: likeliest tokens, or draws")
+    top_k: PositiveInt = Field(description="for kind: top_k, how many, with the mass of all others")
+    draws: Annotated[int, Field(ge=1, le=255)] = Field(description="for kind: sampled, of the teacher's distribution")
     evidence: Evidence | None = Field(
         exclude_if=lambda value: value is None, description="kept beside, whatever the source; null: none"
     )

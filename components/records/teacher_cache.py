@@ -22,12 +22,14 @@ class SignalFacts(Record):
     rows: Rows
     background: str | None  # its digest, for centred attention
     temperature: float
+    kind: Literal["top_k", "sampled"]
     top_k: int
+    draws: int
     evidence: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)  # as asked, and of which rows
 
 
 class Approximation(Record):
-    """|KL from the cache - KL from the whole distribution| over sampled rows, against a student before distillation."""
+    """|KL from the cache - KL from the whole distribution| over some rows, against a student before distillation."""
 
     student: str
     rows: int
@@ -35,14 +37,15 @@ class Approximation(Record):
     mean_error: float  # nats
     max_error: float  # nats
     relative_error: float  # mean error / mean KL
-    mean_mass_beyond: float  # teacher's probability outside the k tokens
+    bias: float  # mean of the error with its sign, nats
+    mean_mass_beyond: float  # teacher's probability outside the k tokens; 0 where tokens are drawn, as none is out of reach
     max_mass_beyond: float
 
 
 class SignalCache(Record):
     facts: SignalFacts
     shared_vocabulary: int
-    dtype: Literal["float16", "float32"]  # dtype of the log-probabilities
+    dtype: Literal["float16", "float32"]  # dtype of the log-probabilities or entropies
     samples: int
     rows: int
     equal_weights: int  # samples whose image's tokens weigh the same, for want of attention

@@ -177,16 +177,17 @@ def _shared_vocabulary(teacher: Loaded, students: dict[str, Loaded]) -> int:
 
 
 def closing_line(cache: SignalCache) -> str:
+    drawn = cache.facts.kind == "sampled"
     errors = "; ".join(
         f"{kind} {error.mean_error:.1e} nats on average ({error.relative_error:.2%} of KL), {error.max_error:.1e} at most,"
-        f" {error.mean_mass_beyond:.2%} of mass beyond"
+        + (f" bias {error.bias:.1e}" if drawn else f" {error.mean_mass_beyond:.2%} of mass beyond")
         for kind, error in cache.errors.items()
     )
     student = next(iter(cache.errors.values())).student
     equal = f"; no attention left for {cache.equal_weights:,} samples, whose weights are equal" if cache.equal_weights else ""
-    k = min(cache.facts.top_k, cache.shared_vocabulary)
+    kept = f"{cache.facts.draws} draws" if drawn else f"{min(cache.facts.top_k, cache.shared_vocabulary)}"
     return (
-        f"cache_teacher: {k} of {cache.shared_vocabulary:,} tokens at {cache.rows:,} rows of {cache.samples:,} samples,"
+        f"cache_teacher: {kept} of {cache.shared_vocabulary:,} tokens at {cache.rows:,} rows of {cache.samples:,} samples,"
         f" {cache.size_bytes / 2**20:,.1f} MiB in {SIGNALS}; error of KL(teacher || {student}): {errors}{equal}"
     )
 

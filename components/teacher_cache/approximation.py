@@ -1,4 +1,4 @@
-"""Error of the top-k cut: KL(p_T || p_S) from the cache against that of the whole distributions, on the same rows."""
+"""Error of the cache: KL(p_T || p_S) from it against that of the whole distributions, on the same rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.align_ti.batch import predicting
+from components.align_ti.cached import Rows, cached_divergence
 from components.align_ti.divergence import divergence
-from components.align_ti.top_k import TopK, top_k_divergence
+from components.align_ti.top_k import TopK
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.vlm import VLM
 from components.records.teacher_cache import Approximation
@@ -42,8 +43,8 @@ def measure(
 
 
 @torch.inference_mode()
-def _rows(teacher_pass: TeacherPass, kept: TopK, theirs: Tensor, student: VLM, mine: Tensor) -> Tensor:
-    """(3, N): KL from the cache, exact KL, and the teacher's mass beyond the k tokens."""
+def _rows(teacher_pass: TeacherPass, kept: Rows, theirs: Tensor, student: VLM, mine: Tensor) -> Tensor:
+    """(3, N): KL from the cache, exact KL, and the teacher's mass beyond the k tokens, 0 where tokens are drawn."""
     parts = []
     for start in range(0, len(mine), teacher_pass.chunk_rows):
         at = slice(start, start + teacher_pass.chunk_rows)
@@ -52,9 +53,11 @@ def _rows(teacher_pass: TeacherPass, kept: TopK, theirs: Tensor, student: VLM, m
             for vlm, rows in ((teacher_pass.vlm, theirs), (student, mine))
         )
         temperature = teacher_pass.facts.temperature
-        cached = top_k_divergence(kept[at], my_logits, temperature)
+        word = kept[at]
+        cached = cached_divergence(word, my_logits, temperature)
         exact = divergence(their_logits, my_logits, temperature=temperature)
-        parts.append(torch.stack([cached, exact, kept[at].log_tail.exp()]).cpu())
+        beyond = word.log_tail.exp() if isinstance(word, TopK) else torch.zeros_like(exact)
+        parts.append(torch.stack([cached, exact, beyond]).cpu())
     return torch.cat([torch.empty(3, 0), *parts], dim=1)
 
 
@@ -68,6 +71,7 @@ def _summary(student: str, rows: Tensor) -> Approximation:
         mean_error=float(error.mean()),
         max_error=float(error.max()),
         relative_error=float(error.sum() / exact.sum()) if exact.sum() else 0.0,
+        bias=float((cached - exact).mean()),
         mean_mass_beyond=float(beyond.mean()),
         max_mass_beyond=float(beyond.max()),
     )

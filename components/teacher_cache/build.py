@@ -12,7 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.align_ti.batch import predicting
+from components.align_ti.cached import Rows
 from components.align_ti.head import rows_per_chunk
+from components.align_ti.sampled import Sampled, sampled
 from components.align_ti.top_k import TopK, top_k
 from components.align_ti.visual_weights import visual_weights
 from components.dataset.shards import CAPTION, Sample, Samples
@@ -22,15 +24,15 @@ from components.models.attention import Look, watching
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
 from components.records.teacher_cache import SignalFacts
-from components.teacher_cache.store import keys
+from components.teacher_cache.store import KEY, keys, packed
 
 
 @dataclass(frozen=True)
 class TeacherPass:
     """The teacher, and how its word is put down.
 
-    Log-probabilities are kept in float16, whose rounding is small beside what is lost by cutting at k, and in float32 where
-    nothing is cut (docs/performance.md has the figures).
+    Log-probabilities and entropies are kept in float16, whose rounding is small beside what is lost by cutting at k, and in
+    float32 where nothing is cut (docs/performance.md has the figures).
     """
 
     vlm: VLM
@@ -46,7 +48,8 @@ class TeacherPass:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float16 if self.facts.top_k < self.shared_vocabulary else torch.float32
+        whole = self.facts.kind == "top_k" and self.facts.top_k >= self.shared_vocabulary
+        return torch.float32 if whole else torch.float16
 
     @torch.inference_mode()
     def forward(self, samples: Sequence[Sample]) -> tuple[Batch, Tensor, Tensor]:
@@ -63,24 +66,25 @@ class TeacherPass:
         return batch, hidden, visual_weights(weights, batch.pictures)
 
     @torch.inference_mode()
-    def word(self, hidden: Tensor) -> TopK:
-        """At hidden rows (N, d), on the CPU and as it is stored."""
-        parts = []
-        for rows in hidden.split(self.chunk_rows):
-            parts.append(top_k(self.vlm.head(rows)[:, : self.shared_vocabulary], self.facts.top_k, self.facts.temperature))
-        index = torch.int16 if self.shared_vocabulary <= 2**15 else torch.int32
-        return TopK(
-            torch.cat([part.tokens for part in parts]).to("cpu", index),
-            torch.cat([part.log_probs for part in parts]).to("cpu", self.dtype),
-            torch.cat([part.log_tail for part in parts]).to("cpu", self.dtype),
-        )
+    def words(self, hidden: Tensor, uniform: Tensor) -> Iterator[Rows]:
+        """At hidden rows (N, d), chunk by chunk, on the CPU and as it is stored; `uniform` (N,) says what is drawn."""
+        facts, index = self.facts, torch.int16 if self.shared_vocabulary <= 2**15 else torch.int32
+        for rows, numbers in zip(hidden.split(self.chunk_rows), uniform.split(self.chunk_rows), strict=True):
+            logits = self.vlm.head(rows)[:, : self.shared_vocabulary]
+            if facts.kind == "top_k":
+                cut = top_k(logits, facts.top_k, facts.temperature)
+                yield TopK(cut.tokens.to("cpu", index), cut.log_probs.to("cpu", self.dtype), cut.log_tail.to("cpu", self.dtype))
+            else:
+                drawn = sampled(logits, facts.draws, numbers, facts.temperature)
+                tokens, counts = drawn.tokens.to("cpu", index), drawn.counts.to("cpu", torch.uint8)
+                yield Sampled(tokens, counts, drawn.entropy.to("cpu", self.dtype))
 
 
 @dataclass
 class Shard:
     """The tensors of one shard, as they grow (store.py)."""
 
-    words: list[TopK] = field(default_factory=list)
+    words: list[Rows] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     samples: list[tuple[int, ...]] = field(default_factory=list)
     blocks: dict[tuple[str, bytes], int] = field(default_factory=dict)  # image and all up to its last token -> first row
@@ -91,7 +95,9 @@ class Shard:
         batch, hidden, attention = teacher_pass.forward(samples)
         text = predicting(batch.response)
         fresh = self._place(samples, batch, text)
-        self.words += [teacher_pass.word(hidden[text]), teacher_pass.word(hidden[batch.visual & fresh[:, None]])]
+        stream = torch.Generator().manual_seed(int(self.samples[-1][KEY]) % 2**63)  # a build that goes on draws the same
+        for rows in (text, batch.visual & fresh[:, None]):
+            self.words += teacher_pass.words(hidden[rows], torch.rand(int(rows.sum()), generator=stream, dtype=torch.float64))
         self.attention.append(attention.float().cpu())
 
     def _place(self, samples: Sequence[Sample], batch: Batch, text: Tensor) -> Tensor:
@@ -115,11 +121,10 @@ class Shard:
     def write(self, path: Path) -> None:
         """Whole or not at all."""
         draft = path.with_name(f".{path.name}.tmp")
-        tensors = {
-            name: torch.cat([getattr(word, name) for word in self.words]) for name in ("tokens", "log_probs", "log_tail")
-        }
         try:
-            save_file({**tensors, "attention": torch.cat(self.attention), "samples": torch.tensor(self.samples)}, draft)
+            save_file(
+                {**packed(self.words), "attention": torch.cat(self.attention), "samples": torch.tensor(self.samples)}, draft
+            )
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)

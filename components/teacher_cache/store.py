@@ -2,7 +2,9 @@
 
 One shard per shard of the train split. Its tensors:
 
-    tokens, log_probs, log_tail   (M, k), (M, k), (M,)   top-k of the teacher at M rows (align_ti/top_k.py)
+    tokens, log_probs, log_tail   (M, k), (M, k), (M,)   top-k of the teacher at M rows (align_ti/top_k.py); or
+    tokens, counts, starts, entropy   (E,), (E,), (M + 1,), (M,)   its draws: of row m those from starts[m] to starts[m + 1]
+                                                         (align_ti/sampled.py)
     attention                     (A,)                   the instruction's weights over each sample's visual tokens, sum 1
     samples                       (S, 6) int64           per sample: KEY, and where its rows and its attention begin
 
@@ -17,12 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from components.align_ti.batch import Batch, predicting
-from components.align_ti.top_k import CachedTopK, TopK
+from components.align_ti.cached import Cached, Rows
+from components.align_ti.sampled import Sampled
+from components.align_ti.top_k import TopK
 from components.config.settings import Settings
 from components.errors import DataError
 from components.io import sha256
@@ -54,7 +59,9 @@ def facts(settings: Settings) -> SignalFacts:
         rows=weights.rows,
         background=weights.digest,
         temperature=distill.divergence.temperature,
+        kind=distill.teacher_signals.kind,
         top_k=distill.teacher_signals.top_k,
+        draws=distill.teacher_signals.draws,
         evidence=None if evidence is None else {**evidence.model_dump(), "rows": sha256([ROWS / "train.npy"])},
     )
 
@@ -95,7 +102,7 @@ class Signals:
 
     @property
     def rows(self) -> int:
-        return sum(len(shard["tokens"]) for shard in self._shards)
+        return sum(len(shard["entropy" if "entropy" in shard else "log_tail"]) for shard in self._shards)
 
     @property
     def equal_weights(self) -> int:
@@ -128,7 +135,7 @@ class Signals:
                 others = [*mine[1:], mine[0]] if other == "other_instruction" else next_image
                 self._looks[mine] = [others[place % len(others)] for place in range(len(mine))]
 
-    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[CachedTopK, Tensor | None]:
+    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Cached, Tensor | None]:
         """The teacher's word at the rows that predict a response and, if `visual`, at the visual tokens; if `look`, the
         attention (B, Nv) that weighs these. On the batch's device.
 
@@ -141,17 +148,14 @@ class Signals:
         if visual:
             spans += zip(shards, table[:, VISUAL], table[:, VISUAL] + table[:, VISUAL_ROWS], strict=True)
         device = batch.input_ids.device
-        tokens, log_probs, log_tail = (
-            torch.cat([shard[name][first:last] for shard, first, last in spans]).to(device, dtype, non_blocking=True)
-            for name, dtype in (("tokens", torch.long), ("log_probs", torch.float32), ("log_tail", torch.float32))
-        )
+        kept = _unpacked(spans, device)
         index = torch.full(batch.input_ids.shape, -1, device=device)
-        rows = torch.arange(len(tokens), device=device)
+        rows = torch.arange(len(kept), device=device)
         text = int(table[:, TEXT_ROWS].sum())
         index[predicting(batch.response)] = rows[:text]
         if visual:
             index[batch.visual] = rows[text:]
-        known = CachedTopK(TopK(tokens, log_probs, log_tail), index)
+        known = Cached(kept, index)
         if not look:
             return known, None
         others = self._looks[found]
@@ -173,6 +177,39 @@ class Signals:
                 f"sample {batch.ids[int(absent.argmax())]}: the teacher's signals do not have it with these tokens; {AGAIN}"
             )
         return self._order[places]
+
+
+def packed(words: Sequence[Rows]) -> dict[str, Tensor]:
+    """The tensors of a shard for what the teacher says at its rows, in order."""
+    tensors: dict[str, list[Tensor]] = {}
+    for word in words:
+        named = vars(word)
+        if isinstance(word, Sampled):
+            own = word.counts > 0
+            named = {"tokens": word.tokens[own], "counts": word.counts[own], "starts": own.sum(1), "entropy": word.entropy}
+        for name, tensor in named.items():
+            tensors.setdefault(name, []).append(tensor)
+    whole = {name: torch.cat(parts) for name, parts in tensors.items()}
+    if "starts" in whole:
+        whole["starts"] = F.pad(whole["starts"].cumsum(0), (1, 0)).int()
+    return whole
+
+
+def _unpacked(spans: Sequence[tuple[dict[str, Tensor], int, int]], device: torch.device) -> Rows:
+    """The rows from first to last of each (shard, first, last)."""
+
+    def read(name: str, dtype: torch.dtype, ranges: Sequence[tuple[dict[str, Tensor], int, int]] = spans) -> Tensor:
+        return torch.cat([shard[name][first:last] for shard, first, last in ranges]).to(device, dtype, non_blocking=True)
+
+    if "starts" not in spans[0][0]:
+        return TopK(read("tokens", torch.long), read("log_probs", torch.float32), read("log_tail", torch.float32))
+    starts = [shard["starts"][first : last + 1] for shard, first, last in spans]
+    drawn = [(shard, int(own[0]), int(own[-1])) for (shard, _, _), own in zip(spans, starts, strict=True)]
+    distinct = torch.cat([own.diff() for own in starts]).to(device)
+    place = torch.arange(int(distinct.max()) if len(distinct) else 0, device=device) < distinct[:, None]
+    tokens, counts = (torch.zeros(place.shape, dtype=torch.long, device=device) for _ in range(2))
+    tokens[place], counts[place] = read("tokens", torch.long, drawn), read("counts", torch.long, drawn)
+    return Sampled(tokens, counts, read("entropy", torch.float32))
 
 
 def read_manifest(folder: Path, wanted: SignalFacts) -> SignalCache:

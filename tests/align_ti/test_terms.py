@@ -23,9 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components.align_ti import terms
 from components.align_ti.batch import Edits, predicting
+from components.align_ti.cached import Cached
 from components.align_ti.row_weights import ROW_WEIGHTS
 from components.align_ti.step import AlignTI, Method, total
-from components.align_ti.top_k import CachedTopK, top_k
+from components.align_ti.top_k import top_k
 from components.align_ti.visual_weights import visual_weights
 from components.distill.ddp_module import Replica
 from components.distill.teacher import FrozenTeacher
@@ -482,14 +483,14 @@ class Cache:
     def __init__(self, teacher: VLM) -> None:
         self.teacher = teacher
 
-    def look_up(self, b: Any, visual: bool, look: bool) -> tuple[CachedTopK, Tensor | None]:
+    def look_up(self, b: Any, visual: bool, look: bool) -> tuple[Cached, Tensor | None]:
         eyes = Look.at(b.instruction, b.pictures)
         with torch.no_grad(), watching(self.teacher.model, [1], eyes):
             hidden, _ = self.teacher.plain(b, self.teacher.features(b), keep=False)
         rows = predicting(b.response) | (b.visual if visual else False)
         index = torch.full(rows.shape, -1)
         index[rows] = torch.arange(int(rows.sum()))
-        return CachedTopK(top_k(self.teacher.head(hidden[rows]), tiny.VOCABULARY), index), eyes.seen[1] if look else None
+        return Cached(top_k(self.teacher.head(hidden[rows]), tiny.VOCABULARY), index), eyes.seen[1] if look else None
 
 
 def test_a_cache_serves_it_or_is_refused(case: Case) -> None:

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.align_ti.batch import predicting
+from components.align_ti.cached import Cached, cached_row_divergence
 from components.align_ti.divergence import divergence
 from components.align_ti.head import Head
 from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import CORE
-from components.align_ti.top_k import CachedTopK, TopK, decoupled, top_k, top_k_divergence, top_k_row_divergence
+from components.align_ti.top_k import TopK, decoupled, top_k, top_k_divergence
 from components.distill.teacher import FrozenTeacher
 from components.models.vlm import VLM
 from tests import tiny
@@ -76,7 +77,7 @@ def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
     kept = top_k(logits(5), 4)
 
     def run(size: int) -> tuple[torch.Tensor, ...]:
-        value = top_k_row_divergence(kept, rows, Head(head), shared=V, chunk_mib=4 * (V + 2) * size / 2**20)
+        value = cached_row_divergence(kept, rows, Head(head), shared=V, chunk_mib=4 * (V + 2) * size / 2**20)
         return value, *torch.autograd.grad((value * torch.arange(ROWS)).sum(), (rows, head))
 
     for got, wanted in zip(run(chunk), run(1000), strict=True):
@@ -91,12 +92,12 @@ class Kept:
         self.teacher, self.k = teacher, k
 
     @torch.no_grad()
-    def look_up(self, batch, visual: bool, look: bool) -> tuple[CachedTopK, torch.Tensor | None]:
+    def look_up(self, batch, visual: bool, look: bool) -> tuple[Cached, torch.Tensor | None]:
         hidden, _, attention = self.teacher.plain(batch, self.teacher.features(batch, None), False, look)
         where = predicting(batch.response) | (batch.visual if visual else False)
         index = torch.full(batch.input_ids.shape, -1)
         index[where] = torch.arange(int(where.sum()))
-        return CachedTopK(top_k(self.teacher.head(hidden[where]), self.k), index), attention
+        return Cached(top_k(self.teacher.head(hidden[where]), self.k), index), attention
 
 
 @pytest.mark.parametrize("uniform", [False, True])
@@ -130,6 +131,6 @@ def test_what_signals_cannot_serve_is_refused() -> None:
     for options in ({"kind": "reverse"}, {"weights": dict.fromkeys(CORE, 1.0)}):
         with pytest.raises(ValueError, match="kd and iva under the forward divergence"):
             AlignTI(student, None, Method(**{"weights": {"sft": 0.0, "kd": 1.0, "iva": 0.0, "tpa": 0.0}, **options}), signals)
-    known = CachedTopK(TopK(torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1)), torch.tensor([[0, -1]]))
+    known = Cached(TopK(torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1)), torch.tensor([[0, -1]]))
     with pytest.raises(ValueError, match="not kept"):
         known.at(torch.tensor([[True, True]]))

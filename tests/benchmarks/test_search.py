@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from benchmarks import loading, prepare, search, table
+from benchmarks import loading, prepare, search, signals, table
+from benchmarks.shapes import SIZES
 from tests.benchmarks.test_step import CPU, SMALLEST
 
 
@@ -39,3 +42,16 @@ def test_a_step_on_batches_in_memory_waits_for_none_and_the_loader_s_rate_is_tol
     assert in_memory["share_waited"] < here["share_waited"] < 1
     assert found["arms"]["loading alone, one process"]["images_per_second"] > 1
     assert found["ratios"].keys() == {"loading_vs_memory", "loading_waited"}
+
+
+def test_gradients_from_a_cache_are_compared_with_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "small", replace(SMALLEST, teacher=replace(SMALLEST.teacher, vocabulary=40)))
+    monkeypatch.setattr(signals, "STEPS", 2)
+    monkeypatch.setattr(signals, "CUTS", (2, 40))
+    student, teacher, batch, shared, _ = signals.small()
+    arms = signals.run("small", (student, teacher, batch, shared, 2), draws_of_rows=20)["arms"]
+    for rows in ("text", "visual"):
+        whole, cut, drawn = (arms[f"{rows}: {way}"] for way in ("top 40 + tail", "top 2 + tail", f"{signals.DRAWS} draws"))
+        assert whole["angle"] < 0.01 < drawn["angle"] < cut["angle"] and drawn["norm"] == pytest.approx(1, abs=0.1)
+    noise = arms["iva.rows: 2, 3 samples, 20 draws"]
+    assert 0 < noise["noise_of_mean"] < noise["noise"] / 2

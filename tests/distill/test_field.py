@@ -49,7 +49,11 @@ def every(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_params(workplace, "study", {"arms": {"all": {"weights": weights, "student": "student", "seed": 1}}})
     write_params(workplace, "evaluate", {"baselines": ["all"]})
     evidence = {"kinds": ["gradient"], "share": 0.25}
-    write_params(workplace, "distill", {"teacher_signals": {"source": "live", "top_k": 4, "evidence": evidence}})
+    write_params(
+        workplace,
+        "distill",
+        {"teacher_signals": {"source": "live", "kind": "top_k", "top_k": 4, "draws": 50, "evidence": evidence}},
+    )
     monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
     monkeypatch.setattr(EvidencePass, "_right", lambda self, samples: [True] * len(samples))  # this teacher has not learnt
     make(load_settings())

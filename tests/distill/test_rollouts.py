@@ -187,7 +187,7 @@ def test_beside_other_options(
         ({"weights": {"tpa": 1.0}, "tpa": {"source": "gold"}}, {}, "tpa take"),
         (
             {"kd": {}},
-            {"teacher_signals": {"source": "cache", "top_k": 4, "evidence": None}},
+            {"teacher_signals": {"source": "cache", "kind": "top_k", "top_k": 4, "draws": 50, "evidence": None}},
             "the cache holds the teacher at the data's answers",
         ),
         ({}, {"micro_batch_tokens": 64}, "micro_batch_tokens to null"),

@@ -74,7 +74,11 @@ def test_how_many_tokens_the_weights_come_to_is_logged(workplace: Path, monkeypa
 def test_the_cache_gives_the_same_training_as_the_live_teacher(searched: Path) -> None:
     live = losses("kd_iva")
     weights = load_file(STUDENTS / "kd_iva/model/model.safetensors")
-    write_params(searched, "distill", {"teacher_signals": {"source": "cache", "top_k": 1000, "evidence": None}})
+    write_params(
+        searched,
+        "distill",
+        {"teacher_signals": {"source": "cache", "kind": "top_k", "top_k": 1000, "draws": 50, "evidence": None}},
+    )
     signals.main()
     cache = read_manifest(SIGNALS, facts(load_settings()))
     assert (cache.facts.layer, cache.facts.rows) == (1, "words") and cache.facts.background and cache.equal_weights == 0

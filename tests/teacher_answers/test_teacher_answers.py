@@ -130,7 +130,7 @@ def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monke
         ({}, {"teacher_answers": None}, "arms.seqkd.answers: the teacher writes none"),
         (
             {"weights": {"kd": 1.0}},
-            {"teacher_signals": {"source": "cache", "top_k": 4, "evidence": None}},
+            {"teacher_signals": {"source": "cache", "kind": "top_k", "top_k": 4, "draws": 50, "evidence": None}},
             "arms.seqkd.answers: the cache holds the teacher at the data's answers",
         ),
         ({}, {"micro_batch_tokens": 64}, "set micro_batch_tokens to null"),

@@ -68,7 +68,11 @@ def learnt(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         students = ModelIndex.read(MODELS / "index.json").students
         ModelIndex(teachers={"base": known}, students=students).write(MODELS / "index.json")
         TeacherChoice(name="base", path=known.path, sha256=known.sha256).write(TEACHER / "choice.json")
-        write_params(root, "distill", {"teacher_signals": {"source": "live", "top_k": 4, "evidence": EVIDENCE}})
+        write_params(
+            root,
+            "distill",
+            {"teacher_signals": {"source": "live", "kind": "top_k", "top_k": 4, "draws": 50, "evidence": EVIDENCE}},
+        )
         write_params(root, "study", {"arms": {"mcd": ARM}})
         write_params(root, "evaluate", {"baselines": ["mcd"]})
     return root
@@ -224,7 +228,9 @@ def test_a_teacher_that_answers_nothing_right_is_refused(mcd: Path, monkeypatch:
 
 
 def test_without_the_block_there_is_none(mcd: Path) -> None:
-    write_params(mcd, "distill", {"teacher_signals": {"source": "live", "top_k": 4, "evidence": None}})
+    write_params(
+        mcd, "distill", {"teacher_signals": {"source": "live", "kind": "top_k", "top_k": 4, "draws": 50, "evidence": None}}
+    )
     with pytest.raises(SettingsError, match=r"arms.mcd.weights.mcd: the teacher's gradient evidence is not kept; give"):
         load_settings()
     write_params(mcd, "study", {"arms": {"mcd": ARM | {"weights": {"sft": 1.0}}}})

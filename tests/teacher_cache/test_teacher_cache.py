@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.align_ti.batch import predicting
+from components.align_ti.sampled import Sampled
 from components.align_ti.top_k import top_k
 from components.align_ti.visual_weights import visual_weights
 from components.config.load import load_settings
@@ -37,8 +38,11 @@ TEACHER = Path("artifacts/models/teachers/base")
 ALL_TOKENS = 1000  # more than there are
 
 
-def ask(root: Path, source: str = "cache", top_k: int = ALL_TOKENS, **others: Any) -> None:
-    write_params(root, "distill", {"teacher_signals": {"source": source, "top_k": top_k, "evidence": None}, **others})
+def ask(
+    root: Path, source: str = "cache", top_k: int = ALL_TOKENS, kind: str = "top_k", draws: int = 50, **others: Any
+) -> None:
+    asked = {"source": source, "kind": kind, "top_k": top_k, "draws": draws, "evidence": None}
+    write_params(root, "distill", {"teacher_signals": asked, **others})
 
 
 def distill(arm: str) -> dict[str, torch.Tensor]:
@@ -150,6 +154,42 @@ def test_the_error_of_cutting_is_reported_and_falls_with_k(workplace: Path) -> N
     assert found[8].size_bytes < found[ALL_TOKENS].size_bytes / 2
 
 
+def test_draws_are_unbiased_take_less_room_and_serve_drawn_rows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for draws in (2, 255):
+        ask(workplace, kind="sampled", draws=draws)
+        found[draws] = signals_stage.make(load_settings()).cache
+    few, many = found[2], found[255]
+    assert few is not None and many is not None
+    assert few.size_bytes < many.size_bytes and many.rows == few.rows and many.dtype == "float16"
+    for kind in ("text", "visual"):
+        assert many.errors[kind].mean_error < few.errors[kind].mean_error and many.errors[kind].mean_mass_beyond == 0
+        assert abs(many.errors[kind].bias) < 0.02 * many.errors[kind].kl
+    teacher, samples = load(TEACHER, "cpu"), Samples(DATASET, "train")
+    batch = Collator(teacher.processor, Template(""), 64, train=True)(
+        [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][::-5]
+    )
+    known, _ = opened().look_up(batch, visual=True, look=False)
+    vlm = VLM(teacher.model)
+    with torch.no_grad():
+        p = vlm.head(vlm.plain(batch, vlm.features(batch), keep=False)[0]).softmax(-1)
+    for rows in (predicting(batch.response), batch.visual):
+        word = known.at(rows)
+        assert isinstance(word, Sampled) and (word.counts.sum(1) == 255).all()
+        assert ((word.counts / 255 - p[rows].gather(1, word.tokens)).abs() < 1.01 / 255)[word.counts > 0].all()
+        torch.testing.assert_close(word.entropy, torch.special.entr(p[rows]).sum(1), rtol=1e-3, atol=1e-3)
+    shared = load_settings().distill.iva.model_dump()
+    losses = {}
+    for source in ("live", "cache"):
+        ask(workplace, source, kind="sampled", draws=255, iva=shared | {"rows": 2})
+        signals_stage.main()
+        distill("kd_iva")
+        losses[source] = [json.loads(line) for line in (STUDENTS / "kd_iva/losses.jsonl").read_text().splitlines()]
+    assert "255 draws of" in (said := capsys.readouterr().out) and "bias" in said
+    for live, kept in zip(losses["live"], losses["cache"], strict=True):
+        assert kept["total"] == pytest.approx(live["total"], abs=2e-3) and kept["iva"] != live["iva"]
+
+
 def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
     ask(workplace, top_k=4)
     signals_stage.make(load_settings())
@@ -157,6 +197,7 @@ def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
     assert manifest.cache is not None
     other = {"students": {"another": "0"}, "precision": "bf16", "layer": 0, "rows": "words", "temperature": 2.0, "top_k": 5}
     other |= {"evidence": {"share": 0.1}}
+    other |= {"kind": "sampled", "draws": 7}
     for name in SignalFacts.model_fields:
         changed = manifest.cache.facts.model_copy(update={name: other.get(name, "0")})
         SignalManifest(cache=manifest.cache.model_copy(update={"facts": changed})).write(SIGNALS / "manifest.json")

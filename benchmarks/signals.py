@@ -1,0 +1,153 @@
+"""Gradients from cached signals and from drawn visual rows against the exact ones: `python -m benchmarks.signals --size digits`
+
+Sizes: digits, the pair that `make repro` left under artifacts/, 32 training samples; small, random models whose teacher is
+sharpened to the entropy of a language model, the student distilled on the batch until it is near. For the rows of L_kd
+and of L_iva: the angle to the exact gradient of all trained parameters, the norm over its norm, and bytes per row of a cache
+whose token ids take four; for `iva.rows` the noise |g - exact| / |exact|, of one draw on average and of the mean over all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure, table
+from benchmarks.shapes import SIZES
+from benchmarks.step import KD_ONLY, Bench
+from components.align_ti.batch import predicting
+from components.align_ti.cached import Rows, cached_row_divergence
+from components.align_ti.divergence import row_divergence
+from components.align_ti.sampled import Sampled, sampled
+from components.align_ti.step import AlignTI, total
+from components.align_ti.top_k import TopK, top_k
+from components.align_ti.visual_weights import sampled as drawn_rows
+from components.align_ti.visual_weights import visual_weights
+from components.distill.teacher import FrozenTeacher
+from components.models.vlm import VLM
+
+CUTS, DRAWS = (8, 12, 32), 50
+SHARPER, STEPS, RATE = 4.0, 30, 1e-4  # small: logits times so much; steps of exact KD, AdamW's learning rate
+Pair = tuple[VLM, FrozenTeacher, Any, int, int]  # student, teacher, batch, shared vocabulary, visual rows drawn per image
+
+
+def digits(student_folder: Path, samples: int = 32) -> Pair:
+    """What the recipe has trained; rows drawn are half of an image's."""
+    from components.config.load import load_settings
+    from components.dataset.shards import CAPTION, Samples
+    from components.models.collate import Collator
+    from components.models.load import check_pair, load
+    from components.models.template import Template
+    from components.records.irs import LayerChoice
+    from components.records.paths import DATASET, IRS, ROWS, TEACHER
+    from components.records.teacher import TeacherChoice
+
+    settings = load_settings()
+    teacher, student = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), "cpu"), load(student_folder, "cpu")
+    student.model.model.vision_tower.requires_grad_(False)
+    data = Samples(DATASET, "train", ROWS)
+    wanted = [i for i, kind in enumerate(data.kinds) if kind != CAPTION]
+    chosen = [data[i] for i in wanted[:: len(wanted) // samples][:samples]]
+    collator = Collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
+    frozen = FrozenTeacher(VLM(teacher.model), LayerChoice.read(IRS / "layer.json").layer, shares_tower=False)
+    batch = collator(chosen)
+    rows = int(batch.visual.sum()) // len(chosen) // 2
+    return VLM(student.model), frozen, batch, check_pair(teacher, student), rows
+
+
+def small() -> Pair:
+    """Random models; 64 of 100 rows drawn."""
+    bench = Bench.of(SIZES["small"], torch.device("cpu"))
+    with torch.no_grad():
+        bench.teacher.vlm.model.model.language_model.norm.weight *= SHARPER
+        bench.student.model.model.language_model.norm.weight *= SHARPER
+    bench.optimiser.param_groups[0]["lr"] = RATE
+    module = AlignTI(bench.student, bench.teacher, bench.method(KD_ONLY | {"iva": 1.0}))
+    weights = module.method.weight_vector()
+
+    def loss() -> Tensor:
+        terms = module(bench.batch, bench.keys)
+        return total(terms.sums, terms.counts, weights)
+
+    for _ in range(STEPS):
+        bench.optimise(loss)
+    return bench.student, bench.teacher, bench.batch, bench.size.student.vocabulary, 64
+
+
+def run(name: str, pair: Pair, draws_of_rows: int) -> dict[str, Any]:
+    student, teacher, batch, shared, count = pair
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    hidden, _ = student.plain(batch, student.features(batch), keep=False)
+    with torch.no_grad():
+        theirs, _, attention = teacher.plain(batch, teacher.features(batch, None), keep=False, look=True)
+    assert attention is not None
+    weights = visual_weights(attention, batch.pictures)
+    arms: dict[str, dict[str, Any]] = {}
+
+    def gradient(loss: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return torch.cat([part.double().flatten() for part in found if part is not None])
+
+    def compared(loss: Tensor, exact: Tensor) -> dict[str, float]:
+        mine = gradient(loss)
+        cosine = float(torch.dot(mine, exact) / mine.norm() / exact.norm())
+        return {"angle": math.degrees(math.acos(min(1.0, cosine))), "norm": float(mine.norm() / exact.norm())}
+
+    words: dict[str, Callable[[Tensor], Rows]] = {f"top {k} + tail": lambda z, k=k: top_k(z, k) for k in CUTS}  # type: ignore[misc]
+    words[f"top {CUTS[-1]} alone"] = alone
+    stream = torch.Generator().manual_seed(0)
+    words[f"{DRAWS} draws"] = lambda z: sampled(z, DRAWS, torch.rand(len(z), generator=stream, dtype=torch.float64))
+    masks = {"text": (predicting(batch.response), None), "visual": (batch.visual, weights)}
+    for kind, (rows, weigh) in masks.items():
+        each = torch.ones(int(rows.sum())) if weigh is None else weigh
+        exact = gradient(row_divergence(theirs[rows], teacher.head, hidden[rows], student.head, shared=shared, weights=each))
+        for way, word in words.items():
+            kept = word(teacher.head(theirs[rows])[:, :shared].detach())
+            loss = cached_row_divergence(kept, hidden[rows], student.head, shared=shared, weights=each)
+            arms[f"{kind}: {way}"] = {"bytes_per_row": room(kept), **compared(loss, exact)}
+    mean, noises = torch.zeros_like(exact), []
+    for draw in range(draws_of_rows):
+        rows, weigh = drawn_rows(weights, batch.pictures, [draw * 1000 + i for i in range(len(batch.ids))], count)
+        one = gradient(row_divergence(theirs[rows], teacher.head, hidden[rows], student.head, shared=shared, weights=weigh))
+        noises.append(float((one - exact).norm() / exact.norm()))
+        mean += one / draws_of_rows
+    arms[f"iva.rows: {count}, {len(batch.ids)} samples, {draws_of_rows} draws"] = {
+        "noise": sum(noises) / len(noises),
+        "noise_of_mean": float((mean - exact).norm() / exact.norm()),
+    }
+    about = f"{len(batch.ids)} samples, V = {shared:,}; exact gradients of L_kd (text) and L_iva (visual) and those of a cache"
+    return {**measure.result("signals", name, about, torch.device("cpu")), "ratios": {}, "arms": arms}
+
+
+def alone(logits: Tensor) -> TopK:
+    """The likeliest tokens renormalised, nothing said of the others."""
+    likeliest = logits.topk(CUTS[-1])
+    return TopK(likeliest.indices, likeliest.values.log_softmax(-1), likeliest.values.new_full((len(logits),), -torch.inf))
+
+
+def room(kept: Rows) -> float:
+    """Bytes of a row in a cache whose token ids take four."""
+    if isinstance(kept, TopK):
+        return kept.tokens.shape[1] * (4 + 2) + 2
+    assert isinstance(kept, Sampled)
+    return float((kept.counts > 0).sum(1).float().mean()) * (4 + 1) + 4 + 2
+
+
+def main() -> None:
+    parser = table.arguments("signals", __doc__)
+    parser.add_argument("--size", choices=["digits", "small"], required=True)
+    parser.add_argument("--student", type=Path, default=Path("artifacts/models/students/student"), help="digits: its folder")
+    parser.add_argument("--draws", type=int, default=200, help="of visual rows, whose mean is compared with the exact gradient")
+    args = parser.parse_args()
+    measure.prepare()
+    pair = digits(args.student) if args.size == "digits" else small()
+    name = f"digits, {args.student}" if args.size == "digits" else args.size
+    print(table.report(run(name, pair, args.draws), args.json))
+
+
+if __name__ == "__main__":
+    main()
