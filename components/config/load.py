@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -41,9 +42,9 @@ def load_settings(root: Path = Path()) -> Settings:
         try:
             settings = Settings.model_validate(raw)
         except ValidationError as error:
-            problems += [described(root, raw, problem) for problem in error.errors()]
+            problems += _listed(root, error.errors())
         else:
-            problems += across_files(settings)
+            problems += [_at(root, file, key.split("."), message) for file, key, message in across_files(settings)]
     if problems:
         raise SettingsError(f"{len(problems)} problem(s) in params/:\n  " + "\n  ".join(problems))
     return settings
@@ -54,26 +55,51 @@ def _environment() -> dict[str, str]:
     return {field: value for field, value in found.items() if value}
 
 
-def described(root: Path, raw: dict[str, Any], problem: Any) -> str:
+def _listed(root: Path, problems: list[Any]) -> Iterator[str]:
+    """A line for each problem, and one for all keys that a block lacks."""
+    lacking: dict[tuple[Any, ...], list[str]] = {}
+    for problem in problems:
+        if problem["type"] == "missing":
+            lacking.setdefault(problem["loc"][:-1], []).append(problem["loc"][-1])
+        else:
+            yield _said(root, problem)
+    for (file, *steps), missing in lacking.items():
+        keys = [step for step in steps if step not in MEMBERS]
+        of_arm = file == "study" and keys[-1:] in (["iva"], ["tpa"], ["divergence"])
+        whole = "; an arm's block stands whole: copy that of params/distill.yaml" if of_arm else ""
+        if len(missing) == 1:
+            yield _at(root, file, [*keys, missing[0]], f"required, and missing{whole}")
+        else:
+            yield _at(root, file, keys, f"required, and missing: {', '.join(missing)}{whole}")
+
+
+def _said(root: Path, problem: Any) -> str:
     """`file:line: key: message`, with the nearest known key for an unknown one."""
     file, *steps = problem["loc"]
     keys = [step for step in steps if step not in MEMBERS]
-    path = root / "params" / f"{file}.yaml"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         known = _known_keys(steps[:-1], str(file))
         near = difflib.get_close_matches(str(keys[-1]), known, n=1)
         message = f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {', '.join(known)}"
-    elif problem["type"] == "missing":
-        message = "required, and missing"
     elif keys and not isinstance(problem["input"], dict):
-        message += f", not {problem['input']!r}"
+        if problem["type"] == "model_type":
+            message = f"takes a block of {', '.join(_known_keys(steps, str(file)))}"
+        elif problem["type"] == "dict_type":
+            message = "takes a block of names and values"
+        message += f", not {'null' if problem['input'] is None else repr(problem['input'])}"
         if problem["type"] == "string_type" and problem["input"] is not None:
             message += "; YAML takes it for that unless it stands in quotes"
         if problem["type"] == "float_type" and is_number(problem["input"]):
             message += f"; YAML takes that for text, write {float(problem['input'])!r}"
+    if file == "runtime" and keys and keys[0] in _environment():
+        return f"ALIGNTI_{keys[0].upper()}: {message}"
+    return _at(root, file, keys, message)
+
+
+def _at(root: Path, file: str, keys: list[Any], message: str) -> str:
     key = ".".join(str(part) for part in keys)
-    return f"params/{file}.yaml:{_line(path, keys)}: {key or '(file)'}: {message}"
+    return f"params/{file}.yaml:{_line(root / 'params' / f'{file}.yaml', keys)}: {key or '(file)'}: {message}"
 
 
 def _known_keys(keys: list[Any], file: str) -> list[str]:

@@ -1,11 +1,12 @@
-"""Data, images and local checkpoints that the settings name."""
+"""Data, images and local checkpoints that the settings name, and what a checkpoint's config says."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.config.models import Checkpoint, Parts, PretrainedFamily
+from components.config.models import Checkpoint, EmbeddedFamily, Parts, PretrainedFamily
 from components.config.settings import Settings
 
 
@@ -37,3 +38,19 @@ def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
 def _is_here(path: Path) -> bool:
     """`x/*.tar` is, if one such file is."""
     return path.exists() or ("*" in path.name and any(path.parent.glob(path.name)))
+
+
+def layers_of_teachers(models: EmbeddedFamily | PretrainedFamily) -> list[int | None]:
+    """Layers of each teacher's language model; None where neither params/ nor a folder here say how many."""
+    if isinstance(models, EmbeddedFamily):
+        return [shape.layers for shape in models.teachers.values()]
+    return [_layers(model.language_model if isinstance(model, Parts) else model) for model in models.teachers.values()]
+
+
+def _layers(checkpoint: Checkpoint) -> int | None:
+    try:
+        config = json.loads((Path(checkpoint.source) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of the hub, or missing, or broken: `not_here` and the stage that loads it say so
+        return None
+    found = config.get("text_config", config).get("num_hidden_layers") if isinstance(config, dict) else None
+    return found if isinstance(found, int) else None

@@ -147,7 +147,7 @@ def test_mappings_of_the_users_own_names_are_replaced_others_merged(root: Path) 
         root,
         """
 evaluate: {baselines: [only]}
-distill: {optimiser: {learning_rate: 1.0e-4}, iva: {weighting: layer, layer: 2}}
+distill: {optimiser: {learning_rate: 1.0e-4}, iva: {weighting: layer, layer: 0}}
 models: {embedded: {teachers: {big: {hidden: 8, layers: 1, heads: 1, kv_heads: 1, mlp: 8}}}}
 study:
   arms:
@@ -162,7 +162,7 @@ study:
     assert list(now.models.embedded.teachers) == ["big"]
     assert list(now.models.embedded.students) == ["student"]
     assert now.distill.optimiser == before.distill.optimiser.model_copy(update={"learning_rate": 1e-4})
-    assert (now.distill.iva.layer, now.distill.steps) == (2, before.distill.steps)
+    assert (now.distill.iva.layer, now.distill.steps) == (0, before.distill.steps)
 
 
 def test_a_block_that_is_null_is_filled_in(root: Path) -> None:

@@ -174,9 +174,9 @@ def test_errors_name_what_to_change(workplace: Path) -> None:
     with pytest.raises(SettingsError, match="no arm 'alignti'; it has sft"):
         load_settings().arm("alignti")
     study = json.loads(load_settings().study.model_dump_json())
-    study["arms"]["align_ti"]["iva"] = {"weighting": "layer", "layer": 7}
+    study["arms"]["align_ti"]["iva"] = {"weighting": "layer", "layer": 2}
     write_params(workplace, "study", study)
-    with pytest.raises(InputError, match=r"iva.layer is 7, but teacher .* has layers 0..1"):
+    with pytest.raises(InputError, match=r"iva.layer is 2, but teacher .* has layers 0..1"):
         run()
 
 

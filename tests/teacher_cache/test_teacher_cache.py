@@ -279,8 +279,8 @@ def test_what_no_cache_serves_is_refused_before_any_work(workplace: Path) -> Non
     study["arms"] = {"kd": {**arms["kd"], "divergence": None}}
     write_params(workplace, "study", study)
     write_params(workplace, "evaluate", {"baselines": ["kd"]})
-    ask(workplace, iva={"weighting": "layer", "layer": 7})
-    with pytest.raises(ModelError, match=r"iva.layer is 7, but teacher .* has layers 0..1"):
+    ask(workplace, iva={"weighting": "layer", "layer": 2})
+    with pytest.raises(ModelError, match=r"iva.layer is 2, but teacher .* has layers 0..1"):
         signals_stage.make(load_settings())
 
 
