@@ -6,6 +6,7 @@ A lock (flock) is freed by the kernel when the process that holds it dies, howev
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -101,9 +102,12 @@ def exit_from(main: Callable[[], None]) -> None:
         print("Interrupted: run the same command to go on", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except OSError as error:
-        if error.errno == 28:
+        if error.errno == errno.ENOSPC:
             print(f"TryAgainError: the disk is full ({error.filename}); free space and run again", file=sys.stderr)
             sys.exit(TryAgainError.exit_code)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
+            print(f"InputError: {error.filename}: {(error.strerror or '').lower()}; see who owns it (ls -ld)", file=sys.stderr)
+            sys.exit(InputError.exit_code)
         raise
 
 

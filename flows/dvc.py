@@ -66,7 +66,8 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
                 for stage in order
             }
     except DvcException as error:
-        raise InputError(f"DVC cannot read the pipeline: {error}") from None
+        lock = "; `git checkout dvc.lock`, or remove it: DVC's cache knows what has run" if "dvc.lock" in str(error) else ""
+        raise InputError(f"DVC cannot read the pipeline: {' '.join(str(error).split())}{lock}") from None
     for target in targets:
         if target not in needs:
             raise unknown("stage", target, needs)

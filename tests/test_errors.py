@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
         (Interrupted("saved"), 143),
         (KeyboardInterrupt(), 143),
         (OSError(28, "No space left on device", "x"), 75),
+        (PermissionError(13, "Permission denied", "x"), 2),
+        (OSError(30, "Read-only file system", "x"), 2),
     ],
 )
 def test_an_error_leaves_as_one_sentence_and_its_exit_code(
@@ -49,9 +51,9 @@ def test_a_bug_keeps_its_trace() -> None:
 
 def test_other_faults_of_the_machine_keep_their_trace() -> None:
     def main() -> None:
-        raise PermissionError(13, "Permission denied", "x")
+        raise OSError(5, "Input/output error", "x")
 
-    with pytest.raises(PermissionError):
+    with pytest.raises(OSError, match="Input/output"):
         exit_from(main)
 
 
