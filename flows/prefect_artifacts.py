@@ -70,7 +70,7 @@ def leaderboard() -> None:
             "exact match": _percent(result.exact_match),
             "95%": _interval(result.ci95),
             "of the teacher": "" if result.share_of_teacher is None else _percent(result.share_of_teacher),
-            "training, s": f"{result.train_seconds:.0f}",
+            "training, s per step": f"{result.step_seconds:.3g}",
             "peak MiB": f"{result.peak_memory_mib:,.0f}",
         }
         for arm, result in ((arm, found.arms[arm]) for arm in found.order)

@@ -65,6 +65,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
         run.metrics(_concentration(job.module, job.accelerator))
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
+            step_seconds=outcome.step_seconds,
             peak_memory_mib=round(_most(peak_memory_mib(job.accelerator.device), job.accelerator), 1),
             device=str(job.accelerator.device),
             steps=outcome.steps,

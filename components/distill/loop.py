@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from components.tracking.journal import Run
 class Outcome:
     losses: list[dict[str, float]]  # one per `log_every` steps
     seconds: float  # training time, summed over resumptions
+    step_seconds: float  # median
     steps: int
     wrapped: torch.nn.Module  # the module as accelerate prepared it
 
@@ -64,7 +66,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
     accelerator.register_for_checkpointing(schedule)
     weights = module.method.weight_vector(accelerator.device)
 
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
+    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "step_seconds": [], "losses": []}
     if latest := checkpoints.latest():
         progress = checkpoints.restore(accelerator, latest)
         accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}", flush=True)
@@ -102,12 +104,14 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
                 progress["losses"].append(line)
                 rollouts = job.rollouts.measured() if job.rollouts else {}
                 run.metrics(_tracked(line, module.method) | rollouts, step)
-            progress |= {"step": step, "seconds": time.perf_counter() - started}
+            seconds = time.perf_counter() - started
+            progress["step_seconds"].append(round(seconds - progress["seconds"], 4))
+            progress |= {"step": step, "seconds": seconds}
             if stopping or (step % settings.checkpoint_every == 0 and step < settings.steps):
                 checkpoints.save(accelerator, progress)
             if stopping:
                 raise Interrupted(f"{title} stopped at step {step:,}, saved; run the same command to go on")
-    return Outcome(progress["losses"], progress["seconds"], settings.steps, wrapped)
+    return Outcome(progress["losses"], progress["seconds"], median(progress["step_seconds"]), settings.steps, wrapped)
 
 
 def _step(

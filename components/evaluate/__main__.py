@@ -70,12 +70,13 @@ def main() -> None:
         run.artifact(path)
         for name in ("predictions.jsonl", "likelihoods.jsonl"):
             run.artifact(SCORES / arm / name)
-    cut = sum(one.tokens > asked.max_new_tokens for one in forced)  # no answer can equal those
-    warning = f"; {cut:,} references are longer than evaluate.max_new_tokens {asked.max_new_tokens}: raise it" if cut else ""
+    cut = sum(one.tokens > asked.max_new_tokens for one in forced)
+    most = f"evaluate.max_new_tokens {asked.max_new_tokens}"
+    longer = f"; {cut:,} references are longer than {most}, so no answer equals them: raise it" if cut else ""
     weakest = min(scores.per_kind, key=lambda kind: scores.per_kind[kind])
     print(
         f"evaluate {arm}: {scores.exact_match:.1%} exact match on {scores.samples:,} {asked.split} samples, weakest {weakest} "
-        f"({scores.per_kind[weakest]:.1%}){warning} -> {path}"
+        f"({scores.per_kind[weakest]:.1%}){longer} -> {path}"
     )
 
 

@@ -202,6 +202,7 @@ def _cost(runs: list[Cost]) -> dict[str, Any]:
     return {
         **runs[0].model_dump(),
         "train_seconds": fmean(run.train_seconds for run in runs),
+        "step_seconds": fmean(run.step_seconds or run.train_seconds / run.steps for run in runs),
         "peak_memory_mib": max(run.peak_memory_mib for run in runs),
     }
 
@@ -309,7 +310,7 @@ def _tracked(comparison: Comparison) -> dict[str, float]:
     for name, result in [(TEACHER_ARM, comparison.teacher), *comparison.arms.items()]:
         figures |= {f"{name}/{measure}": found.value for measure, found in result.measures.items()}
     for arm, result in comparison.arms.items():
-        figures |= {f"{arm}/exact_match": result.exact_match, f"{arm}/train_seconds": result.train_seconds}
+        figures |= {f"{arm}/exact_match": result.exact_match, f"{arm}/step_seconds": result.step_seconds}
         figures |= {f"{arm}/gain_over_{base}": gain.difference for base, gain in result.gains.items()}
     return figures
 

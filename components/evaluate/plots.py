@@ -9,6 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from components.align_ti import terms
 from components.evaluate.load_results import Losses
 from components.evaluate.measures import MEASURES
 from components.records.compare import Comparison, TeacherResult
@@ -134,7 +135,7 @@ def telling(comparison: Comparison) -> list[str]:
 
 
 def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
-    """Exact match against training seconds."""
+    """Exact match against the median seconds of a training step."""
     figure = Figure(figsize=(7.2, 3.4))
     axes = figure.subplots()
     for arm in comparison.order:
@@ -142,12 +143,12 @@ def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
         score = POINTS * result.exact_match
         low, high = (POINTS * bound for bound in result.ci95)
         axes.errorbar(
-            result.train_seconds, score, [[score - low], [high - score]], fmt="o", markersize=7, linewidth=1.6,
-            color=_colour(comparison, arm, theme), label=f"{arm}  ({result.train_seconds:,.0f} s)",
+            result.step_seconds, score, [[score - low], [high - score]], fmt="o", markersize=7, linewidth=1.6,
+            color=_colour(comparison, arm, theme), label=f"{arm}  ({result.step_seconds:.3g} s)",
         )  # fmt: skip
     _teacher_line(axes, comparison.teacher, theme, "h")
     axes.set_xlim(left=0)
-    axes.set_xlabel("training time of the student, seconds of wall clock")
+    axes.set_xlabel("training of the student, seconds per step (median)")
     axes.set_ylabel("exact match, %")
     axes.grid()
     figure.legend(loc="outside right upper")
@@ -157,13 +158,13 @@ def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
 def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
     """One panel per loss term that any arm logged, one line per arm."""
     named = dict.fromkeys(term for curve in rows.values() for term in _terms(curve))
-    terms = [t for t in named if t != "total" and any(_curve(curve, t)[1] for curve in rows.values())] + ["total"]
-    columns = min(3, max(len(terms), 1))
-    lines = -(-max(len(terms), 1) // columns)
+    trained = [t for t in named if any(_curve(curve, t)[1] for curve in rows.values())] + ["total"]
+    columns = min(3, len(trained))
+    lines = -(-len(trained) // columns)
     figure = Figure(figsize=(9.6, 0.5 + 2.2 * lines))
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
     drawn: dict[str, Artist] = {}
-    for axes, term in zip(panels, terms, strict=False):
+    for axes, term in zip(panels, trained, strict=False):
         for arm, index in places(comparison.arms).items():
             steps, values = _curve(rows[arm], term)
             if values:
@@ -180,7 +181,7 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
         axes.tick_params(labelbottom=True)  # the panel below may be an empty one
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
-    for axes in list(figure.axes)[len(terms) :]:
+    for axes in list(figure.axes)[len(trained) :]:
         axes.remove()
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=max(len(drawn), 1))
     return figure
@@ -188,8 +189,7 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
 
 def _terms(rows: list[dict[str, float]]) -> list[str]:
     """A logged row is its step, the terms, their weighted total, and what else the loop measures."""
-    names = list(rows[0]) if rows else []
-    return names[1 : names.index("total") + 1] if rows else []
+    return [name for name in rows[0] if name in terms.names()] if rows else []
 
 
 def _curve(rows: list[dict[str, float]], term: str) -> tuple[list[float], list[float]]:

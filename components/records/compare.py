@@ -79,6 +79,7 @@ class ArmResult(TeacherResult):
     share_ci95: tuple[float, float] | None
     gains: dict[str, Difference]  # over each baseline of params/evaluate.yaml
     train_seconds: float  # mean over runs
+    step_seconds: float  # mean over runs of each one's median
     peak_memory_mib: float  # the most of any run
     device: str
     steps: int

@@ -9,6 +9,7 @@ class Cost(Record):
     """artifacts/students/ARM/cost.json: varies from run to run, so only `compare` depends on it."""
 
     train_seconds: float
+    step_seconds: float | None = None  # median over the steps: other work on the machine sways it less; None: not recorded
     peak_memory_mib: float
     device: str
     steps: int

@@ -23,9 +23,12 @@ from components.config.yaml_file import read_yaml
 from components.errors import DataError, InputError
 from components.evaluate import compare as stage
 from components.evaluate import dvc_files, plots, published_runs
+from components.evaluate.headline import headline
 from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import MEASURES
-from components.evaluate.report import BESIDE, Picture, by_kind, disagreements, html, markdown, table
+from components.evaluate.report import BESIDE, Picture, disagreements, html, markdown
+from components.evaluate.report_notes import by_kind
+from components.evaluate.report_tables import table
 from components.records.compare import Comparison, PublishedRuns
 from components.records.irs import LayerChoice
 from components.records.paths import IRS
@@ -220,7 +223,7 @@ def test_markdown_is_one_table_of_arms_and_measures(finished: Finished) -> None:
         "exact match, %",
         "average over kinds, %",
         "share of the teacher, %",
-        "training, s of wall clock",
+        "training, s per step",
         "peak memory, MiB",
     ):
         assert label in labels
@@ -284,8 +287,18 @@ def test_an_arm_has_one_colour_in_all_reports() -> None:
     assert all(places([name])[name] == together[name] for name in names[:4])
 
 
+def test_where_nobody_answers_right_the_report_says_so(finished: Finished) -> None:
+    nothing = {"exact_match": 0.0, "per_kind": dict.fromkeys(finished.comparison.kinds, 0.0)}
+    arms = {arm: result.model_copy(update=nothing) for arm, result in finished.comparison.arms.items()}
+    shown = finished.comparison.model_copy(
+        update={"teacher": finished.comparison.teacher.model_copy(update=nothing), "arms": arms}
+    )
+    assert "nobody, the teacher included, answers one right" in headline(shown)
+    assert by_kind(shown).startswith("All are equal in every kind: ")
+
+
 def test_losses_leave_out_terms_that_no_arm_trains_on(finished: Finished) -> None:
-    rows = {arm: [{"step": 1, "sft": 0.5, "kd": 0.0, "total": 0.5}] for arm in finished.comparison.arms}
+    rows = {arm: [{"step": 1, "sft": 0.5, "kd": 0.0, "other": 0.3, "total": 0.5}] for arm in finished.comparison.arms}
     figure = plots.losses(finished.comparison, rows, LIGHT)
     assert [axes.get_title() for axes in figure.axes] == ["L_sft", "weighted total"]
 

@@ -1,0 +1,175 @@
+"""Tables of the report: a column per model, a line per measure, kind, gain and cost; small ones beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from components.evaluate import plots
+from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
+from components.evaluate.metrics import OVERALL
+from components.evaluate.statistics import Interval
+from components.records.compare import ArmResult, Comparison, Difference, TeacherResult
+from components.records.paths import TEACHER_ARM
+from components.report import markdown as md
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table and what stands below it; `strong`: a gain whose interval excludes zero."""
+
+    value: str
+    below: str = ""
+    strong: bool = False
+
+
+NOTHING = Cell(md.DASH)
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    cells: list[Cell]
+    starts_group: bool = False
+    belongs_above: bool = False
+
+
+def table(comparison: Comparison) -> list[Line]:
+    """The one table: a column for the teacher and for each arm from the best down, a line per measure."""
+    arms = [comparison.arms[name] for name in comparison.order]
+    columns: list[TeacherResult] = [comparison.teacher, *arms]
+    lines = [
+        Line(name.replace("weights.", "weight of "), [NOTHING, *(_setting(arm.settings[name]) for arm in arms)])
+        for name in arms[0].settings
+    ]
+    lines += [
+        Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95)), starts_group=True),
+        Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))),
+    ]
+    lines += [Line(MEASURES[name].title, [_estimate(name, column) for column in columns]) for name in comparison.measures]
+    shown = plots.telling(comparison)
+    lines += [
+        Line(f"{plain(kind)} ({comparison.kinds[kind]:,})", _of_kind(columns, kind), starts_group=index == 0)
+        for index, kind in enumerate(shown)
+    ]
+    for index, baseline in enumerate(plots.baselines(comparison)):
+        gains = [arm.gains.get(baseline) for arm in arms]
+        lines.append(Line(f"gain over {baseline}, points", [NOTHING, *map(gained, gains)], starts_group=index == 0))
+        lines.append(Line("p (Holm)", [NOTHING, *map(_p_value, gains)], belongs_above=True))
+    lines.append(Line("share of the teacher, %", [Cell("100"), *map(_share, arms)], starts_group=True))
+    lines.append(Line("training, s per step", [NOTHING, *map(_pace, arms)], starts_group=True))
+    lines.append(Line("peak memory, MiB", [NOTHING, *(Cell(f"{arm.peak_memory_mib:,.0f}") for arm in arms)]))
+    return lines
+
+
+def measures(comparison: Comparison) -> list[Line]:
+    """Each measure beside exact match, and every arm's difference from each baseline by it."""
+    lines = []
+    for name, contrast in comparison.measures.items():
+        measure, best = MEASURES[name], "lower" if MEASURES[name].lower_is_better else "higher"
+        cells = [_estimate(name, column) for column in (comparison.teacher, *(comparison.arms[a] for a in comparison.order))]
+        lines.append(Line(f"{measure.title} ({best} is better)", cells, starts_group=True))
+        for baseline in plots.baselines(comparison):
+            found = [contrast.gain(arm, baseline) if arm != baseline else None for arm in comparison.order]
+            lines.append(Line(f"minus {baseline}, {measure.unit}", [NOTHING, *(gained(gain, measure) for gain in found)]))
+    return lines
+
+
+def small_tables(comparison: Comparison) -> dict[str, Table]:
+    """Tables by name: yes/no figures, resolution of the sample, published runs beside these, seeds of each arm."""
+    everyone = [(TEACHER_ARM, comparison.teacher), *((name, comparison.arms[name]) for name in comparison.order)]
+    names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    closed = [
+        [name, *(md.percent(getattr(result.yes_no[OVERALL], figure)) for figure in names)]
+        for name, result in everyone
+        if result.yes_no
+    ]
+    if len({tuple(row[1:]) for row in closed}) == 1:
+        closed = [["teacher and all arms", *closed[0][1:]]]
+    tables = {"yes_no": (["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"], closed)} if closed else {}
+    rows = []
+    for name, found in {EXACT_MATCH: comparison.exact_match, **comparison.measures}.items():
+        gaps = (found.noise, found.detectable, found.spread)
+        said = [md.DASH if gap is None else MEASURES[name].said(gap) for gap in gaps]
+        rows.append([MEASURES[name].title, MEASURES[name].unit, *said])
+    header = ["measure", "unit", "may be chance below", "seen four times in five", "deviation between seeds"]
+    tables["resolution"] = header, rows
+    if comparison.published:
+        rows = []
+        for name, result in everyone:
+            scores = comparison.published.scores.get(name, [])
+            mean = md.percent(fmean(scores)) if scores else md.DASH
+            deviation = md.percent(stdev(scores)) if len(scores) > 1 else md.DASH
+            rows.append([name, f"{md.percent(result.exact_match)} {_range(result.ci95)}", mean, deviation, f"{len(scores)}"])
+        tables["published"] = ["", "this run, %", "published, mean, %", "deviation between seeds, points", "seeds"], rows
+    if comparison.repeated:
+        rows = []
+        for name, arm in comparison.arms.items():
+            each = ", ".join(f"{run} {md.percent(score)}" for run, score in arm.runs.items())
+            rows.append([name, f"{len(arm.runs)}", each, md.percent(arm.exact_match)])
+        tables["seeds"] = ["arm", "runs", "exact match of each, %", "mean, %"], rows
+    return tables
+
+
+def pairs(comparison: Comparison) -> list[Line]:
+    """Each arm minus each that ranks below it: a line for the one, a column for the other."""
+    found = {(pair.arm, pair.against): pair for pair in comparison.pairs}
+    cells = {arm: [found.get((arm, other)) for other in comparison.order[1:]] for arm in comparison.order[:-1]}
+    return [Line(arm, [gained(pair) if pair else Cell("") for pair in row]) for arm, row in cells.items()]
+
+
+def plain(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _estimate(name: str, result: TeacherResult) -> Cell:
+    said, found = MEASURES[name].said, result.measures[name]
+    return Cell(said(found.value), f"[{said(found.ci95[0])}, {said(found.ci95[1])}]")
+
+
+def _scores(columns: list[TeacherResult], figure: Callable[[TeacherResult], tuple[float, Interval]]) -> list[Cell]:
+    return [Cell(md.percent(value), _range(interval)) for value, interval in map(figure, columns)]
+
+
+def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
+    """Exact match, with token F1 below it where the kind has answers of several words."""
+    f1 = [column.measures["token_f1"].per_kind[kind] for column in columns]
+    partly = any(abs(value - column.per_kind[kind]) > 5e-4 for value, column in zip(f1, columns, strict=True))
+    return [
+        Cell(md.percent(column.per_kind[kind]), f"F1 {md.percent(value)}" if partly else "")
+        for value, column in zip(f1, columns, strict=True)
+    ]
+
+
+def gained(gain: Difference | None, measure: Measure = MEASURES[EXACT_MATCH]) -> Cell:
+    if gain is None:
+        return NOTHING
+    low, high = map(measure.difference, gain.ci95)
+    return Cell(measure.difference(gain.difference), f"[{low}, {high}]", strong=gain.larger_than_noise)
+
+
+def _p_value(gain: Difference | None) -> Cell:
+    return NOTHING if gain is None else Cell(md.p_value(gain.p_value), f"({md.p_value(gain.p_holm)})")
+
+
+def _share(arm: ArmResult) -> Cell:
+    if arm.share_of_teacher is None or arm.share_ci95 is None:
+        return NOTHING
+    return Cell(md.percent(arm.share_of_teacher), _range(arm.share_ci95))
+
+
+def _range(interval: Interval) -> str:
+    return f"[{md.percent(interval[0])}, {md.percent(interval[1])}]"
+
+
+def _setting(value: Any) -> Cell:
+    return NOTHING if value is None else Cell(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _pace(arm: ArmResult) -> Cell:
+    said = f"{arm.train_seconds:,.0f}" if arm.train_seconds >= 10 else f"{arm.train_seconds:.1f}"
+    return Cell(f"{arm.step_seconds:.3g}", f"{said} s of wall clock")
