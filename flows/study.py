@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Annotated, get_args
 
 from prefect import flow, task
@@ -89,9 +90,15 @@ class Budget:
     retry_condition_fn=worth_another_try,
 )
 def run_cell(
-    cell: Cell, plan: Study, parent: str, slots: threading.Semaphore, budget: Budget, pool: Orders | None = None
+    cell: Cell,
+    plan: Study,
+    parent: str,
+    slots: threading.Semaphore,
+    budget: Budget,
+    record: Callable[[Cell], None],
+    pool: Orders | None = None,
 ) -> dvc.Outcome:
-    """Train and score one arm, here or by the pool. Raises BudgetSpent, dvc.StageFailed, or AlignTIError of the pool."""
+    """Train, score, record one arm, here or by the pool. Raises BudgetSpent, dvc.StageFailed, or AlignTIError of the pool."""
     train, score = f"distill@{cell.name}", f"evaluate@{cell.name}"
     with slots:
         budget.reserve(cell.name)
@@ -99,9 +106,9 @@ def run_cell(
         try:
             if pool:
                 by_pool = pool.bring(cell.name, [train, score], lambda stage: run_stage.fn(stage, parent, FREE))
-                outcome: dvc.Outcome = "ran" if by_pool else "restored"
+                became: dvc.Outcome = "ran" if by_pool else "restored"
             else:
-                outcome = run_stage.fn(train, parent, FREE, diverged(cell.name, plan.diverged_above))
+                became = run_stage.fn(train, parent, FREE, diverged(cell.name, plan.diverged_above))
                 run_stage.fn(score, parent, FREE)
         except NotMade as failure:  # it has waited for a worker too, which costs nothing
             waited = time.monotonic() - began - failure.seconds
@@ -109,7 +116,8 @@ def run_cell(
         finally:
             budget.spend(cell.name, time.monotonic() - began - waited)
         budget.spend(cell.name, Cost.read(STUDENTS / cell.name / "cost.json").train_seconds)
-    return outcome
+        record(cell)  # at once: what stands of a study that is stopped can be compared
+    return became
 
 
 @flow(name="alignti-study", flow_run_name=run_name, on_failure=[notify.failed], on_crashed=[notify.failed])
@@ -141,13 +149,10 @@ def study(
         with prefect_artifacts.linked(runtime, opening) as run:
             run.tag("study", name)
             pool = Orders(name, workspace.head(), recipe, run.id) if over_pool else None
-            became = _run(cells, plan, run.id, parallel or (MOST if pool else 1), pool)
+            record = _recorder(name, cells, runtime)
+            became = _run(cells, plan, run.id, parallel or (MOST if pool else 1), record, pool)
             for arm, became_of in became.items():
                 run.tag(f"cell.{arm}", became_of)
-            digests, varied = dvc.digests(), outcome.varied({cell.name: cell.arm.model_dump(mode="json") for cell in cells})
-            for cell in (cell for cell in cells if became[cell.name] in DONE):
-                md5, differs = digests[str(STUDENTS / cell.name)], varied[cell.name]
-                outcome.record(cell.name, md5, differs, runtime, outcome.CELL, study=name, variant=cell.variant)
             _send(runtime)
             missing = {cell: outcome for cell, outcome in became.items() if outcome not in DONE}
             if missing:
@@ -162,14 +167,26 @@ def study(
     return became
 
 
-def _run(cells: list[Cell], plan: Study, parent: str, parallel: int, pool: Orders | None) -> dict[str, str]:
+def _recorder(name: str, cells: list[Cell], runtime: RuntimeSettings) -> Callable[[Cell], None]:
+    varied = outcome.varied({cell.name: cell.arm.model_dump(mode="json") for cell in cells})
+
+    def record(cell: Cell) -> None:
+        md5 = dvc.digests()[str(STUDENTS / cell.name)]
+        outcome.record(cell.name, md5, varied[cell.name], runtime, outcome.CELL, study=name, variant=cell.variant)
+
+    return record
+
+
+def _run(
+    cells: list[Cell], plan: Study, parent: str, parallel: int, record: Callable[[Cell], None], pool: Orders | None
+) -> dict[str, str]:
     """What all arms share, then the arms."""
     slots, budget = threading.Semaphore(parallel), Budget(plan.device_hours)
     if pool:
         pool.bring("shared", _shared(cells), lambda stage: run_stage(stage, parent, FREE))
     else:
         _run_shared(cells, parent, slots)
-    futures = {cell.name: run_cell.submit(cell, plan, parent, slots, budget, pool, return_state=False) for cell in cells}
+    futures = {c.name: run_cell.submit(c, plan, parent, slots, budget, record, pool, return_state=False) for c in cells}
     settle("arms", futures)
     return {cell: _became(future) for cell, future in futures.items()}
 

@@ -16,7 +16,7 @@ import yaml
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Crashed, Failed
 
-from components.errors import AlignTIError
+from components.errors import AlignTIError, Interrupted
 from flows import dvc, workspace
 from flows import study as module
 from flows.early_stopping import diverged
@@ -147,6 +147,20 @@ def test_a_failed_arm_leaves_the_rest_and_the_next_try_runs_only_what_is_missing
     branches = subprocess.run(["git", "branch", "--list", "runs/*"], capture_output=True, text=True).stdout.split()
     assert len(branches) == 2 and all(branch.startswith("runs/mine-") for branch in branches)  # but what came of it is,
     assert workspace.prune(days=1) == [] and workspace.prune(days=0) == branches  # until it is old
+
+
+def test_the_arms_of_a_study_that_is_stopped_are_recorded(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = module.settle
+
+    def stopped(what: str, futures: dict[str, Any]) -> None:
+        settle(what, futures)
+        if what == "arms":
+            raise Interrupted("stopped")
+
+    monkeypatch.setattr(module, "settle", stopped)
+    with pytest.raises(Interrupted):
+        study("mine")
+    assert set(records()) == {"tpa0-seed1", "tpa1-seed1"}
 
 
 def test_no_arm_is_started_that_would_pass_the_budget() -> None:
