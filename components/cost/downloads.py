@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,21 @@ class Missing:
 def missing(settings: Settings, root: Path = Path()) -> list[Missing]:
     """What the run reads and does not find here, without asking any network."""
     return [*_missing_models(settings, root), *_missing_data(settings, root)]
+
+
+def soft_capped(settings: Settings, root: Path = Path()) -> list[str]:
+    """Models on this machine whose logits are soft-capped (Gemma 2), by their config.json."""
+    members = settings.models.pretrained
+    if settings.models.family != "pretrained" or members is None:
+        return []
+    found = []
+    for name, entry in {**members.teachers, **members.students}.items():
+        wanted = entry.language_model if isinstance(entry, Parts) else entry
+        if isinstance(wanted, Checkpoint) and (folder := downloaded(wanted, root)) is not None:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if config.get("text_config", config).get("final_logit_softcapping") is not None:
+                found.append(name)
+    return found
 
 
 def _missing_models(settings: Settings, root: Path) -> Iterator[Missing]:

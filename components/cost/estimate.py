@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from components.config import recipes
-from components.config.models import Checkpoint, Cut, Parts
+from components.config.models import Checkpoint, Cut, LanguageShape, Parts
 from components.config.recipes import SampleSize
 from components.config.settings import Settings
 from components.config.study import Arm
@@ -109,6 +109,35 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
     return Estimate(device, runtime.devices, hours, dearest, disk, rows / PREPARED_PER_SECOND / 3600)
 
 
+def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()) -> float:
+    """Of one optimiser step of an arm that `settings` fill in, over samples of recipe `name`'s mean size. The teacher is the
+    largest candidate.
+
+    Raises InputError if the recipe does not say that size, or the shape of a model is not known.
+    """
+    sample = recipes.about(name, root).sample
+    if sample is None:
+        raise InputError(f"params/recipes/{name}.yaml: about.sample is missing, the tokens of a mean sample")
+    members = settings.models.members
+    student = _shape(members.students[arm.student], name, settings, root)
+    teacher = max((_shape(entry, name, settings, root) for entry in members.teachers.values()), key=lambda model: model.weights)
+    work, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
+    if arm.tpa is not None and arm.tpa.source == "gold":  # which needs no row beside the data's own
+        work = replace(work, ribbon=0)
+    asked = teacher if any(needs.teacher for needs in arm.needs.values()) else None
+    return settings.distill.batch_size / len(work.lengths) * step.operations(student, asked, work, plan).all
+
+
+def _shape(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings: Settings, root: Path) -> Model:
+    """As `_model`; of the embedded family's too, whose vocabulary is that of the digits."""
+    if not isinstance(entry, LanguageShape):
+        return _model(entry, name, settings, root)
+    assert settings.models.embedded is not None and settings.data.digits is not None  # this family learns the digits
+    tower, image_px = settings.models.embedded.tower, settings.data.digits.grid * settings.data.digits.cell_px
+    language = shapes.Language(**entry.model_dump(), vocabulary=74)
+    return shapes.llava(shapes.Tower(**tower.model_dump(exclude={"cell_px"}), image_px=image_px), language)
+
+
 def _model(entry: Checkpoint | Parts | Cut, name: str, settings: Settings, root: Path) -> Model:
     """The shape of one entry of params/models.yaml. A folder's own config.json comes before what this project knows."""
     if isinstance(entry, Cut):
@@ -166,6 +195,9 @@ def _step_plan(student: Model, arm: Arm, settings: Settings) -> StepPlan:
         checkpointed=distill.gradient_checkpointing,
         chunk_rows=_chunk_rows(student, settings),
         towers=3 if distill.trainable.vision_tower else 1,
+        edited=(arm.options["mcd"].get("verified", 0.5) or 1.0) if "mcd" in arm.weights else 0.0,
+        written=0.0 if arm.rollouts is None else arm.rollouts.share,
+        gradient=arm.iva is not None and arm.iva.weighting == "gradient" and "iva" in arm.weights,
     )
 
 

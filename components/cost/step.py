@@ -42,6 +42,9 @@ class StepPlan:
         checkpointed: layers are computed again in the backward pass.
         chunk_rows: rows of logits at a time; where there are more, those of L_kd and L_tpa are computed again.
         towers: passes of the vision tower over each image; one where teacher and student share a frozen one.
+        edited: share of the samples that a term edits.
+        written: share of the samples to which the student writes an answer, as long as the data's.
+        gradient: the teacher goes back to its inputs, for the weights of visual tokens.
     """
 
     terms: tuple[Needs, ...]
@@ -50,6 +53,9 @@ class StepPlan:
     checkpointed: bool = False
     chunk_rows: float = float("inf")
     towers: int = 1
+    edited: float = 0
+    written: float = 0
+    gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,22 @@ def operations(student: Model, teacher: Model | None, work: BatchShape, way: Ste
     if needs.ribbon and way.draws_first:
         layers += body(student, work, 0)
         heads += head(student.language, work.response)
+    a_pass, its_head = layers, (2 + way.trained) * head(student.language, work.response)
+    if needs.edits:
+        layers += way.edited * (a_pass + tower(student, work.images))
+        heads += 2 * way.edited * its_head
+    layers += way.written * (body(student, work, 0) + tower(student, work.images))
+    heads += way.written * head(student.language, work.response)
+    for view in needs.views:
+        layers += view.student * a_pass + (view.teacher and tower(student, work.images))
+        heads += view.student * its_head
+        if view.teacher and teacher is not None:
+            layers += body(teacher, work, 0)
+            heads += 2 * head(teacher.language, work.response)
     if teacher is not None and needs.teacher:
+        if way.gradient:
+            layers += 2 * body(teacher, work, 0)
+            heads += 2 * head(teacher.language, work.response)
         maps = needs.attention + len(needs.in_teacher.maps)
         watched = 2 * teacher.language.attention * work.instruction * work.visual / max(1, len(work.lengths)) * maps
         layers += body(teacher, work, added) + watched

@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,10 +21,13 @@ from components.config.distill import DistillSettings
 from components.config.fields import ArmName, PositiveFloat, Strict
 from components.config.load import load_settings
 from components.config.settings import Settings
-from components.config.study import Arm
+from components.config.study import Arm, StudySettings
 from components.config.yaml_file import read_yaml
+from components.cost.estimate import step_operations
 from components.errors import SettingsError, unknown
 from components.io import write_text
+from components.records.distill import Cost
+from components.records.paths import STUDENTS
 
 OF_AN_ARM = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # taken from params/distill.yaml unless it sets them
 STUDIES = Path("params/studies")
@@ -48,6 +51,11 @@ class Study(Strict):
     baselines: list[ArmName] = Field(description="variants (arms without their seed) that the others are tested against")
     families: dict[str, Family] | None = Field(
         default=None, description="comparisons by the question they answer; none: every variant against the baselines"
+    )
+    budgets: list[Literal["operations", "seconds"]] = Field(
+        default=[],
+        description="cells are run once more with as many steps as take what the first baseline does: operations, counted from"
+        " shapes; seconds, as the trainings at equal steps took here",
     )
     distill: dict[str, Any] = Field(default={}, description="params/distill.yaml where its arms need it otherwise")
     device_hours: PositiveFloat | None = Field(description="no further arm is started when it would pass this; null: no cap")
@@ -100,6 +108,8 @@ def cells(name: str, root: Path = Path()) -> list[Cell]:
             found.append(Cell(name=named, variant=label or "base", arm=Arm.model_validate(arm)))
         except ValidationError as error:
             problems.append(_problems(Path(f"{STUDIES / name}.yaml: {named}"), error))
+    if not problems:
+        found += [cell for budget in study.budgets for cell in _within(budget, found, study.baselines, settings, root)]
     repeated = {cell.name for cell in found if sum(cell.name == other.name for other in found) > 1}
     problems += [f"{STUDIES / name}.yaml: two arms would be called {arm}" for arm in sorted(repeated)]
     variants = list(dict.fromkeys(cell.variant for cell in found))
@@ -115,6 +125,36 @@ def cells(name: str, root: Path = Path()) -> list[Cell]:
     if problems:
         raise SettingsError("\n".join(problems))
     return found
+
+
+def _within(budget: str, cells: list[Cell], baselines: list[str], settings: Settings, root: Path) -> list[Cell]:
+    """The cells but the first baseline's, each with as many steps as cost what the baseline of its seed takes."""
+    first = {cell.arm.seed: cell for cell in cells if baselines and cell.variant == baselines[0]}
+    if not first:
+        raise SettingsError(f"budgets: {budget}: they are what the first of `baselines` takes, and there is none")
+    costs = _costs(budget, cells, settings, root)
+    found = []
+    for cell in cells:
+        if cell.variant != baselines[0]:
+            baseline = first.get(cell.arm.seed) or next(iter(first.values()))
+            share = costs[baseline.name] / costs[cell.name]
+            steps = max(1, round((baseline.arm.steps or settings.distill.steps) * share))
+            variant, arm = f"{cell.variant}-{budget}", cell.arm.model_copy(update={"steps": steps})
+            found.append(Cell(name=variant + cell.name.removeprefix(cell.variant), variant=variant, arm=arm))
+    return found
+
+
+def _costs(budget: str, cells: list[Cell], settings: Settings, root: Path) -> dict[str, float]:
+    """Operations or seconds of one step of each."""
+    from components.config import recipes
+
+    if budget == "seconds":
+        taken = {cell.name: Cost.read(root / STUDENTS / cell.name / "cost.json") for cell in cells}
+        return {name: cost.train_seconds / cost.steps for name, cost in taken.items()}
+    recipe, _ = recipes.nearest(root)
+    assert recipe is not None  # there are recipes
+    study = settings.model_copy(update={"study": StudySettings(arms={cell.name: cell.arm for cell in cells})})
+    return {cell.name: step_operations(recipe, study.arm(cell.name), study, root) for cell in cells}
 
 
 def families(study: Study, arms: Sequence[Cell]) -> dict[str, Family]:

@@ -8,10 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import flops
 from benchmarks.shapes import SIZES, batch
+from benchmarks.step import Bench
 from benchmarks.table import load
+from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE, needs_of
 from components.cost import shapes
 from components.cost import step as cost
@@ -122,3 +126,19 @@ def test_memory_is_within_a_quarter_of_that_measured() -> None:
 
 def rows(result: dict, arm: str) -> int:
     return round(result["arms"][arm]["ribbon_rows_per_step"] * result["response_tokens"])
+
+
+@pytest.mark.parametrize(("extra", "gradient"), [(["kd"], False), (["va_kd"], False), (["kd", "iva"], False), (["iva"], True)])
+def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> None:
+    """On the benchmark's tiny models. Attention is causal, and torch counts all of it."""
+    bench = Bench.of(SIZES["tiny"], torch.device("cpu"))
+    bench.teacher.gradient = gradient
+    weights = dict.fromkeys(["sft", *extra], 1.0)
+    module = AlignTI(bench.student, bench.teacher, Method(weights, shared_vocabulary=bench.size.student.vocabulary))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as measured:
+        found = module(bench.batch, bench.keys)
+        total(found.sums, found.counts, module.method.weight_vector()).backward()
+    student, teacher = bench.size.model(bench.size.student), bench.size.model(bench.size.teacher)
+    way = StepPlan(needs_of(weights), gradient=gradient)
+    counted = cost.operations(student, teacher, flops.work_of(bench.batch, 0), way).all
+    assert counted == pytest.approx(measured.get_total_flops(), rel=0.15)

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from components.config.load import load_settings
-from components.errors import SettingsError
+from components.errors import DataError, SettingsError
+from components.records.distill import Cost
 from components.study import expand
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +95,27 @@ def test_what_is_wrong_is_said_and_nothing_is_written(root: Path, changes: dict[
 def test_an_unknown_study_is_told_with_those_there_are(root: Path) -> None:
     with pytest.raises(SettingsError, match=r"no study 'term'.*smoke, terms"):
         expand.read("term", root)
+
+
+def test_a_budget_gives_each_cell_the_steps_that_cost_what_the_baseline_does(root: Path) -> None:
+    cells = {"kd": {}, "ours": {"weights.iva": 1.0, "weights.tpa": 1.0}, "sft": {"weights.kd": 0.0}, "short": {"steps": 10}}
+    same: dict[str, Any] = {"cells": cells, "grid": {"seed": [1, 2]}, "baselines": ["kd"]}
+    write(root, **same)
+    equal = expand.cells("mine", root)
+    write(root, **same, budgets=["operations", "seconds"])
+    with pytest.raises(DataError, match=r"kd-seed1.cost.json is missing"):
+        expand.cells("mine", root)
+    for cell in equal:
+        seconds = {"kd": 40.0, "ours": 80.0, "sft": 20.0, "short": 1.0}[cell.variant] * cell.arm.seed
+        cost = Cost(train_seconds=seconds, peak_memory_mib=1.0, device="cpu", steps=cell.arm.steps or 400)
+        cost.write(root / f"artifacts/students/{cell.name}/cost.json")
+    found = {cell.name: cell for cell in expand.cells("mine", root)}
+    assert [*found.values()][: len(equal)] == equal and len(found) == 3 * len(equal) - 4, "the baseline is not run again"
+    assert [found[f"{name}-seconds-seed2"].arm.steps for name in ("ours", "sft", "short")] == [200, 800, 400]
+    counted = {name: found[f"{name}-operations-seed1"].arm.steps or 0 for name in ("ours", "sft", "short")}
+    assert counted["ours"] < counted["short"] == 400 < counted["sft"]
+    expand.expand("mine", root)
+    assert load_settings(root).arm("ours-operations-seed1").steps == counted["ours"]
+    write(root, **same | {"baselines": []}, budgets=["operations"])
+    with pytest.raises(SettingsError, match="the first of `baselines`"):
+        expand.cells("mine", root)
