@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from components.cli import GROUPS, app
 from components.config import recipes
@@ -119,6 +120,22 @@ def test_check_names_data_that_are_not_here(root: Path) -> None:
     done = alignti(root, "check")
     assert done.returncode == 2
     assert "not here: data.llava.annotations: data/x.json, data.llava.images: data/img" in done.stderr
+
+
+def test_check_refuses_relations_of_soft_capped_logits(root: Path) -> None:
+    folder = root / "gemma"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_text(json.dumps({"text_config": {"final_logit_softcapping": 30.0}}))
+    models, study = (yaml.safe_load((root / f"params/{file}.yaml").read_text()) for file in ("models", "study"))
+    entry = {"source": "gemma", "revision": None}
+    models |= {"family": "pretrained", "pretrained": {"teachers": {"teacher": entry}, "students": {"student": entry}}}
+    (root / "params/models.yaml").write_text(yaml.safe_dump(models))
+    assert alignti(root, "check").returncode == 0
+    study["arms"]["kd"]["weights"]["relation"] = 0.5
+    (root / "params/study.yaml").write_text(yaml.safe_dump(study))
+    done = alignti(root, "check")
+    assert done.returncode == 2 and "arms kd: relation takes a linear head" in done.stderr and "teacher, student" in done.stderr
 
 
 def test_check_names_a_tracker_that_is_not_installed(root: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from components.models.template import Template
 from components.records.distill import Cost
 from components.records.paths import IRS, STUDENTS
 from components.records.record import Absent
+from components.teacher_answers import __main__ as answers
+from components.teacher_cache import __main__ as evidence
+from components.teacher_cache.find_evidence import EvidencePass
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, STEPS, write_params
 
@@ -107,21 +111,48 @@ def test_accumulation_gives_the_same_training(workplace: Path, arm: str) -> None
         assert (split[name].double() - whole[name]).norm() <= 1e-3 * moved + 1e-6, name
 
 
-def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(workplace: Path) -> None:
-    write_params(workplace, "distill", {"steps": 40})
-    wanted = weights(run())
-    losses = (STUDENTS / "align_ti/losses.jsonl").read_text()
-    write_params(workplace, "distill", {"steps": 40, "checkpoint_every": 3})
-    killed = subprocess.Popen(command("align_ti"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _wait_for(lambda: list(Path(".runs/distill/align_ti").glob("*/step-*")), killed)
+FIELD: dict[str, dict[str, Any]] = {
+    "taid": {"weights": {"sft": 1.0, "taid": 1.0}},
+    "gkd": {
+        "weights": {"kd": 1.0},
+        "rollouts": {"share": 0.5, "temperature": 1.0, "top_p": None, "max_new_tokens": 6, "reuse": 2},
+    },
+    "seqkd": {"weights": {"sft": 1.0}, "answers": "teacher"},
+    "mcd": {"weights": {"sft": 1.0, "kd": 1.0, "mcd": 1.0}},
+}
+KEPT: dict[str, Any] = {
+    "teacher_answers": {"samples": 2, "temperature": 1.0, "top_p": None, "max_new_tokens": 40},
+    "teacher_signals": {"source": "live", "top_k": 4, "evidence": {"kinds": ["gradient"], "share": 0.25}},
+}
+
+
+@pytest.mark.parametrize("arm", ["align_ti", *(pytest.param(name, marks=pytest.mark.live) for name in FIELD)])
+def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(
+    workplace: Path, arm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill = {"steps": 40}
+    if arm in FIELD:
+        distill |= KEPT
+        write_params(workplace, "study", {"arms": {arm: FIELD[arm] | {"student": "student", "seed": 1}}})
+        write_params(workplace, "evaluate", {"baselines": [arm]})
+        write_params(workplace, "distill", distill)
+        monkeypatch.setattr(EvidencePass, "_right", lambda self, samples: [True] * len(samples))  # this teacher has not learnt
+        evidence.make(load_settings())
+        answers.make(load_settings())
+    write_params(workplace, "distill", distill)
+    wanted = weights(run(arm))
+    losses = (STUDENTS / arm / "losses.jsonl").read_text()
+    write_params(workplace, "distill", distill | {"checkpoint_every": 3})
+    killed = subprocess.Popen(command(arm), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for(lambda: list(Path(f".runs/distill/{arm}").glob("*/step-*")), killed, seconds=600 if arm in FIELD else 90)
     killed.kill()
     killed.wait()
-    left = list(Path(".runs/distill/align_ti").glob("*/step-*"))
+    left = list(Path(f".runs/distill/{arm}").glob("*/step-*"))
     assert left, "it was killed after a checkpoint and before the end"
-    finished = subprocess.run(command("align_ti"), env=environment(), capture_output=True, text=True, check=True)
+    finished = subprocess.run(command(arm), env=environment(), capture_output=True, text=True, check=True)
     assert "resumed at step" in finished.stdout
-    assert weights(STUDENTS / "align_ti") == wanted
-    assert (STUDENTS / "align_ti/losses.jsonl").read_text() == losses
+    assert weights(STUDENTS / arm) == wanted
+    assert (STUDENTS / arm / "losses.jsonl").read_text() == losses
 
 
 @pytest.mark.parametrize("loaders", [0, 1])
