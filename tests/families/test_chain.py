@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from components.align_ti import terms
+from components.align_ti.batch import Edits
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.config.irs import IrsSettings
@@ -19,6 +21,7 @@ from components.dataset.shards import ImageRow, Samples, Turn
 from components.distill.export import export
 from components.distill.teacher import FrozenTeacher
 from components.irs.search import measure
+from components.models.collate import Batch
 from components.models.download import obtain
 from components.models.families import inputs, parts
 from components.models.load import Loaded, check_pair, load
@@ -71,10 +74,37 @@ def trained(student: Loaded, teacher: Loaded, layer: int, route: str) -> list[fl
     return losses
 
 
+def edited(batch: Batch) -> Batch:
+    """With edits of all samples: half of an image's tokens those of the image in other colours."""
+    assert batch.pixel_values is not None
+    other, rows = replace(batch, pixel_values=-batch.pixel_values), int(batch.response.sum())
+    own = ~(batch.visual & (torch.arange(batch.visual.shape[1]) % 2 == 0))
+    tokens = torch.arange(4).expand(rows, 4)
+    places, effect = torch.arange(len(own)), torch.arange(len(own)) % 2 == 0
+    whole, without = torch.linspace(0, 1, 10 * rows).view(2, rows, 5).softmax(-1)
+    return replace(batch, edits=Edits(batch, other, own.float(), places, effect, tokens, whole, without))
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_embeddings_that_are_mixed_give_either_end(family: str) -> None:
+    vlm = VLM(load(toy.folder(family, 1, 3), "cpu").model)
+    batch = edited(toy.collator(vlm.model.config.model_type)(toy.SAMPLES))
+    assert batch.edits is not None
+    other = batch.edits.other
+    with torch.no_grad():
+        given = vlm.embedded(other, vlm.features(other))
+        found = [vlm.mixed(batch, vlm.features(batch), given, torch.full(batch.visual.shape, end)) for end in (1.0, 0.0)]
+        wanted = [vlm.plain(b, vlm.features(b), keep=False)[0] for b in (batch, other)]
+    real = batch.attention_mask.bool()
+    for one, alone in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one[real], alone[real], rtol=1e-4, atol=1e-5)
+    assert (wanted[0][real] - wanted[1][real]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("family", toy.FAMILIES)
 def test_every_further_term_takes_a_step(family: str) -> None:
     teacher, student = load(toy.folder(family, 1, 3), "cpu"), load(toy.folder(family, 2, 2), "cpu")
-    batch = toy.collator(student.model.config.model_type)(toy.SAMPLES)
+    batch = edited(toy.collator(student.model.config.model_type)(toy.SAMPLES))
     weights = {name: 1.0 for name in terms.names() if name not in CORE}
     shared = check_pair(teacher, student)
 
