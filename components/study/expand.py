@@ -145,12 +145,12 @@ def _within(budget: str, cells: list[Cell], baselines: list[str], settings: Sett
 
 
 def _costs(budget: str, cells: list[Cell], settings: Settings, root: Path) -> dict[str, float]:
-    """Operations or seconds of one step of each."""
+    """Operations or median seconds of one step of each."""
     from components.config import recipes
 
     if budget == "seconds":
         taken = {cell.name: Cost.read(root / STUDENTS / cell.name / "cost.json") for cell in cells}
-        return {name: cost.train_seconds / cost.steps for name, cost in taken.items()}
+        return {name: cost.step_seconds or cost.train_seconds / cost.steps for name, cost in taken.items()}
     recipe, _ = recipes.nearest(root)
     assert recipe is not None  # there are recipes
     study = settings.model_copy(update={"study": StudySettings(arms={cell.name: cell.arm for cell in cells})})

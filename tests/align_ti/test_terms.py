@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +227,17 @@ CASES = {
 
 def test_every_term_has_a_case() -> None:
     assert {case.term for case in CASES.values()} == {*terms.names(), *EXAMPLES}
+
+
+def test_the_table_of_the_docs_has_every_term_and_what_a_cache_serves() -> None:
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text().partition("## What the tests hold")[2]
+    rows = {cells[1].strip(" `"): cells for line in text.splitlines() if len(cells := line.split("|")) > 9}
+    told = {name: cells[7].strip() for name, cells in rows.items() if name in terms.names()}
+    assert set(told) == {*terms.names()}
+    for name, said in told.items():
+        needs = terms.term_class(name)().needs
+        served = "live" if needs.live_teacher else "yes" if needs.teacher else "its own" if needs.edits else "none needed"
+        assert said.partition(",")[0] == served, name
 
 
 @pytest.fixture(params=CASES)
