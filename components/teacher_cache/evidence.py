@@ -59,7 +59,7 @@ class Evidence:
     Args:
         verified: share of the samples, those whose evidence moves the teacher most, that are edited; None: all.
 
-    Raises DataError if a file is missing or has other bytes.
+    Raises DataError if a file is missing or has other bytes, or if no sample is left to edit.
     """
 
     def __init__(
@@ -71,6 +71,15 @@ class Evidence:
             if not (folder / name).is_file() or sha256([folder / name]) != digest:
                 raise DataError(f"{folder / name} is missing or has other bytes than the manifest says; {AGAIN}")
             shards.append(load_file(folder / name))
+        self._rows = self._verified(shards, verified) if shards else {}
+        if not self._rows:
+            raise DataError(
+                f"L_mcd has nothing to edit: of {kept.asked:,} samples the teacher answers {kept.right[kind]:,} as the data do,"
+                " and of these none is left whose evidence moves it; let one that has learnt teach"
+            )
+
+    def _verified(self, shards: list[dict[str, np.ndarray]], share: float | None) -> dict[int, int]:
+        """Sample -> its row in the tables of all shards, which are joined here."""
         tables = [shard["samples"] for shard in shards]
         for begin, tensor in ((ROW, "tokens"), (PLACE, "places")):  # in a file -> in all of them
             starts = np.cumsum([0, *(len(shard[tensor]) for shard in shards)])
@@ -78,9 +87,9 @@ class Evidence:
                 table[:, begin] += start
         self._of = {name: np.concatenate([shard[name] for shard in shards]) for name in NAMES}
         effects = self._of["effects"]
-        most = effects.argsort(kind="stable")[::-1][: int((verified or 1) * len(effects))]
-        taken = most if verified is None else most[effects[most] > 0]
-        self._rows = {int(self._of["samples"][row, SAMPLE]): int(row) for row in taken}
+        most = effects.argsort(kind="stable")[::-1][: int((share or 1) * len(effects))]
+        taken = most if share is None else most[effects[most] > 0]
+        return {int(self._of["samples"][row, SAMPLE]): int(row) for row in taken}
 
     def __len__(self) -> int:
         """Samples that are edited."""

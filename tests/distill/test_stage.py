@@ -122,7 +122,13 @@ FIELD: dict[str, dict[str, Any]] = {
 }
 KEPT: dict[str, Any] = {
     "teacher_answers": {"samples": 2, "temperature": 1.0, "top_p": None, "max_new_tokens": 40},
-    "teacher_signals": {"source": "live", "top_k": 4, "evidence": {"kinds": ["gradient"], "share": 0.25}},
+    "teacher_signals": {
+        "source": "live",
+        "kind": "top_k",
+        "top_k": 4,
+        "draws": 50,
+        "evidence": {"kinds": ["gradient"], "share": 0.25},
+    },
 }
 
 

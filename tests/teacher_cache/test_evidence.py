@@ -19,7 +19,7 @@ from components.dataset.shards import CAPTION, Samples
 from components.distill.__main__ import distill
 from components.distill.assemble import assemble
 from components.distill.loader import Steps
-from components.errors import DataError, Interrupted, ModelError, SettingsError
+from components.errors import DataError, Interrupted, SettingsError
 from components.models.attribution import attributions
 from components.models.checkpoint_folder import record
 from components.models.load import load
@@ -221,10 +221,12 @@ def test_an_interrupted_search_goes_on_to_the_same_bytes(mcd: Path, monkeypatch:
     assert not SIGNALS.exists() and stage.make(load_settings()) == wanted and len(calls) == 5
 
 
-def test_a_teacher_that_answers_nothing_right_is_refused(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_teacher_that_answers_nothing_right_an_arm_is_refused(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find_evidence.EvidencePass, "_right", lambda self, samples: [False] * len(samples))
-    with pytest.raises(ModelError, match="answers none of 12 samples as the data do"):
-        stage.make(load_settings())
+    kept = stage.make(load_settings()).evidence
+    assert kept is not None and kept.right == {"gradient": 0, "random": 0}
+    with pytest.raises(DataError, match="nothing to edit: of 12 samples the teacher answers 0 as the data do"):
+        trained(Run(None))
 
 
 def test_without_the_block_there_is_none(mcd: Path) -> None:
