@@ -64,8 +64,8 @@ data: $(STAMP) ## fetch the raw data that data.dvc names
 	@$(IN_VENV) dvc pull data.dvc </dev/null >/dev/null || \
 		{ echo "If you changed data/: \`dvc add data\` records your change, \`dvc checkout --force data.dvc\` drops it." >&2; exit 2; }
 
-repro: data ## the whole job, only what changed; independent stages at the same time, JOBS=1 for one after another
-	@$(IN_VENV) python -m flows.parallel $(if $(JOBS),--jobs $(JOBS))
+repro: data ## the whole job, only what changed; independent stages at the same time, JOBS=1 for one after another, V=1 for all they say
+	@$(IN_VENV) python -m flows.parallel $(if $(JOBS),--jobs $(JOBS)) $(if $(V),-v)
 	@echo "The report: file://$(CURDIR)/reports/report.html (its figures: reports/compare.json)"
 
 flow: data ## the same stages through Prefect, in the order of DVC's graph

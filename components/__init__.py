@@ -8,9 +8,13 @@ for _stream in (sys.stdout, sys.stderr):
     if isinstance(_stream, io.TextIOWrapper):
         _stream.reconfigure(errors="backslashreplace")  # a text that this terminal or log cannot show ends nothing
 
+os.environ.setdefault("TQDM_DELAY", "2")  # what is done before has no bar. Read, as below, by tqdm when it is imported
 if not sys.stderr.isatty():
-    # A log is not a terminal: progress now and then instead of ten times a second. Read by tqdm when it is imported.
+    # A log is not a terminal: progress now and then instead of ten times a second, and no drawing.
     os.environ.setdefault("TQDM_MININTERVAL", "15")
+    os.environ.setdefault(
+        "TQDM_BAR_FORMAT", "{desc}: {percentage:.0f}%| {n_fmt} of {total_fmt}, {elapsed}, {remaining} left{postfix}"
+    )
 
 if any(name.lower().endswith("_proxy") for name in os.environ):
     # No proxy stands between this machine and itself. Read by urllib, requests and httpx, and by what is started from here.

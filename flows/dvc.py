@@ -37,6 +37,12 @@ _starting = threading.Lock()
 _over = threading.Event()
 _looking = threading.Lock()  # DVC's own objects know nothing of threads
 
+BAR = re.compile(r"(\d+)%\|")
+TO_A_TERMINAL = re.compile(
+    r"to track the changes with git|git add|to enable auto staging|dvc config core|dvc push|ing lock file", re.IGNORECASE
+)
+WARNING = re.compile(r"\bwarning\b|^tracking: |^ERROR", re.I)
+
 _RAN = re.compile(r"^Running stage '", re.MULTILINE)
 _RESTORED = re.compile(r"^Stage '.*' is cached - skipping run", re.MULTILINE)
 
@@ -329,17 +335,32 @@ def _by_lines(say: Say) -> Callable[[str], None]:
     return show
 
 
-def labelled(label: str) -> Say:
-    """Prints lines after their label, where several stages run at once; of a progress bar one state in `BAR_S` seconds."""
-    shown = 0.0
+class Labelled:
+    """Prints lines after their label, where several stages run at once; of a progress bar one state in `BAR_S` seconds.
 
-    def say(line: str) -> None:
-        nonlocal shown
-        if line.endswith("\n") or time.monotonic() - shown > BAR_S:
-            shown = time.monotonic()
-            sys.stdout.write(f"{label}: {line.strip()}\n")
+    Without `verbose` these, warnings, and in the end (`close`) the last line alone.
+    """
 
-    return say
+    def __init__(self, label: str, verbose: bool) -> None:
+        self._label, self._verbose, self._shown, self._last = label, verbose, time.monotonic(), ""
+
+    def __call__(self, line: str) -> None:
+        bar = BAR.search(line)
+        if self._verbose or WARNING.search(line):
+            if line.endswith("\n") or time.monotonic() - self._shown > BAR_S:
+                self._print(line)
+        elif bar and time.monotonic() - self._shown > BAR_S:
+            self._print(line)
+        elif not bar and not TO_A_TERMINAL.search(line):
+            self._last = line
+
+    def close(self) -> None:
+        if self._last:
+            self._print(self._last)
+
+    def _print(self, line: str) -> None:
+        self._shown = time.monotonic()
+        sys.stdout.write(f"{self._label}: {line.strip().removeprefix(f'{self._label}: ')}\n")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

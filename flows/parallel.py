@@ -1,4 +1,4 @@
-"""The pipeline by DVC alone, independent stages at the same time: `python -m flows.parallel [--jobs N]`.
+"""The pipeline by DVC alone, independent stages at the same time: `python -m flows.parallel [--jobs N] [-v]`.
 
 A walk over DVC's graph with N workers, each a `dvc repro --single-item STAGE`, so that `dvc.lock` afterwards is that of a plain
 `dvc repro`. Only what is stale, or needs what was run, is started.
@@ -10,7 +10,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from graphlib import TopologicalSorter
 
 from components.config.load import load_settings
@@ -65,9 +65,10 @@ def workers(runtime: RuntimeSettings) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run stale stages, independent ones at the same time.")
     parser.add_argument("--jobs", type=int, help="stages at a time; as many as there are GPUs, or else cores")
-    asked, settings = parser.parse_args().jobs, load_settings()
+    parser.add_argument("-v", "--verbose", action="store_true", help="all that stages and DVC say, not the last line alone")
+    asked, settings = parser.parse_args(), load_settings()
     runtime = settings.runtime
-    jobs = asked or workers(runtime)
+    jobs = asked.jobs or workers(runtime)
 
     if not dvc.status():
         print("Nothing to do: every stage is up to date.")
@@ -75,11 +76,10 @@ def main() -> None:
     with stage_run("repro", runtime=runtime, works=False) as above:
 
         def run(stage: str) -> dvc.Outcome:
-            if jobs == 1:  # all devices are its own
-                return dvc.reproduce(stage, {PARENT: above.id})
-            held: AbstractContextManager[dict[str, str]] = nullcontext({}) if runtime.device == "cpu" else devices.one()
-            with held as device:
-                return dvc.reproduce(stage, {PARENT: above.id, **device}, say=dvc.labelled(stage))
+            alone = jobs == 1 or runtime.device == "cpu"  # all devices are its own, or none
+            held: AbstractContextManager[dict[str, str]] = nullcontext({}) if alone else devices.one()
+            with held as device, closing(dvc.Labelled(stage, asked.verbose)) as say:
+                return dvc.reproduce(stage, {PARENT: above.id, **device}, say=say)
 
         outcomes = repro(jobs, run)
     told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())

@@ -8,13 +8,8 @@ import re
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
+from flows import dvc
 from flows.prefect_artifacts import put
-
-BAR = re.compile(r"(\d+)%\|")
-TO_A_TERMINAL = re.compile(
-    r"to track the changes with git|git add|to enable auto staging|dvc config core|dvc push|ing lock file", re.IGNORECASE
-)
-WARNING = re.compile(r"\bwarning\b|^tracking: |^ERROR", re.I)
 
 
 class StageLog:
@@ -25,14 +20,14 @@ class StageLog:
 
     def __call__(self, line: str) -> None:
         text = line.strip()
-        if found := BAR.search(text):
+        if found := dvc.BAR.search(text):
             tenth = int(found[1]) // 10
             if tenth == self._tenth:
                 return
             self._tenth = tenth
             self._show(10.0 * tenth, text)
-        if not TO_A_TERMINAL.search(text):
-            self._logger.log(logging.WARNING if WARNING.search(text) else logging.INFO, "%s", text)
+        if not dvc.TO_A_TERMINAL.search(text):
+            self._logger.log(logging.WARNING if dvc.WARNING.search(text) else logging.INFO, "%s", text)
 
     def _show(self, percent: float, text: str) -> None:
         if self._bar is None:

@@ -92,7 +92,7 @@ def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLi
         )
         filled = _Source(database, name, store, f"{name}/" if prefixed else "")
         rows = 0
-        bar = tqdm(store.rows(), desc=f"prepare: rows of {name}", unit="row", mininterval=1, delay=2)
+        bar = tqdm(store.rows(), desc=f"prepare: rows of {name}", unit="row", mininterval=1)
         for rows, (number, called, raw) in enumerate(bar, start=1):
             try:
                 filled.insert(understand(number, raw, limits, store.folder), called)

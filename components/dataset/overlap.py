@@ -100,7 +100,7 @@ def _evaluated(parts: Parts, count: int, folders: list[Path], limits: DataLimits
                 found.append(look)
     for folder in folders:
         before = len(found)
-        for path in tqdm(sorted(folder.rglob("*")), desc=f"prepare: images of {folder}", unit="image", delay=2):
+        for path in tqdm(sorted(folder.rglob("*")), desc=f"prepare: images of {folder}", unit="image"):
             if path.suffix.lower() in Image.registered_extensions() and path.is_file():
                 found.append(_look(path, limits))
                 names.append((str(folder), str(path.relative_to(folder))))

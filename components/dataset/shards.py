@@ -402,7 +402,7 @@ def check_hashes(folder: Path, shards: Sequence[ShardRecord]) -> None:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
         hashes = pool.map(lambda shard: sha256([folder / shard.file]), shards)  # hashing and reading release the interpreter
-        bar = tqdm(hashes, desc=f"check {folder.name}", total=len(shards), unit="shard", delay=2)
+        bar = tqdm(hashes, desc=f"check {folder.name}", total=len(shards), unit="shard")
         for shard, found in zip(shards, bar, strict=True):
             if found != shard.sha256:
                 raise DataError(

@@ -71,10 +71,18 @@ def test_lines_of_a_stage_open_with_its_label_and_its_bar_is_thinned_out(
 ) -> None:
     monkeypatch.setattr(dvc, "BAR_S", seconds)
     (project / "stage.py").write_text("print('1%\\r50%\\r100%')\n" + (project / "stage.py").read_text())
-    dvc.reproduce("first", say=dvc.labelled("first"))
+    dvc.reproduce("first", say=dvc.Labelled("first", verbose=True))
     shown = capsys.readouterr().out.splitlines()
     assert all(line.startswith("first: ") for line in shown)
     assert [line.removeprefix("first: ") for line in shown if line.endswith("%")] == states
+
+
+def test_a_stage_is_one_line_and_its_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    say = dvc.Labelled("first", verbose=False)
+    for line in ("Running stage 'first':", " 10%|", "tracking: MLflow is away", "first: 3 rows", "git add dvc.lock"):
+        say(line + "\n")
+    say.close()
+    assert capsys.readouterr().out == "first: tracking: MLflow is away\nfirst: 3 rows\n"
 
 
 @pytest.mark.parametrize(

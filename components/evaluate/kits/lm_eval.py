@@ -124,7 +124,7 @@ def _student(model: Path, device: torch.device, batch_size: int, journal: Path, 
             known = Journal(journal)
             keys = [_key(request.args) for request in requests]
             order = sorted(range(len(requests)), key=lambda place: len(requests[place].args[0]), reverse=True)
-            with tqdm(total=len(order), desc=title, unit="question", delay=2) as bar:
+            with tqdm(total=len(order), desc=title, unit="question") as bar:
                 for start in range(0, len(order), batch_size):
                     these = order[start : start + batch_size]
                     if not all(keys[place] in known.known for place in these):

@@ -106,7 +106,7 @@ def served(model: Path, device: str, log: Path, host: str = LOOPBACK, port: int 
 
 def _wait(endpoint: Endpoint, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + START_S
-    with tqdm(desc="server starting", unit="s", bar_format="{desc}: {elapsed}", delay=2) as bar:
+    with tqdm(desc="server starting", unit="s", bar_format="{desc}: {elapsed}") as bar:
         while not healthy(endpoint.url):
             ended = process.poll()
             if ended is not None or time.monotonic() > end:

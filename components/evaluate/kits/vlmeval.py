@@ -136,7 +136,7 @@ def run(session: Session, job: Job) -> dict[str, Any]:
         "EVAL_FORMAT": "csv",
     }
     words = [session.kit.python, "-m", "components.evaluate.kits.vlmeval_worker", str(folder / "job.json")]
-    with tqdm(total=job.questions, desc=session.title, unit="question", delay=2) as bar:
+    with tqdm(total=job.questions, desc=session.title, unit="question") as bar:
         ended = _watched(words, environment, log, journal, bar)
     if ended == REFUSED:
         raise InputError(last_words(log))
