@@ -141,7 +141,7 @@ def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) ->
 
 
 @app.command()
-def plan() -> None:
+def plan(verbose: bool = typer.Option(False, "-v", "--verbose", help="All that changed, not the first of it alone.")) -> None:
     """Say for each stage whether it would run, why, and how long that takes."""
     from components.config.load import load_settings
     from components.config.local_paths import not_here
@@ -153,7 +153,8 @@ def plan() -> None:
     for step in steps:
         state = typer.style("would run" if step.reasons else "cached   ", fg=typer.colors.YELLOW if step.reasons else None)
         time = _duration(step.seconds) if step.reasons and step.seconds is not None else " " * 8
-        typer.echo(f"{step.stage:{width}}  {state} {time}  {'; '.join(step.reasons)}".rstrip())
+        why = step.reasons if verbose or len(step.reasons) < 2 else [f"{step.reasons[0]}, and {len(step.reasons) - 1} more"]
+        typer.echo(f"{step.stage:{width}}  {state} {time}  {'; '.join(why)}".rstrip())
     running = [step for step in steps if step.reasons]
     if not running:
         typer.echo("Nothing to do: `make repro` would run no stage.")
@@ -174,7 +175,9 @@ def plan() -> None:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:6.0f} s" if seconds < LONG_S else f"{seconds / 3600:6.1f} h"
+    if seconds < 600:
+        return f"{seconds:4.0f} s  "
+    return f"{seconds / 60:4.0f} min" if seconds < LONG_S else f"{seconds / 3600:4,.0f} h  "
 
 
 @app.command()
