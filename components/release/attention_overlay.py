@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from components.dataset.shards import Sample
@@ -24,7 +26,7 @@ from components.models.vlm import VLM
 from components.records.irs import LayerChoice
 from components.records.paths import IRS, REPORTS, TEACHER_ARM
 from components.release.model import Named
-from components.report.figures import draw
+from components.report.figures import Theme, draw
 
 FOLDER = REPORTS / "try"
 
@@ -101,9 +103,21 @@ def _images(loaded: Loaded, sample: Sample) -> list[NDArray[np.uint8]]:
     return [seen_by(loaded.processor, image) if crops else np.asarray(image) for image in decoded(sample)]
 
 
-def draw_looks(name: str, looks: list[Seen]) -> Path:
-    """The models' panels beside each image as the first of them sees it. Returns the PNG's path, which `name` decides."""
-    path = FOLDER / f"{name}.png"
+def draw_looks(name: str, question: str, looks: list[Seen]) -> Path:
+    """The models' panels beside each image as the first of them sees it, with question and answers below them.
+
+    Returns the PNG's path, which `name` decides.
+    """
     of_image = [[seen.heats[number] for seen in looks] for number in range(len(looks[0].images))]
-    write_bytes(path, draw(heatmaps, looks[0].images, of_image, "attention / equal share"))
+
+    def figure(theme: Theme) -> Figure:
+        drawn = heatmaps(looks[0].images, of_image, "attention / equal share", theme)
+        for number, axes in enumerate(drawn.axes[:-1]):  # the last is the scale
+            first = number % (1 + len(looks)) == 0
+            said = textwrap.shorten(question, 45, placeholder=" …") if first else axes.get_xlabel()
+            axes.set_xlabel(f"{'asked' if first else 'answer'}: {said}")
+        return drawn
+
+    path = FOLDER / f"{name}.png"
+    write_bytes(path, draw(figure))
     return path

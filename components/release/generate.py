@@ -107,7 +107,7 @@ def run(names: list[str], images: Sequence[Path], question: str, settings: Setti
         console.print()  # which Live leaves to us
     if overlay:
         stems, models = (image.stem for image in images), (re.sub(r"[^\w.]+", "_", answer.named.name) for answer in answers)
-        path = draw_looks("-".join([*stems, *models]), looks)
+        path = draw_looks("-".join([*stems, *models]), question, looks)
         for seen in looks:
             console.print(Text(f"{seen.heats[0].above}: {seen.how}"))
         console.print(Text(f"-> {path}"), soft_wrap=True)
