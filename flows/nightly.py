@@ -21,7 +21,7 @@ from components.records.paths import DATASET, RAW
 from components.tracking import provenance
 from components.tracking.mlflow_registry import Version
 from flows import dvc, notify, promote
-from flows.pipeline import RecipeName, end_with_worker, folder, pipeline, run_name
+from flows.pipeline import RecipeName, end_with_worker, folder, pipeline, run_name, tag
 
 
 @flow(name="alignti-nightly", flow_run_name=run_name, on_failure=[notify.failed], on_crashed=[notify.failed])
@@ -45,6 +45,7 @@ def nightly(
     with folder(own=True):
         if recipe:
             print(recipes.use(recipe))
+        tag(recipe or recipes.nearest()[0])
         settings = load_settings()
         champion = promote.champion(settings)
         dvc.reproduce("prepare")

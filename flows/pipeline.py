@@ -15,9 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
+from uuid import UUID
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
@@ -103,6 +105,7 @@ def pipeline(
     with folder(own_workspace):
         if recipe:
             print(recipes.use(recipe))
+        tag(recipe or recipes.nearest()[0])
         runtime = load_settings().runtime
         slots = threading.Semaphore(parallel)
         with prefect_artifacts.linked(runtime, stage_run("pipeline", runtime=runtime, works=False)) as run:
@@ -136,6 +139,12 @@ def end_with_worker() -> None:
         heartbeat.outlive_output()
         end_with_parent()
     heartbeat.announce(str(flow_run.id))
+
+
+def tag(*names: str | None) -> None:
+    """Give this flow run tags, for the filter of Prefect's pages: its recipe, its study."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run.id), tags=sorted({*flow_run.tags, *filter(None, names)}))
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from flows.pipeline import (
     run_name,
     run_stage,
     settle,
+    tag,
     worth_another_try,
 )
 from flows.remote_arms import NotMade, Orders
@@ -142,6 +143,7 @@ def study(
     with folder(own=True):
         if recipe:
             print(recipes.use(recipe))
+        tag(name, recipe or recipes.nearest()[0])
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
         runtime = load_settings().runtime

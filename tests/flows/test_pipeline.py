@@ -8,7 +8,9 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterName
 from prefect.client.schemas.objects import TaskRun
+from prefect.client.schemas.sorting import FlowRunSort
 
+from components.config import recipes
 from components.errors import AlignTIError
 from flows import dvc
 from flows import pipeline as module
@@ -30,6 +32,13 @@ def task_runs() -> list[TaskRun]:
             return await client.read_task_runs(task_run_filter=TaskRunFilter(name=TaskRunFilterName(like_="")))
 
     return asyncio.run(read())
+
+
+def test_a_flow_run_is_tagged_with_its_recipe(project: Path) -> None:
+    pipeline()
+    with get_client(sync_client=True) as client:
+        (latest,) = client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)
+    assert latest.tags == [recipes.nearest()[0]]
 
 
 def test_the_flow_runs_dvcs_graph_and_leaves_dvc_nothing_to_do(project: Path) -> None:
