@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -57,6 +58,23 @@ class Interrupted(AlignTIError):
     """Stopped by a signal after saving; the same command goes on from there."""
 
     exit_code = 143
+
+
+NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file may not be so large"}
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def of_disk(error: BaseException) -> AlignTIError | None:
+    """What a disk means that refused: TryAgainError where it has no room, InputError where nothing may be written. None for
+    other faults. Rust's libraries, such as safetensors, name the number in their text alone."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else (isinstance(error, OSError) and error.errno) or 0
+    where = error.filename if isinstance(error, OSError) and error.filename else "what it was about to write"
+    if number in NO_ROOM:
+        return TryAgainError(f"{NO_ROOM[number]} ({where}); free space and run again")
+    if number in REFUSED:
+        return InputError(f"{where}: {os.strerror(number).lower()}; see who owns it (ls -ld)")
+    return None
 
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_KEY|AUTH|AUTH_STRING|WEBHOOK(_URL)?)$")  # variables' names

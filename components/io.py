@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.errors import TryAgainError
+from components.errors import of_disk
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,7 +38,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Drafts of it that killed processes left are removed too: each may be as large as a model.
 
-    Raises TryAgainError if the disk is full, of which safetensors, being Rust, tells in its own way.
+    Raises what `of_disk` makes of a disk that is full or refuses.
     """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     before = draft.with_suffix(".old")
@@ -54,9 +53,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             folder.replace(before)
         draft.replace(folder)
     except Exception as error:
-        if "os error 28" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-            raise TryAgainError(f"the disk is full, so {folder} was not written; free space and run again") from None
-        raise
+        if (told := of_disk(error)) is None:
+            raise
+        raise type(told)(f"{folder} was not written: {told}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)

@@ -6,7 +6,6 @@ A lock (flock) is freed by the kernel when the process that holds it dies, howev
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, of_disk
 
 LOCK = "ALIGNTI_DEVICE_LOCK"  # the lock file of the device that a stage was given, flows/devices.py
 
@@ -101,14 +100,11 @@ def exit_from(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("Interrupted: run the same command to go on", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            print(f"TryAgainError: the disk is full ({error.filename}); free space and run again", file=sys.stderr)
-            sys.exit(TryAgainError.exit_code)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
-            print(f"InputError: {error.filename}: {(error.strerror or '').lower()}; see who owns it (ls -ld)", file=sys.stderr)
-            sys.exit(InputError.exit_code)
-        raise
+    except Exception as error:
+        if (told := of_disk(error)) is None:
+            raise
+        print(f"{type(told).__name__}: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
 
 
 T = TypeVar("T")

@@ -23,8 +23,11 @@ ROOT = Path(__file__).parents[1]
         (Interrupted("saved"), 143),
         (KeyboardInterrupt(), 143),
         (OSError(28, "No space left on device", "x"), 75),
-        (PermissionError(13, "Permission denied", "x"), 2),
+        (OSError(122, "Disk quota exceeded", "x"), 75),
+        (OSError(27, "File too large", "x"), 75),
+        (RuntimeError("Error while serializing: IoError(...) (os error 28)"), 75),
         (OSError(30, "Read-only file system", "x"), 2),
+        (PermissionError(13, "Permission denied", "x"), 2),
     ],
 )
 def test_an_error_leaves_as_one_sentence_and_its_exit_code(

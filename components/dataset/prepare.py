@@ -6,7 +6,6 @@ before. What an interrupted run left there is gone on from, if it was made of th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -23,14 +22,12 @@ from components.dataset.shard_jobs import Part, Parts, make
 from components.dataset.shards import joined
 from components.dataset.source import Refused, Source
 from components.digits import grids
-from components.errors import DataError, InputError, TryAgainError
+from components.errors import NO_ROOM, DataError, InputError, TryAgainError
 from components.io import fingerprint, write_text
 from components.process import cores
 from components.records.dataset import Manifest, Overlap, SourceRecord, Sources, SplitRecord
 from components.records.paths import DATASET, RAW, RUNS, SPLITS, Split
 from components.records.record import jsonl
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, workers: int | None = None) -> Manifest:

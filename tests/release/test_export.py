@@ -88,7 +88,7 @@ def test_a_full_disk_asks_to_try_again_and_leaves_nothing(
         raise FULL[error]
 
     monkeypatch.setattr(module, "save", full)
-    with pytest.raises(TryAgainError, match="the disk is full, so out/mine was not written; free space") as refusal:
+    with pytest.raises(TryAgainError, match=r"out/mine was not written: the disk is full .*; free space") as refusal:
         export("align_ti", OUT, settings, None, "5GB", force=before)
     assert refusal.value.exit_code == 75
     assert [path for path in left_behind() if path != "out/mine"] == (["out/mine/config.json"] if before else [])
