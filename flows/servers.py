@@ -286,7 +286,7 @@ def _mlflow_auth(auth: str, database: str) -> tuple[Path, str]:
 
 
 def _prefect(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "flows.prefect_server", "--host", host, "--port", str(port)]
     environment = {
         "PREFECT_HOME": str((HOME / "prefect-home").resolve()),
         "PREFECT_API_DATABASE_CONNECTION_URL": database,

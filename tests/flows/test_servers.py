@@ -157,6 +157,7 @@ def test_a_real_pair_answers_is_hardened_and_ends_whole(pair: Path) -> None:
     assert answer(search) == 200
     assert answer(search, Host="evil.example") == 403  # a page that has its name point here
     assert answer(f"{prefect.url}/api/admin/version") == 200
+    assert answer(f"{prefect.url}/api/admin/version", Host="evil.example") == 400
     assert answer(f"{prefect.url}/api/flows/", data=b'{"name": "x"}') == 403  # a page elsewhere has no CSRF token
     with urllib.request.urlopen(f"{prefect.url}/ui-settings", timeout=30) as told:
         assert json.load(told)["api_url"] == "/api"  # the page asks the server that it came from
