@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from components.models.template import IMAGE
 from components.records.distill import Cost
 from components.records.evaluate import Fingerprint, Likelihood, Prediction, Scores, YesNo
 from components.records.paths import DATASET, SCORES, STUDENTS, TEACHER_ARM, Split
-from components.records.record import Record
+from components.records.record import Record, content, parsed_lines
 
 R = TypeVar("R", bound=Record)
 Losses = dict[str, list[dict[str, float]]]  # per arm, one row per logged step
@@ -49,7 +48,7 @@ def read(arms: Iterable[str]) -> Outcomes:
         yes_no={arm: found.yes_no for arm, found in scores.items()},
         fingerprints={arm: found.fingerprint for arm, found in scores.items()},
         costs={arm: Cost.read(STUDENTS / arm / "cost.json") for arm in arms},
-        losses={arm: _losses(STUDENTS / arm / "losses.jsonl") for arm in arms},
+        losses={arm: parsed_lines(STUDENTS / arm / "losses.jsonl") for arm in arms},
     )
 
 
@@ -81,24 +80,11 @@ def _likelihoods(arm: str, predictions: list[Prediction]) -> list[Likelihood]:
 
 def _records(path: Path, kind: type[R]) -> list[R]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; `dvc repro` makes it") from None
-    try:
-        return [kind.model_validate_json(line) for line in lines]
+        return [kind.model_validate_json(line) for line in content(path).splitlines()]
     except ValidationError as error:
         raise DataError(
             f"{path} holds a line that is no {kind.__name__.lower()}: {error.errors()[0]['msg']}; evaluate anew"
         ) from None
-
-
-def _losses(path: Path) -> list[dict[str, float]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; `dvc repro` makes it") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} holds a line that is no JSON: {error}; distil this arm anew") from None
 
 
 def _aligned(predictions: dict[str, list[Prediction]]) -> dict[str, list[Prediction]]:

@@ -25,11 +25,9 @@ class Record(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises DataError if the file is missing or not such a record."""
+        text = content(path)
         try:
-            text = path.read_text(encoding="utf-8")
             return cls.model_validate_json(text)
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing; `dvc repro` makes it") from None
         except ValidationError as error:
             if reason := Absent.reason_in(text):
                 raise DataError(f"{path} holds no {cls.__name__}: {reason}") from None
@@ -44,15 +42,48 @@ class Absent(Record):
     @classmethod
     def reason_at(cls, path: Path) -> str | None:
         """None if there is no file, or another record in it."""
-        return cls.reason_in(path.read_text(encoding="utf-8")) if path.exists() else None
+        return cls.reason_in(content(path)) if path.exists() else None
 
     @classmethod
-    def reason_in(cls, text: str) -> str | None:
+    def reason_in(cls, text: bytes) -> str | None:
         """None if the text is another record's."""
         try:
             return cls.model_validate_json(text).none
         except ValidationError:
             return None
+
+
+def content(path: Path) -> bytes:
+    """Raises DataError if there is no such file."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else "is a folder, and not a file"
+        raise DataError(f"{path} {what}; `dvc repro` makes it") from None
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises DataError if there is none."""
+    try:
+        found = json.loads(content(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON ({error}); make it anew") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no JSON object; make it anew")
+    return found
+
+
+def parsed_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects that a file's lines hold. Raises DataError if one does not."""
+    found = []
+    for number, line in enumerate(content(path).splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: no JSON ({error}); make it anew") from None
+        if not isinstance(found[-1], dict):
+            raise DataError(f"{path}, line {number}: no JSON object; make it anew")
+    return found
 
 
 def jsonl(records: Iterable[Record | dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ import subprocess
 from typing import Any, NamedTuple
 
 from components.records.paths import RUNS
+from components.records.record import content, parsed, parsed_lines
 from components.tracking import provenance, system_metrics
 from components.tracking.journal import JOURNALS
 
@@ -15,10 +16,8 @@ LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
 
 def sent(run: str) -> dict[str, Any] | None:
     """What the mirror noted of this journal: `run_id` and `experiment` in MLflow, `done`; None before it has begun."""
-    try:
-        return dict(json.loads((JOURNALS / f"{run}.sent").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+    path = JOURNALS / f"{run}.sent"
+    return parsed(path) if path.exists() else None
 
 
 def energy(run: str) -> dict[str, float]:
@@ -26,12 +25,9 @@ def energy(run: str) -> dict[str, float]:
 
     A run that went on after it was stopped has told more than once; its attempts are added up.
     """
-    try:
-        lines = (JOURNALS / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
+    journal = JOURNALS / f"{run}.jsonl"
     used: dict[str, float] = {}
-    for event in map(json.loads, lines):
+    for event in parsed_lines(journal) if journal.exists() else ():
         if event["event"] == "metrics" and event["step"] is None:
             for name in {system_metrics.GPU_WH, system_metrics.CPU_WH} & set(event["values"]):
                 used[name] = used.get(name, 0.0) + event["values"][name]
@@ -41,11 +37,9 @@ def energy(run: str) -> dict[str, float]:
 def ran(run: str) -> tuple[str | None, list[str]]:
     """The commit that the run of this journal ran, None if that is not known, and the files, of params/ too, that were not
     as that commit has them."""
-    try:
-        lines = (JOURNALS / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None, []
-    events = [event for event in map(json.loads, lines) if event["event"] in ("start", "origin")]
+    journal = JOURNALS / f"{run}.jsonl"
+    lines = parsed_lines(journal) if journal.exists() else []
+    events = [event for event in lines if event["event"] in ("start", "origin")]
     commits = [event["tags"].get("mlflow.source.git.commit", "none") for event in events if "tags" in event]
     commit = commits[-1] if commits else "none"
     if commit == "none":
@@ -73,27 +67,28 @@ def recorded() -> list[Told]:
     """Every run that was journalled here, in order of time; one whose end is not told is `open`."""
     found = []
     for journal in sorted(JOURNALS.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
-        lines = journal.read_text(encoding="utf-8").splitlines()
+        lines = content(journal).splitlines()
         if not lines:
             continue  # its process was killed before it wrote a word
-        tags = json.loads(lines[0])["tags"]
-        status = json.loads(lines[-1])["status"] if '"event": "end"' in lines[-1] else "open"
+        try:
+            tags = json.loads(lines[0])["tags"]
+            status = json.loads(lines[-1])["status"] if b'"event": "end"' in lines[-1] else "open"
+        except ValueError:
+            tags, status = {}, "unreadable"
         found.append(Told(journal.stem, status, tags.get("recipe"), tags.get("mlflow.source.git.commit", "none")))
     return found
 
 
 def last_run(stage: str) -> str | None:
     """The journal of the run that last made this stage's outputs here, None if none did."""
-    try:
-        return str(json.loads((LAST / f"{stage}.json").read_text(encoding="utf-8"))["run"])
-    except FileNotFoundError:
-        return None
+    path = LAST / f"{stage}.json"
+    return str(parsed(path)["run"]) if path.exists() else None
 
 
 def last_seconds(stage: str) -> tuple[float, str | None] | None:
     """How long `stage` took when it last ran, and the recipe that `params/` were nearest to; None if it never did."""
-    try:
-        record = json.loads((LAST / f"{stage}.json").read_text(encoding="utf-8"))
-        return float(record["seconds"]), record["recipe"]
-    except FileNotFoundError:
+    path = LAST / f"{stage}.json"
+    if not path.exists():
         return None
+    record = parsed(path)
+    return float(record["seconds"]), record["recipe"]

@@ -26,8 +26,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
+from components.errors import DataError
 from components.io import write_text
 from components.process import is_free, locked
+from components.records.record import parsed
 from components.tracking import mlflow_registry
 from components.tracking.stage_run import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
@@ -64,9 +66,8 @@ class Mirror:
         self._state_file = journal.with_suffix(".sent")
         self._state: dict[str, Any] = {"run_id": None, "bytes": 0, "done": False}
         if self._state_file.exists():
-            self._state = json.loads(self._state_file.read_text(encoding="utf-8"))
-        with journal.open(encoding="utf-8") as file:
-            self._opening = json.loads(file.readline())
+            self._state = parsed(self._state_file)
+        self._opening = _first(journal)
         self._client = client(tracking_uri)
 
     def send(self, abandoned: bool = False) -> bool:
@@ -75,7 +76,7 @@ class Mirror:
             file.seek(self._state["bytes"])
             gained = file.read()
         gained = gained[: gained.rfind(b"\n") + 1]  # half a line is not there yet, or, after a crash, never will be
-        lines = [json.loads(line) for line in gained.splitlines()]
+        lines = [_event(self._journal, line) for line in gained.splitlines()]
         if abandoned and not (lines and lines[-1]["event"] == "end"):
             lines.append({"event": "end", "time": int(self._journal.stat().st_mtime * 1000), "status": "KILLED"})
         if self._state["run_id"] is None:
@@ -227,12 +228,12 @@ def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 def sync(tracking_uri: str) -> tuple[int, int]:
     """Send every journal whose process has ended; returns how many were sent and how many are still being written.
 
-    One that MLflow calls wrong does not keep back the others; it is raised at the end.
+    One that is damaged, or that MLflow calls wrong, does not keep back the others; it is raised at the end.
     """
     from mlflow.exceptions import MlflowException
 
     sent = live = 0
-    refused: MlflowException | None = None
+    refused: MlflowException | DataError | None = None
     for journal in sorted(filter(_is_left, JOURNALS.glob("*.jsonl")), key=_began):  # a run is linked to earlier ones
         if not is_free(journal):
             live += 1
@@ -240,6 +241,8 @@ def sync(tracking_uri: str) -> tuple[int, int]:
         try:
             Mirror(journal, tracking_uri).send(abandoned=True)
             sent += 1
+        except DataError as error:
+            refused = error
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
@@ -329,13 +332,27 @@ def _is_left(journal: Path) -> bool:
     if not journal.stat().st_size:
         return False  # its process was killed before it wrote a word
     file = journal.with_suffix(".sent")
-    state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"done": False}
+    state = parsed(file) if file.exists() else {"done": False}
     return not state["done"] or state["bytes"] < journal.stat().st_size  # a recorded run may gain its registration
 
 
 def _began(journal: Path) -> tuple[int, str]:
-    with journal.open(encoding="utf-8") as lines:
-        return json.loads(lines.readline())["time"], journal.name
+    try:
+        return _first(journal)["time"], journal.name
+    except DataError:  # `Mirror` says so
+        return 0, journal.name
+
+
+def _first(journal: Path) -> dict[str, Any]:
+    with journal.open("rb") as lines:
+        return _event(journal, lines.readline())
+
+
+def _event(journal: Path, line: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        raise DataError(f"{journal} holds a line that is no event: damaged; delete it, and that run is not sent") from None
 
 
 def follow(journal: Path, tracking_uri: str, voice: IO[str]) -> bool:

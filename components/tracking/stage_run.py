@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from components.config.runtime import RuntimeSettings
-from components.errors import AlignTIError, Interrupted
+from components.errors import AlignTIError, DataError, Interrupted
 from components.io import write_text
 from components.records.paths import RUNS
+from components.records.record import parsed, parsed_lines
 from components.tracking import provenance, system_metrics
 from components.tracking.history import LAST
 from components.tracking.journal import JOURNALS, Run, warn
@@ -167,7 +168,7 @@ def _read_lineage(stage: str) -> _Lineage | None:
 def _open(name: str, stage: str, of: _Lineage | None) -> tuple[Run, float | None, str | None]:
     """Opens or resumes the stage's run. Returns it, seconds so far if resumed, else the id of the run that it replaces."""
     note = UNFINISHED / f"{stage}.json"
-    before = json.loads(note.read_text(encoding="utf-8")) if of and note.exists() else None
+    before = _noted(note) if of else None
     if of and before and before["fingerprint"] == of.fingerprint and (JOURNALS / f"{before['run']}.jsonl").exists():
         journal, attempt = JOURNALS / f"{before['run']}.jsonl", before["attempt"] + 1
         try:
@@ -182,13 +183,22 @@ def _open(name: str, stage: str, of: _Lineage | None) -> tuple[Run, float | None
     run = Run(JOURNALS / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{uuid.uuid4().hex[:8]}.jsonl")
     if of:
         _write_note(note, {"run": run.id, "fingerprint": of.fingerprint, "attempt": 1})
-    return run, None, before and before["run"]
+    return run, None, before["run"] if before else None
 
 
 def _forget_unfinished(stage: str, run: str) -> None:
     note = UNFINISHED / f"{stage}.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8"))["run"] == run:
+    if (_noted(note) or {}).get("run") == run:
         note.unlink(missing_ok=True)
+
+
+def _noted(note: Path) -> dict[str, Any] | None:
+    """None where there is none, or one that is damaged, which costs no more than a new run."""
+    try:
+        return parsed(note) if note.exists() else None
+    except DataError as error:
+        warn(str(error))
+        return None
 
 
 def _write_note(note: Path, content: Mapping[str, Any]) -> None:
@@ -201,8 +211,12 @@ def _write_note(note: Path, content: Mapping[str, Any]) -> None:
 def _seconds(journal: Path) -> float:
     """What the processes took that wrote to `journal`, each from its first line to its last."""
     total, first, last = 0, 0, 0
-    for text in journal.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    try:
+        lines = parsed_lines(journal)
+    except DataError as error:
+        warn(str(error))
+        return 0.0
+    for line in lines:
         if line["event"] in ("start", "resume"):
             total, first = total + last - first, line["time"]
         last = line["time"]

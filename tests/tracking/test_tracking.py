@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from components.config.runtime import RuntimeSettings
-from components.errors import Interrupted, SettingsError
+from components.errors import DataError, Interrupted, SettingsError
 from components.records.distill import Cost
 from components.records.evaluate import Scores
 from components.records.paths import SCORES, STUDENTS
@@ -263,6 +263,16 @@ def test_names_that_mlflow_has_no_room_for_are_made_to_fit_and_a_refused_run_kee
     assert runs()["distill/align_ti"].info.status == "FINISHED"
 
 
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize("damage", [b"\xff\n", b"{\n", b"7\n"])
+def test_a_damaged_journal_is_named_and_keeps_no_other_back(damage: bytes) -> None:
+    work()
+    (JOURNALS / "0-damaged.jsonl").write_bytes(damage)
+    with pytest.raises(DataError, match=r"0-damaged\.jsonl"):
+        mlflow_sync.sync(SQLITE)
+    assert runs()["distill/align_ti"].info.status == "FINISHED"
+
+
 KINDS = ("plain", "animals/", "a//b", "..", ".", "/a", "a/../b", "a?b", "a_b", "x" * 300, "x" * 301, "红色", "🐢", "🐍", "a\nb")
 
 
@@ -435,6 +445,15 @@ def test_a_stopped_stage_goes_on_in_its_run_and_tells_what_it_read_and_made(stag
     assert {a.path for a in client().list_artifacts(run.info.run_id)} == {"curve.png", "made", "origin.json"}
     work(SQLITE)
     assert len(journals()) == 2  # what is finished is not gone on with
+
+
+@pytest.mark.parametrize("damaged", [".runs/unfinished/*", ".runs/journal/*.jsonl"])
+def test_what_is_noted_of_a_stopped_stage_may_be_damaged(stage: Path, damaged: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped()
+    (file,) = stage.glob(damaged)
+    file.write_bytes(b"\xff\n")
+    work()
+    assert f"tracking: {file.relative_to(stage)}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("database")
