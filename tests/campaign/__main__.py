@@ -23,7 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.campaign import bad_input, kills, trackers
+from flows import servers
+from tests.campaign import bad_input, crowds, disks, kills, prefect_server, security, stored, trackers
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,13 +43,22 @@ class Bench:
     def server(self) -> str:
         return self._stack.enter_context(trackers.mlflow(self._folder / "mlflow"))
 
+    @cached_property
+    def up(self) -> dict[str, servers.Server]:
+        return self._stack.enter_context(security.up(self._folder / "up"))
+
 
 SLOW: dict[str, Callable[[Bench, str, Path], tuple[str, str | None]]] = {
     "kill": lambda bench, seed, here: kills.kill(bench.undisturbed, seed, here),
+    "disk": lambda bench, seed, here: disks.disk(bench.undisturbed, seed, here),
+    "crowd": lambda bench, seed, here: crowds.crowd(bench.undisturbed, seed, here),
+    "stored": lambda bench, seed, here: stored.stored(bench.undisturbed, seed, here),
+    "secret": lambda bench, seed, here: security.secret(bench.undisturbed, seed, here),
+    "markup": lambda bench, seed, here: security.markup(bench.undisturbed, seed, here),
+    "stranger": lambda bench, seed, here: security.stranger(bench.up, seed, here),
     "tracker": lambda bench, seed, here: trackers.tracker(bench.server, seed, here),
+    "Prefect": lambda bench, seed, here: prefect_server.prefect_server(bench.undisturbed, seed, here),
 }
-if kills.MOUNT:
-    SLOW["full disk"] = lambda bench, seed, here: kills.full_disk(bench.undisturbed, seed, here)
 EVERY = [*bad_input.KINDS, *SLOW]
 SHARE = 0.6  # of the time for those that take minutes
 

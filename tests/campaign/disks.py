@@ -1,0 +1,99 @@
+"""Disks that say no while stages of the recipe `smoke` run: no room, no inodes, a folder that is read-only, a limit on files.
+
+Then they do not any more, and the same command has to end with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from tests.campaign.kills import COMMANDS, Undisturbed, some_stages, start, wait, wrong
+
+MOUNT = shutil.which("mount") if os.geteuid() == 0 else None
+PLENTY = "size=4g,nr_inodes=1000000"
+FOLDERS = ("artifacts", "artifacts/students", "artifacts/scores", "reports", ".runs", ".mlflow", ".dvc/cache", ".dvc/tmp", ".")
+LARGEST = (4096, 65536, 262144)  # bytes of one file: the nearest to a quota, which root is not held to
+
+
+def disk(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str, str | None]:
+    """What was done, and what was wrong meanwhile or afterwards."""
+    rng = random.Random(seed)
+    stages, command = some_stages(undisturbed, rng), rng.choice(["dvc repro", "make repro"])
+    refusal = rng.choice(["room", "inodes", "read-only", "file size"] if MOUNT else ["file size"])
+    with _file_system(here) as inside:
+        undisturbed.without(stages, inside)
+        largest = rng.choice(LARGEST) if refusal == "file size" else resource.RLIM_INFINITY
+        said = here.with_suffix(".said")
+        process = start(COMMANDS[command], inside, said, partial(_limit, largest))
+        when = "from the start"
+        if refusal != "file size" and rng.random() < 0.7:
+            when = wait(process, sum(undisturbed.seconds[stage] for stage in stages), inside, rng)
+        with _refused(refusal, inside, rng) as what:
+            process.wait(900)
+        how = what or f"files of {largest} bytes at most"
+        did = f"{command} of {' and '.join(stages)}: {how} {when}, exit code {process.returncode}"
+        if "Traceback" in (text := said.read_text(errors="replace")):
+            return did, f"a traceback: {text[text.index('Traceback') :][-600:]}"
+        return did, wrong(undisturbed, COMMANDS[command], inside)
+
+
+@contextlib.contextmanager
+def _refused(refusal: str, inside: Path, rng: random.Random) -> Iterator[str]:
+    """For the time of the block; says what."""
+    if refusal == "room":
+        mib = rng.choice([0, 1, 2, 4, 8, 16])
+        yield from _remounted(inside.parent, f"size={(shutil.disk_usage(inside).used >> 20) + 1 + mib}m", f"{mib} MiB of room")
+    elif refusal == "inodes":
+        free, used = rng.choice([1, 4, 16, 64]), (found := os.statvfs(inside)).f_files - found.f_ffree
+        yield from _remounted(inside.parent, f"nr_inodes={used + free}", f"{free} inodes")
+    elif refusal == "read-only":
+        folder = inside / rng.choice([name for name in FOLDERS if (inside / name).is_dir()])
+        _mount("--bind", str(folder), str(folder))
+        _mount("-o", "remount,bind,ro", str(folder))
+        try:
+            yield f"{folder.relative_to(inside)} read-only"
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    else:
+        yield ""
+
+
+def _remounted(folder: Path, options: str, what: str) -> Iterator[str]:
+    _mount("-o", f"remount,{options}", str(folder))
+    try:
+        yield what
+    finally:
+        _mount("-o", f"remount,{PLENTY}", str(folder))
+
+
+@contextlib.contextmanager
+def _file_system(here: Path) -> Iterator[Path]:
+    """A folder in a file system of its own, where that may be mounted."""
+    here.mkdir()
+    if not MOUNT:
+        yield here / "run"
+        return
+    _mount("-t", "tmpfs", "-o", PLENTY, "tmpfs", str(here))
+    try:
+        yield here / "run"
+    finally:
+        subprocess.run(["umount", "--lazy", str(here)], check=True)
+
+
+def _mount(*words: str) -> None:
+    assert MOUNT
+    subprocess.run([MOUNT, *words], check=True)
+
+
+def _limit(largest: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
