@@ -28,6 +28,7 @@ import psutil
 
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.io import write_text
+from components.process import locked
 from components.tracking import mlflow_sync
 from components.tracking.outcome import TRAINING
 from flows import QUIET
@@ -95,6 +96,8 @@ def up(
 ) -> list[Server]:
     """Start what is not running and wait until both answer. If one does not, those started here are stopped again.
 
+    One at a time: of two, the second would take the first's answer for that of its own process, which found the port taken.
+
     `postgres`: postgresql://user:password@host:port; the databases alignti_mlflow and alignti_prefect are made if missing.
 
     Raises:
@@ -102,6 +105,13 @@ def up(
         TryAgainError: a server ended or did not answer in time; the message quotes its log.
     """
     auth = _auth(host)
+    with locked(HOME / "up.lock"):
+        return _up(host, ports, postgres, auth, say)
+
+
+def _up(
+    host: str, ports: Mapping[Name, int], postgres: str | None, auth: str | None, say: Callable[[str], None]
+) -> list[Server]:
     running = {server.name: server for server in started() if server.alive()}
     missing = [name for name in NAMES if name not in running]
     for name in missing:

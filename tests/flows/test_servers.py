@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -56,7 +58,25 @@ def test_a_taken_port_is_refused_by_name_and_holder(here: Path) -> None:
         taken = other.getsockname()[1]
         with pytest.raises(InputError, match=rf"mlflow cannot listen on 127.0.0.1:{taken}.*--mlflow-port"):
             servers.up(ports={"mlflow": taken, "prefect": 1})
-    assert not (here / ".servers").exists()
+    assert servers.started() == []
+
+
+def test_of_two_that_start_them_at_once_one_does(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def start(name: servers.Name, host: str, port: int, *_: object) -> Server:
+        begun.append(name)
+        time.sleep(0.2)
+        server = Server(name, os.getpid(), psutil.Process().create_time(), host, port)
+        (servers.HOME / f"{name}.pid").write_text(json.dumps(server.__dict__))
+        return server
+
+    for name, stub in {"_start": start, "_wait": lambda _: None, "_port_free": lambda *_: None}.items():
+        monkeypatch.setattr(servers, name, stub)
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(lambda _: servers.up(), range(2))
+    assert begun == list(servers.NAMES)
+    assert first == second
 
 
 @pytest.mark.parametrize("url", ["mysql://u@h/", "postgresql://u:p@h:5432/one", "sqlite:///x.db"])
