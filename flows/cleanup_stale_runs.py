@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from components.errors import TryAgainError
 from flows import heartbeat, servers, workspace
 
 if TYPE_CHECKING:
@@ -38,18 +37,15 @@ def leaks() -> list[Leak]:
 
     Raises TryAgainError if that server does not answer.
     """
-    import httpx
-
-    try:
+    with servers.asking_prefect():
         return [*(_on_server() if reachable() else ()), *_on_this_machine()]
-    except httpx.TransportError as error:
-        raise TryAgainError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from None
 
 
 def free() -> Iterator[str]:
     """Free all of it; says what."""
     for leak in leaks():
-        leak.free()
+        with servers.asking_prefect():
+            leak.free()
         yield leak.what
     if reachable():
         for run in heartbeat.left():  # those that their workers reported

@@ -100,7 +100,7 @@ def _make_pool(pool: str, limit: int) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectAlreadyExists
 
-    with get_client(sync_client=True) as client:
+    with servers.asking_prefect(), get_client(sync_client=True) as client:
         try:
             client.create_work_pool(WorkPoolCreate(name=pool, type="process", concurrency_limit=limit))
         except ObjectAlreadyExists:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 
-from components.errors import AlignTIError, InputError, TryAgainError
+from components.errors import AlignTIError, InputError, TryAgainError, first_line
 from components.io import write_text
 from components.process import locked
 from components.tracking import mlflow_sync
@@ -180,6 +180,20 @@ def _named() -> dict[str, str] | None:
     if started() or not all(name in os.environ for name in names):
         return None
     return {name: os.environ[name] for name in names}
+
+
+@contextlib.contextmanager
+def asking_prefect() -> Iterator[None]:
+    """Raises TryAgainError if the Prefect server that the block asks is away or fails, InputError if it refuses."""
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPError as error:
+        refused = isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
+        how = "refuses" if refused else "does not answer"
+        told = f"the Prefect server at {os.environ['PREFECT_API_URL']} {how}: {first_line(error)}"
+        raise (InputError if refused else TryAgainError)(told) from None
 
 
 def use_running() -> bool:

@@ -9,14 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from components.errors import AlignTIError
-from flows import devices, heartbeat, pool, servers
+from components.errors import AlignTIError, InputError, TryAgainError
+from flows import cleanup_stale_runs, devices, heartbeat, pool, servers
 from flows.nightly import nightly
 from flows.pipeline import pipeline
 from flows.remote_arms import stages
@@ -97,3 +101,33 @@ def test_the_form_of_a_deployment_explains_every_parameter() -> None:
             assert len(parameter["description"]) > 15
     assert {"smoke", "digits"} <= set(pipeline.parameters.properties["recipe"]["anyOf"][0]["enum"])  # menus refuse typos
     assert "terms" in study.parameters.properties["name"]["enum"]
+
+
+class Faulty(BaseHTTPRequestHandler):
+    status = 500
+
+    def _answer(self) -> None:
+        self.send_error(self.status)
+
+    do_GET = do_POST = do_PATCH = _answer  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.mark.parametrize(("status", "error"), [(500, TryAgainError), (401, InputError), (None, TryAgainError)])
+@pytest.mark.parametrize("ask", [cleanup_stale_runs.leaks, partial(pool._make_pool, "cpu", 1)], ids=["doctor", "deploy"])
+def test_a_server_that_refuses_or_fails_is_named(
+    ask: Callable[[], object], status: int | None, error: type[AlignTIError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Faulty, "status", status)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/api"
+    monkeypatch.setenv("PREFECT_API_URL", address)
+    if status is None:
+        server.server_close()
+    with temporary_settings({PREFECT_API_URL: address, PREFECT_CLIENT_MAX_RETRIES: 0}), pytest.raises(error, match=address):
+        ask()
+    server.shutdown()
