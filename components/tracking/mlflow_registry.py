@@ -15,6 +15,7 @@ from typing import Any
 CANDIDATE, CHAMPION = "candidate", "champion"
 MD5 = "dvc.md5"  # tag: MD5 of the student's folder
 REGISTERED = "registered"  # ms since 1970
+ON_THE_ROW = ("arm", "recipe", "exact_match", MD5)  # tags of a version; the others are its logged model's
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model; no such alias or version
 
 
@@ -53,9 +54,10 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
                 tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
             )
             made = client.create_model_version(
-                experiment.name, logged.model_uri, source, tags=tags, description=line["description"], model_id=logged.model_id
-            )
-        found = _version(made)
+                experiment.name, logged.model_uri, source, model_id=logged.model_id, description=line["description"],
+                tags={key: tags[key] for key in ON_THE_ROW if key in tags},
+            )  # fmt: skip
+        found = _version(client, made)
     if line["candidate"]:
         before = aliased(client, experiment.name, CANDIDATE)
         if before is None or int(before.tags.get(REGISTERED, 0)) <= line["time"]:
@@ -68,17 +70,17 @@ def propose(client: Any, version: Version) -> None:
 
 def aliased(client: Any, model: str, alias: str) -> Version | None:
     """The version that has the alias, None if none has."""
-    return _or_none(lambda: _version(client.get_model_version_by_alias(model, alias)))
+    return _or_none(lambda: _version(client, client.get_model_version_by_alias(model, alias)))
 
 
 def numbered(client: Any, model: str, number: str) -> Version | None:
-    return _or_none(lambda: _version(client.get_model_version(model, number)))
+    return _or_none(lambda: _version(client, client.get_model_version(model, number)))
 
 
 def of_md5(client: Any, model: str, md5: str, arm: str) -> Version | None:
     """The version of these bytes; two arms may come out the same."""
     found = client.search_model_versions(f"name = '{model}' and tags.`{MD5}` = '{md5}' and tags.arm = '{arm}'")
-    return _version(client.get_model_version(model, found[0].version)) if found else None
+    return _version(client, client.get_model_version(model, found[0].version)) if found else None
 
 
 def set_champion(client: Any, version: Version, over: Version | None, why: Mapping[str, str]) -> None:
@@ -134,8 +136,8 @@ def _or_none(read: Any) -> Version | None:
         raise
 
 
-def _version(made: Any) -> Version:
-    tags = dict(made.tags)
+def _version(client: Any, made: Any) -> Version:
+    tags = {**client.get_logged_model(made.source.removeprefix("models:/")).tags, **made.tags}
     return Version(
         made.name, str(made.version), tags.get("arm", "?"), tags.get(MD5, "?"), made.run_id, tags, tuple(made.aliases)
     )
