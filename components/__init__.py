@@ -12,9 +12,8 @@ os.environ.setdefault("TQDM_DELAY", "2")  # what is done before has no bar. Read
 if not sys.stderr.isatty():
     # A log is not a terminal: progress now and then instead of ten times a second, and no drawing.
     os.environ.setdefault("TQDM_MININTERVAL", "15")
-    os.environ.setdefault(
-        "TQDM_BAR_FORMAT", "{desc}: {percentage:.0f}%| {n_fmt} of {total_fmt}, {elapsed}, {remaining} left{postfix}"
-    )
+    _line = "{desc}: {percentage:.0f}%| {n_fmt} of {total_fmt}, {remaining} left{postfix}\n"
+    os.environ.setdefault("TQDM_BAR_FORMAT", _line)
 
 if any(name.lower().endswith("_proxy") for name in os.environ):
     # No proxy stands between this machine and itself. Read by urllib, requests and httpx, and by what is started from here.

@@ -172,4 +172,4 @@ def _setting(value: Any) -> Cell:
 
 def _pace(arm: ArmResult) -> Cell:
     said = f"{arm.train_seconds:,.0f}" if arm.train_seconds >= 10 else f"{arm.train_seconds:.1f}"
-    return Cell(f"{arm.step_seconds:.3g}", f"{said} s of wall clock")
+    return Cell(f"{arm.step_seconds:.3g}", f"{said} s in all")
