@@ -27,7 +27,7 @@ from prefect.states import Cancelling
 from components.config import recipes
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
 from components.study import expand
-from flows import dvc
+from flows import dvc, servers
 from flows.early_stopping import diverged
 from flows.pipeline import FREE, end_with_worker, folder, run_stage
 
@@ -106,7 +106,7 @@ class Orders:
 
     def _make(self, title: str, targets: Sequence[str]) -> None:
         parameters = {"study": self.study, "targets": list(targets), "commit": self.commit, "recipe": self.recipe}
-        with get_client(sync_client=True) as client:
+        with servers.asking_prefect(), get_client(sync_client=True) as client:
             if run := _living(client, self._tag(title), parameters):
                 print(f"{title}: flow run {run.name}, which was ordered before, has not ended; waiting for it", flush=True)
             run = _finished(client, run or self._ordered(title, parameters))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import signal
@@ -15,12 +16,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from components.errors import AlignTIError, InputError, TryAgainError
-from flows import cleanup_stale_runs, devices, heartbeat, pool, servers
+from flows import cleanup_stale_runs, devices, heartbeat, pool, remote_arms, servers
 from flows.nightly import nightly
 from flows.pipeline import pipeline
 from flows.remote_arms import stages
@@ -131,3 +134,17 @@ def test_a_server_that_refuses_or_fails_is_named(
     with temporary_settings({PREFECT_API_URL: address, PREFECT_CLIENT_MAX_RETRIES: 0}), pytest.raises(error, match=address):
         ask()
     server.shutdown()
+
+
+def test_an_order_that_a_busy_server_does_not_take_is_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = httpx.Request("POST", "http://127.0.0.1:4200/api/task_runs/")
+    busy = PrefectHTTPStatusError("Server error '503'\nsee", request=request, response=httpx.Response(503, request=request))
+
+    def living(*_: object) -> None:
+        raise busy
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    monkeypatch.setattr(remote_arms, "get_client", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr(remote_arms, "_living", living)
+    with pytest.raises(TryAgainError, match=r"does not answer: Server error '503'$"):
+        remote_arms.Orders("smoke", "0" * 40, None, "run")._make("tpa0", [])
