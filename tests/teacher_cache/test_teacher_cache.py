@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from components.align_ti.batch import predicting
 from components.align_ti.sampled import Sampled
-from components.align_ti.top_k import top_k
+from components.align_ti.top_k import TopK, top_k
 from components.align_ti.visual_weights import visual_weights
 from components.config.load import load_settings
 from components.dataset.shards import CAPTION, Samples
@@ -125,6 +125,7 @@ def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, 
         hidden, _, look = frozen.plain(batch, frozen.features(batch, None), keep=False, look=True)
         for rows in (predicting(batch.response), batch.visual):
             wanted, got = top_k(frozen.head(hidden[rows]), ALL_TOKENS), known.at(rows)
+            assert isinstance(got, TopK)
             back = torch.zeros_like(wanted.log_probs).scatter(1, wanted.tokens, wanted.log_probs)
             torch.testing.assert_close(back.gather(1, got.tokens), got.log_probs, rtol=1e-4, atol=1e-5)
     assert look is not None and attention is not None
@@ -305,6 +306,7 @@ def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
     }.items():
         signals = opened()
         signals.weigh_by(change, rows)
-        assert torch.equal(signals.look_up(batch, visual=True, look=True)[1], wanted)
+        found = signals.look_up(batch, visual=True, look=True)[1]
+        assert found is not None and torch.equal(found, wanted)
     one, other = distill("own"), distill("other")
     assert any(not torch.equal(one[name], other[name]) for name in one)
