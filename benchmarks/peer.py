@@ -25,42 +25,35 @@ TOLERANCE = 1e-4
 
 def arm(bench: Bench) -> Work:
     """The step to time. Raises ImportError without TRL, ValueError if TRL refuses the pair or computes another loss."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    import trl
-
-    if bench.size.student.vocabulary != bench.size.teacher.vocabulary:
-        raise ValueError("TRL refuses heads of different sizes")
-    student, teacher = bench.student.model, twin(bench.teacher.vlm.model, "sdpa")
-    trainer = _trainer(trl, student, teacher, bench)
+    student, peer_trainer = bench.student.model, trainer(bench)
     inputs = _inputs(bench)
-
-    def step() -> None:
-        trainer.training_step(student, inputs, None)
-        trainer.accelerator.clip_grad_norm_(bench.parameters, 1.0)
-        bench.optimiser.step()
-        bench.optimiser.zero_grad()
-
-    theirs = float(trainer.compute_loss(student, inputs).detach())
+    theirs = float(peer_trainer.compute_loss(student, inputs).detach())
     ours, _ = bench.gradients(bench.engine("kd_only"))
     if abs(ours - theirs) > TOLERANCE * abs(ours):
         raise ValueError(f"TRL's loss is {theirs}, ours {ours}: not the same work")
-    return step
+    return lambda: bench.stepped(lambda: peer_trainer.training_step(student, inputs, None))
 
 
-def _trainer(trl: Any, student: Any, teacher: Any, bench: Bench) -> Any:
+def trainer(bench: Bench) -> Any:
+    """TRL's, that takes its batch as it is given. Raises ImportError without TRL, ValueError if it refuses the pair."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import trl
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
+
+    if bench.size.student.vocabulary != bench.size.teacher.vocabulary:
+        raise ValueError("TRL refuses heads of different sizes")
 
     class Handed(trl.DistillationTrainer):  # type: ignore[misc]
         def _prepare_inputs(self, generation_batch: Any) -> Any:
             return generation_batch
 
     words = Tokenizer(WordLevel({"<pad>": PAD, "<eos>": EOS}, unk_token="<pad>"))
-    trainer = Handed(
-        model=student,
-        teacher_model=teacher,
+    made = Handed(
+        model=bench.student.model,
+        teacher_model=twin(bench.teacher.vlm.model, "sdpa"),
         args=trl.DistillationConfig(
             output_dir=tempfile.mkdtemp(prefix="trl-"),
             beta=0.0,
@@ -75,8 +68,8 @@ def _trainer(trl: Any, student: Any, teacher: Any, bench: Bench) -> Any:
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
         optimizers=(bench.optimiser, None),
     )
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer
+    made.current_gradient_accumulation_steps = 1
+    return made
 
 
 def _inputs(bench: Bench) -> dict[str, torch.Tensor]:

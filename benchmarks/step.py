@@ -161,9 +161,17 @@ class Bench:
 
     def optimise(self, loss: Callable[[], Tensor]) -> None:
         """One step: what is timed."""
-        with self.autocast():
-            value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
+
+        def to_gradients() -> None:
+            with self.autocast():
+                value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
+
+        self.stepped(to_gradients)
+
+    def stepped(self, to_gradients: Callable[[], Any]) -> None:
+        """Clipping and AdamW after what leaves the gradients of a whole step."""
+        to_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()

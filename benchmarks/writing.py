@@ -19,12 +19,10 @@ TOKENS = 32
 
 
 def main() -> None:
-    import trl
-
     device = measure.prepare()
     bench = Bench.of(SIZES["tiny"], device)
     model, length, keys = bench.student.model, bench.size.prompt, cast(Any, bench.keys)
-    trainer = peer._trainer(trl, model, peer.twin(bench.teacher.vlm.model, "sdpa"), bench)
+    trainer = peer.trainer(bench)
     trainer.generation_config.max_new_tokens = TOKENS
     cut = {name: getattr(bench.batch, name)[:, :length] for name in ("input_ids", "attention_mask", "response", "visual")}
     prompts = SimpleNamespace(**cut, pixel_values=bench.batch.pixel_values, image_inputs={})

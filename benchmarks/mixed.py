@@ -1,0 +1,190 @@
+"""KD on samples of mixed length, in passes by length, of equal many samples, and by TRL: `python -m benchmarks.mixed`
+
+The stream has the kinds of LLaVA-1.5's mix665k in its shares: text alone, one-word answers about an image, longer answers,
+conversations. Lengths of text are assumed (KINDS), and scaled from its 576 visual tokens to this tower's. Every arm learns from
+the same samples in one optimiser step, and its loss is compared with that of the first before anything is timed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks import measure, table
+from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, PAD, SIZES, Batch, Size
+from benchmarks.step import KD_ONLY, NO_TRL, Bench
+from components.align_ti.step import AlignTI, total
+from components.cost.shapes import Language, Tower
+from components.distill.sampler import shared_out, shared_out_by_length
+from components.evaluate.memory import peak_bytes
+
+KINDS = (  # share of the mix; tokens of prompt and answer in LLaVA-1.5, from .. to; shows an image
+    (0.06, (40, 400), (200, 1400), False),  # ShareGPT
+    (0.70, (15, 60), (2, 12), True),  # VQA v2, GQA, OCR-VQA, A-OKVQA, RefCOCO, VG
+    (0.16, (20, 60), (80, 250), True),  # LLaVA-Instruct: details, reasoning
+    (0.08, (20, 60), (250, 600), True),  # LLaVA-Instruct: conversations
+)
+VISUAL = 576  # tokens of an image in LLaVA-1.5
+STEP, PASS, STEPS = 32, 8, 2  # samples per optimiser step, and per pass where lengths do not matter; steps timed
+MIXED = replace(
+    SIZES["tiny"],
+    name="mixed",
+    about="a 128-wide student, a 256-wide teacher, 4 layers each, 144 visual tokens, V = 2,048",
+    tower=Tower(hidden=64, layers=2, heads=4, mlp=128, image_px=96, patch_px=8),
+    student=Language(hidden=128, layers=4, heads=4, kv_heads=2, mlp=512, vocabulary=2048),
+    teacher=Language(hidden=256, layers=4, heads=8, kv_heads=4, mlp=1024, vocabulary=2048),
+    batch=PASS,
+)
+RATIOS = {  # samples per second of the second arm over the first
+    "mixed_vs_trl": ("trl", "by length"),
+    "mixed_vs_equal": ("equal", "by length"),
+    "mixed_equal_vs_trl": ("trl", "equal"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: Tensor
+    answer: Tensor  # ends in EOS
+    pixels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def samples(size: Size, count: int, seed: int = 0) -> list[Sample]:
+    """Of KINDS in their shares."""
+    draw, stream = random.Random(seed), torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        _, *between, shows = draw.choices(KINDS, weights=[kind[0] for kind in KINDS])[0]
+        asked, answered = (max(2, round(draw.randint(*limits) * size.tower.tokens / VISUAL)) for limits in between)
+        words = torch.randint(FIRST_WORD, size.student.vocabulary, (asked + answered,), generator=stream)
+        image = torch.full((size.tower.tokens if shows else 0,), IMAGE)
+        pixels = torch.randn(3, size.tower.image_px, size.tower.image_px, generator=stream) if shows else None
+        answer = torch.cat([words[asked:-1], torch.tensor([EOS])])
+        made.append(Sample(torch.cat([words[:1], image, words[1:asked]]), answer, pixels))
+    return made
+
+
+def pixels_of(some: list[Sample]) -> Tensor | None:
+    shown = [sample.pixels for sample in some if sample.pixels is not None]
+    return torch.stack(shown) if shown else None
+
+
+def collated(some: list[Sample]) -> Batch:
+    """Padded on the right."""
+    ids = pad_sequence([torch.cat([s.prompt, s.answer]) for s in some], batch_first=True, padding_value=PAD)
+    column = torch.arange(ids.shape[1])
+    asked, whole = (torch.tensor(lengths)[:, None] for lengths in ([len(s.prompt) for s in some], [len(s) for s in some]))
+    visual = ids == IMAGE
+    return Batch(
+        input_ids=ids,
+        attention_mask=(column < whole).long(),
+        response=(column >= asked) & (column < whole),
+        instruction=(column < asked) & ~visual & visual.any(1, keepdim=True),
+        pictures=visual.long(),
+        pixel_values=pixels_of(some),
+    )
+
+
+def handed(some: list[Sample], tokens: int, device: torch.device) -> dict[str, Any]:
+    """A pass as TRL's collator makes it: prompts padded on the left, answers on the right; `tokens` of the whole step."""
+    prompts, answers = [s.prompt for s in some], [s.answer for s in some]
+    left = pad_sequence([prompt.flip(0) for prompt in prompts], batch_first=True, padding_value=PAD).flip(1)
+    right = pad_sequence(answers, batch_first=True, padding_value=PAD)
+    inputs = {"prompt_ids": left, "completion_ids": right, "num_items_in_batch": torch.tensor(tokens)}
+    inputs["prompt_mask"] = (left != PAD).long()
+    inputs["completion_mask"] = (right != PAD).long()
+    if (pixels := pixels_of(some)) is not None:
+        inputs["pixel_values"] = pixels
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def ours(bench: Bench, passes: list[list[Sample]]) -> tuple[Callable[[], None], Callable[[], float]]:
+    """The step, and its loss, of KD alone."""
+    module = AlignTI(bench.student, bench.teacher, bench.method(KD_ONLY))
+    weights = module.method.weight_vector(bench.device)
+    batches = [collated(some).to(bench.device) for some in passes]
+    counts = torch.stack([module.count(batch, None) for batch in batches]).sum(0)
+
+    def loss() -> float:
+        summed = 0.0
+        for batch in batches:
+            with bench.autocast():
+                value = total(module(batch, [0] * len(batch.input_ids)).sums, counts, weights)
+            value.backward()  # type: ignore[no-untyped-call]
+            summed += float(value.detach())
+        return summed
+
+    return lambda: bench.stepped(loss), loss
+
+
+def trl(bench: Bench, passes: list[list[Sample]], tokens: int) -> tuple[Callable[[], None], Callable[[], float]]:
+    """The same by TRL's trainer. Raises ImportError without TRL."""
+    from benchmarks import peer
+
+    student = bench.student.model
+    trainer = peer.trainer(bench)
+    batches = [handed(some, tokens, bench.device) for some in passes]
+
+    def loss() -> float:
+        return sum(float(trainer.training_step(student, inputs, None)) for inputs in batches)
+
+    return lambda: bench.stepped(loss), loss
+
+
+def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | None = None) -> dict[str, Any]:
+    bench = Bench.of(size, device)
+    stream = samples(size, steps * STEP)
+    pairs = [[(i, i) for i in range(start, start + STEP)] for start in range(0, len(stream), STEP)]
+    equal = [shared_out(step, PASS, 0, 1) for step in pairs]
+    budget = max(len(some) * max(len(stream[i]) for _, i in some) for step in equal for some in step)  # the same peak
+    lengths = [[len(stream[i]) for _, i in step] for step in pairs]
+    by_length = [shared_out_by_length(step, of, budget, 0, 1) for step, of in zip(pairs, lengths, strict=True)]
+    missing: dict[str, str] = {}
+    ways: dict[str, list[tuple[Callable[[], Any], Callable[[], float]]]] = {}
+    passes = {
+        name: [[[stream[i] for _, i in some] for some in step] for step in made]
+        for name, made in (("by length", by_length), ("equal", equal))
+    }
+    for name, made in passes.items():
+        ways[name] = [ours(bench, step) for step in made]
+    try:
+        ways["trl"] = [trl(bench, s, sum(len(one.answer) for some in s for one in some)) for s in passes["equal"]]
+    except ImportError as error:
+        missing["trl"] = f"{NO_TRL} ({error})"
+    found = {name: [loss() for _, loss in made] for name, made in ways.items()}
+    bench.optimiser.zero_grad()
+    for name, losses in found.items():
+        for mine, first in zip(losses, found["by length"], strict=True):
+            assert abs(mine - first) <= 1e-4 * abs(first), f"{name}: loss {mine}, not {first}: not the same work"
+    arms: dict[str, measure.Work] = {name: lambda made=made: [step() for step, _ in made] for name, made in ways.items()}  # type: ignore[misc]
+    peaks = {name: peak_bytes(made[0][0], device) for name, made in ways.items()}
+    timed = measure.raced(arms, repeats or 3, device, "mixed", RATIOS, samples=len(stream))
+    used = sum(len(sample) for sample in stream)
+    for name, arm in timed["arms"].items():
+        made = passes["equal" if name == "trl" else name]
+        held = sum(len(some) * max(map(len, some)) for step in made for some in step)
+        if name == "trl":  # prompt and answer are padded apart
+            held = sum(len(p) * (max(len(s.prompt) for s in p) + max(len(s.answer) for s in p)) for step in made for p in step)
+        arm |= {"peak_mib": peaks[name] / measure.MIB, "padding": 1 - used / held}
+    about = (
+        f"{size.about}; {steps} steps of {STEP} samples, {PASS} a pass or {budget:,} tokens; loss {found['by length'][0]:.4f}"
+    )
+    return {**measure.result("mixed", size.name, about, device), **timed, "not_measured": missing}
+
+
+def main() -> None:
+    args = table.arguments("mixed", __doc__).parse_args()
+    print(table.report(run(MIXED, measure.prepare()), args.json))
+
+
+if __name__ == "__main__":
+    main()
