@@ -89,9 +89,7 @@ class TeacherSignals(Strict):
     kind: Literal["top_k", "sampled"] = Field(description="what the cache keeps per row: likeliest tokens, or draws")
     top_k: PositiveInt = Field(description="for kind: top_k, how many, with the mass of all others")
     draws: Annotated[int, Field(ge=1, le=255)] = Field(description="for kind: sampled, of the teacher's distribution")
-    evidence: Evidence | None = Field(
-        exclude_if=lambda value: value is None, description="kept beside, whatever the source; null: none"
-    )
+    evidence: Evidence | None = Field(description="kept beside, whatever the source; null: none")
 
 
 class TeacherAnswers(Strict):

@@ -190,6 +190,6 @@ def test_needs_add_up() -> None:
     both = terms.union([Attention.needs, Hidden.needs, *terms.needs_of(["sft", "iva"])])
     assert both.teacher and both.visual and both.attention and both.response and not both.ribbon and both.live_teacher
     assert both.in_student == Watch(MAPS, (0,)) and both.in_teacher == Watch(MAPS, (1,))
-    assert {field.name for field in dataclasses.fields(Needs)[:7]} == {
+    assert {field.name for field in dataclasses.fields(Needs)[:8]} == {
         name for name, default in vars(Needs()).items() if isinstance(default, bool)
     }
