@@ -84,8 +84,7 @@ def check(
 
     from components.config import recipes
     from components.config.load import load_settings
-    from components.config.local_paths import not_here
-    from components.cost.downloads import soft_capped
+    from components.config.local_paths import not_here, soft_capped
     from components.errors import SettingsError
 
     def own() -> None:
@@ -95,7 +94,7 @@ def check(
         if away := [name for name in settings.runtime.trackers if find_spec(name) is None]:
             raise SettingsError(f"params/runtime.yaml: trackers: not installed: pip install {' '.join(away)}, or leave it out")
         related = [name for name, arm in settings.study.arms.items() if "relation" in arm.weights]
-        if related and (capped := soft_capped(settings)):
+        if related and (capped := soft_capped(settings.models.members)):
             raise SettingsError(
                 f"params/study.yaml: arms {', '.join(related)}: relation takes a linear head, and the logits of"
                 f" {', '.join(capped)} are soft-capped; leave the term out"

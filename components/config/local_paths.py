@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from components.config.models import Checkpoint, EmbeddedFamily, Parts, PretrainedFamily
+from components.config.models import Checkpoint, Cut, EmbeddedFamily, Parts, PretrainedFamily
 from components.config.settings import Settings
 
 
@@ -41,16 +42,48 @@ def _is_here(path: Path) -> bool:
 
 
 def layers_of_teachers(models: EmbeddedFamily | PretrainedFamily) -> list[int | None]:
-    """Layers of each teacher's language model; None where neither params/ nor a folder here say how many."""
+    """Layers of each teacher's language model; None where neither params/ nor a checkpoint on this machine say how many."""
     if isinstance(models, EmbeddedFamily):
         return [shape.layers for shape in models.teachers.values()]
-    return [_layers(model.language_model if isinstance(model, Parts) else model) for model in models.teachers.values()]
+    found = (_text_config(model).get("num_hidden_layers") for model in models.teachers.values())
+    return [layers if isinstance(layers, int) else None for layers in found]
 
 
-def _layers(checkpoint: Checkpoint) -> int | None:
+def soft_capped(models: EmbeddedFamily | PretrainedFamily) -> list[str]:
+    """Models on this machine whose logits are soft-capped (Gemma 2)."""
+    if isinstance(models, EmbeddedFamily):
+        return []
+    members = {**models.teachers, **models.students}
+    return [name for name, model in members.items() if _text_config(model).get("final_logit_softcapping") is not None]
+
+
+def _text_config(model: Checkpoint | Parts | Cut) -> dict[str, Any]:
+    """What config.json says of the language model; nothing where it is not on this machine, or broken, which is told
+    elsewhere: by `not_here`, or by the stage that loads it."""
+    checkpoint = model.language_model if isinstance(model, Parts) else model
+    if not isinstance(checkpoint, Checkpoint):
+        return {}
     try:
-        config = json.loads((Path(checkpoint.source) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of the hub, or missing, or broken: `not_here` and the stage that loads it say so
-        return None
-    found = config.get("text_config", config).get("num_hidden_layers") if isinstance(config, dict) else None
-    return found if isinstance(found, int) else None
+        config = json.loads((_folder(checkpoint) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = config.get("text_config", config) if isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def downloaded(checkpoint: Checkpoint, root: Path = Path()) -> Path | None:
+    """The folder of a checkpoint that is on this machine."""
+    folder = _folder(checkpoint, root)
+    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+
+
+def _folder(checkpoint: Checkpoint, root: Path = Path()) -> Path:
+    if checkpoint.revision is None:
+        return root / Path(checkpoint.source).expanduser()
+    return hub_cache() / f"models--{checkpoint.source.replace('/', '--')}" / "snapshots" / checkpoint.revision
+
+
+def hub_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

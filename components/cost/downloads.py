@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.config.local_paths import downloaded, hub_cache
 from components.config.models import Checkpoint, Parts
 from components.config.settings import Settings
 from components.cost import shapes
@@ -37,21 +37,6 @@ class Missing:
 def missing(settings: Settings, root: Path = Path()) -> list[Missing]:
     """What the run reads and does not find here, without asking any network."""
     return [*_missing_models(settings, root), *_missing_data(settings, root)]
-
-
-def soft_capped(settings: Settings, root: Path = Path()) -> list[str]:
-    """Models on this machine whose logits are soft-capped (Gemma 2), by their config.json."""
-    members = settings.models.pretrained
-    if settings.models.family != "pretrained" or members is None:
-        return []
-    found = []
-    for name, entry in {**members.teachers, **members.students}.items():
-        wanted = entry.language_model if isinstance(entry, Parts) else entry
-        if isinstance(wanted, Checkpoint) and (folder := downloaded(wanted, root)) is not None:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config.get("text_config", config).get("final_logit_softcapping") is not None:
-                found.append(name)
-    return found
 
 
 def _missing_models(settings: Settings, root: Path) -> Iterator[Missing]:
@@ -113,18 +98,3 @@ def _is_there(named: str, root: Path) -> bool:
         return any(root.glob(named))
     path = root / named
     return any(path.iterdir()) if path.is_dir() else path.exists()
-
-
-def downloaded(entry: Checkpoint, root: Path = Path()) -> Path | None:
-    """The folder of a checkpoint that is on this machine."""
-    if entry.revision is None:
-        folder = root / Path(entry.source).expanduser()
-    else:
-        folder = hub_cache() / f"models--{entry.source.replace('/', '--')}" / "snapshots" / entry.revision
-    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
-
-
-def hub_cache() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)

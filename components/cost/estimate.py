@@ -10,18 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from components.config import recipes
+from components.config.local_paths import downloaded
 from components.config.models import Checkpoint, Cut, LanguageShape, Parts
 from components.config.recipes import SampleSize
 from components.config.settings import Settings
 from components.config.study import Arm
 from components.cost import shapes, step
-from components.cost.downloads import STUDENT_PATH, downloaded
+from components.cost.downloads import STUDENT_PATH
 from components.cost.shapes import Model
 from components.cost.step import DEVICES, GIB, BatchShape, Device, MemoryPlan, StepPlan
 from components.errors import InputError
 
 IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # of the prepare benchmark (docs/performance.md): its images, its two cores
 TEACHER_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}
+DIGITS_WORDS = 74  # of recipe `digits`; its tokenizer is made of the prepared data, which need not be there yet
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _shape(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings:
         return _model(entry, name, settings, root)
     assert settings.models.embedded is not None and settings.data.digits is not None  # this family learns the digits
     tower, image_px = settings.models.embedded.tower, settings.data.digits.grid * settings.data.digits.cell_px
-    language = shapes.Language(**entry.model_dump(), vocabulary=74)
+    language = shapes.Language(**entry.model_dump(), vocabulary=DIGITS_WORDS)
     return shapes.llava(shapes.Tower(**tower.model_dump(exclude={"cell_px"}), image_px=image_px), language)
 
 

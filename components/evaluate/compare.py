@@ -202,7 +202,7 @@ def _cost(runs: list[Cost]) -> dict[str, Any]:
     return {
         **runs[0].model_dump(),
         "train_seconds": fmean(run.train_seconds for run in runs),
-        "step_seconds": fmean(run.step_seconds or run.train_seconds / run.steps for run in runs),
+        "step_seconds": fmean(run.seconds_per_step for run in runs),
         "peak_memory_mib": max(run.peak_memory_mib for run in runs),
     }
 

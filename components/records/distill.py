@@ -13,3 +13,7 @@ class Cost(Record):
     peak_memory_mib: float
     device: str
     steps: int
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.step_seconds or self.train_seconds / self.steps

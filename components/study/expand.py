@@ -149,8 +149,7 @@ def _costs(budget: str, cells: list[Cell], settings: Settings, root: Path) -> di
     from components.config import recipes
 
     if budget == "seconds":
-        taken = {cell.name: Cost.read(root / STUDENTS / cell.name / "cost.json") for cell in cells}
-        return {name: cost.step_seconds or cost.train_seconds / cost.steps for name, cost in taken.items()}
+        return {cell.name: Cost.read(root / STUDENTS / cell.name / "cost.json").seconds_per_step for cell in cells}
     recipe, _ = recipes.nearest(root)
     assert recipe is not None  # there are recipes
     study = settings.model_copy(update={"study": StudySettings(arms={cell.name: cell.arm for cell in cells})})

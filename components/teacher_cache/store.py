@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from components.records.teacher import TeacherChoice
 from components.records.teacher_cache import EvidenceKept, SignalCache, SignalFacts, SignalManifest
 
 KEY, TEXT, TEXT_ROWS, VISUAL, VISUAL_ROWS, ATTENTION = range(6)  # columns of `samples`
+Kept = TypeVar("Kept", SignalCache, EvidenceKept)
 AGAIN = "`dvc repro cache_teacher` makes it anew"
 
 
@@ -215,26 +217,23 @@ def _unpacked(spans: Sequence[tuple[dict[str, Tensor], int, int]], device: torch
 def read_manifest(folder: Path, wanted: SignalFacts) -> SignalCache:
     """What the cache in `folder` says of itself. Raises DataError if there is none, or naming what differs from `wanted`."""
     cache = SignalManifest.read(folder / "manifest.json").cache
-    if cache is None:
-        raise DataError(f"{folder} holds no signals: the live teacher was asked for when it was made; {AGAIN}")
-    _check_facts(folder, cache.facts, wanted)
-    return cache
+    return _checked(folder, cache, wanted, "signals: the live teacher")
 
 
 def read_evidence(folder: Path, wanted: SignalFacts) -> EvidenceKept:
     """As `read_manifest`, of the evidence beside it."""
     kept = SignalManifest.read(folder / "manifest.json").evidence
-    if kept is None:
-        raise DataError(f"{folder} holds no evidence: none was asked for when it was made; {AGAIN}")
-    _check_facts(folder, kept.facts, wanted)
-    return kept
+    return _checked(folder, kept, wanted, "evidence: none")
 
 
-def _check_facts(folder: Path, found: SignalFacts, wanted: SignalFacts) -> None:
-    differing = [name for name in SignalFacts.model_fields if getattr(found, name) != getattr(wanted, name)]
+def _checked(folder: Path, found: Kept | None, wanted: SignalFacts, what: str) -> Kept:
+    if found is None:
+        raise DataError(f"{folder} holds no {what} was asked for when it was made; {AGAIN}")
+    differing = [name for name in SignalFacts.model_fields if getattr(found.facts, name) != getattr(wanted, name)]
     if differing:
-        said = "; ".join(f"{name} is {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
+        said = "; ".join(f"{name} is {getattr(found.facts, name)} there, {getattr(wanted, name)} here" for name in differing)
         raise DataError(f"{folder} is of another teacher, data or settings: {said}; {AGAIN}")
+    return found
 
 
 def _open_shard(path: Path, digest: str) -> dict[str, Tensor]:

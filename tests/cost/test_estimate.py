@@ -28,7 +28,7 @@ NAME = "paper-qwen2.5-0.5b"
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone without data, with an empty cache of the hub."""
     shutil.copytree(ROOT / "params", tmp_path / "params")
-    monkeypatch.setattr(downloads, "hub_cache", lambda: tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
 
