@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from math import inf
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -109,7 +110,7 @@ def _front(axes: Axes, result: StudyResult, costs: list[float], label: str, them
 def _positions(result: StudyResult, name: str) -> tuple[list[float], list[tuple[float, str]]]:
     """Position of each run on the axis, 0..1, and the axis labels."""
     if name in result.factors:
-        levels = list(dict.fromkeys(run.params.get(name, "") for run in result.runs))
+        levels = sorted(dict.fromkeys(run.params.get(name, "") for run in result.runs), key=_size)
         place = {level: index / max(len(levels) - 1, 1) for index, level in enumerate(levels)}
         return [place[run.params.get(name, "")] for run in result.runs], [(height, level) for level, height in place.items()]
     values = [run.metrics[name] for run in result.runs]
@@ -117,3 +118,11 @@ def _positions(result: StudyResult, name: str) -> tuple[list[float], list[tuple[
     spread = high - low or 1.0
     said = duration if name == HOURS else "{:.3g}".format
     return [(value - low) / spread for value in values], [(0.0, said(low)), (1.0, said(high))]
+
+
+def _size(level: str) -> float:
+    """That of a number; words stay in the study's order, after the numbers."""
+    try:
+        return float(level)
+    except ValueError:
+        return inf

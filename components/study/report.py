@@ -27,7 +27,7 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
     """Writes compare.md, compare.csv and compare.html; returns where they are."""
     tables = _tables(result, confidence)
     pictures = [
-        ("Differences, with intervals", draw(plots.differences, result)),
+        ("Differences with their intervals, in colour those that hold after Holm", draw(plots.differences, result)),
         ("Every run: what was varied, what it cost, what it scored", draw(plots.parallel_coordinates, result)),
         ("Score against cost", draw(plots.pareto, result)),
     ]

@@ -230,3 +230,11 @@ def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
     with pytest.raises(TryAgainError, match="does not answer") as said:
         module.recorded("http://me:secret@127.0.0.1:9", "x", "terms")
     assert "secret" not in str(said.value)
+
+
+def test_levels_that_are_numbers_stand_in_their_order() -> None:
+    runs = [
+        replace(r, params={**r.params, "weights.iva": level}) for r, level in zip(RUNS, ["1.0", "0.3", "none"] * 4, strict=True)
+    ]
+    found = result(runs)
+    assert [label for _, label in plots._positions(found, "weights.iva")[1]] == ["0.3", "1.0", "none"]
