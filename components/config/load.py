@@ -57,7 +57,7 @@ def _environment() -> dict[str, str]:
 
 def _listed(root: Path, problems: list[Any]) -> Iterator[str]:
     """A line for each problem, and one for all keys that a block lacks."""
-    lacking: dict[tuple[Any, ...], list[str]] = {}
+    lacking: dict[tuple[Any, ...], list[Any]] = {}
     for problem in problems:
         if problem["type"] == "missing":
             lacking.setdefault(problem["loc"][:-1], []).append(problem["loc"][-1])
@@ -67,7 +67,9 @@ def _listed(root: Path, problems: list[Any]) -> Iterator[str]:
         keys = [step for step in steps if step not in MEMBERS]
         of_arm = file == "study" and keys[-1:] in (["iva"], ["tpa"], ["divergence"])
         whole = "; an arm's block stands whole: copy that of params/distill.yaml" if of_arm else ""
-        if len(missing) == 1:
+        if isinstance(missing[0], int):  # places of a list
+            yield _at(root, file, keys, f"too short: {missing[-1] + 1} values are wanted")
+        elif len(missing) == 1:
             yield _at(root, file, [*keys, missing[0]], f"required, and missing{whole}")
         else:
             yield _at(root, file, keys, f"required, and missing: {', '.join(missing)}{whole}")

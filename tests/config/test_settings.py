@@ -274,6 +274,12 @@ def test_an_arms_block_is_refused_in_the_words_of_the_files(root: Path, block: s
     assert any(f"params/study.yaml:{line}: arms.sft.{said}" in one for one in told) and len(told) <= 2
 
 
+@pytest.mark.parametrize("betas", ["[]", "[0.9]"])
+def test_a_list_that_is_too_short_says_what_it_wants(root: Path, betas: str) -> None:
+    line = put(root, "distill", r"betas: \[.*\]", f"betas: {betas}")
+    assert problems(root) == [f"params/distill.yaml:{line}: optimiser.betas: too short: 2 values are wanted"]
+
+
 def test_a_layer_is_one_of_a_local_checkpoint(root: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
     pretrained(root, {"base": {"source": str(tmp_path), "revision": None}}, {})
