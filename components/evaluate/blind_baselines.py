@@ -3,14 +3,19 @@
 A question that a model answers right with a blank image in the picture's place, or with another picture, needed no looking:
 language alone, or the most frequent answer, will do. The blank image is the field's control, but a model may never have seen
 one and babble; another picture of the split is like those that it knows. What an arm has over both it gets from seeing.
+
+Image need: the nats that a reference token loses when the image is blurred, by which L_va_kd ranks (align_ti/terms/va_kd.py).
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
@@ -18,14 +23,21 @@ from components.errors import DataError
 from components.evaluate import generate, metrics
 from components.evaluate.contamination import Contamination, contamination
 from components.evaluate.kits.vlmeval_worker import blank
+from components.evaluate.likelihood import likelihoods, nats_per_token
 from components.io import write_text
-from components.models.load import load
+from components.models.load import Loaded, load
 from components.models.template import Template
+from components.records.evaluate import Likelihood
 from components.records.paths import DATASET, REPORTS, ROWS, Split
 from components.records.record import Record
 from components.report.markdown import percent, table
 from components.report.pages import templates
 from components.runtime import prepare_torch
+
+NEED = (
+    "Image need: how many nats the model's log-probability of a reference token loses when the image is shrunk to a tenth and"
+    " enlarged again. About nothing: the words before, or a glance, say as much."
+)
 
 
 class Blind(Record):
@@ -37,6 +49,7 @@ class Blind(Record):
     seeing_per_kind: dict[str, float]
     blank_per_kind: dict[str, float]
     other_per_kind: dict[str, float]
+    need_per_kind: dict[str, float]  # nats per token of the reference that a blurred image costs
 
 
 class Controls(Record):
@@ -64,14 +77,23 @@ class Shown(Sequence[Sample]):
         return sample if sample.image is None else self._change(index, sample)
 
 
-def blank_images(samples: Samples) -> Shown:
-    """Each image replaced by a plain grey one of its size."""
+def edited_images(samples: Samples, edit: Callable[[bytes], bytes]) -> Shown:
+    """Each image replaced by what `edit`, such as `blank` or `blurred`, makes of it."""
 
     def change(_: int, sample: Sample) -> Sample:
-        first, *more = map(blank, sample.images)
-        return replace(sample, image_id=f"blank {sample.image_id}", image=first, more=tuple(more))
+        first, *more = map(edit, sample.images)
+        return replace(sample, image_id=f"{edit.__name__} {sample.image_id}", image=first, more=tuple(more))
 
     return Shown(samples, change)
+
+
+def blurred(image: bytes) -> bytes:
+    """The image shrunk to a tenth of each side, and enlarged again."""
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(image)) as shown:
+        small = shown.convert("RGB").resize([max(1, side // 10) for side in shown.size], Image.Resampling.BILINEAR)
+        small.resize(shown.size, Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
 
 
 def other_images(samples: Samples) -> Shown:
@@ -105,11 +127,11 @@ def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
     found = {}
     for name, path in models:
         loaded, scores = load(path, device), dict[str, Any]()
-        for what, shown in {"seeing": samples, "blank": blank_images(samples), "other": other_images(samples)}.items():
+        for what, shown in {"seeing": samples, "blank": edited_images(samples, blank), "other": other_images(samples)}.items():
             said = generate.answers(loaded, shown, rows, template, settings.models.max_length, asked, f"{name}: {what}")
             score = metrics.score(name, metrics.predictions((samples[row] for row in rows), said))
             scores |= {what: score.exact_match, f"{what}_per_kind": score.per_kind}
-        found[name] = Blind(**scores)
+        found[name] = Blind(**scores, need_per_kind=_need(loaded, samples, rows, template, asked.batch_size, name))
     guessed = metrics.score("majority", metrics.predictions((samples[row] for row in rows), majority(samples, rows)))
     return Controls(
         split=asked.split,
@@ -119,6 +141,21 @@ def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
         models=found,
         contamination=contamination(samples, Samples(DATASET, "train"), asked.split),
     )
+
+
+def _need(
+    loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, batch_size: int, name: str
+) -> dict[str, float]:
+    seeing, blind = (
+        likelihoods(loaded, shown, rows, template, batch_size, f"{name}: nats, {what}")
+        for what, shown in (("seeing", samples), ("blurred", edited_images(samples, blurred)))
+    )
+    kinds = [samples[row].kind for row in rows]
+
+    def nats(found: list[Likelihood], kind: str) -> float:
+        return nats_per_token(one for one, its in zip(found, kinds, strict=True) if its == kind)
+
+    return {kind: nats(blind, kind) - nats(seeing, kind) for kind in sorted(set(kinds))}
 
 
 def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
@@ -140,6 +177,13 @@ def scores(controls: Controls) -> tuple[list[str], list[list[str]]]:
     return ["exact match, %: its image / blank / another", *controls.models, "majority"], lines
 
 
+def needs(controls: Controls) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the image need of every model per kind."""
+    models = controls.models.values()
+    lines = [[kind.replace("_", " "), *(f"{m.need_per_kind[kind]:.3f}" for m in models)] for kind in controls.majority_per_kind]
+    return ["image need, nats per token", *controls.models], lines
+
+
 def asked(controls: Controls) -> str:
     return (
         f"{controls.questions:,} {controls.split} questions, with their images, with a blank grey one, and with those of other"
@@ -150,16 +194,16 @@ def asked(controls: Controls) -> str:
 def markdown(controls: Controls) -> str:
     """Scores with and without images, and the split's overlap with the training data."""
     twins = "\n".join([contaminated(controls.contamination), "", *(f"- {pair}" for pair in twin_pairs(controls))]).strip()
-    parts = ["# Controls", asked(controls), table(*scores(controls)), "## Is the test in the training data?", twins]
+    parts = ["# Controls", asked(controls), table(*scores(controls)), NEED, table(*needs(controls))]
+    parts += ["## Is the test in the training data?", twins]
     return "\n\n".join(parts) + "\n"
 
 
 def page(controls: Controls) -> str:
     """The same as one HTML file that fetches nothing."""
     template = templates(Path(__file__).parent).get_template("controls.html.j2")
-    header, rows = scores(controls)
     told = {"asked": asked(controls), "twins": contaminated(controls.contamination), "pairs": twin_pairs(controls)}
-    return template.render(header=header, rows=rows, **told)
+    return template.render(scores=scores(controls), needs=needs(controls), need=NEED, **told)
 
 
 def write(controls: Controls) -> list[Path]:

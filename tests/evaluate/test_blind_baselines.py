@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from components.config.load import load_settings
 from components.dataset.perceptual_hash import NEAR
 from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.evaluate import blind_baselines
-from components.evaluate.blind_baselines import blank_images, majority, markdown, measure, other_images
+from components.evaluate.blind_baselines import blurred, edited_images, majority, markdown, measure, other_images
 from components.evaluate.contamination import contamination
+from components.evaluate.kits.vlmeval_worker import blank
 from components.records.dataset import Manifest
 from components.records.paths import DATASET, MODELS, REPORTS
 
@@ -63,14 +65,17 @@ def test_twins_are_found_by_pixels_and_by_look(tmp_path: Path) -> None:
     assert found.questions_in_training == 4  # all but "Is it new?"
 
 
-def test_blank_images_have_the_size_of_those_that_they_replace(samples: Samples) -> None:
-    blank = blank_images(samples)
-    assert len(blank) == len(samples)
-    for seen, hidden in zip(samples, (blank[i] for i in range(len(blank))), strict=True):
+@pytest.mark.parametrize(("edit", "colours"), [(blank, 1), (blurred, 9)])
+def test_edited_images_have_the_size_of_those_that_they_replace(
+    samples: Samples, edit: Callable[[bytes], bytes], colours: int
+) -> None:
+    edited = edited_images(samples, edit)
+    assert len(edited) == len(samples)
+    for seen, hidden in zip(samples, (edited[i] for i in range(len(edited))), strict=True):
         assert (hidden.id, hidden.kind, hidden.turns) == (seen.id, seen.kind, seen.turns)
         assert seen.image is not None and hidden.image is not None
         with Image.open(io.BytesIO(hidden.image)) as shown, Image.open(io.BytesIO(seen.image)) as was:
-            assert shown.size == was.size and len(set(shown.getdata())) == 1
+            assert shown.size == was.size and 1 <= len(set(shown.getdata())) <= colours
 
 
 def test_another_image_is_never_the_question_s_own(samples: Samples) -> None:
@@ -98,6 +103,8 @@ def test_a_model_that_looks_loses_without_its_image(workplace: Path) -> None:
     figures = found.models["base"]
     assert figures.seeing > 0.9 and figures.blank < figures.seeing and figures.other < figures.seeing
     assert set(figures.blank_per_kind) == set(found.majority_per_kind) == {"digit_at", "exist", "exist_at", "list"}
+    assert figures.need_per_kind.keys() == found.majority_per_kind.keys()
+    assert max(figures.need_per_kind.values()) > 0.1, "some kinds are not answered from a blurred image"
     assert found.contamination.exact == 0
     text = markdown(found)
     assert (
@@ -106,7 +113,12 @@ def test_a_model_that_looks_loses_without_its_image(workplace: Path) -> None:
     )
     assert [path.name for path in blind_baselines.write(found)] == ["controls.json", "controls.md", "controls.html"]
     html = (REPORTS / "controls.html").read_text()
-    assert all(f"<td>{cell}</td>" in html for row in blind_baselines.scores(found)[1] for cell in row[1:])
+    assert all(
+        f"<td>{cell}</td>" in html
+        for shown in (blind_baselines.scores, blind_baselines.needs)
+        for row in shown(found)[1]
+        for cell in row[1:]
+    )
 
 
 @pytest.mark.parametrize("name", ["nobody"])
