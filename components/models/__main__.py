@@ -58,14 +58,16 @@ def main() -> None:
 def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
     """Bring or make one model of `family: pretrained`; teachers come before students, which may be cut from them.
 
-    Raises as `obtain.locate`, `assemble` and `cut` do.
+    Raises as `locate`, `assemble`, `convert` and `cut` do.
     """
     from components.models.assemble import assemble
     from components.models.download import locate, obtain
     from components.models.prune import cut
+    from components.models.tinyllava import convert, is_tinyllava
 
     if isinstance(member, Checkpoint):
-        return obtain(member, target)
+        source = locate(member)
+        return convert(source, system, target) if is_tinyllava(source) else obtain(member, target)
     if isinstance(member, Parts):
         return assemble(locate(member.tower), locate(member.language_model), member, system, target)
     return cut(target.parents[1] / "teachers" / member.teacher, member, target)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,8 @@ TOWERS = ("siglip", "siglip_vision_model")
 LANGUAGE_MODELS = ("qwen2", "qwen3")
 PADS = ("<|vision_pad|>", "<pad>")  # the first that Qwen's vocabulary has; the last is added if it has none
 LICENCES = ("LICENSE*", "NOTICE*")
+
+Strategy = Literal["full", "default"]
 
 
 def assemble(tower: Path, language_model: Path, parts: Parts, system: str, target: Path) -> Path:
@@ -39,11 +41,13 @@ def assemble(tower: Path, language_model: Path, parts: Parts, system: str, targe
         bar.update()
         language = _open(language_model, LANGUAGE_MODELS, "a Qwen language model")
         bar.update()
-        tokenizer = _tokenizer(language_model)
-        processor = _processor(tower, eyes, tokenizer, parts)
-        processor.chat_template = Template(system).of(processor).jinja
-        _make_room(language, tokenizer)
-        llava = _joined(eyes, language, processor, parts)
+        processor = processor_of(
+            _image_processor(tower), eyes, tokenizer_of(language_model, language.config), parts.feature_layer, system, tower
+        )
+        llava = joined(eyes, language, processor, parts.feature_layer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(parts.seed)
+            llava.model.multi_modal_projector = type(llava.model.multi_modal_projector)(llava.config)
         llava.save_pretrained(target)
         processor.save_pretrained(target)
         for name, folder in (("tower", tower), ("language_model", language_model)):
@@ -55,11 +59,7 @@ def assemble(tower: Path, language_model: Path, parts: Parts, system: str, targe
 
 def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
     """The model, in the precision that it is stored in. Raises ModelError if it is none of `kinds`, or not whole."""
-    from transformers import AutoModelForCausalLM, PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
-
-    class Eyes(SiglipVisionModel):
-        # Its other half and its head: no need to warn of them.
-        _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(vision_model\.)?head\.", r"^logit_"]  # noqa: RUF012
+    from transformers import AutoModelForCausalLM, PreTrainedConfig, SiglipVisionConfig
 
     weight_files(path)
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
@@ -69,25 +69,40 @@ def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
             raise ModelError(f"{path}: is of type {kind!r}; {wanted} is of type {' or '.join(kinds)}")
         opener: Any = AutoModelForCausalLM
         if kinds == TOWERS:
-            opener = Eyes
+            opener = headless()
             options["config"] = SiglipVisionConfig.from_pretrained(path, vision_use_head=False, local_files_only=True)
         model, report = opener.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be opened as {wanted}: {first_line(error)}") from None
-    if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
-        raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
+    check_whole(report, path)
     return model
 
 
-def _tokenizer(path: Path) -> Any:
-    """The language model's, with an image token and a pad that is not EOS.
+def headless() -> Any:
+    """SigLIP's vision model, to be opened from whatever has its weights: its other half and its head are passed over."""
+    from transformers import SiglipVisionModel
+
+    class Tower(SiglipVisionModel):
+        _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(vision_model\.)?head\.", r"^logit_"]  # noqa: RUF012
+
+    return Tower
+
+
+def check_whole(report: dict[str, Any], path: Path) -> None:
+    """Raises ModelError if transformers' loading report names weights that `path` lacks."""
+    if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
+
+
+def tokenizer_of(path: Path, config: Any) -> Any:
+    """The language model's, whose configuration is `config`, with an image token and a pad that is not EOS.
 
     Answers end with `EOS` where the vocabulary has it: released chat models end them with <|im_end|>, the paper's do not.
     """
     from transformers import AddedToken, AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: no usable tokenizer: {first_line(error)}") from None
     text = "USER: what? ASSISTANT: 1, two."
@@ -105,26 +120,35 @@ def _tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _processor(path: Path, eyes: Any, tokenizer: Any, parts: Parts) -> Any:
-    """Of the tower's image processor. Raises ModelError if that is missing, or makes images that the tower does not take."""
-    from transformers import AutoImageProcessor, LlavaProcessor
+def _image_processor(path: Path) -> Any:
+    from transformers import AutoImageProcessor
 
     try:
-        pixels: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: no usable image processor: {first_line(error)}") from None
-    vision, side = eyes.config, eyes.config.image_size
+
+
+def processor_of(
+    pixels: Any, tower: Any, tokenizer: Any, feature_layer: int, system: str, path: Path, strategy: Strategy = "full"
+) -> Any:
+    """LLaVA's, with the chat template. Raises ModelError if the image processor makes images that the tower does not take."""
+    from transformers import LlavaProcessor
+
+    vision, side = tower.config, tower.config.image_size
     if (pixels.size["height"], pixels.size["width"]) != (side, side):
         raise ModelError(f"{path}: its image processor makes {dict(pixels.size)}, and its tower takes {side} x {side} pixels")
-    if not -vision.num_hidden_layers - 1 <= parts.feature_layer <= vision.num_hidden_layers:
-        raise ModelError(f"{path}: feature_layer is {parts.feature_layer}, and the tower has {vision.num_hidden_layers} layers")
-    return LlavaProcessor(
+    if not -vision.num_hidden_layers - 1 <= feature_layer <= vision.num_hidden_layers:
+        raise ModelError(f"{path}: feature_layer is {feature_layer}, and the tower has {vision.num_hidden_layers} layers")
+    processor: Any = LlavaProcessor(
         image_processor=pixels,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy="full",
+        vision_feature_select_strategy=strategy,
         num_additional_image_tokens=0,
     )
+    processor.chat_template = Template(system).of(processor).jinja
+    return processor
 
 
 def _make_room(language: Any, tokenizer: Any) -> None:
@@ -140,10 +164,12 @@ def _make_room(language: Any, tokenizer: Any) -> None:
             layer.weight[known:] = layer.weight[:known].float().mean(0).to(layer.weight.dtype)
 
 
-def _joined(eyes: Any, language: Any, processor: Any, parts: Parts) -> Any:
+def joined(tower: Any, language: Any, processor: Any, feature_layer: int, strategy: Strategy = "full") -> Any:
+    """LLaVA of these models, its projector on the meta device. `strategy` default drops the first token of each image."""
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    tokenizer, vision, text = processor.tokenizer, eyes.config, language.config
+    tokenizer, vision, text = processor.tokenizer, tower.config, language.config
+    _make_room(language, tokenizer)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text.update({"bos_token_id": None, **ends})
     text._name_or_path = vision._name_or_path = ""  # where the parts lay is no part of the model
@@ -151,17 +177,14 @@ def _joined(eyes: Any, language: Any, processor: Any, parts: Parts) -> Any:
         vision_config=vision,
         text_config=text,
         image_token_index=processor.image_token_id,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=parts.feature_layer,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2 - (strategy == "default"),
+        vision_feature_select_strategy=strategy,
+        vision_feature_layer=feature_layer,
         tie_word_embeddings=text.tie_word_embeddings,
     )
-    with torch.device("meta"):  # every module is replaced below
+    with torch.device("meta"):
         llava: Any = LlavaForConditionalGeneration(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(parts.seed)
-        llava.model.multi_modal_projector = type(llava.model.multi_modal_projector)(config)
-    llava.model.vision_tower = eyes
+    llava.model.vision_tower = tower
     llava.model.language_model = language.model
     llava.lm_head = language.lm_head
     llava.generation_config = GenerationConfig(**ends)

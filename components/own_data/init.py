@@ -80,11 +80,17 @@ class Pair:
         from components.models.download import locate
         from components.models.load import Loaded, check_kind, check_reading, check_same_template, grids
         from components.models.processor import load_processor
+        from components.models.tinyllava import is_tinyllava
 
         checkpoints = {role: asked.checkpoint(role) for role in ("student", "teacher")}
         folders = {role: locate(checkpoint) for role, checkpoint in checkpoints.items()}
         loaded, contexts = {}, []
         for role, folder in folders.items():
+            if is_tinyllava(folder):
+                raise ModelError(
+                    f"{folder} is a TinyLLaVA checkpoint, of which `obtain_models` makes a stock folder: name it in"
+                    f" params/models.yaml, `dvc repro obtain_models`, then give `alignti init` what is under artifacts/models/"
+                )
             check_kind(folder)
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
             head = SimpleNamespace(weight=SimpleNamespace(shape=(config.vocab_size,)))

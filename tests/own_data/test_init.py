@@ -148,6 +148,14 @@ def test_a_pair_that_cannot_be_aligned_is_refused(own: Path) -> None:
         init(asked(student="hub/other"))
 
 
+def test_a_checkpoint_that_obtain_models_converts_says_so(own: Path) -> None:
+    shutil.copytree(own / "hub/small", own / "hub/tiny")
+    config = json.loads((own / "hub/tiny/config.json").read_text())
+    (own / "hub/tiny/config.json").write_text(json.dumps(config | {"model_type": "tinyllava"}))
+    with pytest.raises(ModelError, match="hub/tiny is a TinyLLaVA checkpoint, of which `obtain_models` makes a stock folder"):
+        init(asked(student="hub/tiny"))
+
+
 def test_too_few_images_and_bad_rows_leave_no_recipe(own: Path) -> None:
     rows = json.loads((own / "data/mine/rows.json").read_text())
     (own / "data/mine/rows.json").write_text(json.dumps(rows[:2]))

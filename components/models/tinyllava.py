@@ -1,0 +1,104 @@
+"""TinyLLaVA checkpoints as stock LLaVA folders: the same weights under other names, without their code.
+
+TinyLLaVA Factory (arXiv 2405.11788) joins SigLIP, a two-layer projector and Qwen2.5 as the paper does; teachers and students of
+LLaVA-CKD (arXiv 2605.10641) are published so. Its strategy `patch` drops the first token of every image, which SigLIP has no
+class token in: they were trained on 728 of 729 tokens, and are read so here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from components.errors import ModelError, first_line
+from components.io import whole_folder
+from components.models.assemble import (
+    LANGUAGE_MODELS,
+    TOWERS,
+    Strategy,
+    check_whole,
+    headless,
+    joined,
+    processor_of,
+    tokenizer_of,
+)
+from components.models.checkpoint_folder import weight_files
+
+TYPE = "tinyllava"
+STRATEGIES: dict[str, Strategy] = {"patch": "default", "cls_patch": "full"}
+PREFIXES = {"tower": "vision_tower._vision_tower.", "language": "language_model.", "projector": "connector._connector."}
+LAYERS = {"0.": "linear_1.", "2.": "linear_2."}  # of the projector; 1 is its GELU
+
+
+def is_tinyllava(path: Path) -> bool:
+    return _config(path).get("model_type") == TYPE
+
+
+def convert(source: Path, system: str, target: Path) -> Path:
+    """Write the stock LLaVA folder `target`, whole. `system`: text before the first turn, for the chat template.
+
+    Raises ModelError if a part is missing or of another kind than these.
+    """
+    from transformers import SiglipImageProcessorPil
+
+    config, weights = _config(source), _weights(source)
+    if config.get("connector_type") != "mlp2x_gelu" or config.get("image_aspect_ratio", "square") != "square":
+        raise ModelError(
+            f"{source}: of TinyLLaVA's models those with connector_type mlp2x_gelu and image_aspect_ratio square are read, not"
+            f" {config.get('connector_type')} and {config.get('image_aspect_ratio')}"
+        )
+    if (strategy := STRATEGIES.get(config.get("vision_feature_select_strategy", "patch"))) is None:
+        raise ModelError(f"{source}: vision_feature_select_strategy is none of {', '.join(STRATEGIES)}")
+    tower = _opened(config.get("vision_config"), TOWERS, weights["tower"], source)
+    language = _opened(config.get("text_config"), LANGUAGE_MODELS, weights["language"], source)
+    side, layer = tower.config.image_size, int(config.get("vision_feature_layer", -2))
+    pixels = SiglipImageProcessorPil(size={"height": side, "width": side})
+    processor = processor_of(pixels, tower, tokenizer_of(source, language.config), layer, system, source, strategy)
+    llava = joined(tower, language, processor, layer, strategy)
+    named = {LAYERS.get(name[:2], "?") + name[2:]: weight for name, weight in weights["projector"].items()}
+    try:
+        llava.model.multi_modal_projector.load_state_dict(named, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{source}: its projector does not fit: {first_line(error)}") from None
+    with whole_folder(target) as draft:
+        llava.save_pretrained(draft)
+        processor.save_pretrained(draft)
+    return target
+
+
+def _config(path: Path) -> dict[str, Any]:
+    weight_files(path)
+    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _weights(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Those of each part, named as the part names them. Raises ModelError for one that belongs to none."""
+    found: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
+    for file in weight_files(path):
+        for name, weight in load_file(file).items():
+            part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+            if part is None:
+                raise ModelError(f"{file}: {name} is a weight of none of {', '.join(PREFIXES.values())}")
+            found[part][name.removeprefix(PREFIXES[part])] = weight
+    return found
+
+
+def _opened(config: dict[str, Any] | None, kinds: tuple[str, ...], weights: dict[str, Tensor], path: Path) -> Any:
+    """A part with its weights, in their precision. Raises ModelError if it is of another kind, or not whole."""
+    from transformers import AutoConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+    kind = (config or {}).get("model_type")
+    if config is None or kind not in kinds:
+        raise ModelError(f"{path}: a part is of type {kind!r}, and is to be {' or '.join(kinds)}")
+    openers: dict[str, Any] = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+    opener = openers[kind] if kind in openers else headless()
+    made = AutoConfig.for_model(**(config if kind in openers else config | {"vision_use_head": False}))
+    stored = next((weight.dtype for weight in weights.values()), None)
+    model, report = opener.from_pretrained(None, config=made, state_dict=weights, dtype=stored, output_loading_info=True)
+    check_whole(report, path)
+    return model
