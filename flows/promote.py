@@ -57,7 +57,7 @@ def register(arms: list[str], settings: Settings) -> tuple[list[str], bool]:
     students = record.standing(arms)
     best = record.best(students)
     told = record.register(students, settings, best)
-    if not send(settings):
+    if not mlflow_sync.try_sync(settings.runtime.tracking_uri):
         return told, False
     if best.arm not in told:  # it was registered once, and others have been the candidate since
         client, model = _client(settings), settings.runtime.experiment
@@ -74,19 +74,6 @@ def register_all() -> None:
         register(list(settings.study.arms), settings)
     except (AlignTIError, OSError) as error:
         journal.warn(f"the students are not registered: {error}; `alignti register` does it")
-
-
-def send(settings: Settings) -> bool:
-    """Send what the journals hold; false, after a line that says why, if MLflow does not take it now."""
-    uri = settings.runtime.tracking_uri
-    if uri == JOURNAL_ONLY:
-        return False
-    try:
-        mlflow_sync.sync(uri)
-    except Exception as error:  # MLflow, its server and its database raise all sorts
-        journal.warn(f"MLflow does not take the journals ({_short(error)}); `alignti sync` sends them later")
-        return False
-    return True
 
 
 def promote(candidate: str | None, settings: Settings, measure: bool = False) -> Verdict:

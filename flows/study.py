@@ -26,8 +26,8 @@ from components.records.distill import Cost
 from components.records.paths import STUDENTS
 from components.study import expand
 from components.study.expand import Cell, Study
-from components.tracking import journal, mlflow_sync, outcome
-from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
+from components.tracking import mlflow_sync, outcome
+from components.tracking.stage_run import PARENT, stage_run
 from flows import dvc, notify, prefect_artifacts, workspace
 from flows.early_stopping import diverged
 from flows.pipeline import (
@@ -155,7 +155,7 @@ def study(
             became = _run(cells, plan, run.id, parallel or (MOST if pool else 1), record, pool)
             for arm, became_of in became.items():
                 run.tag(f"cell.{arm}", became_of)
-            _send(runtime)
+            mlflow_sync.try_sync(runtime.tracking_uri)
             missing = {cell: outcome for cell, outcome in became.items() if outcome not in DONE}
             if missing:
                 lines = "\n".join(f"  {cell}: {why}" for cell, why in missing.items())
@@ -215,15 +215,3 @@ def _became(future: PrefectFuture[dvc.Outcome]) -> str:
         return future.result()
     except AlignTIError as error:
         return str(error)
-
-
-def _send(runtime: RuntimeSettings) -> None:
-    """Send the records; a tracking server that is away costs a line, as it does a stage."""
-    if runtime.tracking_uri == JOURNAL_ONLY:
-        return
-    try:
-        mlflow_sync.sync(runtime.tracking_uri)
-    except Exception as error:  # MLflow, its server and its database raise all sorts
-        journal.warn(
-            f"MLflow does not take the records ({' '.join(str(error).split())[:300]}); `alignti sync` sends them later"
-        )

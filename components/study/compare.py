@@ -102,13 +102,15 @@ class StudyResult:
 
 
 def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
-    """`read` from the MLflow at that address, which is not repeated, since it may hold a password.
+    """`read` from the MLflow at that address, once it has what journals here hold: a study that runs still sends at its end.
+
+    The address is not repeated, since it may hold a password.
 
     Raises:
         InputError: it names no MLflow, or one without such an experiment.
         TryAgainError: it does not answer.
     """
-    from components.tracking.mlflow_sync import client
+    from components.tracking.mlflow_sync import client, try_sync
 
     if tracking_uri == JOURNAL_ONLY:
         raise InputError(
@@ -118,6 +120,7 @@ def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
     opened = client(tracking_uri)
     from mlflow.exceptions import MlflowException
 
+    try_sync(tracking_uri)
     try:
         return read(opened, experiment, study)
     except MlflowException as error:
@@ -189,7 +192,7 @@ def same_measure(runs: Sequence[Run]) -> None:
         groups[run.fingerprint].append(run.cell)
     if "null" in groups:
         raise DataError(
-            f"how {_some(groups['null'])} was measured is not known (no evaluation fingerprint): the scores are not compared;"
+            f"how {some(groups['null'])} was measured is not known (no evaluation fingerprint): the scores are not compared;"
             " run the study again"
         )
     if len(groups) > 1:
@@ -199,7 +202,7 @@ def same_measure(runs: Sequence[Run]) -> None:
             f"{k}: {one.get(k)} and {other.get(k)}" for k in sorted(one | other) if one.get(k) != other.get(k)
         )
         raise DataError(
-            f"scores that were measured differently are not compared: {_some(ours)} against {_some(theirs)} ({differing});"
+            f"scores that were measured differently are not compared: {some(ours)} against {some(theirs)} ({differing});"
             " run the study again, and the stages that are stale are measured anew"
         )
 
@@ -292,5 +295,5 @@ def _effects(factor: str, runs: Sequence[Run], confidence: float) -> list[Effect
     return effects
 
 
-def _some(cells: Sequence[str]) -> str:
+def some(cells: Sequence[str]) -> str:
     return ", ".join(cells[:3]) + (f" and {len(cells) - 3} more" if len(cells) > 3 else "")

@@ -13,7 +13,7 @@ from components.report import markdown as md
 from components.report.figures import draw
 from components.report.pages import data_uri, templates
 from components.study import plots
-from components.study.compare import SLACK, Estimate, StudyResult
+from components.study.compare import SLACK, Estimate, StudyResult, some
 
 FOLDER = REPORTS / "studies"
 POINTS = 100
@@ -52,7 +52,7 @@ def standing(result: StudyResult) -> str:
     said += " Different beyond chance (Holm, 5%): "
     said += ", ".join(f"{t.variant} against {t.against}" for t in clear) + "." if clear else "none."
     if result.missing:
-        said += f" Missing: {', '.join(result.missing)}."
+        said += f" Missing: {some(result.missing)}."
     if result.superseded:
         said += f" {result.superseded} older or unasked-for runs are left out."
     return said

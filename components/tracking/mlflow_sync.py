@@ -31,7 +31,7 @@ from components.io import write_text
 from components.process import is_free, locked
 from components.records.record import parsed
 from components.tracking import mlflow_registry
-from components.tracking.stage_run import JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
+from components.tracking.stage_run import JOURNAL_ONLY, JOURNALS, NOT_SENT_AND_SAID_SO, SENT, warn
 
 LOCAL = "sqlite:///"
 PAUSE_S = 3  # between two looks at a growing journal
@@ -250,6 +250,18 @@ def sync(tracking_uri: str) -> tuple[int, int]:
     if refused:
         raise refused
     return sent, live
+
+
+def try_sync(tracking_uri: str) -> bool:
+    """`sync`, whether MLflow takes what there is; where it does not, a line says why."""
+    if tracking_uri == JOURNAL_ONLY:
+        return False
+    try:
+        sync(tracking_uri)
+    except Exception as error:  # MLflow, its server and its database raise all sorts
+        warn(f"MLflow does not take the journals ({' '.join(str(error).split())[:300]}); `alignti sync` sends them later")
+        return False
+    return True
 
 
 def client(tracking_uri: str) -> Any:

@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from components.config.load import load_settings
 from components.errors import DataError, InputError, TryAgainError
 from components.study import compare as module
 from components.study import plots, report
 from components.study.compare import HOURS, MEMORY, SCORE, Run, StudyResult, compare
 from components.study.expand import Family
+from components.tracking import journal
 from components.tracking.mlflow_sync import client
 
 KNOWN = json.dumps({"kit": "alignti", "dataset_hash": "abc"})
@@ -222,6 +224,15 @@ def _fill(database: Path, experiment: str, seeds: int) -> list[str]:
                     [(k, v, key) for k, v in metrics.items()],
                 )
     return cells
+
+
+def test_arms_that_only_a_journal_holds_are_sent_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = load_settings().runtime.model_copy(update={"tracking_uri": "sqlite:///mlflow.db", "experiment": "align-ti"})
+    monkeypatch.chdir(tmp_path)
+    client("sqlite:///mlflow.db").create_experiment("align-ti")
+    tags = {"stage": "cell", "study": "terms", "cell": "kd-seed1", "variant": "kd"}
+    journal.record("cell-kd-seed1", "kd-seed1", runtime=runtime, tags=tags, params={"seed": 1}, metrics={SCORE: 0.5})
+    assert [run.cell for run in module.recorded("sqlite:///mlflow.db", "align-ti", "terms")] == ["kd-seed1"]
 
 
 def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
