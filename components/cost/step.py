@@ -112,7 +112,8 @@ def body(model: Model, work: BatchShape, added: float) -> float:
     shape = model.language
     tokens = sum(work.lengths) + added
     longest = max(work.lengths)
-    pairs = sum(length * (length + 1) / 2 for length in work.lengths) + added * longest  # of a row and what it sees
+    pairs = sum(length * (length + 1) / 2 for length in work.lengths)  # of a row and what it sees
+    pairs += added * (longest + added / len(work.lengths))  # under a mask, so those that it does not see are computed too
     layers = shape.layers * (2 * shape.per_layer * tokens + 4 * shape.attention * pairs)
     return 2 * model.projector * work.visual + layers
 

@@ -15,6 +15,7 @@ from benchmarks import flops
 from benchmarks.shapes import SIZES, batch
 from benchmarks.step import Bench
 from benchmarks.table import load
+from components.align_ti.ribbon import plan
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE, needs_of
 from components.cost import shapes
@@ -128,17 +129,21 @@ def rows(result: dict, arm: str) -> int:
     return round(result["arms"][arm]["ribbon_rows_per_step"] * result["response_tokens"])
 
 
-@pytest.mark.parametrize(("extra", "gradient"), [(["kd"], False), (["va_kd"], False), (["kd", "iva"], False), (["iva"], True)])
+@pytest.mark.parametrize(
+    ("extra", "gradient"),
+    [(["kd"], False), (["va_kd"], False), (["kd", "iva"], False), (["iva"], True), (["kd", "iva", "tpa"], False)],
+)
 def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> None:
-    """On the benchmark's tiny models. Attention is causal, and torch counts all of it."""
+    """On the benchmark's tiny models. Torch counts all of a causal map, and padding, of which a ribbon has much."""
     bench = Bench.of(SIZES["tiny"], torch.device("cpu"))
     bench.teacher.gradient = gradient
     weights = dict.fromkeys(["sft", *extra], 1.0)
     module = AlignTI(bench.student, bench.teacher, Method(weights, shared_vocabulary=bench.size.student.vocabulary))
+    ribbon = plan(module.draw(bench.batch, bench.keys), bench.batch.input_ids, bench.batch.response, eos=0).tokens.numel()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as measured:
         found = module(bench.batch, bench.keys)
         total(found.sums, found.counts, module.method.weight_vector()).backward()
     student, teacher = bench.size.model(bench.size.student), bench.size.model(bench.size.teacher)
     way = StepPlan(needs_of(weights), gradient=gradient)
-    counted = cost.operations(student, teacher, flops.work_of(bench.batch, 0), way).all
+    counted = cost.operations(student, teacher, flops.work_of(bench.batch, ribbon), way).all
     assert counted == pytest.approx(measured.get_total_flops(), rel=0.15)
