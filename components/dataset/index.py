@@ -97,7 +97,7 @@ def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLi
             try:
                 filled.insert(understand(number, raw, limits, store.folder), called)
             except Refusal as refusal:
-                record = refused(number, raw, refusal, name if prefixed else None)
+                record = refused(number, called, raw, refusal, name if prefixed else None)
                 database.execute("INSERT INTO refused VALUES (?, ?, ?)", (name, number, record.model_dump_json()))
             if rows % TOGETHER == 0:
                 database.commit()
@@ -201,9 +201,9 @@ class _Source:
         return free
 
 
-def refused(number: int, raw: Any, refusal: Refusal, source: str | None) -> Refused:
+def refused(number: int, called: str, raw: Any, refusal: Refusal, source: str | None) -> Refused:
     id_ = raw.get("id") if isinstance(raw, dict) else None
-    known = str(id_).encode("utf-8", "replace").decode() if isinstance(id_, str | int) else None
+    known = str(id_).encode("utf-8", "replace").decode() if isinstance(id_, str | int) else called
     return Refused(row=number, id=known, reason=refusal.reason, detail=refusal.detail, source=source)
 
 

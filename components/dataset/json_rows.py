@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from components.dataset.images import Refusal
+from components.dataset.row import CONVERSATION, PROMPT
 from components.errors import DataError
 
 READ = 2**20  # characters read ahead in a JSON list
 LONGEST = 2**26  # characters of one element of it: past them it is not the element that is long but a quote that is missing
+LONGEST_LINE = 2**28  # bytes of one row of JSONL
 NUMBER = "0123456789.eE+-"
 SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -23,17 +25,19 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
 
     Raises DataError if the file is not there, cannot be read, is neither a list nor lines, or starts as a list and is none.
     """
+    number = 0
     try:
         with path.open("rb") as file:
             is_list = _is_list(path, file.read(2**16))
             file.seek(0)
-            yield from enumerate(elements(file), start=1) if is_list else _lines(file)
+            for number, row in enumerate(elements(file), start=1) if is_list else _lines(path, file):
+                yield number, row
     except FileNotFoundError:
         raise DataError(f"params/data.yaml: the annotations file {path} is missing") from None
     except OSError as error:
         raise DataError(f"params/data.yaml: the annotations file {path} cannot be read: {error.strerror}") from None
     except Refusal as refusal:
-        raise DataError(f"{path} is no JSON list: {refusal.detail}") from None
+        raise DataError(f"{path} is no JSON list: after {number:,} rows, {refusal.detail}") from None
 
 
 def _is_list(path: Path, beginning: bytes) -> bool:
@@ -44,25 +48,47 @@ def _is_list(path: Path, beginning: bytes) -> bool:
         raise DataError(f"{path} is UTF-16 or no text at all; rows are UTF-8: iconv -f UTF-16 -t UTF-8")
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"{") and text[1:].lstrip(b" \t\r").startswith(b"\n"):  # an object on several lines
-        raise DataError(f"{path} is one JSON object; rows are a list, [{{...}}, ...], or one object a line")
+        raise _no_rows(path)
+    if text and not text.startswith(b"[") and not any(line.lstrip().startswith(b"{") for line in text.splitlines()):
+        raise DataError(
+            f"{path} begins with {text[:30].decode('utf-8', 'replace')!r}: rows are a JSON list or JSONL, so convert it"
+        )
     return text.startswith(b"[")
 
 
-def parse(content: bytes) -> Any:
-    """Raises Refusal malformed_json."""
+def _no_rows(path: Path) -> DataError:
+    return DataError(f"{path} is one JSON object; rows are a list, [{{...}}, ...], or one object a line")
+
+
+def parse(content: bytes, name: str = "") -> Any:
+    """Raises Refusal malformed_json, whose detail begins with `name`."""
     try:
         return json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise Refusal("malformed_json", f"{name}{error.msg} at character {error.pos + 1:,}") from None
     except (ValueError, RecursionError) as error:
-        raise Refusal("malformed_json", str(error)) from None
+        raise Refusal("malformed_json", f"{name}{error}") from None
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, start=1):
+def _lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+        if len(line) == LONGEST_LINE:
+            raise DataError(f"{path}: line {number:,} has more than {LONGEST_LINE >> 20} MiB; rows are one JSON object a line")
         if line.strip():
             try:
-                yield number, parse(line)
+                row = parse(line, f"{path.name}, line {number:,}: ")
             except Refusal as refusal:
-                yield number, refusal
+                row = refusal
+            if number == 1 and _holds_rows(row) and not file.peek(1):
+                raise _no_rows(path)
+            yield number, row
+
+
+def _holds_rows(found: Any) -> bool:
+    """Is it one object of many rows, as {"data": [{...}, ...]} or {"1": {...}, ...}, and none itself?"""
+    if not isinstance(found, dict) or not {*CONVERSATION, *PROMPT}.isdisjoint(found):
+        return False
+    return any(isinstance(one, dict) for value in found.values() for one in (value if isinstance(value, list) else [value]))
 
 
 def elements(file: BinaryIO) -> Iterator[Any]:
@@ -113,8 +139,10 @@ class _Text:
                 problem = "it ends in the middle"
             except RecursionError as error:
                 raise Refusal("malformed_json", str(error)) from None
-            except ValueError as error:  # perhaps only because the rest has not been read
-                problem = str(error)
+            except json.JSONDecodeError as error:  # perhaps only because the rest has not been read
+                problem = f"{error.msg}: {self.text[max(self.at, error.pos - 20) : error.pos + 20]!r}"
+            except ValueError as error:  # a number of more digits than Python reads
+                raise Refusal("malformed_json", str(error)) from None
             if len(self.text) - self.at > LONGEST or not self._more(wanted):
                 raise Refusal("malformed_json", problem)
             wanted *= 2

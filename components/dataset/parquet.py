@@ -17,14 +17,29 @@ def rows(files: list[Path]) -> Iterator[Found]:
     for index, path in enumerate(files):
         file = _opened(path)
         held = [field.name for field in file.schema_arrow if _has_bytes(field.type)]
+        for leaf in _bytes_leaves(file):
+            if not any(leaf == column or leaf.startswith(f"{column}.") for column in held):
+                raise DataError(
+                    f"{path}: the column {leaf} holds bytes within other values; put pictures into a column `images`"
+                )
         for group in range(file.num_row_groups):
             table = _read(path, group, _leaves(file))
-            for place, raw in enumerate(table.to_pylist()):
+            for place, raw in enumerate(_rows(table)):
                 number += 1
                 name = f"{path.stem}/{number}"
-                for column in held:
+                for column in held if isinstance(raw, dict) else ():
                     raw[column] = _held(raw[column], [index, group, place, column], name)
                 yield number, name, raw
+
+
+def _rows(table: Any) -> list[Any]:
+    """A row that Python cannot hold is a Refusal: text that is no UTF-8, a date past the year 9999."""
+    try:
+        return list(table.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if len(table) == 1:
+            return [Refusal("wrong_type", f"a value of the row cannot be read: {error}")]
+        return [row for place in range(len(table)) for row in _rows(table.slice(place, 1))]
 
 
 def _held(value: Any, place: list[Any], name: str) -> Any:
@@ -47,8 +62,8 @@ def _has_bytes(kind: Any) -> bool:
     """Bytes, {bytes, path}, or a list of these."""
     import pyarrow as pa
 
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _has_bytes(kind.value_type)
+    if (inner := getattr(kind, "value_type", None)) is not None:  # of any kind of list, and of a dictionary
+        return _has_bytes(inner)
     if pa.types.is_struct(kind):
         return any(_is_bytes(field.type) for field in kind)
     return _is_bytes(kind)
@@ -57,13 +72,18 @@ def _has_bytes(kind: Any) -> bool:
 def _is_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return any(is_(kind) for is_ in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _bytes_leaves(file: Any) -> list[str]:
+    leaves = [file.schema.column(i) for i in range(len(file.schema))]
+    return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"]
 
 
 def _leaves(file: Any) -> list[str]:
     """All but the bytes, where something beside them shares their nulls: {bytes, path} is null where its path's parent is."""
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    without = [leaf for leaf in leaves if not leaf.endswith(".bytes")]
+    without = [leaf for leaf in leaves if leaf in file.schema_arrow.names or not leaf.endswith(".bytes")]
     seen = {leaf.split(".")[0] for leaf in without}
     return [leaf for leaf in leaves if leaf in without or leaf.split(".")[0] not in seen]
 

@@ -86,7 +86,9 @@ def _decoded(url: str, max_mib: float) -> bytes:
     """The content of a data URL."""
     head, _, content = url.partition(",")
     try:
-        found = base64.b64decode(content, validate=True) if head.endswith(";base64") else unquote_to_bytes(content)
+        found = (
+            base64.b64decode("".join(content.split()), validate=True) if head.endswith(";base64") else unquote_to_bytes(content)
+        )
     except binascii.Error as error:
         raise Refusal("not_an_image", f"the data URL {head} is no base64: {error}") from None
     if len(found) > max_mib * 2**20:
@@ -96,13 +98,14 @@ def _decoded(url: str, max_mib: float) -> bytes:
 
 def store(files: str, images: Path | None) -> Store:
     """What the ending of `files` says, with the `images` beside them. Raises DataError if there is no such thing."""
-    kind = Path(files).suffix if Path(files).suffix in READERS else ".json"
-    if images is None and not files.endswith(kind):
+    ending = Path(files).suffix.lower()
+    kind = ending if ending in READERS else ".json"
+    if images is None and kind != ending:
         raise DataError(f"params/data.yaml: {files} ends in none of {', '.join(READERS)}")
     some = found(files)
     if images is None or images.is_dir():
         return Store(some, kind, folder=images)
-    if not str(images).endswith(".tar"):
+    if images.suffix.lower() != ".tar":
         raise DataError(f"params/data.yaml: images: {images} is no folder, and no tar files either: x/*.tar")
     return Store(some, kind, tars=tuple(found(str(images))))
 

@@ -7,6 +7,7 @@ A row is text-only only if nothing in it may be a picture, a video or a sound: w
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -18,11 +19,14 @@ from components.dataset.shards import IMAGE as MARK
 from components.dataset.shards import Box, Turn
 
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
-ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "model": GPT, "system": SYSTEM}
+ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "model": GPT, "system": SYSTEM, "developer": SYSTEM}
 CONVERSATION = ("conversations", "messages", "texts")
+PROMPT = ("prompt", "completion")  # two lists of turns, one after the other
 SPEAKER = (("from", "value"), ("role", "content"))  # the keys of a turn
 PAIR = ("user", "assistant")  # roles of `texts`: questions about a picture that do not depend on one another
+CALLS = ("tool_calls", "function_call")
 PICTURE = ("image", "images")
+INSTRUCTIONS = ("system", "system_prompt")
 CAPTION = "txt"  # a WebDataset's caption
 DESCRIBE = "Describe the image."
 Found = tuple[
@@ -30,20 +34,29 @@ Found = tuple[
 ]  # of a row: its number within the source, from 1; its name if it has no id; JSON, or the Refusal of it
 
 MEDIA_FILE = re.compile(
-    r"\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl|svg|ppm|npy|mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp|mp3|wav|flac|ogg)"
-    r"(\?.*)?$",
+    r"\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl|svg|p[gp]m|ico|exr|dcm|nii(\.gz)?|np[yz]"
+    r"|mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp|mp3|m4a|aac|opus|wav|flac|ogg)(\?.*)?$",
     re.IGNORECASE,
 )
 VIDEO = re.compile(r"video|frames?\b|\.(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
 MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
+MEDIA_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40}")  # how JPEG, PNG, GIF and WebP files begin
 MEDIA_KEY = re.compile(
-    r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|videos?|frames?|clips?|audios?|media|pixels?)"
-    r"([^a-z]*|[^a-z](?P<pointer>ids?|paths?|urls?|files?|filenames?|names?)|[^a-z](bytes|data|list|base64))$",
+    r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|screenshots?|jpe?g|png|webp|videos?|frames?|clips?|audios?|media"
+    r"|(?<!min_)(?<!max_)pixels?)"
+    r"([^a-z]+(?P<pointer>ids?|idx|index|paths?|ur[il]s?|links?|src|files?|filenames?|names?)"
+    r"|[^a-z]+(bytes|data|list|base64|b64|str|string))*[^a-z]*$",
     re.IGNORECASE,
 )
-MEDIA_MARK = re.compile(  # other codes' marks: Qwen-VL's <img>path</img>, and <video> or <ImageHere> on a line of its own
-    r"<img>[^<\n]+</img>|^\s*<\|?(?:video|audio|img|media|image(?:here|_pad|[ _]?\d+))\|?>\s*$", re.IGNORECASE | re.MULTILINE
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_MARK = (  # another code's, as <|image_pad|>, <image_1>, <ImageHere>, <IMG_CONTEXT>, <start_of_image> or [IMG]; ours is <image>
+    r"(?:<\|(?:vision|image|img|video|audio|media)[\w ]*\|>"
+    r"|(?!(?-i:<image>))<(?:image|img|video|audio|media)(?:here|[ _]?\d+|_\w+)?>|<start_of_image>|\[IMG\])"
 )
+MEDIA_MARK = re.compile(  # alone on a line, or joined to the words of a question; and Qwen-VL's <img>path</img>
+    rf"<img>[^<\n]+</img>|^[ \t]*{_MARK}+\s*$|(?:\A|\n\n)[ \t]*{_MARK}(?=\S)|(?<=\S){_MARK}\s*\Z", re.IGNORECASE | re.MULTILINE
+)
+BOX_MARK = re.compile(r"<bbox>|<ref-object>")  # ms-swift's, for what `objects` holds
 
 
 class Said(NamedTuple):
@@ -81,7 +94,10 @@ def understand(number: int, raw: Any, limits: DataLimits, folder: Path | None = 
         raise raw
     if not isinstance(raw, dict):
         raise Refusal("wrong_type", f"a row is a JSON object, not {type(raw).__name__}")
-    return _Reading(raw, limits, folder).row(number)
+    try:
+        return _Reading(raw, limits, folder).row(number)
+    except RecursionError:
+        raise Refusal("malformed_json", "a value is nested too deeply") from None
 
 
 class _Reading:
@@ -91,17 +107,20 @@ class _Reading:
         self.raw = {key: value for key, value in raw.items() if not _nothing(value)}
         self.limits, self.folder = limits, folder
         self.rules: dict[str, str] = {}
-        self.shown: list[str | Held] = []  # pictures
+        self.ignored: dict[str, None] = {}  # keys, in order
+        self.shown: list[str | Held] = []  # pictures in parts of turns
+        self.dropped: list[Said] = []
 
     def row(self, number: int) -> Row:
         own = self._id()
-        key = next((key for key in CONVERSATION if key in self.raw), None)
-        if key is None and CAPTION not in self.raw:
-            raise Refusal("missing_key", f"there is no {CONVERSATION[0]!r}, or nothing in it")
-        turns, apart = self._turns(self.raw[key]) if key else ([Said(HUMAN, DESCRIBE), Said(GPT, self._caption())], False)
+        keys, conversation = self._conversation()
+        turns, apart = self._turns(conversation) if keys else ([Said(HUMAN, DESCRIBE), Said(GPT, self._caption())], False)
         pictures = self._pictures()
-        ignored = self._left_over({"id", "kind", "system", key or CAPTION, *PICTURE}, bool(pictures))
+        if not keys and not pictures:
+            raise Refusal("missing_key", f"{CAPTION!r} is a caption, and no image is beside it")
+        self._left_over({"id", "kind", *(keys or (CAPTION,)), *INSTRUCTIONS, *PICTURE}, len(pictures))
         said, apart = self._marked(self._alternating(turns), len(pictures), apart)
+        pictures = pictures[: len(pictures) - sum(turn.text.count(MARK) for turn in self.dropped)]
         if len(pictures) != 1 and any(turn.boxes for turn in said):
             raise Refusal("boxes", f"'boxes' are regions of one image, and the row has {len(pictures) or 'none'}")
         marked = any(MARK in turn.question for turn in said)
@@ -111,10 +130,25 @@ class _Reading:
         )
         pictures = pictures[: sum(turn.question.count(MARK) for turn in samples[0])]  # turns may have been cut
         kind = _text(self.raw.get("kind", "instruction" if pictures else "text"), "'kind'")
-        return Row(number, own, kind, pictures, samples, self.rules, ignored)
+        return Row(number, own, kind, pictures, samples, self.rules, tuple(self.ignored))
+
+    def _conversation(self) -> tuple[tuple[str, ...], Any]:
+        """The keys that hold it, none for a caption; and what they hold."""
+        if key := next((key for key in CONVERSATION if key in self.raw), None):
+            return (key,), self.raw[key]
+        if all(isinstance(self.raw.get(key), list) for key in PROMPT):
+            return PROMPT, [turn for key in PROMPT for turn in self.raw[key]]
+        if CAPTION not in self.raw:
+            has = ", ".join(map(repr, self.raw)) or "nothing"
+            raise Refusal(
+                "missing_key", f"there is no {', '.join(map(repr, CONVERSATION))}, or nothing in it; the row has {has}"[:400]
+            )
+        return (), None
 
     def _id(self) -> str | None:
         own = self.raw.get("id")
+        if isinstance(own, float) and own.is_integer():
+            own = int(own)
         if own is None or (isinstance(own, str) and not own.strip()):
             self.rules["numbered"] = "it had no id"
             return None
@@ -148,27 +182,37 @@ class _Reading:
         turns: list[Said] = []
         pairs = 0
         for turn in value:
-            found = {key: text for key, text in turn.items() if text is not None}
-            self._nothing_else_shown(found, {*PAIR, *SPEAKER[0], *SPEAKER[1]})
+            found = {key: text for key, text in turn.items() if not _null(text)}
+            self._nothing_else(found, {*PAIR, *SPEAKER[0], *SPEAKER[1], "boxes"})
             boxes = _boxes(found.get("boxes"))
-            if set(PAIR) <= found.keys():
+            keys = next((keys for keys in (*SPEAKER, PAIR) if not found.keys().isdisjoint(keys)), None)
+            if keys is None:
+                raise Refusal(
+                    "missing_key", f"a turn has no 'from' and 'value', but {', '.join(map(repr, found)) or 'nothing'}"
+                )
+            for key in keys:
+                if key not in found:
+                    raise Refusal("missing_key", f"a turn has no {key!r}, or null in it")
+            if keys == PAIR:
                 pairs += 1
                 asked, answered = (self._words(found[key], key) for key in PAIR)
                 turns += [Said(HUMAN, asked, boxes), Said(GPT, answered)]
-                continue
-            speaker = next(((who, what) for who, what in SPEAKER if who in found or what in found), None)
-            if speaker is None:
-                raise Refusal("missing_key", f"a turn has no 'from' and 'value', but {', '.join(map(repr, turn)) or 'nothing'}")
-            for key in speaker:
-                if key not in found:
-                    raise Refusal("missing_key", f"a turn has no {key!r}")
-            turns.append(Said(self._role(found[speaker[0]]), self._words(found[speaker[1]], speaker[1]), boxes))
+            else:
+                turns.append(Said(self._role(found[keys[0]]), self._words(found[keys[1]], keys[1]), boxes))
         return turns, bool(pairs) and 2 * pairs == len(turns)
 
-    def _nothing_else_shown(self, members: dict[str, Any], known: set[str]) -> None:
+    def _nothing_else(self, members: dict[str, Any], known: set[str]) -> None:
+        """No picture, no call of a tool, nothing that says that a turn is not to be learnt."""
         for key, value in members.items():
-            if key not in known and (_holds_media(value, True) or (MEDIA_KEY.search(key) and _may_point(value, True))):
+            if key in known:
+                continue
+            if _holds_media(value, True) or (_named(key) and _may_point(value, 0)):
                 raise Refusal("unread_media", f"a turn's {key!r} may be a picture, a video or a sound: {_short(value)}")
+            if (key in CALLS and value) or (key in ("weight", "loss") and not value):
+                raise Refusal(
+                    "turns", f"a turn's {key!r} is {_short(value)}, which is not read: it would be trained on as it stands"
+                )
+            self.ignored[f"{key} of a turn"] = None
 
     def _role(self, name: Any) -> str:
         role = ROLES.get(name.lower()) if isinstance(name, str) else None
@@ -181,7 +225,7 @@ class _Reading:
     def _words(self, value: Any, key: str) -> str:
         if isinstance(value, str):
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             self.rules["number"] = f"the number {value!r} was read as text"
             return str(value)
         if isinstance(value, list):
@@ -193,34 +237,38 @@ class _Reading:
         if isinstance(part, str):
             return part
         found = {key: value for key, value in part.items() if not _nothing(value)} if isinstance(part, dict) else {}
-        kind = str(found.get("type"))
-        if kind == "text" and isinstance(found.get("text", ""), str):
-            self._nothing_else_shown(found, {"type", "text"})
+        kind = str(found.get("type") or next(iter(found), None))
+        if kind.endswith("text") and isinstance(found.get("text", None if found.keys() - {"type"} else ""), str):
+            self._nothing_else(found, {"type", "text"})
             return str(found.get("text", ""))
         if "image" not in kind:
             reason = "video" if "video" in kind else "wrong_type"
-            raise Refusal(reason, f"a part of a turn is text or an image, not {kind!r}")
-        shown = next((found[key] for key in ("image", "image_url", "url", "path") if key in found), None)
-        if shown is not None:
-            self.shown.append(_pointer(shown, kind))
+            raise Refusal(reason, f"a part of a turn is text or an image, not {kind!r}: {_short(found)}")
+        key = next((key for key in ("image", "image_url", "url", "path") if key in found), None)
+        if key is None:
+            self._nothing_else(found, {"type"})
+        else:
+            self.shown.append(_pointer(found[key], repr(key)))
         return MARK
 
     def _alternating(self, turns: list[Said]) -> list[Turn]:
         """Questions and answers, each question with its answer; the system text stands before the first question."""
-        system = [self._words(self.raw["system"], "system")] if "system" in self.raw else []
-        while turns and turns[0][0] == SYSTEM:
-            system.append(turns.pop(0)[1])
-        asked = bool(turns)
-        while turns and turns[0][0] == GPT:
-            self.rules["first_answer"] = f"left out, as no question stands before it: {turns.pop(0)[1][:60]!r}"
-        while turns and turns[-1][0] == HUMAN:
-            self.rules["last_question"] = f"left out, as it has no answer: {turns.pop()[1][:60]!r}"
+        system = [self._words(self.raw[key], key) for key in INSTRUCTIONS if key in self.raw]
+        while turns and turns[0].role == SYSTEM:
+            system.append(turns.pop(0).text)
+        while turns and turns[0].role == GPT:
+            self.rules["first_answer"] = f"left out, as no question stands before it: {turns[0].text[:60]!r}"
+            self.dropped.append(turns.pop(0))
+        while turns and turns[-1].role == HUMAN:
+            self.rules["last_question"] = f"left out, as it has no answer: {turns[-1].text[:60]!r}"
+            self.dropped.append(turns.pop())
         roles = [turn.role for turn in turns]
-        if not roles or roles != [HUMAN, GPT] * (len(roles) // 2):
-            shown = ", ".join(roles[:6]) or ("no question with its answer" if asked else "none")
-            raise Refusal("turns", f"turns are human, gpt, human, gpt, ..., not {shown}")
+        if not roles:
+            raise Refusal("turns", "there is no question with its answer")
+        if roles != [HUMAN, GPT] * (len(roles) // 2):
+            raise Refusal("turns", f"turns are human, gpt, human, gpt, ..., not {', '.join(roles[:6])}")
         texts = [turn.text for turn in turns]
-        if words := "\n".join(text.strip() for text in system if text.strip()):
+        if words := "\n".join(dict.fromkeys(text.strip() for text in system if text.strip())):
             self.rules["system"] = f"put before the first question: {words[:60]!r}"
             texts[0] = f"{words}\n\n{texts[0]}"
         boxes = [turn.boxes for turn in turns[::2]]
@@ -229,10 +277,12 @@ class _Reading:
     # --- pictures ---
 
     def _pictures(self) -> tuple[str | Held, ...]:
-        named = [self._listed(key) for key in PICTURE if key in self.raw]
-        if len(named) == 2 and (named[0] == named[1][:1] or named[0] == named[1]):
-            named.pop(0)
-        found = [*self.shown, *(one for some in named for one in some)]
+        found: list[str | Held] = []
+        for some in (self.shown, *(self._listed(key) for key in PICTURE if key in self.raw)):
+            if some[: len(found)] == found:  # the same once more
+                found = some
+            elif found[: len(some)] != some:
+                found = [*found, *some]
         return tuple(one if isinstance(one, Held) or MEDIA_DATA.match(one) else self._path(one) for one in found)
 
     def _listed(self, key: str) -> list[str | Held]:
@@ -246,7 +296,12 @@ class _Reading:
 
     def _path(self, value: str) -> str:
         """Inside the folder by its spelling; links that the user has put there are followed."""
-        path = PurePosixPath(_text(value, "'image'").removeprefix("file://"))
+        value = _text(value, "'image'").removeprefix("file://")
+        if "://" in value:
+            raise Refusal(
+                "missing_file", f"{_short(value)} is an address, and nothing is fetched: name a file of the image folder"
+            )
+        path = PurePosixPath(value)
         roots = [] if self.folder is None or not path.is_absolute() else [self.folder.absolute(), self.folder.resolve()]
         for root in roots:
             if path.is_relative_to(root):
@@ -254,22 +309,20 @@ class _Reading:
                 path = path.relative_to(root)
                 break
         if path.is_absolute() or ".." in path.parts:
-            raise Refusal("image_path", f"{value!r} leads out of the image folder")
+            raise Refusal("image_path", f"{_short(value)} leads out of the image folder")
         return str(path)
 
-    def _left_over(self, known: set[str], shown: bool) -> tuple[str, ...]:
-        """The keys that are ignored. Raises Refusal if one of them may hold what a model would have to see or hear."""
-        ignored = []
+    def _left_over(self, known: set[str], shown: int) -> None:
+        """Note the keys that no rule reads, beside `shown` pictures. Raises Refusal if one may hold a picture or a video."""
         for key, value in self.raw.items():
             if key in known:
                 continue
-            named = MEDIA_KEY.search(key)
-            pointer = named is not None and named["pointer"] is not None
-            if _holds_media(value, not shown) or (named and (not pointer or not shown) and _may_point(value, pointer)):
+            named = _named(key)
+            beside = named is not None and named["pointer"] and shown >= (len(value) if isinstance(value, list) else 1)
+            if _holds_media(value, not shown) or (named and not beside and _may_point(value, shown)):
                 what = "video" if VIDEO.search(f"{key} {_short(value)}") else "unread_media"
                 raise Refusal(what, f"{key!r} may be a picture, a video or a sound, and is not read: {_short(value)}")
-            ignored.append(key)
-        return tuple(ignored)
+            self.ignored[key] = None
 
     def _marked(self, turns: list[Turn], images: int, apart: bool) -> tuple[list[Turn], bool]:
         """As many marks as images, or none, all in questions; and whether each question is `apart` from the others."""
@@ -277,9 +330,12 @@ class _Reading:
             if mark := MEDIA_MARK.search(turn.question):
                 what = "video" if VIDEO.search(mark[0]) else "image_marks"
                 raise Refusal(what, f"a question holds {mark[0].strip()[:80]!r}, another code's mark of a medium")
+            if "objects" in self.raw and (mark := BOX_MARK.search(turn.question + turn.answer)):
+                raise Refusal("boxes", f"{mark[0]} stands for what 'objects' holds, which is not read")
         first = turns[0].question.count(MARK)
-        asked = sum(turn.question.count(MARK) for turn in turns)
-        answered = sum(turn.answer.count(MARK) for turn in turns)
+        dropped = {role: sum(turn.text.count(MARK) for turn in self.dropped if turn.role == role) for role in (HUMAN, GPT)}
+        asked = dropped[HUMAN] + sum(turn.question.count(MARK) for turn in turns)
+        answered = dropped[GPT] + sum(turn.answer.count(MARK) for turn in turns)
         if apart and asked > first and (images == 1 or (images and asked != images)):
             self.rules["stray_marks"] = f"{asked - first} {MARK} beyond the first question were taken out"
             turns = [turns[0]] + [replace(turn, question=turn.question.replace(MARK, "").strip()) for turn in turns[1:]]
@@ -335,14 +391,20 @@ def _placed(turns: list[Turn], images: int, marked: bool) -> list[Turn]:
     return [*turns[:its], opened, *turns[its + 1 :]]
 
 
+def _null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict | tuple) and not isinstance(value, Held) and not value)
+    return _null(value) or (isinstance(value, str | list | dict | tuple) and not isinstance(value, Held) and not value)
 
 
 def _pointer(value: Any, where: str) -> str | Held:
-    """What says where a picture is: a path, a data URL, or a place."""
+    """What says where a picture is: a path, a data URL, or a place. Its content in base64 becomes a data URL."""
     if isinstance(value, dict):
-        value = next((value[key] for key in ("path", "url") if isinstance(value.get(key), str) and value[key]), value)
+        value = next((value[key] for key in ("bytes", "path", "url") if isinstance(value.get(key), str) and value[key]), value)
+    if isinstance(value, str) and MEDIA_BASE64.match(value):
+        return f"data:image/*;base64,{value}"
     if isinstance(value, str | Held):
         return value
     raise Refusal("wrong_type", f"{where} is the path of an image, not {type(value).__name__}")
@@ -353,10 +415,12 @@ def _holds_media(value: Any, strings: bool) -> bool:
     if isinstance(value, Held | bytes):
         return True
     if isinstance(value, str):
+        if MEDIA_BASE64.match(value):
+            return True
         return strings and bool(MEDIA_DATA.match(value) or (len(value) < 1000 and MEDIA_FILE.search(value)))
     if isinstance(value, dict):
         return any(_holds_media(one, strings) for one in value.values())
-    return isinstance(value, list) and any(_holds_media(one, strings) for one in value)
+    return isinstance(value, list | tuple) and any(_holds_media(one, strings) for one in value)
 
 
 def _boxes(value: Any) -> tuple[Box, ...]:
@@ -374,9 +438,14 @@ def _boxes(value: Any) -> tuple[Box, ...]:
     return tuple((float(left), float(top), float(right), float(bottom)) for left, top, right, bottom in value)
 
 
-def _may_point(value: Any, pointer: bool) -> bool:
-    """The value of a key that is named like a medium: text or a list; a number only where the key is its id."""
-    return isinstance(value, str | list | dict) or (pointer and isinstance(value, int) and not isinstance(value, bool))
+def _named(key: str) -> re.Match[str] | None:
+    """Is the key named like a medium, or like what points to one?"""
+    return MEDIA_KEY.search(CAMEL.sub("_", key))
+
+
+def _may_point(value: Any, shown: int) -> bool:
+    """The value of a key that is named like a medium: text or a list; a number, or true, only where no picture is shown."""
+    return isinstance(value, str | list | dict) or (not shown and isinstance(value, int | float) and bool(value))
 
 
 def _text(value: Any, what: str) -> str:

@@ -15,6 +15,7 @@ from components.dataset.images import Refusal, too_large
 from components.dataset.row import CAPTION, CONVERSATION, MEDIA_FILE, Found, Held
 from components.errors import DataError
 
+LINK = " -> "  # in what is called the ending of one
 PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -37,11 +38,22 @@ def rows(tars: list[Path]) -> Iterator[Found]:
             stem, _, ending = name.partition(".")
             if stem and "__MACOSX" not in folder:  # else what an archiver has left there
                 key = f"{folder}/{stem}".lstrip("./")
-                samples.setdefault(key, []).append(Member(ending.lower(), member.offset_data, member.size))
+                ending = ending.lower() if member.isreg() else f"{ending}{LINK}{member.linkname}"
+                samples.setdefault(key, []).append(Member(ending, member.offset_data, member.size))
+        alone = {
+            key.rpartition("/")[2]: key
+            for key, parts in samples.items()
+            if all(MEDIA_FILE.search(f".{ending}") for ending, *_ in parts)
+        }
         with tar.open("rb") as file:
             for key, parts in samples.items():
                 name = f"{tar.stem}/{key}"
-                for raw in _sample(file, name, parts, index):
+                other = alone.get(key.rpartition("/")[2], key)
+                apart = Refusal(
+                    "ambiguous_name", f"{tar.stem}/{other} may be its picture, and is not beside {name}.json in {tar}"
+                )
+                found = [part.ending for part in parts] == ["json"] and other != key
+                for raw in [apart] if found else _sample(file, name, parts, index):
                     number += 1
                     yield number, name, raw
 
@@ -64,21 +76,22 @@ def _sample(file: Any, name: str, parts: list[Member], tar: int) -> Iterator[Any
 
 def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
     if not {"json", CAPTION} & parts.keys():
-        raise Refusal("missing_key", f"{name} has {', '.join(sorted(parts))} and no json")
-    raw = json_rows.parse(_read(file, parts["json"])) if "json" in parts else {}
+        raise Refusal("missing_key", f"{name} has {', '.join(sorted(parts))} and neither json nor {CAPTION}")
+    raw = json_rows.parse(_read(file, parts["json"]), f"{name}.json: ") if "json" in parts else {}
     if not isinstance(raw, dict):
         return raw
     raw = dict(raw)
     held = {ending: Held([tar, part.offset, part.size], name) for ending, part in parts.items()}
-    pictures = [held[ending] for ending in sorted(parts, key=_in_order) if ending.rpartition(".")[2] in PICTURES]
+    kinds = {ending: ending.rpartition(".")[2] for ending in parts if LINK not in ending}
+    pictures = [held[ending] for ending in sorted(kinds, key=_in_order) if kinds[ending] in PICTURES]
     if pictures:
         raw["image"] = pictures
         if len(raw.get("images") or ()) <= len(pictures):  # more would be pictures that are not here
             raw.pop("images", None)
-    if CAPTION in parts and not any(raw.get(key) for key in CONVERSATION):
+    if captioned := CAPTION in parts and not any(raw.get(key) for key in CONVERSATION):
         raw[CAPTION] = _text(_read(file, parts[CAPTION]), f"{name}.{CAPTION}")
     for ending, part in parts.items():
-        if ending not in ("json", CAPTION) and held[ending] not in pictures:
+        if ending != "json" and not (captioned and ending == CAPTION) and held[ending] not in pictures:
             raw[f".{ending}"] = held[ending] if MEDIA_FILE.search(f".{ending}") or not _is_text(file, part) else "text"
     return raw
 
@@ -101,18 +114,21 @@ def _is_text(file: Any, part: Member) -> bool:
 
 def _text(content: bytes, name: str) -> str:
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refusal("malformed_text", f"{name} is not UTF-8: {error}") from None
+    if not text.strip():
+        raise Refusal("empty_answer", f"{name} is empty")
+    return text
 
 
 def members(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """The plain files of an uncompressed tar file, in order. Raises DataError if it is none or is cut off."""
+    """The files of an uncompressed tar file, and links to files, in order. Raises DataError if it is none or is cut off."""
     try:
         with tarfile.open(tar, "r:") as opened:
             while (member := opened.next()) is not None:
                 opened.members = []  # type: ignore[attr-defined]  # which tarfile would collect
-                if member.isreg() and not member.issparse():
+                if (member.isreg() and not member.issparse()) or member.islnk() or member.issym():
                     yield member
             with tar.open("rb") as file:  # a whole one ends with empty blocks
                 file.seek(opened.offset)
@@ -124,9 +140,9 @@ def members(tar: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def names(tars: list[Path]) -> Iterator[tuple[str, list[int]]]:
-    """Name and place of every member."""
+    """Name and place of every member that is no link."""
     for index, tar in enumerate(tars):
-        for member in members(tar):
+        for member in filter(tarfile.TarInfo.isreg, members(tar)):
             yield str(PurePosixPath(member.name)), [index, member.offset_data, member.size]
 
 

@@ -190,7 +190,7 @@ def test_a_line_that_is_no_json_is_quarantined(images: Path, tmp_path: Path, lin
     annotations.write_bytes(b"\xef\xbb\xbf" + b"\n".join([*lines, b"", line]) + b"\n")
     manifest = write_only(ask_for(annotations, images), tmp_path / "dataset")
     (refused,) = quarantine(tmp_path / "dataset")
-    assert (refused.row, refused.reason, refused.id) == (26, "malformed_json", None)
+    assert (refused.row, refused.reason, refused.id) == (26, "malformed_json", "26")
     assert (manifest.rows_in, manifest.rows_out) == (25, 24)
 
 

@@ -368,6 +368,29 @@ def test_members_that_may_be_pictures_are_never_left_out(tmp_path: Path) -> None
     assert shown == {"mine/x/d": (picture(1), picture(2)), "mine/x/e": (picture(3),)}
 
 
+def test_a_picture_that_is_not_beside_its_row_is_not_nothing(tmp_path: Path) -> None:
+    """A row of text alone would be stored: the picture is a link, or lies in another folder of the tar file."""
+    row = json.dumps({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}).encode()
+    tar_of(
+        tmp_path / "x.tar",
+        {"images/a.png": picture(1), "rows/a.json": row, "rows/b.json": row, "c.json": b"{'a'}", "d.txt": b" "},
+    )
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        link = tarfile.TarInfo("rows/b.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "../images/a.png"
+        tar.addfile(link)
+    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)})
+    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    assert [(one.id, one.reason) for one in quarantine(tmp_path / "out")] == [
+        ("x/images/a", "missing_key"),
+        ("x/rows/a", "ambiguous_name"),
+        ("x/rows/b", "unread_media"),
+        ("x/c", "malformed_json"),
+        ("x/d", "empty_answer"),
+    ]
+    assert "x/c.json: Expecting property name" in quarantine(tmp_path / "out")[3].detail
+
+
 def test_a_text_row_and_a_picture_may_share_a_name(tmp_path: Path) -> None:
     asked_for = as_folder(tmp_path)
     (tmp_path / "images" / "text:t").write_bytes(picture(50))
@@ -422,6 +445,11 @@ def test_conversations_that_parquet_files_hold_in_other_forms_are_quarantined(te
         (json.dumps(llava_rows()).encode("utf-16"), "is UTF-16"),
         (gzip.compress(json.dumps(llava_rows()).encode()), "is compressed"),
         (json.dumps({"data": llava_rows()}, indent=1).encode(), "is one JSON object"),
+        (json.dumps({"data": llava_rows()}).encode(), "is one JSON object"),
+        (json.dumps({"set": {"root": "x", "annotation": "y.jsonl"}}).encode(), "is one JSON object"),
+        (b"image,question\n1.png,What?\n", "begins with 'image,question"),
+        (json.dumps(llava_rows()[:3]).encode()[:-2] + b", 5x}]", "after 2 rows, Expecting property name.*5x"),
+        (b"[1" + b"0" * 5000 + b"]", "after 0 rows, Exceeds the limit"),
     ],
 )
 def test_a_file_that_is_no_rows_is_said_in_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
@@ -432,6 +460,53 @@ def test_a_file_that_is_no_rows_is_said_in_one_sentence(content: bytes, message:
 
 
 # --- files that cannot be used ----------------------------------------------------------------------------------------
+
+
+def held(path: Path, columns: dict[str, Any]) -> list[Any]:
+    """The pictures of the rows of a Parquet file."""
+    pq.write_table(pa.table(columns), path)
+    some = store(str(path), None)
+    of_rows = [raw["image"] if isinstance(raw["image"], list) else [raw["image"]] for _, _, raw in some.rows()]
+    return [[some.image(one.place, 1) for one in of_row] for of_row in of_rows]
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    ("column", "wanted"),
+    [
+        (pa.array([b"x", b"y"]).dictionary_encode(), [[b"x"], [b"y"]]),
+        (pa.array([b"x", b"y"], pa.binary_view()), [[b"x"], [b"y"]]),
+        (pa.array([[{"bytes": b"x"}, {"bytes": b"y"}]], pa.list_(STRUCT, 2)), [[b"x", b"y"]]),
+        (pa.array([[{"bytes": b"x"}]], pa.large_list(STRUCT)), [[b"x"]]),
+    ],
+    ids=["dictionary", "view", "fixed list", "large list"],
+)
+def test_bytes_in_columns_of_every_kind(column: Any, wanted: Any, tmp_path: Path) -> None:
+    assert held(tmp_path / "x.parquet", {"image": column}) == wanted
+
+
+def test_bytes_within_other_values_refuse_the_file(tmp_path: Path) -> None:
+    inner = pa.struct([("image", STRUCT)])
+    for column in (pa.array([{"image": {"bytes": b"x"}}], inner), pa.array([[("k", b"x")]], pa.map_(pa.string(), pa.binary()))):
+        with pytest.raises(DataError, match=r"x\.parquet: the column data\..* holds bytes within other values"):
+            held(tmp_path / "x.parquet", {"image": [b"x"], "data": column})
+
+
+def test_a_parquet_row_that_is_no_utf8_is_refused_alone(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a\xff", b"b"]).buffers())
+    pq.write_table(pa.table({"id": broken, "meta": ["x", "y"], "meta.bytes": [b"x", b"y"]}), tmp_path / "x.parquet")
+    (_, _, first), (_, _, second) = store(str(tmp_path / "x.parquet"), None).rows()
+    assert isinstance(first, Refusal) and "utf-8" in first.detail
+    assert second["id"] == "b" and second["meta.bytes"].place == [0, 0, 1, "meta.bytes", None]
+
+
+def test_a_long_line_is_not_read_on_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(json_rows, "LONGEST_LINE", 1000)
+    (tmp_path / "x.jsonl").write_bytes(b"{}\n" + b"{" * 5000)
+    with pytest.raises(DataError, match="line 2 has more than"):
+        list(json_rows.rows(tmp_path / "x.jsonl"))
 
 
 def cut(path: Path, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from components.dataset.shards import Turn
 LIMITS = DataLimits(max_pixels=100, max_image_mib=1, max_text_chars=200, max_bad_ratio=1)
 HELD = Held([0, 512, 9], "0/k")
 CAT = "<image>\nWhat is it?"
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGM8wYAdMOEQH6QSAKKA"
+NAN = float("nan")
 
 
 def chat(*texts: Any, keys: tuple[str, str] = ("from", "value"), roles: tuple[str, str] = ("human", "gpt")) -> list[Any]:
@@ -60,6 +63,34 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
         "data:image/png;base64,AAAA",
         {"roles", "parts"},
     ),
+    "parts without types": (
+        {"messages": openai([{"image": "c.png"}, {"text": "What is it?"}], [{"text": "A cat."}])},
+        "c.png",
+        {"roles", "parts"},
+    ),
+    "parts of the Responses API": (
+        {"messages": openai([{"type": "input_text", "text": "What is it?"}, URL | {"type": "input_image"}], "A cat.")},
+        URL["image_url"]["url"],
+        {"roles", "parts"},
+    ),
+    "a picture named in its part and beside": (
+        {"images": ["c.png"], "messages": openai([{"type": "image", "image": "c.png"}, PARTS[0]], "A cat.")},
+        "c.png",
+        {"roles", "parts", "image_list"},
+    ),
+    "TRL's prompt and completion": (
+        {"images": [HELD], "prompt": openai(CAT, "")[:1], "completion": openai("", "A cat.")[1:]},
+        HELD,
+        {"roles", "image_list"},
+    ),
+    "base64": ({"image": PNG, "conversations": chat(CAT, "A cat.")}, f"data:image/*;base64,{PNG}", set()),
+    "base64 as bytes": (
+        {"images": [{"bytes": PNG, "path": None}], "conversations": chat(CAT, "A cat.")},
+        f"data:image/*;base64,{PNG}",
+        {"image_list"},
+    ),
+    "pandas' numbers": ({"id": 7.0, "image": "c.png", "kind": NAN, "conversations": chat(CAT, "A cat.")}, "c.png", set()),
+    "pandas' nothing": ({"id": NAN, "image": "c.png", "x": NAN, "conversations": chat(CAT, "A cat.")}, "c.png", {"numbered"}),
     "pairs": (
         {"images": [HELD], "texts": [{"user": "What is it?", "assistant": "A cat.", "source": "x"}]},
         HELD,
@@ -102,6 +133,9 @@ def test_turns_that_have_no_counterpart_are_left_out_and_named() -> None:
         {"system": "Be brief.", "conversations": chat("What is it?", "A cat.")},
         {"conversations": [{"from": "system", "value": "Be brief."}, *chat("What is it?", "A cat.")]},
         {"messages": [{"role": "system", "content": "Be brief."}, *openai("What is it?", "A cat.")]},
+        {"system": "Be brief.", "messages": [{"role": "system", "content": "Be brief."}, *openai("What is it?", "A cat.")]},
+        {"messages": [{"role": "developer", "content": "Be brief."}, *openai("What is it?", "A cat.")]},
+        {"system_prompt": "Be brief.", "conversations": chat("What is it?", "A cat.")},
     ],
 )
 def test_a_system_text_is_kept(raw: dict[str, Any]) -> None:
@@ -111,10 +145,67 @@ def test_a_system_text_is_kept(raw: dict[str, Any]) -> None:
 
 def test_numbers_are_text_and_null_is_missing() -> None:
     assert said(read(conversations=chat("How many?", 3))) == [("How many?", "3")]
-    for raw in ({"conversations": chat("How many?", None)}, {"texts": [{"user": None, "assistant": "A cat."}]}):
-        with pytest.raises(Refusal) as refusal:
+    for raw, key in (
+        ({"conversations": chat("How many?", None)}, "value"),
+        ({"conversations": chat("How many?", NAN)}, "value"),
+        ({"texts": [{"user": None, "assistant": "A cat."}]}, "user"),
+    ):
+        with pytest.raises(Refusal, match=f"a turn has no '{key}', or null in it") as refusal:
             read(**raw)
         assert refusal.value.reason == "missing_key"
+    with pytest.raises(Refusal, match="is text, not float"):
+        read(conversations=chat("How many?", float("inf")))
+
+
+def test_an_image_of_a_turn_that_is_left_out_goes_with_it() -> None:
+    row = read(image="a.png", conversations=chat("How are you?", "Fine.", CAT))
+    assert (row.pictures, row.kind, said(row)) == ((), "text", [("How are you?", "Fine.")])
+    row = read(images=["a.png", "b.png"], conversations=chat(CAT, "A cat.", "<image>And that?"))
+    assert row.pictures == ("a.png",) and said(row) == [(CAT, "A cat.")]
+    with pytest.raises(Refusal, match="1 in answers"):
+        read(image="a.png", conversations=[{"from": "gpt", "value": "<image>"}, *chat("What?", "A cat.")])
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"weight": 0}, "turns"),
+        ({"loss": False}, "turns"),
+        ({"tool_calls": [{"id": "1"}]}, "turns"),
+        ({"thing": PNG}, "unread_media"),
+    ],
+)
+def test_what_a_turn_says_beside_its_words_is_not_passed_over(turn: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Refusal) as refusal:
+        read(messages=[openai("What?", "")[0], {**openai("", "That.")[1], **turn}])
+    assert refusal.value.reason == reason
+    assert read(messages=[{**openai("What?", "")[0], "name": "x"}, openai("", "That.")[1]]).ignored == ("name of a turn",)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason", "said"),
+    [
+        ({"instruction": "q", "output": "a"}, "missing_key", "the row has 'id', 'instruction', 'output'"),
+        ({"messages": openai([{"type": "text", "value": "What?"}], "That.")}, "wrong_type", "'value': 'What"),
+        ({"txt": "a dog"}, "missing_key", "no image is beside it"),
+        ({"image": "https://x.org/a.png", "conversations": chat(CAT, "That.")}, "missing_file", "is an address"),
+        ({"conversations": chat("What?")}, "turns", "no question with its answer"),
+        (
+            {"x": reduce(lambda inner, _: [inner], range(900), [0]), "conversations": chat("What?", "That.")},
+            "malformed_json",
+            "nested too deeply",
+        ),
+        (
+            {"images": ["a.png"], "objects": {"bbox": [1]}, "messages": openai("<image>Where?", "<bbox>")},
+            "boxes",
+            "'objects'",
+        ),
+    ],
+)
+def test_a_reason_names_what_is_wrong(raw: dict[str, Any], reason: str, said: str) -> None:
+    with pytest.raises(Refusal, match=said) as refusal:
+        read(**raw)
+    assert refusal.value.reason == reason
 
 
 def test_an_absolute_path_within_the_folder_is_relative(tmp_path: Any) -> None:
@@ -186,6 +277,8 @@ def test_a_long_conversation_keeps_its_first_turns() -> None:
         read(conversations=chat("x", "y" * 200))
 
 
+KEYS = ("image_base64_str", "img_b64", "image_1_path", "imageUrl", "image_file_name", "image_src", "screenshot", "jpg")
+MARKS = ("<|vision_start|><|image_pad|><|vision_end|>", "<|image|>", "<ImageHere>", "<img><IMG_CONTEXT></img>", "[IMG]")
 HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "fewer marks than images": ("image_marks", {"images": ["a.png", "b.png"], "conversations": chat(CAT, "A cat.")}),
     "more marks than images": ("image_marks", {"image": "a.png", "conversations": chat(f"<image>{CAT}", "A cat.")}),
@@ -198,6 +291,12 @@ HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "a second one under another name": ("unread_media", {"image": HELD, "image_1": HELD}),
     "a path": ("unread_media", {"image_path": "a.png"}),
     "an id": ("unread_media", {"image_id": 33471}),
+    "its content as text": ("unread_media", {"thing": PNG}),
+    **{f"the key {key}": ("unread_media", {key: "x"}) for key in KEYS},
+    "a number of them": ("unread_media", {"num_images": 1}),
+    "that there is one": ("unread_media", {"has_image": True}),
+    "two addresses beside one image": ("unread_media", {"image": "a.png", "image_urls": ["a.png", "b.png"]}),
+    "pairs of a map": ("unread_media", {"meta": [("k", b"x")]}),
     "an address": ("unread_media", {"url": "https://x.org/a.jpg?size=3"}),
     "within another key": ("unread_media", {"meta": {"files": ["x/a.webp"]}}),
     "a data URL within another key": ("unread_media", {"meta": "data:image/png;base64,AA"}),
@@ -212,6 +311,9 @@ HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
         {"conversations": None, "messages": openai([PARTS[0], {"type": "video", "video": "a.mp4"}], "That.")},
     ),
     "Qwen-VL's mark": ("image_marks", {"conversations": chat("Picture 1: <img>a.png</img>\nWhat?", "That.")}),
+    **{f"{mark} before a question": ("image_marks", {"conversations": chat(f"{mark}What?", "That.")}) for mark in MARKS},
+    "<video> before a question": ("video", {"conversations": chat("<video>What?", "That.")}),
+    "another mark after it": ("image_marks", {"image": "a.png", "conversations": chat("What?<image_1>", "That.")}),
     "LLaVA-Video's mark": ("video", {"conversations": chat("<video>\nWhat?", "That.")}),
 }
 
@@ -223,7 +325,9 @@ def test_what_a_model_would_have_to_see_is_never_left_out(reason: str, raw: dict
     assert refusal.value.reason == reason
 
 
-@pytest.mark.parametrize("text", ['<img src="a.png" alt="x">', "the <video> tag", "</s>", "see a.png", "<|im_end|>"])
+@pytest.mark.parametrize(
+    "text", ['<img src="a.png" alt="x">', "the <video> tag", "</s>", "see a.png", "<|im_end|>", "<|image_pad|>"]
+)
 def test_text_about_pictures_is_text(text: str) -> None:
     row = read(conversations=chat(f"What does {text} mean?", text), model="x", num_images=0, language="en")
     assert row.pictures == () and row.ignored == ("model", "num_images", "language")
