@@ -6,6 +6,7 @@ and never loads a split whole.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -359,6 +360,15 @@ class Samples(Sequence[Sample]):
     @property
     def images(self) -> int:
         return self.record.images
+
+    def equal_images(self) -> list[list[int]]:
+        """Image rows, those together that store the same bytes."""
+        rows: dict[bytes, list[int]] = {}
+        for row in range(self.images):
+            if stored := _stored_images(self._table, row):
+                digests = [hashlib.sha256(image.as_buffer()).digest() for image in stored]
+                rows.setdefault(b"".join(digests), []).append(row)
+        return list(rows.values())
 
     def images_of(self, image_ids: Iterable[str]) -> dict[str, tuple[bytes, ...]]:
         """Encoded images per image id, for those ids that the split has."""

@@ -112,24 +112,33 @@ def _padded(parts: Sequence[Tensor]) -> Tensor:
 def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
     """`settings.images` images drawn by seed among those with enough different instructions; all of them if there are fewer.
 
-    Captions are no instructions: every image has the same one. Raises TooFewInstructions if fewer than two images
-    qualify, as one has no standard error.
+    Rows of tar and Parquet files have an image each: if too few have enough by themselves, equal images are one. Captions are
+    no instructions: every image has the same one. Raises TooFewInstructions if fewer than two images qualify, as one has no
+    standard error.
     """
-    random = np.random.default_rng(settings.seed)
-    found: list[list[Sample]] = []
-    for row in random.permutation(samples.images):
-        different = instructions([samples[index] for index in samples.of_image(int(row))])
-        if len(different) >= settings.instructions_per_image:
-            picked = random.choice(len(different), settings.instructions_per_image, replace=False)
-            found.append([different[index] for index in sorted(picked)])
-        if len(found) == settings.images:
-            break
+    found = _drawn(samples, [[row] for row in range(samples.images)], settings)
+    if len(found) < 2:
+        found = _drawn(samples, samples.equal_images(), settings)
     if len(found) < 2:
         raise TooFewInstructions(
             f"IRS compares instructions on one image, over two images or more: {len(found)} of {samples.images} images have"
             f" {settings.instructions_per_image} different instructions besides captions;"
             f" lower params/irs.yaml:instructions_per_image (at least 2), or give images more questions"
         )
+    return found
+
+
+def _drawn(samples: Samples, images: list[list[int]], settings: IrsSettings) -> list[list[Sample]]:
+    """`images`: the rows of each."""
+    random = np.random.default_rng(settings.seed)
+    found: list[list[Sample]] = []
+    for image in random.permutation(len(images)):
+        different = instructions([samples[index] for row in images[image] for index in samples.of_image(row)])
+        if len(different) >= settings.instructions_per_image:
+            picked = random.choice(len(different), settings.instructions_per_image, replace=False)
+            found.append([different[index] for index in sorted(picked)])
+        if len(found) == settings.images:
+            break
     return found
 
 

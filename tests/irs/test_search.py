@@ -146,6 +146,19 @@ def test_later_turns_are_instructions_too(tmp_path: Path) -> None:
     assert all(sample.turns[0].question.startswith("<image>\n") and len(sample.turns) == 1 for i in drawn for sample in i)
 
 
+def test_equal_images_of_several_rows_are_one_where_too_few_have_enough(tmp_path: Path) -> None:
+    """Tar and Parquet files hold an image in each row."""
+    rows = [
+        ImageRow(f"{index}-{i}", png(index), ((f"{index}-{i}", "open", (Turn(f"<image>\n{q}", "one"),)),))
+        for i, q in enumerate(QUESTIONS)
+        for index in range(3)
+    ]
+    samples = dataset(tmp_path, [*rows, ImageRow("text", None, (("t", "text", (Turn("Why?", "So."),)),))])
+    drawn = draw_images(samples, SETTINGS)
+    assert {frozenset(sample.image for sample in image) for image in drawn} == {frozenset({png(index)}) for index in range(3)}
+    assert all(len({sample.turns[0].question for sample in image}) == 3 for image in drawn)
+
+
 def test_attention_is_the_models_own(loaded: Loaded, samples: Samples, folder: Path) -> None:
     """Against eager maps: all rows after the image, and those of the question's own words."""
     seen = look(loaded, samples, Template(""), SETTINGS)
