@@ -327,7 +327,8 @@ class _Reading:
     def _marked(self, turns: list[Turn], images: int, apart: bool) -> tuple[list[Turn], bool]:
         """As many marks as images, or none, all in questions; and whether each question is `apart` from the others."""
         for turn in turns:
-            if mark := MEDIA_MARK.search(turn.question):
+            rest = turn.question.replace(MARK, "")  # has hardly ever what a mark begins with
+            if ("<" in rest or "[" in rest) and (mark := MEDIA_MARK.search(turn.question)):
                 what = "video" if VIDEO.search(mark[0]) else "image_marks"
                 raise Refusal(what, f"a question holds {mark[0].strip()[:80]!r}, another code's mark of a medium")
             if "objects" in self.raw and (mark := BOX_MARK.search(turn.question + turn.answer)):
