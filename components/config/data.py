@@ -19,6 +19,7 @@ from components.config.fields import (
     PositiveInt,
     Ratio,
     Rgb,
+    Seed,
     Share,
     Strict,
 )
@@ -126,7 +127,7 @@ class DataLimits(Strict):
 
 class DataSettings(Strict):
     source: Literal["digits", "llava", "mixture"]
-    seed: int
+    seed: Seed
     images_per_shard: PositiveInt
     limits: DataLimits
     digits: DigitsGrid | None

@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from components.config.fields import Name, PositiveInt, Strict
+from components.config.fields import Name, PositiveInt, Seed, Strict
 
 
 class EvaluateSettings(Strict):
@@ -17,7 +17,7 @@ class EvaluateSettings(Strict):
     max_new_tokens: PositiveInt
     bootstrap_resamples: PositiveInt
     confidence: Annotated[float, Field(gt=0, lt=1)]
-    seed: int
+    seed: Seed
     scorers: list[Literal["anls", "relaxed_accuracy", "choice"]] = Field(
         description="beside exact match and token F1, of one's own data (components/evaluate/scorers.py)"
     )

@@ -9,12 +9,12 @@ from pydantic import (
     model_validator,
 )
 
-from components.config.fields import PositiveInt, Strict
+from components.config.fields import PositiveInt, Seed, Strict
 from components.records.irs import Attention, Rows
 
 
 class IrsSettings(Strict):
-    seed: int
+    seed: Seed
     images: PositiveInt = Field(description="training-split images with two or more instructions")
     instructions_per_image: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt

@@ -21,7 +21,7 @@ from components.config.loss_terms import WithTerms
 from components.config.models import MEMBERS
 from components.config.runtime import RuntimeSettings
 from components.config.settings import FILES, Settings
-from components.config.yaml_file import is_number, read_yaml
+from components.config.yaml_file import QUICK, is_number, read_yaml
 from components.errors import SettingsError
 
 
@@ -131,7 +131,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 def _line(path: Path, keys: list[Any]) -> int:
     """The line of the deepest of `keys` that the file has."""
-    node = yaml.compose(path.read_text(encoding="utf-8"))
+    node = yaml.compose(path.read_text(encoding="utf-8"), QUICK)
     line = 1
     for key in keys:
         if isinstance(node, yaml.MappingNode):

@@ -33,7 +33,9 @@ def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
             parts = {"": model} if isinstance(model, Checkpoint) else {}
             if isinstance(model, Parts):
                 parts = {".tower": model.tower, ".language_model": model.language_model}
-            yield from ((f"models.pretrained: {name}{part}", Path(c.source)) for part, c in parts.items() if not c.revision)
+            yield from (
+                (f"models.pretrained: {name}{part}", Path(c.source).expanduser()) for part, c in parts.items() if not c.revision
+            )
 
 
 def _is_here(path: Path) -> bool:

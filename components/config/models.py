@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from components.config.fields import Name, NonNegative, PositiveFloat, PositiveInt, Ratio, Strict
+from components.config.fields import Name, NonNegative, PositiveFloat, PositiveInt, Ratio, Seed, Strict
 
 
 class Optimiser(Strict):
@@ -70,7 +70,7 @@ class Conversations(Training):
 class EmbeddedFamily(Strict):
     """The tiny family that `obtain_models` builds and trains from nothing, on the prepared data."""
 
-    seed: int
+    seed: Seed
     tower: TowerShape
     tower_training: TowerTraining
     teachers: dict[Name, LanguageShape]
@@ -93,7 +93,7 @@ class Parts(Strict):
     tower: Checkpoint = Field(description="SigLIP: its vision tower and image processor")
     language_model: Checkpoint = Field(description="Qwen2, Qwen2.5 or Qwen3")
     feature_layer: int = Field(description="the tower's layer that is read: -2 the last but one, as docs/method.md has it")
-    seed: int = Field(description="of the projector's weights")
+    seed: Seed = Field(description="of the projector's weights")
 
 
 class Cut(Strict):

@@ -102,10 +102,8 @@ def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> 
         (Path(draft) / "params").mkdir()
         for file in FILES:
             path = root / "params" / f"{file}.yaml"
-            try:
-                text = path.read_text(encoding="utf-8")
-            except FileNotFoundError:
-                raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
+            read_yaml(path)  # says what is wrong with it
+            text = path.read_text(encoding="utf-8")
             document = yaml.load(text)
             if _merge(values.get(file, {}), document, _annotation(file)):
                 changed[path] = text = text_of(document)

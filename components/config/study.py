@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from components.align_ti import terms
 from components.config.distill import Iva, Tpa
-from components.config.fields import ArmName, Name, NonNegative, PositiveInt, Share, Strict
+from components.config.fields import ArmName, Name, NonNegative, PositiveInt, Seed, Share, Strict
 from components.config.loss_terms import Divergence, Weights, WithTerms, as_tuples
 from components.records.paths import TEACHER_ARM
 
@@ -28,7 +28,7 @@ class Arm(WithTerms):
 
     weights: Weights
     student: Name
-    seed: int
+    seed: Seed
     iva: Iva | None = None
     tpa: Tpa | None = None
     divergence: Divergence | None = None

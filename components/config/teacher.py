@@ -6,13 +6,13 @@ from pydantic import (
     Field,
 )
 
-from components.config.fields import PositiveFloat, PositiveInt, Ratio, Strict
+from components.config.fields import PositiveFloat, PositiveInt, Ratio, Seed, Strict
 
 
 class TeacherSettings(Strict):
     """Rule: best exact match among the candidates within the limits; among those within `tie_margin`, the smallest."""
 
-    seed: int
+    seed: Seed
     samples: PositiveInt = Field(description="validation samples that each candidate answers")
     min_exact_match: Ratio | None
     max_parameters: PositiveInt | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from components.errors import SettingsError
 QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: a tenth of the time
 
 
-class _BadKey(Exception):
-    """`line: key: what is wrong`."""
+NOT_DECIMAL = re.compile(r"[-+]?0[0-9_]+$|.*:")  # 0400, 6:40
+
+
+class _Bad(Exception):
+    """`line: key or value: what is wrong`."""
 
 
 class _Loader(QUICK):  # type: ignore[misc, valid-type]
-    """Keys are text, and each stands once: YAML itself lets the last of two win, and takes `no` for false, `1` for a number."""
+    """Keys are text, and each stands once: YAML itself lets the last of two win, and takes `no` for false, `1` for a number.
+
+    Numbers are decimal."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -28,12 +34,24 @@ class _Loader(QUICK):  # type: ignore[misc, valid-type]
             if kind == "str" and not key.style and is_number(key.value):
                 kind = "float"  # to YAML 1.2, as DVC reads it
             if kind not in ("str", "merge"):
-                raise _BadKey(f'{line}: {key.value}: YAML takes it for a {kind}, not for text; write "{key.value}"')
+                raise _Bad(f'{line}: {key.value}: YAML takes it for a {kind}, not for text; write "{key.value}"')
             if key.value in lines:
-                raise _BadKey(f"{line}: {key.value}: stands twice, here and in line {lines[key.value]}; leave one")
+                raise _Bad(f"{line}: {key.value}: stands twice, here and in line {lines[key.value]}; leave one")
             lines[key.value] = line
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
+
+    def decimal(self, node: yaml.ScalarNode) -> int | float:
+        """A number that every YAML reads alike: 0400 is 256 to PyYAML and 400 to DVC, 6:40 is 400 and a text."""
+        number: int | float = QUICK.yaml_constructors[node.tag](self, node)
+        if NOT_DECIMAL.match(node.value):
+            line = node.start_mark.line + 1
+            raise _Bad(f'{line}: {node.value}: YAML takes it for {number}; write that, or "{node.value}" for a text')
+        return number
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.decimal)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -44,9 +62,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: missing; `git checkout {path}` brings the shipped one back") from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    except _BadKey as bad:
+    except _Bad as bad:
         raise SettingsError(f"{path}:{bad}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must be a mapping of keys to values")

@@ -194,6 +194,14 @@ def test_a_recipe_that_does_not_fit_changes_nothing(root: Path, body: str, said:
     assert contents(root) == before
 
 
+@pytest.mark.parametrize("damage", ["\nsteps: 3\n", "\nx: [\n"])
+def test_params_that_no_recipe_can_be_merged_into_are_named(root: Path, damage: str) -> None:
+    with (root / "params/distill.yaml").open("a") as file:
+        file.write(damage)
+    with pytest.raises(SettingsError, match=r"params/distill\.yaml"):
+        recipes.use("smoke", root)
+
+
 def test_a_recipe_says_what_it_costs_or_is_refused(root: Path) -> None:
     (root / "params/recipes/mine.yaml").write_text("distill: {steps: 1}\n")
     with pytest.raises(SettingsError, match=r"mine.yaml: about"):

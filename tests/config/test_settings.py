@@ -183,6 +183,28 @@ def test_a_key_that_stands_twice_is_named(root: Path, file: str, below: str, twi
     assert re.search(rf"/params/{file}.yaml:\d+: \w+: stands twice, here and in line \d+", told), told
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (r"steps: \d+", "steps: 0400", "0400: YAML takes it for 256"),
+        (r"steps: \d+", "steps: 6:40", "6:40: YAML takes it for 400"),
+        (r"learning_rate: [^,]+", "learning_rate: 1:30.5", "1:30.5: YAML takes it for 90.5"),
+        ("steps:", f"deep: {'[' * 5000}{']' * 5000}\nsteps:", "deep: unknown key"),
+    ],
+)
+def test_what_yaml_reads_as_nobody_means_it_is_told(root: Path, old: str, new: str, said: str) -> None:
+    put(root, "distill", old, new)
+    (told,) = problems(root)
+    assert said in told
+
+
+@pytest.mark.parametrize("seed", [-1, 20_261_129_131_500, 2**64])
+def test_a_seed_that_no_generator_takes_is_refused_before_anything_runs(root: Path, seed: int) -> None:
+    line = put(root, "study", "seed: 1", f"seed: {seed}")
+    (told,) = problems(root)
+    assert told.startswith(f"params/study.yaml:{line}: arms.sft.seed: ")
+
+
 OWN_NAMES = {
     ("study", "arms"),
     ("models", "embedded", "teachers"),
