@@ -4,6 +4,13 @@ import io
 import os
 import sys
 
+for _number in range(3):
+    try:
+        os.fstat(_number)
+    except OSError:  # closed, as some schedulers start what they start: what is opened next would take its place
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115
+
 for _stream in (sys.stdout, sys.stderr):
     if isinstance(_stream, io.TextIOWrapper):
         _stream.reconfigure(errors="backslashreplace")  # a text that this terminal or log cannot show ends nothing

@@ -77,6 +77,21 @@ def of_disk(error: BaseException) -> AlignTIError | None:
     return None
 
 
+LIMITS = {
+    errno.EMFILE: "this process may open no more files (ulimit -n)",
+    errno.ENFILE: "this machine may open no more files",
+    errno.EAGAIN: "no more processes may be started (ulimit -u)",
+    errno.ENOMEM: "memory is used up",
+    errno.ENOLCK: "this file system gives no locks (NFS without its lock service, perhaps)",
+}
+
+
+def of_limits(error: BaseException) -> TryAgainError | None:
+    """What an error means that came of a limit of the machine. None for other faults."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
+    return TryAgainError(f"{LIMITS[number]}; run again when that has changed") if number in LIMITS else None
+
+
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_KEY|AUTH|AUTH_STRING|WEBHOOK(_URL)?)$")  # variables' names
 SHORTEST = 6  # shorter values are words that stand elsewhere too
 LOGIN = re.compile(r"//[^/@\s]+@")  # user:password@ of an address

@@ -10,6 +10,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,23 +19,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, of_disk
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, of_disk, of_limits
 
 LOCK = "ALIGNTI_DEVICE_LOCK"  # the lock file of the device that a stage was given, flows/devices.py
 
 
 @contextmanager
 def _terminate_as_exception() -> Iterator[None]:
-    """Turn SIGTERM into `Interrupted`, so that `finally` blocks run before the process goes."""
+    """Turn SIGTERM and SIGHUP into `Interrupted`, so that `finally` blocks run before the process goes."""
 
     def interrupt(signum: int, _frame: object) -> None:
+        leave_terminal(signum)
         raise Interrupted(f"stopped by signal {signum}; run the same command to go on")
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in endings()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def endings() -> list[signal.Signals]:
+    """Signals that ask this process to end: SIGHUP, of a terminal that is closed, unless it is to outlive that (nohup)."""
+    return [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
+
+
+def leave_terminal(signum: int) -> None:
+    """After SIGHUP, throw away what is still to be printed to a terminal: it is gone, and printing raises."""
+    for number in (1, 2) if signum == signal.SIGHUP else ():
+        if stat.S_ISCHR(os.fstat(number).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def end_with_parent() -> None:
@@ -77,8 +92,11 @@ def is_free(path: Path) -> bool:
 
 
 def _check_folder() -> None:
-    """Raises InputError in a folder below the project's: every path here is relative to its root."""
-    here = Path.cwd()
+    """Raises InputError in a folder below the project's, or one that was removed: every path here is relative to its root."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        raise InputError("the folder that this command was started in is no longer there; cd to the project's") from None
     if not Path("params").is_dir() and not {"--help", "-h", "--version"} & set(sys.argv[1:]):
         for root in here.parents:
             if (root / "params").is_dir() and (root / "dvc.yaml").is_file():
@@ -101,7 +119,7 @@ def exit_from(main: Callable[[], None]) -> None:
         print("Interrupted: run the same command to go on", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except Exception as error:
-        if (told := of_disk(error)) is None:
+        if (told := of_disk(error) or of_limits(error)) is None:
             raise
         print(f"{type(told).__name__}: {told}", file=sys.stderr)
         sys.exit(told.exit_code)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ ROOT = Path(__file__).parents[1]
         (OSError(122, "Disk quota exceeded", "x"), 75),
         (OSError(27, "File too large", "x"), 75),
         (RuntimeError("Error while serializing: IoError(...) (os error 28)"), 75),
+        (OSError(24, "Too many open files", "x"), 75),
+        (BlockingIOError(11, "Resource temporarily unavailable"), 75),
+        (OSError(37, "No locks available"), 75),
+        (MemoryError(), 75),
         (OSError(30, "Read-only file system", "x"), 2),
         (PermissionError(13, "Permission denied", "x"), 2),
     ],
@@ -94,13 +99,59 @@ exit_from(main)
 """
 
 
-def test_sigterm_lets_finally_blocks_run_and_exits_with_143() -> None:
+# Of a pytest that was started by nohup, processes would not.
+HEARS_SIGHUP = ["env", "--default-signal=HUP", sys.executable]
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_finally_blocks_run_and_exits_with_143(asked: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    stage = subprocess.Popen([sys.executable, "-c", STAGE], text=True, env=environment, **pipes)  # type: ignore[call-overload]
+    stage = subprocess.Popen([*HEARS_SIGHUP, "-c", STAGE], text=True, env=environment, **pipes)  # type: ignore[call-overload]
     assert stage.stdout.readline() == "ready\n"
-    stage.send_signal(signal.SIGTERM)
+    stage.send_signal(asked)
     said, told = stage.communicate(timeout=30)
     assert said == "saved\n"
     assert stage.returncode == 143
-    assert "stopped by signal 15; run the same command to go on" in told
+    assert f"stopped by signal {asked:d}; run the same command to go on" in told
+
+
+def test_a_closed_terminal_and_nohup() -> None:
+    """SIGHUP comes from a terminal to which nothing more can be printed; whom nohup started does not hear it."""
+    main, other = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = STAGE.replace("60", "2").replace('print("saved", flush=True)', 'open(sys.argv[1], "w"); print("saved", flush=True)')
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*HEARS_SIGHUP, "-c", code, f"{folder}/saved"]
+        stage = subprocess.Popen(words, stdout=other, stderr=other, env=environment)
+        os.close(other)
+        assert os.read(main, 5) == b"ready"
+        os.close(main)
+        stage.send_signal(signal.SIGHUP)
+        assert stage.wait(timeout=30) == 143 and Path(folder, "saved").exists()
+        stage = subprocess.Popen(
+            ["nohup", sys.executable, *words[len(HEARS_SIGHUP) :]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        assert stage.stdout is not None and stage.stdout.readline() == b"ready\n"
+        stage.send_signal(signal.SIGHUP)
+        assert stage.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams_end_nothing_and_nothing_else_takes_their_place(closed: str, tmp_path: Path) -> None:
+    code = "import components, sys; print('a'); print('b', file=sys.stderr); open(sys.argv[1], 'w').write('c')"
+    shell = f'"$0" -c "$1" "$2" {closed}'
+    words = ["bash", "-c", shell, sys.executable, code, str(tmp_path / "file")]
+    subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert (tmp_path / "file").read_text() == "c"
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    code = "from components.process import exit_from; exit_from(print)"
+    words = ["bash", "-c", 'rmdir "$PWD"; exec "$0" -c "$1"', sys.executable, code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "is no longer there" in done.stderr and "Traceback" not in done.stderr

@@ -29,6 +29,7 @@ from components.distill.memory import explained
 from components.distill.trainable import of_terms, parameter_groups, rates
 from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch
+from components.process import endings, leave_terminal
 from components.tracking.journal import Run
 
 
@@ -46,7 +47,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
 
     Raises:
         InputError: batch_size does not divide over the ranks; the checkpoint is of another layout.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
+        Interrupted: SIGTERM, SIGHUP or SIGINT came; a checkpoint was written first.
         OutOfMemory: a step does not fit; names the largest part and the setting that lowers it.
         TryAgainError: a process that loads batches ended.
         AlignTIError: the loss is not finite; names step, term, samples and the dump for `alignti replay`.
@@ -59,7 +60,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
         betas=settings.optimiser.betas,
         weight_decay=settings.optimiser.weight_decay,
     )
-    warmup = round(settings.steps * settings.optimiser.warmup_ratio)
+    warmup = min(round(settings.steps * settings.optimiser.warmup_ratio), settings.steps - 1)  # whose first step trains nothing
     schedule = get_cosine_schedule_with_warmup(optimiser, warmup, settings.steps)
     prepare_sharding(accelerator, module, settings)
     wrapped, optimiser = accelerator.prepare(replica, optimiser)
@@ -191,13 +192,14 @@ class _Flag:
 
 @contextmanager
 def _stop_request() -> Iterator[_Flag]:
-    """While open, SIGTERM and SIGINT raise a flag that the loop reads between steps, where state is whole."""
+    """While open, SIGTERM, SIGHUP and SIGINT raise a flag that the loop reads between steps, where state is whole."""
     flag = _Flag()
 
-    def ask(_signum: int, _frame: object) -> None:
+    def ask(signum: int, _frame: object) -> None:
+        leave_terminal(signum)
         flag.up = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in (*endings(), signal.SIGINT)}
     try:
         yield flag
     finally:

@@ -112,7 +112,7 @@ def _gained(journal: Path, state: Path) -> Sequence[Line]:
 
 
 def main() -> None:
-    for ending in (signal.SIGINT, signal.SIGTERM):  # they end the stage; what it leaves is still to be handed on
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they end the stage; what it leaves is still to be handed on
         signal.signal(ending, signal.SIG_IGN)
     name, journal = sys.argv[1], Path(sys.argv[2])
     try:
