@@ -55,7 +55,7 @@ def _reasons() -> str:
     from components.dataset.prepare import summary
     from components.dataset.source import Refused
 
-    lines = (DATASET / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (DATASET / "quarantine.jsonl").read_bytes().splitlines()
     return f" ({summary([Refused.model_validate_json(line) for line in lines])})" if lines else ""
 
 

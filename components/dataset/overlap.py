@@ -74,7 +74,7 @@ def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:
         for part, images in concerned.items():
             record = Part.read(parts.record(part))
             splits = {**record.splits, "train": without(folder / "train", record.splits["train"], images)}
-            before = [Refused.model_validate_json(line) for line in parts.quarantine(part).read_text("utf-8").splitlines()]
+            before = [Refused.model_validate_json(line) for line in parts.quarantine(part).read_bytes().splitlines()]
             refused = [one for one in before if one.reason != "near_duplicate"]
             for image in sorted(images):
                 for source, row, id_ in rows.rows_of(image):
@@ -122,4 +122,4 @@ def _looks(parts: Parts, part: int) -> np.ndarray:
 
 
 def _names(parts: Parts, part: int) -> list[str]:
-    return [json.loads(line)["image_id"] for line in parts.provenance(part).read_text("utf-8").splitlines()]
+    return [json.loads(line)["image_id"] for line in parts.provenance(part).read_bytes().splitlines()]

@@ -130,14 +130,14 @@ def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path) -> set
 
 def _quarantined(parts: Parts, count: int) -> Iterator[Refused]:
     for part in range(count):
-        for line in parts.quarantine(part).read_text(encoding="utf-8").splitlines():
+        for line in parts.quarantine(part).read_bytes().splitlines():
             yield Refused.model_validate_json(line)
 
 
 def _write_provenance(folder: Path, parts: Parts, count: int, left_out: set[str]) -> None:
-    with (folder / "provenance.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "provenance.jsonl").open("wb") as file:
         for part in range(count):
-            lines = parts.provenance(part).read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = parts.provenance(part).read_bytes().splitlines(keepends=True)
             file.writelines(line for line in lines if not left_out or json.loads(line)["image_id"] not in left_out)
 
 

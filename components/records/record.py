@@ -87,6 +87,6 @@ def parsed_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def jsonl(records: Iterable[Record | dict[str, Any]]) -> str:
-    """Records as JSON lines."""
+    """Records as JSON lines, to be read as bytes: among characters more than one ends a line (U+2028)."""
     lines = (r.model_dump_json() if isinstance(r, Record) else json.dumps(r, ensure_ascii=False) for r in records)
     return "".join(line + "\n" for line in lines)

@@ -45,7 +45,7 @@ def stored(folder: Path) -> list[Sample]:
 
 
 def quarantine(folder: Path) -> list[Refused]:
-    return [Refused.model_validate_json(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    return [Refused.model_validate_json(line) for line in (folder / "quarantine.jsonl").read_bytes().splitlines()]
 
 
 # --- a good set -------------------------------------------------------------------------------------------------------
@@ -121,6 +121,7 @@ BAD_ROWS: dict[str, tuple[str, Any]] = {
     "a turn without value": ("missing_key", row() | {"conversations": [turn("human", "<image>"), {"from": "gpt"}]}),
     "a value of a wrong type": ("wrong_type", row(answer={"text": "That."})),
     "a value of null": ("missing_key", row(answer=None)),
+    "a value of NaN": ("missing_key", row(answer=float("nan"))),
     "no turns": ("missing_key", row() | {"conversations": []}),
     "no question with an answer": ("turns", row() | {"conversations": [turn("human", "<image>\nAnd?")]}),
     "a question twice": ("turns", row() | {"conversations": [turn("human", "Well?"), *row()["conversations"]]}),
@@ -210,6 +211,20 @@ def test_links_that_the_user_put_into_the_folder_are_followed(images: Path, tmp_
     annotations = tmp_path / "rows.json"
     annotations.write_text(json.dumps([row(good["id"], f"elsewhere/{good['image']}") for good in GOOD_ROWS]))
     assert prepare(ask_for(annotations, folder), target=tmp_path / "dataset").quarantined == 0
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+def test_what_ends_a_line_for_some_ends_no_row(images: Path, tmp_path: Path, end: str) -> None:
+    """Texts copied from pages hold them; JSON leaves them as they are."""
+    annotations = tmp_path / "rows.json"
+    bad = row(f"a{end}b", f"no{end}where.png")
+    annotations.write_text(json.dumps([*GOOD_ROWS, row(f"c{end}d", "0.png", answer=f"red{end}green"), bad]))
+    manifest = write_only(ask_for(annotations, images), tmp_path / "dataset")
+    assert (manifest.rows_out, manifest.quarantined) == (25, 1)
+    (refused,) = quarantine(tmp_path / "dataset")
+    assert refused.id == bad["id"] and end in refused.detail
+    (kept,) = (sample for sample in stored(tmp_path / "dataset") if sample.id == f"c{end}d")
+    assert kept.turns[0].answer == f"red{end}green"
 
 
 # --- too many, or nothing ---------------------------------------------------------------------------------------------
