@@ -7,6 +7,7 @@ costs one of its forward passes per batch and its weights' memory beside the stu
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -19,6 +20,7 @@ from components.align_ti.batch import predicting
 from components.align_ti.divergence import row_divergence
 from components.align_ti.head import CHUNK_MIB, row_losses, rows_per_chunk
 from components.dataset.shards import Sample
+from components.errors import ModelError
 from components.models.collate import Collator
 from components.models.load import Loaded, check_pair, grids
 from components.models.template import Template
@@ -38,7 +40,8 @@ def likelihoods(
 ) -> list[Likelihood]:
     """Of the first question of each sample, in the order of `rows`; batches are of answers of like length.
 
-    Raises ModelError if student and teacher cannot be compared token by token (components/models/load.py).
+    Raises ModelError if student and teacher cannot be compared token by token (components/models/load.py), or a model's
+    probabilities are not finite.
     """
     apart = teacher is not None and grids(teacher, loaded) is not None
     shared = None if teacher is None else check_pair(teacher, loaded, own_images=apart)
@@ -61,6 +64,11 @@ def likelihoods(
             kl = _summed(row_divergence(rows_of_teacher, of_teacher.head, hidden, view.head, shared=shared), at)
         tokens = at.sum(1).tolist()
         for row, count, cost, gap in zip(these, tokens, _summed(nats, at), kl, strict=True):
+            if not math.isfinite(cost + (gap or 0.0)):
+                raise ModelError(
+                    f"{title}: the answer of sample {samples[row].id} costs {cost} nats, KL {gap}: weights that are not finite,"
+                    " or overflow in this precision"
+                )
             found[row] = Likelihood(id=samples[row].id, tokens=count, nats=cost, kl=gap)
     return [found[row] for row in rows]
 

@@ -1,7 +1,8 @@
 """Metrics of an answer: normalised exact match, token F1, and POPE-style figures for the yes/no kinds.
 
-Normalisation: case folded, runs of white space become one space, punctuation at the end (`.,;:!?`) dropped. Nothing else
-is forgiven: an answer is right if it then equals the reference.
+Normalisation: case folded, an accent and its letter one character however they are stored, runs of white space become one
+space, punctuation at the end (`.,;:!?` and its wide forms) dropped, unless there is nothing else. Nothing else is forgiven: an
+answer is right if it then equals the reference.
 
 Token F1 is SQuAD's (Rajpurkar et al., EMNLP 2016) over lower-case words, each counted as often as it occurs; articles count.
 Of an answer of several parts it says how much is right.
@@ -16,16 +17,24 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from unicodedata import normalize
 
 from components.dataset.shards import Sample
 from components.errors import DataError
 from components.records.evaluate import Prediction, Scores, YesNo
 
+FINAL = ".,;:!? \u3002\uff0c\uff1b\uff1a\uff01\uff1f"  # punctuation; after the space Chinese and Japanese text's
 OVERALL = "all"  # the key of the figures over all yes/no kinds together
 
 
+def folded(text: str) -> str:
+    """Without case, and of canonically equal texts the same: the Unicode Standard, section 3.13, D145."""
+    return normalize("NFC", normalize("NFD", text).casefold())
+
+
 def normalise(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".,;:!? ")
+    words = " ".join(folded(text).split())
+    return words.rstrip(FINAL) or words
 
 
 def matches(answer: str, reference: str) -> bool:
@@ -34,7 +43,7 @@ def matches(answer: str, reference: str) -> bool:
 
 def token_f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall of the answer's words; 1 if neither has any."""
-    said, wanted = (Counter(re.findall(r"\w+", text.casefold())) for text in (answer, reference))
+    said, wanted = (Counter(re.findall(r"\w+", folded(text))) for text in (answer, reference))
     words = said.total() + wanted.total()
     return 2 * (said & wanted).total() / words if words else 1.0
 

@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from unicodedata import normalize
 
-from components.evaluate.metrics import matches
+from components.evaluate.metrics import folded, matches
 from components.records.evaluate import Prediction
 
 ANLS_THRESHOLD = 0.5
@@ -95,7 +96,7 @@ def edit_distance(one: str, other: str) -> int:
 
 
 def _spaced(text: str) -> str:
-    return " ".join(text.lower().split())
+    return " ".join(normalize("NFC", text).lower().split())
 
 
 def _similarity(answer: str, reference: str) -> float:
@@ -112,7 +113,7 @@ def _relaxed(answer: str, reference: str) -> bool:
     said, true = _number(answer), _number(reference)
     if said is not None and true:
         return abs(said - true) / abs(true) <= RELAXED_TOLERANCE
-    return answer.lower() == reference.lower()
+    return folded(answer) == folded(reference)
 
 
 def _number(text: str) -> float | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from components.dataset.shards import Sample, Samples, Turn
+from components.errors import ModelError
 from components.evaluate.generate import questions
 from components.evaluate.likelihood import kl_per_token, likelihoods, nats_per_token
 from components.models.collate import Collator
@@ -55,6 +56,14 @@ def test_a_model_is_no_distance_from_itself_and_the_teacher_has_none(models: tup
     same = likelihoods(student, samples, rows, Template(""), 4, "tests", student)
     assert kl_per_token(same) == pytest.approx(0, abs=1e-6)
     assert kl_per_token(likelihoods(student, samples, rows, Template(""), 4, "tests")) is None
+
+
+def test_weights_that_are_not_finite_are_refused_and_not_scored(models: tuple[Loaded, Loaded, Samples]) -> None:
+    student, _, samples = models
+    with torch.no_grad():
+        student.model.get_decoder().norm.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="costs nan nats"):
+        likelihoods(student, samples, questions(samples)[:2], Template(""), 2, "tests")
 
 
 def test_only_the_first_question_counts(models: tuple[Loaded, Loaded, Samples]) -> None:

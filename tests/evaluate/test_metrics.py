@@ -24,7 +24,10 @@ from components.records.evaluate import Prediction, YesNo
         ("3, 4", "3,4", False),  # only punctuation at the end is dropped
         (".5", "5", False),
         ("", "seven", False),
-        ("...", "", True),
+        ("caf\u00e9", "CAFE\u0301", True),  # one letter, stored in two ways
+        ("红色。", "红色", True),
+        ("?", "!", False),  # punctuation is all there is
+        ("", "?", False),
     ],
 )
 def test_exact_match_forgives_case_space_and_final_punctuation_only(answer: str, reference: str, right: bool) -> None:
@@ -54,6 +57,7 @@ def test_spelling_variants_match(words: list[str], space: str, end: str) -> None
         ("red red red", "red", 0.5),  # one of three words counts: precision 1/3, recall 1
         ("", "seven", 0.0),
         ("seven", "eight", 0.0),
+        ("caf\u00e9", "cafe\u0301", 1.0),
         ("...", "", 1.0),
     ],
 )
