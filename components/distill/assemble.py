@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
 from components.align_ti.step import AlignTI, Method
 from components.config.distill import DistillSettings
@@ -165,6 +165,9 @@ def _accelerator(arm: Arm, settings: Settings) -> Accelerator:
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if settings.distill.precision == "bf16" else "no",
+        # Not what another job's environment asks for: ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides the loss, unsaid.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     check_came_up(accelerator, settings.runtime)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
 from components.errors import ModelError
 from components.io import sha256
 from components.records.models import ModelRecord
+from components.records.record import parsed
 
 INDEX = "model.safetensors.index.json"
 STORED = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # the last two: buffers of old checkpoints
+POINTER = b"version https://git-lfs"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -22,15 +23,17 @@ def weight_files(path: Path) -> list[Path]:
     """The folder's weight files, sorted. Reads their headers only.
 
     Raises ModelError if the folder is missing, has no configuration, has pickled or quantised weights only, or is
-    half-downloaded.
+    half-downloaded; DataError if a file of JSON is none.
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; if a stage makes it, `dvc repro` does")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; it is not a Hugging Face checkpoint folder")
     if (path / INDEX).is_file():
-        named = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        files = sorted(path / name for name in set(named))
+        named = parsed(path / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise ModelError(f"{path / INDEX}: says of no weights where they are; delete the folder and obtain it again")
+        files = sorted(path / name for name in set(named.values()))
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -40,7 +43,7 @@ def weight_files(path: Path) -> list[Path]:
                 f"{path}: only pickled weights ({pickled[0]}), which can run code when read; convert them to safetensors"
             )
         raise ModelError(f"{path}: no *.safetensors weights; the download is incomplete")
-    if quantised := _config(path).get("quantization_config"):
+    if quantised := parsed(path / "config.json").get("quantization_config"):
         raise ModelError(
             f"{path}: its weights are quantised ({quantised.get('quant_method', 'in some way')}), which is not supported; take"
             " the unquantised release (teacher_weights in params/distill.yaml quantises a teacher as it is loaded)"
@@ -53,16 +56,10 @@ def weight_files(path: Path) -> list[Path]:
             if odd:
                 raise ModelError(f"{file}: {odd[0]}: weights are read in {', '.join(STORED)}; take an unquantised release")
         except (SafetensorError, OSError) as error:
+            if file.is_file() and file.open("rb").read(len(POINTER)) == POINTER:
+                raise ModelError(f"{file}: a pointer of Git LFS; `git lfs pull` in that folder brings the weights") from None
             raise ModelError(f"{file}: missing or cut short ({error}); delete the folder and obtain it again") from None
     return files
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}/config.json: not JSON ({error}); delete the folder and obtain it again") from None
-    return config
 
 
 def parameters(path: Path) -> int:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EOS = "<|endoftext|>"
 USER, ASSISTANT = "USER:", "ASSISTANT:"
+# For templates that write today's date: one text on all days of a training, and after it. Llama 3's own default.
+ONE_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 Shape = tuple[str, ...]  # per question its images and texts in order: "it", "iit", "tit", "t", ...
@@ -164,6 +166,8 @@ class ChatTemplate:
         self.jinja: str = processor.chat_template or processor.tokenizer.chat_template or ""
         if not self.jinja:
             raise ModelError(f"{self._name}: neither processor nor tokenizer has a chat template; set template.style: vicuna")
+        if "strftime_now" in self.jinja and ONE_DATE not in self.jinja:
+            self.jinja = ONE_DATE + self.jinja
         self._around(("it",), 0)
         tail = self._around(("t",), 1)[-1]
         self.eos = self._end(tail)

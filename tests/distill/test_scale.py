@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -25,6 +25,7 @@ from components.config.load import load_settings
 from components.config.runtime import RuntimeSettings
 from components.dataset.shards import ImageRow, Turn, write_split
 from components.distill.__main__ import distill
+from components.distill.assemble import _accelerator as accelerator_of
 from components.distill.launch import CONFIGS, check_came_up, launch
 from components.errors import InputError, Interrupted
 from components.records.dataset import Manifest
@@ -166,6 +167,14 @@ def test_processes_that_did_not_come_up_as_asked_are_refused(workplace: Path, mo
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="FSDP was asked for, and NO came up on cpu"):
         check_came_up(accelerator, runtime())
+
+
+def test_what_another_job_left_in_the_environment_changes_no_gradient(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    made = accelerator_of(load_settings().study.arms[ARM], load_settings())
+    assert made.gradient_accumulation_steps == 1
+    assert made.state.dynamo_plugin.backend == DynamoBackend.NO
 
 
 def test_a_configuration_that_is_not_there_is_refused_with_those_that_are(workplace: Path) -> None:

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 
 from components.digits.tokenizer import build_processor
-from components.errors import ModelError
-from components.models.checkpoint_folder import parameters, record
+from components.errors import InputError, ModelError
+from components.models.checkpoint_folder import INDEX, parameters, record
 from components.models.load import Loaded, check_pair, load
 from components.models.template import Template
 from tests.models.conftest import IMAGE_PX, NV, WORDS, bpe_processor, saved, word_processor
@@ -59,14 +59,29 @@ def test_record_counts_what_lies_there(good: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "download is incomplete"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only pickled weights"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-99]), "cut short"),
+        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
+        (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+        (lambda f: (f / INDEX).write_text("<html>"), "no JSON"),
+        (lambda f: (f / INDEX).write_text('{"weight_map": ["a"]}'), "of no weights where they are"),
         (lambda f: (f / "processor_config.json").write_text("{"), "no usable processor"),
         (lambda f: (f / "tokenizer.json").unlink(), "processor"),
     ],
-    ids=["no config", "no weights", "pickle", "truncated", "broken processor", "no tokenizer"],
+    ids=[
+        "no config",
+        "no weights",
+        "pickle",
+        "truncated",
+        "pointer",
+        "list",
+        "page",
+        "no map",
+        "broken processor",
+        "no tokenizer",
+    ],
 )
 def test_damaged_folders_are_refused(folder: Path, damage, message: str) -> None:
     damage(folder)
-    with pytest.raises(ModelError, match=message) as refusal:
+    with pytest.raises(InputError, match=message) as refusal:
         load(folder, "cpu")
     assert str(folder) in str(refusal.value)
 

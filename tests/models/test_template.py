@@ -1,5 +1,5 @@
 from components.dataset.shards import Turn
-from components.models.template import Template
+from components.models.template import ChatTemplate, Template
 from tests.models.conftest import word_processor
 
 TURNS = (Turn("<image>\nwhat digit is at a1 ?", "one"), Turn("list the grid .", "red one, red two"))
@@ -51,3 +51,13 @@ def test_chat_template_says_the_same() -> None:
         messages += [{"role": "assistant", "content": "one"}, {"role": "user", "content": "list the grid ."}]
         messages += [{"role": "assistant", "content": "red one, red two"}]
         assert processor.apply_chat_template(messages) == template.render(TURNS, ["<image>"]).text
+
+
+def test_a_template_that_writes_the_date_writes_one_for_all_days() -> None:
+    processor = word_processor()
+    processor.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+        "{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+    )
+    assert ChatTemplate("", processor).render(TURNS, ["<image>"], answer=False).text.startswith("26 Jul 2024")
