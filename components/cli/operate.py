@@ -94,7 +94,7 @@ def doctor(
 def sync() -> None:
     """Send the run journals that MLflow has not taken yet."""
     from components.config.load import load_settings
-    from components.errors import InputError, TryAgainError
+    from components.errors import AlignTIError, InputError, TryAgainError
     from components.tracking.mlflow_sync import sync as send
     from components.tracking.stage_run import JOURNAL_ONLY
 
@@ -107,6 +107,8 @@ def sync() -> None:
         sent, live = send(uri)
     except ImportError:
         raise InputError("MLflow is not installed here: pip install -c constraints.txt -e '.[pipeline]'") from None
+    except AlignTIError:
+        raise
     except Exception as error:  # MLflow, its server and its database raise all sorts
         raise TryAgainError(
             f"MLflow does not take the journals ({' '.join(str(error).split())[:300]}); nothing is lost"

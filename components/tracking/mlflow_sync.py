@@ -69,6 +69,18 @@ class Mirror:
             self._state = parsed(self._state_file)
         self._opening = _first(journal)
         self._client = client(tracking_uri)
+        if self._state["run_id"] is not None and not self._has(self._state["run_id"]):
+            self._state |= {"run_id": None, "bytes": 0, "done": False}  # deleted, or another database: all is sent anew
+
+    def _has(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def send(self, abandoned: bool = False) -> bool:
         """Send what the journal has gained; true when its end has been sent. `abandoned`: nobody will write more to it."""
@@ -107,6 +119,11 @@ class Mirror:
     def _experiment(self, name: str) -> str:
         with locked(MAKING):
             if found := self._client.get_experiment_by_name(name):
+                if found.lifecycle_stage != "active":
+                    raise DataError(
+                        f"experiment {name!r} was deleted in MLflow: `mlflow experiments restore -x {found.experiment_id}`"
+                        " brings it back; `experiment` of params/runtime.yaml names another for later runs"
+                    )
                 return found.experiment_id
             beside = Path(self._uri.removeprefix(LOCAL)).resolve().parent / "artifacts"
             return self._client.create_experiment(name, beside.as_uri() if self._uri.startswith(LOCAL) else None, EXPERIMENT)
@@ -179,7 +196,7 @@ class Mirror:
             path = self._journal.parent / line["path"]
             if path.is_dir():
                 self._client.log_artifacts(run_id, str(path), path.name)
-            else:
+            elif path.exists():  # else it was sent before, to a run that was deleted since
                 self._client.log_artifact(run_id, str(path))
 
     def _headline(self, run_id: str, lines: list[dict[str, Any]]) -> None:
@@ -390,7 +407,7 @@ def follow(journal: Path, tracking_uri: str, voice: IO[str]) -> bool:
 
 
 def main() -> None:
-    for ending in (signal.SIGINT, signal.SIGTERM):  # they end the stage; what it leaves is still to be sent
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they end the stage; what it leaves is still to be sent
         signal.signal(ending, signal.SIG_IGN)
     voice = os.fdopen(os.dup(2), "w", errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter

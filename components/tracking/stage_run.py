@@ -252,7 +252,10 @@ def _parent(nearest: NearestRecipe) -> dict[str, Any] | None:
     import psutil  # DVC itself needs it
 
     for process in psutil.Process().parents():
-        words = process.cmdline()
+        try:
+            words = process.cmdline()
+        except psutil.Error:  # somebody else's, or gone meanwhile
+            continue
         if any(Path(word).name == "dvc" for word in words[:2]) or words[1:3] == ["-m", "dvc"]:
             started = int(process.create_time() * 1000)
             when = time.strftime("dvc repro %Y-%m-%d %H:%M:%S", time.localtime(started / 1000))

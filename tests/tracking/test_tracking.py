@@ -273,6 +273,33 @@ def test_a_damaged_journal_is_named_and_keeps_no_other_back(damage: bytes) -> No
     assert runs()["distill/align_ti"].info.status == "FINISHED"
 
 
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_run_that_mlflow_no_longer_has_is_sent_anew(for_good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ConnectionError
+
+    work()
+    with monkeypatch.context() as fault:
+        fault.setattr(mlflow_sync.Mirror, "_end", broken)
+        with pytest.raises(ConnectionError):
+            mlflow_sync.sync(SQLITE)
+    (run,) = runs().values()
+    store = client()._tracking_client.store
+    (store._hard_delete_run if for_good else store.delete_run)(run.info.run_id)
+    assert mlflow_sync.sync(SQLITE) == (1, 0)
+    assert all_arrived(journals()[0])["loss/sft"] == 3
+
+
+@pytest.mark.usefixtures("database")
+def test_a_deleted_experiment_is_named_with_what_brings_it_back() -> None:
+    experiment = client().create_experiment("tests")
+    client().delete_experiment(experiment)
+    work()
+    with pytest.raises(DataError, match=f"'tests' was deleted in MLflow: `mlflow experiments restore -x {experiment}`"):
+        mlflow_sync.sync(SQLITE)
+
+
 KINDS = ("plain", "animals/", "a//b", "..", ".", "/a", "a/../b", "a?b", "a_b", "x" * 300, "x" * 301, "红色", "🐢", "🐍", "a\nb")
 
 
