@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
@@ -22,13 +23,15 @@ from components.process import LOCK
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOCKS = Path(tempfile.gettempdir()) / f"alignti-gpus-{os.getuid()}"  # lock files of the machine: clones share its GPUs
+NONE = ("", "-1", "NoDevFiles")
 PAUSE_S = 2
 
 
 def gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none without NVIDIA's driver."""
     if VISIBLE in os.environ:
-        return [gpu for gpu in os.environ[VISIBLE].split(",") if gpu]
+        named = (gpu.strip() for gpu in os.environ[VISIBLE].split(","))
+        return list(takewhile(lambda gpu: gpu not in NONE, named))  # CUDA stops at the first that is none
     if shutil.which("nvidia-smi") is None:
         return []
     told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)

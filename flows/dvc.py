@@ -72,8 +72,7 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
                 for stage in order
             }
     except DvcException as error:
-        lock = "; `git checkout dvc.lock`, or remove it: DVC's cache knows what has run" if "dvc.lock" in str(error) else ""
-        raise InputError(f"DVC cannot read the pipeline: {' '.join(str(error).split())}{lock}") from None
+        raise InputError(f"DVC cannot read the pipeline: {_advised(error)}") from None
     for target in targets:
         if target not in needs:
             raise unknown("stage", target, needs)
@@ -93,12 +92,23 @@ def status() -> dict[str, list[object]]:
         with _looking, Repo(_wait_for_lock=True) as repo:
             found: dict[str, list[object]] = repo.status()
     except DvcException as error:
-        raise InputError(f"`dvc status` failed: {error}") from None
+        raise InputError(f"`dvc status` failed: {_advised(error)}") from None
     return found
 
 
+def _advised(error: Exception) -> str:
+    """What DVC says, and what to do about it where that is known."""
+    said = " ".join(str(error).split())
+    if "dvc.lock" in said:
+        return f"{said}; `git checkout dvc.lock`, or remove it: DVC's cache knows what has run"
+    if "is not a git repository" in said:
+        return f"{said}; `git init` makes it one, or `dvc config core.no_scm true` does without"
+    return said
+
+
 def _mend_rwlock() -> None:
-    """Empty DVC's list of who reads and writes what, where a full disk cut it off: no command of DVC's reads such a file."""
+    """Empty DVC's list of who reads and writes what, where a full disk or a kill cut it off, perhaps at its very beginning: no
+    command of DVC's reads such a file."""
     from dvc.lock import LockError, make_lock
 
     rwlock = Path(".dvc/tmp/rwlock")
@@ -106,7 +116,7 @@ def _mend_rwlock() -> None:
         return
     with suppress(LockError), make_lock(f"{rwlock}.lock", tmp_dir=str(rwlock.parent)):  # held: somebody is writing it
         try:
-            json.loads(rwlock.read_text(encoding="utf-8") or "{}")
+            json.loads(rwlock.read_bytes())
         except ValueError:
             rwlock.write_text("{}", encoding="utf-8")
 
@@ -261,6 +271,7 @@ def _repro(
     with _starting:
         if _over.is_set():
             raise Interrupted(f"stage {stage} is not begun: this process is being stopped")
+        _mend_rwlock()
         process = subprocess.Popen(
             [*DVC, "--wait-for-lock", "repro", *words],
             stdout=subprocess.PIPE,

@@ -16,6 +16,7 @@ from graphlib import TopologicalSorter
 from components.config.load import load_settings
 from components.config.runtime import RuntimeSettings
 from components.config.settings import Settings
+from components.errors import InputError
 from components.process import cores, exit_from
 from components.tracking import outcome
 from components.tracking.stage_run import PARENT, stage_run
@@ -68,7 +69,9 @@ def main() -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="all that stages and DVC say, not the last line alone")
     asked, settings = parser.parse_args(), load_settings()
     runtime = settings.runtime
-    jobs = asked.jobs or workers(runtime)
+    jobs = workers(runtime) if asked.jobs is None else asked.jobs
+    if jobs < 1:
+        raise InputError(f"--jobs {jobs}: how many stages at a time, 1 or more")
 
     if not dvc.status():
         print("Nothing to do: every stage is up to date.")

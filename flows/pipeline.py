@@ -179,6 +179,8 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="stages at a time")
     parser.add_argument("--recipe", help="run the committed code on this recipe, in a workspace of its own")
     asked = parser.parse_args()
+    if not 1 <= asked.parallel <= 64:
+        raise InputError(f"--parallel {asked.parallel}: how many stages at a time, 1 to 64")
     outcomes = pipeline(parallel=asked.parallel, recipe=asked.recipe, own_workspace=asked.recipe is not None)
     told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
     print(f"{len(outcomes)} stages: {told}; `dvc repro` has nothing left to do.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -110,6 +111,8 @@ def _remove(name: str) -> None:
 
 
 def _git(*words: str) -> str:
+    if shutil.which("git") is None:
+        raise InputError("a workspace of its own is a worktree of git, and there is no git here")
     done = subprocess.run(["git", *words], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"`git {words[0]}` failed in {Path.cwd()}: {done.stderr.strip()[-500:]}")

@@ -24,8 +24,9 @@ def test_each_holder_sees_a_gpu_of_its_own() -> None:
         assert again == first
 
 
-def test_without_gpus_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(devices.VISIBLE, "")
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles", " -1,0"])
+def test_without_gpus_nothing_is_held(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.VISIBLE, visible)
     with devices.one() as first, devices.one() as second:
         assert first == second == {}
 

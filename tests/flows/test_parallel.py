@@ -10,8 +10,9 @@ import pytest
 
 from components.config.load import load_settings
 from components.config.runtime import RuntimeSettings
+from components.errors import InputError
 from flows import devices, dvc
-from flows.parallel import repro, workers
+from flows.parallel import main, repro, workers
 from tests.flows.conftest import ran
 
 
@@ -22,10 +23,20 @@ def test_stages_run_in_dvcs_order_and_leave_dvc_nothing_to_do(project: Path) -> 
     assert dvc.reproduce_all() == "unchanged" and dvc.status() == {}
 
 
-def test_a_list_of_locks_that_a_full_disk_cut_off_stops_nothing(project: Path) -> None:
+@pytest.mark.parametrize("left", ['{"raw.txt": {"re', ""])
+def test_a_list_of_locks_that_was_cut_off_stops_nothing(left: str, project: Path) -> None:
+    """By a full disk, or by a kill between emptying and writing it."""
     (project / ".dvc/tmp").mkdir()
-    (project / ".dvc/tmp/rwlock").write_text('{"raw.txt": {"re')
+    (project / ".dvc/tmp/rwlock").write_text(left)
+    assert dvc.reproduce("first") == "ran"
+    (project / ".dvc/tmp/rwlock").write_text(left)
     assert repro(2, dvc.reproduce)["last"] == "ran"
+
+
+def test_a_number_of_jobs_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["parallel", "--jobs", "-1"])
+    with pytest.raises(InputError, match="1 or more"):
+        main()
 
 
 def test_only_what_is_stale_or_needs_what_was_run_is_started(project: Path) -> None:
