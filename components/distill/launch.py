@@ -20,7 +20,15 @@ SAVING_SECONDS = 600  # time to save after SIGTERM
 
 
 def to_be_launched(runtime: RuntimeSettings) -> bool:
-    """Is this the process that the user started, and are others asked for?"""
+    """Is this the process that the user started, and are others asked for?
+
+    Raises InputError where the environment speaks of other processes that nobody started: this one would wait for them.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" not in os.environ:
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, and RANK is not there: it is another job's; unset it"
+            " (`devices` in params/runtime.yaml starts several processes)"
+        )
     wanted = runtime.devices > 1 or runtime.accelerate is not None
     return wanted and "WORLD_SIZE" not in os.environ and LAUNCHED not in os.environ
 

@@ -53,7 +53,7 @@ def stage_run(
     The run's parent is the one that $ALIGNTI_PARENT_RUN_ID names, else one per enclosing `dvc` process, else none.
     """
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would make MLflow reopen and rename that run
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":  # RANK alone is another job's
         yield Run(None)
         return
     name = f"{stage}@{cell}" if cell else stage

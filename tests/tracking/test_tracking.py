@@ -136,8 +136,12 @@ def test_params_that_cannot_be_read_cost_a_run_its_recipe_alone(monkeypatch: pyt
 
 def test_only_rank_0_is_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     work()
     assert not journals()
+    monkeypatch.delenv("WORLD_SIZE")
+    work()
+    assert journals()
 
 
 def test_a_journal_that_cannot_be_written_is_one_warning(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
