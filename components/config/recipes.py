@@ -212,7 +212,7 @@ def _whole(stem: str, root: Path, load: Load | None = None, above: tuple[str, ..
     _check_shape(own, path)
     if unknown := sorted(set(own) - {"about", "like", "mixture", "phases", *FILES}):
         raise SettingsError(f"{path}: {', '.join(unknown)}: no such file in params/; known: {', '.join(FILES)}")
-    if "like" not in own:
+    if own.get("like") is None:
         return own
     if not _path(own["like"], root).is_file():
         raise SettingsError(f"{path}: like: params/recipes/ has no {own['like']!r}")
@@ -228,7 +228,7 @@ def _check_shape(own: Mapping[str, Any], path: Path) -> None:
     for key in ("like", "mixture"):
         if not isinstance(own.get(key, ""), str | None):
             raise SettingsError(f"{path}: {key}: must be a name, not {str(own[key])[:60]!r}")
-    blocks = {key: own[key] for key in ("phases", *FILES) if own.get(key) is not None}
+    blocks = {key: own[key] for key in ("about", "phases", *FILES) if own.get(key) is not None}
     for key, block in blocks.items():
         if not isinstance(block, Mapping):
             raise SettingsError(f"{path}: {key}: must hold keys with values, not {str(block)[:60]!r}")
@@ -245,9 +245,9 @@ def _lay_over(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:
             for phase, its in (value or {}).items():
                 _lay_over(its, document.setdefault("phases", {}).setdefault(phase, {}))
         elif key in FILES:
-            _merge(value, document.setdefault(key, {}), _annotation(key))
+            _merge(value or {}, document.setdefault(key, {}), _annotation(key))
         elif key == "about":
-            document[key] = {**document.get(key, {}), **value}
+            document[key] = {**document.get(key, {}), **(value or {})}
         else:
             document[key] = value
 
