@@ -208,11 +208,11 @@ def _stems(root: Path) -> list[str]:
 def _whole(stem: str, root: Path, load: Load | None = None, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """A recipe's file on top of the one that it is like. `above`: the recipes that are like this one."""
     path = _path(stem, root)
-    own = _read(path, load)
+    own = {key: value for key, value in _read(path, load).items() if value is not None}  # `data:` alone says nothing
     _check_shape(own, path)
     if unknown := sorted(set(own) - {"about", "like", "mixture", "phases", *FILES}):
         raise SettingsError(f"{path}: {', '.join(unknown)}: no such file in params/; known: {', '.join(FILES)}")
-    if own.get("like") is None:
+    if "like" not in own:
         return own
     if not _path(own["like"], root).is_file():
         raise SettingsError(f"{path}: like: params/recipes/ has no {own['like']!r}")

@@ -137,9 +137,11 @@ def test_restating_takes_over_what_params_say_now_and_keeps_comments(root: Path)
     assert after == re.sub(r"(?m)^(distill:\n  rows:.*\n  steps:) \d+", r"\1 7", before) != before
 
 
+ABOUT = "about: {run: alignti use mine, hardware: any, time: none, result: none, seconds: {}}\n"
+
+
 def recipe(root: Path, body: str) -> None:
-    about = "about: {run: alignti use mine, hardware: any, time: none, result: none, seconds: {}}\n"
-    (root / "params/recipes/mine.yaml").write_text(about + body)
+    (root / "params/recipes/mine.yaml").write_text(ABOUT + body)
 
 
 def test_mappings_of_the_users_own_names_are_replaced_others_merged(root: Path) -> None:
@@ -194,10 +196,13 @@ def test_a_recipe_that_does_not_fit_changes_nothing(root: Path, body: str, said:
     assert contents(root) == before
 
 
-@pytest.mark.parametrize("keys", ["like:\nmixture:", "like: smoke\nabout:\nphases:\nevaluate:"])
+@pytest.mark.parametrize("keys", ["like:\nmixture:\ndata:", "like: smoke\nevaluate:"])
 def test_keys_that_hold_nothing_say_nothing(root: Path, keys: str) -> None:
     (root / "params/recipes/mine.yaml").write_text(f"{keys}\ndistill: {{steps: 3}}\n")
     assert recipes.overlay("mine", root)["distill"]["steps"] == 3
+    (root / "params/recipes/mine.yaml").write_text(f"{ABOUT}{keys}\nphases: {{last: {{data: , distill: {{steps: 3}}}}}}\n")
+    for name in ("mine", "mine/last"):
+        recipes.merged(name, root)
     (root / "params/recipes/mine.yaml").write_text("about: [1]\n")
     with pytest.raises(SettingsError, match="about: must hold keys with values"):
         recipes.overlay("mine", root)
