@@ -65,8 +65,8 @@ REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def of_disk(error: BaseException) -> AlignTIError | None:
-    """What a disk means that refused: TryAgainError where it has no room, InputError where nothing may be written. None for
-    other faults. Rust's libraries, such as safetensors, name the number in their text alone."""
+    """What a disk means that refused: TryAgainError where it has no room, InputError where nothing may be written, or no file
+    can be called so. None for other faults. Rust's libraries, such as safetensors, name the number in their text alone."""
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else (isinstance(error, OSError) and error.errno) or 0
     where = error.filename if isinstance(error, OSError) and error.filename else "what it was about to write"
@@ -74,6 +74,8 @@ def of_disk(error: BaseException) -> AlignTIError | None:
         return TryAgainError(f"{NO_ROOM[number]} ({where}); free space and run again")
     if number in REFUSED:
         return InputError(f"{where}: {os.strerror(number).lower()}; see who owns it (ls -ld)")
+    if number in (errno.ENAMETOOLONG, errno.ELOOP):
+        return InputError(f"{str(where)[:60]} ...: {os.strerror(number).lower()}")
     return None
 
 

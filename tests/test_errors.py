@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
         (MemoryError(), 75),
         (OSError(30, "Read-only file system", "x"), 2),
         (PermissionError(13, "Permission denied", "x"), 2),
+        (OSError(36, "File name too long", "x" * 300), 2),
     ],
 )
 def test_an_error_leaves_as_one_sentence_and_its_exit_code(

@@ -172,7 +172,7 @@ def overlay(name: str, root: Path = Path(), load: Load | None = None) -> dict[st
 def _document(name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
     """The recipe with what it is like, its phase and its mixture merged in. Raises SettingsError."""
     stem, _, phase = name.partition("/")
-    if not _path(stem, root).is_file() or stem.startswith("_"):
+    if stem not in _stems(root):
         raise _unknown(name, root)
     whole = _whole(stem, root, load)
     if phase and phase not in (whole.get("phases") or {}):
@@ -201,8 +201,8 @@ def _overlays(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {file: document[file] for file in FILES if file in document}
 
 
-def _stems(root: Path) -> list[str]:
-    return sorted(path.stem for path in (root / "params/recipes").glob("[!_]*.yaml"))
+def _stems(root: Path, which: str = "[!_]*") -> list[str]:
+    return sorted(path.stem for path in (root / "params/recipes").glob(f"{which}.yaml"))
 
 
 def _whole(stem: str, root: Path, load: Load | None = None, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _whole(stem: str, root: Path, load: Load | None = None, above: tuple[str, ..
         raise SettingsError(f"{path}: {', '.join(unknown)}: no such file in params/; known: {', '.join(FILES)}")
     if "like" not in own:
         return own
-    if not _path(own["like"], root).is_file():
+    if own["like"] not in _stems(root, "*"):
         raise SettingsError(f"{path}: like: params/recipes/ has no {own['like']!r}")
     if own["like"] in (*above, stem):
         raise SettingsError(f"{path}: like: {' is like '.join((*above, stem, own['like']))}")

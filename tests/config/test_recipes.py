@@ -183,6 +183,7 @@ def test_a_block_that_is_null_is_filled_in(root: Path) -> None:
         ("distill: {steps", "not valid YAML"),
         ("like: [smoke]", "like: must be a name"),
         ("like: mine", "like: mine is like mine"),
+        (f"like: {'x' * 300}", "like: params/recipes/ has no 'xxx"),
         ("data: [digits]", "data: must hold keys with values"),
         ("phases: {align: [1]}", "phases.align: must hold keys with values"),
         ("mixture: {x: 1}", "mixture: must be a name"),
