@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from components.dataset.images import Refusal
-from components.dataset.row import Found, Held
+from components.dataset.media import Held
+from components.dataset.row import Found
 from components.errors import DataError
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from components.config.data import DataLimits
 from components.dataset.images import Refusal
+from components.dataset.media import MEDIA_BASE64, MEDIA_DATA, MEDIA_MARK, VIDEO, Held, holds_media, may_point, named_like_media
 from components.dataset.shards import IMAGE as MARK
 from components.dataset.shards import Box, Turn
 
@@ -33,29 +34,6 @@ Found = tuple[
     int, str, Any
 ]  # of a row: its number within the source, from 1; its name if it has no id; JSON, or the Refusal of it
 
-MEDIA_FILE = re.compile(
-    r"\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl|svg|p[gp]m|ico|exr|dcm|nii(\.gz)?|np[yz]"
-    r"|mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp|mp3|m4a|aac|opus|wav|flac|ogg)(\?.*)?$",
-    re.IGNORECASE,
-)
-VIDEO = re.compile(r"video|frames?\b|\.(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
-MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
-MEDIA_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40}")  # how JPEG, PNG, GIF and WebP files begin
-MEDIA_KEY = re.compile(
-    r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|screenshots?|jpe?g|png|webp|videos?|frames?|clips?|audios?|media"
-    r"|(?<!min_)(?<!max_)pixels?)"
-    r"([^a-z]+(?P<pointer>ids?|idx|index|paths?|ur[il]s?|links?|src|files?|filenames?|names?)"
-    r"|[^a-z]+(bytes|data|list|base64|b64|str|string))*[^a-z]*$",
-    re.IGNORECASE,
-)
-CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_MARK = (  # another code's, as <|image_pad|>, <image_1>, <ImageHere>, <IMG_CONTEXT>, <start_of_image> or [IMG]; ours is <image>
-    r"(?:<\|(?:vision|image|img|video|audio|media)[\w ]*\|>"
-    r"|(?!(?-i:<image>))<(?:image|img|video|audio|media)(?:here|[ _]?\d+|_\w+)?>|<start_of_image>|\[IMG\])"
-)
-MEDIA_MARK = re.compile(  # alone on a line, or joined to the words of a question; and Qwen-VL's <img>path</img>
-    rf"<img>[^<\n]+</img>|^[ \t]*{_MARK}+\s*$|(?:\A|\n\n)[ \t]*{_MARK}(?=\S)|(?<=\S){_MARK}\s*\Z", re.IGNORECASE | re.MULTILINE
-)
 BOX_MARK = re.compile(r"<bbox>|<ref-object>")  # ms-swift's, for what `objects` holds
 
 
@@ -63,13 +41,6 @@ class Said(NamedTuple):
     role: str
     text: str
     boxes: tuple[Box, ...] = ()
-
-
-class Held(NamedTuple):
-    """A picture, or what may be one, that lies in the source's own files."""
-
-    place: list[Any]
-    name: str
 
 
 class Row(NamedTuple):
@@ -206,7 +177,7 @@ class _Reading:
         for key, value in members.items():
             if key in known:
                 continue
-            if _holds_media(value, True) or (_named(key) and _may_point(value, 0)):
+            if holds_media(value, True) or (named_like_media(key) and may_point(value, 0)):
                 raise Refusal("unread_media", f"a turn's {key!r} may be a picture, a video or a sound: {_short(value)}")
             if (key in CALLS and value) or (key in ("weight", "loss") and not value):
                 raise Refusal(
@@ -317,9 +288,9 @@ class _Reading:
         for key, value in self.raw.items():
             if key in known:
                 continue
-            named = _named(key)
+            named = named_like_media(key)
             beside = named is not None and named["pointer"] and shown >= (len(value) if isinstance(value, list) else 1)
-            if _holds_media(value, not shown) or (named and not beside and _may_point(value, shown)):
+            if holds_media(value, not shown) or (named and not beside and may_point(value, shown)):
                 what = "video" if VIDEO.search(f"{key} {_short(value)}") else "unread_media"
                 raise Refusal(what, f"{key!r} may be a picture, a video or a sound, and is not read: {_short(value)}")
             self.ignored[key] = None
@@ -411,19 +382,6 @@ def _pointer(value: Any, where: str) -> str | Held:
     raise Refusal("wrong_type", f"{where} is the path of an image, not {type(value).__name__}")
 
 
-def _holds_media(value: Any, strings: bool) -> bool:
-    """Does it hold pictures' bytes or, where `strings` are looked at, something spelt like a media file or its content?"""
-    if isinstance(value, Held | bytes):
-        return True
-    if isinstance(value, str):
-        if MEDIA_BASE64.match(value):
-            return True
-        return strings and bool(MEDIA_DATA.match(value) or (len(value) < 1000 and MEDIA_FILE.search(value)))
-    if isinstance(value, dict):
-        return any(_holds_media(one, strings) for one in value.values())
-    return isinstance(value, list | tuple) and any(_holds_media(one, strings) for one in value)
-
-
 def _boxes(value: Any) -> tuple[Box, ...]:
     """`[[left, top, right, bottom], ...]` as shares of the upright image's width and height."""
     if value is None:
@@ -437,16 +395,6 @@ def _boxes(value: Any) -> tuple[Box, ...]:
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise Refusal("boxes", f"{box} is no [left, top, right, bottom] in shares of the image's width and height, 0 to 1")
     return tuple((float(left), float(top), float(right), float(bottom)) for left, top, right, bottom in value)
-
-
-def _named(key: str) -> re.Match[str] | None:
-    """Is the key named like a medium, or like what points to one?"""
-    return MEDIA_KEY.search(CAMEL.sub("_", key))
-
-
-def _may_point(value: Any, shown: int) -> bool:
-    """The value of a key that is named like a medium: text or a list; a number, or true, only where no picture is shown."""
-    return isinstance(value, str | list | dict) or (not shown and isinstance(value, int | float) and bool(value))
 
 
 def _text(value: Any, what: str) -> str:

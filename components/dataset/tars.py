@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from components.dataset import json_rows
 from components.dataset.images import Refusal, too_large
-from components.dataset.row import CAPTION, CONVERSATION, MEDIA_FILE, Found, Held
+from components.dataset.media import MEDIA_FILE, Held
+from components.dataset.row import CAPTION, CONVERSATION, Found
 from components.errors import DataError
 
 LINK = " -> "  # in what is called the ending of one
