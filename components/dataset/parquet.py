@@ -51,8 +51,11 @@ def _held(value: Any, place: list[Any], name: str) -> Any:
 
 def content(path: Path, group: int, row: int, column: str, at: int | None) -> bytes:
     """The bytes of one cell, or of its element `at`. Raises Refusal missing_file."""
-    value = _column(path, group, column)[row].as_py()
-    value = value if at is None else value[at]
+    try:
+        value = _column(path, group, column)[row].as_py()
+        value = value if at is None else value[at]
+    except IndexError:  # of a damaged file, where the column beside it has more
+        raise Refusal("missing_file", f"{path}, row group {group}, row {row}: the column {column} ends before it") from None
     value = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(value, bytes):
         raise Refusal("missing_file", f"{path}, row group {group}, row {row} names a picture without holding it")
@@ -95,7 +98,7 @@ def _opened(path: Path) -> Any:
 
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a column's name may be damaged, too
         raise DataError(f"{path} is no Parquet file, or is cut off: {error}; fetch it again") from None
 
 
@@ -104,7 +107,7 @@ def _read(path: Path, group: int, columns: list[str]) -> Any:
 
     try:
         return _opened(path).read_row_group(group, columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: row group {group} is damaged: {error}; fetch it again") from None
 
 

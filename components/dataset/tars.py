@@ -87,8 +87,9 @@ def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
     pictures = [held[ending] for ending in sorted(kinds, key=_in_order) if kinds[ending] in PICTURES]
     if pictures:
         raw["image"] = pictures
-        if len(raw.get("images") or ()) <= len(pictures):  # more would be pictures that are not here
-            raw.pop("images", None)
+        listed = raw.pop("images", None)
+        if isinstance(listed, list) and len(listed) > len(pictures):  # pictures that are not here
+            raw["images"] = listed
     if captioned := CAPTION in parts and not any(raw.get(key) for key in CONVERSATION):
         raw[CAPTION] = _text(_read(file, parts[CAPTION]), f"{name}.{CAPTION}")
     for ending, part in parts.items():

@@ -48,14 +48,19 @@ def picture(format: str = "PNG", px: int = 32) -> bytes:
 
 
 PICTURES = [picture(), picture("JPEG"), picture("WEBP"), picture("GIF")]
+SHAPES: list[dict[str, Any]] = [  # of one row each, beside its picture; docs/data.md has the rest of them
+    {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]},
+    {"messages": [{"role": "user", "content": [{"type": "image"}, {"text": "What?"}]}, {"role": "model", "content": "That."}]},
+    {"texts": [{"user": "What?", "assistant": "That.", "boxes": [[0.1, 0.1, 0.9, 0.9]]}] * 2, "kind": "detail"},
+    {"prompt": [{"role": "user", "content": "What?"}], "completion": [{"role": "assistant", "content": "That."}], "system": ""},
+    {"txt": "A picture."},
+]  # fmt: skip
 ROWS = [
-    {
-        "id": f"row {number}",
-        "image": f"{number % 4}.png",
-        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}],
-    }
-    for number in range(24)
+    {"id": f"row {number}", ("image", "images")[number % 2]: (picture, [picture])[number % 2], **shape}
+    for number, shape in enumerate(SHAPES * 5)
+    for picture in [f"{number % 4}.png"]
 ]
+EMPTY = {key: None for row in ROWS for key in row}
 COMMANDS = (
     *("use", "check", "plan", "arms", "runs", "study expand", "study run", "compare", "try", "export", "serve", "samples"),
     *("promote", "register", "reproduce", "benchmarks", "leaderboard", "init", "evaluate"),
@@ -170,9 +175,9 @@ def _file(some: list[Any], ending: str, rng: random.Random) -> bytes:
     file = io.BytesIO()
     if ending == ".parquet":
         try:
-            pq.write_table(pa.Table.from_pylist([row for row in some if isinstance(row, dict)]), file)
+            pq.write_table(pa.Table.from_pylist([EMPTY | row for row in some if isinstance(row, dict)]), file)
         except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):  # no column holds such values
-            pq.write_table(pa.Table.from_pylist(ROWS), file)
+            pq.write_table(pa.Table.from_pylist(ROWS[:1]), file)
         return file.getvalue()
     with tarfile.open(fileobj=file, mode="w") as archive:
         for number, row in enumerate(some):

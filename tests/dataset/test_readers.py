@@ -333,6 +333,15 @@ def test_a_member_name_in_two_tar_files_is_refused_and_both_are_named(tmp_path: 
     assert "0.tar" in refused.detail and "9.tar" in refused.detail
 
 
+@pytest.mark.parametrize("images", [5, True, 0.5, {"a": 1}, "other.png", ["a.png"], []])
+def test_whatever_a_row_says_of_images_its_picture_is_the_one_beside_it(images: Any, tmp_path: Path) -> None:
+    entries = one_of(range(20))
+    entries["3.json"] = json.dumps({"images": images, "conversations": conversations(3)}).encode()
+    tar_of(tmp_path / "x.tar", entries)
+    prepare(ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}}), target=tmp_path / "dataset", workers=1)
+    assert shown_by_answer(tmp_path / "dataset")["Number 3."] == picture(3)
+
+
 def test_a_key_twice_in_a_tar_file_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, content in [*one_of(range(20)).items(), *one_of(range(30, 31)).items()]:
@@ -546,6 +555,14 @@ def test_a_parquet_file_that_is_not_whole_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1\.parquet is no Parquet file, or is cut off.*fetch it again"):
         prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
     assert not list(tmp_path.glob("*dataset*"))
+
+
+def test_a_parquet_file_whose_columns_have_damaged_names_is_an_error(tmp_path: Path) -> None:
+    asked_for = as_parquet(tmp_path)
+    one = tmp_path / "1.parquet"
+    one.write_bytes(one.read_bytes().replace(b"conversations", b"\xe3onversations"))
+    with pytest.raises(DataError, match=r"1\.parquet is no Parquet file, or is cut off.*fetch it again"):
+        prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
 
 
 @pytest.mark.parametrize(
