@@ -104,7 +104,7 @@ def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) 
     """
     _can_be_had(recorded)
     title = f"reproduce-{recorded.run[:32].replace('@', '-')}"
-    with workspace(title, recorded.commit), stage_run("reproduce", runtime=settings.runtime) as run:
+    with workspace(title, recorded.commit), stage_run("reproduce", runtime=settings.runtime, works=False) as run:
         for file, text in recorded.params.items():
             write_text(Path(file), text)
         run.tag("reproduces", recorded.run)

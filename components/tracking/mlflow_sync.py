@@ -3,12 +3,14 @@
 Sending the same lines twice changes nothing: a run is found again by its tag `alignti.run`, and MLflow takes equal
 points, params, tags and inputs once. So it may be stopped anywhere and started again.
 
-    python -m components.tracking.mlflow_sync JOURNAL...    what a stage starts: follows each until stdin closes
-    alignti sync                                            sends every journal that is left
+    python -m components.tracking.mlflow_sync JOURNAL...        what a stage starts: follows them until stdin closes
+    python -m ... JOURNAL --below RUN                           what a flow starts: follows its stages' journals, too
+    alignti sync                                                sends every journal that is left
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -20,7 +22,7 @@ import shutil
 import signal
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
@@ -247,10 +249,8 @@ def sync(tracking_uri: str) -> tuple[int, int]:
 
     One that is damaged, or that MLflow calls wrong, does not keep back the others; it is raised at the end.
     """
-    from mlflow.exceptions import MlflowException
-
     sent = live = 0
-    refused: MlflowException | DataError | None = None
+    refused: Exception | None = None
     for journal in sorted(filter(_is_left, JOURNALS.glob("*.jsonl")), key=_began):  # a run is linked to earlier ones
         if not is_free(journal):
             live += 1
@@ -258,15 +258,18 @@ def sync(tracking_uri: str) -> tuple[int, int]:
         try:
             Mirror(journal, tracking_uri).send(abandoned=True)
             sent += 1
-        except DataError as error:
-            refused = error
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
+        except Exception as error:
+            if not _is_of_one_journal(error):
                 raise
             refused = error
     if refused:
         raise refused
     return sent, live
+
+
+def _is_of_one_journal(error: Exception) -> bool:
+    """It is damaged, or MLflow calls it wrong; others may still be taken."""
+    return isinstance(error, DataError) or getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
 
 
 def try_sync(tracking_uri: str) -> bool:
@@ -384,26 +387,50 @@ def _event(journal: Path, line: bytes) -> dict[str, Any]:
         raise DataError(f"{journal} holds a line that is no event: damaged; delete it, and that run is not sent") from None
 
 
-def follow(journal: Path, tracking_uri: str, voice: IO[str]) -> bool:
-    """Send `journal` while stdin stays open, and its rest when it closes; true when all is sent. Says one fault at most."""
-    mirror, silent, complete = None, False, False
+def follow(journals: Sequence[Path], tracking_uri: str, voice: IO[str], below: str | None = None) -> bool:
+    """Send `journals` while stdin stays open, and their rest when it closes; true when all is sent. Says one fault at most.
+
+    `below`: a flow's run, whose stages are followed too as they begin, so that they need no sender of their own.
+    """
+    left: dict[Path, Mirror | None] = dict.fromkeys(journals)
+    known, silent, complete, refused = set(journals), False, False, False
     while True:
-        try:
-            mirror = mirror or Mirror(journal, tracking_uri)
-            if mirror.send(abandoned=complete):
-                return True
-            pause = PAUSE_S
-        except Exception as error:  # MLflow, its server and its database raise all sorts
-            pause = PAUSE_AFTER_FAULT_S
-            if not silent:
-                reason = " ".join(str(error).split())[:300]
-                warn(f"MLflow at {tracking_uri} does not take this run ({reason}); `alignti sync` sends it later", voice)
-                silent = True
-            if isinstance(error, ImportError):
-                return False
-        if complete:
-            return False
-        complete = bool(select.select([sys.stdin], [], [], pause)[0])
+        pause = PAUSE_S
+        for journal in list(left):
+            try:
+                mirror = left[journal] = left[journal] or Mirror(journal, tracking_uri)
+                if mirror.send(abandoned=complete if journal in journals else is_free(journal)):
+                    del left[journal]
+            except Exception as error:  # MLflow, its server and its database raise all sorts
+                pause = PAUSE_AFTER_FAULT_S
+                if not silent:
+                    reason = " ".join(str(error).split())[:300]
+                    warn(f"MLflow at {tracking_uri} does not take this run ({reason}); `alignti sync` sends it later", voice)
+                    silent = True
+                if isinstance(error, ImportError):
+                    return False
+                if not _is_of_one_journal(error):
+                    break
+                refused = True
+                del left[journal]
+        begun = _begun(below, known) if below else []
+        left |= dict.fromkeys(begun)
+        if not begun and (complete or not left):
+            return not left and not refused
+        complete = complete or bool(select.select([sys.stdin], [], [], 0 if begun else pause)[0])
+
+
+def _begun(below: str, known: set[Path]) -> list[Path]:
+    """The journals of runs whose parent is `below` that have begun since; `known` gains all that were looked at."""
+    begun = []
+    for journal in sorted(set(JOURNALS.glob("*.jsonl")) - known):
+        with journal.open("rb") as lines:
+            first = lines.readline()
+        if first.endswith(b"\n"):  # else it is being written
+            known.add(journal)
+            if f'"{below}"'.encode() in first and (_first(journal)["parent"] or {}).get("id") == below:
+                begun.append(journal)
+    return begun
 
 
 def main() -> None:
@@ -412,11 +439,15 @@ def main() -> None:
     voice = os.fdopen(os.dup(2), "w", errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
     uri = os.environ["ALIGNTI_TRACKING_URI"]
-    not_sent = [journal for journal in sys.argv[1:] if not follow(Path(journal), uri, voice)]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("journals", nargs="+", type=Path)
+    parser.add_argument("--below", help="the run whose stages are followed, too")
+    asked = parser.parse_args()
+    sent = follow(asked.journals, uri, voice, asked.below)
     voice.flush()
     os._exit(
-        NOT_SENT_AND_SAID_SO if not_sent else SENT
-    )  # the stage waits, and to take MLflow's modules down lasts as long as sending
+        SENT if sent else NOT_SENT_AND_SAID_SO
+    )  # taking MLflow's modules down lasts as long as sending, and the stage waits
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import yaml
 from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError, DataError, Interrupted
 from components.io import write_text
+from components.process import is_free
 from components.records.paths import RUNS
 from components.records.record import parsed, parsed_lines
 from components.tracking import provenance, system_metrics
@@ -82,7 +83,8 @@ def stage_run(
         for path, md5 in of.inputs.items():
             run.dataset(path, md5, source="dvc")
     journal = JOURNALS / f"{run.id}.jsonl"
-    mirror = _start_mirror([journal], runtime)
+    followed = works and spent is None and _is_followed()
+    mirror = None if followed else _start_mirror([journal], runtime, *(() if works else ("--below", run.id)))
     trackers = runtime.trackers if journal.exists() else ()
     also = [_start(["components.tracking.also", tracker, str(journal)], runtime, journal) for tracker in trackers]
     began = time.monotonic()
@@ -268,10 +270,16 @@ def _parent(nearest: NearestRecipe) -> dict[str, Any] | None:
     return None
 
 
-def _start_mirror(journals: Sequence[Path], runtime: RuntimeSettings) -> subprocess.Popen[bytes] | None:
+def _is_followed() -> bool:
+    """Does the flow that started this stage live, and write its journal beside ours? Then what sends that sends ours."""
+    parent = JOURNALS / f"{os.environ.get(PARENT)}.jsonl"
+    return parent.exists() and not is_free(parent)
+
+
+def _start_mirror(journals: Sequence[Path], runtime: RuntimeSettings, *options: str) -> subprocess.Popen[bytes] | None:
     if runtime.tracking_uri == JOURNAL_ONLY or not journals[0].exists():
         return None
-    return _start(["components.tracking.mlflow_sync", *map(str, journals)], runtime, journals[0])
+    return _start(["components.tracking.mlflow_sync", *map(str, journals), *options], runtime, journals[0])
 
 
 def _start(module: list[str], runtime: RuntimeSettings, journal: Path) -> subprocess.Popen[bytes] | None:

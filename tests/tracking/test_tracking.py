@@ -205,19 +205,34 @@ def all_arrived(journal: Path) -> dict[str, int]:
     return {name: len(told) for name, told in points.items()}
 
 
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command of every sender that is started from now on."""
+    commands: list[list[str]] = []
+    popen = subprocess.Popen
+
+    def noting(command: Any, **options: Any) -> Any:
+        commands.extend([command] if "components.tracking.mlflow_sync" in command else [])
+        return popen(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", noting)
+    return commands
+
+
 @pytest.mark.usefixtures("database")
 def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    with stage_run("pipeline", runtime=runtime(SQLITE)) as parent:
+    senders = started(monkeypatch)
+    with stage_run("pipeline", runtime=runtime(SQLITE), works=False) as parent:
         monkeypatch.setenv(PARENT, parent.id)
         work(SQLITE)
         with stage_run("compare", runtime=runtime(SQLITE)) as last:
             last.headline({"kd/exact_match": 0.5}, "kd leads")
+    assert len(senders) == 1, "the flow's own sends its stages' journals, too"
     found = runs()
-    assert set(found) == {"pipeline", "distill/align_ti", "compare"}
-    above = found["pipeline"].data
+    assert set(found) == {"pipeline/digits", "distill/align_ti", "compare"}
+    above = found["pipeline/digits"].data
     assert (above.metrics["kd/exact_match"], above.tags["mlflow.note.content"]) == (0.5, "kd leads")
     run = found["distill/align_ti"]
-    assert run.data.tags["mlflow.parentRunId"] == found["pipeline"].info.run_id
+    assert run.data.tags["mlflow.parentRunId"] == found["pipeline/digits"].info.run_id
     assert run.data.params == {"weights.sft": "1.0", "seed": "1"}
     assert [p.value for p in client().get_metric_history(run.info.run_id, "loss/sft")] == [2.0, 3.0, 2.0]
     assert run.data.tags["note"] == "hello"
@@ -225,6 +240,31 @@ def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pyt
     assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["curve.png"]
     assert Path(".mlflow/artifacts").resolve().as_uri() in run.info.artifact_uri
     assert {r.info.status for r in found.values()} == {"FINISHED"}
+
+
+@pytest.mark.usefixtures("database")
+def test_a_stage_sends_its_journal_itself_where_no_living_flow_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    senders = started(monkeypatch)
+    with stage_run("pipeline", runtime=runtime(), works=False) as gone:
+        pass
+    for parent in (gone.id, "elsewhere"):
+        monkeypatch.setenv(PARENT, parent)
+        work(SQLITE)
+    assert len(senders) == 2
+
+
+@pytest.mark.usefixtures("database")
+def test_a_damaged_journal_of_one_stage_does_not_keep_back_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stage_run("pipeline", runtime=runtime(SQLITE), works=False) as parent:
+        monkeypatch.setenv(PARENT, parent.id)
+        with stage_run("prepare", runtime=runtime(SQLITE)) as damaged, (JOURNALS / f"{damaged.id}.jsonl").open("a") as file:
+            file.write("no event\n")
+        work(SQLITE)
+    assert {"pipeline/digits", "distill/align_ti"} <= set(runs())
+    told = capfd.readouterr().err
+    assert told.count("tracking:") == 1 and f"{damaged.id}.jsonl holds a line that is no event" in told
 
 
 @pytest.mark.usefixtures("database")
