@@ -60,14 +60,15 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations, those of the output heads apart: their products are in TF32 under bf16 (runtime.py)."""
+    """Floating-point operations. Under bf16 those of the student's output head are in TF32 (runtime.py), as its weights are
+    float32; the teacher's head multiplies in bf16 and sums in float32, as do all layers."""
 
-    layers: float
-    heads: float
+    bf16: float
+    tf32: float
 
     @property
     def all(self) -> float:
-        return self.layers + self.heads
+        return self.bf16 + self.tf32
 
 
 def operations(student: Model, teacher: Model | None, work: BatchShape, way: StepPlan) -> Operations:
@@ -79,32 +80,32 @@ def operations(student: Model, teacher: Model | None, work: BatchShape, way: Ste
     compared = again + needs.visual * work.visual
     own = any(not term.teacher for term in way.terms) * work.response + compared
     computed_twice = again if again > way.chunk_rows else 0
-    layers = (2 + way.trained + way.checkpointed) * body(student, work, added) + way.towers * tower(student, work.images)
-    heads = (2 + way.trained) * head(student.language, own) + head(student.language, computed_twice)
+    bf16 = (2 + way.trained + way.checkpointed) * body(student, work, added) + way.towers * tower(student, work.images)
+    tf32 = (2 + way.trained) * head(student.language, own) + head(student.language, computed_twice)
     if needs.ribbon and way.draws_first:
-        layers += body(student, work, 0)
-        heads += head(student.language, work.response)
-    a_pass, its_head = layers, (2 + way.trained) * head(student.language, work.response)
+        bf16 += body(student, work, 0)
+        tf32 += head(student.language, work.response)
+    a_pass, its_head = bf16, (2 + way.trained) * head(student.language, work.response)
     if needs.edits:
-        layers += way.edited * (a_pass + tower(student, work.images))
-        heads += 2 * way.edited * its_head
-    layers += way.written * (body(student, work, 0) + tower(student, work.images))
-    heads += way.written * head(student.language, work.response)
+        bf16 += way.edited * (a_pass + tower(student, work.images))
+        tf32 += 2 * way.edited * its_head
+    bf16 += way.written * (body(student, work, 0) + tower(student, work.images))
+    tf32 += way.written * head(student.language, work.response)
     for view in needs.views:
-        layers += view.student * a_pass + (view.teacher and tower(student, work.images))
-        heads += view.student * its_head
+        bf16 += view.student * a_pass + (view.teacher and tower(student, work.images))
+        tf32 += view.student * its_head
         if view.teacher and teacher is not None:
-            layers += body(teacher, work, 0)
-            heads += 2 * head(teacher.language, work.response)
+            bf16 += body(teacher, work, 0)
+            bf16 += 2 * head(teacher.language, work.response)
     if teacher is not None and needs.teacher:
         if way.gradient:
-            layers += 2 * body(teacher, work, 0)
-            heads += 2 * head(teacher.language, work.response)
+            bf16 += 2 * body(teacher, work, 0)
+            tf32 += 2 * head(teacher.language, work.response)
         maps = needs.attention + len(needs.in_teacher.maps)
         watched = 2 * teacher.language.attention * work.instruction * work.visual / max(1, len(work.lengths)) * maps
-        layers += body(teacher, work, added) + watched
-        heads += head(teacher.language, compared + computed_twice)
-    return Operations(layers, heads)
+        bf16 += body(teacher, work, added) + watched
+        bf16 += head(teacher.language, compared + computed_twice)
+    return Operations(bf16, tf32)
 
 
 def body(model: Model, work: BatchShape, added: float) -> float:
@@ -200,7 +201,7 @@ GIB = 2**30
 
 def hours(done: Operations, device: Device) -> float:
     """Device hours under bf16."""
-    return (done.layers / device.peak + done.heads / device.tf32) / UTILISATION / 3600
+    return (done.bf16 / device.peak + done.tf32 / device.tf32) / UTILISATION / 3600
 
 
 def answering(model: Model, samples: float, batch: int, prompt: float, written: float, device: Device) -> float:
@@ -209,6 +210,6 @@ def answering(model: Model, samples: float, batch: int, prompt: float, written: 
     Reading a prompt takes operations; writing takes reading all weights once for a token of each answer in the batch.
     """
     work = BatchShape(lengths=(prompt,), response=0, visual=model.visual, images=1)
-    reading = Operations(samples * (tower(model, 1) + body(model, work, 0)), samples * head(model.language, 1))
+    reading = Operations(samples * (tower(model, 1) + body(model, work, 0) + head(model.language, 1)), 0)
     writing = samples / batch * written * 2 * model.weights / (device.bandwidth * UTILISATION)
     return hours(reading, device) + writing / 3600

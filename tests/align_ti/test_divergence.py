@@ -139,6 +139,18 @@ def test_chunks_equal_full_logits_in_values_and_gradients(
     same(*map(list, gradients), dtype)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU multiplies 16-bit operands and sums in float32")
+@pytest.mark.parametrize("bias", [False, True])
+def test_16_bit_rows_and_head_on_a_gpu_give_the_logits_of_operands_that_were_cast(bias: bool) -> None:
+    _, frozen, *_ = heads(torch.bfloat16, bias)
+    rows = torch.randn(ROWS, D_T, device="cuda").bfloat16()
+    head = Head(frozen.weight.cuda(), None if frozen.bias is None else frozen.bias.cuda(), frozen.cap)
+    with torch.no_grad():
+        got = head(rows)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), plain_logits(rows.double(), head).double(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 4, 13])
 @pytest.mark.parametrize(("kind", "bias", "cap"), [("forward", False, None), ("jsd", True, 2.5)])
