@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from components.config.fields import PositiveInt, Seed, Strict
 from components.records.irs import Attention, Rows

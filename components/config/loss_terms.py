@@ -6,13 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    ValidationError,
-    create_model,
-    model_validator,
-)
+from pydantic import AfterValidator, ConfigDict, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails
 
 from components.align_ti import terms
