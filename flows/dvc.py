@@ -21,7 +21,6 @@ from typing import Literal
 
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, unknown
 from components.process import end_with_parent
-from components.tracking import provenance
 
 DVC = [sys.executable, "-m", "dvc"]
 POOL = "pool"  # the remote over which machines exchange results, where they do not share a cache
@@ -254,11 +253,6 @@ def bring(md5: str, folder: Path) -> None:
                 f"DVC has nothing under md5 {md5} here, in its cache or its remote ({' '.join(str(error).split())[:200]});"
                 " `dvc push` where it was made, or point `dvc cache dir --local` at the cache of that folder"
             ) from None
-
-
-def digests() -> dict[str, str]:
-    """Output path -> the md5 under which DVC keeps it, as `dvc.lock` has it."""
-    return {path: md5 for made in provenance.locked().values() for path, md5 in made.items()}
 
 
 def _repro(

@@ -143,8 +143,8 @@ def _compare(recorded: Recorded, ran: list[str]) -> Outcome:
                 outcome.timed.append(shown)
             else:
                 outcome.different.append(shown)
-    made = {path: md5 for outs in provenance.locked().values() for path, md5 in outs.items()} | provenance.raw()
-    outcome.inputs.extend(path for path, md5 in recorded.inputs.items() if made.get(path) != md5)
+    now_known = provenance.digests()
+    outcome.inputs.extend(path for path, md5 in recorded.inputs.items() if now_known.get(path) != md5)
     return outcome
 
 

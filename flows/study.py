@@ -26,7 +26,7 @@ from components.records.distill import Cost
 from components.records.paths import STUDENTS
 from components.study import expand
 from components.study.expand import Cell, Study
-from components.tracking import mlflow_sync, outcome
+from components.tracking import mlflow_sync, outcome, provenance
 from components.tracking.stage_run import PARENT, stage_run
 from flows import dvc, notify, prefect_artifacts, workspace
 from flows.early_stopping import diverged
@@ -173,7 +173,7 @@ def _recorder(name: str, cells: list[Cell], runtime: RuntimeSettings) -> Callabl
     varied = outcome.varied({cell.name: cell.arm.model_dump(mode="json") for cell in cells})
 
     def record(cell: Cell) -> None:
-        md5 = dvc.digests()[str(STUDENTS / cell.name)]
+        md5 = provenance.digests()[str(STUDENTS / cell.name)]
         outcome.record(cell.name, md5, varied[cell.name], runtime, outcome.CELL, study=name, variant=cell.variant)
 
     return record

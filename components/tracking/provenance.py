@@ -61,7 +61,7 @@ class Declared:
 
     def inputs(self) -> dict[str, str]:
         """Path -> md5 of each dependency that a stage before this one made, or that a .dvc file names."""
-        known = {path: md5 for made in locked().values() for path, md5 in made.items()} | raw()
+        known = digests()
         return {dep: known[dep] for dep in self.deps if dep in known}
 
     def fingerprint(self) -> str:
@@ -140,6 +140,11 @@ def raw() -> dict[str, str]:
     for file in Path().glob("[!.]*.dvc"):
         found |= {str(file.parent / out["path"]): out["md5"] for out in _yaml(file).get("outs", [])}
     return found
+
+
+def digests() -> dict[str, str]:
+    """Path -> the md5 under which DVC keeps it: of what stages made, and of the raw data."""
+    return {path: md5 for made in locked().values() for path, md5 in made.items()} | raw()
 
 
 def params() -> dict[str, str]:
