@@ -56,31 +56,28 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
             theirs = teacher_rows @ teacher_head.T
         return (weights * full(theirs, student_rows @ head.T)).sum()
 
-    def work(way: Callable[[], Tensor]) -> float:
-        student_rows.grad = head.grad = None
-        loss = way()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+    def measured(way: Callable[[], Tensor]) -> dict[str, float]:
+        arm: dict[str, float] = {}
 
-    found: dict[str, dict[str, Any]] = {}
+        def work() -> None:
+            student_rows.grad = head.grad = None
+            loss = way()
+            loss.backward()  # type: ignore[no-untyped-call]
+            arm["loss"] = float(loss.detach())
+
+        def once() -> None:
+            arm["seconds"] = measure.stopwatch(work, device)
+
+        arm["peak_mib"] = peak_bytes(once, device) / measure.MIB
+        return arm
+
+    found: dict[str, dict[str, float]] = {}
     for trained in (False, True):
         head.requires_grad_(trained)
         owed = measure.bytes_of([student_rows, head] if trained else [student_rows])
         for name, way in {"engine": engine, "reference": reference}.items():
-            seconds: list[float] = []
-            loss: list[float] = []
-
-            def once(way: Callable[[], Tensor] = way, seconds: list[float] = seconds, loss: list[float] = loss) -> None:
-                seconds.append(measure.stopwatch(lambda: loss.append(work(way)), device))
-
-            peak = peak_bytes(once, device)
-            found[f"{name}, head {'trained' if trained else 'frozen'}"] = {
-                "peak_mib": peak / measure.MIB,
-                "gradients_mib": owed / measure.MIB,
-                "seconds": seconds[0],
-                "loss": loss[0],
-            }
-    student_rows.grad = head.grad = None
+            arm = measured(way) | {"gradients_mib": owed / measure.MIB}
+            found[f"{name}, head {'trained' if trained else 'frozen'}"] = arm
     frozen, frozen_full = found["engine, head frozen"], found["reference, head frozen"]
     trained_, trained_full = found["engine, head trained"], found["reference, head trained"]
     losses = [way["loss"] for way in found.values()]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -117,9 +116,8 @@ def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict
         vlmeval.score_split(vlmeval.Session(using, endpoint, scratch / "kit", journal, tokens), samples, sets, 0)
 
     def now() -> Spent:
-        children = resource.getrusage(resource.RUSAGE_CHILDREN)
         generating, server = json.loads(spent.read_text()) if spent.exists() else (0.0, 0.0)
-        return Spent(generating, server, time.process_time(), children.ru_utime + children.ru_stime)
+        return Spent(generating, server, time.process_time(), measure.children_cpu())
 
     serve.TRANSFORMERS = serve.TRANSFORMERS.removesuffix("main()\n") + TIMED
     os.environ[SPENT] = str(spent)

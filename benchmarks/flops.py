@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from benchmarks.shapes import DRAWS, ROWS, Batch, Size
 from components.align_ti.terms import CORE, needs_of
+from components.cost.shapes import llava
 from components.cost.step import BatchShape, StepPlan, body, head, operations, tower
 
 ALL = needs_of(CORE)
@@ -17,7 +18,8 @@ TERMS = {"kd": needs_of(["sft", "kd"]), "kd_only": needs_of(["kd"]), "trl": need
 
 def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
     """Operations of one optimiser step of an arm of `benchmarks.step`, the optimiser's own apart."""
-    student, teacher, work = size.model(size.student), size.model(size.teacher), work_of(batch, ribbon_rows)
+    student, teacher = llava(size.tower, size.student), llava(size.tower, size.teacher)
+    work = work_of(batch, ribbon_rows)
     if arm == "align_ti_rows":  # at most: rows drawn twice are read once
         work = replace(work, visual=min(work.visual, ROWS * work.images))
     if arm != "reference":

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import loading, measure, step, table
+from benchmarks.measure import apart
 from benchmarks.shapes import EOS, PAD, SIZES, Size, llava
 from components.align_ti.head import Head
 from components.cost.shapes import Language, Tower
@@ -42,12 +43,6 @@ EQUAL = Size(  # wide enough for every kernel, small enough for seconds
 )
 Found = dict[str, Any]
 Keep = Callable[[Found], None]
-
-
-def apart(mine: list[Tensor], plain: list[Tensor]) -> float:
-    """Norm of the difference over the norm of the plain one."""
-    of = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(mine, plain, strict=True)) ** 0.5
-    return of / sum(float(b.double().square().sum()) for b in plain) ** 0.5
 
 
 def equality(device: torch.device, dry: bool, keep: Keep) -> Found:
@@ -179,10 +174,8 @@ def main() -> None:
 
         keep(PARTS[args.part][0](device, args.dry_run, keep))
         return
-    ends, results = (
-        time.monotonic() + 60 * args.minutes,
-        measure.result("gpu", "dry run" if args.dry_run else "all", "", device),
-    )
+    ends = time.monotonic() + 60 * args.minutes
+    results = measure.result("gpu", "dry run" if args.dry_run else "all", "", device)
     for name, (_, share) in PARTS.items():
         results[name] = found = _process(name, args.dry_run, share * (ends - time.monotonic()))
         print(f"{name}: {json.dumps(found, indent=1)}", flush=True)

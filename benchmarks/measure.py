@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,18 @@ def quartiles(values: list[float]) -> list[float]:
         return [values[0], values[0]]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return [low, high]
+
+
+def apart(mine: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> float:
+    """Norm of the difference over the norm of the plain one."""
+    of = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(mine, plain, strict=True)) ** 0.5
+    return of / sum(float(b.double().square().sum()) for b in plain) ** 0.5
+
+
+def children_cpu() -> float:
+    """Seconds of processors that child processes took, those that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

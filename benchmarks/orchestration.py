@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -145,14 +144,10 @@ def servers_up() -> Iterator[dict[str, str]]:
 
 def timed(work: Callable[[], None]) -> dict[str, float]:
     """Seconds by the clock and of all processes that it waited for, and how many others wanted a core meanwhile."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    began, before = time.perf_counter(), measure.children_cpu()
     work()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "load": os.getloadavg()[1],
-    }
+    cpu = measure.children_cpu() - before
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu, "load": os.getloadavg()[1]}
 
 
 def runs_in_mlflow(address: str) -> int:

@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import resource
 import shutil
 import tempfile
 import time
@@ -114,7 +113,7 @@ def memory(sizes: list[int]) -> dict[str, Any]:
 def followed(process: multiprocessing.process.BaseProcess) -> tuple[float, float, float]:
     """Seconds that the process takes, of the clock and, with its children, of CPUs, and the most MiB of memory that they had at
     one time beside the pages of files."""
-    began, before, peak = time.perf_counter(), cpu_of_children(), 0.0
+    began, before, peak = time.perf_counter(), measure.children_cpu(), 0.0
     process.start()
     while process.is_alive():
         with contextlib.suppress(psutil.Error):  # one of them ended meanwhile
@@ -125,13 +124,7 @@ def followed(process: multiprocessing.process.BaseProcess) -> tuple[float, float
         time.sleep(EVERY)
     if process.exitcode:
         raise SystemExit(f"it ended with exit code {process.exitcode}")
-    return time.perf_counter() - began, cpu_of_children() - before, peak
-
-
-def cpu_of_children() -> float:
-    """Seconds of those that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return time.perf_counter() - began, measure.children_cpu() - before, peak
 
 
 def main() -> None:

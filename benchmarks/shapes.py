@@ -6,14 +6,14 @@ are drawn, which `script` fixes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from components.cost.shapes import Language, Model, Tower
+from components.cost.shapes import Language, Tower
 from components.cost.step import ALTERNATIVES
 
 PAD, EOS, IMAGE, FIRST_WORD = 0, 1, 2, 3
@@ -44,10 +44,9 @@ class Size:
     def prompt(self) -> int:
         return 1 + self.tower.tokens + self.instruction
 
-    def model(self, language: Language) -> Model:
-        """A LLaVA-1.5 of this tower: its projector is two linear layers, its visual tokens are the tower's patches."""
-        projector = (self.tower.hidden + language.hidden) * language.hidden
-        return Model(self.tower, language, projector, patches=self.tower.tokens, visual=self.tower.tokens)
+    @property
+    def shared_vocabulary(self) -> int:
+        return min(self.student.vocabulary, self.teacher.vocabulary)
 
 
 _DIGITS_TOWER = Tower(hidden=64, layers=2, heads=4, mlp=128, image_px=64, patch_px=16)
@@ -187,15 +186,14 @@ def batch(size: Size, device: torch.device) -> Batch:
     ids = torch.randint(FIRST_WORD, size.student.vocabulary, (B, T), generator=stream)
     visual = (column >= 1) & (column <= size.tower.tokens)
     ids = ids.masked_fill(visual, IMAGE).masked_fill(column == lengths - 1, EOS).masked_fill(column >= lengths, PAD)
-    made = Batch(
+    return Batch(
         input_ids=ids,
         attention_mask=(column < lengths).long(),
         response=(column >= P) & (column < lengths),
         instruction=(column > size.tower.tokens) & (column < P),
         pictures=visual.long(),
         pixel_values=torch.randn(B, 3, size.tower.image_px, size.tower.image_px, generator=stream),
-    )
-    return replace(made, **{name: value.to(device) for name, value in vars(made).items()})
+    ).to(device)
 
 
 def script(batch: Batch, distinct: float, vocabulary: int) -> Tensor:

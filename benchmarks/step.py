@@ -102,40 +102,36 @@ class Bench:
         )
 
     def script(self, distinct: float) -> Tensor:
-        return script(self.batch, distinct, min(self.size.student.vocabulary, self.size.teacher.vocabulary))
+        return script(self.batch, distinct, self.size.shared_vocabulary)
 
     def method(self, weights: dict[str, float], route: str = "continuation", rows: int | None = None) -> Method:
-        shared = min(self.size.student.vocabulary, self.size.teacher.vocabulary)
-        return Method(
-            weights=weights, options={"iva": {"rows": rows}}, draws=DRAWS, eos=EOS, shared_vocabulary=shared, route=route
-        )
+        shared, options = self.size.shared_vocabulary, {"iva": {"rows": rows}}
+        return Method(weights=weights, options=options, draws=DRAWS, eos=EOS, shared_vocabulary=shared, route=route)
 
     def engine(self, arm: str) -> Callable[[], Tensor]:
         weights, distinct = ENGINE[arm]
-        module = Scripted(self.student, self.teacher, self.method(weights, rows=ROWS if arm == "align_ti_rows" else None))
-        module.script = None if distinct is None else self.script(distinct)
-        wanted = module.method.weight_vector(self.device)
-
-        def loss() -> Tensor:
-            terms = module(self.batch, self.keys)
-            self.ribbon_rows[arm] = terms.ribbon_rows
-            return total(terms.sums, terms.counts, wanted)
-
-        return loss
+        return self._loss(arm, self.method(weights, rows=ROWS if arm == "align_ti_rows" else None), distinct)
 
     def appended(self, arm: str) -> Callable[[], Tensor]:
         """`align_ti` with the alternatives appended to the sequence, under the arm's kind of attention."""
-        module = Scripted(self.student, self.teacher, self.method(ALL, "expanded"))
-        module.script = self.script(TRAINED)
-        wanted = module.method.weight_vector(self.device)
-        student = self.student.model
+        found, student = self._loss(arm, self.method(ALL, "expanded"), TRAINED), self.student.model
 
         def loss() -> Tensor:
             student.set_attn_implementation({"text_config": APPENDED[arm]})
             try:
-                terms = module(self.batch, self.keys)
+                return found()
             finally:
                 student.set_attn_implementation({"text_config": "sdpa"})
+
+        return loss
+
+    def _loss(self, arm: str, method: Method, distinct: float | None) -> Callable[[], Tensor]:
+        module = Scripted(self.student, self.teacher, method)
+        module.script = None if distinct is None else self.script(distinct)
+        wanted = method.weight_vector(self.device)
+
+        def loss() -> Tensor:
+            terms = module(self.batch, self.keys)
             self.ribbon_rows[arm] = terms.ribbon_rows
             return total(terms.sums, terms.counts, wanted)
 
@@ -184,9 +180,7 @@ def equality(bench: Bench) -> dict[str, float]:
     """
     mine, my_gradients = bench.gradients(bench.engine("align_ti"))
     plain, plain_gradients = bench.gradients(bench.reference())
-    apart = sum(float((a - b).double().square().sum()) for a, b in zip(my_gradients, plain_gradients, strict=True)) ** 0.5
-    size = sum(float(b.double().square().sum()) for b in plain_gradients) ** 0.5
-    found = {"loss": abs(mine - plain) / abs(plain), "gradient": apart / size}
+    found = {"loss": abs(mine - plain) / abs(plain), "gradient": measure.apart(my_gradients, plain_gradients)}
     most = {"loss": 2e-2, "gradient": 1e-1} if bench.size.bf16 else {"loss": 1e-5, "gradient": 1e-3}
     assert all(found[key] <= most[key] for key in most), f"engine and reference differ: {found}, at most {most}"
     return found

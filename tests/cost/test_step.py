@@ -20,6 +20,7 @@ from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE, needs_of
 from components.cost import shapes
 from components.cost import step as cost
+from components.cost.shapes import llava
 from components.cost.step import BatchShape, MemoryPlan, StepPlan
 
 STUDENT = shapes.llava(shapes.SIGLIP, shapes.LANGUAGE_MODELS["Qwen/Qwen2.5-0.5B"])
@@ -110,7 +111,7 @@ def test_ratios_of_time_are_within_a_fifth_of_those_measured(size: str) -> None:
 
 def test_memory_is_within_a_quarter_of_that_measured() -> None:
     size, result = SIZES["small"], STEPS["small"]
-    student, teacher = size.model(size.student), size.model(size.teacher)
+    student, teacher = (llava(size.tower, language) for language in (size.student, size.teacher))
     held = MemoryPlan(
         trained=student.projector + student.language.weights,
         wide=4,
@@ -143,7 +144,7 @@ def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> N
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as measured:
         found = module(bench.batch, bench.keys)
         total(found.sums, found.counts, module.method.weight_vector()).backward()
-    student, teacher = bench.size.model(bench.size.student), bench.size.model(bench.size.teacher)
+    student, teacher = (llava(bench.size.tower, language) for language in (bench.size.student, bench.size.teacher))
     way = StepPlan(needs_of(weights), gradient=gradient)
     counted = cost.operations(student, teacher, flops.work_of(bench.batch, ribbon), way).all
     assert counted == pytest.approx(measured.get_total_flops(), rel=0.15)
