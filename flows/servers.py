@@ -1,8 +1,7 @@
 """MLflow and Prefect servers of this working folder: `alignti up`, `alignti down`, `alignti status`.
 
 Each runs in a session of its own, with its data, log and pid file under `.servers/`; MLflow's runs are in `.mlflow/`, the place
-that stages write to without a server too. On a shared PostgreSQL each has a database of its own: both keep their schema's
-version in a table of the same name.
+that stages write to without a server too. What they are started with is in `server_setup.py`.
 """
 
 from __future__ import annotations
@@ -10,39 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 
 from components.errors import AlignTIError, InputError, TryAgainError, first_line
 from components.io import write_text
 from components.process import locked
-from components.tracking import mlflow_sync
 from components.tracking.outcome import TRAINING
-from flows import QUIET
+from flows import QUIET, server_setup
+from flows.server_setup import AUTH, HOME, LOOPBACK, NAMES, Name
 
-HOME = Path(".servers")
-MLFLOW_HOME = Path(".mlflow")
 STARTUP_S = 180  # migrations of a first start, on a busy machine
 GRACE_S = 10  # from asking a server to stop until it is killed
-LOOPBACK = "127.0.0.1"
-AUTH = "ALIGNTI_SERVER_AUTH"  # user:password, for a server that others may reach
-SHORTEST_PASSWORD = 12  # MLflow's rule
-
-Name = Literal["mlflow", "prefect"]
-NAMES: tuple[Name, ...] = ("mlflow", "prefect")
 PORTS: dict[Name, int] = {"mlflow": 5000, "prefect": 4200}
 HEALTH: dict[Name, str] = {"mlflow": "/health", "prefect": "/api/health"}
 
@@ -104,7 +91,7 @@ def up(
         InputError: a port is taken, or the address would be open to others without a password.
         TryAgainError: a server ended or did not answer in time; the message quotes its log.
     """
-    auth = _auth(host)
+    auth = server_setup.password(host)
     with locked(HOME / "up.lock"):
         return _up(host, ports, postgres, auth, say)
 
@@ -116,7 +103,7 @@ def _up(
     missing = [name for name in NAMES if name not in running]
     for name in missing:
         _port_free(host, ports[name], name)
-    databases = _databases(postgres)
+    databases = server_setup.databases(postgres)
     fresh: list[Server] = []
     try:
         for name in missing:
@@ -207,23 +194,6 @@ def use_running() -> bool:
     return True
 
 
-def _auth(host: str) -> str | None:
-    """user:password, if there is one. Raises InputError if `host` is open to others and there is none, or a weak one."""
-    from components.evaluate.kits.serve import is_loopback
-
-    given = os.environ.get(AUTH)
-    if given is None and not is_loopback(host):
-        raise InputError(
-            f"--host {host} lets others in, and anyone who reaches Prefect may run code here: set {AUTH}=user:password, and put"
-            f" a proxy with TLS before both servers. Without --host they listen on {LOOPBACK} alone."
-        )
-    if given is not None:
-        user, _, password = given.partition(":")
-        if not user or len(password) < SHORTEST_PASSWORD:
-            raise InputError(f"{AUTH} must be user:password, with {SHORTEST_PASSWORD} or more characters of password")
-    return given
-
-
 def _port_free(host: str, port: int, name: Name) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -247,7 +217,7 @@ def _holder(port: int) -> str:
 
 
 def _start(name: Name, host: str, port: int, database: str, auth: str | None) -> Server:
-    command, environment = (_mlflow if name == "mlflow" else _prefect)(host, port, database, auth)
+    command, environment = server_setup.command(name, host, port, database, auth)
     HOME.mkdir(exist_ok=True)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_")) and k != AUTH}
     with (HOME / f"{name}.log").open("ab") as log:
@@ -262,105 +232,6 @@ def _start(name: Name, host: str, port: int, database: str, auth: str | None) ->
     server = Server(name, process.pid, psutil.Process(process.pid).create_time(), host, port)
     write_text(HOME / f"{name}.pid", json.dumps(server.__dict__) + "\n")
     return server
-
-
-def _mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
-    artifacts = (MLFLOW_HOME / "artifacts").resolve()
-    artifacts.mkdir(parents=True, exist_ok=True)
-    if database.startswith(mlflow_sync.LOCAL):
-        mlflow_sync.make_database(Path(database.removeprefix(mlflow_sync.LOCAL)))  # stages that start now find it whole
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
-    if database.startswith("sqlite"):  # one machine: stages may write there with or without the server
-        command += ["--workers", "1", "--no-serve-artifacts", "--default-artifact-root", artifacts.as_uri()]
-    else:
-        command += ["--workers", "2", "--artifacts-destination", artifacts.as_uri()]
-    environment = {
-        "MLFLOW_BACKEND_STORE_URI": database,  # not an argument: it may hold a password, and command lines are public
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    }
-    if auth is not None:
-        settings, secret = _mlflow_auth(auth, database)
-        command += ["--app-name", "basic-auth"]
-        environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": secret}
-    return command, environment
-
-
-def _mlflow_auth(auth: str, database: str) -> tuple[Path, str]:
-    """MLflow's file of who may do what, and the key that it signs with. Raises InputError without its extra `auth`."""
-    from importlib.util import find_spec
-
-    if find_spec("flask_wtf") is None:
-        raise InputError("MLflow asks for passwords only with its extra `auth`: pip install -c constraints.txt 'mlflow[auth]'")
-    user, _, password = auth.partition(":")
-    users = f"sqlite:///{(MLFLOW_HOME / 'users.db').resolve()}" if database.startswith("sqlite") else database
-    file, key = (HOME / "mlflow-auth.ini").resolve(), HOME / "mlflow-auth.key"
-    HOME.mkdir(exist_ok=True)
-    for private in (file, key):
-        private.touch(mode=0o600)
-    if not key.read_text():
-        key.write_text(secrets.token_hex(32))
-    escaped = {k: v.replace("%", "%%") for k, v in {"user": user, "password": password, "users": users}.items()}
-    file.write_text(
-        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        f"database_uri = {escaped['users']}\nadmin_username = {escaped['user']}\nadmin_password = {escaped['password']}\n"
-    )
-    return file, key.read_text()
-
-
-def _prefect(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
-    command = [sys.executable, "-m", "flows.prefect_server", "--host", host, "--port", str(port)]
-    environment = {
-        "PREFECT_HOME": str((HOME / "prefect-home").resolve()),
-        "PREFECT_API_DATABASE_CONNECTION_URL": database,
-        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{LOOPBACK}:{port},http://localhost:{port}",
-        "PREFECT_SERVER_UI_API_URL": "/api",  # wherever the page came from; its own guess is port 4200
-        "PREFECT_LOGGING_TO_API_ENABLED": "false",
-    }
-    return command, environment | ({"PREFECT_SERVER_API_AUTH_STRING": auth} if auth else {})
-
-
-def _databases(postgres: str | None) -> dict[Name, str]:
-    """Where each server keeps its tables, as SQLAlchemy writes addresses."""
-    if postgres is None:
-        MLFLOW_HOME.mkdir(exist_ok=True)
-        HOME.mkdir(exist_ok=True)
-        return {
-            "mlflow": f"sqlite:///{(MLFLOW_HOME / 'mlflow.db').resolve()}",
-            "prefect": f"sqlite+aiosqlite:///{(HOME / 'prefect.db').resolve()}",
-        }
-    address = urlsplit(postgres)
-    if address.scheme not in ("postgresql", "postgres") or address.path not in ("", "/"):
-        raise InputError(
-            "--postgres must be postgresql://user:password@host:port, without a database: each server gets its own"
-        )
-    _make_databases(postgres)
-    return {
-        "mlflow": urlunsplit(address._replace(scheme="postgresql+psycopg2", path="/alignti_mlflow")),
-        "prefect": urlunsplit(address._replace(scheme="postgresql+asyncpg", path="/alignti_prefect")),
-    }
-
-
-def _make_databases(postgres: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("psycopg2") is None:
-        raise InputError("MLflow reaches PostgreSQL through psycopg2: pip install -c constraints.txt -e '.[postgres]'")
-    import psycopg2
-
-    try:
-        with contextlib.closing(psycopg2.connect(urlunsplit(urlsplit(postgres)._replace(path="/postgres")))) as connection:
-            connection.autocommit = True
-            with connection.cursor() as cursor:
-                cursor.execute("select datname from pg_database")
-                there = {row[0] for row in cursor.fetchall()}
-                for name in NAMES:
-                    if f"alignti_{name}" not in there:
-                        cursor.execute(f"create database alignti_{name}")
-    except psycopg2.OperationalError as error:
-        raise TryAgainError(f"PostgreSQL does not answer: {' '.join(str(error).split())}") from None
 
 
 def _wait(server: Server) -> None:

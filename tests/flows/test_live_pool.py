@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, te
 from prefect.states import Cancelling
 
 from components.errors import AlignTIError
-from flows import cleanup_stale_runs, dvc, pool, servers
+from flows import cleanup_stale_runs, dvc, pool, server_setup, servers
 from flows.study import study
 from tests.flows import test_study as study_of
 from tests.flows.conftest import ROOT, git, ran
@@ -173,7 +173,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     # The night's limit of one run at a time, on the pipeline alone: no champion is needed here.
     night = (ROOT / "prefect.yaml").read_text().replace("flows.nightly.nightly", "flows.pipeline.pipeline")
     (home / "prefect.yaml").write_text(night)
-    prefect = servers._start("prefect", "127.0.0.1", free_port(), servers._databases(None)["prefect"], None)
+    prefect = servers._start("prefect", "127.0.0.1", free_port(), server_setup.databases(None)["prefect"], None)
     talk = {"PREFECT_API_URL": f"{prefect.url}/api", "PREFECT_HOME": str(home / "prefect-home"), "PYTHONPATH": str(ROOT)}
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "client_environment", lambda: talk)

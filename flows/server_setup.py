@@ -1,0 +1,144 @@
+"""What the MLflow and Prefect servers of this folder are started with: password, databases, command line, environment.
+
+On a shared PostgreSQL each has a database of its own: both keep their schema's version in a table of the same name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from components.errors import InputError, TryAgainError
+from components.tracking import mlflow_sync
+
+HOME = Path(".servers")
+MLFLOW_HOME = Path(".mlflow")
+LOOPBACK = "127.0.0.1"
+AUTH = "ALIGNTI_SERVER_AUTH"  # user:password, for a server that others may reach
+SHORTEST_PASSWORD = 12  # MLflow's rule
+
+Name = Literal["mlflow", "prefect"]
+NAMES: tuple[Name, ...] = ("mlflow", "prefect")
+
+
+def password(host: str) -> str | None:
+    """user:password, if there is one. Raises InputError if `host` is open to others and there is none, or a weak one."""
+    from components.evaluate.kits.serve import is_loopback
+
+    given = os.environ.get(AUTH)
+    if given is None and not is_loopback(host):
+        raise InputError(
+            f"--host {host} lets others in, and anyone who reaches Prefect may run code here: set {AUTH}=user:password, and put"
+            f" a proxy with TLS before both servers. Without --host they listen on {LOOPBACK} alone."
+        )
+    if given is not None:
+        user, _, password = given.partition(":")
+        if not user or len(password) < SHORTEST_PASSWORD:
+            raise InputError(f"{AUTH} must be user:password, with {SHORTEST_PASSWORD} or more characters of password")
+    return given
+
+
+def databases(postgres: str | None) -> dict[Name, str]:
+    """Where each server keeps its tables, as SQLAlchemy writes addresses."""
+    if postgres is None:
+        MLFLOW_HOME.mkdir(exist_ok=True)
+        HOME.mkdir(exist_ok=True)
+        return {
+            "mlflow": f"sqlite:///{(MLFLOW_HOME / 'mlflow.db').resolve()}",
+            "prefect": f"sqlite+aiosqlite:///{(HOME / 'prefect.db').resolve()}",
+        }
+    address = urlsplit(postgres)
+    if address.scheme not in ("postgresql", "postgres") or address.path not in ("", "/"):
+        raise InputError(
+            "--postgres must be postgresql://user:password@host:port, without a database: each server gets its own"
+        )
+    _make_databases(postgres)
+    return {
+        "mlflow": urlunsplit(address._replace(scheme="postgresql+psycopg2", path="/alignti_mlflow")),
+        "prefect": urlunsplit(address._replace(scheme="postgresql+asyncpg", path="/alignti_prefect")),
+    }
+
+
+def command(name: Name, host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
+    """Command line, and environment: passwords stand there, since command lines are public."""
+    return (_mlflow if name == "mlflow" else _prefect)(host, port, database, auth)
+
+
+def _mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
+    artifacts = (MLFLOW_HOME / "artifacts").resolve()
+    artifacts.mkdir(parents=True, exist_ok=True)
+    if database.startswith(mlflow_sync.LOCAL):
+        mlflow_sync.make_database(Path(database.removeprefix(mlflow_sync.LOCAL)))  # stages that start now find it whole
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
+    if database.startswith("sqlite"):  # one machine: stages may write there with or without the server
+        command += ["--workers", "1", "--no-serve-artifacts", "--default-artifact-root", artifacts.as_uri()]
+    else:
+        command += ["--workers", "2", "--artifacts-destination", artifacts.as_uri()]
+    environment = {
+        "MLFLOW_BACKEND_STORE_URI": database,  # not an argument: it may hold a password, and command lines are public
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
+    if auth is not None:
+        settings, secret = _mlflow_auth(auth, database)
+        command += ["--app-name", "basic-auth"]
+        environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": secret}
+    return command, environment
+
+
+def _mlflow_auth(auth: str, database: str) -> tuple[Path, str]:
+    """MLflow's file of who may do what, and the key that it signs with. Raises InputError without its extra `auth`."""
+    if find_spec("flask_wtf") is None:
+        raise InputError("MLflow asks for passwords only with its extra `auth`: pip install -c constraints.txt 'mlflow[auth]'")
+    user, _, password = auth.partition(":")
+    users = f"sqlite:///{(MLFLOW_HOME / 'users.db').resolve()}" if database.startswith("sqlite") else database
+    file, key = (HOME / "mlflow-auth.ini").resolve(), HOME / "mlflow-auth.key"
+    HOME.mkdir(exist_ok=True)
+    for private in (file, key):
+        private.touch(mode=0o600)
+    if not key.read_text():
+        key.write_text(secrets.token_hex(32))
+    escaped = {k: v.replace("%", "%%") for k, v in {"user": user, "password": password, "users": users}.items()}
+    file.write_text(
+        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        f"database_uri = {escaped['users']}\nadmin_username = {escaped['user']}\nadmin_password = {escaped['password']}\n"
+    )
+    return file, key.read_text()
+
+
+def _prefect(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
+    command = [sys.executable, "-m", "flows.prefect_server", "--host", host, "--port", str(port)]
+    environment = {
+        "PREFECT_HOME": str((HOME / "prefect-home").resolve()),
+        "PREFECT_API_DATABASE_CONNECTION_URL": database,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{LOOPBACK}:{port},http://localhost:{port}",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # wherever the page came from; its own guess is port 4200
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+    }
+    return command, environment | ({"PREFECT_SERVER_API_AUTH_STRING": auth} if auth else {})
+
+
+def _make_databases(postgres: str) -> None:
+    if find_spec("psycopg2") is None:
+        raise InputError("MLflow reaches PostgreSQL through psycopg2: pip install -c constraints.txt -e '.[postgres]'")
+    import psycopg2
+
+    try:
+        with contextlib.closing(psycopg2.connect(urlunsplit(urlsplit(postgres)._replace(path="/postgres")))) as connection:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute("select datname from pg_database")
+                there = {row[0] for row in cursor.fetchall()}
+                for name in NAMES:
+                    if f"alignti_{name}" not in there:
+                        cursor.execute(f"create database alignti_{name}")
+    except psycopg2.OperationalError as error:
+        raise TryAgainError(f"PostgreSQL does not answer: {' '.join(str(error).split())}") from None
