@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import measure, table
-from components.tracking import mlflow_sync
+from components.tracking import mlflow_client
 from components.tracking.stage_run import JOURNAL_ONLY
 from flows import servers
 
@@ -151,7 +151,7 @@ def timed(work: Callable[[], None]) -> dict[str, float]:
 
 
 def runs_in_mlflow(address: str) -> int:
-    client = mlflow_sync.client(address)
+    client = mlflow_client.client(address)
     return len(client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.stage = 'distill'"))
 
 

@@ -7,8 +7,7 @@ the test sample allows by chance (components/model_registry/paired_test.py). The
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from components.records.compare import Difference
 from components.records.evaluate import Fingerprint, Prediction
 from components.records.record import Record
 from components.tracking import journal, mlflow_registry, mlflow_sync
+from components.tracking.mlflow_client import asking, client
 from components.tracking.mlflow_registry import CANDIDATE, CHAMPION, Version
 from components.tracking.stage_run import JOURNAL_ONLY
 from flows import dvc
@@ -103,15 +103,8 @@ def champion(settings: Settings) -> Version | None:
         return mlflow_registry.aliased(client, settings.runtime.experiment, CHAMPION)
 
 
-@contextmanager
-def _asking() -> Iterator[None]:
-    """Raises TryAgainError for whatever MLflow, its server and its database raise."""
-    try:
-        yield
-    except AlignTIError:
-        raise
-    except Exception as error:
-        raise TryAgainError(f"MLflow does not answer ({_short(error)}); the champion is as it was") from error
+def _asking() -> AbstractContextManager[None]:
+    return asking("MLflow does not answer", "the champion is as it was")
 
 
 def _client(settings: Settings) -> Any:
@@ -120,10 +113,8 @@ def _client(settings: Settings) -> Any:
             "the champion is an alias in MLflow's registry, and params/runtime.yaml (or ALIGNTI_TRACKING_URI) asks for no"
             " MLflow; name an address there"
         )
-    try:
-        return mlflow_sync.client(settings.runtime.tracking_uri)
-    except ImportError:
-        raise InputError("MLflow is not installed here: pip install -c constraints.txt -e '.[pipeline]'") from None
+    with _asking():
+        return client(settings.runtime.tracking_uri)
 
 
 def _challenger(client: Any, model: str, asked: str | None, settings: Settings) -> Version:
@@ -235,7 +226,3 @@ def _write(client: Any, challenger: Version, champion: Version | None, verdict: 
         mlflow_registry.set_champion(client, challenger, champion, why)
     elif champion is not None and champion.number != challenger.number:
         mlflow_registry.comment(client, challenger, why)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

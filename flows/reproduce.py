@@ -17,7 +17,7 @@ from typing import Any
 from components.config.settings import Settings
 from components.errors import InputError, TryAgainError
 from components.io import write_text
-from components.tracking import mlflow_registry, mlflow_sync, provenance
+from components.tracking import mlflow_client, mlflow_mirror, mlflow_registry, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 from flows import dvc
@@ -88,7 +88,7 @@ def find(run: str, settings: Settings) -> Recorded:
     from mlflow.exceptions import MlflowException
 
     try:
-        return _from_mlflow(run, mlflow_sync.client(settings.runtime.tracking_uri))
+        return _from_mlflow(run, mlflow_client.client(settings.runtime.tracking_uri))
     except MlflowException as error:
         if error.error_code in mlflow_registry.ABSENT:  # of names that can be no id it says INVALID_PARAMETER_VALUE
             raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}") from None
@@ -171,8 +171,8 @@ def _from_mlflow(run: str, client: Any) -> Recorded:
     base, tags = found.info.artifact_uri, found.data.tags
     files = {entry.path for entry in _files(client, run, "")}
     inputs = {i.dataset.name: i.dataset.digest for i in found.inputs.dataset_inputs if i.dataset.source_type == "dvc"}
-    made = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mlflow_sync.MADE}/")]
-    origin = load_dict(f"{base}/{mlflow_sync.ORIGIN}") if mlflow_sync.ORIGIN in files else None
+    made = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mlflow_mirror.MADE}/")]
+    origin = load_dict(f"{base}/{mlflow_mirror.ORIGIN}") if mlflow_mirror.ORIGIN in files else None
     return _recorded(run, tags, origin, inputs, {entry["path"]: entry for entry in made})
 
 

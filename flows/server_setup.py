@@ -15,7 +15,7 @@ from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from components.errors import InputError, TryAgainError
-from components.tracking import mlflow_sync
+from components.tracking import mlflow_client
 
 HOME = Path(".servers")
 MLFLOW_HOME = Path(".mlflow")
@@ -73,8 +73,8 @@ def command(name: Name, host: str, port: int, database: str, auth: str | None) -
 def _mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
     artifacts = (MLFLOW_HOME / "artifacts").resolve()
     artifacts.mkdir(parents=True, exist_ok=True)
-    if database.startswith(mlflow_sync.LOCAL):
-        mlflow_sync.make_database(Path(database.removeprefix(mlflow_sync.LOCAL)))  # stages that start now find it whole
+    if database.startswith(mlflow_client.LOCAL):
+        mlflow_client.make_database(Path(database.removeprefix(mlflow_client.LOCAL)))  # stages that start now find it whole
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
     if database.startswith("sqlite"):  # one machine: stages may write there with or without the server
         command += ["--workers", "1", "--no-serve-artifacts", "--default-artifact-root", artifacts.as_uri()]

@@ -43,10 +43,10 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes seconds to make one."""
-    from components.tracking import mlflow_sync
+    from components.tracking import mlflow_client
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow_sync.client(f"sqlite:///{path}").search_experiments()
+    mlflow_client.client(f"sqlite:///{path}").search_experiments()
     return path
 
 

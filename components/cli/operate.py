@@ -94,7 +94,8 @@ def doctor(
 def sync() -> None:
     """Send the run journals that MLflow has not taken yet."""
     from components.config.load import load_settings
-    from components.errors import AlignTIError, InputError, TryAgainError
+    from components.errors import InputError
+    from components.tracking.mlflow_client import asking
     from components.tracking.mlflow_sync import sync as send
     from components.tracking.stage_run import JOURNAL_ONLY
 
@@ -103,14 +104,6 @@ def sync() -> None:
         raise InputError(
             "params/runtime.yaml: tracking_uri is `journal`; name an MLflow address there or in ALIGNTI_TRACKING_URI"
         )
-    try:
+    with asking("MLflow does not take the journals", "nothing is lost"):
         sent, live = send(uri)
-    except ImportError:
-        raise InputError("MLflow is not installed here: pip install -c constraints.txt -e '.[pipeline]'") from None
-    except AlignTIError:
-        raise
-    except Exception as error:  # MLflow, its server and its database raise all sorts
-        raise TryAgainError(
-            f"MLflow does not take the journals ({' '.join(str(error).split())[:300]}); nothing is lost"
-        ) from error
     typer.echo(f"{sent} journal(s) sent{f', {live} still being written' if live else ''}.")

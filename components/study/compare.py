@@ -110,7 +110,8 @@ def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
         InputError: it names no MLflow, or one without such an experiment.
         TryAgainError: it does not answer.
     """
-    from components.tracking.mlflow_sync import client, try_sync
+    from components.tracking.mlflow_client import client
+    from components.tracking.mlflow_sync import try_sync
 
     if tracking_uri == JOURNAL_ONLY:
         raise InputError(

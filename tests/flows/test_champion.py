@@ -22,7 +22,7 @@ from components.model_registry import measure
 from components.model_registry.paired_test import MeasuredDifferently
 from components.records.evaluate import Prediction, Scores
 from components.records.paths import SCORES
-from components.tracking import mlflow_registry, mlflow_sync, provenance
+from components.tracking import mlflow_client, mlflow_registry, mlflow_sync, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY
 from flows import dvc, nightly, promote, reproduce
@@ -198,7 +198,7 @@ def test_the_champion_changes_only_on_a_lead_beyond_chance(trained: Settings) ->
     assert first.why.endswith("the most frequent answer to each kind gives 10.0%")
     assert promote.register(list(ARMS), trained) == (["like", "strong"], True)
 
-    client = mlflow_sync.client(SQLITE)
+    client = mlflow_client.client(SQLITE)
     like = promote.promote("like", trained)
     assert not like.promoted and "+2.00 points" in like.why and "no lead beyond chance" in like.why
     held = mlflow_registry.aliased(client, "tests", mlflow_registry.CHAMPION)
@@ -267,7 +267,7 @@ def test_a_server_that_is_away_keeps_nothing_from_being_registered_later(
     with pytest.raises(TryAgainError, match="the champion is as it was"):
         promote.promote(None, away)
     mlflow_sync.sync(SQLITE)
-    found = mlflow_registry.aliased(mlflow_sync.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
+    found = mlflow_registry.aliased(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
     assert found is not None and found.arm == "strong"
     Path("artifacts/scores/weak/scores.json").write_text("{}")
     with pytest.raises(DataError, match="weak was changed since"):
@@ -338,7 +338,7 @@ def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(
         assert data.startswith("new data: data is ") and "train/images 100 -> 120" in moved
         assert code.startswith("1 file(s) of code or params differ")
         assert night["verdict"]["promoted"] and night["verdict"]["candidate"]["arm"] == "strong"
-        found = mlflow_registry.aliased(mlflow_sync.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
+        found = mlflow_registry.aliased(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
         assert found is not None and found.arm == "strong"  # the pipeline registered what it made
 
         monkeypatch.setenv("ALIGNTI_TRACKING_URI", JOURNAL_ONLY)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from components.tracking import mlflow_sync, outcome
+from components.tracking import mlflow_client, outcome
 from flows import servers
 from tests.browser import CHROMIUM, MISSING, Page, browser
 from tests.flows.conftest import ROOT, lay_out
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
             (here / "said.log").write_text(done.stdout + done.stderr)
-            client = mlflow_sync.client(servers.running("mlflow").url)
+            client = mlflow_client.client(servers.running("mlflow").url)
             experiment = client.get_experiment_by_name("align-ti").experiment_id
             runs = client.search_runs([experiment])
             yield {"experiment": experiment, **{run.info.run_name: run.info.run_id for run in runs}}

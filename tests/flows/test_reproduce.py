@@ -36,7 +36,7 @@ def test_a_name_that_is_nobodys_is_a_mistake_and_no_fault_of_mlflows(code: str, 
     def refuse(*_: object) -> None:
         raise MlflowException("no", error_code=getattr(__import__("mlflow").protos.databricks_pb2, code))
 
-    monkeypatch.setattr(reproduce.mlflow_sync, "client", lambda _: None)
+    monkeypatch.setattr(reproduce.mlflow_client, "client", lambda _: None)
     monkeypatch.setattr(reproduce, "_from_mlflow", refuse)
     with pytest.raises(InputError, match=r"neither .runs/journal nor MLflow has a run 2-kd$"):
         reproduce.find("2-kd.sent", SETTINGS)

@@ -20,7 +20,7 @@ from components.study import plots, report
 from components.study.compare import HOURS, MEMORY, SCORE, Run, StudyResult, compare
 from components.study.expand import Family
 from components.tracking import journal
-from components.tracking.mlflow_sync import client
+from components.tracking.mlflow_client import client
 
 KNOWN = json.dumps({"kit": "alignti", "dataset_hash": "abc"})
 SCORES = {("0.0", "0.0"): 0.50, ("1.0", "0.0"): 0.52, ("0.0", "1.0"): 0.57, ("1.0", "1.0"): 0.60}

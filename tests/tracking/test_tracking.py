@@ -24,7 +24,16 @@ from components.errors import DataError, Interrupted, SettingsError
 from components.records.distill import Cost
 from components.records.evaluate import Scores
 from components.records.paths import SCORES, STUDENTS
-from components.tracking import history, journal, mlflow_registry, mlflow_sync, outcome, provenance
+from components.tracking import (
+    history,
+    journal,
+    mlflow_client,
+    mlflow_mirror,
+    mlflow_registry,
+    mlflow_sync,
+    outcome,
+    provenance,
+)
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 
@@ -169,7 +178,7 @@ def database(workspace: Path, empty_database: Path) -> None:
 
 
 def client() -> Any:
-    return mlflow_sync.client(SQLITE)
+    return mlflow_client.client(SQLITE)
 
 
 def runs() -> dict[str, Any]:
@@ -277,7 +286,7 @@ def test_sync_sends_what_is_left_once_however_often_it_is_interrupted(monkeypatc
 
     for method in ("_dataset", "_artifact", "_end"):
         with monkeypatch.context() as fault:
-            fault.setattr(mlflow_sync.Mirror, method, broken)
+            fault.setattr(mlflow_mirror.Mirror, method, broken)
             with pytest.raises(ConnectionError):
                 mlflow_sync.sync(SQLITE)
     # Killed between making the run and noting which it was:
@@ -325,7 +334,7 @@ def test_a_run_that_mlflow_no_longer_has_is_sent_anew(for_good: bool, monkeypatc
 
     work()
     with monkeypatch.context() as fault:
-        fault.setattr(mlflow_sync.Mirror, "_end", broken)
+        fault.setattr(mlflow_mirror.Mirror, "_end", broken)
         with pytest.raises(ConnectionError):
             mlflow_sync.sync(SQLITE)
     (run,) = runs().values()
@@ -405,7 +414,7 @@ def test_a_database_that_holds_runs_is_never_replaced(workspace: Path) -> None:
     (workspace / "elsewhere").mkdir()
     shutil.copy(database, workspace / "elsewhere/mlflow.db")  # MLflow keeps the other one open
     with pytest.raises(Exception, match=r"schema|revision"):
-        mlflow_sync.client("sqlite:///elsewhere/mlflow.db").search_experiments()
+        mlflow_client.client("sqlite:///elsewhere/mlflow.db").search_experiments()
     assert (workspace / "elsewhere/mlflow.db").read_bytes() == before
 
 

@@ -1,0 +1,242 @@
+"""Mirror of one run journal (`journal.py`) in MLflow, resumed from the last line that was sent.
+
+Sending the same lines twice changes nothing: a run is found again by its tag `alignti.run`, and MLflow takes equal
+points, params, tags and inputs once. So it may be stopped anywhere and started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from components.errors import DataError
+from components.io import write_text
+from components.process import locked
+from components.records.record import parsed
+from components.tracking import mlflow_registry
+from components.tracking.journal import JOURNALS
+from components.tracking.mlflow_client import LOCAL, client
+
+METRICS_PER_CALL = 1000  # MLflow's limit
+PARAMS_PER_CALL = 100  # MLflow's limit
+PARAM_CHARS = 6000  # MLflow's limit
+DIGEST_CHARS = 36  # MLflow's limit; an md5 of DVC's, `.dir` and all, just fits
+TAG_CHARS = 8000  # MLflow's limit
+NAME_CHARS = 250  # MLflow's limit
+MAKING = JOURNALS / ".lock"  # held between looking for a run and making it
+FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
+
+
+EXPERIMENT = {
+    "mlflow.experimentKind": "custom_model_development",  # MLflow guesses one for language models that are asked, else
+    "mlflow.note.content": """\
+One run per arm, `tags.stage = "arm"`: weights, scores, cost. Select them and *Compare*; `make repro` prints the address.
+One run per stage, `tags.stage = "distill"`, below its pipeline or `dvc repro`: losses over steps, inputs and outputs.
+Cells of a study: `tags.stage = "cell" and tags.study = "NAME"`; `alignti compare NAME` says what they show.""",
+}
+
+ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run: what `alignti reproduce` reads
+
+
+class Mirror:
+    """One journal and its run in MLflow. Raises whatever MLflow raises; the next `send` goes on from there."""
+
+    def __init__(self, journal: Path, tracking_uri: str) -> None:
+        self._journal = journal
+        self._uri = tracking_uri
+        self._state_file = journal.with_suffix(".sent")
+        self._state: dict[str, Any] = {"run_id": None, "bytes": 0, "done": False}
+        if self._state_file.exists():
+            self._state = parsed(self._state_file)
+        self._opening = first_event(journal)
+        self._client = client(tracking_uri)
+        if self._state["run_id"] is not None and not self._has(self._state["run_id"]):
+            self._state |= {"run_id": None, "bytes": 0, "done": False}  # deleted, or another database: all is sent anew
+
+    def _has(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
+    def send(self, abandoned: bool = False) -> bool:
+        """Send what the journal has gained; true when its end has been sent. `abandoned`: nobody will write more to it."""
+        with self._journal.open("rb") as file:
+            file.seek(self._state["bytes"])
+            gained = file.read()
+        gained = gained[: gained.rfind(b"\n") + 1]  # half a line is not there yet, or, after a crash, never will be
+        lines = [_event(self._journal, line) for line in gained.splitlines()]
+        if abandoned and not (lines and lines[-1]["event"] == "end"):
+            lines.append({"event": "end", "time": int(self._journal.stat().st_mtime * 1000), "status": "KILLED"})
+        if self._state["run_id"] is None:
+            self._save(run_id=self._open())
+        for event, group in groupby(lines, key=lambda line: line["event"]):
+            getattr(self, f"_{event}")(self._state["run_id"], list(group))
+        done = bool(lines) and lines[-1]["event"] == "end"
+        self._save(bytes=self._state["bytes"] + len(gained), done=done)
+        if done:
+            shutil.rmtree(self._journal.with_suffix(".files"), ignore_errors=True)
+        return done
+
+    def _save(self, **state: Any) -> None:
+        self._state |= state
+        write_text(self._state_file, json.dumps(self._state) + "\n")
+
+    def _open(self) -> str:
+        """The MLflow run of this journal, and its parent: found, or made."""
+        start = self._opening
+        self._state["experiment"] = experiment = self._experiment(start["experiment"])
+        tags = dict(start["tags"])
+        if parent := start["parent"]:
+            tags["mlflow.parentRunId"] = self._parent_id(experiment, parent, start["time"])
+            if parent["ends_with_stages"]:
+                self._client.update_run(tags["mlflow.parentRunId"], status="RUNNING")
+        return self._find_or_make(experiment, self._journal.stem, start["name"], start["time"], tags)
+
+    def _experiment(self, name: str) -> str:
+        with locked(MAKING):
+            if found := self._client.get_experiment_by_name(name):
+                if found.lifecycle_stage != "active":
+                    raise DataError(
+                        f"experiment {name!r} was deleted in MLflow: `mlflow experiments restore -x {found.experiment_id}`"
+                        " brings it back; `experiment` of params/runtime.yaml names another for later runs"
+                    )
+                return found.experiment_id
+            beside = Path(self._uri.removeprefix(LOCAL)).resolve().parent / "artifacts"
+            return self._client.create_experiment(name, beside.as_uri() if self._uri.startswith(LOCAL) else None, EXPERIMENT)
+
+    def _parent_id(self, experiment: str, parent: dict[str, Any], started: int) -> str:
+        if len(parent["id"]) == 32 and set(parent["id"]) <= set("0123456789abcdef"):
+            return parent["id"]  # an MLflow run id, given by whoever opened that run
+        tags = {"stage": "pipeline", **parent.get("tags", {})}
+        return self._find_or_make(experiment, parent["id"], parent["name"], started, tags, ours=False)
+
+    def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str], ours: bool = True) -> str:
+        """`ours`: the run of this journal, which knows its name and tags better than a child that made it before."""
+        with locked(MAKING):
+            found = self._client.search_runs([experiment], f"tags.`alignti.run` = '{key}'", max_results=1)
+            if found:
+                run_id = found[0].info.run_id
+                for tag, value in {**tags, "mlflow.runName": name}.items() if ours else ():
+                    self._client.set_tag(run_id, tag, value)
+                return run_id
+            made = self._client.create_run(experiment, started, {**tags, "alignti.run": key}, run_name=name)
+            return made.info.run_id
+
+    # One method per kind of line; each takes consecutive lines of that kind.
+
+    def _start(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        pass  # sent by _open
+
+    def _resume(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        self._client.update_run(run_id, status="RUNNING")
+        self._client.set_tag(run_id, "attempts", str(lines[-1]["attempt"]))
+
+    def _origin(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        self._client.log_dict(run_id, {key: lines[-1][key] for key in ("params", "uncommitted")}, ORIGIN)
+        self._client.set_tag(run_id, "git.uncommitted", " ".join(lines[-1]["uncommitted"])[:TAG_CHARS])
+
+    def _made(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            self._client.set_tag(run_id, fitting(f"out.{line['path']}"), line["md5"])
+            self._client.log_dict(run_id, {key: line[key] for key in ("path", "md5", "files")}, f"{MADE}/{line['path']}.json")
+
+    def _link(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        experiment = self._client.get_run(run_id).info.experiment_id
+        for line in lines:
+            out = fitting(f"out.{line['path']}")
+            asked = f"tags.`alignti.run` = '{line['run']}'" if line["run"] else f"tags.`{out}` = '{line['md5']}'"
+            found = self._client.search_runs([experiment], asked, max_results=1, order_by=["attributes.start_time ASC"])
+            if named := found[0].info.run_id if found else line["run"]:
+                self._client.set_tag(run_id, fitting(line["key"].replace("@", "_")), named)
+
+    def _register(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            mlflow_registry.register(self._client, run_id, line)
+
+    def _params(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(fitting(name), value[:PARAM_CHARS]) for line in lines for name, value in line["values"].items()]
+        for some in _chunks(params, PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=some)
+
+    def _metrics(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        points = [Metric(fitting(k), v, line["time"], line["step"] or 0) for line in lines for k, v in line["values"].items()]
+        for some in _chunks(points, METRICS_PER_CALL):
+            self._client.log_batch(run_id, metrics=some)
+
+    def _artifact(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            path = self._journal.parent / line["path"]
+            if path.is_dir():
+                self._client.log_artifacts(run_id, str(path), path.name)
+            elif path.exists():  # else it was sent before, to a run that was deleted since
+                self._client.log_artifact(run_id, str(path))
+
+    def _headline(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        if above := self._client.get_run(run_id).data.tags.get("mlflow.parentRunId"):
+            self._metrics(above, [line | {"step": None} for line in lines])
+            self._client.set_tag(above, "mlflow.note.content", lines[-1]["text"][:TAG_CHARS])
+
+    def _dataset(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        for line in lines:
+            source = json.dumps({"digest": line["digest"]})
+            entry = Dataset(line["name"], line["digest"][:DIGEST_CHARS], line.get("source", "manifest"), source)
+            self._client.log_inputs(run_id, [DatasetInput(entry, tags=[])])
+
+    def _tag(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            self._client.set_tag(run_id, fitting(line["key"].replace("@", "_")), line["value"][:TAG_CHARS])
+
+    def _end(self, run_id: str, lines: list[dict[str, Any]]) -> None:
+        status, ended = lines[-1]["status"], lines[-1]["time"]
+        self._client.set_terminated(run_id, status, ended)
+        if self._opening["parent"] and self._opening["parent"]["ends_with_stages"]:
+            # Nobody sees `dvc repro` end, so its run ends with the latest of its stages.
+            parent = self._client.get_run(run_id).data.tags["mlflow.parentRunId"]
+            self._client.set_terminated(parent, status, ended)
+
+
+def fitting(name: str) -> str:
+    """`name` if MLflow takes it as that of a metric, parameter or tag; else one that is as much like it as MLflow takes.
+
+    Names are paths to MLflow: `a//b`, `a/` and `..` are none. A row's `kind`, which a user chooses, is part of some.
+    """
+    clean = FORBIDDEN_IN_NAME.sub("_", name)
+    if clean == name and posixpath.normpath(name) == name and name[0] not in "./" and len(name) <= NAME_CHARS:
+        return name
+    parts = (part if part.strip(".") else "_" * len(part) or "_" for part in clean.split("/"))
+    told_apart = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{'/'.join(parts)[: NAME_CHARS - 9]}-{told_apart}"
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
+def first_event(journal: Path) -> dict[str, Any]:
+    with journal.open("rb") as lines:
+        return _event(journal, lines.readline())
+
+
+def _event(journal: Path, line: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        raise DataError(f"{journal} holds a line that is no event: damaged; delete it, and that run is not sent") from None
