@@ -117,8 +117,13 @@ def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> 
 
 def use(name: str, root: Path = Path()) -> str:
     """Merge recipe `name` into `params/` and return what changed as a unified diff. All or nothing is valid."""
+    return write(merged(name, root), root)
+
+
+def write(texts: Mapping[Path, str], root: Path = Path()) -> str:
+    """Write the new texts of params files, and return what changed as a unified diff."""
     diff = ""
-    for path, text in merged(name, root).items():
+    for path, text in texts.items():
         before, shown = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
         diff += "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"before/{shown}", shown, n=1))
         write_text(path, text)

@@ -8,7 +8,6 @@ are, and DVC runs only what is new.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from components.config.study import Arm, StudySettings
 from components.config.yaml_file import read_yaml
 from components.cost.estimate import step_operations
 from components.errors import SettingsError, unknown
-from components.io import write_text
 from components.records.distill import Cost
 from components.records.paths import STUDENTS
 
@@ -168,7 +166,7 @@ def expand(name: str, root: Path = Path()) -> str:
 
     Nothing is written unless the outcome is valid.
     """
-    from components.config.recipes import checked_texts
+    from components.config.recipes import checked_texts, write
 
     arms = cells(name, root)
     first = {variant: next(cell.name for cell in arms if cell.variant == variant) for variant in read(name, root).baselines}
@@ -177,12 +175,7 @@ def expand(name: str, root: Path = Path()) -> str:
         "evaluate": {"baselines": list(first.values())},
         "distill": read(name, root).distill,
     }
-    diff = ""
-    for path, text in checked_texts(wanted, f"study {name}", root).items():
-        before, shown = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
-        diff += "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"before/{shown}", shown, n=1))
-        write_text(path, text)
-    return diff
+    return write(checked_texts(wanted, f"study {name}", root), root)
 
 
 def _stated(arm: Arm) -> dict[str, Any]:
