@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
-from components.tracking.journal import JOURNALS
+from components.tracking.journal import JOURNALS, events
 
 LOSS = "loss/total"
 
@@ -16,14 +16,14 @@ def diverged(arm: str, above: float | None) -> Callable[[], str | None] | None:
     if above is None:
         return None
     pattern = f"*-distill@{arm}-*.jsonl"
-    # A run opens a journal of its own or goes on with one: what it writes is told by size, a file's time is coarser than ours.
-    earlier = {journal: journal.stat().st_size for journal in JOURNALS.glob(pattern)}
+    # A run opens a journal of its own or goes on with one: what it writes is told by count, a file's time is coarser than ours.
+    earlier = {journal: len(_losses(journal)) for journal in JOURNALS.glob(pattern)}
 
     def reason() -> str | None:
         for journal in JOURNALS.glob(pattern):
-            text = journal.read_bytes()
-            if gained := _losses(text[earlier.get(journal, 0) :]):
-                first, last = _losses(text)[0], gained[-1]
+            losses = _losses(journal)
+            if len(losses) > earlier.get(journal, 0):
+                first, last = losses[0], losses[-1]
                 if not math.isfinite(last) or last > above * first:
                     return f"distill@{arm} diverged: {LOSS} is {last:.3g}, more than {above:g} times its first, {first:.3g}"
         return None
@@ -31,6 +31,5 @@ def diverged(arm: str, above: float | None) -> Callable[[], str | None] | None:
     return reason
 
 
-def _losses(journal: bytes) -> list[float]:
-    lines = (json.loads(line) for line in journal[: journal.rfind(b"\n") + 1].splitlines())
-    return [line["values"][LOSS] for line in lines if line["event"] == "metrics" and LOSS in line["values"]]
+def _losses(journal: Path) -> list[float]:
+    return [line["values"][LOSS] for line in events(journal) if line["event"] == "metrics" and LOSS in line["values"]]

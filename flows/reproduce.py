@@ -18,7 +18,7 @@ from components.config.settings import Settings
 from components.errors import InputError, TryAgainError
 from components.io import write_text
 from components.tracking import mlflow_client, mlflow_mirror, mlflow_registry, provenance
-from components.tracking.journal import JOURNALS
+from components.tracking.journal import JOURNALS, events
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 from flows import dvc
 from flows.workspace import workspace
@@ -149,9 +149,8 @@ def _compare(recorded: Recorded, ran: list[str]) -> Outcome:
 
 
 def _from_journal(run: str, journal: Path, settings: Settings) -> Recorded:
-    text = journal.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    tags = lines[0]["tags"]
+    lines = events(journal)
+    tags = lines[0]["tags"] if lines else {}  # none: its process was killed before it wrote a word
     of = [line for line in lines if line["event"] == "origin"]
     if (told_of := tags.get("run.distill") or next((e["made_by"] for e in lines if e["event"] == "register"), None)) and not of:
         return find(told_of, settings)

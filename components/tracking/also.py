@@ -8,7 +8,6 @@ curves, params and the final status. What made what, artifacts and the registry 
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.io import write_text
-from components.tracking.journal import warn
+from components.tracking.journal import first_event, gained, warn
 
 PAUSE_S = 3
 EVENTS = Path(".tensorboard")  # `tensorboard --logdir .tensorboard`
@@ -85,10 +84,9 @@ def follow(name: str, journal: Path) -> None:
     """Hand on `journal` while stdin stays open, and its rest when it closes."""
     state, complete, tracker = journal.with_suffix(f".{name}"), False, None
     while True:
-        lines = _gained(journal, state)
+        lines = _left(journal, state)
         if lines and tracker is None:
-            with journal.open(encoding="utf-8") as file:
-                tracker = TRACKERS[name](json.loads(file.readline()), journal.stem)
+            tracker = TRACKERS[name](first_event(journal), journal.stem)
         for line in lines:
             assert tracker is not None
             tracker.take(line)
@@ -99,16 +97,13 @@ def follow(name: str, journal: Path) -> None:
         tracker.close()
 
 
-def _gained(journal: Path, state: Path) -> Sequence[Line]:
+def _left(journal: Path, state: Path) -> Sequence[Line]:
     """The whole lines that nobody has handed on yet; from now on somebody has."""
     before = int(state.read_text(encoding="utf-8")) if state.exists() else 0
-    with journal.open("rb") as file:
-        file.seek(before)
-        gained = file.read()
-    whole = gained[: gained.rfind(b"\n") + 1]
-    if whole:
-        write_text(state, str(before + len(whole)))
-    return [json.loads(line) for line in whole.splitlines()]
+    lines, end = gained(journal, before)
+    if lines:
+        write_text(state, str(end))
+    return lines
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ import subprocess
 from typing import Any, NamedTuple
 
 from components.records.paths import RUNS
-from components.records.record import content, parsed, parsed_lines
+from components.records.record import content, parsed
 from components.tracking import provenance, system_metrics
-from components.tracking.journal import JOURNALS
+from components.tracking.journal import JOURNALS, events
 
 LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
 
@@ -27,7 +27,7 @@ def energy(run: str) -> dict[str, float]:
     """
     journal = JOURNALS / f"{run}.jsonl"
     used: dict[str, float] = {}
-    for event in parsed_lines(journal) if journal.exists() else ():
+    for event in events(journal) if journal.exists() else ():
         if event["event"] == "metrics" and event["step"] is None:
             for name in {system_metrics.GPU_WH, system_metrics.CPU_WH} & set(event["values"]):
                 used[name] = used.get(name, 0.0) + event["values"][name]
@@ -38,14 +38,13 @@ def ran(run: str) -> tuple[str | None, list[str]]:
     """The commit that the run of this journal ran, None if that is not known, and the files, of params/ too, that were not
     as that commit has them."""
     journal = JOURNALS / f"{run}.jsonl"
-    lines = parsed_lines(journal) if journal.exists() else []
-    events = [event for event in lines if event["event"] in ("start", "origin")]
-    commits = [event["tags"].get("mlflow.source.git.commit", "none") for event in events if "tags" in event]
+    told = [event for event in (events(journal) if journal.exists() else ()) if event["event"] in ("start", "origin")]
+    commits = [event["tags"].get("mlflow.source.git.commit", "none") for event in told if "tags" in event]
     commit = commits[-1] if commits else "none"
     if commit == "none":
         return None, []
-    changed = [file for event in events for file in event.get("uncommitted", ())]
-    for file, text in events[-1].get("params", {}).items():
+    changed = [file for event in told for file in event.get("uncommitted", ())]
+    for file, text in told[-1].get("params", {}).items():
         try:
             same = provenance.git("show", f"{commit}:{file}") == text.strip()
         except (OSError, subprocess.CalledProcessError):

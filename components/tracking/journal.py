@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from components.config.runtime import RuntimeSettings
-from components.errors import redacted
+from components.errors import DataError, redacted
 from components.io import write_text
 from components.records.paths import RUNS
 from components.tracking import provenance
@@ -165,6 +165,34 @@ def _append(journal: Path, events: Sequence[Mapping[str, Any]]) -> None:
     before = journal.read_text(encoding="utf-8") if journal.exists() else ""
     lines = [json.dumps({"time": _now_ms(), **event}) + "\n" for event in (*events, {"event": "end", "status": "FINISHED"})]
     write_text(journal, before + "".join(lines))
+
+
+def events(journal: Path) -> list[dict[str, Any]]:
+    """Raises DataError if a line is no event."""
+    return gained(journal, 0)[0]
+
+
+def gained(journal: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """The events from byte `start` on, and the byte where they end. Half a line is none: it is not there yet, or, after a
+    crash, never will be. Raises DataError if a line is no event."""
+    with journal.open("rb") as file:
+        file.seek(start)
+        written = file.read()
+    whole = written[: written.rfind(b"\n") + 1]
+    return [_event(journal, line) for line in whole.splitlines()], start + len(whole)
+
+
+def first_event(journal: Path) -> dict[str, Any]:
+    """Raises DataError if its first line is no event."""
+    with journal.open("rb") as lines:
+        return _event(journal, lines.readline())
+
+
+def _event(journal: Path, line: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        raise DataError(f"{journal} holds a line that is no event: damaged; delete it, and that run is not sent") from None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

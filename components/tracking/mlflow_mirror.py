@@ -21,7 +21,7 @@ from components.io import write_text
 from components.process import locked
 from components.records.record import parsed
 from components.tracking import mlflow_registry
-from components.tracking.journal import JOURNALS
+from components.tracking.journal import JOURNALS, first_event, gained
 from components.tracking.mlflow_client import LOCAL, client
 
 METRICS_PER_CALL = 1000  # MLflow's limit
@@ -72,11 +72,7 @@ class Mirror:
 
     def send(self, abandoned: bool = False) -> bool:
         """Send what the journal has gained; true when its end has been sent. `abandoned`: nobody will write more to it."""
-        with self._journal.open("rb") as file:
-            file.seek(self._state["bytes"])
-            gained = file.read()
-        gained = gained[: gained.rfind(b"\n") + 1]  # half a line is not there yet, or, after a crash, never will be
-        lines = [_event(self._journal, line) for line in gained.splitlines()]
+        lines, end = gained(self._journal, self._state["bytes"])
         if abandoned and not (lines and lines[-1]["event"] == "end"):
             lines.append({"event": "end", "time": int(self._journal.stat().st_mtime * 1000), "status": "KILLED"})
         if self._state["run_id"] is None:
@@ -84,7 +80,7 @@ class Mirror:
         for event, group in groupby(lines, key=lambda line: line["event"]):
             getattr(self, f"_{event}")(self._state["run_id"], list(group))
         done = bool(lines) and lines[-1]["event"] == "end"
-        self._save(bytes=self._state["bytes"] + len(gained), done=done)
+        self._save(bytes=end, done=done)
         if done:
             shutil.rmtree(self._journal.with_suffix(".files"), ignore_errors=True)
         return done
@@ -228,15 +224,3 @@ def fitting(name: str) -> str:
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
     return (items[at : at + size] for at in range(0, len(items), size))
-
-
-def first_event(journal: Path) -> dict[str, Any]:
-    with journal.open("rb") as lines:
-        return _event(journal, lines.readline())
-
-
-def _event(journal: Path, line: bytes) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError):
-        raise DataError(f"{journal} holds a line that is no event: damaged; delete it, and that run is not sent") from None

@@ -21,9 +21,9 @@ from typing import IO
 from components.errors import DataError
 from components.process import is_free
 from components.records.record import parsed
-from components.tracking.journal import JOURNALS, warn
+from components.tracking.journal import JOURNALS, first_event, warn
 from components.tracking.mlflow_client import one_line
-from components.tracking.mlflow_mirror import Mirror, first_event
+from components.tracking.mlflow_mirror import Mirror
 from components.tracking.stage_run import JOURNAL_ONLY, NOT_SENT_AND_SAID_SO, SENT
 
 PAUSE_S = 3  # between two looks at a growing journal

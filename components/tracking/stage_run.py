@@ -26,10 +26,10 @@ from components.errors import AlignTIError, DataError, Interrupted
 from components.io import write_text
 from components.process import is_free
 from components.records.paths import RUNS
-from components.records.record import parsed, parsed_lines
+from components.records.record import parsed
 from components.tracking import provenance, system_metrics
 from components.tracking.history import LAST
-from components.tracking.journal import JOURNALS, Run, warn
+from components.tracking.journal import JOURNALS, Run, events, warn
 
 UNFINISHED = RUNS / "unfinished"  # one record per stage x cell whose last run did not
 PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
@@ -214,7 +214,7 @@ def _seconds(journal: Path) -> float:
     """What the processes took that wrote to `journal`, each from its first line to its last."""
     total, first, last = 0, 0, 0
     try:
-        lines = parsed_lines(journal)
+        lines = events(journal)
     except DataError as error:
         warn(str(error))
         return 0.0

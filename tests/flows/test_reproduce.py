@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from mlflow.exceptions import MlflowException
 
-from components.errors import InputError
+from components.errors import DataError, InputError
 from flows import reproduce
 
+FROM_JOURNAL = reproduce._from_journal
 SETTINGS: Any = SimpleNamespace(runtime=SimpleNamespace(tracking_uri="sqlite:///.mlflow/mlflow.db"))
 
 
@@ -40,3 +41,19 @@ def test_a_name_that_is_nobodys_is_a_mistake_and_no_fault_of_mlflows(code: str, 
     monkeypatch.setattr(reproduce, "_from_mlflow", refuse)
     with pytest.raises(InputError, match=r"neither .runs/journal nor MLflow has a run 2-kd$"):
         reproduce.find("2-kd.sent", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("journal", "error", "said"),
+    [
+        ("", InputError, "cannot be reproduced"),  # killed before it wrote a word
+        ('{"event": "start", "tags": {}}\n{"event": "ta', InputError, "cannot be reproduced"),  # and amid one
+        ('{"event": "start", "tags": {}}\nnoise\n', DataError, "1-kd.jsonl holds a line that is no event"),
+    ],
+)
+def test_a_journal_that_is_cut_off_or_damaged_ends_in_a_sentence(
+    journals: Path, journal: str, error: type[Exception], said: str
+) -> None:
+    (journals / "1-kd.jsonl").write_text(journal)
+    with pytest.raises(error, match=said):
+        FROM_JOURNAL("1-kd", journals / "1-kd.jsonl", SETTINGS)
