@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import flops
-from benchmarks.shapes import SIZES, batch
+from benchmarks.shapes import SIZES, Batch, batch
 from benchmarks.step import Bench
 from benchmarks.table import load
+from components.align_ti.batch import Edits
 from components.align_ti.ribbon import plan
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE, needs_of
@@ -30,7 +31,7 @@ WORK = BatchShape(lengths=(909.0,) * 4, response=480, visual=4 * 729, images=4, 
 
 
 def test_a_step_is_the_familiar_six_operations_per_weight_and_token() -> None:
-    short = dataclasses.replace(WORK, lengths=(1.0,) * 4, response=4, visual=0, images=0, ribbon=0)
+    short = replace(WORK, lengths=(1.0,) * 4, response=4, visual=0, images=0, ribbon=0)
     language = STUDENT.language
     done = cost.operations(STUDENT, None, short, StepPlan(SFT))
     assert done.all == pytest.approx(6 * 4 * language.weights, rel=1e-3)  # tied: the head is the embedding
@@ -83,7 +84,7 @@ def test_memory_is_shared_out_and_saved_as_the_settings_say() -> None:
     assert plain["student's weights"] == 4 * STUDENT.weights + 2 * 5e8 and plain["gradients and optimiser state"] == 12 * 5e8
 
     def with_(**changed: object) -> dict[str, float]:
-        return cost.memory(STUDENT, TEACHER, WORK, StepPlan(ALL), dataclasses.replace(held, **changed))
+        return cost.memory(STUDENT, TEACHER, WORK, StepPlan(ALL), replace(held, **changed))
 
     assert with_(checkpointed=True)["activations"] < plain["activations"] / 5
     assert with_(teacher_bytes=0.5)["teacher"] < plain["teacher"] / 2.5
@@ -132,7 +133,10 @@ def rows(result: dict, arm: str) -> int:
 
 @pytest.mark.parametrize(
     ("extra", "gradient"),
-    [(["kd"], False), (["va_kd"], False), (["kd", "iva"], False), (["iva"], True), (["kd", "iva", "tpa"], False)],
+    [
+        *((["kd"], False), (["va_kd"], False), (["kd", "mcd"], False)),
+        *((["kd", "iva"], False), (["iva"], True), (["kd", "iva", "tpa"], False)),
+    ],
 )
 def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> None:
     """On the benchmark's tiny models. Torch counts all of a causal map, and padding, of which a ribbon has much."""
@@ -142,9 +146,40 @@ def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> N
     module = AlignTI(bench.student, bench.teacher, Method(weights, shared_vocabulary=bench.size.student.vocabulary))
     ribbon = plan(module.draw(bench.batch, bench.keys), bench.batch.input_ids, bench.batch.response, eos=0).tokens.numel()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as measured:
-        found = module(bench.batch, bench.keys)
+        found = module(edited(bench.batch), bench.keys)
         total(found.sums, found.counts, module.method.weight_vector()).backward()
     student, teacher = (llava(bench.size.tower, language) for language in (bench.size.student, bench.size.teacher))
-    way = StepPlan(needs_of(weights), gradient=gradient)
+    way = StepPlan(needs_of(weights), gradient=gradient, edited=1.0)
     counted = cost.operations(student, teacher, flops.work_of(bench.batch, ribbon), way).all
     assert counted == pytest.approx(measured.get_total_flops(), rel=0.15)
+
+
+@dataclass(frozen=True)
+class Edited(Batch):
+    edits: Edits
+
+
+def edited(batch: Batch) -> Edited:
+    """With an edit of each sample, as L_mcd asks for: half of its image's tokens those of another image."""
+    own = ~(batch.visual & (torch.arange(batch.visual.shape[1]) % 2 == 0))
+    places, effect = torch.arange(len(own)), torch.arange(len(own)) % 2 == 0
+    N = int(batch.response.sum())
+    whole, without = torch.linspace(0, 1, 10 * N).view(2, N, 5).softmax(-1)
+    other = replace(batch, pixel_values=None if batch.pixel_values is None else -batch.pixel_values)
+    edits = Edits(batch, other, own.float(), places, effect, torch.arange(4).expand(N, 4), whole, without)
+    return Edited(**vars(batch), edits=edits)
+
+
+def test_the_count_of_written_answers_is_what_torch_measures() -> None:
+    """Rollouts: each token is read once, and has logits once, as in a pass over prompt and answer."""
+    bench, R = Bench.of(SIZES["tiny"], torch.device("cpu")), 32
+    ids = bench.batch.input_ids[:, : bench.size.prompt]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as measured, torch.no_grad():
+        bench.student.model.generate(
+            input_ids=ids, pixel_values=bench.batch.pixel_values, min_new_tokens=R, max_new_tokens=R, do_sample=False
+        )
+    images = len(ids)
+    work = BatchShape((bench.size.prompt + R,) * images, images * R, int(bench.batch.visual.sum()), images)
+    student = llava(bench.size.tower, bench.size.student)
+    with_answers, without = (cost.operations(student, None, work, StepPlan(SFT, written=share)).all for share in (1.0, 0.0))
+    assert with_answers - without == pytest.approx(measured.get_total_flops(), rel=0.15)
