@@ -1,13 +1,12 @@
 """Table of benchmarks: the paper's six, and those that its reviewers asked for.
 
-What no source confirmed is None, and `open_points` says why. Sources, all public: the authors' evaluation code (shells/eval and
-alignti/eval of github.com/lchen1019/Align-TI), LLaVA's docs/Evaluation.md, VLMEvalKit's dataset classes (names, addresses, MD5,
-prompts; ms-vlmeval 0.0.20), and the data sets' cards on the Hugging Face hub (sizes, licences).
+What no source confirmed is left out, and `open_points` says why. Sources, all public: the authors' evaluation code
+(shells/eval and alignti/eval of github.com/lchen1019/Align-TI), LLaVA's docs/Evaluation.md, VLMEvalKit's dataset classes
+(names, addresses, prompts; ms-vlmeval 0.0.20), and the data sets' cards on the Hugging Face hub (sizes, licences).
 """
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -29,23 +28,16 @@ class Benchmark(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     title: str
-    in_paper: bool
+    in_paper: bool = False
     kit_dataset: str  # VLMEvalKit's name for it
     split: str
-    items: int | None  # questions
-    prompt: str  # template of the paper's protocol; for the others, of the kit's
-    metric: Metric
-    rule: str  # the published rule that `metric` follows
-    licence: str | None
-    address: str | None  # URL of the kit's file
-    md5: str | None  # MD5 of the kit's file
-    size_mb: float | None  # size of the kit's file, unless `open_points` says otherwise
+    items: int | None = None  # questions
+    prompt: str = KIT_CHOICE  # template of the paper's protocol; for the others, of the kit's
+    metric: Metric = "choice_vlmeval"
+    rule: str = "VLMEvalKit's `can_infer`, no judge"  # the published rule that `metric` follows
+    licence: str | None = None
+    address: str | None = None  # URL of the kit's file
     open_points: tuple[str, ...] = ()
-
-    @property
-    def lands(self) -> PurePosixPath:
-        """Path of the kit's file below the folder that the environment's `LMUData` names (`~/LMUData` without it)."""
-        return PurePosixPath(f"{self.kit_dataset}.tsv")
 
     @property
     def independent(self) -> int | None:
@@ -57,14 +49,14 @@ class Benchmark(BaseModel):
         """Command that downloads it."""
         if self.address is None:
             return f"VLMEvalKit fetches it from the Hugging Face hub when it builds the data set {self.kit_dataset}"
-        return f"curl -fL -o $LMUData/{self.lands} {self.address}"
+        return f"curl -fL -o $LMUData/{self.kit_dataset}.tsv {self.address}"
 
 
 BENCHMARKS: dict[str, Benchmark] = {
     "gqa": Benchmark(
         title="GQA", in_paper=True, kit_dataset="GQA_TestDev_Balanced", split="testdev-balanced", items=12_578, prompt=SHORT,
         metric="exact", rule="equal to the answer, case and final period aside (convert_gqa_for_eval.py, eval_gqa_1.py)",
-        licence=None, address=KIT.format("GQA_TestDev_Balanced"), md5="99b62f22e224d9b2f32dcbe41359d1c9", size_mb=None,
+        address=KIT.format("GQA_TestDev_Balanced"),
         open_points=(
             "licence: mirrors state MIT; GQA's own terms were not found",
             "size: of the kit's file not found",
@@ -74,8 +66,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "sqa": Benchmark(
         title="ScienceQA-IMG", in_paper=True, kit_dataset="ScienceQA_TEST", split="test, questions with an image", items=2_017,
         prompt=LETTER, metric="choice_scienceqa", rule="eval_science_qa.py: a letter, `A. ...`, or once `The answer is A.`",
-        licence=None, address=KIT_BENCHMARKS.format("ScienceQA/ScienceQA_TEST"), md5="e42e9e00f9c59a80d8a5db35bc32b71f",
-        size_mb=None,
+        address=KIT_BENCHMARKS.format("ScienceQA/ScienceQA_TEST"),
         open_points=(
             f"licence: {CARD}",
             "size: of the kit's file not found",
@@ -85,9 +76,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "textvqa": Benchmark(
         title="TextVQA", in_paper=True, kit_dataset="TextVQA_VAL", split="val 0.5.1", items=5_000,
-        prompt="{question}\nReference OCR token: {ocr}\nAnswer the question using a single word or phrase.",
-        metric="vqa_m4c", rule="VQA accuracy over ten answers, normalised as m4c_evaluator.py does",
-        licence="CC BY 4.0", address=KIT.format("TextVQA_VAL"), md5="b233b31f551bbf4056f2f955da3a92cd", size_mb=None,
+        prompt="{question}\nReference OCR token: {ocr}\nAnswer the question using a single word or phrase.", metric="vqa_m4c",
+        rule="VQA accuracy over ten answers, normalised as m4c_evaluator.py does", licence="CC BY 4.0",
+        address=KIT.format("TextVQA_VAL"),
         open_points=(
             "size: of the kit's file not found",
             "VLMEvalKit asks without OCR tokens and normalises as the official evaluator (metric `vqa`): a score of its own",
@@ -96,7 +87,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "pope": Benchmark(
         title="POPE", in_paper=True, kit_dataset="POPE", split="random, popular, adversarial", items=9_000, prompt=SHORT,
         metric="pope", rule="eval_pope.py: no if the first sentence holds No, no or not, else yes; the mean of three F1",
-        licence=None, address=KIT.format("POPE"), md5="c12f5acb142f2ef1f85a26ba2fbe41d5", size_mb=None,
+        address=KIT.format("POPE"),
         open_points=(
             f"licence: {CARD}",
             "size: of the kit's file not found",
@@ -106,9 +97,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     ),
     "mme": Benchmark(
-        title="MME perception", in_paper=True, kit_dataset="MME", split="perception, ten tasks", items=None, prompt=SHORT,
-        metric="mme", rule="calculation.py: per task accuracy + accuracy+; the paper states perception / 2000 x 100",
-        licence=None, address=KIT.format("MME"), md5="b36b43c3f09801f5d368627fb92187c3", size_mb=None,
+        title="MME perception", in_paper=True, kit_dataset="MME", split="perception, ten tasks", prompt=SHORT, metric="mme",
+        rule="calculation.py: per task accuracy + accuracy+; the paper states perception / 2000 x 100",
+        address=KIT.format("MME"),
         open_points=(
             "items: a card shows 2.37k rows for all fourteen tasks; the number of perception questions was not found",
             "licence: given on request by the authors; its text was not found",
@@ -117,11 +108,10 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     ),
     "mmb": Benchmark(
-        title="MMBench", in_paper=True, kit_dataset="MMBench_DEV_EN", split="dev", items=4_329,
-        prompt="{hint}\n" + LETTER, metric="choice_circular",
+        title="MMBench", in_paper=True, kit_dataset="MMBench_DEV_EN", split="dev", items=4_329, prompt="{hint}\n" + LETTER,
+        metric="choice_circular",
         rule="right only if answered right in every order of the options; the paper's figure is from the evaluation server",
-        licence=None, address=KIT_BENCHMARKS.format("MMBench/MMBench_DEV_EN"), md5="b6caf1133a01c6bb705cf753bb527ed8",
-        size_mb=None,
+        address=KIT_BENCHMARKS.format("MMBench/MMBench_DEV_EN"),
         open_points=(
             f"licence: {CARD}",
             "size: of the kit's file not found; images of the 4,329 rows are 103 MB",
@@ -130,65 +120,54 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     ),
     "mmstar": Benchmark(
-        title="MMStar", in_paper=False, kit_dataset="MMStar", split="val", items=1_500, prompt=KIT_CHOICE,
-        metric="choice_vlmeval", rule="VLMEvalKit's `can_infer`, no judge", licence=None, address=KIT.format("MMStar"),
-        md5="e1ecd2140806c1b1bbf54b43372efb9e", size_mb=59.6, open_points=(f"licence: {CARD}",),
+        title="MMStar", kit_dataset="MMStar", split="val", items=1_500, address=KIT.format("MMStar"),
+        open_points=(f"licence: {CARD}",),
     ),
     "mmmu": Benchmark(
-        title="MMMU", in_paper=False, kit_dataset="MMMU_DEV_VAL", split="validation", items=900, prompt=KIT_CHOICE,
-        metric="choice_vlmeval", rule="VLMEvalKit's `can_infer`, no judge; open questions become choices", licence="Apache-2.0",
-        address=KIT.format("MMMU_DEV_VAL"), md5="585e8ad75e73f75dcad265dfd0417d64", size_mb=None,
+        title="MMMU", kit_dataset="MMMU_DEV_VAL", split="validation", items=900,
+        rule="VLMEvalKit's `can_infer`, no judge; open questions become choices", licence="Apache-2.0",
+        address=KIT.format("MMMU_DEV_VAL"),
         open_points=("size: of the kit's file not found; the validation images are 348 MB",),
     ),
     "ai2d": Benchmark(
-        title="AI2D", in_paper=False, kit_dataset="AI2D_TEST", split="test", items=3_088, prompt=KIT_CHOICE,
-        metric="choice_vlmeval", rule="VLMEvalKit's `can_infer`, no judge", licence=None, address=KIT.format("AI2D_TEST"),
-        md5="0f593e0d1c7df9a3d69bf1f947e71975", size_mb=None,
+        title="AI2D", kit_dataset="AI2D_TEST", split="test", items=3_088, address=KIT.format("AI2D_TEST"),
         open_points=(f"licence: {CARD}", "size: of the kit's file not found; images are 538 MB in lmms-lab/ai2d"),
     ),
     "chartqa": Benchmark(
-        title="ChartQA", in_paper=False, kit_dataset="ChartQA_TEST", split="test", items=2_500, prompt=SHORT, metric="relaxed",
+        title="ChartQA", kit_dataset="ChartQA_TEST", split="test", items=2_500, prompt=SHORT, metric="relaxed",
         rule="relaxed accuracy: 5% on numbers", licence="GPL-3.0", address=KIT.format("ChartQA_TEST"),
-        md5="c902e0aa9be5582a7aad6dcf52734b42", size_mb=None,
         open_points=("size: of the kit's file not found; images are 107 MB",),
     ),
     "ocrbench": Benchmark(
-        title="OCRBench", in_paper=False, kit_dataset="OCRBench", split="test", items=1_000, prompt="{question}",
-        metric="ocrbench", rule="a reference stands in the answer", licence=None, address=KIT.format("OCRBench"),
-        md5="e953d98a987cc6e26ef717b61260b778", size_mb=None,
+        title="OCRBench", kit_dataset="OCRBench", split="test", items=1_000, prompt="{question}", metric="ocrbench",
+        rule="a reference stands in the answer", address=KIT.format("OCRBench"),
         open_points=(f"licence: {CARD}", "size: of the kit's file not found; images are 86 MB"),
     ),
     "hallusion": Benchmark(
-        title="HallusionBench", in_paper=False, kit_dataset="HallusionBench", split="image", items=951, prompt="{question}",
-        metric="hallusion", rule="mean of accuracy per answer, figure and question", licence="BSD-3-Clause",
-        address=KIT.format("HallusionBench"), md5="0c23ac0dc9ef46832d7a24504f2a0c7c", size_mb=None,
+        title="HallusionBench", kit_dataset="HallusionBench", split="image", items=951, prompt="{question}", metric="hallusion",
+        rule="mean of accuracy per answer, figure and question", licence="BSD-3-Clause", address=KIT.format("HallusionBench"),
         open_points=("size: of the kit's file not found; images are 147 MB",),
     ),
     "seed": Benchmark(
-        title="SEED-Bench image", in_paper=False, kit_dataset="SEEDBench_IMG", split="image questions", items=None,
-        prompt=KIT_CHOICE, metric="choice_vlmeval", rule="VLMEvalKit's `can_infer`, no judge", licence="CC BY-NC 4.0",
-        address=KIT_BENCHMARKS.format("SEEDBench/SEEDBench_IMG"), md5="68017231464752261a2526d6ca3a10c0", size_mb=None,
+        title="SEED-Bench image", kit_dataset="SEEDBench_IMG", split="image questions", licence="CC BY-NC 4.0",
+        address=KIT_BENCHMARKS.format("SEEDBench/SEEDBench_IMG"),
         open_points=("items: 19k with video by its card; those of images alone were not found", "size: not found"),
     ),
     "realworldqa": Benchmark(
-        title="RealWorldQA", in_paper=False, kit_dataset="RealWorldQA", split="test", items=765, prompt=KIT_CHOICE,
-        metric="choice_vlmeval", rule="VLMEvalKit's `can_infer`, no judge", licence="CC BY-ND 4.0",
-        address=KIT.format("RealWorldQA"), md5="4de008f55dc4fd008ca9e15321dc44b7", size_mb=None,
-        open_points=("size: of the kit's file not found; images are 678 MB",),
+        title="RealWorldQA", kit_dataset="RealWorldQA", split="test", items=765, licence="CC BY-ND 4.0",
+        address=KIT.format("RealWorldQA"), open_points=("size: of the kit's file not found; images are 678 MB",),
     ),
     "mvbench": Benchmark(
-        title="MVBench", in_paper=False, kit_dataset="MVBench_8frame", split="test", items=None, prompt="{question}\n{options}",
-        metric="choice_vlmeval", rule="the kit reads a letter from the answer", licence="MIT", address=None, md5=None,
-        size_mb=None,
+        title="MVBench", kit_dataset="MVBench_8frame", split="test", prompt="{question}\n{options}",
+        rule="the kit reads a letter from the answer", licence="MIT",
         open_points=(
             "video: frames of a video are not shown to students as images yet",
             "items, size, and the kit's prompt were not verified",
         ),
     ),
     "video_mme": Benchmark(
-        title="Video-MME", in_paper=False, kit_dataset="Video-MME_8frame", split="test, no subtitles", items=2_700,
-        prompt="{question}\n{options}", metric="choice_vlmeval", rule="the kit reads a letter from the answer", licence=None,
-        address=None, md5=None, size_mb=None,
+        title="Video-MME", kit_dataset="Video-MME_8frame", split="test, no subtitles", items=2_700,
+        prompt="{question}\n{options}", rule="the kit reads a letter from the answer",
         open_points=(
             "video: frames of a video are not shown to students as images yet",
             "items: a card shows 2.7k rows; licence, size, and the kit's prompt were not verified",
