@@ -275,8 +275,6 @@ def main() -> None:
         print(f"compare: nothing to do, {none}")
         return
 
-    from tqdm import tqdm
-
     from components.evaluate import published_runs, report
     from components.tracking import outcome, provenance
     from components.tracking.stage_run import send, stage_run
@@ -285,10 +283,7 @@ def main() -> None:
         outcomes = read(settings.study.arms)
         comparison = compare(outcomes, settings.evaluate, settings.study.arms, published_runs.nearest())
         written = [comparison.write(REPORTS / "compare.json"), *dvc_files.write(comparison, outcomes.losses)]
-        with tqdm(total=4, desc="compare", unit="part") as progress:
-            for part in report.write(comparison, outcomes, settings.evaluate):
-                written += part
-                progress.update()
+        written += report.write(comparison, outcomes, settings.evaluate)
         run.metrics(_tracked(comparison))
         run.tag("best_arm", comparison.order[0])
         scores = {"teacher/exact_match": comparison.teacher.exact_match}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from tqdm import tqdm
 
 from components.config.evaluate import EvaluateSettings
 from components.errors import DataError
@@ -48,24 +49,23 @@ class Picture:
     width: int
 
 
-def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings) -> Iterator[list[Path]]:
-    """Write plots, then compare.md, then report.html under `reports/`; yields the paths of each part as it is done.
+def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings) -> list[Path]:
+    """Write the plots, compare.md and report.html under `reports/`; returns their paths.
 
     Raises DataError if a picture or record of an earlier stage is missing.
     """
     own = _plots(comparison, outcomes)
     layer = LayerChoice.found()
     inherited: dict[str, Plot] = {"irs": partial(curve, layer)} if layer else {}  # search_layer's PNG, again for dark pages
-    drawn = {name: draw(plot) for name, plot in own.items()}
-    yield [_written(REPORTS / "plots" / f"{name}.png", picture) for name, picture in drawn.items()]
+    named = tqdm((own | inherited).items(), desc="compare", unit="plot")
+    drawn = {name: (draw(plot), draw(plot, theme=DARK)) for name, plot in named}
+    for name in own:
+        write_bytes(REPORTS / "plots" / f"{name}.png", drawn[name][0])
     write_text(REPORTS / "compare.md", markdown(comparison))
-    yield [REPORTS / "compare.md"]
-    drawn |= {name: draw(plot) for name, plot in inherited.items()}
-    pictures = {name: _picture(drawn[name], draw(plot, theme=DARK)) for name, plot in (own | inherited).items()}
-    yield []
+    pictures = {name: _picture(*both) for name, both in drawn.items()}
     facts = origin.facts(cost.device for cost in outcomes.costs.values())
     write_text(REPORTS / "report.html", html(comparison, outcomes, settings, layer, pictures, facts))
-    yield [REPORTS / "report.html"]
+    return [*(REPORTS / "plots" / f"{name}.png" for name in own), REPORTS / "compare.md", REPORTS / "report.html"]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -213,8 +213,3 @@ def _file(path: Path) -> Picture:
         return _picture(path.read_bytes(), path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} is missing; `dvc repro` makes it") from None
-
-
-def _written(path: Path, content: bytes) -> Path:
-    write_bytes(path, content)
-    return path
