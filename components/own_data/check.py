@@ -128,30 +128,21 @@ def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = 
         asked = (tuple(different(list(folders))), settings.models.model_dump_json())
         count = min(workers or cores(), source.parts, source.images // WORTH_A_WORKER)
         with tqdm(desc="check: rows tried", total=source.images, unit="image", mininterval=1, leave=False) as bar:
-            if count <= 1:
-                for part in range(source.parts):
-                    tally.merge(try_part(source, part, *asked, bar.update))
-            else:
-                jobs = [(source, part, *asked) for part in range(source.parts)]
-                for one in shared_out(try_part, jobs, count):
-                    tally.merge(one)
-                    bar.update(one.images.total())
+            for one in shared_out(try_part, [(source, part, *asked) for part in range(source.parts)], count):
+                tally.merge(one)
+                bar.update(one.images.total())
         tally.refused.sort(key=lambda one: (one.source or "", one.row))
         tally.remarks.sort(key=lambda one: (one.split, one.id))
         return Found(source.title, source.rows_in, source.rules(), source.boxes, tally)
 
 
-def try_part(
-    source: Source, part: int, folders: tuple[Path, ...], models: str, bar: Callable[[int], object] | None = None
-) -> Tally:
+def try_part(source: Source, part: int, folders: tuple[Path, ...], models: str) -> Tally:
     tally, judge = Tally(), judge_of(folders, models) if folders else None
     for found in source.rows(part):
         if isinstance(found, Stored):
             tally.add(found.origin.split, found.row.about(), judge)
         else:
             tally.refused += found
-        if bar is not None:
-            bar(1)
     return tally
 
 
