@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,7 +28,6 @@ from components.records.paths import DATASET, ROWS
 from components.release import card
 from components.release.model import ADAPTER, base_of, find, open_model, template_of
 
-Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 # KL(as it was, in float32 || exported, in its own arithmetic) per answer token, nats: rounding to 23, 10 and 7 bits.

@@ -46,12 +46,12 @@ def find(name: str, settings: Settings) -> Named:
     )
 
 
-def open_model(path: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Loaded:
+def open_model(path: Path, device: torch.device | str) -> Loaded:
     """As `load`; adapters of peft are folded into the model that they were trained beside.
 
     Raises ModelError as `load`, and if the model finds another number of image tokens than its processor writes.
     """
-    opened = _merged(path, device, dtype) if (path / ADAPTER).is_file() else load(path, device, dtype)
+    opened = _merged(path, device) if (path / ADAPTER).is_file() else load(path, device)
     check_images(opened)
     return opened
 
@@ -64,7 +64,7 @@ def template_of(named: Named, loaded: Loaded, settings: Settings) -> Template:
     return Template("", style="processor")
 
 
-def _merged(path: Path, device: torch.device | str, dtype: torch.dtype) -> Loaded:
+def _merged(path: Path, device: torch.device | str) -> Loaded:
     try:
         from peft import PeftModel
     except ImportError:
@@ -74,7 +74,7 @@ def _merged(path: Path, device: torch.device | str, dtype: torch.dtype) -> Loade
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path}: no adapter_model.safetensors; pickled adapters are not read, since that can run code")
     base = base_of(path)
-    loaded = load(base, device, dtype)
+    loaded = load(base, device)
     try:
         model: Any = PeftModel.from_pretrained(loaded.model, str(path)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -95,7 +95,8 @@ def cells(name: str, root: Path = Path()) -> list[Cell]:
     """Every arm of the study, in the order of the file. Raises SettingsError naming the arms that are no valid arms."""
     study, settings = read(name, root), load_settings(root)
     found, problems = [], []
-    for (cell, changes), point in itertools.product(study.cells.items() or [("", {})], _points(study.grid)):
+    points = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
+    for (cell, changes), point in itertools.product(study.cells.items() or [("", {})], points):
         arm: dict[str, Any] = {}
         for path, value in [*study.base.items(), *changes.items(), *point.items()]:
             _set(arm, path, value, settings)
@@ -181,10 +182,6 @@ def expand(name: str, root: Path = Path()) -> str:
 def _stated(arm: Arm) -> dict[str, Any]:
     """The arm as params/study.yaml states it: without the blocks that are as in params/distill.yaml."""
     return {key: value for key, value in arm.model_dump(mode="json").items() if value is not None}
-
-
-def _points(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def _set(arm: dict[str, Any], path: str, value: Any, settings: Settings) -> None:
