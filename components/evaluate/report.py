@@ -16,7 +16,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from components.config.evaluate import EvaluateSettings
-from components.errors import DataError
 from components.evaluate import origin, plots, report_notes, report_tables
 from components.evaluate.headline import noise_of
 from components.evaluate.load_results import Outcomes, images_of
@@ -28,6 +27,7 @@ from components.records.compare import Comparison
 from components.records.evaluate import Prediction
 from components.records.irs import LayerChoice
 from components.records.paths import DATASET, REPORTS, TEACHER_ARM
+from components.records.record import content
 from components.records.teacher import TeacherReport
 from components.report import markdown as md
 from components.report.figures import DARK, DPI, LIGHT, draw, places
@@ -209,7 +209,5 @@ def _picture(light: bytes, dark: bytes) -> Picture:
 
 def _file(path: Path) -> Picture:
     """A picture of an earlier stage, the same on a light and on a dark page."""
-    try:
-        return _picture(path.read_bytes(), path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; `dvc repro` makes it") from None
+    picture = content(path)
+    return _picture(picture, picture)

@@ -30,12 +30,10 @@ class Asked:
             raise InputError(
                 f"--data {self.data}: .json and .jsonl are looked at; docs/data.md says how to name tar and Parquet"
             )
-        for option, path, there in (
-            ("--data", self.data, self.data.is_file()),
-            ("--images", self.images, self.images.is_dir()),
-        ):
-            if not there:
-                raise InputError(f"{option} {path}: no such {'file' if option == '--data' else 'folder'}")
+        if not self.data.is_file():
+            raise InputError(f"--data {self.data}: no such file")
+        if not self.images.is_dir():
+            raise InputError(f"--images {self.images}: no such folder")
         self.checkpoint("teacher"), self.checkpoint("student")
 
     @property

@@ -187,10 +187,7 @@ def _readme(path: Path) -> str:
     """The model's own card, or a line that says what it was merged from."""
     if (path / "README.md").is_file():
         return (path / "README.md").read_text(encoding="utf-8")
-    base = (
-        json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if (path / ADAPTER).is_file()
-        else ""
-    )
-    about = f"LoRA adapters folded into {base}." if base else "Exported as it was; it had no card."
+    about = "Exported as it was; it had no card."
+    if (path / ADAPTER).is_file():
+        about = f"LoRA adapters folded into {json.loads((path / ADAPTER).read_bytes())['base_model_name_or_path']}."
     return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n# {path.name}\n\n{about}\n"

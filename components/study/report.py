@@ -78,18 +78,12 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
         [e.factor, f"{e.reference} to {e.level}", _points(e.effect.mean), _interval(e.effect), str(e.effect.n)]
         for e in result.effects
     ]
-    equal = [
-        [one.name, plots.duration(one.hours), "nothing else is as cheap", md.DASH, md.DASH]
-        if other is None
-        else [
-            one.name,
-            plots.duration(one.hours),
-            other.name,
-            plots.duration(other.hours),
-            _points(one.score.mean - other.score.mean),
-        ]
-        for one, other in result.equal_compute
-    ]
+    equal = []
+    for one, other in result.equal_compute:
+        beside = ["nothing else is as cheap", md.DASH, md.DASH]
+        if other is not None:
+            beside = [other.name, plots.duration(other.hours), _points(one.score.mean - other.score.mean)]
+        equal.append([one.name, plots.duration(one.hours), *beside])
     return [
         (
             "Variants",
