@@ -42,9 +42,7 @@ def nightly(
         TryAgainError: MLflow, which knows the champion, does not answer.
     """
     end_with_worker()
-    with folder(own=True):
-        if recipe:
-            print(recipes.use(recipe))
+    with folder(own=True, recipe=recipe):
         tag(recipe or recipes.nearest()[0])
         settings = load_settings()
         champion = promote.champion(settings)

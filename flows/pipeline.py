@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec, TypeVar
 from uuid import UUID
 
 from prefect import flow, task
@@ -46,14 +46,23 @@ def worth_another_try(_task: Task, _run: TaskRun, state: State) -> bool:
     return isinstance(error, AlignTIError) and error.exit_code == TryAgainError.exit_code
 
 
-@task(
-    task_run_name="{stage}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=worth_another_try,
-)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def retried(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """A task that is called `name` and tried again, and nothing of it cached."""
+    return task(
+        task_run_name=name,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=RETRIES,
+        retry_delay_seconds=RETRY_DELAY_S,
+        retry_condition_fn=worth_another_try,
+    )
+
+
+@retried("{stage}")
 def run_stage(
     stage: str, parent: str, slots: threading.Semaphore, stop_when: Callable[[], str | None] | None = None
 ) -> dvc.Outcome:
@@ -71,6 +80,19 @@ def menu(names: list[str]) -> Any:
 
 
 RecipeName = Annotated[str, menu(recipes.names())] | None
+
+
+def run_stages(what: str, graph: Mapping[str, list[str]], parent: str, slots: threading.Semaphore) -> dict[str, dvc.Outcome]:
+    """Run the stages of `graph`, each after those that it needs; what became of each. They are `what` on the run's page.
+
+    Raises dvc.StageFailed of the first that failed; stages that do not need it were still run.
+    """
+    futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
+    for stage, needs in graph.items():
+        upstream = [futures[before] for before in needs]
+        futures[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
+    settle(what, futures)
+    return {stage: future.result() for stage, future in futures.items()}
 
 
 def run_name() -> str:
@@ -102,20 +124,12 @@ def pipeline(
     end_with_worker()
     if recipe and not own_workspace:
         raise InputError(f"a recipe overwrites params/: `alignti use {recipe}` does that here; own_workspace runs it elsewhere")
-    with folder(own_workspace):
-        if recipe:
-            print(recipes.use(recipe))
+    with folder(own_workspace, recipe):
         tag(recipe or recipes.nearest()[0])
         runtime = load_settings().runtime
         slots = threading.Semaphore(parallel)
         with prefect_artifacts.linked(runtime, stage_run("pipeline", runtime=runtime, works=False)) as run:
-            wanted = dvc.graph(targets or ())
-            futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
-            for stage, needs in wanted.items():
-                upstream = [futures[before] for before in needs]
-                futures[stage] = run_stage.submit(stage, run.id, slots, wait_for=upstream, return_state=False)
-            settle("stages", futures)
-            outcomes = {stage: future.result() for stage, future in futures.items()}
+            outcomes = run_stages("stages", dvc.graph(targets or ()), run.id, slots)
             locked = provenance.locked()
             for stage, outcome in outcomes.items():
                 run.tag(f"stage.{stage}", outcome)
@@ -148,13 +162,15 @@ def tag(*names: str | None) -> None:
 
 
 @contextmanager
-def folder(own: bool, commit: str = "HEAD") -> Iterator[None]:
-    """The current folder, or a workspace of this flow run's own."""
+def folder(own: bool, recipe: str | None = None, commit: str = "HEAD") -> Iterator[None]:
+    """The current folder as it is, or a workspace of this flow run's own, with `recipe` merged into its params."""
     if not own:
         yield
         return
     with workspace(flow_run.name or str(flow_run.id), commit) as path:
         print(f"workspace {path}: what is committed, {path.parent.parent.parent} as it lies is not touched")
+        if recipe:
+            print(recipes.use(recipe))
         yield
 
 

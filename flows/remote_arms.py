@@ -19,7 +19,6 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.states import Cancelling
 
-from components.config import recipes
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
 from components.study import expand
 from flows import dvc, servers
@@ -59,9 +58,7 @@ def stages(study: str, targets: list[str], commit: str, recipe: str | None = Non
         dvc.StageFailed: of the first stage that failed.
     """
     end_with_worker()
-    with folder(own=True, commit=commit):
-        if recipe:
-            recipes.use(recipe)
+    with folder(own=True, recipe=recipe, commit=commit):
         expand.expand(study)
         above = expand.read(study).diverged_above
         outcomes: dict[str, dvc.Outcome] = {}

@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated, get_args
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.futures import PrefectFuture
 from pydantic import Field
 
@@ -32,18 +31,17 @@ from flows import dvc, notify, prefect_artifacts, workspace
 from flows.early_stopping import diverged
 from flows.pipeline import (
     FREE,
-    RETRIES,
-    RETRY_DELAY_S,
     RecipeName,
     end_with_worker,
     folder,
     gate,
     menu,
+    retried,
     run_name,
     run_stage,
+    run_stages,
     settle,
     tag,
-    worth_another_try,
 )
 from flows.remote_arms import NotMade, Orders
 
@@ -82,14 +80,7 @@ class Budget:
             self._changed.notify_all()
 
 
-@task(
-    task_run_name="{cell.name}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=worth_another_try,
-)
+@retried("{cell.name}")
 def run_cell(
     cell: Cell,
     plan: Study,
@@ -140,9 +131,7 @@ def study(
         AlignTIError: naming the arms that are missing and why; all others were run and recorded.
     """
     end_with_worker()
-    with folder(own=True):
-        if recipe:
-            print(recipes.use(recipe))
+    with folder(own=True, recipe=recipe):
         tag(name, recipe or recipes.nearest()[0])
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
@@ -185,29 +174,18 @@ def _run(
     """What all arms share, then the arms."""
     slots, budget = threading.Semaphore(parallel), Budget(plan.device_hours)
     if pool:
-        pool.bring("shared", _shared(cells), lambda stage: run_stage(stage, parent, FREE))
+        pool.bring("shared", list(_shared(cells)), lambda stage: run_stage(stage, parent, FREE))
     else:
-        _run_shared(cells, parent, slots)
+        run_stages("shared stages", _shared(cells), parent, slots)  # without them no arm can run, and the whole study fails
     futures = {c.name: run_cell.submit(c, plan, parent, slots, budget, record, pool, return_state=False) for c in cells}
     settle("arms", futures)
     return {cell: _became(future) for cell, future in futures.items()}
 
 
-def _shared(cells: list[Cell]) -> list[str]:
-    """The stages before the arms, in DVC's order."""
+def _shared(cells: list[Cell]) -> dict[str, list[str]]:
+    """The stages before the arms, in DVC's order, and what each needs."""
     of_cells = {f"{stage}@{cell.name}" for cell in cells for stage in ("distill", "evaluate")}
-    return [stage for stage in dvc.graph() if stage not in of_cells and stage != CLOSING]
-
-
-def _run_shared(cells: list[Cell], parent: str, slots: threading.Semaphore) -> None:
-    """Raises dvc.StageFailed: without them no arm can run, and the whole study fails."""
-    graph, futures = dvc.graph(), dict[str, PrefectFuture[dvc.Outcome]]()
-    for stage in _shared(cells):
-        upstream = [futures[before] for before in graph[stage]]
-        futures[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
-    settle("shared stages", futures)
-    for future in futures.values():
-        future.result()
+    return {stage: needs for stage, needs in dvc.graph().items() if stage not in of_cells and stage != CLOSING}
 
 
 def _became(future: PrefectFuture[dvc.Outcome]) -> str:
