@@ -22,7 +22,7 @@ from typing import Literal
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, unknown
 from components.process import end_with_parent
 
-DVC = [sys.executable, "-m", "dvc"]
+DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 POOL = "pool"  # the remote over which machines exchange results, where they do not share a cache
 STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # so that no name is taken for an option
 GRACE_S = 20  # from asking a stage to stop until it is killed
@@ -198,17 +198,16 @@ def _has_pool() -> bool:
 
 def fetch(target: str) -> None:
     """Bring what a .dvc file names here, from the cache or the remote. Raises InputError."""
-    done = subprocess.run(
-        [*DVC, "--wait-for-lock", "pull", "--quiet", target], capture_output=True, text=True, env=_environment()
-    )
+    done = _command("pull", "--quiet", target)
     if done.returncode:
         raise InputError(f"`dvc pull {target}` failed: {done.stderr.strip()[-2000:]}")
 
 
 def cache() -> Path:
     """The folder of DVC's cache here."""
-    told = subprocess.run([*DVC, "cache", "dir"], check=True, capture_output=True, text=True, env=_environment()).stdout
-    return Path(told.strip()).resolve()
+    done = _command("cache", "dir")
+    done.check_returncode()
+    return Path(done.stdout.strip()).resolve()
 
 
 def share(folder: Path, cache: Path) -> None:
@@ -225,8 +224,7 @@ def send_to_pool() -> None:
     """Send what was made here, and of what, to the remote of the pool, if there is one. Raises TryAgainError."""
     if not _has_pool():
         return
-    command = [*DVC, "--wait-for-lock", "push", "--quiet", "--run-cache", "--remote", POOL]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    done = _command("push", "--quiet", "--run-cache", "--remote", POOL)
     if done.returncode:
         raise TryAgainError(f"`dvc push --run-cache --remote {POOL}` failed: {done.stderr.strip()[-2000:]}")
 
@@ -255,6 +253,10 @@ def bring(md5: str, folder: Path) -> None:
             ) from None
 
 
+def _command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*DVC, *words], capture_output=True, text=True, env=_environment())
+
+
 def _repro(
     stage: str,
     words: list[str],
@@ -267,7 +269,7 @@ def _repro(
             raise Interrupted(f"stage {stage} is not begun: this process is being stopped")
         _mend_rwlock()
         process = subprocess.Popen(
-            [*DVC, "--wait-for-lock", "repro", *words],
+            [*DVC, "repro", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=_environment() | dict(env or {}),
