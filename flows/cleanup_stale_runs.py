@@ -38,7 +38,8 @@ def leaks() -> list[Leak]:
     Raises TryAgainError if that server does not answer.
     """
     with servers.asking_prefect():
-        return [*(_on_server() if reachable() else ()), *_on_this_machine()]
+        worktrees = (f"worktree .runs/workspaces/{name} of a run that died" for name in workspace.left())
+        return [*(_on_server() if reachable() else ()), *(Leak(what, workspace.sweep) for what in worktrees)]
 
 
 def free() -> Iterator[str]:
@@ -66,11 +67,6 @@ def _on_server() -> Iterator[Leak]:
         holding = {run.id: run for run in [*before, *after]}  # whoever came or went while the limits were read
         yield from (_as_leak(run) for run in after if _died(run))
         yield from _surplus(client, limits, list(holding.values()))
-
-
-def _on_this_machine() -> Iterator[Leak]:
-    for name in workspace.left():
-        yield Leak(f"worktree .runs/workspaces/{name} of a run that died", workspace.sweep)
 
 
 def _holding(client: SyncPrefectClient) -> list[FlowRun]:

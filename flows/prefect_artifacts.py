@@ -63,13 +63,13 @@ def leaderboard() -> None:
     if not COMPARISON.exists() or Absent.reason_at(COMPARISON):
         return
     found = Comparison.read(COMPARISON)
-    teacher = {"arm": "teacher", "exact match": _percent(found.teacher.exact_match), "95%": _interval(found.teacher.ci95)}
+    teacher = {"arm": "teacher", "exact match": f"{found.teacher.exact_match:.1%}", "95%": _interval(found.teacher.ci95)}
     rows = [
         {
             "arm": arm,
-            "exact match": _percent(result.exact_match),
+            "exact match": f"{result.exact_match:.1%}",
             "95%": _interval(result.ci95),
-            "of the teacher": "" if result.share_of_teacher is None else _percent(result.share_of_teacher),
+            "of the teacher": "" if result.share_of_teacher is None else f"{result.share_of_teacher:.1%}",
             "training, s per step": f"{result.step_seconds:.3g}",
             "peak MiB": f"{result.peak_memory_mib:,.0f}",
         }
@@ -124,9 +124,5 @@ def put(show: Shown, **what: Any) -> Any:
         return None
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
 def _interval(bounds: tuple[float, float]) -> str:
-    return " to ".join(_percent(bound) for bound in bounds)
+    return " to ".join(f"{bound:.1%}" for bound in bounds)

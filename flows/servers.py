@@ -93,30 +93,24 @@ def up(
     """
     auth = server_setup.password(host)
     with locked(HOME / "up.lock"):
-        return _up(host, ports, postgres, auth, say)
-
-
-def _up(
-    host: str, ports: Mapping[Name, int], postgres: str | None, auth: str | None, say: Callable[[str], None]
-) -> list[Server]:
-    running = {server.name: server for server in started() if server.alive()}
-    missing = [name for name in NAMES if name not in running]
-    for name in missing:
-        _port_free(host, ports[name], name)
-    databases = server_setup.databases(postgres)
-    fresh: list[Server] = []
-    try:
+        running = {server.name: server for server in started() if server.alive()}
+        missing = [name for name in NAMES if name not in running]
         for name in missing:
-            fresh.append(_start(name, host, ports[name], databases[name], auth))
-            running[name] = fresh[-1]
-        for server in fresh:
-            say(f"{server.name}: starting at {server.url}, log in {server.log}")
-        for server in fresh:
-            _wait(server)
-    except BaseException:
-        for server in fresh:
-            _stop(server)
-        raise
+            _port_free(host, ports[name], name)
+        databases = server_setup.databases(postgres)
+        fresh: list[Server] = []
+        try:
+            for name in missing:
+                fresh.append(_start(name, host, ports[name], databases[name], auth))
+            for server in fresh:
+                say(f"{server.name}: starting at {server.url}, log in {server.log}")
+            for server in fresh:
+                _wait(server)
+        except BaseException:
+            for server in fresh:
+                _stop(server)
+            raise
+    running |= {server.name: server for server in fresh}
     return [running[name] for name in NAMES]
 
 
@@ -284,7 +278,5 @@ def report() -> Iterator[tuple[str, str]]:
         elif not server.alive():
             yield name, f"ended by itself; its log: {server.log}"
         else:
-            yield (
-                name,
-                f"{'up' if server.healthy() else 'does not answer'} at {server.url}, process {server.pid}, log {server.log}",
-            )
+            how = "up" if server.healthy() else "does not answer"
+            yield name, f"{how} at {server.url}, process {server.pid}, log {server.log}"
