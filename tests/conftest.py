@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from flows import QUIET, STARTUP
+
 os.environ |= {
     "OMP_NUM_THREADS": "1",  # with two, another process on a core costs an order of magnitude: OpenMP spins while it waits
     "ALIGNTI_THREADS": "1",
@@ -16,15 +18,9 @@ os.environ |= {
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_DISABLE_AGENT_HINT": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
-    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    **QUIET,
+    **STARTUP,
     "ALIGNTI_TRACKING_URI": "journal",  # MLflow only where a test asks for it
 }
 for _name in ("ALIGNTI_PARENT_RUN_ID", "MLFLOW_RUN_ID", "DVC_STAGE", "RANK"):
