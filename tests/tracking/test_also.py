@@ -40,11 +40,11 @@ def test_a_journal_is_handed_on_once_whatever_interrupts_it() -> None:
     (journal,) = journals()
     whole = journal.read_bytes()
     journal.write_bytes(whole[: whole.index(b"\n") + 20])  # half a line
-    assert [line["event"] for line in also._gained(journal, journal.with_suffix(".noted"))] == ["start"]
+    assert [line["event"] for line in also._left(journal, journal.with_suffix(".noted"))] == ["start"]
     journal.write_bytes(whole)
     also.follow("noted", journal)
     assert Noted.lines[:2] == ["distill/align_ti", "params"] and Noted.lines[-2:] == ["end", "closed"]
-    assert also._gained(journal, journal.with_suffix(".noted")) == []
+    assert also._left(journal, journal.with_suffix(".noted")) == []
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
