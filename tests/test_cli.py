@@ -100,6 +100,11 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
     listed = alignti(root, "arms").stdout.splitlines()
     assert [line.split()[:3] for line in listed[:2]] == [["sft", "-", "student"], ["kd", "25.0%", "student"]]
     assert listed[1].endswith("sft 1 kd 1")
+    noted = {"distill@kd": {"outs": [{"path": "s/kd"}], "params": {"params/distill.yaml": {"steps": 10**6}}}}
+    noted |= {"evaluate@kd": {"deps": [{"path": "s/kd/model"}], "params": {}}}
+    (root / "dvc.lock").write_text(json.dumps({"stages": noted}))
+    _, old, *_, said = alignti(root, "arms").stdout.splitlines()
+    assert old.split()[1] == "25.0%*" and said.startswith("* of a run with other params")
     assert alignti(root, "runs").stdout.split() == [journal.stem, "FINISHED", "smoke", "0123456789"]
     assert re.fullmatch(r"alignti \S+\n", alignti(root, "--version").stdout)
     assert alignti(root, "plan", "-h").returncode == 0

@@ -185,9 +185,15 @@ def arms() -> None:
     from components.config.load import load_settings
     from components.records.evaluate import Scores
     from components.records.paths import SCORES
+    from components.tracking import provenance
 
-    for name, arm in load_settings().study.arms.items():
+    arms = load_settings().study.arms
+    scored = {name: Scores.read(file) for name in arms if (file := SCORES / name / "scores.json").is_file()}
+    old = provenance.of_other_params(f"evaluate@{name}" for name in scored)
+    for name, arm in arms.items():
         weights = " ".join(f"{term} {weight:g}" for term, weight in dict(arm.weights).items() if weight)
-        file = SCORES / name / "scores.json"
-        score = f"{Scores.read(file).exact_match:.1%}" if file.is_file() else "-"
+        mark = "*" if f"evaluate@{name}" in old else ""
+        score = f"{scored[name].exact_match:.1%}{mark}" if name in scored else "-"
         typer.echo(f"{name:20} {score:>6}  {arm.student:12} seed {arm.seed:<4} {weights}")
+    if old:
+        typer.echo("* of a run with other params than those of now; `alignti plan` says what would run")

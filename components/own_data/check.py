@@ -47,7 +47,7 @@ class Tally:
     usable: Counter[Split] = field(default_factory=Counter)
     questions: Counter[tuple[Split, int]] = field(default_factory=Counter)  # images with so many different ones
     tokens: Counter[int] = field(default_factory=Counter)  # usable samples of so many
-    answers: Counter[int] = field(default_factory=Counter)  # first answers of so many tokens, the end among them
+    answers: Counter[tuple[Split, int]] = field(default_factory=Counter)  # first answers of so many tokens, the end among them
     refused: list[Refused] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
 
@@ -66,7 +66,11 @@ class Tally:
                 self.tokens[tokens] += 1
             self.remarks += [remark] if remark else []
         self.usable[split] += len(kept)
-        self.answers.update(answer_lengths(judge.collators[0], kept))
+        self.answers.update((split, length) for length in answer_lengths(judge.collators[0], kept))
+
+    def first_answers(self, *splits: Split) -> Counter[int]:
+        """How many first answers of these splits, or of all, have so many tokens."""
+        return Counter(length for split, length in self.answers.elements() if split in (splits or SPLITS))
 
     def merge(self, other: Tally) -> None:
         for name, value in vars(other).items():
@@ -187,10 +191,11 @@ def report(found: Found, settings: Settings, folders: dict[str, Path], missing: 
             yield f"    {remark.split} {remark.id}: {remark.detail}"
     if tally.tokens:
         yield f"  longest sample {max(tally.tokens):,} tokens of models.max_length {settings.models.max_length:,}"
-    most = settings.evaluate.max_new_tokens
-    if longer := sum(count for length, count in tally.answers.items() if length > most):
-        longest = max(tally.answers)
-        yield f"  {longer:,} first answers are longer than evaluate.max_new_tokens {most}, the longest {longest}: raise it"
+    most, asked_in = settings.evaluate.max_new_tokens, settings.evaluate.split
+    answers = tally.first_answers(asked_in)
+    if longer := sum(count for length, count in answers.items() if length > most):
+        told = f"{longer:,} first answers of {asked_in} are longer than evaluate.max_new_tokens {most}"
+        yield f"  {told}, the longest {max(answers)}: raise it"
 
 
 def accept(found: Found, settings: Settings) -> None:

@@ -160,7 +160,7 @@ def _choices(found: Found, settings: Settings, pair: Pair) -> Iterator[Choice]:
     yield Choice("distill.steps", steps, f"one epoch of {train:,} samples")
     yield Choice("distill.log_every", max(1, min(20, steps // 10)), "ten times a training, or every 20 steps")
     yield Choice("distill.checkpoint_every", max(1, min(500, steps // 4)), "four times a training, or every 500 steps")
-    answer = max(tally.answers)
+    answer = max(tally.first_answers())
     yield Choice(
         "evaluate.max_new_tokens",
         min(answer, LONGEST_ANSWER),

@@ -83,9 +83,10 @@ class Preview:
 
     @property
     def answers(self) -> str:
-        longer = sum(count for length, count in self.tally.answers.items() if length > self.max_new_tokens)
+        answers = self.tally.first_answers()
+        longer = sum(count for length, count in answers.items() if length > self.max_new_tokens)
         return (
-            f"First answers have {max(self.tally.answers, default=0):,} tokens at most, of evaluate.max_new_tokens"
+            f"First answers have {max(answers, default=0):,} tokens at most, of evaluate.max_new_tokens"
             f" {self.max_new_tokens:,}; {f'{longer:,} are' if longer else 'none is'} longer"
         )
 

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,25 @@ def locked() -> dict[str, dict[str, str]]:
 def read_by(stage: str) -> dict[str, str]:
     """Path -> md5 of what `dvc.lock` says that the stage read; empty if it has not run."""
     return {dep["path"]: dep["md5"] for dep in lock_file().get(stage, {}).get("deps", [])}
+
+
+def of_other_params(stages: Iterable[str]) -> set[str]:
+    """Those of the stages that, or whose earlier stages, `dvc.lock` noted with other values than `params/` have now."""
+    noted = lock_file()
+    makers = {Path(out["path"]): name for name, entry in noted.items() for out in entry.get("outs", [])}
+    now = {file: _yaml(Path(file)) for entry in noted.values() for file in entry.get("params", {}) if Path(file).is_file()}
+    differing = {
+        name
+        for name, entry in noted.items()
+        if any(_chosen(now.get(file), list(values)) != values for file, values in entry.get("params", {}).items())
+    }
+
+    def needed(stage: str) -> set[str]:
+        paths = [Path(dep["path"]) for dep in noted.get(stage, {}).get("deps", [])]
+        before = {makers[path] for dep in paths for path in (dep, *dep.parents) if path in makers}
+        return {stage}.union(*map(needed, before))
+
+    return {stage for stage in stages if needed(stage) & differing}
 
 
 def lock_file() -> dict[str, Any]:

@@ -123,3 +123,10 @@ def test_first_answers_are_counted_as_the_template_writes_them(family: str, styl
     collator = Collator(processor, Template("", style=style), 1000, train=True)  # type: ignore[arg-type]
     sample = Sample("1", "1", "kind", b"", (Turn("<image>\nwhat ?", "one two"), Turn("and ?", "three three three three")))
     assert check.answer_lengths(collator, [sample]) == [len(processor.tokenizer(said, add_special_tokens=False).input_ids) + 1]
+
+
+def test_answers_that_are_never_evaluated_do_not_ask_for_more_tokens() -> None:
+    tally = check.Tally()
+    tally.answers.update({("train", 28): 8, ("test", 14): 3, ("test", 9): 1})
+    assert tally.first_answers("test") == {14: 3, 9: 1}
+    assert tally.first_answers() == {28: 8, 14: 3, 9: 1}
