@@ -65,7 +65,7 @@ def try_sync(tracking_uri: str) -> bool:
     try:
         sync(tracking_uri)
     except Exception as error:  # MLflow, its server and its database raise all sorts
-        warn(f"MLflow does not take the journals ({' '.join(str(error).split())[:300]}); `alignti sync` sends them later")
+        warn(f"MLflow does not take the journals ({one_line(error)}); `alignti sync` sends them later")
         return False
     return True
 
@@ -143,9 +143,7 @@ def main() -> None:
     asked = parser.parse_args()
     sent = follow(asked.journals, uri, voice, asked.below)
     voice.flush()
-    os._exit(
-        SENT if sent else NOT_SENT_AND_SAID_SO
-    )  # taking MLflow's modules down lasts as long as sending, and the stage waits
+    os._exit(SENT if sent else NOT_SENT_AND_SAID_SO)  # the stage waits, and MLflow's modules take long to come down
 
 
 if __name__ == "__main__":
