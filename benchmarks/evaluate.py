@@ -128,7 +128,7 @@ def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict
         "vlmeval, all answers known": kit,
     }
     taken: dict[str, list[Spent]] = {way: [] for way in ways}
-    with serve.served(model, device.type, scratch / "server.log") as endpoint:
+    with serve.served(model, "student", device.type, scratch / "server.log") as endpoint:
 
         def one(row: int) -> None:
             ask(endpoint, [samples[row].image or b"", question_of(samples[row].turns[0])], tokens)

@@ -68,9 +68,9 @@ def serve(
     from components.release.model import find
     from components.runtime import prepare_torch
 
-    log, settings = RUNS / "serve" / f"{port}.log", load_settings()
+    log, settings = RUNS / "serve" / str(port) / "server.log", load_settings()
     device = prepare_torch(settings.runtime, seed=0)
-    with served(find(model, settings).path, device.type, log, host, port) as endpoint:
+    with served(find(model, settings).path, Path(model).resolve().name, device.type, log, host, port) as endpoint:
         typer.echo(f"{endpoint.url}/v1 serves the model named {endpoint.model}; log: {log}; Ctrl-C ends it")
         signal.pause()
 

@@ -155,7 +155,7 @@ def _session(bench: Bench, arm: str, model: Path, using: vlmeval.Kit) -> Iterato
     """The served model before VLMEvalKit. Raises TryAgainError while another process measures the arm."""
     folder, new_tokens = FOLDER / "vlmeval" / arm, bench.settings.evaluate.max_new_tokens
     journal = _journal(folder, model, using.version, new_tokens, bench.device.type, bench.system)
-    with _alone(folder), serve.served(model, bench.device.type, folder / "server.log") as endpoint:
+    with _alone(folder), serve.served(model, arm, bench.device.type, folder / "server.log") as endpoint:
         asked = endpoint._replace(system=bench.system)
         yield vlmeval.Session(using, asked, folder, journal, new_tokens, f"{arm}: vlmeval")
 

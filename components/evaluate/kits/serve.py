@@ -29,22 +29,27 @@ STOP_S = 20
 DTYPE = "float32"  # dtype of the stage `evaluate`, so that answers are the same
 
 TRANSFORMERS = """
-import os
+import os, sys
 from components.process import end_with_parent
 end_with_parent()
+os.chdir(sys.argv.pop(1))
+from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.transformers import main
+name = sys.argv[2]
+ModelManager.get_gen_models = staticmethod(lambda: [{"id": name, "object": "model", "created": 0, "owned_by": "alignti"}])
 main()
-"""  # in the place of `transformers serve`
+"""  # in the place of `transformers serve`, whose /v1/models lists the hub's cache, and fails where there is none
 
 
 def command(model: Path, host: str, port: int, device: str) -> list[str]:
-    """Raises InputError if no server is installed, or for an open bind that nobody has to show a key for."""
+    """Serves `model` under its folder's name. Raises InputError if no server is installed, or for an open bind that nobody has
+    to show a key for."""
     key = KEY in os.environ
     if find_spec("vllm"):
         if not is_loopback(host) and not key:
             raise InputError(f"{host} is open to others: set {KEY} to what they have to know, or serve on {LOOPBACK}")
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        serve += ["--served-model-name", str(model), "--generation-config", "vllm", "--dtype", DTYPE]
+        serve += ["--served-model-name", model.name, "--generation-config", "vllm", "--dtype", DTYPE]
         return [*serve, "--host", host, "--port", str(port)]
     absent = [name for name in ("openai", "uvicorn", "fastapi") if not find_spec(name)]
     if absent:
@@ -54,7 +59,7 @@ def command(model: Path, host: str, port: int, device: str) -> list[str]:
             f"{host} is open to others, and `transformers serve` asks nobody for a key: serve on {LOOPBACK}, with a proxy that"
             f" asks before it, or install vLLM and set {KEY}"
         )
-    serve = [sys.executable, "-c", TRANSFORMERS, "serve", str(model), "--device", device, "--dtype", DTYPE]
+    serve = [sys.executable, "-c", TRANSFORMERS, str(model.parent), "serve", model.name, "--device", device, "--dtype", DTYPE]
     return [*serve, "--host", host, "--port", str(port)]
 
 
@@ -68,10 +73,11 @@ def is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def served(model: Path, device: str, log: Path, host: str = LOOPBACK, port: int | None = None) -> Iterator[Endpoint]:
+def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK, port: int | None = None) -> Iterator[Endpoint]:
     """A server for `model`, ready when the block is entered and gone when it is left; what it says goes to `log`.
 
     Args:
+        name: what requests call the model.
         device: "cpu", "cuda" or "mps".
         port: a free one if None.
 
@@ -82,14 +88,16 @@ def served(model: Path, device: str, log: Path, host: str = LOOPBACK, port: int 
     """
     model = model.resolve()
     weight_files(model)
-    endpoint = Endpoint(f"http://{_bracketed(host)}:{port or _free_port()}", str(model))
+    endpoint = Endpoint(f"http://{_bracketed(host)}:{port or _free_port()}", name)
     if healthy(endpoint.url):
         raise InputError(f"something serves at {endpoint.url} already: choose another --port")
     environment = {name: value for name, value in os.environ.items() if name != KEY}
     if KEY in os.environ:
         environment["VLLM_API_KEY"] = os.environ[KEY]  # not on the command line, where every user of the machine could read it
-    words = command(model, host, int(endpoint.url.rsplit(":", 1)[1]), device)
     log.parent.mkdir(parents=True, exist_ok=True)
+    (link := log.parent / name).unlink(missing_ok=True)
+    link.symlink_to(model)
+    words = command(link, host, int(endpoint.url.rsplit(":", 1)[1]), device)
     with log.open("w") as said:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=environment)
     try:

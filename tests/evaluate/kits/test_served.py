@@ -7,6 +7,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ from tests.evaluate.conftest import Tracked
 from tests.evaluate.kits.conftest import needs_lm_eval, needs_server, needs_vlmeval
 
 ROOT = Path(__file__).parents[3]
+
+
+@needs_server
+def test_the_model_is_listed_under_the_name_that_requests_have(endpoint: Endpoint) -> None:
+    with urlopen(f"{endpoint.url}/v1/models") as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ["toy"] == [endpoint.model]
 
 
 @needs_server
