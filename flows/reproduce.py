@@ -11,18 +11,20 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from components.config.settings import Settings
 from components.errors import InputError, TryAgainError
 from components.io import write_text
-from components.tracking import mlflow_client, mlflow_mirror, mlflow_registry, provenance
+from components.tracking import history, mlflow_client, mlflow_mirror, mlflow_registry, provenance
 from components.tracking.journal import JOURNALS, events
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 from flows import dvc
 from flows.workspace import workspace
 
+MLFLOW_ID = re.compile("[0-9a-f]{32}")
 TIMED = ("cost.json",)  # files with times, which never repeat
 PAGES = "reports/"  # pages and plots, which print such figures
 
@@ -83,6 +85,10 @@ def find(run: str, settings: Settings) -> Recorded:
         journal = next(sent, journal).with_suffix(".jsonl")
     if journal.exists():
         return _from_journal(run, journal, settings)
+    if not MLFLOW_ID.fullmatch(run):
+        near = get_close_matches(run, [path.stem for path in JOURNALS.glob("*.jsonl")], n=1)
+        hint = f" did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no run {run!r} in {JOURNALS};{hint} `alignti runs` lists them")
     if settings.runtime.tracking_uri == JOURNAL_ONLY:
         raise InputError(f"there is no journal {run} in {JOURNALS}, and no MLflow to ask (tracking_uri is `journal`)")
     from mlflow.exceptions import MlflowException
@@ -109,11 +115,18 @@ def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) 
             write_text(Path(file), text)
         run.tag("reproduces", recorded.run)
         chain = list(dvc.graph([recorded.stage]))
+        _announce(chain[-1:] if stage_only else chain)
         for stage in chain:
             dvc.reproduce(stage, {PARENT: run.id}, anew=stage == recorded.stage or not stage_only)
         outcome = _compare(recorded, [recorded.stage] if stage_only else chain)
         run.tag("same_bytes", str(outcome.same).lower())
     return outcome
+
+
+def _announce(anew: list[str]) -> None:
+    took = [told[0] for stage in anew if (told := history.last_seconds(stage))]
+    minutes = f"; they took {sum(took) / 60:.1f} min when they last ran here" if len(took) == len(anew) else ""
+    print(f"{len(anew)} stage(s) to run anew: {', '.join(anew)}{minutes}", flush=True)
 
 
 def _can_be_had(recorded: Recorded) -> None:

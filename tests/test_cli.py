@@ -80,6 +80,10 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
         (["promote", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
         (["controls", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
         (["evaluate", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
+        (["evaluate", "--kit", "lm_eval"], "there is no kit 'lm_eval'; did you mean 'lm-eval'?"),
+        (["replay", "nowhere"], "there is no dump of a step 'nowhere'; there are none"),
+        (["reproduce", "nosuch"], "there is no run 'nosuch' in .runs/journal; `alignti runs` lists them"),
+        (["benchmarks", "gqaa"], "there is no benchmark 'gqaa'; did you mean 'gqa'?"),
     ],
 )
 def test_a_name_is_checked_before_anything_heavy_is_imported(root: Path, words: list[str], said: str) -> None:
@@ -93,7 +97,8 @@ def test_a_name_is_checked_before_anything_heavy_is_imported(root: Path, words: 
 def test_arms_runs_and_version_are_listed(root: Path) -> None:
     journal = root / ".runs/journal/20260101T000000-distill@kd-0a.jsonl"
     journal.parent.mkdir(parents=True)
-    start = {"event": "start", "tags": {"recipe": "smoke", "mlflow.source.git.commit": "0123456789abcdef"}}
+    earlier = journal.with_name("arm-kd-00.jsonl")
+    start = {"event": "start", "time": 2, "tags": {"recipe": "smoke", "mlflow.source.git.commit": "0123456789abcdef"}}
     journal.write_text(f'{json.dumps(start)}\n{{"event": "end", "status": "FINISHED"}}\n')
     scores = Scores(arm="kd", samples=4, exact_match=0.25, token_f1=0.5, per_kind={}, token_f1_per_kind={}, yes_no={})
     scores.write(root / "artifacts/scores/kd/scores.json")
@@ -105,7 +110,9 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
     (root / "dvc.lock").write_text(json.dumps({"stages": noted}))
     _, old, *_, said = alignti(root, "arms").stdout.splitlines()
     assert old.split()[1] == "25.0%*" and said.startswith("* of a run with other params")
-    assert alignti(root, "runs").stdout.split() == [journal.stem, "FINISHED", "smoke", "0123456789"]
+    earlier.write_text(json.dumps(start | {"time": 1}))  # the later file is of the earlier run
+    runs = [line.split() for line in alignti(root, "runs").stdout.splitlines()]
+    assert runs == [[earlier.stem, "open", "smoke", "0123456789"], [journal.stem, "FINISHED", "smoke", "0123456789"]]
     assert re.fullmatch(r"alignti \S+\n", alignti(root, "--version").stdout)
     assert alignti(root, "plan", "-h").returncode == 0
 
@@ -191,7 +198,7 @@ def test_benchmarks_say_how_to_get_each_and_what_is_open(root: Path) -> None:
     [
         (("serve", "nowhere"), "InputError: there is no model 'nowhere'"),
         (("serve", "sft", "--port", "99999"), "less than or equal to 65535"),
-        (("evaluate", "--kit", "lmms"), "InputError: --kit lmms: there are own, vlmeval, lm-eval\n"),
+        (("evaluate", "--kit", "lmms"), "InputError: there is no kit 'lmms'; there are own, vlmeval, lm-eval\n"),
     ],
 )
 def test_what_cannot_be_served_or_evaluated_is_named(root: Path, words: tuple[str, ...], said: str) -> None:

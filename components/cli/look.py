@@ -128,12 +128,12 @@ def controls(
 @app.command()
 def benchmarks(name: Annotated[str | None, typer.Argument(help="One of them, with its prompt.")] = None) -> None:
     """List the benchmarks: what each asks, how it is scored, where to get it, and what is not verified."""
-    from components.errors import InputError
+    from components.errors import unknown
     from components.evaluate.benchmarks import BENCHMARKS
     from components.evaluate.statistics import noise_unpaired
 
     if name is not None and name not in BENCHMARKS:
-        raise InputError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+        raise unknown("benchmark", name, BENCHMARKS)
     for key in [name] if name else BENCHMARKS:
         entry = BENCHMARKS[key]
         items = f"{entry.items:,} questions" if entry.items else "number of questions not verified"

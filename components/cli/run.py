@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from components.config.names import check_arms
+from components.config.names import check_arms, check_dump
 
 app = typer.Typer()
 
@@ -74,6 +74,9 @@ def evaluate(
     blank: bool = typer.Option(False, "--blank", help="vlmeval's tasks with a plain grey image in each image's place."),
 ) -> None:
     """Measure students with the field's own kits, beside our own scores: reports/kits.md."""
+    from components.evaluate.kits import table
+
+    table.check(kit or ())
     check_arms(name for name in arm or () if not name.startswith("before-"))
     from components.evaluate.kits.command import evaluate as run
 
@@ -83,6 +86,7 @@ def evaluate(
 @app.command()
 def replay(dump: Path) -> None:
     """Rerun a step that stopped with a loss that was not finite, sample by sample, and say which sample's which term it is."""
+    check_dump(dump)
     from components.distill.replay import replay as findings_of
 
     found = 0

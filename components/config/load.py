@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -26,8 +27,10 @@ def load_settings(root: Path = Path()) -> Settings:
     """Read and check every file under `root/params`.
 
     Raises:
-        SettingsError: naming every problem of every file by file, line and key.
+        SettingsError: naming every problem of every file by file, line and key; or there is no params/.
     """
+    if not (root / "params").is_dir():
+        raise SettingsError(f"{root.resolve()} has no params/: run it in the folder of a project, a clone of this repository")
     raw, problems = {}, []
     for name in FILES:
         try:
@@ -97,8 +100,11 @@ def _said(root: Path, problem: Any) -> str:
 
 
 def _at(root: Path, file: str, keys: list[Any], message: str) -> str:
+    """A message about a block begins with the key in it that it is about, and its line is that key's."""
     key = ".".join(str(part) for part in keys)
-    return f"params/{file}.yaml:{_line(root / 'params' / f'{file}.yaml', keys)}: {key or '(file)'}: {message}"
+    first = re.match(r"`?([\w.]*)", message)
+    line = _line(root / "params" / f"{file}.yaml", [*keys, *(first[1].split(".") if first else ())])
+    return f"params/{file}.yaml:{line}: {key or '(file)'}: {message}"
 
 
 def _known_keys(keys: list[Any], file: str) -> list[str]:

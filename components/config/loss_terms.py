@@ -11,6 +11,7 @@ from pydantic_core import InitErrorDetails
 
 from components.align_ti import terms
 from components.config.fields import NonNegative, PositiveFloat, Ratio, Strict
+from components.errors import unknown
 
 
 class Divergence(Strict):
@@ -89,10 +90,8 @@ def as_tuples(value: Any) -> Any:
 def _of_terms(weights: dict[str, float]) -> dict[str, float]:
     """Those above 0."""
     for name in weights:
-        try:
-            terms.known(name)
-        except ValueError as error:
-            raise problem_at("value_error", (name,), {}, {"error": error}) from None
+        if name not in terms.names():
+            raise problem_at("value_error", (name,), {}, {"error": ValueError(unknown("loss term", name, terms.names()))})
     if not any(weights.values()):
         raise ValueError("at least one weight must be above 0")
     return {name: weight for name, weight in weights.items() if weight}

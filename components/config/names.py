@@ -6,6 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def check_dump(folder: Path) -> None:
+    """Raises InputError where no step was dumped."""
+    from components.errors import unknown
+    from components.records.paths import DUMPS
+
+    if not (folder / "dump.json").is_file():
+        raise unknown("dump of a step", str(folder), sorted(str(path) for path in DUMPS.glob("*-step-*")))
+
+
 def check_models(*names: str | None) -> None:
     """Raises InputError for what is no arm, `teacher`, folder or ORG/NAME of the hub."""
     from components.errors import unknown

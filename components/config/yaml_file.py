@@ -28,11 +28,16 @@ class _Loader(QUICK):  # type: ignore[misc, valid-type]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
-        for key, _ in node.value:
+        before: yaml.Node | None = None
+        for key, value in node.value:
             line = key.start_mark.line + 1
             kind = key.tag.rpartition(":")[2]
             if kind == "str" and not key.style and is_number(key.value):
                 kind = "float"  # to YAML 1.2, as DVC reads it
+            if kind == "int" and node.flow_style and before is not None and is_number(before.value) and value.value == "":
+                said, wanted = f"{before.value},{key.value}", f"{before.value}.{key.value}"  # {sft: 1,0}
+                raise _Bad(f"{line}: {said}: a number has a point; write {wanted}")
+            before = value
             if kind not in ("str", "merge"):
                 raise _Bad(f'{line}: {key.value}: YAML takes it for a {kind}, not for text; write "{key.value}"')
             if key.value in lines:

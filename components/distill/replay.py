@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from components.align_ti.step import AlignTI, Method, total
 from components.distill.teacher import FrozenTeacher
+from components.config.names import check_dump
 from components.errors import DataError, ModelError
 from components.io import sha256, write_text
 from components.models.collate import Batch
 from components.models.load import load
 from components.models.vlm import VLM
-from components.records.paths import RUNS
+from components.records.paths import DUMPS
 
-DUMPS = RUNS / "dumps"
 BESIDE = "image_inputs."
 TENSORS = ("input_ids", "attention_mask", "response", "instruction", "pictures", "pixel_values")
 
@@ -112,7 +112,7 @@ def replay(folder: Path) -> Iterator[str | Finding]:
     Yields what is not finite, first among the student's weights and the pixels, then per sample.
 
     Raises:
-        DataError: the folder is no dump.
+        InputError: the folder is no dump.
         ModelError: the models that it names are not those any more, or the step had no live teacher.
     """
     about = _about(folder)
@@ -147,11 +147,11 @@ def replay(folder: Path) -> Iterator[str | Finding]:
 
 
 def _about(folder: Path) -> dict[str, Any]:
+    check_dump(folder)
     try:
         about: dict[str, Any] = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = sorted(path.as_posix() for path in DUMPS.glob("*-step-*"))
-        raise DataError(f"{folder} is no dump of a step; there is {', '.join(known) or 'none'} under {DUMPS}") from None
+    except ValueError:
+        raise DataError(f"{folder}/dump.json is damaged") from None
     return about
 
 

@@ -26,12 +26,12 @@ class Asked:
             raise InputError(f"--name {self.name}: a recipe's name is of a-z, 0-9, _, . and -")
         if self.recipe.exists():
             raise InputError(f"{self.recipe} is there already: give another --name, or remove it to have it made anew")
+        if not self.data.is_file():
+            raise InputError(f"--data {self.data}: no such file")
         if self.data.suffix not in (".json", ".jsonl"):
             raise InputError(
                 f"--data {self.data}: .json and .jsonl are looked at; docs/data.md says how to name tar and Parquet"
             )
-        if not self.data.is_file():
-            raise InputError(f"--data {self.data}: no such file")
         if not self.images.is_dir():
             raise InputError(f"--images {self.images}: no such folder")
         self.checkpoint("teacher"), self.checkpoint("student")

@@ -18,6 +18,7 @@ STUDENTS = Path("artifacts/students")
 SCORES = Path("artifacts/scores")
 REPORTS = Path("reports")
 RUNS = Path(".runs")  # checkpoints, journals, run records: neither git's nor DVC's
+DUMPS = RUNS / "dumps"  # steps whose loss was not finite
 TEACHER_ARM = "teacher"  # the name under which the teacher's own scores stand beside the arms'
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

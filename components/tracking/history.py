@@ -56,6 +56,7 @@ def ran(run: str) -> tuple[str | None, list[str]]:
 class Told(NamedTuple):
     """A run as a list shows it."""
 
+    began: int  # ms since the epoch; 0 where its journal cannot be read
     name: str  # name of its journal
     status: str
     recipe: str | None
@@ -63,19 +64,19 @@ class Told(NamedTuple):
 
 
 def recorded() -> list[Told]:
-    """Every run that was journalled here, in order of time; one whose end is not told is `open`."""
+    """Every run that was journalled here, in order of their starts; one whose end is not told is `open`."""
     found = []
-    for journal in sorted(JOURNALS.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
+    for journal in JOURNALS.glob("*.jsonl"):
         lines = content(journal).splitlines()
         if not lines:
             continue  # its process was killed before it wrote a word
         try:
-            tags = json.loads(lines[0])["tags"]
+            start, tags = json.loads(lines[0])["time"], json.loads(lines[0])["tags"]
             status = json.loads(lines[-1])["status"] if b'"event": "end"' in lines[-1] else "open"
-        except ValueError:
-            tags, status = {}, "unreadable"
-        found.append(Told(journal.stem, status, tags.get("recipe"), tags.get("mlflow.source.git.commit", "none")))
-    return found
+        except (ValueError, KeyError):
+            start, tags, status = 0, {}, "unreadable"
+        found.append(Told(start, journal.stem, status, tags.get("recipe"), tags.get("mlflow.source.git.commit", "none")))
+    return sorted(found)
 
 
 def last_run(stage: str) -> str | None:

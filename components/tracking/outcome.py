@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +19,6 @@ from components.records.distill import Cost
 from components.records.evaluate import Scores
 from components.records.paths import SCORES, STUDENTS
 from components.tracking import history, journal, provenance
-from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import nearest_recipe
 
 ARM, CELL = "arm", "cell"  # tag `stage` of these runs: an arm of params/study.yaml, a cell of a study
@@ -91,11 +91,11 @@ def varied(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def comparison(arms: Sequence[str], server: str) -> str | None:
     """Address of MLflow's page that compares the last outcomes of these arms; None unless all were sent."""
-    sent = []
+    sent, runs = [], history.recorded()
     for arm in arms:
-        found = JOURNALS.glob(f"{ARM}-{arm}-{'[0-9a-f]' * DIGITS}.jsonl")
-        latest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-        state = latest and history.sent(latest.stem)
+        found = re.compile(rf"{ARM}-{re.escape(arm)}-[0-9a-f]{{{DIGITS}}}")
+        latest = next((run.name for run in reversed(runs) if found.fullmatch(run.name)), None)
+        state = latest and history.sent(latest)
         if not (state and state["run_id"]):
             return None
         sent.append(state)

@@ -68,7 +68,7 @@ def test_every_problem_of_every_file_is_named_with_file_line_and_key(root: Path)
     told = problems(root)
     for expected in (
         f"params/data.yaml:{lines[0]}: digits.grid: Input should be a valid integer, not 'four'",
-        "params/distill.yaml:1: (file): batch_size 64 is not a multiple of micro_batch_size 48",
+        f"params/distill.yaml:{lines[1]}: (file): batch_size 64 is not a multiple of micro_batch_size 48",
         f"params/evaluate.yaml:{lines[2]}: batchsize: unknown key; did you mean 'batch_size'?",
         "params/evaluate.yaml:1: batch_size: required, and missing",
         f"params/study.yaml:{lines[3]}: arms.sft.weights.sft: Input should be greater than or equal to 0, not -1.0",
@@ -142,9 +142,9 @@ def test_a_caption_describes_whole_patches(root: Path) -> None:
 
 
 def test_an_unknown_loss_term_is_told_with_those_there_are(root: Path) -> None:
-    line = put(root, "study", "kd: 1.0", "kb: 1.0")
+    line = put(root, "study", "kd: 1.0", "kdd: 1.0")
     (told,) = problems(root)
-    assert told.startswith(f"params/study.yaml:{line}: arms.kd.weights.kb: no loss term is called 'kb'; there are ")
+    assert told.startswith(f"params/study.yaml:{line}: arms.kd.weights.kdd: there is no loss term 'kdd'; did you mean 'kd'? ")
     assert ", kd," in told
 
 
@@ -189,6 +189,7 @@ def test_a_key_that_stands_twice_is_named(root: Path, file: str, below: str, twi
         (r"steps: \d+", "steps: 0400", "0400: YAML takes it for 256"),
         (r"steps: \d+", "steps: 6:40", "6:40: YAML takes it for 400"),
         (r"learning_rate: [^,]+", "learning_rate: 1:30.5", "1:30.5: YAML takes it for 90.5"),
+        (r"learning_rate: [^,]+", "learning_rate: 1,5", "1,5: a number has a point; write 1.5"),
         ("steps:", f"deep: {'[' * 5000}{']' * 5000}\nsteps:", "deep: unknown key"),
     ],
 )
@@ -196,6 +197,12 @@ def test_what_yaml_reads_as_nobody_means_it_is_told(root: Path, old: str, new: s
     put(root, "distill", old, new)
     (told,) = problems(root)
     assert said in told
+
+
+def test_a_folder_that_is_no_project_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"has no params/: run it in the folder of a project") as raised:
+        load_settings(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("seed", [-1, 20_261_129_131_500, 2**64])

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from components.distill.replay import DUMPS, Finding, replay
-from components.errors import AlignTIError, DataError, ModelError
+from components.distill.replay import Finding, replay
+from components.errors import AlignTIError, DataError, InputError, ModelError
 from components.models.checkpoint_folder import record
 from components.models.collate import Collator, Processed
 from components.records.models import ModelIndex
-from components.records.paths import MODELS
+from components.records.paths import DUMPS, MODELS
 from tests.distill.conftest import write_params
 from tests.distill.test_stage import run
 
@@ -93,7 +93,7 @@ def test_a_dump_is_refused_when_its_models_changed_or_it_is_none(workplace: Path
     write_params(workplace, "distill", {"batch_size": 16, "micro_batch_size": 16})
     planted(monkeypatch, "3-digit", float("nan"))
     dump = stopped("sft")
-    with pytest.raises(DataError, match=r"nowhere is no dump of a step; there is .runs/dumps/sft-step-1"):
+    with pytest.raises(InputError, match=r"there is no dump of a step 'nowhere'; there are .runs/dumps/sft-step-1"):
         list(replay(Path("nowhere")))
     about = json.loads((dump / "dump.json").read_text())
     (Path(about["teacher"]["path"]) / "README.md").write_text("another teacher")

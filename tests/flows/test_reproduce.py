@@ -32,6 +32,12 @@ def test_a_run_is_found_by_its_id_and_by_each_of_its_files(name: str) -> None:
     assert reproduce.find(name, SETTINGS) == "1-kd.jsonl"
 
 
+def test_a_name_that_is_no_id_is_not_asked_of_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce.mlflow_client, "client", lambda _: pytest.fail("asked"))
+    with pytest.raises(InputError, match=r"there is no run '1-kt' in .runs/journal; did you mean '1-kd'\? `alignti runs` lists"):
+        reproduce.find("1-kt", SETTINGS)
+
+
 @pytest.mark.parametrize("code", ["RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"])
 def test_a_name_that_is_nobodys_is_a_mistake_and_no_fault_of_mlflows(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
@@ -39,8 +45,8 @@ def test_a_name_that_is_nobodys_is_a_mistake_and_no_fault_of_mlflows(code: str, 
 
     monkeypatch.setattr(reproduce.mlflow_client, "client", lambda _: None)
     monkeypatch.setattr(reproduce, "_from_mlflow", refuse)
-    with pytest.raises(InputError, match=r"neither .runs/journal nor MLflow has a run 2-kd$"):
-        reproduce.find("2-kd.sent", SETTINGS)
+    with pytest.raises(InputError, match=r"neither .runs/journal nor MLflow has a run 0123456789abcdef0123456789abcdef$"):
+        reproduce.find("0123456789abcdef" * 2, SETTINGS)
 
 
 @pytest.mark.parametrize(

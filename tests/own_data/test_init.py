@@ -132,10 +132,11 @@ def test_the_paper_s_template_stands_in_where_there_is_none(own: Path) -> None:
         ({"teacher": "hub/larg"}, "--teacher hub/larg: no such folder; a model of the hub is ORG/NAME@COMMIT"),
         ({"student": "org/name@main"}, "--student org/name@main: no such folder"),
         ({"name": "../x"}, "--name ../x"),
-        ({"data": Path("data/x.parquet")}, "docs/data.md says how"),
+        ({"data": Path("rows.parquet")}, "docs/data.md says how"),
     ],
 )
 def test_arguments_are_checked_first(own: Path, changed: dict[str, object], said: str) -> None:
+    Path("rows.parquet").touch()
     with pytest.raises(InputError) as raised:
         asked(**changed).check()
     assert said in str(raised.value)

@@ -22,9 +22,7 @@ def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], bla
     """
     settings = load_settings()
     kits = kits or table.KITS
-    unknown = [kit for kit in kits if kit not in table.KITS]
-    if unknown:
-        raise InputError(f"--kit {unknown[0]}: there are {', '.join(table.KITS)}")
+    table.check(kits)
     known = [*settings.study.arms, TEACHER_ARM]
     strange = [arm for arm in arms if arm not in known and not arm.startswith(measure.BEFORE)]
     if strange:

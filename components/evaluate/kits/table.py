@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from components.errors import DataError
+from components.errors import DataError, unknown
 from components.evaluate.fingerprint import differences
 from components.evaluate.kits.lm_eval import TEXT
 from components.evaluate.kits.scores import KitScores
@@ -16,6 +16,13 @@ from components.report import markdown as md
 
 KITS = ("own", "vlmeval", "lm-eval")
 SHOWN = 5  # disagreements, and samples in trouble, per model and kit; kits.json has all
+
+
+def check(kits: Iterable[str]) -> None:
+    """Raises InputError for what is no way of measuring."""
+    for kit in kits:
+        if kit not in KITS:
+            raise unknown("kit", kit, KITS)
 
 
 class Asked(Record):

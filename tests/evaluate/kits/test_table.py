@@ -14,7 +14,7 @@ from components.records.paths import REPORTS
 
 
 def test_what_is_not_there_is_named_before_anything_runs(workplace: Path) -> None:
-    with pytest.raises(InputError, match="--kit lmms: there are own, vlmeval, lm-eval"):
+    with pytest.raises(InputError, match="there is no kit 'lmms'; there are own, vlmeval, lm-eval"):
         evaluate(["lmms"], [], [])
     with pytest.raises(InputError, match="--arm nobody: there are sft, kd"):
         evaluate([], ["nobody"], [])
