@@ -80,7 +80,7 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
         (["promote", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
         (["controls", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
         (["evaluate", "--arm", "algin_ti"], "there is no arm 'algin_ti'; did you mean 'align_ti'?"),
-        (["evaluate", "--kit", "lm_eval"], "there is no kit 'lm_eval'; did you mean 'lm-eval'?"),
+        (["evaluate", "--kit", "vlm"], "there is no kit 'vlm'; did you mean 'vlmeval'?"),
         (["replay", "nowhere"], "there is no dump of a step 'nowhere'; there are none"),
         (["reproduce", "nosuch"], "there is no run 'nosuch' in .runs/journal; `alignti runs` lists them"),
         (["benchmarks", "gqaa"], "there is no benchmark 'gqaa'; did you mean 'gqa'?"),

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.align_ti.step import AlignTI, Method, total
-from components.distill.teacher import FrozenTeacher
 from components.config.names import check_dump
+from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError
 from components.io import sha256, write_text
 from components.models.collate import Batch

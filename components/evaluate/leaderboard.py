@@ -221,8 +221,8 @@ def _shown(value: float | None, how: str = "{:.1f}") -> str:
 def header(board: Leaderboard) -> list[str]:
     noise = {name: "" if gap is None else f" (±{gap:.1f})" for name, gap in board.noise.items()}
     return [
-        "model", "exact match, %", *(BENCHMARKS[name].title + noise[name] for name in PAPER), "average", "over SFT, %",
-        "over KD, %", "parameters", "tokens/s", "first token, ms", "memory, MiB",
+        "model", "exact match, %", *(BENCHMARKS[name].title + noise[name] for name in PAPER), "average", "over SFT, % of it",
+        "over KD, % of it", "parameters", "tokens/s", "first token, ms", "memory, MiB",
     ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -43,13 +43,12 @@ def table(comparison: Comparison) -> list[Line]:
     arms = [comparison.arms[name] for name in comparison.order]
     columns: list[TeacherResult] = [comparison.teacher, *arms]
     lines = [
-        Line(name.replace("weights.", "weight of "), [NOTHING, *(_setting(arm.settings[name]) for arm in arms)])
+        Line(name.replace("weights.", "weight of "), [NOTHING, *(_setting(name, arm.settings) for arm in arms)])
         for name in arms[0].settings
     ]
-    lines += [
-        Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95)), starts_group=True),
-        Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))),
-    ]
+    lines.append(Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95)), starts_group=True))
+    if len(set(comparison.kinds.values())) > 1:  # else every question weighs as much in the one as in the other
+        lines.append(Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))))
     lines += [Line(MEASURES[name].title, [_estimate(name, column) for column in columns]) for name in comparison.measures]
     shown = plots.telling(comparison)
     lines += [
@@ -166,8 +165,12 @@ def _range(interval: Interval) -> str:
     return f"[{md.percent(interval[0])}, {md.percent(interval[1])}]"
 
 
-def _setting(value: Any) -> Cell:
-    return NOTHING if value is None else Cell(f"{value:g}" if isinstance(value, float) else str(value))
+def _setting(name: str, settings: Mapping[str, Any]) -> Cell:
+    """What the arm has at `name`; of an option that it does not set, whether its term weighs anything there."""
+    value = settings[name]
+    if value is None:
+        return Cell("default") if settings.get(f"weights.{name.partition('.')[0]}", 1) else NOTHING
+    return Cell(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def _pace(arm: ArmResult) -> Cell:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
 from components.errors import DataError
-from components.evaluate import generate
+from components.evaluate import generate, origin
 from components.evaluate.load_results import images_of
 from components.evaluate.plots import yardstick
 from components.io import write_text
@@ -86,7 +86,8 @@ def write(
         "rows": rows,
     }
     page = templates(Path(__file__).parent).get_template("samples.html.j2")
-    write_text(PAGE, page.render(data=_embedded(data), samples=len(rows), split=comparison.split, layer=layer))
+    told = {"samples": len(rows), "split": comparison.split, "layer": layer, "facts": origin.facts(())}
+    write_text(PAGE, page.render(data=_embedded(data), **told))
     return PAGE
 
 

@@ -19,8 +19,9 @@ def percent(share: float) -> str:
 
 
 def signed(value: float, decimals: int = 1) -> str:
-    """With a sign; a true minus, as wide as the plus."""
-    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    """With a sign; a true minus, as wide as the plus, and no sign before what is 0 so written."""
+    said = f"{value:+.{decimals}f}"
+    return said.replace("-", "\N{MINUS SIGN}") if float(said) else said[1:]
 
 
 def p_value(p: float) -> str:

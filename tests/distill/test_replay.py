@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from components.distill.replay import Finding, replay
-from components.errors import AlignTIError, DataError, InputError, ModelError
+from components.errors import AlignTIError, InputError, ModelError
 from components.models.checkpoint_folder import record
 from components.models.collate import Collator, Processed
 from components.records.models import ModelIndex

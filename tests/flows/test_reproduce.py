@@ -34,7 +34,7 @@ def test_a_run_is_found_by_its_id_and_by_each_of_its_files(name: str) -> None:
 
 def test_a_name_that_is_no_id_is_not_asked_of_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce.mlflow_client, "client", lambda _: pytest.fail("asked"))
-    with pytest.raises(InputError, match=r"there is no run '1-kt' in .runs/journal; did you mean '1-kd'\? `alignti runs` lists"):
+    with pytest.raises(InputError, match=r"there is no run '1-kt' in .runs/journal; did you mean '1-kd'\? `alignti runs` l"):
         reproduce.find("1-kt", SETTINGS)
 
 

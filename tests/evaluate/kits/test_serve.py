@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[3]
 @needs_server
 def test_a_server_that_ends_says_its_last_words(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "TRANSFORMERS", "import sys; sys.exit('out of memory')")
-    with pytest.raises(TryAgainError, match="ended with 1: out of memory"), serve.served(model_folder, "m", "cpu", tmp_path / "log"):
+    server = serve.served(model_folder, "m", "cpu", tmp_path / "log")
+    with pytest.raises(TryAgainError, match="ended with 1: out of memory"), server:
         pass
 
 
