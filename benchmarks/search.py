@@ -17,7 +17,7 @@ from benchmarks import measure, table
 from benchmarks.reference import twin
 from benchmarks.shapes import SIZES, Batch, Size, batch, llava
 from components.evaluate.memory import peak_bytes
-from components.models.attention import Look, attention_layers, watching
+from components.models.attention import AttentionProbe, attention_layers, probing
 from components.models.vlm import VLM
 
 RATIOS = {"search_vs_plain": ("search", "plain"), "eager_vs_plain": ("eager maps", "plain")}
@@ -48,8 +48,8 @@ class Ways:
 
     @torch.inference_mode()
     def search(self) -> Tensor:
-        """(L, B, Nv), as `components.irs.search.look` gets it."""
-        with watching(self.watched.model, self.layers, Look.at(self.batch.instruction, self.batch.pictures)) as seen:
+        """(L, B, Nv), as `components.irs.search.attention_maps` gets it."""
+        with probing(self.watched.model, self.layers, AttentionProbe.at(self.batch.instruction, self.batch.pictures)) as seen:
             self.watched.plain(self.batch, self.watched.features(self.batch), keep=False)
         return torch.stack([seen.seen[layer] for layer in self.layers])
 

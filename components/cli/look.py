@@ -99,8 +99,8 @@ def samples(
     predictions = read(comparison.arms).predictions
     teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), prepare_torch(settings.runtime, seed=0))
     asked = predictions[TEACHER_ARM][:most]
-    looks = page.looks(teacher, Samples(DATASET, comparison.split), asked, layer, settings)
-    path = page.write(comparison, predictions, looks, layer, most)
+    maps = page.attention_maps(teacher, Samples(DATASET, comparison.split), asked, layer, settings)
+    path = page.write(comparison, predictions, maps, layer, most)
     typer.echo(f"samples: {len(asked):,} questions with every answer, {path.stat().st_size / 2**20:.1f} MiB -> {path}")
 
 

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from xxhash import xxh3_128_hexdigest
 
 from components.config.data import DataLimits
-from components.dataset.perceptual_hash import look_of
+from components.dataset.perceptual_hash import dhash
 from components.errors import AlignTIError
 
 KEPT = ("JPEG", "PNG", "WEBP")
@@ -37,7 +37,7 @@ class Refusal(Exception):
 class Picture(NamedTuple):
     content: bytes  # the file to store
     sha256: str  # hash of the size and the pixels' XXH3: the same for equal pictures, however they are named or encoded
-    look: int  # see components/dataset/perceptual_hash.py
+    dhash: int  # see components/dataset/perceptual_hash.py
 
 
 def load(path: Path, limits: DataLimits) -> Picture:
@@ -98,7 +98,7 @@ def _decode(content: bytes, path: str) -> Picture:
         digest = hashlib.sha256(f"{rgb.size} {xxh3_128_hexdigest(_pixels(rgb))}".encode()).hexdigest()
         if not plain or image.format not in KEPT:
             content = _encode(rgb, "JPEG" if image.format in ("JPEG", "MPO") else "PNG")
-        return Picture(content, digest, look_of(rgb))
+        return Picture(content, digest, dhash(rgb))
 
 
 def _pixels(image: Image.Image) -> Any:

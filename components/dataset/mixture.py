@@ -75,7 +75,7 @@ class Mixed:
         contents = [picture.content for picture in pictures]
         row = ImageRow(found.name, contents[0] if contents else None, samples, tuple(contents[1:]))
         origin = Provenance(image_id=found.name, split=split, file=found.file, sha256=digest)
-        return Stored(row, origin, tuple(picture.look for picture in pictures), len(found.first))
+        return Stored(row, origin, tuple(picture.dhash for picture in pictures), len(found.first))
 
     def _refused(self, found: Indexed, row: int, id_: str, refusal: Refusal) -> Refused:
         source = found.source if self.settings.source == "mixture" else None

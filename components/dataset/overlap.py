@@ -18,7 +18,7 @@ from components.config.data import DataLimits
 from components.dataset.images import Refusal, load
 from components.dataset.index import Index
 from components.dataset.perceptual_hash import nearest
-from components.dataset.shard_jobs import LOOK, Part, Parts
+from components.dataset.shard_jobs import HASHED, Part, Parts
 from components.dataset.shards import without
 from components.dataset.source import Refused
 from components.errors import DataError
@@ -34,7 +34,7 @@ EVALUATED = [SPLITS.index("val"), SPLITS.index("test")]
 class Evaluated(NamedTuple):
     """What training images are compared with."""
 
-    looks: np.ndarray  # (n,) uint64
+    hashes: np.ndarray  # (n,) uint64
     names: list[tuple[str, str]]  # (where, image)
     compared: dict[str, int]
 
@@ -49,10 +49,10 @@ def report(
     concerned: dict[int, set[str]] = {}
     with Index(index) as rows:
         for part in range(count):
-            looks = _looks(parts, part)
-            train = looks[looks["split"] == SPLITS.index("train")]
+            hashes = _hashes(parts, part)
+            train = hashes[hashes["split"] == SPLITS.index("train")]
             with_train += len(train)
-            best, bits = nearest(train["look"], evaluated.looks)
+            best, bits = nearest(train["dhash"], evaluated.hashes)
             hits = np.flatnonzero(best >= 0)
             names = _names(parts, part) if hits.size else []
             for i in hits:
@@ -90,14 +90,14 @@ def _evaluated(parts: Parts, count: int, folders: list[Path], limits: DataLimits
     names: list[tuple[str, str]] = []
     compared = dict.fromkeys(("val", "test"), 0)
     for part in range(count):
-        looks = _looks(parts, part)
-        held_out = looks[np.isin(looks["split"], EVALUATED)]
+        hashes = _hashes(parts, part)
+        held_out = hashes[np.isin(hashes["split"], EVALUATED)]
         if held_out.size:
             of_part = _names(parts, part)
-            for split, row, look in held_out.tolist():
+            for split, row, dhash in held_out.tolist():
                 compared[SPLITS[split]] += 1
                 names.append((SPLITS[split], of_part[row]))
-                found.append(look)
+                found.append(dhash)
     for folder in folders:
         before = len(found)
         for path in tqdm(sorted(folder.rglob("*")), desc=f"prepare: images of {folder}", unit="image"):
@@ -112,13 +112,13 @@ def _evaluated(parts: Parts, count: int, folders: list[Path], limits: DataLimits
 
 def _look(path: Path, limits: DataLimits) -> int:
     try:
-        return load(path, limits).look
+        return load(path, limits).dhash
     except Refusal as refusal:
         raise DataError(f"params/data.yaml: mixture.evaluation_images: {refusal.detail}") from None
 
 
-def _looks(parts: Parts, part: int) -> np.ndarray:
-    return np.fromfile(parts.looks(part), dtype=LOOK)
+def _hashes(parts: Parts, part: int) -> np.ndarray:
+    return np.fromfile(parts.hashes(part), dtype=HASHED)
 
 
 def _names(parts: Parts, part: int) -> list[str]:

@@ -16,31 +16,31 @@ SAMPLED = (144, 128)  # pixels that a large picture is thinned out to, 16 x 16 p
 BANDS = np.arange(0, 64, 16, dtype=np.uint64)
 
 
-def look_of(image: Image.Image) -> int:
-    """64 bits of an RGB image's look."""
+def dhash(image: Image.Image) -> int:
+    """Difference hash of an RGB image, 64 bits."""
     thinned = image.resize(SAMPLED, Image.Resampling.NEAREST) if image.width * image.height > 2**15 else image
     grey = np.asarray(thinned.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int(np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)[0])
 
 
-def nearest(looks: NDArray[np.uint64], among: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each of `looks` (n,), the index (n,) of the likest of `among` and the bits (n,) in which they differ.
+def nearest(hashes: NDArray[np.uint64], among: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each of `hashes` (n,), the index (n,) of the likest of `among` and the bits (n,) in which they differ.
 
     Only what is within NEAR bits is found; the index of the others is -1. Looks within NEAR < 4 bits agree in one of four
     bands of 16 bits, so only those that share a band are compared. Of equally like ones the first is taken.
     """
-    best = np.full(len(looks), len(among), dtype=np.int64)
-    bits = np.full(len(looks), NEAR + 1, dtype=np.int64)
+    best = np.full(len(hashes), len(among), dtype=np.int64)
+    bits = np.full(len(hashes), NEAR + 1, dtype=np.int64)
     different, places = np.unique(among, return_index=True)
     for band in BANDS:
-        keys = (looks >> band).astype(np.uint16)
+        keys = (hashes >> band).astype(np.uint16)
         order = np.argsort(keys, kind="stable")
         wanted = (different >> band).astype(np.uint16)
         first = np.searchsorted(keys[order], wanted, "left")
         last = np.searchsorted(keys[order], wanted, "right")
         for i in np.flatnonzero(last > first):
             rivals = order[first[i] : last[i]]
-            distances = np.bitwise_count(looks[rivals] ^ different[i]).astype(np.int64)
+            distances = np.bitwise_count(hashes[rivals] ^ different[i]).astype(np.int64)
             closer = (distances < bits[rivals]) | ((distances == bits[rivals]) & (places[i] < best[rivals]))
             closer &= distances <= NEAR
             bits[rivals[closer]], best[rivals[closer]] = distances[closer], places[i]

@@ -18,7 +18,7 @@ from components.records.dataset import SplitRecord
 from components.records.paths import SPLITS, Split
 from components.records.record import Record, jsonl
 
-LOOK = np.dtype([("split", "u1"), ("row", "u4"), ("look", "u8")])  # an image's split, its row in the part, its perceptual hash
+HASHED = np.dtype([("split", "u1"), ("row", "u4"), ("dhash", "u8")])  # split and row in the part of an image
 
 WORTH_A_WORKER = 200  # images: about as much work as starting a process
 
@@ -47,8 +47,8 @@ class Parts:
     def quarantine(self, part: int) -> Path:
         return self.folder / "parts" / f"{part:05d}.quarantine.jsonl"
 
-    def looks(self, part: int) -> Path:
-        return self.folder / "parts" / f"{part:05d}.looks"
+    def hashes(self, part: int) -> Path:
+        return self.folder / "parts" / f"{part:05d}.hashes"
 
 
 def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar: Callable[[int], object]) -> None:
@@ -74,17 +74,17 @@ def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar:
 def write_part(
     source: Source, part: int, folder: Path, images_per_shard: int, bar: Callable[[int], object] | None = None
 ) -> Part:
-    """Write one part: its shards, what they were made of, what was refused, what it looks like, and its record at last."""
+    """Write one part: its shards, what they were made of, what was refused, its images' hashes, and its record at last."""
     writers = {split: SplitWriter(folder / split, images_per_shard, source.boxes, source.several, part) for split in SPLITS}
     origins: list[Provenance] = []
     refused: list[Refused] = []
-    looks: list[tuple[int, int, int]] = []
+    hashes: list[tuple[int, int, int]] = []
     images = rows = 0
     try:
         for found in source.rows(part):
             images += 1
             if isinstance(found, Stored):
-                looks += [(SPLITS.index(found.origin.split), len(origins), look) for look in found.looks]
+                hashes += [(SPLITS.index(found.origin.split), len(origins), dhash) for dhash in found.hashes]
                 writers[found.origin.split].add(found.row)
                 origins.append(found.origin)
                 rows += found.rows
@@ -100,6 +100,6 @@ def write_part(
     place = Parts(folder)
     write_text(place.provenance(part), jsonl(origins))
     write_text(place.quarantine(part), jsonl(refused))
-    write_bytes(place.looks(part), np.array(looks, dtype=LOOK).tobytes())
+    write_bytes(place.hashes(part), np.array(hashes, dtype=HASHED).tobytes())
     record.write(place.record(part))
     return record

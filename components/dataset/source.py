@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 class Stored(NamedTuple):
     row: ImageRow
     origin: Provenance
-    looks: tuple[int, ...]  # of its images, components/dataset/perceptual_hash.py; none: not to be compared
+    hashes: tuple[int, ...]  # of its images, components/dataset/perceptual_hash.py; none: not to be compared
     rows: int  # rows of the source: fewer than samples where one row made several
 
 

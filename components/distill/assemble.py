@@ -112,11 +112,11 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
                 f" {sides[1]}; its rows there and the weights of L_iva are interpolated bilinearly to the student's grid"
             )
         assert arm.iva is not None  # filled in by Settings.arm
-        look = weighting(arm.iva, layers, teacher.model.config.get_text_config().num_hidden_layers, arm.seed)
+        weighed = weighting(arm.iva, layers, teacher.model.config.get_text_config().num_hidden_layers, arm.seed)
         own = teacher.processor if sides is not None else None
-        collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=look.rows)
+        collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=weighed.rows)
         facts |= _searched(arm, layers)
-        module = _live(arm, settings.distill, student, teacher, look, collator, sides)
+        module = _live(arm, settings.distill, student, teacher, weighed, collator, sides)
     chosen, answers = trained_on(samples.kinds, settings.distill), None
     if arm.answers is not None:
         answers = Answers(ANSWERS, answer_facts(settings))
@@ -223,22 +223,22 @@ def _live(
     distill: DistillSettings,
     student: Loaded,
     teacher: Loaded,
-    look: Weighting,
+    weighed: Weighting,
     collator: Collator,
     sides: tuple[int, int] | None,
 ) -> AlignTI:
     """The step with the teacher in it. Raises ModelError if it cannot teach this student, or has no such layer."""
-    check_layer(teacher, look.layer)
+    check_layer(teacher, weighed.layer)
     method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
     pupil, master = VLM(student.model), VLM(teacher.model)
     appends = method.route == "expanded" and method.needs.ribbon
     if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
     if sides is not None:
-        frozen = FrozenTeacher(master, look.layer, False, look.background, look.gradient)
+        frozen = FrozenTeacher(master, weighed.layer, False, weighed.background, weighed.gradient)
         return AlignTI(pupil, ResampledTeacher(frozen, *sides), method)
     shares_tower = not distill.trainable.vision_tower and same_tower(pupil, master)
-    return AlignTI(pupil, FrozenTeacher(master, look.layer, shares_tower, look.background, look.gradient), method)
+    return AlignTI(pupil, FrozenTeacher(master, weighed.layer, shares_tower, weighed.background, weighed.gradient), method)
 
 
 def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:

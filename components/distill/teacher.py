@@ -13,7 +13,7 @@ from components.align_ti.batch import Batch, owners, placed
 from components.align_ti.head import Head
 from components.align_ti.watch import Watch, Watched
 from components.irs.centred import centred_in_batch, without_weights
-from components.models.attention import Look, watching
+from components.models.attention import AttentionProbe, probing
 from components.models.attribution import attributions
 from components.models.families import reads_one_layer
 from components.models.vlm import VLM, Kept
@@ -55,10 +55,10 @@ class FrozenTeacher:
         if not look or self.gradient:
             hidden, cache = self.vlm.plain(batch, features, keep)
             return hidden.to(home), cache, self._by_gradient(batch, features).to(home) if look else None
-        eyes = Look.at(batch.instruction, batch.pictures)
-        with watching(self.vlm.model, [self.layer], eyes):
+        probe = AttentionProbe.at(batch.instruction, batch.pictures)
+        with probing(self.vlm.model, [self.layer], probe):
             hidden, cache = self.vlm.plain(batch, features, keep)
-        weights = eyes.seen[self.layer]
+        weights = probe.seen[self.layer]
         if self.background is not None:
             weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
             self.equal_weights = self.equal_weights.to(weights.device) + without_weights(weights, batch.pictures)

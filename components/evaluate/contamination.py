@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from components.dataset.perceptual_hash import look_of, nearest
+from components.dataset.perceptual_hash import dhash, nearest
 from components.dataset.shards import CAPTION, Samples
 from components.models.template import question_of
 from components.records.paths import Split
@@ -50,7 +50,7 @@ class _Image(NamedTuple):
 
     name: str
     pixels: str | None  # sha256
-    look: int
+    dhash: int
     questions: list[str]
 
 
@@ -62,15 +62,15 @@ def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
     questions = [question for image in here for question in image.questions]
     asked_in_training = {question for image in seen for question in image.questions}
     by_pixels = {image.pixels: index for index, image in reversed(list(enumerate(seen)))}
-    looks = (np.array([image.look for image in images], dtype=np.uint64) for images in (pictured, seen))
-    near, _ = nearest(*looks)
+    hashes = (np.array([image.dhash for image in images], dtype=np.uint64) for images in (pictured, seen))
+    near, _ = nearest(*hashes)
     pairs = []
     for image, likest in zip(pictured, near.tolist(), strict=True):
         twin = by_pixels.get(image.pixels, likest)
         if twin >= 0:
             other = seen[twin]
             both = sum(question in other.questions for question in image.questions)
-            bits, exact = (image.look ^ other.look).bit_count(), image.pixels == other.pixels
+            bits, exact = (image.dhash ^ other.dhash).bit_count(), image.pixels == other.pixels
             pairs.append(Pair(test=image.name, train=other.name, bits=bits, exact=exact, questions=both))
     pairs.sort(key=lambda pair: (not pair.exact, pair.bits, pair.test))
     return Contamination(
@@ -100,4 +100,4 @@ def _of_row(samples: Samples, row: int) -> Iterator[_Image]:
         with Image.open(io.BytesIO(content)) as image:
             rgb = image.convert("RGB")
             digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-        yield _Image(about[0].image_id, digest, look_of(rgb), asked if number == 0 else [])
+        yield _Image(about[0].image_id, digest, dhash(rgb), asked if number == 0 else [])

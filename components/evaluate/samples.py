@@ -27,7 +27,7 @@ from components.evaluate import generate, origin
 from components.evaluate.load_results import images_of
 from components.evaluate.plots import yardstick
 from components.io import write_text
-from components.models.attention import Look, watching
+from components.models.attention import AttentionProbe, probing
 from components.models.collate import Collator
 from components.models.load import Loaded
 from components.models.template import Template, with_marks
@@ -44,7 +44,7 @@ THUMBNAIL_PX = 240  # longest side
 def write(
     comparison: Comparison,
     predictions: Mapping[str, Sequence[Prediction]],
-    looks: Mapping[str, Sequence[NDArray[np.uint8]]],
+    maps: Mapping[str, Sequence[NDArray[np.uint8]]],
     layer: int,
     most: int,
 ) -> Path:
@@ -52,7 +52,7 @@ def write(
 
     Args:
         predictions: per arm and of the teacher, the same questions in the same order (`outcomes.read`).
-        looks: sample id -> for each image (side, side) where the instruction makes the teacher's `layer` look, 255 being its
+        maps: sample id -> for each image (side, side) where the instruction makes the teacher's `layer` look, 255 being its
             highest there.
 
     Raises DataError if the data set lacks an image that was asked about.
@@ -72,7 +72,7 @@ def write(
             "reference": p.reference,
             "answers": [predictions[name][index].answer for name in who],
             "right": [int(predictions[name][index].correct) for name in who],
-            "looks": [base64.b64encode(grid.tobytes()).decode("ascii") for grid in looks.get(p.id, ())],
+            "attention": [base64.b64encode(grid.tobytes()).decode("ascii") for grid in maps.get(p.id, ())],
         }
         for index, p in enumerate(asked)
     ]
@@ -92,7 +92,9 @@ def write(
 
 
 @torch.inference_mode()
-def looks(loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: int, settings: Settings) -> dict[str, Any]:
+def attention_maps(
+    loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: int, settings: Settings
+) -> dict[str, Any]:
     """Sample id -> for each image (side, side) uint8: attention of `layer` from the question to it, its highest being 255.
 
     Samples without an image have none. Raises DataError if the visual tokens are no square grid.
@@ -105,10 +107,10 @@ def looks(loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: 
     for start in tqdm(range(0, len(rows), size), desc="samples: where the teacher looks", unit="batch"):
         these = [samples[row].upto(1) for row in rows[start : start + size]]
         batch = collator(these).to(loaded.model.device)
-        look = Look.at(batch.instruction, batch.pictures)
-        with watching(loaded.model, [layer], look):
+        probe = AttentionProbe.at(batch.instruction, batch.pictures)
+        with probing(loaded.model, [layer], probe):
             view.plain(batch, view.features(batch), keep=False)
-        for sample, seen, numbers in zip(these, look.seen[layer].cpu().numpy(), look.pictures.cpu().numpy(), strict=True):
+        for sample, seen, numbers in zip(these, probe.seen[layer].cpu().numpy(), probe.pictures.cpu().numpy(), strict=True):
             found[sample.id] = [_grid(sample, seen[numbers == number + 1]) for number in range(len(sample.images))]
     return found
 

@@ -42,7 +42,7 @@ def main() -> None:
     from components.dataset.shards import Samples
     from components.irs.choice import choose
     from components.irs.regions import Tiling
-    from components.irs.search import TooFewInstructions, look
+    from components.irs.search import TooFewInstructions, attention_maps
     from components.models.load import load
     from components.models.template import Template
     from components.runtime import prepare_torch
@@ -53,7 +53,7 @@ def main() -> None:
         samples = Samples(DATASET, "train", ROWS)
         loaded = load(Path(teacher.path), device)
         try:
-            seen = look(loaded, samples, Template.asked(settings.models.template), settings.irs)
+            seen = attention_maps(loaded, samples, Template.asked(settings.models.template), settings.irs)
         except TooFewInstructions as error:
             if settings.needs_layer:
                 raise
@@ -175,10 +175,10 @@ def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picke
         return []
     title = f"layer {picked.layer}, {'all rows' if picked.rows == 'all' else 'words'}"
     attention, background = seen.attention[picked.rows][picked.layer], backgrounds[picked.rows][picked.layer]
-    looks = [_gazes(tiling, samples, attention[index], background) for index, samples in enumerate(seen.samples[:count])]
-    most = peaks(gaze for gazes in looks for gaze in gazes)
+    gazed = [_gazes(tiling, samples, attention[index], background) for index, samples in enumerate(seen.samples[:count])]
+    most = peaks(gaze for gazes in gazed for gaze in gazes)
     paths: list[Path] = []
-    for samples, gazes in zip(seen.samples, tqdm(looks, desc="overlays", unit="image"), strict=False):
+    for samples, gazes in zip(seen.samples, tqdm(gazed, desc="overlays", unit="image"), strict=False):
         paths.append(FOLDER / f"overlay_{len(paths) + 1}.png")
         write_bytes(paths[-1], draw(overlay, seen_by(tiling.processor, decode(samples[0])), gazes, most, title))
     return paths

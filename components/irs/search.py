@@ -23,7 +23,7 @@ from components.config.irs import IrsSettings
 from components.dataset.shards import CAPTION, Sample, Samples, Turn
 from components.errors import DataError
 from components.irs.score import irs_scores
-from components.models.attention import Look, attention_layers, watching
+from components.models.attention import AttentionProbe, attention_layers, probing
 from components.models.collate import Batch, Collator
 from components.models.load import Loaded
 from components.models.template import IMAGE, Template, question_of
@@ -58,11 +58,11 @@ class Ranking:
 
 
 def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> Ranking:
-    """IRS of every layer of a model, and the layer with the highest. Raises as `look` does."""
-    return rank(look(loaded, samples, template, settings, ("all",)).attention["all"])
+    """IRS of every layer of a model, and the layer with the highest. Raises as `attention_maps` does."""
+    return rank(attention_maps(loaded, samples, template, settings, ("all",)).attention["all"])
 
 
-def look(
+def attention_maps(
     loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings, kinds: Sequence[Rows] = ("all", "words")
 ) -> Seen:
     """Attention from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
@@ -188,9 +188,9 @@ def _attention(view: VLM, batch: Batch, asked: dict[Rows, Tensor]) -> dict[Rows,
     """(L, B, Nv) float32 on the CPU, from each kind of rows (B, T) bool; 0 behind an image's own tokens, Nv being the most of
     the batch."""
     layers = list(attention_layers(view.model))
-    looks = {rows: Look.at(mask, batch.pictures) for rows, mask in asked.items()}
+    probes = {rows: AttentionProbe.at(mask, batch.pictures) for rows, mask in asked.items()}
     with ExitStack() as stack:
-        for look in looks.values():
-            stack.enter_context(watching(view.model, layers, look))
+        for probe in probes.values():
+            stack.enter_context(probing(view.model, layers, probe))
         view.plain(batch, view.features(batch), keep=False)
-    return {rows: torch.stack([look.seen[layer] for layer in layers]).cpu() for rows, look in looks.items()}
+    return {rows: torch.stack([probe.seen[layer] for layer in layers]).cpu() for rows, probe in probes.items()}

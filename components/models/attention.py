@@ -27,7 +27,7 @@ IMPLEMENTATION = "alignti_probe"
 
 
 @dataclass(eq=False)
-class Look:
+class AttentionProbe:
     """Which rows and columns of a batch to look at, and what was seen: layer -> (B, Nc), averaged over heads and, for each
     image's columns, over the rows after it begins.
 
@@ -45,7 +45,7 @@ class Look:
     gradients: bool = False
 
     @classmethod
-    def at(cls, rows: Tensor, pictures: Tensor, each_row: bool = False, gradients: bool = False) -> Look:
+    def at(cls, rows: Tensor, pictures: Tensor, each_row: bool = False, gradients: bool = False) -> AttentionProbe:
         """From a (B, T) bool mask and the numbers of images (B, T), as in the batch."""
         images = int(pictures.max())
         return cls(
@@ -53,7 +53,7 @@ class Look:
         )
 
     def keep(self, layer: int, over_heads: Tensor) -> None:
-        """Of (B, Nr, T), the mean over heads at this look's rows. When a layer runs again, what it gave at first stands."""
+        """Of (B, Nr, T), the mean over heads at this probe's rows. When a layer runs again, what it gave at first stands."""
         counted = (self.rows >= 0)[:, :, None]
         columns = self.columns[:, None, :].clamp_min(0)
         if self.each_row:
@@ -79,12 +79,12 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def watching(model: Any, layers: list[int], look: Look) -> Iterator[Look]:
-    """While open, a forward pass of `model` over the look's batch fills `look.seen` for each of `layers`. Several may be open.
+def probing(model: Any, layers: list[int], probe: AttentionProbe) -> Iterator[AttentionProbe]:
+    """While open, a forward pass of `model` over the probe's batch fills `probe.seen` for each of `layers`. They nest.
 
     Args:
         model: a transformers vision-language model; its language model's attention is switched to the probing function
-            and stays so (the function is SDPA where nobody looks). The vision tower keeps its own.
+            and stays so (the function is SDPA where there is no probe). The vision tower keeps its own.
     """
     kind = model.config.get_text_config()._attn_implementation
     if kind not in (IMPLEMENTATION, "eager"):
@@ -92,40 +92,40 @@ def watching(model: Any, layers: list[int], look: Look) -> Iterator[Look]:
     every = attention_layers(model)
     if not set(layers) <= set(every):
         raise IndexError(f"asked to watch layers {layers}; the model has {len(every)}")
-    with _Open(model, {every[index]: [*_looks(every[index]), look] for index in layers}):
-        yield look
+    with _Open(model, {every[index]: [*_probes(every[index]), probe] for index in layers}):
+        yield probe
 
 
 def recomputing(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` of torch.utils.checkpoint: in the backward pass the same looks are open as are now."""
-    return nullcontext(), _Open(model, {m: _looks(m) for m in attention_layers(model).values() if _looks(m)})
+    """`context_fn` of torch.utils.checkpoint: in the backward pass the same probes are open as are now."""
+    return nullcontext(), _Open(model, {m: _probes(m) for m in attention_layers(model).values() if _probes(m)})
 
 
 class _Open(AbstractContextManager[None]):
-    """While open, these attention modules have these looks."""
+    """While open, these attention modules have these probes."""
 
-    def __init__(self, model: Any, looks: dict[Any, list[Look]]) -> None:
+    def __init__(self, model: Any, probes: dict[Any, list[AttentionProbe]]) -> None:
         # Eager: there is no fused kernel to keep (Gemma 2, whose scores are capped), and the whole maps are at hand.
         self._eager = model.config.get_text_config()._attn_implementation == "eager"
-        self._looks = looks
+        self._probes = probes
 
     def __enter__(self) -> None:
-        self._before = {module: _looks(module) for module in self._looks}
-        unread = [module for module, looks in self._before.items() if self._eager and not looks]
+        self._before = {module: _probes(module) for module in self._probes}
+        unread = [module for module, probes in self._before.items() if self._eager and not probes]
         self._hooks = [module.register_forward_hook(_read_whole_map) for module in unread]
-        for module, looks in self._looks.items():
-            module._alignti_looks = looks
+        for module, probes in self._probes.items():
+            module._alignti_probes = probes
 
     def __exit__(self, *_: object) -> None:
-        for module, looks in self._before.items():
-            module._alignti_looks = looks
+        for module, probes in self._before.items():
+            module._alignti_probes = probes
         for hook in self._hooks:
             hook.remove()
 
 
-def _looks(attention: Any) -> list[Look]:
-    looks: list[Look] = getattr(attention, "_alignti_looks", [])
-    return looks
+def _probes(attention: Any) -> list[AttentionProbe]:
+    probes: list[AttentionProbe] = getattr(attention, "_alignti_probes", [])
+    return probes
 
 
 def decoder_layers(model: Any) -> Any:
@@ -141,10 +141,10 @@ def attention_layers(model: Any) -> dict[int, Any]:
 def _forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    for look in _looks(module):
+    for probe in _probes(module):
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        with torch.set_grad_enabled(look.gradients and torch.is_grad_enabled()):
-            look.keep(module.layer_idx, _attention(query, key, attention_mask, float(scaling), look.rows))
+        with torch.set_grad_enabled(probe.gradients and torch.is_grad_enabled()):
+            probe.keep(module.layer_idx, _attention(query, key, attention_mask, float(scaling), probe.rows))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -172,11 +172,11 @@ def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
 
 def _read_whole_map(attention: Any, _args: Any, output: Any) -> None:
     """A hook that reads a layer's whole map, (B, H, T, T), after an eager forward."""
-    for look in _looks(attention):
-        with torch.set_grad_enabled(look.gradients and torch.is_grad_enabled()):
+    for probe in _probes(attention):
+        with torch.set_grad_enabled(probe.gradients and torch.is_grad_enabled()):
             whole = output[1].mean(1)  # (B, T, T)
-            rows = look.rows.clamp_min(0)[:, :, None].expand(-1, -1, whole.shape[-1])
-            look.keep(attention.layer_idx, whole.gather(1, rows))
+            rows = probe.rows.clamp_min(0)[:, :, None].expand(-1, -1, whole.shape[-1])
+            probe.keep(attention.layer_idx, whole.gather(1, rows))
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

@@ -23,7 +23,7 @@ from components.align_ti.batch import Batch, Edits
 from components.align_ti.head import Head
 from components.align_ti.watch import Map, Watch, Watched
 from components.errors import ModelError
-from components.models.attention import Look, decoder_layers, watching
+from components.models.attention import AttentionProbe, decoder_layers, probing
 from components.models.families import inputs, reads_one_layer
 
 # The argument's name, which transformers 5.24 changed.
@@ -172,20 +172,20 @@ class VLM(nn.Module):
             raise ModelError(f"a loss term reads layers {beyond} of a model whose layers are 0..{depth - 1}")
         if watch.maps and self.flexes:
             raise ModelError("a loss term reads attention maps, which FlexAttention does not have: set flex_attention to false")
-        looks: dict[tuple[str, bool], list[Map]] = {}
+        by_rows: dict[tuple[str, bool], list[Map]] = {}
         for map in watch.maps:
-            looks.setdefault((map.rows, map.each_row), []).append(map)
+            by_rows.setdefault((map.rows, map.each_row), []).append(map)
         with ExitStack() as stack:
-            open_looks: dict[Map, Look] = {}
-            for (rows, each_row), maps in looks.items():
-                look = Look.at(getattr(batch, rows), batch.pictures, each_row, gradients=True)
-                open_looks |= dict.fromkeys(maps, look)
-                stack.enter_context(watching(self.model, [map.layer % depth for map in maps], look))
+            opened: dict[Map, AttentionProbe] = {}
+            for (rows, each_row), maps in by_rows.items():
+                probe = AttentionProbe.at(getattr(batch, rows), batch.pictures, each_row, gradients=True)
+                opened |= dict.fromkeys(maps, probe)
+                stack.enter_context(probing(self.model, [map.layer % depth for map in maps], probe))
             for index in watch.hidden:
                 hook = layers[index].register_forward_hook(_keeper(seen.hidden, index))
                 stack.callback(hook.remove)
             yield seen
-        seen.maps |= {map: look.seen[map.layer % depth] for map, look in open_looks.items()}
+        seen.maps |= {map: probe.seen[map.layer % depth] for map, probe in opened.items()}
 
     def flex(self) -> None:
         """From now on the language model attends by FlexAttention, whose kernel leaves out the blocks that `expanded`'s mask

@@ -18,7 +18,7 @@ from components.errors import InputError
 from components.io import write_bytes
 from components.irs.overlays import Heat, heatmaps
 from components.irs.regions import seen_by
-from components.models.attention import Look, watching
+from components.models.attention import AttentionProbe, probing
 from components.models.collate import Batch, decoded
 from components.models.families import family_of
 from components.models.load import Loaded
@@ -41,7 +41,7 @@ class Seen:
 
 
 @torch.inference_mode()
-def look(named: Named, loaded: Loaded, batch: Batch, sample: Sample, answer: str) -> Seen:
+def attention_of(named: Named, loaded: Loaded, batch: Batch, sample: Sample, answer: str) -> Seen:
     """The attention from the question's tokens after an image to its own, mean over heads, of one layer, or of all where none
     is known.
 
@@ -50,11 +50,11 @@ def look(named: Named, loaded: Loaded, batch: Batch, sample: Sample, answer: str
     layers: int = loaded.model.config.get_text_config().num_hidden_layers
     layer, how = layer_of(named, layers)
     view = VLM(loaded.model)
-    eyes = Look.at(batch.instruction, batch.pictures)
-    with watching(loaded.model, list(range(layers)) if layer is None else [layer], eyes):
+    probe = AttentionProbe.at(batch.instruction, batch.pictures)
+    with probing(loaded.model, list(range(layers)) if layer is None else [layer], probe):
         view.plain(batch, view.features(batch), keep=False)
-    attention = torch.stack([seen[0] for seen in eyes.seen.values()]).mean(0).float().cpu().numpy()
-    numbers = eyes.pictures[0].cpu().numpy()
+    attention = torch.stack([seen[0] for seen in probe.seen.values()]).mean(0).float().cpu().numpy()
+    numbers = probe.pictures[0].cpu().numpy()
     grids = [placed(loaded, batch, attention[numbers == number + 1], number) for number in range(len(sample.images))]
     title = f"{named.name}, {'all layers' if layer is None else f'layer {layer}'}"
     heats = [Heat(title, answer or "(nothing)", (grid / grid.mean()).astype(np.float32)) for grid in grids]
@@ -103,17 +103,17 @@ def _images(loaded: Loaded, sample: Sample) -> list[NDArray[np.uint8]]:
     return [seen_by(loaded.processor, image) if crops else np.asarray(image) for image in decoded(sample)]
 
 
-def draw_looks(name: str, question: str, looks: list[Seen]) -> Path:
+def draw_overlays(name: str, question: str, attended: list[Seen]) -> Path:
     """The models' panels beside each image as the first of them sees it, with question and answers below them.
 
     Returns the PNG's path, which `name` decides.
     """
-    of_image = [[seen.heats[number] for seen in looks] for number in range(len(looks[0].images))]
+    of_image = [[seen.heats[number] for seen in attended] for number in range(len(attended[0].images))]
 
     def figure(theme: Theme) -> Figure:
-        drawn = heatmaps(looks[0].images, of_image, "attention / equal share", theme)
+        drawn = heatmaps(attended[0].images, of_image, "attention / equal share", theme)
         for number, axes in enumerate(drawn.axes[:-1]):  # the last is the scale
-            first = number % (1 + len(looks)) == 0
+            first = number % (1 + len(attended)) == 0
             said = textwrap.shorten(question, 45, placeholder=" …") if first else axes.get_xlabel()
             axes.set_xlabel(f"{'asked' if first else 'answer'}: {said}")
         return drawn

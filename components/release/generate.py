@@ -27,7 +27,7 @@ from components.models.decoding import greedy
 from components.models.families import prompt
 from components.models.load import Loaded
 from components.models.template import IMAGE
-from components.release.attention_overlay import draw_looks, look
+from components.release.attention_overlay import attention_of, draw_overlays
 from components.release.model import Named, find, open_model, template_of
 from components.runtime import prepare_torch
 
@@ -86,7 +86,7 @@ def run(names: list[str], images: Sequence[Path], question: str, settings: Setti
     device = prepare_torch(settings.runtime, seed=0)
     answers = [Answer(find(name, settings)) for name in names]
     console = Console()
-    looks = []
+    attended = []
     with Live(_columns(answers), console=console, refresh_per_second=12) as live:
         for answer in answers:
 
@@ -102,13 +102,13 @@ def run(names: list[str], images: Sequence[Path], question: str, settings: Setti
             batch, eos = read(loaded, answer.named, sample, settings)
             respond(loaded, batch, eos, longest, answer, show)
             if overlay:
-                looks.append(look(answer.named, loaded, batch, sample, answer.text))
+                attended.append(attention_of(answer.named, loaded, batch, sample, answer.text))
     if not console.is_terminal:
         console.print()  # which Live leaves to us
     if overlay:
         stems, models = (image.stem for image in images), (re.sub(r"[^\w.]+", "_", answer.named.name) for answer in answers)
-        path = draw_looks("-".join([*stems, *models]), question, looks)
-        for seen in looks:
+        path = draw_overlays("-".join([*stems, *models]), question, attended)
+        for seen in attended:
             console.print(Text(f"{seen.heats[0].above}: {seen.how}"))
         console.print(Text(f"-> {path}"), soft_wrap=True)
 

@@ -74,7 +74,7 @@ DARK = Theme(
 
 def draw(plot: Callable[..., Figure], *subject: Any, theme: Theme = LIGHT) -> bytes:
     """`plot(*subject, theme)` as PNG."""
-    look: Any = {
+    style: Any = {
         "figure.facecolor": theme.paper,
         "savefig.facecolor": theme.paper,
         "axes.facecolor": theme.paper,
@@ -102,7 +102,7 @@ def draw(plot: Callable[..., Figure], *subject: Any, theme: Theme = LIGHT) -> by
         "text.parse_math": False,  # a question may hold a dollar sign, and then is no formula
         "figure.constrained_layout.use": True,
     }
-    with rc_context(look):
+    with rc_context(style):
         buffer = io.BytesIO()
         plot(*subject, theme).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

@@ -20,7 +20,7 @@ from components.align_ti.visual_weights import visual_weights
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.errors import DataError
 from components.irs.centred import centred_in_batch
-from components.models.attention import Look, watching
+from components.models.attention import AttentionProbe, probing
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
 from components.records.teacher_cache import SignalFacts
@@ -56,11 +56,11 @@ class TeacherPass:
         """A batch of samples, hidden states (B, T, d), and (N,) weights of its visual rows."""
         batch = self.collator(samples).to(self.vlm.model.device)
         layer, bf16 = self.facts.layer, self.facts.precision == "bf16"
-        eyes = Look.at(batch.instruction, batch.pictures)
+        probe = AttentionProbe.at(batch.instruction, batch.pictures)
         autocast = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16)
-        with autocast, watching(self.vlm.model, [layer], eyes):
+        with autocast, probing(self.vlm.model, [layer], probe):
             hidden, _ = self.vlm.plain(batch, self.vlm.features(batch), keep=False)
-        weights = eyes.seen[layer]
+        weights = probe.seen[layer]
         if self.background is not None:
             weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
         return batch, hidden, visual_weights(weights, batch.pictures)

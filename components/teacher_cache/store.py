@@ -92,7 +92,7 @@ class Signals:
         tables = [shard["samples"].numpy() for shard in self._shards]
         self._samples = np.concatenate(tables)
         self._shard_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        self._looks = np.arange(len(self._samples))  # the sample whose attention each is given
+        self._attended = np.arange(len(self._samples))  # the sample whose attention each is given
         self._order = self._samples[:, KEY].argsort()
         self._sorted = self._samples[self._order, KEY]
         if (self._sorted[1:] == self._sorted[:-1]).any():
@@ -135,7 +135,7 @@ class Signals:
         for ring in rings.values():
             for mine, next_image in zip(ring, [*ring[1:], ring[0]], strict=True):
                 others = [*mine[1:], mine[0]] if other == "other_instruction" else next_image
-                self._looks[mine] = [others[place % len(others)] for place in range(len(mine))]
+                self._attended[mine] = [others[place % len(others)] for place in range(len(mine))]
 
     def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Cached, Tensor | None]:
         """The teacher's word at the rows that predict a response and, if `visual`, at the visual tokens; if `look`, the
@@ -160,7 +160,7 @@ class Signals:
         known = Cached(kept, index)
         if not look:
             return known, None
-        others = self._looks[found]
+        others = self._attended[found]
         shards = [self._shards[i] for i in self._shard_of[others]]
         return known, self._attention(shards, self._samples[others]).to(device)
 

@@ -10,7 +10,7 @@ from components.align_ti.ribbon import continuation_mask, expanded_mask, left_ou
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.distill.teacher import FrozenTeacher
-from components.models.attention import Look, watching
+from components.models.attention import AttentionProbe, probing
 from components.models.vlm import VLM
 from tests import tiny
 
@@ -94,10 +94,10 @@ def test_step_equals_separate_forward_passes(family: str, route: str) -> None:
     student, teacher = pair(family)
     b = batch()
     draws = fixed_draws(b)
-    look = Look.at(b.instruction, b.pictures)
-    with torch.no_grad(), watching(teacher.model, [1], look):
+    probe = AttentionProbe.at(b.instruction, b.pictures)
+    with torch.no_grad(), probing(teacher.model, [1], probe):
         teacher.plain(b, teacher.features(b), keep=False)
-    attention = look.seen[1]
+    attention = probe.seen[1]
     spread = torch.cat([row / row.sum() for row in attention if row.sum() > 0])
 
     terms = step(student, teacher, route=route)(b, KEYS, draws)

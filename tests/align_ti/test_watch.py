@@ -17,7 +17,7 @@ from components.align_ti.watch import Map, Watch
 from components.distill.ddp_module import Replica
 from components.distill.teacher import FrozenTeacher
 from components.errors import ModelError
-from components.models.attention import Look, recomputing, watching
+from components.models.attention import AttentionProbe, probing, recomputing
 from components.models.load import load
 from components.models.vlm import VLM
 from tests import tiny
@@ -137,12 +137,12 @@ def test_maps_of_grouped_heads_windows_and_capped_scores_have_gradients(family: 
 def test_looks_at_one_layer_stack() -> None:
     vlm, _ = pair()
     b = batch()
-    alone, outer, inner = (Look.at(b.instruction, b.pictures) for _ in range(3))
+    alone, outer, inner = (AttentionProbe.at(b.instruction, b.pictures) for _ in range(3))
     with torch.no_grad():
-        with watching(vlm.model, [1], alone):
+        with probing(vlm.model, [1], alone):
             vlm.plain(b, vlm.features(b), keep=False)
-        with watching(vlm.model, [0, 1], outer):
-            with watching(vlm.model, [1], inner):
+        with probing(vlm.model, [0, 1], outer):
+            with probing(vlm.model, [1], inner):
                 vlm.plain(b, vlm.features(b), keep=False)
             assert set(inner.seen) == {1} and set(outer.seen) == {0, 1}
         vlm.plain(b, vlm.features(b), keep=False)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from components.dataset.perceptual_hash import NEAR, look_of, nearest
+from components.dataset.perceptual_hash import NEAR, dhash, nearest
 
 
 def picture(seed: int, px: int = 48) -> Image.Image:
@@ -24,7 +24,7 @@ def recoded(image: Image.Image, quality: int = 60) -> Image.Image:
 
 
 def differ(one: Image.Image, other: Image.Image) -> int:
-    return (look_of(one) ^ look_of(other)).bit_count()
+    return (dhash(one) ^ dhash(other)).bit_count()
 
 
 def test_the_look_survives_a_small_change_and_tells_pictures_apart() -> None:

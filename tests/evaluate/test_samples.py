@@ -20,7 +20,7 @@ from components.evaluate.compare import compare
 from components.evaluate.generate import questions
 from components.evaluate.load_results import Outcomes, read
 from components.evaluate.metrics import predictions as predicted
-from components.evaluate.samples import looks, write
+from components.evaluate.samples import attention_maps, write
 from components.models.load import Loaded
 from components.records.compare import Comparison
 from tests.evaluate.study import ARMS, study_arms, write_study
@@ -64,8 +64,8 @@ def test_every_sample_is_there_with_every_answer(page: Page) -> None:
         assert data["kinds"][row["kind"]].replace(" ", "_") == asked.kind
     column = data["who"].index("align_ti")
     assert [row["right"][column] for row in data["rows"]] == [int(p.correct) for p in outcomes.predictions["align_ti"]]
-    assert data["rows"][-1]["looks"] == []
-    assert list(base64.b64decode(data["rows"][0]["looks"][0])) == list(range(16))
+    assert data["rows"][-1]["attention"] == []
+    assert list(base64.b64decode(data["rows"][0]["attention"][0])) == list(range(16))
 
 
 def test_answers_cannot_leave_the_data_and_the_page_fetches_nothing(page: Page) -> None:
@@ -89,12 +89,12 @@ def test_looks_are_the_attention_of_the_layer_to_each_image(loaded: Loaded, samp
     settings = load_settings(Path(__file__).parents[2])
     rows = questions(samples)[:5]
     asked = predicted((samples[row] for row in rows), [""] * 5)
-    found = looks(loaded, samples, asked, layer=1, settings=settings)
+    found = attention_maps(loaded, samples, asked, layer=1, settings=settings)
     assert list(found) == [p.id for p in asked]
     assert all(grid.shape == (4, 4) and grid.dtype == np.uint8 and grid.max() == 255 for (grid,) in found.values())
     (first,), *others = found.values()
     assert any((first != grid).any() for (grid,) in others)
-    assert all((looks(loaded, samples, asked[:1], 1, settings)[asked[0].id][0] == first).all() for _ in range(2))
+    assert all((attention_maps(loaded, samples, asked[:1], 1, settings)[asked[0].id][0] == first).all() for _ in range(2))
 
 
 def opened(path: Path, tmp_path: Path, fragment: str = "") -> str:

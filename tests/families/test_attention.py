@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.models.attention import Look, attention_layers, watching
+from components.models.attention import AttentionProbe, attention_layers, probing
 from components.models.load import load
 from components.models.vlm import VLM
 from tests.families import toy
@@ -18,8 +18,8 @@ TITLE = "probe"
 def check(family: str) -> str:
     vlm, batch = VLM(load(toy.folder(family), "cpu", torch.float64).model), toy.batch(family)
     layers = list(attention_layers(vlm.model))
-    look = Look.at(batch.instruction, batch.pictures)
-    with torch.no_grad(), watching(vlm.model, layers, look):
+    look = AttentionProbe.at(batch.instruction, batch.pictures)
+    with torch.no_grad(), probing(vlm.model, layers, look):
         vlm.plain(batch, vlm.features(batch), keep=False)
     for layer, attention in zip(layers, eager_maps(family), strict=True):
         for row in (0, 2, 3):

@@ -13,7 +13,7 @@ from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import CORE
 from components.dataset.shards import IMAGE, Sample, Turn
 from components.distill.teacher import FrozenTeacher
-from components.models.attention import Look, watching
+from components.models.attention import AttentionProbe, probing
 from components.models.collate import IMAGE_INPUTS, Batch, decoded
 from components.models.families import prompt
 from components.models.load import check_pair, load
@@ -100,8 +100,8 @@ def test_all_terms_on_rows_of_none_to_four_images_equal_separate_forward_passes(
                 for token in next(drawn):
                     if token != method.eos:
                         terms["tpa"].append(kl(*(logits(model, t, token)[t] for model in (master.model, pupil.model))))
-            look = Look.at(one.attention_mask.bool(), one.pictures, each_row=True)
-            with watching(master.model, [1], look):
+            look = AttentionProbe.at(one.attention_mask.bool(), one.pictures, each_row=True)
+            with probing(master.model, [1], look):
                 teacher.vlm.plain(one, teacher.vlm.features(one), keep=False)
         columns = one.pictures[0][one.pictures[0] > 0]
         for number in range(1, len(sample.images) + 1):

@@ -26,7 +26,7 @@ from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.digits.tokenizer import build_processor
 from components.errors import DataError
 from components.irs import __main__ as stage
-from components.irs.search import draw_images, furthest_apart, look, measure, rank, standard_error
+from components.irs.search import attention_maps, draw_images, furthest_apart, measure, rank, standard_error
 from components.irs.weighting import BACKGROUND
 from components.models.load import Loaded, load
 from components.models.template import Template
@@ -161,7 +161,7 @@ def test_equal_images_of_several_rows_are_one_where_too_few_have_enough(tmp_path
 
 def test_attention_is_the_models_own(loaded: Loaded, samples: Samples, folder: Path) -> None:
     """Against eager maps: all rows after the image, and those of the question's own words."""
-    seen = look(loaded, samples, Template(""), SETTINGS)
+    seen = attention_maps(loaded, samples, Template(""), SETTINGS)
     assert {rows: tuple(found.shape) for rows, found in seen.attention.items()} == dict.fromkeys(
         ("all", "words"), (LAYERS, SETTINGS.images, SETTINGS.instructions_per_image, NV)
     )
@@ -191,7 +191,7 @@ def test_of_images_that_are_shown_together_each_is_its_own(loaded: Loaded, tmp_p
     turns = (Turn("<image>\nHow many?", "one"), Turn("<image>\nList all.", "two"), Turn("Is there a red one?", "one"))
     rows = [ImageRow(f"pair-{n}", png(n), ((f"{n}", "open", turns),), (png(n + 5),)) for n in range(2)]
     asked = SETTINGS.model_copy(update={"instructions_per_image": 2})
-    seen = look(loaded, dataset(tmp_path, rows), Template(""), asked)
+    seen = attention_maps(loaded, dataset(tmp_path, rows), Template(""), asked)
     assert [len(of_image) for of_image in seen.samples] == [2] * 4 and seen.tokens.tolist() == [NV] * 4
     assert {of_image[0].images for of_image in seen.samples} == {(png(n),) for n in (0, 1, 5, 6)}
     assert seen.attention["all"].shape == (LAYERS, 4, 2, NV) and bool((seen.attention["words"].sum(-1) > 0).all())
@@ -200,7 +200,9 @@ def test_of_images_that_are_shown_together_each_is_its_own(loaded: Loaded, tmp_p
 
 
 def test_batches_do_not_matter(loaded: Loaded, samples: Samples) -> None:
-    one, many = (look(loaded, samples, Template(""), SETTINGS.model_copy(update={"batch_size": size})) for size in (1, 18))
+    one, many = (
+        attention_maps(loaded, samples, Template(""), SETTINGS.model_copy(update={"batch_size": size})) for size in (1, 18)
+    )
     for rows in ("all", "words"):
         torch.testing.assert_close(one.attention[rows], many.attention[rows], atol=1e-6, rtol=1e-4)
 

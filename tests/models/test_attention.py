@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.models.attention import IMPLEMENTATION, Look, watching
+from components.models.attention import IMPLEMENTATION, AttentionProbe, probing
 from components.models.vlm import VLM
 from tests import tiny
 
@@ -13,8 +13,8 @@ SAMPLES = [(1, 3, 2), (0, 4, 2), (1, 1, 4)]
 
 
 def probed(vlm: VLM, b, layers: list[int]) -> dict[int, torch.Tensor]:
-    look = Look.at(b.instruction, b.pictures)
-    with torch.no_grad(), watching(vlm.model, layers, look):
+    look = AttentionProbe.at(b.instruction, b.pictures)
+    with torch.no_grad(), probing(vlm.model, layers, look):
         vlm.plain(b, vlm.features(b), keep=False)
     return look.seen
 
@@ -62,8 +62,8 @@ def test_watching_leaves_the_outputs_alone_and_only_watched_layers_are_seen() ->
     with torch.no_grad():
         features = vlm.features(b)
         before, _ = vlm.plain(b, features, keep=False)
-        look = Look.at(b.instruction, b.pictures)
-        with watching(vlm.model, [1], look):
+        look = AttentionProbe.at(b.instruction, b.pictures)
+        with probing(vlm.model, [1], look):
             during, _ = vlm.plain(b, features, keep=False)
         after, _ = vlm.plain(b, features, keep=False)
     torch.testing.assert_close(during, before)

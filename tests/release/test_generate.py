@@ -16,7 +16,7 @@ from components.models.collate import Collator
 from components.models.families import FAMILIES
 from components.models.load import load
 from components.models.template import Template
-from components.release.attention_overlay import layer_of, look, placed
+from components.release.attention_overlay import attention_of, layer_of, placed
 from components.release.generate import Answer, read, respond, run, sample_of
 from components.release.model import Named, find
 from tests.families import toy
@@ -112,7 +112,7 @@ def test_attention_is_laid_out_over_the_whole_image(family: str, monkeypatch: py
     else:
         assert rows == columns and rows * columns == count
     answer = "red"
-    seen = look(Named(family, Path(), None), loaded, replace(batch, ids=["x"]), sample, answer)
+    seen = attention_of(Named(family, Path(), None), loaded, replace(batch, ids=["x"]), sample, answer)
     (heat,) = seen.heats
     assert heat.grid.shape == grid.shape and heat.grid.mean() == pytest.approx(1)
     assert heat.below == answer and heat.above == f"{family}, all layers"
