@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,8 @@ SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number, from 1, and content of each row; a JSONL line that is no JSON comes as the Refusal that it deserves.
+    """Number, from 1, and content of each row; one with a key that stands twice, of which all readers of JSON would take the
+    last in silence, and a JSONL line that is no JSON come as the Refusals that they deserve.
 
     Raises DataError if the file is not there, cannot be read, is neither a list nor lines, or starts as a list and is none.
     """
@@ -60,10 +62,26 @@ def _no_rows(path: Path) -> DataError:
     return DataError(f"{path} is one JSON object; rows are a list, [{{...}}, ...], or one object a line")
 
 
+class _Twice(Exception):
+    """A key that stands twice in one object."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key[:60]!r} stands twice in one object")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
+
 def parse(content: bytes, name: str = "") -> Any:
     """Raises Refusal malformed_json, whose detail begins with `name`."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_once)
+    except _Twice as twice:
+        raise Refusal("malformed_json", f"{name}{twice}") from None
     except json.JSONDecodeError as error:
         raise Refusal("malformed_json", f"{name}{error.msg} at character {error.pos + 1:,}") from None
     except (ValueError, RecursionError) as error:
@@ -110,7 +128,8 @@ class _Text:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
-        self._decoder = json.JSONDecoder()
+        self._twice: _Twice | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
         self.text, self.at = "", 0
 
     def symbol(self) -> str:
@@ -132,10 +151,11 @@ class _Text:
         wanted = READ
         while True:
             try:
+                self._twice = None
                 value, end = self._decoder.raw_decode(self.text, self.at)
                 if end < len(self.text) and self.text[end] not in NUMBER:  # else it may go on: 12 of 123, 1 of 1.5
                     self.at = end
-                    return value
+                    return Refusal("malformed_json", str(self._twice)) if self._twice else value
                 problem = "it ends in the middle"
             except RecursionError as error:
                 raise Refusal("malformed_json", str(error)) from None
@@ -146,6 +166,14 @@ class _Text:
             if len(self.text) - self.at > LONGEST or not self._more(wanted):
                 raise Refusal("malformed_json", problem)
             wanted *= 2
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """The decoder goes on behind a key that stands twice: the list's other elements are to be read."""
+        try:
+            return _each_once(pairs)
+        except _Twice as twice:
+            self._twice = twice
+            return dict(pairs)
 
     def _more(self, amount: int) -> bool:
         try:

@@ -631,7 +631,32 @@ def test_what_json_refuses_is_refused(rows: list[Any], at: int, symbol: str, rea
         wanted = json.loads(broken)
     except ValueError:
         wanted = "malformed_json"
-    assert streamed(broken.encode(), read) == (wanted if isinstance(wanted, list) else "malformed_json")
+    twice: list[bool] = []
+    if isinstance(wanted, list):
+        json.loads(broken, object_pairs_hook=lambda pairs: twice.append(len(dict(pairs)) < len(pairs)))
+    found = streamed(broken.encode(), read)
+    if any(twice):
+        assert any(isinstance(row, Refusal) for row in found)
+    else:
+        assert found == (wanted if isinstance(wanted, list) else "malformed_json")
+
+
+TWICE = '{"id": "b", "turns": [{"from": "human", "value": "x", "from": "gpt"}]}'
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+@pytest.mark.parametrize("read", [1, 7, 4096])
+def test_a_row_with_a_key_that_stands_twice_is_refused_alone(
+    name: str, read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All readers of JSON take the last of them in silence: another picture, another speaker."""
+    monkeypatch.setattr(json_rows, "READ", read)
+    rows = ['{"id": "a"}', TWICE, '{"id": "c"}']
+    (tmp_path / name).write_text(f"[{', '.join(rows)}]" if name == "x.json" else "\n".join(rows))
+    (_, first), (number, refused), (_, last) = json_rows.rows(tmp_path / name)
+    assert (first, last, number) == ({"id": "a"}, {"id": "c"}, 2)
+    assert isinstance(refused, Refusal) and refused.reason == "malformed_json"
+    assert refused.detail.endswith("the key 'from' stands twice in one object")
 
 
 def test_a_quote_that_is_missing_does_not_read_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
