@@ -1,4 +1,4 @@
-"""Protocol of a micro-batch: with `head.py`, all that models import of the method."""
+"""Micro-batch protocol, edited batches of L_mcd, and indexing of visual tokens by image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Batch(Protocol):
     def visual(self) -> Tensor: ...
     @property
     def pictures(self) -> Tensor:
-        """(B, T) long: at an image's tokens its number in the sample, from 1; 0 elsewhere."""
+        """(B, T) long: image number within the sample, from 1, at visual tokens; 0 elsewhere."""
 
     @property
     def pixel_values(self) -> Tensor | None: ...
@@ -37,19 +37,19 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Edits:
-    """n of a batch's samples once more, some tokens given the embeddings of another sample's, and what the teacher says.
+    """Counterfactual edits of n samples of a batch, with cached teacher distributions at their response rows.
 
-    Where none of the samples is edited, n is 1, without a response. Distributions are over W tokens, and all others as one.
+    Distributions cover W tokens plus the residual mass. A batch without edited samples has n = 1 and an empty response.
     """
 
     batch: Batch
-    other: Batch  # the same, with the other samples' pictures, and their words where an instruction stands
-    own: Tensor  # (n, T) float: 1 where a token keeps its embedding, 0 where it gets that of `other`
-    places: Tensor  # (n,) long: of each sample in the whole batch; none where none is edited
-    effect: Tensor  # (n,) bool: what the edit changes is compared; else what it leaves
+    other: Batch  # donor: the same sequences with another sample's images and instruction words
+    own: Tensor  # (n, T) float: 1 keeps the token's embedding, 0 takes the donor's
+    places: Tensor  # (n,) long: index of each sample in the whole batch; empty if none is edited
+    effect: Tensor  # (n,) bool: True if the evidence is replaced, False if everything else is
     tokens: Tensor  # (N, W) long, at the N rows that predict the responses
-    whole: Tensor  # (N, W + 1) the teacher's distributions without an edit
-    without: Tensor  # (N, W + 1) and with the evidence taken away
+    whole: Tensor  # (N, W + 1) teacher probabilities on the unedited input
+    without: Tensor  # (N, W + 1) teacher probabilities with the evidence replaced
 
     def to(self, device: torch.device | str) -> Edits:
         moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
@@ -61,7 +61,7 @@ def edits_of(batch: Batch) -> Edits | None:
 
 
 def by_column(pictures: Tensor) -> Tensor:
-    """(B, Nv) of (B, T): the numbers of the images whose tokens a sample has, in order; 0 beyond them."""
+    """(B, Nv) image number of each visual token, packed to the left from (B, T) `pictures`; 0 is padding."""
     visual = pictures > 0
     counts = visual.sum(1, keepdim=True)
     columns = pictures.new_zeros(len(pictures), int(counts.max()))
@@ -70,21 +70,21 @@ def by_column(pictures: Tensor) -> Tensor:
 
 
 def placed(weights: Tensor, pictures: Tensor) -> Tensor:
-    """(B, Nv) of (N,) at the visual rows; 0 beyond a sample's own."""
+    """(B, Nv) scatter of (N,) weights of the visual rows; 0 is padding."""
     columns = by_column(pictures)
     return weights.new_zeros(columns.shape).masked_scatter(columns > 0, weights)
 
 
 def owners(pictures: Tensor) -> list[tuple[int, int]]:
-    """Sample and number of each image of (B, T) `pictures`, in order."""
+    """(sample, image number) of each image of (B, T) `pictures`, in order."""
     return [(sample, number) for sample, most in enumerate(pictures.amax(1).tolist()) for number in range(1, most + 1)]
 
 
 def of_images(states: Tensor, batch: Batch) -> list[Tensor]:
-    """(Nv, ...) at the visual tokens of each image, of (B, T, ...) states."""
+    """Hidden states (Nv, ...) at each image's visual tokens, one tensor per image, from (B, T, ...) states."""
     return [states[sample][batch.pictures[sample] == number] for sample, number in owners(batch.pictures)]
 
 
 def predicting(response: Tensor) -> Tensor:
-    """(B, T) bool: positions whose next-token prediction is about a response token. Position t predicts token t + 1."""
+    """(B, T) bool: rows that predict a response token. Position t predicts token t + 1."""
     return torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], dim=1)

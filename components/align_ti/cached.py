@@ -15,13 +15,13 @@ Rows = TopK | Sampled
 
 @dataclass(frozen=True)
 class Cached:
-    """What is kept of a batch: `index` (B, T) is each position's row in `rows`, -1 where nothing is."""
+    """Cached teacher rows of a batch. `index` (B, T) maps a position to its row in `rows`; -1: not cached."""
 
     rows: Rows
     index: Tensor
 
     def at(self, where: Tensor) -> Rows:
-        """The rows at a (B, T) bool mask, in order of (sample, position). Raises ValueError if one of them is not kept."""
+        """Rows at a (B, T) bool mask, ordered by (sample, position). Raises ValueError if one of them is not cached."""
         index = self.index[where]
         if bool((index < 0).any()):
             raise ValueError("the teacher's word is not kept for all the rows asked for")
@@ -29,7 +29,7 @@ class Cached:
 
 
 def cached_divergence(teacher: Rows, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """(N,) nats per row, of the student's logits (N, V) cut to the shared vocabulary."""
+    """(N,) divergence per row, in nats. `student_logits` (N, V) are cut to the shared vocabulary."""
     if isinstance(teacher, TopK):
         return top_k_divergence(teacher, student_logits, temperature)
     return sampled_divergence(teacher, student_logits, temperature)
@@ -45,8 +45,9 @@ def cached_row_divergence(
     weights: Tensor | None = None,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
-    """(N,) `cached_divergence` of hidden rows (N, d_S) through the student's head cut to `shared` columns, in chunks of rows;
-    or, given `weights` (N,), their weighted sum ()."""
+    """(N,) `cached_divergence` of hidden rows (N, d_S), in chunks of rows; with `weights` (N,), their weighted sum ().
+
+    The student's head is cut to `shared` columns."""
 
     def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
         return cached_divergence(teacher[at], student_logits[:, :shared], temperature)

@@ -1,7 +1,7 @@
 """Divergence between teacher and student per row, in nats; logits are computed in chunks of rows.
 
-A row is a position at which both models predict a token. Rows are chosen by the caller before any head is applied; the
-driver then works through them in chunks (head.py), so that its memory is a few chunks of logits whatever the number of rows.
+A row is a position at which both models predict a token. The caller selects rows before the head is applied, and the chunks
+(head.py) bound memory to a few chunks of logits whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_loss
 
 @dataclass(frozen=True)
 class Divergence:
-    """The arguments of `divergence`."""
+    """Keyword arguments of `divergence`, as a callable."""
 
     kind: str = "forward"
     mix: float = 0.5
@@ -30,7 +30,7 @@ class Divergence:
 def divergence(
     teacher_logits: Tensor, student_logits: Tensor, kind: str = "forward", mix: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """D(p_T, p_S) per row.
+    """Divergence D(p_T, p_S) per row.
 
     Args:
         teacher_logits: (N, V_T), cut to the shared prefix min(V_T, V_S) before the softmax.
@@ -39,15 +39,15 @@ def divergence(
             (arXiv 2306.13649, eq. 1: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S); skewed,
             KL(p_T || alpha p_T + (1 - alpha) p_S), and skewed_reverse, KL(p_S || alpha p_S + (1 - alpha) p_T), with
             alpha = mix (arXiv 2402.03898, eq. 3; DistiLLM-2 takes p_S inside its mixture without a gradient, not so here);
-            argmax, the hard label -log p_S(argmax p_T), which is no divergence.
-        temperature: both logits are divided by it; no T^2 factor is applied.
+            argmax, the hard-label loss -log p_S(argmax p_T), which is not a divergence.
+        temperature: divides the logits of both; no T^2 factor is applied.
 
     Returns:
         (N,) nats, in the wider of float32 and the logits' dtype.
     """
     shared = min(teacher_logits.shape[-1], student_logits.shape[-1])
     log_t = _log_softmax(teacher_logits[:, :shared], temperature)
-    del teacher_logits  # a chunk of logits that nobody needs any more
+    del teacher_logits  # frees one chunk of logits
     log_s = _log_softmax(student_logits[:, :shared], temperature)
     if kind == "forward":
         return kl(log_t, log_s)
@@ -78,13 +78,13 @@ def row_divergence(
     weights: Tensor | None = None,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
-    """(N,) `divergence` of hidden rows (N, d_T) and (N, d_S) through their heads; given `weights` (N,), their weighted sum ().
+    """(N,) `divergence` of hidden rows (N, d_T) and (N, d_S) through their heads; with `weights` (N,), their weighted sum ().
 
     Args:
-        shared: columns of both heads that mean the same tokens; None: those of the narrower one.
-        chunk_mib: MiB that the float32 logits of one chunk of rows may take, of one model.
+        shared: size of the shared vocabulary, in columns of both heads; None: the narrower head's.
+        chunk_mib: budget in MiB for one model's float32 logits of one chunk of rows.
 
-    Gradients reach the student's rows and head; the teacher gets none.
+    Gradients flow to the student's rows and head, none to the teacher.
     """
 
     def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ def _without_gradient(head: Head, rows: Tensor) -> Tensor:
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) per row; a masked vocabulary entry (log p = -inf) adds 0, to the gradient too."""
+    """KL(p || q) per row; a masked vocabulary entry (log p = -inf) contributes 0 to the value and the gradient."""
     return (log_p.exp() * (log_p - log_q).masked_fill_(log_p == -math.inf, 0.0)).sum(-1)
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """log(share p + (1 - share) q), in log space so that no probability underflows."""
+    """log(share p + (1 - share) q), in log space against underflow."""
     if share in (0.0, 1.0):
         return log_p if share else log_q
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))

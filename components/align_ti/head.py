@@ -1,7 +1,7 @@
 """Output head, and per-row losses of its logits, computed in chunks of rows.
 
-One float32 tensor of logits is rows x vocabulary x 4 bytes: 443 MB for an image of 729 tokens at V = 151,936, and a loss
-holds several. So rows go through the head in chunks, whose logits are computed anew in the backward pass.
+Float32 logits take rows x vocabulary x 4 bytes: 443 MB for an image of 729 tokens at V = 151,936, and a loss holds several.
+Chunks bound that; their logits are recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_MIB = 40.0  # at V = 32,000 the visual rows of two images then fit one chunk, and nothing is computed twice
-COLUMNS_AT_ONCE = 8192  # columns of a 16-bit head that are widened to float32 at a time
+CHUNK_MIB = 40.0  # fits the visual rows of two images in one chunk at V = 32,000, without recomputation
+COLUMNS_AT_ONCE = 8192  # columns of a 16-bit head cast to float32 at a time
 
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden rows (N, d) -> (N, V) logits, float32 or wider: rows W^T + b, soft-capped to cap tanh(logits / cap).
+    """Output head: hidden rows (N, d) -> logits (N, V) = rows W^T + b, soft-capped to cap tanh(logits / cap).
 
-    The operands are cast, not the result: a bf16 product cast afterwards loses 4 to 23% of a divergence's gradient
-    (linkedin/Liger-Kernel issue 1432).
+    Logits are float32 or wider. The cast applies to the operands, not the result: a bf16 product cast afterwards loses 4 to
+    23% of a divergence's gradient (linkedin/Liger-Kernel issue 1432).
     """
 
-    weight: Tensor  # (V, d); the token embedding's own where the two are tied
+    weight: Tensor  # (V, d); the embedding weight itself where the two are tied
     bias: Tensor | None = None  # (V,)
     cap: float | None = None
 
@@ -41,11 +41,11 @@ class Head:
         return self.capped(logits)
 
     def uncapped(self, rows: Tensor) -> Tensor:
-        """rows W^T + b, float32 or wider, where nothing needs a gradient."""
+        """Logits rows W^T + b before the soft cap, float32 or wider, without a gradient."""
         wide = at_least_float32(rows.dtype)
         if self.weight.dtype == wide:
             return F.linear(rows.to(wide), self.weight, self.bias)
-        if rows.is_cuda and rows.dtype == self.weight.dtype:  # as if they had been cast, at twice the rate of TF32
+        if rows.is_cuda and rows.dtype == self.weight.dtype:  # equal to casting the operands, at twice the rate of TF32
             logits = torch.mm(rows, self.weight.T, out_dtype=wide)
         else:
             rows = rows.to(wide)
@@ -55,16 +55,16 @@ class Head:
         return logits if self.bias is None else logits.add_(self.bias)
 
     def widened(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in `dtype`, by slices of columns: a whole copy of it would be larger than any chunk of logits."""
+        """Slices of the weight in `dtype`: a full copy would be larger than any chunk of logits."""
         step = len(self.weight) if self.weight.dtype == dtype else COLUMNS_AT_ONCE
         for start in range(0, len(self.weight), step):
             at = slice(start, start + step)
             yield at, self.weight[at].to(dtype)
 
     def gram(self, columns: int | None, centred: bool = False) -> Tensor:
-        """(d + 1, d + 1) products over the vocabulary of [W, b], cut to `columns`: those of logits are [h, 1] gram [h', 1]^T.
+        """(d + 1, d + 1) Gram matrix of [W, b] over the first `columns`: logits' inner products are [h, 1] gram [h', 1]^T.
 
-        `centred`: of logits minus their mean over the vocabulary. Raises ValueError if logits are soft-capped.
+        `centred`: for logits minus their mean over the vocabulary. Raises ValueError if logits are soft-capped.
         """
         if self.cap is not None:
             raise ValueError("a head with soft-capped logits (Gemma 2) is not linear, and has no Gram matrix")
@@ -81,18 +81,17 @@ class Head:
 
 
 def rows_per_chunk(columns: int, chunk_mib: float) -> int:
-    """Rows whose float32 logits over `columns` of vocabulary take at most `chunk_mib` MiB; at least one."""
+    """Chunk size in rows: float32 logits over `columns` take at most `chunk_mib` MiB; at least one row."""
     return max(1, int(chunk_mib * 2**20) // (4 * columns))
 
 
 def row_losses(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
-    """(N,) losses of the logits of hidden rows (N, d), `size` rows at a time.
+    """(N,) losses of hidden rows (N, d) through `head`, in chunks of `size` rows.
 
     Args:
-        loss: of a slice of the rows and its logits (n, V), one number per row, or several, (n, k). Called again in the
-            backward pass.
+        loss: maps a slice of the rows and its logits (n, V) to (n,) losses, or (n, k). Recomputed in the backward pass.
 
-    Where all rows are one chunk its logits are kept for the backward pass instead. Gradients reach the rows and the head.
+    A single chunk keeps its logits for the backward pass instead. Gradients flow to the rows and the head.
     """
     if len(rows) <= size:
         return loss(slice(None), head(rows))
@@ -101,11 +100,11 @@ def row_losses(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor]
 
 
 def weighted_loss(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], weights: Tensor, size: int) -> Tensor:
-    """() sum of `weights` (N,) x `row_losses`, no gradient reaching the weights.
+    """() sum of `weights` (N,) x `row_losses`, without a gradient to the weights.
 
-    Its gradient is one number times what can be worked out chunk by chunk along with the value, so that no chunk's logits are
-    computed twice, as `row_losses` has to, whose rows each have a number of their own that only the backward pass tells. What
-    is kept for that is of the size of the rows and of the head.
+    The upstream gradient is one scalar, so each chunk's gradient is computed along with its value and no logits are
+    recomputed; `row_losses` has an upstream gradient per row, known only in the backward pass. Memory: buffers of the size of
+    the rows and of the head.
     """
     if len(rows) <= size or not torch.is_grad_enabled():
         return (weights.detach() * row_losses(rows, head, loss, size)).sum()
@@ -114,7 +113,7 @@ def weighted_loss(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tens
 
 
 def cross_entropy(rows: Tensor, head: Head, targets: Tensor, chunk_mib: float = CHUNK_MIB) -> Tensor:
-    """Sum of the cross-entropies of hidden rows (N, d) against (N,) tokens, in nats."""
+    """() cross-entropy of hidden rows (N, d) against (N,) target tokens, summed, in nats."""
     size = rows_per_chunk(len(head.weight), chunk_mib)
     if head.cap is not None or len(rows) <= size:
         return row_losses(rows, head, lambda at, logits: F.cross_entropy(logits, targets[at], reduction="none"), size).sum()
@@ -131,8 +130,8 @@ def cross_entropy(rows: Tensor, head: Head, targets: Tensor, chunk_mib: float = 
 
 
 class _Chunks(torch.autograd.Function):
-    """`row_losses` of more than one chunk. Against torch.utils.checkpoint around each chunk it saves a gradient of the
-    head's size: the chunks add to one buffer instead of handing autograd one after another to sum."""
+    """Autograd function of `row_losses` for more than one chunk. Against torch.utils.checkpoint per chunk it saves one
+    gradient of the head's size: chunks accumulate into one buffer instead of leaving autograd to sum theirs."""
 
     @staticmethod
     def forward(
@@ -158,7 +157,7 @@ class _Chunks(torch.autograd.Function):
 
 
 class _Weighted(torch.autograd.Function):
-    """`weighted_loss`."""
+    """Autograd function of `weighted_loss`; gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -179,7 +178,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors  # says so where a graph is gone through a second time: the gradients are given away below
+        inputs = ctx.saved_tensors  # raises on a second backward pass: the gradients are released below
         scaled = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
         del ctx.gradients
         return *_narrowed(scaled, inputs), None, None, None, None
@@ -188,7 +187,7 @@ class _Weighted(torch.autograd.Function):
 def _by_chunks(
     rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], upstream: Tensor, size: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """() sum of `upstream` (N,) x losses, and its gradients, in float32 or wider, to rows, weight and bias where `wanted`."""
+    """() sum of `upstream` (N,) x losses, and its gradients to rows, weight and bias where `wanted`, float32 or wider."""
     wide = at_least_float32(rows.dtype)
     inputs = (rows, head.weight, head.bias)
     gradients = [

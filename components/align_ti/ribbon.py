@@ -1,14 +1,14 @@
-"""The ribbon: rows for the alternatives that a model might have said at each response step.
+"""The ribbon: rows for sampled alternatives at each response step (also: tree or packed alternatives).
 
-At response step k, whose gold token y_k sits at position t + 1, d alternatives c_k1..c_kd are drawn given the prefix up to
-position t. An alternative row sees that prefix and itself, neither other alternatives nor y_k and later; its position id
-is y_k's. docs/method.md, "The ribbon". Nothing here is approximate:
+At response step k, with gold token y_k at position t + 1, d alternatives c_k1..c_kd are drawn given the prefix up to
+position t. An alternative's row attends to that prefix and itself, neither to other alternatives nor to y_k and later; its
+position id is y_k's. docs/method.md, "The ribbon". All of it is exact:
 
-- equal draws at a step are one row with a multiplicity;
-- a draw equal to y_k needs no row of its own, for y_k's own row in the plain pass has the same context;
-- a drawn EOS has no continuation that the data ever trains: it is left out of the mean.
+- equal draws at a step share one row with a multiplicity;
+- a draw equal to y_k reuses y_k's row in the plain pass, which has the same context;
+- a drawn EOS has no continuation that the data ever trains, and does not count in the mean.
 
-Only a cap on a sample's length is an approximation (`fit`): response steps that do not fit are left out, and counted.
+The only approximation is the cap on a sample's length (`fit`): response steps beyond it are left out, and counted.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch import Tensor
 
 from components.align_ti.batch import predicting
 
-LEFT_OUT = -1  # stands in place of the draws of a response step that a cap on the length leaves out
+LEFT_OUT = -1  # placeholder for the draws of a response step beyond the cap on the length
 
 
 @dataclass(frozen=True)
 class Ribbon:
-    """What a batch's draws come to. B samples of T positions, E rows in the longest sample."""
+    """Packed alternatives of a batch: B samples of T positions, E rows in the longest ribbon."""
 
-    tokens: Tensor  # (B, E) long: the distinct alternatives that are neither gold nor EOS
-    positions: Tensor  # (B, E) long: position of the gold token that each stands in for
-    multiplicity: Tensor  # (B, E) float: how often it was drawn; 0 on padding
-    gold: Tensor  # (B, T) float: how often the gold token at this position was drawn
-    counted: Tensor  # () float: draws that count, i.e. all but EOS and those of steps left out
+    tokens: Tensor  # (B, E) long: distinct alternatives that are neither gold nor EOS
+    positions: Tensor  # (B, E) long: position of the gold token that each replaces
+    multiplicity: Tensor  # (B, E) float: number of draws; 0 on padding
+    gold: Tensor  # (B, T) float: number of draws equal to the gold token at this position
+    counted: Tensor  # () float: draws that count, all but EOS and those of steps left out
     steps_left_out: int  # response steps beyond the cap on the length
 
     @property
@@ -41,16 +41,16 @@ class Ribbon:
 
 
 def draw_key(*what: int | str) -> int:
-    """32 bits: the seed of the draws of `what`, a run's seed and a sample's key, say. Hashed: torch's CPU generator reads the
-    low 32 bits alone."""
+    """32-bit seed hashed from `what`, for example a run's seed and a sample's key. torch's CPU generator reads the low 32
+    bits alone, hence the hash."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
 
 
 def uniforms(response: Tensor, keys: list[int], draws: int) -> Tensor:
-    """(N, d) uniforms in [0, 1) for the N response steps, in order of (sample, step).
+    """(N, d) uniforms in [0, 1) for the N response steps, ordered by (sample, step).
 
-    Each sample has its own stream, seeded by its key alone, so that what is drawn for it does not depend on how a batch is
-    split over devices or accumulation steps.
+    Each sample has a generator seeded by its key alone, so that its draws do not depend on the split of a batch over devices
+    or accumulation steps.
     """
     steps = response.sum(1).tolist()
     streams = (
@@ -61,22 +61,22 @@ def uniforms(response: Tensor, keys: list[int], draws: int) -> Tensor:
 
 
 def places(response: Tensor, keys: list[int]) -> Tensor:
-    """(N,) uniforms in [0, 1): each response step's place in its sample's line, for `fit`. Other streams than the draws'."""
+    """(N,) uniforms in [0, 1): priority of each response step within its sample, for `fit`. Streams differ from the draws'."""
     return uniforms(response, [-1 - key for key in keys], 1)[:, 0]
 
 
 def shuffled(draws: Tensor, response: Tensor, keys: list[int]) -> Tensor:
-    """(N, d) draws of each response's steps, in another order by its sample's key."""
+    """(N, d) draws with the steps of each response permuted, seeded by the sample's key."""
     lines = uniforms(response, [-2 - key for key in keys], 1)[:, 0].split(response.sum(1).tolist())
     parts = draws.split(response.sum(1).tolist())
     return torch.cat([part[line.argsort(stable=True)] for part, line in zip(parts, lines, strict=True)])
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """(N, V) probabilities to draw from, in the order that `generate` of transformers has: logits / temperature, then the
-    `top_k` most likely tokens, then the smallest set of the most likely whose probabilities reach `top_p`. They sum to 1.
+    """(N, V) sampling probabilities, sum 1, in the order of transformers' `generate`: logits / temperature, then top-k, then
+    nucleus sampling (the smallest set of the most likely tokens whose probabilities reach `top_p`).
 
-    The tokens are ranked before the temperature, whose height makes their probabilities equal but not the ranks.
+    Ranks come from the logits before the temperature: a high one makes probabilities equal in floats.
     """
     p = (logits if temperature == 1 else logits / temperature).softmax(-1)
     if top_k is None and top_p is None:
@@ -92,9 +92,9 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
 
 
 def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Tensor:
-    """(N, d) tokens drawn from (N, V) probabilities by inverting their cumulative sums at (N, d) uniforms.
+    """(N, d) tokens sampled from (N, V) probabilities by inverting their cumulative sums at (N, d) uniforms.
 
-    Without replacement, a drawn token's probability becomes 0 before the next draw of that step.
+    Without replacement, a token's probability is set to 0 after its draw.
     Raises ValueError if fewer than d tokens have a positive probability and draws are without replacement.
     """
     if replacement:
@@ -120,10 +120,10 @@ def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
 def fit(
     draws: Tensor, places: Tensor, input_ids: Tensor, attention_mask: Tensor, response: Tensor, eos: int, cap: int
 ) -> Tensor:
-    """The (N, d) draws with `LEFT_OUT` at the steps whose rows would make their sample longer than `cap` tokens.
+    """(N, d) draws with `LEFT_OUT` at the steps whose rows would exceed `cap` tokens per sample.
 
-    A sample's steps are taken in the order of `places` (N,) for as long as its own tokens and all rows taken so far are at
-    most `cap`. So which of them are left out is random, and depends on the sample alone.
+    Steps of a sample are accepted in the order of `places` (N,) while its tokens plus accepted rows are at most `cap`. The
+    choice is random and depends on the sample alone.
     """
     sample, step = predicting(response).nonzero(as_tuple=True)
     line = torch.argsort(sample + places.double(), stable=True)  # within each sample, by place
@@ -137,21 +137,21 @@ def fit(
 
 
 def left_out(draws: Tensor) -> int:
-    """Response steps that a cap on the length left out of (N, d) draws."""
+    """Number of response steps marked `LEFT_OUT` in (N, d) draws."""
     return int((draws == LEFT_OUT).all(1).sum())
 
 
 def counted(draws: Tensor, eos: int) -> Tensor:
-    """() float: draws that count in the mean."""
+    """() float: draws that count in the mean, neither EOS nor left out."""
     return ((draws != eos) & (draws != LEFT_OUT)).sum().float()
 
 
 def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon:
-    """Turn (N, d) draws for the N response steps of a batch, in order of (sample, step), into rows.
+    """Ribbon of (N, d) draws for the N response steps of a batch, ordered by (sample, step).
 
     Args:
         input_ids: (B, T).
-        response: (B, T), true at y_1..y_R, EOS included.
+        response: (B, T) bool, true at y_1..y_R, EOS included.
     """
     sample, step = predicting(response).nonzero(as_tuple=True)  # (N,) each
     draws = draws.sort(dim=1).values
@@ -173,7 +173,7 @@ def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon
 
 
 def _needs_row(draws: Tensor, gold: Tensor, eos: int) -> Tensor:
-    """(N, d) bool: the first of its equals, and neither the gold token nor EOS nor left out."""
+    """(N, d) bool: first of its duplicates, and neither the gold token nor EOS nor left out."""
     first = ~(draws[:, :, None] == draws[:, None, :]).tril(-1).any(-1)
     return first & (draws != gold[:, None]) & (draws != eos) & (draws != LEFT_OUT)
 
@@ -187,9 +187,9 @@ def _rank_within(groups: Tensor) -> Tensor:
 
 
 def continuation_mask(ribbon: Ribbon, attention_mask: Tensor) -> Tensor:
-    """(B, 1, E, T + E) bool: what each ribbon row may see when it continues over the plain pass's key/value cache.
+    """(B, 1, E, T + E) bool attention mask of the ribbon's rows over the plain pass's key/value cache.
 
-    Padding rows see themselves alone, so that no softmax is over nothing.
+    Padding rows attend to themselves alone, so that no softmax is empty.
     """
     T, E = attention_mask.shape[1], ribbon.tokens.shape[1]
     index = torch.arange(T, device=attention_mask.device)
@@ -199,14 +199,14 @@ def continuation_mask(ribbon: Ribbon, attention_mask: Tensor) -> Tensor:
 
 
 def expanded_mask(ribbon: Ribbon, attention_mask: Tensor) -> Tensor:
-    """(B, 1, T + E, T + E) bool: the same for one pass over the sequence with the ribbon appended to it.
+    """(B, 1, T + E, T + E) bool attention mask of one pass over the sequence with the ribbon appended.
 
-    Gold rows are causal and never see a ribbon row.
+    Gold rows are causal and never attend to a ribbon row.
     """
     B, T = attention_mask.shape
     E = ribbon.tokens.shape[1]
     index = torch.arange(T, device=attention_mask.device)
     causal = (index[None, :] <= index[:, None]) & attention_mask[:, None, :].bool()
-    causal = causal | torch.eye(T, dtype=torch.bool, device=causal.device)  # padding rows see themselves
+    causal = causal | torch.eye(T, dtype=torch.bool, device=causal.device)  # padding rows attend to themselves
     gold = torch.cat([causal, causal.new_zeros(B, T, E)], dim=2)
     return torch.cat([gold[:, None], continuation_mask(ribbon, attention_mask)], dim=2)

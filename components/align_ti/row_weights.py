@@ -1,4 +1,4 @@
-"""Weights of the rows that predict the response, by name, and what they come to within an answer."""
+"""Row weights for distillation losses, by name, and their normalisation and ranking within an answer."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torch import Tensor
 from components.align_ti.divergence import kl
 from components.align_ti.seen import Seen
 
-RowWeight = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher's and student's logits (n, V), gold tokens (n,) -> (n,)
+RowWeight = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher and student logits (n, V), gold tokens (n,) -> (n,)
 
 
 def entropy(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
-    """H(p_T) / log V: rows of which the teacher itself is unsure weigh most (EA-KD, arXiv 2311.13621)."""
+    """H(p_T) / log V: highest where the teacher is uncertain (EA-KD, arXiv 2311.13621)."""
     return _entropy(teacher)
 
 
 def certainty(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
-    """exp(-H(p_T) / log V): rows of which the teacher is sure weigh most (GRACE, arXiv 2601.22709)."""
+    """exp(-H(p_T) / log V): highest where the teacher is confident (GRACE, arXiv 2601.22709)."""
     return (-_entropy(teacher)).exp()
 
 
 def confidence(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
-    """1 - p_T(y): soft targets where the teacher doubts the gold token (Bridge-Garden, arXiv 2605.26246)."""
+    """1 - p_T(y): highest where the teacher gives the gold token a low probability (Bridge-Garden, arXiv 2605.26246)."""
     return 1 - torch.softmax(teacher, -1).gather(1, gold[:, None])[:, 0]
 
 
 def unsure(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
-    """H(p_S) / log V: rows of which the student is unsure weigh most (SE-KD, arXiv 2602.01395)."""
+    """H(p_S) / log V: highest where the student is uncertain (SE-KD, arXiv 2602.01395)."""
     return _entropy(student)
 
 
 def accepted(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
-    """1 where the student's likeliest token is among the teacher's five, else 0.01 (SelecTKD)."""
+    """1 where the student's top token is in the teacher's top five, else 0.01 (SelecTKD)."""
     found = teacher.topk(5).indices == student.argmax(-1, keepdim=True)
     return torch.where(found.any(-1), 1.0, 0.01).to(teacher.dtype)
 
 
 def divergence(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
-    """KL(p_T || p_S): rows at which the two are furthest apart weigh most."""
+    """KL(p_T || p_S): highest where the two distributions differ most."""
     return kl(torch.log_softmax(teacher, -1), torch.log_softmax(student, -1))
 
 
@@ -49,7 +49,7 @@ ROW_WEIGHTS: dict[str, RowWeight] = {f.__name__: f for f in (entropy, certainty,
 
 
 def weight_called(name: str) -> RowWeight:
-    """Raises ValueError listing the names that there are."""
+    """Row weight function by name. Raises ValueError listing the known names."""
     if name not in ROW_WEIGHTS:
         raise ValueError(f"row_weight {name!r} is none of {', '.join(ROW_WEIGHTS)} (components/align_ti/row_weights.py)")
     return ROW_WEIGHTS[name]
@@ -57,35 +57,35 @@ def weight_called(name: str) -> RowWeight:
 
 @torch.no_grad()
 def row_weights(seen: Seen, name: str, visual: bool = False) -> Tensor:
-    """(N,) at the rows that predict the response, or at the visual ones, without a gradient. A term that asks for them needs
-    `live`."""
+    """(N,) weights at the rows that predict the response, or at the visual rows, without a gradient. Requires `live` in the
+    term's needs."""
     weight, rows = weight_called(name), seen.batch.visual if visual else seen.predicts
     gold = seen.batch.input_ids[rows] if visual else seen.gold
     return seen.rowwise(rows, lambda at, teacher, student: weight(teacher, student, gold[at]))
 
 
 def over_mean(weights: Tensor, answer: Tensor) -> Tensor:
-    """(N,) weights divided by their mean in each answer, so that its rows weigh 1 on average."""
+    """(N,) weights divided by their mean over each answer, so that an answer's rows average 1."""
     return weights / _per_answer(weights, answer).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def in_top(weights: Tensor, answer: Tensor, share: float) -> Tensor:
-    """(N,) bool: the ceil(share R) rows of highest weight of each answer of R rows; the earlier of equals."""
+    """(N,) bool: the ceil(share R) rows of highest weight in each answer of R rows; ties go to the earlier row."""
     order = weights.argsort(descending=True, stable=True)
-    order = order[answer[order].argsort(stable=True)]  # by answer, as `answer` itself is, then by weight
+    order = order[answer[order].argsort(stable=True)]  # by answer, the order of `answer` itself, then by weight
     top = torch.empty_like(answer, dtype=torch.bool)
     top[order] = place(answer) < (share * answer.bincount()[answer]).ceil()
     return top
 
 
 def place(answer: Tensor) -> Tensor:
-    """(N,) how many rows of its answer come before each."""
+    """(N,) index of each row within its answer, from 0."""
     size = answer.bincount()
     return torch.arange(len(answer), device=answer.device) - (size.cumsum(0) - size)[answer]
 
 
 def _per_answer(values: Tensor, answer: Tensor) -> Tensor:
-    """(N,) their mean in the answer of each row."""
+    """(N,) mean of `values` over each row's answer."""
     size = answer.bincount()
     return (values.new_zeros(len(size)).index_add_(0, answer, values) / size)[answer]
 

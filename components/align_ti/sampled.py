@@ -1,8 +1,8 @@
 """Cached teacher distribution per row: draws from p_T, and its entropy.
 
-The forward divergence is linear in p_T but for its entropy, so that the mean over draws of its value and of its gradient is
-exact, which that of a cut at k tokens is not. Source: Sparse Logit Sampling (arXiv 2503.16870), whose draws are independent;
-these are systematic, which leaves each token's count within one of its expectation.
+Forward KL is linear in p_T apart from the entropy, so draws give an unbiased value and gradient, unlike a cut at k tokens.
+Source: Sparse Logit Sampling (arXiv 2503.16870), whose draws are independent; systematic draws, used here, keep each token's
+count within one of its expectation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampled:
-    """p_T at N rows. k is the most distinct tokens of a row."""
+    """Sampled p_T at N rows. k is the largest number of distinct tokens in a row."""
 
     tokens: Tensor  # (N, k) long
-    counts: Tensor  # (N, k) how often each was drawn; 0 beyond a row's own
-    entropy: Tensor  # (N,) of p_T, nats
+    counts: Tensor  # (N, k) draws of each token; 0 is padding
+    entropy: Tensor  # (N,) entropy of p_T, nats
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -29,19 +29,19 @@ class Sampled:
 
 
 def sampled(logits: Tensor, draws: int, uniform: Tensor, temperature: float = 1.0) -> Sampled:
-    """Systematic draws of (N, V) logits, which the caller has cut to the shared vocabulary, with one `uniform` (N,) per row."""
+    """Systematic draws from (N, V) logits cut to the shared vocabulary, with one `uniform` (N,) per row."""
     p = torch.softmax(logits / temperature, dim=-1)
     reached = p.double().cumsum(-1)
     points = (torch.arange(draws, device=p.device) + uniform.to(p.device, torch.float64)[:, None]) / draws
     found = torch.searchsorted(reached, points * reached[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
-    place = found.diff(prepend=found[:, :1]).sign().cumsum(-1)  # among the row's distinct tokens
+    place = found.diff(prepend=found[:, :1]).sign().cumsum(-1)  # index among the row's distinct tokens
     counts = torch.zeros_like(found).scatter_add(-1, place, torch.ones_like(found))
     k = int(place.max()) + 1 if len(place) else 0
     return Sampled(torch.zeros_like(found).scatter(-1, place, found)[:, :k], counts[:, :k], torch.special.entr(p).sum(-1))
 
 
 def sampled_divergence(teacher: Sampled, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_v (count_v / draws) (-log p_S(v)) - H(p_T), (N,) nats per row; a row's may be below 0, as its mean over draws is not.
+    """(N,) sum_v (count_v / draws) (-log p_S(v)) - H(p_T) per row, in nats; a row can be below 0, its mean over draws cannot.
 
     Args:
         student_logits: (N, V), cut to the shared vocabulary, float32 or wider.

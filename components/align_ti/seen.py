@@ -1,4 +1,4 @@
-"""Intermediate results of one step, shared by the loss terms; what two terms need is computed once."""
+"""Intermediate results of one training step, shared by the loss terms and computed once."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_loss
 from components.align_ti.ribbon import Ribbon
 from components.align_ti.watch import Watched
 
-Rowwise = Callable[[slice, Tensor, Tensor], Tensor]  # rows of the mask, teacher's logits and student's (n, V) -> (n,)
+Rowwise = Callable[[slice, Tensor, Tensor], Tensor]  # slice of rows, teacher and student logits (n, V) -> (n,)
 
 
 @dataclass
 class Seen:
-    """One step over a batch.
+    """Forward results of one step over a batch.
 
-    Hidden states are those before the head: (B, T, d) of the sequence, (M, d) of the ribbon's rows, None where nobody needs
-    them. The teacher's carry no gradient.
+    Hidden states are the head's inputs: (B, T, d) for the sequence, (M, d) for the ribbon's rows, None if no term needs
+    them. Teacher states carry no gradient.
     """
 
     batch: Batch
     student: Tensor
     student_head: Head
-    keys: list[int] = field(default_factory=list)  # one per sample, the seed of whatever is drawn for it
-    teacher: Tensor | Cached | None = None  # Cached where the cache serves
+    keys: list[int] = field(default_factory=list)  # seed of each sample's draws
+    teacher: Tensor | Cached | None = None  # Cached under `teacher_signals.source: cache`
     teacher_head: Head | None = None
-    attention: Tensor | None = None  # (B, Nv), the teacher's at the IRS layer
+    attention: Tensor | None = None  # (B, Nv) teacher attention that weights visual tokens
     in_student: Watched = field(default_factory=Watched)
     in_teacher: Watched = field(default_factory=Watched)
-    views: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)  # student's, teacher's (B, T, d)
-    edited: Tensor | None = None  # (n, T, d) the student's, of the batch's edits
+    views: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)  # student and teacher (B, T, d)
+    edited: Tensor | None = None  # (n, T, d) student hidden states of the edited samples
     ribbon: Ribbon | None = None
     student_ribbon: Tensor | None = None
     teacher_ribbon: Tensor | None = None
     divergence_of_arm: Divergence = field(default_factory=Divergence)
     shared_vocabulary: int | None = None
     chunk_mib: float = CHUNK_MIB
-    progress: float = 0.0  # of the training: 0 at its first step, towards 1 at its last
-    measured: dict[str, Tensor] = field(default_factory=dict)  # by terms, for the journal: sums over the batch's images
-    modules: Mapping[str, nn.Module] = field(default_factory=dict)  # of terms that train one, by their names
+    progress: float = 0.0  # training progress: 0 at the first step, towards 1 at the last
+    measured: dict[str, Tensor] = field(default_factory=dict)  # diagnostics for the journal: sums over the batch's images
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)  # trained modules of terms, by term name
 
     def __post_init__(self) -> None:
         self._of_text: dict[Divergence, Tensor] = {}
 
     @cached_property
     def zero(self) -> Tensor:
-        """0 with a graph behind it, so that a batch without units has one to go back through."""
+        """Zero attached to the graph, so that a batch without units has a backward pass."""
         return self.student.sum(dtype=at_least_float32(self.student.dtype)) * 0.0
 
     @cached_property
@@ -64,21 +64,21 @@ class Seen:
 
     @cached_property
     def gold(self) -> Tensor:
-        """(N,) the response tokens, which the rows of `predicts` are about."""
+        """(N,) response tokens, the targets of the rows in `predicts`."""
         return self.batch.input_ids[:, 1:][self.batch.response[:, 1:]]
 
     @cached_property
     def answer(self) -> Tensor:
-        """(N,) the sample that each of them belongs to."""
+        """(N,) sample index of each row in `predicts`."""
         return self.predicts.nonzero()[:, 0]
 
     @cached_property
     def text_rows(self) -> Tensor:
-        """(B, T) bool: the rows of the sequence that L_kd or L_tpa compares."""
+        """(B, T) bool: rows of the sequence that enter L_kd or L_tpa."""
         return self.predicts if self.ribbon is None else self.predicts | (self.ribbon.gold > 0)
 
     def text_divergence(self, divergence: Divergence | None = None) -> Tensor:
-        """(N,) at `text_rows`, once for all terms with this divergence."""
+        """(N,) divergence at `text_rows`, memoised per `Divergence`."""
         wanted = divergence or self.divergence_of_arm
         if wanted not in self._of_text:
             rows = self.text_rows
@@ -86,19 +86,19 @@ class Seen:
         return self._of_text[wanted]
 
     def divergence(self, rows: Tensor, weights: Tensor | None = None, divergence: Divergence | None = None) -> Tensor:
-        """(N,) at the rows of a (B, T) bool mask; with `weights` (N,) their weighted sum ()."""
+        """(N,) divergence at the rows of a (B, T) bool mask; with `weights` (N,), their weighted sum ()."""
         return self._divergence(self.teacher_at(rows), self.student[rows], divergence, weights)
 
     def ribbon_divergence(self, divergence: Divergence | None = None) -> Tensor:
-        """(M,) at the ribbon's rows."""
+        """(M,) divergence at the ribbon's rows."""
         assert self.student_ribbon is not None and self.teacher_ribbon is not None
         return self._divergence(self.teacher_ribbon, self.student_ribbon, divergence)
 
     def rowwise(self, rows: Tensor, loss: Rowwise, weights: Tensor | None = None) -> Tensor:
-        """(N,) any function of both models' logits at the rows of a (B, T) bool mask, computed in chunks of rows; (N, k) where
-        it has k numbers per row.
+        """(N,) or (N, k) function of both models' logits at the rows of a (B, T) bool mask, computed in chunks of rows.
 
-        With `weights` (N,) their weighted sum (), whose gradient takes no second look at the logits. The term needs `live`.
+        With `weights` (N,), the weighted sum (), without recomputing logits in the backward pass. Requires `live` in the
+        term's needs.
         """
         theirs, head = self.teacher_at(rows), self.teacher_head
         assert isinstance(theirs, Tensor) and head is not None, "a term that reads whole logits says `live` in its needs"
@@ -115,11 +115,11 @@ class Seen:
         return weighted_loss(self.student[rows], self.student_head, of_chunk, weights, size)
 
     def ones(self, like: Tensor) -> Tensor:
-        """(N,) weights of 1 for `rowwise`."""
+        """(N,) unit weights for `rowwise` and `divergence`."""
         return torch.ones(len(like), dtype=self.zero.dtype, device=self.student.device)
 
     def teacher_at(self, rows: Tensor) -> Tensor | Rows:
-        """The teacher at the rows of a (B, T) bool mask: hidden states (N, d), or what the cache has."""
+        """Teacher hidden states (N, d), or cached rows, at a (B, T) bool mask."""
         assert self.teacher is not None, "a term that reads the teacher says so in its needs"
         return self.teacher.at(rows) if isinstance(self.teacher, Cached) else self.teacher[rows]
 

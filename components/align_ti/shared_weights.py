@@ -1,9 +1,9 @@
-"""One weight gradient for two passes over the same weights.
+"""Deferred weight gradients: one gradient per weight for two passes over the same weights.
 
-The ribbon continues over the plain pass, so a step uses each weight twice. Left to itself, autograd goes back through the
-ribbon first: it works out a gradient of the model's whole size for the ribbon's few rows, holds all of it while the plain
-pass's activations are still there, and adds the plain pass's gradient to it weight by weight. Here the ribbon leaves its rows
-instead, each layer's inputs and the gradients of its outputs, and the plain pass adds their product to its own gradient.
+The ribbon continues over the plain pass, so a step uses each weight twice. By default autograd goes back through the ribbon
+first: it materialises full-size weight gradients for the ribbon's few rows, holds them while the plain pass's activations are
+still alive, and adds the plain pass's gradients weight by weight. Here the ribbon defers instead: it stores each layer's
+inputs and output gradients, and the plain pass adds their product to its own gradient.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class SharedWeights:
-    """`with shared.first:` around the pass of a step whose backward comes last, `with shared.second:` around the other.
+    """Context managers of the two passes: `shared.first` for the one whose backward comes last, `shared.second` for the other.
 
-    Linear layers and embeddings are served; what compiles or has no gradient stays as it is. The loss must depend on
-    the first pass's output, if only by zero times it: rows that the second pass defers are dropped
-    if the first pass has no backward.
+    Covers linear layers and embeddings; compiled code and frozen weights are unchanged. The loss must depend on the first
+    pass's output, if only by zero times it: rows deferred by the second pass are dropped if the first pass has no backward.
     """
 
     def __init__(self) -> None:
@@ -33,16 +32,16 @@ class SharedWeights:
 
 
 class _Slot:
-    """Of one weight: what the second pass leaves for the first."""
+    """Deferred rows of one weight, stored by the second pass for the first."""
 
     def __init__(self, of: Tensor, weight: Tensor) -> None:
-        self.of = of  # kept, since it is found by its id: no other tensor may come by that meanwhile
-        self.weight = weight  # the tensor that both passes compute with: under autocast narrowed, once
+        self.of = of  # reference that keeps the id, the slot's key, from being reused
+        self.weight = weight  # weight used by both passes, cast once under autocast
         self._left: list[tuple[Tensor, Tensor]] = []
         self._closed = False
 
     def leave(self, gradients: Tensor, inputs: Tensor) -> bool:
-        """Whether somebody will come for them. After the first pass nobody does, and the second returns its own gradient."""
+        """Defer a pair of rows. False after the first pass's backward: the second then returns its own gradient."""
         if not self._closed:
             self._left.append((gradients, inputs))
         return not self._closed
@@ -54,7 +53,7 @@ class _Slot:
 
 
 class _Pass(TorchFunctionMode):
-    """Puts the functions below in the place of F.linear and F.embedding."""
+    """Function mode that replaces F.linear and F.embedding by the autograd functions below."""
 
     def __init__(self, slots: dict[int, _Slot], leaves: bool) -> None:
         super().__init__()
@@ -87,7 +86,7 @@ class _Pass(TorchFunctionMode):
 
 
 class _Linear(torch.autograd.Function):
-    """(..., a) inputs, (b, a) weight -> (..., b)."""
+    """F.linear with a deferred weight gradient: (..., a) inputs, (b, a) weight -> (..., b)."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, slot: _Slot, leaves: bool) -> Tensor:
@@ -110,7 +109,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Embedding(torch.autograd.Function):
-    """(...) tokens, (V, d) weight -> (..., d)."""
+    """F.embedding with a deferred weight gradient: (...) tokens, (V, d) weight -> (..., d)."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int | None, slot: _Slot, leaves: bool) -> Tensor:

@@ -1,12 +1,12 @@
 """Distillation step: forward passes of student and teacher that the arm's terms need; each term's sum and count.
 
-L = sum over terms of weight x sum / count (docs/method.md, "Total"). A term is a sum over its own units and their
-count, because a mean of means would depend on how the batch was split over devices and accumulation steps.
+L = sum over terms of weight x sum / count (docs/method.md, "Total"). A term returns a sum over its own units and their
+count, because a mean of means would depend on the split of the batch over devices and accumulation steps.
 
 Route "continuation": each model runs once over the plain sequence; the ribbon's rows then continue over that pass's
-key/value cache, gradients flowing through it, so that the pass which says what to draw is not an extra one. Route
-"expanded", for where a cache cannot be kept (gradient checkpointing): the student draws in a pass without gradients, then
-runs once over the sequence with the ribbon appended. Both give the same numbers (tests/align_ti/test_step.py).
+key/value cache, with gradients through it, so that sampling alternatives costs no extra pass. Route "expanded", for
+gradient checkpointing, which keeps no cache: the student samples in a pass without gradients, then runs once over the
+sequence with the ribbon appended. Both give the same numbers (tests/align_ti/test_step.py).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from components.align_ti.shared_weights import SharedWeights
 from components.align_ti.terms import CORE, Follows, Needs, Term, Trained, computed, term_class, union
 from components.align_ti.watch import Watch, Watched
 
-SHARED_FROM = 10_000_000  # trained parameters: below, working out whole gradients twice is cheaper than keeping book of rows
+SHARED_FROM = 10_000_000  # trained parameters from which deferred weight gradients cost less than computing them twice
 
 
 class Student(Protocol):
-    """A vision-language model seen as the method sees it. d is its width; hidden states are those before the head."""
+    """Interface of a trainable vision-language model. d is its hidden width; hidden states are the head's inputs."""
 
     def features(self, batch: Batch) -> Any: ...
     def plain(self, batch: Batch, features: Any, keep: bool) -> tuple[Tensor, Any]: ...
@@ -57,11 +57,11 @@ class Student(Protocol):
     def head(self) -> Head: ...
     @property
     def model(self) -> Any:
-        """The underlying model: its configuration, the layers to shard, the parts to train. The method does not ask for it."""
+        """The underlying transformers model: configuration, layers to shard, parts to train. The method does not use it."""
 
 
 class Teacher(Protocol):
-    """The frozen teacher. `features` may be given the student's, when both have the same vision tower."""
+    """Interface of the frozen teacher. `features` may reuse the student's image features if both share the vision tower."""
 
     def features(self, batch: Batch, of_student: Any) -> Any: ...
     def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, Any, Tensor | None]: ...
@@ -71,44 +71,44 @@ class Teacher(Protocol):
     def head(self) -> Head: ...
     @property
     def vlm(self) -> Any:
-        """The frozen model, for estimates of memory and for replays. The method does not ask for it."""
+        """The frozen model, for memory estimates. The method does not use it."""
 
     @property
     def equal_weights(self) -> Tensor:
-        """() long: images so far whose visual tokens weighed the same, for want of attention."""
+        """() long: running count of images with uniform weights because no attention was left."""
 
 
 class Signals(Protocol):
-    """What the frozen teacher says of every sample, kept from an earlier pass: it needs no teacher here."""
+    """Interface of the cached teacher signals, looked up by sample; no teacher model is loaded."""
 
     def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Cached, Tensor | None]: ...
 
 
 @dataclass(frozen=True)
 class Method:
-    """What to compute; the fields are those of params/distill.yaml and of an arm of params/study.yaml."""
+    """Configuration of the step; the fields are those of params/distill.yaml and of an arm of params/study.yaml."""
 
-    weights: dict[str, float]  # of terms by name; one that is absent or 0 is not computed
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a term, by its name: the fields of its `Term`
-    kind: str = "forward"  # this and the next two: the divergence of terms that have none of their own
+    weights: dict[str, float]  # weight of each term by name; absent or 0: not computed (except L_kd beside L_tpa)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # fields of each `Term`, by term name
+    kind: str = "forward"  # this and the next two: default divergence, for terms without their own
     mix: float = 0.5
     temperature: float = 1.0
-    chunk_mib: float = CHUNK_MIB  # of float32 logits that are held at a time, of one model
+    chunk_mib: float = CHUNK_MIB  # budget of one model's float32 logits per chunk
     draws: int = 4
-    source: str = "student"  # of the alternatives: student | teacher | gold
+    source: str = "student"  # distribution of the alternatives: student | teacher | gold
     replacement: bool = True
     draw_temperature: float = 1.0
-    top_k: int | None = None  # draw among so many of the most likely tokens
-    top_p: float | None = None  # and among the fewest whose probabilities reach this
-    alternatives: str | None = None  # a control: shuffled | wrong
+    top_k: int | None = None  # top-k sampling of alternatives
+    top_p: float | None = None  # nucleus sampling, after top-k
+    alternatives: str | None = None  # control: shuffled | wrong
     max_expanded_length: int | None = None  # tokens of one sample with its alternatives; response steps beyond are left out
     eos: int = 0
-    shared_vocabulary: int | None = None  # columns that both heads share; None: those of the narrower one
+    shared_vocabulary: int | None = None  # columns that both heads share; None: the narrower head's
     route: str = "continuation"  # continuation | expanded
 
     @cached_property
     def terms(self) -> dict[str, Term]:
-        """Those reported, in this order: the core terms, then others that weigh something."""
+        """Reported terms in order: the core terms, then others with a positive weight."""
         active = (name for name, weight in self.weights.items() if weight > 0)
         return {name: self._term(name) for name in dict.fromkeys((*CORE, *active))}
 
@@ -125,19 +125,19 @@ class Method:
 
     @cached_property
     def needs(self) -> Needs:
-        """Of all terms that weigh something."""
+        """Union of the needs of all terms with a positive weight."""
         return union(term.needs for name, term in self.terms.items() if self.weighs(name))
 
     def weighs(self, name: str) -> bool:
         return self.weights.get(name, 0) > 0
 
     def weight_vector(self, device: torch.device | None = None) -> Tensor:
-        """The weights in the order of `terms`."""
+        """Loss weights in the order of `terms`."""
         return torch.tensor([float(self.weights.get(name, 0)) for name in self.terms], device=device)
 
 
 def total(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-    """L from sums, counts over the global batch and weights, all in the order of `Method.terms`.
+    """Total loss L from sums, global-batch counts and weights, all in the order of `Method.terms`.
 
     A term without units (no image in the whole batch, every draw EOS) is 0.
     """
@@ -146,7 +146,7 @@ def total(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums and counts in the order of `Method.terms`, how many ribbon rows it took, and how many response steps a cap on the
+    """Sums and counts in the order of `Method.terms`, number of ribbon rows, and number of response steps that the cap on the
     length left without alternatives."""
 
     sums: Tensor
@@ -156,15 +156,15 @@ class Sums:
 
 
 class AlignTI(nn.Module):
-    """The student with the method around it: the module to wrap in DDP or FSDP.
+    """Distillation module around the student, to wrap in DDP or FSDP.
 
-    Its parameters are the student's, and those of `term_modules`, which terms train for themselves and nobody exports.
+    Its parameters are the student's and those of `term_modules`, auxiliary modules of terms that are never exported.
     """
 
-    progress = 0.0  # of the training, as the loop says before each step
+    progress = 0.0  # training progress, set by the loop before each step
 
     def __init__(self, student: Student, teacher: Teacher | None, method: Method, signals: Signals | None = None) -> None:
-        """`signals` take the teacher's place where no term needs it live, under the forward divergence."""
+        """`signals` replace the teacher if no term needs it live and all divergences are forward KL."""
         super().__init__()
         needs = method.needs
         asking = ", ".join(name for name, term in method.terms.items() if method.weighs(name) and term.needs.teacher)
@@ -173,11 +173,11 @@ class AlignTI(nn.Module):
         if signals is not None and (needs.live_teacher or any(kind != "forward" for kind in self._kinds(method))):
             raise ValueError(f"kept signals serve kd and iva under the forward divergence, and not all of {asking}")
         self.student = student
-        # Hidden from nn.Module: the teacher has no optimiser state, is not wrapped, and never enters a checkpoint.
+        # A tuple hides the teacher from nn.Module: no optimiser state, no DDP/FSDP wrapping, no entry in checkpoints.
         self._teacher = (teacher,)
         self._signals = signals
         self.method = method
-        self.measured: dict[str, Tensor | int] = {}  # `Seen.measured`, summed over passes since this process began
+        self.measured: dict[str, Tensor | int] = {}  # `Seen.measured`, summed over passes since process start
         self._shares_weights = sum(p.numel() for p in self.parameters() if p.requires_grad) >= SHARED_FROM
         self.term_modules = nn.ModuleDict()
         for name, term in method.terms.items():
@@ -198,28 +198,28 @@ class AlignTI(nn.Module):
 
     @property
     def live_teacher(self) -> Teacher | None:
-        """None where a cache serves, or no term needs a teacher."""
+        """The live teacher; None under cached signals, or if no term needs a teacher."""
         return self._teacher[0]
 
     def stepped(self, means: Tensor) -> None:
-        """Tell the terms' modules that follow their loss what its global mean was, in the order of `Method.terms`."""
+        """Pass each term's global mean, in the order of `Method.terms`, to the term modules that track their loss."""
         for name, mean in zip(self.method.terms, means.detach(), strict=True):
             if name in self.term_modules and isinstance(module := self.term_modules[name], Follows):
                 module.stepped(mean, self.progress)
 
     def forward(self, batch: Batch, keys: list[int], draws: Tensor | None = None) -> Sums:
-        """Sums and counts of the terms with a positive weight.
+        """Sums and counts of all reported terms; the sum of a term that is not computed is 0.
 
         Args:
-            keys: one integer per sample, the seed of its draws.
-            draws: (N, d) from `draw`, where the caller had to count before the backward pass; else drawn here.
+            keys: seed of each sample's draws.
+            draws: (N, d) from `draw`, if the caller counted units before the backward pass; None: drawn here.
         """
         method, terms = self.method, self.method.terms
         seen = self._see(batch, keys, draws)
         ribbon = seen.ribbon
         sums = dict.fromkeys(terms, seen.zero)
         wanted = computed([name for name in terms if method.weighs(name)])
-        for name in dict.fromkeys(("sft", "kd", "tpa", *terms)):  # in this order gradients have always been summed
+        for name in dict.fromkeys(("sft", "kd", "tpa", *terms)):  # fixed order of gradient summation, for equal bytes
             if name in wanted:
                 sums[name] = terms[name].loss(seen) + seen.zero
         for name, value in seen.measured.items():
@@ -232,7 +232,7 @@ class AlignTI(nn.Module):
         )
 
     def _see(self, batch: Batch, keys: list[int], draws: Tensor | None) -> Seen:
-        """Every pass of the step: student and teacher over the sequence and its views, then both over the ribbon."""
+        """All forward passes of the step: student and teacher over the sequence and its views, then both over the ribbon."""
         method, needs, student = self.method, self.method.needs, self.student
         expanded = needs.ribbon and method.route == "expanded"
         features = student.features(batch)
@@ -291,7 +291,7 @@ class AlignTI(nn.Module):
         return seen
 
     def _viewed(self, batch: Batch, by_student: bool, by_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Hidden states (B, T, d) of an edited batch: the student's, and the teacher's, without a gradient."""
+        """Student and teacher hidden states (B, T, d) of an edited batch; the teacher's carry no gradient."""
         mine = self.student.plain(batch, self.student.features(batch), keep=False)[0] if by_student else None
         if not by_teacher:
             return mine, None
@@ -309,7 +309,7 @@ class AlignTI(nn.Module):
 
     @torch.no_grad()
     def draw(self, batch: Batch, keys: list[int]) -> Tensor:
-        """(N, d) alternatives in a pass of its own, for when they have to be known before the pass with gradients."""
+        """(N, d) alternatives from a separate pass, for draws that must be known before the pass with gradients."""
         if self.method.source == "student":
             hidden, _ = self.student.plain(batch, self.student.features(batch), keep=False)
             return self._draw_from(self.student.head, hidden, batch, keys)
@@ -317,12 +317,12 @@ class AlignTI(nn.Module):
         return self._draw_from(self.teacher.head, hidden, batch, keys)
 
     def count(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        """The units of each term in this batch, given its draws, in the order of `Method.terms`."""
+        """Number of units per term in this batch, given its draws, in the order of `Method.terms`."""
         return self._counts(batch, None if draws is None else counted(draws, self.method.eos))
 
     @torch.no_grad()
     def _draw_from(self, head: Head, hidden: Tensor, batch: Batch, keys: list[int]) -> Tensor:
-        """(N, d) draws from the head's distributions at the rows of `hidden` (B, T, d) that predict the response."""
+        """(N, d) draws at the rows of `hidden` (B, T, d) that predict the response; source gold: the gold tokens (N, 1)."""
         method = self.method
         if method.source == "gold":
             return batch.input_ids[:, 1:][batch.response[:, 1:]][:, None]
@@ -341,7 +341,7 @@ class AlignTI(nn.Module):
         draws = torch.cat(drawn)
         if method.alternatives == "shuffled":
             draws = shuffled(draws, response, keys)
-        if method.alternatives == "wrong":  # EOS counts for nothing
+        if method.alternatives == "wrong":  # gold draws become EOS, which does not count
             draws = draws.masked_fill(draws == batch.input_ids[:, 1:][response][:, None], method.eos)
         if method.max_expanded_length is None:
             return draws

@@ -1,7 +1,7 @@
 """Cached teacher distribution per row: top-k log-probabilities, and the log of the residual mass.
 
-The divergence of two such summaries, each with its mass beyond the k tokens as one more outcome, is KL(p_T || p_S) of
-coarser distributions: never more than the exact one (the data-processing inequality), and the same for k = V.
+The residual mass counts as one more outcome, so the divergence is KL(p_T || p_S) of coarser distributions: at most the exact
+one (data-processing inequality), and equal to it for k = V.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from components.align_ti.divergence import kl
 
 @dataclass(frozen=True)
 class TopK:
-    """p_T at N rows."""
+    """Top-k of p_T at N rows."""
 
-    tokens: Tensor  # (N, k) long, the likeliest first
+    tokens: Tensor  # (N, k) long, in descending order of probability
     log_probs: Tensor  # (N, k)
-    log_tail: Tensor  # (N,) log of the mass of all other tokens; -inf where k = V
+    log_tail: Tensor  # (N,) log of the residual mass; -inf where k = V
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -30,9 +30,9 @@ class TopK:
 
 
 def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The k likeliest of (N, V) logits, which the caller has cut to the shared vocabulary; V of them if k > V.
+    """Top-k of (N, V) logits cut to the shared vocabulary; all V if k > V.
 
-    The mass beyond is summed over those tokens themselves: 1 - sum(top) would lose it to rounding where it is small.
+    The residual mass is summed over its own tokens: 1 - sum(top) would lose a small one to rounding.
     """
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     log_probs, tokens = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
@@ -40,11 +40,11 @@ def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
 
 
 def top_k_divergence(teacher: TopK, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_topk p_T (log p_T - log p_S) + tail_T (log tail_T - log tail_S), (N,) nats per row.
+    """(N,) sum_topk p_T (log p_T - log p_S) + tail_T (log tail_T - log tail_S) per row, in nats.
 
     Args:
-        student_logits: (N, V), cut to the shared vocabulary, float32 or wider. tail_S is the student's own mass beyond the
-            teacher's k tokens.
+        student_logits: (N, V), cut to the shared vocabulary, float32 or wider. tail_S is the student's mass outside the
+            teacher's top k.
     """
     logits = student_logits / temperature
     kept = logits.gather(-1, teacher.tokens)
@@ -56,9 +56,9 @@ def top_k_divergence(teacher: TopK, student_logits: Tensor, temperature: float =
 
 
 def decoupled(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(p_T || p_S) of (N, V) logits taken apart at (N, k) tokens, as D1 + a D2.
+    """Decomposition of KL(p_T || p_S) of (N, V) logits at (N, k) tokens into D1 + a D2.
 
-    Returns (N,) each: D1, over those tokens and all others as one; D2, among the others; a, their mass under p_T.
+    Returns (N,) each: D1, KL over those tokens plus the residual mass; D2, KL within the residual; a, its mass under p_T.
     """
     shared = min(teacher.shape[-1], student.shape[-1])
     log_p, log_q = (logits[:, :shared].log_softmax(-1).scatter(-1, tokens, -torch.inf) for logits in (teacher, student))

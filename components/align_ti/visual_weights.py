@@ -1,4 +1,4 @@
-"""Weights of an image's visual rows in L_iva."""
+"""Weights of visual rows in L_iva, their controls, and subsampling by weight."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from components.align_ti.batch import by_column, owners
 
 
 def visual_weights(attention: Tensor, pictures: Tensor) -> Tensor:
-    """The w_i of L_iva = sum_i w_i D(p_T(.|v_<=i), p_S(.|v_<=i)) over the visual rows of all images. Units: images.
+    """(N,) weights w_i of L_iva = sum_i w_i D(p_T(.|v_<=i), p_S(.|v_<=i)) over the visual rows of all images. Units: images.
 
-    They are the attention (B, Nv), zero at columns beyond a sample's own, normalised to sum 1 over each image. An image that
-    no instruction token follows has no attention to speak of: its tokens weigh the same.
+    Attention (B, Nv), zero on padding, normalised to sum 1 per image. An image without attention, such as one that no
+    instruction token follows, gets uniform weights.
 
     Args:
-        pictures: (B, T) long, as in the batch. Nv is the most visual tokens of a sample.
+        pictures: (B, T) long, `Batch.pictures`. Nv is the largest number of visual tokens in a sample.
 
     Returns:
-        (N,) the weights of the batch's visual rows, in order of (sample, position).
+        (N,) weights of the batch's visual rows, ordered by (sample, position).
     """
     columns = by_column(pictures)
     weights = torch.zeros_like(attention)
@@ -38,8 +38,9 @@ Change = Literal["permuted", "sinks_removed", "sinks_alone"]
 
 
 def changed(attention: Tensor, pictures: Tensor, ids: list[str], change: Change) -> Tensor:
-    """(B, Nv) attention of which each image's own tokens are permuted, always alike for one of `ids`, or without its sinks, or
-    of sinks alone. A sink takes more than its image's mean + 3 standard deviations."""
+    """(B, Nv) attention, within each image permuted (seeded by `ids`), without its sinks, or reduced to its sinks.
+
+    A sink has attention above its image's mean + 3 standard deviations."""
     found, columns = torch.zeros_like(attention), by_column(pictures)
     for sample, number in owners(pictures):
         at = columns[sample] == number
@@ -54,13 +55,13 @@ def changed(attention: Tensor, pictures: Tensor, ids: list[str], change: Change)
 
 
 def sampled(weights: Tensor, pictures: Tensor, keys: list[int], rows: int) -> tuple[Tensor, Tensor]:
-    """Visual rows drawn by their weights, so that an L_iva over them alone has the mean of the whole one.
+    """Subsample of visual rows, drawn by weight: L_iva over it is an unbiased estimate of the full one.
 
-    `rows` systematic draws per image with one uniform, from a stream of its sample's key: how a batch is split changes
-    nothing. An image of no more tokens than that keeps them all.
+    `rows` systematic draws per image with one uniform, seeded by the sample's key, so that the split of a batch changes
+    nothing. An image of at most `rows` tokens keeps its weights.
 
     Returns:
-        (B, T) bool, the distinct rows drawn, and (n,) their weights, how often each was drawn over `rows`.
+        (B, T) bool mask of the distinct rows with a weight, and (n,) their weights: draws / `rows`.
     """
     placed = weights.new_zeros(pictures.shape)
     placed[pictures > 0] = weights
@@ -78,7 +79,7 @@ def sampled(weights: Tensor, pictures: Tensor, keys: list[int], rows: int) -> tu
 
 
 def concentration(weights: Tensor, pictures: Tensor) -> dict[str, Tensor]:
-    """Of (N,) `visual_weights`, summed over images: effective sample size 1 / sum w^2, and the share of the five highest."""
+    """Concentration of (N,) `visual_weights`, summed over images: effective sample size 1 / sum w^2, and top-5 share."""
     placed = weights.new_zeros(pictures.shape)
     placed[pictures > 0] = weights
     of_image = torch.stack([placed[sample] * (pictures[sample] == number) for sample, number in owners(pictures)])
@@ -88,5 +89,5 @@ def concentration(weights: Tensor, pictures: Tensor) -> dict[str, Tensor]:
 
 
 def uniform_attention(pictures: Tensor) -> Tensor:
-    """(B, Nv) equal attention: the control of the weighting."""
+    """(B, Nv) uniform attention, the control of the weighting."""
     return (by_column(pictures) > 0).float()

@@ -1,4 +1,4 @@
-"""Forward hooks for loss terms: attention maps over visual tokens, and hidden states, of chosen layers."""
+"""Requests for forward hooks by loss terms: attention maps over visual tokens, and hidden states, of chosen layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Map:
-    """Attention of one layer from a sample's instruction, visual or response rows to its Nv visual tokens, mean over heads.
+    """Attention map of one layer: from a sample's instruction, visual or response rows to its Nv visual tokens, head mean.
 
-    `each_row`: (B, rows, Nv), zeros where a sample has fewer rows or tokens; else their mean over the rows, (B, Nv).
+    `each_row`: (B, rows, Nv), zero-padded; else the mean over the rows, (B, Nv).
     """
 
     layer: int
@@ -23,8 +23,8 @@ class Map:
 
 @dataclass(frozen=True)
 class Watch:
-    """What to read in one forward pass. Layers count from 0, or back from -1, the last; a hidden state (B, T, d) is what one
-    passes on."""
+    """Attention maps and hidden states to capture in one forward pass. Layers count from 0, or back from -1, the last; a
+    hidden state (B, T, d) is a layer's output."""
 
     maps: tuple[Map, ...] = ()
     hidden: tuple[int, ...] = ()
@@ -38,7 +38,7 @@ class Watch:
 
 @dataclass
 class Watched:
-    """What was read."""
+    """Captured attention maps and hidden states."""
 
     maps: dict[Map, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)

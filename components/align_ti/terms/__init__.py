@@ -1,6 +1,6 @@
-"""Loss terms by name: terms/NAME.py holds one class, `Term`, and an arm uses it by naming it (docs/add_a_term.md).
+"""Registry of loss terms: terms/NAME.py holds one class, `Term`, and an arm selects it by name (docs/add_a_term.md).
 
-Nothing is imported but the terms that somebody names.
+Imports are lazy: only named terms are loaded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from components.align_ti.batch import Batch
     from components.align_ti.seen import Seen
 
-CORE = ("sft", "kd", "iva", "tpa")  # the paper's, reported by every training, in this order
+CORE = ("sft", "kd", "iva", "tpa")  # terms of the paper, reported by every training, in this order
 
 NOTHING = Watch()
 
 
 @dataclass(frozen=True)
 class View:
-    """One more pass over the batch, edited; `edit` must leave its shapes and masks alone."""
+    """Additional pass over an edited batch; `edit` must keep shapes and masks."""
 
     name: str
     edit: Callable[[Batch], Batch]
@@ -36,20 +36,20 @@ class View:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the step has to compute for a term beyond the student's pass over the sequence.
+    """Inputs of a term beyond the student's pass over the sequence.
 
     Args:
-        teacher: its pass over the sequence.
-        response: logits of the rows that predict the response.
-        visual: logits of the visual rows.
-        attention: the weights of each image's tokens, from the teacher's attention at the IRS layer.
-        ribbon: alternatives, and both models after each.
-        live: the teacher's hidden states or whole logits, which no cache has.
-        gold: the data's answers, which no other answer replaces.
-        edits: the student's pass over edited samples.
-        in_student: attention maps and hidden states of chosen layers of the student.
-        in_teacher: the same of the teacher.
-        views: edited batches for one more pass each.
+        teacher: teacher pass over the sequence, or its cached signals.
+        response: logits at the rows that predict the response.
+        visual: logits at the visual rows.
+        attention: teacher attention that weights visual tokens (at the IRS layer by default).
+        ribbon: alternatives, and a pass of both models over them.
+        live: teacher hidden states or full logits, which no cache holds.
+        gold: the data's answers; generated ones do not replace them.
+        edits: student pass over edited samples.
+        in_student: student attention maps and hidden states at chosen layers.
+        in_teacher: teacher attention maps and hidden states at chosen layers.
+        views: edited batches, one additional pass each.
     """
 
     teacher: bool = True
@@ -74,27 +74,27 @@ class Needs:
 
     @property
     def live_teacher(self) -> bool:
-        """Whether no cache of the teacher's signals serves."""
+        """True if cached teacher signals do not suffice."""
         return self.live or self.ribbon or bool(self.in_teacher) or any(view.teacher for view in self.views)
 
 
 class Term(Protocol):
-    """A frozen dataclass whose fields are the term's options, each with a default."""
+    """Interface of a term: a frozen dataclass whose fields are its options, each with a default."""
 
     @property
     def needs(self) -> Needs: ...
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        """() what the term's mean is over, in this batch. `draws`: () alternatives that count, None without a ribbon."""
+        """() number of units in this batch, the mean's denominator. `draws`: () counted alternatives, None without a ribbon."""
 
     def loss(self, seen: Seen) -> Tensor:
-        """() sum over those units."""
+        """() loss summed over those units."""
 
 
 @runtime_checkable
 class Trained(Protocol):
-    """A term that trains a module of its own beside the student; `seen.modules[NAME]` is it.
+    """Interface of a term with a trained module, `seen.modules[NAME]`.
 
-    The widths are those of hidden states; the teacher's is None where it is not live.
+    Widths are hidden widths; the teacher's is None without a live teacher.
     """
 
     def module(self, student_width: int, teacher_width: int | None) -> nn.Module: ...
@@ -102,19 +102,19 @@ class Trained(Protocol):
 
 @runtime_checkable
 class Follows(Protocol):
-    """A term's module whose state follows the loss from step to step; buffers, for a checkpoint to hold it."""
+    """Interface of a term module whose state depends on past losses; it belongs in buffers, so that checkpoints hold it."""
 
     def stepped(self, loss: Tensor, progress: float) -> None:
-        """After a step of the training: its global mean (), and `seen.progress` as the step had it."""
+        """Called after each training step with the term's global mean () and the step's `seen.progress`."""
 
 
 def names() -> list[str]:
-    """The terms that there are: the files of this folder."""
+    """Names of all terms, one per file of this folder."""
     return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
 def known(name: str) -> str:
-    """`name`. Raises ValueError listing the terms that there are if it is none of them."""
+    """`name`, validated. Raises ValueError listing the known terms."""
     if name not in names():
         raise ValueError(f"no loss term is called {name!r}; there are {', '.join(names())} (components/align_ti/terms)")
     return name
@@ -126,17 +126,17 @@ def term_class(name: str) -> Any:
 
 
 def computed(weights: Iterable[str]) -> list[str]:
-    """The terms computed for those that weigh something: L_kd besides, where L_tpa has its rows."""
+    """Names of the terms to compute for those with a positive weight; L_tpa adds L_kd, which shares its rows."""
     return sorted({*weights, "kd"} if "tpa" in weights else {*weights})
 
 
 def needs_of(names: Iterable[str]) -> tuple[Needs, ...]:
-    """Of terms without options."""
+    """Needs of terms under default options."""
     return tuple(term_class(name)().needs for name in names)
 
 
 def union(needs: Iterable[Needs]) -> Needs:
-    """What all of them need together."""
+    """Union of needs."""
     together = Needs(teacher=False, response=False)
     for each in needs:
         together |= each
@@ -144,10 +144,10 @@ def union(needs: Iterable[Needs]) -> Needs:
 
 
 def responses(batch: Batch) -> Tensor:
-    """() response tokens."""
+    """() number of response tokens in the batch."""
     return batch.response[:, 1:].sum().float()
 
 
 def images(batch: Batch) -> Tensor:
-    """() images of all samples."""
+    """() number of images in the batch."""
     return batch.pictures.amax(1).sum().float()

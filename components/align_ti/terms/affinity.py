@@ -1,7 +1,7 @@
-"""L_affinity: smooth L1 of both models' cosines of last hidden states, visual x text tokens. Units: samples with an image.
+"""L_affinity: smooth L1 between teacher and student cosine matrices (visual x text tokens). Units: samples with an image.
 
-Text tokens are the sample's instruction and response; the mean is over a sample's Nv x Nt cosines. Source: EM-KD, arXiv
-2511.21106.
+Cosines of last hidden states; text tokens are instruction and response; the mean is over a sample's Nv x Nt entries. Source:
+EM-KD, arXiv 2511.21106.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Term:
         return (batch.visual.any(1) & _text(batch).any(1)).sum().float()
 
     def loss(self, seen: Seen) -> Tensor:
-        assert isinstance(seen.teacher, Tensor)  # live, as `needs` asks
+        assert isinstance(seen.teacher, Tensor)  # guaranteed by `needs`
         visual, text = seen.batch.visual, _text(seen.batch)
         losses = [seen.zero]
         for i in (visual.any(1) & text.any(1)).nonzero()[:, 0].tolist():
@@ -36,7 +36,7 @@ class Term:
 
 
 def _cosines(ones: Tensor, others: Tensor) -> Tensor:
-    """(N, M) of (N, d) and (M, d)."""
+    """(N, M) cosine matrix of (N, d) and (M, d) states."""
     with torch.autocast(ones.device.type, enabled=False):
         a, b = (F.normalize(states.to(at_least_float32(states.dtype)), dim=-1) for states in (ones, others))
         return a @ b.T

@@ -1,6 +1,6 @@
-"""L_cka: 1 - centred kernel alignment of both models' visual hidden states, rows of length 1. Units: images.
+"""L_cka: 1 - centred kernel alignment between both models' L2-normalised visual hidden states. Units: images.
 
-Widths may differ. Source: the relational part of GRACE, arXiv 2601.22709.
+Hidden widths may differ. Source: the relational part of GRACE, arXiv 2601.22709.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from components.align_ti.watch import Watch
 
 @dataclass(frozen=True)
 class Term:
-    layer: int = -2  # of the student; -2: the last but one
+    layer: int = -2  # student layer; -2: the last but one
     teacher_layer: int = -2
 
     @property
@@ -38,7 +38,7 @@ class Term:
 
 
 def _kernel(states: Tensor) -> Tensor:
-    """(Nv, Nv) centred cosines of (Nv, d) states: those of rows minus their mean."""
+    """(Nv, Nv) Gram matrix of (Nv, d) states, L2-normalised, then centred."""
     with torch.autocast(states.device.type, enabled=False):
         rows = F.normalize(states.to(at_least_float32(states.dtype)), dim=-1)
         rows = rows - rows.mean(0)

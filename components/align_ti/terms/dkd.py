@@ -1,4 +1,4 @@
-"""L_dkd: decoupled KD, gated: KL of the gold token against all others, and KL among those. Units: response tokens.
+"""L_dkd: decoupled KD with a gate: KL of gold against all other tokens, and KL among the others. Units: response tokens.
 
 `target` KL([p_y, 1 - p_y] || [q_y, 1 - q_y]) + `others` KL of both without y, times the row's weight over the answer's mean.
 Source: GRACE, arXiv 2601.22709 (the gate); arXiv 2203.08679.
@@ -21,7 +21,7 @@ from components.align_ti.top_k import decoupled
 class Term:
     target: float = 1.0
     others: float = 2.0
-    row_weight: str | None = "certainty"  # a function of align_ti/row_weights.py; None: all rows alike
+    row_weight: str | None = "certainty"  # a function of align_ti/row_weights.py; None: uniform
     needs = Needs(live=True, gold=True)
 
     def __post_init__(self) -> None:

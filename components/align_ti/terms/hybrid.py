@@ -1,6 +1,6 @@
-"""L_hybrid: hard and soft targets mixed, (1 - w) hard + w KL(p_T || p_S), in L_sft's and L_kd's place. Units: response tokens.
+"""L_hybrid: mix of hard and soft targets, (1 - w) hard + w KL(p_T || p_S); replaces L_sft and L_kd. Units: response tokens.
 
-With a `risk` the hard half of an answer's row t = 0, 1, ... is discount^t (CE_t + risk/4 (z_t(y_t) - discount LSE(z_t+1))^2), z
+With a `risk` the hard loss of an answer's row t = 0, 1, ... is discount^t (CE_t + risk/4 (z_t(y_t) - discount LSE(z_t+1))^2), z
 the student's logits; the last row has no penalty. Source: Bridge-Garden, arXiv 2605.26246.
 """
 
@@ -21,8 +21,8 @@ from components.align_ti.terms import Needs, responses
 @dataclass(frozen=True)
 class Term:
     soft: float = 0.2  # w
-    rising: bool = False  # w grows from 0 over the first fifth of the training
-    row_weight: str | None = None  # w of each row is this function's, of align_ti/row_weights.py
+    rising: bool = False  # linear warmup of w over the first fifth of the training
+    row_weight: str | None = None  # w per row, a function of align_ti/row_weights.py; None: `soft`
     risk: float = 0.0
     discount: float = 0.9999
     needs = Needs(live=True, gold=True)

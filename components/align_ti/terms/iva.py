@@ -1,4 +1,4 @@
-"""L_iva: divergence at the visual rows, weighted by how much the instruction attends to each. Units: images."""
+"""L_iva: divergence at the visual rows, weighted by the attention from the instruction to each. Units: images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from components.align_ti.visual_weights import Change, changed, concentration, s
 
 @dataclass(frozen=True)
 class Term:
-    uniform: bool = False  # all of an image's tokens weigh the same: the control
-    by: Literal["entropy", "divergence"] | None = None  # a control: weights are a function of align_ti/row_weights.py
+    uniform: bool = False  # control: uniform weights within an image
+    by: Literal["entropy", "divergence"] | None = None  # control: weights from a function of align_ti/row_weights.py
     divergence: Divergence | None = None  # None: the arm's
-    change: Change | None = None  # a control: weights with their places changed, or a part of them
-    rows: int | None = None  # systematic draws per image of the rows that are read, by their weights; None: all of them
+    change: Change | None = None  # control: permuted weights, or weights with or without sinks
+    rows: int | None = None  # systematic draws of visual rows per image, by weight; None: all rows
 
     @property
     def needs(self) -> Needs:

@@ -1,5 +1,5 @@
-"""L_kd: divergence at the rows that predict the response, alike or weighted by `row_weight`. Units: response tokens, and visual
-ones where they are pooled."""
+"""L_kd: divergence at the rows that predict the response, uniform or weighted by `row_weight`. Units: response tokens, plus
+visual tokens if pooled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from components.align_ti.terms import Needs, responses
 class Term:
     divergence: Divergence | None = None  # None: the arm's
     row_weight: str | None = None  # a function of align_ti/row_weights.py
-    top: float | None = None  # only so large a share of each answer's rows, those of highest weight, and these alike
+    top: float | None = None  # share of each answer's rows kept, by highest weight, then weighted uniformly
 
-    pooled: bool = False  # a control: visual rows too, all rows in one mean
+    pooled: bool = False  # control: visual rows too, all rows in one mean
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:

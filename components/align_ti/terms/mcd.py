@@ -1,8 +1,8 @@
-"""L_mcd: the student's answers to counterfactual edits of the input held to the teacher's. Units: edited samples.
+"""L_mcd: total variation between student and teacher under counterfactual edits of the input. Units: edited samples.
 
-The evidence is the part of an input's words and visual tokens that the teacher's answer rests on (teacher_cache). An edit,
-drawn by halves, either replaces all but the evidence by another sample's, and p_S is to stay p_T; or it replaces the
-evidence, and p_S is to move as p_T does. Source: MCD, arXiv 2609.39920, its form for one image.
+Evidence: the words and visual tokens that the teacher's answer depends on most (teacher_cache). Each edit, with probability
+1/2, either replaces everything but the evidence by another sample's, with target p_T; or replaces the evidence, with the
+teacher's change of p as the target of the student's. Source: MCD, arXiv 2609.39920, its form for one image.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from components.align_ti.terms import Needs
 
 @dataclass(frozen=True)
 class Term:
-    evidence: Literal["gradient", "random"] = "gradient"  # random: the control
-    verified: float | None = 0.5  # only so large a share of samples, whose evidence moves the teacher most; None: all
+    evidence: Literal["gradient", "random"] = "gradient"  # random: control
+    verified: float | None = 0.5  # share of samples edited, by largest effect of their evidence on the teacher; None: all
     needs = Needs(teacher=False, gold=True, edits=True)
 
     def __post_init__(self) -> None:
@@ -45,12 +45,12 @@ class Term:
         before = self._probabilities(seen, unedited[effect], edits.tokens[effect])
         kept = (edits.whole - moved)[~effect].abs().sum(-1) / 2
         changed = ((edits.whole - edits.without)[effect] - (before - moved[effect])).abs().sum(-1) / 4
-        mean = 1 / rows.sum(1)[of].to(moved.dtype)  # over an answer's rows
+        mean = 1 / rows.sum(1)[of].to(moved.dtype)  # weights of a mean over an answer's rows
         return (mean[~effect] * kept).sum() + (mean[effect] * changed).sum() + hidden.sum() * 0.0
 
     @staticmethod
     def _probabilities(seen: Seen, rows: Tensor, tokens: Tensor) -> Tensor:
-        """(N, W + 1) the student's, of `tokens` (N, W) and of all others, at hidden rows (N, d)."""
+        """(N, W + 1) student probabilities of `tokens` (N, W) plus the residual mass, at hidden rows (N, d)."""
         head = seen.student_head
 
         def of_chunk(at: slice, logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""L_received: 1 - cos of the attention that visual tokens receive in both models, by layer. Units: samples with an image.
+"""L_received: 1 - cos between both models' attention received by visual tokens, per layer. Units: samples with an image.
 
-From the image's own tokens, in middle layers, without sinks: CompoDistill, arXiv 2510.12184. From the instruction's, in the
-first layer: what Align-KD (arXiv 2412.01282) describes.
+`rows: visual`, middle layers, without sinks: CompoDistill, arXiv 2510.12184. `rows: instruction`, first layer: Align-KD,
+arXiv 2412.01282.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Term:
     rows: Literal["visual", "instruction"] = "visual"
     layers: tuple[tuple[int, tuple[int, ...]], ...] = (
         (-2, (-2,)),
-    )  # the student's, and the teacher's whose mean it is held to
-    sinks: bool = False  # False: entries above mean + std of the image's map, in either model, are left out
+    )  # student layer, and the teacher layers whose mean map is its target
+    sinks: bool = False  # False: entries above mean + std of the sample's map, in either model, are excluded
 
     @property
     def needs(self) -> Needs:
@@ -39,7 +39,7 @@ class Term:
         return self._looking(batch).sum().float()
 
     def _looking(self, batch: Batch) -> Tensor:
-        """(B,) bool: samples with an image and rows that look at it."""
+        """(B,) bool: samples with an image and rows that attend to it."""
         rows: Tensor = getattr(batch, self.rows)
         return batch.visual.any(1) & rows.any(1)
 
@@ -54,7 +54,7 @@ class Term:
         return torch.stack(losses).sum() / len(self.layers)
 
     def _received(self, mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-        """(Nv,) each: mean over the rows that are kept of a column of two (R, Nv) maps."""
+        """(Nv,) each: column means of two (R, Nv) maps over the kept entries."""
         kept = torch.ones_like(mine)
         if not self.sinks:
             kept = ((mine <= mine.mean() + mine.std()) & (theirs <= theirs.mean() + theirs.std()) & (theirs > 0)).to(mine.dtype)

@@ -1,6 +1,6 @@
-"""L_relation: 1 - cos of both models' Gram matrices (Nv, Nv) of an image's visual logits. Units: images.
+"""L_relation: 1 - cos between both models' Gram matrices (Nv, Nv) of an image's visual logits. Units: images.
 
-The logits themselves are never there: logits logits^T = H (W^T W) H^T, H the visual rows' hidden states and W the head. Source:
+Logits are never materialised: logits logits^T = H (W^T W) H^T, H the visual rows' hidden states and W the head. Source:
 LLaVA-KD, arXiv 2410.16236.
 """
 
@@ -19,7 +19,7 @@ from components.align_ti.terms import Needs, images
 
 @dataclass(frozen=True)
 class Term:
-    centred: bool = False  # of logits minus their mean over the vocabulary, which no softmax sees
+    centred: bool = False  # logits minus their mean over the vocabulary, to which softmax is invariant
     needs = Needs(response=False, live=True)
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
@@ -28,7 +28,7 @@ class Term:
     def loss(self, seen: Seen) -> Tensor:
         if not bool(seen.batch.visual.any()):
             return seen.zero
-        assert isinstance(seen.teacher, Tensor) and seen.teacher_head is not None  # live, as `needs` asks
+        assert isinstance(seen.teacher, Tensor) and seen.teacher_head is not None  # guaranteed by `needs`
         columns = seen.shared_vocabulary or min(len(seen.teacher_head.weight), len(seen.student_head.weight))
         mine = _relations(of_images(seen.student, seen.batch), seen.student_head.gram(columns, self.centred))
         with torch.no_grad():
@@ -38,7 +38,7 @@ class Term:
 
 
 def _relations(states: list[Tensor], gram: Tensor) -> list[Tensor]:
-    """(Nv, Nv) per image."""
+    """Gram matrix (Nv, Nv) of the logits of each image."""
     with torch.autocast(gram.device.type, enabled=False):
         rows = [F.pad(h.to(gram.dtype), (0, 1), value=1.0) for h in states]
         return [h @ gram @ h.T for h in rows]

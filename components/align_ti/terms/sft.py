@@ -1,4 +1,4 @@
-"""L_sft: cross-entropy against the response tokens. Units: response tokens."""
+"""L_sft: cross-entropy with the response tokens as targets. Units: response tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""L_tad: KL of the teacher's `top` tokens and the rest as one, and `beta` times KL within the rest. Units: response tokens.
+"""L_tad: KL over the teacher's `top` tokens plus the residual mass, and weighted KL within the rest. Units: response tokens.
 
-KL(p_T || p_S) = D1 + a D2, a the rest's mass under p_T; here D1 + beta a / mean(a) D2, the mean over each answer's rows.
+KL(p_T || p_S) = D1 + a D2, a the residual mass under p_T; here D1 + beta a / mean(a) D2, the mean over each answer's rows.
 Source: TAD, arXiv 2602.20816.
 """
 

@@ -1,6 +1,6 @@
-"""L_taid: KL from an interpolated teacher, softmax((1 - t) z_S + t z_T), z_S there without a gradient. Units: response tokens.
+"""L_taid: KL from an interpolated teacher, softmax((1 - t) sg(z_S) + t z_T), sg stop-gradient. Units: response tokens.
 
-t rises from `start` with the training, faster where the loss falls. Source: TAID, arXiv 2501.16937.
+t rises from `start` with training progress, faster while the loss falls. Source: TAID, arXiv 2501.16937.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from components.align_ti.terms import Needs, responses
 
 
 class Interpolation(nn.Module):
-    """t and what its next value depends on: buffers, so that a checkpoint holds them."""
+    """Interpolation coefficient t with its momentum and last loss, as buffers, so that checkpoints hold them."""
 
     t: Tensor
     momentum: Tensor
@@ -27,7 +27,7 @@ class Interpolation(nn.Module):
     def __init__(self, start: float, pace: float) -> None:
         super().__init__()
         self.start, self.pace = start, pace
-        for name, value in {"t": start, "momentum": 0.0, "before": 0.0}.items():  # before: the loss of the last step
+        for name, value in {"t": start, "momentum": 0.0, "before": 0.0}.items():  # before: loss of the previous step
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
 
     def stepped(self, loss: Tensor, progress: float) -> None:
@@ -41,7 +41,7 @@ class Interpolation(nn.Module):
 @dataclass(frozen=True)
 class Term:
     start: float = 0.4
-    pace: float = 5e-4  # 0: t rises with the training alone
+    pace: float = 5e-4  # 0: t follows training progress alone
     needs = Needs(live=True)
 
     def module(self, student_width: int, teacher_width: int | None) -> nn.Module:

@@ -1,6 +1,6 @@
 """L_tpa: divergence one step after each alternative that counts. Units: counted draws.
 
-A draw that hits the gold token is a row of the plain pass; the others are the ribbon's rows, equal ones drawn once.
+A draw equal to the gold token uses its row of the plain pass; the others use the ribbon's rows, one per distinct draw.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""L_va_kd: L_kd in which the response tokens that most need the image weigh half. Units: response tokens.
+"""L_va_kd: L_kd in which the most image-dependent response tokens carry half of the weight. Units: response tokens.
 
-A token's need is what the teacher's log-probability of it loses when the image is blurred: shrunk to a tenth of each side and
-enlarged again. Source: VA-OPD, arXiv 2605.21924, here on the data's answers.
+Image dependence of a token: drop of the teacher's log-probability under a blurred image, each side downsampled by 10 and
+upsampled again. Source: VA-OPD, arXiv 2605.21924, here on the data's answers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from components.align_ti.terms import Needs, View, responses
 
 
 def blurred(batch: Batch) -> Batch:
-    """The batch with its pixels (..., 3, H, W) shrunk and enlarged: images, or each of their tiles. Of a family that hands over
-    flat patches (N, 3 x pixels) each becomes its mean colour."""
+    """Copy of the batch with blurred pixels (..., 3, H, W): images, or each of their tiles, down- and upsampled. Flat patches
+    (N, 3 x pixels) become their mean colour."""
     edited, pixels = copy(batch), batch.pixel_values
     if pixels is not None and pixels.dim() == 2:
         colours = pixels.unflatten(1, (3, -1))
@@ -32,14 +32,14 @@ def blurred(batch: Batch) -> Batch:
         (H, W), tiles = pixels.shape[-2:], pixels.flatten(0, -4)
         small = F.interpolate(tiles, (max(1, H // 10), max(1, W // 10)), mode="bilinear", antialias=True)
         vars(edited)["pixel_values"] = F.interpolate(small, (H, W), mode="nearest").view_as(pixels)
-    if getattr(batch, "teacher", None) is not None:  # which reads the image on another grid
+    if getattr(batch, "teacher", None) is not None:  # the teacher's batch, on another visual grid
         vars(edited)["teacher"] = blurred(vars(edited)["teacher"])
     return edited
 
 
 @dataclass(frozen=True)
 class Term:
-    share: float = 0.2  # of each answer's tokens that weigh half
+    share: float = 0.2  # share of each answer's tokens that carry half of the weight
     divergence: Divergence | None = None  # None: the arm's
     needs = Needs(live=True, views=(View("blurred", blurred, student=False),))
 
@@ -55,9 +55,9 @@ class Term:
 
     @torch.no_grad()
     def _need(self, seen: Seen) -> Tensor:
-        """(N,) max(0, log p_T(y | image) - log p_T(y | blurred image))."""
+        """(N,) image dependence max(0, log p_T(y | image) - log p_T(y | blurred image))."""
         head, (_, without) = seen.teacher_head, seen.views["blurred"]
-        assert isinstance(seen.teacher, Tensor) and without is not None and head is not None  # live, as `needs` asks
+        assert isinstance(seen.teacher, Tensor) and without is not None and head is not None  # guaranteed by `needs`
 
         def missed(at: slice, logits: Tensor) -> Tensor:
             return F.cross_entropy(logits[:, : seen.shared_vocabulary], seen.gold[at], reduction="none")
