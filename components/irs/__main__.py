@@ -1,8 +1,8 @@
-"""Stage `search_layer`: the teacher's layer whose look at an image depends most on the instruction, and the attention that the
-rule of params/irs.yaml picks to weigh visual tokens by. `python -m components.irs`
+"""Stage `search_layer`: the teacher layer whose attention map depends most on the instruction (highest IRS), and the visual
+weighting selected by the rule of params/irs.yaml. `python -m components.irs`
 
-Writes artifacts/irs/layer.json, background.safetensors where images have one grid of visual tokens, and under reports/irs
-curve.json, curve.png and overlay_*.png. For stage align they say that there is no teacher.
+Writes artifacts/irs/layer.json, background.safetensors if all images have one grid of visual tokens, and under reports/irs
+curve.json, curve.png and overlay_*.png. Stage align: layer.json states that there is no teacher, and the curve is empty.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _no_layer(reason: Absent) -> None:
 
 
 def points(choice: LayerChoice) -> list[dict[str, float]]:
-    """The curve as data for `dvc plots`: per layer IRS, and for each weighting and kind of rows its own IRS and pointing."""
+    """Curve data for `dvc plots`: IRS per layer, and IRS and pointing per weighting and kind of rows."""
     found = []
     for layer, (irs, error) in enumerate(zip(choice.irs, choice.standard_error, strict=True)):
         point: dict[str, float] = {"layer": layer, "irs": irs, "standard_error": error}
@@ -118,7 +118,7 @@ def closing_line(choice: LayerChoice, asked: int) -> str:
 
 
 def _picked(choice: LayerChoice) -> str:
-    """What weighs visual tokens where `weighting: searched` asks for it, how well it points, and what of it is background."""
+    """Summary of the weighting used under `weighting: searched`: its pointing score, and its share of background."""
     picked = choice.picked
     (view,) = (view for view in choice.views if (view.weighting, view.rows) == (picked.weighting, picked.rows))
     parts = [f"rule {picked.rule} picks {picked.described}"]
@@ -159,8 +159,8 @@ def _curve(choice: LayerChoice) -> list[Path]:
 
 
 def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picked: Picked, count: int) -> list[Path]:
-    """Pictures of the first `count` images drawn, each with the two instructions whose attention lies furthest apart, among
-    those whose region is known if these are two or more."""
+    """Attention overlays of the first `count` sampled images, each with the two instructions of lowest attention cosine,
+    among those with a known region if there are at least two."""
     from tqdm import tqdm
 
     from components.irs.overlays import overlay, peaks
@@ -185,7 +185,7 @@ def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picke
 
 
 def _gazes(tiling: Tiling, samples: list[Sample], attention: Tensor, background: Tensor) -> list[Gaze]:
-    """Those of two of an image's instructions; `attention` (I, Nv)."""
+    """Attention maps of the two instructions of lowest cosine on one image; `attention` (I, Nv)."""
     from components.irs.centred import centred
     from components.irs.overlays import Gaze
     from components.irs.search import furthest_apart

@@ -1,7 +1,7 @@
-"""Centred attention: a layer's attention less its background.
+"""Centred attention: a layer's attention minus its background, clamped at 0.
 
-Most of the attention that an instruction pays to an image goes to the same tokens whatever is asked: that is its background,
-attention sinks among it. `centred` takes it away and keeps what is above it.
+Most attention from an instruction to an image goes to the same tokens whatever the question: this is the background,
+attention sinks included.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from components.align_ti.batch import by_column
 from components.errors import DataError
 
-NOTHING = 1e-6  # share of a sum of 1 below which float32 shows no difference
+NOTHING = 1e-6  # tolerance: residual of a sum of 1 that float32 cannot resolve
 
 
 def shares(attention: Tensor) -> Tensor:
-    """(..., Nv) attention as shares of what goes to the image, sum 1; zeros where none does."""
+    """(..., Nv) attention normalised to sum 1 over the visual tokens; zeros if there is none."""
     return attention / attention.sum(-1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
 
 
 def centred(attention: Tensor, background: Tensor) -> Tensor:
-    """(..., Nv) shares above those of the background (of sum 1, broadcast), their sum made 1 again.
+    """(..., Nv) shares above the background (sum 1, broadcast), renormalised to sum 1.
 
-    Zeros where nothing is above it, or no attention went to the image: `visual_weights` then weighs the image's tokens equally.
-    Shares and not raw attention are compared, so that an instruction that pays the image less attention keeps its place in it.
+    Zeros if nothing exceeds the background or the image got no attention: `visual_weights` then falls back to uniform weights.
+    Shares rather than raw attention, so that the total attention to the image has no influence.
     """
     above = (shares(attention) - background).clamp_min(0)
     total = above.sum(-1, keepdim=True)
@@ -34,9 +34,9 @@ def centred(attention: Tensor, background: Tensor) -> Tensor:
 
 
 def centred_in_batch(attention: Tensor, background: Tensor, pictures: Tensor, ids: Sequence[str]) -> Tensor:
-    """`centred`, image by image, for a batch's attention (B, Nv); `pictures` (B, T) as in the batch.
+    """`centred` per image for a batch's attention (B, Nv); `pictures` (B, T) as in the batch.
 
-    Raises DataError, naming the first sample, if an image has another number of visual tokens than the background.
+    Raises DataError, naming the first sample, if an image and the background differ in their number of visual tokens.
     """
     for number in range(1, int(pictures.max()) + 1):
         tokens = (pictures == number).sum(1)
@@ -52,7 +52,7 @@ def centred_in_batch(attention: Tensor, background: Tensor, pictures: Tensor, id
 
 
 def without_weights(weights: Tensor, pictures: Tensor) -> Tensor:
-    """How many images' tokens weigh the same, because no attention is left to weigh them by; their weights (B, Nv) are 0."""
+    """() number of images whose weights (B, Nv) are all 0, which then get uniform weights."""
     columns = by_column(pictures)
     totals = weights.new_zeros(len(weights), int(pictures.max()) + 1).scatter_add_(1, columns, weights)
     shown = torch.zeros_like(totals, dtype=torch.bool).scatter_(1, columns, True)

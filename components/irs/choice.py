@@ -1,8 +1,7 @@
-"""Choice of the layer: weights of every layer, weighting and kind of rows, scored, and the rule that picks.
+"""Layer selection: scores of every (weighting, rows, layer), and the selection rule of params/irs.yaml.
 
-Scores per (weighting, rows, layer): IRS, and where questions say which region they ask about, pointing. IRS of centred
-weights lies far above 0 for noise too (about 0.7: what is cut off at 0 seldom overlaps), so it compares layers and not
-weightings; pointing compares both.
+Scores: IRS, and pointing where questions have regions. IRS of centred weights is far above 0 for noise too (about 0.7:
+weights clamped at 0 seldom overlap), so it compares layers and not weightings; pointing compares both.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from components.irs.search import Seen, Z, rank, standard_error
 from components.models.collate import decode
 from components.records.irs import Attention, Background, Interval, LayerChoice, Picked, Region, Rows, View
 
-SINK = 5  # times an equal share
+SINK = 5  # threshold of an attention sink, as a multiple of the uniform share
 KINDS: tuple[tuple[Attention, Rows], ...] = (("mean", "all"), ("mean", "words"), ("centred", "all"), ("centred", "words"))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Every layer under one weighting and kind of rows."""
+    """Scores of all layers under one weighting and kind of rows."""
 
     weighting: Attention
     rows: Rows
-    equal: Tensor  # (L,) instructions without any attention left
-    irs: Tensor  # (L, X)
-    pointing: Tensor | None  # (L, X')
+    equal: Tensor  # (L,) number of instructions with uniform weights, because no attention is left
+    irs: Tensor  # (L, X) per image
+    pointing: Tensor | None  # (L, X') per image with a region
 
     @property
     def view(self) -> View:
@@ -52,15 +51,15 @@ class Scored:
 
 
 def backgrounds(seen: Seen) -> dict[Rows, Tensor]:
-    """Per kind of rows (L, Nv), of sum 1: each layer's mean shares over images and instructions. Images have one grid."""
+    """Background (L, Nv), sum 1, per kind of rows: mean shares over images and instructions, which have one visual grid."""
     return {rows: shares(attention.double()).mean((1, 2)).float() for rows, attention in seen.attention.items()}
 
 
 def scored(seen: Seen, shared: dict[Rows, Tensor], region: Tensor | None) -> Iterator[Scored]:
-    """All `KINDS`. Where there is no `shared` background, an instruction's is the mean over the image's others.
+    """Scores of all `KINDS`. Without a `shared` background, an instruction's is the mean over the image's other ones.
 
     Args:
-        region: (X, I, Nv) as for `pointing`; None where it is not known.
+        region: (X, I, Nv) as for `pointing`; None if unknown.
     """
     own = torch.arange(next(iter(seen.attention.values())).shape[-1]) < seen.tokens[:, None]  # (X, Nv)
     equal = own / own.sum(-1, keepdim=True).double()
@@ -75,14 +74,14 @@ def scored(seen: Seen, shared: dict[Rows, Tensor], region: Tensor | None) -> Ite
 
 
 def others(attention: Tensor) -> Tensor:
-    """(..., I, Nv): for each instruction the mean shares of the image's other ones."""
+    """(..., I, Nv) leave-one-out background: mean shares of the image's other instructions."""
     found = shares(attention)
     return (found.sum(-2, keepdim=True) - found) / (found.shape[-2] - 1)
 
 
 def regions(seen: Seen, tiling: Tiling) -> Tensor | None:
-    """(X, I, Nv) share of each visual token's patch in the region that the instruction asks about; None if fewer than two
-    images have a question whose region is known and seen."""
+    """(X, I, Nv) share of each visual token's patch that lies in the instruction's region; None if fewer than two images
+    have a question with a known, visible region."""
     found = torch.zeros(*next(iter(seen.attention.values())).shape[1:], dtype=torch.float64)
     for x, samples in enumerate(seen.samples):
         for i, sample in enumerate(samples):
@@ -93,7 +92,7 @@ def regions(seen: Seen, tiling: Tiling) -> Tensor | None:
 
 
 def choose(seen: Seen, tiling: Tiling, settings: IrsSettings) -> tuple[LayerChoice, dict[Rows, Tensor]]:
-    """The record of the search, and the backgrounds (none where images differ in their grids). Raises as `pick`."""
+    """Record of the layer search, and the backgrounds (empty if visual grids differ). Raises as `pick`."""
     grids, region = grids_of(seen, tiling), regions(seen, tiling)
     shared = backgrounds(seen) if len(grids) == 1 else {}
     scores = list(scored(seen, shared, region))
@@ -112,15 +111,15 @@ def choose(seen: Seen, tiling: Tiling, settings: IrsSettings) -> tuple[LayerChoi
 
 
 def pick(scores: list[Scored], settings: IrsSettings, grids: list[str]) -> Picked:
-    """By the rule of params/irs.yaml.
+    """Layer, weighting and rows selected by the rule of params/irs.yaml.
 
-    irs: the layer of the highest IRS, of the weighting and rows asked for. pointing: the highest share of the weights on the
-    asked region, among all layers, weightings and rows, or those asked for. given: as asked for.
+    irs: the layer of highest IRS under the configured weighting and rows. pointing: the highest pointing score over all
+    layers, weightings and rows, or the configured ones. given: the configured layer, weighting and rows.
 
     Raises:
-        DataError: pointing without regions, or centred weights where images have different grids: then there is no background
-            that a training image's attention could be compared with.
-        ModelError: the teacher has no such layer.
+        DataError: pointing without regions, or centred weights with different visual grids: then there is no background to
+            subtract from a training image's attention.
+        ModelError: the configured layer is beyond the teacher's depth.
     """
     where = "params/irs.yaml: "
     if settings.weighting == "centred" and len(grids) > 1:
@@ -163,7 +162,7 @@ def pick(scores: list[Scored], settings: IrsSettings, grids: list[str]) -> Picke
 
 
 def grids_of(seen: Seen, tiling: Tiling) -> list[str]:
-    """The different grids of visual tokens that the images have, in words."""
+    """Descriptions of the distinct visual grids of the images."""
     if tiling.tokens is not None:
         return [f"{tiling.tokens} tokens"]
     found = {
@@ -173,7 +172,7 @@ def grids_of(seen: Seen, tiling: Tiling) -> list[str]:
 
 
 def interval(values: Tensor) -> Interval:
-    """95%, of the mean of independent values."""
+    """95% confidence interval of the mean of independent values (normal approximation)."""
     half = Z * standard_error(values)
     return float(values.mean()) - half, float(values.mean()) + half
 

@@ -1,4 +1,4 @@
-"""Figures of the layer search: IRS per layer, and attention maps of two instructions on one image."""
+"""Figures of the layer search: IRS per layer, and attention overlays of two instructions on one image."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from components.report.figures import Theme
 
 @dataclass(frozen=True)
 class Gaze:
-    """One instruction and where it makes the teacher look."""
+    """Attention map of one instruction, with its question, reference and region."""
 
     question: str
     reference: str
-    mean: NDArray[np.float32]  # (Nv,) attention from the instruction to the visual tokens, row by row of the visual grid
-    centred: NDArray[np.float32]  # (Nv,) the same less its background, of sum 1 or all zero
-    region: NDArray[np.float64] | None  # (H, W) what the instruction asks about: 1 inside, 0 outside; None: not known
+    mean: NDArray[np.float32]  # (Nv,) attention from the instruction to the visual tokens, row-major
+    centred: NDArray[np.float32]  # (Nv,) centred attention, sum 1 or all zero
+    region: NDArray[np.float64] | None  # (H, W) mask of the question's region: 1 inside, 0 outside; None: unknown
 
 
 def curve(choice: LayerChoice, theme: Theme) -> Figure:
-    """IRS per layer with its standard error; the winner is marked.
+    """Plot of IRS per layer with standard errors; the best layer is marked.
 
-    Below it, where regions are known, the share of the weights on the asked region per layer, weighting and kind of rows, with
-    95% intervals, and that of equal weights; what the rule picks is ringed.
+    With known regions a second panel plots pointing per layer, weighting and kind of rows, with 95% intervals, against uniform
+    weights; a ring marks the selected one.
     """
     figure = Figure(figsize=(7.2, 3.0) if choice.region is None else (7.2, 6.2), layout="constrained")
     panels = figure.subplots(1 if choice.region is None else 2, 1, squeeze=False)[:, 0]
@@ -95,21 +95,21 @@ class Heat:
 
     above: str
     below: str
-    grid: NDArray[np.float32]  # (rows, columns) of visual tokens, 1 being an equal share of the attention
+    grid: NDArray[np.float32]  # (rows, columns) attention per visual token, in multiples of the uniform share
 
 
 def peaks(gazes: Iterable[Gaze]) -> tuple[float, float]:
-    """Highest attention, mean and centred, as multiples of an equal share: ends of the colour scales that pictures share."""
+    """Maxima of mean and centred attention, in multiples of the uniform share: upper ends of the shared colour scales."""
     means, centred = zip(*((gaze.mean, gaze.centred) for gaze in gazes), strict=True)
     return max(float(_grid(mean).max()) for mean in means), max(float(_grid(less).max()) for less in centred)
 
 
 def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], most: tuple[float, float], title: str, theme: Theme) -> Figure:
-    """Per instruction a row: the image (H, W, 3) as the teacher sees it, then a layer's attention laid over it, mean and
-    centred. The asked region is outlined.
+    """Figure with a row per instruction: the preprocessed image (H, W, 3), then overlays of a layer's mean and centred
+    attention. The question's region is outlined.
 
-    The colour says how many times its equal share a visual token receives, on one scale per column, up to `most` (`peaks`).
-    Raises DataError if the visual tokens are no square grid.
+    Colour: attention of a visual token in multiples of the uniform share, one scale per column up to `most` (`peaks`).
+    Raises DataError if the visual tokens do not form a square grid.
     """
     figure = Figure(figsize=(9.6, 3.3 * len(gazes)), layout="constrained")
     table = figure.subplots(len(gazes), 3, squeeze=False)
@@ -131,7 +131,7 @@ def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], most: tuple[float, 
 
 
 def _outline(axes: Axes, region: NDArray[np.float64] | None) -> None:
-    """White on black, which no picture hides."""
+    """Outline of the region, white on black for contrast on any image."""
     if region is not None and region.any():
         across, down = (np.arange(-1, pixels + 1) for pixels in (region.shape[1], region.shape[0]))
         for colour, width in (("black", 3.5), ("white", 1.5)):
@@ -139,7 +139,7 @@ def _outline(axes: Axes, region: NDArray[np.float64] | None) -> None:
 
 
 def heatmaps(images: Sequence[NDArray[np.uint8]], heats: Sequence[Sequence[Heat]], label: str, theme: Theme) -> Figure:
-    """In a row each image (H, W, 3), and once per heat of it with that laid over it, all on one scale."""
+    """Figure with a row per image (H, W, 3): the image, then one overlay per heat, on one colour scale."""
     most = max(float(heat.grid.max()) for of_image in heats for heat in of_image)
     figure = Figure(figsize=(2.9 * (1 + len(heats[0])) + 0.5, 3.35 * len(images)))
     table = figure.subplots(len(images), 1 + len(heats[0]), squeeze=False)
@@ -169,7 +169,7 @@ def _heat(axes: Axes, grey: NDArray[np.uint8], grid: NDArray[np.float32], most: 
 
 
 def _grid(attention: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(Nv,) -> (side, side), 1 being an equal share of the attention that goes to the image; all 1 where none does."""
+    """(Nv,) attention -> (side, side) in multiples of the uniform share; all 1 without attention."""
     side = math.isqrt(len(attention))
     if side * side != len(attention):
         raise DataError(f"{len(attention)} visual tokens are no square grid, so there is no picture of where they lie")
@@ -178,7 +178,7 @@ def _grid(attention: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _visible(share: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Opacity: the image shows through where little attention goes, and still a little where most does."""
+    """Opacity of an overlay, 0.15 to 0.65, rising with attention so that the image stays visible."""
     return (0.15 + 0.5 * share).astype(np.float32)
 
 

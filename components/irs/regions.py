@@ -1,4 +1,4 @@
-"""Region that a question is about, as shares of an image's visual tokens."""
+"""Region of a question (its boxes), projected to an image's visual tokens."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from components.models.collate import processed, visual_tokens
 
 
 def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
-    """The RGB image as the model sees it, (H, W, 3): resized and cropped, so that the visual tokens tile it."""
+    """Preprocessed RGB image (H, W, 3): resized and cropped, so that the visual tokens tile it."""
     pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)[
         "pixel_values"
     ]
-    shown = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # one tile, of families that split others into several
+    shown = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # first tile, in families with image splitting
     return np.clip(np.moveaxis(shown, 0, -1), 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Where a model's visual tokens lie in an image."""
+    """Spatial layout of a model's visual tokens in an image."""
 
     processor: Any
-    tokens: int | None  # visual tokens of every image; None: they go by its shape
+    tokens: int | None  # visual tokens per image; None: depends on the image's shape
 
     @classmethod
     def of(cls, processor: Any) -> Tiling:
         return cls(processor, visual_tokens(processor))
 
     def grid(self, image: Image.Image) -> tuple[int, int] | None:
-        """(rows, columns) of visual tokens; None if that is not known, as where an image is cut into tiles."""
+        """(rows, columns) of visual tokens; None if unknown, as with image splitting."""
         if self.tokens is not None:
             side = math.isqrt(self.tokens)
             return (side, side) if side * side == self.tokens else None
@@ -47,7 +47,7 @@ class Tiling:
         return int(patches[0, 1]) // merged, int(patches[0, 2]) // merged
 
     def covered(self, image: Image.Image, boxes: Sequence[Box]) -> NDArray[np.float64] | None:
-        """(Nv,) share of each visual token's patch that lies in any of `boxes`, row by row; None if there is no `grid`."""
+        """(Nv,) share of each visual token's patch covered by `boxes`, row-major; None without a `grid`."""
         if (shape := self.grid(image)) is None:
             return None
         seen = self.seen(image, boxes)
@@ -55,10 +55,10 @@ class Tiling:
         return (down @ seen @ across.T).flatten()
 
     def seen(self, image: Image.Image, boxes: Sequence[Box]) -> NDArray[np.float64]:
-        """(H, W) the region as the model sees it, 1 inside and 0 outside.
+        """(H, W) mask of the region in the preprocessed image, 1 inside and 0 outside.
 
-        Where all images have one grid, it goes through the model's own image processor, which may crop or pad; its edges are
-        then as sharp as the image's. Other families show the image whole.
+        For a fixed grid the mask goes through the model's image processor, which may crop or pad; resampling softens its edges
+        as it does the image's. Other families keep the whole image.
         """
         canvas = Image.new("RGB", image.size)
         for left, top, right, bottom in boxes:
@@ -71,7 +71,7 @@ class Tiling:
 
 
 def _averages(cells: int, pixels: int) -> NDArray[np.float64]:
-    """(cells, pixels): rows that average equal stretches of a line of pixels, those at their ends in part."""
+    """(cells, pixels) averaging matrix over equal intervals of a line of pixels, with fractional weights at their ends."""
     edges = np.arange(cells + 1) * pixels / cells
     pixel = np.arange(pixels)
     overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)

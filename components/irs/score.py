@@ -1,5 +1,5 @@
-"""Scores of a layer's weights of visual tokens: IRS, how much they change with the instruction, and pointing, how much of them
-falls on the region that it asks about."""
+"""Scores of a layer's visual weights: IRS, their change with the instruction, and pointing, their share on the question's
+region."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def irs_scores(attention: Tensor) -> tuple[Tensor, Tensor]:
         per_image: (L, X), each image's mean over its I (I - 1) / 2 pairs; images are the independent units.
 
     Raises:
-        ValueError: if there is no pair, or a layer gives an image no attention at all.
+        ValueError: no pair, or an attention map of all zeros.
     """
     _, X, I, _ = attention.shape  # noqa: E741
     if I < 2 or X < 1:
@@ -35,14 +35,14 @@ def irs_scores(attention: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pointing(weights: Tensor, region: Tensor) -> Tensor:
-    """The energy-based pointing game (Wang et al., Score-CAM, 2020): the share of the weights that lies on the asked region.
+    """Energy-based pointing game (Wang et al., Score-CAM, 2020): share of the weights on the question's region.
 
     Args:
-        weights: (L, X, I, Nv), of sum 1 over the visual tokens.
-        region: (X, I, Nv), the share of each token's patch that lies in the region; all zero where none is known.
+        weights: (L, X, I, Nv), sum 1 over the visual tokens.
+        region: (X, I, Nv), share of each token's patch in the region; all zero if unknown.
 
     Returns:
-        (L, X'), each image's mean over its instructions with a region; X' images have one or more.
+        (L, X'), mean over each image's instructions with a region; X' is the number of images with at least one.
     """
     known = region.sum(-1) > 0  # (X, I)
     on_region = (weights * region).sum(-1)  # (L, X, I)

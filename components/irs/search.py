@@ -1,7 +1,7 @@
-"""The layer search: which of the teacher's layers looks elsewhere when the instruction is another (docs/method.md, "IRS").
+"""Layer search: ranks the teacher's layers by IRS, the change of their attention maps with the instruction (docs/method.md).
 
-One pass over images that have several instructions. All layers are watched at once, each for instruction rows x visual
-columns alone, while the model keeps its fused attention.
+One pass over images with several instructions. Probes read all layers at once, instruction rows x visual columns only, while
+the model keeps its fused attention.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
 from components.records.irs import Rows
 
-Z = 1.96  # a normal variable lies within so many standard errors 95 times in 100
+Z = 1.96  # two-sided 95% quantile of the standard normal distribution
 
 
 class TooFewInstructions(DataError):
-    """The data have no two images with enough instructions."""
+    """Fewer than two images have enough different instructions."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Where every layer looks: per image, per instruction."""
+    """Attention maps of every layer, per image and instruction."""
 
-    samples: list[list[Sample]]  # X images, each alone in its samples, I instructions on each
-    attention: dict[Rows, Tensor]  # per kind of rows (L, X, I, Nv) float32, 0 behind the tokens of smaller images
+    samples: list[list[Sample]]  # X images with I single-image samples each, one per instruction
+    attention: dict[Rows, Tensor]  # (L, X, I, Nv) float32 per kind of rows, zero-padded
     tokens: Tensor  # (X,) visual tokens of each image
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The layers by their IRS."""
+    """IRS of all layers, the best and the runner-up."""
 
-    layer: int  # layer of the highest score
+    layer: int  # layer of highest IRS
     irs: list[float]  # per layer
     standard_error: list[float]  # per layer, over images
     runner_up: int
@@ -58,21 +58,21 @@ class Ranking:
 
 
 def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings) -> Ranking:
-    """IRS of every layer of a model, and the layer with the highest. Raises as `attention_maps` does."""
+    """IRS ranking of a model's layers. Raises as `attention_maps` does."""
     return rank(attention_maps(loaded, samples, template, settings, ("all",)).attention["all"])
 
 
 def attention_maps(
     loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings, kinds: Sequence[Rows] = ("all", "words")
 ) -> Seen:
-    """Attention from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
+    """Attention maps from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
 
     Raises:
         TooFewInstructions: fewer than two images have `settings.instructions_per_image` different instructions.
     """
     chosen = draw_images(samples, settings)
     prompts = [prompt for image in chosen for prompt in image]
-    # The answer is not read, so its length is no concern here; padding goes right, as in training.
+    # No length limit: the answer is not read. Padding goes right, as in training.
     collators = {rows: Collator(loaded.processor, template, max_length=sys.maxsize, train=True, rows=rows) for rows in kinds}
     view = VLM(loaded.model)
     parts: dict[Rows, list[Tensor]] = {rows: [] for rows in kinds}
@@ -90,7 +90,7 @@ def attention_maps(
 
 
 def _apart(chosen: list[list[Sample]], attention: dict[Rows, Tensor], numbers: Tensor) -> Seen:
-    """Of (L, X, I, Nv) attention to images that are shown together each one's own; `numbers` (X, Nv) as by `by_column`."""
+    """Split (L, X, I, Nv) attention over samples of several images into single images; `numbers` (X, Nv) from `by_column`."""
     tokens = torch.stack([(numbers == number).sum(1) for number in range(1, int(numbers.max()) + 1)], dim=1)  # (X, most images)
     if tokens.shape[1] == 1:
         return Seen(chosen, attention, tokens[:, 0])
@@ -104,17 +104,17 @@ def _apart(chosen: list[list[Sample]], attention: dict[Rows, Tensor], numbers: T
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
-    """(L, n, Nv) of batches as one, with zeros behind the tokens of smaller images: they change no cosine."""
+    """(L, n, Nv) concatenation of batches, zero-padded, which leaves cosines unchanged."""
     most = max(part.shape[-1] for part in parts)
     return torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in parts], dim=1)
 
 
 def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
-    """`settings.images` images drawn by seed among those with enough different instructions; all of them if there are fewer.
+    """`settings.images` images, sampled by seed from those with enough different instructions; all of them if there are fewer.
 
-    Rows of tar and Parquet files have an image each: if too few have enough by themselves, equal images are one. Captions are
-    no instructions: every image has the same one. Raises TooFewInstructions if fewer than two images qualify, as one has no
-    standard error.
+    Rows of tar and Parquet files have an image each: if fewer than two qualify, rows with equal images are merged. Captions do
+    not count, since all images share one instruction. Raises TooFewInstructions if fewer than two images qualify, as one has
+    no standard error.
     """
     found = _drawn(samples, [[row] for row in range(samples.images)], settings)
     if len(found) < 2:
@@ -129,7 +129,7 @@ def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
 
 
 def _drawn(samples: Samples, images: list[list[int]], settings: IrsSettings) -> list[list[Sample]]:
-    """`images`: the rows of each."""
+    """Seeded draw of `draw_images` over `images`, the rows of each image."""
     random = np.random.default_rng(settings.seed)
     found: list[list[Sample]] = []
     for image in random.permutation(len(images)):
@@ -143,9 +143,9 @@ def _drawn(samples: Samples, images: list[list[int]], settings: IrsSettings) -> 
 
 
 def rank(attention: Tensor) -> Ranking:
-    """IRS per layer with its standard error over images, the best layer, and whether it is separated from the runner-up.
+    """IRS per layer with its standard error over images, the best layer, and its separation from the runner-up.
 
-    A model of one layer has no runner-up: it is named as its own, and not separated.
+    A one-layer model is its own runner-up, and not separated.
 
     Args:
         attention: (L, X, I, Nv), X >= 2 and I >= 2.
@@ -159,12 +159,12 @@ def rank(attention: Tensor) -> Ranking:
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean of independent values (X,), X >= 2."""
+    """Standard error of the mean of independent values (X,), X >= 2."""
     return float(values.std(correction=1)) / math.sqrt(len(values))
 
 
 def furthest_apart(attention: Tensor) -> tuple[int, int]:
-    """The two instructions (I, Nv) on one image whose weights have the lowest cosine."""
+    """Indices of the two instructions of lowest cosine in (I, Nv) attention."""
     unit = attention / attention.norm(dim=-1, keepdim=True)
     first, second = torch.triu_indices(len(unit), len(unit), offset=1)
     lowest = int((unit[first] * unit[second]).sum(-1).argmin())
@@ -172,7 +172,7 @@ def furthest_apart(attention: Tensor) -> tuple[int, int]:
 
 
 def instructions(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample, of one turn, per different question that follows all of the images, in whatever turn it is asked."""
+    """One single-turn sample per distinct question, from any turn that comes after all images of its sample."""
     different: dict[str, Sample] = {}
     for sample in samples:
         for index, turn in enumerate(sample.turns if sample.images and sample.kind != CAPTION else ()):
@@ -185,8 +185,8 @@ def instructions(samples: Sequence[Sample]) -> list[Sample]:
 
 @torch.inference_mode()
 def _attention(view: VLM, batch: Batch, asked: dict[Rows, Tensor]) -> dict[Rows, Tensor]:
-    """(L, B, Nv) float32 on the CPU, from each kind of rows (B, T) bool; 0 behind an image's own tokens, Nv being the most of
-    the batch."""
+    """Attention maps (L, B, Nv) float32 on the CPU, per mask (B, T) of instruction rows; zero-padded to the batch's largest
+    Nv."""
     layers = list(attention_layers(view.model))
     probes = {rows: AttentionProbe.at(mask, batch.pictures) for rows, mask in asked.items()}
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Weighting of visual tokens: layer, rows, and the background if centred."""
+"""Weighting of visual tokens in L_iva: layer, instruction rows, and the background if centred."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from components.records.paths import IRS
 if TYPE_CHECKING:
     from components.config.distill import Iva
 
-BACKGROUND = IRS / "background.safetensors"  # per kind of rows (L, Nv); absent where images differ in their grids
+BACKGROUND = IRS / "background.safetensors"  # (L, Nv) per kind of rows; absent if visual grids differ
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """Where the weights of L_iva come from."""
+    """Source of the weights of L_iva."""
 
     layer: int
     rows: Rows = "all"
-    background: Tensor | None = None  # (Nv,), of sum 1; None: the attention as it is
-    gradient: bool = False  # not attention, but what each token adds to the answer
+    background: Tensor | None = None  # (Nv,), sum 1; None: no centring
+    gradient: bool = False  # gradient attribution to the answer instead of attention
 
     @property
     def digest(self) -> str | None:
-        """Of the background's values."""
+        """Hash of the background's values; None without one."""
         return None if self.background is None else hashlib.sha256(self.background.numpy().tobytes()).hexdigest()[:16]
 
 
 def weighting(iva: Iva, choice: LayerChoice | None, depth: int = 1, seed: int = 0) -> Weighting:
-    """What params/distill.yaml or an arm asks for. `uniform` looks at no layer; it gets the one that `irs` would, and the
-    first where the search found none: then no arm that is trained looks at any (distill.searched_for). `depth`, the live
-    teacher's layers, and the arm's `seed` are for layers by rule.
+    """Weighting configured by params/distill.yaml or an arm. `uniform` reads no layer and gets that of `irs`, or layer 0 if
+    the search found none, which no trained arm then reads (distill.assemble.searched_for). `depth`, the number of layers of
+    the live teacher, and the arm's `seed` serve `layer: middle | last | random`.
 
-    Raises DataError if the layer search left no background though its choice needs one.
+    Raises DataError if the selected weighting is centred and the background file is missing.
     """
     if iva.weighting == "layer":
         assert iva.layer is not None  # settings guarantee it
