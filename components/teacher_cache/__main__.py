@@ -1,8 +1,8 @@
-"""Stage `cache_teacher`: the teacher's signals that do not depend on the student (those of KD and IVA), computed once.
+"""Stage `cache_teacher`: teacher signals that do not depend on the student (for KD and IVA), and the evidence of L_mcd.
 
-python -m components.teacher_cache     artifacts/{dataset,models,teacher,irs} -> artifacts/signals
+python -m components.teacher_cache     artifacts/{dataset,models,rows,teacher,irs} -> artifacts/signals
 
-Where params/distill.yaml asks for the live teacher, it writes down that there are none.
+With a live teacher and no evidence in params/distill.yaml, the manifest records that there are none.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def main() -> None:
 
 
 def make(settings: Settings) -> SignalManifest:
-    """Build what these settings ask for, from the shards that an interrupted run left, and put it in its place.
+    """Build cache and evidence for these settings, resuming from the shards of an interrupted run, and move them into place.
 
     Raises:
-        ModelError: teacher and students are no pair (`check_pair`), or the students share different vocabularies with it.
-        DataError: there is nothing to distil on, or two samples have the same id and text.
-        TryAgainError: another process is making it.
+        ModelError: teacher and students are incompatible (`check_pair`), or their shared vocabularies differ in size.
+        DataError: no instruction to distil on, or two samples with the same id and text.
+        TryAgainError: another process holds the lock.
     """
     from components.runtime import prepare_torch
     from components.teacher_cache.store import facts
@@ -75,7 +75,7 @@ def make(settings: Settings) -> SignalManifest:
 
 
 def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.device) -> SignalManifest:
-    """Write shards and manifest into `folder`."""
+    """Write shards, evidence files and manifest into `folder`."""
     import torch
 
     from components.dataset.shards import Samples

@@ -1,4 +1,4 @@
-"""Error of the cache: KL(p_T || p_S) from it against that of the whole distributions, on the same rows."""
+"""Approximation error of the cache: KL(p_T || p_S) from cached against full distributions, on the same rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from components.records.teacher_cache import Approximation
 from components.teacher_cache.build import TeacherPass
 from components.teacher_cache.store import Signals
 
-SAMPLES = 256  # spread evenly over the split
+SAMPLES = 256  # samples measured, evenly spaced over the split; up to twice as many for an even stride
 
 
 Kind = Literal["text", "visual"]
@@ -27,7 +27,7 @@ Kind = Literal["text", "visual"]
 def measure(
     teacher_pass: TeacherPass, signals: Signals, samples: Samples, student: VLM, name: str, batch_size: int
 ) -> dict[Kind, Approximation]:
-    """Over both kinds of rows of some samples, as read back from the cache; a kind without rows is left out."""
+    """Approximation error per kind of rows, on a subset read back from the cache; a kind without rows is left out."""
     found: dict[Kind, list[Tensor]] = {"text": [], "visual": []}
     chosen = _spread(samples)
     for start in tqdm(range(0, len(chosen), batch_size), desc="its error", unit="batch"):
@@ -44,7 +44,7 @@ def measure(
 
 @torch.inference_mode()
 def _rows(teacher_pass: TeacherPass, kept: Rows, theirs: Tensor, student: VLM, mine: Tensor) -> Tensor:
-    """(3, N): KL from the cache, exact KL, and the teacher's mass beyond the k tokens, 0 where tokens are drawn."""
+    """(3, N): KL from the cache, exact KL, and the teacher's residual mass beyond top-k, 0 for sampled caches."""
     parts = []
     for start in range(0, len(mine), teacher_pass.chunk_rows):
         at = slice(start, start + teacher_pass.chunk_rows)

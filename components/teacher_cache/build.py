@@ -1,4 +1,4 @@
-"""Builder of the cache: one pass of the teacher over the training samples, shard by shard."""
+"""Builder of the teacher cache: one teacher pass over the training samples, shard by shard."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from components.teacher_cache.store import KEY, keys, packed
 
 @dataclass(frozen=True)
 class TeacherPass:
-    """The teacher, and how its word is put down.
+    """Teacher forward pass and encoding of its distributions.
 
-    Log-probabilities and entropies are kept in float16, whose rounding is small beside what is lost by cutting at k, and in
-    float32 where nothing is cut (docs/performance.md has the figures).
+    Log-probabilities and entropies are stored in float16, whose rounding is small against the error of the cut at k, and in
+    float32 where k covers the vocabulary (docs/performance.md has the figures).
     """
 
     vlm: VLM
@@ -40,7 +40,7 @@ class TeacherPass:
     facts: SignalFacts
     shared_vocabulary: int
     chunk_mib: float
-    background: Tensor | None  # (Nv,) of the attention, for `centred`
+    background: Tensor | None  # (Nv,) attention background, for `centred`; None: no centring
 
     @property
     def chunk_rows(self) -> int:
@@ -53,7 +53,7 @@ class TeacherPass:
 
     @torch.inference_mode()
     def forward(self, samples: Sequence[Sample]) -> tuple[Batch, Tensor, Tensor]:
-        """A batch of samples, hidden states (B, T, d), and (N,) weights of its visual rows."""
+        """Collated batch, hidden states (B, T, d), and (N,) weights of its visual rows."""
         batch = self.collator(samples).to(self.vlm.model.device)
         layer, bf16 = self.facts.layer, self.facts.precision == "bf16"
         probe = AttentionProbe.at(batch.instruction, batch.pictures)
@@ -67,7 +67,7 @@ class TeacherPass:
 
     @torch.inference_mode()
     def words(self, hidden: Tensor, uniform: Tensor) -> Iterator[Rows]:
-        """At hidden rows (N, d), chunk by chunk, on the CPU and as it is stored; `uniform` (N,) says what is drawn."""
+        """Encoded distributions at hidden rows (N, d), per chunk, on the CPU in storage dtypes; `uniform` (N,) fixes draws."""
         facts, index = self.facts, torch.int16 if self.shared_vocabulary <= 2**15 else torch.int32
         for rows, numbers in zip(hidden.split(self.chunk_rows), uniform.split(self.chunk_rows), strict=True):
             logits = self.vlm.head(rows)[:, : self.shared_vocabulary]
@@ -82,12 +82,12 @@ class TeacherPass:
 
 @dataclass
 class Shard:
-    """The tensors of one shard, as they grow (store.py)."""
+    """Accumulator of one shard's tensors (layout in store.py)."""
 
     words: list[Rows] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     samples: list[tuple[int, ...]] = field(default_factory=list)
-    blocks: dict[tuple[str, bytes], int] = field(default_factory=dict)  # image and all up to its last token -> first row
+    blocks: dict[tuple[str, bytes], int] = field(default_factory=dict)  # image id and prefix up to its last token -> first row
     rows: int = 0
     weights: int = 0
 
@@ -95,13 +95,13 @@ class Shard:
         batch, hidden, attention = teacher_pass.forward(samples)
         text = predicting(batch.response)
         fresh = self._place(samples, batch, text)
-        stream = torch.Generator().manual_seed(int(self.samples[-1][KEY]) % 2**63)  # a build that goes on draws the same
+        stream = torch.Generator().manual_seed(int(self.samples[-1][KEY]) % 2**63)  # equal draws in a resumed build
         for rows in (text, batch.visual & fresh[:, None]):
             self.words += teacher_pass.words(hidden[rows], torch.rand(int(rows.sum()), generator=stream, dtype=torch.float64))
         self.attention.append(attention.float().cpu())
 
     def _place(self, samples: Sequence[Sample], batch: Batch, text: Tensor) -> Tensor:
-        """Say where each sample's rows will be. Returns (B,) bool: are its visual rows the first of their kind?"""
+        """Assign row offsets to each sample. Returns (B,) bool: True if its visual rows are not in the shard yet."""
         texts, visuals = text.sum(1).tolist(), batch.visual.sum(1).tolist()
         fresh = torch.zeros(len(samples), dtype=torch.bool)
         first, last = self.rows, self.rows + sum(texts)
@@ -119,7 +119,7 @@ class Shard:
         return fresh.to(batch.visual.device)
 
     def write(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Write the shard atomically."""
         draft = path.with_name(f".{path.name}.tmp")
         try:
             save_file(
@@ -131,7 +131,7 @@ class Shard:
 
 
 def build(teacher_pass: TeacherPass, samples: Samples, batch_size: int, folder: Path) -> list[Path]:
-    """Write the shards that `folder` does not hold yet; returns all of them, in order.
+    """Write the shards missing from `folder`; returns the paths of all shards, in order.
 
     Raises DataError if there is no instruction to distil on.
     """
@@ -158,7 +158,7 @@ def build(teacher_pass: TeacherPass, samples: Samples, batch_size: int, folder: 
 
 
 def _batches(samples: Samples, images: range, size: int) -> Iterator[list[Sample]]:
-    """Instructions about these images; an image's stand together."""
+    """Batches of the instructions about these images, grouped by image."""
     waiting: list[Sample] = []
     for row in images:
         waiting += [sample for sample in samples.about(row) if sample.kind != CAPTION]

@@ -1,14 +1,14 @@
-"""Evidence kept beside the teacher's signals, and the edits of a batch that it calls for (align_ti/terms/mcd.py).
+"""Store of the teacher's evidence, and the counterfactual edits that it defines for a batch (align_ti/terms/mcd.py).
 
 One file per kind of evidence and shard of the train split. Its tensors:
 
-    samples                   (S, 6) int64     per sample: SAMPLE and PARTNER in the split, and where its rows and places begin
-    effects                   (S,)             JS of the teacher without its evidence less that with it alone, means over rows
+    samples                   (S, 6) int64     per sample: SAMPLE and PARTNER in the split, offset and count of rows and places
+    effects                   (S,)             JS(teacher, without evidence) - JS(teacher, evidence alone), mean over rows
     places                    (P,) int32       positions of the evidence in the sample's sequence
-    tokens                    (M, W)           at M response rows, the likeliest with or without the evidence
-    whole, without            (M, W + 1)       the teacher's probabilities of them and of all others, as it is, and without
+    tokens                    (M, W)           top tokens with or without the evidence, at M response rows
+    whole, without            (M, W + 1)       teacher probabilities of them plus the residual mass: unedited; without evidence
 
-Only samples that the teacher answers as the data do are there.
+Holds only samples that the teacher answers correctly (greedy, under teacher forcing).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ NAMES = ("samples", "effects", "places", "tokens", "whole", "without")
 
 
 def collator(processor: Any, template: Template, max_length: int) -> Collator:
-    """Of samples to edit: of their text the words of questions alone, not the template's."""
+    """Collator of samples to edit: `instruction` marks the question's words alone, not the template's."""
     return Collator(processor, template, max_length, train=True, rows="words")
 
 
 def donor(batch: Batch, others: Batch) -> Batch:
-    """The batch with the pictures of others, of like grids, and the words of their questions in place of its own: at each the
-    one at the nearest relative place."""
+    """Copy of the batch with the images of `others`, on equal visual grids, and their question words in place of its own,
+    resampled to the nearest relative position."""
     ids = batch.input_ids.clone()
     for row in range(len(ids)):
         mine, theirs = batch.instruction[row].nonzero()[:, 0], others.input_ids[row][others.instruction[row]]
@@ -54,12 +54,12 @@ def donor(batch: Batch, others: Batch) -> Batch:
 
 
 class Evidence:
-    """The teacher's part of L_mcd for one kind of evidence, opened for reading.
+    """Reader of one kind of evidence, for L_mcd.
 
     Args:
-        verified: share of the samples, those whose evidence moves the teacher most, that are edited; None: all.
+        verified: share of the samples to edit, by largest positive effect; None: all.
 
-    Raises DataError if a file is missing or has other bytes, or if no sample is left to edit.
+    Raises DataError if a file is missing or its hash differs, or if no sample is left to edit.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Evidence:
             )
 
     def _verified(self, shards: list[dict[str, np.ndarray]], share: float | None) -> dict[int, int]:
-        """Sample -> its row in the tables of all shards, which are joined here."""
+        """Sample -> row in the concatenated tables of all shards."""
         tables = [shard["samples"] for shard in shards]
-        for begin, tensor in ((ROW, "tokens"), (PLACE, "places")):  # in a file -> in all of them
+        for begin, tensor in ((ROW, "tokens"), (PLACE, "places")):  # offset within a file -> offset over all files
             starts = np.cumsum([0, *(len(shard[tensor]) for shard in shards)])
             for table, start in zip(tables, starts, strict=False):
                 table[:, begin] += start
@@ -92,11 +92,11 @@ class Evidence:
         return {int(self._of["samples"][row, SAMPLE]): int(row) for row in taken}
 
     def __len__(self) -> int:
-        """Samples that are edited."""
+        """Number of samples with an edit."""
         return len(self._rows)
 
     def edit(self, batch: Batch, samples: Sequence[int], keys: Sequence[int]) -> Batch:
-        """The batch of `samples` with the edits of those that have any; which of the two edits it is their keys say."""
+        """Copy of the batch of `samples` with edits of those that have evidence; `keys` seed the kind of edit."""
         places = [place for place, sample in enumerate(samples) if sample in self._rows]
         table = self._of["samples"][[self._rows[samples[place]] for place in places]]
         shown = [samples[place] for place in places] or [samples[0]]

@@ -1,9 +1,9 @@
-"""Search of each training sample for the words and visual tokens that the teacher's answer rests on, and what it says without.
+"""Evidence search: words and visual tokens of a training sample that the teacher's answer depends on most.
 
-Of a sample that the teacher answers token by token as the data do, the embeddings e of its question's words and of its image
-are mixed with b, those of a partner: a sample of the shard with another image of the same grid. The evidence of kind
-`gradient` are the highest positive (e_j - b_j) ds/de_j at b + alpha (e - b), s the mean log-probability of the answer, alpha
-uniform, drawn once; that of kind `random` is as many tokens at random. Source: MCD, arXiv 2609.39920.
+Samples qualify if the teacher's argmax equals every answer token. Embeddings e of question words and image are interpolated
+with b, those of a partner: a sample of the shard with another image on the same visual grid. Evidence of kind `gradient` has
+the highest positive (e_j - b_j) ds/de_j at b + alpha (e - b), s the mean log-probability of the answer, alpha uniform, drawn
+once; kind `random` fills the same maximal share at random. Source: MCD, arXiv 2609.39920.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
 from components.teacher_cache.evidence import donor
 
-TOKENS = 128  # kept at each row: the likeliest with or without the evidence
+TOKENS = 128  # tokens stored per row, by the larger of their probabilities with and without the evidence
 
 
 @dataclass(frozen=True)
 class Found:
-    """The evidence of one sample."""
+    """Evidence of one sample, with the teacher's distributions."""
 
     sample: int
     partner: int
@@ -45,11 +45,11 @@ class Found:
 
 @dataclass(frozen=True)
 class EvidencePass:
-    """The teacher, and how it is asked.
+    """Teacher passes that find evidence.
 
     Args:
-        share: of a sample's words and visual tokens that are evidence, at most.
-        collate: of `evidence.collator`.
+        share: maximal share of a sample's words and visual tokens that is evidence.
+        collate: from `evidence.collator`.
     """
 
     vlm: VLM
@@ -62,7 +62,7 @@ class EvidencePass:
 
     @torch.no_grad()
     def __call__(self, pairs: list[tuple[int, int]]) -> dict[str, list[Found]]:
-        """Of (sample, partner) pairs, those whose answer the teacher gives."""
+        """Evidence per kind of (sample, partner) pairs, for samples that the teacher answers correctly."""
         pairs = [pair for pair, right in zip(pairs, self._right([one for one, _ in pairs]), strict=True) if right]
         found: dict[str, list[Found]] = {kind: [] for kind in self.kinds}
         if not pairs:
@@ -94,7 +94,7 @@ class EvidencePass:
         return found
 
     def _right(self, samples: list[int]) -> list[bool]:
-        """Whether each answer is what the teacher would write."""
+        """True per sample if the teacher's argmax equals every answer token (teacher forcing)."""
         batch = self.collate([self.samples[sample] for sample in samples]).to(self.vlm.model.device)
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             hidden, _ = self.vlm.plain(batch, self.vlm.features(batch), keep=False)
@@ -103,12 +103,12 @@ class EvidencePass:
         return [torch.equal(found.argmax(-1), wanted) for found, wanted in zip(logits, gold, strict=True)]
 
     def _logits(self, batch: Batch, hidden: Tensor) -> list[Tensor]:
-        """(R, V) of each sample, at the rows that predict its response."""
+        """Logits (R, V) per sample at the rows that predict its response, V the shared vocabulary."""
         rows = predicting(batch.response)
         return [self.vlm.head(states[at])[:, : self.shared_vocabulary] for states, at in zip(hidden, rows, strict=True)]
 
     def _places(self, kind: str, batch: Batch, row: int, slopes: Tensor, stream: random.Random) -> Tensor:
-        """(P,) positions of the evidence."""
+        """(P,) positions of one sample's evidence."""
         candidates = (batch.instruction[row] | batch.visual[row]).nonzero()[:, 0]
         most = max(1, int(self.share * len(candidates)))
         if kind == "random":
@@ -118,7 +118,7 @@ class EvidencePass:
 
     @staticmethod
     def _words(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(R, W) tokens, and (R, W + 1) probabilities of them and of all others, of two distributions (R, V)."""
+        """Compression of two distributions (R, V): (R, W) tokens, and (R, W + 1) probabilities plus residual mass of each."""
         tokens = torch.maximum(whole, without).topk(min(TOKENS, whole.shape[-1]), dim=-1).indices
         parts = [
             torch.cat([p.gather(1, tokens), p.scatter(1, tokens, 0.0).sum(1, keepdim=True)], dim=1) for p in (whole, without)
@@ -129,8 +129,8 @@ class EvidencePass:
 
 
 def find(evidence: EvidencePass, size: int, folder: Path) -> tuple[dict[str, list[Path]], int]:
-    """Write the files that `folder` does not hold yet, with passes over `size` samples; returns those of each kind, in order,
-    and how many samples were asked about."""
+    """Write the evidence files missing from `folder`, in batches of `size` samples; returns the paths per kind, in order, and
+    the number of samples searched."""
     samples = evidence.samples
     paths: dict[str, list[Path]] = {kind: [] for kind in evidence.kinds}
     asked, first = 0, 0
@@ -150,7 +150,7 @@ def find(evidence: EvidencePass, size: int, folder: Path) -> tuple[dict[str, lis
 
 
 def _pairs(samples: Samples, images: range, collate: Collator) -> list[tuple[int, int]]:
-    """Each question about one image, and its partner: of another image, of the same grid; none where there is no such."""
+    """(sample, partner) pairs of single-image questions whose images differ but share a visual grid; none: skipped."""
     alike: dict[Any, list[tuple[int, int, Sample]]] = {}
     for row in images:
         for index, sample in zip(samples.of_image(row), samples.about(row), strict=True):
@@ -166,14 +166,14 @@ def _pairs(samples: Samples, images: range, collate: Collator) -> list[tuple[int
 
 
 def _grid(collate: Collator, sample: Sample) -> Any:
-    """What an image's visual tokens go by: its marks in the text, the shape of its pixels, the values of its other inputs."""
+    """Key of an image's visual grid: its placeholder text, the shape of its pixels, the values of its other inputs."""
     (image,) = collate.images([sample])
     beside = [tensor.numpy().tobytes() for name, tensor in sorted(image.tensors.items()) if name != "pixel_values"]
     return image.texts, image.tensors["pixel_values"].shape, *beside
 
 
 def _write(found: list[Found], path: Path) -> None:
-    """Whole or not at all; nothing where there is no evidence."""
+    """Write one evidence file atomically; no file without evidence."""
     if not found:
         return
     table, row, place = [], 0, 0

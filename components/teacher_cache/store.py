@@ -3,12 +3,12 @@
 One shard per shard of the train split. Its tensors:
 
     tokens, log_probs, log_tail   (M, k), (M, k), (M,)   top-k of the teacher at M rows (align_ti/top_k.py); or
-    tokens, counts, starts, entropy   (E,), (E,), (M + 1,), (M,)   its draws: of row m those from starts[m] to starts[m + 1]
+    tokens, counts, starts, entropy   (E,), (E,), (M + 1,), (M,)   draws from the teacher, row m at starts[m]:starts[m + 1]
                                                          (align_ti/sampled.py)
-    attention                     (A,)                   the instruction's weights over each sample's visual tokens, sum 1
-    samples                       (S, 6) int64           per sample: KEY, and where its rows and its attention begin
+    attention                     (A,)                   weights of each sample's visual tokens, sum 1 per image
+    samples                       (S, 6) int64           per sample: KEY, offsets and counts of its rows, offset in `attention`
 
-Visual rows depend on the image and what stands before it alone, so samples about one image share them.
+Visual rows depend on the image and its prefix alone, so samples about one image share them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ AGAIN = "`dvc repro cache_teacher` makes it anew"
 
 
 def facts(settings: Settings) -> SignalFacts:
-    """Those of a cache for these settings and what earlier stages made."""
+    """Identity of a cache: the settings and outputs of earlier stages that determine its bytes."""
     distill = settings.distill
     weights = weighting(distill.iva, LayerChoice.found())
     students, evidence = ModelIndex.read(MODELS / "index.json").students, distill.teacher_signals.evidence
@@ -69,7 +69,7 @@ def facts(settings: Settings) -> SignalFacts:
 
 
 def key(id_: str, tokens: Tensor) -> int:
-    """64 bits over a sample's id and its tokens: other text, template or tokenizer, another key."""
+    """64-bit hash of a sample's id and tokens; changes with text, template or tokenizer."""
     content = id_.encode() + b"\0" + tokens.to(torch.int64).cpu().numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
@@ -81,25 +81,25 @@ def keys(batch: Batch) -> list[int]:
 
 
 class Signals:
-    """A cache, opened for reading: rows by sample, from memory-mapped files."""
+    """Reader of a teacher cache: rows by sample, from memory-mapped files."""
 
     def __init__(self, folder: Path, shards: dict[str, str]) -> None:
-        """Open the shards of `folder`, file -> sha256.
+        """Open the shards of `folder`; `shards` maps file names to sha256.
 
-        Raises DataError if one is missing or has other bytes, or if two samples cannot be told apart.
+        Raises DataError if one is missing or its hash differs, or if two samples have the same key.
         """
         self._shards = [_open_shard(folder / name, digest) for name, digest in shards.items()]
         tables = [shard["samples"].numpy() for shard in self._shards]
         self._samples = np.concatenate(tables)
         self._shard_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        self._attended = np.arange(len(self._samples))  # the sample whose attention each is given
+        self._attended = np.arange(len(self._samples))  # source sample of each sample's attention
         self._order = self._samples[:, KEY].argsort()
         self._sorted = self._samples[self._order, KEY]
         if (self._sorted[1:] == self._sorted[:-1]).any():
             raise DataError(f"{folder}: two samples have the same id and the same text; give each an id of its own")
 
     def __len__(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self._samples)
 
     @property
@@ -108,7 +108,7 @@ class Signals:
 
     @property
     def equal_weights(self) -> int:
-        """Samples whose image's tokens weigh the same."""
+        """Number of samples whose visual tokens, two or more, all have the same weight."""
         found = 0
         for shard in self._shards:
             table = shard["samples"].numpy()
@@ -119,11 +119,11 @@ class Signals:
         return found
 
     def weigh_by(self, other: str, rows: Sequence[int]) -> None:
-        """From now on each sample is given the attention of another one: by `other_instruction` the next on its images, by
-        `other_image` one on the next images of as many tokens. Where there is none, its own.
+        """Control: replace each sample's attention by another sample's, `other_instruction` by the next on the same images,
+        `other_image` by one on the next images with as many visual tokens. A sample without a counterpart keeps its own.
 
         Args:
-            rows: of the data set's images that each of the cache's samples shows, in their order.
+            rows: image row in the data set of each cached sample, in order.
         """
         of_images: dict[tuple[int, int], list[int]] = {}
         for sample, (row, size) in enumerate(zip(rows, self._samples[:, VISUAL_ROWS].tolist(), strict=True)):
@@ -138,10 +138,10 @@ class Signals:
                 self._attended[mine] = [others[place % len(others)] for place in range(len(mine))]
 
     def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Cached, Tensor | None]:
-        """The teacher's word at the rows that predict a response and, if `visual`, at the visual tokens; if `look`, the
-        attention (B, Nv) that weighs these. On the batch's device.
+        """Cached distributions at the rows that predict a response and, if `visual`, at the visual rows; if `look`, the
+        attention (B, Nv) that weights visual tokens. On the batch's device.
 
-        Raises DataError naming the first sample that the cache does not have with these tokens.
+        Raises DataError naming the first sample that the cache does not hold with these tokens.
         """
         found = self._find(batch)
         shards = [self._shards[i] for i in self._shard_of[found]]
@@ -170,7 +170,7 @@ class Signals:
         return pad_sequence([shard["attention"][first:last] for shard, first, last in spans], batch_first=True)
 
     def _find(self, batch: Batch) -> np.ndarray:
-        """(B,) rows of the table."""
+        """(B,) row of each sample in the table. Raises DataError on a cache miss."""
         wanted = np.array(keys(batch))
         places = self._sorted.searchsorted(wanted).clip(max=len(self._sorted) - 1)
         absent = self._sorted[places] != wanted
@@ -182,7 +182,7 @@ class Signals:
 
 
 def packed(words: Sequence[Rows]) -> dict[str, Tensor]:
-    """The tensors of a shard for what the teacher says at its rows, in order."""
+    """Shard tensors of cached rows, concatenated; draws are stored without padding."""
     tensors: dict[str, list[Tensor]] = {}
     for word in words:
         named = vars(word)
@@ -198,7 +198,7 @@ def packed(words: Sequence[Rows]) -> dict[str, Tensor]:
 
 
 def _unpacked(spans: Sequence[tuple[dict[str, Tensor], int, int]], device: torch.device) -> Rows:
-    """The rows from first to last of each (shard, first, last)."""
+    """Rows first:last of each (shard, first, last), concatenated on `device`."""
 
     def read(name: str, dtype: torch.dtype, ranges: Sequence[tuple[dict[str, Tensor], int, int]] = spans) -> Tensor:
         return torch.cat([shard[name][first:last] for shard, first, last in ranges]).to(device, dtype, non_blocking=True)
@@ -215,13 +215,13 @@ def _unpacked(spans: Sequence[tuple[dict[str, Tensor], int, int]], device: torch
 
 
 def read_manifest(folder: Path, wanted: SignalFacts) -> SignalCache:
-    """What the cache in `folder` says of itself. Raises DataError if there is none, or naming what differs from `wanted`."""
+    """Manifest of the cache in `folder`. Raises DataError if there is none, or naming the fields that differ from `wanted`."""
     cache = SignalManifest.read(folder / "manifest.json").cache
     return _checked(folder, cache, wanted, "signals: the live teacher")
 
 
 def read_evidence(folder: Path, wanted: SignalFacts) -> EvidenceKept:
-    """As `read_manifest`, of the evidence beside it."""
+    """Manifest of the evidence in `folder`. Raises as `read_manifest`."""
     kept = SignalManifest.read(folder / "manifest.json").evidence
     return _checked(folder, kept, wanted, "evidence: none")
 
@@ -237,7 +237,7 @@ def _checked(folder: Path, found: Kept | None, wanted: SignalFacts, what: str) -
 
 
 def _open_shard(path: Path, digest: str) -> dict[str, Tensor]:
-    """Its tensors, memory-mapped: what is not asked for is not read, but for the digest."""
+    """Tensors of a shard, memory-mapped after one full read for the hash. Raises DataError if it is missing or differs."""
     try:
         if sha256([path]) != digest:
             raise DataError(f"{path}: its bytes are not those that the manifest names: cut short or changed; {AGAIN}")
