@@ -1,7 +1,7 @@
-"""Stage `select_teacher`: every candidate measured, one chosen, and why. `python -m components.teacher`
+"""Stage `select_teacher`: measurement of all teacher candidates, and selection of one. `python -m components.teacher`
 
 Writes artifacts/teacher/choice.json, which later stages depend on, and reports/teacher/{candidates.json,table.md,
-quality_cost.png}, whose seconds vary from run to run. For stage align they say that there is none.
+quality_cost.png}, whose timings vary from run to run. Stage align: choice.json and table.md state that there is no teacher.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rule of the teacher's choice: the best exact match within the limits; of its near-equals the smallest."""
+"""Selection rule: the best exact match within the limits; among candidates within the tie margin, the smallest."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from components.config.teacher import TeacherSettings
 from components.errors import ModelError
 from components.records.teacher import Candidate
 
-ROUNDING = 1e-9  # 0.81 - 0.80 is a little more than 0.01 in floats: a margin must not depend on that
+ROUNDING = 1e-9  # tolerance of comparisons: 0.81 - 0.80 is slightly more than 0.01 in floats
 
 
 def limits_broken(candidate: Candidate, limits: TeacherSettings) -> list[str]:
-    """Each limit of `params/teacher.yaml` that `candidate` breaks, with its figure; a figure equal to its limit is within."""
+    """Messages for each limit of `params/teacher.yaml` that `candidate` breaks; a value equal to the limit passes."""
     broken = []
     if limits.min_exact_match is not None and candidate.exact_match < limits.min_exact_match - ROUNDING:
         broken.append(f"exact match {candidate.exact_match:.3f} is below min_exact_match {limits.min_exact_match}")
@@ -28,11 +28,11 @@ def limits_broken(candidate: Candidate, limits: TeacherSettings) -> list[str]:
 
 
 def choose(candidates: Sequence[Candidate], limits: TeacherSettings) -> tuple[str, str]:
-    """The chosen candidate's name, and why in one sentence; the order of `candidates` does not matter.
+    """Name of the selected candidate, and the reason in one sentence; independent of the order of `candidates`.
 
-    Of candidates of one size within the margin the better is taken, and of those the first by name.
+    Ties of equal size go to the higher exact match, then to the first name.
 
-    Raises ModelError if every candidate breaks a limit, naming each candidate and the limits that it breaks.
+    Raises ModelError if every candidate breaks a limit, listing the broken limits per candidate.
     """
     broken = {c.name: limits_broken(c, limits) for c in sorted(candidates, key=lambda c: c.name)}
     within = [c for c in candidates if not broken[c.name]]

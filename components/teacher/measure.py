@@ -1,4 +1,4 @@
-"""Score and cost of one teacher candidate, on validation samples."""
+"""Quality and cost of one teacher candidate, on validation samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from components.teacher.choose import limits_broken
 
 
 def balanced(rows: Sequence[int], kinds: Sequence[str], size: int, seed: int) -> list[int]:
-    """`size` of `rows`, sorted: drawn kind by kind in turn, `kinds[row]` being a row's kind; all, if there are no more."""
+    """Subset of `size` rows, sorted, drawn round-robin over the kinds `kinds[row]`; all rows if there are fewer."""
     rng = random.Random(seed)
     pools: dict[str, list[int]] = defaultdict(list)
     for row in rows:
@@ -35,12 +35,12 @@ def balanced(rows: Sequence[int], kinds: Sequence[str], size: int, seed: int) ->
 
 
 def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings: Settings, device: torch.device) -> Candidate:
-    """All figures of one candidate over `samples[row] for row in rows`.
+    """Metrics of one candidate over `samples[row] for row in rows`.
 
-    memory_mib: its weights and the most that is allocated while it answers one batch of `evaluate.batch_size` samples.
-    seconds_per_1000: wall time of answering, pictures decoded and text tokenised; the memory batch has warmed it up.
-    irs: of its best layer, over `irs.images` images of the same split; None where these have too few instructions and no arm
-        weighs visual tokens by IRS.
+    memory_mib: weights plus peak allocation during one batch of `evaluate.batch_size` samples.
+    seconds_per_1000: wall time of generation, with image decoding and tokenisation; the memory batch is the warmup.
+    irs: IRS of the best layer, over `irs.images` images of the same split; None if these have too few instructions and no arm
+        weights visual tokens by IRS.
     """
     loaded = load(Path(record.path), device)
     template = Template.asked(settings.models.template)
@@ -55,7 +55,7 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
     scores = metrics.score(record.name, metrics.predictions((samples[row] for row in rows), answered))
     forced = likelihood.likelihoods(loaded, samples, rows, template, settings.evaluate.batch_size, f"{record.name}: references")
     try:
-        layer = search.measure(loaded, samples, template, settings.irs)  # last: it changes the model's attention function
+        layer = search.measure(loaded, samples, template, settings.irs)  # last: switches the model's attention function
     except search.TooFewInstructions:
         if settings.needs_layer:
             raise

@@ -1,4 +1,4 @@
-"""Table of the teacher candidates, and quality against cost."""
+"""Table of the teacher candidates, and plot of quality against cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from components.report.figures import Theme
 
 
 def table(report: TeacherReport, limits: TeacherSettings, samples: int) -> str:
-    """The reason, the figures of every candidate, exact match per question kind, and the limits, as Markdown."""
+    """Markdown report: reason, metrics of every candidate, exact match per question kind, and the limits."""
     figures: dict[str, Callable[[Candidate], str]] = {
         "exact match": lambda c: f"{c.exact_match:.1%}",
         "nats per answer token": lambda c: f"{c.nats_per_token:.3f}",
@@ -41,13 +41,13 @@ def table(report: TeacherReport, limits: TeacherSettings, samples: int) -> str:
 
 
 def _grid(report: TeacherReport, corner: str, rows: dict[str, Callable[[Candidate], str]]) -> str:
-    """Candidates as columns."""
+    """Markdown table with candidates as columns."""
     header = [corner, *(c.name for c in report.candidates)]
     return md.table(header, ([name, *map(cell, report.candidates)] for name, cell in rows.items())) + "\n"
 
 
 def quality_cost(report: TeacherReport, limits: TeacherSettings, samples: int, theme: Theme) -> Figure:
-    """Exact match against parameters and against time, with 95% Wilson intervals over `samples`; the chosen candidate in
+    """Plot of exact match against parameters and time, with 95% Wilson intervals over `samples`; the chosen candidate in
     colour, refused ones hollow, limits as dashed lines."""
     figure = Figure(figsize=(7.6, 3.6))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -81,7 +81,7 @@ def _panel(axes: Axes, report: TeacherReport, samples: int, theme: Theme, cost: 
         axes.plot([cost(c)] * 2, [low, high], color=colour, linewidth=1.6)
         fill = theme.paper if c.refused else colour
         axes.plot(cost(c), 100 * c.exact_match, "o", color=colour, markerfacecolor=fill, markersize=9 if chosen else 7)
-        axes.annotate(  # above and below in turn: neighbours are often near
+        axes.annotate(  # alternating above and below, against overlap of neighbours
             c.name + (" (chosen)" if chosen else " (refused)" if c.refused else ""),
             (cost(c), high if above else low),
             (0, 4 if above else -4),
