@@ -1,8 +1,8 @@
-"""Stage `write_answers`: the teacher's answers to the first questions of the train split, for arms that train on them.
+"""Stage `write_answers`: teacher-generated answers to the first question of each training sample, for sequence-level KD.
 
 python -m components.teacher_answers     artifacts/{dataset,models,rows,teacher} -> artifacts/answers
 
-Where params/distill.yaml asks for none, it writes down that there are none. Source: sequence-level KD, arXiv 1606.07947.
+With teacher_answers: null in params/distill.yaml the manifest records that there are none. Source: arXiv 1606.07947.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from components.tracking.resumable import resumable
 if TYPE_CHECKING:
     import torch
 
-PART = 1024  # samples of a file: what an interrupted run has to write again
+PART = 1024  # samples per file, the unit of resume
 
 
 def main() -> None:
@@ -49,11 +49,11 @@ def main() -> None:
 
 
 def make(settings: Settings) -> AnswerSet:
-    """Write the answers, from where an interrupted run was, and put them in their place.
+    """Generate the answers, resuming an interrupted run, and move them into place.
 
     Raises:
-        ModelError: teacher and students are no pair (`check_pair`).
-        TryAgainError: another process is writing them.
+        ModelError: teacher and students are incompatible (`check_pair`).
+        TryAgainError: another process holds the lock.
     """
     from components.runtime import prepare_torch
     from components.teacher_answers.store import facts
@@ -65,7 +65,7 @@ def make(settings: Settings) -> AnswerSet:
 
 
 def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.device) -> AnswerSet:
-    """Write files and manifest into `folder`."""
+    """Write answer files and manifest into `folder`."""
     import torch
     from tqdm import tqdm
 
@@ -89,7 +89,7 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
     size = settings.distill.micro_batch_size
 
     def answered(these: list[int]) -> list[Answered]:
-        """Lines of some samples: one batch for each of their answers."""
+        """Records of a batch of samples; one generation pass per answer."""
         shown = [samples[row] for row in these]
         rounds = [writer.write(shown, [draw_key("teacher", row, n) for row in these]) for n in range(asked.samples)]
         lines = []

@@ -1,4 +1,4 @@
-"""Store of the teacher's answers: lines of JSON, and a manifest that identifies teacher, data and settings."""
+"""Store of the teacher's answers: JSON lines, and a manifest that identifies teacher, data and settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AGAIN = "`dvc repro write_answers` makes them anew"
 
 
 def facts(settings: Settings) -> AnswerFacts:
-    """Those of answers for these settings and what earlier stages made."""
+    """Identity of the answers: the settings and outputs of earlier stages that determine them."""
     asked = settings.distill.teacher_answers
     assert asked is not None
     return AnswerFacts(
@@ -32,9 +32,9 @@ def facts(settings: Settings) -> AnswerFacts:
 
 
 class Answers:
-    """The teacher's answers to the train split, opened for reading.
+    """Reader of the teacher's answers to the train split.
 
-    Raises DataError if there are none, if they are of another teacher, data set or settings, or if a file has other bytes.
+    Raises DataError if there are none, if teacher, data set or settings differ, or if a file's hash differs.
     """
 
     def __init__(self, folder: Path, wanted: AnswerFacts) -> None:
@@ -55,7 +55,7 @@ class Answers:
                     self._of[found.sample] = found.answers
 
     def answered(self, samples: list[int]) -> list[int]:
-        """Those of the samples that have an answer. Raises DataError if none has."""
+        """Subset of `samples` with an answer. Raises DataError if it is empty."""
         found = [sample for sample in samples if sample in self._of]
         if not found:
             raise DataError(
@@ -65,6 +65,6 @@ class Answers:
         return found
 
     def of(self, sample: int, epoch: int) -> list[int]:
-        """Tokens of the answer that the epoch takes, one after another."""
+        """Tokens of the epoch's answer; epochs cycle through the sample's answers."""
         answers = self._of[sample]
         return answers[epoch % len(answers)]
