@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
-    """Train and export one arm. Returns what it took."""
+    """Train and export one arm. Returns its cost."""
     job = assemble(name, arm, settings)
     run.dataset("train", job.samples.manifest.digest[:32])
     main = job.accelerator.is_main_process
@@ -81,7 +81,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
 
 
 def _whole(job: Job, state: dict[str, torch.Tensor]) -> Loaded:
-    """The student with the gathered weights, where this process holds a part of them alone."""
+    """Student on the CPU with the gathered weights, for runs that shard them over processes."""
     student = load(Path(job.start.path), "cpu")
     choose_trainable(student, job.distill)
     student.model.load_state_dict(state)
@@ -89,19 +89,19 @@ def _whole(job: Job, state: dict[str, torch.Tensor]) -> Loaded:
 
 
 def _most(mib: float, accelerator: Accelerator) -> float:
-    """The most of any process."""
+    """Maximum of `mib` over all processes."""
     return float(accelerator.gather(torch.tensor([mib], device=accelerator.device)).max())
 
 
 def _equal_weights(module: AlignTI, accelerator: Accelerator) -> int:
-    """Images in which the live teacher's attention left nothing to weigh by, over all processes since this one began."""
+    """Number of images with uniform weights for lack of attention, over all processes since process start."""
     teacher = module.live_teacher
     found = torch.zeros((), dtype=torch.long) if teacher is None else teacher.equal_weights
     return int(accelerator.gather(found.to(accelerator.device)[None]).sum())
 
 
 def _concentration(module: AlignTI, accelerator: Accelerator) -> dict[str, float]:
-    """Mean over images of what L_iva measured of its weights, over all processes since this one began."""
+    """Mean concentration of the weights of L_iva per image, over all processes since process start."""
     names = ("iva/effective_tokens", "iva/top5", "iva/rows", "iva/images")
     sums = torch.tensor([float(module.measured.get(name, 0)) for name in names], device=accelerator.device)
     *means, images = accelerator.reduce(sums, reduction="sum").tolist()

@@ -1,4 +1,4 @@
-"""Assembly of one training: student, teacher or its cache, the step, the samples and their order, as one frozen job."""
+"""Assembly of one training job: student, teacher or its cache, distillation module, samples and sampler."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from components.teacher_cache.store import facts as facts_of
 
 @dataclass(frozen=True)
 class Job:
-    """All that `loop.train` and `export` need of one arm."""
+    """Inputs of `loop.train` and `export` for one arm."""
 
     name: str
     settings: Settings
-    facts: dict[str, Any]  # inputs that decide the student's bytes: for its card and the identity of checkpoints
+    facts: dict[str, Any]  # inputs that determine the student's bytes, for its card and the fingerprint of checkpoints
     start: ModelRecord  # the student before distillation
     student: Loaded
     module: AlignTI
@@ -72,13 +72,13 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of its checkpoints: equal means that an interrupted training may be resumed."""
+        """Identity of the checkpoints: an interrupted training resumes only under an equal fingerprint."""
         logged = {"steps_logged": self.distill.log_every}
         return fingerprint({**self.facts, **logged}, code.of_training(self.module.method.weights))
 
 
 def assemble(name: str, arm: Arm, settings: Settings) -> Job:
-    """The job of one arm on this process's device. Raises DataError or ModelError where parts do not fit each other."""
+    """Job of one arm on this process's device. Raises DataError or ModelError if its parts are incompatible."""
     settings = settings.of_arm(arm)
     accelerator = _accelerator(arm, settings)
     samples = Samples(DATASET, "train", ROWS)
@@ -165,7 +165,7 @@ def _accelerator(arm: Arm, settings: Settings) -> Accelerator:
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if settings.distill.precision == "bf16" else "no",
-        # Not what another job's environment asks for: ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides the loss, unsaid.
+        # Overrides the environment: ACCELERATE_GRADIENT_ACCUMULATION_STEPS silently divides the loss.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
@@ -200,14 +200,14 @@ def _facts(
 
 
 def searched_for(arm: Arm) -> LayerChoice | None:
-    """What the layer search found. Raises DataError if it found no layer and the arm needs one."""
+    """Result of the layer search, None without one. Raises DataError if the arm needs a layer and the search found none."""
     return LayerChoice.read(IRS / "layer.json") if arm.needs_layer else LayerChoice.found()
 
 
 def trained_on(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
-    """Captions belong to stage align: those that are marked so, or all samples where none is. The others to distillation.
+    """Indices of the training samples: captions for stage align (all samples if none is a caption), else all but captions.
 
-    Of these, `distill.rows` evenly spaced ones: the same for every arm and seed.
+    Cut to `distill.rows` evenly spaced ones, the same for every arm and seed.
     """
     captions = [i for i, kind in enumerate(kinds) if kind == CAPTION]
     if distill.stage == "align":
@@ -227,7 +227,7 @@ def _live(
     collator: Collator,
     sides: tuple[int, int] | None,
 ) -> AlignTI:
-    """The step with the teacher in it. Raises ModelError if it cannot teach this student, or has no such layer."""
+    """Distillation module with a live teacher. Raises ModelError if the pair is incompatible or the layer does not exist."""
     check_layer(teacher, weighed.layer)
     method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
     pupil, master = VLM(student.model), VLM(teacher.model)
@@ -242,7 +242,7 @@ def _live(
 
 
 def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:
-    """What the card says of weights that the layer search picked; nothing of others."""
+    """Facts about weights selected by the layer search; empty for other weightings."""
     assert arm.iva is not None  # filled in by Settings.arm
     if layers is None or arm.iva.weighting != "searched" or "iva" not in arm.needs:
         return {}
@@ -251,7 +251,7 @@ def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:
 
 
 def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator, samples: Samples) -> AlignTI:
-    """The step with what `cache_teacher` kept, if the arm has any use for it. Raises DataError if that is of another run."""
+    """Distillation module with cached teacher signals, if a term needs them. Raises DataError if the cache does not match."""
     signals, shared = None, student.vocabulary
     if any(needs.teacher for needs in arm.needs.values()):
         cache = read_manifest(SIGNALS, facts_of(settings))

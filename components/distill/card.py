@@ -1,7 +1,7 @@
-"""Model card of a student: what it was made of and how. What varies from run to run (seconds, memory) is in cost.json.
+"""Model card of a student: inputs and training configuration. Figures that vary from run to run are in cost.json.
 
-The same inputs give the same bytes: a card is part of what DVC versions, so it names no commit, no time and no machine.
-`alignti export` adds what is known later: scores, cost, and how to make it again (components/release/card.py).
+Cards are deterministic, since DVC versions them: no commit, no time, no machine. `alignti export` adds scores, cost and
+reproduction steps (components/release/card.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ START, END = "<!-- everything that decided its weights -->\n```json\n", "\n```\n
 
 
 def model_card(arm: str, facts: dict[str, Any]) -> str:
-    """The card of `arm`. `facts` is everything that decided its weights; they are read back by `facts_in`.
+    """Model card of `arm`. `facts` are all inputs that determine its weights; `facts_in` parses them from the card.
 
     Raises DataError if the data set or the models have no records.
     """
@@ -78,14 +78,14 @@ processor = AutoProcessor.from_pretrained("{(STUDENTS / arm / "model").as_posix(
 
 
 def facts_in(card: str) -> dict[str, Any]:
-    """The facts that `model_card` wrote into this card; none if it is no card of ours."""
+    """Facts embedded in a card by `model_card`; empty for other cards."""
     _, found, rest = card.partition(START)
     facts: dict[str, Any] = json.loads(rest.partition(END)[0]) if found else {}
     return facts
 
 
 def licence_of(model: ModelRecord) -> str:
-    """What the front matter of the checkpoint's own README says."""
+    """Licence from the front matter of the checkpoint's README."""
     if model.origin == "embedded":
         return "built here from nothing"
     readme = Path(model.path) / "README.md"
@@ -100,7 +100,7 @@ def licence_of(model: ModelRecord) -> str:
 
 
 def licences_of_data(licence: str) -> dict[str, str] | str:
-    """Of a mixture, each source's; else what the data card says."""
+    """Licences of the data: per source for a mixture, else the data card's."""
     file = DATASET / "sources.json"
     if file.is_file():
         return {name: source.licence for name, source in Sources.read(file).sources.items()}
@@ -108,7 +108,7 @@ def licences_of_data(licence: str) -> dict[str, str] | str:
 
 
 def _of_data(card: Path, manifest: Manifest) -> tuple[str, str]:
-    """Title and licence, as the data card has them."""
+    """Title and licence from the data card."""
     if not card.is_file():
         return manifest.source, NOT_STATED
     text = card.read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def _of_data(card: Path, manifest: Manifest) -> tuple[str, str]:
 
 
 def _described(model: ModelRecord) -> str:
-    """A folder of somebody's own by its name alone: where it lies on their machine is theirs."""
+    """Model entry of the card. A local folder appears by name only, so that no path of a user's machine is published."""
     at = f" at `{model.revision[:12]}`" if model.revision else ""
     origin = Path(model.origin).name if Path(model.origin).is_absolute() else model.origin
     where = "built and trained here" if model.origin == "embedded" else f"`{origin}`{at}"
@@ -135,7 +135,7 @@ def _what(facts: dict[str, Any]) -> str:
 
 
 def _losses(facts: dict[str, Any]) -> str:
-    """The terms with their weights, and which layer's attention weighs the visual tokens of L_iva."""
+    """Sentence on the loss: terms with their weights, and the source of the visual weights of L_iva."""
     if _aligned(facts):
         return "Loss: cross-entropy on the captions alone."
     weights, iva, layer = facts["arm"]["weights"], facts["arm"]["iva"], facts["irs_layer"]

@@ -1,4 +1,4 @@
-"""Checkpoints outside DVC's outs: atomic, and resumed only by a run that would make the same bytes."""
+"""Training checkpoints, outside DVC's outs: atomic writes; resume only under an equal fingerprint, for equal bytes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from components.io import write_text
 from components.process import locked
 from components.records.paths import RUNS
 
-# It warns at every checkpoint that tied weights are stored once, which is as it should be (the resume test compares bytes).
+# accelerate warns at every checkpoint that tied weights are stored once, which is intended (the resume test compares bytes).
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 class Checkpoints:
-    """The checkpoints of one arm at one fingerprint, in `.runs/distill/ARM/FINGERPRINT/step-N/`.
+    """Checkpoints of one arm at one fingerprint, in `.runs/distill/ARM/FINGERPRINT/step-N/`.
 
-    A checkpoint does not depend on the number of processes, except DeepSpeed's; it does on how they divide the weights.
+    A checkpoint depends on the sharding of the weights (`layout`), but on the number of processes only under DeepSpeed.
 
     Args:
-        main: this is the first of the training's processes, the one that holds the lock.
+        main: True on the main process, which holds the lock.
     """
 
     def __init__(self, arm: str, fingerprint: str, main: bool = True) -> None:
@@ -45,11 +45,11 @@ class Checkpoints:
         self._lock.__exit__(None, None, None)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint: a folder gets its name only once everything is in it."""
+        """Newest complete checkpoint, None without one; folders are renamed into place after their last write."""
         return max(self.folder.glob("step-*"), default=None)
 
     def save(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
-        """Write the state of `progress["step"]` and drop older ones. Every rank calls it."""
+        """Save the state at `progress["step"]` and delete older checkpoints. Collective: every rank calls it."""
         final = self.folder / f"step-{progress['step']:08d}"
         draft = self.folder / f".{final.name}.tmp"
         if accelerator.is_main_process:
@@ -67,7 +67,7 @@ class Checkpoints:
 
     @staticmethod
     def restore(accelerator: Accelerator, path: Path) -> dict[str, Any]:
-        """Load the state at `path` and return its progress. Raises InputError if its weights are divided in another way."""
+        """Load the state at `path` and return its progress. Raises InputError if it was saved under another `layout`."""
         progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         saved, here = progress.pop("layout"), layout(accelerator)
         if saved != here:
@@ -79,13 +79,13 @@ class Checkpoints:
         return progress
 
     def clear(self) -> None:
-        """The student is out: its checkpoints have no further use."""
+        """Delete all checkpoints, after the export."""
         for path in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
             shutil.rmtree(path)
 
 
 def layout(accelerator: Accelerator) -> str:
-    """How the weights lie on disk: whole from one process or DDP, as FSDP saves them, or in DeepSpeed's parts per process."""
+    """Format of the weights on disk: whole (one process or DDP), FSDP, or DeepSpeed shards per process."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"DeepSpeed on {accelerator.num_processes} processes"
     return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "whole weights"

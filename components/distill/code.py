@@ -1,9 +1,9 @@
-"""Stage `terms`: per arm, the hashes of the source files that its loss terms import.
+"""Stage `terms`: hashes of the source files that each arm's loss terms import.
 
 python -m components.distill.code     params/study.yaml -> artifacts/terms/ARM.json
 
-`distill@ARM` depends on that file and on the engine's, so that a new term makes no other arm stale, and an edit of one only
-the arms that use it. The same files decide whether an interrupted training may go on.
+`distill@ARM` depends on that file and on the engine's sources, so that a new term makes no other arm stale, and an edit only
+the arms that use the term. The same files enter the fingerprint of checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from components.process import exit_from
 from components.records.paths import TERMS
 from components.tracking.import_graph import ROOT, SHARED, closure, modules
 
-# Those that only report on a training do not change a student's bytes either.
+# Modules that only report on a training, and do not change a student's bytes.
 REPORTING = tuple(f"components.distill.{name}" for name in ("card", "footprint", "memory", "replay"))
 
 
@@ -33,12 +33,12 @@ def main() -> None:
 
 
 def of_terms(weights: Iterable[str]) -> list[Path]:
-    """The files that these terms import, their own among them."""
+    """Source files of these terms and their imports."""
     return _files(f"{terms.__name__}.{name}" for name in terms.computed(weights))
 
 
 def of_training(weights: Iterable[str]) -> list[Path]:
-    """The files that decide the bytes of a student with these terms."""
+    """Source files that determine the bytes of a student with these terms."""
     return sorted({*_files(["components.distill.__main__"]), *of_terms(weights)})
 
 

@@ -1,4 +1,4 @@
-"""Module that DDP, FSDP2 and DeepSpeed wrap: every student pass goes through its forward."""
+"""Module wrapped by DDP, FSDP2 and DeepSpeed: all student passes go through its forward."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from components.models.families import parts
 class Replica(nn.Module):
     """`AlignTI` on one rank of several.
 
-    FSDP2 has the student's weights together only inside this forward, so that the pass which draws goes through it as well;
-    and it returns a tuple because that is what FSDP2 finds tensors in.
+    FSDP2 gathers the student's weights only inside this forward, so the sampling pass goes through it as well; the output is a
+    tuple, in which FSDP2 finds tensors.
 
     Args:
-        seeded: each pass's dropout is drawn from the first sample's key, so that a resumed training drops what it would have.
+        seeded: seed dropout per pass with the first sample's key, so that a resumed training drops the same units.
     """
 
     def __init__(self, method: AlignTI, ranks: int, seeded: bool = False) -> None:
@@ -29,7 +29,7 @@ class Replica(nn.Module):
     def forward(
         self, batch: Batch, keys: list[int], draws: Tensor | None = None, only_draw: bool = False
     ) -> tuple[Tensor, ...]:
-        """Sums and counts of the terms and (1,) response steps left out; or, `only_draw`, the (N, d) alternatives."""
+        """Sums and counts of the terms, and (1,) number of response steps left out; with `only_draw`, (N, d) alternatives."""
         if self._seeded:
             torch.manual_seed(keys[0])
         if only_draw:
@@ -39,10 +39,10 @@ class Replica(nn.Module):
         return sums, terms.counts, terms.counts.new_tensor([terms.steps_left_out])
 
     def _idle(self) -> Tensor:
-        """Zero, with a gradient of zeros for what a batch without an image does not use: tower, projector, modules of terms
-        and, where no term has text rows, the head.
+        """Zero whose gradient touches parameters that a batch may leave unused: vision tower and projector without an image,
+        modules of terms and, without text rows, the head.
 
-        Ranks exchange gradients parameter by parameter: one that has none would be waited for, or get another's.
+        Ranks all-reduce gradients per parameter: a missing one would stall the others or be matched with another's.
         """
         model = self.method.student.model
         head = model.get_output_embeddings().parameters()

@@ -1,4 +1,4 @@
-"""Output of a finished arm: a Hugging Face folder that stock transformers loads, with a model card."""
+"""Export of a trained arm: a Hugging Face model folder for stock transformers, with a model card."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from components.records.record import jsonl
 
 
 def gathered(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor] | None:
-    """The student's whole weights, by its own names, where they are divided over processes; None where each has them all.
+    """Full state dict of a student sharded by FSDP or DeepSpeed, with the student's own keys; None for unsharded weights.
 
-    Every rank calls it; the first gets the weights.
+    Collective: every rank calls it; the main process gets the weights.
     """
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
     prefix = "method.student.model."
-    state = accelerator.get_state_dict(wrapped).items()  # of the student, and of terms that train a module of their own
+    state = accelerator.get_state_dict(wrapped).items()  # student, and trained modules of terms
     return {name.removeprefix(prefix): tensor for name, tensor in state if name.startswith(prefix)}
 
 
 def export(
     folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, losses: list[dict[str, float]], cost: Cost
 ) -> None:
-    """Write `folder/model/`, `losses.jsonl` and `cost.json`; the folder gets its name once all of it is there.
+    """Write `folder/model/`, `losses.jsonl` and `cost.json` atomically.
 
-    Raises TryAgainError if the disk is full; nothing half-written is left.
+    Raises TryAgainError if the disk is full; no partial output remains.
     """
     with whole_folder(folder) as draft:
         save(draft / "model", student, template, card)
@@ -42,9 +42,9 @@ def export(
 
 
 def save(folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, **how: Any) -> None:
-    """The model's folder. `how`: options of `save_pretrained`."""
+    """Write the model folder: weights, processor, chat template and card. `how`: options of `save_pretrained`."""
     student.model.save_pretrained(folder, safe_serialization=True, **how)
     asked = template.jinja.replace(IMAGE, student.processor.image_token)
-    student.processor.chat_template = asked  # servers and kits then ask as the student was trained
+    student.processor.chat_template = asked  # training template, for servers and evaluation kits
     student.processor.save_pretrained(folder)
     write_text(folder / "README.md", card)

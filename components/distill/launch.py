@@ -15,14 +15,14 @@ from components.config.runtime import RuntimeSettings
 from components.errors import InputError, Interrupted
 
 CONFIGS = Path("params/accelerate")
-LAUNCHED = "ALIGNTI_LAUNCHED"  # set in the processes that were started here
-SAVING_SECONDS = 600  # time to save after SIGTERM
+LAUNCHED = "ALIGNTI_LAUNCHED"  # environment variable of launched processes
+SAVING_SECONDS = 600  # grace period for a checkpoint after SIGTERM
 
 
 def to_be_launched(runtime: RuntimeSettings) -> bool:
-    """Is this the process that the user started, and are others asked for?
+    """True in the parent process of a multi-process run, which has to launch the ranks.
 
-    Raises InputError where the environment speaks of other processes that nobody started: this one would wait for them.
+    Raises InputError for WORLD_SIZE without RANK in the environment: this process would wait for ranks that do not exist.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" not in os.environ:
         raise InputError(
@@ -34,15 +34,15 @@ def to_be_launched(runtime: RuntimeSettings) -> bool:
 
 
 def launch(runtime: RuntimeSettings, device: str, arguments: list[str], module: str = "components.distill") -> None:
-    """Run `python -m MODULE ARGUMENTS` in `runtime.devices` processes, and return when all are done.
+    """Run `python -m MODULE ARGUMENTS` in `runtime.devices` processes, and wait for all of them.
 
     Args:
-        device: "cpu" or "cuda", which chooses the configuration if `runtime.accelerate` does not.
+        device: "cpu" or "cuda", selects the configuration if `runtime.accelerate` is null.
 
     Raises:
-        InputError: there is no such configuration, or DeepSpeed is asked for and not installed.
-        Interrupted: a signal came; the processes were told, and had time to save.
-        SystemExit: a process failed; its exit code, the first one's.
+        InputError: the configuration does not exist, or needs DeepSpeed, which is not installed.
+        Interrupted: a signal arrived; it was forwarded, and the processes had time for a checkpoint.
+        SystemExit: a process failed; exit code of the first failure.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -54,7 +54,7 @@ def launch(runtime: RuntimeSettings, device: str, arguments: list[str], module: 
         "--num_processes": str(runtime.devices),
         "--num_machines": "1",
         "--machine_rank": "0",
-        "--main_process_port": "0",  # any that is free
+        "--main_process_port": "0",  # any free port
         "--num_cpu_threads_per_process": str(runtime.threads),
     }
     words = [word for option in options.items() for word in option]
@@ -66,7 +66,7 @@ def launch(runtime: RuntimeSettings, device: str, arguments: list[str], module: 
     try:
         launch_command(launch_command_parser().parse_args([*words, "-m", module, *arguments]))
     except (SignalException, UnboundLocalError) as error:
-        # A signal that comes while elastic's timer starts is hidden behind the name that the timer has not bound yet.
+        # A signal during the start of elastic's timer surfaces as UnboundLocalError, with the signal as its context.
         signal = error if isinstance(error, SignalException) else error.__context__
         if not isinstance(signal, SignalException):
             raise
@@ -82,7 +82,7 @@ def launch(runtime: RuntimeSettings, device: str, arguments: list[str], module: 
 
 
 def configuration(runtime: RuntimeSettings, device: str) -> Path:
-    """The accelerate configuration to launch with. Raises InputError if params/accelerate/ has none of that name."""
+    """Path of the accelerate configuration. Raises InputError if params/accelerate/ has none of that name."""
     name = runtime.accelerate or ("ddp-cpu" if device == "cpu" else "ddp")
     path = CONFIGS / f"{name}.yaml"
     if not path.is_file():
@@ -92,9 +92,9 @@ def configuration(runtime: RuntimeSettings, device: str) -> Path:
 
 
 def check_came_up(accelerator: Accelerator, runtime: RuntimeSettings) -> None:
-    """Raises InputError if fewer processes came up than were asked for, or not in the way asked for.
+    """Check the world size and the distributed type. Raises InputError if either differs from the configuration.
 
-    accelerate says neither: `accelerate launch --cpu --num_processes 2` starts one process, and FSDP on a CPU becomes DDP.
+    accelerate reports neither: `accelerate launch --cpu --num_processes 2` starts one process, and FSDP on a CPU becomes DDP.
     """
     asked = max(runtime.devices, int(os.environ.get("WORLD_SIZE", "1")))
     if accelerator.num_processes != asked:
@@ -114,11 +114,11 @@ def check_came_up(accelerator: Accelerator, runtime: RuntimeSettings) -> None:
 
 
 def prepare_sharding(accelerator: Accelerator, module: AlignTI, settings: DistillSettings) -> None:
-    """Tell FSDP2 which modules are layers, and DeepSpeed what the loop clips and batches; nothing otherwise."""
+    """Configure FSDP2's wrapped layer class, or DeepSpeed's micro-batch size and gradient clipping; no-op otherwise."""
     if accelerator.distributed_type == DistributedType.FSDP:
         layers = module.student.model.get_decoder().layers
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layers[0]).__name__]
-        # bf16 is the loop's autocast, as everywhere; FSDP2's own policy would return the sums of the terms in bf16.
+        # bf16 comes from the loop's autocast; FSDP2's own policy would return the sums of the terms in bf16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config |= {

@@ -1,7 +1,7 @@
-"""Loader of each step's batches: collated here or ahead by other processes, with equal results in equal order.
+"""Batch loader: collation in this process or in worker processes, with equal results in equal order.
 
-Batches come through a pipe as bytes, not through shared memory as PyTorch passes tensors: containers have little of it
-(and processes few open files), and a tensor that finds no room there never arrives.
+Workers send batches through a pipe as bytes, not through shared memory, PyTorch's default for tensors: containers have little
+of it (and processes few open files), and a tensor without room there never arrives.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ MicroBatches = list[tuple[Batch, list[int]]]
 
 
 class Steps(Dataset[MicroBatches | AlignTIError]):
-    """Step -> the collated micro-batches of one rank, with the seeds of their samples' draws: a function of the step alone, and
-    of the student as it is, where it writes `rollouts`.
+    """Dataset of steps: the collated micro-batches of one rank, with the seeds of their samples' draws. A pure function of the
+    step, except for `rollouts`, which depend on the current student.
 
-    What is wrong with a sample comes as the error, so that it keeps its one sentence on the way out of a process.
+    Errors of a sample are returned, not raised, so that their message survives the way out of a worker process.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
             return error
 
     def _written(self, pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
-        """Key -> tokens of the answer that a model wrote; no such key: the data's."""
+        """Tokens of generated answers by key; samples without an entry keep the data's answer."""
         order, answers = self.order, self.answers
         by_teacher = {key: answers.of(sample, order.epoch(key)) for key, sample in pairs} if answers else {}
         return {**by_teacher, **(self.rollouts.written(pairs) if self.rollouts else {})}
@@ -85,9 +85,9 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
 
 
 def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[MicroBatches]:
-    """Steps `first` .. `last` - 1, two ahead in each of `loaders` processes; 0: in this one, when asked.
+    """Micro-batches of steps `first` .. `last` - 1, prefetched two ahead by each of `loaders` workers; 0: in this process.
 
-    Raises what `Collator` and `shared_out` do, when its step is asked for; TryAgainError if the processes cannot start.
+    Raises errors of `Collator` and `shared_out` at their step; TryAgainError if the workers cannot start.
     """
     loader = DataLoader(
         steps,
@@ -95,8 +95,8 @@ def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[Micro
         sampler=range(first, last),
         num_workers=loaders,
         collate_fn=pickle.dumps if loaders else _as_is,
-        generator=torch.Generator(),  # it draws a seed that nobody needs: not from the run's own stream
-        multiprocessing_context="spawn" if loaders else None,  # forking beside a GPU or threads may lock up
+        generator=torch.Generator(),  # keeps DataLoader's unused base seed off the run's random stream
+        multiprocessing_context="spawn" if loaders else None,  # fork may deadlock beside CUDA or threads
         worker_init_fn=_worker if loaders else None,
     )
     try:
@@ -116,7 +116,7 @@ def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[Micro
 
 @contextmanager
 def deaths_explained() -> Iterator[None]:
-    """Raises TryAgainError where PyTorch says that a loader has died, which may be in the middle of anything."""
+    """Translate PyTorch's error about a dead worker, which can arise at any point, to TryAgainError."""
     try:
         yield
     except RuntimeError as error:
@@ -133,5 +133,5 @@ def _as_is(batch: Any) -> Any:
 
 
 def _worker(_number: int) -> None:
-    os.setpgrp()  # who asks the training's whole group to end asks the loop, which needs its batches until it has saved
+    os.setpgrp()  # signals to the training's process group must not reach workers: the loop needs batches until it has saved
     end_with_parent()

@@ -1,4 +1,4 @@
-"""The training loop: global batches, global denominators, clipping, cosine schedule, checkpoints, resume."""
+"""Training loop: global batches, global denominators, gradient clipping, cosine schedule, checkpoints, resume."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from components.tracking.journal import Run
 
 @dataclass(frozen=True)
 class Outcome:
-    losses: list[dict[str, float]]  # one per `log_every` steps
-    seconds: float  # training time, summed over resumptions
-    step_seconds: float  # median
+    losses: list[dict[str, float]]  # one record per `log_every` steps
+    seconds: float  # training time, summed over resumed runs
+    step_seconds: float  # median time of a step
     steps: int
-    wrapped: torch.nn.Module  # the module as accelerate prepared it
+    wrapped: torch.nn.Module  # module prepared by accelerate
 
 
 def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
-    """Train the job's student for `steps` steps, from the latest checkpoint if there is one.
+    """Train the job's student for `steps` steps, resuming from the latest checkpoint if there is one.
 
     Raises:
-        InputError: batch_size does not divide over the ranks; the checkpoint is of another layout.
-        Interrupted: SIGTERM, SIGHUP or SIGINT came; a checkpoint was written first.
+        InputError: batch_size does not divide over the ranks; the checkpoint has another layout.
+        Interrupted: SIGTERM, SIGHUP or SIGINT arrived; a checkpoint was saved first.
         OutOfMemory: a step does not fit; names the largest part and the setting that lowers it.
-        TryAgainError: a process that loads batches ended.
-        AlignTIError: the loss is not finite; names step, term, samples and the dump for `alignti replay`.
+        TryAgainError: a loader worker died.
+        AlignTIError: loss or gradient norm is not finite; names step, term, samples and the dump for `alignti replay`.
     """
     module, settings, accelerator, title = job.module, job.distill, job.accelerator, job.title
     lora = settings.trainable.lora
@@ -60,7 +60,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
         betas=settings.optimiser.betas,
         weight_decay=settings.optimiser.weight_decay,
     )
-    warmup = min(round(settings.steps * settings.optimiser.warmup_ratio), settings.steps - 1)  # whose first step trains nothing
+    warmup = min(round(settings.steps * settings.optimiser.warmup_ratio), settings.steps - 1)  # its first step has rate 0
     schedule = get_cosine_schedule_with_warmup(optimiser, warmup, settings.steps)
     prepare_sharding(accelerator, module, settings)
     wrapped, optimiser = accelerator.prepare(replica, optimiser)
@@ -75,7 +75,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
     steps = Steps(job.samples, job.collator, job.order, settings, *place, job.rollouts, job.answers, job.evidence)
     loaders = job.settings.runtime.loaders
     if job.rollouts is not None:
-        loaders = 0  # the student that writes is here
+        loaders = 0  # rollouts need the student of this process
         job.rollouts.kept = progress.setdefault("rollouts", {})
     stream = batches(steps, progress["step"], settings.steps, loaders)
     bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
@@ -125,14 +125,13 @@ def _step(
     accelerator: Accelerator,
     stop: _Flag,
 ) -> tuple[Tensor, float, int, bool]:
-    """One optimiser step over the micro-batches of this rank.
+    """One optimiser step over the micro-batches of this rank, with gradient accumulation.
 
-    Returns each term's global mean, the gradient norm, how many response steps of the global batch a cap on the length
-    left without alternatives, and whether any rank was asked to stop. Where a mean or the norm is not finite the weights
-    stay as they were.
+    Returns each term's global mean, the gradient norm, the number of response steps of the global batch beyond the cap on the
+    length, and the stop request of any rank. A mean or norm that is not finite skips the optimiser step.
 
-    Denominators are counts over the global batch. With one micro-batch they come out of the same pass; with several, how
-    many draws count has to be known before the first backward pass, so the draws are made first.
+    Denominators are counts over the global batch. One micro-batch yields them in its own pass; with several, the draws that
+    count must be known before the first backward pass, so sampling comes first.
     """
     draws: list[Tensor | None] = [None] * len(batches)
     counts: Tensor | None = None
@@ -151,7 +150,7 @@ def _step(
             its_sums, its_counts, its_left_out = wrapped(batch, keys, drawn)
             if counts is None:
                 counts = accelerator.reduce(its_counts, reduction="sum")
-            # Data parallelism averages gradients over ranks; the denominators are global already.
+            # Data parallelism averages gradients over ranks, but the denominators are already global.
             loss = total(its_sums, counts, weights) * accelerator.num_processes
             accelerator.backward(loss)
         sums += its_sums.detach()
@@ -168,7 +167,7 @@ def _step(
 
 
 def _tracked(line: dict[str, float], method: Method) -> dict[str, float]:
-    """A line of losses.jsonl as metrics: only the terms that are trained, and the optimiser apart."""
+    """Metrics of a record of losses.jsonl: `loss/` for the total and trained terms, `optim/` for the rest."""
     losses = {"total", *filter(method.weighs, method.terms)}
     others = line.keys() - {"step", "total", *method.terms}
     return {f"loss/{key}": line[key] for key in losses} | {f"optim/{key}": line[key] for key in others}
@@ -192,7 +191,7 @@ class _Flag:
 
 @contextmanager
 def _stop_request() -> Iterator[_Flag]:
-    """While open, SIGTERM, SIGHUP and SIGINT raise a flag that the loop reads between steps, where state is whole."""
+    """Handlers of SIGTERM, SIGHUP and SIGINT that set a flag, read by the loop between steps, where state is consistent."""
     flag = _Flag()
 
     def ask(signum: int, _frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Out-of-memory errors: the part that takes the most, by shapes, and the setting that lowers it."""
+"""Out-of-memory errors: largest part of a step, estimated from shapes, and the setting that lowers it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ KNOBS = {
 
 
 class OutOfMemory(InputError):
-    """The step does not fit the device."""
+    """A step exceeds the device's memory."""
 
 
 @contextmanager
 def explained(module: AlignTI, batches: list[tuple[Batch, list[int]]], settings: DistillSettings) -> Iterator[None]:
-    """Raises OutOfMemory in place of the allocators' own errors; all others pass."""
+    """Translate the allocators' errors to OutOfMemory; all others pass through."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -46,7 +46,7 @@ def explained(module: AlignTI, batches: list[tuple[Batch, list[int]]], settings:
 
 
 def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[str, int]:
-    """Bytes per part of a step over `batch`, from shapes alone: good for an order, not for a figure."""
+    """Estimated bytes per part of a step over `batch`, from shapes alone: orders the parts, but is no exact figure."""
     method, student = module.method, module.student.model
     B, T = batch.input_ids.shape
     rows = int(batch.response.sum(1).max()) * method.draws * B if method.needs.ribbon else 0
@@ -69,7 +69,7 @@ def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[s
 
 
 def _teacher(module: AlignTI, tokens: int) -> int:
-    """Bytes of its weights and, where alternatives continue over it, of its key/value cache."""
+    """Bytes of the teacher's weights, plus its key/value cache if a term needs the ribbon."""
     if module.live_teacher is None:
         return 0
     vlm = module.live_teacher.vlm

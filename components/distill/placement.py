@@ -1,4 +1,4 @@
-"""Placement of the teacher's weights: number format, device, whole or sharded over the processes."""
+"""Placement of the teacher's weights: dtype or quantisation, device, sharding over processes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_teacher(path: Path, home: torch.device, settings: Settings) -> Loaded:
-    """The teacher as params/distill.yaml (`teacher_weights`) and params/runtime.yaml (`teacher_device`, ...) want it, frozen.
+    """Frozen teacher under params/distill.yaml (`teacher_weights`) and params/runtime.yaml (`teacher_device`, ...).
 
-    Its head lies at `home`, the student's device, where rows of hidden states are compared: logits are V wide, and sending
-    hidden states instead costs d / V of the traffic.
+    Its head is on `home`, the student's device, where rows are compared: moving hidden states of width d instead of logits of
+    width V costs d / V of the traffic.
 
     Raises:
-        InputError: 8- or 4-bit weights without CUDA or bitsandbytes, a device that is not there, or what does not go together.
+        InputError: 8- or 4-bit weights without CUDA or bitsandbytes, a missing device, or incompatible settings.
         ModelError: as `load`.
     """
     wanted, runtime = settings.distill.teacher_weights, settings.runtime
@@ -64,16 +64,16 @@ def _check(wanted: str, device: torch.device, runtime: RuntimeSettings) -> None:
 
 
 def bring_head(model: Any, home: torch.device) -> None:
-    """Give `model` a head at `home`: a copy, for the one that it has may be its embeddings too."""
+    """Copy the output head of `model` to `home`; a copy, since the head may be tied to the embeddings."""
     head = model.get_output_embeddings()
     if head.weight.device != home:
         model.set_output_embeddings(copy.deepcopy(head).to(home))
 
 
 def shard(model: Any) -> None:
-    """Divide the language model's layers over the processes; each is gathered while it runs (FSDP2).
+    """Shard the language model's layers over the processes with FSDP2, which gathers each layer during its forward.
 
-    Embeddings, head and vision tower stay whole: they are used outside of the language model's own forward.
+    Embeddings, head and vision tower stay unsharded: they are used outside of the language model's forward.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

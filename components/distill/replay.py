@@ -1,4 +1,4 @@
-"""Replay of a step whose loss was not finite, sample by sample: which sample, which term.
+"""Replay of a step with a non-finite loss, sample by sample, to find the sample and the term.
 
 `alignti replay .runs/dumps/ARM-step-N`
 """
@@ -36,7 +36,7 @@ TENSORS = ("input_ids", "attention_mask", "response", "instruction", "pictures",
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run's models come from: what a dump names instead of copying."""
+    """Paths and hashes of a run's models, which a dump references instead of copying."""
 
     arm: str
     student: dict[str, str]  # path, sha256
@@ -52,10 +52,10 @@ class Origin:
         record: dict[str, float],
         accelerator: Accelerator,
     ) -> Path:
-        """Write `.runs/dumps/ARM-step-N`: every rank its micro-batches, the main process the rest. Every rank calls it.
+        """Write `.runs/dumps/ARM-step-N`: micro-batches of every rank, the rest by the main process. Collective.
 
         Args:
-            state: the whole module's weights, as they were before the step.
+            state: full state dict of the module before the step.
         """
         final = DUMPS / f"{self.arm}-step-{step}"
         draft = final.with_name(f".{final.name}.tmp")
@@ -96,7 +96,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sample and what of it is not finite."""
+    """Non-finite values of one sample."""
 
     sample: str
     precision: str
@@ -107,13 +107,14 @@ class Finding:
 
 
 def replay(folder: Path) -> Iterator[str | Finding]:
-    """Run the dumped step's samples one by one, as they ran then and, if that was bf16, in float32 too.
+    """Rerun the dumped step sample by sample on the CPU, in its own precision and, if that was bf16, in float32 too.
 
-    Yields what is not finite, first among the student's weights and the pixels, then per sample.
+    Yields non-finite values: first of the student's weights and the pixels, then per sample.
 
     Raises:
-        InputError: the folder is no dump.
-        ModelError: the models that it names are not those any more, or the step had no live teacher.
+        InputError: the folder is not a dump.
+        DataError: dump.json is damaged.
+        ModelError: a model is missing or changed, or the step had no live teacher, edits, adapters, or inseparable images.
     """
     about = _about(folder)
     if about["live_teacher"] is None:
@@ -177,7 +178,7 @@ def _module(about: dict[str, Any], state: dict[str, Tensor], precision: str) -> 
 
 
 def _alone(batch: Batch, i: int) -> Batch:
-    """The batch of sample i alone, without its padding."""
+    """Batch of sample i alone, without padding."""
     length = int(batch.attention_mask[i].sum())
     rows = {name: getattr(batch, name)[i : i + 1, :length] for name in TENSORS if name != "pixel_values"}
     first, count = int(batch.pictures[:i].amax(1).sum()), int(batch.pictures[i].max())

@@ -1,8 +1,8 @@
-"""Resampling between visual grids: a teacher that reads an image on another grid than the student.
+"""Resampling between visual grids, for a teacher whose grid differs from the student's.
 
-Each reads the sample as its own processor writes it. Text rows are the same tokens in both, and go over as they are. At visual
-tokens the teacher's rows and the attention that weighs them are interpolated bilinearly from its square grid to the student's;
-on hidden states this interpolates logits, so that a distribution there is the teacher's neighbouring ones' geometric mean.
+Each model reads the sample from its own processor. Text rows are the same tokens in both and are copied. At visual tokens the
+teacher's hidden states and attention are interpolated bilinearly from its square grid to the student's. With a linear head
+this interpolates logits: a distribution is the geometric mean of its neighbours, renormalised.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from components.models.vlm import VLM
 
 
 def bilinear(theirs: int, mine: int) -> Tensor:
-    """(mine^2, theirs^2) weights, rows of sum 1, from a square grid of side `theirs` to one of side `mine`."""
+    """(mine^2, theirs^2) bilinear interpolation matrix, row sums 1, from a square grid of side `theirs` to side `mine`."""
     basis = torch.eye(theirs**2).view(theirs**2, 1, theirs, theirs)
     return F.interpolate(basis, size=(mine, mine), mode="bilinear", align_corners=False).flatten(1).T.contiguous()
 
 
 @dataclass(frozen=True)
 class _Kept:
-    own: Any  # what the teacher continues over
-    batch: Batch  # as the teacher reads it
-    index: Tensor  # (B, T) of the student's text tokens among the teacher's T'
+    own: Any  # teacher's key/value cache
+    batch: Batch  # teacher's batch
+    index: Tensor  # (B, T) position of each student text token among the teacher's T'
 
 
 class ResampledTeacher:
-    """A teacher over batches that carry its own reading (`Batch.teacher`), seen by the student on the student's grid."""
+    """`FrozenTeacher` on its own batch (`Batch.teacher`), with outputs resampled to the student's grid."""
 
     def __init__(self, teacher: FrozenTeacher, theirs: int, mine: int) -> None:
-        """`theirs`, `mine`: sides of the teacher's and the student's grid."""
+        """`theirs`, `mine`: side lengths of the teacher's and the student's grid."""
         self.teacher = teacher
         self.weights = bilinear(theirs, mine)
 
@@ -49,7 +49,7 @@ class ResampledTeacher:
         return self.teacher.features(_own(batch), None)
 
     def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, _Kept | None, Tensor | None]:
-        """As `FrozenTeacher.plain`, at the student's T positions and Nv visual tokens."""
+        """`FrozenTeacher.plain`, resampled to the student's T positions and Nv visual tokens."""
         own = _own(batch)
         theirs, cache, attention = self.teacher.plain(own, features, keep, look)
         hidden = self._of_student(theirs, batch)
@@ -62,7 +62,7 @@ class ResampledTeacher:
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
-        """As `FrozenTeacher.watched`, over the student's visual tokens. Raises ModelError for maps row by row."""
+        """`FrozenTeacher.watched` on the student's grid. Raises ModelError for maps per row or of visual rows."""
         if any(map.each_row or map.rows == "visual" for map in watch.maps):
             raise ModelError(
                 "a loss term reads attention row by row or of visual rows; teacher and student see an image on different grids,"
@@ -74,13 +74,13 @@ class ResampledTeacher:
         seen.hidden = {layer: self._of_student(states, batch) for layer, states in seen.hidden.items()}
 
     def _on_grid(self, attention: Tensor) -> Tensor:
-        """(B, Nv) of the teacher's (B, Nv'), image by image; without one both are 0 wide."""
+        """(B, Nv) interpolation of the teacher's (B, Nv') per image; width 0 without images."""
         if not attention.shape[1]:
             return attention
         return (attention.unflatten(1, (-1, self.weights.shape[1])) @ self.weights.T.to(attention)).flatten(1)
 
     def _of_student(self, theirs: Tensor, batch: Batch) -> Tensor:
-        """(B, T, d) at the student's positions, of the teacher's (B, T', d)."""
+        """(B, T, d) hidden states at the student's positions, from the teacher's (B, T', d)."""
         own = _own(batch)
         hidden = theirs.new_zeros(*batch.input_ids.shape, theirs.shape[-1])
         hidden[_text(batch)] = theirs[_text(own)]
@@ -89,7 +89,7 @@ class ResampledTeacher:
         return hidden
 
     def continued(self, kept: _Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """As `FrozenTeacher.continued`; positions and mask (B, 1, E, T + E) are the student's."""
+        """`FrozenTeacher.continued` for the student's positions and attention mask (B, 1, E, T + E)."""
         T = kept.index.shape[1]
         there = kept.index.gather(1, positions)
         real = kept.batch.attention_mask.bool()
@@ -117,5 +117,5 @@ def _own(batch: Batch) -> Batch:
 
 
 def _text(batch: Batch) -> Tensor:
-    """(B, T) bool: tokens that teacher and student both read."""
+    """(B, T) bool: text tokens, common to teacher and student."""
     return batch.attention_mask.bool() & ~batch.visual

@@ -1,4 +1,4 @@
-"""Sampler: samples of each step and pass, pure functions of the seed, so that resuming needs no state."""
+"""Sampler: samples of each step and micro-batch, pure functions of the seed, so that resume needs no sampler state."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from components.errors import DataError, InputError
 
 
 class Sampler:
-    """Epoch after epoch of shuffled samples, cut into global batches.
+    """Shuffled epochs of samples, cut into global batches.
 
     Args:
-        samples: indices of the samples to train on.
-        batch_size: of one optimiser step, over all ranks and accumulation steps.
-        weights: times that each sample stands in an epoch, on average; None: all of them once. Of samples that weigh 2.25,
-            each epoch holds all twice and a quarter once more: a quarter that goes round, so that all come equally often.
+        samples: indices of the training samples.
+        batch_size: samples per optimiser step, over all ranks and accumulation steps.
+        weights: average occurrences of each sample per epoch; None: 1. With weight 2.25 an epoch holds all samples twice and a
+            quarter of them once more; the quarter rotates over epochs, so that all occur equally often.
     """
 
     def __init__(self, samples: list[int], batch_size: int, seed: int, weights: list[float] | None = None) -> None:
@@ -33,7 +33,7 @@ class Sampler:
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def _pool(self, epoch: int) -> list[int]:
-        """What the epoch holds, not shuffled yet."""
+        """Samples of an epoch before shuffling."""
         pool: list[int] = []
         for weight, members in self._alike:
             whole, rest = divmod(weight, 1)
@@ -53,7 +53,7 @@ class Sampler:
         return self._epoch[1]
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """The (key, sample index) pairs of one global batch; the key is unique over the whole run."""
+        """(key, sample index) pairs of one global batch; keys are unique over the run."""
         return [(key, self._at(key)) for key in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
     def epoch(self, key: int) -> int:
@@ -65,9 +65,9 @@ class Sampler:
 
 
 def shared_out(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -> list[list[tuple[int, int]]]:
-    """One rank's micro-batches of at most `size` samples, in the order of the batch.
+    """Micro-batches of one rank with at most `size` samples, in batch order.
 
-    Raises InputError if they would not be as many on every rank.
+    Raises InputError if the batch does not divide into equally many per rank.
     """
     share, left = divmod(len(batch), ranks)
     size = min(size, share)
@@ -83,14 +83,14 @@ def shared_out(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -
 def shared_out_by_length(
     batch: list[tuple[int, int]], lengths: list[int], tokens: int, rank: int, ranks: int
 ) -> list[list[tuple[int, int]]]:
-    """One rank's micro-batches of samples of like length, each of at most `tokens` tokens, its padding included.
+    """Micro-batches of one rank, bucketed by length, with at most `tokens` tokens each, padding included.
 
-    Every rank has as many, and the n-th are of like cost on all of them, so that none waits long for another.
+    All ranks have equally many, and the n-th has similar cost on each, so that ranks wait little for each other.
 
     Args:
-        lengths: of the batch's samples, each at most `tokens`.
+        lengths: tokens of each sample of the batch, at most `tokens`.
 
-    Raises InputError if the batch does not divide over the ranks: then samples that fill a pass each would be left over.
+    Raises InputError if the batch does not divide over the ranks: one-sample micro-batches could then not be balanced.
     """
     if len(batch) % ranks:
         raise InputError(f"params/distill.yaml: batch_size {len(batch)} does not divide over {ranks} processes")

@@ -1,4 +1,4 @@
-"""Frozen teacher of a distillation step, probed at the layer that the search chose."""
+"""Frozen teacher of a distillation step, with an attention probe at one layer."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from components.models.vlm import VLM, Kept
 
 
 class FrozenTeacher:
-    """A `VLM` without gradients. Not a Module, so that nothing that walks the student's modules ever finds it.
+    """Frozen `VLM`. Not an nn.Module, so that it never appears among the student's submodules.
 
-    It may lie on another device than the batch, but for its head; what it returns is where the batch is.
+    It may be on another device than the batch, except for its head; outputs are on the batch's device.
 
     Args:
-        layer: whose attention weighs the visual tokens.
-        shares_tower: the student has the same frozen vision tower, so its image features are the teacher's too.
-        background: (Nv,) of that attention, taken away from it (`centred`); None: the attention as it is.
-        gradient: visual tokens are weighed not by it, but by what each adds to the log-probability of the answer.
+        layer: layer whose attention weights visual tokens.
+        shares_tower: True if the student has the same frozen vision tower, so that its image features are reused.
+        background: (Nv,) attention background to subtract (`centred`); None: no centring.
+        gradient: weight visual tokens by gradient attribution to the answer's log-probability instead.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class FrozenTeacher:
         self.layer = layer
         self.shares_tower = shares_tower
         self.background, self.gradient = background, gradient
-        self.equal_weights = torch.zeros((), dtype=torch.long)  # images whose tokens weighed the same, for want of attention
+        self.equal_weights = torch.zeros((), dtype=torch.long)  # count of images with uniform weights for lack of attention
 
     def features(self, batch: Batch, of_student: Any) -> Any:
         if self.shares_tower and of_student is not None:
@@ -47,7 +47,7 @@ class FrozenTeacher:
         return self.vlm.features(self._here(batch))
 
     def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, Kept | None, Tensor | None]:
-        """Hidden states (B, T, d), the cache if `keep`, and if `look` what weighs the visual tokens (B, Nv)."""
+        """Hidden states (B, T, d), the key/value cache if `keep`, and if `look` the weights of visual tokens (B, Nv)."""
         home = batch.input_ids.device
         batch = self._here(batch)
         if isinstance(features, Tensor):
@@ -65,7 +65,7 @@ class FrozenTeacher:
         return hidden.to(home), cache, weights.to(home)
 
     def _by_gradient(self, batch: Batch, features: Any) -> Tensor:
-        """(B, Nv) max(0, (e_j - b) ds/de_j), s the mean log-probability of the answer, b the mean embedding of the image."""
+        """(B, Nv) attribution max(0, (e_j - b) ds/de_j), s the answer's mean log-probability, b the image's mean embedding."""
         own = self.vlm.embedded(batch, features)
         means = own["inputs_embeds"].clone()
         for sample, number in owners(batch.pictures):
@@ -77,7 +77,7 @@ class FrozenTeacher:
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
-        """As `VLM.watched`; what was read is where the batch is."""
+        """`VLM.watched`, with captured tensors on the batch's device."""
         with self.vlm.watched(self._here(batch), watch) as seen:
             yield seen
         home = batch.input_ids.device
@@ -97,9 +97,9 @@ class FrozenTeacher:
 
 
 def same_tower(one: VLM, other: VLM) -> bool:
-    """Do two models carry the same vision tower, weight for weight, read at the same layer?"""
+    """True if two models have vision towers of equal weights, read at the same layer."""
     if not (reads_one_layer(one.model) and reads_one_layer(other.model)):
-        return False  # what their features are depends on more than the tower
+        return False  # image features depend on more than the tower
     if any(
         getattr(one.model.config, key) != getattr(other.model.config, key)
         for key in ("vision_feature_layer", "vision_feature_select_strategy")

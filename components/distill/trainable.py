@@ -1,4 +1,4 @@
-"""Trainable weights of the student and their learning rates: whole parts, or LoRA in the language model."""
+"""Trainable parameters of the student and their learning rates: whole parts, or LoRA in the language model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from components.models.load import Loaded
 
 
 def choose_trainable(student: Loaded, distill: DistillSettings) -> None:
-    """Freeze what params/distill.yaml does not train, add the adapters that it asks for, checkpoint and compile as it says.
+    """Apply params/distill.yaml: freeze parts, add LoRA adapters, enable gradient checkpointing, compile layers.
 
-    Raises InputError if `trainable.lora` cannot be had: peft is missing, or no module has a name of its targets.
+    Raises InputError for `trainable.lora` if peft is missing or no module matches its targets.
     """
     trainable, model = distill.trainable, student.model
     for part, parameters in parts(model).items():
@@ -34,7 +34,7 @@ def choose_trainable(student: Loaded, distill: DistillSettings) -> None:
 
 
 def parameter_groups(model: Any, distill: DistillSettings) -> list[dict[str, Any]]:
-    """What is trained, for the optimiser: a group per part, with its learning rate, under the part's name."""
+    """Optimiser parameter groups, one per trained part, with its name and learning rate."""
     trained = {name: [p for p in of if p.requires_grad] for name, of in parts(model).items()}
     own = distill.learning_rates.model_dump()
     return [
@@ -45,13 +45,13 @@ def parameter_groups(model: Any, distill: DistillSettings) -> list[dict[str, Any
 
 
 def of_terms(module: AlignTI, distill: DistillSettings) -> list[dict[str, Any]]:
-    """Parameter group of the loss terms' own modules, if any has one."""
+    """Optimiser parameter group of the loss terms' modules; empty without one."""
     parameters = list(module.term_modules.parameters())
     return [{"name": "terms", "params": parameters, "lr": distill.optimiser.learning_rate}] if parameters else []
 
 
 def rates(optimiser: Any) -> dict[str, float]:
-    """For the log: the learning rate as the schedule has it now, or each part's where they differ."""
+    """Current learning rate for the log; one per group if initial rates differ."""
     groups = optimiser.param_groups
     if len({group["initial_lr"] for group in groups}) == 1:
         return {"lr": groups[0]["lr"]}
@@ -59,9 +59,9 @@ def rates(optimiser: Any) -> dict[str, float]:
 
 
 def add_adapters(model: Any, lora: Lora) -> None:
-    """Put LoRA adapters (arXiv 2106.09685) beside the language model's modules named in `lora.targets`; train them alone there.
+    """Inject LoRA adapters (arXiv 2106.09685) into the language model's modules named in `lora.targets`; freeze the rest of it.
 
-    Every module stays where it is, so that the student keeps its class and its attributes.
+    Injection is in place, so that the student keeps its class and attributes.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -84,7 +84,7 @@ def add_adapters(model: Any, lora: Lora) -> None:
 
 
 def merge_adapters(model: Any) -> None:
-    """Fold every adapter into the weights that it stands beside, and leave plain modules, as stock transformers knows them."""
+    """Merge all LoRA adapters into their base weights and restore the plain modules of stock transformers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
