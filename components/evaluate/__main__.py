@@ -1,8 +1,8 @@
-"""Stage `evaluate@ARM`: a student's, or the teacher's, own answers scored. `python -m components.evaluate --arm ARM|teacher`
+"""Stage `evaluate@ARM`: scores of a student or the teacher. `python -m components.evaluate --arm ARM|teacher`
 
 Writes artifacts/scores/ARM/predictions.jsonl, every sample with its answer; likelihoods.jsonl, the reference's negative
 log-likelihood and the KL divergence from the teacher along it; and scores.json. The same model and data give the same bytes,
-also if the stage was killed: answers go on at the batch where it stopped.
+also after a resume: generation restarts at the first batch missing from the journal.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ def main() -> None:
 
 
 def model_of(arm: str) -> Path:
-    """The folder of the arm's student, or of the chosen teacher. Raises DataError if there is no choice yet."""
+    """Checkpoint folder of the arm's student, or of the chosen teacher. Raises DataError if no teacher is chosen yet."""
     return Path(TeacherChoice.read(TEACHER / "choice.json").path) if arm == TEACHER_ARM else STUDENTS / arm / "model"
 
 
 def _resumable(measured: Fingerprint, model: Path, batch_size: int) -> str:
-    """16 hex digits over what decides the answers: only a run with the same goes on from a journal."""
+    """Journal key, 16 hex digits over everything that decides the answers: a run resumes only from a journal with its key."""
     facts = f"{measured.model_dump_json()} {sha256([model])} {batch_size}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 

@@ -1,6 +1,6 @@
 """Table of benchmarks: the paper's six, and those that its reviewers asked for.
 
-What no source confirmed is left out, and `open_points` says why. Sources, all public: the authors' evaluation code
+Unconfirmed facts are left out and listed in `open_points`. Sources, all public: the authors' evaluation code
 (shells/eval and alignti/eval of github.com/lchen1019/Align-TI), LLaVA's docs/Evaluation.md, VLMEvalKit's dataset classes
 (names, addresses, prompts; ms-vlmeval 0.0.20), and the data sets' cards on the Hugging Face hub (sizes, licences).
 """
@@ -29,24 +29,24 @@ class Benchmark(BaseModel):
 
     title: str
     in_paper: bool = False
-    kit_dataset: str  # VLMEvalKit's name for it
+    kit_dataset: str  # VLMEvalKit's name of the data set
     split: str
     items: int | None = None  # questions
-    prompt: str = KIT_CHOICE  # template of the paper's protocol; for the others, of the kit's
+    prompt: str = KIT_CHOICE  # prompt template, the paper's for its six benchmarks, else the kit's
     metric: Metric = "choice_vlmeval"
-    rule: str = "VLMEvalKit's `can_infer`, no judge"  # the published rule that `metric` follows
+    rule: str = "VLMEvalKit's `can_infer`, no judge"  # published rule behind `metric`
     licence: str | None = None
     address: str | None = None  # URL of the kit's file
     open_points: tuple[str, ...] = ()
 
     @property
     def independent(self) -> int | None:
-        """Questions that the score is a share of, each counting by itself; None if it is no such share, or not known."""
+        """Number of independent questions behind the score; None if unknown, or if the score is no share of questions."""
         return None if self.metric in ("mme", "choice_circular", "hallusion") else self.items
 
     @property
     def get(self) -> str:
-        """Command that downloads it."""
+        """Download command, or a note where the kit fetches the data itself."""
         if self.address is None:
             return f"VLMEvalKit fetches it from the Hugging Face hub when it builds the data set {self.kit_dataset}"
         return f"curl -fL -o $LMUData/{self.kit_dataset}.tsv {self.address}"

@@ -1,10 +1,10 @@
 """Blind baselines, `alignti controls`: scores without the image, and contamination of the test split.
 
-A question that a model answers right with a blank image in the picture's place, or with another picture, needed no looking:
-language alone, or the most frequent answer, will do. The blank image is the field's control, but a model may never have seen
-one and babble; another picture of the split is like those that it knows. What an arm has over both it gets from seeing.
+A question answered right with a blank image, or with another image, needs no vision: the language prior or the most frequent
+answer suffices. The blank image is the usual control, but is out of distribution and may break a model; another image of the
+split is in distribution. An arm's margin over both is due to the image.
 
-Image need: the nats that a reference token loses when the image is blurred, by which L_va_kd ranks (align_ti/terms/va_kd.py).
+Image need: nats per reference token lost by blurring the image, the ranking of L_va_kd (align_ti/terms/va_kd.py).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NEED = (
 
 
 class Blind(Record):
-    """One model's exact match with each question's image, with a blank one, and with another question's image."""
+    """Exact match of one model with each question's image, with a blank one, and with another question's image."""
 
     seeing: float
     blank: float
@@ -49,7 +49,7 @@ class Blind(Record):
     seeing_per_kind: dict[str, float]
     blank_per_kind: dict[str, float]
     other_per_kind: dict[str, float]
-    need_per_kind: dict[str, float]  # nats per token of the reference that a blurred image costs
+    need_per_kind: dict[str, float]  # nats per reference token lost with a blurred image
 
 
 class Controls(Record):
@@ -57,14 +57,14 @@ class Controls(Record):
 
     split: Split
     questions: int
-    majority: float  # exact match of the most frequent reference of each kind: what guessing well is worth
+    majority: float  # exact match of the most frequent reference of each kind
     majority_per_kind: dict[str, float]
     models: dict[str, Blind]
     contamination: Contamination
 
 
 class Shown(Sequence[Sample]):
-    """The same samples, their images replaced: by index and sample, `change` gives what is asked instead."""
+    """View of samples with replaced images: `change` maps index and sample to the new sample; text-only ones stay."""
 
     def __init__(self, samples: Samples, change: Callable[[int, Sample], Sample]) -> None:
         self._samples, self._change = samples, change
@@ -78,7 +78,7 @@ class Shown(Sequence[Sample]):
 
 
 def edited_images(samples: Samples, edit: Callable[[bytes], bytes]) -> Shown:
-    """Each image replaced by what `edit`, such as `blank` or `blurred`, makes of it."""
+    """Samples with `edit` (`blank`, `blurred`) applied to each image."""
 
     def change(_: int, sample: Sample) -> Sample:
         first, *more = map(edit, sample.images)
@@ -88,7 +88,7 @@ def edited_images(samples: Samples, edit: Callable[[bytes], bytes]) -> Shown:
 
 
 def blurred(image: bytes) -> bytes:
-    """The image shrunk to a tenth of each side, and enlarged again."""
+    """Image downsampled to a tenth of each side and upsampled again, as PNG."""
     file = io.BytesIO()
     with Image.open(io.BytesIO(image)) as shown:
         small = shown.convert("RGB").resize([max(1, side // 10) for side in shown.size], Image.Resampling.BILINEAR)
@@ -97,7 +97,7 @@ def blurred(image: bytes) -> bytes:
 
 
 def other_images(samples: Samples) -> Shown:
-    """Each question about as many images from half a split further on. Raises DataError if there is only one image."""
+    """Samples with as many images from half a split further on. Raises DataError if the split has too few images."""
     if samples.images < 2:
         raise DataError("another image to ask about needs a split of two or more")
 
@@ -119,7 +119,7 @@ def other_images(samples: Samples) -> Shown:
 
 
 def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
-    """Every named model with and without the images of the evaluated split, and that split against the training data."""
+    """Blind baselines of each model on the evaluated split, and contamination of that split by the training data."""
     asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
     device = prepare_torch(settings.runtime, seed=0)
@@ -159,7 +159,7 @@ def _need(
 
 
 def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
-    """For each row the most frequent reference of its kind, the first of equals in alphabetical order."""
+    """Most frequent reference of each row's kind; ties by alphabetical order."""
     references: dict[str, list[str]] = {}
     for row in rows:
         references.setdefault(samples[row].kind, []).append(samples[row].turns[0].answer)
@@ -168,7 +168,7 @@ def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
 
 
 def scores(controls: Controls) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: exact match with and without images, over all and per kind."""
+    """Table (header, rows) of exact match with and without images, over all and per kind."""
     models = controls.models.values()
     lines = [["all", *(_row(m.seeing, m.blank, m.other) for m in models), percent(controls.majority)]]
     for kind, guessed in controls.majority_per_kind.items():
@@ -178,7 +178,7 @@ def scores(controls: Controls) -> tuple[list[str], list[list[str]]]:
 
 
 def needs(controls: Controls) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the image need of every model per kind."""
+    """Table (header, rows) of image need per kind and model."""
     models = controls.models.values()
     lines = [[kind.replace("_", " "), *(f"{m.need_per_kind[kind]:.3f}" for m in models)] for kind in controls.majority_per_kind]
     return ["image need, nats per token", *controls.models], lines
@@ -192,7 +192,7 @@ def asked(controls: Controls) -> str:
 
 
 def markdown(controls: Controls) -> str:
-    """Scores with and without images, and the split's overlap with the training data."""
+    """Scores with and without images, and contamination, as Markdown."""
     twins = "\n".join([contaminated(controls.contamination), "", *(f"- {pair}" for pair in twin_pairs(controls))]).strip()
     parts = ["# Controls", asked(controls), table(*scores(controls)), NEED, table(*needs(controls))]
     parts += ["## Is the test in the training data?", twins]
@@ -200,14 +200,14 @@ def markdown(controls: Controls) -> str:
 
 
 def page(controls: Controls) -> str:
-    """The same as one HTML file that fetches nothing."""
+    """`markdown` as one self-contained HTML file."""
     template = templates(Path(__file__).parent).get_template("controls.html.j2")
     told = {"asked": asked(controls), "twins": contaminated(controls.contamination), "pairs": twin_pairs(controls)}
     return template.render(scores=scores(controls), needs=needs(controls), need=NEED, **told)
 
 
 def write(controls: Controls) -> list[Path]:
-    """reports/controls.{json,md,html}"""
+    """Write reports/controls.{json,md,html}; returns their paths."""
     write_text(REPORTS / "controls.md", markdown(controls))
     write_text(REPORTS / "controls.html", page(controls))
     return [controls.write(REPORTS / "controls.json"), REPORTS / "controls.md", REPORTS / "controls.html"]

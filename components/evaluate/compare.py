@@ -3,7 +3,7 @@
     python -m components.evaluate.compare
 
 Reads the per-sample predictions of all arms and of the teacher, refuses arms that answered different questions, and
-writes reports/compare.json, compare.md, plots/*.png, the self-contained report.html, and what DVC's own commands show.
+writes reports/compare.json, compare.md, plots/*.png, the self-contained report.html, and DVC's metrics and plots (`dvc_files`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from components.records.record import Absent
 from components.report import markdown as md
 from components.tracking.outcome import varied
 
-POWER = 0.8  # probability of seeing a difference that is called detectable
+POWER = 0.8  # power at which a difference counts as detectable
 
 METHOD = (
     "Percentile intervals of a cluster bootstrap over images (questions about one image are drawn together); all arms are"
@@ -62,12 +62,12 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Sampled:
-    """One measure of all arms, as observed and on every draw of images and seeds."""
+    """One measure of all arms, as observed and on every bootstrap draw of images and seeds."""
 
     names: list[str]
     observed: Scored
     resampled: Scored
-    spread: float | None  # between runs of one arm
+    spread: float | None  # standard deviation between runs of one arm; None without repeats
 
     def value(self, name: str) -> float:
         return float(self.observed.overall[self.names.index(name)])
@@ -80,7 +80,7 @@ class Sampled:
 def compare(
     outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, Arm], published: PublishedRuns | None = None
 ) -> Comparison:
-    """All figures of the comparison; `settings` gives resamples, confidence, seed and baselines, `study` the arms' settings."""
+    """Comparison of all arms; `settings` gives resamples, confidence, seed and baselines, `study` the arms' settings."""
     runs = {TEACHER_ARM: [TEACHER_ARM], **runs_of(study, outcomes.costs)}
     arms = [name for name in runs if name != TEACHER_ARM]
     asked = outcomes.predictions[TEACHER_ARM]
@@ -125,7 +125,7 @@ def compare(
 
 
 def runs_of(study: Mapping[str, Arm], trained: Iterable[str]) -> dict[str, list[str]]:
-    """Arm -> its trained runs: those that share every setting but the seed. The first gives the arm its name."""
+    """Arm -> its trained runs, which share every setting but the seed. The first run's name is the arm's."""
     groups: dict[str, list[str]] = defaultdict(list)
     for run in trained:
         groups[study[run].model_dump_json(exclude={"seed"})].append(run)
@@ -190,7 +190,7 @@ def _result(
 
 
 def _mean_yes_no(runs: list[dict[str, YesNo]]) -> dict[str, YesNo]:
-    """The figures of each kind, averaged over runs, which all answered the same questions."""
+    """Yes/no figures per kind, averaged over runs on the same questions."""
     names = [name for name in YesNo.model_fields if name != "samples"]
     return {
         kind: found.model_copy(update={name: fmean(getattr(run[kind], name) for run in runs) for name in names})
@@ -214,7 +214,7 @@ def _differs(outcomes: Outcomes, ours: Iterable[str], theirs: Iterable[str]) -> 
 
 
 def _closed(outcomes: Outcomes) -> set[str]:
-    """The yes/no kinds."""
+    """Yes/no kinds."""
     return outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL}
 
 
@@ -226,7 +226,7 @@ def _contrast(
     confidence: float,
     closed: Collection[str] = (),
 ) -> Contrast:
-    """Each arm minus each that ranks below it. `closed`: kinds that McNemar's test, of two single runs, looks at."""
+    """Differences of each arm and each ranked below it. `closed`: yes/no kinds, for McNemar's test of two single runs."""
     pairs = list(combinations(order, 2))
     gaps = [sampled.draws(arm) - sampled.draws(other) for arm, other in pairs]
     p_values = [p_value(gap) for gap in gaps]
@@ -252,12 +252,12 @@ def _contrast(
 
 
 def _share(draws: NDArray[np.float64], of: NDArray[np.float64], confidence: float) -> Interval:
-    """Interval of one score over another; resamples in which the latter is 0 are left out."""
+    """Interval of the ratio `draws` / `of`; resamples with a zero denominator are left out."""
     return interval(np.divide(draws, of, out=np.full_like(draws, np.nan), where=of > 0), confidence)
 
 
 def without_teacher(arms: Iterable[str], none: str) -> str:
-    """Each arm's own score as Markdown, where no teacher (stage align) is there to compare with."""
+    """Exact match per arm as Markdown, for a run without a teacher (stage align)."""
     scores = [(arm, f"{Scores.read(SCORES / arm / 'scores.json').exact_match:.1%}") for arm in arms]
     return f"No comparison: {none}. What each arm answers by itself:\n\n{md.table(['arm', 'exact match'], scores)}\n"
 

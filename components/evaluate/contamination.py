@@ -1,6 +1,6 @@
 """Contamination of the test split by training data: equal pixels, near-duplicate images, equal questions.
 
-Exact: the decoded pixels agree. Near: they look alike (components/dataset/perceptual_hash.py).
+Exact: equal decoded pixels. Near: perceptual hashes within NEAR bits (components/dataset/perceptual_hash.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from components.models.template import question_of
 from components.records.paths import Split
 from components.records.record import Record
 
-LISTED = 50  # pairs named in the report
+LISTED = 50  # maximum pairs in the report
 
 
 class Pair(Record):
@@ -37,16 +37,16 @@ class Contamination(Record):
     split: Split
     images: int
     train_images: int
-    exact: int  # test images whose pixels are a training image's
-    near: int  # others within NEAR bits of one
-    verbatim: int  # test questions that an exact or near training image was asked too, word for word
+    exact: int  # test images with the pixels of a training image
+    near: int  # other test images within NEAR bits of a training image
+    verbatim: int  # test questions that also occur with the exact or near training image, word for word
     questions: int
     questions_in_training: int  # test questions that occur in training, about any image
-    pairs: list[Pair]  # the exact and the near ones, at most LISTED
+    pairs: list[Pair]  # exact pairs, then near ones, at most LISTED
 
 
 class _Image(NamedTuple):
-    """One image of a split, or one row of text alone, whose `pixels` are None."""
+    """Image of a split, or a text-only row, whose `pixels` are None."""
 
     name: str
     pixels: str | None  # sha256
@@ -55,7 +55,7 @@ class _Image(NamedTuple):
 
 
 def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
-    """Compare every image and question of `test` with every one of `train`; one image is decoded at a time."""
+    """Overlap of all images and questions of `test` with those of `train`; images are decoded one at a time."""
     seen = [image for image in _images(train, "contamination: training images") if image.pixels]
     here = _images(test, f"contamination: {split} images")
     pictured = [image for image in here if image.pixels]
@@ -91,7 +91,7 @@ def _images(samples: Samples, title: str) -> list[_Image]:
 
 
 def _of_row(samples: Samples, row: int) -> Iterator[_Image]:
-    """Its images, the questions with the first."""
+    """Images of a row; its questions are attached to the first."""
     about = samples.about(row)
     asked = [question_of(turn) for sample in about if sample.kind != CAPTION for turn in sample.turns[:1]]
     if not about[0].images:

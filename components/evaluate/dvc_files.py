@@ -1,7 +1,7 @@
 """Metrics and plots for DVC's own commands: reports/metrics.json, scores.csv and losses.csv.
 
-`dvc metrics diff` and `dvc exp show` take a column per number, so metrics.json holds a few: exact match of everybody, and each
-arm's gain over each baseline. `dvc plots diff` draws the two tables.
+`dvc metrics diff` and `dvc exp show` print a column per number, so metrics.json holds few: exact match of teacher and arms, and
+each arm's gain over each baseline. `dvc plots diff` draws the two tables.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOT_LOSSES = ("step", "lr", "grad_norm")
 
 
 def write(comparison: Comparison, losses: Losses) -> list[Path]:
-    """All three files, anew; returns their paths."""
+    """Write all three files; returns their paths."""
     everybody = [(TEACHER_ARM, comparison.teacher), *((arm, comparison.arms[arm]) for arm in comparison.order)]
     scores = [(arm, round(result.exact_match, 5), *(round(end, 5) for end in result.ci95)) for arm, result in everybody]
     steps = (
@@ -37,12 +37,12 @@ def write(comparison: Comparison, losses: Losses) -> list[Path]:
 
 
 def write_none() -> list[Path]:
-    """The same files without a row, where there is no teacher to compare with."""
+    """Write the files without rows, for a run without a teacher."""
     return _written({}, (), ())
 
 
 def metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Exact match, from 0 to 1, of the teacher and of each arm, with the arm's gain over each baseline."""
+    """Exact match (0..1) of the teacher and of each arm, with the arm's gain over each baseline."""
     figures = {TEACHER_ARM: {"exact_match": round(comparison.teacher.exact_match, 5)}}
     for arm in comparison.order:
         result = comparison.arms[arm]

@@ -1,7 +1,7 @@
-"""Fingerprint of a score: how it was measured; scores are compared if fingerprints are equal.
+"""Fingerprint of a score: its measurement conditions; scores are compared only if fingerprints are equal.
 
-A difference between two scores is one between two models only if nothing else differs: the questions, the prompts around them,
-the decoding, the judge, and the software and number format that ran it.
+A difference between two scores is one between two models only if all else is equal: questions, prompts, decoding, judge,
+software and dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KIT = "alignti"
 JUDGE = "exact match of the normalised answer"
-# Modules that make the stage's scores.
+# Modules that decide the stage's scores; their hash is the kit version.
 CODE = [Path(__file__).with_name(name) for name in ("generate.py", "likelihood.py", "metrics.py")]
 SCORERS = Path(__file__).with_name("scorers.py")
 
@@ -53,7 +53,7 @@ def of(
 
 
 def prompts(processor: Any, samples: Samples, rows: Sequence[int], template: Template) -> str:
-    """Digest of the first prompt of each sample, as the model reads it."""
+    """Digest of the first prompt of each sample, rendered by the chat template."""
     image, own = processor.image_token, template.of(processor)
     return digest(
         own.render(sample.turns, [image] * len(sample.upto(1).images), answer=False).text
@@ -62,7 +62,7 @@ def prompts(processor: Any, samples: Samples, rows: Sequence[int], template: Tem
 
 
 def digest(texts: Iterable[str]) -> str:
-    """sha256 over texts in order; where one ends and the next begins counts."""
+    """sha256 over length-prefixed texts, so that their boundaries count."""
     found = hashlib.sha256()
     for text in texts:
         encoded = text.encode("utf-8", errors="surrogatepass")
@@ -71,7 +71,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def differences(one: Fingerprint | None, other: Fingerprint | None) -> list[str]:
-    """Differing fields, as `field: value of one, not value of other`; empty if the two scores may stand side by side."""
+    """Differing fields, as `field: value of one, not value of other`; empty if the scores are comparable."""
     if one is None or other is None:
         return ["no fingerprint: it is not known how it was measured"]
     pairs = ((name, getattr(one, name), getattr(other, name)) for name in Fingerprint.model_fields)
@@ -80,5 +80,5 @@ def differences(one: Fingerprint | None, other: Fingerprint | None) -> list[str]
 
 def _said(value: str | dict[str, bool | int | float | str]) -> str:
     if isinstance(value, str):
-        return value[:12] if len(value) == 64 else value  # a hash is told apart by its first digits
+        return value[:12] if len(value) == 64 else value  # hash, abbreviated
     return " ".join(f"{key}={setting}" for key, setting in sorted(value.items()))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def questions(samples: Samples) -> list[int]:
-    """Indices of the samples that are scored: all but captions, which are for training. Raises DataError if there are none."""
+    """Indices of the scored samples: all but captions, which are for training. Raises DataError if there are none."""
     found = [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
     if not found:
         raise DataError(f"none of the split's {len(samples):,} samples is a question to answer; see artifacts/dataset/card.md")
@@ -38,20 +38,20 @@ def answers(
     title: str,
     journal: Journal | None = None,
 ) -> list[str]:
-    """The model's greedy answer to the first question of each sample, in the order of `rows`.
+    """Greedy answers to the first question of each sample, in the order of `rows`.
 
-    Samples are answered in batches of like length, the longest first, so that a batch too large for the device fails at once;
-    an answer does not depend on its batch. One batch of samples is held at a time.
+    Batches hold samples of similar length, the longest first, so that a batch too large for the device fails at once; an answer
+    does not depend on its batch. One batch of samples is in memory at a time.
 
     Args:
         samples: all samples.
-        rows: the indices of those to answer.
-        template: as the model was trained with.
-        max_length: of the prompt, in tokens.
-        settings: batch_size in samples; max_new_tokens, where an answer that has not ended is cut.
-        title: names the progress bar.
-        journal: batches that are whole in it are not answered again, and new ones are added. The batches stay those of an
-            uninterrupted run, so the answers do too, to the last near-tie.
+        rows: indices of the samples to answer.
+        template: chat template of the training.
+        max_length: maximum prompt length, in tokens.
+        settings: batch_size in samples; max_new_tokens, the maximum answer length.
+        title: title of the progress bar.
+        journal: batches complete in it are skipped, new ones are appended. Batches are those of an uninterrupted run, so
+            the answers are too, even at near-ties.
 
     Raises:
         DataError: a prompt is longer than max_length.

@@ -1,4 +1,4 @@
-"""Headline of the comparison: detectable difference first, then who leads and by how much."""
+"""Headline of the comparison: detectable difference first, then the leading arms and their margin."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _published_spread(published: PublishedRuns | None) -> float | None:
 
 
 def leading(comparison: Comparison) -> str:
-    """Leading arms: which of their leads exceed the noise, and which still do after Holm's correction."""
+    """Sentences on the leading arms: leads that exceed the noise, and those that hold after Holm's correction."""
     best = leaders(comparison)
     alike = {pair.against for pair in comparison.pairs if pair.arm == best[0] and not pair.differs}
     others = [arm for arm in comparison.order[len(best) :] if arm in alike]
@@ -77,13 +77,13 @@ def noise_of(comparison: Comparison) -> str:
 
 
 def leaders(comparison: Comparison) -> list[str]:
-    """The arms with the best score: more than one where they tie."""
+    """Arms with the best score; several if they tie."""
     best = comparison.arms[comparison.order[0]].exact_match
     return [arm for arm in comparison.order if comparison.arms[arm].exact_match == best]
 
 
 def standing(comparison: Comparison) -> str:
-    """The order of the arms and the teacher's score, with their intervals."""
+    """Ranking of the arms and the teacher's score, with their intervals."""
     order = ", ".join(f"{arm} {spoken(comparison.arms[arm])}" for arm in comparison.order)
     return (
         f"On {comparison.n:,} {comparison.split} questions about {comparison.images:,} images the order is {order};"

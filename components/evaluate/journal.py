@@ -1,6 +1,6 @@
-"""Journal of answers, written as they come: a killed evaluation resumes at the first missing one.
+"""Append-only journal of answers: a killed evaluation resumes at the first missing one.
 
-Standard library only: the kit's own process writes one too (components/evaluate/kits/vlmeval_worker.py).
+Standard library only, for the kit's process writes one too (components/evaluate/kits/vlmeval_worker.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from threading import Lock
 
 
 class Journal:
-    """Answers by key, in a file of JSON lines. The file's name has to identify everything that an answer depends on."""
+    """Answers by key, in a file of JSON lines. The file name must identify everything that an answer depends on."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,11 +23,11 @@ class Journal:
         lines = path.read_bytes().split(b"\n")
         for line in lines[:-1]:
             self.known.update(json.loads(line))
-        os.truncate(path, path.stat().st_size - len(lines[-1]))  # the run was killed while it wrote its last line
+        os.truncate(path, path.stat().st_size - len(lines[-1]))  # partial last line of a killed run
         self._lock = Lock()
 
     def add(self, answers: Mapping[str, str]) -> None:
-        """On disk when this returns."""
+        """Append answers and fsync; thread-safe."""
         line = json.dumps(dict(answers), ensure_ascii=False) + "\n"
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -36,5 +36,5 @@ class Journal:
             self.known.update(answers)
 
     def close(self) -> None:
-        """The scores are written: nothing is left to go on from."""
+        """Remove the file, once the scores are written."""
         self.path.unlink(missing_ok=True)

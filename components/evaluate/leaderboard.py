@@ -1,8 +1,8 @@
-"""Leaderboard: our students and their teacher beside the published rows, with what may be compared.
+"""Leaderboard: our students and their teacher beside the published rows, with notes on comparability.
 
 Our rows are scored on our own test questions, the published ones on the paper's six benchmarks: the two share a page, not a
-table. A score of ours on one of the six is what VLMEvalKit said of it (`alignti evaluate --kit vlmeval --task`). What
-was not measured is a dash.
+table. Our scores on the six come from VLMEvalKit (`alignti evaluate --kit vlmeval --task`). A dash marks a missing
+measurement.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from components.report.pages import templates
 PUBLISHED = Path(__file__).with_name("published.csv")
 SFT, KD = "SFT", "Vanilla KD"  # the published baselines, by method
 
-FIGURES = {  # which of VLMEvalKit's figures is the benchmark's, and what a unit of it is worth in the paper's
+FIGURES = {  # benchmark -> suffix of VLMEvalKit's figure, factor from its unit to the paper's
     "gqa": ("/Overall", 1.0),
     "sqa": ("/Overall", 100.0),
     "textvqa": ("/Overall", 1.0),
@@ -48,14 +48,14 @@ KIT_NOTE = (
 
 
 class Row(Record):
-    """One model. Scores in percent; a gain is relative to the baseline's score, in percent of it."""
+    """Row of one model. Scores in percent; gains relative to the baseline's score, in percent of it."""
 
     group: str  # teacher, student; align_ti, baseline, peer, ablation, cost
     name: str
     ours: bool
     own: float | None = None  # exact match on our test questions
     own_ci95: tuple[float, float] | None = None
-    scores: dict[str, float | None]  # on the paper's six
+    scores: dict[str, float | None]  # scores on the paper's six benchmarks
     average: float | None = None
     gain_sft: float | None = None
     gain_kd: float | None = None
@@ -72,7 +72,7 @@ class Leaderboard(Record):
 
     own_questions: str  # description of our questions
     rows: list[Row]
-    noise: dict[str, float | None]  # per benchmark: gap between two published scores that is noise, points
+    noise: dict[str, float | None]  # benchmark -> largest gap between two published scores that may be noise, points
     notes: list[str]
 
 
@@ -82,7 +82,7 @@ def build(
 ) -> Leaderboard:  # fmt: skip
     """Our rows, teacher first and arms from the best down, then the published ones in their file's order.
 
-    `kit`: what VLMEvalKit said of each of our models, `benchmark/figure` -> value (components/evaluate/kits/table.py).
+    `kit`: VLMEvalKit's figures of each of our models, `benchmark/figure` -> value (components/evaluate/kits/table.py).
     """
     published, measured = read_published(), speed.models if speed is not None else {}
     if teacher.name not in index.teachers:
@@ -100,7 +100,7 @@ def build(
 
 
 def read_published() -> list[Row]:
-    """The rows that others measured, each with its source; gains are over the baseline of the same backbone."""
+    """Published rows, each with its source; gains are over the baseline of the same backbone."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     baselines = {(line["method"], line["backbone"]): float(line["average"]) for line in lines if line["group"] == "baseline"}
@@ -126,7 +126,7 @@ def read_published() -> list[Row]:
 
 
 def relative_gain(average: float, baseline: float) -> float:
-    """The paper's relative gain, percent of the baseline: from averages rounded half up to one decimal, then rounded."""
+    """Relative gain as in the paper, percent of the baseline: from averages rounded half up to one decimal, then rounded."""
     return _rounded(100 * (_rounded(average) / _rounded(baseline) - 1))
 
 
@@ -154,7 +154,7 @@ def _ours(name: str, comparison: Comparison, parameters: int, speed: Speed | Non
 
 
 def _own_gain(comparison: Comparison, arm: str, base: str) -> float | None:
-    """Exact match relative to the arm `base`; None if the two are no pair, or were measured otherwise."""
+    """Exact match relative to the arm `base`; None if the two are no pair or their fingerprints differ."""
     pair = next((pair for pair in comparison.pairs if {pair.arm, pair.against} == {arm, base}), None)
     if pair is None or pair.differs or not comparison.arms[base].exact_match:
         return None
@@ -162,7 +162,7 @@ def _own_gain(comparison: Comparison, arm: str, base: str) -> float | None:
 
 
 def _on_the_six(figures: Mapping[str, float]) -> dict[str, object]:
-    """Scores in the paper's units, of the kit's own files alone, and their average once there are six."""
+    """Scores in the paper's units, from the kit's own files only, and their average if all six exist."""
     scores: dict[str, float | None] = {}
     for name in PAPER:
         end, unit = FIGURES[name]
@@ -173,7 +173,7 @@ def _on_the_six(figures: Mapping[str, float]) -> dict[str, object]:
 
 
 def _noise(published: Iterable[Row], confidence: float) -> dict[str, float | None]:
-    """Per benchmark, at the median of its published scores; None for scores that are no share of independent questions."""
+    """Noise per benchmark, at the median published score; None where the score is no share of independent questions."""
     noise: dict[str, float | None] = {}
     for name in PAPER:
         scores = sorted(row.scores[name] or 0.0 for row in published if row.scores[name] is not None)
@@ -199,7 +199,7 @@ def _notes(comparison: Comparison, speed: SpeedReport | None) -> list[str]:
 
 
 def cells(row: Row) -> list[str]:
-    """A row as the tables show it."""
+    """Formatted cells of a row."""
     low, high = row.own_ci95 or (0.0, 0.0)
     return [
         row.name,
@@ -227,7 +227,7 @@ def header(board: Leaderboard) -> list[str]:
 
 
 def halves(board: Leaderboard) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
-    """Ours, then the published: title, header, and each row with its cells; columns that a half leaves empty are left out."""
+    """Our rows, then the published ones: title, header, and each row with its cells; columns empty in a half are dropped."""
     found = []
     for title, ours in ((f"Ours, on {board.own_questions}", True), ("Published, on the paper's benchmarks", False)):
         rows = [(row, cells(row)) for row in board.rows if row.ours == ours]
@@ -237,7 +237,7 @@ def halves(board: Leaderboard) -> list[tuple[str, list[str], list[tuple[Row, lis
 
 
 def markdown(board: Leaderboard) -> str:
-    """Both tables, and what is to be known of them."""
+    """Both tables, with notes, sources and remarks."""
     sources = sorted({f"{row.source}" for row in board.rows if not row.ours})
     remarks = [f"- {row.name}: {row.note}" for row in board.rows if row.note]
     parts = [
@@ -252,7 +252,7 @@ def markdown(board: Leaderboard) -> str:
 
 
 def spreadsheet(board: Leaderboard) -> str:
-    """Every row as CSV, unrounded; an empty cell is what was not measured."""
+    """Every row as CSV, unrounded; a missing measurement is an empty cell."""
     rows = []
     for row in board.rows:
         low, high = row.own_ci95 or (None, None)
@@ -265,13 +265,13 @@ def spreadsheet(board: Leaderboard) -> str:
 
 
 def page(board: Leaderboard) -> str:
-    """Both tables as one HTML file that fetches nothing."""
+    """Both tables as one self-contained HTML file."""
     template = templates(Path(__file__).parent).get_template("leaderboard.html.j2")
     return template.render(board=board, apart=APART, halves=halves(board))
 
 
 def write(board: Leaderboard) -> list[Path]:
-    """reports/leaderboard.{md,csv,html,json}"""
+    """Write reports/leaderboard.{md,csv,html,json}; returns their paths."""
     texts = {
         "md": markdown(board),
         "csv": spreadsheet(board),
@@ -284,7 +284,7 @@ def write(board: Leaderboard) -> list[Path]:
 
 
 def read_speed() -> SpeedReport | None:
-    """Speed report of `--measure`; None if it never ran here."""
+    """Speed report of `--measure`; None without one."""
     return SpeedReport.read(SPEED) if SPEED.exists() else None
 
 

@@ -1,8 +1,8 @@
 """Teacher-forced scores: the reference's negative log-likelihood, and the KL divergence from the teacher along it.
 
-Exact match looks at the likeliest answer alone; these look at the whole distribution at each token of the reference, its EOS
-included, so they tell models apart that answer alike. Both are exact: the whole shared vocabulary, and a live teacher, which
-costs one of its forward passes per batch and its weights' memory beside the student's.
+Exact match scores the greedy answer alone; these use the whole distribution at each token of the reference, EOS included, so
+they separate models with equal answers. Both are exact: the whole shared vocabulary, and a live teacher, which costs a teacher
+forward pass per batch and its weights' memory beside the student's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def likelihoods(
     title: str,
     teacher: Loaded | None = None,
 ) -> list[Likelihood]:
-    """Of the first question of each sample, in the order of `rows`; batches are of answers of like length.
+    """Likelihoods of the reference to each sample's first question, in the order of `rows`; batches group similar lengths.
 
     Raises ModelError if student and teacher cannot be compared token by token (components/models/load.py), or a model's
     probabilities are not finite.
@@ -74,20 +74,20 @@ def likelihoods(
 
 
 def nats_per_token(found: Iterable[Likelihood]) -> float:
-    """Mean over all tokens alike."""
+    """Mean negative log-likelihood over all tokens."""
     costs = list(found)
     return sum(one.nats for one in costs) / sum(one.tokens for one in costs)
 
 
 def kl_per_token(found: Iterable[Likelihood]) -> float | None:
-    """Mean over all tokens alike; None for the teacher itself."""
+    """Mean KL from the teacher over all tokens; None for the teacher itself."""
     gaps = [(one.kl, one.tokens) for one in found]
     known = [(kl, tokens) for kl, tokens in gaps if kl is not None]
     return sum(kl for kl, _ in known) / sum(tokens for _, tokens in known) if known else None
 
 
 def _nats(hidden: Tensor, view: VLM, targets: Tensor) -> Tensor:
-    """(N,) cross-entropies of hidden rows (N, d) against (N,) tokens."""
+    """(N,) cross-entropies of hidden states (N, d) against (N,) targets."""
     size = rows_per_chunk(len(view.head.weight), CHUNK_MIB)
     return row_losses(hidden, view.head, lambda at, logits: F.cross_entropy(logits, targets[at], reduction="none"), size)
 

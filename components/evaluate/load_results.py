@@ -1,4 +1,4 @@
-"""Results of the stages before `compare`, loaded and checked: every arm on the same questions."""
+"""Results of the stages before `compare`, loaded and checked: every arm answered the same questions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from components.records.paths import DATASET, SCORES, STUDENTS, TEACHER_ARM, Spl
 from components.records.record import Record, content, parsed_lines
 
 R = TypeVar("R", bound=Record)
-Losses = dict[str, list[dict[str, float]]]  # per arm, one row per logged step
+Losses = dict[str, list[dict[str, float]]]  # arm -> one row per logged step
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Per trained student, in the order of the study; all but `costs` and `losses` hold the teacher too."""
+    """Results per trained student, in the order of the study; all but `costs` and `losses` include the teacher."""
 
     predictions: dict[str, list[Prediction]]  # all arms: the same questions in the same order
     likelihoods: dict[str, list[Likelihood]]  # same order
@@ -35,7 +35,7 @@ class Outcomes:
 
 
 def read(arms: Iterable[str]) -> Outcomes:
-    """Raises DataError if a file is missing or malformed, or if the arms were scored on different samples."""
+    """Outcomes of all arms. Raises DataError if a file is missing or malformed, or if the arms' samples differ."""
     arms = list(arms)
     scores = {arm: Scores.read(SCORES / arm / "scores.json") for arm in [TEACHER_ARM, *arms]}
     predictions = {arm: read_predictions(SCORES / arm / "predictions.jsonl") for arm in scores}
@@ -53,12 +53,12 @@ def read(arms: Iterable[str]) -> Outcomes:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Raises DataError if the file is missing, or a line is no prediction."""
+    """Predictions in file order. Raises DataError if the file is missing, or a line is no prediction."""
     return _records(path, Prediction)
 
 
 def images_of(asked: Sequence[Prediction], split: Split) -> dict[str, tuple[bytes, ...]]:
-    """Images that each question shows, by its sample's id. Raises DataError if the data set lacks one."""
+    """Sample id -> images of the question. Raises DataError if the data set lacks one."""
     stored = Samples(DATASET, split).images_of({p.image_id for p in asked})
     if missing := [p.image_id for p in asked if p.image_id not in stored]:
         raise DataError(f"{DATASET} has no image {missing[0]!r} in split {split}; `dvc repro` evaluates anew")
@@ -66,7 +66,7 @@ def images_of(asked: Sequence[Prediction], split: Split) -> dict[str, tuple[byte
 
 
 def _likelihoods(arm: str, predictions: list[Prediction]) -> list[Likelihood]:
-    """In the order of `predictions`. Raises DataError unless they are of the same samples, a student's with its KL."""
+    """Likelihoods in the order of `predictions`. Raises DataError unless the samples agree and a student's have their KL."""
     path = SCORES / arm / "likelihoods.jsonl"
     by_id = {one.id: one for one in _records(path, Likelihood)}
     if by_id.keys() != {p.id for p in predictions}:

@@ -1,4 +1,4 @@
-"""Measures that arms are compared by, each a ratio of two sums over questions; scorers of params/evaluate.yaml come last."""
+"""Measures for comparing arms, each a ratio of two sums over questions; scorers of params/evaluate.yaml come last."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MEASURES |= {name: Measure(f"{scorer.title}, %", "points", 100, 1) for name, sco
 def per_question(
     measure: str, predictions: Sequence[Prediction], likelihoods: Sequence[Likelihood]
 ) -> list[tuple[float, float]]:
-    """One run's (value, weight) of each question. The teacher's KL from itself is 0."""
+    """(value, weight) per question of one run. The teacher's KL from itself is 0."""
     if measure == EXACT_MATCH:
         return [(float(p.correct), 1.0) for p in predictions]
     if measure == "token_f1":

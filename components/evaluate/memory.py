@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, on a GPU or a CPU."""
+"""Peak memory of a callable, on a GPU or a CPU."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """The most that torch's allocator had given out at one time while `work` ran, beyond what it held before.
+    """Peak of torch's allocator while `work` runs, above its level before.
 
-    On a CPU the allocator is followed by torch's profiler; scratch memory inside a kernel's library is not seen. Memory that
-    was there before and is freed meanwhile is not subtracted.
+    On a CPU, torch's profiler tracks the allocator; scratch memory inside a kernel library is not counted. Memory allocated
+    before and freed meanwhile is not subtracted.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells the terminal when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's start and stop messages
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as followed:
         work()
     with tempfile.TemporaryDirectory() as folder:
@@ -36,6 +36,6 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def peak_mib(model: nn.Module, work: Callable[[], Any]) -> float:
-    """The weights of `model`, and the most that `work` takes beside them."""
+    """Weights and buffers of `model` plus the peak of `work`, MiB."""
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return (held + peak_bytes(work, next(model.parameters()).device)) / 2**20

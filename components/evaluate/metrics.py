@@ -1,14 +1,13 @@
 """Metrics of an answer: normalised exact match, token F1, and POPE-style figures for the yes/no kinds.
 
-Normalisation: case folded, an accent and its letter one character however they are stored, runs of white space become one
-space, punctuation at the end (`.,;:!?` and its wide forms) dropped, unless there is nothing else. Nothing else is forgiven: an
-answer is right if it then equals the reference.
+Normalisation: case folding, Unicode NFC, runs of white space to one space, final punctuation (`.,;:!?` and its wide forms)
+dropped, unless there is nothing else. Exact match: the normalised answer equals the normalised reference.
 
 Token F1 is SQuAD's (Rajpurkar et al., EMNLP 2016) over lower-case words, each counted as often as it occurs; articles count.
-Of an answer of several parts it says how much is right.
+It gives partial credit for an answer of several parts.
 
-Yes/no figures follow POPE (Li et al., EMNLP 2023), "yes" being the positive class. An answer says yes if "yes" is among its
-words and "no" is not, and the other way round. One that says neither, or both, is wrong whatever the reference, and counts as
+Yes/no figures follow POPE (Li et al., EMNLP 2023), "yes" being the positive class. An answer is yes if "yes" is among its
+words and "no" is not, and vice versa. An answer with neither, or both, is wrong whatever the reference, and counts as
 "no" in the yes ratio. A ratio whose denominator is zero is 0.
 """
 
@@ -23,12 +22,12 @@ from components.dataset.shards import Sample
 from components.errors import DataError
 from components.records.evaluate import Prediction, Scores, YesNo
 
-FINAL = ".,;:!? \u3002\uff0c\uff1b\uff1a\uff01\uff1f"  # punctuation; after the space Chinese and Japanese text's
-OVERALL = "all"  # the key of the figures over all yes/no kinds together
+FINAL = ".,;:!? \u3002\uff0c\uff1b\uff1a\uff01\uff1f"  # final punctuation; after the space the fullwidth forms
+OVERALL = "all"  # key of the figures over all yes/no kinds together
 
 
 def folded(text: str) -> str:
-    """Without case, and of canonically equal texts the same: the Unicode Standard, section 3.13, D145."""
+    """Canonical caseless form, equal for canonically equal texts: the Unicode Standard, section 3.13, D145."""
     return normalize("NFC", normalize("NFD", text).casefold())
 
 
@@ -42,14 +41,14 @@ def matches(answer: str, reference: str) -> bool:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the answer's words; 1 if neither has any."""
+    """Harmonic mean of precision and recall of the answer's words; 1 if answer and reference have none."""
     said, wanted = (Counter(re.findall(r"\w+", folded(text))) for text in (answer, reference))
     words = said.total() + wanted.total()
     return 2 * (said & wanted).total() / words if words else 1.0
 
 
 def predictions(samples: Iterable[Sample], answers: Iterable[str]) -> list[Prediction]:
-    """Each sample's first question with its reference, the answer given, and whether it matches."""
+    """Predictions: each sample's first question with its reference, the answer, and whether they match."""
     return [
         Prediction(
             id=sample.id,
@@ -65,9 +64,9 @@ def predictions(samples: Iterable[Sample], answers: Iterable[str]) -> list[Predi
 
 
 def score(arm: str, predicted: Sequence[Prediction]) -> Scores:
-    """All figures of one arm; kinds in alphabetical order. A yes/no kind is one whose references are all yes or no.
+    """Scores of one arm; kinds in alphabetical order. A yes/no kind is one whose references are all yes or no.
 
-    Raises DataError if there is nothing to score.
+    Raises DataError if there are no predictions.
     """
     if not predicted:
         raise DataError(f"{arm}: there are no answers to score")
@@ -110,7 +109,7 @@ def _is_yes_no(found: Sequence[Prediction]) -> bool:
 
 
 def _verdict(text: str) -> str | None:
-    """ "yes", "no", or None for an answer that says neither or both."""
+    """ "yes", "no", or None for an answer with neither or both."""
     words = {"yes", "no"} & set(re.findall(r"\w+", text.casefold()))
     return words.pop() if len(words) == 1 else None
 

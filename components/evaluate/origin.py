@@ -1,6 +1,6 @@
 """Origin of a comparison, as its report states it: recipe, commit, date, data set, machine and software.
 
-They stand in report.html alone: compare.json and compare.md are the same bytes on every run over the same scores.
+Printed in report.html and samples.html only: compare.json and compare.md are byte-identical on every run over the same scores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def facts(devices: Iterable[str]) -> dict[str, str]:
-    """Name -> value of each fact, of this folder now; `devices`: kinds that the arms were trained on, by their cost records."""
+    """Name -> value of each fact, for the current folder; `devices`: device kinds from the arms' cost records."""
     tags = provenance.commit_tags()
     commit = tags["mlflow.source.git.commit"][:8] + (", with uncommitted changes" if tags.get("git.dirty") == "true" else "")
     data = Manifest.read(DATASET / "manifest.json")
@@ -38,7 +38,7 @@ def facts(devices: Iterable[str]) -> dict[str, str]:
 
 
 def machine() -> str:
-    """Processor's model and cores, and the GPUs there are."""
+    """CPU model and core count, then the visible GPUs."""
     lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found = f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -15,7 +15,7 @@ from components.evaluate.measures import MEASURES
 from components.records.compare import Comparison, TeacherResult
 from components.report.figures import Theme, places
 
-POINTS = 100  # shares are drawn in percent, differences in points
+POINTS = 100  # factor from shares to percent, from differences to points
 
 
 def scores(comparison: Comparison, theme: Theme) -> Figure:
@@ -44,7 +44,7 @@ def scores(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def gains(comparison: Comparison, theme: Theme) -> Figure:
-    """Forest plot: each arm's gain over each baseline; filled where the interval excludes zero."""
+    """Forest plot: each arm's gain over each baseline; filled where it is larger than the noise."""
     stated = baselines(comparison)
     arms = comparison.order[::-1]
     figure = Figure(figsize=(7.2, 1.3 + 0.34 * len(arms)))
@@ -101,11 +101,11 @@ def kinds(comparison: Comparison, theme: Theme) -> Figure:
     names = telling(comparison) or list(comparison.kinds)
     values = POINTS * np.array([[row.per_kind[kind] for kind in names] for row in rows.values()])
     distances = values - values[list(rows).index(yardstick(comparison))]
-    most = max(5.0, float(np.abs(distances[1:]).max()))  # of arms: beside the teacher's lead theirs would be pale
+    most = max(5.0, float(np.abs(distances[1:]).max()))  # arms only: the teacher's lead would wash out their colours
     figure = Figure(figsize=(max(5.0, 1.6 + 0.72 * len(names)), 1.6 + 0.36 * len(rows)))
     axes = figure.subplots()
     shades = LinearSegmentedColormap.from_list("behind-to-ahead", [theme.behind, theme.paper, theme.accent])
-    scale = 1.65 * most  # ink stays legible on the darkest cell
+    scale = 1.65 * most  # keeps text legible on the darkest cell
     axes.imshow(distances.clip(-most, most), cmap=shades, vmin=-scale, vmax=scale, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8.5)
@@ -119,17 +119,17 @@ def kinds(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def baselines(comparison: Comparison) -> list[str]:
-    """Arms that some other arm states its gain over."""
+    """Arms that are the baseline of some gain."""
     return [arm for arm in comparison.arms if any(arm in other.gains for other in comparison.arms.values())]
 
 
 def yardstick(comparison: Comparison) -> str:
-    """What the heat map measures distance from: kd, else the first baseline, else the teacher."""
+    """Reference row of the heat map: kd, else the first baseline, else the teacher."""
     return "kd" if "kd" in comparison.arms else next(iter(baselines(comparison)), "teacher")
 
 
 def telling(comparison: Comparison) -> list[str]:
-    """Kinds of question that not all, the teacher among them, answer equally well."""
+    """Kinds of question on which the scores of teacher and arms are not all equal."""
     everyone = (comparison.teacher, *comparison.arms.values())
     return [kind for kind in comparison.kinds if len({result.per_kind[kind] for result in everyone}) > 1]
 
@@ -156,7 +156,7 @@ def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
-    """One panel per loss term that any arm logged, one line per arm."""
+    """Loss curves: a panel per term that some arm trains on, and one for the weighted total; a line per arm."""
     named = dict.fromkeys(term for curve in rows.values() for term in _terms(curve))
     trained = [t for t in named if any(_curve(curve, t)[1] for curve in rows.values())] + ["total"]
     columns = min(3, len(trained))
@@ -178,7 +178,7 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="major")
-        axes.tick_params(labelbottom=True)  # the panel below may be an empty one
+        axes.tick_params(labelbottom=True)  # the panel below may be empty
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
     for axes in list(figure.axes)[len(trained) :]:
@@ -188,12 +188,12 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
 
 
 def _terms(rows: list[dict[str, float]]) -> list[str]:
-    """A logged row is its step, the terms, their weighted total, and what else the loop measures."""
+    """Loss terms among the columns of the log, which also hold the step, the weighted total and other metrics."""
     return [name for name in rows[0] if name in terms.names()] if rows else []
 
 
 def _curve(rows: list[dict[str, float]], term: str) -> tuple[list[float], list[float]]:
-    """Steps and values at which an arm logged a term that it trains on: above zero, as the axis is logarithmic."""
+    """Steps and values of one term; zeros are dropped, as the axis is logarithmic."""
     kept = [(row["step"], row[term]) for row in rows if row.get(term) is not None and row[term] > 0]
     return [step for step, _ in kept], [value for _, value in kept]
 

@@ -33,16 +33,16 @@ from components.report import markdown as md
 from components.report.figures import DARK, DPI, LIGHT, draw, places
 from components.report.pages import data_uri, templates, thumbnail
 
-Plot = Callable[..., Figure]  # of a theme
+Plot = Callable[..., Figure]  # figure for a theme
 
 BESIDE = {"samples": "all answers", "controls": "controls without the image", "leaderboard": "leaderboard"}  # command -> page
-EXAMPLE_PX = 480  # longest side of an example's image in the report; smaller images go in as they are
+EXAMPLE_PX = 480  # longest side of an example's image in the report; smaller images are not resized
 CSS_PX_PER_INCH = 104
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as data URIs, for a light and for a dark page, and the width in CSS pixels that makes its letters the text's."""
+    """Image as data URIs, for a light and a dark page, with the width in CSS pixels at which its font size matches the text."""
 
     light: str
     dark: str
@@ -56,7 +56,7 @@ def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings
     """
     own = _plots(comparison, outcomes)
     layer = LayerChoice.found()
-    inherited: dict[str, Plot] = {"irs": partial(curve, layer)} if layer else {}  # search_layer's PNG, again for dark pages
+    inherited: dict[str, Plot] = {"irs": partial(curve, layer)} if layer else {}  # search_layer's plot, in both themes
     named = tqdm((own | inherited).items(), desc="compare", unit="plot")
     drawn = {name: (draw(plot), draw(plot, theme=DARK)) for name, plot in named}
     for name in own:
@@ -69,7 +69,7 @@ def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings
 
 
 def markdown(comparison: Comparison) -> str:
-    """The headline, the tables, the pairs and how it was measured."""
+    """Headline, tables, pairs and notes on the method, as Markdown."""
     small = {name: md.table(*found) for name, found in report_tables.small_tables(comparison).items()}
     names = ["", TEACHER_ARM, *(marked(comparison, arm) for arm in comparison.order)]
     parts = ["# Comparison", f"**{comparison.headline}**", comparison.standing, report_notes.by_kind(comparison)]
@@ -108,7 +108,7 @@ def html(
     pictures: dict[str, Picture],
     facts: Mapping[str, str],
 ) -> str:
-    """The whole report as one page: every picture inside, nothing fetched. `facts`: its origin (`origin.facts`)."""
+    """Report as one self-contained HTML page, pictures inlined. `facts`: its origin (`origin.facts`)."""
     found = disagreements({name: outcomes.predictions[name] for name in (TEACHER_ARM, *comparison.order)}, settings.seed)
     environment = templates(Path(__file__).parent)
     environment.filters |= {
@@ -146,12 +146,12 @@ def html(
 
 
 def marked(comparison: Comparison, arm: str) -> str:
-    """The arm's name, with a dagger if it was measured otherwise than the teacher."""
+    """Arm's name, with a dagger if its fingerprint differs from the teacher's."""
     return f"{arm} \N{DAGGER}" if comparison.arms[arm].differs else arm
 
 
 def disagreements(predictions: dict[str, list[Prediction]], seed: int) -> list[int]:
-    """Indices of the samples that some arms got right and others wrong: in an order drawn by `seed`, kinds taking turns."""
+    """Indices of the samples that some arms answer right and others wrong: in random order (`seed`), round-robin over kinds."""
     answers = [arm for name, arm in predictions.items() if name != TEACHER_ARM]
     divided = [i for i, row in enumerate(zip(*answers, strict=True)) if len({p.correct for p in row}) > 1]
     turns: Counter[str] = Counter()
@@ -208,6 +208,6 @@ def _picture(light: bytes, dark: bytes) -> Picture:
 
 
 def _file(path: Path) -> Picture:
-    """A picture of an earlier stage, the same on a light and on a dark page."""
+    """Picture of an earlier stage, the same file for light and dark pages."""
     picture = content(path)
     return _picture(picture, picture)

@@ -1,4 +1,4 @@
-"""Sentences of the report: where arms fall behind, what the numbers mean, and what they do not say."""
+"""Sentences of the report: largest gaps to the teacher, definitions and limits of the numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PACE = (
 
 
 def by_kind(comparison: Comparison) -> str:
-    """Which kinds the table leaves out, and on which the arms fall furthest behind the teacher."""
+    """Kind with the largest mean gap to the teacher, and the kinds that the table leaves out."""
     shown = plots.telling(comparison)
     alike = [
         f"{plain(kind)} {md.percent(comparison.teacher.per_kind[kind])}%" for kind in comparison.kinds if kind not in shown
@@ -51,7 +51,7 @@ def by_kind(comparison: Comparison) -> str:
 
 
 def unlike(comparison: Comparison) -> list[str]:
-    """A sentence for each arm that was measured otherwise than the teacher, saying how."""
+    """Sentence for each arm whose fingerprint differs from the teacher's, with the differences."""
     return [
         f"{arm} was measured otherwise than the teacher ({'; '.join(result.differs)}), so its score compares with nothing here."
         for arm, result in comparison.arms.items()
@@ -60,7 +60,7 @@ def unlike(comparison: Comparison) -> list[str]:
 
 
 def published_by(comparison: Comparison) -> str:
-    """Recipe and machine of the published runs, in a sentence or two."""
+    """Recipe and machine of the published runs, in one or two sentences; empty without any."""
     found = comparison.published
     if found is None:
         return ""
@@ -69,7 +69,7 @@ def published_by(comparison: Comparison) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """How to read the numbers, and what they do not say."""
+    """Notes on method, measures and limits of the numbers."""
     return [
         *unlike(comparison),
         comparison.method,

@@ -1,4 +1,4 @@
-"""Tables of the report: a column per model, a line per measure, kind, gain and cost; small ones beside."""
+"""Tables of the report: a column per model, a line per measure, kind, gain and cost; and smaller tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table and what stands below it; `strong`: a gain whose interval excludes zero."""
+    """Table cell: a number and a second line; `strong`: a gain larger than the noise."""
 
     value: str
     below: str = ""
@@ -39,7 +39,7 @@ class Line:
 
 
 def table(comparison: Comparison) -> list[Line]:
-    """The one table: a column for the teacher and for each arm from the best down, a line per measure."""
+    """Main table: a column for the teacher and for each arm from the best down, a line per measure."""
     arms = [comparison.arms[name] for name in comparison.order]
     columns: list[TeacherResult] = [comparison.teacher, *arms]
     lines = [
@@ -47,7 +47,7 @@ def table(comparison: Comparison) -> list[Line]:
         for name in arms[0].settings
     ]
     lines.append(Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95)), starts_group=True))
-    if len(set(comparison.kinds.values())) > 1:  # else every question weighs as much in the one as in the other
+    if len(set(comparison.kinds.values())) > 1:  # with equal counts the two averages are equal
         lines.append(Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))))
     lines += [Line(MEASURES[name].title, [_estimate(name, column) for column in columns]) for name in comparison.measures]
     shown = plots.telling(comparison)
@@ -66,7 +66,7 @@ def table(comparison: Comparison) -> list[Line]:
 
 
 def measures(comparison: Comparison) -> list[Line]:
-    """Each measure beside exact match, and every arm's difference from each baseline by it."""
+    """Measures other than exact match, each followed by the arms' differences from every baseline."""
     lines = []
     for name, contrast in comparison.measures.items():
         measure, best = MEASURES[name], "lower" if MEASURES[name].lower_is_better else "higher"
@@ -79,7 +79,7 @@ def measures(comparison: Comparison) -> list[Line]:
 
 
 def small_tables(comparison: Comparison) -> dict[str, Table]:
-    """Tables by name: yes/no figures, resolution of the sample, published runs beside these, seeds of each arm."""
+    """Tables by name: yes/no figures, resolution of the sample, published runs, seeds of each arm."""
     everyone = [(TEACHER_ARM, comparison.teacher), *((name, comparison.arms[name]) for name in comparison.order)]
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     closed = [
@@ -115,7 +115,7 @@ def small_tables(comparison: Comparison) -> dict[str, Table]:
 
 
 def pairs(comparison: Comparison) -> list[Line]:
-    """Each arm minus each that ranks below it: a line for the one, a column for the other."""
+    """Matrix of pairwise differences: line minus column, for each arm and each ranked below it."""
     found = {(pair.arm, pair.against): pair for pair in comparison.pairs}
     cells = {arm: [found.get((arm, other)) for other in comparison.order[1:]] for arm in comparison.order[:-1]}
     return [Line(arm, [gained(pair) if pair else Cell("") for pair in row]) for arm, row in cells.items()]
@@ -166,7 +166,7 @@ def _range(interval: Interval) -> str:
 
 
 def _setting(name: str, settings: Mapping[str, Any]) -> Cell:
-    """What the arm has at `name`; of an option that it does not set, whether its term weighs anything there."""
+    """Value of a setting; an unset option shows `default` if its term has a weight in the arm, else a dash."""
     value = settings[name]
     if value is None:
         return Cell("default") if settings.get(f"weights.{name.partition('.')[0]}", 1) else NOTHING

@@ -1,8 +1,8 @@
 """Page of answers: image, question, reference, answers of teacher and arms, the teacher's attention map.
 
-One HTML file that needs nothing beside it. The samples lie in it as data and only the cards on screen are built, so that
-thousands open at once; the address after `#` holds the filters, so that a view can be sent on. It opens on the questions that
-some arms get right and others wrong, the most evenly divided first.
+One self-contained HTML file. Samples are embedded as JSON and only the cards on screen are rendered, so a page of thousands
+opens fast; the URL fragment holds the filters, so a view can be shared. The default view: questions that some arms answer
+right and others wrong, the most evenly divided first.
 """
 
 from __future__ import annotations
@@ -48,12 +48,11 @@ def write(
     layer: int,
     most: int,
 ) -> Path:
-    """reports/samples.html with the first `most` samples of the evaluated split.
+    """Write reports/samples.html with the first `most` samples of the evaluated split.
 
     Args:
-        predictions: per arm and of the teacher, the same questions in the same order (`outcomes.read`).
-        maps: sample id -> for each image (side, side) where the instruction makes the teacher's `layer` look, 255 being its
-            highest there.
+        predictions: per arm and of the teacher, the same questions in the same order (`load_results.read`).
+        maps: sample id -> the teacher's attention map of each image at `layer`, (side, side), scaled to a maximum of 255.
 
     Raises DataError if the data set lacks an image that was asked about.
     """
@@ -95,13 +94,13 @@ def write(
 def attention_maps(
     loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: int, settings: Settings
 ) -> dict[str, Any]:
-    """Sample id -> for each image (side, side) uint8: attention of `layer` from the question to it, its highest being 255.
+    """Sample id -> attention map of each image at `layer`, (side, side) uint8, scaled to a maximum of 255.
 
-    Samples without an image have none. Raises DataError if the visual tokens are no square grid.
+    Samples without an image are left out. Raises DataError if the visual tokens are no square grid.
     """
     ids = {p.id for p in asked}
     rows = [row for row in generate.questions(samples) if (sample := samples[row].upto(1)).id in ids and sample.images]
-    # As the layer search does: the answer follows, but no instruction row sees it.
+    # Sequences as in the layer search: the answer follows, but causal masking hides it from the instruction rows.
     collator = Collator(loaded.processor, Template.asked(settings.models.template), max_length=sys.maxsize, train=True)
     view, size, found = VLM(loaded.model), settings.evaluate.batch_size, {}
     for start in tqdm(range(0, len(rows), size), desc="samples: where the teacher looks", unit="batch"):
@@ -123,5 +122,5 @@ def _grid(sample: Sample, attention: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _embedded(data: Any) -> str:
-    """JSON that may stand in a script element, whatever the answers hold."""
+    """JSON escaped for a script element: `<` as \\u003c."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,6 +1,6 @@
-"""Scorers for one's own data beside exact match, chosen in params/evaluate.yaml: ANLS, relaxed accuracy, choice letters.
+"""Optional scorers beside exact match, chosen in params/evaluate.yaml: ANLS, relaxed accuracy, choice letters.
 
-The rules are those of the field's benchmarks, with one reference per question.
+Rules as in the published benchmarks, with one reference per question.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from components.records.evaluate import Prediction
 ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
 SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-WORDS_AFTER = 5  # VLMEvalKit takes a letter for the answer only if it is among the last words
-REFUSALS = (  # no option, whatever letter they hold
+WORDS_AFTER = 5  # VLMEvalKit accepts a letter only among the last words
+REFUSALS = (  # answers that match no option, whatever letter they contain
     "Failed to obtain answer via API",
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-# An option of a question, such as "A. cat", "(B) dog" or "C: a bird", in a line or behind another.
+# Option of a question ("A. cat", "(B) dog", "C: a bird"), on a line of its own or after another option.
 OPTION = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s+(.+?)(?=\s+\(?[A-Z][.):]\s|\s*\n|\s*$)")
 
 
 @dataclass(frozen=True)
 class Scorer:
     title: str
-    note: str  # what an answer is worth, for the report
-    worth: Callable[[Prediction], float]  # 0..1
+    note: str  # scoring rule, for the report
+    worth: Callable[[Prediction], float]  # score of an answer, 0..1
 
 
 def mean(scorer: str, predicted: Sequence[Prediction]) -> float:
@@ -42,7 +42,7 @@ def mean(scorer: str, predicted: Sequence[Prediction]) -> float:
 
 
 def choice(prediction: Prediction) -> float:
-    """Whether answer and reference name the same option of the question; without two options, exact match."""
+    """1 if answer and reference name the same option of the question, else 0; without two options, exact match."""
     options = dict(OPTION.findall(prediction.question))
     if len(options) < 2:
         return float(matches(prediction.answer, prediction.reference))
@@ -68,10 +68,10 @@ def relaxed(answer: str, references: Sequence[str]) -> float:
 
 
 def letter_vlmeval(answer: str, options: Mapping[str, str]) -> str | None:
-    """As VLMEvalKit reads it without a judge (`exact_matching`): one letter among the last words, else one option's text.
+    """Option named by an answer, by VLMEvalKit's rule without a judge: one letter among the last words, else one option's text.
 
-    Source: vlmeval/utils/matching_util.py, `can_infer`. A letter earlier in the sentence, two letters, or a text much longer
-    than the options name nothing. An article "A" among few words is taken for the letter, as the kit does.
+    Source: vlmeval/utils/matching_util.py, `can_infer`. None for a letter earlier in the sentence, two letters, or a text much
+    longer than the options. In a short answer the article "A" counts as the letter, as in the kit.
     """
     if any(phrase in answer for phrase in REFUSALS):
         return None
@@ -104,7 +104,7 @@ def _similarity(answer: str, reference: str) -> float:
     if not longest:
         return 1.0
     if abs(len(answer) - len(reference)) >= ANLS_THRESHOLD * longest:
-        return 0.0  # their lengths alone put them that far apart: an answer of 100 kB costs nothing
+        return 0.0  # lower bound from the lengths alone: skips the quadratic distance for an answer of 100 kB
     distance = edit_distance(answer, reference) / longest
     return 1 - distance if distance < ANLS_THRESHOLD else 0.0
 

@@ -20,16 +20,16 @@ from components.records.paths import DATASET, REPORTS, ROWS
 from components.records.record import Record
 
 SPEED = REPORTS / "speed.json"
-ALONE = 20  # questions asked one at a time, for the time to the first token
+ALONE = 20  # questions answered one at a time, for the time to the first token
 
 
 class Speed(Record):
-    """One model on one device."""
+    """Generation speed of one model on one device."""
 
     device: str
-    tokens_per_second: float  # written, over batches of evaluate.batch_size, pictures and prompts included
+    tokens_per_second: float  # generated, over one batch of evaluate.batch_size, image encoding and prefill included
     first_token_ms: float  # median over single questions
-    memory_mib: float  # the most that was held at one time for such a batch, weights included
+    memory_mib: float  # peak for this batch, weights included
     parameters: int
 
 
@@ -41,7 +41,7 @@ class SpeedReport(Record):
 
 
 def measure(models: Iterable[tuple[str, Path]], settings: Settings, device: torch.device) -> SpeedReport:
-    """Each model on the first `evaluate.batch_size` questions of the evaluated split, after one question to warm it."""
+    """Speed of each model on the first `evaluate.batch_size` questions of the evaluated split, after one warm-up question."""
     samples = Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)[: settings.evaluate.batch_size]
     found = {}
@@ -67,7 +67,7 @@ def _one(loaded: Loaded, samples: Samples, rows: Sequence[int], settings: Settin
     written = loaded.processor.tokenizer(said, add_special_tokens=False).input_ids
     return Speed(
         device=device.type,
-        tokens_per_second=sum(len(tokens) + 1 for tokens in written) / seconds,  # and the token that ends each answer
+        tokens_per_second=sum(len(tokens) + 1 for tokens in written) / seconds,  # plus the EOS of each answer
         first_token_ms=1000 * median(answers([row], 1)[1] for row in rows[:ALONE]),
         memory_mib=peak_mib(loaded.model, lambda: answers(rows, settings.evaluate.max_new_tokens)),
         parameters=sum(p.numel() for p in loaded.model.parameters()),

@@ -1,14 +1,14 @@
 """Uncertainty of scores and differences: one bootstrap over images, shared by all arms.
 
 Questions about one image are not independent, so whole images are drawn with replacement (a cluster bootstrap), and
-every arm is scored on the same draws, which is what makes a difference of two arms a paired one. Intervals are
-percentile intervals; a p value is that interval inverted, so the two never contradict each other.
+every arm is scored on the same draws, so differences between arms are paired. Intervals are percentile intervals; a
+p value is that interval inverted, so the two never contradict each other.
 Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapters 8, 13 and 15.
 
-Where arms were trained with several seeds, every draw of the images also gets an error of the seeds: normal, of a variance
-pooled over all arms and itself drawn, so that an interval is as wide as Student's t of so few seeds. (Two or three seeds
-drawn anew would show half to two thirds of their variance.) What a seed and the images have in common is counted twice, as
-in the pigeonhole bootstrap (Owen, Annals of Applied Statistics, 2007): intervals err on the wide side.
+Where arms were trained with several seeds, every draw of the images also gets a seed error: normal, its variance pooled
+over all arms and itself drawn, so that an interval is as wide as Student's t at this number of seeds. (Resampling two or
+three seeds would show half to two thirds of their variance.) Variance shared by seeds and images is counted twice, as in the
+pigeonhole bootstrap (Owen, Annals of Applied Statistics, 2007): intervals err on the wide side.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from numpy.typing import ArrayLike, NDArray
 from components.errors import DataError
 
 Interval = tuple[float, float]
-BLOCK = 250  # resamples drawn at once: bounds memory by BLOCK x images
+BLOCK = 250  # resamples per block: bounds memory to BLOCK x images
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A score of A arms on K kinds of questions, as observed or (with a leading axis B) as resampled."""
+    """Scores of A arms on K kinds of questions, as observed or (with a leading axis B) as resampled."""
 
     overall: NDArray[np.float64]  # (..., A) over all samples
     average: NDArray[np.float64]  # (..., A) mean over the kinds present, each kind counting the same
@@ -46,13 +46,13 @@ def bootstrap(
     """Scores, sum of values over sum of weights, as observed and on `resamples` draws of the images.
 
     Args:
-        values: (A, N) of arm a on sample n: whether it is right, or its nats.
-        weights: (A, N), such as the tokens that the nats are of; None: 1 each, so that the score is a mean over samples.
-        images: (N,) which image sample n is about, 0..X-1, each occurring.
-        kinds: (N,) which kind of question it is, 0..K-1, each occurring.
+        values: (A, N) value of arm a on sample n: correctness, or nats.
+        weights: (A, N) weights, for nats the token counts; None: 1 each, so that the score is a mean over samples.
+        images: (N,) image index of sample n, 0..X-1, each occurring.
+        kinds: (N,) kind index of sample n, 0..K-1, each occurring.
 
     Raises:
-        DataError: fewer than two images, so nothing to draw from.
+        DataError: fewer than two images, so nothing to resample.
     """
     numbers = np.asarray(values, dtype=np.float64)
     each = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -80,16 +80,16 @@ def interval(resampled: NDArray[np.float64], confidence: float) -> Interval:
 
 
 def p_value(differences: NDArray[np.float64]) -> float:
-    """Two-sided p of "no difference" from resampled differences (B,): twice the smaller share that lies at or past 0.
+    """Two-sided p value of "no difference" from resampled differences (B,): twice the smaller share at or past 0.
 
-    Never below 2 / (B + 1): as many resamples say nothing about rarer events.
+    Never below 2 / (B + 1), the resolution of B resamples.
     """
     smaller = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     return min(1.0, 2 * (1 + smaller) / (1 + len(differences)))
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down adjustment: below alpha, a claim holds although this many were tested (Holm, 1979)."""
+    """Holm's step-down adjusted p values (Holm, 1979), which control the family-wise error rate."""
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))
     adjusted[order] = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1))
@@ -97,10 +97,10 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def over_seeds(observed: Scored, resampled: Scored, runs: Sequence[Sequence[int]], seed: int) -> tuple[Scored, Scored]:
-    """The scores of arms from those of their runs, which differ in their seed alone: means, and draws with the seeds' error.
+    """Scores of arms from those of their runs, which differ only in seed: means, and draws with the seed error.
 
     Args:
-        runs: of each arm the indices of its runs. The first arm is the teacher, which is given and has no such error.
+        runs: indices of each arm's runs. The first arm is the teacher, which is fixed and has no seed error.
     """
     freedom = sum(len(these) - 1 for these in runs)
     means = [_averaged(scored, runs) for scored in (observed, resampled)]
@@ -132,10 +132,10 @@ def _averaged(scored: Scored, runs: Sequence[Sequence[int]]) -> Scored:
 
 
 def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
-    """Exact two-sided p that two arms are right equally often, from whether each is right on each question (N,), bool.
+    """McNemar's exact two-sided p value from each arm's correctness per question, (N,) bool (McNemar, 1947).
 
-    Only questions on which they differ count, each being a fair coin if the arms are equal (McNemar, 1947). It takes questions
-    for independent: use it where an image has one.
+    Only discordant questions count, each a fair coin under the null hypothesis. Questions are assumed independent: use it where
+    an image has one.
     """
     from scipy.stats import binomtest
 
@@ -145,22 +145,22 @@ def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
 
 
 def noise(differences: NDArray[np.float64], confidence: float) -> float:
-    """The gap that two arms must exceed to be told apart: half the interval of their resampled differences (B,)."""
+    """Smallest significant gap between two arms: half the interval of their resampled differences (B,)."""
     low, high = interval(differences, confidence)
     return (high - low) / 2
 
 
 def detectable(differences: NDArray[np.float64], confidence: float, power: float) -> float:
-    """The true gap that would exceed `noise` with probability `power` on another sample of this size."""
+    """Minimum detectable difference: the true gap that exceeds `noise` with probability `power` on a sample of this size."""
     from scipy.stats import norm
 
     return noise(differences, confidence) * float(1 + norm.ppf(power) / norm.ppf(0.5 + confidence / 2))
 
 
 def noise_unpaired(share: float, items: int, confidence: float) -> float:
-    """The gap between two scores near `share` that is noise when only the scores are known: `items` answers each, unpaired.
+    """Smallest significant gap between two unpaired scores near `share`, from `items` answers each.
 
-    Questions are taken for independent; where several share an image the noise is larger. Units: shares, as `share`.
+    Questions are assumed independent; where several share an image the noise is larger. Units: shares, as `share`.
     """
     from scipy.stats import norm
 
@@ -168,7 +168,7 @@ def noise_unpaired(share: float, items: int, confidence: float) -> float:
 
 
 def _per_image(values: NDArray[np.float64], images: NDArray[np.int_], kinds: NDArray[np.int_]) -> NDArray[np.float64]:
-    """(X, A, K) sums of (A, N) values per image and kind: all that a resample of images needs."""
+    """(X, A, K) sums of (A, N) values per image and kind: sufficient for resampling images."""
     shape = (int(images.max()) + 1, int(kinds.max()) + 1)
     cell = images * shape[1] + kinds
     sums = [np.bincount(cell, weights=arm, minlength=shape[0] * shape[1]).reshape(shape) for arm in values]
@@ -176,7 +176,7 @@ def _per_image(values: NDArray[np.float64], images: NDArray[np.int_], kinds: NDA
 
 
 def _score(draws: NDArray[Any], sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Scored:
-    """Scores when image x counts `draws[b, x]` times. Sums of right answers are of whole numbers, hence exact."""
+    """Scores with image x counted `draws[b, x]` times. Sums of right answers are sums of integers, hence exact."""
     total, count = ((draws @ part.reshape(len(part), -1)).reshape(len(draws), *part.shape[1:]) for part in (sums, counts))
     per_kind = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return Scored(total.sum(-1) / count.sum(-1), np.nanmean(per_kind, axis=-1), per_kind)

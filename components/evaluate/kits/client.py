@@ -11,26 +11,26 @@ from typing import Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
-KEY = "ALIGNTI_SERVE_KEY"  # in the environment: the bearer token that the server asks for
+KEY = "ALIGNTI_SERVE_KEY"  # environment variable with the server's bearer token
 MIME = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
-DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment is not for loopback
+DIRECT = build_opener(ProxyHandler({}))  # no proxy: the server is on loopback
 
 
 class Endpoint(NamedTuple):
-    """An OpenAI-compatible server, the name under which it knows its model, and what that is told before every question."""
+    """OpenAI-compatible server: base URL, model name and system prompt."""
 
     url: str  # without /v1
     model: str
-    system: str = ""  # for chat templates that have a place for it; that of `style: vicuna` has it built in
+    system: str = ""  # for chat templates with a system role; that of `style: vicuna` has it built in
 
 
 class Refused(Exception):
-    """The server is there and does not answer this request; the message is the server's."""
+    """Request rejected by the server, or a malformed response; the message holds the server's text."""
 
 
 def ask(endpoint: Endpoint, parts: Sequence[str | bytes], max_new_tokens: int, timeout_s: float = 600) -> str:
-    """The greedy answer, stripped, to words and images in their order. Raises Refused for an HTTP error or an answer of another
-    shape, OSError for no server."""
+    """Greedy answer, stripped, to interleaved text and images. Raises Refused for an HTTP error or a malformed response,
+    OSError for no server."""
     content: list[dict[str, Any]] = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": data_url(part)}}
         for part in parts
@@ -51,10 +51,10 @@ def ask(endpoint: Endpoint, parts: Sequence[str | bytes], max_new_tokens: int, t
 
 
 def healthy(url: str) -> bool:
-    """Whether a server there says that it is ready."""
+    """Readiness of the server, by its /health endpoint."""
     try:
         return _exchange(Request(f"{url}/health"), timeout_s=5)[0] == 200
-    except OSError:  # refused, reset, timed out, or no HTTP: not yet
+    except OSError:  # refused, reset, timed out, or no HTTP: not ready
         return False
 
 
@@ -64,7 +64,7 @@ def data_url(image: bytes) -> str:
 
 
 def _exchange(request: Request, timeout_s: float) -> tuple[int, bytes]:
-    """Status and body of the answer. Raises OSError for no server, and for one that does not speak HTTP."""
+    """Status and body of the response. Raises OSError for no server, and for one that does not speak HTTP."""
     try:
         with DIRECT.open(request, timeout=timeout_s) as response:
             return response.status, response.read()

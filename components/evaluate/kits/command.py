@@ -1,4 +1,4 @@
-"""`alignti evaluate`: each arm through each kit, and the table."""
+"""`alignti evaluate`: scores of each arm by each kit, as a table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from components.records.paths import TEACHER_ARM
 
 
 def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], blank: bool = False) -> None:
-    """Each arm through each kit, into the table.
+    """Measure each arm with each kit and update the table.
 
-    Raises InputError for an unknown kit or arm, or what cannot go together, before anything is run; else as
+    Raises InputError for an unknown kit or arm, or incompatible options, before anything runs; later errors as in
     components/evaluate/kits/measure.py.
     """
     settings = load_settings()
@@ -31,7 +31,7 @@ def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], bla
         raise InputError("--blank goes with --kit vlmeval and --task; `alignti controls` asks our own questions without images")
     bench = measure.Bench(settings)
     asked = [(arm, kit) for arm in arms or [TEACHER_ARM, *settings.study.arms] for kit in kits]
-    asked = [(arm, kit) for arm, kit in asked if kit != "own" or not arm.startswith(measure.BEFORE)]  # a stage asks the trained
+    asked = [(arm, kit) for arm, kit in asked if kit != "own" or not arm.startswith(measure.BEFORE)]  # no stage scores these
     with tqdm(asked, desc="models x kits", unit="run", disable=None if len(asked) > 1 else True) as bar:
         for arm, kit in bar:
             path, said = _run(bench, kit, arm, tasks, blank)
@@ -39,10 +39,10 @@ def evaluate(kits: Sequence[str], arms: Sequence[str], tasks: Sequence[str], bla
 
 
 def _run(bench: measure.Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -> tuple[Path, str]:
-    """Path of the table and what is new in it. It is written after each run: a later one may break off."""
+    """Measure one arm; returns the table's path and a summary. The table is written after each run, as a later one may fail."""
     if tasks:
         figures = measure.stock(bench, kit, arm, tasks, blank)
-        # Read only now: another command may have written in the meantime.
+        # Read after the run: another command may have written meanwhile.
         found = table.with_tasks(table.read(current), kit, arm, sha256([measure.folder_of(arm)]), figures)
         return table.write(found), ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     known = next((s for s in table.read(current).scores if (s.arm, s.kit) == (arm, kit)), None)
@@ -53,7 +53,7 @@ def _run(bench: measure.Bench, kit: str, arm: str, tasks: Sequence[str], blank: 
 
 
 def current(arm: str) -> str | None:
-    """Hash of the arm's model as it is now; None if there is none."""
+    """Hash of the arm's current model; None if there is none."""
     try:
         return sha256([measure.folder_of(arm)])
     except (AlignTIError, OSError):

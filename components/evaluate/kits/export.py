@@ -1,9 +1,9 @@
 """Export of a split as VLMEvalKit's TSV files: multiple choice, yes/no, and open questions.
 
-Options stand in an order drawn for each question, so that the right letter says nothing. A row holds its own options, and thus
-what each of its letters meant.
+Options are shuffled per question, so that the right letter carries no information. A row holds its own options, hence the
+meaning of its letters.
 
-Made where the kit is run and not by `prepare`: a TSV is a base64 copy of every image, and follows `evaluate.split`.
+Written by the kit's run, not by `prepare`: a TSV is a base64 copy of every image, and depends on `evaluate.split`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from components.models.template import IMAGE, with_marks
 
 Form = Literal["mcq", "yes_no", "vqa"]
 LETTERS = string.ascii_uppercase
-TURN = 10**6  # the kit takes rows whose indices differ by multiples of it for one question with its options in other orders
+TURN = 10**6  # index offset: the kit treats rows equal modulo it as one question with rotated options
 
 
 class KitSet(NamedTuple):
-    """One TSV: its name says to the kit how to score it (POPE's figures for yes/no)."""
+    """One TSV; its name selects the kit's scoring (POPE's figures for yes/no)."""
 
     form: Form
-    rows: list[int]  # indices of the split's samples, which are also the kit's
+    rows: list[int]  # sample indices in the split, also the TSV's `index`
 
     @property
     def name(self) -> str:
@@ -40,11 +40,11 @@ class KitSet(NamedTuple):
 
 
 def sets(samples: Sequence[Sample], rows: Sequence[int]) -> tuple[list[KitSet], list[int]]:
-    """The sets that there are questions for, and the rows without an image, which an image kit does not ask.
+    """Non-empty sets, and the rows without an image, which an image kit cannot use.
 
-    A kind is yes/no if all its references are; multiple choice if its references are 2 to 26 texts of one line, none of which
-    is in another (the kit takes for chosen the only option that an answer contains, to the letter), and no image stands among
-    the words of a question; open otherwise.
+    A kind is yes/no if all its references are; multiple choice if its references are 2 to 26 texts of one line, none a
+    substring of another (the kit accepts the only option that an answer contains verbatim), and no question has an image inside
+    its text; open otherwise.
     """
     kinds: dict[str, list[int]] = defaultdict(list)
     textual = []
@@ -61,7 +61,7 @@ def sets(samples: Sequence[Sample], rows: Sequence[int]) -> tuple[list[KitSet], 
 
 
 def options(samples: Sequence[Sample]) -> list[str]:
-    """The different references, normalised, sorted."""
+    """Distinct references, normalised, sorted."""
     return sorted({normalise(sample.turns[0].answer) for sample in samples})
 
 
@@ -73,15 +73,15 @@ def _form(samples: Sequence[Sample]) -> Form:
         return "vqa"
     among_words = any(
         IMAGE in with_marks(sample.turns[0].question) for sample in samples
-    )  # the kit's own wording keeps no place
+    )  # the kit's prompts drop the position
     return "vqa" if among_words or any(a in b for a in references for b in references if a != b) else "mcq"
 
 
 def write(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int, turned: bool = False) -> Path:
-    """The TSV at `path`. `category` is the kind; questions are as the model was trained on them, without the options.
+    """Write the TSV at `path`. `category` is the kind; questions are as in training, without the options.
 
     `turned`: a row for each rotation of a question's options. Circular evaluation: a question counts as right only if it is
-    answered right in every order (Liu et al., MMBench, ECCV 2024).
+    answered right in every rotation (Liu et al., MMBench, ECCV 2024).
     """
     if kit_set.form == "mcq":
         rows = [
@@ -91,14 +91,14 @@ def write(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int, tur
         ]
     else:
         rows = [_row(row, samples[row]) | {"answer": samples[row].turns[0].answer} for row in kit_set.rows]
-    if kit_set.form == "yes_no":  # as the kit writes them
+    if kit_set.form == "yes_no":  # `Yes` and `No`, as in the kit
         rows = [row | {"answer": normalise(str(row["answer"])).capitalize()} for row in rows]
     write_table(path, rows)
     return path
 
 
 def _ordered(rows: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[int, list[str]]:
-    """Each question's options, those of its kind, in an order that `seed` and the sample's name decide."""
+    """Row -> options of its kind, shuffled by `seed` and the sample's id."""
     kinds: dict[str, list[Sample]] = defaultdict(list)
     for row in rows:
         kinds[samples[row].kind].append(samples[row])
@@ -118,7 +118,7 @@ def _choice(index: int, sample: Sample, offered: Sequence[str]) -> dict[str, obj
 
 def _row(index: int, sample: Sample) -> dict[str, object]:
     images = [base64.b64encode(image).decode() for image in sample.upto(1).images]
-    image = images[0] if len(images) == 1 else repr(images)  # the kit reads a list so
+    image = images[0] if len(images) == 1 else repr(images)  # list format of the kit
     return {"index": index, "image": image, "question": with_marks(sample.turns[0].question), "category": sample.kind}
 
 

@@ -1,4 +1,4 @@
-"""Bridge to lm-evaluation-harness: our questions about images, language after distillation, any stock task by name."""
+"""Bridge to lm-evaluation-harness: our image questions, language tasks, and any stock task by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXT = ("alignti_language", "alignti_manners")
 
 
 def installed() -> str:
-    """The kit's version. Raises InputError, with the command that installs it."""
+    """Version of lm-eval. Raises InputError, with the install command, if there is none."""
     if find_spec("lm_eval") is None:
         raise InputError("lm-eval is not installed here: `make kits`")
     return version("lm_eval")
@@ -49,21 +49,21 @@ def evaluate(
     """Score the checkpoint folder `model`; figures are named `task/metric`.
 
     Args:
-        tasks: of params/lm_eval/; no network is needed.
-        stock: NAME of the kit's own, which fetches its data; or NAME=FOLDER, its data set being there as the hub has it.
-        new_tokens: where an answer that has not ended is cut.
-        journal: of answers that were already given by this model to these settings.
+        tasks: tasks of params/lm_eval/; no network is needed.
+        stock: the kit's own tasks: NAME, which downloads its data, or NAME=FOLDER, a local copy of the hub's data set.
+        new_tokens: maximum answer length.
+        journal: earlier answers of this model with these settings; new ones are appended.
 
     Raises:
         InputError: no lm-eval, or no such stock task.
-        DataError: a task that failed; no such folder.
+        ModelError, DataError: `model` is no complete checkpoint; a data folder is missing; a task failed.
     """
     installed()
     weight_files(model)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at length
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # silences its verbose warnings
     manager = TaskManager(include_path=str(TASKS.resolve()), include_defaults=bool(stock), metadata={"model": str(model)})
     folders = {name: Path(folder) for name, _, folder in (task.partition("=") for task in stock) if folder}
     names = [task.partition("=")[0] for task in stock]
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _with_local_data(name: str, manager: Any, data: Path, scratch: Path) -> str:
-    """A task file that is the kit's own in all but where its data set lies."""
+    """Task file that includes the kit's own and overrides its data set's path."""
     file = scratch / "tasks" / f"{name}.yaml"
     told = {"include": str(manager.task_index[name].yaml_path), "task": name, "dataset_path": str(data.resolve())}
     write_text(file, yaml.safe_dump(told))
@@ -117,8 +117,8 @@ def _student(model: Path, device: torch.device, batch_size: int, journal: Path, 
     from transformers import GenerationConfig
 
     class Student(HFMultimodalLM):  # type: ignore[misc]
-        """The kit's own model for images and text, with a journal. (Its `use_cache` takes equal questions about different
-        images for the same request.)"""
+        """lm-eval's image-text model with a journal. (The kit's `use_cache` returns one answer for equal questions
+        about different images.)"""
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             known = Journal(journal)

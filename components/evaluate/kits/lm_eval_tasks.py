@@ -1,4 +1,4 @@
-"""Documents of the tasks in params/lm_eval/: the prepared split."""
+"""Documents of the tasks in params/lm_eval/, from the prepared split."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
 
-OTHERS = 3  # wrong choices of `manners`
+OTHERS = 3  # number of wrong choices in `manners`
 SEED = 1
 
 
@@ -33,7 +33,7 @@ def split() -> Samples:
 
 
 def questions(**_: Any) -> dict[str, Dataset]:
-    """Every scored question that has an image; `row` is its sample's index."""
+    """Documents of the scored questions with an image; `row` is the sample's index."""
     samples = split()
     asked = ((row, samples[row]) for row in scored(samples))
     return _documents(
@@ -48,9 +48,9 @@ def image(document: dict[str, Any]) -> list[Image.Image]:
 
 
 def conversations(model: str, **_: Any) -> dict[str, Dataset]:
-    """Each scored question with its reference answer, as the text that the student in the folder `model` was trained on.
+    """Documents of question and reference answer, rendered as in the training of the student in folder `model`.
 
-    Without the BOS and EOS around it: lm-eval puts a token before the first by itself.
+    BOS and EOS are stripped: lm-eval prepends a token itself.
     """
     processor = load_processor(Path(model))
     template = Template.asked(load_settings().models.template).of(processor)
@@ -66,7 +66,7 @@ def conversations(model: str, **_: Any) -> dict[str, Dataset]:
 
 
 def manners(**_: Any) -> dict[str, Dataset]:
-    """Questions with one answer of the right kind among answers that no question of that kind has."""
+    """Documents with one answer of the question's kind among `OTHERS` that no question of that kind has."""
     samples = split()
     rows = scored(samples)
     kinds: dict[str, set[str]] = defaultdict(set)
@@ -93,7 +93,7 @@ def manners(**_: Any) -> dict[str, Dataset]:
 
 
 def _shown(turn: Turn) -> str:
-    """The kit puts an image where IMAGE stands."""
+    """Question text with IMAGE at each image's position, as lm-eval expects."""
     return "".join(IMAGE if piece is None else piece for piece in pieces(turn.question))
 
 

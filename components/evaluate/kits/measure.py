@@ -1,4 +1,4 @@
-"""One model measured one way: by the stage `evaluate`, by VLMEvalKit over a server, or by lm-eval in this process."""
+"""Scores of one model by one kit: the stage `evaluate`, VLMEvalKit over a server, or lm-eval in this process."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from components.records.models import ModelIndex
 from components.records.paths import DATASET, MODELS, ROWS, RUNS, SCORES
 from components.runtime import prepare_torch
 
-BEFORE = "before-"  # and the name of a student that nothing was distilled into yet
+BEFORE = "before-"  # prefix of a student's name: its checkpoint before distillation
 OURS = "our exact match"
 FOLDER = RUNS / "kits"
-TURNED = {  # tasks of ours for VLMEvalKit: our multiple choice with its options in the prompt
+TURNED = {  # our tasks for VLMEvalKit: our multiple choice with options in the prompt
     "options": "AlignTI_Options",  # in one drawn order per question
     "circular": "AlignTI_Circular",  # in every rotation; right only if right in all
 }
@@ -43,7 +43,7 @@ TURNED = {  # tasks of ours for VLMEvalKit: our multiple choice with its options
 
 @dataclass
 class Bench:
-    """The questions, the settings and the device; the same for every model and every way of measuring."""
+    """Questions, settings and device, shared by all models and kits."""
 
     settings: Settings
 
@@ -65,12 +65,12 @@ class Bench:
 
 
 def measure(bench: Bench, kit: str, arm: str) -> KitScores:
-    """All questions of the split to one model, through `kit`: "own", "vlmeval" or "lm-eval".
+    """Scores of one model on all questions of the split, by `kit`: "own", "vlmeval" or "lm-eval".
 
     Raises:
         ModelError, DataError: no such model, or no scores of the stage `evaluate` for it yet.
         InputError: the kit is not installed.
-        TryAgainError: the kit or the server broke off; or another process measures the same. What was answered is kept.
+        TryAgainError: the kit or the server failed, or another process measures the same arm. Answers so far are kept.
     """
     model = folder_of(arm)
     weight_files(model)
@@ -87,15 +87,15 @@ def measure(bench: Bench, kit: str, arm: str) -> KitScores:
 
 
 def is_current(bench: Bench, found: KitScores) -> bool:
-    """Whether measuring again would give the same: nothing that a score depends on has changed, and no question was refused."""
+    """True if the fingerprint is unchanged and no question failed, so that measuring again would give the same scores."""
     if found.kit == "own" or found.failed:
-        return False  # own: read from its stage's scores in no time
+        return False  # own: read from the stage's scores, which is fast
     asked = [row for row in bench.rows if bench.samples[row].upto(1).images]
     return found.fingerprint == _fingerprint(bench, folder_of(found.arm), asked, found.kit)
 
 
 def folder_of(arm: str) -> Path:
-    """Raises InputError for `before-NAME` if there is no student NAME."""
+    """Checkpoint folder of an arm or `before-NAME`. Raises InputError if there is no student NAME."""
     if not arm.startswith(BEFORE):
         return model_of(arm)
     students = ModelIndex.read(MODELS / "index.json").students
@@ -106,7 +106,7 @@ def folder_of(arm: str) -> Path:
 
 
 def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -> dict[str, float]:
-    """The kit's own benchmarks, or TSV files in VLMEvalKit's format: `task/figure` -> value. Raises as `measure`."""
+    """Scores on the kit's benchmarks, or on TSV files in VLMEvalKit's format: `task/figure` -> value. Raises as `measure`."""
     model = folder_of(arm)
     weight_files(model)
     if kit == "lm-eval":
@@ -118,13 +118,13 @@ def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -
     asked_for = [_turned(bench, FOLDER / kit / arm, task) if task in TURNED else task for task in tasks]
     for task in asked_for:
         if task.endswith(".tsv"):
-            vlmeval.checked(Path(task.rpartition("=")[2]))  # before a server is started
+            vlmeval.checked(Path(task.rpartition("=")[2]))  # fails before the server starts
     with _session(bench, arm, model, using) as session:
         return vlmeval.score_tasks(session, asked_for, blank)
 
 
 def _turned(bench: Bench, folder: Path, task: str) -> str:
-    """The file of one of TURNED. Raises InputError if the split has no multiple choice."""
+    """TSV of a task in TURNED. Raises InputError if the split has no multiple choice."""
     multiple = [found for found in export.sets(bench.samples, bench.rows)[0] if found.form == "mcq"]
     if not multiple:
         raise InputError(f"--task {task}: the {bench.settings.evaluate.split} split has no multiple choice")
@@ -152,7 +152,7 @@ def _own(arm: str, model: Path) -> KitScores:
 
 @contextmanager
 def _session(bench: Bench, arm: str, model: Path, using: vlmeval.Kit) -> Iterator[vlmeval.Session]:
-    """The served model before VLMEvalKit. Raises TryAgainError while another process measures the arm."""
+    """Session with the served model. Raises TryAgainError while another process measures the arm."""
     folder, new_tokens = FOLDER / "vlmeval" / arm, bench.settings.evaluate.max_new_tokens
     journal = _journal(folder, model, using.version, new_tokens, bench.device.type, bench.system)
     with _alone(folder), serve.served(model, arm, bench.device.type, folder / "server.log") as endpoint:
@@ -171,7 +171,7 @@ def _lm_eval(bench: Bench, arm: str, model: Path, tasks: Sequence[str], stock: S
 
 
 def _assembled(bench: Bench, arm: str, kit: str, model: Path, found: Measured, seconds: float) -> KitScores:
-    """The record of a kit's run: its verdict counts where it has one, ours elsewhere; what is no answer is never right."""
+    """Record of a kit's run: the kit's verdict where it has one, else ours; empty, overlong and failed answers are wrong."""
     rows = [row for row in bench.rows if row in found.answers]
     if not rows:
         raise DataError(f"{arm}: {kit} cannot ask any of the {len(bench.rows)} questions: none has an image")
@@ -217,7 +217,7 @@ def _empty(predicted: Sequence[Prediction]) -> list[str]:
 
 
 def _fingerprint(bench: Bench, model: Path, rows: Sequence[int], kit: str) -> Fingerprint:
-    """Fingerprint of a kit's run, which uses the template that is saved with the model, whatever the settings say."""
+    """Fingerprint of a kit's run; kits use the chat template saved with the model, not that of the settings."""
     here = Path(__file__).parent
     if kit == "vlmeval":
         version, judge, bridge = f"ms-vlmeval {vlmeval.kit(full=False).version}", JUDGE, ["export.py", "vlmeval_worker.py"]
@@ -231,11 +231,11 @@ def _fingerprint(bench: Bench, model: Path, rows: Sequence[int], kit: str) -> Fi
 
 
 def _journal(folder: Path, model: Path, *facts: object) -> Path:
-    """Named by all that answers depend on, so that only a run that would get the same goes on from it."""
+    """Path of the journal, named by a hash of everything that answers depend on: only an equal run resumes from it."""
     told = repr((sha256([model]), *facts))
     return folder / f"answers-{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
 
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
-    """One process at a time in a kit's folder. Raises TryAgainError while another is there."""
+    """Lock on a kit's folder. Raises TryAgainError while another process holds it."""
     return locked(folder / "lock", "another process measures this arm")

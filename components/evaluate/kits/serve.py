@@ -1,6 +1,6 @@
-"""OpenAI-compatible server of a student, by existing software: vLLM where it is installed, `transformers serve`
-elsewhere. Images come as data URLs; the folder's own chat template makes the prompt, which is the one it was trained with.
+"""OpenAI-compatible server of a student: vLLM where installed, else `transformers serve`.
 
+Images are sent as data URLs; the folder's chat template renders the prompt, as in training.
 `transformers serve` answers vision-language requests one at a time (its continuous batching is for text models); vLLM batches.
 """
 
@@ -24,7 +24,7 @@ from components.evaluate.kits.client import KEY, Endpoint, healthy
 from components.models.checkpoint_folder import weight_files
 
 LOOPBACK = "127.0.0.1"
-START_S = 900  # a large model's weights take minutes to read
+START_S = 900  # timeout of the start: a large model's weights take minutes to read
 STOP_S = 20
 DTYPE = "float32"  # dtype of the stage `evaluate`, so that answers are the same
 
@@ -38,12 +38,12 @@ from transformers.cli.transformers import main
 name = sys.argv[2]
 ModelManager.get_gen_models = staticmethod(lambda: [{"id": name, "object": "model", "created": 0, "owned_by": "alignti"}])
 main()
-"""  # in the place of `transformers serve`, whose /v1/models lists the hub's cache, and fails where there is none
+"""  # replaces `transformers serve`, whose /v1/models lists the hub's cache and fails without one
 
 
 def command(model: Path, host: str, port: int, device: str) -> list[str]:
-    """Serves `model` under its folder's name. Raises InputError if no server is installed, or for an open bind that nobody has
-    to show a key for."""
+    """Command line that serves `model` under its folder's name. Raises InputError if no server is installed, or for a
+    non-loopback bind without an API key."""
     key = KEY in os.environ
     if find_spec("vllm"):
         if not is_loopback(host) and not key:
@@ -69,20 +69,20 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name that may lead anywhere
+        return False  # host name, which may resolve to any address
 
 
 @contextmanager
 def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK, port: int | None = None) -> Iterator[Endpoint]:
-    """A server for `model`, ready when the block is entered and gone when it is left; what it says goes to `log`.
+    """Context manager of a ready server for `model`, terminated on exit; its output goes to `log`.
 
     Args:
-        name: what requests call the model.
+        name: model name in requests.
         device: "cpu", "cuda" or "mps".
         port: a free one if None.
 
     Raises:
-        ModelError: the folder is no whole checkpoint.
+        ModelError: the folder is no complete checkpoint.
         InputError: see `command`; also if something else listens on `port`.
         TryAgainError: the server exited or was not ready in 15 minutes; ends with the tail of its log.
     """
@@ -93,7 +93,7 @@ def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK,
         raise InputError(f"something serves at {endpoint.url} already: choose another --port")
     environment = {name: value for name, value in os.environ.items() if name != KEY}
     if KEY in os.environ:
-        environment["VLLM_API_KEY"] = os.environ[KEY]  # not on the command line, where every user of the machine could read it
+        environment["VLLM_API_KEY"] = os.environ[KEY]  # not on the command line, which every user of the machine can read
     log.parent.mkdir(parents=True, exist_ok=True)
     (link := log.parent / name).unlink(missing_ok=True)
     link.symlink_to(model)
@@ -125,7 +125,7 @@ def _wait(endpoint: Endpoint, process: subprocess.Popen[bytes], log: Path) -> No
 
 
 def last_words(log: Path) -> str:
-    """The last line that says something."""
+    """Last non-empty line of a log, cut to 300 characters."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"
 

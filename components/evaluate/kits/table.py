@@ -1,4 +1,4 @@
-"""reports/kits.{json,md}: the ways of measuring side by side, equal where they must be and explained where they are not."""
+"""Table of reports/kits.{json,md}: scores of all kits side by side, with the reasons for their differences."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from components.records.record import Record
 from components.report import markdown as md
 
 KITS = ("own", "vlmeval", "lm-eval")
-SHOWN = 5  # disagreements, and samples in trouble, per model and kit; kits.json has all
+SHOWN = 5  # maximum disagreements and failed samples listed per model and kit; kits.json has all
 
 
 def check(kits: Iterable[str]) -> None:
-    """Raises InputError for what is no way of measuring."""
+    """Raises InputError for an unknown kit."""
     for kit in kits:
         if kit not in KITS:
             raise unknown("kit", kit, KITS)
 
 
 class Asked(Record):
-    """One model's benchmarks and files by name, through one kit."""
+    """Figures of stock tasks and files, for one model and one kit."""
 
     model: str  # sha256 over its folder
     figures: dict[str, float]  # `task/figure` -> value
@@ -35,17 +35,17 @@ class Asked(Record):
 class Table(Record):
     """reports/kits.json"""
 
-    scores: list[KitScores]  # the teacher's, then by arm, then kit
+    scores: list[KitScores]  # teacher first, then by arm, then kit
     tasks: dict[str, Asked]  # "kit/arm" -> stock tasks and files
 
 
 def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
-    """Earlier results, without those of models that have changed. `current`: hash of an arm's model."""
+    """Earlier results, without those of changed models. `current`: arm -> hash of its model."""
     if not (folder / "kits.json").exists():
         return Table(scores=[], tasks={})
     try:
         before = Table.read(folder / "kits.json")
-    except DataError:  # of another version of this code; measuring again costs minutes
+    except DataError:  # written by another version; measuring again costs minutes
         return Table(scores=[], tasks={})
     return Table(
         scores=[found for found in before.scores if current(found.arm) == found.model],
@@ -54,14 +54,14 @@ def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
 
 
 def with_scores(table: Table, new: KitScores) -> Table:
-    """`new` in the place of what the same kit said of the same arm before."""
+    """Table with `new` in place of earlier scores of the same kit and arm."""
     kept = [found for found in table.scores if (found.arm, found.kit) != (new.arm, new.kit)]
     order = sorted([*kept, new], key=lambda found: (found.arm != TEACHER_ARM, found.arm, KITS.index(found.kit)))
     return table.model_copy(update={"scores": order})
 
 
 def with_tasks(table: Table, kit: str, arm: str, model: str, figures: dict[str, float]) -> Table:
-    """`figures` beside, or in the place of, what the same kit said of the same arm before."""
+    """Table with `figures` merged over earlier ones of the same kit and arm."""
     who = f"{kit}/{arm}"
     before = table.tasks[who].figures if who in table.tasks else {}
     return table.model_copy(update={"tasks": table.tasks | {who: Asked(model=model, figures=before | figures)}})

@@ -1,11 +1,11 @@
-"""Bridge to VLMEvalKit, which asks a served student and scores it in a process and an environment of its own.
+"""Bridge to VLMEvalKit, which evaluates a served student from a separate process and environment.
 
-Each run has a fresh data folder and a fresh work folder; only TSV, CSV and JSON that this run wrote are read back, never the
-kit's pickles. Answers stand in a journal of ours, so a run that is killed, or whose kit crashes, goes on where it stopped.
+Each run has a fresh data folder and a fresh work folder; only TSV, CSV and JSON files of this run are read back, never the
+kit's pickles. Answers are kept in our own journal, so a run resumes after a kill or a crash of the kit.
 
-Light (`make kits` puts it in .venv/vlmeval): the kit's package alone, which is enough for our own sets and for the benchmarks
+Light (`make kits` puts it in .venv/vlmeval): the kit's package alone, enough for our own sets and for the benchmarks
 of components/evaluate/benchmarks.py, video aside. Full (`make vlmeval-env`, or ALIGNTI_VLMEVAL_PYTHON): an environment
-with all that the kit's other benchmarks need.
+with the dependencies of the kit's other benchmarks.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from components.evaluate.kits.vlmeval_worker import JUDGE, MODEL, NOTHING, REFUS
 from components.evaluate.metrics import normalise
 from components.io import write_text
 
-FULL = "ALIGNTI_VLMEVAL_PYTHON"  # in the environment: the interpreter of the full kit
-DATA = "LMUData"  # in the environment: where the kit keeps the files of its benchmarks
+FULL = "ALIGNTI_VLMEVAL_PYTHON"  # environment variable with the full kit's interpreter
+DATA = "LMUData"  # environment variable with the kit's folder of benchmark files
 FULL_HERE = Path(".venv-vlmeval/bin/python")
 ROOT = Path(__file__).parents[3]
-CLIENTS = 4  # questions on their way at once: hides the client's work behind the server's, and lets vLLM batch
+CLIENTS = 4  # concurrent requests: overlaps client and server work, and lets vLLM batch
 POLL_S = 0.5
 VERSION = """
 import importlib.metadata, importlib.util, pathlib, subprocess
@@ -53,22 +53,22 @@ try:
 except importlib.metadata.PackageNotFoundError:
     folder = pathlib.Path(importlib.util.find_spec("vlmeval").submodule_search_locations[0])
     print(subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout)
-"""  # of the package, or the commit of a checkout
-LONGEST_FIELD = 2**27  # characters of one TSV field: an image
+"""  # prints the package's version, or the commit of a checkout
+LONGEST_FIELD = 2**27  # maximum characters of one TSV field: a base64 image
 
 
 @dataclass(frozen=True)
 class Kit:
-    """An interpreter that can import the kit, with what has to be on its path."""
+    """Interpreter that can import the kit, with its extra import path."""
 
     python: str
-    path: Path | None  # the folder that holds the light kit; None for a full one
+    path: Path | None  # folder of the light kit; None for a full one
     version: str
 
 
 @dataclass(frozen=True)
 class Session:
-    """A served student before the kit, and where its answers are kept."""
+    """Served student, with the kit and the journal of its answers."""
 
     kit: Kit
     endpoint: Endpoint
@@ -80,18 +80,18 @@ class Session:
 
 @dataclass
 class Job:
-    """Sets for one process of the kit."""
+    """Data sets of one run of the kit's process."""
 
     data: Path  # the kit's data folder
     sets: dict[str, str]  # name -> mcq, yes_no, vqa, or stock for a benchmark of the kit's
-    questions: int | None  # None: only the kit knows
-    plain: bool = False  # asked word by word, as the model was trained, and not as the kit words it
-    md5: dict[str, str] = field(default_factory=dict)  # MD5 of files that the user gives in place of a benchmark's
-    blank: bool = False  # a plain grey image in each image's place: what a score is worth without looking
+    questions: int | None  # None: not known before the kit loads the benchmark
+    plain: bool = False  # prompts as in training, without the kit's templates
+    md5: dict[str, str] = field(default_factory=dict)  # MD5 of user files in place of a benchmark's
+    blank: bool = False  # a plain grey image in place of each image: blind baseline
 
 
 def kit(full: bool) -> Kit:
-    """The kit as it is installed here. Raises InputError, with the command that installs it."""
+    """Installed kit. Raises InputError, with the install command, if there is none."""
     if full:
         python = os.environ.get(FULL) or (str(FULL_HERE) if FULL_HERE.exists() else None)
         if python is None:
@@ -109,16 +109,16 @@ def kit(full: bool) -> Kit:
 
 
 def kit_for_benchmarks() -> Kit:
-    """The full kit where there is one, which knows more benchmarks; else the light one. Raises as `kit`."""
+    """Full kit if installed, which has more benchmarks; else the light one. Raises as `kit`."""
     return kit(full=FULL in os.environ or FULL_HERE.exists())
 
 
 def run(session: Session, job: Job) -> dict[str, Any]:
-    """Let the kit ask and score the job's sets, into folder/work; returns what the worker says at its end.
+    """Run the job's sets in the kit's process, with results in folder/work; returns the worker's summary.
 
     Raises:
-        InputError: the kit has no such benchmark, or one that is not about single images.
-        TryAgainError: the kit's process ends badly; the answers that it had are in the journal.
+        InputError: the kit has no such benchmark, or one that is not about images.
+        TryAgainError: the kit's process fails; its answers so far are in the journal.
     """
     folder, journal = session.folder.resolve(), session.journal.resolve()
     work, done, log = folder / "work", folder / "done.json", folder / "kit.log"
@@ -147,7 +147,7 @@ def run(session: Session, job: Job) -> dict[str, Any]:
 
 
 def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journal: Path, bar: tqdm[Any]) -> int:
-    """The exit code of the kit's process; `bar` follows the answers in the journal. Ends the process if this is interrupted."""
+    """Exit code of the kit's process; `bar` follows the answers in the journal. An interrupt terminates the process."""
     with log.open("w") as said, journal.open("rb") as answers:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:
@@ -163,7 +163,7 @@ def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journ
 
 
 def score_split(session: Session, samples: Sequence[Sample], found: Sequence[export.KitSet], seed: int) -> Measured:
-    """Our own sets through the kit. Raises TryAgainError if it crashes, DataError if it lost an answer."""
+    """Score our own sets with the kit. Raises TryAgainError if it crashes, DataError if an answer is missing."""
     data = _fresh(session.folder)
     for kit_set in found:
         export.write(kit_set, samples, data / f"{kit_set.name}.tsv", seed)
@@ -197,10 +197,10 @@ def score_split(session: Session, samples: Sequence[Sample], found: Sequence[exp
 
 
 def score_tasks(session: Session, tasks: Sequence[str], blank: bool = False) -> dict[str, float]:
-    """Benchmarks of the kit by name, and TSV files in its format, asked as the kit words them: `task/figure` -> value.
+    """Score the kit's benchmarks and TSV files in its format, with the kit's prompts: `task/figure` -> value.
 
-    A task is the NAME of a benchmark, whose file the kit keeps in $LMUData (~/LMUData); NAME=FILE.tsv, its file being yours; or
-    FILE.tsv, questions of your own. With `blank` each image is a plain grey one, and the figures say so.
+    A task is the NAME of a benchmark, whose file the kit keeps in $LMUData (~/LMUData); NAME=FILE.tsv, the same with a local
+    file; or FILE.tsv, a set of your own. With `blank` each image is a plain grey one, and the figures' names say so.
 
     Raises:
         InputError: the kit has no such benchmark.
@@ -213,20 +213,20 @@ def score_tasks(session: Session, tasks: Sequence[str], blank: bool = False) -> 
     named = [task for task in tasks if task not in own]
     if named:
         kept = Path(os.environ.get(DATA) or "~/LMUData").expanduser()
-        kept.mkdir(parents=True, exist_ok=True)  # the kit would look elsewhere for one that is not there
+        kept.mkdir(parents=True, exist_ok=True)  # for a missing folder the kit falls back to another
         figures |= _scored(session, Job(kept, dict.fromkeys(named, "stock"), questions=None, blank=blank))
     return figures
 
 
 def _files(tasks: Sequence[str], data: Path, blank: bool) -> Job:
-    """The files, checked and copied to where the kit reads them."""
+    """Job over TSV files, checked and copied to the kit's data folder."""
     job = Job(data, {}, questions=0, blank=blank)
     for task in tasks:
         benchmark, _, file = task.rpartition("=")
         form, rows = checked(Path(file))
         name = benchmark or f"{Path(file).stem}{'_POPE' if form == 'yes_no' else ''}"
         if form == "yes_no" and not benchmark:
-            # The kit fails without a category, and to it no answer equals a `yes` that is not written `Yes`.
+            # The kit requires a category and compares answers with `Yes` and `No`, case-sensitive.
             lines = [
                 {"category": "all", **line, "answer": normalise(line["answer"]).capitalize()} for line in table(Path(file))
             ]
@@ -267,9 +267,9 @@ def _fresh(folder: Path) -> Path:
 
 
 def checked(path: Path) -> tuple[export.Form, int]:
-    """The form of a TSV in the kit's format, and its number of questions.
+    """Form of a TSV in the kit's format, and its number of questions.
 
-    Raises DataError naming every row that the kit would lose or mix up.
+    Raises DataError naming up to five rows that the kit would lose or mix up.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -282,7 +282,7 @@ def checked(path: Path) -> tuple[export.Form, int]:
     images = {line["index"]: line.get("image", "") for line in lines}
     for line in lines:
         image = images[line["index"]] or line.get("image_path", "")
-        shared = images.get(image, image)  # the kit lets a row name another whose image it shares
+        shared = images.get(image, image)  # in the kit's format a row may refer to another's image by index
         if not image:
             problems.append(f"index {line['index']} has no image")
         elif not (_is_picture(shared) or Path(line.get("image_path") or "\0").is_file()):
@@ -296,18 +296,18 @@ def checked(path: Path) -> tuple[export.Form, int]:
 
 
 def _is_picture(image: str) -> bool:
-    """Whether the kit will open it, or each of a list; it takes 64 characters or less for another row's index."""
+    """True for a base64 image, or a list of them, that decodes; the kit reads 64 characters or less as another row's index."""
     try:
         for one in ast.literal_eval(image) if image.startswith("[") else [image]:
             with Image.open(io.BytesIO(base64.b64decode(one, validate=True))) as shown:
                 shown.verify()
         return len(image) > 64
-    except (ValueError, OSError, SyntaxError):  # no base64, no picture, or (PNG) a broken one
+    except (ValueError, OSError, SyntaxError):  # no base64, no image, or (PNG) a broken one
         return False
 
 
 def table(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of a CSV or TSV; text alone is read. Raises DataError if the kit did not write it."""
+    """Rows of a CSV or TSV, as text. Raises DataError if the file is missing."""
     csv.field_size_limit(LONGEST_FIELD)
     try:
         with path.open(encoding="utf-8", newline="") as file:

@@ -1,7 +1,7 @@
-"""VLMEvalKit's own process: `python -m components.evaluate.kits.vlmeval_worker JOB.json`
+"""VLMEvalKit's worker process: `python -m components.evaluate.kits.vlmeval_worker JOB.json`
 
-The kit switches off TLS verification when it is imported, overwrites the environment from a .env file and reads pickles: it is
-never imported elsewhere. Of ours this needs the standard library alone, since the kit's environment may have nothing else.
+The kit switches off TLS verification on import, overwrites the environment from a .env file and reads pickles: it is never
+imported elsewhere. Our modules imported here use the standard library alone, as the kit's environment may have nothing else.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any, NoReturn
 from components.evaluate.journal import Journal
 from components.evaluate.kits.client import Endpoint, Refused, ask
 
-NOTHING = "\u2205"  # stand-in for an empty, overlong or missing answer; no option and no yes or no is in it
-LONGEST = 10_000  # characters; the kit would find an option at the end of any length
+NOTHING = "\u2205"  # placeholder for an empty, overlong or missing answer; matches no option, yes or no
+LONGEST = 10_000  # maximum characters of an answer; the kit would accept an option at the end of any length
 MODEL = "student"
 JUDGE = "exact_matching"
-LIGHT = ("image_mcq", "image_yorn", "image_vqa")  # modules with benchmarks that need none of the 75 dependencies
+LIGHT = ("image_mcq", "image_yorn", "image_vqa")  # benchmark modules without the kit's 75 dependencies
 GREY = (127, 127, 127)
-REFUSED = 2  # exit code: the question was wrong, not the kit
+REFUSED = 2  # exit code of an unknown or non-image benchmark
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     trusting = ssl.create_default_context
     import vlmeval  # noqa: F401
 
-    ssl._create_default_https_context = trusting  # the kit has just switched verification off
+    ssl._create_default_https_context = trusting  # restores the verification that the import switched off
     _save_once()
     from vlmeval.inference import infer_data_job
 
@@ -55,9 +55,9 @@ def main() -> None:
 
 
 def _bypass() -> None:
-    """Packages of the kit that import every model and benchmark it has become empty ones with the same folder.
+    """Replace the kit's packages that import all its models and benchmarks by empty ones with the same `__path__`.
 
-    What is needed of them is then imported module by module; the 75 dependencies of the rest are not.
+    Required modules are then imported one by one, without the 75 dependencies of the rest.
     """
     found = importlib.util.find_spec("vlmeval")
     if found is None or not found.submodule_search_locations:
@@ -74,9 +74,9 @@ def _bypass() -> None:
 
 
 def _save_once() -> None:
-    """The kit's loop over questions writes all results so far after each one, so that n questions cost n^2; now at its end.
+    """Patch the kit's loop to dump results once, at its end: it rewrites all of them per question, O(n^2) in questions.
 
-    Nothing is lost by that if the kit is killed: answers are in the journal, and the next run starts in a fresh folder.
+    A kill loses nothing: answers are in the journal, and the next run starts in a fresh folder.
     """
     from vlmeval import utils
     from vlmeval.smp import dump, load
@@ -91,13 +91,13 @@ def _save_once() -> None:
             dump((load(save) if Path(save).exists() else {}) | dict(zip(keys, results, strict=True)), save)
         return results
 
-    for module in list(sys.modules.values()):  # it is imported by name
+    for module in list(sys.modules.values()):  # modules hold it by name
         if getattr(module, "__dict__", {}).get("track_progress_rich") is asking:
             module.track_progress_rich = tracked  # type: ignore[attr-defined]
 
 
 def _dataset(name: str, form: str, job: dict[str, Any]) -> Any:
-    """A set of ours from $LMUData, or the kit's own benchmark of that name."""
+    """Data set of ours from $LMUData, or the kit's benchmark of that name."""
     if form == "stock":
         return _benchmark(name, job["light"], job["md5"])
     if form == "mcq":
@@ -124,10 +124,9 @@ def _dataset(name: str, form: str, job: dict[str, Any]) -> Any:
 
 
 def _benchmark(name: str, light: bool, md5: dict[str, str]) -> Any:
-    """The kit's own class for it, which fetches its file unless one with the MD5 that it knows is in $LMUData.
+    """Instance of the kit's benchmark class, which downloads its file unless $LMUData has one with the expected MD5.
 
-    `md5` says that of the user's own files, which the kit is told to take for the benchmark's; those that are the kit's own go
-    from it.
+    `md5`: hashes of user files, which become the expected ones; entries equal to the kit's own are removed from it.
     """
     if light:
         modules = [importlib.import_module(f"vlmeval.dataset.{module}") for module in LIGHT]
@@ -153,7 +152,7 @@ def _benchmark(name: str, light: bool, md5: dict[str, str]) -> Any:
 
 def _refuse(reason: str) -> NoReturn:
     print(reason, file=sys.stderr, flush=True)
-    os._exit(REFUSED)  # without the kit's own words after it
+    os._exit(REFUSED)  # skips the kit's output on exit
 
 
 def _student(job: dict[str, Any]) -> Any:
@@ -163,9 +162,9 @@ def _student(job: dict[str, Any]) -> Any:
     endpoint, journal = Endpoint(**job["endpoint"]), Journal(Path(job["journal"]))
 
     class Student(BaseModel):  # type: ignore[misc]
-        """Asks the served student: a `plain` job word by word, as it was trained; another as the kit words it."""
+        """Client of the served student: prompts as in training for a `plain` job, else the kit's."""
 
-        is_api = True  # so that the kit asks from several threads
+        is_api = True  # enables the kit's thread pool
         INTERLEAVE = False
 
         def __init__(self) -> None:
@@ -178,8 +177,8 @@ def _student(job: dict[str, Any]) -> Any:
             return bool(job["plain"])
 
         def build_prompt(self, line: Any, dataset: str) -> list[dict[str, str]]:
-            """Images as they are in our file (the kit's own `dump_image` would decode and write them anew), each where <image>
-            stands in the question, or first."""
+            """Message with the images' original bytes (the kit's `dump_image` would re-encode them), each at its <image>, or
+            first."""
             held = line["image"] if isinstance(line["image"], list) else [line["image"]]
             shown = []
             for number, image in enumerate(held):
@@ -195,19 +194,19 @@ def _student(job: dict[str, Any]) -> Any:
 
         def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
             if self.gone:
-                raise self.gone  # the rest of the questions need not find out one by one
+                raise self.gone  # the server is gone: fail the remaining questions at once
             paths = [part["value"] for part in message if part["type"] == "image"]
             parts = [Path(part["value"]).read_bytes() if part["type"] == "image" else part["value"] for part in message]
-            if len(paths) < 2:  # all words after the image
+            if len(paths) < 2:  # text after the image
                 parts = [*(Path(path).read_bytes() for path in paths), "\n".join(p for p in parts if isinstance(p, str))]
             if job["blank"]:
                 parts = [blank(part) if isinstance(part, bytes) else part for part in parts]
-            named = f"{dataset}/{Path(paths[0]).stem}" if paths else str(parts)  # the kit names an image after its row
+            named = f"{dataset}/{Path(paths[0]).stem}" if paths else str(parts)  # image files are named by row index
             key = hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)).hexdigest()
             if key not in journal.known:
                 try:
                     journal.add({key: ask(endpoint, parts, job["max_new_tokens"])})
-                except Refused as error:  # counted, and asked again by the next run
+                except Refused as error:  # counted; the next run retries it
                     self.failed[named] = str(error)
                     return NOTHING
                 except OSError as error:
@@ -223,7 +222,7 @@ def _student(job: dict[str, Any]) -> Any:
 
 
 def blank(image: bytes) -> bytes:
-    """A plain grey image of the same size, as `alignti controls` shows."""
+    """Plain grey PNG of the same size, also used by `alignti controls`."""
     from PIL import Image
 
     file = io.BytesIO()
