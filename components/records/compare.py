@@ -20,26 +20,26 @@ class Difference(Record):
     ci95: tuple[float, float]
     p_value: float
     p_holm: float
-    p_mcnemar: float | None = None  # exact, over the yes/no questions alone; None if there are none
-    # Fields in which their fingerprints differ: then the difference is not of the arms alone.
+    p_mcnemar: float | None = None  # McNemar's exact p over the yes/no questions; None if not tested
+    # Differing fingerprint fields: with any, the difference is not due to the arms alone.
     differs: list[str] = Field(default_factory=list)
 
     @property
     def larger_than_noise(self) -> bool:
-        """Whether the interval excludes zero and both were measured alike."""
+        """True if the interval excludes zero and the fingerprints agree."""
         return not self.differs and not self.ci95[0] <= 0 <= self.ci95[1]
 
 
 class Contrast(Record):
-    """All pairs of arms by one measure, and what the sample can tell apart by it. Medians are over pairs; None for one arm."""
+    """Pairwise differences by one measure, and the sample's resolution: medians over pairs; None for one arm."""
 
-    pairs: list[Difference]  # each arm against each that ranks below it by exact match
-    noise: float | None  # gap between two arms that this sample, and these seeds, tell apart
-    detectable: float | None  # true gap that would be told apart four times in five
-    spread: float | None  # standard deviation between runs that differ in their seed alone; None: one run per arm
+    pairs: list[Difference]  # each arm minus each ranked below it by exact match
+    noise: float | None  # smallest significant gap between two arms
+    detectable: float | None  # minimum detectable difference at 80% power
+    spread: float | None  # standard deviation between runs that differ only in seed; None: one run per arm
 
     def gain(self, arm: str, baseline: str) -> Difference | None:
-        """`arm` minus `baseline`, whichever of the two ranks higher; None if they are no pair."""
+        """Difference `arm` minus `baseline`, in either rank order; None if they are no pair."""
         pair = next((p for p in self.pairs if {p.arm, p.against} == {arm, baseline}), None)
         if pair is None or pair.arm == arm:
             return pair
@@ -55,7 +55,7 @@ class Estimate(Record):
 
 
 class TeacherResult(Record):
-    """Exact match with its interval, over all samples and as the mean over kinds; the other measures over all samples."""
+    """Exact match with its interval, over all samples and as the mean over kinds; other measures over all samples."""
 
     exact_match: float
     ci95: tuple[float, float]
@@ -64,23 +64,23 @@ class TeacherResult(Record):
     per_kind: dict[str, float]
     per_kind_ci95: dict[str, tuple[float, float]]
     yes_no: dict[str, YesNo]
-    measures: dict[str, Estimate]  # token F1, nats and KL per token (components/evaluate/measures.py)
-    # What differs in how it was measured from how the teacher was; then it compares with nothing here.
+    measures: dict[str, Estimate]  # token F1, nats and KL per token, scorers (components/evaluate/measures.py)
+    # Fields that differ from the teacher's fingerprint; with any, the score is not comparable here.
     differs: list[str] = Field(default_factory=list)
 
 
 class ArmResult(TeacherResult):
-    """Means over the arm's runs, which differ in their seed alone; intervals of those means."""
+    """Means over the arm's runs, which differ only in seed, with intervals of those means."""
 
-    # What the arms differ in, by path in params/study.yaml (`weights.kd`); None: as in params/distill.yaml.
+    # Settings that vary between arms, by path in params/study.yaml (`weights.kd`); None: as in params/distill.yaml.
     settings: dict[str, Any] = Field(default_factory=dict)
     runs: dict[str, float]  # name in params/study.yaml -> exact match; the first gives the arm its name
     share_of_teacher: float | None  # exact match over the teacher's; None where the teacher has none
     share_ci95: tuple[float, float] | None
     gains: dict[str, Difference]  # over each baseline of params/evaluate.yaml
     train_seconds: float  # mean over runs
-    step_seconds: float  # mean over runs of each one's median
-    peak_memory_mib: float  # the most of any run
+    step_seconds: float  # mean over runs of the median per run
+    peak_memory_mib: float  # maximum over runs
     device: str
     steps: int
 
@@ -97,8 +97,8 @@ class PublishedRuns(Record):
 class Comparison(Record):
     """reports/compare.json"""
 
-    headline: str  # detectable difference, and what may be said of the best arm
-    standing: str  # the order of all arms with their intervals, in a sentence
+    headline: str  # detectable difference, then the leading arms
+    standing: str  # ranking of all arms with their intervals, as a sentence
     split: Split
     n: int  # samples
     images: int
@@ -111,14 +111,14 @@ class Comparison(Record):
     order: list[str]  # arms from the best down
     exact_match: Contrast
     measures: dict[str, Contrast]
-    published: PublishedRuns | None = None  # published runs of the recipe that params/ are nearest to
+    published: PublishedRuns | None = None  # published runs of the recipe nearest to params/
 
     @property
     def pairs(self) -> list[Difference]:
-        """Each better arm against each that ranks below it, by exact match."""
+        """Differences of each arm and each ranked below it, by exact match."""
         return self.exact_match.pairs
 
     @property
     def repeated(self) -> bool:
-        """Whether some arm was trained with several seeds, so that intervals hold the seeds' share."""
+        """True if some arm has several seeds, so that intervals include the seed error."""
         return self.exact_match.spread is not None

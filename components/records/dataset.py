@@ -34,7 +34,7 @@ class Manifest(Record):
 class SourceRecord(Record):
     """One source of a mixture; ids of its samples and images begin with its name and a slash."""
 
-    weight: float  # times that each of its samples stands in an epoch of training, on average
+    weight: float  # repeats of each sample per epoch, on average
     licence: str
     files: str
     rows: int
@@ -47,20 +47,20 @@ class Sources(Record):
 
 
 class Likeness(Record):
-    """A training image that looks like one that is evaluated on."""
+    """Near-duplicate pair: a training image and an evaluation image."""
 
     train: str
     other: str
     where: str  # val, test, or a folder of evaluation images
     bits: int  # Hamming distance of their perceptual hashes
-    verbatim: int  # conversations that both have, word for word
+    verbatim: int  # conversations in common, word for word
 
 
 class Overlap(Record):
-    """artifacts/dataset/overlap.json: training images that look like evaluated ones (components/dataset/perceptual_hash.py)."""
+    """artifacts/dataset/overlap.json: training near-duplicates of evaluation images (components/dataset/perceptual_hash.py)."""
 
     compared: dict[str, int]  # images per split and folder
-    near: int  # training images
-    verbatim: int  # conversations
+    near: int  # training images with a near-duplicate
+    verbatim: int  # conversations in common, over all pairs
     dropped: bool
-    pairs: list[Likeness]  # the likest, at most 50
+    pairs: list[Likeness]  # nearest pairs, at most 50

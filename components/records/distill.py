@@ -6,10 +6,10 @@ from components.records.record import Record
 
 
 class Cost(Record):
-    """artifacts/students/ARM/cost.json: varies from run to run, so only `compare` depends on it."""
+    """artifacts/students/ARM/cost.json. Not deterministic, so only `compare` depends on it."""
 
     train_seconds: float
-    step_seconds: float | None = None  # median over the steps: other work on the machine sways it less; None: not recorded
+    step_seconds: float | None = None  # median over the steps, robust to other load on the machine; None: not recorded
     peak_memory_mib: float
     device: str
     steps: int

@@ -44,14 +44,14 @@ class Fingerprint(Record):
 
     kit: str  # "alignti", "vlmeval", "lm-eval"
     kit_version: str  # a version, a commit, or a digest of the kit's code
-    dataset: str  # its name, and the split
+    dataset: str  # name and split
     dataset_hash: str  # hash of images, questions and references
-    prompt_hash: str  # hash of every prompt as the model read it, in order
+    prompt_hash: str  # hash of all rendered prompts, in order
     decoding: dict[str, bool | int | float | str]  # generation settings
     judge: str  # name of the rule or model that judged answers
     transformers: str  # version
     dtype: str  # dtype of the weights
-    device: str  # its kind: "cpu", "cuda", "mps"
+    device: str  # device kind: "cpu", "cuda", "mps"
 
 
 class Scores(Record):
@@ -67,4 +67,4 @@ class Scores(Record):
     nats_per_token: float | None = None  # mean NLL of the references; None: not measured
     kl_per_token: float | None = None  # KL from the teacher; None: not measured, or the teacher itself
     scorers: dict[str, float] = Field(default_factory=dict, exclude_if=lambda value: not value)  # of params/evaluate.yaml
-    fingerprint: Fingerprint | None = None  # None: not known how it was measured, so it compares with nothing
+    fingerprint: Fingerprint | None = None  # None: unknown, so the score is not comparable

@@ -7,8 +7,8 @@ from typing import Literal, Self
 from components.records.paths import IRS
 from components.records.record import Absent, Record
 
-Attention = Literal["mean", "centred"]  # over heads and rows, as it is | less what the layer attends to whatever is asked
-Rows = Literal["all", "words"]  # instruction rows: all, or the question's own without the template's
+Attention = Literal["mean", "centred"]  # mean over heads and rows | the same less the background over all instructions
+Rows = Literal["all", "words"]  # instruction rows: all, or the question's words without the template's tokens
 Interval = tuple[float, float]
 
 
@@ -20,7 +20,7 @@ class Picked(Record):
     weighting: Attention
     rows: Rows
     runner_up: tuple[int, Attention, Rows] | None  # under `pointing`: the second best layer, weighting, rows
-    separated: bool  # the lead over it is more than 1.96 standard errors of their paired difference
+    separated: bool  # lead over the runner-up above 1.96 standard errors of the paired difference
 
     @property
     def described(self) -> str:
@@ -29,53 +29,53 @@ class Picked(Record):
 
 
 class View(Record):
-    """Per layer, for one weighting and kind of rows."""
+    """IRS and pointing per layer, for one weighting and kind of rows."""
 
     weighting: Attention
     rows: Rows
     irs: list[float]
     irs_standard_error: list[float]  # over images
-    pointing: list[float]  # share of the weights on the asked region; empty where no region is known
+    pointing: list[float]  # share of the weights on the question's region; empty without known regions
     pointing_ci95: list[Interval]  # over images
-    equal: list[int]  # instructions without any attention left, whose image's tokens weigh the same
+    equal: list[int]  # instructions with zero attention left, whose visual weights are uniform
 
 
 class Region(Record):
-    """The asked regions that `pointing` was measured on."""
+    """Image regions behind `pointing`: those that the questions are about."""
 
     images: int
     questions: int
-    equal: float  # share of equal weights on the region
+    equal: float  # share of uniform weights on the region
     equal_ci95: Interval
 
 
 class Background(Record):
-    """Per layer, where the attention goes whatever is asked: its mean over images and instructions."""
+    """Background attention per layer: the attention map's mean over images and instructions."""
 
     rows: Rows
-    most: list[float]  # share of the one position that takes most
-    sinks: list[list[int]]  # positions that take more than 5 times an equal share
-    on_sinks: list[float]  # share of them together
+    most: list[float]  # largest share of one position
+    sinks: list[list[int]]  # positions above 5 times the uniform share
+    on_sinks: list[float]  # total share of the sinks
 
 
 class LayerChoice(Record):
-    """artifacts/irs/layer.json: the layer of the highest IRS (mean attention over all rows, as in the paper), and what the rule
-    of params/irs.yaml picks."""
+    """artifacts/irs/layer.json: the layer of the highest IRS (mean attention over all rows, as in the paper), and the pick of
+    the rule in params/irs.yaml."""
 
     layer: int
     irs: list[float]  # per layer
     standard_error: list[float]  # per layer, over images
-    separated: bool  # is the winner's lead over the runner-up more than 1.96 standard errors of their paired difference?
+    separated: bool  # lead over the runner-up above 1.96 standard errors of the paired difference
     runner_up: int
     images: int
     pairs: int
     picked: Picked
     views: list[View]
-    region: Region | None  # None: no question's region is known, or not where the visual tokens lie
+    region: Region | None  # None: no known regions, or unknown positions of visual tokens
     grids: list[str]  # grids of visual tokens found in the images
-    backgrounds: list[Background]  # none where the grids differ
+    backgrounds: list[Background]  # empty if the grids differ
 
     @classmethod
     def found(cls) -> Self | None:
-        """Layer choice of this folder; None where no layer could be searched for: no image has enough instructions."""
+        """Layer choice of this folder; None if no image has enough instructions for a search."""
         return None if Absent.reason_at(IRS / "layer.json") else cls.read(IRS / "layer.json")

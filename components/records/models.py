@@ -8,17 +8,17 @@ from components.records.record import Record
 
 
 class ModelRecord(Record):
-    """One usable checkpoint folder."""
+    """Usable checkpoint folder."""
 
     name: str
     role: Literal["teacher", "student"]
     path: str
-    origin: str  # "embedded", a hub id, a local folder, two of those, or the teacher that it was cut from
+    origin: str  # "embedded", a hub id, a local folder, two of those, or the teacher that it was pruned from
     revision: str | None
     parameters: int
     size_bytes: int
     sha256: str  # over the folder's files
-    visual_tokens: int | None  # per image; None where it depends on the image's shape
+    visual_tokens: int | None  # visual tokens per image; None if the image's shape decides
 
 
 class ModelIndex(Record):

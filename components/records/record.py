@@ -1,4 +1,4 @@
-"""Base of the records that stages hand each other: strict JSON, written atomically."""
+"""Base of the records passed between stages: validated JSON, written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components.io import write_text
 
 
 class Record(BaseModel):
-    """Base of all records: strict, immutable, one JSON file each."""
+    """Base of all records: immutable, without unknown keys; a JSON file or a part of one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,7 +24,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises DataError if the file is missing or not such a record."""
+        """Record of a file. Raises DataError if the file is missing or is no such record."""
         text = content(path)
         try:
             return cls.model_validate_json(text)
@@ -35,18 +35,18 @@ class Record(BaseModel):
 
 
 class Absent(Record):
-    """Stand-in for a record that a run does without."""
+    """Placeholder for a record that does not apply to a run."""
 
-    none: str  # why
+    none: str  # reason
 
     @classmethod
     def reason_at(cls, path: Path) -> str | None:
-        """None if there is no file, or another record in it."""
+        """Reason in the placeholder at `path`; None if the file is missing or holds another record."""
         return cls.reason_in(content(path)) if path.exists() else None
 
     @classmethod
     def reason_in(cls, text: bytes) -> str | None:
-        """None if the text is another record's."""
+        """Reason in a placeholder's text; None for another record."""
         try:
             return cls.model_validate_json(text).none
         except ValidationError:
@@ -54,7 +54,7 @@ class Absent(Record):
 
 
 def content(path: Path) -> bytes:
-    """Raises DataError if there is no such file."""
+    """Bytes of a file. Raises DataError if it is missing or a folder."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -63,7 +63,7 @@ def content(path: Path) -> bytes:
 
 
 def parsed(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises DataError if there is none."""
+    """JSON object of a file. Raises DataError if there is none."""
     try:
         found = json.loads(content(path))
     except (ValueError, RecursionError) as error:
@@ -74,7 +74,7 @@ def parsed(path: Path) -> dict[str, Any]:
 
 
 def parsed_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects that a file's lines hold. Raises DataError if one does not."""
+    """JSON objects of a JSON Lines file. Raises DataError if a line holds none."""
     found = []
     for number, line in enumerate(content(path).splitlines(), 1):
         try:
@@ -87,6 +87,6 @@ def parsed_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def jsonl(records: Iterable[Record | dict[str, Any]]) -> str:
-    """Records as JSON lines, to be read as bytes: among characters more than one ends a line (U+2028)."""
+    """Records as JSON lines. Split them as bytes: `str.splitlines` also breaks at U+2028."""
     lines = (r.model_dump_json() if isinstance(r, Record) else json.dumps(r, ensure_ascii=False) for r in records)
     return "".join(line + "\n" for line in lines)

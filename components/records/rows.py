@@ -13,14 +13,14 @@ class TriedSplit(Record):
     resized: int  # usable samples whose images are resized
     left_out: dict[str, int]  # reason -> samples
     tokens: int  # tokens of the usable samples, maximum over models
-    response_tokens: int  # tokens of them that are trained on
+    response_tokens: int  # response tokens of the usable samples, which carry the loss
     longest: int
 
 
 class TriedRows(Record):
-    """artifacts/rows/rows.json: what came of trying every row with the models' tokenizers, templates and image sizes."""
+    """artifacts/rows/rows.json: result of encoding every row with the models' tokenizers, templates and image sizes."""
 
-    digest: str  # the data set's
+    digest: str  # digest of the data set
     max_length: int
-    tried_with: list[str]  # models, one of those that read rows alike
+    tried_with: list[str]  # models, one for each distinct encoding
     splits: dict[Split, TriedSplit]

@@ -11,17 +11,17 @@ class Candidate(Record):
     name: str
     exact_match: float
     per_kind: dict[str, float]
-    nats_per_token: float  # mean cross-entropy on the reference answers
-    irs: float | None  # IRS of its best layer; None: no image has enough instructions, and no arm asks
+    nats_per_token: float  # mean cross-entropy of the reference answers
+    irs: float | None  # IRS of its best layer; None: too few instructions per image, and no arm needs it
     irs_layer: int | None
     parameters: int
     seconds_per_1000: float
     memory_mib: float
-    refused: list[str]  # limits of params/teacher.yaml that it breaks
+    refused: list[str]  # violated limits of params/teacher.yaml
 
 
 class TeacherChoice(Record):
-    """artifacts/teacher/choice.json: what later stages depend on, so nothing here varies from run to run."""
+    """artifacts/teacher/choice.json. Deterministic, as later stages depend on it."""
 
     name: str
     path: str

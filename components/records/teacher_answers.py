@@ -8,11 +8,11 @@ from components.records.record import Record
 
 
 class AnswerFacts(Record):
-    """Identity of the teacher's answers: they serve a run only if each of these is the same for both."""
+    """Identity of the teacher's answers: a run uses them only if all fields are equal."""
 
     teacher: str  # sha256 of its folder
     dataset: str  # digest
-    rows: str  # sha256 of what `check_rows` left of the train split
+    rows: str  # sha256 of the train split's rows after `check_rows`
     template: str  # sha256
     precision: str
     asked: dict[str, Any]  # `teacher_answers` of params/distill.yaml
@@ -21,26 +21,26 @@ class AnswerFacts(Record):
 class AnswerSet(Record):
     facts: AnswerFacts
     samples: int
-    answers: int  # all that were written
-    cut_off: int  # of them, without an end of turn: not kept
-    without: int  # samples none of whose answers is kept: nothing trains on them
-    tokens: float  # mean length of those kept
-    log_prob: float  # mean log-probability per token of those kept, nats
+    answers: int  # all generated answers
+    cut_off: int  # answers without an end of turn, which are not kept
+    without: int  # samples without a kept answer, which are not trained on
+    tokens: float  # mean length of the kept answers
+    log_prob: float  # mean log-probability per token of the kept answers, nats
     files: dict[str, str]  # file -> sha256
 
 
 class AnswerManifest(Record):
-    """artifacts/answers/manifest.json; `written` is null where params/distill.yaml asks for none."""
+    """artifacts/answers/manifest.json; `written` is null if params/distill.yaml disables the answers."""
 
     written: AnswerSet | None
 
 
 class Answered(Record):
-    """One line of a file: the kept answers to the first question of a sample, in the order in which they were drawn."""
+    """One line of a file: the kept answers to the first question of a sample, in sampling order."""
 
-    sample: int  # its index in the train split
+    sample: int  # index in the train split
     id: str
-    answers: list[list[int]]  # tokens, the end of turn included
-    log_probs: list[float]  # of each answer under the teacher, all tokens
+    answers: list[list[int]]  # token ids, the end of turn included
+    log_probs: list[float]  # teacher's log-probability of each answer, summed over tokens
     cut_off: int  # answers without an end of turn
     texts: list[str]

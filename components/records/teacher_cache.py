@@ -11,16 +11,16 @@ from components.records.record import Record
 
 
 class SignalFacts(Record):
-    """Identity of the teacher's signals: a cache serves a run only if each of these is the same for both."""
+    """Identity of the teacher's signals: a run uses a cache only if all fields are equal."""
 
     teacher: str  # sha256 of its folder
-    students: dict[str, str]  # sha256 of each folder whose vocabulary and images were compared with the teacher's
+    students: dict[str, str]  # student -> sha256 of its folder, checked for the teacher's vocabulary and images
     dataset: str  # digest
     template: str  # sha256
     precision: Literal["fp32", "bf16"]  # dtype of the teacher's weights
-    layer: int  # layer whose attention weighs the visual tokens
+    layer: int  # layer of the attention map behind the visual weights
     rows: Rows
-    background: str | None  # its digest, for centred attention
+    background: str | None  # digest of the background, for centred attention
     temperature: float
     kind: Literal["top_k", "sampled"]
     top_k: int
@@ -29,16 +29,16 @@ class SignalFacts(Record):
 
 
 class Approximation(Record):
-    """|KL from the cache - KL from the whole distribution| over some rows, against a student before distillation."""
+    """Error of the cached KL, |KL from the cache - exact KL|, over some rows, against a student before distillation."""
 
     student: str
     rows: int
-    kl: float  # mean of the exact one, nats
+    kl: float  # mean exact KL, nats
     mean_error: float  # nats
     max_error: float  # nats
     relative_error: float  # mean error / mean KL
-    bias: float  # mean of the error with its sign, nats
-    mean_mass_beyond: float  # teacher's probability outside the k tokens; 0 where tokens are drawn, as none is out of reach
+    bias: float  # mean signed error, nats
+    mean_mass_beyond: float  # teacher's mass outside the top k; 0 for sampled tokens, which cover the vocabulary
     max_mass_beyond: float
 
 
@@ -48,24 +48,24 @@ class SignalCache(Record):
     dtype: Literal["float16", "float32"]  # dtype of the log-probabilities or entropies
     samples: int
     rows: int
-    equal_weights: int  # samples whose image's tokens weigh the same, for want of attention
+    equal_weights: int  # samples with uniform visual weights, for lack of attention
     size_bytes: int
     shards: dict[str, str]  # file -> sha256
-    errors: dict[Literal["text", "visual"], Approximation]  # none of a kind of which there are no rows
+    errors: dict[Literal["text", "visual"], Approximation]  # without kinds that have no rows
 
 
 class EvidenceKept(Record):
-    """The teacher's part of L_mcd."""
+    """Teacher's evidence for L_mcd."""
 
     facts: SignalFacts
     asked: int  # samples with an image and a partner
-    right: dict[str, int]  # kind -> samples kept: those that the teacher answers as the data do
-    effect: dict[str, float]  # kind -> its mean, nats
+    right: dict[str, int]  # kind -> kept samples, which the teacher answers correctly
+    effect: dict[str, float]  # kind -> mean effect, nats
     shards: dict[str, dict[str, str]]  # kind -> file -> sha256
 
 
 class SignalManifest(Record):
-    """artifacts/signals/manifest.json; `cache` is null where params/distill.yaml asks for the live teacher."""
+    """artifacts/signals/manifest.json; `cache` is null if params/distill.yaml selects the live teacher."""
 
     cache: SignalCache | None
     evidence: EvidenceKept | None = Field(default=None, exclude_if=lambda value: value is None)
