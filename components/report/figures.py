@@ -1,4 +1,4 @@
-"""Style of all figures: a light and a dark theme of matplotlib, and deterministic PNG bytes."""
+"""Style of all figures: a light and a dark matplotlib theme, and deterministic PNG bytes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Theme:
     muted: str  # secondary text, reference lines
     faint: str  # grid
     accent: str
-    behind: str  # of what is worse, as accent is of what is better
-    series: tuple[str, ...]  # colours of arms: of `SHIPPED` in their order, then of other names
+    behind: str  # colour for worse, as accent for better
+    series: tuple[str, ...]  # colours of arms: `SHIPPED` in order, then other names
 
     def colour(self, index: int) -> str:
         return self.series[index % len(self.series)]
 
     def dash(self, index: int) -> str:
-        """Colours come round again after `series`; the dash tells the rounds apart."""
+        """Dash style of an index; separates arms of one colour once `series` repeats."""
         return ("-", "--", ":", "-.")[index // len(self.series) % 4]
 
 
 def places(arms: Iterable[str]) -> dict[str, int]:
-    """Place in `series` of each arm, by its name alone, so that all reports draw it alike; an arm whose place another of
-    these arms has taken gets the next free one, with a dash of its own once all are taken."""
+    """Arm -> index in `series`, by a hash of its name, so that all reports use one colour per arm. On a collision the next
+    free index; once all are taken, a colour again with another dash."""
     taken: dict[str, int] = {}
     others = len(LIGHT.series) - len(SHIPPED)
     for arm in arms:
@@ -73,7 +73,7 @@ DARK = Theme(
 
 
 def draw(plot: Callable[..., Figure], *subject: Any, theme: Theme = LIGHT) -> bytes:
-    """`plot(*subject, theme)` as PNG."""
+    """PNG bytes of `plot(*subject, theme)`."""
     style: Any = {
         "figure.facecolor": theme.paper,
         "savefig.facecolor": theme.paper,
@@ -97,9 +97,9 @@ def draw(plot: Callable[..., Figure], *subject: Any, theme: Theme = LIGHT) -> by
         "ytick.labelsize": 8.5,
         "legend.frameon": False,
         "legend.fontsize": 8.5,
-        "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
+        "font.family": "DejaVu Sans",  # bundled with matplotlib, so output is the same on every machine
         "font.size": 9,
-        "text.parse_math": False,  # a question may hold a dollar sign, and then is no formula
+        "text.parse_math": False,  # no mathtext: questions may contain dollar signs
         "figure.constrained_layout.use": True,
     }
     with rc_context(style):

@@ -1,4 +1,4 @@
-"""Markdown tables, and numbers as all reports write them."""
+"""Markdown tables and number formats shared by all reports."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ DASH = "\N{EN DASH}"  # in place of a number that was not measured
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]], text_columns: int = 1) -> str:
-    """A table whose first `text_columns` columns are aligned to the left, and the others, numbers, to the right."""
+    """Markdown table with `text_columns` left-aligned columns first, then right-aligned numbers."""
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in (header, rule, *rows))
 
 
 def percent(share: float) -> str:
-    """0..1 as a percentage without its sign, for columns that name the unit."""
+    """Percentage of a share (0..1) without the percent sign, for columns that name the unit."""
     return f"{100 * share:.1f}"
 
 
 def signed(value: float, decimals: int = 1) -> str:
-    """With a sign; a true minus, as wide as the plus, and no sign before what is 0 so written."""
+    """Signed number with a true minus (U+2212), and no sign on a rounded zero."""
     said = f"{value:+.{decimals}f}"
     return said.replace("-", "\N{MINUS SIGN}") if float(said) else said[1:]
 

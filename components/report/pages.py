@@ -1,4 +1,4 @@
-"""Template, style and inline images that the HTML pages share."""
+"""Jinja environment and inline images shared by the HTML pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from components.errors import DataError
 
 
 def templates(folder: Path) -> Environment:
-    """The `*.html.j2` of `folder`, and page.html.j2 that they extend; text is escaped, and an unknown name is an error."""
+    """Jinja environment over the `*.html.j2` of `folder` and the base page.html.j2; autoescaped, undefined names raise."""
     return Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
@@ -24,7 +24,7 @@ def templates(folder: Path) -> Environment:
 
 
 def data_uri(content: bytes) -> str:
-    """An encoded image as a data URI; its type is read from its content. Raises DataError if it is no image."""
+    """Data URI of an encoded image, its type read from the content. Raises DataError if it does not decode."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             kind = Image.MIME[str(image.format)]
@@ -34,7 +34,7 @@ def data_uri(content: bytes) -> str:
 
 
 def thumbnail(content: bytes, longest_px: int) -> bytes:
-    """The image with its longest side at most `longest_px`; a smaller one is returned as it is."""
+    """JPEG of an image with its longest side at most `longest_px`; a smaller image is returned unchanged."""
     with Image.open(io.BytesIO(content)) as image:
         if max(image.size) <= longest_px:
             return content
