@@ -1,2 +1,1 @@
-"""Studies: which students to train (`expand`), what became of each (`record`), what that says (`compare`), which one to use
-(`champion`)."""
+"""Studies: expansion of a grid into arms (`expand`), comparison of their runs (`compare`), `plots` and `report`."""

@@ -1,8 +1,8 @@
-"""Comparison of a study from its runs in MLflow: variants over seeds, against the baselines, effects of the factors.
+"""Comparison of a study from its runs in MLflow: variants over seeds, tests against baselines, effects of factors.
 
-The repetitions are the seeds: a variant is compared with another over the seeds that both have run, with the paired t test,
-and all such p values of a family are adjusted together (Holm). A factor's main effect is the mean difference over all pairs of
-runs that agree in everything else, seed included.
+Seeds are the repetitions: two variants are compared by a paired t test over the seeds that both have, and all p values of a
+family are adjusted together (Holm). A factor's main effect is the mean difference over all pairs of runs that agree in
+everything else, seed included.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from components.tracking.stage_run import JOURNAL_ONLY
 
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
 GPU_WH, CPU_WH = "cost/gpu_wh", "cost/cpu_wh"
-MOST = 50_000  # runs that MLflow hands out at once
-SLACK = 0.05  # two trainings whose hours differ by less cost the same: one run's time varies by as much
+MOST = 50_000  # maximum results of one MLflow search
+SLACK = 0.05  # relative difference of hours that counts as equal cost: the variation of one run's time
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell's outcome."""
+    """Finished run of a cell."""
 
     id: str
     cell: str
     variant: str
-    params: dict[str, str]  # parameters that the study varies
+    params: dict[str, str]  # parameters varied by the study
     metrics: dict[str, float]
     fingerprint: str
     made: int  # ms since 1970
-    experiment: str = ""  # MLflow's id
+    experiment: str = ""  # MLflow's experiment id
 
     @property
     def seed(self) -> str:
@@ -48,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` values with its t interval; no interval from a single value."""
+    """Mean over `n` values with its t interval; no interval for a single value."""
 
     mean: float
     interval: Interval | None
@@ -57,19 +57,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Test:
-    """`variant` minus `against`, over the seeds that both ran."""
+    """Paired t test of `variant` minus `against`, over the seeds that both have."""
 
     variant: str
     against: str
     difference: Estimate
-    p_value: float | None  # None: fewer than two seeds
+    p_value: float | None  # None: fewer than two seeds, or equal differences
     p_holm: float | None
     family: str
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Effect of setting `factor` to `level` where it was `reference`, everything else equal."""
+    """Main effect of `factor` at `level` instead of `reference`, all else equal."""
 
     factor: str
     level: str
@@ -83,9 +83,9 @@ class Variant:
     score: Estimate
     hours: float  # mean
     memory_mib: float  # mean
-    gpu_wh: float | None  # mean; None unless it was measured in all of its runs
+    gpu_wh: float | None  # mean; None unless measured in all runs
     cpu_wh: float | None
-    best_at_its_cost: bool  # no other variant has as much score for as few hours
+    best_at_its_cost: bool  # on the Pareto front of score and hours
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class StudyResult:
     study: str
     runs: list[Run]
     missing: list[str]  # cells of the study without a run
-    superseded: int  # older runs of the same cells
+    superseded: int  # runs left out: older ones of the same cells, or of other cells
     variants: list[Variant]  # best first
     tests: list[Test]
     effects: list[Effect]
@@ -102,13 +102,13 @@ class StudyResult:
 
 
 def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
-    """`read` from the MLflow at that address, once it has what journals here hold: a study that runs still sends at its end.
+    """Runs of a study from MLflow (`read`), after a sync of local journals, which a running study sends only at its end.
 
-    The address is not repeated, since it may hold a password.
+    Error messages leave out the address, which may hold a password.
 
     Raises:
-        InputError: it names no MLflow, or one without such an experiment.
-        TryAgainError: it does not answer.
+        InputError: `tracking_uri` names no MLflow, or one without this experiment.
+        TryAgainError: the server does not respond.
     """
     from components.tracking.mlflow_client import client
     from components.tracking.mlflow_sync import try_sync
@@ -132,7 +132,7 @@ def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
 
 
 def read(client: Any, experiment: str, study: str) -> list[Run]:
-    """All runs of the study's cells, oldest first. Raises InputError if MLflow has no such experiment."""
+    """Finished runs of the study's cells, oldest first. Raises InputError if MLflow has no such experiment."""
     found = client.get_experiment_by_name(experiment)
     if found is None:
         raise InputError(
@@ -158,10 +158,10 @@ def read(client: Any, experiment: str, study: str) -> list[Run]:
 def compare(
     study: str, runs: Sequence[Run], cells: Sequence[str], families: Mapping[str, Family], confidence: float
 ) -> StudyResult:
-    """`cells` are those that the study asks for; of each, the latest of `runs` counts.
+    """Result of a study over `cells`, the study's arms; the latest of `runs` counts for each.
 
     Raises:
-        DataError: nothing has been run, or the scores were not measured in the same way.
+        DataError: there are no runs, or their fingerprints are unknown or differ.
     """
     latest = {run.cell: run for run in sorted(runs, key=lambda run: run.made) if run.cell in set(cells)}
     if not latest:
@@ -187,7 +187,7 @@ def compare(
 
 
 def same_measure(runs: Sequence[Run]) -> None:
-    """Raises DataError unless all scores were measured in the same, known way; says which were not, and what differs."""
+    """Raises DataError unless all runs have one known fingerprint; the message names cells and differing fields."""
     groups: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         groups[run.fingerprint].append(run.cell)
@@ -209,7 +209,7 @@ def same_measure(runs: Sequence[Run]) -> None:
 
 
 def estimate(values: Sequence[float], confidence: float) -> Estimate:
-    """The mean of `values` with its t interval."""
+    """Mean of `values` with its t interval."""
     from scipy import stats
 
     n, mean = len(values), float(np.mean(values))
@@ -245,13 +245,13 @@ def _mean_of_all(runs: Sequence[Run], metric: str) -> float | None:
 
 
 def on_front(name: str, points: dict[str, tuple[float, float]]) -> bool:
-    """Whether no other variant's (score, cost) has at least the score at no more cost, one of the two strictly."""
+    """Membership of the Pareto front: no other point has at least the score at no more cost, one of the two strictly."""
     score, cost = points[name]
     return not any(other >= score and paid <= cost and (other, paid) != (score, cost) for other, paid in points.values())
 
 
 def equal_compute(variants: Sequence[Variant]) -> list[tuple[Variant, Variant | None]]:
-    """Each variant beside the best of the others that took no more device hours, SLACK aside; None: nothing is as cheap."""
+    """Pairs of each variant and the best other at no more device hours, within SLACK; None if no other is as cheap."""
     return [
         (one, max((v for v in variants if v is not one and v.hours <= one.hours * (1 + SLACK)), key=_score, default=None))
         for one in variants
@@ -282,7 +282,7 @@ def _tests(name: str, family: Family, by_variant: dict[str, list[Run]], confiden
 
 
 def _effects(factor: str, runs: Sequence[Run], confidence: float) -> list[Effect]:
-    """Main effects of each level of `factor` against its first, as the study lists them."""
+    """Main effects of each level of `factor` against the first, in the study's order."""
     blocks: dict[tuple[tuple[str, str], ...], dict[str, float]] = defaultdict(dict)
     for run in runs:
         rest = tuple(sorted((path, value) for path, value in run.params.items() if path != factor))

@@ -1,9 +1,9 @@
-"""A study: which arms to train, as one base arm, cells that change it, and a grid that each cell runs through.
+"""Expansion of a study into arms: a base arm, cells that override it, and a grid over each cell.
 
-    params/studies/NAME.yaml  ->  `arms:` of params/study.yaml, which DVC makes stages of
+    params/studies/NAME.yaml  ->  `arms:` of params/study.yaml, each a DVC stage
 
-An arm is named after its cell and its grid values (`kd-seed1`), so that a changed or added value leaves the other arms as they
-are, and DVC runs only what is new.
+An arm's name is its cell and grid values (`kd-seed1`), so a changed or added value leaves the other arms' stages up to date,
+and DVC runs only new ones.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from components.errors import SettingsError, unknown
 from components.records.distill import Cost
 from components.records.paths import STUDENTS
 
-OF_AN_ARM = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # taken from params/distill.yaml unless it sets them
+OF_AN_ARM = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # defaults from params/distill.yaml
 STUDIES = Path("params/studies")
-SEED = "seed"  # the grid key whose values are repetitions, not variants
+SEED = "seed"  # grid key whose values are repetitions, not variants
 
 
 class Family(Strict):
-    """Comparisons whose p values are adjusted together."""
+    """Family of comparisons whose p values are adjusted together."""
 
     variants: list[ArmName]
     against: list[ArmName]
@@ -69,10 +69,10 @@ class Study(Strict):
 
 
 class Cell(Strict):
-    """One arm of a study."""
+    """Arm of a study."""
 
     name: ArmName
-    variant: str  # the name without the seed: repetitions share it
+    variant: str  # name without the seed, shared by repetitions
     arm: Arm
 
 
@@ -81,7 +81,7 @@ def names(root: Path = Path()) -> list[str]:
 
 
 def read(name: str, root: Path = Path()) -> Study:
-    """Raises SettingsError with everything that is wrong in the file, or the studies that there are."""
+    """Study of that name. Raises SettingsError with all problems of the file, or the known studies."""
     path = root / STUDIES / f"{name}.yaml"
     if name not in names(root):
         raise SettingsError(str(unknown("study", name, names(root))))
@@ -92,7 +92,7 @@ def read(name: str, root: Path = Path()) -> Study:
 
 
 def cells(name: str, root: Path = Path()) -> list[Cell]:
-    """Every arm of the study, in the order of the file. Raises SettingsError naming the arms that are no valid arms."""
+    """Arms of the study in file order, those of budgets last. Raises SettingsError with all invalid arms and names."""
     study, settings = read(name, root), load_settings(root)
     found, problems = [], []
     points = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
@@ -127,7 +127,7 @@ def cells(name: str, root: Path = Path()) -> list[Cell]:
 
 
 def _within(budget: str, cells: list[Cell], baselines: list[str], settings: Settings, root: Path) -> list[Cell]:
-    """The cells but the first baseline's, each with as many steps as cost what the baseline of its seed takes."""
+    """Cells but the first baseline's, with steps scaled to the cost of the baseline of the same seed."""
     first = {cell.arm.seed: cell for cell in cells if baselines and cell.variant == baselines[0]}
     if not first:
         raise SettingsError(f"budgets: {budget}: they are what the first of `baselines` takes, and there is none")
@@ -144,7 +144,7 @@ def _within(budget: str, cells: list[Cell], baselines: list[str], settings: Sett
 
 
 def _costs(budget: str, cells: list[Cell], settings: Settings, root: Path) -> dict[str, float]:
-    """Operations or median seconds of one step of each."""
+    """Cell -> operations or median seconds of one step."""
     from components.config import recipes
 
     if budget == "seconds":
@@ -156,16 +156,16 @@ def _costs(budget: str, cells: list[Cell], settings: Settings, root: Path) -> di
 
 
 def families(study: Study, arms: Sequence[Cell]) -> dict[str, Family]:
-    """What is compared with what: as declared, or every variant with the baselines."""
+    """Families of the study: as declared, else every variant against the baselines."""
     variants = list(dict.fromkeys(cell.variant for cell in arms))
     return study.families or {"Against the baselines": Family(variants=variants, against=study.baselines)}
 
 
 def expand(name: str, root: Path = Path()) -> str:
-    """Make the study's arms those of params/study.yaml, its baselines those of params/evaluate.yaml, and merge its `distill`
-    into params/distill.yaml; returns the diff.
+    """Write the study's arms to params/study.yaml and its baselines to params/evaluate.yaml, and merge its `distill` into
+    params/distill.yaml; returns the diff.
 
-    Nothing is written unless the outcome is valid.
+    Nothing is written unless the result is valid.
     """
     from components.config.recipes import checked_texts, write
 
@@ -180,12 +180,12 @@ def expand(name: str, root: Path = Path()) -> str:
 
 
 def _stated(arm: Arm) -> dict[str, Any]:
-    """The arm as params/study.yaml states it: without the blocks that are as in params/distill.yaml."""
+    """Arm as in params/study.yaml, without unset blocks, which default to params/distill.yaml."""
     return {key: value for key, value in arm.model_dump(mode="json").items() if value is not None}
 
 
 def _set(arm: dict[str, Any], path: str, value: Any, settings: Settings) -> None:
-    """`weights.tpa` = value; a block that the arm has not set begins as params/distill.yaml has it."""
+    """Set a path such as `weights.tpa`; an unset block starts from its values in params/distill.yaml."""
     block, _, key = path.partition(".")
     if not key:
         arm[block] = dict(value) if isinstance(value, dict) else value
@@ -200,7 +200,7 @@ def _set(arm: dict[str, Any], path: str, value: Any, settings: Settings) -> None
 
 
 def _label(path: str, value: Any) -> str:
-    """`weights.tpa`, 0.5 -> `tpa0_5`; what an arm's name may hold."""
+    """Name part of a grid value, in the characters of arm names: `weights.tpa`, 0.5 -> `tpa0_5`."""
     said = "none" if value is None else str(value).lower() if not isinstance(value, float) else f"{value:g}"
     key = path.rpartition(".")[2] if not isinstance(value, str) else ""
     return re.sub(r"[^a-z0-9_]+", "_", f"{key}{said}")

@@ -13,17 +13,17 @@ from components.report.figures import Theme
 from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test
 
 POINTS = 100
-SURE = 0.05  # of a family's comparisons, after Holm
+SURE = 0.05  # significance level after Holm
 
 
 def duration(hours: float) -> str:
-    """In seconds below a minute, in minutes below an hour."""
+    """Duration in seconds below a minute, in minutes below an hour, else in hours."""
     seconds = 3600 * hours
     return f"{seconds:.2g} s" if seconds < 59.5 else f"{seconds / 60:.1f} min" if hours < 1 else f"{hours:.2f} h"
 
 
 def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
-    """A line per run through what was varied, the cost and the score, the bluer the better."""
+    """Parallel coordinates: a line per run through factors, cost and score, coloured by score."""
     axes_names = [*result.factors, HOURS, MEMORY, SCORE]
     columns = {name: _positions(result, name) for name in axes_names}
     scores = [run.metrics[SCORE] for run in result.runs]
@@ -31,7 +31,7 @@ def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
     scale = Normalize(min(scores), max(scores) if max(scores) > min(scores) else min(scores) + 1)
     figure = Figure(figsize=(max(5.0, 1.5 * len(axes_names)), 3.6))
     axes = figure.subplots()
-    for index in sorted(range(len(scores)), key=lambda i: scores[i]):  # the best on top
+    for index in sorted(range(len(scores)), key=lambda i: scores[i]):  # best run drawn last, on top
         values = [columns[name][0][index] for name in axes_names]
         axes.plot(range(len(axes_names)), values, color=shade(scale(scores[index])), linewidth=1.3, alpha=0.85)
     for place, name in enumerate(axes_names):
@@ -49,7 +49,7 @@ def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
 
 
 def differences(result: StudyResult, theme: Theme) -> Figure:
-    """A row per comparison with its interval, by family; in colour what holds after Holm."""
+    """Forest plot: a row per comparison with its interval, by family; coloured if significant after Holm."""
     rows: list[str | Test] = []
     for family, tests in groupby(result.tests, key=lambda test: test.family):
         rows += [family, *tests]
@@ -77,7 +77,7 @@ def differences(result: StudyResult, theme: Theme) -> Figure:
 
 
 def pareto(result: StudyResult, theme: Theme) -> Figure:
-    """Score against device time and against memory, a point per variant; the line joins those that none beats on both."""
+    """Score against device time and against memory, a point per variant, with the Pareto front as a line."""
     figure = Figure(figsize=(9.0, 3.6))
     left, right = figure.subplots(1, 2, sharey=True)
     longest = max(variant.hours for variant in result.variants)
@@ -121,7 +121,7 @@ def _positions(result: StudyResult, name: str) -> tuple[list[float], list[tuple[
 
 
 def _size(level: str) -> float:
-    """That of a number; words stay in the study's order, after the numbers."""
+    """Sort key of a level: numbers by value; words after them, in the study's order."""
     try:
         return float(level)
     except ValueError:

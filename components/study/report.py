@@ -20,11 +20,11 @@ POINTS = 100
 PICTURES = ("differences.png", "runs.png", "pareto.png")
 NOTHING_LEARNT = "no run answered a question right, so nothing was learnt and none is the best"
 
-Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, names of columns, rows
+Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, header, rows
 
 
 def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
-    """Writes compare.md, compare.csv and compare.html; returns where they are."""
+    """Write compare.md, compare.csv, compare.html and the PNGs; returns the paths of the first three."""
     tables = _tables(result, confidence)
     pictures = [
         ("Differences with their intervals, in colour those that hold after Holm", draw(plots.differences, result)),
@@ -44,7 +44,7 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
 
 
 def standing(result: StudyResult) -> str:
-    """Best variant, significant differences and missing cells, in a sentence or three."""
+    """Best variant, significant differences, missing cells and superseded runs, in a few sentences."""
     best = result.variants[0]
     leads = f"the best is {best.name} with {best.score.mean:.1%}" if best.score.mean else NOTHING_LEARNT
     said = f"{len(result.runs)} runs of {len(result.variants)} variants; {leads}."
@@ -125,7 +125,7 @@ def _markdown(result: StudyResult, about: str, tables: Sequence[Table]) -> str:
 
 
 def _csv(result: StudyResult) -> str:
-    """One line per run, everything that it varied and measured."""
+    """CSV with one line per run: its varied parameters and its metrics."""
     rows = [{"run_id": run.id, "cell": run.cell, "variant": run.variant, **run.params, **run.metrics} for run in result.runs]
     params = dict.fromkeys(name for run in result.runs for name in run.params)
     metrics = sorted({name for run in result.runs for name in run.metrics})
