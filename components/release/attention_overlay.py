@@ -33,7 +33,7 @@ FOLDER = REPORTS / "try"
 
 @dataclass(frozen=True)
 class Seen:
-    """One model's panel for each image, and the images under them."""
+    """Attention overlays of one model: a heat map per image, the choice of layer, and the images."""
 
     heats: list[Heat]
     how: str
@@ -42,10 +42,10 @@ class Seen:
 
 @torch.inference_mode()
 def attention_of(named: Named, loaded: Loaded, batch: Batch, sample: Sample, answer: str) -> Seen:
-    """The attention from the question's tokens after an image to its own, mean over heads, of one layer, or of all where none
-    is known.
+    """Attention maps of each image: from the instruction tokens after it to its visual tokens, mean over heads and tokens, of
+    the layer from `layer_of` or the mean over all layers.
 
-    Raises InputError if it is not known where the visual tokens lie in the image.
+    Raises InputError if the visual tokens' positions in the image are unknown.
     """
     layers: int = loaded.model.config.get_text_config().num_hidden_layers
     layer, how = layer_of(named, layers)
@@ -62,7 +62,7 @@ def attention_of(named: Named, loaded: Loaded, batch: Batch, sample: Sample, ans
 
 
 def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
-    """Which of the model's `layers` to show, and why that one. None: all of them."""
+    """Layer to show, with the reason as a phrase; None: the mean over all `layers`."""
     choice = LayerChoice.found() if named.arm is not None and (IRS / "layer.json").is_file() else None
     if choice is None:
         return None, "the mean over all layers, for no layer search was made of this model"
@@ -74,7 +74,7 @@ def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
 
 
 def placed(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: int = 0) -> NDArray[Any]:
-    """(Nv,) -> (rows, columns) over the whole image of that number. Raises InputError if it is not known where tokens lie."""
+    """(Nv,) attention of image `number` as a (rows, columns) grid. Raises InputError if the tokens' positions are unknown."""
     if (grid := batch.image_inputs.get("image_grid_thw")) is not None:
         merged = loaded.processor.image_processor.merge_size
         return attention.reshape(int(grid[number, 1]) // merged, int(grid[number, 2]) // merged)
@@ -98,21 +98,21 @@ def _patches(loaded: Loaded) -> int:
 
 
 def _images(loaded: Loaded, sample: Sample) -> list[NDArray[np.uint8]]:
-    """The part of each image that visual tokens cover."""
+    """Images as seen by the model: preprocessed if the family crops, else only decoded."""
     crops = family_of(loaded.model.config).crops
     return [seen_by(loaded.processor, image) if crops else np.asarray(image) for image in decoded(sample)]
 
 
 def draw_overlays(name: str, question: str, attended: list[Seen]) -> Path:
-    """The models' panels beside each image as the first of them sees it, with question and answers below them.
+    """Draw the models' heat maps beside each image as preprocessed for the first model, with question and answers below.
 
-    Returns the PNG's path, which `name` decides.
+    Returns the path of the PNG, `name` in `FOLDER`.
     """
     of_image = [[seen.heats[number] for seen in attended] for number in range(len(attended[0].images))]
 
     def figure(theme: Theme) -> Figure:
         drawn = heatmaps(attended[0].images, of_image, "attention / equal share", theme)
-        for number, axes in enumerate(drawn.axes[:-1]):  # the last is the scale
+        for number, axes in enumerate(drawn.axes[:-1]):  # the last axes hold the colour bar
             first = number % (1 + len(attended)) == 0
             said = textwrap.shorten(question, 45, placeholder=" …") if first else axes.get_xlabel()
             axes.set_xlabel(f"{'asked' if first else 'answer'}: {said}")

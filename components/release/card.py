@@ -1,4 +1,4 @@
-"""Full model card of an export: that of `distill`, with scores, cost, and how to make it again."""
+"""Full model card of an export: the card of `distill` plus scores, cost, and reproduction commands."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from components.report import markdown as md
 from components.tracking import history, provenance
 from components.tracking.system_metrics import CPU_WH, GPU_WH
 
-# Inputs of `distill@ARM`.
+# Stages upstream of `distill@ARM`, whose outputs the card lists.
 BEFORE = ("prepare", "obtain_models", "check_rows", "select_teacher", "search_layer", "cache_teacher", "write_answers")
 
 
 def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
-    """The card of `arm` exported to `folder` in `dtype`, and what is missing from it, in words.
+    """Card of `arm` exported to `folder` in `dtype`, and its missing entries as phrases.
 
     Raises DataError if a record of the arm is missing or unreadable.
     """
@@ -41,7 +41,7 @@ def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
 
 
 def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
-    """The section, what goes into the front matter, and what is missing: scores of other weights are not this student's."""
+    """Section, front matter and missing entries; scores count only if DVC's hash matches the current weights."""
     file, entry = REPORTS / "compare.json", provenance.read_by(f"evaluate@{arm}")
     model = (STUDENTS / arm / "model").as_posix()
     if not file.is_file() or entry.get(model) != provenance.digest(STUDENTS / arm / "model").md5:
@@ -107,7 +107,7 @@ def _cost(arm: str) -> str:
 
 
 def _again(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
-    """Commit, hashes and commands, and what is missing of them."""
+    """Section on reproduction (commit, hashes, commands), and its missing entries."""
     run, missing = _run(arm), []
     commit, changed = history.ran(run) if run else (None, [])
     if commit is None:
@@ -138,12 +138,12 @@ def _again(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
 
 
 def _run(arm: str) -> str | None:
-    """The journal of the run that made these weights, whichever cache they went through."""
+    """Journal id of the run that trained the current weights, also if DVC restored them from a cache."""
     return provenance.maker(provenance.digest(STUDENTS / arm).md5)
 
 
 def _remote() -> str:
-    """URL of this repository's origin, without a login."""
+    """URL of the git remote `origin`, without credentials."""
     done = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
     address = done.stdout.strip()
     return without_login(address) if not done.returncode and "://" in address else "this project"

@@ -1,4 +1,4 @@
-"""`alignti export`: a model's folder, cast and sharded, complete once stock transformers has read it back."""
+"""`alignti export`: cast, sharded checkpoint folder, verified by reloading it with stock transformers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from components.release.model import ADAPTER, base_of, find, open_model, templat
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-# KL(as it was, in float32 || exported, in its own arithmetic) per answer token, nats: rounding to 23, 10 and 7 bits.
+# Maximum KL(original in float32 || export in its dtype) per answer token, nats: mantissas of 23, 10 and 7 bits.
 TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
-ASKED = 8  # prepared samples that both answer
+ASKED = 8  # prepared samples for the comparison
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Files written, and the comparison of the model read back."""
+    """Written files, and the comparison of the reloaded model with the original."""
 
     folder: Path
     files: int
@@ -46,7 +46,7 @@ class Exported:
     kl: float  # nats per answer token
     same_answers: int
     asked: int
-    missing: list[str]  # entries that the card lacks
+    missing: list[str]  # missing entries of the card
     gguf: bool
 
     def __str__(self) -> str:
@@ -65,17 +65,17 @@ class Exported:
 
 
 def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard: str, force: bool) -> Exported:
-    """Write the model called `name` to `folder`, whole or not at all.
+    """Export the model `name` to `folder`, atomically.
 
     Args:
-        dtype: fp32, fp16 or bf16; None: as it is stored.
-        shard: largest file of weights, such as 5GB.
-        force: replace the model that is at `folder`.
+        dtype: fp32, fp16 or bf16; None: the stored dtype.
+        shard: maximum size of a weight file, such as 5GB.
+        force: replace an existing model at `folder`.
 
     Raises:
-        InputError, ModelError, DataError: no such model; something is at `folder`; no samples to compare on; what was read
-            back is not what was written, or rounding changed it more than TOLERANCE.
-        TryAgainError: the disk is full, or the hub does not answer.
+        InputError, ModelError, DataError: no such model; `folder` exists; no samples for the comparison; the reloaded weights
+            differ from the written ones, or the KL exceeds TOLERANCE.
+        TryAgainError: the disk is full, or the hub does not respond.
     """
     if folder.exists() and not force:
         raise InputError(f"{folder} is there already; choose another folder, or --force to replace it")
@@ -122,13 +122,13 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
 
 
 def some(settings: Settings) -> list[Sample]:
-    """The first prepared questions of the evaluated split. Raises DataError if there is no data set."""
+    """First `ASKED` questions of the evaluated split. Raises DataError if there is no data set."""
     samples = Samples(DATASET, settings.evaluate.split, ROWS)
     return [samples[row] for row in questions(samples)[:ASKED]]
 
 
 def stored(path: Path) -> str:
-    """In what the folder's weights are stored, its first floating-point tensor telling; adapters: as their model."""
+    """Stored dtype of a folder's weights, from its first floating-point tensor; for adapters their base model's."""
     folder = base_of(path) if (path / ADAPTER).is_file() else path
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
@@ -139,7 +139,7 @@ def stored(path: Path) -> str:
 
 
 def reopened(folder: Path) -> Loaded:
-    """The exported model, opened with stock transformers."""
+    """Exported model, loaded with stock transformers."""
     from transformers import AutoModelForImageTextToText
 
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -148,9 +148,9 @@ def reopened(folder: Path) -> Loaded:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of a model to some samples."""
+    """Greedy answers and teacher-forced log-probabilities of a model on some samples."""
 
-    texts: list[str]  # greedy
+    texts: list[str]  # greedy answers
     log_probs: list[Tensor]  # per sample (R, V), float32, at the tokens of the reference answer
 
     @classmethod
@@ -161,7 +161,7 @@ class Answers:
         return cls(said, [_log_probs(loaded, collator, sample) for sample in samples])
 
     def divergence(self, other: Answers) -> float:
-        """Mean KL(self || other) over all tokens, nats."""
+        """Mean KL(self || other) over all answer tokens, nats."""
         pairs = zip(self.log_probs, other.log_probs, strict=True)
         kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
         return float(kl.mean())
@@ -184,7 +184,7 @@ def _same_weights(written: Any, read: Any, folder: Path) -> None:
 
 
 def _readme(path: Path) -> str:
-    """The model's own card, or a line that says what it was merged from."""
+    """Model card of the checkpoint, or a stub that names the base of merged adapters."""
     if (path / "README.md").is_file():
         return (path / "README.md").read_text(encoding="utf-8")
     about = "Exported as it was; it had no card."

@@ -34,17 +34,17 @@ from components.runtime import prepare_torch
 
 @dataclass
 class Answer:
-    """Answer of one model while it is generated, and its timings."""
+    """Streaming answer of one model, with timings."""
 
     named: Named
     text: str = ""
     state: str = "waiting"
     load_seconds: float = 0.0
-    written: list[float] = field(default_factory=list)  # seconds from the question to each token, the last one's EOS included
+    written: list[float] = field(default_factory=list)  # seconds from the start of generation to each token, EOS included
 
     @property
     def timings(self) -> str:
-        """The first token takes the image and the prompt with it; the rate is that of the tokens after it."""
+        """Load time, time to first token (prefill included), decoding rate of later tokens, and token count."""
         if not self.written:
             return self.state
         said = [f"loaded in {self.load_seconds:.1f} s", f"first token after {1000 * self.written[0]:.0f} ms"]
@@ -54,7 +54,7 @@ class Answer:
 
 
 class _Stream(TextStreamer):
-    """Streamer that passes whole words on and records each token's time."""
+    """Streamer that emits whole words and records the time of each token."""
 
     def __init__(self, tokenizer: Any, answer: Answer, changed: Callable[[], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -72,15 +72,15 @@ class _Stream(TextStreamer):
 
 
 def run(names: list[str], images: Sequence[Path], question: str, settings: Settings, longest: int, overlay: bool) -> None:
-    """Print the answers of the models called `names`, and where they looked if `overlay` asks for that.
+    """Print the answers of the models `names`; with `overlay` also save their attention overlays.
 
     Args:
-        longest: tokens at which an answer that has not ended is cut.
+        longest: maximum answer length in tokens.
 
     Raises:
-        InputError: no question, no such model, or an image that cannot be used.
-        ModelError, DataError: a model that cannot be opened; a question that does not fit the template or the model.
-        TryAgainError: a model of the hub that does not come.
+        InputError: no question, no such model, or an unusable image.
+        ModelError, DataError: a model that does not load; a question that does not fit the template or the model.
+        TryAgainError: a failed download from the hub.
     """
     sample = sample_of(images, question, settings.data.limits)
     device = prepare_torch(settings.runtime, seed=0)
@@ -104,7 +104,7 @@ def run(names: list[str], images: Sequence[Path], question: str, settings: Setti
             if overlay:
                 attended.append(attention_of(answer.named, loaded, batch, sample, answer.text))
     if not console.is_terminal:
-        console.print()  # which Live leaves to us
+        console.print()  # Live prints no final newline here
     if overlay:
         stems, models = (image.stem for image in images), (re.sub(r"[^\w.]+", "_", answer.named.name) for answer in answers)
         path = draw_overlays("-".join([*stems, *models]), question, attended)
@@ -114,7 +114,7 @@ def run(names: list[str], images: Sequence[Path], question: str, settings: Setti
 
 
 def sample_of(images: Sequence[Path], question: str, limits: DataLimits) -> Sample:
-    """The question about the images as `prepare` would store it. Raises InputError."""
+    """Sample of question and images, as stored by `prepare`. Raises InputError."""
     asked, marks = question.replace(IMAGE, "").strip(), question.count(IMAGE)
     if not asked:
         raise InputError('the question is empty: alignti try MODEL --image X "What is on the table?"')
@@ -131,13 +131,13 @@ def sample_of(images: Sequence[Path], question: str, limits: DataLimits) -> Samp
 
 
 def read(loaded: Loaded, named: Named, sample: Sample, settings: Settings) -> tuple[Batch, int]:
-    """The prompt as the model was trained on, and the token that ends an answer. Raises DataError, ModelError."""
+    """Batch with the prompt in the model's chat template, and the EOS id. Raises DataError, ModelError."""
     collator = Collator(loaded.processor, template_of(named, loaded, settings), settings.models.max_length, train=False)
     return collator([sample]).to(loaded.model.device), collator.eos_id
 
 
 def respond(loaded: Loaded, batch: Batch, eos: int, longest: int, answer: Answer, changed: Callable[[], None]) -> None:
-    """Fill in the greedy answer word by word. One token is generated before, as a warm-up."""
+    """Stream the greedy answer into `answer`, after one warm-up token."""
     given = prompt(loaded.model, batch)
     with greedy(loaded, 1, eos) as model:
         model.generate(**given)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Model by the name that a user gives it: an arm, `teacher`, a folder (LoRA adapters too), or one on the Hub."""
+"""Model lookup by name: an arm, `teacher`, a checkpoint folder (LoRA adapters too), or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Named:
-    """A model that was found, not opened yet. `arm`: it is this project's own, by that name."""
+    """Located checkpoint, not loaded yet. `arm`: name of this project's arm or `teacher`, else None."""
 
     name: str
     path: Path
@@ -33,7 +33,7 @@ class Named:
 
 
 def find(name: str, settings: Settings) -> Named:
-    """Raises InputError if nothing has this name, ModelError or TryAgainError if it is on the hub and does not come."""
+    """Checkpoint of that name. Raises InputError for an unknown name, ModelError or TryAgainError for a failed download."""
     if name in (TEACHER_ARM, *settings.study.arms):
         return Named(name, model_of(name), name)
     if Path(name).is_dir():
@@ -47,9 +47,9 @@ def find(name: str, settings: Settings) -> Named:
 
 
 def open_model(path: Path, device: torch.device | str) -> Loaded:
-    """As `load`; adapters of peft are folded into the model that they were trained beside.
+    """Open a checkpoint folder as `load`; peft adapters are merged into their base model.
 
-    Raises ModelError as `load`, and if the model finds another number of image tokens than its processor writes.
+    Raises InputError for adapters without peft; ModelError as `load`, and if model and processor differ in image tokens.
     """
     opened = _merged(path, device) if (path / ADAPTER).is_file() else load(path, device)
     check_images(opened)
@@ -57,7 +57,7 @@ def open_model(path: Path, device: torch.device | str) -> Loaded:
 
 
 def template_of(named: Named, loaded: Loaded, settings: Settings) -> Template:
-    """Chat template of the model: this project's for its own arms, else the checkpoint's, if it has one."""
+    """Chat template: the project's for its own arms and for checkpoints without one, else the checkpoint's."""
     own = loaded.processor.chat_template or loaded.processor.tokenizer.chat_template
     if named.arm is not None or not own:
         return Template.asked(settings.models.template)
@@ -84,7 +84,7 @@ def _merged(path: Path, device: torch.device | str) -> Loaded:
 
 
 def base_of(path: Path) -> Path:
-    """The folder of the model that the adapters stand beside. Raises ModelError if it is not here."""
+    """Checkpoint folder of the adapters' base model, local or from the Hub. Raises ModelError if `path` names none."""
     try:
         config = json.loads((path / ADAPTER).read_text(encoding="utf-8"))
         name, revision = config["base_model_name_or_path"], config.get("revision")

@@ -1,4 +1,4 @@
-"""`alignti push`: upload of a model's folder to the Hub; a dry run without the explicit flag."""
+"""`alignti push`: upload of a checkpoint folder to the Hub; a dry run without the explicit flag."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from components.models.download import WANTED
 
 CARD = "README.md"
 RESERVED = re.compile(r"\bNC\b|non-?commercial|research only", re.IGNORECASE)
-UNSAID = re.compile(r"note it here before|not verified|unknown", re.IGNORECASE)  # wording of our data cards
+UNSAID = re.compile(r"note it here before|not verified|unknown", re.IGNORECASE)  # unknown licences in our data cards
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Files to upload, and what is left out."""
+    """Upload plan: files, excluded files and warnings."""
 
     folder: Path
     repo: str
@@ -52,7 +52,7 @@ class Upload:
 
 
 def plan(folder: Path, repo: str, private: bool) -> Upload:
-    """Raises ModelError if the folder holds no whole model with a card, InputError if `repo` is no ORG/NAME."""
+    """Upload plan. Raises ModelError without a complete checkpoint and a card, InputError if `repo` is no ORG/NAME."""
     if "/" not in repo:
         raise InputError(f"{repo!r}: name the repository ORG/NAME")
     try:
@@ -71,10 +71,10 @@ def plan(folder: Path, repo: str, private: bool) -> Upload:
 
 
 def warnings(card: Path) -> Iterator[str]:
-    """Open licence and score questions, as far as the card's front matter tells. Raises ModelError if that is not valid."""
+    """Warnings on licences and scores from the card's front matter. Raises ModelError if it is not valid."""
     try:
         front = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
-    except Exception as error:  # yaml's, and the hub client's own
+    except Exception as error:  # from yaml and from the hub client
         raise ModelError(f"{card}: its front matter is not valid: {_line(error)}") from None
     if not front.get("license"):
         yield f"{card.name} names no `license:`; choose one that all that went in allows, and put it into its front matter"
@@ -91,14 +91,14 @@ def warnings(card: Path) -> Iterator[str]:
 
 
 def push(upload: Upload, update: bool, api: HfApi | None = None) -> str:
-    """Upload as one commit; returns its address. The repository is made if it is not there.
+    """Upload as one commit; returns its URL. Creates a missing repository.
 
     Args:
-        update: add a commit to a repository that holds files already.
+        update: allow a commit to a repository that already holds files.
 
     Raises:
-        InputError: no token, or one that may not write there; gated; the repository holds files and `update` is not set.
-        TryAgainError: no network, or the hub broke off; the same command goes on.
+        InputError: no token, or one without write access; gated; the repository holds files and `update` is not set.
+        TryAgainError: no network, or a failure of the hub; a retry resumes the upload.
     """
     api = api or HfApi()
     try:
@@ -150,6 +150,6 @@ def _flat(licences: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _line(error: Exception) -> str:
-    """First line of the message, without the token: `redact` knows the environment's alone, not that of `hf auth login`."""
+    """First line of the message, without the token: `redact` covers the environment's only, not that of `hf auth login`."""
     said = first_line(error)
     return said.replace(token, HIDDEN) if (token := get_token()) else said
