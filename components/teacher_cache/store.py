@@ -112,10 +112,11 @@ class Signals:
         found = 0
         for shard in self._shards:
             table = shard["samples"].numpy()
-            table = table[table[:, VISUAL_ROWS] > 1]
+            table = table[table[:, VISUAL_ROWS] > 0]  # of one token too: a segment ends where the next begins
             if len(table):
                 weights, firsts = shard["attention"].numpy(), table[:, ATTENTION]
-                found += int((np.maximum.reduceat(weights, firsts) == np.minimum.reduceat(weights, firsts)).sum())
+                equal = np.maximum.reduceat(weights, firsts) == np.minimum.reduceat(weights, firsts)
+                found += int((equal & (table[:, VISUAL_ROWS] > 1)).sum())
         return found
 
     def weigh_by(self, other: str, rows: Sequence[int]) -> None:

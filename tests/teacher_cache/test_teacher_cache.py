@@ -29,7 +29,7 @@ from components.records.paths import DATASET, ROWS, RUNS, SIGNALS, STUDENTS
 from components.records.teacher_cache import SignalCache, SignalFacts, SignalManifest
 from components.teacher_cache import __main__ as signals_stage
 from components.teacher_cache import build
-from components.teacher_cache.store import Signals, facts, read_manifest
+from components.teacher_cache.store import ATTENTION, VISUAL_ROWS, Signals, facts, read_manifest
 from components.tracking.journal import Run
 from tests.distill.conftest import write_params
 from tests.models.conftest import NV
@@ -310,3 +310,11 @@ def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
         assert found is not None and torch.equal(found, wanted)
     one, other = distill("own"), distill("other")
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_sample_of_one_visual_token_is_no_part_of_the_one_before_it() -> None:
+    signals = Signals.__new__(Signals)
+    table = torch.zeros(4, 6, dtype=torch.int64)
+    table[:, VISUAL_ROWS], table[:, ATTENTION] = torch.tensor([2, 1, 0, 2]), torch.tensor([0, 2, 3, 3])
+    signals._shards = [{"samples": table, "attention": torch.tensor([0.5, 0.5, 1.0, 0.25, 0.75])}]
+    assert signals.equal_weights == 1  # the first
