@@ -1,4 +1,4 @@
-"""Stage `obtain_models`: every model that params/models.yaml names, built and trained here or obtained, with one record each.
+"""Stage `obtain_models`: builds, trains or downloads every model of params/models.yaml, with one index record each.
 
 python -m components.models      params/models.yaml, artifacts/dataset -> artifacts/models
 """
@@ -26,7 +26,7 @@ def main() -> None:
     from components.models.image_splitting import as_one_tile
     from components.tracking.stage_run import stage_run
 
-    disable_progress_bar()  # the bar of writing one shard
+    disable_progress_bar()  # per written shard
     began = time.perf_counter()
     shutil.rmtree(MODELS, ignore_errors=True)
     models = settings.models
@@ -56,9 +56,8 @@ def main() -> None:
 
 
 def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
-    """Bring or make one model of `family: pretrained`; teachers come before students, which may be cut from them.
-
-    Raises as `locate`, `assemble`, `convert` and `cut` do.
+    """Download, convert, assemble or prune one model of `family: pretrained`. Students may be pruned from teachers, so teachers
+    come first. Raises as `locate`, `assemble`, `convert` and `cut` do.
     """
     from components.models.assemble import assemble
     from components.models.download import locate, obtain
@@ -74,7 +73,7 @@ def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
 
 
 def origin_of(member: object, path: Path) -> tuple[str, str | None]:
-    """Of a member of `models.members` at `path`: what the index says of where it comes from, and its commit."""
+    """Origin and commit of a member of `models.members` at `path`, for the index."""
     from components.models.prune import layers_kept
 
     if isinstance(member, Checkpoint):
@@ -89,7 +88,7 @@ def origin_of(member: object, path: Path) -> tuple[str, str | None]:
 
 
 def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
-    """Records of the models that lie under `folder`. Raises ModelError if a processor or its template cannot serve."""
+    """Index of the models under `folder`. Raises ModelError if a processor or its template is unusable."""
     from components.models.checkpoint_folder import record
     from components.models.collate import check_special_tokens, visual_tokens
     from components.models.load import check_kind

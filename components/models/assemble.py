@@ -1,6 +1,6 @@
-"""LLaVA put together from its parts, as the paper's models are: SigLIP, a fresh two-layer projector, Qwen2, Qwen2.5 or Qwen3.
+"""LLaVA checkpoint from parts, as in the paper: SigLIP, a new two-layer projector, and Qwen2, Qwen2.5 or Qwen3.
 
-The parts' weights stay as they are stored, each in its own precision. SigLIP's head, which LLaVA does not read, is left out.
+The parts' weights are copied unchanged, each in its stored dtype. SigLIP's head, which LLaVA does not use, is dropped.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from components.models.template import EOS, IMAGE, Template
 
 TOWERS = ("siglip", "siglip_vision_model")
 LANGUAGE_MODELS = ("qwen2", "qwen3")
-PADS = ("<|vision_pad|>", "<pad>")  # the first that Qwen's vocabulary has; the last is added if it has none
+PADS = ("<|vision_pad|>", "<pad>")  # in order of preference; the last is added if the vocabulary has neither
 LICENCES = ("LICENSE*", "NOTICE*")
 
 Strategy = Literal["full", "default"]
 
 
 def assemble(tower: Path, language_model: Path, parts: Parts, system: str, target: Path) -> Path:
-    """Write a stock LLaVA folder: the same parts, the same bytes.
+    """Write a stock LLaVA folder; the same parts give the same bytes.
 
     Args:
-        tower: a SigLIP checkpoint, whole or its vision half, with its image processor.
+        tower: a SigLIP checkpoint, both towers or the vision tower alone, with its image processor.
         language_model: a Qwen checkpoint with its tokenizer.
         system: text before the first turn, for the chat template.
 
-    Raises ModelError if a part is missing, broken, or of another kind than these.
+    Raises ModelError if a part is missing, broken, or of another model type.
     """
     with tqdm(total=3, desc=f"{target.parent.name} {target.name}", unit="part") as bar:
         eyes = _open(tower, TOWERS, "a SigLIP tower")
@@ -58,7 +58,7 @@ def assemble(tower: Path, language_model: Path, parts: Parts, system: str, targe
 
 
 def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
-    """The model, in the precision that it is stored in. Raises ModelError if it is none of `kinds`, or not whole."""
+    """Model in its stored dtype. Raises ModelError if its type is none of `kinds` or weights are missing."""
     from transformers import AutoModelForCausalLM, PreTrainedConfig, SiglipVisionConfig
 
     weight_files(path)
@@ -79,7 +79,7 @@ def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
 
 
 def headless() -> Any:
-    """SigLIP's vision model, to be opened from whatever has its weights: its other half and its head are passed over."""
+    """SigLIP's vision model class, which ignores the weights of the text tower and the head on load."""
     from transformers import SiglipVisionModel
 
     class Tower(SiglipVisionModel):
@@ -89,15 +89,15 @@ def headless() -> Any:
 
 
 def check_whole(report: dict[str, Any], path: Path) -> None:
-    """Raises ModelError if transformers' loading report names weights that `path` lacks."""
+    """Raises ModelError if transformers' loading report lists missing or mismatched weights."""
     if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
         raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
 
 
 def tokenizer_of(path: Path, config: Any) -> Any:
-    """The language model's, whose configuration is `config`, with an image token and a pad that is not EOS.
+    """Tokenizer of the language model of `config`, with an image token and a padding token that is not EOS.
 
-    Answers end with `EOS` where the vocabulary has it: released chat models end them with <|im_end|>, the paper's do not.
+    EOS is `EOS` where the vocabulary has it: released chat models end answers with <|im_end|>, the paper's do not.
     """
     from transformers import AddedToken, AutoTokenizer
 
@@ -132,7 +132,7 @@ def _image_processor(path: Path) -> Any:
 def processor_of(
     pixels: Any, tower: Any, tokenizer: Any, feature_layer: int, system: str, path: Path, strategy: Strategy = "full"
 ) -> Any:
-    """LLaVA's, with the chat template. Raises ModelError if the image processor makes images that the tower does not take."""
+    """LLaVA processor with the chat template. Raises ModelError if image size or `feature_layer` does not fit the tower."""
     from transformers import LlavaProcessor
 
     vision, side = tower.config, tower.config.image_size
@@ -152,8 +152,8 @@ def processor_of(
 
 
 def _make_room(language: Any, tokenizer: Any) -> None:
-    """Rows of embeddings and head for the tokens that were added. Released vocabularies are padded and have some to spare;
-    where there are none, new rows are the mean of the others (Hewitt 2021), which no answer is likely to begin with.
+    """Resize embeddings and head for added tokens. Released vocabularies are padded and mostly have spare rows;
+    new rows are the mean of the others (Hewitt 2021), so that an added token is an unlikely first token.
     """
     rows, known = len(tokenizer), language.get_input_embeddings().num_embeddings
     if rows <= known:
@@ -165,14 +165,14 @@ def _make_room(language: Any, tokenizer: Any) -> None:
 
 
 def joined(tower: Any, language: Any, processor: Any, feature_layer: int, strategy: Strategy = "full") -> Any:
-    """LLaVA of these models, its projector on the meta device. `strategy` default drops the first token of each image."""
+    """LLaVA of tower and language model, projector on the meta device. Strategy "default" drops each image's first token."""
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer, vision, text = processor.tokenizer, tower.config, language.config
     _make_room(language, tokenizer)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text.update({"bos_token_id": None, **ends})
-    text._name_or_path = vision._name_or_path = ""  # where the parts lay is no part of the model
+    text._name_or_path = vision._name_or_path = ""  # local paths do not belong in the checkpoint
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,

@@ -1,11 +1,11 @@
-"""Attention maps: attention of chosen rows on each visual token, while the model keeps its fused kernel.
+"""Attention maps: attention of selected rows to each visual token, while the model keeps its fused kernel.
 
-The model runs on an attention function of ours, registered with transformers, that calls its fused SDPA and, only in the
-layers being watched, computes softmax(q k) again for the rows asked for: (B, heads, Nr, T) instead of (B, heads, T, T) in
-every layer. Queries and keys arrive there after rotary embedding and normalisation, so the weights are the model's own.
+A custom attention function, registered with transformers, calls the fused SDPA and, only in the probed layers, recomputes
+softmax(q k) for the selected rows: (B, heads, Nr, T) instead of (B, heads, T, T) in every layer. Queries and keys arrive
+there after rotary embedding and normalisation, so the weights are the model's own.
 
-Under gradient checkpointing a layer runs again in the backward pass, and has to compute there what it did at first, for
-torch compares the tensors that it saves; `recomputing` sees to that.
+Under gradient checkpointing a layer runs again in the backward pass and has to save the same tensors, which torch checks;
+`recomputing` opens the same probes there.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ IMPLEMENTATION = "alignti_probe"
 
 @dataclass(eq=False)
 class AttentionProbe:
-    """Which rows and columns of a batch to look at, and what was seen: layer -> (B, Nc), averaged over heads and, for each
-    image's columns, over the rows after it begins.
+    """Rows and columns of a batch to read, and the maps: layer -> (B, Nc), averaged over heads and, for each image's columns,
+    over the rows after its first token.
 
     Args:
-        each_row: keep the rows apart: (B, Nr, Nc), zeros where a sample has fewer.
-        gradients: let them through, where the pass has any.
+        each_row: no mean over rows: (B, Nr, Nc), zeros where a sample has fewer rows.
+        gradients: keep the maps in the autograd graph of the pass.
     """
 
     rows: Tensor  # (B, Nr) positions, padded with -1
-    columns: Tensor  # (B, Nc) positions of the images' tokens, padded with -1
-    pictures: Tensor  # (B, Nc) the numbers of these images in their sample, from 1, padded with 0
-    images: int  # the most of a sample
+    columns: Tensor  # (B, Nc) positions of visual tokens, padded with -1
+    pictures: Tensor  # (B, Nc) image number of each within its sample, from 1, padded with 0
+    images: int  # maximum per sample
     seen: dict[int, Tensor] = field(default_factory=dict)
     each_row: bool = False
     gradients: bool = False
 
     @classmethod
     def at(cls, rows: Tensor, pictures: Tensor, each_row: bool = False, gradients: bool = False) -> AttentionProbe:
-        """From a (B, T) bool mask and the numbers of images (B, T), as in the batch."""
+        """Probe from a (B, T) bool mask of rows and the batch's image numbers (B, T)."""
         images = int(pictures.max())
         return cls(
             _positions(rows), _positions(pictures > 0), by_column(pictures), images, each_row=each_row, gradients=gradients
         )
 
     def keep(self, layer: int, over_heads: Tensor) -> None:
-        """Of (B, Nr, T), the mean over heads at this probe's rows. When a layer runs again, what it gave at first stands."""
+        """Store the columns of a (B, Nr, T) map, a mean over heads. If the layer runs again, its first map is kept."""
         counted = (self.rows >= 0)[:, :, None]
         columns = self.columns[:, None, :].clamp_min(0)
         if self.each_row:
@@ -80,11 +80,11 @@ def _positions(mask: Tensor) -> Tensor:
 
 @contextmanager
 def probing(model: Any, layers: list[int], probe: AttentionProbe) -> Iterator[AttentionProbe]:
-    """While open, a forward pass of `model` over the probe's batch fills `probe.seen` for each of `layers`. They nest.
+    """Context in which a forward pass over the probe's batch fills `probe.seen` for each of `layers`. Contexts nest.
 
     Args:
-        model: a transformers vision-language model; its language model's attention is switched to the probing function
-            and stays so (the function is SDPA where there is no probe). The vision tower keeps its own.
+        model: a transformers vision-language model; its language model is switched to the probing attention function
+            and stays so (plain SDPA without a probe). The vision tower keeps its own.
     """
     kind = model.config.get_text_config()._attn_implementation
     if kind not in (IMPLEMENTATION, "eager"):
@@ -97,15 +97,15 @@ def probing(model: Any, layers: list[int], probe: AttentionProbe) -> Iterator[At
 
 
 def recomputing(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` of torch.utils.checkpoint: in the backward pass the same probes are open as are now."""
+    """`context_fn` of torch.utils.checkpoint: reopens the current probes in the backward pass."""
     return nullcontext(), _Open(model, {m: _probes(m) for m in attention_layers(model).values() if _probes(m)})
 
 
 class _Open(AbstractContextManager[None]):
-    """While open, these attention modules have these probes."""
+    """Context that attaches probes to attention modules."""
 
     def __init__(self, model: Any, probes: dict[Any, list[AttentionProbe]]) -> None:
-        # Eager: there is no fused kernel to keep (Gemma 2, whose scores are capped), and the whole maps are at hand.
+        # Eager (Gemma 2, whose scores are capped): no fused kernel to keep, and forward returns the whole maps.
         self._eager = model.config.get_text_config()._attn_implementation == "eager"
         self._probes = probes
 
@@ -129,12 +129,12 @@ def _probes(attention: Any) -> list[AttentionProbe]:
 
 
 def decoder_layers(model: Any) -> Any:
-    """The language model's layers in order."""
+    """Decoder layers of the language model, in order."""
     return model.get_decoder().layers
 
 
 def attention_layers(model: Any) -> dict[int, Any]:
-    """The language model's attention modules by layer index."""
+    """Attention modules of the language model by layer index."""
     return {index: layer.self_attn for index, layer in enumerate(decoder_layers(model))}
 
 
@@ -149,7 +149,7 @@ def _forward(
 
 
 def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, rows: Tensor) -> Tensor:
-    """(B, Nr, T), float32 or wider: softmax(q k) at the (B, Nr) rows, mean over heads.
+    """(B, Nr, T) attention at the (B, Nr) rows, mean over heads, float32 or wider.
 
     query (B, H, T, d), key (B, K, T, d), H a multiple of K (grouped heads); mask (B, 1, T, T) bool, or additive, or None
     for plain causal attention.
@@ -171,7 +171,7 @@ def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
 
 
 def _read_whole_map(attention: Any, _args: Any, output: Any) -> None:
-    """A hook that reads a layer's whole map, (B, H, T, T), after an eager forward."""
+    """Forward hook that reads a layer's whole map, (B, H, T, T), after eager attention."""
     for probe in _probes(attention):
         with torch.set_grad_enabled(probe.gradients and torch.is_grad_enabled()):
             whole = output[1].mean(1)  # (B, T, T)

@@ -1,4 +1,4 @@
-"""Attribution of a model's answer to the tokens that it read: slopes along embeddings between its own and others."""
+"""Attribution of an answer to input tokens: gradients at points between the input's and a baseline's embeddings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from components.models.vlm import VLM
 
 
 def attributions(vlm: VLM, batch: Batch, features: Any, other: dict[str, Any], at: Tensor, shared: int | None = None) -> Tensor:
-    """(B, T) ds/dm_j = (e_j - b_j) ds/de_j of s, the mean log-probability of a sample's response tokens, where each token j is
-    given the embedding b_j + m_j (e_j - b_j) between `other`'s, as `VLM.embedded` returns it, and its own. Padding has 0.
+    """(B, T) gradients ds/dm_j = (e_j - b_j) ds/de_j of s, the mean log-probability of a sample's response tokens, with token j
+    embedded as b_j + m_j (e_j - b_j): b_j from `other` (see `VLM.embedded`), e_j its own embedding. 0 at padding.
 
     Args:
         at: (B, T) m.

@@ -14,16 +14,16 @@ from components.records.models import ModelRecord
 from components.records.record import parsed
 
 INDEX = "model.safetensors.index.json"
-STORED = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # the last two: buffers of old checkpoints
+STORED = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # I64 and BOOL: buffers of old checkpoints
 POINTER = b"version https://git-lfs"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The folder's weight files, sorted. Reads their headers only.
+    """Safetensors files of a folder, sorted. Reads headers only.
 
-    Raises ModelError if the folder is missing, has no configuration, has pickled or quantised weights only, or is
-    half-downloaded; DataError if a file of JSON is none.
+    Raises ModelError if the folder is missing or half-downloaded, has no configuration, pickled weights only, or quantised
+    weights; DataError if a JSON file does not parse.
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; if a stage makes it, `dvc repro` does")
@@ -63,7 +63,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def parameters(path: Path) -> int:
-    """Stored parameters: tied ones count once."""
+    """Number of stored parameters; tied ones count once."""
     total = 0
     for file in weight_files(path):
         with safe_open(file, framework="pt") as weights:
@@ -74,7 +74,7 @@ def parameters(path: Path) -> int:
 def record(
     path: Path, role: Literal["teacher", "student"], origin: str, revision: str | None, visual_tokens: int | None
 ) -> ModelRecord:
-    """What the index says of one model; its name is the folder's."""
+    """Index record of one model, named after its folder."""
     return ModelRecord(
         name=path.name,
         role=role,

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from components.align_ti.batch import Edits
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
-SHORTEST, LONGEST = 56, 100  # pixels of a side; the aspect: Qwen's processors refuse sides under 28 or an aspect over 200
+SHORTEST, LONGEST = 56, 100  # minimum side in pixels, maximum aspect; Qwen's processors refuse sides under 28, aspects over 200
 Written = Sequence[Sequence[int] | None]
-PIXEL_CACHE_BYTES = 2**29  # the image processor costs 0.3 ms an image, as much as a small student's whole step
+PIXEL_CACHE_BYTES = 2**29  # processing costs 0.3 ms an image, as much as a small student's whole step
 
 
 class RefusedImageError(DataError):
-    """An image of a shape that an image processor refuses."""
+    """Image shape that an image processor rejects."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Batch:
     input_ids: Tensor  # (B, T) long
     attention_mask: Tensor  # (B, T) long, 0 at padding
     response: Tensor  # (B, T) bool: answers, the EOS of each included
-    instruction: Tensor  # (B, T) bool: text after the first image that is not response; of it the collator's `rows`
-    pictures: Tensor  # (B, T) long: at an image's tokens its number in the sample, from 1; 0 elsewhere
+    instruction: Tensor  # (B, T) bool: text after the first image, without responses, restricted to the collator's `rows`
+    pictures: Tensor  # (B, T) long: image number within the sample, from 1, at visual tokens; 0 elsewhere
     pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # further image inputs of the family: sizes, grids, masks
-    teacher: Batch | None = None  # the same samples as the teacher reads them, where it sees images on another grid
-    edits: Edits | None = None  # of some of the samples, for L_mcd
+    teacher: Batch | None = None  # the same samples by the teacher's processor, if it differs
+    edits: Edits | None = None  # edited samples for L_mcd
 
     @property
     def visual(self) -> Tensor:
-        """(B, T) bool: the images' tokens."""
+        """(B, T) bool: visual tokens."""
         return self.pictures > 0
 
     def to(self, device: torch.device | str) -> Batch:
@@ -66,10 +66,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Processed:
-    """The images of one sample as the model takes them."""
+    """Image processor output for one sample."""
 
-    texts: tuple[str, ...]  # placeholder of each among the tokens
-    tensors: dict[str, Tensor]  # pixel_values, and what else the model asks of it
+    texts: tuple[str, ...]  # placeholder text of each image
+    tensors: dict[str, Tensor]  # pixel_values and the family's further image inputs
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +78,7 @@ class Processed:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as rows of length T_i."""
+    """Token ids and masks of one sample, each of length T_i."""
 
     input_ids: np.ndarray  # long
     response: np.ndarray  # bool
@@ -90,46 +90,46 @@ class Encoded:
         return self.pictures > 0
 
     def answered(self, ids: Sequence[int]) -> Encoded:
-        """A prompt with the tokens of an answer to it."""
+        """This prompt with `ids` appended as its response."""
         after = Encoded(np.asarray(ids), np.ones(len(ids), bool), np.zeros(len(ids), bool), np.zeros(len(ids), int))
         return Encoded(*(np.concatenate([getattr(self, f.name), getattr(after, f.name)]) for f in fields(self)))
 
 
 class Collator:
-    """Turn samples into a Batch.
+    """Collate samples into a Batch.
 
     `train`: all turns with their answers, padded right. Else: the first turn without its answer, padded left, so that
-    `generate` goes on from the last column. `rows` says which tokens are instruction, the rows whose attention is read: all of
-    the text after the first image but the response, or the words of the user's questions without the template's own.
+    `generate` continues at the last column. `rows`: the instruction tokens, whose attention maps are read: all text after the
+    first image but the responses, or the words of the questions without the template's.
 
     Raises:
-        ModelError: at construction, if the processor cannot serve (see `check_special_tokens`).
+        ModelError: at construction, if the processor is unusable (see `check_special_tokens`).
         ModelError: the template of a sample has no place for several images.
         DataError: naming the sample: longer than `max_length` tokens, `<image>` that do not match its images, no response
-            token, an image that does not decode. The stage `check_rows` has left such rows out.
+            token, an image that does not decode. The stage `check_rows` leaves those rows out beforehand.
     """
 
     def __init__(
         self, processor: Any, template: Template, max_length: int, train: bool, teacher: Any = None, rows: Rows = "all"
     ) -> None:
-        """`teacher`: the processor by which the teacher reads the same samples, if not by this one."""
+        """`teacher`: the teacher's processor, if it differs from this one."""
         check_special_tokens(processor)
         self._teacher = None if teacher is None else Collator(teacher, template, sys.maxsize, train, rows=rows)
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template.of(processor)
-        self.eos_id: int = self.tokenizer.convert_tokens_to_ids(self.template.eos)  # end of an answer
+        self.eos_id: int = self.tokenizer.convert_tokens_to_ids(self.template.eos)  # ends every answer
         self._visual_id = visual_id(processor)
         self.max_length = max_length
         self.train = train
         self.rows = rows
-        self._image_text = image_text(processor)  # None: each image has its own
+        self._image_text = image_text(processor)  # None: depends on the image
         self._plain = PlainText(self.tokenizer)
         self._processed: dict[tuple[str, int], Processed] = {}
         self._processed_bytes = 0
 
     def __call__(self, samples: Sequence[Sample], written: Written | None = None) -> Batch:
-        """`written`: for each sample the tokens of an answer to its first question, in place of its turns; None: as it is."""
+        """`written`: per sample, token ids of an answer to its first question, in place of its turns; None: its turns."""
         samples = self._asked(samples, written)
         batch = self.text(samples, written)
         if self._teacher is not None:
@@ -142,13 +142,13 @@ class Collator:
 
     @property
     def of_prompts(self) -> Collator:
-        """As one that does not `train`, with this one's processed images."""
+        """Collator of prompts (`train` off) that shares this one's image cache."""
         other = copy(self)
         other.train, other._teacher = False, None
         return other
 
     def text(self, samples: Sequence[Sample], written: Written | None = None) -> Batch:
-        """The batch without its pixels, for callers that hold the images' features already."""
+        """Batch without pixels, for callers that have the visual features."""
         samples = self._asked(samples, written)
         rows = self.encode(samples, written=written)
         length = max(len(row.input_ids) for row in rows)
@@ -180,9 +180,9 @@ class Collator:
     def encode(
         self, samples: Sequence[Sample], shown: Sequence[Sequence[str]] | None = None, written: Written | None = None
     ) -> list[Encoded]:
-        """Token ids and masks. A token is response if its characters overlap a response's, whatever the tokenizer's kind.
+        """Token ids and masks of each sample. A token is response if its character offsets overlap a response.
 
-        `shown`: what stands for each sample's images, where that is known already. `written`: as in a call.
+        `shown`: placeholder texts of each sample's images, if known already. `written`: as in `__call__`.
         """
         for sample in samples:
             self._check(sample)
@@ -199,7 +199,7 @@ class Collator:
             response = np.zeros(len(ids), dtype=bool)
             for a, b in text.response_spans:
                 tokens = (start < b) & (end > a)
-                if tokens.sum() < 2:  # its EOS, and nothing else
+                if tokens.sum() < 2:  # EOS alone
                     raise DataError(f"sample {sample.id}: an answer has no response tokens: {text.text[a:b]!r}")
                 response |= tokens
             visual = input_ids == self._visual_id
@@ -208,7 +208,7 @@ class Collator:
             for number, (a, b) in enumerate(text.image_spans, start=1):
                 own = np.flatnonzero(visual & (start < b) & (end > a))
                 pictures[own] = number
-                instruction[own[0] : own[-1]] = False  # what stands between its tokens
+                instruction[own[0] : own[-1]] = False  # text between tiles
                 instruction[own[-1] :] = True
             instruction &= ~visual & ~response & (end > start)
             if self.rows == "words":
@@ -219,17 +219,17 @@ class Collator:
         return rows
 
     def _tokens(self, rendered: list[Rendered]) -> Iterator[tuple[Rendered, list[int], list[tuple[int, int]]]]:
-        """Each text, its token ids and their characters. Special tokens are those of the template; what looks like one in a
-        sample's own words is plain text."""
+        """Each text, its token ids and character offsets. Only the template writes special tokens; the spelling of one in a
+        sample's text is plain text."""
         special = self.template.wants_special_tokens
         tokens = self.tokenizer([r.text for r in rendered], return_offsets_mapping=True, add_special_tokens=special)
         for text, ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
             yield self._plain.encode(text, special) if self._plain.is_needed(text) else (text, ids, offsets)
 
     def spelt_out(self, sample: Sample) -> str:
-        """What the model reads of a sample and what of it is trained on, decoded from its tokens, for the log.
+        """Decoded input and response tokens of a sample, for the log.
 
-        Raises ModelError if the answers' mask does not hold one end of an answer per turn.
+        Raises ModelError if the response mask does not have one EOS per turn.
         """
         (row,) = self.encode([sample])
         ends = int((row.input_ids[row.response] == self.eos_id).sum())
@@ -243,7 +243,7 @@ class Collator:
         return f"sample {sample.id} reads {read!r} around {int(row.visual.sum())} visual tokens; trained on: {said!r}"
 
     def images(self, samples: Sequence[Sample]) -> list[Processed]:
-        """Those of the samples that have any, in their order; each is processed once, as long as the cache has room."""
+        """Processed images of the samples that have any, in order; cached up to PIXEL_CACHE_BYTES."""
         shown = [sample for sample in samples if sample.image is not None]
         found: dict[tuple[str, int], Processed] = {}
         for sample in shown:
@@ -258,16 +258,16 @@ class Collator:
         return [found[sample.image_id, len(sample.images)] for sample in shown]
 
     def _accepted(self, images: list[Image.Image]) -> tuple[Processed, bool]:
-        """The images, stretched where the processor refuses their shapes, and whether they were."""
+        """Processed images, stretched if the processor refuses their shapes, and whether they were."""
         try:
             return processed(self.processor, *images), False
         except RefusedImageError:
             return processed(self.processor, *map(stretched, images)), True
 
     def shown(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[str, ...], bool]:
-        """What stands for a sample's images of these sizes among the tokens, and whether one has to be stretched for it.
+        """Placeholder texts of images of these sizes, and whether one has to be stretched.
 
-        Raises RefusedImageError if the processor refuses them stretched, too.
+        Raises RefusedImageError if the processor refuses the stretched images, too.
         """
         from PIL import Image
 
@@ -303,12 +303,12 @@ class Collator:
 
 
 def decode(sample: Sample) -> Image.Image:
-    """The sample's first image, as `decoded`."""
+    """First image of the sample, RGB."""
     return decoded(sample)[0]
 
 
 def decoded(sample: Sample) -> list[Image.Image]:
-    """The sample's images, RGB. Raises DataError naming the sample if one does not decode."""
+    """Images of the sample, RGB. Raises DataError naming the sample if one does not decode."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -318,13 +318,13 @@ def decoded(sample: Sample) -> list[Image.Image]:
 
 
 def stretched(image: Image.Image) -> Image.Image:
-    """At least SHORTEST pixels and a LONGEST-th of the other side on each side: shapes that all processors take."""
+    """Image resized to sides of at least SHORTEST pixels and an aspect of at most LONGEST, which all processors accept."""
     width, height = image.size
     return image.resize((max(width, SHORTEST, -(-height // LONGEST)), max(height, SHORTEST, -(-width // LONGEST))))
 
 
 def check_special_tokens(processor: Any) -> None:
-    """Raises ModelError if the tokenizer has no offsets, no EOS, no pad of its own, or does not know the image token."""
+    """Raises ModelError for a text-only processor, or a tokenizer without offsets, EOS, its own pad, or the image token."""
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise ModelError(f"{type(processor).__name__} is not a processor of images and text; is this a language-only model?")
@@ -347,7 +347,7 @@ def check_special_tokens(processor: Any) -> None:
 
 
 def _checked(theirs: Batch, mine: Batch) -> Batch:
-    """Raises ModelError if the two read other words beside the visual tokens."""
+    """The teacher's batch. Raises ModelError if the two batches differ in text tokens."""
     for row, name in enumerate(mine.ids):
         one, other = (b.input_ids[row][b.attention_mask[row].bool() & ~b.visual[row]] for b in (theirs, mine))
         if not torch.equal(one, other):
@@ -360,7 +360,7 @@ def _checked(theirs: Batch, mine: Batch) -> Batch:
 
 @cache
 def shapes() -> list[Image.Image]:
-    """Square, tall, wide, and large enough for tiles."""
+    """Test images: square, wide, tall, and large enough for tiles."""
     from PIL import Image
 
     whole = Image.linear_gradient("L").convert("RGB")
@@ -368,13 +368,13 @@ def shapes() -> list[Image.Image]:
 
 
 def processed(processor: Any, *images: Image.Image) -> Processed:
-    """The images of one sample: some families see one of several as one tile.
+    """Image processor output for one sample, in one call: some families do not split an image that is one of several.
 
-    Raises ModelError if the processor is not of a kind that is known to work, RefusedImageError if it refuses an image.
+    Raises ModelError if the processor cannot count visual tokens, RefusedImageError if it refuses an image.
     """
     if not hasattr(processor, "replace_image_token"):
         raise ModelError(f"{type(processor).__name__} does not say how many visual tokens an image has")
-    options = getattr(processor, "images_kwargs", {})  # options of this processor beyond its image processor's defaults
+    options = getattr(processor, "images_kwargs", {})  # overrides of the image processor's defaults
     try:
         several = list(images) if len(images) == 1 else [list(images)]
         found = processor.image_processor(images=several, return_tensors="pt", **options)
@@ -389,25 +389,25 @@ def processed(processor: Any, *images: Image.Image) -> Processed:
 
 
 def image_text(processor: Any) -> str | None:
-    """What stands for an image among the tokens; None if that depends on the image's shape."""
+    """Placeholder text of an image; None if it depends on the image's shape."""
     texts = {processed(processor, shown).texts for shown in shapes()}
     return texts.pop()[0] if len(texts) == 1 else None
 
 
 def visual_tokens(processor: Any) -> int | None:
-    """Nv: visual tokens per image, asked of the processor itself; None if the number depends on the image's shape."""
+    """Nv: visual tokens per image, measured on the processor; None if it depends on the image's shape."""
     text = image_text(processor)
     return None if text is None else processor.tokenizer.encode(text, add_special_tokens=False).count(visual_id(processor))
 
 
 def visual_id(processor: Any) -> int:
-    """The id of the tokens that hold an image's features. Gemma 3's `image_token` is another, that stands before them."""
+    """Id of the visual tokens. Gemma 3's `image_token` differs: it precedes them."""
     named: int | None = getattr(processor.tokenizer, "image_token_id", None)
     return int(processor.image_token_id) if named is None else named
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Along the first dimension; zeros fill the others up to the largest, as the families' own processors do with tiles."""
+    """Concatenation along the first dimension; the others are zero-padded to the largest, as the processors do with tiles."""
     largest = torch.tensor([tensor.shape[1:] for tensor in tensors]).amax(0).tolist()
     filled = []
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Decoding of `generate`: greedy unless a logits processor leaves another token, until the model ends its turn."""
+"""Greedy decoding for `generate`, until EOS; a logits processor may leave another token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Pretrained checkpoints: hub ids at a pinned commit, or local folders, brought under `artifacts/models` for DVC to version.
+"""Pretrained checkpoints: hub ids at a pinned commit, or local folders, placed under `artifacts/models` for DVC to version.
 
-Weights are safetensors; pickles and code are neither fetched nor taken.
+Safetensors only; pickles and code are neither downloaded nor copied.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints
 
 
 def obtain(checkpoint: Checkpoint, target: Path) -> Path:
-    """Bring `checkpoint` to the folder `target`, whole. Raises as `locate` does, and TryAgainError if the disk is full."""
+    """Download or copy `checkpoint` to `target`, whole. Raises as `locate` does, and TryAgainError if the disk is full."""
     source = locate(checkpoint)
     files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
     with whole_folder(target) as draft:
@@ -43,11 +43,11 @@ def obtain(checkpoint: Checkpoint, target: Path) -> Path:
 
 
 def locate(checkpoint: Checkpoint) -> Path:
-    """The user's own folder, or the hub's snapshot of that commit, fetched if it is not in the cache.
+    """Local folder, or the hub's snapshot of that commit, downloaded if it is not in the cache.
 
     Raises:
         ModelError: no such repository, revision or folder; gated; no safetensors weights; a file cut short.
-        TryAgainError: the hub cannot be reached, or the download broke off; what came is kept and not fetched again.
+        TryAgainError: the hub cannot be reached, or the download broke off; the next run resumes it.
     """
     if checkpoint.revision is None:
         source = Path(checkpoint.source).expanduser()
@@ -60,9 +60,9 @@ def locate(checkpoint: Checkpoint) -> Path:
 
 
 def snapshot(source: str, revision: str | None) -> Path:
-    """The folder of a model of the hub in the hub client's cache, fetched if need be; the newest without a revision.
+    """Hub cache folder of a model, downloaded if absent; the newest revision by default.
 
-    Raises ModelError and TryAgainError as `obtain`.
+    Raises ModelError and TryAgainError as `locate`.
     """
     try:
         found = Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
@@ -90,12 +90,12 @@ def snapshot(source: str, revision: str | None) -> Path:
 
 
 def _place(file: Path, target: Path, link: bool) -> None:
-    """Hard-link out of the hub's cache, whose files never change; copy a user's own, which may."""
+    """Hard-link from the hub's cache, whose files never change; copy a user's files, which may."""
     if link:
         try:
             return os.link(file, target)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):  # no link possible here: copy
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):  # links not supported: copy
                 raise
     shutil.copy2(file, target)
     return None

@@ -1,7 +1,7 @@
-"""Table of model families: one row holds what transformers' common interface does not cover.
+"""Table of model families: facts that transformers' common interface does not cover.
 
-The interface covers vision encoder and language model (`get_encoder`, `get_decoder`), features of pixels
-(`get_image_features`) and features in place of pixels (`mm_encoder_outputs`). docs/add_a_family.md
+The interface covers vision encoder and language model (`get_encoder`, `get_decoder`), image features
+(`get_image_features`) and precomputed features in place of pixels (`mm_encoder_outputs`). docs/add_a_family.md
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Family:
     Args:
         tower: name, under `model.model`, of the module with the vision encoder.
         projector: names, under `model.model`, of the modules between vision encoder and language model.
-        token_types: the argument, if there is one, that tells the model which tokens are an image's, or which are the prompt's.
-        whole: where the tokens of the whole image stand, in families that cut it into tiles as well: before or after these.
+        token_types: name of the token type argument, if any, and whether it marks image tokens or separates prompt from answer.
+        whole: position of the whole image's tokens relative to its tiles', in families that split images.
         crops: visual tokens cover a crop of the image.
-        gguf: llama.cpp's converter names its text and vision parts (by its source; it was not run here).
+        gguf: llama.cpp's converter has its text and vision parts (by its source; not run).
     """
 
     title: str
@@ -41,7 +41,7 @@ class Family:
 
     @property
     def unquantised(self) -> list[str]:
-        """Modules of a quantised teacher that stay in float: head, vision encoder, projector."""
+        """Modules of a quantised teacher kept in float: head, vision encoder, projector."""
         return ["lm_head", *dict.fromkeys(path.split(".")[0] for path in (self.tower, *self.projector))]
 
 
@@ -65,7 +65,7 @@ FAMILIES = {  # by `model_type` of config.json
 
 
 def family_of(config: Any) -> Family:
-    """Raises ModelError if the configuration's is none of the families that are known to work."""
+    """Family of a configuration. Raises ModelError if its `model_type` is not in FAMILIES."""
     kind = config.model_type
     if kind not in FAMILIES:
         raise ModelError(
@@ -76,7 +76,7 @@ def family_of(config: Any) -> Family:
 
 
 def parts(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The model's parameters as `trainable` of params/distill.yaml names them. Every one is in exactly one part."""
+    """Parameters by part, named as in `trainable` of params/distill.yaml. Each is in exactly one part."""
     names = [name.split(".") for name in family_of(model.config).projector]
     encoder = {id(p): "vision_tower" for p in model.get_encoder(modality="image").parameters()}
     projector = {id(p): "projector" for path in names for p in _parameters(model.model, path)}
@@ -88,7 +88,7 @@ def parts(model: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def reads_one_layer(model: Any) -> bool:
-    """Is it LLaVA-1.5's way from pixels to features: one layer of the tower, then the projector?"""
+    """Whether features are those of LLaVA-1.5: one layer of the tower, then the projector."""
     return model.config.model_type == "llava" and isinstance(model.config.vision_feature_layer, int)
 
 
@@ -99,17 +99,17 @@ def _parameters(module: Any, path: list[str]) -> list[nn.Parameter]:
 
 
 def prompt(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """All that the stock forward and `generate` take. Without an image there are no pixels: `generate` would encode None."""
+    """Inputs of the stock forward and `generate`. No `pixel_values` without an image: `generate` would encode None."""
     pixels = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **pixels, **inputs(model, batch)}
 
 
 def inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """What the model's forward and `generate` take beside tokens, attention mask and pixels: sizes of images, token types."""
+    """Inputs of forward and `generate` other than tokens, attention mask and pixels: image sizes, token types."""
     wanted = family_of(model.config).token_types
     if wanted is None:
         return dict(batch.image_inputs)
     name, of = wanted
-    # What follows the first answer, padding too, is no prompt: PaliGemma lets prompt tokens see each other.
+    # Prompt: all before the first answer, without padding. PaliGemma's attention is bidirectional within it.
     types = batch.visual if of == "image" else (batch.response.cumsum(1) > 0) | (batch.attention_mask == 0)
     return {**batch.image_inputs, name: types.to(torch.long)}

@@ -1,4 +1,4 @@
-"""`image_splitting: false`: families that split images into tiles see each as one square of fixed size."""
+"""`image_splitting: false`: one square of fixed size per image, in families that split images into tiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from components.errors import ModelError
 from components.io import write_text
 
 SWITCH = "do_image_splitting"  # option of Idefics3's and SmolVLM's image processors
-FILES = ("processor_config.json", "preprocessor_config.json")  # names in transformers 5 and before
+FILES = ("processor_config.json", "preprocessor_config.json")  # file names since transformers 5, and before
 
 
 def as_one_tile(folder: Path) -> None:
@@ -20,7 +20,7 @@ def as_one_tile(folder: Path) -> None:
         settings = written.get("image_processor", written)
         if SWITCH in settings:
             settings[SWITCH] = False
-            write_text(path, json.dumps(written, indent=2) + "\n")  # a new file: this one may be a link into the hub's cache
+            write_text(path, json.dumps(written, indent=2) + "\n")  # a new file: the old one may be a link into the hub's cache
             found = True
     if not found:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Loading of checkpoint folders, and refusal of pairs that cannot be distilled, before any work."""
+"""Loading of checkpoint folders, and compatibility checks of teacher and student before any work."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A LLaVA-like model in eval mode and its processor."""
+    """Vision-language model and its processor; `load` returns it in eval mode."""
 
     model: Any
     processor: Any
 
     @property
     def name(self) -> str:
-        """The folder it came from."""
+        """Checkpoint folder."""
         return str(self.model.name_or_path)
 
     @property
     def vocabulary(self) -> int:
-        """Columns of the head."""
+        """Number of columns of the head."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
 
@@ -51,8 +51,8 @@ def load(
     Args:
         dtype: of the weights, or of the arithmetic where the language model's linear layers are `quantised` (bitsandbytes).
 
-    Raises ModelError if the folder is missing or incomplete, is no image-text model, wants code of its own, or lacks
-    weights that the model needs (which transformers would fill with random numbers).
+    Raises ModelError if the folder is missing or incomplete, is no image-text model, needs remote code, or lacks weights
+    of the model (which transformers would initialise at random).
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -81,7 +81,7 @@ def load(
 
 
 def check_kind(path: Path) -> None:
-    """Raises ModelError if the folder's model is of a family that is not supported; reads its configuration alone."""
+    """Raises ModelError if the folder's model family is not supported; reads the configuration alone."""
     from transformers import AutoConfig
 
     try:
@@ -92,13 +92,13 @@ def check_kind(path: Path) -> None:
 
 
 def _attention(config: Any) -> str | dict[str, str]:
-    """Fused, but for language models that cap their scores (Gemma 2), which PyTorch's fused kernel leaves out."""
+    """Attention implementation: fused, or eager for language models with score capping (Gemma 2), which SDPA lacks."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"} if capped else "sdpa"
 
 
 def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: torch.dtype, family: Family) -> dict[str, Any]:
-    """Arguments that quantise the language model's linear layers alone: the tower's may be the student's too."""
+    """Loading arguments that quantise the language model's linear layers alone: the student may share the vision tower."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -112,9 +112,9 @@ def _quantised(kind: Literal["int8", "nf4"], device: torch.device | str, dtype: 
 
 
 def grids(teacher: Loaded, student: Loaded) -> tuple[int, int] | None:
-    """The sides of the square grids on which teacher and student see any image, if they differ; None if they do not.
+    """Sides of the teacher's and the student's grid of visual tokens, if they differ; None if they do not.
 
-    Raises ModelError if they differ and one of them is no square, or goes by the image's shape.
+    Raises ModelError if they differ and one is not square, or depends on the image's shape.
     """
     counts = [visual_tokens(loaded.processor) for loaded in (teacher, student)]
     if counts[0] == counts[1]:
@@ -133,11 +133,11 @@ def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> in
     """Size of the shared vocabulary: the columns that both heads are cut to (docs/method.md, "Shared vocabulary").
 
     Args:
-        own_images: each reads images in its own way (distill/resample_visual_tokens.py), so these need not agree.
+        own_images: each model has its own image inputs (distill/resample_visual_tokens.py), so these need not agree.
 
-    Raises ModelError, naming the models, if one is of a family that is not supported, the image token is missing, pad == EOS,
-    a model and its processor disagree about how many tokens an image has, the two see different visual tokens or pixels, or
-    their tokenizers mean different strings by one id.
+    Raises ModelError, naming the models, if a family is not supported, the image token is missing, pad == EOS, a model and its
+    processor differ in visual tokens per image, teacher and student differ in visual tokens or pixels, or their tokenizers
+    map one id to different strings.
     """
     for loaded in (teacher, student):
         check_images(loaded)
@@ -145,7 +145,7 @@ def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> in
 
 
 def check_reading(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
-    """As `check_pair`, by their processors and the sizes of their heads alone."""
+    """As `check_pair`, from processors and head sizes alone."""
     between = f"teacher {teacher.name} and student {student.name}"
     for shown in () if own_images else shapes():
         theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))
@@ -170,7 +170,7 @@ def check_reading(teacher: Loaded, student: Loaded, own_images: bool = False) ->
 
 
 def check_same_template(teacher: Loaded, student: Loaded, settings: TemplateSettings) -> None:
-    """Raises ModelError if the two would write one conversation differently, each with its own chat template."""
+    """Raises ModelError if the chat templates of the two render a conversation differently."""
     if settings.style == "vicuna":
         return
     turns = (Turn(f"{IMAGE}What?", "This."), Turn("And?", "That."))
@@ -183,10 +183,10 @@ def check_same_template(teacher: Loaded, student: Loaded, settings: TemplateSett
 
 
 def check_images(loaded: Loaded) -> None:
-    """Does the model find in its processor's output what it looks for?
+    """Compatibility check of a model and its own processor.
 
-    Raises ModelError if the model is of a family that is not supported, the image token is missing on one side, or the
-    processor writes another number of visual tokens than the model makes of the image.
+    Raises ModelError if the family is not supported, the image token is missing on one side, LLaVA-1.5's number of visual
+    tokens depends on the image, or the processor writes another number of visual tokens than the model has features.
     """
     family_of(loaded.model.config)
     _check_image_token(loaded)
@@ -220,7 +220,7 @@ def _alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool
 
 
 def check_layer(teacher: Loaded, layer: int) -> None:
-    """Raises ModelError if the teacher has no such layer to look at."""
+    """Raises ModelError if the teacher has no such layer."""
     layers: int = teacher.model.config.get_text_config().num_hidden_layers
     if layer >= layers:
         raise ModelError(f"iva.layer is {layer}, but teacher {teacher.name} has layers 0..{layers - 1}")
@@ -244,7 +244,7 @@ def _shared_vocabulary(teacher: Loaded, student: Loaded, between: str) -> int:
     for i in range(columns):
         a, b = (entries.get(i) for entries in names)
         if a != b:
-            if i >= ends and None in (a, b):  # one tokenizer is longer: what lies beyond is not shared
+            if i >= ends and None in (a, b):  # one tokenizer is longer: the rest is not shared
                 return i
             raise ModelError(f"{between}: their tokenizers disagree, first at id {i}: {a!r} and {b!r}")
     return columns

@@ -1,4 +1,4 @@
-"""Escaping of special tokens in data: text that looks like one is plain text, so that no row opens or ends a turn."""
+"""Escaping of special tokens in data: their spelling in a row is plain text, so that no row opens or ends a turn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from components.models.template import Part, Rendered, special_tokens
 
-OPEN, CLOSE = "\U000f0000", "\U000f0001"  # private characters around the number of a special token
+OPEN, CLOSE = "\U000f0000", "\U000f0001"  # private-use characters around a special token's number
 
 
 class PlainText:
-    """Encodes such texts with a copy of the tokenizer in which special tokens are spelt otherwise: those that the template
-    writes are respelt, so that in the other parts nothing is special."""
+    """Encoder of texts with special tokens in data, by a tokenizer copy whose special tokens have other spellings: only the
+    template's own parts are respelt, so nothing in the data's parts is special."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -22,11 +22,11 @@ class PlainText:
         self._pattern = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))))
 
     def is_needed(self, rendered: Rendered) -> bool:
-        """Does a special token stand in a part that is not the template's own?"""
+        """Whether a part from the data spells a special token."""
         return any(self._pattern.search(part.text) for part in rendered.parts if not part.own)
 
     def encode(self, rendered: Rendered, add_special_tokens: bool) -> tuple[Rendered, list[int], list[tuple[int, int]]]:
-        """The text as it is encoded, its token ids, and the characters of it that each stands for."""
+        """Respelt text, its token ids, and each token's character offsets in it."""
         backend, ids = self._respelt
         respelt = Rendered(tuple(map(self._respell, rendered.parts)))
         encoding = backend.encode(respelt.text, add_special_tokens=add_special_tokens)
@@ -42,7 +42,7 @@ class PlainText:
 
     @cached_property
     def _respelt(self) -> tuple[Any, dict[int, int]]:
-        """The copy, and the id that each of its additional tokens stands for."""
+        """Tokenizer copy, and the map from its added ids to the original ids."""
         from tokenizers import AddedToken, Tokenizer
 
         written = json.loads(self._tokenizer.backend_tokenizer.to_str())
@@ -51,7 +51,7 @@ class PlainText:
         copy = Tokenizer.from_str(json.dumps(written))
         copy.no_padding()
         copy.no_truncation()
-        copy.encode_special_tokens = True  # as text; what is added below is not special
+        copy.encode_special_tokens = True  # encodes their spellings as text; the tokens added below are not special
         known = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
         ids: dict[int, int] = {}
         for token in self._special:

@@ -1,7 +1,7 @@
-"""Processor of a folder, for images and text alone.
+"""Processor of a checkpoint folder, for images and text alone.
 
-Without torchvision, transformers 5.23 builds no processor that has a video part, also where nobody asks it for videos. So
-none is opened with one, whatever is installed; what a checkpoint says of videos is written out again, for those who go on.
+Without torchvision, transformers 5.23 cannot build a processor that has a video part, even if no video is processed. The
+video part is therefore always left out; saving writes the checkpoint's video configuration again, for downstream users.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VIDEO_FILE = "video_preprocessor_config.json"
 
 
 def load_processor(path: Path) -> Any:
-    """The folder's processor, padding on the right. Raises ModelError if it cannot be read."""
+    """Processor of a folder, padding on the right. Raises ModelError if it cannot be read."""
     from transformers import AutoProcessor
 
     try:
@@ -32,7 +32,7 @@ def load_processor(path: Path) -> Any:
 
 
 def _without_video(path: Path) -> Any:
-    """The folder's processor class less its video part; None if it has none."""
+    """Processor class without its video part; None if it has no video part."""
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -44,7 +44,7 @@ def _without_video(path: Path) -> Any:
 
 
 def _video_part(path: Path) -> dict[str, Any] | None:
-    """What the folder says of videos: in the processor's own file, in one of its own, or, in old releases, with images."""
+    """Video configuration: in the processor's file, in a file of its own, or, in old releases, in the image processor's."""
     for name, key in (("processor_config.json", "video_processor"), (VIDEO_FILE, None), ("preprocessor_config.json", None)):
         if (path / name).exists():
             said = json.loads((path / name).read_text(encoding="utf-8"))
@@ -54,8 +54,8 @@ def _video_part(path: Path) -> dict[str, Any] | None:
 
 
 def images_only(kind: Any, video: dict[str, Any] | None = None) -> Any:
-    """`kind`, a processor class, less its video processor (pass None); saved under the name of `kind`, with `video` as the
-    configuration of the part that was left out."""
+    """Subclass of the processor class `kind` whose video processor is None; saved under the name of `kind`, with `video` as
+    the video configuration."""
 
     class ImagesOnly(kind):  # type: ignore[misc]
         @classmethod
@@ -72,17 +72,17 @@ def images_only(kind: Any, video: dict[str, Any] | None = None) -> Any:
                 write_text(Path(save_directory) / VIDEO_FILE, json.dumps(video, indent=2, sort_keys=True) + "\n")
             return saved
 
-        def __reduce__(self) -> tuple[Any, ...]:  # a class made here is not found by its name, which pickling goes by
+        def __reduce__(self) -> tuple[Any, ...]:  # pickle finds classes by name, which fails for a local class
             return _unfilled, (kind, video), self.__dict__
 
     module = sys.modules[kind.__module__]
-    if getattr(module, "num2words", kind) is None:  # SmolVLM's, which spells out how many frames a video has
+    if getattr(module, "num2words", kind) is None:  # SmolVLM's, which spells out a video's frame count
         module.num2words = str  # type: ignore[attr-defined]
     ImagesOnly.__name__ = kind.__name__
     return ImagesOnly
 
 
 def _unfilled(kind: Any, video: dict[str, Any] | None) -> Any:
-    """A processor that pickle fills with what it kept."""
+    """Empty processor, for pickle to restore its state into."""
     made = images_only(kind, video)
     return made.__new__(made)

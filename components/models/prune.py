@@ -1,8 +1,8 @@
 """Pruned students: fewer decoder layers and narrower MLPs of a teacher, everything else copied.
 
-Layers 0, every, 2 every, ... stay. Of each MLP those neurons stay whose weights are largest: the l2 norm over what belongs to
-a neuron, its rows of gate and up and its column of down (group magnitude: DepGraph, arXiv 2301.12900; the l2 criterion of
-LLM-Pruner, arXiv 2305.11627). Neurons add up, so that the cut MLP is the teacher's with the others silent.
+Layers 0, every, 2 every, ... are kept. Each MLP keeps the neurons of the largest group magnitude: the l2 norm over a neuron's
+rows of gate and up and its column of down (DepGraph, arXiv 2301.12900; the l2 criterion of LLM-Pruner, arXiv 2305.11627).
+An MLP is a sum over neurons, so the pruned one equals the teacher's with the other neurons at zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from components.config.models import Cut
 from components.errors import ModelError, first_line
 from components.models.checkpoint_folder import INDEX, weight_files
 
-EXACT = (  # language models whose layers are alike but for `layer_types`, each with an MLP of gate, up and down
+EXACT = (  # language models of uniform layers (but for `layer_types`) with gate, up and down projections
     "gemma2",
     "gemma3_text",
     "llama",
@@ -33,9 +33,9 @@ EXACT = (  # language models whose layers are alike but for `layer_types`, each 
 
 
 def cut(teacher: Path, asked: Cut, target: Path) -> Path:
-    """Write `target`, the folder of `teacher` less what `asked` leaves out.
+    """Write the pruned checkpoint of `teacher` to `target`.
 
-    Raises ModelError if the teacher's language model is not one that can be cut exactly, or has no more neurons than are asked.
+    Raises ModelError if the architecture is not in `EXACT`, its layers cannot be dropped, or its MLPs are narrower than `mlp`.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -67,7 +67,7 @@ def cut(teacher: Path, asked: Cut, target: Path) -> Path:
 
 
 def layers_kept(path: Path, asked: Cut) -> list[int]:
-    """Of the teacher's layers, those that the cut student at `path` has."""
+    """Teacher layer indices of the pruned student at `path`."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -75,7 +75,7 @@ def layers_kept(path: Path, asked: Cut) -> list[int]:
 
 
 def _layers(config: Any, asked: Cut, teacher: Path) -> list[int]:
-    """The layers that are kept. Raises ModelError if the cut would not be exact."""
+    """Indices of the kept layers. Raises ModelError if pruning would not be exact."""
     text = config.get_text_config()
     if text.model_type not in EXACT:
         raise ModelError(
@@ -94,17 +94,17 @@ def _layers(config: Any, asked: Cut, teacher: Path) -> list[int]:
 
 
 def _shrink(config: Any, kept: list[int], mlp: int | None) -> None:
-    """Make `config` the student's."""
+    """Set the student's depth and MLP width in `config`, in place."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
-    if kinds is not None:  # which layers have a window
+    if kinds is not None:  # sliding-window layers
         text.layer_types = [kinds[layer] for layer in kept]
     text.num_hidden_layers = len(kept)
     text.intermediate_size = mlp or text.intermediate_size
 
 
 def thinned(weights: dict[str, Tensor], layers: str, kept: list[int]) -> dict[str, Tensor]:
-    """Of what is named `layers`.NUMBER. ..., the kept under their new numbers; and all that belongs to no layer."""
+    """State dict of the `kept` layers, renumbered, and of everything outside `layers`."""
     places = {str(layer): str(place) for place, layer in enumerate(kept)}
     thin = {}
     for name, weight in weights.items():
@@ -117,7 +117,7 @@ def thinned(weights: dict[str, Tensor], layers: str, kept: list[int]) -> dict[st
 
 
 def narrowed(weights: dict[str, Tensor], layers: str, mlp: int | None) -> dict[str, Tensor]:
-    """With `mlp` neurons in each MLP of `layers`, in the order that they were in."""
+    """State dict with `mlp` neurons in each MLP of `layers`, in their original order."""
     if mlp is None:
         return weights
     narrow = dict(weights)
@@ -133,7 +133,7 @@ def narrowed(weights: dict[str, Tensor], layers: str, mlp: int | None) -> dict[s
 
 
 def largest(gate: Tensor, up: Tensor, down: Tensor, count: int) -> Tensor:
-    """(count,) sorted indices of the neurons of gate (m, d), up (m, d) and down (d, m) with the largest l2 norm over all three;
-    of equal ones the first."""
+    """(count,) sorted indices of the neurons of gate (m, d), up (m, d) and down (d, m) with the largest joint l2 norm;
+    ties go to the lower index."""
     squares = gate.double().square().sum(1) + up.double().square().sum(1) + down.double().square().sum(0)
     return squares.sort(descending=True, stable=True).indices[:count].sort().values

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 EOS = "<|endoftext|>"
 USER, ASSISTANT = "USER:", "ASSISTANT:"
-# For templates that write today's date: one text on all days of a training, and after it. Llama 3's own default.
+# Fixed date for templates that write today's: the same text on every day of training and after. Llama 3's default.
 ONE_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
-Shape = tuple[str, ...]  # per question its images and texts in order: "it", "iit", "tit", "t", ...
+Shape = tuple[str, ...]  # images and texts of each question in order: "it", "iit", "tit", "t", ...
 
 
 class Part(NamedTuple):
     text: str
-    own: bool  # the template's words, in which special tokens are special; else the data's, which are plain text
-    response: bool = False  # text of an answer, from the space before it to its EOS, included
-    image: bool = False  # what stands for an image
+    own: bool  # template text, with special tokens; else text of the data, which is plain
+    response: bool = False  # text of an answer, from the space before it to its EOS, inclusive
+    image: bool = False  # placeholder of an image
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Rendered:
 
     @property
     def response_spans(self) -> tuple[tuple[int, int], ...]:
-        """`text[a:b]` for each of them is an answer with its EOS."""
+        """Spans of the answers in `text`, each with its EOS."""
         spans, at, start = [], 0, None
         for part in (*self.parts, Part("", own=True)):
             if part.response and start is None:
@@ -57,12 +57,12 @@ class Rendered:
 
     @property
     def question_spans(self) -> tuple[tuple[int, int], ...]:
-        """`text[a:b]` for each of them is a question, without anything of the template's own."""
+        """Spans of the questions' texts in `text`, without template text."""
         return self._spans(lambda part: not (part.own or part.response))
 
     @property
     def image_spans(self) -> tuple[tuple[int, int], ...]:
-        """`text[a:b]` for each of them stands for an image."""
+        """Spans of the image placeholders in `text`."""
         return self._spans(lambda part: part.image)
 
     def _spans(self, wanted: Callable[[Part], bool]) -> tuple[tuple[int, int], ...]:
@@ -73,15 +73,15 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Template:
-    """`system` stands before the first turn; may be empty. `eos` ends every answer.
+    """Settings of a chat template: `system` text before the first turn, may be empty; `eos` ends every answer.
 
-    `style` processor: of whatever processor it is used with (`of`), it is that one's own template.
+    `style` processor: the own template of the processor that `of` is called with.
     """
 
     system: str
     eos: str = EOS
     style: Literal["vicuna", "processor"] = "vicuna"
-    wants_special_tokens = True  # the tokenizer's own at the start, where it adds any
+    wants_special_tokens = True  # leading special tokens of the tokenizer (BOS), if it adds any
 
     @classmethod
     def asked(cls, settings: TemplateSettings) -> Template:
@@ -89,11 +89,11 @@ class Template:
 
     @property
     def identity(self) -> str:
-        """Of two settings that render the same, the same; the checkpoint's own template is the checkpoint's affair."""
+        """Key that is equal for settings of equal rendering; a checkpoint's own template is not part of it."""
         return self.jinja if self.style == "vicuna" else f"processor\n{self.system}"
 
     def of(self, processor: Any) -> Template | ChatTemplate:
-        """As it is for this processor, tried on up to three turns. Raises ModelError as `ChatTemplate` and `_try` do."""
+        """Template bound to a processor, tried on up to three turns. Raises ModelError as `ChatTemplate` and `_try` do."""
         if self.style == "processor":
             made: Template | ChatTemplate = ChatTemplate(self.system, processor)
         else:
@@ -102,11 +102,11 @@ class Template:
         return made
 
     def render(self, turns: Sequence[Turn], images: Sequence[str], answer: bool = True) -> Rendered:
-        """All `turns`; the first one alone, up to `ASSISTANT:`, if not `answer`. Answers are stripped of white space.
+        """Text of all `turns`; of the first one up to `ASSISTANT:`, if not `answer`. Answers are stripped of white space.
 
-        `images` are what stands for each image (the image token, once per visual token), in the order of their marks; a line
-        ends after those that open a question.
-        The space before an answer belongs to the answer: tokenizers join it to the first word, and a prompt ends without it.
+        `images`: placeholder of each image (the image token, once per visual token), in the order of their marks; a newline
+        follows those that open a question.
+        The space before an answer is part of it: tokenizers join it to the first word, and a prompt ends without it.
         """
         parts, shown = [Part(f"{self.system} " if self.system else "", own=True)], iter(images)
         for turn in turns if answer else turns[:1]:
@@ -125,7 +125,7 @@ class Template:
 
     @property
     def jinja(self) -> str:
-        """The same template for `processor.apply_chat_template`: what serving and evaluation kits read."""
+        """Jinja form of the template for `processor.apply_chat_template`, as serving and evaluation kits use it."""
         system = f"{self.system} ".replace("\\", "\\\\").replace("'", "\\'") if self.system else ""
         return (
             f"{{{{ '{system}' }}}}"
@@ -148,14 +148,14 @@ class Template:
 
 
 class ChatTemplate:
-    """The processor's own chat template, asked once per number of turns for what it writes around questions and answers.
+    """The processor's own chat template, rendered once per shape of the turns for its text around questions and answers.
 
-    An answer stands right after the words that a prompt ends with, and ends with the first special token after it: whatever
-    the template writes between them for an answer that is there already (Qwen3's empty thoughts, another space) is left out,
-    as a model that answers does not write it.
+    An answer follows the last words of the prompt directly, and ends with the first special token after it. Text that the
+    template adds before a given answer (Qwen3's empty thoughts) is left out, as generation does not produce it; added white
+    space is kept as part of the answer.
 
     Raises ModelError if there is no template, if it has no place for an image, if it ends an answer without a special token
-    (a model trained so never learns to stop), or if it writes turns otherwise than one after another.
+    (a model trained on it never learns to stop), or if it does not write turns one after another.
     """
 
     def __init__(self, system: str, processor: Any) -> None:
@@ -177,7 +177,7 @@ class ChatTemplate:
         self._frames: dict[tuple[Shape, bool], list[Part | None]] = {}
 
     def render(self, turns: Sequence[Turn], images: Sequence[str], answer: bool = True) -> Rendered:
-        """As `Template.render`; a line ends after an image where this template says so."""
+        """As `Template.render`, with newlines after images as in this template."""
         asked = [pieces(turn.question) for turn in (turns if answer else turns[:1])]
         shape = tuple("".join("i" if piece is None else "t" for piece in question) for question in asked)
         texts = iter(
@@ -197,7 +197,7 @@ class ChatTemplate:
         return Rendered(tuple(parts))
 
     def _frame(self, shape: Shape, answer: bool) -> list[Part | None]:
-        """The template's words around turns of this shape, None for each text between them."""
+        """Template text around turns of this shape, None for each text of the data."""
         if (shape, answer) not in self._frames:
             self._frames[shape, answer] = self._framed(shape) if answer else self._prompt(shape)
         return self._frames[shape, answer]
@@ -229,8 +229,8 @@ class ChatTemplate:
         return frame
 
     def _around(self, shape: Shape, answers: int) -> list[str]:
-        """What the template writes before, between and after the texts of questions and answers; without the last answer, up
-        to where it begins. Nothing of the data is shown to the template, so that no text of theirs changes what it writes."""
+        """Template text before, between and after the texts of questions and answers; up to the generation prompt if the last
+        question has no answer. The template renders placeholders, so no text of the data changes its output."""
         messages: list[dict[str, Any]] = []
         if self.system:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
@@ -249,7 +249,7 @@ class ChatTemplate:
             text: str = self._tokenizer.apply_chat_template(
                 messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=answers < len(shape)
             )
-        except Exception as error:  # it is a program of somebody's, which may raise anything
+        except Exception as error:  # third-party Jinja may raise anything
             raise ModelError(
                 f"{self._name}: its chat template refuses these turns: {error}; set template.style: vicuna"
             ) from None
@@ -269,7 +269,7 @@ class ChatTemplate:
         return words
 
     def _end(self, tail: str) -> str:
-        """The special token that ends an answer."""
+        """First special token after an answer."""
         found = [(tail.find(token), token) for token in special_tokens(self._tokenizer) if token in tail]
         if not found:
             raise ModelError(
@@ -279,7 +279,7 @@ class ChatTemplate:
         return min(found)[1]
 
 
-SLOT = re.compile("\ue000([0-9]+)\ue001")  # private characters: no template writes them
+SLOT = re.compile("\ue000([0-9]+)\ue001")  # private-use characters, which no template writes
 
 
 def _slot(number: int) -> str:
@@ -287,8 +287,8 @@ def _slot(number: int) -> str:
 
 
 def _try(template: Template | ChatTemplate, processor: Any) -> None:
-    """Raises ModelError if a prompt's tokens are not those that its training sample begins with, or if what is trained on are
-    not the answers and one end each."""
+    """Raises ModelError if a prompt's tokens are not a prefix of its training sample's, or if a response span does not end with
+    its only EOS."""
     tokenizer = processor.tokenizer
     for turn_count in (1, 2, 3):
         for images in ([], [processor.image_token]):
@@ -313,13 +313,13 @@ def _try(template: Template | ChatTemplate, processor: Any) -> None:
 
 
 def question_of(turn: Turn) -> str:
-    """The question without the marks of its images."""
+    """Question without its image marks."""
     return turn.question.replace(IMAGE, "").strip()
 
 
 def pieces(question: str) -> list[str | None]:
-    """A question's texts, one at least, and its images, as None, in order. White space around the question, and after images
-    that open it, is no part of it."""
+    """Texts of a question, at least one, and its images, as None, in order. White space around the question, and after images
+    that open it, is stripped."""
     first, *others = question.strip().split(IMAGE)
     found: list[str | None] = [first] if first else []
     for text in others:
@@ -329,13 +329,13 @@ def pieces(question: str) -> list[str | None]:
 
 
 def with_marks(question: str) -> str:
-    """The question as text: without the images that open it; where others stand among its words, IMAGE marks all."""
+    """Question text without the marks of images that open it; all marks are kept if one stands among the words."""
     found = pieces(question)
     words = [IMAGE if piece is None else piece for piece in found]
     return "".join(words if None in found[found.index(next(filter(None, found), "")) :] else filter(None, found)).strip()
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Those with a name (EOS, ...) and those without, such as the marks of a turn."""
+    """Special tokens: named ones (EOS, ...) and unnamed ones, such as turn markers."""
     marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *marked]))

@@ -1,8 +1,8 @@
-"""TinyLLaVA checkpoints as stock LLaVA folders: the same weights under other names, without their code.
+"""Conversion of TinyLLaVA checkpoints to stock LLaVA folders: weights renamed, no remote code.
 
 TinyLLaVA Factory (arXiv 2405.11788) joins SigLIP, a two-layer projector and Qwen2.5 as the paper does; teachers and students of
-LLaVA-CKD (arXiv 2605.10641) are published so. Its strategy `patch` drops the first token of every image, which SigLIP has no
-class token in: they were trained on 728 of 729 tokens, and are read so here.
+LLaVA-CKD (arXiv 2605.10641) are published in its format. Its strategy `patch` drops the first token of every image, though
+SigLIP has no class token: these models were trained on 728 of 729 tokens, and are loaded that way here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from components.models.checkpoint_folder import weight_files
 TYPE = "tinyllava"
 STRATEGIES: dict[str, Strategy] = {"patch": "default", "cls_patch": "full"}
 PREFIXES = {"tower": "vision_tower._vision_tower.", "language": "language_model.", "projector": "connector._connector."}
-LAYERS = {"0.": "linear_1.", "2.": "linear_2."}  # of the projector; 1 is its GELU
+LAYERS = {"0.": "linear_1.", "2.": "linear_2."}  # projector layers; 1 is the GELU
 
 
 def is_tinyllava(path: Path) -> bool:
@@ -41,7 +41,7 @@ def is_tinyllava(path: Path) -> bool:
 def convert(source: Path, system: str, target: Path) -> Path:
     """Write the stock LLaVA folder `target`, whole. `system`: text before the first turn, for the chat template.
 
-    Raises ModelError if a part is missing or of another kind than these.
+    Raises ModelError if a part is missing or of an unsupported type.
     """
     from transformers import SiglipImageProcessorPil
 
@@ -77,7 +77,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _weights(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Those of each part, named as the part names them. Raises ModelError for one that belongs to none."""
+    """State dict of each part, prefixes removed. Raises ModelError for a weight of no part."""
     found: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
     for file in weight_files(path):
         for name, weight in load_file(file).items():
@@ -89,7 +89,7 @@ def _weights(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _opened(config: dict[str, Any] | None, kinds: tuple[str, ...], weights: dict[str, Tensor], path: Path) -> Any:
-    """A part with its weights, in their precision. Raises ModelError if it is of another kind, or not whole."""
+    """Model of one part in its weights' dtype. Raises ModelError if its type is none of `kinds` or weights are missing."""
     from transformers import AutoConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
 
     kind = (config or {}).get("model_type")

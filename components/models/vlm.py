@@ -1,7 +1,7 @@
-"""Vision-language model of transformers behind the method's interface: features, plain, continuation and expanded pass, head.
+"""Wrapper of transformers' vision-language models for the method: features, plain, continuation and expanded pass, head.
 
-The plain pass is the stock forward. Its position ids, of any number of axes, and its attention masks are captured by a
-forward pre-hook on the language model; in the expanded pass the same hook appends the ribbon's rows (tests/families).
+The plain pass is the stock forward. A forward pre-hook on the language model captures its position ids, of any number of
+axes, and its attention masks; in the expanded pass the same hook appends the ribbon's rows (tests/families).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from components.errors import ModelError
 from components.models.attention import AttentionProbe, decoder_layers, probing
 from components.models.families import inputs, reads_one_layer
 
-# The argument's name, which transformers 5.24 changed.
+# Argument name, renamed in transformers 5.24.
 CACHE = "cache" if "cache" in signature(create_masks_for_generate).parameters else "past_key_values"
-Masks = dict[str, Tensor | None] | Tensor | None  # what each row sees: (B or 1, 1, T, T) bool; None: all before it
+Masks = dict[str, Tensor | None] | Tensor | None  # attention mask (B or 1, 1, T, T) bool; None: causal
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A plain pass to continue over: keys and values of T tokens, their position ids, what each of them saw."""
+    """State of a plain pass for `continued`: key/value cache of T tokens, their position ids and attention masks."""
 
     cache: DynamicCache
     positions: Tensor | None  # ([axes,] B or 1, T); None: 0..T-1
@@ -41,23 +41,23 @@ class Kept:
 
 
 class _Given(Exception):
-    """What a language model is given: ends a forward where that would begin."""
+    """Carrier of the language model's inputs; ends a forward pass before the language model runs."""
 
 
 class VLM(nn.Module):
-    """The view of any model in components/models/families.py."""
+    """Wrapper of any model of components/models/families.py."""
 
-    model: Any  # transformers' own types do not say what a vision-language model holds
+    model: Any  # transformers' types do not cover the parts of a vision-language model
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def features(self, batch: Batch) -> Any:
-        """What the vision tower says of the batch's images; None if there are none. No graph is kept through a frozen tower.
+        """Visual features of the batch's images; None without images. A frozen tower runs without autograd.
 
-        LLaVA's are (N, Nv, D), before the projector, so that models with one tower can share them. Others' are the stock
-        output, after the projector, for what lies between differs.
+        LLaVA-1.5: (N, Nv, D), before the projector, so that models with the same tower can share them. Other families: the
+        stock output, after the projector, since the modules between differ.
         """
         if batch.pixel_values is None:
             return None
@@ -73,10 +73,10 @@ class VLM(nn.Module):
     def plain(
         self, batch: Batch, features: Any, keep: bool, change: Callable[[dict[str, Any]], None] | None = None
     ) -> tuple[Tensor, Kept | None]:
-        """One pass over the sequence. Returns hidden states (B, T, d) and, if `keep`, what `continued` continues over.
+        """Forward pass over the sequence. Returns hidden states (B, T, d) and, if `keep`, the state for `continued`.
 
-        Without a mask: padding is on the right, where no real token sees it, and the fused causal kernel is the faster one.
-        `change` changes what the language model is given.
+        No attention mask is passed: padding is on the right, where no real token attends to it, and the fused causal kernel
+        is faster. `change` edits the language model's inputs in place.
         """
         seen: dict[str, Any] = {}
 
@@ -85,7 +85,7 @@ class VLM(nn.Module):
                 change(given)
             seen.update(given)
 
-        # A cache that knows of no layer's window: it would keep the last keys only, and alternatives stand further back.
+        # No config, so no sliding-window layers: those keep the last keys only, and alternatives stand further back.
         cache = DynamicCache() if keep else None
         out = self._stock(batch, features, look, **{CACHE: cache}, use_cache=keep)
         if cache is None:
@@ -93,12 +93,12 @@ class VLM(nn.Module):
         return out.last_hidden_state, Kept(cache, seen.get("position_ids"), self._masks(seen))
 
     def continued(self, kept: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """(B, E, d) hidden states of `tokens`, each in place of the gold token at its position, over the plain pass's keys and
-        values; each sees what the (B, 1, E, T + E) `mask` allows of what that gold token saw.
+        """(B, E, d) hidden states of `tokens`, each in place of the gold token at its position, over the plain pass's key/value
+        cache; attention is the gold token's, further restricted by the (B, 1, E, T + E) `mask`.
         """
         embedded = self.model.get_input_embeddings()(tokens)
         if not tokens.shape[1]:
-            return embedded  # no rows, which attention layers do not take
+            return embedded  # attention layers fail on zero rows
         return self.model.get_decoder()(
             inputs_embeds=embedded,
             **{CACHE: kept.cache},
@@ -122,14 +122,14 @@ class VLM(nn.Module):
             given["inputs_embeds"] = embedded
             given["position_ids"] = torch.cat([gold.expand(*rows.shape[:-1], T), rows], dim=-1)
             given["attention_mask"] = _each(masks, lambda gold: form(_of_all(mask, gold, positions), embedded.dtype))
-            if given.get("visual_pos_masks") is not None:  # where features enter deeper layers: not at the rows
+            if given.get("visual_pos_masks") is not None:  # features added in deeper layers: none at the appended rows
                 given["visual_pos_masks"] = torch.cat([given["visual_pos_masks"], torch.zeros_like(tokens).bool()], dim=1)
 
         states: Tensor = self._stock(batch, features, join, use_cache=False).last_hidden_state
         return states
 
     def embedded(self, batch: Batch, features: Any) -> dict[str, Any]:
-        """What the language model is given: `inputs_embeds` (B, T, d), and what enters deeper layers (Qwen3-VL)."""
+        """Inputs of the language model: `inputs_embeds` (B, T, d), and features for deeper layers (Qwen3-VL)."""
 
         def end(given: dict[str, Any]) -> None:
             raise _Given(given)
@@ -141,8 +141,8 @@ class VLM(nn.Module):
         raise AssertionError("no language model was run")
 
     def mixed(self, batch: Batch, features: Any, other: dict[str, Any], own: Tensor) -> Tensor:
-        """(B, T, d) hidden states of a plain pass in which each token is given `own` (B, T) of its embedding, and the rest of
-        that of `other`, as `embedded` returns it."""
+        """(B, T, d) hidden states of a plain pass over interpolated embeddings: `own` (B, T) times the token's own, 1 - `own`
+        times that of `other`, as `embedded` returns it."""
 
         def mix(given: dict[str, Any]) -> None:
             share = own.to(given["inputs_embeds"].dtype)
@@ -161,9 +161,9 @@ class VLM(nn.Module):
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
-        """While open, one pass over the batch reads what `watch` says, gradients and all.
+        """Capture of the attention maps and hidden states of `watch` during one pass over the batch, with gradients.
 
-        Raises ModelError if the model has no such layer, or attends by FlexAttention, which has no maps.
+        Raises ModelError if the model has no such layer, or runs on FlexAttention, which has no maps.
         """
         seen = Watched()
         layers = decoder_layers(self.model)
@@ -188,14 +188,14 @@ class VLM(nn.Module):
         seen.maps |= {map: probe.seen[map.layer % depth] for map, probe in opened.items()}
 
     def flex(self) -> None:
-        """From now on the language model attends by FlexAttention, whose kernel leaves out the blocks that `expanded`'s mask
-        leaves empty: alternatives see no alternatives. Its backward pass needs a GPU. For route "expanded" alone: a cache
-        cannot be continued with it."""
+        """Switch the language model to FlexAttention, whose kernel skips the empty blocks of `expanded`'s mask: alternatives do
+        not attend to each other. Its backward pass needs a GPU. For route "expanded" alone: it cannot continue over a
+        key/value cache."""
         self.model.set_attn_implementation({"text_config": "flex_attention"})
 
     @property
     def can_flex(self) -> bool:
-        """LLaVA-1.5 alone, whose language model makes its masks itself: those that others hand theirs were not tried."""
+        """True for LLaVA-1.5, whose language model builds its own masks; untested with masks that other families pass in."""
         return reads_one_layer(self.model)
 
     @property
@@ -204,14 +204,14 @@ class VLM(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The head as it is now; `vlm.head(rows)` are its logits."""
+        """Output head with the current weights; `vlm.head(rows)` are logits."""
         layer = self.model.get_output_embeddings()
         return Head(layer.weight, layer.bias, getattr(self.model.config.get_text_config(), "final_logit_softcapping", None))
 
     def _stock(self, batch: Batch, features: Any, change: Callable[[dict[str, Any]], None], **options: Any) -> Any:
-        """The stock forward, in which `change` reads or changes what the language model is given."""
+        """Stock forward with a pre-hook: `change` reads or edits the language model's inputs."""
         tokens: dict[str, Any] = {"input_ids": batch.input_ids}
-        if isinstance(features, Tensor):  # LLaVA-1.5: placed here, as the stock check would wait for the device
+        if isinstance(features, Tensor):  # LLaVA-1.5: scattered here, as the stock check would synchronise with the device
             projected = self.model.model.multi_modal_projector(features).flatten(0, 1)
             words = self.model.get_input_embeddings()(batch.input_ids)
             tokens = {"inputs_embeds": words.masked_scatter(batch.visual[..., None], projected.to(words.dtype))}
@@ -229,12 +229,12 @@ class VLM(nn.Module):
             handle.remove()
 
     def _masks(self, given: dict[str, Any]) -> Masks:
-        """What every row of the plain pass sees, by kind of layer if there are several."""
+        """Attention masks of the plain pass, by layer type if there are several."""
         masks = given.get("attention_mask")
         if masks is None:
             config = copy(self.model.config.get_text_config())
             if self.flexes:
-                config._attn_implementation = "sdpa"  # a mask to read, where FlexAttention has a function
+                config._attn_implementation = "sdpa"  # SDPA's mask is a tensor, FlexAttention's a function
             masks = create_masks_for_generate(config, given["inputs_embeds"], None, None)
         if isinstance(masks, dict) and len(masks) == 1:
             (masks,) = masks.values()
@@ -244,7 +244,7 @@ class VLM(nn.Module):
 
 
 def _allowed(mask: Tensor | None) -> Tensor | None:
-    """Bool, from what SDPA takes (bool) or eager attention (0, or a large negative number)."""
+    """Bool mask from that of SDPA (bool) or of eager attention (0, or a large negative number)."""
     return mask if mask is None or mask.dtype == torch.bool else mask == 0
 
 
@@ -261,7 +261,7 @@ def _at(positions: Tensor | None, index: Tensor) -> Tensor:
 
 
 def _of_rows(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
-    """(B, 1, E, T + E): of what `mask` allows, what the gold tokens at (B, E) `positions` see, and the rows themselves."""
+    """(B, 1, E, T + E) `mask`, its first T columns restricted to the gold mask at (B, E) `positions`."""
     if gold is None:
         return mask
     B, E = positions.shape
@@ -271,7 +271,7 @@ def _of_rows(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
 
 
 def _of_all(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
-    """(B, 1, T + E, T + E): gold rows see what they do in the plain pass."""
+    """(B, 1, T + E, T + E) mask: gold rows attend as in the plain pass, appended rows as in `_of_rows`."""
     if gold is None:
         return mask
     T = gold.shape[-1]
@@ -280,12 +280,12 @@ def _of_all(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as the numbers to add to scores: eager attention would add True as 1, silently."""
+    """Additive form of a bool mask: eager attention would silently add True as 1."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _blocks(mask: Tensor, _dtype: torch.dtype) -> BlockMask:
-    """A (B, 1, Q, K) bool mask as FlexAttention takes it: which blocks are empty, which whole, and the mask for the rest."""
+    """FlexAttention's block mask of a (B, 1, Q, K) bool mask: empty blocks, full blocks, and the mask for the rest."""
     B, _, Q, K = mask.shape
 
     def seen(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def _blocks(mask: Tensor, _dtype: torch.dtype) -> BlockMask:
 
 
 def _keeper(hidden: dict[int, Tensor], layer: int) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook that keeps what a layer passes on."""
+    """Forward hook that stores a layer's output hidden states."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         hidden.setdefault(layer, output[0] if isinstance(output, tuple) else output)

@@ -1,6 +1,6 @@
-"""Answers that a model writes to the first questions of samples, drawn by keys, for training on their tokens.
+"""Sampled answers to the first question of each sample, one seed per answer, for training on their tokens.
 
-As in the data, no special token stands in an answer but its end, and the tokens are those of the shared vocabulary.
+As in the data, EOS is the only special token of an answer, and all tokens are of the shared vocabulary.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from components.models.template import special_tokens
 
 @dataclass(frozen=True)
 class Answer:
-    tokens: list[int]  # its end included, where it has one
-    log_prob: float  # of all of them, under the model at temperature 1 and all tokens of its vocabulary
+    tokens: list[int]  # token ids, EOS included where the answer was not cut off
+    log_prob: float  # sum over `tokens`, at temperature 1 and over the model's whole vocabulary
 
 
 class Writer:
-    """A model that writes, at most `max_new_tokens` for an answer and within the collator's `max_length`.
+    """Batched generation of at most `max_new_tokens` per answer, within the collator's `max_length`.
 
     Args:
-        temperature: 0: the likeliest tokens.
-        top_p: draw among the fewest tokens whose probabilities reach this.
-        shared_vocabulary: columns of both heads.
+        temperature: sampling temperature; 0 is greedy.
+        top_p: nucleus: the fewest tokens whose probabilities reach this.
+        shared_vocabulary: columns that both heads have.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Writer:
         self.barred[self.eos_id] = False
 
     def write(self, samples: Sequence[Sample], keys: Sequence[int]) -> list[Answer]:
-        """All in one batch, over the key/value cache and without dropout. `keys`: of each answer, the seed of its draws."""
+        """Answers of one batch, generated with a key/value cache and without dropout. `keys`: seed of each answer's draws."""
         model = self.loaded.model
         batch = self._prompts(samples).to(model.device)
         streams = [torch.rand(self.most, generator=torch.Generator().manual_seed(key)) for key in keys]
@@ -72,18 +72,18 @@ class Writer:
 
 
 class Drawn(LogitsProcessor):
-    """Leaves each sample the one token that its uniform draws, by inverting the cumulative sum; the likeliest at temperature 0.
+    """Logits processor that leaves one token per sample: inverse-CDF sampling by given uniforms, or argmax at temperature 0.
 
     Args:
-        uniforms: (B, most) in [0, 1), one per token to write.
-        barred: (V,) bool, tokens that are never drawn.
-        prompt: tokens of the prompts, padding included.
+        uniforms: (B, most) in [0, 1), one per new token.
+        barred: (V,) bool, tokens of probability 0.
+        prompt: length of the prompts, padding included.
     """
 
     def __init__(self, uniforms: Tensor, barred: Tensor, prompt: int, temperature: float, top_p: float | None) -> None:
         self._uniforms, self._barred, self._prompt = uniforms, barred, prompt
         self._temperature, self._top_p = temperature, top_p
-        self.log_probs: list[Tensor] = []  # (B,) of each token
+        self.log_probs: list[Tensor] = []  # (B,) per step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         logits = scores.float().masked_fill(self._barred, float("-inf"))
@@ -97,5 +97,5 @@ class Drawn(LogitsProcessor):
 
 
 def _ended(tokens: list[int], eos: int) -> list[int]:
-    """Up to the first end of turn, which is included."""
+    """Tokens up to the first EOS, inclusive."""
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
