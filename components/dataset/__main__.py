@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def unseen_by_dvc(settings: Settings) -> Iterator[str]:
-    """A sentence for each path whose files are in no data.dvc: DVC looks at data/ alone, and follows no link to a folder."""
+    """Warnings about paths that DVC does not track: it covers data/ alone, and follows no link to a folder."""
     told = "DVC neither stores what is there nor sees it change; copy it under data/ and `dvc add data`"
     for key, path in named_paths(settings):
         if not key.startswith("data."):
@@ -60,7 +60,7 @@ def _reasons() -> str:
 
 
 def _overlap() -> str:
-    if not (DATASET / "overlap.json").exists():  # digits: images are made, and no raw digit is in two splits
+    if not (DATASET / "overlap.json").exists():  # digits: synthetic images; no raw digit is in two splits
         return ""
     found = Overlap.read(DATASET / "overlap.json")
     return f"; {found.near:,} training images look like evaluated ones ({'dropped; ' if found.dropped else ''}overlap.json)"

@@ -16,8 +16,8 @@ from components.records.dataset import Manifest, SplitRecord
 from components.records.paths import SPLITS
 
 SHOWN, COLUMNS, QUESTIONS = 12, 4, 3
-SIDE_BY_SIDE = 4  # of the images that are shown together
-WIDTH, PICTURE, LINE, MARGIN = 340, 256, 22, 16  # pixels: of a tile, its picture, a line of text, the space around
+SIDE_BY_SIDE = 4  # at most, of images shown together
+WIDTH, PICTURE, LINE, MARGIN = 340, 256, 22, 16  # pixels: tile width, image side, line height, margin
 INK, GREY, ACCENT, PAPER = "#1b1f24", "#6b7280", "#0b5cad", "#ffffff"
 
 
@@ -29,7 +29,7 @@ def write_card(folder: Path, source: Source, manifest: Manifest) -> None:
 
 
 def _examples(folder: Path, split: SplitRecord, amount: int) -> list[list[Sample]]:
-    """Evenly spaced images of a split, each with some of its samples, captions last. No shard is opened that has none."""
+    """Evenly spaced images of a split, each with some of its samples, captions last. Opens only the shards of these images."""
     ends = np.cumsum([shard.images for shard in split.shards])
     chosen = []
     for row in np.unique(np.linspace(0, split.images - 1, amount).round().astype(int)):
@@ -43,7 +43,7 @@ def _examples(folder: Path, split: SplitRecord, amount: int) -> list[list[Sample
 
 
 def contact_sheet(examples: list[list[Sample]]) -> bytes:
-    """A PNG file: each image with its questions and, in colour, their answers."""
+    """PNG of example images with questions and, in colour, answers."""
     tiles = [_tile(samples) for samples in examples]
     rows = [tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)]
     heights = [max(tile.height for tile in row) for row in rows]
@@ -76,7 +76,7 @@ def _tile(samples: list[Sample]) -> Image.Image:
 
 
 def _wrapped(text: str) -> list[str]:
-    """At most three lines that fit a tile."""
+    """Text in at most three lines of tile width."""
     return textwrap.wrap(" ".join(text.split()), 40, max_lines=3, placeholder=" ...") or [" "]
 
 
@@ -95,7 +95,7 @@ def _picture(image: bytes | None, side: int) -> Image.Image:
 
 
 def card(source: Source, manifest: Manifest, examples: list[list[Sample]]) -> str:
-    """The card as Markdown."""
+    """Data card in Markdown."""
     kinds = sorted({kind for split in manifest.splits.values() for kind in split.kinds})
     names = list(manifest.splits)
     table = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
@@ -130,7 +130,7 @@ def card(source: Source, manifest: Manifest, examples: list[list[Sample]]) -> st
 
 
 def _changed(source: Source) -> list[str]:
-    """The rules that changed rows, and the keys that were ignored."""
+    """Table of the rules that changed rows, and of ignored keys."""
     rules = source.rules()
     if not rules:
         return []

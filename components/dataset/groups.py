@@ -1,4 +1,4 @@
-"""Groups of pictures that rows show together: one split takes all of a group, whatever their files are called."""
+"""Groups of images that rows show together, by pixel hash: all images of a group belong to one split."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from components.dataset.images import Refusal, check
 from components.dataset.readers import Place, Store
 from components.process import shared_out
 
-TOGETHER = 200  # pictures of a job
+TOGETHER = 200  # images per job
 
 
 def groups(
     together: list[tuple[str, list[Place]]], stores: dict[str, Store], limits: DataLimits, workers: int
 ) -> dict[str, str]:
-    """Hash of a picture's pixels -> the least such hash of its group.
+    """Union-find over pixel hashes: hash of an image -> smallest hash of its group.
 
-    `together`: source and places of the pictures of each row that shows several. Those that cannot be read are in no group.
+    `together`: source and places of the images of each row that shows several. Unreadable images are in no group.
     """
     names = list(dict.fromkeys((source, json.dumps(place)) for source, places in together for place in places))
     jobs = [(start, names[start : start + TOGETHER], stores, limits) for start in range(0, len(names), TOGETHER)]
@@ -32,7 +32,7 @@ def groups(
 
     def least(digest: str) -> str:
         while (above := parent.setdefault(digest, digest)) != digest:
-            parent[digest] = parent[above]  # halves the way for those who come after
+            parent[digest] = parent[above]  # path halving
             digest = above
         return digest
 
@@ -51,6 +51,6 @@ def digested(
         try:
             content = stores[source].image(json.loads(place), limits.max_image_mib)
             found.append(check(content, place, limits).sha256)
-        except Refusal:  # which its rows hear of when they are stored
+        except Refusal:  # raised again when its rows are stored
             found.append(None)
     return start, found

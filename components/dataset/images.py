@@ -1,8 +1,8 @@
-"""Validation and decoding of a user's image file, to plain RGB.
+"""Validation of image files and their conversion to plain RGB.
 
-What is stored decodes to one upright 8-bit RGB frame. JPEG, PNG and WebP files that are so already keep their bytes;
-of the others, EXIF rotation is applied, 16-bit grey loses its low byte, transparency is laid on white, CMYK and the
-like are converted, and of an animation the first frame is taken. They are stored as JPEG (quality 95) if they were
+A stored image decodes to one upright 8-bit RGB frame. JPEG, PNG and WebP files that do so already keep their bytes. In
+other files EXIF rotation is applied, 16-bit grey loses its low byte, transparency is composited on white, CMYK and other
+modes are converted, and animations are reduced to the first frame; they are stored as JPEG (quality 95) if they were
 JPEG, else as PNG.
 """
 
@@ -27,7 +27,7 @@ READ = (*KEPT, "GIF", "BMP", "TIFF")  # raster formats only: Pillow would hand a
 
 
 class Refusal(Exception):
-    """This row cannot be used."""
+    """Row or image that cannot be used: `reason` is a keyword of docs/data.md, `detail` a sentence."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -36,17 +36,17 @@ class Refusal(Exception):
 
 class Picture(NamedTuple):
     content: bytes  # the file to store
-    sha256: str  # hash of the size and the pixels' XXH3: the same for equal pictures, however they are named or encoded
+    sha256: str  # hash of size and pixels (XXH3), independent of file name and encoding
     dhash: int  # see components/dataset/perceptual_hash.py
 
 
 def load(path: Path, limits: DataLimits) -> Picture:
-    """Raises Refusal: missing_file, zero_bytes, too_large, not_an_image, damaged or unsupported."""
+    """Checked image of a file. Raises Refusal: missing_file, zero_bytes, too_large, not_an_image, damaged or unsupported."""
     return check(read(path, limits.max_image_mib), str(path), limits)
 
 
 def check(content: bytes, path: str, limits: DataLimits) -> Picture:
-    """`path` is what messages call the file. Raises Refusal as `load`."""
+    """Decode and check an image file's bytes. `path`: its name in messages. Raises Refusal as `load`."""
     if not content:
         raise Refusal("zero_bytes", f"{path} is empty")
     if len(content) > limits.max_image_mib * 2**20:
@@ -55,7 +55,7 @@ def check(content: bytes, path: str, limits: DataLimits) -> Picture:
     Image.MAX_IMAGE_PIXELS = limits.max_pixels
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+            warnings.simplefilter("ignore")  # Pillow's warnings about odd but readable files
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return _decode(content, path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -64,7 +64,7 @@ def check(content: bytes, path: str, limits: DataLimits) -> Picture:
         raise Refusal("not_an_image", f"{path} is none of {', '.join(READ)}") from None
     except (Refusal, AlignTIError):
         raise
-    except Exception as error:  # a decoder may raise anything on bytes that nobody meant for it
+    except Exception as error:  # decoders may raise anything on invalid bytes
         raise Refusal("damaged", f"{path} is truncated or damaged: {error}") from None
     finally:
         Image.MAX_IMAGE_PIXELS = before
@@ -75,7 +75,7 @@ def too_large(path: str, size: int, max_mib: float) -> Refusal:
 
 
 def read(path: Path, max_mib: float) -> bytes:
-    """The file, if it is there and not too large to be read. Raises Refusal: missing_file, zero_bytes or too_large."""
+    """Content of an image file. Raises Refusal: missing_file, zero_bytes or too_large."""
     try:
         if not path.is_file():
             raise Refusal("missing_file", f"{path} is no file")
@@ -102,7 +102,7 @@ def _decode(content: bytes, path: str) -> Picture:
 
 
 def _pixels(image: Image.Image) -> Any:
-    """Four bytes a pixel, as Pillow holds RGB; copied only where the image is so large that it lies in several blocks."""
+    """Pillow's RGB buffer, four bytes per pixel; copied only if a large image lies in several blocks."""
     import pyarrow as pa
 
     try:
@@ -112,7 +112,7 @@ def _pixels(image: Image.Image) -> Any:
 
 
 def _rgb(image: Image.Image, path: str) -> Image.Image:
-    """8-bit RGB, with the EXIF data that say how to turn it."""
+    """8-bit RGB image with the original's EXIF data, which hold its orientation."""
     exif = image.getexif()
     if image.mode.startswith("I;16"):
         converted = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
@@ -129,5 +129,5 @@ def _rgb(image: Image.Image, path: str) -> Image.Image:
 
 def _encode(image: Image.Image, format_: str) -> bytes:
     file = io.BytesIO()
-    Image.frombytes("RGB", image.size, image.tobytes()).save(file, format_, quality=95)  # the pixels and nothing else
+    Image.frombytes("RGB", image.size, image.tobytes()).save(file, format_, quality=95)  # pixels without metadata
     return file.getvalue()

@@ -1,7 +1,7 @@
-"""Index of all rows of all sources on disk: checked, grouped by image, numbered.
+"""On-disk index of the rows of all sources: validated, grouped by image, numbered.
 
-An SQLite file, so that neither the annotations nor what has been seen of them is ever in memory: rows of one image are
-found together wherever they stand, and an id that was used before is known. It holds text and places, no images.
+An SQLite file keeps annotations out of memory, groups the rows of an image wherever they are in the source, and detects
+repeated ids. It holds text and places, no images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from components.dataset.shards import Turn
 from components.dataset.source import Refused, Rule
 from components.errors import DataError
 
-# A picture's key is its place, which is one picture's alone; its name, which others may share, is made unique.
+# An image's key is its place, which is unique; its name may be shared, and is made unique.
 SCHEMA = """
     CREATE TABLE images (number INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT UNIQUE, source TEXT, file TEXT, place TEXT);
     CREATE TABLE rows (
@@ -45,25 +45,25 @@ TOGETHER = 10_000  # rows between commits
 
 
 class Indexed(NamedTuple):
-    """One image, or those that are shown together, and the rows about it."""
+    """One image, or several shown together, and the rows about it."""
 
     source: str
     name: str
     file: str | None  # name in the source's rows
-    places: list[Place]  # none: text
+    places: list[Place]  # empty: text-only
     rows: list[tuple[int, str, str, tuple[Turn, ...]]]  # (number within the source, id, kind, turns)
 
     @property
     def first(self) -> dict[int, str]:
-        """Row -> the id of its first sample."""
+        """Row number -> id of its first sample."""
         return {row: id_ for row, id_, *_ in reversed(self.rows)}
 
 
 def build(path: Path, stores: dict[str, Store], limits: DataLimits, prefixed: bool, workers: int = 1) -> None:
-    """Read every row of every store, whole or not at all. Raises DataError if a source cannot be read or has no row.
+    """Index every row of every store, atomically. Raises DataError if a source cannot be read or has no row.
 
     Args:
-        prefixed: ids and names begin with the source's, so that sources do not mix them up.
+        prefixed: prefix ids and names with the source's name, so that they are unique over sources.
     """
     draft = path.with_name(f".{path.name}.tmp")
     draft.unlink(missing_ok=True)
@@ -121,15 +121,15 @@ def _group(database: sqlite3.Connection, stores: dict[str, Store], limits: DataL
 
 
 class _Source:
-    """What is inserted of one source, and which rules changed its rows."""
+    """Insertion of one source's rows, with counts of the rules that changed them."""
 
     def __init__(self, database: sqlite3.Connection, name: str, store: Store, prefix: str) -> None:
         self.database, self.name, self.store, self.prefix = database, name, store, prefix
         self.rules: Counter[str] = Counter()
-        self.examples: dict[str, tuple[int, str]] = {}  # rule -> row, what it did there
+        self.examples: dict[str, tuple[int, str]] = {}  # rule -> (row, change)
 
     def insert(self, row: Row, called: str) -> None:
-        """Raises Refusal: duplicate_id, missing_file or ambiguous_name."""
+        """Insert a row. Raises Refusal: duplicate_id, missing_file or ambiguous_name."""
         pictures = [self._picture(picture) for picture in row.pictures]
         if row.id is not None:
             content = repr((self.prefix, row.id, pictures, row.kind, row.samples)).encode("utf-8", "surrogatepass")
@@ -159,7 +159,7 @@ class _Source:
             self.examples.setdefault(rule, (row.number, did))
 
     def _picture(self, picture: str | Held) -> tuple[str, str, Place]:
-        """Name, key and place."""
+        """Name, key and place of an image."""
         if isinstance(picture, Held):
             return picture.name, json.dumps(picture.place), picture.place
         if picture.startswith("data:"):
@@ -191,7 +191,7 @@ class _Source:
         return int(known[0])
 
     def _free(self, table: str, column: str, wanted: str) -> str:
-        """`wanted`, or `wanted#2`, `wanted#3`, ...: the first that is not there yet."""
+        """First unused of `wanted`, `wanted#2`, `wanted#3`, ..."""
         free = wanted
         while self.database.execute(f"SELECT 1 FROM {table} WHERE {column} = ?", (free,)).fetchone():
             (uses,) = self.database.execute(
@@ -209,7 +209,7 @@ def refused(number: int, called: str, raw: Any, refusal: Refusal, source: str | 
 
 
 class Index:
-    """Reads what `build` wrote."""
+    """Read access to an index written by `build`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -227,7 +227,7 @@ class Index:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many each source has, the refused ones among them."""
+        """Number of rows by source, including refused ones."""
         return dict(self._database.execute("SELECT name, rows FROM sources"))
 
     @property
@@ -237,16 +237,16 @@ class Index:
 
     @property
     def several(self) -> bool:
-        """Whether any row shows several images."""
+        """Whether any row shows several readable images."""
         return bool(self._database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0])
 
     def group(self, digest: str) -> str:
-        """The least digest of the pictures that rows show together with this one, over any number of rows; else its own."""
+        """Smallest digest of the image's group: images connected by rows that show them together. Its own if it has none."""
         found = self._database.execute("SELECT least FROM groups WHERE digest = ?", (digest,)).fetchone()
         return digest if found is None else str(found[0])
 
     def rules(self) -> list[Rule]:
-        """The most frequent first."""
+        """Rules by source, the most frequent first."""
         return [Rule(*found) for found in self._database.execute("SELECT * FROM rules ORDER BY source, rows DESC, rule")]
 
     def refused(self) -> Iterator[Refused]:
@@ -254,7 +254,7 @@ class Index:
             yield Refused.model_validate_json(record)
 
     def part(self, first: int, last: int) -> Iterator[Indexed]:
-        """Images `first`..`last` - 1, in the order in which rows first name them."""
+        """Images `first`..`last` - 1, in the order of their first rows."""
         joined = self._database.execute(
             "SELECT images.number, source, name, file, place, row, id, kind, turns, boxes FROM images"
             " JOIN rows ON image = images.number WHERE images.number BETWEEN ? AND ? ORDER BY images.number, rows.number",
@@ -267,12 +267,12 @@ class Index:
             yield Indexed(source, name, file, json.loads(place), rows)
 
     def texts(self, image: str) -> set[str]:
-        """The conversations about an image, as they are stored; none if there is no such image."""
+        """Conversations about an image, as stored JSON; empty for an unknown image."""
         found = self._database.execute("SELECT turns FROM images JOIN rows ON image = images.number WHERE name = ?", (image,))
         return {turns for (turns,) in found}
 
     def rows_of(self, image: str) -> list[tuple[str, int, str]]:
-        """(source, number within it, id of its first sample) of the rows about an image."""
+        """Rows about an image: (source, number within it, id of its first sample)."""
         found = self._database.execute(
             "SELECT source, row, id, min(rows.number) FROM images JOIN rows ON image = images.number WHERE name = ?"
             " GROUP BY row",
@@ -282,7 +282,7 @@ class Index:
 
 
 def _turns(turns: str, boxes: str | None) -> tuple[Turn, ...]:
-    """As `_Source.insert` wrote them."""
+    """Turns from the columns that `_Source.insert` writes."""
     texts = json.loads(turns)
     regions = [[]] * len(texts) if boxes is None else json.loads(boxes)
     return tuple(

@@ -15,17 +15,17 @@ from components.dataset.row import CONVERSATION, PROMPT
 from components.errors import DataError
 
 READ = 2**20  # characters read ahead in a JSON list
-LONGEST = 2**26  # characters of one element of it: past them it is not the element that is long but a quote that is missing
+LONGEST = 2**26  # characters of a list element; a longer one is taken for an unterminated string
 LONGEST_LINE = 2**28  # bytes of one row of JSONL
 NUMBER = "0123456789.eE+-"
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number, from 1, and content of each row; one with a key that stands twice, of which all readers of JSON would take the
-    last in silence, and a JSONL line that is no JSON come as the Refusals that they deserve.
+    """Number, from 1, and content of each row. The content is a Refusal for a JSONL line that is not JSON, and for a row with a
+    duplicate key, of which JSON readers silently take the last.
 
-    Raises DataError if the file is not there, cannot be read, is neither a list nor lines, or starts as a list and is none.
+    Raises DataError if the file is missing, unreadable, neither JSONL nor a list, a malformed list, or has an overlong line.
     """
     number = 0
     try:
@@ -43,13 +43,13 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _is_list(path: Path, beginning: bytes) -> bool:
-    """Else it is JSONL. Raises DataError if it can be neither."""
+    """Whether a file is a JSON list; else it is JSONL. Raises DataError if it can be neither."""
     if beginning.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04", b"\x28\xb5\x2f\xfd")):
         raise DataError(f"{path} is compressed; unpack it first (gunzip, unzip, xz -d, zstd -d)")
     if beginning.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in beginning[:100]:
         raise DataError(f"{path} is UTF-16 or no text at all; rows are UTF-8: iconv -f UTF-16 -t UTF-8")
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(b"{") and text[1:].lstrip(b" \t\r").startswith(b"\n"):  # an object on several lines
+    if text.startswith(b"{") and text[1:].lstrip(b" \t\r").startswith(b"\n"):  # one object over several lines
         raise _no_rows(path)
     if text and not text.startswith(b"[") and not any(line.lstrip().startswith(b"{") for line in text.splitlines()):
         raise DataError(
@@ -63,7 +63,7 @@ def _no_rows(path: Path) -> DataError:
 
 
 class _Twice(Exception):
-    """A key that stands twice in one object."""
+    """Duplicate key in a JSON object."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the key {key[:60]!r} stands twice in one object")
@@ -77,7 +77,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse(content: bytes, name: str = "") -> Any:
-    """Raises Refusal malformed_json, whose detail begins with `name`."""
+    """Parse one JSON text. Raises Refusal malformed_json, with `name` before the detail."""
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_once)
     except _Twice as twice:
@@ -103,14 +103,14 @@ def _lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
 
 
 def _holds_rows(found: Any) -> bool:
-    """Is it one object of many rows, as {"data": [{...}, ...]} or {"1": {...}, ...}, and none itself?"""
+    """Whether an object is not a row but holds rows, as in {"data": [{...}, ...]} or {"1": {...}, ...}."""
     if not isinstance(found, dict) or not {*CONVERSATION, *PROMPT}.isdisjoint(found):
         return False
     return any(isinstance(one, dict) for value in found.values() for one in (value if isinstance(value, list) else [value]))
 
 
 def elements(file: BinaryIO) -> Iterator[Any]:
-    """The elements of a JSON list, one after another. Raises Refusal malformed_json where it stops being one."""
+    """Elements of a JSON list, one at a time. Raises Refusal malformed_json at the first syntax error."""
     text = _Text(file)
     text.expect("[")
     if text.symbol() != "]":
@@ -124,7 +124,7 @@ def elements(file: BinaryIO) -> Iterator[Any]:
 
 
 class _Text:
-    """A JSON text, of which a part is held: `text` from `at` on is not used up yet."""
+    """Streaming JSON parser: `text` is the buffer, `at` the position in it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
@@ -133,10 +133,10 @@ class _Text:
         self.text, self.at = "", 0
 
     def symbol(self) -> str:
-        """The next character that is no space, not used up; empty at the end."""
+        """Next character that is not white space, without consuming it; empty at the end."""
         while True:
             found = SPACE.match(self.text, self.at)
-            assert found is not None  # it matches nothing at least
+            assert found is not None  # matches the empty string
             self.at = found.end()
             if self.at < len(self.text) or not self._more(READ):
                 return self.text[self.at : self.at + 1]
@@ -153,22 +153,22 @@ class _Text:
             try:
                 self._twice = None
                 value, end = self._decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) and self.text[end] not in NUMBER:  # else it may go on: 12 of 123, 1 of 1.5
+                if end < len(self.text) and self.text[end] not in NUMBER:  # a number may continue: 12 of 123, 1 of 1.5
                     self.at = end
                     return Refusal("malformed_json", str(self._twice)) if self._twice else value
                 problem = "it ends in the middle"
             except RecursionError as error:
                 raise Refusal("malformed_json", str(error)) from None
-            except json.JSONDecodeError as error:  # perhaps only because the rest has not been read
+            except json.JSONDecodeError as error:  # may be for want of more text
                 problem = f"{error.msg}: {self.text[max(self.at, error.pos - 20) : error.pos + 20]!r}"
-            except ValueError as error:  # a number of more digits than Python reads
+            except ValueError as error:  # a number with too many digits for Python
                 raise Refusal("malformed_json", str(error)) from None
             if len(self.text) - self.at > LONGEST or not self._more(wanted):
                 raise Refusal("malformed_json", problem)
             wanted *= 2
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """The decoder goes on behind a key that stands twice: the list's other elements are to be read."""
+        """Object hook that records a duplicate key; the decoder continues, so that the list's other elements are read."""
         try:
             return _each_once(pairs)
         except _Twice as twice:

@@ -1,4 +1,4 @@
-"""Media in rows: what may be a picture, a video or a sound, by bytes, spelling or key, and other codes' marks of one."""
+"""Detection of media in rows: images, video or audio by bytes, spelling or key, and other codes' image marks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEDIA_FILE = re.compile(
 )
 VIDEO = re.compile(r"video|frames?\b|\.(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
 MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
-MEDIA_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40}")  # how JPEG, PNG, GIF and WebP files begin
+MEDIA_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40}")  # magic bytes of JPEG, PNG, GIF and WebP
 MEDIA_KEY = re.compile(
     r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|screenshots?|jpe?g|png|webp|videos?|frames?|clips?|audios?|media"
     r"|(?<!min_)(?<!max_)pixels?)"
@@ -21,7 +21,7 @@ MEDIA_KEY = re.compile(
     re.IGNORECASE,
 )
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_MARK = (  # another code's, as <|image_pad|>, <image_1>, <ImageHere>, <IMG_CONTEXT>, <start_of_image> or [IMG]; ours is <image>
+_MARK = (  # foreign marks: <|image_pad|>, <image_1>, <ImageHere>, <IMG_CONTEXT>, <start_of_image> or [IMG]; ours is <image>
     r"(?:<\|(?:vision|image|img|video|audio|media)[\w ]*\|>"
     r"|(?!(?-i:<image>))<(?:image|img|video|audio|media)(?:here|[ _]?\d+|_\w+)?>|<start_of_image>|\[IMG\])"
 )
@@ -31,14 +31,14 @@ MEDIA_MARK = re.compile(  # alone on a line, or joined to the words of a questio
 
 
 class Held(NamedTuple):
-    """A picture, or what may be one, that lies in the source's own files."""
+    """Place of an image, or of a possible one, within the source's own files."""
 
     place: list[Any]
     name: str
 
 
 def holds_media(value: Any, strings: bool) -> bool:
-    """Does it hold pictures' bytes or, where `strings` are looked at, something spelt like a media file or its content?"""
+    """Whether a value holds image bytes, plain or in base64, or, if `strings`, a media file name or data URL."""
     if isinstance(value, Held | bytes):
         return True
     if isinstance(value, str):
@@ -51,10 +51,10 @@ def holds_media(value: Any, strings: bool) -> bool:
 
 
 def named_like_media(key: str) -> re.Match[str] | None:
-    """Is the key named like a medium, or like what points to one?"""
+    """Match of a key that names a medium, or a reference to one."""
     return MEDIA_KEY.search(CAMEL.sub("_", key))
 
 
 def may_point(value: Any, shown: int) -> bool:
-    """The value of a key that is named like a medium: text or a list; a number, or true, only where no picture is shown."""
+    """Whether a media key's value may refer to a medium: text, a list or an object; a number or true only without images."""
     return isinstance(value, str | list | dict) or (not shown and isinstance(value, int | float) and bool(value))

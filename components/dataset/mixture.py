@@ -1,9 +1,9 @@
-"""`source: llava` and `source: mixture`: a user's own data, from one place or several.
+"""Own data, from one source (`source: llava`) or several (`source: mixture`).
 
-A row that cannot be used is refused with its reason; the rest goes on. All rows about one image are stored with it, and
-the split goes by the picture's pixels, so that copies of a picture under other names never cross splits.
+Unusable rows are quarantined with their reason. All rows about one image are stored with it, and its split depends on the
+pixels, so that equal images under other names never cross splits.
 
-Rows and what has been seen of them are on disk (index.py), images in memory one at a time.
+Rows are indexed on disk (index.py); images are in memory one at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OWN = "These are your own data; their licence is known to you. Note it here befo
 
 @dataclass(frozen=True)
 class Mixed:
-    """Parts of `images_per_shard` images, in the order in which rows first name them."""
+    """Data source with parts of `images_per_shard` images, in the order of their first rows."""
 
     settings: DataSettings
     index: Path
@@ -84,7 +84,7 @@ class Mixed:
 
 
 def source(settings: DataSettings, index: Path, workers: int = 1) -> Mixed:
-    """Reads all rows into the file `index`, unless a run before has. Raises DataError as `build` does."""
+    """Data source over the index file `index`, which is built if it does not exist. Raises DataError as `build` does."""
     sources = stores(settings)
     if not index.exists():
         build(index, sources, settings.limits, settings.source == "mixture", workers)
@@ -94,9 +94,9 @@ def source(settings: DataSettings, index: Path, workers: int = 1) -> Mixed:
 
 
 def stores(settings: DataSettings) -> dict[str, Store]:
-    """By name. Raises DataError if a source's files are not there."""
+    """Stores by source name. Raises DataError if a source's files are missing."""
     if settings.source == "llava":
-        assert settings.llava is not None  # settings guarantee it
+        assert settings.llava is not None  # validated by the settings
         return {"llava": store(str(settings.llava.annotations), settings.llava.images)}
     assert settings.mixture is not None
     return {name: store(one.files, one.images) for name, one in settings.mixture.sources.items()}
@@ -109,7 +109,7 @@ def shares(settings: DataSettings) -> LlavaFolder | Mixture:
 
 
 def assign(digest: str, seed: int, asked: LlavaFolder | Mixture) -> Split:
-    """The split of a picture: a fixed draw in 0..1 made of the seed and the picture."""
+    """Split of an image: a hash of seed and digest, as a uniform draw in 0..1."""
     draw = int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:8]) / 2**64
     if draw < asked.test:
         return "test"

@@ -1,7 +1,7 @@
-"""Near-duplicate training images of evaluated ones: found by perceptual hash, reported, dropped if asked.
+"""Near duplicates of evaluation images in the training split, by perceptual hash: a report, and optional removal.
 
-Equal pictures are in one split from the start (mixture.py), so what is found here are resized, recompressed and recoloured
-copies across splits, and copies of any kind among the images of benchmarks.
+Images of equal pixels are in one split from the start (mixture.py), so the report lists resized, recompressed and recoloured
+copies across splits, and copies of any kind among benchmark images.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ EVALUATED = [SPLITS.index("val"), SPLITS.index("test")]
 
 
 class Evaluated(NamedTuple):
-    """What training images are compared with."""
+    """Evaluation images that training images are compared with."""
 
     hashes: np.ndarray  # (n,) uint64
-    names: list[tuple[str, str]]  # (where, image)
-    compared: dict[str, int]
+    names: list[tuple[str, str]]  # (split or folder, image)
+    compared: dict[str, int]  # split or folder -> images
 
 
 def report(
     parts: Parts, count: int, index: Path, folders: list[Path], limits: DataLimits
 ) -> tuple[Overlap, dict[int, set[str]]]:
-    """The overlap, and the training images concerned by part. Raises DataError if a folder of evaluation images is empty."""
+    """Overlap report, and near-duplicate training images by part. Raises DataError if an evaluation folder is empty."""
     evaluated = _evaluated(parts, count, folders, limits)
     with_train = near = verbatim = 0
     likest: list[Likeness] = []
@@ -62,13 +62,13 @@ def report(
                 concerned.setdefault(part, set()).add(image)
                 near += 1
                 verbatim += same
-            likest = sorted(likest, key=lambda pair: pair.bits)[:LISTED]  # no more are kept: there may be a million
+            likest = sorted(likest, key=lambda pair: pair.bits)[:LISTED]  # bounds memory: there may be a million
     compared = {"train": with_train, **evaluated.compared}
     return Overlap(compared=compared, near=near, verbatim=verbatim, dropped=False, pairs=likest), concerned
 
 
 def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:
-    """Take these training images out of their shards; their rows are quarantined. The same again changes nothing."""
+    """Remove these training images from their shards and quarantine their rows. Idempotent."""
     parts = Parts(folder)
     with Index(index) as rows:
         for part, images in concerned.items():

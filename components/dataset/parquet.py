@@ -1,4 +1,4 @@
-"""Reader of Parquet files in the Hub's layout; image bytes are read when they are needed."""
+"""Reader of Parquet files in the Hub's layout; image bytes are read on demand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows(files: list[Path]) -> Iterator[Found]:
 
 
 def _rows(table: Any) -> list[Any]:
-    """A row that Python cannot hold is a Refusal: text that is no UTF-8, a date past the year 9999."""
+    """Rows as Python values. A row that Python cannot represent becomes a Refusal: invalid UTF-8, a date past the year 9999."""
     try:
         return list(table.to_pylist())
     except (ValueError, OverflowError) as error:
@@ -50,11 +50,11 @@ def _held(value: Any, place: list[Any], name: str) -> Any:
 
 
 def content(path: Path, group: int, row: int, column: str, at: int | None) -> bytes:
-    """The bytes of one cell, or of its element `at`. Raises Refusal missing_file."""
+    """Bytes of one cell, or of its element `at`. Raises Refusal missing_file; DataError if the row group is damaged."""
     try:
         value = _column(path, group, column)[row].as_py()
         value = value if at is None else value[at]
-    except IndexError:  # of a damaged file, where the column beside it has more
+    except IndexError:  # damaged file: the column is shorter than its neighbours
         raise Refusal("missing_file", f"{path}, row group {group}, row {row}: the column {column} ends before it") from None
     value = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(value, bytes):
@@ -63,10 +63,10 @@ def content(path: Path, group: int, row: int, column: str, at: int | None) -> by
 
 
 def _has_bytes(kind: Any) -> bool:
-    """Bytes, {bytes, path}, or a list of these."""
+    """Whether an Arrow type is bytes, {bytes, path}, or a list of these."""
     import pyarrow as pa
 
-    if (inner := getattr(kind, "value_type", None)) is not None:  # of any kind of list, and of a dictionary
+    if (inner := getattr(kind, "value_type", None)) is not None:  # lists of any kind, dictionaries
         return _has_bytes(inner)
     if pa.types.is_struct(kind):
         return any(_is_bytes(field.type) for field in kind)
@@ -85,7 +85,7 @@ def _bytes_leaves(file: Any) -> list[str]:
 
 
 def _leaves(file: Any) -> list[str]:
-    """All but the bytes, where something beside them shares their nulls: {bytes, path} is null where its path's parent is."""
+    """Columns to read: no `bytes` leaf whose struct has another leaf to show its nulls, such as `path` in {bytes, path}."""
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     without = [leaf for leaf in leaves if leaf in file.schema_arrow.names or not leaf.endswith(".bytes")]
     seen = {leaf.split(".")[0] for leaf in without}
@@ -98,7 +98,7 @@ def _opened(path: Path) -> Any:
 
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a column's name may be damaged, too
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: a damaged column name
         raise DataError(f"{path} is no Parquet file, or is cut off: {error}; fetch it again") from None
 
 
@@ -111,6 +111,6 @@ def _read(path: Path, group: int, columns: list[str]) -> Any:
         raise DataError(f"{path}: row group {group} is damaged: {error}; fetch it again") from None
 
 
-@lru_cache(maxsize=1)  # rows of a part follow one another
+@lru_cache(maxsize=1)  # a part's rows are adjacent
 def _column(path: Path, group: int, column: str) -> Any:
     return _read(path, group, [column]).column(0).combine_chunks()

@@ -1,8 +1,8 @@
-"""Perceptual hash (dHash, 64 bits) of images, and near neighbours by Hamming distance.
+"""Perceptual hash (dHash, 64 bits) of images, and nearest neighbours by Hamming distance.
 
-Difference hash: is each of 8 x 9 grey cells brighter than its neighbour to the right (Krawetz, hackerfactor.com, "Kind of
-Like That", 2013). Looks that differ in at most NEAR bits belong to copies that were resized, recompressed or recoloured a
-little, mostly: a near pair is a suspicion to look at, not a proof.
+Difference hash: one bit per neighbouring pair in each row of 8 x 9 grey cells, 1 if the right cell is brighter (Krawetz,
+hackerfactor.com, "Kind of Like That", 2013). Hashes within NEAR bits mostly belong to resized, recompressed or slightly
+recoloured copies: a near pair is a candidate for inspection, not a proof.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 NEAR = 3  # bits of 64
-SAMPLED = (144, 128)  # pixels that a large picture is thinned out to, 16 x 16 per cell: its average costs ten times as much
+SAMPLED = (144, 128)  # samples of a large image, 16 x 16 per cell: averaging all pixels costs ten times as much
 BANDS = np.arange(0, 64, 16, dtype=np.uint64)
 
 
@@ -24,10 +24,10 @@ def dhash(image: Image.Image) -> int:
 
 
 def nearest(hashes: NDArray[np.uint64], among: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each of `hashes` (n,), the index (n,) of the likest of `among` and the bits (n,) in which they differ.
+    """Index (n,) in `among` of the nearest neighbour of each of `hashes` (n,), and their Hamming distance (n,).
 
-    Only what is within NEAR bits is found; the index of the others is -1. Looks within NEAR < 4 bits agree in one of four
-    bands of 16 bits, so only those that share a band are compared. Of equally like ones the first is taken.
+    Index -1 if none is within NEAR bits. Hashes within NEAR < 4 bits agree in one of four bands of 16 bits, so only pairs
+    that share a band are compared. Ties go to the lower index.
     """
     best = np.full(len(hashes), len(among), dtype=np.int64)
     bits = np.full(len(hashes), NEAR + 1, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Stage `prepare`: whatever the source, checked rows become shards, a manifest, a quarantine list and a data card.
+"""Stage `prepare`: validates the rows of any source; writes shards, a manifest, a quarantine list and a data card.
 
-Everything is written to a neighbour folder, part by part, and put in place at the end: there is a whole data set or the one
-before. What an interrupted run left there is gone on from, if it was made of the same settings, files and code.
+Parts are written to a draft folder beside the target and moved into place at the end, so the target is never a partial
+data set. An interrupted run is resumed from the draft if settings, files and code are the same.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from components.records.record import jsonl
 
 
 def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, workers: int | None = None) -> Manifest:
-    """Build `target` from `settings.source` with so many processes, by default one per core.
+    """Build `target` from `settings.source` with `workers` processes, by default one per core.
 
     Raises:
-        DataError: a source cannot be read, too many rows are bad, or a split stays empty; nothing is left behind.
-        TryAgainError: the disk is full, a worker was killed, or the hub is not there; whole parts are kept.
+        DataError: a source cannot be read, too many rows are bad, or a split is empty; the draft is removed.
+        TryAgainError: the disk is full, a worker was killed, or the hub is unreachable; complete parts are kept.
     """
     draft = target.with_name(f".{target.name}.draft")
     try:
@@ -58,12 +58,12 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, wor
 
 
 def source_of(settings: DataSettings, index: Path, raw: Path = RAW, workers: int = 1) -> Source:
-    """What `settings.source` names; a user's own rows are read into the file `index`. Raises DataError if it cannot be read."""
+    """Data source of the settings; rows of own data are indexed in the file `index`. Raises DataError if it cannot be read."""
     return grids.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index, workers)
 
 
 def _begin(draft: Path, settings: DataSettings) -> None:
-    """An empty draft, or one of the same settings, files and code without what was half-written in it."""
+    """Start an empty draft, or resume one of the same settings, files and code, without its half-written files."""
     started = draft / "started"
     paths = [] if settings.source == "digits" else [path for one in mixture.stores(settings).values() for path in one.paths]
     files = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()}
@@ -76,7 +76,7 @@ def _begin(draft: Path, settings: DataSettings) -> None:
 
 
 def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1) -> Manifest:
-    """Read the source to its end into `folder`: shards, manifest, provenance and quarantine. Raises DataError as `prepare`."""
+    """Write shards, manifest, provenance and quarantine of a source to `folder`. Raises DataError as `prepare`."""
     parts = Parts(folder)
     early = list(source.refused())
     _accept(early, source.rows_in, settings.limits.max_bad_ratio)
@@ -109,7 +109,7 @@ def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1
 
 
 def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path) -> set[str]:
-    """Write overlap.json, and sources.json of a mixture. Returns the images that were left out because of it."""
+    """Write overlap.json and, for a mixture, sources.json. Returns the near duplicates that were dropped."""
     asked = settings.mixture if settings.source == "mixture" else None
     folders = asked.evaluation_images if asked else []
     found, concerned = overlap.report(Parts(folder), source.parts, source.index, folders, settings.limits)
@@ -142,7 +142,7 @@ def _write_provenance(folder: Path, parts: Parts, count: int, left_out: set[str]
 
 
 def _accept(refused: list[Refused], rows_in: int, max_bad_ratio: float) -> None:
-    """Raises DataError, and leaves the list, if more rows are bad than may be. Near duplicates are not bad."""
+    """Raises DataError, and writes the list, if more rows than `max_bad_ratio` are bad. Near duplicates do not count."""
     bad = [one for one in refused if one.reason != "near_duplicate"]
     if len(bad) > max_bad_ratio * rows_in:
         listing = RUNS / "prepare" / "quarantine.jsonl"
@@ -160,19 +160,19 @@ def _check_splits(splits: dict[Split, SplitRecord]) -> None:
 
 
 def summary(refused: list[Refused]) -> str:
-    """`3 missing, 1 truncated`, the most frequent first."""
+    """Counts by reason, the most frequent first: `3 missing, 1 truncated`."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in refused).most_common())
 
 
 def _finish(draft: Path) -> None:
-    """Leave what readers need; from here on the draft is no longer one to go on from."""
+    """Remove the working files; the draft cannot be resumed afterwards."""
     (draft / "started").unlink()
     (draft / "index.sqlite").unlink(missing_ok=True)
     shutil.rmtree(draft / "parts")
 
 
 def _swap(draft: Path, target: Path) -> None:
-    """Put the draft in the target's place; between the two renames there is no data set, never a mixed one."""
+    """Replace the target by the draft; between the two renames there is no data set, but never a mixed one."""
     before = target.with_name(f".{target.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if target.exists():

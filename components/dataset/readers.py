@@ -1,7 +1,7 @@
-"""Where the rows and pictures of a source lie: JSON lists, JSONL, WebDataset or Parquet, perhaps with a folder or tar files.
+"""Readers of a source's rows and images: JSON lists, JSONL, WebDataset or Parquet, optionally with an image folder or tars.
 
-A store reads the rows of one source in order, without their pictures, and says of each where its picture is; any process can
-then fetch that picture by itself. Nothing is unpacked.
+A store reads the rows of one source in order, without image bytes, and gives each image's place, by which any process can
+read it later. Nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from components.dataset.row import Found
 from components.errors import DataError, TryAgainError
 
 HUB = "hf://datasets/"
-Place = list[Any]  # JSON: what `Store.image` finds a picture by
+Place = list[Any]  # JSON: location of an image for `Store.image`
 
 
 def _json(files: list[Path]) -> Iterator[Found]:
-    """Rows are numbered over all files, and called by their numbers."""
+    """Rows of all files, numbered in one sequence and named by their number."""
     before = 0
     for path in files:
         number = 0
@@ -43,7 +43,7 @@ READERS: dict[str, Callable[[list[Path]], Iterator[Found]]] = {
 
 @dataclass(frozen=True)
 class Store:
-    """One source. Rows name pictures by a path in `folder` or by a member of `tars`; others are in the rows' own files."""
+    """Files of one source. Images are paths in `folder`, members of `tars`, or bytes in the rows' own files."""
 
     files: list[Path]
     kind: str  # format of the files: a key of READERS
@@ -51,7 +51,7 @@ class Store:
     tars: tuple[Path, ...] = ()
 
     def rows(self) -> Iterator[Found]:
-        """Raises DataError if the files cannot be read or are cut off."""
+        """Rows in order. Raises DataError if the files cannot be read or are truncated."""
         return READERS[self.kind](self.files)
 
     def names(self) -> Iterator[tuple[str, Place]]:
@@ -60,11 +60,11 @@ class Store:
 
     @property
     def paths(self) -> list[Path]:
-        """The files that decide what `rows` yields."""
+        """Row files and tar files, whose change invalidates a draft."""
         return [*self.files, *self.tars]
 
     def image(self, place: Place, max_mib: float) -> bytes:
-        """Raises Refusal: missing_file, zero_bytes or too_large."""
+        """Image bytes. Raises Refusal: missing_file, zero_bytes, too_large, not_an_image; DataError for damaged Parquet."""
         if len(place) == 1:
             return self._named(place[0], max_mib)
         which, *where = place
@@ -83,7 +83,7 @@ class Store:
 
 
 def _decoded(url: str, max_mib: float) -> bytes:
-    """The content of a data URL."""
+    """Content of a data URL. Raises Refusal: not_an_image or too_large."""
     head, _, content = url.partition(",")
     try:
         found = (
@@ -97,7 +97,7 @@ def _decoded(url: str, max_mib: float) -> bytes:
 
 
 def store(files: str, images: Path | None) -> Store:
-    """What the ending of `files` says, with the `images` beside them. Raises DataError if there is no such thing."""
+    """Store for `files`, by their extension, and their `images`. Raises DataError if format or files are missing."""
     ending = Path(files).suffix.lower()
     kind = ending if ending in READERS else ".json"
     if images is None and kind != ending:
@@ -111,7 +111,7 @@ def store(files: str, images: Path | None) -> Store:
 
 
 def found(pattern: str) -> list[Path]:
-    """The files of that name or pattern, in order. Raises DataError if there is none, TryAgainError if the hub is not there."""
+    """Files that match a name or pattern, sorted. Raises DataError for none, TryAgainError if the hub is unreachable."""
     local = Path(_downloaded(pattern) if pattern.startswith(HUB) else pattern)
     some = [local] if local.is_file() else sorted(Path(local.anchor).glob(str(local.relative_to(local.anchor))))
     if not some:
@@ -120,7 +120,7 @@ def found(pattern: str) -> list[Path]:
 
 
 def _downloaded(address: str) -> str:
-    """hf://datasets/ORG/NAME@COMMIT/PATTERN, fetched, as a local pattern."""
+    """Download of hf://datasets/ORG/NAME@COMMIT/PATTERN; returns the local pattern."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

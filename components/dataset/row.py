@@ -1,7 +1,7 @@
-"""One row of a user's, in any of the shapes that public data sets have -> one checked row: the rules that JSON, JSONL, tar and
-Parquet files share. The table of them is in docs/data.md; each rule that changes a row is named in `Row.rules`.
+"""Validation and normalisation of rows in the formats of public data sets: the rules that JSON, JSONL, tar and Parquet files
+share. docs/data.md has the table of rules; `Row.rules` names each rule that changed a row.
 
-A row is text-only only if nothing in it may be a picture, a video or a sound: what is not understood is refused by name.
+A row is text-only only if nothing in it can be an image, a video or audio; unknown media are refused, naming the key.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "model": GPT, "system": SYSTEM, "developer": SYSTEM}
 CONVERSATION = ("conversations", "messages", "texts")
 PROMPT = ("prompt", "completion")  # two lists of turns, one after the other
-SPEAKER = (("from", "value"), ("role", "content"))  # the keys of a turn
-PAIR = ("user", "assistant")  # roles of `texts`: questions about a picture that do not depend on one another
+SPEAKER = (("from", "value"), ("role", "content"))  # keys of a turn
+PAIR = ("user", "assistant")  # keys of a turn of `texts`: independent question-answer pairs about an image
 CALLS = ("tool_calls", "function_call")
 PICTURE = ("image", "images")
 INSTRUCTIONS = ("system", "system_prompt")
-CAPTION = "txt"  # a WebDataset's caption
+CAPTION = "txt"  # WebDataset's caption
 DESCRIBE = "Describe the image."
-Found = tuple[
-    int, str, Any
-]  # of a row: its number within the source, from 1; its name if it has no id; JSON, or the Refusal of it
+Found = tuple[int, str, Any]  # number within the source, from 1; name for rows without an id; JSON, or the reader's Refusal
 
-BOX_MARK = re.compile(r"<bbox>|<ref-object>")  # ms-swift's, for what `objects` holds
+BOX_MARK = re.compile(r"<bbox>|<ref-object>")  # ms-swift's placeholders for entries of `objects`
 
 
 class Said(NamedTuple):
@@ -44,22 +42,22 @@ class Said(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row whose text is in order; its pictures are not looked at yet."""
+    """Row of valid text; its images are not opened yet."""
 
     number: int
-    id: str | None  # None: it has none of its own
+    id: str | None  # None: the row has no id
     kind: str
-    pictures: tuple[str | Held, ...]  # each a path within the folder, a name in tar files, or a data URL; none: text-only
-    samples: tuple[tuple[Turn, ...], ...]  # one, or several where a row of `texts` is long
-    rules: dict[str, str]  # rule that changed the row -> what it did
-    ignored: tuple[str, ...]  # keys
+    pictures: tuple[str | Held, ...]  # paths within the folder, names in tar files, or data URLs; empty: text-only
+    samples: tuple[tuple[Turn, ...], ...]  # one; several for a long row of `texts`
+    rules: dict[str, str]  # rule -> change it made
+    ignored: tuple[str, ...]  # keys that no rule reads
 
 
 def understand(number: int, raw: Any, limits: DataLimits, folder: Path | None = None) -> Row:
-    """A row as JSON -> a Row. `folder`: absolute paths in it are taken as relative to it.
+    """Row from parsed JSON. `folder`: image folder; absolute paths in it are made relative to it.
 
-    Raises Refusal: malformed_json, wrong_type, missing_key, image_path, video, unread_media, turns,
-    empty_answer, empty_question, image_marks, boxes or too_long.
+    Raises Refusal: malformed_json, wrong_type, missing_key, missing_file, image_path, video, unread_media, turns,
+    empty_answer, empty_question, image_marks, boxes or too_long; or `raw` itself if it is the reader's Refusal.
     """
     if isinstance(raw, Refusal):
         raise raw
@@ -72,14 +70,14 @@ def understand(number: int, raw: Any, limits: DataLimits, folder: Path | None = 
 
 
 class _Reading:
-    """A row being read: what was understood of it so far."""
+    """Parser state of one row."""
 
     def __init__(self, raw: dict[str, Any], limits: DataLimits, folder: Path | None) -> None:
         self.raw = {key: value for key, value in raw.items() if not _nothing(value)}
         self.limits, self.folder = limits, folder
         self.rules: dict[str, str] = {}
         self.ignored: dict[str, None] = {}  # keys, in order
-        self.shown: list[str | Held] = []  # pictures in parts of turns
+        self.shown: list[str | Held] = []  # images among the parts of turns
         self.dropped: list[Said] = []
 
     def row(self, number: int) -> Row:
@@ -99,12 +97,12 @@ class _Reading:
             tuple(_placed(sample, len(pictures), marked and not index))
             for index, sample in enumerate(self._within_limit(said, apart))
         )
-        pictures = pictures[: sum(turn.question.count(MARK) for turn in samples[0])]  # turns may have been cut
+        pictures = pictures[: sum(turn.question.count(MARK) for turn in samples[0])]  # without those of cut turns
         kind = _text(self.raw.get("kind", "instruction" if pictures else "text"), "'kind'")
         return Row(number, own, kind, pictures, samples, self.rules, tuple(self.ignored))
 
     def _conversation(self) -> tuple[tuple[str, ...], Any]:
-        """The keys that hold it, none for a caption; and what they hold."""
+        """Keys of the conversation and their content; no key for a caption."""
         if key := next((key for key in CONVERSATION if key in self.raw), None):
             return (key,), self.raw[key]
         if all(isinstance(self.raw.get(key), list) for key in PROMPT):
@@ -134,7 +132,7 @@ class _Reading:
     # --- turns ---
 
     def _turns(self, value: Any) -> tuple[list[Said], bool]:
-        """The turns, and whether they are pairs that do not depend on one another."""
+        """Turns, and whether all are independent question-answer pairs."""
         if isinstance(value, str):
             try:
                 value = json.loads(value)
@@ -173,7 +171,7 @@ class _Reading:
         return turns, bool(pairs) and 2 * pairs == len(turns)
 
     def _nothing_else(self, members: dict[str, Any], known: set[str]) -> None:
-        """No picture, no call of a tool, nothing that says that a turn is not to be learnt."""
+        """Refuse media, tool calls and loss masks in keys other than `known`; record the rest as ignored."""
         for key, value in members.items():
             if key in known:
                 continue
@@ -223,7 +221,7 @@ class _Reading:
         return MARK
 
     def _alternating(self, turns: list[Said]) -> list[Turn]:
-        """Questions and answers, each question with its answer; the system text stands before the first question."""
+        """Question-answer turns; the system text is prepended to the first question."""
         system = [self._words(self.raw[key], key) for key in INSTRUCTIONS if key in self.raw]
         while turns and turns[0].role == SYSTEM:
             system.append(turns.pop(0).text)
@@ -250,7 +248,7 @@ class _Reading:
     def _pictures(self) -> tuple[str | Held, ...]:
         found: list[str | Held] = []
         for some in (self.shown, *(self._listed(key) for key in PICTURE if key in self.raw)):
-            if some[: len(found)] == found:  # the same once more
+            if some[: len(found)] == found:  # the same images, listed twice
                 found = some
             elif found[: len(some)] != some:
                 found = [*found, *some]
@@ -266,7 +264,7 @@ class _Reading:
         return [_pointer(value, repr(key))]
 
     def _path(self, value: str) -> str:
-        """Inside the folder by its spelling; links that the user has put there are followed."""
+        """Path relative to the image folder, checked by its spelling: symbolic links in the folder are followed."""
         value = _text(value, "'image'").removeprefix("file://")
         if "://" in value:
             raise Refusal(
@@ -284,7 +282,7 @@ class _Reading:
         return str(path)
 
     def _left_over(self, known: set[str], shown: int) -> None:
-        """Note the keys that no rule reads, beside `shown` pictures. Raises Refusal if one may hold a picture or a video."""
+        """Record the keys that no rule reads. `shown`: number of images read. Raises Refusal if one may hold media."""
         for key, value in self.raw.items():
             if key in known:
                 continue
@@ -296,9 +294,9 @@ class _Reading:
             self.ignored[key] = None
 
     def _marked(self, turns: list[Turn], images: int, apart: bool) -> tuple[list[Turn], bool]:
-        """As many marks as images, or none, all in questions; and whether each question is `apart` from the others."""
+        """Turns with one mark per image or none, all in questions, and whether they still are independent (`apart`)."""
         for turn in turns:
-            rest = turn.question.replace(MARK, "")  # has hardly ever what a mark begins with
+            rest = turn.question.replace(MARK, "")  # cheap test before the regex
             if ("<" in rest or "[" in rest) and (mark := MEDIA_MARK.search(turn.question)):
                 what = "video" if VIDEO.search(mark[0]) else "image_marks"
                 raise Refusal(what, f"a question holds {mark[0].strip()[:80]!r}, another code's mark of a medium")
@@ -323,7 +321,7 @@ class _Reading:
         return turns, apart and asked == first
 
     def _within_limit(self, turns: list[Turn], apart: bool) -> list[list[Turn]]:
-        """Whole turns of at most `max_text_chars`: of a conversation the first ones, of pairs several samples."""
+        """Whole turns of at most `max_text_chars`: a conversation is cut, independent pairs become several samples."""
         for turn in turns:
             if not turn.answer.strip():
                 raise Refusal("empty_answer", "an answer is empty")
@@ -353,7 +351,7 @@ class _Reading:
 
 
 def _placed(turns: list[Turn], images: int, marked: bool) -> list[Turn]:
-    """Images that nothing says the place of open the first question; a row's only one opens its question, as LLaVA has it."""
+    """Turns with image marks: unmarked images open the first question, a single image opens its question, as in LLaVA."""
     if not images or (marked and images > 1):
         return turns
     its = next((index for index, turn in enumerate(turns) if MARK in turn.question), None) if marked else 0
@@ -372,7 +370,7 @@ def _nothing(value: Any) -> bool:
 
 
 def _pointer(value: Any, where: str) -> str | Held:
-    """What says where a picture is: a path, a data URL, or a place. Its content in base64 becomes a data URL."""
+    """Reference to an image: a path, a data URL, or a place. Base64 content becomes a data URL."""
     if isinstance(value, dict):
         value = next((value[key] for key in ("bytes", "path", "url") if isinstance(value.get(key), str) and value[key]), value)
     if isinstance(value, str) and MEDIA_BASE64.match(value):
@@ -383,7 +381,7 @@ def _pointer(value: Any, where: str) -> str | Held:
 
 
 def _boxes(value: Any) -> tuple[Box, ...]:
-    """`[[left, top, right, bottom], ...]` as shares of the upright image's width and height."""
+    """Boxes `[[left, top, right, bottom], ...]`, in shares of the upright image's width and height."""
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(box, list) and len(box) == 4 for box in value):

@@ -1,6 +1,6 @@
-"""Shard jobs, shared out over the cores: each result is whole on disk, or absent and made again.
+"""Shard jobs, distributed over processes: each result is complete on disk, or absent and made again.
 
-A part is a function of its number alone, so neither the number of workers nor an interruption changes a byte.
+A part depends on its number alone, so neither the number of workers nor an interruption changes a byte.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from components.records.dataset import SplitRecord
 from components.records.paths import SPLITS, Split
 from components.records.record import Record, jsonl
 
-HASHED = np.dtype([("split", "u1"), ("row", "u4"), ("dhash", "u8")])  # split and row in the part of an image
+HASHED = np.dtype([("split", "u1"), ("row", "u4"), ("dhash", "u8")])  # split and row of an image in the part
 
-WORTH_A_WORKER = 200  # images: about as much work as starting a process
+WORTH_A_WORKER = 200  # images: about the cost of starting a process
 
 
 class Part(Record):
-    """parts/NUMBER.json: written last, so where it is, the part is whole."""
+    """parts/NUMBER.json, written last: the part is complete if the file exists."""
 
-    images: int  # looked at, those refused among them
+    images: int  # read, including refused ones
     splits: dict[Split, SplitRecord]
     refused: int
     rows: int  # stored rows of the source, including those that `overlap.drop` removes later
 
 
 class Parts:
-    """Where the parts of a data set lie beside its shards, until it is finished."""
+    """Paths of the parts of an unfinished data set, beside its shards."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,9 +52,9 @@ class Parts:
 
 
 def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar: Callable[[int], object]) -> None:
-    """Make all parts that are not there yet; `bar` is told how many more images have been looked at.
+    """Make all missing parts; `bar` receives the number of further images read.
 
-    Raises TryAgainError if a worker was killed, and whatever a part raises; parts that are whole stay.
+    Raises TryAgainError if a worker was killed, and whatever a part raises; complete parts are kept.
     """
     todo = []
     for part in range(source.parts):
@@ -74,7 +74,7 @@ def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar:
 def write_part(
     source: Source, part: int, folder: Path, images_per_shard: int, bar: Callable[[int], object] | None = None
 ) -> Part:
-    """Write one part: its shards, what they were made of, what was refused, its images' hashes, and its record at last."""
+    """Write one part: shards, provenance, quarantine, image hashes and, last, its record."""
     writers = {split: SplitWriter(folder / split, images_per_shard, source.boxes, source.several, part) for split in SPLITS}
     origins: list[Provenance] = []
     refused: list[Refused] = []

@@ -1,7 +1,7 @@
-"""The prepared data set on disk: Arrow shards, memory-mapped, one row per image with all its samples.
+"""Prepared data set on disk: memory-mapped Arrow shards, one row per image with all its samples.
 
-A shard is an Arrow IPC stream (`datasets.Dataset.from_file` opens it too), so a reader touches only the rows it asks for
-and never loads a split whole.
+A shard is an Arrow IPC stream (`datasets.Dataset.from_file` opens it too), so a reader loads only the rows that it needs,
+never a whole split.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from components.records.dataset import Manifest, ShardRecord, SourceRecord, Sour
 from components.records.paths import Split
 from components.records.rows import TriedRows
 
-if TYPE_CHECKING:  # pyarrow is imported where a shard is touched: what handles samples alone does without it
+if TYPE_CHECKING:  # pyarrow is imported only where a shard is read or written
     import pyarrow as pa
 
-IMAGE = "<image>"  # stands in a question where an image is shown
-CAPTION = "caption"  # the kind that models learn first: in the train split only, and never scored
+IMAGE = "<image>"  # image mark in a question
+CAPTION = "caption"  # kind that models learn first: train split only, never scored
 ANEW = "`dvc checkout --force` brings it back, or `dvc repro prepare` makes it anew"
-BATCH_BYTES = 32 * 2**20  # image bytes in one record batch
-BATCH_CHARS = 4 * 2**20  # characters of text in it; as Python's objects and pyarrow's they take ten times as many bytes
+BATCH_BYTES = 32 * 2**20  # image bytes per record batch
+BATCH_CHARS = 4 * 2**20  # text characters per record batch; Python and pyarrow take ten bytes for each
 
 
 def schema(boxes: bool, several: bool = False) -> pa.Schema:
-    """One row per image, with all samples about it. A data set none of whose questions has `boxes` has no such field, and one
-    none of whose samples has `several` images no column for `more`."""
+    """Arrow schema: one row per image, with all samples about it. The field `boxes` and the column `more` (further images)
+    exist only if some question has boxes or some sample has several images."""
     import pyarrow as pa
 
     fields = [("from", pa.string()), ("value", pa.string())]
@@ -45,16 +45,16 @@ def schema(boxes: bool, several: bool = False) -> pa.Schema:
     return pa.schema([*columns, ("more", pa.list_(pa.binary()))] if several else columns)
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the image's width and height
+Box = tuple[float, float, float, float]  # left, top, right, bottom in shares of the image's width and height
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its reference answer; `<image>` in a question marks where a picture stands."""
+    """Question and reference answer; `<image>` in the question marks the position of an image."""
 
     question: str
     answer: str
-    boxes: tuple[Box, ...] = ()  # the asked region of the image; empty: not known, or the whole image
+    boxes: tuple[Box, ...] = ()  # region that the question is about; empty: unknown, or the whole image
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class Sample:
     id: str
     image_id: str
     kind: str
-    image: bytes | None  # an encoded image file, the first if there are several; None for text-only samples
+    image: bytes | None  # encoded file of the first image; None for text-only samples
     turns: tuple[Turn, ...]
-    more: tuple[bytes, ...] = ()  # the other images, in the order of their marks
+    more: tuple[bytes, ...] = ()  # further images, in the order of their marks
 
     @property
     def images(self) -> tuple[bytes, ...]:
         return () if self.image is None else (self.image, *self.more)
 
     def upto(self, turns: int) -> Sample:
-        """The first so many turns, and the images that they show."""
+        """Sample cut to its first turns, and to their images."""
         kept = self.turns[:turns]
         shown = self.images[: sum(turn.question.count(IMAGE) for turn in kept)]
         return replace(self, turns=kept, image=shown[0] if shown else None, more=shown[1:])
@@ -79,7 +79,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image, or the images that are shown together, and the samples about it, all in one split."""
+    """One image, or several shown together, and the samples about it, all in one split."""
 
     image_id: str
     image: bytes | None
@@ -107,15 +107,14 @@ def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, object]]:
 
 
 class SplitWriter:
-    """Writes one split row by row as `folder/shard-00000.arrow`, ... (from number `first` on); `close` returns its record.
+    """Writer of one split, row by row, to `folder/shard-00000.arrow`, ... (from number `first` on); `close` returns its record.
 
-    Rows are handed to the file in batches, so memory holds one batch and never a shard. Files get their names when they are
-    whole; whoever does not come to `close` calls `discard`.
+    Rows are written in batches, so memory holds one batch, never a shard. Shards are renamed into place when complete; a
+    writer that is not closed has to be discarded.
     """
 
     def __init__(self, folder: Path, images_per_shard: int, boxes: bool, several: bool = False, first: int = 0) -> None:
-        """`boxes`: some question of the data set has boxes, `several`: some sample has several images; else these are not
-        stored."""
+        """`boxes`, `several`: as in `schema`."""
         folder.mkdir(parents=True, exist_ok=True)
         self._schema = schema(boxes, several)
         self._folder = folder
@@ -138,7 +137,7 @@ class SplitWriter:
         return joined([SplitRecord(images=0, samples=0, kinds=dict(self._kinds), shards=self._shards)])
 
     def discard(self) -> None:
-        """Remove what has no name yet; after `close` there is nothing."""
+        """Remove the unfinished shard; nothing to do after `close`."""
         if self._shard is not None:
             self._shard.discard()
             self._shard = None
@@ -196,7 +195,7 @@ class _ShardWriter:
 
 
 def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -> SplitRecord:
-    """Write all `rows` of one split."""
+    """Write all `rows` of one split to shards."""
     rows = list(rows)
     boxes = any(turn.boxes for row in rows for _, _, turns in row.samples for turn in turns)
     writer = SplitWriter(folder, images_per_shard, boxes, several=any(row.more for row in rows))
@@ -206,7 +205,7 @@ def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -
 
 
 def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> SplitRecord:
-    """Leave images out of the shards of `record`, which are written anew; the same again changes nothing."""
+    """Remove images from the shards of `record` by rewriting them. Idempotent."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -214,7 +213,7 @@ def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> Spli
     shards: list[ShardRecord] = []
     for shard in record.shards:
         path = folder / shard.file
-        if not path.exists():  # nothing was left of it, and the one who removed it was interrupted
+        if not path.exists():  # removed as empty by an interrupted run
             continue
         table = open_shard(path)
         kept = table.filter(pc.invert(pc.is_in(table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))))
@@ -236,7 +235,7 @@ def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> Spli
 
 
 def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
-    """The record of a split that is stored in parts."""
+    """Record of a split from the records of its parts."""
     kinds: Counter[str] = Counter()
     shards: list[ShardRecord] = []
     for part in parts:
@@ -248,14 +247,14 @@ def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
 
 
 class Samples(Sequence[Sample]):
-    """The samples of one split, in stored order, by index. Opening checks each shard against the manifest, count and hash;
-    after that the images stay on disk until they are asked for.
+    """Samples of one split, in stored order, by index. Opening checks each shard's count and, if `check`, its hash against the
+    manifest; images are read from disk on access.
 
-    Raises DataError if the split is missing or a shard is not what the manifest says.
+    Raises DataError if the split is missing or a shard differs from the manifest.
     """
 
     def __init__(self, dataset: Path, split: Split, tried: Path | None = None, check: bool = True) -> None:
-        """`tried`: what the stage `check_rows` wrote: samples that it left out are not there, and long ones are cut."""
+        """`tried`: output folder of the stage `check_rows`, whose left-out samples are skipped and whose cuts are applied."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -277,7 +276,7 @@ class Samples(Sequence[Sample]):
         self._turns = None if tried is None else self._verdict(tried)["turns"]
         usable = np.ones(int(counts.sum()), dtype=bool) if self._turns is None else self._turns > 0
         rows = np.repeat(np.arange(len(counts)), counts)
-        self._stored = np.flatnonzero(usable)  # sample index -> its place among all that are stored
+        self._stored = np.flatnonzero(usable)  # sample index -> index among all stored samples
         self._stored_first = np.concatenate([[0], np.cumsum(counts)])
         self.row_of = rows[usable]  # sample index -> image row
         self._first = np.searchsorted(self.row_of, np.arange(len(counts) + 1))
@@ -286,7 +285,7 @@ class Samples(Sequence[Sample]):
         return len(self.row_of)
 
     def __reduce__(self) -> tuple[type[Samples], tuple[Path, Split, Path | None, bool]]:
-        """A loader's worker opens the files itself, which have been checked, instead of receiving them."""
+        """Pickle by path: a loader's worker opens the files itself, without checking hashes again."""
         return Samples, (self._dataset, self._split, self._tried, False)
 
     def _verdict(self, tried: Path) -> np.ndarray:
@@ -299,7 +298,7 @@ class Samples(Sequence[Sample]):
         return verdict
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        """Raises IndexError past either end."""
+        """Sample with its images. Raises IndexError past either end."""
         index = range(len(self))[index]
         row = int(self.row_of[index])
         stored = int(self._stored[index])
@@ -307,13 +306,13 @@ class Samples(Sequence[Sample]):
         return _sample(sample, *_images(self._table, row), None if self._turns is None else int(self._turns[stored]))
 
     def texts(self, row: int) -> list[Sample]:
-        """All samples about image `row` as they are stored, with nothing in the images' places: no image is read."""
+        """All stored samples about image `row`, with empty bytes for images: no image is read."""
         images = (b"",) * len(_stored_images(self._table, row))
         name = self._table.column("image_id")[row].as_py()
         return [_sample(one, name, images) for one in self._table.column("samples")[row].as_py()]
 
     def image_sizes(self, row: int) -> tuple[tuple[int, int], ...]:
-        """Width and height of each image of a row as its file's header says, of which alone is read."""
+        """Width and height of each image of a row, from the file headers alone."""
         import pyarrow as pa
         from PIL import Image
 
@@ -324,12 +323,12 @@ class Samples(Sequence[Sample]):
         return tuple(sizes)
 
     def about(self, row: int) -> list[Sample]:
-        """All samples about image `row`, read at once: four times as fast as one by one."""
+        """All stored samples about image `row`, in one read: four times as fast as one by one."""
         return about(self._table, row)
 
     @property
     def kinds(self) -> list[str]:
-        """The kind of each sample; no image is read."""
+        """Kind of each sample; no image is read."""
         import pyarrow.compute as pc
 
         kinds = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind")
@@ -338,12 +337,12 @@ class Samples(Sequence[Sample]):
 
     @property
     def sources(self) -> dict[str, SourceRecord] | None:
-        """Of a mixture, by name; None of any other data set."""
+        """Source records of a mixture by name; None for other data sets."""
         return Sources.read(self._dataset / "sources.json").sources if self.manifest.source == "mixture" else None
 
     @property
     def weights(self) -> list[float] | None:
-        """Of each sample its source's weight; None if the data set is no mixture."""
+        """Source weight of each sample; None if the data set is no mixture."""
         import pyarrow.compute as pc
 
         if (sources := self.sources) is None:
@@ -362,7 +361,7 @@ class Samples(Sequence[Sample]):
         return self.record.images
 
     def equal_images(self) -> list[list[int]]:
-        """Image rows, those together that store the same bytes."""
+        """Groups of image rows that store the same bytes."""
         rows: dict[bytes, list[int]] = {}
         for row in range(self.images):
             if stored := _stored_images(self._table, row):
@@ -371,7 +370,7 @@ class Samples(Sequence[Sample]):
         return list(rows.values())
 
     def images_of(self, image_ids: Iterable[str]) -> dict[str, tuple[bytes, ...]]:
-        """Encoded images per image id, for those ids that the split has."""
+        """Encoded images by image id; ids that the split lacks are left out."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -407,11 +406,11 @@ def _sample(stored: dict[str, Any], image_id: str, images: tuple[bytes, ...], tu
 
 
 def check_hashes(folder: Path, shards: Sequence[ShardRecord]) -> None:
-    """Raises DataError naming the first shard whose bytes are not those that were written. Reads as fast as the disk."""
+    """Raises DataError naming the first shard whose sha256 is not the record's. As fast as the disk."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-        hashes = pool.map(lambda shard: sha256([folder / shard.file]), shards)  # hashing and reading release the interpreter
+        hashes = pool.map(lambda shard: sha256([folder / shard.file]), shards)  # hashing and reading release the GIL
         bar = tqdm(hashes, desc=f"check {folder.name}", total=len(shards), unit="shard")
         for shard, found in zip(shards, bar, strict=True):
             if found != shard.sha256:

@@ -1,4 +1,4 @@
-"""What a source of data hands to `prepare`: parts, each of rows to store in their splits and of rows that had to be refused."""
+"""Interface of a data source for `prepare`: parts, each of rows to store in their splits and of refused rows."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from components.records.record import Record
 class Refused(Record):
     """One line of quarantine.jsonl."""
 
-    row: int  # counted from 1: the line of a JSONL file, the element of a JSON list
+    row: int  # from 1: line of a JSONL file, element of a JSON list
     id: str | None
     reason: str
     detail: str
-    source: str | None = None  # name in a mixture
+    source: str | None = None  # name of the source, in a mixture
 
 
 class Provenance(Record):
-    """One line of provenance.jsonl: what an image was made of."""
+    """One line of provenance.jsonl: origin of an image."""
 
     image_id: str
     split: Split
     raw: tuple[int, ...] = ()  # `source: digits`: indices of the raw digits
-    file: str | None = None  # `source: llava`: the image file
-    sha256: str | None = None  # hash of its pixels, the first's if there are several, which decides the split
+    file: str | None = None  # own data: the image file
+    sha256: str | None = None  # hash of the first image's pixels, or of the text if there is none; its group decides the split
 
 
 class Rule(NamedTuple):
-    """A rule by which rows of a source were changed (docs/data.md), or a key of them that was ignored."""
+    """Rule that changed rows of a source (docs/data.md), or an ignored key."""
 
     source: str
     name: str
     rows: int
-    row: int  # an example
-    did: str  # action taken
+    row: int  # number of an example
+    did: str  # change to the example
 
 
 class Stored(NamedTuple):
     row: ImageRow
     origin: Provenance
-    hashes: tuple[int, ...]  # of its images, components/dataset/perceptual_hash.py; none: not to be compared
-    rows: int  # rows of the source: fewer than samples where one row made several
+    hashes: tuple[int, ...]  # dHash of each image (perceptual_hash.py); empty: not compared
+    rows: int  # source rows, fewer than samples where a row became several
 
 
 class Source(Protocol):
-    """Parts do not depend on one another: any process can make any of them, in any order, with the same result.
+    """Data source in independent parts: any process can make any part, in any order, with the same result.
 
-    A part becomes at most one shard of each split, unless it is the only one.
+    A part becomes at most one shard per split, unless it is the only part.
     """
 
     @property
@@ -61,7 +61,7 @@ class Source(Protocol):
 
     @property
     def images(self) -> int:
-        """At most: what the progress bar counts to."""
+        """Upper bound, for the progress bar."""
 
     @property
     def rows_in(self) -> int: ...
@@ -71,16 +71,16 @@ class Source(Protocol):
 
     @property
     def boxes(self) -> bool:
-        """Whether any question's region is known."""
+        """Whether any question has boxes."""
 
     @property
     def several(self) -> bool:
-        """Whether any sample may show several images."""
+        """Whether any sample may have several images."""
 
     def rows(self, part: int) -> Iterator[Stored | list[Refused]]: ...
 
     def refused(self) -> Iterator[Refused]:
-        """What was refused before there were parts."""
+        """Rows refused before the split into parts."""
 
     def rules(self) -> list[Rule]:
-        """What was changed before there were parts."""
+        """Rules applied before the split into parts."""

@@ -1,4 +1,4 @@
-"""Tar files read in place: as folders of images that rows name, or as WebDataset."""
+"""Reader of uncompressed tar files, in place: as image folders of rows, or as WebDataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from components.dataset.media import MEDIA_FILE, Held
 from components.dataset.row import CAPTION, CONVERSATION, Found
 from components.errors import DataError
 
-LINK = " -> "  # in what is called the ending of one
+LINK = " -> "  # separates extension and target of a link in `Member.ending`
 PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -27,9 +27,9 @@ class Member(NamedTuple):
 
 
 def rows(tars: list[Path]) -> Iterator[Found]:
-    """WebDataset: the members of one tar file that share a name up to its first dot are one sample, wherever they stand in it.
+    """Rows of a WebDataset: the members of one tar file that share a name up to its first dot are one sample, in any order.
 
-    KEY.json holds a row, KEY.txt a caption, KEY.jpg (or another kind of picture) the image, whatever the row says of it.
+    KEY.json holds a row, KEY.txt a caption, KEY.jpg (or another image format) the image, which overrides the row's.
     """
     number = 0
     for index, tar in enumerate(tars):
@@ -37,7 +37,7 @@ def rows(tars: list[Path]) -> Iterator[Found]:
         for member in members(tar):
             folder, _, name = member.name.rpartition("/")
             stem, _, ending = name.partition(".")
-            if stem and "__MACOSX" not in folder:  # else what an archiver has left there
+            if stem and "__MACOSX" not in folder:  # else metadata of an archiver
                 key = f"{folder}/{stem}".lstrip("./")
                 ending = ending.lower() if member.isreg() else f"{ending}{LINK}{member.linkname}"
                 samples.setdefault(key, []).append(Member(ending, member.offset_data, member.size))
@@ -88,7 +88,7 @@ def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
     if pictures:
         raw["image"] = pictures
         listed = raw.pop("images", None)
-        if isinstance(listed, list) and len(listed) > len(pictures):  # pictures that are not here
+        if isinstance(listed, list) and len(listed) > len(pictures):  # more images than the sample has
             raw["images"] = listed
     if captioned := CAPTION in parts and not any(raw.get(key) for key in CONVERSATION):
         raw[CAPTION] = _text(_read(file, parts[CAPTION]), f"{name}.{CAPTION}")
@@ -99,7 +99,7 @@ def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
 
 
 def _in_order(ending: str) -> list[tuple[int, str]]:
-    """2.jpg stands before 10.jpg."""
+    """Natural sort key: 2.jpg before 10.jpg."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", ending)]
 
 
@@ -125,14 +125,14 @@ def _text(content: bytes, name: str) -> str:
 
 
 def members(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """The files of an uncompressed tar file, and links to files, in order. Raises DataError if it is none or is cut off."""
+    """Files and links of an uncompressed tar file, in order. Raises DataError if it is not one or is truncated."""
     try:
         with tarfile.open(tar, "r:") as opened:
             while (member := opened.next()) is not None:
-                opened.members = []  # type: ignore[attr-defined]  # which tarfile would collect
+                opened.members = []  # type: ignore[attr-defined]  # or tarfile keeps them all
                 if (member.isreg() and not member.issparse()) or member.islnk() or member.issym():
                     yield member
-            with tar.open("rb") as file:  # a whole one ends with empty blocks
+            with tar.open("rb") as file:  # a complete archive ends with empty blocks
                 file.seek(opened.offset)
                 cut = len(file.read(512)) < 512
     except (tarfile.TarError, OSError) as error:
@@ -142,20 +142,20 @@ def members(tar: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def names(tars: list[Path]) -> Iterator[tuple[str, list[int]]]:
-    """Name and place of every member that is no link."""
+    """Name and place of every regular file."""
     for index, tar in enumerate(tars):
         for member in filter(tarfile.TarInfo.isreg, members(tar)):
             yield str(PurePosixPath(member.name)), [index, member.offset_data, member.size]
 
 
 def content(path: Path, offset: int, size: int, max_mib: float) -> bytes:
-    """Raises Refusal: missing_file or too_large."""
+    """Bytes of one member. Raises Refusal: missing_file or too_large."""
     if size > max_mib * 2**20:
         raise too_large(f"{path} at byte {offset:,}", size, max_mib)
     return os.pread(_opened(path).fileno(), size, offset)
 
 
-@lru_cache(maxsize=8)  # images of a part lie beside one another
+@lru_cache(maxsize=8)  # a part's images are adjacent
 def _opened(path: Path) -> Any:
     try:
         return path.open("rb")
