@@ -1,8 +1,8 @@
-"""The embedded family: a tiny LLaVA family that is built and trained here, from the prepared data and nothing else.
+"""Embedded family: tiny LLaVA teachers and students, built and trained from the prepared data alone.
 
-1. a tokenizer of the training split's words;  2. a vision tower that learns to read cells, then is frozen and shared;
-3. teacher candidates of several sizes: captions, then conversations;  4. students that have learnt captions alone, as the
-paper's students have after stage 1.
+1. a tokenizer of the training split's words;  2. a vision tower, trained on cell labels, then frozen and shared;
+3. teacher candidates of several sizes, trained on captions, then conversations;  4. students trained on captions alone, as
+the paper's students are after stage 1.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from components.models.vlm import VLM
 from components.process import cores, shared_out
 from components.runtime import prepare_torch
 
-HERE = b""  # stands for an image whose features are at hand
+HERE = b""  # placeholder of an image with precomputed features
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training split as this stage needs it: every image decoded once, its captions and its other turns."""
+    """Training split in memory: decoded images, their captions and their other turns."""
 
     images: Tensor  # (N, 3, H, W) uint8
-    captions: list[list[Sample]]  # per image; its first describes every cell
-    turns: list[list[Turn]]  # per image, everything but its first caption; questions without the image's mark
+    captions: list[list[Sample]]  # per image; the first one describes every cell
+    turns: list[list[Turn]]  # per image, all but its first caption; questions without image marks
 
     @property
     def texts(self) -> Iterator[str]:
@@ -60,7 +60,7 @@ class Corpus:
 
 
 def read_corpus(samples: Samples) -> Corpus:
-    """Raises DataError if an image has no caption or no other turn, or if images are not squares of one size."""
+    """Training corpus. Raises DataError if an image lacks a caption or question, or is not a square of the common size."""
     images, captions, turns = [], [], []
     for row in tqdm(range(samples.images), desc="training split", unit="image"):
         about = samples.about(row)
@@ -83,24 +83,24 @@ def read_corpus(samples: Samples) -> Corpus:
 
 @dataclass(frozen=True)
 class Family:
-    """Inputs that all members of the family share, picklable for the processes that train them."""
+    """Shared inputs of all members of the family, picklable for the training processes."""
 
     settings: ModelsSettings
     runtime: RuntimeSettings
     tower: SiglipVisionConfig
     tower_weights: dict[str, Tensor]
     processor: LlavaProcessor
-    features: np.ndarray[Any, np.dtype[np.float32]]  # (N, Nv, d) that the tower gives of the training images
+    features: np.ndarray[Any, np.dtype[np.float32]]  # (N, Nv, d) of the training images
     captions: list[list[Sample]]
     turns: list[list[Turn]]
     folder: Path
 
 
 def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: RuntimeSettings, log: Log) -> dict[str, Path]:
-    """Build, train and save the whole family under `folder`/teachers and `folder`/students; returns what stands where.
+    """Build, train and save the family under `folder`/teachers and `folder`/students; returns ROLE/NAME -> folder.
 
-    Deterministic from `settings.embedded.seed`; each model has its own random stream, so that one more candidate leaves the
-    others as they were, and so does training them at the same time, as many as there are cores.
+    Deterministic from `settings.embedded.seed`; each model has its own random stream, so that neither a further candidate nor
+    training in parallel, in as many processes as there are cores, changes the others.
     """
     shapes = settings.embedded
     assert shapes is not None
@@ -124,7 +124,7 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: Run
 
 
 def trained(family: Family, role: str, name: str) -> tuple[str, Path, list[tuple[str, float, int]]]:
-    """One member, trained and saved: its name with its role, where it is, and its losses as (name, loss, step)."""
+    """Train and save one member; returns ROLE/NAME, its folder, and its losses as (name, loss, step)."""
     shapes, losses = family.settings.embedded, list[tuple[str, float, int]]()
     assert shapes is not None
     device = prepare_torch(family.runtime, shapes.seed)
@@ -145,7 +145,7 @@ def trained(family: Family, role: str, name: str) -> tuple[str, Path, list[tuple
 
 
 def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """A LLaVA around a copy of `tower` and a fresh Qwen3-shaped language model with tied embeddings."""
+    """LLaVA with a frozen copy of `tower` and an untrained Qwen3 language model with tied embeddings."""
     if shape.hidden % shape.heads or shape.heads % shape.kv_heads:
         raise ModelError(f"hidden {shape.hidden} must divide by heads {shape.heads}, and heads by kv_heads {shape.kv_heads}")
     tokenizer = processor.tokenizer
@@ -159,7 +159,7 @@ def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaPr
         head_dim=shape.hidden // shape.heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        initializer_range=0.05,  # wide enough for embeddings of a hundred words that are also the head
+        initializer_range=0.05,  # wide, as the embeddings of about a hundred words are also the head
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -186,7 +186,7 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: 
 
 
 class Language:
-    """Trains a model's projector and language model on features that the frozen tower computed once."""
+    """Training of projector and language model on precomputed features of the frozen tower."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class Language:
         self.model, self.seen, self.collator, self.generator, self.name, self.log = model, seen, collator, generator, name, log
 
     def captions(self, captions: list[list[Sample]], training: Training) -> None:
-        """One of an image's captions at a time, drawn anew each time."""
+        """Train on one random caption per image and step."""
 
         def drawn(image: int) -> Sample:
             return captions[image][int(torch.randint(len(captions[image]), (), generator=self.generator))]
@@ -208,9 +208,9 @@ class Language:
         self._fit(drawn, training, "captions")
 
     def conversations(self, turns: list[list[Turn]], training: Conversations) -> None:
-        """Up to `training.turns` turns about an image in one sample, in an order drawn anew each time.
+        """Train on up to `training.turns` random turns about an image in one sample, in random order.
 
-        The image is read once for all of them, which makes a step of eight questions cost hardly more than a step of one.
+        The turns share the visual tokens, so a step of eight questions costs hardly more than a step of one.
         """
 
         def drawn(image: int) -> Sample:
@@ -237,7 +237,7 @@ class Language:
 
 
 def response_loss(view: VLM, batch: Batch, seen: Tensor) -> Tensor:
-    """Mean cross-entropy on response tokens, in nats; the head is applied to their rows alone."""
+    """Mean cross-entropy of response tokens, in nats; logits are computed at their rows alone."""
     hidden, _ = view.plain(batch, seen, keep=False)
     rows = batch.response[:, 1:]  # row t predicts token t + 1
     return F.cross_entropy(view.head(hidden[:, :-1][rows]), batch.input_ids[:, 1:][rows])
@@ -256,7 +256,7 @@ def _tower(family: EmbeddedFamily, corpus: Corpus, collator: Collator, device: t
 
 
 def _seeded(seed: int, *what: str) -> torch.Generator:
-    """A random stream of its own for each part, also for the weights that torch draws from its global one."""
+    """Generator of one part's random stream; also seeds torch's global generator, which initialises weights."""
     own = int.from_bytes(hashlib.sha256("/".join([str(seed), *what]).encode()).digest()[:7], "big")
     torch.manual_seed(own)
     return torch.Generator().manual_seed(own)

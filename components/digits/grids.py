@@ -1,6 +1,7 @@
-"""`source: digits`: UCI handwriting, coloured, on a grid of cells over clouds and noise.
+"""`source: digits`: coloured UCI handwriting on a grid of cells, over clouds and noise.
 
-Each image has a random stream of its own, seeded by (seed, split, number), so no image depends on another.
+Each image has its own random stream, seeded by (seed, split, number). Its scene is independent of other
+images; its questions, and with them the draws for its pixels, depend on the split's earlier questions (`Balance`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LICENCE = (
 
 @dataclass(frozen=True)
 class Digits:
-    """One part: which question is asked of an image depends on what the images before it were asked."""
+    """Data source of one part, since an image's questions depend on those of the images before it."""
 
     design: DigitsGrid
     seed: int
@@ -64,13 +65,13 @@ class Digits:
 
 
 def source(settings: DataSettings, folder: Path) -> Digits:
-    assert settings.digits is not None  # settings guarantee it
+    assert settings.digits is not None  # validated by the settings
     return Digits(settings.digits, settings.seed, folder)
 
 
 def _rows(design: DigitsGrid, seed: int, folder: Path) -> Iterator[tuple[ImageRow, Provenance]]:
     drawings, labels = raw.read(folder)
-    drawings = np.pad(drawings / np.float32(raw.DEPTH), ((0, 0), (1, 1), (1, 1)))  # so that strokes at the border fade out
+    drawings = np.pad(drawings / np.float32(raw.DEPTH), ((0, 0), (1, 1), (1, 1)))  # empty frame: strokes at the border fade out
     hands = share_out(labels, design, seed)
     for split in SPLITS:
         by_value = [hands[split][labels[hands[split]] == value] for value in range(10)]
@@ -90,10 +91,10 @@ def _rows(design: DigitsGrid, seed: int, folder: Path) -> Iterator[tuple[ImageRo
 
 
 def share_out(labels: np.ndarray, design: DigitsGrid, seed: int) -> dict[Split, np.ndarray]:
-    """Indices of the raw digits per split: disjoint, at random, each of the ten digits in proportion."""
+    """Indices of the raw digits per split: disjoint, random, stratified by digit. Raises DataError if a split lacks one."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
-    rank = np.empty(len(labels))  # place of each digit among those of its value, 0..1: sorting by it interleaves the ten
+    rank = np.empty(len(labels))  # rank of each digit among those of its value, 0..1; sorting by it interleaves the ten
     for value in range(10):
         same = order[labels[order] == value]
         rank[same] = (np.arange(len(same)) + rng.random()) / len(same)
@@ -111,7 +112,7 @@ def share_out(labels: np.ndarray, design: DigitsGrid, seed: int) -> dict[Split, 
 
 
 def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Generator) -> Scene:
-    """Which digit stands where, in which colour, in whose handwriting."""
+    """Random scene: places, digits, colours and raw handwriting."""
     names, palette = places(design.grid), tuple(sorted(design.palette))
 
     def between(bounds: tuple[int, int]) -> int:
@@ -131,7 +132,7 @@ def compose(by_value: list[np.ndarray], design: DigitsGrid, rng: np.random.Gener
 
 
 def _conversation(asked: list[Asked], scene: Scene, grid: int) -> tuple[str, tuple[Turn, ...]]:
-    """Questions about one image as a kind and turns."""
+    """Kind and turns of a row of questions about one image."""
     turns = (Turn(question, answer, boxes(cells, scene, grid)) for _, question, answer, cells in asked)
     first, *others = turns
     kind = asked[0].kind if len(asked) == 1 else "conversation"
@@ -145,7 +146,7 @@ def boxes(cells: tuple[str, ...], scene: Scene, grid: int) -> tuple[Box, ...]:
 
 
 def paint(scene: Scene, drawings: np.ndarray, design: DigitsGrid, rng: np.random.Generator) -> bytes:
-    """The scene as a PNG file of grid * cell_px pixels per side."""
+    """PNG of the scene, grid * cell_px pixels per side."""
     side, px = design.grid * design.cell_px, design.cell_px
     clouds = rng.integers(0, round(255 * design.texture) + 1, (2 * design.grid, 2 * design.grid, 3), dtype=np.uint8)
     canvas = np.asarray(Image.fromarray(clouds).resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32)
@@ -161,8 +162,8 @@ def paint(scene: Scene, drawings: np.ndarray, design: DigitsGrid, rng: np.random
 
 
 def draw(drawings: np.ndarray, px: int, ranges: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """Raw digits (n, 10, 10) in 0..1, empty frame included, as opacity (n, px, px): each shifted, scaled, turned and
-    dimmed at random, sampled bilinearly."""
+    """Opacity (n, px, px) of raw digits (n, 10, 10) in 0..1, empty frame included: random shift, scale, rotation and
+    brightness, bilinear sampling."""
     one_each = (len(drawings), 1, 1)
     shift_x, shift_y = rng.uniform(-ranges.shift_px, ranges.shift_px, (2, *one_each))
     step = raw.SIDE / px / rng.uniform(*ranges.scale, one_each)  # raw pixels per pixel drawn
@@ -171,7 +172,7 @@ def draw(drawings: np.ndarray, px: int, ranges: Augmentation, rng: np.random.Gen
     from_centre = np.arange(px) - (px - 1) / 2
     x, y = from_centre - shift_x, from_centre[:, None] - shift_y
     last = drawings.shape[-1] - 1
-    column = (last / 2 + step * (np.cos(angle) * x + np.sin(angle) * y)).clip(0, last - 1e-6)  # outside is frame: empty
+    column = (last / 2 + step * (np.cos(angle) * x + np.sin(angle) * y)).clip(0, last - 1e-6)  # outside: empty frame
     row = (last / 2 + step * (np.cos(angle) * y - np.sin(angle) * x)).clip(0, last - 1e-6)
     left, top = column.astype(int), row.astype(int)
     right_share, bottom_share = column - left, row - top

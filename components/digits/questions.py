@@ -1,12 +1,12 @@
-"""Questions about a grid of coloured digits: one function per kind, and a choice that balances answers.
+"""Questions about a grid of coloured digits: one function per kind, and a selection that balances answers.
 
-Every answer names a place before what stands there, as a full sentence does, and ends with what follows from it. So each
-word needs one look at the image; a word that is wrong misleads those after it; and no kind waits for one circuit that a small
-model finds late and by luck (docs/log.md).
+Every answer names each place before its content, and ends with the conclusion. So each word needs at most one cell of the
+image; a wrong word misleads those after it; and no kind depends on one circuit that a small model finds late and by luck
+(docs/log.md).
 
-A kind lists every sensible question about a scene with its answer, the cells that it asks about, so that it is known where a
-model should look, and its *strata*: labels from coarse to fine, what the answer comes down to first. `ask` takes the option
-whose strata were used least so far in the split, so answers come out even without a second pass.
+A kind lists every sensible question about a scene with its answer, its cells (the region that attention should point to), and
+its *strata*: labels from coarse to fine, the result of the answer first. `ask` takes the option whose strata were used least
+so far in the split, which balances answers in one pass.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CAPTIONS = 2  # per image of the train split
 
 
 class Digit(NamedTuple):
-    """One digit of a composed image."""
+    """Digit of a composed image."""
 
-    place: str  # column letter, row number: "a1" is the top left cell
+    place: str  # column letter and row number: "a1" is the top left cell
     value: int
     colour: str
-    raw: int  # which raw digit was drawn
+    raw: int  # index of the raw digit
 
 
 class Scene(NamedTuple):
@@ -46,7 +46,7 @@ class Scene(NamedTuple):
         return next((digit for digit in self.digits if digit.place == place), None)
 
     def digit(self, place: str) -> str:
-        """The cell's digit as a word."""
+        """Digit of a cell as a word."""
         found = self.at(place)
         return EMPTY if found is None else DIGITS[found.value]
 
@@ -56,7 +56,7 @@ class Scene(NamedTuple):
 
     @property
     def lines(self) -> dict[str, tuple[str, ...]]:
-        """The rows and columns by name, each with its places in reading order."""
+        """Rows and columns by name, each with its places in reading order."""
         grid = round(len(self.places) ** 0.5)
         rows = {f"row {NUMBERS[row + 1]}": self.places[row * grid : (row + 1) * grid] for row in range(grid)}
         return rows | {f"column {self.places[column][0]}": self.places[column::grid] for column in range(grid)}
@@ -126,7 +126,7 @@ def extreme(scene: Scene) -> list[Option]:
 
 
 def _pairs(scene: Scene, question: str, answer: str, result: Callable[[int, int], int]) -> list[Option]:
-    """About any two digits, by their places."""
+    """Options about each ordered pair of digits, by place."""
     options = []
     for a, b in permutations(scene.digits, 2):
         word = NUMBERS[result(a.value, b.value)]
@@ -136,7 +136,7 @@ def _pairs(scene: Scene, question: str, answer: str, result: Callable[[int, int]
 
 
 def _lines(scene: Scene, question: str, result: Callable[[list[int]], int], least: int) -> list[Option]:
-    """About each row and column of at least so many digits."""
+    """Options about each row and column with at least `least` digits."""
     options = []
     for line, cells in scene.lines.items():
         values = [digit.value for digit in scene.digits if digit.place in cells]
@@ -155,7 +155,7 @@ def _coloured(scene: Scene, cells: tuple[str, ...]) -> str:
 
 
 def _described(scene: Scene, cells: tuple[str, ...]) -> str:
-    """Three words a cell."""
+    """Description in three words per cell."""
     return " ".join(f"{cell} {scene.colour(cell)} {scene.digit(cell) if scene.at(cell) else 'cell'}" for cell in cells)
 
 
@@ -174,8 +174,8 @@ KINDS: dict[str, Callable[[Scene], list[Option]]] = {
 def captions(scene: Scene) -> list[tuple[str, str]]:
     """Captions, which models learn first: CAPTIONS questions whose answers describe every cell in three words.
 
-    Of the first, in reading order, words 3i to 3i + 2 are about cell i: easy to align. The second goes by columns, so that a
-    cell is found by its name and not by its turn.
+    The first is in reading order, words 3i to 3i + 2 for cell i, which is easy to align. The second goes by columns, so that
+    a cell is identified by its name, not by its position in the text.
     """
     by_column = tuple(cell for line, cells in scene.lines.items() if line.startswith("column") for cell in cells)
     return [("Describe the rows.", _described(scene, scene.places)), ("Describe the columns.", _described(scene, by_column))]
@@ -191,11 +191,11 @@ class Balance:
         self._used: Counter[tuple[str, ...]] = Counter()
 
     def kinds(self, rng: np.random.Generator) -> list[str]:
-        """All kinds, the least used first, ties at random."""
+        """All kinds, least used first, ties in random order."""
         return sorted(KINDS, key=lambda kind: (self._used[kind,], rng.random()))
 
     def rarest(self, kind: str, options: list[Option], rng: np.random.Generator) -> Option:
-        """The option of the least used coarse stratum, among those of the least used finer one, ..., then at random."""
+        """Option of the least used strata, compared from coarse to fine; ties at random."""
         for depth in range(1, max(len(option.strata) for option in options) + 1):
             uses = [self._used[kind, *option.strata[:depth]] for option in options]
             least = min(uses)
@@ -208,9 +208,9 @@ class Balance:
 
 
 def ask(scene: Scene, amount: int, balance: Balance, rng: np.random.Generator) -> list[Asked]:
-    """`amount` different questions, of different kinds as far as there are enough.
+    """`amount` different questions, shuffled; a kind repeats only after a round over all kinds.
 
-    Raises DataError if so many cannot be asked.
+    Raises DataError if the scene has fewer questions.
     """
     asked: dict[str, Asked] = {}
     while len(asked) < amount:

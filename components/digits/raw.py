@@ -1,6 +1,6 @@
 """`python -m components.digits.raw`: write the raw handwriting to `data/` from scikit-learn's copy of the UCI set.
 
-Needed once, to make what `data.dvc` versions; everybody else gets the same bytes by `dvc pull data.dvc`.
+Run once, for `data.dvc` to version; `dvc pull data.dvc` fetches the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from components.process import exit_from
 from components.records.paths import RAW
 
 SIDE = 8  # pixels per side of a raw digit
-DEPTH = 16  # the brightest pixel
+DEPTH = 16  # maximum pixel value
 COUNT = 1797
 FILE = "digits.csv"
 HEADER = ",".join(["label", *(f"p{row}{column}" for row in range(SIDE) for column in range(SIDE))])
@@ -49,7 +49,7 @@ def write(folder: Path = RAW) -> Path:
 
 
 def read(folder: Path = RAW) -> tuple[np.ndarray, np.ndarray]:
-    """The digits as (1797, 8, 8) uint8 in 0..16, and their labels (1797,). Raises DataError if the file is not that."""
+    """Digits (1797, 8, 8) uint8 in 0..16, and labels (1797,). Raises DataError if the file is missing or damaged."""
     path = folder / FILE
     try:
         table = np.array([line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]], dtype=np.int64)

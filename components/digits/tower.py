@@ -1,8 +1,7 @@
-"""Vision tower of the embedded family: SigLIP-shaped, pretrained to classify every cell of an image.
+"""Vision tower of the embedded family: SigLIP architecture, pretrained to classify every cell of an image.
 
-What a cell shows is taken from the captions: one of `cells * k` words, in reading order, is k words about each cell. The
-tower predicts them at each visual token of the cell; then it is frozen and shared by teachers and students, as SigLIP is in
-the paper.
+Labels are caption words: a caption of `cells * k` words, in reading order, has k words for each cell. The tower predicts
+them at each visual token of the cell; then it is frozen and shared by teachers and students, as SigLIP is in the paper.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ ENCODE_BATCH = 250
 
 
 def new_tower(shape: TowerShape, image_px: int) -> SiglipVisionModel:
-    """Raises DataError if the image is not a whole number of patches."""
+    """Untrained tower. Raises DataError if the image is not a whole number of patches."""
     if image_px % shape.patch_px:
         raise DataError(f"images of {image_px} px are no whole number of patches of tower.patch_px = {shape.patch_px}")
     return SiglipVisionModel(
@@ -39,25 +38,25 @@ def new_tower(shape: TowerShape, image_px: int) -> SiglipVisionModel:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> float32 in -1..1: what SiglipImageProcessor does to an image of the right size."""
+    """(N, 3, H, W) uint8 -> float32 in -1..1, as SiglipImageProcessor normalises an image of the right size."""
     return images.float() / 127.5 - 1
 
 
 def features(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """(N, 3, H, W) -> (N, Nv, D) of the last layer, as LLaVA reads it (vision_feature_layer -1)."""
+    """(N, 3, H, W) -> (N, Nv, D) hidden states of the last layer, as in LLaVA with vision_feature_layer -1."""
     states: Tensor = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
     return states
 
 
 @torch.no_grad()
 def encode(tower: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """(N, 3, H, W) uint8 -> (N, Nv, D) features, on `device`: computed once, since the tower no longer changes."""
+    """(N, 3, H, W) uint8 -> (N, Nv, D) features on `device`, in batches; computed once, since the tower is frozen."""
     return torch.cat([features(tower, normalised(chunk.to(device))) for chunk in images.split(ENCODE_BATCH)])
 
 
 def cell_words(captions: list[list[int]], visual_tokens: int, patches: int = 1) -> Tensor:
-    """(N, Nv, k) token ids: the words of each caption dealt out to the cells in reading order, a cell being a square of
-    `patches` x `patches` visual tokens.
+    """(N, Nv, k) token ids: each caption's words by cell, in reading order; a cell is a square of `patches` x `patches` visual
+    tokens.
 
     Raises DataError if captions are not of one length, k words for each cell of a square grid.
     """
@@ -76,8 +75,8 @@ def cell_words(captions: list[list[int]], visual_tokens: int, patches: int = 1) 
 def train_tower(
     tower: SiglipVisionModel, images: Tensor, words: Tensor, training: TowerTraining, generator: torch.Generator, log: Log
 ) -> float:
-    """Train in place to predict `words` (N, Nv, k) from `images` (N, 3, H, W) uint8; returns the share of words read, with
-    all words of a slot counting equally often (an empty cell is not worth eight times a digit).
+    """Train in place to predict `words` (N, Nv, k) from `images` (N, 3, H, W) uint8; returns the balanced accuracy over the
+    last 5% of steps: all words of a slot count equally (an empty cell does not weigh eight times a digit).
     """
     device = next(tower.parameters()).device
     slots = [words[..., slot].unique(return_inverse=True) for slot in range(words.shape[-1])]

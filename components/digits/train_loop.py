@@ -20,7 +20,7 @@ LOG_EVERY = 20
 def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training: Training, name: str, log: Log) -> list[float]:
     """Minimise `loss_at(step)` over `parameters`; returns the mean loss of every `LOG_EVERY` steps.
 
-    Weight decay is for matrices alone. Raises AlignTIError, naming the step, if the loss stops being finite.
+    Weight decay on matrices alone. Raises AlignTIError, naming the step, if the loss is not finite.
     """
     recipe = training.optimiser
     trained = list(parameters)
@@ -54,7 +54,7 @@ def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training
 
 
 def epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Batches of indices below `count`, for ever: a new order each time all have been drawn."""
+    """Endless batches of indices below `count`, reshuffled each epoch."""
     pending: list[int] = []
     while True:
         while len(pending) < batch_size:
