@@ -1,4 +1,4 @@
-"""Stage `check_rows`: every row tried as the models will read it, before any training.
+"""Stage `check_rows`: tokenizes every row as the models will, before any training.
 
 python -m components.rows      artifacts/dataset, artifacts/models -> artifacts/rows
 """

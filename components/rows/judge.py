@@ -1,7 +1,6 @@
-"""Verdict on one row, read as every model of a recipe would: a training sample of at most `max_length` tokens or not.
+"""Verdict on a row: whether it is a training sample of at most `max_length` tokens for every model of a recipe.
 
-Texts and the headers of images alone are looked at, with the very tokenizers, templates and image-size rules that read them in
-training.
+Reads texts and image headers alone, with the tokenizers, templates and image-size rules of training.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from components.models.template import Template
 from components.records.paths import Split
 from components.records.record import Record
 
-Sizes = tuple[tuple[int, int], ...]  # width and height of each of a sample's images
-VERDICT = np.dtype([("turns", "<u2"), ("tokens", "<i4"), ("response", "<i4")])  # turns kept: 0 if the sample is left out
-REMEMBERED = 2**14  # image sizes whose visual tokens are
-CUT, RESIZED = "cut", "resized"  # remarks on usable samples; other reasons are of those that are left out
+Sizes = tuple[tuple[int, int], ...]  # width and height of each image of a sample
+VERDICT = np.dtype([("turns", "<u2"), ("tokens", "<i4"), ("response", "<i4")])  # turns: kept ones, 0 if the sample is left out
+REMEMBERED = 2**14  # image sizes in the cache of placeholder texts
+CUT, RESIZED = "cut", "resized"  # remarks on usable samples; all other reasons mean left out
 
 
 class Remark(Record):
-    """One line of remarks.jsonl: a sample that is left out, or changed, and why."""
+    """One line of remarks.jsonl: a sample that is left out or changed, with the reason."""
 
     split: Split
     id: str
     reason: str  # too_long, refused_image or no_sample; or CUT or RESIZED
     detail: str
-    turns: int  # turns of the row
+    turns: int  # turns of the sample
     kept: int
 
 
@@ -48,16 +47,16 @@ class _LeftOut(Exception):
 
 
 class _Shown(NamedTuple):
-    """What stands for each of a sample's images among the tokens: one of its tokens where only their number matters."""
+    """Placeholders of a sample's images, shortened to one visual token where the others only add to the count."""
 
     texts: tuple[str, ...]
-    more: tuple[int, ...]  # tokens that each image has beyond those of its text
+    more: tuple[int, ...]  # further tokens of each image beyond its text
     stretched: bool
 
 
 class Judge:
     def __init__(self, folders: Sequence[Path], settings: ModelsSettings) -> None:
-        """`folders`: of models that read rows each in its own way (`different`)."""
+        """`folders`: models with different tokenizers, templates or processors (`different`)."""
         self.settings = settings
         template = Template.asked(settings.template)
         self.collators = [Collator(load_processor(folder), template, sys.maxsize, train=True) for folder in folders]
@@ -66,7 +65,7 @@ class Judge:
     def __call__(
         self, split: Split, samples: Sequence[Sample], sizes: Sequence[Sizes]
     ) -> Iterator[tuple[tuple[int, int, int], Remark | None]]:
-        """Of each sample, whose images have these sizes, its verdict and what there is to say of it."""
+        """Verdict and remark of each sample. `sizes`: sizes of its images."""
         together = self._together(samples, sizes)
         for place, (sample, its) in enumerate(zip(samples, sizes, strict=True)):
             try:
@@ -85,7 +84,7 @@ class Judge:
         return range(len(self.collators))
 
     def _together(self, samples: Sequence[Sample], sizes: Sequence[Sizes]) -> list[list[np.ndarray]] | None:
-        """All samples tried at once with each model, which is fastest; None if something is wrong with one of them."""
+        """Lengths of all samples from one batch per model, which is fastest; None if any sample fails."""
         by_model = []
         for model, collator in enumerate(self.collators):
             try:
@@ -105,12 +104,12 @@ class Judge:
         return _lengths(row, shown.more)
 
     def _within(self, sample: Sample, sizes: Sizes, tried: list[np.ndarray]) -> tuple[tuple[int, int, int], int]:
-        """The verdict, and the tokens of the whole sample."""
+        """Verdict, and token count of the uncut sample. Raises _LeftOut if it is too long."""
         most, kept = self.settings.max_length, len(sample.turns)
         longest = tokens = max(int(lengths[-1]) for lengths in tried)
         if tokens > most and self.settings.too_long == "cut":
             kept = min(int((lengths[:-2] <= most).sum()) for lengths in tried)
-            while kept and tokens > most:  # what a template writes after an answer may not fit
+            while kept and tokens > most:  # template text after the last answer may not fit
                 shorter = sample.upto(kept)
                 tried = [self._tried(model, shorter, sizes[: len(shorter.images)]) for model in self._models]
                 tokens = max(int(lengths[-1]) for lengths in tried)
@@ -145,7 +144,7 @@ class Judge:
         texts, more = [], []
         for text in whole:
             ids = collator.tokenizer.encode(text, add_special_tokens=False)
-            # They part the words before and after, as one does.
+            # The text begins and ends with added tokens, so its neighbours tokenize as beside a single one.
             parts = {ids[0], ids[-1]} <= set(collator.tokenizer.added_tokens_decoder)
             texts.append(one if parts else text)
             more.append(len(ids) - 1 if parts else 0)
@@ -157,7 +156,7 @@ def _spelt(sizes: Sizes) -> str:
 
 
 def _lengths(row: Encoded, more: tuple[int, ...]) -> np.ndarray:
-    """Tokens up to the end of each answer, of all answers, and of all; each image has `more` than `row` says."""
+    """Token counts: up to the end of each answer, of all answers, of the sample; `more`: further tokens of each image."""
     follows = np.append(row.response[1:], False)
     ends = np.flatnonzero(row.response & ~follows) + 1
     before = [sum(more[: row.pictures[:end].max()]) for end in ends]
@@ -165,7 +164,7 @@ def _lengths(row: Encoded, more: tuple[int, ...]) -> np.ndarray:
 
 
 def different(folders: Sequence[Path]) -> list[Path]:
-    """One folder of those whose files say that they read rows alike."""
+    """Model folders, one per distinct set of tokenizer, processor and chat template files."""
     found: dict[str, Path] = {}
     for folder in folders:
         files = [path for pattern in ("*token*", "*processor*", "chat_template*") for path in folder.glob(pattern)]

@@ -1,8 +1,8 @@
-"""Trial of all rows, shared out over the cores.
+"""Trial of all rows, distributed over processes.
 
-Writes SPLIT.npy for each split: of each sample the turns that are kept, 0 if it is left out, its tokens and its response
-tokens; remarks.jsonl: what is left out or changed, and why; rows.json: the counts. Readers of the data set skip what is left
-out, so that no row stops a training. What an interrupted run had tried is not tried again.
+Writes SPLIT.npy for each split: turns kept (0: left out), tokens and response tokens of each sample; remarks.jsonl: samples
+left out or changed, with reasons; rows.json: counts. `Samples` skips what is left out, so that no row stops a training. An
+interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from components.records.rows import TriedRows, TriedSplit
 from components.rows.judge import CUT, RESIZED, VERDICT, Judge, Remark, different
 
 IMAGES = 4_000  # images per job
-TOGETHER = 64  # samples
+TOGETHER = 64  # samples per batch
 
 
 def try_rows(
     settings: Settings, workers: int, dataset: Path = DATASET, models: Path = MODELS, target: Path = ROWS
 ) -> TriedRows:
-    """Raises DataError if more samples than `limits.max_bad_ratio` allows are left out, or all of a split."""
+    """Try all rows and write `target`. Raises DataError if more than `limits.max_bad_ratio`, or a whole split, is left out."""
     index = ModelIndex.read(models / "index.json")
     folders = different([Path(record.path) for record in (*index.teachers.values(), *index.students.values())])
     manifest = Manifest.read(dataset / "manifest.json")
@@ -66,7 +66,7 @@ def try_rows(
 def _try_all(
     dataset: Path, manifest: Manifest, folders: list[Path], settings: ModelsSettings, draft: Path, workers: int
 ) -> None:
-    """Make all parts that are not there yet; a part is whole where its verdicts are."""
+    """Make all missing parts; a part is complete if its .npy file exists."""
     jobs = []
     for split in SPLITS:
         images = manifest.splits[split].images
@@ -75,14 +75,14 @@ def _try_all(
             if not part.exists():
                 last = min(first + IMAGES, images)
                 jobs.append((dataset, split, first, last, tuple(folders), settings.model_dump_json(), part))
-    Samples(dataset, "train")  # checks the hashes once; processes open the files as they are
+    Samples(dataset, "train")  # checks the hashes once; worker processes do not
     with tqdm(desc="check_rows", total=sum(last - first for _, _, first, last, *_ in jobs), unit="image", mininterval=1) as bar:
         for images in shared_out(try_part, jobs, min(workers, len(jobs))):
             bar.update(images)
 
 
 def try_part(dataset: Path, split: Split, first: int, last: int, folders: tuple[Path, ...], settings: str, part: Path) -> int:
-    """Try the samples about images `first`..`last` - 1 and write what came of it; returns how many images."""
+    """Try the samples about images `first`..`last` - 1 and write verdicts and remarks; returns the number of images."""
     judge, samples = judge_of(folders, settings), _samples(dataset, split)
     verdicts: list[tuple[int, int, int]] = []
     remarks: list[Remark] = []
