@@ -21,7 +21,7 @@ class Asked:
     name: str = "own"
 
     def check(self) -> None:
-        """Raises InputError."""
+        """Raises InputError for an invalid option, or a recipe of that name."""
         if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", self.name):
             raise InputError(f"--name {self.name}: a recipe's name is of a-z, 0-9, _, . and -")
         if self.recipe.exists():

@@ -1,7 +1,7 @@
-"""`alignti check --data`: every row read as `prepare` reads it and tried as `check_rows` tries it; only counts are kept.
+"""`alignti check --data`: dry run of `prepare` and `check_rows` on every row; only counts are kept.
 
-Rows are indexed in a temporary folder, which goes when the check ends. Images are opened and checked, as in `prepare`; what
-is compared there between images (near duplicates) is left to it.
+Rows are indexed in a temporary folder. Images are opened and checked as in `prepare`, but not compared: near duplicates are
+found by `prepare` alone.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from components.rows.trial import judge_of
 if TYPE_CHECKING:
     from components.models.collate import Collator
 
-EXAMPLES = 3  # of each reason
+EXAMPLES = 3  # rows shown per reason
 
 
 @dataclass
 class Tally:
-    """Counts over images and their samples."""
+    """Counts of images and samples, mergeable over parts."""
 
     images: Counter[Split] = field(default_factory=Counter)
     samples: Counter[Split] = field(default_factory=Counter)
     usable: Counter[Split] = field(default_factory=Counter)
-    questions: Counter[tuple[Split, int]] = field(default_factory=Counter)  # images with so many different ones
-    tokens: Counter[int] = field(default_factory=Counter)  # usable samples of so many
-    answers: Counter[tuple[Split, int]] = field(default_factory=Counter)  # first answers of so many tokens, the end among them
+    questions: Counter[tuple[Split, int]] = field(default_factory=Counter)  # images by number of different questions
+    tokens: Counter[int] = field(default_factory=Counter)  # usable samples by token count
+    answers: Counter[tuple[Split, int]] = field(default_factory=Counter)  # first answers by token count, with EOS
     refused: list[Refused] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
 
     def add(self, split: Split, samples: list[Sample], judge: Judge | None) -> None:
-        """The samples about one image, or about some that are shown together."""
+        """Count the samples about one image, or about several shown together."""
         self.images[split] += 1
         self.samples[split] += len(samples)
         self.questions[split, len(instructions(samples))] += bool(samples[0].images)
@@ -69,7 +69,7 @@ class Tally:
         self.answers.update((split, length) for length in answer_lengths(judge.collators[0], kept))
 
     def first_answers(self, *splits: Split) -> Counter[int]:
-        """How many first answers of these splits, or of all, have so many tokens."""
+        """First answers by token count, in these splits or in all."""
         return Counter(length for split, length in self.answers.elements() if split in (splits or SPLITS))
 
     def merge(self, other: Tally) -> None:
@@ -82,13 +82,13 @@ class Tally:
         return [remark for remark in self.remarks if not remark.kept]
 
     def with_questions(self, split: Split, least: int) -> int:
-        """Images of the split that have at least so many different questions."""
+        """Number of images of the split with at least `least` different questions."""
         return sum(images for (of, count), images in self.questions.items() if of == split and count >= least)
 
 
 @dataclass(frozen=True)
 class Found:
-    source: str  # its title
+    source: str  # title
     rows_in: int
     rules: list[Rule]
     boxes: bool
@@ -96,14 +96,14 @@ class Found:
 
 
 def answer_lengths(collator: Collator, samples: Sequence[Sample]) -> list[int]:
-    """Tokens of each sample's first answer, its end among them: what `evaluate` has a model write."""
+    """Token count of each sample's first answer, with EOS: the length that `evaluate` has to generate."""
     first = (sample.turns[0] for sample in samples)
     alone = [Sample("", "", "", None, (Turn(question_of(turn), turn.answer),)) for turn in first]
     return [int(row.response.sum()) for row in collator.encode(alone)] if alone else []
 
 
 def at_hand(models: ModelsSettings) -> tuple[dict[str, Path], list[str]]:
-    """Folders of the models that rows can be tried with now (own ones, or made by `obtain_models`), and names of the others."""
+    """Folders of available models (local checkpoints, or made by `obtain_models`), and names of the missing ones."""
     from components.models.__main__ import origin_of
 
     index = ModelIndex.read(MODELS / "index.json") if (MODELS / "index.json").is_file() else None
@@ -125,7 +125,7 @@ def at_hand(models: ModelsSettings) -> tuple[dict[str, Path], list[str]]:
 
 
 def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = None) -> Found:
-    """Try all rows with the models in `folders`, by so many processes. Raises DataError if the source cannot be read."""
+    """Try all rows with the models in `folders`, in `workers` processes. Raises DataError if the source cannot be read."""
     with tempfile.TemporaryDirectory(prefix="alignti-") as scratch:
         source = source_of(settings.data, Path(scratch) / "index.sqlite")
         tally = Tally(refused=list(source.refused()))
@@ -158,11 +158,11 @@ def sizes_of(sample: Sample) -> Sizes:
     return tuple(sizes)
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------------------------------
 
 
 def report(found: Found, settings: Settings, folders: dict[str, Path], missing: list[str]) -> Iterator[str]:
-    """The lines that `alignti check --data` prints."""
+    """Output lines of `alignti check --data`."""
     tally = found.tally
     yield f"data: {found.source}"
     yield f"  {found.rows_in:,} rows, {len(tally.refused):,} refused{_percent(len(tally.refused), found.rows_in)}"
@@ -199,7 +199,7 @@ def report(found: Found, settings: Settings, folders: dict[str, Path], missing: 
 
 
 def accept(found: Found, settings: Settings) -> None:
-    """Raises DataError if `prepare` or `check_rows` would stop on these data."""
+    """Raises DataError if `prepare` or `check_rows` would fail on these data."""
     accept_rows(found, settings)
     tally = found.tally
     usable = tally.usable if tally.usable or tally.left_out else tally.samples
@@ -229,7 +229,7 @@ T = TypeVar("T")
 
 
 def _by(things: Iterable[T], reason: Callable[[T], str]) -> Iterator[tuple[str, list[T]]]:
-    """The most frequent first."""
+    """Groups by reason, the largest first."""
     groups: dict[str, list[Any]] = {}
     for thing in things:
         groups.setdefault(reason(thing), []).append(thing)

@@ -1,7 +1,7 @@
-"""`alignti init`: a recipe for one's own rows, images and pair of models, from a look at all of them.
+"""`alignti init`: generates a recipe from own rows, images and a pair of models.
 
-It becomes params/recipes/NAME.yaml, with a comment on every choice, on top of what the recipes for released checkpoints have in
-common (`_full-size`). What is chosen here goes by the data and the models; the rest, such as the learning rate, is theirs.
+Writes params/recipes/NAME.yaml, with a comment on every choice, on top of the base recipe of released checkpoints
+(`_full-size`). Choices here depend on the data and the models; the rest, such as the learning rate, is inherited.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from components.own_data.asked import Asked
 from components.own_data.check import Found, accept_rows, report, try_data
 from components.records.paths import SPLITS
 
-SHARES = 0.05, 0.2  # of images that val and test each get: at least, and at most, for EVALUATED of them
+SHARES = 0.05, 0.2  # bounds of the val and test shares, which aim at EVALUATED images each
 EVALUATED = 50
-BATCHES = (128, 64, 32, 16, 8, 4)  # the largest that leaves an epoch of STEPS
+BATCHES = (128, 64, 32, 16, 8, 4)  # candidates; the largest that leaves STEPS steps an epoch is chosen
 STEPS = 50
 LONGEST_ANSWER = 512
 
@@ -44,9 +44,9 @@ class Choice:
 
 
 def init(asked: Asked) -> tuple[list[str], list[Choice]]:
-    """Look at data and models and write the recipe; returns what was seen and what was chosen. params/ is not touched.
+    """Check data and models and write the recipe; returns the report's lines and the choices. params/*.yaml stay as they are.
 
-    Raises DataError or ModelError as data and models deserve, SettingsError if the recipe does not go with params/.
+    Raises DataError or ModelError for unusable data or models, SettingsError if the recipe does not merge with params/.
     """
     pair = Pair.of(asked)
     settings, found = _look(asked, pair)
@@ -70,11 +70,11 @@ class Pair:
     members: PretrainedFamily
     folders: dict[str, Path]
     template: Choice
-    context: int  # tokens that both can read
+    context: int  # smaller context length of the two, in tokens
 
     @classmethod
     def of(cls, asked: Asked) -> Pair:
-        """Raises ModelError if the two cannot be distilled, as far as their files but the weights say it."""
+        """Pair of the options. Raises ModelError if it cannot be distilled, judged from all files but the weights."""
         from transformers import AutoConfig
 
         from components.models.download import locate
@@ -111,7 +111,7 @@ class Pair:
 
 
 def _look(asked: Asked, pair: Pair) -> tuple[Settings, Found]:
-    """All rows tried with both models, with a share for val and test that gives them images to score."""
+    """Settings and trial of all rows with both models; small data get larger val and test shares."""
     shipped = load_settings()
     models = shipped.models.model_copy(
         update={
@@ -136,7 +136,7 @@ def _look(asked: Asked, pair: Pair) -> tuple[Settings, Found]:
 
 
 def _choices(found: Found, settings: Settings, pair: Pair) -> Iterator[Choice]:
-    """Raises DataError if the images are too few to split."""
+    """Choices by data and models. Raises DataError if the images are too few to split."""
     tally, own = found.tally, settings.data.llava
     assert own is not None
     if empty := [split for split in SPLITS if not tally.usable[split]]:
@@ -170,7 +170,7 @@ def _choices(found: Found, settings: Settings, pair: Pair) -> Iterator[Choice]:
 
 
 def _irs(found: Found) -> Iterator[Choice]:
-    """IRS settings, by the regions and the number of questions that images have."""
+    """IRS settings, by boxes and number of questions per image."""
     tally = found.tally
     most = next((n for n in (4, 3, 2) if min(tally.with_questions(split, n) for split in ("train", "val")) >= 2), None)
     if most is None:

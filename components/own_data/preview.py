@@ -1,7 +1,7 @@
-"""`alignti preview`: samples of every kind as the student reads them, and which of their tokens are trained on.
+"""`alignti preview`: samples of every kind as the student reads them, with visual and response tokens marked.
 
-Decoded from the very tokens and masks that training gets. Prepared data are shown if they are of these params, else the
-source is read. At most `MOST` images are looked at, evenly spaced.
+Decoded from the token ids and masks of training. Reads about `MOST` images at most: evenly spaced ones of the prepared
+training split if it is of these params, else the first ones of each part of the source.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from components.rows.judge import CUT, Judge, different
 from components.tracking import provenance
 
 PAGE = REPORTS / "preview.html"
-MOST = 2_000  # images
-BARS = 24  # of the histogram of lengths
+MOST = 2_000  # images read, about
+BARS = 24  # maximum number of bins of the length histogram
 THUMBNAIL_PX = 240
 
 Role = Literal["read", "trained", "visual"]
@@ -43,7 +43,7 @@ Role = Literal["read", "trained", "visual"]
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens of one role."""
+    """Run of tokens of one role."""
 
     role: Role
     text: str
@@ -54,7 +54,7 @@ class Piece:
 class Shown:
     sample: Sample
     pieces: list[Piece]
-    remark: str  # what `check_rows` would say of it; empty: nothing
+    remark: str  # detail of its remark of `check_rows`; empty: none
 
     def tokens(self, role: Role | None = None) -> int:
         return sum(piece.tokens for piece in self.pieces if role in (None, piece.role))
@@ -65,7 +65,7 @@ class Preview:
     origin: str
     read_by: str  # names of the models
     shown: dict[str, list[Shown]]  # by kind
-    tally: Tally  # of all that was looked at
+    tally: Tally  # over all images read
     max_length: int
     max_new_tokens: int
 
@@ -92,7 +92,7 @@ class Preview:
 
     @property
     def bars(self) -> list[tuple[str, int, float]]:
-        """Histogram of lengths: `from-to`, samples, share of the highest bar."""
+        """Histogram of token counts: `from-to`, samples, height relative to the highest bar."""
         if not self.tally.tokens:
             return []
         width = -(-(max(self.tally.tokens) + 1) // BARS)
@@ -103,9 +103,9 @@ class Preview:
 
 
 def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
-    """`each` samples of every kind, as the first of `folders` reads them; lengths as the longest of all.
+    """Preview of `each` samples per kind, by the first model of `folders`; lengths are maxima over all models.
 
-    Raises InputError if no model is at hand, DataError or ModelError if data or models cannot be read.
+    Raises InputError if no model is available, DataError or ModelError if data or models cannot be read.
     """
     if not folders:
         raise InputError("no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them")
@@ -129,24 +129,24 @@ def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
 
 
 def pieces(collator: Collator, sample: Sample) -> list[Piece]:
-    """The sample's tokens in order, decoded."""
+    """Decoded tokens of the sample, in order, by role."""
     (row,) = collator.encode([sample])
     roles = ["visual" if seen else "trained" if said else "read" for seen, said in zip(row.visual, row.response, strict=True)]
     found, start = [], 0
     for (role, _), group in groupby(zip(roles, row.pictures, strict=True)):
         end = start + len(list(group))
-        # What a run adds to the text before it: decoded alone, some tokenizers drop its first space.
+        # Difference of two prefixes: decoded alone, a run loses its first space with some tokenizers.
         before, upto = (collator.tokenizer.decode(row.input_ids[:n][~row.visual[:n]]) for n in (start, end))
         found.append(Piece(role, "" if role == "visual" else upto[len(before) :], end - start))  # type: ignore[arg-type]
         start = end
     return found
 
 
-# --- where samples come from ------------------------------------------------------------------------------------------------
+# --- samples ----------------------------------------------------------------------------------------------------------------
 
 
 def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Split, list[Sample]]]]:
-    """Title of the source, and split and samples of each image."""
+    """Title of the source, and (split, samples) of each image."""
     if prepared(settings.data):
         samples = Samples(DATASET, "train", check=False)
         rows = np.unique(np.linspace(0, samples.images - 1, min(MOST, samples.images)).astype(int))
@@ -167,7 +167,7 @@ def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Spli
 
 
 def prepared(settings: DataSettings) -> bool:
-    """Whether artifacts/dataset was made with these params, as dvc.lock says."""
+    """Whether artifacts/dataset was made with these params, by dvc.lock."""
     if not (DATASET / "manifest.json").is_file():
         return False
     made = provenance.lock_file().get("prepare", {}).get("params", {}).get("params/data.yaml")
@@ -177,11 +177,11 @@ def prepared(settings: DataSettings) -> bool:
         return False
 
 
-# --- how they are shown -----------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------------
 
 
 def lines(found: Preview) -> Iterator[str]:
-    """For a terminal, which drops the colours if it has none: the marks stay."""
+    """Terminal output; its marks are readable without colours."""
     trained, seen = (lambda text: typer.style(f"«{text}»", fg="green", bold=True)), (lambda text: typer.style(text, fg="cyan"))
     yield f"{found.origin}; read by {found.read_by}"
     yield f"{trained('trained on')}, {seen('[visual tokens]')}, all else is read only"
@@ -206,12 +206,12 @@ def lines(found: Preview) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """Control characters spelt out: a terminal acts on them."""
+    """Text with control characters escaped, so that the terminal does not act on them."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def write_page(found: Preview) -> Path:
-    """reports/preview.html: one file that needs nothing beside it; all text is escaped."""
+    """Write reports/preview.html, self-contained; all text is escaped."""
     images = {
         shown.sample.id: [data_uri(thumbnail(image, THUMBNAIL_PX)) for image in shown.sample.images]
         for of_kind in found.shown.values()
