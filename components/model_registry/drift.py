@@ -1,4 +1,4 @@
-"""Data drift since the champion was trained: md5, and figures of the prepared set."""
+"""Data drift since the champion was trained, from statistics of the prepared data set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from components.records.dataset import Manifest
 
 
 def statistics(manifest: Manifest) -> dict[str, float]:
-    """Name -> figure. Counts are whole numbers above 1; names with `share` are shares of 1."""
+    """Statistics by name: fractions, whose names end in `share`, and counts."""
     found: dict[str, float] = {"quarantined/share": manifest.quarantined / manifest.rows_in if manifest.rows_in else 0.0}
     for split, record in manifest.splits.items():
         found |= {f"{split}/images": record.images, f"{split}/samples": record.samples}
@@ -18,7 +18,7 @@ def statistics(manifest: Manifest) -> dict[str, float]:
 
 
 def moved(then: Mapping[str, float], now: Mapping[str, float], above: float) -> list[str]:
-    """Each figure that changed by more than `above`: a share by so much, a count by that part of itself."""
+    """Statistics that changed by more than `above`: absolute for shares, relative for counts."""
     found = []
     for name in sorted(then.keys() | now.keys()):
         before, after = then.get(name, 0.0), now.get(name, 0.0)

@@ -15,7 +15,7 @@ from components.runtime import prepare_torch
 
 
 def answers(model: Path, title: str, settings: Settings) -> tuple[list[Prediction], Fingerprint]:
-    """The answers of the checkpoint folder `model` to the split that `evaluate` scores, and how they were measured."""
+    """Predictions of the checkpoint `model` on the split that `evaluate` scores, and the fingerprint of the measurement."""
     samples = Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
     loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template.asked(settings.models.template)

@@ -1,7 +1,7 @@
 """Paired test of two students on the same questions.
 
-The test is that of the report (components/evaluate/statistics.py): a bootstrap over images, both students on the same draws, at
-the confidence of params/evaluate.yaml.
+The report's test (components/evaluate/statistics.py): a paired bootstrap over images, at the confidence of
+params/evaluate.yaml.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from components.records.evaluate import Fingerprint, Prediction
 
 
 class MeasuredDifferently(DataError):
-    """The scores are of two measurements, so their difference is not of the students alone."""
+    """Scores with different fingerprints, which are not comparable."""
 
 
 def guessed(answers: Sequence[Prediction]) -> float:
-    """Share that is right where each question gets the most frequent reference of its kind: what any champion must beat."""
+    """Majority baseline, which any champion must beat: accuracy of the most frequent reference of each question's kind."""
     references: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
         references[answer.kind][answer.reference] += 1
@@ -35,11 +35,11 @@ def paired_test(
     fingerprints: tuple[Fingerprint | None, Fingerprint | None],
     settings: EvaluateSettings,
 ) -> Difference:
-    """The first student minus the second; `larger_than_noise` and above 0 means that it is better.
+    """First student minus second; `larger_than_noise` and positive: the first is better.
 
     Raises:
-        MeasuredDifferently: naming all that differs in how the two were measured.
-        DataError: same fingerprint, other questions.
+        MeasuredDifferently: the fingerprints differ; names the differences.
+        DataError: equal fingerprints, different questions.
     """
     if differs := differences(*fingerprints):
         raise MeasuredDifferently(f"{names[0]} and {names[1]} were measured differently ({'; '.join(differs)})")

@@ -1,6 +1,6 @@
-"""Registration of this folder's students: a version each in the registry, which the run of its outcome asks for.
+"""Registration of trained students: one model version each, requested in the journal of the outcome's run.
 
-It goes through the journal like everything else: a server that is away costs a line, and `alignti sync` sends it later.
+While the server is unreachable the request waits in the journal, and `alignti sync` sends it later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from components.tracking.stage_run import nearest_recipe
 
 @dataclass(frozen=True)
 class Student:
-    """An arm whose weights and scores lie in this folder, as `dvc.lock` knows them."""
+    """Arm whose weights and scores are in this workspace, with their MD5 in `dvc.lock`."""
 
     arm: str
     md5: str  # MD5 of STUDENTS/ARM
@@ -32,7 +32,7 @@ class Student:
 
 
 def standing(arms: Sequence[str]) -> list[Student]:
-    """Raises DataError if one of them has not been trained and scored here, or was changed since."""
+    """Students of these arms. Raises DataError if one is not trained and scored, or its scores changed since."""
     locked = provenance.locked()
     found = []
     for arm in arms:
@@ -47,12 +47,12 @@ def standing(arms: Sequence[str]) -> list[Student]:
 
 
 def best(students: Sequence[Student]) -> Student:
-    """Student of the highest exact match; of equals the first, as in the report."""
+    """Student of the highest exact match; ties go to the first, as in the report."""
     return max(students, key=lambda student: student.scores.exact_match)
 
 
 def register(students: Sequence[Student], settings: Settings, candidate: Student | None = None) -> list[str]:
-    """Journal each that was not before, `candidate` as such; returns the arms told now."""
+    """Journal every student not registered yet, `candidate` as the candidate; returns the newly journalled arms."""
     return [student.arm for student in students if _tell(student, settings, candidate=student is candidate)]
 
 
@@ -81,7 +81,7 @@ def _tell(student: Student, settings: Settings, candidate: bool) -> bool:
 
 
 def _data() -> dict[str, str]:
-    """Tags of the training data: md5 of the raw and the prepared set, and its statistics."""
+    """Tags of the training data: MD5 of raw and prepared data, and statistics."""
     prepared = provenance.locked().get("prepare", {}).get(str(DATASET))
     known = {"dvc.raw": provenance.raw().get(str(RAW)), "dvc.dataset": prepared}
     figures = drift.statistics(Manifest.read(DATASET / "manifest.json"))
@@ -89,7 +89,7 @@ def _data() -> dict[str, str]:
 
 
 def _commit(journal: str | None) -> Mapping[str, str]:
-    """The commit that the training ran at, and whether the tree differed from it; none if its journal is not here."""
+    """Tags of the training's commit, and whether its tree was dirty; empty without its journal."""
     if journal is None or not (path := JOURNALS / f"{journal}.jsonl").exists():
         return {}
     with Path(path).open(encoding="utf-8") as lines:
