@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 
 class AlignTIError(Exception):
-    """Root of every error that this project raises on purpose. The message says what, where, and what to do, and no secret:
-    it ends in logs and on servers."""
+    """Base of all errors that this project raises on purpose. The message gives fault, place and remedy; secrets are redacted,
+    since it ends in logs and on servers."""
 
     exit_code = 2
 
@@ -20,7 +20,7 @@ class AlignTIError(Exception):
 
 
 class InputError(AlignTIError):
-    """A file, a setting or an argument is wrong: running it again changes nothing."""
+    """Wrong file, setting or argument: a retry changes nothing."""
 
 
 class SettingsError(InputError):
@@ -28,7 +28,7 @@ class SettingsError(InputError):
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
-    """`name` is no `what`: the nearest of those that are known, and all of them."""
+    """InputError for an unknown name, with the nearest known one and the full list."""
     listed = list(known)
     near = difflib.get_close_matches(name, listed, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -36,26 +36,26 @@ def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its message, or its kind where it has none: others' errors may run over pages."""
+    """First line of the error's message, at most 300 characters, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 class ModelError(InputError):
-    """A checkpoint, tokenizer or processor that cannot be used as asked."""
+    """Checkpoint, tokenizer or processor that is unusable as configured."""
 
 
 class DataError(InputError):
-    """A data set, shard or sample that cannot be used as asked."""
+    """Data set, shard or sample that is unusable as configured."""
 
 
 class TryAgainError(AlignTIError):
-    """A fault that may pass: no network, a full disk, a busy lock."""
+    """Transient fault: no network, a full disk, a busy lock."""
 
     exit_code = 75
 
 
 class Interrupted(AlignTIError):
-    """Stopped by a signal after saving; the same command goes on from there."""
+    """Stopped by a signal; the same command resumes from the last saved state."""
 
     exit_code = 143
 
@@ -65,8 +65,8 @@ REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def of_disk(error: BaseException) -> AlignTIError | None:
-    """What a disk means that refused: TryAgainError where it has no room, InputError where nothing may be written, or no file
-    can be called so. None for other faults. Rust's libraries, such as safetensors, name the number in their text alone."""
+    """Disk fault as TryAgainError (no space or quota left) or InputError (path not writable, or no valid name); None for other
+    faults. Rust libraries, e.g. safetensors, give the errno in their text alone."""
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else (isinstance(error, OSError) and error.errno) or 0
     where = error.filename if isinstance(error, OSError) and error.filename else "what it was about to write"
@@ -89,19 +89,19 @@ LIMITS = {
 
 
 def of_limits(error: BaseException) -> TryAgainError | None:
-    """What an error means that came of a limit of the machine. None for other faults."""
+    """TryAgainError for an exhausted limit of the machine (files, processes, memory, locks); None for other faults."""
     number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
     return TryAgainError(f"{LIMITS[number]}; run again when that has changed") if number in LIMITS else None
 
 
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_KEY|AUTH|AUTH_STRING|WEBHOOK(_URL)?)$")  # variables' names
-SHORTEST = 6  # shorter values are words that stand elsewhere too
-LOGIN = re.compile(r"//[^/@\s]+@")  # user:password@ of an address
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_KEY|AUTH|AUTH_STRING|WEBHOOK(_URL)?)$")  # variable names
+SHORTEST = 6  # characters; shorter values occur as ordinary words
+LOGIN = re.compile(r"//[^/@\s]+@")  # user:password@ in a URL
 HIDDEN = "***"
 
 
 def redacted(text: str) -> str:
-    """`text` without the logins of addresses and without the values of secret environment variables."""
+    """`text` with URL logins and the values of secret environment variables masked."""
     for value in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     return LOGIN.sub(f"//{HIDDEN}@", text)
@@ -113,7 +113,7 @@ def without_login(address: str) -> str:
 
 
 def _secrets() -> set[str]:
-    """Values of variables with telling names; of user:password the password too."""
+    """Values of environment variables with secret names; for user:password also the password alone."""
     values = {value for name, value in os.environ.items() if SECRET.search(name.upper())}
     values |= {value.partition(":")[2] for value in values if not value.startswith("http")}
     return {value for value in values if len(value) >= SHORTEST}

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders (a reader sees the old one or the new one, never half), and digests of them."""
+"""Atomic writes of files and folders (readers see the old or the new version, never a partial one), and their digests."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A draft beside `folder` that takes its name, and the place of what had it, when the block ends well; else it is removed.
+    """Draft folder that replaces `folder` if the block succeeds, and is removed if it fails.
 
-    Drafts of it that killed processes left are removed too: each may be as large as a model.
+    Drafts left by killed processes are removed too: each may be as large as a model.
 
-    Raises what `of_disk` makes of a disk that is full or refuses.
+    Raises the error of `of_disk` for a full or unwritable disk.
     """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     before = draft.with_suffix(".old")
@@ -66,7 +66,7 @@ def _lives(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # a process of another user
         return True
     return True
 
@@ -83,7 +83,7 @@ def sha256(paths: Iterable[Path]) -> str:
 
 
 def fingerprint(facts: dict[str, Any], code: Iterable[str | Path]) -> str:
-    """16 hex digits over what decides a result: settings, inputs, and code: rooms, or files. Equal means resumable."""
+    """16 hex digits over everything that decides a result: settings, inputs and code (rooms or files). Equal: resumable."""
     here = Path(__file__).parent
     files = (file for each in code for file in ([each] if isinstance(each, Path) else (here / each).glob("*.py")))
     digest = sha256(sorted(files))

@@ -1,6 +1,6 @@
-"""Processes of ours: exit codes, signals, the parent's death, locks of files, and work shared out over the cores.
+"""Process control: exit codes, signals, parent death, file locks, and a pool over the CPU cores.
 
-A lock (flock) is freed by the kernel when the process that holds it dies, however that happens.
+A lock (flock) is freed by the kernel when the process that holds it dies, in whatever way.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, of_disk, of_limits
 
-LOCK = "ALIGNTI_DEVICE_LOCK"  # the lock file of the device that a stage was given, flows/devices.py
+LOCK = "ALIGNTI_DEVICE_LOCK"  # environment variable: lock file of the stage's device (flows/devices.py)
 
 
 @contextmanager
 def _terminate_as_exception() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `Interrupted`, so that `finally` blocks run before the process goes."""
+    """Turn SIGTERM and SIGHUP into `Interrupted`, so that `finally` blocks run before the process ends."""
 
     def interrupt(signum: int, _frame: object) -> None:
         leave_terminal(signum)
@@ -41,19 +41,19 @@ def _terminate_as_exception() -> Iterator[None]:
 
 
 def endings() -> list[signal.Signals]:
-    """Signals that ask this process to end: SIGHUP, of a terminal that is closed, unless it is to outlive that (nohup)."""
+    """Termination signals: SIGTERM, and SIGHUP (a closed terminal) unless it is ignored (nohup)."""
     return [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
 
 
 def leave_terminal(signum: int) -> None:
-    """After SIGHUP, throw away what is still to be printed to a terminal: it is gone, and printing raises."""
+    """Redirect terminal output to /dev/null after SIGHUP: the terminal is gone, and printing to it raises."""
     for number in (1, 2) if signum == signal.SIGHUP else ():
         if stat.S_ISCHR(os.fstat(number).st_mode):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def end_with_parent() -> None:
-    """Ask the kernel to send this process SIGTERM when the one that started it dies, however it dies (Linux; else nothing).
+    """Parent-death signal: the kernel sends SIGTERM when the parent dies, in whatever way (Linux; elsewhere a no-op).
 
     A killed DVC or worker then leaves no training behind that holds a GPU.
     """
@@ -63,15 +63,15 @@ def end_with_parent() -> None:
 
 
 def share_lock() -> None:
-    """Hold the lock of the device that this process was given, beside the flow that gave it, until this process ends."""
+    """Shared lock on the stage's device, beside the lock of the flow that assigned it, until this process ends."""
     if path := os.environ.get(LOCK):
-        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # never closed, but by the kernel
+        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # closed by the kernel alone
         fcntl.flock(held, fcntl.LOCK_SH)
 
 
 @contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold `path` for the time of the block. While another process holds it, wait, or raise TryAgainError that says `busy`."""
+    """Exclusive lock on `path` during the block. If another process holds it: wait, or raise TryAgainError with `busy`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -82,7 +82,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
 
 
 def is_free(path: Path) -> bool:
-    """Whether it is there and no process holds it."""
+    """Whether the lock file exists and no process holds it."""
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +92,7 @@ def is_free(path: Path) -> bool:
 
 
 def _check_folder() -> None:
-    """Raises InputError in a folder below the project's, or one that was removed: every path here is relative to its root."""
+    """Raises InputError in a subfolder of the project or a removed folder: all paths are relative to its root."""
     try:
         here = Path.cwd()
     except FileNotFoundError:
@@ -104,7 +104,7 @@ def _check_folder() -> None:
 
 
 def exit_from(main: Callable[[], None]) -> None:
-    """Run a stage's `main` and leave with the exit code of what happened; our errors print as one sentence, no trace."""
+    """Run a stage's `main` and exit with the error's code; errors of this project print as one line without a traceback."""
     try:
         with _terminate_as_exception():
             _check_folder()
@@ -129,19 +129,19 @@ T = TypeVar("T")
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shared_out(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """`function(*job)` of every job, in whatever order they end; with one worker here, in their own.
+    """Results of `function(*job)` from a process pool, in order of completion; with one worker from this process, in order.
 
-    Raises TryAgainError if a worker was killed, and whatever a job raises; jobs under way are finished.
+    Raises TryAgainError if a worker was killed, and any exception of a job; running jobs are finished first.
     """
     if workers <= 1:
         yield from (function(*job) for job in jobs)
         return
-    spawn = multiprocessing.get_context("spawn")  # forking beside the tracker's threads may lock up
+    spawn = multiprocessing.get_context("spawn")  # fork may deadlock beside the tracker's threads
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker) as pool:
         try:
             for done in as_completed([pool.submit(function, *job) for job in jobs]):
@@ -157,4 +157,4 @@ def shared_out(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], work
 
 def _worker() -> None:
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which lets jobs under way be finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and lets running jobs finish

@@ -14,10 +14,10 @@ from components.errors import InputError
 
 
 def prepare_torch(runtime: RuntimeSettings, seed: int, precision: Literal["fp32", "bf16"] = "fp32") -> torch.device:
-    """Set threads, seed and deterministic kernels; return the device. Raises InputError if it is not there.
+    """Set threads, seed and deterministic kernels; return the device. Raises InputError if it is not available.
 
-    `precision` bf16: what is left in float32 on CUDA are the heads' products (align_ti/head.py), and they may be TF32's, which
-    holds bf16 operands exactly and is seven times as fast on an H100. With fp32 all products are float32's own.
+    `precision` bf16: on CUDA only the output heads multiply in float32 (align_ti/head.py). They may use TF32, which holds bf16
+    operands exactly and is seven times as fast on an H100. With fp32 all matrix products are full float32.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(runtime.threads)
