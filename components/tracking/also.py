@@ -1,7 +1,7 @@
 """Sync of run journals (`journal.py`) to TensorBoard and W&B, beside MLflow: `trackers` in params/runtime.yaml.
 
-Either follows a stage's journal as `mlflow_sync.py` does, keeps how far it got beside it, and never stops a stage:
-curves, params and the final status. What made what, artifacts and the registry are MLflow's alone.
+Each follows a stage's journal as `mlflow_sync.py` does and keeps its offset beside it: curves and params, not the final status.
+A fault never stops a stage. Lineage, artifacts and the registry are in MLflow alone.
 
     python -m components.tracking.also TRACKER JOURNAL
 """
@@ -53,7 +53,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project called like MLflow's experiment; offline unless $WANDB_MODE says otherwise."""
+    """W&B run in the project named after MLflow's experiment; offline unless $WANDB_MODE is set."""
 
     def __init__(self, start: Line, run: str) -> None:
         import wandb
@@ -69,7 +69,7 @@ class WandB:
         if line["event"] == "metrics" and line["step"] is None:
             self._run.summary.update(dict(line["values"]))
         elif line["event"] == "metrics":
-            self._run.log({**line["values"], "step": line["step"]})  # the step is a value: W&B's own must never go back
+            self._run.log({**line["values"], "step": line["step"]})  # step as a value: W&B's own must never decrease
         elif line["event"] == "params":
             self._run.config.update(dict(line["values"]), allow_val_change=True)
 
@@ -81,7 +81,7 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB
 
 
 def follow(name: str, journal: Path) -> None:
-    """Hand on `journal` while stdin stays open, and its rest when it closes."""
+    """Forward `journal` to the tracker until its end event, or until stdin closes and the rest is forwarded."""
     state, complete, tracker = journal.with_suffix(f".{name}"), False, None
     while True:
         lines = _left(journal, state)
@@ -98,7 +98,7 @@ def follow(name: str, journal: Path) -> None:
 
 
 def _left(journal: Path, state: Path) -> Sequence[Line]:
-    """The whole lines that nobody has handed on yet; from now on somebody has."""
+    """Complete lines not forwarded yet; advances the stored offset."""
     before = int(state.read_text(encoding="utf-8")) if state.exists() else 0
     lines, end = gained(journal, before)
     if lines:
@@ -107,12 +107,12 @@ def _left(journal: Path, state: Path) -> Sequence[Line]:
 
 
 def main() -> None:
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they end the stage; what it leaves is still to be handed on
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they end the stage; its last lines are still to be sent
         signal.signal(ending, signal.SIG_IGN)
     name, journal = sys.argv[1], Path(sys.argv[2])
     try:
         follow(name, journal)
-    except Exception as error:  # trackers raise all sorts, and no stage fails for it
+    except Exception as error:  # any exception of a tracker: no stage fails for it
         warn(f"{name} does not take this run ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
         sys.exit(3)
 

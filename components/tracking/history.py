@@ -1,4 +1,4 @@
-"""Facts about earlier runs, read from their journals and from the records of last runs."""
+"""Facts about earlier runs, from their journals and the records of last runs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
 
 
 def sent(run: str) -> dict[str, Any] | None:
-    """What the mirror noted of this journal: `run_id` and `experiment` in MLflow, `done`; None before it has begun."""
+    """Sync state of this journal: `run_id` and `experiment` in MLflow, `done`; None before the sync has started."""
     path = JOURNALS / f"{run}.sent"
     return parsed(path) if path.exists() else None
 
 
 def energy(run: str) -> dict[str, float]:
-    """What the run of this journal took, in Wh, as far as that was measured, and here: `usage/gpu_wh`, `usage/cpu_wh`.
+    """Measured energy of this journal's run in Wh: `usage/gpu_wh`, `usage/cpu_wh`, as far as counters and the journal are here.
 
-    A run that went on after it was stopped has told more than once; its attempts are added up.
+    A resumed run has a value per attempt; they are summed.
     """
     journal = JOURNALS / f"{run}.jsonl"
     used: dict[str, float] = {}
@@ -35,8 +35,7 @@ def energy(run: str) -> dict[str, float]:
 
 
 def ran(run: str) -> tuple[str | None, list[str]]:
-    """The commit that the run of this journal ran, None if that is not known, and the files, of params/ too, that were not
-    as that commit has them."""
+    """Commit of this journal's run, None if unknown, and the files (params/ included) that differed from it."""
     journal = JOURNALS / f"{run}.jsonl"
     told = [event for event in (events(journal) if journal.exists() else ()) if event["event"] in ("start", "origin")]
     commits = [event["tags"].get("mlflow.source.git.commit", "none") for event in told if "tags" in event]
@@ -48,15 +47,15 @@ def ran(run: str) -> tuple[str | None, list[str]]:
         try:
             same = provenance.git("show", f"{commit}:{file}") == text.strip()
         except (OSError, subprocess.CalledProcessError):
-            same = False  # a file, or a commit, that is not here
+            same = False  # missing file or commit
         changed += [] if same else [file]
     return commit, sorted(set(changed))
 
 
 class Told(NamedTuple):
-    """A run as a list shows it."""
+    """Entry in the list of runs."""
 
-    began: int  # ms since the epoch; 0 where its journal cannot be read
+    began: int  # ms since the epoch; 0 for an unreadable journal
     name: str  # name of its journal
     status: str
     recipe: str | None
@@ -64,12 +63,12 @@ class Told(NamedTuple):
 
 
 def recorded() -> list[Told]:
-    """Every run that was journalled here, in order of their starts; one whose end is not told is `open`."""
+    """All runs journalled here, by start time; status `open` without an end event."""
     found = []
     for journal in JOURNALS.glob("*.jsonl"):
         lines = content(journal).splitlines()
         if not lines:
-            continue  # its process was killed before it wrote a word
+            continue  # process killed before its first line
         try:
             start, tags = json.loads(lines[0])["time"], json.loads(lines[0])["tags"]
             status = json.loads(lines[-1])["status"] if b'"event": "end"' in lines[-1] else "open"
@@ -80,13 +79,13 @@ def recorded() -> list[Told]:
 
 
 def last_run(stage: str) -> str | None:
-    """The journal of the run that last made this stage's outputs here, None if none did."""
+    """Journal of this stage's last successful run here, None without one."""
     path = LAST / f"{stage}.json"
     return str(parsed(path)["run"]) if path.exists() else None
 
 
 def last_seconds(stage: str) -> tuple[float, str | None] | None:
-    """How long `stage` took when it last ran, and the recipe that `params/` were nearest to; None if it never did."""
+    """Duration in seconds and nearest recipe of this stage's last successful run; None without one."""
     path = LAST / f"{stage}.json"
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Which of our modules import which, read from the source: what code a result depends on."""
+"""Import graph of the project's modules, parsed from source: the code that a result depends on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("components", "flows")
-# Rooms and modules of all stages, whose edits change no bytes of a result that goes by its settings and inputs too.
+# Rooms and modules of all stages, excluded from code fingerprints: settings and inputs are in the fingerprint themselves.
 SHARED = tuple(f"components.{name}" for name in ("config", "records", "io", "errors", "process", "tracking", "runtime"))
 
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of ours by dotted name."""
+    """Path of every module of the project by dotted name."""
     found = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -26,7 +26,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Full names that `module` imports anywhere in it, `from a import b` as both `a` and `a.b`; not for type checkers."""
+    """Full names imported anywhere in `module`, `from a import b` as both `a` and `a.b`; TYPE_CHECKING blocks excluded."""
     tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
     return frozenset(_names(tree.body))
 
@@ -45,8 +45,8 @@ def _names(body: list[ast.stmt]) -> Iterator[str]:
 
 
 def closure(module: str, stop: Collection[str] = ()) -> set[str]:
-    """`module` and the modules of ours that it imports, directly or not, its packages among them; not those of the rooms and
-    modules `stop`, nor what only they import, nor the outermost packages."""
+    """`module` and its transitive imports within the project, parent packages included; without the rooms and modules `stop`,
+    what only they import, and top-level packages."""
     known = modules()
     seen: set[str] = set()
     waiting = [module]

@@ -1,10 +1,10 @@
 """Journal of one run, JSON lines under `.runs/journal/`, written before anything is sent to a tracking server.
 
-A tracking server that is away, slow or broken therefore costs one warning, never a training: `mlflow_sync.py` sends
-the journal beside the stage, and `alignti sync` sends what is left.
+An unreachable, slow or broken tracking server therefore costs one warning, never a training: `mlflow_sync.py` sends
+the journal beside the stage, and `alignti sync` sends the rest.
 
 Each line is an object with `event` and `time` (ms since 1970): start, resume, origin, params, metrics, artifact, dataset,
-tag, link (to another run), made, headline (of the run above), register, end.
+tag, link (to another run), made, headline (of the parent run), register, end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ JOURNALS = RUNS / "journal"
 
 
 class Run:
-    """One run being journalled. No method raises on a tracking fault; with `journal` None each does nothing."""
+    """Journal writer of one run. No method raises on a tracking fault; with `journal` None all are no-ops."""
 
     def __init__(self, journal: Path | None) -> None:
         """Appends to an existing journal. Raises BlockingIOError if another process is writing it."""
@@ -42,8 +42,8 @@ class Run:
             try:
                 journal.parent.mkdir(parents=True, exist_ok=True)
                 self._file = journal.open("a", encoding="utf-8")
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while we live: how `sync` knows that we do
-                os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)  # half a line of a process that was killed
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for life: `sync` skips locked journals
+                os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)  # drops the partial line of a killed process
             except BlockingIOError:
                 raise
             except OSError as error:
@@ -54,15 +54,15 @@ class Run:
         self._write("metrics", values={name: float(value) for name, value in values.items()}, step=step)
 
     def headline(self, values: Mapping[str, float], text: str) -> None:
-        """What the run above this one shows in the table of runs: its metrics, and its description in Markdown."""
+        """Metrics and Markdown description of the parent run, as the table of runs shows them."""
         self._write("headline", values=dict(values), text=text)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """What was asked for, nested mappings as dotted names. Once set, a value cannot change."""
+        """Parameters of the run, nested mappings as dotted names. Once set, a value cannot change."""
         self._write("params", values={name: str(value) for name, value in flatten(values)})
 
     def artifact(self, path: Path) -> None:
-        """A picture or a small table. It is copied, so that what is sent later is what was there now; weights stay with DVC."""
+        """Figure, small table or folder, copied so that later edits do not reach MLflow; weights stay with DVC."""
         if self._file is None or self._journal is None:
             return
         copy = self._journal.with_suffix(".files") / path.name
@@ -78,23 +78,23 @@ class Run:
             self._write("artifact", path=str(copy.relative_to(self._journal.parent)))
 
     def dataset(self, name: str, digest: str, source: str = "manifest") -> None:
-        """`source`: whose digest it is, "dvc" or that of the data's own manifest."""
+        """Input data set. `source` of the digest: "dvc", or the data's own "manifest"."""
         self._write("dataset", name=name, digest=digest, source=source)
 
     def tag(self, key: str, value: str) -> None:
         self._write("tag", key=key, value=str(value))
 
     def link(self, key: str, run: str | None, path: str = "", md5: str = "") -> None:
-        """A tag that names another run: that of the journal `run`, or, if none is known here, the one that made `path`."""
+        """Tag that names another run: that of journal `run`, or if None the one that made `path` with this `md5`."""
         if run or md5:
             self._write("link", key=key, run=run, path=path, md5=md5)
 
     def made(self, path: str, digest: provenance.Digest) -> None:
-        """What the stage wrote, as DVC will know it."""
+        """Output of the stage with DVC's digest."""
         self._write("made", path=path, md5=digest.md5, files=digest.files)
 
     def origin(self, params: Mapping[str, str], uncommitted: Sequence[str]) -> None:
-        """What a rerun needs beside the commit: the text of params/, and which code was not committed."""
+        """Inputs of a rerun beside the commit: the text of params/, and the uncommitted files of code."""
         self._write("origin", params=dict(params), uncommitted=list(uncommitted))
 
     def resume(self, attempt: int, **fields: Any) -> None:
@@ -133,8 +133,8 @@ def record(
     metrics: Mapping[str, float],
     artifacts: Sequence[Path] = (),
 ) -> None:
-    """Journal, whole and at once, a run that says what lies there already, if `key` was not journalled before; `alignti sync`
-    or the caller sends it."""
+    """Write the complete journal of a run over existing results, unless `key` has one; `alignti sync` or the caller sends
+    it."""
     journal = JOURNALS / f"{key}.jsonl"
     if journal.exists():
         return
@@ -153,7 +153,7 @@ def record(
 
 
 def register(key: str, **student: Any) -> bool:
-    """Add to the recorded run `key` that its student is registered, as `mlflow_registry.py` takes it; False if it says so."""
+    """Append the `register` event of run `key` (read by `mlflow_registry.py`); False if the journal has one."""
     journal = JOURNALS / f"{key}.jsonl"
     if '"event": "register"' in journal.read_text(encoding="utf-8"):
         return False
@@ -168,13 +168,13 @@ def _append(journal: Path, events: Sequence[Mapping[str, Any]]) -> None:
 
 
 def events(journal: Path) -> list[dict[str, Any]]:
-    """Raises DataError if a line is no event."""
+    """Events of a journal. Raises DataError for a malformed line."""
     return gained(journal, 0)[0]
 
 
 def gained(journal: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """The events from byte `start` on, and the byte where they end. Half a line is none: it is not there yet, or, after a
-    crash, never will be. Raises DataError if a line is no event."""
+    """Events from byte `start` on, and the byte where they end. A partial last line is skipped: it is still being written, or
+    was cut off by a crash. Raises DataError for a malformed line."""
     with journal.open("rb") as file:
         file.seek(start)
         written = file.read()
@@ -183,7 +183,7 @@ def gained(journal: Path, start: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def first_event(journal: Path) -> dict[str, Any]:
-    """Raises DataError if its first line is no event."""
+    """First event of a journal. Raises DataError if it is malformed."""
     with journal.open("rb") as lines:
         return _event(journal, lines.readline())
 

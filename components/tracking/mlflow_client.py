@@ -1,4 +1,4 @@
-"""MLflow's client, its faults in this project's words, and the local database that it keeps runs in."""
+"""MLflow client, its errors as errors of this project, and its local SQLite database."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MOVED = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logge
 
 @contextmanager
 def asking(fault: str, but: str) -> Iterator[None]:
-    """Raises InputError where MLflow is not installed, and TryAgainError for whatever it, its server and its database raise:
-    `fault`, the first of what they say, and what is true all the same, `but`."""
+    """Raises InputError if MLflow is not installed, and TryAgainError for any error of MLflow, its server or its database, with
+    the message `fault`, the error's first 300 characters, and `but`, the state that is unchanged."""
     try:
         yield
     except AlignTIError:
@@ -37,18 +37,18 @@ def one_line(error: Exception) -> str:
 
 
 def client(tracking_uri: str) -> Any:
-    """An MLflow client that gives up soon and keeps quiet. Raises ImportError where MLflow is not installed."""
+    """MLflow client with few retries, short timeouts and no log output. Raises ImportError if MLflow is not installed."""
     for name, value in {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own: 7, with pauses that double
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # MLflow's own: 120 s
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # default: 7, with exponential backoff
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # default: 120 s
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_DISABLE_AGENT_HINT": "true",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the address, with its login, at the end of each run
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # URL with its login, at the end of each run
         "DO_NOT_TRACK": "true",
     }.items():
         os.environ.setdefault(name, value)
     if tracking_uri.startswith(LOCAL):
-        database = Path(tracking_uri.removeprefix(LOCAL)).resolve()  # MLflow would make it again wherever we go
+        database = Path(tracking_uri.removeprefix(LOCAL)).resolve()  # absolute: after a chdir MLflow would make another
         make_database(database)
         _move_artifacts(database)
         tracking_uri = f"{LOCAL}{database}"
@@ -64,21 +64,21 @@ def _client(tracking_uri: str) -> Any:
 
 
 def make_database(path: Path) -> None:
-    """MLflow's SQLite file, made whole under another name: where several make it, or one is killed meanwhile, MLflow leaves a
-    database that it never opens again. Such a one, which holds no run yet, is replaced."""
+    """Create MLflow's SQLite file as a draft and rename it: concurrent or killed migrations leave a database that MLflow never
+    opens again. A broken one that holds no run yet is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
         if path.exists() and (_select(path, "select count(*) from runs") or _is_whole(path)):
             return
         draft = path.with_suffix(".draft")
-        for left in path.parent.glob(f"{draft.name}*"):  # by a process that was killed; SQLite's journals too
+        for left in path.parent.glob(f"{draft.name}*"):  # drafts of killed processes; SQLite's journals too
             left.unlink()
         _client(f"{LOCAL}{draft}").search_experiments()
         draft.replace(path)
 
 
 def _is_whole(path: Path) -> bool:
-    """Are its tables those of the MLflow that is installed?"""
+    """Whether the schema version is that of the installed MLflow."""
     import mlflow
     from alembic.script import ScriptDirectory
 
@@ -87,8 +87,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _move_artifacts(database: Path) -> None:
-    """Let runs look for their files beside this database: MLflow keeps whole paths, which a clone that was moved or copied
-    leaves pointing into the old folder."""
+    """Rewrite artifact locations to the folder of this database: MLflow stores absolute paths, which still point to the old
+    folder in a moved or copied clone."""
     here = (database.parent / "artifacts").as_uri()
     ours = re.compile(rf"(file://.*/{re.escape(database.parent.name)}/artifacts)(/.*)?$")
     with closing(sqlite3.connect(database, timeout=30)) as opened, opened:

@@ -1,7 +1,7 @@
 """Mirror of one run journal (`journal.py`) in MLflow, resumed from the last line that was sent.
 
-Sending the same lines twice changes nothing: a run is found again by its tag `alignti.run`, and MLflow takes equal
-points, params, tags and inputs once. So it may be stopped anywhere and started again.
+Sending is idempotent: the run is found by its tag `alignti.run`, and MLflow stores equal points, params, tags and inputs once.
+So the mirror may be stopped anywhere and restarted.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ PARAM_CHARS = 6000  # MLflow's limit
 DIGEST_CHARS = 36  # MLflow's limit; an md5 of DVC's, `.dir` and all, just fits
 TAG_CHARS = 8000  # MLflow's limit
 NAME_CHARS = 250  # MLflow's limit
-MAKING = JOURNALS / ".lock"  # held between looking for a run and making it
+MAKING = JOURNALS / ".lock"  # lock around finding or creating a run
 FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
 
 
 EXPERIMENT = {
-    "mlflow.experimentKind": "custom_model_development",  # MLflow guesses one for language models that are asked, else
+    "mlflow.experimentKind": "custom_model_development",  # otherwise MLflow guesses one for LLM applications
     "mlflow.note.content": """\
 One run per arm, `tags.stage = "arm"`: weights, scores, cost. Select them and *Compare*; `make repro` prints the address.
 One run per stage, `tags.stage = "distill"`, below its pipeline or `dvc repro`: losses over steps, inputs and outputs.
 Cells of a study: `tags.stage = "cell" and tags.study = "NAME"`; `alignti compare NAME` says what they show.""",
 }
 
-ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run: what `alignti reproduce` reads
+ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run, read by `alignti reproduce`
 
 
 class Mirror:
-    """One journal and its run in MLflow. Raises whatever MLflow raises; the next `send` goes on from there."""
+    """Journal and its MLflow run. MLflow's errors propagate; the next `send` resumes from the saved offset."""
 
     def __init__(self, journal: Path, tracking_uri: str) -> None:
         self._journal = journal
@@ -58,7 +58,7 @@ class Mirror:
         self._opening = first_event(journal)
         self._client = client(tracking_uri)
         if self._state["run_id"] is not None and not self._has(self._state["run_id"]):
-            self._state |= {"run_id": None, "bytes": 0, "done": False}  # deleted, or another database: all is sent anew
+            self._state |= {"run_id": None, "bytes": 0, "done": False}  # deleted, or another database: resend everything
 
     def _has(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -71,7 +71,7 @@ class Mirror:
             return False
 
     def send(self, abandoned: bool = False) -> bool:
-        """Send what the journal has gained; true when its end has been sent. `abandoned`: nobody will write more to it."""
+        """Send new events; true once the end event is sent. `abandoned`: no writer left, a missing end is KILLED."""
         lines, end = gained(self._journal, self._state["bytes"])
         if abandoned and not (lines and lines[-1]["event"] == "end"):
             lines.append({"event": "end", "time": int(self._journal.stat().st_mtime * 1000), "status": "KILLED"})
@@ -90,7 +90,7 @@ class Mirror:
         write_text(self._state_file, json.dumps(self._state) + "\n")
 
     def _open(self) -> str:
-        """The MLflow run of this journal, and its parent: found, or made."""
+        """MLflow run of this journal and its parent run, found or created."""
         start = self._opening
         self._state["experiment"] = experiment = self._experiment(start["experiment"])
         tags = dict(start["tags"])
@@ -114,12 +114,12 @@ class Mirror:
 
     def _parent_id(self, experiment: str, parent: dict[str, Any], started: int) -> str:
         if len(parent["id"]) == 32 and set(parent["id"]) <= set("0123456789abcdef"):
-            return parent["id"]  # an MLflow run id, given by whoever opened that run
+            return parent["id"]  # an MLflow run id, from $ALIGNTI_PARENT_RUN_ID
         tags = {"stage": "pipeline", **parent.get("tags", {})}
         return self._find_or_make(experiment, parent["id"], parent["name"], started, tags, ours=False)
 
     def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str], ours: bool = True) -> str:
-        """`ours`: the run of this journal, which knows its name and tags better than a child that made it before."""
+        """`ours`: run of this journal; its name and tags replace those of a child that created it as its parent."""
         with locked(MAKING):
             found = self._client.search_runs([experiment], f"tags.`alignti.run` = '{key}'", max_results=1)
             if found:
@@ -130,7 +130,7 @@ class Mirror:
             made = self._client.create_run(experiment, started, {**tags, "alignti.run": key}, run_name=name)
             return made.info.run_id
 
-    # One method per kind of line; each takes consecutive lines of that kind.
+    # One method per event; each takes consecutive lines of that event.
 
     def _start(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         pass  # sent by _open
@@ -204,15 +204,15 @@ class Mirror:
         status, ended = lines[-1]["status"], lines[-1]["time"]
         self._client.set_terminated(run_id, status, ended)
         if self._opening["parent"] and self._opening["parent"]["ends_with_stages"]:
-            # Nobody sees `dvc repro` end, so its run ends with the latest of its stages.
+            # The end of `dvc repro` is not observed, so its run ends with its last stage.
             parent = self._client.get_run(run_id).data.tags["mlflow.parentRunId"]
             self._client.set_terminated(parent, status, ended)
 
 
 def fitting(name: str) -> str:
-    """`name` if MLflow takes it as that of a metric, parameter or tag; else one that is as much like it as MLflow takes.
+    """`name` if MLflow accepts it for a metric, parameter or tag; else a sanitised name with 8 hex digits of a hash.
 
-    Names are paths to MLflow: `a//b`, `a/` and `..` are none. A row's `kind`, which a user chooses, is part of some.
+    MLflow validates names as paths: `a//b`, `a/` and `..` are invalid. Some contain a row's `kind`, which users choose.
     """
     clean = FORBIDDEN_IN_NAME.sub("_", name)
     if clean == name and posixpath.normpath(name) == name and name[0] not in "./" and len(name) <= NAME_CHARS:

@@ -1,7 +1,7 @@
-"""Students in MLflow's registry: one registered model, named after the experiment, a version per student.
+"""Model registry in MLflow: one registered model, named after the experiment, with a version per student.
 
-A version points at a logged model that MLflow calls external: its weights stay with DVC, under the md5 in its tag `dvc.md5`.
-The alias `candidate` is the best student registered last, `champion` the one that others have to beat (`alignti promote`).
+A version points to an external logged model: its weights stay with DVC, under the md5 in its tag `dvc.md5`. The alias
+`candidate` marks the best student registered last, `champion` the one to beat (`alignti promote`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 CANDIDATE, CHAMPION = "candidate", "champion"
 MD5 = "dvc.md5"  # tag: MD5 of the student's folder
 REGISTERED = "registered"  # ms since 1970
-ON_THE_ROW = ("arm", "recipe", "exact_match", MD5)  # tags of a version; the others are its logged model's
+ON_THE_ROW = ("arm", "recipe", "exact_match", MD5)  # tags of a version; the others are on its logged model
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model; no such alias or version
 
 
 @dataclass(frozen=True)
 class Version:
-    """One registered student."""
+    """Registered model version of one student."""
 
     model: str
     number: str
@@ -36,10 +36,10 @@ class Version:
 
 
 def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
-    """Make the version that a journal's `register` line tells of, if it is not there.
+    """Create the model version of a journal's `register` event, unless it exists.
 
-    A candidate takes that alias from those registered before it. `run_id` is the run that says what stands; the version's own
-    is the training that made the bytes, if MLflow has it.
+    A candidate takes that alias from those registered before it. `run_id` is the run of the outcome; the version's own run is
+    the training that made the bytes, if MLflow has it.
     """
     experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
     trained = client.search_runs([experiment.experiment_id], f"tags.`alignti.run` = '{line['made_by']}'", max_results=1)
@@ -69,7 +69,7 @@ def propose(client: Any, version: Version) -> None:
 
 
 def aliased(client: Any, model: str, alias: str) -> Version | None:
-    """The version that has the alias, None if none has."""
+    """Version with the alias, or None."""
     return _or_none(lambda: _version(client, client.get_model_version_by_alias(model, alias)))
 
 
@@ -78,13 +78,13 @@ def numbered(client: Any, model: str, number: str) -> Version | None:
 
 
 def of_md5(client: Any, model: str, md5: str, arm: str) -> Version | None:
-    """The version of these bytes; two arms may come out the same."""
+    """Version with this md5 and arm; students of two arms may have equal bytes."""
     found = client.search_model_versions(f"name = '{model}' and tags.`{MD5}` = '{md5}' and tags.arm = '{arm}'")
     return _version(client, client.get_model_version(model, found[0].version)) if found else None
 
 
 def set_champion(client: Any, version: Version, over: Version | None, why: Mapping[str, str]) -> None:
-    """Give `version` the alias `champion`, and write on it, and on the one before, why."""
+    """Set the alias `champion`; tags record the reason on `version`, and its number on its predecessor."""
     comment(client, version, why)
     client.update_model_version(version.model, version.number, description=why["promotion"])
     client.set_registered_model_alias(version.model, CHAMPION, version.number)
@@ -98,7 +98,7 @@ def comment(client: Any, version: Version, why: Mapping[str, str]) -> None:
 
 
 def fingerprint(version: Version) -> Any:
-    """How its score was measured, as `components/records/evaluate.py` writes it; None if it was not told."""
+    """Evaluation fingerprint, as in `components/records/evaluate.py`; None if not recorded."""
     return json.loads(version.tags.get("eval.fingerprint", "null"))
 
 
@@ -114,7 +114,7 @@ def _make_model(client: Any, name: str) -> None:
 
 @contextmanager
 def _addressed(client: Any) -> Iterator[Any]:
-    """MLflow's functions of external models, which know one address alone: for the time of the block that of `client`."""
+    """MLflow's external-model functions, which read the global tracking URI: set to `client`'s during the block."""
     import mlflow
 
     before = mlflow.get_tracking_uri()

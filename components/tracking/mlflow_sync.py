@@ -1,10 +1,10 @@
 """Sync of run journals (`journal.py`) to MLflow, resumed from the last line that was sent.
 
-Each is mirrored by `mlflow_mirror.py`, and may be stopped anywhere and started again.
+Each is sent by `mlflow_mirror.py`; the process may be stopped anywhere and restarted.
 
-    python -m components.tracking.mlflow_sync JOURNAL...        what a stage starts: follows them until stdin closes
-    python -m ... JOURNAL --below RUN                           what a flow starts: follows its stages' journals, too
-    alignti sync                                                sends every journal that is left
+    python -m components.tracking.mlflow_sync JOURNAL...        started by a stage: follows them until stdin closes
+    python -m ... JOURNAL --below RUN                           started by a flow: follows its stages' journals, too
+    alignti sync                                                sends every unsent journal
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from components.tracking.mlflow_client import one_line
 from components.tracking.mlflow_mirror import Mirror
 from components.tracking.stage_run import JOURNAL_ONLY, NOT_SENT_AND_SAID_SO, SENT
 
-PAUSE_S = 3  # between two looks at a growing journal
+PAUSE_S = 3  # polling interval of a growing journal
 PAUSE_AFTER_FAULT_S = 30
 
 
 def sync(tracking_uri: str) -> tuple[int, int]:
     """Send every journal whose process has ended; returns how many were sent and how many are still being written.
 
-    One that is damaged, or that MLflow calls wrong, does not keep back the others; it is raised at the end.
+    A damaged journal, or one that MLflow rejects, does not block the others; its error is raised at the end.
     """
     sent = live = 0
     refused: Exception | None = None
-    for journal in sorted(filter(_is_left, JOURNALS.glob("*.jsonl")), key=_began):  # a run is linked to earlier ones
+    for journal in sorted(filter(_is_left, JOURNALS.glob("*.jsonl")), key=_began):  # oldest first: runs link to earlier ones
         if not is_free(journal):
             live += 1
             continue
@@ -54,17 +54,17 @@ def sync(tracking_uri: str) -> tuple[int, int]:
 
 
 def _is_of_one_journal(error: Exception) -> bool:
-    """It is damaged, or MLflow calls it wrong; others may still be taken."""
+    """Whether the error concerns one journal, damaged or rejected by MLflow, so that others may still be sent."""
     return isinstance(error, DataError) or getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
 
 
 def try_sync(tracking_uri: str) -> bool:
-    """`sync`, whether MLflow takes what there is; where it does not, a line says why."""
+    """`sync` that warns instead of raising; false if the journals were not sent."""
     if tracking_uri == JOURNAL_ONLY:
         return False
     try:
         sync(tracking_uri)
-    except Exception as error:  # MLflow, its server and its database raise all sorts
+    except Exception as error:  # any exception of MLflow, its server or its database
         warn(f"MLflow does not take the journals ({one_line(error)}); `alignti sync` sends them later")
         return False
     return True
@@ -72,23 +72,23 @@ def try_sync(tracking_uri: str) -> bool:
 
 def _is_left(journal: Path) -> bool:
     if not journal.stat().st_size:
-        return False  # its process was killed before it wrote a word
+        return False  # process killed before its first line
     file = journal.with_suffix(".sent")
     state = parsed(file) if file.exists() else {"done": False}
-    return not state["done"] or state["bytes"] < journal.stat().st_size  # a recorded run may gain its registration
+    return not state["done"] or state["bytes"] < journal.stat().st_size  # a finished journal may gain a `register` event
 
 
 def _began(journal: Path) -> tuple[int, str]:
     try:
         return first_event(journal)["time"], journal.name
-    except DataError:  # `Mirror` says so
+    except DataError:  # reported by `Mirror`
         return 0, journal.name
 
 
 def follow(journals: Sequence[Path], tracking_uri: str, voice: IO[str], below: str | None = None) -> bool:
-    """Send `journals` while stdin stays open, and their rest when it closes; true when all is sent. Says one fault at most.
+    """Send `journals` until stdin closes, and then their rest; true when all is sent. Only the first fault is printed.
 
-    `below`: a flow's run, whose stages are followed too as they begin, so that they need no sender of their own.
+    `below`: run of a flow, whose stages' journals are followed too, so that stages need no sync process of their own.
     """
     left: dict[Path, Mirror | None] = dict.fromkeys(journals)
     known, silent, complete, refused = set(journals), False, False, False
@@ -99,7 +99,7 @@ def follow(journals: Sequence[Path], tracking_uri: str, voice: IO[str], below: s
                 mirror = left[journal] = left[journal] or Mirror(journal, tracking_uri)
                 if mirror.send(abandoned=complete if journal in journals else is_free(journal)):
                     del left[journal]
-            except Exception as error:  # MLflow, its server and its database raise all sorts
+            except Exception as error:  # any exception of MLflow, its server or its database
                 pause = PAUSE_AFTER_FAULT_S
                 if not silent:
                     reason = one_line(error)
@@ -119,12 +119,12 @@ def follow(journals: Sequence[Path], tracking_uri: str, voice: IO[str], below: s
 
 
 def _begun(below: str, known: set[Path]) -> list[Path]:
-    """The journals of runs whose parent is `below` that have begun since; `known` gains all that were looked at."""
+    """New journals of child runs of `below`; `known` gains all journals that were read."""
     begun = []
     for journal in sorted(set(JOURNALS.glob("*.jsonl")) - known):
         with journal.open("rb") as lines:
             first = lines.readline()
-        if first.endswith(b"\n"):  # else it is being written
+        if first.endswith(b"\n"):  # else still being written
             known.add(journal)
             if f'"{below}"'.encode() in first and (first_event(journal)["parent"] or {}).get("id") == below:
                 begun.append(journal)
@@ -132,10 +132,10 @@ def _begun(below: str, known: set[Path]) -> list[Path]:
 
 
 def main() -> None:
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they end the stage; what it leaves is still to be sent
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they end the stage; its last lines are still to be sent
         signal.signal(ending, signal.SIG_IGN)
     voice = os.fdopen(os.dup(2), "w", errors="backslashreplace")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MLflow's and Alembic's chatter
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # output of MLflow and Alembic
     uri = os.environ["ALIGNTI_TRACKING_URI"]
     parser = argparse.ArgumentParser()
     parser.add_argument("journals", nargs="+", type=Path)
@@ -143,7 +143,7 @@ def main() -> None:
     asked = parser.parse_args()
     sent = follow(asked.journals, uri, voice, asked.below)
     voice.flush()
-    os._exit(SENT if sent else NOT_SENT_AND_SAID_SO)  # the stage waits, and MLflow's modules take long to come down
+    os._exit(SENT if sent else NOT_SENT_AND_SAID_SO)  # the stage waits, and interpreter shutdown is slow with MLflow
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""MLflow run of one outcome: an arm's settings, scores and cost in one row of the table, under no parent.
+"""MLflow run of one outcome: an arm's settings, scores and cost in one row of the table, without a parent run.
 
-A stage's own runs say how it went; this one says what stands. It is journalled once for each pair of student and scores,
-whether the stages ran or were restored, and names the runs that made the bytes.
+Runs of stages record progress; this one records the result. It is journalled once per pair of student and scores, whether the
+stages ran or were restored from the cache, and links the runs that made the bytes.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from components.tracking import history, journal, provenance
 from components.tracking.stage_run import nearest_recipe
 
 ARM, CELL = "arm", "cell"  # tag `stage` of these runs: an arm of params/study.yaml, a cell of a study
-TRAINING = "workflowType=machine_learning"  # else MLflow shows its pages of language models that are asked
-DIGITS = 12  # of a digest, in a journal's name
+TRAINING = "workflowType=machine_learning"  # else MLflow shows its pages for LLM applications
+DIGITS = 12  # length of a digest in a journal's name
 PER_TOKEN = ("token_f1", "nats_per_token", "kl_per_token")
 FINGERPRINT = "eval.fingerprint"
 
 
 def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettings, stage: str = ARM, **tags: str) -> str:
-    """Journal the arm's outcome, if it was not before; returns the journal's name.
+    """Journal the arm's outcome, unless it was before; returns the journal's name.
 
-    `md5` is DVC's of the student, `params` what MLflow's table and plots should show. Raises DataError without a cost record.
+    `md5` is DVC's digest of the student, `params` the columns of MLflow's table and plots. Raises DataError without cost.json.
     """
     folder = SCORES / arm
     scores, cost = Scores.read(folder / "scores.json"), Cost.read(STUDENTS / arm / "cost.json")
     scores_md5 = provenance.digest(folder).md5
     made_by = {f"run.{made}": history.last_run(f"{made}@{arm}") for made in ("distill", "evaluate")}
-    made_by["run.distill"] = provenance.maker(md5) or made_by["run.distill"]  # restored bytes are an earlier run's
+    made_by["run.distill"] = provenance.maker(md5) or made_by["run.distill"]  # restored bytes come from an earlier run
     digest = hashlib.sha256(json.dumps([md5, scores_md5, params, tags]).encode()).hexdigest()
     key = f"{stage}-{arm}-{digest[:DIGITS]}"
     journal.record(
@@ -73,13 +73,13 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
 
 
 def of_arm(arm: str, md5: str, settings: Settings) -> str:
-    """`record` for an arm of params/study.yaml, with what the arms there differ in."""
+    """`record` for an arm of params/study.yaml; params are the values in which its arms differ."""
     study = {name: settings.arm(name).model_dump(mode="json") for name in settings.study.arms}
     return record(arm, md5, varied(study)[arm], settings.runtime, **nearest_recipe().tag)
 
 
 def varied(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each arm, given as its settings, the values at the paths (`weights.tpa`) in which the arms differ."""
+    """Values of each arm at the settings' paths (`weights.tpa`) in which the arms differ."""
     flat = {name: dict(journal.flatten(arm)) for name, arm in arms.items()}
     paths = dict.fromkeys(path for arm in flat.values() for path in arm)
     differ = [path for path in paths if len({json.dumps(arm.get(path)) for arm in flat.values()}) > 1]
@@ -90,7 +90,7 @@ def varied(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def comparison(arms: Sequence[str], server: str) -> str | None:
-    """Address of MLflow's page that compares the last outcomes of these arms; None unless all were sent."""
+    """URL of MLflow's comparison page for the last outcomes of these arms; None unless all were sent."""
     sent, runs = [], history.recorded()
     for arm in arms:
         found = re.compile(rf"{ARM}-{re.escape(arm)}-[0-9a-f]{{{DIGITS}}}")
@@ -103,6 +103,6 @@ def comparison(arms: Sequence[str], server: str) -> str | None:
 
 
 def page(server: str, runs: Sequence[str], experiment: str) -> str:
-    """Address of MLflow's page that compares runs."""
+    """URL of MLflow's comparison page."""
     asked = f"runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}"
     return f"{server.rstrip('/')}/#/compare-runs?{asked}&{TRAINING}"

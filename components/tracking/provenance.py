@@ -1,7 +1,7 @@
-"""Provenance of results: bytes that a stage reads and makes, and the run that made them.
+"""Provenance of results: md5 of a stage's inputs and outputs, and the run that made them.
 
-`dvc.yaml` names them. `dvc.lock` and the `.dvc` files hold the md5 of what is read. DVC hashes what a stage made only after it
-has ended, so that is computed here, in the same way. `.runs/made/MD5` names the run that made those bytes.
+`dvc.yaml` declares them. `dvc.lock` and the `.dvc` files hold the md5 of inputs. DVC hashes outputs only after the stage has
+ended, so they are hashed here by the same rule. `.runs/made/MD5` names the run that made those bytes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from components.records.paths import RUNS
 
 MADE = RUNS / "made"
 LOCK = Path("dvc.lock")
-DVC_LOCK = Path(".dvc/tmp/lock")  # what a DVC process holds while it writes
+DVC_LOCK = Path(".dvc/tmp/lock")  # DVC's lock while it writes
 CODE = ("components", "dvc.yaml", "data.dvc", ".dvc/config")  # code and data that decide a stage's result, params aside
 
 
 @dataclass(frozen=True)
 class Declared:
-    """A stage as `dvc.yaml` has it, its arm filled in."""
+    """Stage as declared in `dvc.yaml`, its arm filled in."""
 
     stage: str
     command: str
@@ -42,7 +42,7 @@ class Declared:
 
     @classmethod
     def read(cls, stage: str) -> Declared | None:
-        """None if `dvc.yaml` has no such stage, or there is none."""
+        """The stage's declaration; None without `dvc.yaml`, or if it has no such stage."""
         try:
             stages = _yaml(Path("dvc.yaml"))["stages"]
         except FileNotFoundError:
@@ -60,12 +60,12 @@ class Declared:
         )
 
     def inputs(self) -> dict[str, str]:
-        """Path -> md5 of each dependency that a stage before this one made, or that a .dvc file names."""
+        """Path -> md5 of each dependency that an earlier stage made, or that a .dvc file names."""
         known = digests()
         return {dep: known[dep] for dep in self.deps if dep in known}
 
     def fingerprint(self) -> str:
-        """16 hex digits over the command, the params, the inputs and the code: equal means that it would make the same."""
+        """16 hex digits over the command, the params, the inputs and the code: equal means equal results."""
         code = {dep: digest(Path(dep)).md5 for dep in self.deps if dep.startswith("components")}
         values = {file: _chosen(_yaml(Path(file)), keys) for file, keys in self.params.items()}
         facts = json.dumps([self.command, self.inputs(), code, values], sort_keys=True, default=str)
@@ -74,14 +74,14 @@ class Declared:
 
 @dataclass(frozen=True)
 class Digest:
-    """The md5 by which DVC knows a file, or (ending in `.dir`) a folder, and those of the files in it."""
+    """DVC's md5 of a file, or (ending in `.dir`) of a folder, with those of its files."""
 
     md5: str
-    files: dict[str, str]  # relative path -> md5; a file has one, called "."
+    files: dict[str, str]  # relative path -> md5; "." for a single file
 
 
 def digest(path: Path) -> Digest:
-    """Computed as DVC does. Raises FileNotFoundError."""
+    """Digest of a file or folder by DVC's rule. Raises FileNotFoundError."""
     if not path.is_dir():
         found = _md5(path)
         return Digest(found, {".": found})
@@ -92,17 +92,17 @@ def digest(path: Path) -> Digest:
 
 
 def locked() -> dict[str, dict[str, str]]:
-    """Stage -> path -> md5 of what it made, as `dvc.lock` has it; empty before the first stage."""
+    """Stage -> path -> md5 of its outputs in `dvc.lock`; empty before the first stage."""
     return {stage: {out["path"]: out["md5"] for out in entry.get("outs", [])} for stage, entry in lock_file().items()}
 
 
 def read_by(stage: str) -> dict[str, str]:
-    """Path -> md5 of what `dvc.lock` says that the stage read; empty if it has not run."""
+    """Path -> md5 of the stage's dependencies in `dvc.lock`; empty if it has not run."""
     return {dep["path"]: dep["md5"] for dep in lock_file().get(stage, {}).get("deps", [])}
 
 
 def of_other_params(stages: Iterable[str]) -> set[str]:
-    """Those of the stages that, or whose earlier stages, `dvc.lock` noted with other values than `params/` have now."""
+    """Those of `stages` whose params in `dvc.lock`, or an upstream stage's, differ from `params/`."""
     noted = lock_file()
     makers = {Path(out["path"]): name for name, entry in noted.items() for out in entry.get("outs", [])}
     now = {file: _yaml(Path(file)) for entry in noted.values() for file in entry.get("params", {}) if Path(file).is_file()}
@@ -123,8 +123,8 @@ def of_other_params(stages: Iterable[str]) -> set[str]:
 def lock_file() -> dict[str, Any]:
     """Stages of `dvc.lock`; none before the first has ended.
 
-    DVC empties and rewrites the file when a stage ends, under its own lock, so that is shared while reading: another stage may
-    end at any time. A lock that is held for longer is not of a rewrite. Raises TryAgainError if it cannot be read even so.
+    DVC truncates and rewrites the file under its own lock when a stage ends, which may be at any time, so the lock is shared
+    while reading. A lock held for more than 10 s is ignored. Raises TryAgainError if the file is unreadable even so.
     """
     if not LOCK.exists():
         return {}
@@ -138,7 +138,7 @@ def lock_file() -> dict[str, Any]:
 
 @contextmanager
 def _dvc_at_rest(seconds: float = 10.0) -> Iterator[None]:
-    """Shares DVC's lock of this folder, so that no other process rewrites `dvc.lock`; after `seconds`, goes on without it."""
+    """Shared hold of DVC's lock in this folder, so that no process rewrites `dvc.lock`; proceeds without it after `seconds`."""
     if not DVC_LOCK.exists():
         yield
         return
@@ -154,7 +154,7 @@ def _dvc_at_rest(seconds: float = 10.0) -> Iterator[None]:
 
 
 def raw() -> dict[str, str]:
-    """Path -> md5 of the raw data, as the .dvc files here have it."""
+    """Path -> md5 of the raw data in the .dvc files here."""
     found: dict[str, str] = {}
     for file in Path().glob("[!.]*.dvc"):
         found |= {str(file.parent / out["path"]): out["md5"] for out in _yaml(file).get("outs", [])}
@@ -162,25 +162,25 @@ def raw() -> dict[str, str]:
 
 
 def digests() -> dict[str, str]:
-    """Path -> the md5 under which DVC keeps it: of what stages made, and of the raw data."""
+    """Path -> DVC's md5 of stage outputs and raw data."""
     return {path: md5 for made in locked().values() for path, md5 in made.items()} | raw()
 
 
 def params() -> dict[str, str]:
-    """Text of every params file but runtime.yaml, which decides no result."""
+    """Text of every params file but runtime.yaml, which affects no result."""
     return {
         str(file): file.read_text(encoding="utf-8") for file in sorted(Path("params").glob("*.yaml")) if file.stem != "runtime"
     }
 
 
 def note_maker(md5: str, run: str) -> None:
-    """`run` is the id of a journal. Of two that made the same bytes the first is kept."""
+    """Record the journal id of the run that made these bytes; the first of several is kept."""
     if not (MADE / md5).exists():
         write_text(MADE / md5, run + "\n")
 
 
 def maker(md5: str) -> str | None:
-    """The journal of the run that made these bytes here, whichever stage, cache or workspace they have gone through since."""
+    """Journal of the run that made these bytes here, through whichever stage, cache or workspace they have passed since."""
     try:
         return (MADE / md5).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -188,7 +188,7 @@ def maker(md5: str) -> str | None:
 
 
 def uncommitted() -> list[str]:
-    """Files of `CODE` that are not as they were committed, new ones among them; none outside a git repository."""
+    """Modified and untracked files of `CODE`; none outside a git repository."""
     try:
         said = git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
     except (OSError, subprocess.CalledProcessError):
@@ -197,7 +197,7 @@ def uncommitted() -> list[str]:
 
 
 def commit_tags() -> dict[str, str]:
-    """The commit that ran, whether tracked files differed from it, and DVC's name for the stage."""
+    """Tags of a run: commit, whether tracked files differed from it, and DVC's names of stage and experiment."""
     origin = {key: os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if key in os.environ}
     try:
         commit = git("rev-parse", "HEAD")
@@ -217,7 +217,7 @@ def _path(out: str | dict[str, Any]) -> str:
 
 
 def _params(entry: str | dict[str, list[str] | None]) -> Iterator[tuple[str, list[str] | None]]:
-    """`params/a.yaml:` with nothing below it means all of the file."""
+    """(file, keys) of a `params` entry; `params/a.yaml:` with nothing below it means the whole file."""
     if isinstance(entry, str):
         yield "params.yaml", [entry]
     else:
@@ -242,5 +242,5 @@ def _md5(path: Path) -> str:
 
 
 def _yaml(path: Path) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if libyaml is available
     return yaml.load(path.read_text(encoding="utf-8"), loader)

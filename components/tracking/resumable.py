@@ -1,4 +1,4 @@
-"""Folder that a stage fills and puts in its place whole; an interrupted run is gone on from."""
+"""Resumable output folder: a draft that replaces the target when complete; an interrupted run resumes it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from components.tracking.import_graph import SHARED, closure, modules
 
 @contextmanager
 def resumable(target: Path, facts: Record, module: str) -> Iterator[Path]:
-    """A draft of `target` with whatever an interrupted run of these facts and of the code of `module` left there; it takes
-    `target`'s place when the block ends well. Raises TryAgainError if another process is at it."""
+    """Draft of `target`, with the partial output of an interrupted run of the same facts and code of `module`. It replaces
+    `target` if the block succeeds. Raises TryAgainError if another process holds the draft."""
     code = [modules()[name] for name in closure(module, SHARED)]
     draft = RUNS / target.name / fingerprint(facts.model_dump(), code)
     draft.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tracked run of one stage: opened or resumed in its journal, metered, tied to the bytes that it reads and makes.
+"""Tracked run of one stage: opened or resumed in its journal, metered, linked to the stage's inputs and outputs.
 
 A stage that was stopped or failed resumes its journal, and so its MLflow run, if nothing that decides its result has changed
 since; otherwise it opens a new run, linked to the old one.
@@ -31,11 +31,11 @@ from components.tracking import provenance, system_metrics
 from components.tracking.history import LAST
 from components.tracking.journal import JOURNALS, Run, events, warn
 
-UNFINISHED = RUNS / "unfinished"  # one record per stage x cell whose last run did not
+UNFINISHED = RUNS / "unfinished"  # one record per stage x cell whose last run did not finish
 PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
-JOURNAL_ONLY = "journal"  # the tracking_uri that asks for no MLflow
+JOURNAL_ONLY = "journal"  # tracking_uri without MLflow
 PATIENCE_S = 10  # seconds that a finished stage waits for its journal to be sent
-SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the process that sends it
+SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the sync process
 
 
 @contextlib.contextmanager
@@ -47,14 +47,14 @@ def stage_run(
     params: Mapping[str, Any] | None = None,
     works: bool = True,
 ) -> Iterator[Run]:
-    """Track one stage (and cell: `distill`, `align_ti`) on rank 0; elsewhere the run given does nothing.
+    """Track one stage (and cell: `distill`, `align_ti`) on rank 0; on other ranks the run is a no-op.
 
-    `works`: it uses the machine itself, which is metered; a flow does not, its stages do.
+    `works`: the stage uses the machine itself, which is metered; a flow does not, its stages do.
 
-    The run's parent is the one that $ALIGNTI_PARENT_RUN_ID names, else one per enclosing `dvc` process, else none.
+    The parent run is that of $ALIGNTI_PARENT_RUN_ID, else one per enclosing `dvc` process, else none.
     """
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would make MLflow reopen and rename that run
-    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":  # RANK alone is another job's
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":  # RANK alone belongs to another job
         yield Run(None)
         return
     name = f"{stage}@{cell}" if cell else stage
@@ -111,14 +111,14 @@ def stage_run(
 
 
 def send(names: Sequence[str], runtime: RuntimeSettings) -> None:
-    """Send these journals, whole as they are, as a finished stage's is sent."""
+    """Send finished journals by a sync process, as at the end of a stage."""
     journals = [JOURNALS / f"{name}.jsonl" for name in names]
     if journals:
         _finish_mirror(_start_mirror(journals, runtime), journals[0])
 
 
 class NearestRecipe(NamedTuple):
-    """The recipe that `params/` are nearest to at a run's start."""
+    """Recipe nearest to `params/` at a run's start."""
 
     name: str | None
     tag: dict[str, str]  # tags for the table of runs
@@ -129,7 +129,7 @@ def nearest_recipe() -> NearestRecipe:
 
     try:
         name, differing = nearest()
-    except (OSError, AlignTIError):  # no params/ here, or edited meanwhile: the stage itself says so
+    except (OSError, AlignTIError):  # missing or invalid params/: reported by the stage
         return NearestRecipe(None, {})
     if name is None:
         return NearestRecipe(None, {})
@@ -137,7 +137,7 @@ def nearest_recipe() -> NearestRecipe:
 
 
 def _remember(stage: str, run: str, seconds: float, recipe: str | None) -> None:
-    """The record that `alignti plan` estimates from. No stage depends on it."""
+    """Write the record of a stage's last run, from which `alignti plan` estimates. No stage depends on it."""
     record = {"run": run, "seconds": round(seconds, 3), "recipe": recipe, **provenance.commit_tags()}
     try:
         write_text(LAST / f"{stage}.json", json.dumps(record, indent=2) + "\n")
@@ -147,7 +147,7 @@ def _remember(stage: str, run: str, seconds: float, recipe: str | None) -> None:
 
 @dataclass(frozen=True)
 class _Lineage:
-    """A stage of dvc.yaml at its start."""
+    """Declaration, fingerprint, inputs and params of a stage of dvc.yaml at its start."""
 
     declared: provenance.Declared
     fingerprint: str
@@ -156,7 +156,7 @@ class _Lineage:
 
 
 def _read_lineage(stage: str) -> _Lineage | None:
-    """None for what is no stage of dvc.yaml. A fault costs a warning: that run is not tied to its bytes."""
+    """Lineage of a stage of dvc.yaml, None for any other. A fault costs a warning, and the run has no lineage."""
     try:
         declared = provenance.Declared.read(stage)
         if declared is None:
@@ -176,7 +176,7 @@ def _open(name: str, stage: str, of: _Lineage | None) -> tuple[Run, float | None
         try:
             run = Run(journal)
         except BlockingIOError:
-            before = None  # it lives, in another workspace
+            before = None  # it is running, in another workspace
         else:
             spent = _seconds(journal)
             run.resume(attempt, host=socket.gethostname())
@@ -195,7 +195,7 @@ def _forget_unfinished(stage: str, run: str) -> None:
 
 
 def _noted(note: Path) -> dict[str, Any] | None:
-    """None where there is none, or one that is damaged, which costs no more than a new run."""
+    """Record of an unfinished run; None if missing or damaged, which costs no more than a new run."""
     try:
         return parsed(note) if note.exists() else None
     except DataError as error:
@@ -211,7 +211,7 @@ def _write_note(note: Path, content: Mapping[str, Any]) -> None:
 
 
 def _seconds(journal: Path) -> float:
-    """What the processes took that wrote to `journal`, each from its first line to its last."""
+    """Total seconds of the processes that wrote `journal`, each from its first line to its last."""
     total, first, last = 0, 0, 0
     try:
         lines = events(journal)
@@ -226,7 +226,7 @@ def _seconds(journal: Path) -> float:
 
 
 def _note_made(run: Run, of: _Lineage) -> None:
-    """Each output's md5, in the journal and in `.runs/made`."""
+    """Write each output's md5 to the journal and to `.runs/made`."""
     for out in of.declared.outs:
         try:
             found = provenance.digest(Path(out))
@@ -237,7 +237,7 @@ def _note_made(run: Run, of: _Lineage) -> None:
 
 
 def _cost(seconds: float, runtime: RuntimeSettings, works: bool) -> dict[str, float]:
-    """Hours of processor, children among them, and of the devices that a stage held."""
+    """CPU hours, child processes included, and hours of the stage's devices."""
     used = os.times()
     cpu = used.user + used.system + used.children_user + used.children_system
     hours = {"usage/cpu_hours": cpu / 3600}
@@ -251,12 +251,12 @@ def _parent(nearest: NearestRecipe) -> dict[str, Any] | None:
         return {"id": given, "name": "pipeline", "ends_with_stages": False, "tags": nearest.tag}
     if "DVC_STAGE" not in os.environ:
         return None
-    import psutil  # DVC itself needs it
+    import psutil  # a dependency of DVC
 
     for process in psutil.Process().parents():
         try:
             words = process.cmdline()
-        except psutil.Error:  # somebody else's, or gone meanwhile
+        except psutil.Error:  # another user's, or ended meanwhile
             continue
         if any(Path(word).name == "dvc" for word in words[:2]) or words[1:3] == ["-m", "dvc"]:
             started = int(process.create_time() * 1000)
@@ -271,7 +271,7 @@ def _parent(nearest: NearestRecipe) -> dict[str, Any] | None:
 
 
 def _is_followed() -> bool:
-    """Does the flow that started this stage live, and write its journal beside ours? Then what sends that sends ours."""
+    """Whether the parent flow is running and journalled here: its sync process then sends this journal too."""
     parent = JOURNALS / f"{os.environ.get(PARENT)}.jsonl"
     return parent.exists() and not is_free(parent)
 
@@ -289,7 +289,7 @@ def _start(module: list[str], runtime: RuntimeSettings, journal: Path) -> subpro
         **os.environ,
         "ALIGNTI_TRACKING_URI": runtime.tracking_uri,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,  # it is found from wherever this file was
+        "PYTHONPATH": path,  # independent of the working directory
     }
     try:
         command = [sys.executable, "-m", *module]

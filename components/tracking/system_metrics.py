@@ -1,9 +1,9 @@
 """System metrics of a stage: processor, memory, GPUs, and energy.
 
-A thread samples into the stage's journal, under `system/` with MLflow's own names, so that MLflow's page of system metrics
-draws them. Energy is what counters have gained: NVML's of each GPU that the stage sees, and RAPL's of each processor package
-(https://www.kernel.org/doc/html/latest/power/powercap/powercap.html), which counts all that runs on this machine. Where there
-is no such counter, or it may not be read, nothing is recorded, and a tag of the run says so.
+A thread samples into the stage's journal, under MLflow's own names `system/...`, so that MLflow's page of system metrics draws
+them. Energy is the increase of counters: NVML's of each visible GPU, and RAPL's of each processor package
+(https://www.kernel.org/doc/html/latest/power/powercap/powercap.html), which counts all processes of the machine. Without a
+readable counter nothing is recorded, and a tag of the run gives the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MJ_PER_WH, UJ_PER_WH, MB = 3.6e6, 3.6e9, 1e6
 
 @dataclass
 class Package:
-    """The RAPL counter of one processor package, which starts again from 0 at `wraps_uj`. Reading raises OSError."""
+    """RAPL energy counter of one processor package; wraps to 0 after `wraps_uj`. Reading raises OSError."""
 
     file: Path
     wraps_uj: int
@@ -45,7 +45,7 @@ class Package:
 
 
 class Gpu:
-    """One GPU as NVML counts it. Reading raises pynvml.NVMLError."""
+    """NVML counters of one GPU. Reading raises pynvml.NVMLError."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
@@ -65,8 +65,8 @@ class Gpu:
 
 
 def packages(root: Path = POWERCAP) -> tuple[list[Package], str | None]:
-    """The processor packages, or none and why."""
-    zones = sorted(root.glob("intel-rapl:[0-9]*"))  # AMD's too have that name; intel-rapl:0:0 is a part of intel-rapl:0
+    """RAPL counters of the processor packages, or none and the reason."""
+    zones = sorted(root.glob("intel-rapl:[0-9]*"))  # the name on AMD too; intel-rapl:0:0 is a part of intel-rapl:0
     try:
         found = [
             Package(zone / "energy_uj", int((zone / "max_energy_range_uj").read_text()))
@@ -79,7 +79,7 @@ def packages(root: Path = POWERCAP) -> tuple[list[Package], str | None]:
 
 
 def gpus(nvml: Any = None) -> tuple[list[Gpu], str | None]:
-    """Those that this process sees (CUDA_VISIBLE_DEVICES, else all), or none and why. `nvml`: the module pynvml."""
+    """GPUs visible to this process (CUDA_VISIBLE_DEVICES, else all), or none and the reason. `nvml`: the module pynvml."""
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
@@ -99,14 +99,14 @@ def _handle(nvml: Any, name: str) -> Any:
 
 
 class Meter:
-    """What has been used since it was made."""
+    """Samples of system metrics, and the energy used since construction."""
 
     def __init__(self, gpus: Sequence[Gpu], packages: Sequence[Package]) -> None:
         self._gpus, self._packages = gpus, packages
 
     def sample(self) -> dict[str, float]:
-        """Under MLflow's names. Also keeps up with the RAPL counters, which start again within minutes to hours."""
-        import psutil  # accelerate needs it too
+        """Metrics under MLflow's names. Also reads the RAPL counters, which wrap within minutes to hours."""
+        import psutil  # a dependency of accelerate
 
         for package in self._packages:
             package.read()
@@ -122,7 +122,7 @@ class Meter:
         return values
 
     def energy(self) -> dict[str, float]:
-        """Wh, of what has a counter."""
+        """Energy in Wh per available counter."""
         for package in self._packages:
             package.read()
         used = {}
@@ -135,7 +135,7 @@ class Meter:
 
 @contextmanager
 def metered(run: Run, runtime: RuntimeSettings, warn: Callable[[str], None]) -> Iterator[None]:
-    """Sample into `run` during the block, and record at its end what it took. A counter that fails ends the samples only."""
+    """Sample into `run` during the block and record its energy at the end. A failing counter ends the sampling only."""
     here, no_gpus = ([], "not measured: params/runtime.yaml says cpu") if runtime.device == "cpu" else gpus()
     there, no_packages = packages()
     for key, why in {"energy.gpu": no_gpus, "energy.cpu": no_packages}.items():
@@ -165,7 +165,7 @@ def metered(run: Run, runtime: RuntimeSettings, warn: Callable[[str], None]) -> 
 
 @contextmanager
 def _faults_told(warn: Callable[[str], None]) -> Iterator[None]:
-    """A GPU that falls off its bus, a file that goes away, a process that psutil cannot see: a line, and the work goes on."""
+    """Warning for a sampling fault (a GPU off its bus, a vanished file, a hidden process), which does not end the stage."""
     try:
         yield
     except Exception as error:
