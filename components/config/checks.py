@@ -1,4 +1,4 @@
-"""Checks between params files: what no schema of a single file can know."""
+"""Cross-file checks of params, beyond the schemas of single files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Problem = tuple[str, str, str]  # file of params/, its key, what is wrong
 
 
 def across_files(settings: Settings) -> Iterator[Problem]:
-    """What no single file can know."""
+    """Problems between params files."""
     students = settings.models.members.students
     for name, arm in settings.study.arms.items():
         if arm.student not in students:
@@ -34,7 +34,7 @@ def across_files(settings: Settings) -> Iterator[Problem]:
 
 
 def _layer_checks(settings: Settings) -> Iterator[Problem]:
-    """Layers that no teacher has, as far as params/ or a local checkpoint's config say how many there are."""
+    """Layers beyond the teacher's depth, where params/ or a local checkpoint's config gives that depth."""
     layers = layers_of_teachers(settings.models.members)
     asked = [("irs", "layer", settings.irs.layer), ("distill", "iva.layer", settings.distill.iva.layer)]
     asked += [("study", f"arms.{name}.iva.layer", arm.iva.layer) for name, arm in settings.study.arms.items() if arm.iva]
@@ -44,7 +44,7 @@ def _layer_checks(settings: Settings) -> Iterator[Problem]:
 
 
 def _stage_checks(settings: Settings) -> Iterator[Problem]:
-    """What goes with captions and no teacher, and what with one."""
+    """Settings at odds with `stage`: align trains on captions without a teacher, distill needs one."""
     family, teachers = settings.models.family, settings.models.members.teachers
     if settings.distill.stage != "align":
         if not teachers:
@@ -65,7 +65,7 @@ def _stage_checks(settings: Settings) -> Iterator[Problem]:
 
 
 def _cache_checks(settings: Settings, name: str) -> list[str]:
-    """What the cache of teacher signals, made once for all arms, cannot serve."""
+    """Options of an arm that the cache of teacher signals, built once for all arms, cannot serve."""
     arm, shared = settings.arm(name), settings.distill
     assert arm.divergence is not None and arm.iva is not None  # filled in by Settings.arm
     if arm.iva.of_another and "iva" in arm.weights and not settings.uses_cache(arm):
@@ -93,10 +93,10 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
 
 
 def _inside_checks(settings: Settings, name: str) -> Iterator[Problem]:
-    """What compiled layers and FlexAttention cannot give to terms that read inside the student."""
+    """Terms that read the student's layers, against torch.compile and FlexAttention."""
     distill = settings.distill
     flex = distill.gradient_checkpointing and distill.flex_attention
-    if not (distill.compile or flex):  # terms are imported, and torch with them, only where the question arises
+    if not (distill.compile or flex):  # the terms, and torch with them, are imported only if needed
         return
     needs = settings.arm(name).needs
     if distill.compile and (inside := [term for term, need in needs.items() if need.in_student]):
@@ -114,7 +114,7 @@ def _inside_checks(settings: Settings, name: str) -> Iterator[Problem]:
 
 
 def _evidence_checks(settings: Settings, name: str) -> Iterator[Problem]:
-    """What L_mcd asks of `cache_teacher`."""
+    """Teacher evidence that L_mcd needs from `cache_teacher`."""
     arm, asked = settings.arm(name), settings.distill.teacher_signals.evidence
     if "mcd" not in arm.weights:
         return
@@ -130,7 +130,7 @@ def _evidence_checks(settings: Settings, name: str) -> Iterator[Problem]:
 
 
 def _answer_checks(settings: Settings, name: str) -> Iterator[tuple[str, str]]:
-    """What cannot be had of answers that a model writes: key below the arm's, and what is wrong."""
+    """Options at odds with generated answers, the teacher's or rollouts: key below the arm's, and the problem."""
     arm, distill = settings.arm(name), settings.distill
     if arm.rollouts is None and arm.answers is None:
         return

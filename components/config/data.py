@@ -29,7 +29,7 @@ class SplitSizes(Strict):
 
 
 class Augmentation(Strict):
-    """How one digit's drawing varies; each value is drawn evenly from its range."""
+    """Random augmentation of one digit; each value is uniform over its range."""
 
     shift_px: NonNegative = Field(description="largest displacement along each axis, pixels of the composed image")
     scale: FloatRange = Field(description="size relative to the cell")
@@ -83,7 +83,7 @@ class LlavaFolder(Strict):
 
 
 class MixtureSource(Strict):
-    """One source of a mixture; `files` says by its ending what it is."""
+    """Source of a mixture; the ending of `files` gives its format."""
 
     files: str = Field(
         description="x.json or x.jsonl (LLaVA), x/*.tar (WebDataset), x/*.parquet, or hf://datasets/ORG/NAME@COMMIT/x"

@@ -10,7 +10,7 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**43)]  # times 1,000,003, by distill/sampler.py, it is what torch takes
+Seed = Annotated[int, Field(ge=0, lt=2**43)]  # times 1,000,003 (distill/sampler.py) it fits torch's seed
 NonNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]  # no dots: DVC reads `arms.NAME`
@@ -21,6 +21,6 @@ Rgb = Annotated[tuple[Byte, Byte, Byte], Field(strict=False)]
 
 
 class Strict(BaseModel):
-    """Unknown keys, NaN and silent conversions (`"3"` for 3) are errors."""
+    """Base model of settings: unknown keys, NaN and silent conversions (`"3"` for 3) are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""Loading of `params/`: every file read and checked at once, each problem told by file, line and key."""
+"""Loading of `params/`: every file read and checked at once, each problem reported with file, line and key."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _environment() -> dict[str, str]:
 
 
 def _listed(root: Path, problems: list[Any]) -> Iterator[str]:
-    """A line for each problem, and one for all keys that a block lacks."""
+    """One line per problem, and one per block for all its missing keys."""
     lacking: dict[tuple[Any, ...], list[Any]] = {}
     for problem in problems:
         if problem["type"] == "missing":
@@ -67,7 +67,7 @@ def _listed(root: Path, problems: list[Any]) -> Iterator[str]:
         keys = [step for step in steps if step not in MEMBERS]
         of_arm = file == "study" and keys[-1:] in (["iva"], ["tpa"], ["divergence"])
         whole = "; an arm's block stands whole: copy that of params/distill.yaml" if of_arm else ""
-        if isinstance(missing[0], int):  # places of a list
+        if isinstance(missing[0], int):  # indices of a list
             yield _at(root, file, keys, f"too short: {missing[-1] + 1} values are wanted")
         elif len(missing) == 1:
             yield _at(root, file, [*keys, missing[0]], f"required, and missing{whole}")
@@ -100,7 +100,7 @@ def _said(root: Path, problem: Any) -> str:
 
 
 def _at(root: Path, file: str, keys: list[Any], message: str) -> str:
-    """A message about a block begins with the key in it that it is about, and its line is that key's."""
+    """Message with file, line and key; if it begins with a key of the block, the line is that key's."""
     key = ".".join(str(part) for part in keys)
     first = re.match(r"`?([\w.]*)", message)
     line = _line(root / "params" / f"{file}.yaml", [*keys, *(first[1].split(".") if first else ())])
@@ -114,7 +114,7 @@ def _known_keys(keys: list[Any], file: str) -> list[str]:
         model = _model_in(annotation)
         if key in MEMBERS:
             annotation = MEMBERS[key]
-        elif get_origin(annotation) is dict or model is None:  # the user's own name
+        elif get_origin(annotation) is dict or model is None:  # a user-chosen name
             annotation = get_args(annotation)[-1]
         elif key in model.model_fields:
             annotation = model.model_fields[str(key)].annotation
@@ -133,7 +133,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _line(path: Path, keys: list[Any]) -> int:
-    """The line of the deepest of `keys` that the file has."""
+    """Line number of the deepest of `keys` that the file has."""
     node = yaml.compose(path.read_text(encoding="utf-8"), QUICK)
     line = 1
     for key in keys:

@@ -1,4 +1,4 @@
-"""Data, images and local checkpoints that the settings name, and what a checkpoint's config says."""
+"""Local data, images and checkpoints in the settings, and the config of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from components.config.settings import Settings
 
 
 def not_here(settings: Settings) -> list[str]:
-    """What the user's own settings name and this folder lacks: data, images, local checkpoints; `key: path`."""
+    """Missing local data, images and checkpoints of the settings, as `key: path`."""
     return [f"{key}: {path}" for key, path in named_paths(settings) if not _is_here(path)]
 
 
 def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
-    """Key and path of the user's own data and local checkpoints."""
+    """Key and path of the user's local data and checkpoints."""
     data, models = settings.data, settings.models.members
     if data.source == "llava" and data.llava is not None:
         yield from (("data.llava.annotations", data.llava.annotations), ("data.llava.images", data.llava.images))
@@ -39,12 +39,12 @@ def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
 
 
 def _is_here(path: Path) -> bool:
-    """`x/*.tar` is, if one such file is."""
+    """Whether the path exists, or for a pattern `x/*.tar` one such file."""
     return path.exists() or ("*" in path.name and any(path.parent.glob(path.name)))
 
 
 def layers_of_teachers(models: EmbeddedFamily | PretrainedFamily) -> list[int | None]:
-    """Layers of each teacher's language model; None where neither params/ nor a checkpoint on this machine say how many."""
+    """Number of layers of each teacher's language model; None if neither params/ nor a local checkpoint gives it."""
     if isinstance(models, EmbeddedFamily):
         return [shape.layers for shape in models.teachers.values()]
     found = (_text_config(model).get("num_hidden_layers") for model in models.teachers.values())
@@ -60,8 +60,8 @@ def soft_capped(models: EmbeddedFamily | PretrainedFamily) -> list[str]:
 
 
 def _text_config(model: Checkpoint | Parts | Cut) -> dict[str, Any]:
-    """What config.json says of the language model; nothing where it is not on this machine, or broken, which is told
-    elsewhere: by `not_here`, or by the stage that loads it."""
+    """Language model's part of config.json; empty if the file is missing or broken, which `not_here` or the stage that loads it
+    reports."""
     checkpoint = model.language_model if isinstance(model, Parts) else model
     if not isinstance(checkpoint, Checkpoint):
         return {}
@@ -74,7 +74,7 @@ def _text_config(model: Checkpoint | Parts | Cut) -> dict[str, Any]:
 
 
 def downloaded(checkpoint: Checkpoint, root: Path = Path()) -> Path | None:
-    """The folder of a checkpoint that is on this machine."""
+    """Folder of a checkpoint on this machine; None without config.json and weights."""
     folder = _folder(checkpoint, root)
     return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
 

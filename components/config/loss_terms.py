@@ -24,14 +24,14 @@ class Divergence(Strict):
 
 
 class WithTerms(Strict):
-    """Beside its fields: the options of loss terms, each term's in a block of its name (align_ti/terms)."""
+    """Settings with the options of loss terms beside their fields, each term's in a block of its name (align_ti/terms)."""
 
     model_config = ConfigDict(extra="allow")
 
     @model_validator(mode="wrap")
     @classmethod
     def _no_other_names(cls, raw: Any, fields: Callable[[Any], Self]) -> Self:
-        """Checked beside the fields, so that a misspelt one is reported as such and not as missing alone."""
+        """Check unknown keys beside the fields, so that a misspelt one is reported as unknown, not only as missing."""
         other = set(raw if isinstance(raw, dict) else ()) - {*cls.model_fields, *terms.names()}
         problems = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=raw[name]) for name in sorted(other, key=str)]
         try:
@@ -59,7 +59,7 @@ class WithTerms(Strict):
 
 
 def _check_options(name: str, block: Any) -> None:
-    """Raises ValidationError where a term's own dataclass has no such field, or another type, or refuses the value."""
+    """Raises ValidationError if the term's dataclass has no such field, another type for it, or rejects the value."""
     term = terms.term_class(name)
     hints = {**get_type_hints(term), "divergence": Divergence | None}
     options: dict[str, Any] = {
@@ -81,14 +81,14 @@ def problem_at(kind: str, loc: tuple[int | str, ...], value: Any, context: dict[
 
 
 def as_tuples(value: Any) -> Any:
-    """YAML's lists as the tuples that frozen dataclasses hold."""
+    """Lists of YAML as tuples, for frozen dataclasses."""
     if isinstance(value, dict):
         return {key: as_tuples(inside) for key, inside in value.items()}
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def _of_terms(weights: dict[str, float]) -> dict[str, float]:
-    """Those above 0."""
+    """Weights above 0. Raises ValidationError for an unknown term, ValueError if all are 0."""
     for name in weights:
         if name not in terms.names():
             raise problem_at("value_error", (name,), {}, {"error": ValueError(unknown("loss term", name, terms.names()))})

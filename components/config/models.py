@@ -62,7 +62,7 @@ class Conversations(Training):
 
 
 class EmbeddedFamily(Strict):
-    """The tiny family that `obtain_models` builds and trains from nothing, on the prepared data."""
+    """Tiny models that `obtain_models` builds and trains from scratch on the prepared data."""
 
     seed: Seed
     tower: TowerShape
@@ -82,7 +82,7 @@ class Checkpoint(Strict):
 
 
 class Parts(Strict):
-    """LLaVA from its parts, as the paper's models are: a tower, a fresh two-layer projector, a language model."""
+    """LLaVA assembled from a vision tower, a new two-layer projector and a language model, as in the paper."""
 
     tower: Checkpoint = Field(description="SigLIP: its vision tower and image processor")
     language_model: Checkpoint = Field(description="Qwen2, Qwen2.5 or Qwen3")
@@ -91,14 +91,14 @@ class Parts(Strict):
 
 
 class Cut(Strict):
-    """A teacher less some of its language model's layers and neurons; everything else is copied."""
+    """Student pruned from a teacher: some layers and MLP neurons of the language model removed, the rest copied."""
 
     teacher: Name = Field(description="one of `teachers`")
     every: PositiveInt = Field(description="of L layers keep 0, every, 2 every, ...; 1: all of them")
     mlp: PositiveInt | None = Field(description="neurons kept in each MLP, those of the largest weights; null: all of them")
 
 
-MEMBERS: dict[str, type[Strict]] = {  # by tags of the unions below, which are no keys of a YAML file
+MEMBERS: dict[str, type[Strict]] = {  # by tags of the unions below, which are not YAML keys
     "(checkpoint)": Checkpoint,
     "(parts)": Parts,
     "(cut)": Cut,
@@ -106,7 +106,7 @@ MEMBERS: dict[str, type[Strict]] = {  # by tags of the unions below, which are n
 
 
 def _kind(entry: Any) -> str:
-    """Which of `MEMBERS` an entry is, by its keys; a checkpoint if they say nothing."""
+    """Tag of an entry in `MEMBERS`, by its keys; a checkpoint if no key is known."""
     return next((kind for kind, keys in _keys_by_kind(entry).items() if keys), "(checkpoint)")
 
 
@@ -116,7 +116,7 @@ def _keys_by_kind(entry: Any) -> dict[str, list[str]]:
 
 
 def _one_of(*kinds: str) -> BeforeValidator:
-    """One sentence for an entry that mixes kinds, where pydantic would list keys missing here and unknown there."""
+    """Validator with one message for an entry that mixes kinds, where pydantic would list missing and unknown keys."""
 
     def check(entry: Any) -> Any:
         found = {kind: keys for kind, keys in _keys_by_kind(entry).items() if keys}

@@ -1,4 +1,4 @@
-"""Names that a command was given, checked before anything heavy is imported."""
+"""Checks of names on the command line, before heavy imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def check_dump(folder: Path) -> None:
-    """Raises InputError where no step was dumped."""
+    """Raises InputError if the folder holds no dumped step."""
     from components.errors import unknown
     from components.records.paths import DUMPS
 
@@ -16,7 +16,7 @@ def check_dump(folder: Path) -> None:
 
 
 def check_models(*names: str | None) -> None:
-    """Raises InputError for what is no arm, `teacher`, folder or ORG/NAME of the hub."""
+    """Raises InputError for a name that is neither an arm, `teacher`, a folder nor ORG/NAME of the hub."""
     from components.errors import unknown
 
     known = answering()
@@ -26,7 +26,7 @@ def check_models(*names: str | None) -> None:
 
 
 def check_arms(names: Iterable[str], teacher: bool = True) -> None:
-    """Raises InputError for what is no arm, nor `teacher` where that may be."""
+    """Raises InputError for a name that is neither an arm nor, where allowed, `teacher`."""
     from components.errors import unknown
 
     known = answering()[0 if teacher else 1 :]

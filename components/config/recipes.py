@@ -1,13 +1,13 @@
 """Named overlays of `params/`: `params/recipes/NAME.yaml` holds, per params file, the values that it sets.
 
-A mapping is merged key by key, except one whose keys are the user's own names (arms, teachers, students): such a mapping
-is replaced whole, since an arm left over from before would be trained too. Lists are replaced.
+Mappings are merged key by key, except those keyed by user-chosen names (arms, teachers, students), which are replaced: an arm
+left over would be trained too. Lists are replaced.
 
-Beside params files a recipe may have `like: OTHER` (whose values stand where it says nothing), `mixture: NAME` (of
-params/mixtures/, as data.mixture) and `phases:`, runs that come before it, each an overlay of it, named NAME/PHASE.
+Beside params files a recipe may have `like: OTHER` (its defaults), `mixture: NAME` (of params/mixtures/, as data.mixture) and
+`phases:`, the runs before it, each an overlay of it named NAME/PHASE.
 
-    alignti use NAME                      the recipe into params/
-    python -m components.config.recipes NAME     params/ into the recipe: what it restates after the shipped values have changed
+    alignti use NAME                             merges the recipe into params/
+    python -m components.config.recipes NAME     merges params/ into the recipe, after the shipped values have changed
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Load = Callable[[str], Any]
 
 
 class SampleSize(Strict):
-    """Tokens of a mean sample beside its image's, as the cost model takes it."""
+    """Text tokens of a mean sample, for the cost model."""
 
     text: PositiveInt = Field(description="before the answer")
     response: PositiveInt
 
 
 class About(Strict):
-    """What every recipe opens with."""
+    """Header of every recipe."""
 
     run: str = Field(description="the command")
     hardware: str
@@ -61,12 +61,12 @@ def names(root: Path = Path()) -> list[str]:
 
 
 def phases(name: str, root: Path = Path()) -> list[str]:
-    """The runs that come before recipe `name`, in order."""
+    """Phases of recipe `name`, the runs before it, in order."""
     return list(_whole(name.partition("/")[0], root).get("phases") or {})
 
 
 def about(name: str, root: Path = Path()) -> About:
-    """Raises SettingsError if the recipe does not say all of it."""
+    """Header of recipe `name`. Raises SettingsError if a field is missing or wrong."""
     try:
         return About.model_validate(_document(name, root).get("about"))
     except ValidationError as error:
@@ -76,7 +76,7 @@ def about(name: str, root: Path = Path()) -> About:
 
 
 def settings_with(name: str, root: Path = Path()) -> Settings:
-    """What `params/` would ask for with recipe `name` merged in; nothing is written. Raises SettingsError."""
+    """Settings of `params/` with recipe `name` merged in; nothing is written. Raises SettingsError."""
     raw = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
     _lay_over(overlay(name, root), raw)
     try:
@@ -86,23 +86,24 @@ def settings_with(name: str, root: Path = Path()) -> Settings:
 
 
 def merged(name: str, root: Path = Path()) -> dict[Path, str]:
-    """The new text of every params file that recipe `name` would change, comments kept; nothing is written.
+    """New text of every params file that recipe `name` would change, comments kept; nothing is written.
 
-    Raises SettingsError if there is no such recipe, or if the outcome is not valid (naming every problem).
+    Raises SettingsError if there is no such recipe, or for all problems of the outcome.
     """
     about(name, root)
     return checked_texts(overlay(name, root, round_trip().load), f"recipe {name}", root)
 
 
 def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> dict[Path, str]:
-    """The new text of every params file that `values` (file -> values) changes. Raises SettingsError if that is not valid."""
+    """New text of every params file that `values` (file -> values) changes. Raises SettingsError if the outcome is not
+    valid."""
     yaml = round_trip()
     changed = {}
     with tempfile.TemporaryDirectory() as draft:
         (Path(draft) / "params").mkdir()
         for file in FILES:
             path = root / "params" / f"{file}.yaml"
-            read_yaml(path)  # says what is wrong with it
+            read_yaml(path)  # raises with file and line
             text = path.read_text(encoding="utf-8")
             document = yaml.load(text)
             if _merge(values.get(file, {}), document, _annotation(file)):
@@ -116,12 +117,12 @@ def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> 
 
 
 def use(name: str, root: Path = Path()) -> str:
-    """Merge recipe `name` into `params/` and return what changed as a unified diff. All or nothing is valid."""
+    """Merge recipe `name` into `params/` and return a unified diff. If the result is invalid, nothing is written."""
     return write(merged(name, root), root)
 
 
 def write(texts: Mapping[Path, str], root: Path = Path()) -> str:
-    """Write the new texts of params files, and return what changed as a unified diff."""
+    """Write the new texts of params files and return a unified diff."""
     diff = ""
     for path, text in texts.items():
         before, shown = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
@@ -131,7 +132,7 @@ def write(texts: Mapping[Path, str], root: Path = Path()) -> str:
 
 
 def keep_own(root: Path = Path()) -> str:
-    """Copy `params/` to a folder of its own if it holds values that no recipe states (own arms), and say where; or ""."""
+    """Back up `params/` if it holds values of no recipe (own arms); returns a message that names the copy, or ""."""
     if not nearest(root)[1]:
         return ""
     kept = root / RUNS / "params" / time.strftime("%Y%m%dT%H%M%S")
@@ -154,7 +155,7 @@ def restate(name: str, root: Path = Path()) -> None:
 
 
 def nearest(root: Path = Path()) -> tuple[str | None, int]:
-    """The recipe that `params/` are nearest to, and in how many values they differ; of equals, the fuller one."""
+    """Recipe nearest to `params/` and the number of differing values; of equals, the one with more values."""
     params = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
     best: tuple[int, int, str] | None = None
     for name, said in _overlays(root):
@@ -175,7 +176,7 @@ def overlay(name: str, root: Path = Path(), load: Load | None = None) -> dict[st
 
 
 def _document(name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
-    """The recipe with what it is like, its phase and its mixture merged in. Raises SettingsError."""
+    """Recipe with its `like`, phase and mixture merged in. Raises SettingsError."""
     stem, _, phase = name.partition("/")
     if stem not in _stems(root):
         raise _unknown(name, root)
@@ -186,7 +187,7 @@ def _document(name: str, root: Path, load: Load | None = None) -> dict[str, Any]
 
 
 def _unfolded(whole: dict[str, Any], name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
-    """`whole` with phase and mixture laid over it, in place."""
+    """`whole` with phase and mixture merged in, in place."""
     phase = name.partition("/")[2]
     if phase:
         _lay_over({"about": {"run": f"alignti use {name} && make repro"}}, whole)
@@ -211,9 +212,9 @@ def _stems(root: Path, which: str = "[!_]*") -> list[str]:
 
 
 def _whole(stem: str, root: Path, load: Load | None = None, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A recipe's file on top of the one that it is like. `above`: the recipes that are like this one."""
+    """Recipe file merged over its `like`. `above`: the recipes that inherit from this one."""
     path = _path(stem, root)
-    own = {key: value for key, value in _read(path, load).items() if value is not None}  # `data:` alone says nothing
+    own = {key: value for key, value in _read(path, load).items() if value is not None}  # `data:` alone sets nothing
     _check_shape(own, path)
     if unknown := sorted(set(own) - {"about", "like", "mixture", "phases", *FILES}):
         raise SettingsError(f"{path}: {', '.join(unknown)}: no such file in params/; known: {', '.join(FILES)}")
@@ -229,7 +230,7 @@ def _whole(stem: str, root: Path, load: Load | None = None, above: tuple[str, ..
 
 
 def _check_shape(own: Mapping[str, Any], path: Path) -> None:
-    """Raises SettingsError where a recipe does not hold names, or keys with values, as its keys want them."""
+    """Raises SettingsError if a key of a recipe has the wrong type: names for `like` and `mixture`, else mappings."""
     for key in ("like", "mixture"):
         if not isinstance(own.get(key, ""), str | None):
             raise SettingsError(f"{path}: {key}: must be a name, not {str(own[key])[:60]!r}")
@@ -244,7 +245,7 @@ def _check_shape(own: Mapping[str, Any], path: Path) -> None:
 
 
 def _lay_over(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:
-    """Put a recipe's values, and those of its phases, on top of a document's."""
+    """Merge a recipe's values, and those of its phases, into a document."""
     for key, value in overlay.items():
         if key == "phases":
             for phase, its in (value or {}).items():
@@ -258,7 +259,7 @@ def _lay_over(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:
 
 
 def _read(path: Path, load: Load | None) -> dict[str, Any]:
-    document = read_yaml(path)  # says file and line if it is malformed
+    document = read_yaml(path)  # raises with file and line if malformed
     return load(path.read_text(encoding="utf-8")) if load else document
 
 
@@ -274,7 +275,7 @@ def _annotation(file: str) -> Any:
 
 
 def _updates(overlay: Mapping[str, Any], current: Mapping[str, Any], annotation: Any) -> Iterator[tuple[Any, ...]]:
-    """(key, ..., key, value) of each value that merging sets and that is not so already."""
+    """(key, ..., key, value) of each value that the merge changes."""
     model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
     for key, value in overlay.items():
         before = current.get(key)
@@ -288,7 +289,7 @@ def _updates(overlay: Mapping[str, Any], current: Mapping[str, Any], annotation:
 
 
 def _merge(overlay: Mapping[str, Any], document: Any, annotation: Any) -> bool:
-    """Whether anything was changed in `document`."""
+    """Merge `overlay` into `document`; true if anything changed."""
     updates = list(_updates(overlay, document, annotation))
     for *above, key, value in updates:
         parent = document
@@ -299,11 +300,11 @@ def _merge(overlay: Mapping[str, Any], document: Any, annotation: Any) -> bool:
 
 
 def _bare(node: Any) -> Any:
-    """A copy that keeps how values are written, without the recipe's comments."""
+    """Copy with the YAML style of its values, without the recipe's comments."""
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     if isinstance(node, CommentedMap | CommentedSeq) and not node:
-        return [] if isinstance(node, CommentedSeq) else {}  # ruamel would write an empty one of its own behind the comment
+        return [] if isinstance(node, CommentedSeq) else {}  # ruamel would put its own empty node after the comment
     if isinstance(node, CommentedMap):
         copy: Any = CommentedMap((key, _bare(value)) for key, value in node.items())
     elif isinstance(node, CommentedSeq):
@@ -325,7 +326,7 @@ def text_of(document: Any) -> str:
 
 
 def round_trip() -> Any:
-    """YAML that is written back as it was read: comments, order, 2.0e-3, 50_000_000, null."""
+    """Round-trip YAML: comments, order, 2.0e-3, 50_000_000 and null are written as they were read."""
     from ruamel.yaml import YAML
 
     yaml = YAML()

@@ -10,12 +10,12 @@ from components.config.fields import Name, PositiveInt, Strict
 
 
 def _words(given: Any) -> Any:
-    """Of an environment variable."""
+    """Words of a comma-separated environment variable; other values unchanged."""
     return [word for word in given.split(",") if word] if isinstance(given, str) else given
 
 
 class RuntimeSettings(Strict):
-    """What does not change results; each field can be set by the environment as ALIGNTI_<FIELD>."""
+    """Settings that do not change results; each can be set in the environment as ALIGNTI_<FIELD>."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: PositiveInt = Field(strict=False, description="CPU threads of one process")

@@ -1,7 +1,7 @@
 """Settings of a run: one schema per file of `params/`.
 
-No field has a hidden default: the YAML files are the whole truth of a run, which is what lets DVC decide from them
-alone what is stale. `params/runtime.yaml` holds what does not change results (devices, addresses); no stage depends on it.
+No field has a default but null, blocks of loss terms apart: the YAML files define a run, so that DVC decides staleness from
+them. `params/runtime.yaml` holds what does not change results (devices, addresses); no stage depends on it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Settings(Strict):
     runtime: RuntimeSettings
 
     def arm(self, name: str) -> Arm:
-        """The arm with `null` blocks filled in from `params/distill.yaml`. Raises SettingsError if there is none."""
+        """Arm with its `null` blocks filled in from `params/distill.yaml`. Raises SettingsError if there is none."""
         if name not in self.study.arms:
             raise SettingsError(f"params/study.yaml has no arm {name!r}; it has {', '.join(self.study.arms)}")
         arm = self.study.arms[name]
@@ -44,18 +44,18 @@ class Settings(Strict):
         return Arm(**own | shared | blocks)
 
     def of_arm(self, arm: Arm) -> Settings:
-        """The settings that it trains by: with its own number of steps, if it has one."""
+        """Settings for training the arm: `steps` is the arm's own, if it has one."""
         if arm.steps is None:
             return self
         return self.model_copy(update={"distill": self.distill.model_copy(update={"steps": arm.steps})})
 
     @property
     def needs_layer(self) -> bool:
-        """Whether some arm does."""
+        """Whether some arm needs the result of the layer search."""
         return any(self.arm(name).needs_layer for name in self.study.arms)
 
     def uses_cache(self, arm: Arm) -> bool:
-        """Whether the arm does without the live teacher. One with L_tpa does not: it compares tokens that the student draws."""
+        """Whether the arm trains from the cache. L_tpa, among others, needs the live teacher (at the student's draws)."""
         return self.distill.teacher_signals.source == "cache" and not terms.union(arm.needs.values()).live_teacher
 
 

@@ -8,7 +8,7 @@ from components.config.fields import PositiveFloat, PositiveInt, Ratio, Seed, St
 
 
 class TeacherSettings(Strict):
-    """Rule: best exact match among the candidates within the limits; among those within `tie_margin`, the smallest."""
+    """Selection rule: best exact match of the candidates within the limits; of those within `tie_margin`, the smallest."""
 
     seed: Seed
     samples: PositiveInt = Field(description="validation samples that each candidate answers")

@@ -11,7 +11,7 @@ import yaml
 
 from components.errors import SettingsError
 
-QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: a tenth of the time
+QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's loader, if PyYAML has it: a tenth of the time
 
 
 NOT_DECIMAL = re.compile(r"[-+]?0[0-9_]+$|.*:")  # 0400, 6:40
@@ -22,9 +22,8 @@ class _Bad(Exception):
 
 
 class _Loader(QUICK):  # type: ignore[misc, valid-type]
-    """Keys are text, and each stands once: YAML itself lets the last of two win, and takes `no` for false, `1` for a number.
-
-    Numbers are decimal."""
+    """Loader with text keys, each once, and decimal numbers. YAML itself lets the last of two equal keys win, and takes `no`
+    for false, `1` for a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -47,7 +46,7 @@ class _Loader(QUICK):  # type: ignore[misc, valid-type]
         return found
 
     def decimal(self, node: yaml.ScalarNode) -> int | float:
-        """A number that every YAML reads alike: 0400 is 256 to PyYAML and 400 to DVC, 6:40 is 400 and a text."""
+        """Number that every YAML parser reads alike: 0400 is 256 in PyYAML and 400 in DVC, 6:40 is 400 and a text."""
         number: int | float = QUICK.yaml_constructors[node.tag](self, node)
         if NOT_DECIMAL.match(node.value):
             line = node.start_mark.line + 1
