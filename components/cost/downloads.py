@@ -1,4 +1,4 @@
-"""Models and data that a run reads and that are not on this machine, found without a network."""
+"""Missing downloads: models and data that a run reads and this machine lacks, found offline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components.cost import shapes
 
 STUDENT_PATH = re.compile(r"artifacts/students/([a-z0-9_-]+)/model")
 
-# What is published of data: rows and, where it is known, bytes to download.
+# Published sizes of data sets: rows and, if known, bytes to download.
 ROWS = {
     "share-captioner_coco_lcs_sam_1246k_1107.json": 1_246_000,
     "MobileVLM_V2_FT_Mix2M.json": 2_428_000,
@@ -26,7 +26,7 @@ DATA_BYTES = {"data/llava/pretrain": 27_356_108_382, "data/mix2m/MobileVLM_V2_FT
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that a run reads and that is not on this machine."""
+    """Model or data set that a run reads and this machine lacks."""
 
     what: str
     size: float | None  # bytes, where known
@@ -35,7 +35,7 @@ class Missing:
 
 
 def missing(settings: Settings, root: Path = Path()) -> list[Missing]:
-    """What the run reads and does not find here, without asking any network."""
+    """Models and data of the run that this machine lacks, without network access."""
     return [*_missing_models(settings, root), *_missing_data(settings, root)]
 
 
@@ -90,7 +90,7 @@ def _missing_data(settings: Settings, root: Path) -> Iterator[Missing]:
 
 
 def _is_there(named: str, root: Path) -> bool:
-    """A file, a folder with something in it, a pattern that finds something, or a file of the hub's cache."""
+    """Whether a file, a non-empty folder, a match of a pattern or a file of the hub's cache exists."""
     if hub := re.fullmatch(r"hf://datasets/([^/]+)/([^@]+)@([0-9a-f]{40})/(.+)", named):
         org, name, commit, file = hub.groups()
         return any((hub_cache() / f"datasets--{org}--{name}" / "snapshots" / commit).glob(file))

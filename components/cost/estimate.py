@@ -1,6 +1,6 @@
 """Estimated cost of a full-size run: device hours, memory, disk.
 
-Nothing is measured here. docs/recipes.md says how far the model was from what was.
+Nothing is measured here; docs/recipes.md compares the model with measurements.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from components.cost.shapes import Model
 from components.cost.step import DEVICES, GIB, BatchShape, Device, MemoryPlan, StepPlan
 from components.errors import InputError
 
-IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # of the prepare benchmark (docs/performance.md): its images, its two cores
+IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # prepare benchmark (docs/performance.md): its images, on two cores
 TEACHER_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}
-DIGITS_WORDS = 74  # of recipe `digits`; its tokenizer is made of the prepared data, which need not be there yet
+DIGITS_WORDS = 74  # vocabulary of recipe `digits`; its tokenizer is built from the prepared data, perhaps not there yet
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run: all of a pipeline's stages, each arm a stage of its own."""
+    """Cost of one run: all stages of a pipeline, each arm a stage of its own."""
 
     device: Device
     devices: int
     hours: dict[str, float]  # stage -> device hours
-    memory: dict[str, float]  # part -> bytes on the device that holds most, in the dearest arm
+    memory: dict[str, float]  # part -> peak bytes per device, of the arm that needs most
     disk: dict[str, float]  # part -> bytes
-    cpu_hours: float  # of `prepare`, on two cores
+    cpu_hours: float  # `prepare`, on two cores
 
     @property
     def device_hours(self) -> float:
@@ -43,7 +43,7 @@ class Estimate:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Stage -> seconds on all devices. Answering runs on one."""
+        """Stage -> wall-clock seconds: training on all devices, generation on one."""
         shared = {stage: self.devices if stage.startswith("distill") else 1 for stage in self.hours}
         return {"prepare": 3600 * self.cpu_hours} | {stage: 3600 * h / shared[stage] for stage, h in self.hours.items()}
 
@@ -53,9 +53,9 @@ class Estimate:
 
 
 def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | None:
-    """Of `settings`, as near to recipe `name`; None if the recipe has nothing for the cost model to go by.
+    """Cost of `settings`, with device and mean sample of recipe `name`; None if it has none, or without a block `pretrained`.
 
-    Raises InputError if the shape of one of the models is known neither here nor from a folder.
+    Raises InputError if the shape of a model is neither in `shapes` nor in a local folder.
     """
     about = recipes.about(name, root)
     if about.device is None or about.sample is None or settings.models.pretrained is None:
@@ -112,10 +112,10 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
 
 
 def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()) -> float:
-    """Of one optimiser step of an arm that `settings` fill in, over samples of recipe `name`'s mean size. The teacher is the
-    largest candidate.
+    """FLOPs of one optimiser step of a filled-in arm, over samples of recipe `name`'s mean size. The teacher is the largest
+    candidate.
 
-    Raises InputError if the recipe does not say that size, or the shape of a model is not known.
+    Raises InputError if the recipe lacks that size, or the shape of a model is unknown.
     """
     sample = recipes.about(name, root).sample
     if sample is None:
@@ -124,14 +124,14 @@ def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()
     student = _shape(members.students[arm.student], name, settings, root)
     teacher = max((_shape(entry, name, settings, root) for entry in members.teachers.values()), key=lambda model: model.weights)
     work, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
-    if arm.tpa is not None and arm.tpa.source == "gold":  # which needs no row beside the data's own
+    if arm.tpa is not None and arm.tpa.source == "gold":  # gold alternatives add no rows
         work = replace(work, ribbon=0)
     asked = teacher if any(needs.teacher for needs in arm.needs.values()) else None
     return settings.distill.batch_size / len(work.lengths) * step.operations(student, asked, work, plan).all
 
 
 def _shape(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings: Settings, root: Path) -> Model:
-    """As `_model`; of the embedded family's too, whose vocabulary is that of the digits."""
+    """`_model`, and the shape of embedded models, with the vocabulary of the digits."""
     if not isinstance(entry, LanguageShape):
         return _model(entry, name, settings, root)
     assert settings.models.embedded is not None and settings.data.digits is not None  # this family learns the digits
@@ -141,7 +141,7 @@ def _shape(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings:
 
 
 def _model(entry: Checkpoint | Parts | Cut, name: str, settings: Settings, root: Path) -> Model:
-    """The shape of one entry of params/models.yaml. A folder's own config.json comes before what this project knows."""
+    """Shape of one entry of params/models.yaml. A folder's own config.json takes precedence over the table in `shapes`."""
     if isinstance(entry, Cut):
         assert settings.models.pretrained is not None
         whole = _model(settings.models.pretrained.teachers[entry.teacher], name, settings, root)
@@ -173,7 +173,7 @@ def _model(entry: Checkpoint | Parts | Cut, name: str, settings: Settings, root:
 
 
 def _batch_shape(student: Model, sample: SampleSize, settings: Settings) -> BatchShape:
-    """One pass on one device: samples of the mean size."""
+    """Micro-batch of one device: samples of the mean size."""
     distill = settings.distill
     B = min(distill.micro_batch_size, max(1, distill.batch_size // settings.runtime.devices))
     length = float(student.visual + sample.text + sample.response)
@@ -224,7 +224,7 @@ def _chunk_rows(student: Model, settings: Settings) -> float:
 
 
 def _trained(model: Model, settings: Settings) -> float:
-    """Parameters."""
+    """Number of trained parameters."""
     trainable = settings.distill.trainable
     lora, shape = trainable.lora, model.language
     adapters = 0 if lora is None else shape.layers * len(lora.targets) * 2 * lora.rank * shape.hidden
@@ -237,7 +237,7 @@ def _trained(model: Model, settings: Settings) -> float:
 
 
 def _share(settings: Settings) -> float:
-    """Of the data that are answered in an evaluation, by the samples of training."""
+    """Evaluated samples as a share of the training samples."""
     block = settings.data.mixture or settings.data.llava
     if block is None or settings.data.source == "digits":
         return 0.0

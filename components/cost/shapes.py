@@ -1,7 +1,7 @@
-"""Shapes of models: of those that the recipes name, for plans made before anything is downloaded; and of any downloaded one.
+"""Model shapes: of the recipes' models, for estimates before any download, and of any downloaded checkpoint.
 
 The numbers are those of each repository's config.json at the revision that the recipes pin. `tests/cost/test_shapes.py`
-holds the parameters that they add up to against what is published of the sizes of the weights.
+compares the parameter counts that follow with the published sizes of the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision transformer. `window`: patches that one patch attends to; None: all of its image or tile."""
+    """Vision transformer. `window`: patches that one patch attends to; None: all of its image or tile."""
 
     hidden: int
     layers: int
@@ -41,7 +41,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Language:
-    """A Llama- or Qwen-shaped language model. `head_dim`: None where the heads share out `hidden`."""
+    """Llama- or Qwen-shaped language model. `head_dim`: None for `hidden` / `heads`."""
 
     hidden: int
     layers: int
@@ -54,7 +54,7 @@ class Language:
 
     @property
     def attention(self) -> int:
-        """Width of all heads' queries."""
+        """Width of all query heads."""
         return self.heads * (self.head_dim or self.hidden // self.heads)
 
     @property
@@ -69,12 +69,12 @@ class Language:
 
 @dataclass(frozen=True)
 class Model:
-    """A vision-language model and what it makes of one image.
+    """Vision-language model, with its token counts for one image.
 
     Args:
         projector: weights between tower and language model, each used once per visual token.
-        patches: that the tower reads of one image, over all tiles.
-        visual: tokens that the language model reads of one image (Nv).
+        patches: patches of one image in the tower, over all tiles.
+        visual: visual tokens of one image in the language model (Nv).
     """
 
     tower: Tower
@@ -88,10 +88,10 @@ class Model:
         return self.tower.weights + self.projector + self.language.weights
 
 
-IMAGE = (640, 480)  # pixels of the image that models are reckoned with whose visual tokens go by its shape
+IMAGE = (640, 480)  # pixels of the assumed image, where the number of visual tokens depends on it
 
 SIGLIP = Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=384, patch_px=14)
-_SIGLIP_26 = replace(SIGLIP, layers=26)  # less the last, which LLaVA-OneVision does not read
+_SIGLIP_26 = replace(SIGLIP, layers=26)  # without the last, which LLaVA-OneVision does not read
 _QWEN_VIT = Tower(hidden=1280, layers=32, heads=16, mlp=3420, image_px=384, patch_px=14, gated=True, window=251)
 _QWEN3_VIT = Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=768, patch_px=16, window=1200)
 _QWEN3_VIT_SMALL = Tower(hidden=1024, layers=24, heads=16, mlp=4096, image_px=768, patch_px=16, window=1200)
@@ -114,23 +114,23 @@ TOWERS = {"google/siglip-so400m-patch14-384": SIGLIP}
 
 
 def llava(tower: Tower, language: Language) -> Model:
-    """LLaVA-1.5: two linear layers between them, a visual token per patch."""
+    """LLaVA-1.5: two-layer projector, a visual token per patch."""
     return Model(tower, language, (tower.hidden + language.hidden) * language.hidden, tower.tokens, tower.tokens)
 
 
 def _merged(tower: Tower, language: Language, mergers: int, visual: int) -> Model:
-    """Qwen-VL: patches merged two by two, by two linear layers; Qwen3-VL does so after three more layers of the tower."""
+    """Qwen-VL: 2 x 2 patches merged by two linear layers; Qwen3-VL does so after three more layers of the tower."""
     wide = 4 * tower.hidden
     return Model(tower, language, mergers * (wide + language.hidden) * wide, patches=4 * visual, visual=visual)
 
 
 def _shuffled(tower: Tower, language: Language, side: int) -> Model:
-    """Idefics3: side x side neighbours become one token, by one linear layer; one tile."""
+    """Idefics3: pixel shuffle of side x side patches into one token, one linear layer; one tile."""
     return Model(tower, language, side**2 * tower.hidden * language.hidden, tower.tokens, tower.tokens // side**2)
 
 
 def _tiled(tower: Tower, language: Language) -> Model:
-    """LLaVA-OneVision: IMAGE whole and in 2 x 2 tiles, whose padding goes, with a token that ends each row."""
+    """LLaVA-OneVision: IMAGE whole and in 2 x 2 tiles without their padding, with a newline token per row."""
     return replace(llava(tower, language), patches=5 * tower.tokens, visual=tower.tokens + 40 * (54 + 1))
 
 
@@ -154,8 +154,8 @@ MODELS = {
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _tiled(_SIGLIP_26, replace(_QWEN2_0_5B, vocabulary=152_000)),
 }
 
-# Bytes to download, where that is not 16 bits for each of these weights: SigLIP's text half comes along, in float32; Qwen3's
-# small ones hold their tied head twice; SmolVLM2's smaller one is in float32.
+# Download sizes other than 16 bits per counted weight: SigLIP includes its text encoder, in float32; Qwen3's
+# small checkpoints store their tied head twice; SmolVLM2's smaller one is in float32.
 DOWNLOADS = {
     "google/siglip-so400m-patch14-384": 3.51e9,
     "Qwen/Qwen3-0.6B": 1_503_300_328,
@@ -165,19 +165,19 @@ DOWNLOADS = {
 
 
 def download_bytes(source: str) -> float | None:
-    """About; None if the repository is not known here."""
+    """Approximate download in bytes; None for an unknown repository."""
     model = MODELS.get(source) or LANGUAGE_MODELS.get(source) or TOWERS.get(source)
     return DOWNLOADS.get(source, None if model is None else 2.0 * model.weights)
 
 
-# By their cards; none of these repositories is gated.
+# Licences on the model cards; none of these repositories is gated.
 LICENCES = dict.fromkeys([*MODELS, *LANGUAGE_MODELS, *TOWERS], "Apache 2.0") | {
     "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research Licence, not for commercial use"
 }
 
 
 def of_folder(folder: Path) -> Model | None:
-    """By the folder's config.json; None if it is of a family that this module has no rule for."""
+    """Shape from the folder's config.json; None for an unsupported family."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -199,7 +199,7 @@ def of_folder(folder: Path) -> Model | None:
 
 
 def language_of(config: Any) -> Language:
-    """Of a language model's configuration."""
+    """Shape from a language model's configuration."""
     return Language(
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -213,7 +213,7 @@ def language_of(config: Any) -> Language:
 
 
 def tower_of(config: Any) -> Tower:
-    """Of a vision tower's configuration: SigLIP's and CLIP's names of things, or Qwen's."""
+    """Shape from a vision tower's configuration, in the field names of SigLIP and CLIP, or of Qwen."""
     qwen = hasattr(config, "depth")
     gated = config.model_type == "qwen2_5_vl"
     return Tower(
@@ -229,7 +229,7 @@ def tower_of(config: Any) -> Tower:
 
 
 def _native(config: Any) -> int:
-    """Visual tokens of IMAGE, two by two patches each, where images are seen in their own resolution."""
+    """Visual tokens of IMAGE at native resolution, one per 2 x 2 patches."""
     return _side(IMAGE[0], config.vision_config) * _side(IMAGE[1], config.vision_config)
 
 

@@ -1,7 +1,7 @@
-"""What training costs, counted from shapes: floating-point operations of a step, bytes on a device. Pure arithmetic.
+"""Cost of training, counted from shapes: FLOPs of a step, bytes on a device. Pure arithmetic.
 
 A matrix product of (n, a) and (a, b) is 2 n a b. A backward pass is twice its forward pass: once for the activations' gradient,
-once for the weights'. Norms, rotations, softmaxes and the optimiser are not counted. How far that is from what was measured:
+once for the weights'. Norms, rotations, softmaxes and the optimiser are not counted. Comparison with measurements:
 docs/recipes.md, "The cost model".
 """
 
@@ -19,8 +19,8 @@ class BatchShape:
     """B samples of T_i tokens, visual ones included.
 
     Args:
-        response, visual, instruction: tokens of all samples that are an answer's, an image's, or text before the answer.
-        ribbon: rows of alternatives that are neither gold nor EOS nor twice the same.
+        response, visual, instruction: tokens of answers, of images, and of text before the answers, over all samples.
+        ribbon: distinct alternatives that are neither gold nor EOS.
     """
 
     lengths: tuple[float, ...]
@@ -33,18 +33,18 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How a step is gone about, as far as that costs.
+    """Options of a step that affect its cost.
 
     Args:
-        terms: what each term that weighs something needs (`needs_of`).
-        trained: share of the language model's weight gradients that are computed: 1, or 0 where it is frozen.
-        draws_first: a pass before the others makes the draws: where a step has several passes, or checkpoints.
-        checkpointed: layers are computed again in the backward pass.
-        chunk_rows: rows of logits at a time; where there are more, those of L_kd and L_tpa are computed again.
-        towers: passes of the vision tower over each image; one where teacher and student share a frozen one.
+        terms: needs of each term with a weight (`needs_of`).
+        trained: share of the language model's weight gradients that are computed: 1, or 0 if it is frozen.
+        draws_first: an extra pass makes the draws: with gradient accumulation or checkpointing.
+        checkpointed: gradient checkpointing: layers are recomputed in the backward pass.
+        chunk_rows: rows of logits per chunk; if there are more, those of L_kd and L_tpa are recomputed.
+        towers: passes of the vision tower over each image; one if teacher and student share a frozen one.
         edited: share of the samples that a term edits.
-        written: share of the samples to which the student writes an answer, as long as the data's.
-        gradient: the teacher goes back to its inputs, for the weights of visual tokens.
+        written: share of the samples with an answer of the student, as long as the data's.
+        gradient: the teacher has a backward pass to its inputs, for the weights of visual tokens.
     """
 
     terms: tuple[Needs, ...]
@@ -60,8 +60,8 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations. Under bf16 those of the student's output head are in TF32 (runtime.py), as its weights are
-    float32; the teacher's head multiplies in bf16 and sums in float32, as do all layers."""
+    """FLOPs. Under bf16 those of the student's output head are in TF32 (runtime.py), as its weights are float32; the teacher's
+    head and all layers multiply in bf16 and accumulate in float32."""
 
     bf16: float
     tf32: float
@@ -72,10 +72,10 @@ class Operations:
 
 
 def operations(student: Model, teacher: Model | None, work: BatchShape, way: StepPlan) -> Operations:
-    """Of one optimiser step, the optimiser's own apart. `teacher`: None if no term asks it."""
+    """FLOPs of a forward and backward pass over `work`, the optimiser apart. `teacher`: None if no term needs it."""
     needs = union(way.terms)
     added = work.ribbon if needs.ribbon else 0
-    # Rows whose numbers only the backward pass tells; terms share what they compare.
+    # Rows whose incoming gradients are known in the backward pass only; terms share compared rows.
     again = any(term.teacher and term.response for term in way.terms) * work.response + added
     compared = again + needs.visual * work.visual
     own = any(not term.teacher for term in way.terms) * work.response + compared
@@ -109,12 +109,12 @@ def operations(student: Model, teacher: Model | None, work: BatchShape, way: Ste
 
 
 def body(model: Model, work: BatchShape, added: float) -> float:
-    """Forward pass of projector and layers with `added` rows more in all, causal attention, without the head."""
+    """FLOPs of a forward pass of projector and layers with `added` extra rows in all, causal attention, without the head."""
     shape = model.language
     tokens = sum(work.lengths) + added
     longest = max(work.lengths)
-    pairs = sum(length * (length + 1) / 2 for length in work.lengths)  # of a row and what it sees
-    pairs += added * (longest + added / len(work.lengths))  # under a mask, so those that it does not see are computed too
+    pairs = sum(length * (length + 1) / 2 for length in work.lengths)  # (query, key) pairs of causal attention
+    pairs += added * (longest + added / len(work.lengths))  # by a mask: masked pairs are computed too
     layers = shape.layers * (2 * shape.per_layer * tokens + 4 * shape.attention * pairs)
     return 2 * model.projector * work.visual + layers
 
@@ -132,11 +132,11 @@ def tower(model: Model, images: float) -> float:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What decides how much memory a device needs; `devices` share what `sharded` names ("student", "teacher")."""
+    """Options of a device that affect its memory; `devices` share the parts in `sharded` ("student", "teacher")."""
 
-    trained: float  # parameters
+    trained: float  # trained parameters
     wide: int  # bytes of an activation: 2 under bf16, 4 in float32
-    teacher_bytes: float  # of one of its parameters
+    teacher_bytes: float  # bytes per parameter of the teacher
     checkpointed: bool
     chunk_rows: float
     continues: bool  # alternatives continue over the key/value caches of both models
@@ -147,14 +147,14 @@ class MemoryPlan:
 def memory(student: Model, teacher: Model | None, work: BatchShape, way: StepPlan, held: MemoryPlan) -> dict[str, float]:
     """Bytes per part on one device at the peak of a step over `work`, the largest micro-batch.
 
-    The teacher's activations are those of one layer, as nothing goes back through it.
+    The teacher's activations are those of one layer: a backward pass of its own (`gradient`) is not counted.
     """
     shape, needs = student.language, union(way.terms)
     parts_of = {name: held.devices if name in held.sharded else 1 for name in ("student", "teacher")}
     tokens, added = sum(work.lengths), work.ribbon if needs.ribbon else 0
     per_token = footprint.activations_per_token(shape.hidden, shape.mlp, shape.layers, held.checkpointed) * held.wide
     rows = work.response + work.visual * needs.visual + added
-    casts = held.wide * held.trained if held.wide < footprint.FLOAT else 0  # autocast keeps a 16-bit copy of what it has cast
+    casts = held.wide * held.trained if held.wide < footprint.FLOAT else 0  # autocast keeps 16-bit copies of weights
     parts = {
         "student's weights": footprint.FLOAT * student.weights / parts_of["student"] + casts,
         "gradients and optimiser state": footprint.OPTIMISER * footprint.FLOAT * held.trained / parts_of["student"],
@@ -173,7 +173,7 @@ def memory(student: Model, teacher: Model | None, work: BatchShape, way: StepPla
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator, by its maker's data sheet: dense operations per second in bf16 and in TF32, bytes per second, GiB."""
+    """Accelerator by its data sheet: dense FLOP/s in bf16 and in TF32, bytes per second of memory, GiB of memory."""
 
     title: str
     peak: float
@@ -189,12 +189,12 @@ DEVICES = {
     "rtx-4090": Device("NVIDIA RTX 4090", 165e12, 82.6e12, 1.0e12, 24),
 }
 
-# Share of a GPU's data-sheet peak that training reaches. Assumed, not measured: what is measured are shares of 0.6 to 0.7 of
+# Share of a GPU's data-sheet peak that training reaches. Assumed, not measured: measured are shares of 0.6 to 0.7 of
 # a CPU's rate at large products (benchmarks/results/step-small.json).
 UTILISATION = 0.35
 
-# Alternatives per response token that are neither gold nor EOS nor drawn twice, of d = 4: measured at the start of the digits'
-# distillation. They become fewer as the student learns (0.20 there); 4 is the most there can be.
+# Distinct alternatives per response token, neither gold nor EOS, of d = 4: measured at the start of the digits'
+# distillation. Their number falls as the student learns (0.20 there); 4 is the maximum.
 ALTERNATIVES = 1.29
 GIB = 2**30
 
@@ -205,9 +205,9 @@ def hours(done: Operations, device: Device) -> float:
 
 
 def answering(model: Model, samples: float, batch: int, prompt: float, written: float, device: Device) -> float:
-    """Device hours of answering questions of `prompt` tokens with `written` tokens each, `batch` at a time, weights in 16 bits.
+    """Device hours of generating `written` tokens to each question of `prompt` tokens, `batch` at a time, weights in 16 bits.
 
-    Reading a prompt takes operations; writing takes reading all weights once for a token of each answer in the batch.
+    Prefill is bound by FLOPs; decoding by reading all weights once per token position of the batch.
     """
     work = BatchShape(lengths=(prompt,), response=0, visual=model.visual, images=1)
     reading = Operations(samples * (tower(model, 1) + body(model, work, 0) + head(model.language, 1)), 0)
