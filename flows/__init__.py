@@ -1,8 +1,8 @@
-"""Prefect around DVC: when and in what order. What is stale and what depends on what is DVC's to say."""
+"""Prefect flows around DVC: schedule and order. DVC decides what is stale and what depends on what."""
 
 import os
 
-QUIET = {  # nobody is told that you ran this, nothing is sold to you
+QUIET = {  # no telemetry, no promotions
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
@@ -11,7 +11,7 @@ QUIET = {  # nobody is told that you ran this, nothing is sold to you
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
 }
-STARTUP = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}  # a loaded machine needs more than Prefect's 20
+STARTUP = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}  # Prefect's 20 are too few on a loaded machine
 
 for _name, _value in (QUIET | STARTUP).items():
     os.environ.setdefault(_name, _value)  # Prefect reads them when it is imported

@@ -1,7 +1,7 @@
 """Clean-up after dead flow runs: `alignti doctor` lists, `alignti doctor --free-slots` frees.
 
-Prefect counts a run that says `Running` as one of its pool, queue and deployment, whether its process lives or not. And a
-server that was restarted has forgotten who held the slots that its database still counts as taken.
+Prefect counts a `Running` run against its pool, queue and deployment, whether its process is alive or not. And a restarted
+server has lost the holders of the slots that its database still counts as taken.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PENDING = timedelta(minutes=10)  # a worker that takes a run starts its process 
 
 @dataclass(frozen=True)
 class Leak:
-    """Something held by nobody. `what` says it, `free` ends it."""
+    """Leaked resource: `what` describes it, `free` releases it."""
 
     what: str
     free: Callable[[], object]
 
 
 def leaks() -> list[Leak]:
-    """Everything here that is held by nobody: on the server that is up (or that PREFECT_API_URL names), and on this machine.
+    """Leaked resources on this machine and on the server that is up (or that of PREFECT_API_URL).
 
     Raises TryAgainError if that server does not answer.
     """
@@ -43,18 +43,18 @@ def leaks() -> list[Leak]:
 
 
 def free() -> Iterator[str]:
-    """Free all of it; says what."""
+    """Release all leaked resources; yields a description of each."""
     for leak in leaks():
         with servers.asking_prefect():
             leak.free()
         yield leak.what
     if reachable():
-        for run in heartbeat.left():  # those that their workers reported
+        for run in heartbeat.left():  # runs whose end their workers reported
             heartbeat.forget(run)
 
 
 def reachable() -> bool:
-    """Is there a server to ask?"""
+    """Whether a Prefect server is up here or named by PREFECT_API_URL."""
     servers.use_running()
     return "PREFECT_API_URL" in os.environ
 
@@ -64,13 +64,13 @@ def _on_server() -> Iterator[Leak]:
 
     with get_client(sync_client=True) as client:
         before, limits, after = _holding(client), client.read_global_concurrency_limits(limit=200), _holding(client)
-        holding = {run.id: run for run in [*before, *after]}  # whoever came or went while the limits were read
+        holding = {run.id: run for run in [*before, *after]}  # with runs that began or ended while the limits were read
         yield from (_as_leak(run) for run in after if _died(run))
         yield from _surplus(client, limits, list(holding.values()))
 
 
 def _holding(client: SyncPrefectClient) -> list[FlowRun]:
-    """The runs that the server counts: of those that hold slots, all."""
+    """All runs that the server counts as holders of slots."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
     from prefect.client.schemas.objects import StateType
 
@@ -83,7 +83,7 @@ def _holding(client: SyncPrefectClient) -> list[FlowRun]:
 
 
 def _died(run: FlowRun) -> bool:
-    """Its process was on this machine and is no more, or none ever came."""
+    """Whether the run's process on this machine is dead, or never started."""
     if str(run.id) in heartbeat.left():
         return True
     assert run.state is not None
@@ -108,7 +108,7 @@ def _as_leak(run: FlowRun) -> Leak:
 
 
 def _surplus(client: SyncPrefectClient, limits: list[GlobalConcurrencyLimitResponse], holding: list[FlowRun]) -> Iterator[Leak]:
-    """Limits with more slots taken than there are runs, dead or alive, to take them; those of no deployment only if none is."""
+    """Limits with more slots taken than there are runs, dead or alive; those of no deployment only if there is no run."""
     per_deployment = Counter(f"{DEPLOYMENT}{run.deployment_id}" for run in holding)
     for limit in limits:
         held = per_deployment[limit.name] if limit.name.startswith(DEPLOYMENT) else len(holding)

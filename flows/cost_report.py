@@ -21,9 +21,9 @@ CAVEAT = (
 
 
 def show(name: str, settings: Settings, root: Path = Path(), console: Console | None = None) -> None:
-    """Print the tables for `settings`, which are as near to recipe `name`; nothing if the cost model has nothing to go by.
+    """Print the cost tables for `settings`, nearest to recipe `name`; nothing if the recipe has no data for the cost model.
 
-    Of a model whose shape is not known it says so, and counts nothing; what is missing it lists all the same.
+    With a model of unknown shape only a note and the missing downloads are printed.
     """
     console = console or Console(highlight=False)
     try:
@@ -74,7 +74,7 @@ def _disk(now: Estimate) -> str:
 
 
 def _all_missing(name: str, settings: Settings, root: Path) -> list[Missing]:
-    """Of the runs that come before, and of this one. A model that one of them makes is missing in none."""
+    """Missing downloads of the earlier runs and of this one, without models made by one of them."""
     recipe, _, phase = name.partition("/")
     phases = recipes.phases(recipe, root)
     before = phases[: phases.index(phase)] if phase else phases

@@ -1,8 +1,8 @@
-"""Accelerators of this machine, one stage at a time on each.
+"""GPUs of this machine, one stage at a time on each.
 
-A lock file per GPU says that it is taken: the kernel frees it when its holders die, which no server's count of slots does. Its
-holders are the flow that asked for it and the stage that runs on it (components/process.py): a training that outlives a killed
-flow, because it saves, keeps it until it ends.
+Each GPU has a lock file: the kernel frees the lock when its holders die, unlike a slot that a server counts. Its holders are
+the flow that takes the GPU and the stage that runs on it (components/process.py): a training that outlives a killed flow,
+because it saves a checkpoint, keeps the GPU until it ends.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PAUSE_S = 2
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none without NVIDIA's driver."""
+    """GPUs visible to this process, in the notation of CUDA_VISIBLE_DEVICES; none without NVIDIA's driver."""
     if VISIBLE in os.environ:
         named = (gpu.strip() for gpu in os.environ[VISIBLE].split(","))
-        return list(takewhile(lambda gpu: gpu not in NONE, named))  # CUDA stops at the first that is none
+        return list(takewhile(lambda gpu: gpu not in NONE, named))  # CUDA stops at the first invalid entry
     if shutil.which("nvidia-smi") is None:
         return []
     told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
@@ -40,7 +40,7 @@ def gpus() -> list[str]:
 
 @contextmanager
 def one() -> Iterator[dict[str, str]]:
-    """Hold a free GPU, waiting for one; gives the environment that shows a stage this GPU alone ({} where there are none)."""
+    """Lock a free GPU, waiting for one; yields the environment with that GPU alone ({} on a machine without GPUs)."""
     there = gpus()
     if not there:
         yield {}
@@ -56,8 +56,8 @@ def _free(there: list[str]) -> tuple[str, IO[str]]:
         for gpu in there:
             lock = (LOCKS / gpu.replace("/", "_")).open("w")
             with suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else has it,
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # and now it may be shared with the stage
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # exclusive: nobody else has it;
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # then shared with the stage
                 return gpu, lock
             lock.close()
         time.sleep(PAUSE_S)

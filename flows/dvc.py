@@ -1,4 +1,4 @@
-"""The one module that calls DVC. Stages run in `dvc` subprocesses: DVC's locks do not hold between threads of a process.
+"""The only interface to DVC. Stages run in `dvc` subprocesses: DVC's locks do not hold between threads of a process.
 
 Always `--wait-for-lock`: DVC must lock again after a stage has run, and without it gives up after 3 s, losing the result.
 """
@@ -23,18 +23,18 @@ from components.errors import AlignTIError, InputError, Interrupted, TryAgainErr
 from components.process import end_with_parent
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
-POOL = "pool"  # the remote over which machines exchange results, where they do not share a cache
-STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # so that no name is taken for an option
-GRACE_S = 20  # from asking a stage to stop until it is killed
-WATCH_S = 1  # between two looks at a stage that runs
-BAR_S = 15  # between two states of a labelled progress bar
+POOL = "pool"  # DVC remote for results, between machines without a shared cache
+STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # no leading dash, which would be an option
+GRACE_S = 20  # between SIGTERM and SIGKILL of a stage
+WATCH_S = 1  # polling interval of a running stage
+BAR_S = 15  # between two printed states of a labelled progress bar
 
 Outcome = Literal["unchanged", "restored", "ran"]
-Say = Callable[[str], None]  # takes a line with its end, which is a carriage return where a progress bar draws over it
+Say = Callable[[str], None]  # takes a line with its ending, a carriage return for a redrawn progress bar
 _running: set[subprocess.Popen[bytes]] = set()
 _starting = threading.Lock()
 _over = threading.Event()
-_looking = threading.Lock()  # DVC's own objects know nothing of threads
+_looking = threading.Lock()  # DVC's objects are not thread-safe
 
 BAR = re.compile(r"(\d+)%\|")
 TO_A_TERMINAL = re.compile(
@@ -47,7 +47,7 @@ _RESTORED = re.compile(r"^Stage '.*' is cached - skipping run", re.MULTILINE)
 
 
 class StageFailed(AlignTIError):
-    """A stage failed; `exit_code` is the stage's own where DVC tells it (75: worth another try)."""
+    """Failed stage; `exit_code` is the stage's own if DVC reports it (75: retry)."""
 
     def __init__(self, stage: str, exit_code: int, said: str) -> None:
         super().__init__(f"stage {stage} failed with exit code {exit_code}; the last it said:\n{said}")
@@ -55,8 +55,8 @@ class StageFailed(AlignTIError):
 
 
 def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Every stage of `dvc.yaml` (`targets`: those and what they need), in an order that DVC may run them, and the stages that
-    each needs. Raises InputError."""
+    """Stages of `dvc.yaml` (`targets`: those and their dependencies) in topological order, each with the stages that it needs.
+    Raises InputError."""
     import networkx
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -82,7 +82,7 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
 
 
 def status() -> dict[str, list[object]]:
-    """What has changed per stage, as `dvc status --json` has it; empty when everything is up to date. Raises InputError."""
+    """Changes per stage, as in `dvc status --json`; empty when everything is up to date. Raises InputError."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -96,7 +96,7 @@ def status() -> dict[str, list[object]]:
 
 
 def _advised(error: Exception) -> str:
-    """What DVC says, and what to do about it where that is known."""
+    """DVC's message, with a remedy if one is known."""
     said = " ".join(str(error).split())
     if "dvc.lock" in said:
         return f"{said}; `git checkout dvc.lock`, or remove it: DVC's cache knows what has run"
@@ -106,14 +106,13 @@ def _advised(error: Exception) -> str:
 
 
 def _mend_rwlock() -> None:
-    """Empty DVC's list of who reads and writes what, where a full disk or a kill cut it off, perhaps at its very beginning: no
-    command of DVC's reads such a file."""
+    """Reset a truncated or empty `rwlock`, left by a full disk or a kill: no DVC command can parse it."""
     from dvc.lock import LockError, make_lock
 
     rwlock = Path(".dvc/tmp/rwlock")
     if not rwlock.exists():
         return
-    with suppress(LockError), make_lock(f"{rwlock}.lock", tmp_dir=str(rwlock.parent)):  # held: somebody is writing it
+    with suppress(LockError), make_lock(f"{rwlock}.lock", tmp_dir=str(rwlock.parent)):  # held: another process is writing it
         try:
             json.loads(rwlock.read_bytes())
         except ValueError:
@@ -127,10 +126,10 @@ def reproduce(
     anew: bool = False,
     say: Say | None = None,
 ) -> Outcome:
-    """Run `stage` alone if it is stale; whether it needs what comes before it is for the caller to know.
+    """Run `stage` alone if it is stale; the caller takes care of the stages before it.
 
-    `stop_when` is asked each second, and ends the stage when it gives a reason. `anew`: run it even if DVC has its result.
-    `say` is called with each line that the stage prints and each state of a progress bar; else they are passed on as they are.
+    `stop_when` is polled each second; a reason that it returns ends the stage. `anew`: run it even if DVC has its result. `say`
+    is called with each line and each state of a progress bar that the stage prints; else they are passed on as they are.
 
     Raises:
         StageFailed: with the stage's exit code.
@@ -141,14 +140,14 @@ def reproduce(
 
 
 def reproduce_all(targets: Sequence[str] = ()) -> Outcome:
-    """A plain `dvc repro` (of `targets` and what they need): "unchanged" when it had nothing to do. Raises StageFailed."""
+    """Plain `dvc repro` (of `targets` and their dependencies): "unchanged" when it had nothing to do. Raises StageFailed."""
     return _repro("(all)", list(targets), None, None)
 
 
 def stop_all() -> None:
-    """Stop what runs, each with its time to save, and let nothing begin any more: this process is being stopped.
+    """Stop all running stages, each with its time to save, and start no more: this process is being stopped.
 
-    A signal reaches the main thread alone, and those that wait for stages would wait on.
+    A signal reaches the main thread alone; threads that wait for stages would wait on.
     """
     with _starting:
         _over.set()
@@ -160,14 +159,14 @@ def stop_all() -> None:
 
 
 def stopping(within_s: float) -> bool:
-    """Wait so long at most for `stop_all`; was it called?"""
+    """Wait at most `within_s` for `stop_all`; true if it was called."""
     return _over.wait(within_s)
 
 
 def restore(stage: str) -> bool:
-    """Bring what `stage` makes of what is here from the cache, or from the remote of the pool; False if neither has it.
+    """Restore the stage's outputs for the current inputs from the cache or the pool's remote; False if neither has them.
 
-    `reproduce` then finds it, and writes it into `dvc.lock`.
+    `reproduce` then finds them and writes `dvc.lock`.
     """
     with _looking:
         return _restore(stage) or (_has_pool() and _restore(stage, config={"core": {"remote": POOL}}))
@@ -197,21 +196,21 @@ def _has_pool() -> bool:
 
 
 def fetch(target: str) -> None:
-    """Bring what a .dvc file names here, from the cache or the remote. Raises InputError."""
+    """Pull the data of a .dvc file from the cache or the remote. Raises InputError."""
     done = _command("pull", "--quiet", target)
     if done.returncode:
         raise InputError(f"`dvc pull {target}` failed: {done.stderr.strip()[-2000:]}")
 
 
 def cache() -> Path:
-    """The folder of DVC's cache here."""
+    """Folder of DVC's cache here."""
     done = _command("cache", "dir")
     done.check_returncode()
     return Path(done.stdout.strip()).resolve()
 
 
 def share(folder: Path, cache: Path) -> None:
-    """Let the worktree at `folder` use `cache`, and all else that is configured for this clone alone."""
+    """Configure the worktree at `folder` with `cache` and this clone's local DVC configuration."""
     from dvc.config import Config
 
     mine = Config(str(Path(".dvc").resolve())).load_one("local")  # paths made absolute
@@ -221,7 +220,7 @@ def share(folder: Path, cache: Path) -> None:
 
 
 def send_to_pool() -> None:
-    """Send what was made here, and of what, to the remote of the pool, if there is one. Raises TryAgainError."""
+    """Push outputs and run cache to the pool's remote, if there is one. Raises TryAgainError."""
     if not _has_pool():
         return
     done = _command("push", "--quiet", "--run-cache", "--remote", POOL)
@@ -230,7 +229,7 @@ def send_to_pool() -> None:
 
 
 def bring(md5: str, folder: Path) -> None:
-    """Put the folder that DVC keeps under `md5` (`....dir`) at `folder`, from the cache, else the remote. Raises InputError."""
+    """Check out the folder with DVC's `md5` (`....dir`) at `folder`, from the cache, else the remote. Raises InputError."""
     from dvc.exceptions import DvcException
     from dvc.fs import localfs
     from dvc.repo import Repo
@@ -274,14 +273,14 @@ def _repro(
             stderr=subprocess.STDOUT,
             env=_environment() | dict(env or {}),
             start_new_session=True,
-            preexec_fn=end_with_parent,  # the thread that starts it waits for it, so it is no orphan while that lives
+            preexec_fn=end_with_parent,  # tied to the starting thread, which waits for this process
         )
         _running.add(process)
     try:
         with _watched(process, stop_when) as stopped_because:
             said = _pass_on(process, _by_lines(say) if say else sys.stdout.write)
             code = process.wait()
-    except BaseException:  # Ctrl-C, a cancelled flow: nothing may go on running unseen
+    except BaseException:  # Ctrl-C, a cancelled flow: no stage may keep running unseen
         _stop(process)
         raise
     finally:
@@ -296,7 +295,7 @@ def _repro(
 
 @contextmanager
 def _watched(process: subprocess.Popen[bytes], stop_when: Callable[[], str | None] | None) -> Iterator[list[str]]:
-    """Beside the running process: end it when there is reason to, and end what it leaves behind when it was killed."""
+    """Watch the running process: stop it for a reason of `stop_when`, and stop its stage if DVC itself was killed."""
     reasons: list[str] = []
     done = threading.Event()
 
@@ -320,7 +319,7 @@ def _watched(process: subprocess.Popen[bytes], stop_when: Callable[[], str | Non
 
 
 def _pass_on(process: subprocess.Popen[bytes], show: Callable[[str], object]) -> str:
-    """Everything the process says, shown while it says it (progress bars too)."""
+    """Output of the process, shown as it arrives (progress bars too)."""
     assert process.stdout is not None
     said = b""
     while chunk := os.read(process.stdout.fileno(), 65536):
@@ -343,9 +342,9 @@ def _by_lines(say: Say) -> Callable[[str], None]:
 
 
 class Labelled:
-    """Prints lines after their label, where several stages run at once; of a progress bar one state in `BAR_S` seconds.
+    """Printer of labelled lines, for several stages at once; of a progress bar one state per `BAR_S` seconds.
 
-    Without `verbose` these, warnings, and in the end (`close`) the last line alone.
+    Without `verbose` these, warnings, and on `close` the last line alone.
     """
 
     def __init__(self, label: str, verbose: bool) -> None:
@@ -371,24 +370,23 @@ class Labelled:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop DVC and the stage under it: first asked, so that a training can save, then killed."""
+    """Stop DVC and its stage: SIGTERM, so that a training can save, then SIGKILL."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
             until = time.monotonic() + GRACE_S
             while time.monotonic() < until:
                 process.poll()
-                os.killpg(process.pid, 0)  # the group lives while any of it does
+                os.killpg(process.pid, 0)  # raises once the whole group is gone
                 time.sleep(0.1)
         except ProcessLookupError:
             return
 
 
 def _environment() -> dict[str, str]:
-    """This environment, with this Python first: a stage's `python` is looked up in PATH.
+    """Environment of DVC, with this Python first in PATH: a stage's `python` is looked up there.
 
-    And with bash, where there is one, for DVC to start stages with: it gives way to the stage, while dash stays between the two
-    and hides from the stage that DVC has died.
+    The shell is bash if available: it execs the stage, while dash stays between the two and hides DVC's death from the stage.
     """
     shell = shutil.which("bash") or os.environ.get("SHELL", "/bin/sh")
     here = os.path.dirname(sys.executable)  # noqa: PTH120  (resolving the link would leave the virtual environment)

@@ -1,4 +1,4 @@
-"""Early stopping from outside: watches a training's journal for a diverging loss."""
+"""Early stopping of a diverging training, from its journal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LOSS = "loss/total"
 
 
 def diverged(arm: str, above: float | None) -> Callable[[], str | None] | None:
-    """What `dvc.reproduce` asks while it trains `arm`: a reason to stop as soon as the loss is `above` times its first."""
+    """`stop_when` of `dvc.reproduce` for `arm`: a reason once the loss is not finite or `above` times its first."""
     if above is None:
         return None
     pattern = f"*-distill@{arm}-*.jsonl"
-    # A run opens a journal of its own or goes on with one: what it writes is told by count, a file's time is coarser than ours.
+    # New losses are detected by count: a resumed run appends to its journal, and file times are too coarse.
     earlier = {journal: len(_losses(journal)) for journal in JOURNALS.glob(pattern)}
 
     def reason() -> str | None:

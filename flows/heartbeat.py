@@ -1,7 +1,7 @@
-"""Heartbeat of flow runs and workers on this machine: a lock file each, held as long as its process lives.
+"""Heartbeat of flow runs and workers on this machine: a lock file each, held for the life of the process.
 
-A server hears of the end of a run only from the run itself or from its worker; killed together they leave it `Running`, and the
-slots that it held taken. The kernel frees a lock whatever happens.
+The end of a run is reported by the run itself or its worker; if both are killed, it stays `Running` on the server, and its
+slots stay taken. The kernel frees a lock in any case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _held: list[IO[str]] = []  # open, and so locked, until this process ends
 
 
 def announce(name: str, folder: Path = FOLDER) -> None:
-    """Be seen as the process of flow run `name` (its id), or in `WORKERS` of a worker (its pid), until this one ends."""
+    """Hold the lock of flow run `name` (its id), or in `WORKERS` of a worker (its pid), until this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / name).resolve()
     file = path.open("a")
@@ -32,16 +32,16 @@ def announce(name: str, folder: Path = FOLDER) -> None:
 
 
 def outlive_output() -> None:
-    """When nobody reads what this process says any more, as when its worker was killed, let it speak to nobody.
+    """Redirect stdout and stderr to /dev/null once nobody reads them, as when the worker was killed.
 
-    Else the log's line that tells of the end raises (rich: SystemExit), and the server is never told.
+    Otherwise the log line at the end raises (rich: SystemExit), and the end is never reported to the server.
     """
 
     def watch() -> None:
         unheard = select.poll()
         for stream in (1, 2):
             unheard.register(stream, 0)
-        unheard.poll()  # nothing is waited for but errors
+        unheard.poll()  # error events only
         nobody = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(nobody, stream)
@@ -50,12 +50,12 @@ def outlive_output() -> None:
 
 
 def left() -> list[str]:
-    """The ids of the runs that were here and died: their files are there, and nobody holds them."""
+    """Ids of dead runs of this machine: their lock files exist, and no process holds them."""
     return [file.name for file in sorted(FOLDER.glob("*")) if is_free(file)]
 
 
 def workers() -> list[int]:
-    """The pids of the `alignti worker` of this folder that live on this machine."""
+    """Pids of the live `alignti worker` processes of this folder on this machine."""
     return [int(file.name) for file in WORKERS.glob("*") if not is_free(file)]
 
 

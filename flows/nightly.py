@@ -1,6 +1,6 @@
-"""Nightly flow: if anything is new since the champion, train what is stale, compare, promote or say why not.
+"""Nightly flow: if anything changed since the champion, train what is stale, compare, promote or report why not.
 
-New is: other raw data, a prepared set whose figures have moved, or other code or params than those the champion was made with.
+Changes are: new raw data, drift of the prepared set's figures, and code or params other than the champion's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def nightly(
 
 
 def why(champion: Version | None, manifest: Manifest, drift_above: float) -> list[str]:
-    """Reasons to train, in words; none if all is as it was when the champion was made."""
+    """Reasons to train, as text; empty if nothing changed since the champion."""
     if champion is None:
         return ["there is no champion yet"]
     reasons = []
@@ -74,10 +74,10 @@ def why(champion: Version | None, manifest: Manifest, drift_above: float) -> lis
 
 
 def _changed_since(commit: str | None) -> str | None:
-    """Whether code or params differ from those of `commit`, in words."""
+    """Text on code or params that differ from those of `commit`; None if they are equal."""
     if commit is None:
         return "it is not known which code made the champion"
-    code = [path for path in provenance.CODE if path != f"{RAW}.dvc"]  # new data is a reason of its own
+    code = [path for path in provenance.CODE if path != f"{RAW}.dvc"]  # new data is a separate reason
     done = subprocess.run(["git", "diff", "--name-only", commit, "--", *code, "params"], capture_output=True, text=True)
     if done.returncode:
         return f"the champion's commit {commit[:12]} is not in this clone"
@@ -86,7 +86,7 @@ def _changed_since(commit: str | None) -> str | None:
 
 
 def _told(reasons: list[str], verdict: promote.Verdict | None, said: str) -> dict[str, Any]:
-    """On the flow run's page, and, if there is a new champion, to the webhook."""
+    """Publish the result on the flow run's page and, for a new champion, to the webhook."""
     lines = "\n".join(f"- {reason}" for reason in reasons) or "- none"
     create_markdown_artifact(key="champion", markdown=f"Reasons to train:\n\n{lines}\n\n**{said}**")
     print(said)

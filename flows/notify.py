@@ -1,6 +1,6 @@
 """Webhook: one POST of JSON when a flow run fails or there is a new champion (docs/orchestration.md).
 
-The address is $ALIGNTI_WEBHOOK. It may hold a token, so it is never printed, nor what an error says of it.
+The URL is $ALIGNTI_WEBHOOK. It may hold a token, so neither it nor the text of an error is printed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHARS = 1000  # characters of a failure's message
 
 
 def post(event: str, text: str, **facts: Any) -> bool:
-    """Whether somebody took it. A webhook that is away costs a warning."""
+    """POST one event; true if the webhook accepted it. An unreachable webhook costs a warning."""
     address = os.environ.get(WEBHOOK)
     if not address:
         return False
@@ -38,7 +38,7 @@ def post(event: str, text: str, **facts: Any) -> bool:
 
 
 def failed(flow: Any, flow_run: Any, state: Any) -> None:
-    """A hook of Prefect's for flow runs that failed or crashed; one inside another is told of by that one."""
+    """Prefect hook for failed or crashed flow runs; a subflow is reported by its parent."""
     if flow_run.parent_task_run_id is not None:
         return
     message = re.sub(r"//[^/@\s]+@", "//***@", state.message or "")[:CHARS]

@@ -1,7 +1,7 @@
-"""The pipeline by DVC alone, independent stages at the same time: `python -m flows.parallel [--jobs N] [-v]`.
+"""Parallel pipeline by DVC alone, independent stages at the same time: `python -m flows.parallel [--jobs N] [-v]`.
 
-A walk over DVC's graph with N workers, each a `dvc repro --single-item STAGE`, so that `dvc.lock` afterwards is that of a plain
-`dvc repro`. Only what is stale, or needs what was run, is started.
+N workers walk DVC's graph, each a `dvc repro --single-item STAGE`, so that `dvc.lock` afterwards is that of a plain `dvc
+repro`. Only stale stages, and those after a stage that was run, are started.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from flows import devices, dvc, servers
 
 
 def repro(jobs: int, run: Callable[[str], dvc.Outcome]) -> dict[str, dvc.Outcome]:
-    """Bring every stage up to date with `run`, `jobs` at a time; returns what became of each.
+    """Bring every stage up to date with `run`, `jobs` at a time; returns the outcome per stage.
 
-    Raises dvc.StageFailed of the first that failed, after those that run beside it have ended; nothing is begun after it.
+    Raises dvc.StageFailed of the first failure, after the stages beside it have ended; no stage starts after it.
     """
     needs, stale = dvc.graph(), dvc.status()
     order, outcomes = TopologicalSorter(needs), dict[str, dvc.Outcome]()
@@ -56,7 +56,7 @@ def repro(jobs: int, run: Callable[[str], dvc.Outcome]) -> dict[str, dvc.Outcome
 
 
 def workers(runtime: RuntimeSettings) -> int:
-    """As many as there are GPUs, or else cores for `runtime.threads` each; one where a training takes several devices."""
+    """Number of workers: one per GPU, else one per `runtime.threads` cores; 1 on MPS or if a training takes several devices."""
     if runtime.devices > 1 or runtime.device == "mps":
         return 1
     gpus = 0 if runtime.device == "cpu" else len(devices.gpus())
@@ -79,7 +79,7 @@ def main() -> None:
     with stage_run("repro", runtime=runtime, works=False) as above:
 
         def run(stage: str) -> dvc.Outcome:
-            alone = jobs == 1 or runtime.device == "cpu"  # all devices are its own, or none
+            alone = jobs == 1 or runtime.device == "cpu"  # one stage at a time has all devices, or none
             held: AbstractContextManager[dict[str, str]] = nullcontext({}) if alone else devices.one()
             with held as device, closing(dvc.Labelled(stage, asked.verbose)) as say:
                 return dvc.reproduce(stage, {PARENT: above.id, **device}, say=say)
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def say_where(settings: Settings) -> None:
-    """The address of MLflow's page that compares the arms; nothing where they were not sent."""
+    """Print the URL of MLflow's comparison page for the arms; nothing if they were not sent."""
     mlflow = next((server.url for server in servers.started() if server.name == "mlflow" and server.alive()), None)
     address = mlflow or f"http://{servers.LOOPBACK}:{servers.PORTS['mlflow']}"
     if page := outcome.comparison(list(settings.study.arms), address):

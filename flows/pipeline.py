@@ -1,9 +1,9 @@
-"""The pipeline as a Prefect flow: DVC's stages, in the order of DVC's own graph, one task each.
+"""Pipeline as a Prefect flow: DVC's stages, in the order of DVC's own graph, one task each.
 
     python -m flows.pipeline [--parallel N] [--recipe NAME]
 
-What is stale is DVC's to say, so Prefect caches nothing; it retries a stage that exits with 75 and none that exits with 2.
-It ends with a gate: a plain `dvc repro` finds nothing to do.
+DVC decides what is stale, so Prefect caches nothing; a stage that exits with 75 is retried, one that exits with 2 is not. The
+flow ends with a gate: a plain `dvc repro` has nothing to do.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RETRY_DELAY_S = 30
 
 
 def worth_another_try(_task: Task, _run: TaskRun, state: State) -> bool:
-    """Exit code 75 only: a wrong input stays wrong, and an interrupted stage was stopped on purpose."""
+    """Retry condition, exit code 75 only: a wrong input stays wrong, and an interrupted stage was stopped on purpose."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, AlignTIError) and error.exit_code == TryAgainError.exit_code
 
@@ -51,7 +51,7 @@ R = TypeVar("R")
 
 
 def retried(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """A task that is called `name` and tried again, and nothing of it cached."""
+    """Prefect task named `name`, with retries and without caching."""
     return task(
         task_run_name=name,
         cache_policy=NO_CACHE,
@@ -70,11 +70,11 @@ def run_stage(
         return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when, say=StageLog(stage))
 
 
-FREE = threading.Semaphore(2**20)  # slots of a stage that need not wait, or whose caller holds one already
+FREE = threading.Semaphore(2**20)  # unlimited slots: no need to wait, or the caller holds one
 
 
 def menu(names: list[str]) -> Any:
-    """A field whose values Prefect's form offers, and whose others its server refuses; any where there are none to offer."""
+    """Field with an enum for Prefect's form, which its server enforces; any value if `names` is empty."""
     offered: Any = {"enum": names}
     return Field(json_schema_extra=offered if names else None)
 
@@ -83,9 +83,9 @@ RecipeName = Annotated[str, menu(recipes.names())] | None
 
 
 def run_stages(what: str, graph: Mapping[str, list[str]], parent: str, slots: threading.Semaphore) -> dict[str, dvc.Outcome]:
-    """Run the stages of `graph`, each after those that it needs; what became of each. They are `what` on the run's page.
+    """Run the stages of `graph` in its order; returns the outcome per stage. `what`: their title on the run's page.
 
-    Raises dvc.StageFailed of the first that failed; stages that do not need it were still run.
+    Raises dvc.StageFailed of the first failure; stages that do not need the failed one were still run.
     """
     futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
     for stage, needs in graph.items():
@@ -96,7 +96,7 @@ def run_stages(what: str, graph: Mapping[str, list[str]], parent: str, slots: th
 
 
 def run_name() -> str:
-    """What a flow run does, and a part of its id: it names a folder and a branch too."""
+    """Name of a flow run, with a part of its id: also the name of a folder and a branch."""
     asked = flow_run.parameters
     words = [asked.get("name") or flow_run.flow_name.removeprefix("alignti-"), asked.get("recipe"), str(flow_run.id)[:8]]
     return "-".join(word.replace("/", "-") for word in words if word)
@@ -133,7 +133,7 @@ def pipeline(
             locked = provenance.locked()
             for stage, outcome in outcomes.items():
                 run.tag(f"stage.{stage}", outcome)
-                for path, md5 in list(locked.get(stage, {}).items())[:1]:  # the run that made it, whenever that was
+                for path, md5 in list(locked.get(stage, {}).items())[:1]:  # the run that made it, now or earlier
                     run.link(f"stage.{stage}.run", provenance.maker(md5), path, md5)
             took = [history.last_seconds(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
             run.metrics({"usage/stage_hours": sum(seconds for seconds, _ in filter(None, took)) / 3600})
@@ -145,9 +145,9 @@ def pipeline(
 
 
 def end_with_worker() -> None:
-    """Where a worker started this flow run, end with it, even if it is killed: a pool's slot is no longer ours then.
+    """End this flow run with the worker that started it, even if that is killed: its slot of the pool is free then.
 
-    If both are killed, `alignti doctor` sees it.
+    If both are killed, `alignti doctor` finds the run.
     """
     if "PREFECT__FLOW_RUN_ID" in os.environ:
         heartbeat.outlive_output()
@@ -156,14 +156,14 @@ def end_with_worker() -> None:
 
 
 def tag(*names: str | None) -> None:
-    """Give this flow run tags, for the filter of Prefect's pages: its recipe, its study."""
+    """Tag this flow run with its recipe and study, for the filter of Prefect's pages."""
     with get_client(sync_client=True) as client:
         client.update_flow_run(UUID(flow_run.id), tags=sorted({*flow_run.tags, *filter(None, names)}))
 
 
 @contextmanager
 def folder(own: bool, recipe: str | None = None, commit: str = "HEAD") -> Iterator[None]:
-    """The current folder as it is, or a workspace of this flow run's own, with `recipe` merged into its params."""
+    """Current folder as it is, or a new workspace of this flow run with `recipe` merged into its params."""
     if not own:
         yield
         return
@@ -175,7 +175,7 @@ def folder(own: bool, recipe: str | None = None, commit: str = "HEAD") -> Iterat
 
 
 def settle(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
-    """Wait for all, and show it. If this flow run is cancelled meanwhile, or its worker dies, its stages are stopped first."""
+    """Wait for all futures and show progress. If the flow run is cancelled or its worker dies, its stages are stopped."""
     try:
         prefect_artifacts.follow(what, futures)
     except BaseException:
@@ -184,7 +184,7 @@ def settle(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
 
 
 def gate(targets: Sequence[str] = ()) -> None:
-    """Raises AlignTIError unless DVC, asked afresh, has nothing to do."""
+    """Raises AlignTIError unless a fresh `dvc repro` has nothing to do."""
     outcome, left = dvc.reproduce_all(targets), {} if targets else dvc.status()
     if outcome != "unchanged" or left:
         raise AlignTIError(f"`dvc repro` after the flow should have nothing to do, but stages {outcome}; status: {left}")

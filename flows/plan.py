@@ -16,12 +16,12 @@ from flows import dvc
 @dataclass(frozen=True)
 class Step:
     stage: str
-    reasons: list[str]  # why it would run; empty: it is up to date
-    seconds: float | None  # None: it never ran here, and the recipe does not say
+    reasons: list[str]  # reasons to run; empty: up to date
+    seconds: float | None  # None: no run here, and no figure in the recipe
 
 
 def plan(settings: Settings) -> tuple[list[Step], str, str | None]:
-    """One step per stage, in DVC's order; where the times come from; the recipe that `settings` are nearest to."""
+    """Steps in DVC's order, the source of their times, and the recipe nearest to `settings`."""
     recipe, differing = recipes.nearest()
     expected = _expected(recipe, settings)
     steps = foresee(dvc.graph(), dvc.status())
@@ -38,13 +38,13 @@ def _expected(recipe: str | None, settings: Settings) -> dict[str, float]:
         return said
     try:
         found = estimate(recipe, settings)
-    except InputError:  # a model whose shape is not known: the stages are untimed, and the cost report says which model
+    except InputError:  # a model of unknown shape: the stages are untimed, and the cost report names it
         return {}
     return found.seconds if found else {}
 
 
 def foresee(graph: dict[str, list[str]], status: dict[str, Any]) -> list[Step]:
-    """Stages that DVC calls changed, and all that depend on them (DVC passes over those whose inputs come out the same)."""
+    """One step per stage; those that DVC calls changed and all downstream have reasons (DVC skips those with equal inputs)."""
     steps: dict[str, Step] = {}
     for stage, needs in graph.items():
         reasons = _reasons(status.get(stage, []))
@@ -68,7 +68,7 @@ def _reasons(changes: list[Any]) -> list[str]:
 
 
 def _seconds(stage: str, recipe: str | None, expected: dict[str, float]) -> float | None:
-    """The last run here, if it was of this recipe; else what the recipe says; else the last run of any."""
+    """Seconds of the last run here, if it was of this recipe; else the recipe's figure; else the last run of any recipe."""
     last = last_seconds(stage)
     if last and last[1] == recipe:
         return last[0]

@@ -1,8 +1,8 @@
 """Pool of workers: `alignti deploy` registers deployments with Prefect, `alignti worker` runs them.
 
-Two work pools of processes, `cpu` and `gpu`, of as many runs at a time as there are devices, each with three queues: what waits
-in `urgent` goes before `default`, and that before `background`. And a third, `studies`, for flow runs that hand their work out
-to the others and wait: on a device they would keep it idle, and with one worker wait for ever.
+Two work pools of processes, `cpu` and `gpu`, with one run at a time per device and three queues by priority: `urgent`,
+`default`, `background`. A third, `studies`, is for flow runs that submit work to the others and wait: on a device they would
+keep it idle, and with one worker they would deadlock.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from components.process import end_with_parent
 from flows import cleanup_stale_runs, devices, heartbeat, servers
 
 QUEUES = {"urgent": 1, "default": 10, "background": 20}  # priority; the lowest number goes first
-ROOT = "ALIGNTI_ROOT"  # the clone that a worker works in; each machine of a pool has one
+ROOT = "ALIGNTI_ROOT"  # the clone of a worker; each machine of a pool has one
 POLL_S = "5"  # seconds between a worker's polls
-GRACE_S = 30  # from asking workers to stop until they are killed: a training saves meanwhile
+GRACE_S = 30  # between SIGTERM and SIGKILL of workers: a training saves meanwhile
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
 
 STUDIES = "studies"
-AT_ONCE = 8  # studies that wait for their arms
+AT_ONCE = 8  # studies at a time, which only wait for their arms
 
 
 def name() -> str:
-    """The pool that this machine serves."""
+    """Pool of this machine."""
     return "gpu" if devices.gpus() else "cpu"
 
 
 def deploy(at_once: int | None = None) -> Iterator[str]:
-    """Idempotent. Says what it made, line by line. Raises InputError if no server is up, AlignTIError if Prefect refuses.
+    """Register pools and deployments (idempotent); yields a line each. Raises InputError if no server is up, or AlignTIError.
 
-    `at_once`: how many runs this machine's kind of pool may have, where it is not alone in it; else as many as it has devices.
+    `at_once`: concurrency limit of this machine's pool, if it is not alone in it; else the number of its devices.
     """
     environment = os.environ | servers.client_environment() | {"ALIGNTI_POOL": name()}
     os.environ |= environment
@@ -58,14 +58,14 @@ def deploy(at_once: int | None = None) -> Iterator[str]:
 
 
 def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
-    """Run `count` workers, or one per GPU, or one, and one for studies; until one ends or this is stopped, and then stop all.
+    """Run `count` workers (else one per GPU, else one) and one for studies, until one ends or this is stopped; then stop all.
 
     Raises:
         AlignTIError: a worker ended by itself.
     """
     heartbeat.announce(str(os.getpid()), heartbeat.WORKERS)
     environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S, ROOT: str(Path.cwd())}
-    for freed in cleanup_stale_runs.free():  # a machine that went down cannot have done it
+    for freed in cleanup_stale_runs.free():  # left by a crash of this machine
         say(f"freed: {freed}")
     gpus = devices.gpus()
     places: list[dict[str, str]] = [{devices.VISIBLE: gpu} for gpu in gpus[:count]] or [{}] * (count or 1)
@@ -82,7 +82,7 @@ def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
 
 
 def stop_workers() -> int:
-    """Stop the `alignti worker` of this folder and what they run, and wait for it; returns how many there were."""
+    """Stop this folder's `alignti worker` processes and their runs, and wait; returns how many there were."""
     asked = heartbeat.workers()
     for pid in asked:
         with suppress(ProcessLookupError):
@@ -118,7 +118,7 @@ def _start(pool: str, title: str, limit: int, environment: dict[str, str]) -> su
 
 
 def _before_worker() -> None:
-    """What a shell starts in the background, as a batch script does, ignores SIGINT; and that is how Prefect's worker stops."""
+    """Restore SIGINT, which stops Prefect's worker: background jobs of a shell, as in a batch script, ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_parent()
 

@@ -1,6 +1,6 @@
 """Prefect artifacts of a flow run: progress, scores, links to its MLflow run and report.
 
-The page is for people to look at, and nothing is read back from it; so what Prefect does not take costs a line in the log.
+Artifacts are for people and never read back, so one that Prefect rejects costs a line in the log.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Shown = Callable[..., Any]
 
 
 def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
-    """Wait for all `futures`, by name, showing how many of them are done; then a table of what became of each.
+    """Wait for all `futures`, with a progress artifact, then publish a table of outcomes by name.
 
-    `what` they are, e.g. "stages", also names the table, and with `-progress` the bar.
+    `what`, e.g. "stages", is the key of the table and, with `-progress`, of the bar.
     """
     key = what.replace(" ", "-")
     names = {id(future): name for name, future in futures.items()}
@@ -80,7 +80,7 @@ def leaderboard() -> None:
 
 @contextmanager
 def linked(runtime: RuntimeSettings, opening: AbstractContextManager[Run]) -> Iterator[Run]:
-    """The run that `opening` opens; when it has ended, links to it and to the report that it kept."""
+    """Run that `opening` opens; at its end, link artifacts to it and to the report kept in it."""
     run = None
     try:
         with opening as run:
@@ -88,7 +88,7 @@ def linked(runtime: RuntimeSettings, opening: AbstractContextManager[Run]) -> It
                 yield run
             finally:
                 if REPORT.exists():
-                    run.artifact(REPORT)  # a workspace goes when its flow run ends, and the report in it
+                    run.artifact(REPORT)  # the workspace, with the report, is removed when its flow run ends
     finally:
         if run is not None and (address := mlflow_page(run.id, runtime)):
             put(create_link_artifact, key="mlflow-run", link=address, link_text="this run in MLflow")
@@ -97,7 +97,7 @@ def linked(runtime: RuntimeSettings, opening: AbstractContextManager[Run]) -> It
 
 
 def mlflow_page(run: str, runtime: RuntimeSettings) -> str | None:
-    """Where a browser finds the run of this journal, without a password; None where no server shows it, or not yet."""
+    """URL of this journal's run in MLflow, without login; None without a server, or before the run was sent."""
     if not runtime.tracking_uri.startswith(("http://", "https://")):
         return None
     sent = history.sent(run)
@@ -111,15 +111,15 @@ def _became(future: PrefectFuture[Any]) -> str:
         return str(future.result())
     except AlignTIError as error:
         return redacted(str(error))[:LONGEST]
-    except Exception as error:  # Prefect's own, of a stage whose inputs failed, among others
+    except Exception as error:  # Prefect's own, e.g. of a stage whose inputs failed
         return f"not run: {redacted(str(error))[:LONGEST]}"
 
 
 def put(show: Shown, **what: Any) -> Any:
-    """Prefect's answer, or None and a line in the log."""
+    """Result of a Prefect call, or None and a line in the log."""
     try:
         return show(**what)
-    except Exception as error:  # its server, its database, the network: whatever it is, no stage fails for it
+    except Exception as error:  # any fault of server, database or network: no stage fails for it
         get_logger("alignti").warning("not shown on the flow run's page: %s", redacted(" ".join(str(error).split())[:LONGEST]))
         return None
 

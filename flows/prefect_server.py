@@ -1,8 +1,8 @@
-"""Prefect's server for requests that name this machine: `python -m flows.prefect_server --host HOST --port PORT`.
+"""Prefect server with a Host header check: `python -m flows.prefect_server --host HOST --port PORT`.
 
-Prefect itself answers to any name. A page elsewhere whose name is made to lead here has the browser take this server for its
-own: it reads a CSRF token and all else, and whoever writes to Prefect may run code. An address that is open to others has a
-password instead (`servers.up`), and may have any name.
+Prefect itself accepts any Host header. By DNS rebinding a foreign page has the same origin as this server: it reads a CSRF
+token and all else, and write access to Prefect is code execution. A server open to others has a password instead
+(`servers.up`), and accepts any name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Registration and promotion: `alignti register`, `alignti promote`.
 
-A candidate takes the alias `champion` only if it answers more of the agreed questions right than the champion does, beyond what
-the test sample allows by chance (components/model_registry/paired_test.py). The answers of both are those that DVC keeps.
+A candidate takes the alias `champion` only if its exact match on the same questions is higher than the champion's, beyond
+chance (components/model_registry/paired_test.py). The predictions of both are those in DVC's cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Answers = tuple[list[Prediction], Fingerprint | None]
 
 
 class Contender(Record):
-    """A registered student in a verdict."""
+    """Registered student in a verdict."""
 
     version: str
     arm: str
@@ -39,27 +39,27 @@ class Contender(Record):
 
 
 class Verdict(Record):
-    """What `promote` decided, and from what."""
+    """Decision of `promote`, with its evidence."""
 
     model: str
     promoted: bool
     candidate: Contender
-    champion: Contender | None  # the one before; None: there was none
+    champion: Contender | None  # the previous one; None: there was none
     difference: Difference | None  # candidate minus champion; None: nothing to compare
     why: str
 
 
 def register(arms: list[str], settings: Settings) -> tuple[list[str], bool]:
-    """Tell MLflow of these arms of the folder, the best of them as the candidate.
+    """Register these arms of the folder in MLflow, the best of them as the candidate.
 
-    Returns those not told before, and whether MLflow has taken them. Raises DataError if one has not been trained and scored.
+    Returns the new ones, and whether all were sent to MLflow. Raises DataError if one has not been trained and scored.
     """
     students = record.standing(arms)
     best = record.best(students)
     told = record.register(students, settings, best)
     if not mlflow_sync.try_sync(settings.runtime.tracking_uri):
         return told, False
-    if best.arm not in told:  # it was registered once, and others have been the candidate since
+    if best.arm not in told:  # registered before, and no longer the candidate
         client, model = _client(settings), settings.runtime.experiment
         with _asking():
             if known := mlflow_registry.of_md5(client, model, best.md5, best.arm):
@@ -68,7 +68,7 @@ def register(arms: list[str], settings: Settings) -> tuple[list[str], bool]:
 
 
 def register_all() -> None:
-    """`register` for every arm, at the end of a pipeline that has done its work: a fault costs a warning."""
+    """`register` for every arm, at the end of a finished pipeline: a fault costs a warning."""
     try:
         settings = load_settings()
         register(list(settings.study.arms), settings)
@@ -77,13 +77,13 @@ def register_all() -> None:
 
 
 def promote(candidate: str | None, settings: Settings, measure: bool = False) -> Verdict:
-    """Make `candidate` (an arm of this folder, a version's number; none: the alias `candidate`) the champion, if it is better.
+    """Make `candidate` (an arm of this folder or a version; none: the alias `candidate`) the champion, if it is better.
 
-    `measure`: ask the champion today's questions, if it was measured otherwise.
+    `measure`: evaluate the champion on the current questions, if its fingerprint differs.
 
     Raises:
-        InputError: there is no such student, or no MLflow to ask.
-        MeasuredDifferently: the two scores do not compare.
+        InputError: no such student, or no MLflow.
+        MeasuredDifferently: the two scores are not comparable.
         TryAgainError: MLflow does not answer.
     """
     client, model = _client(settings), settings.runtime.experiment
@@ -97,7 +97,7 @@ def promote(candidate: str | None, settings: Settings, measure: bool = False) ->
 
 
 def champion(settings: Settings) -> Version | None:
-    """Raises InputError or TryAgainError as `promote`."""
+    """Current champion, or None. Raises InputError or TryAgainError as `promote`."""
     client = _client(settings)
     with _asking():
         return mlflow_registry.aliased(client, settings.runtime.experiment, CHAMPION)
@@ -118,7 +118,7 @@ def _client(settings: Settings) -> Any:
 
 
 def _challenger(client: Any, model: str, asked: str | None, settings: Settings) -> Version:
-    """Raises InputError if there is none such."""
+    """Version of the candidate; an arm is registered first. Raises InputError if there is none."""
     if asked is None:
         found = mlflow_registry.aliased(client, model, CANDIDATE)
         if found is None:
@@ -187,7 +187,7 @@ def _verdict(challenger: Version, champion: Version | None, settings: Settings, 
 
 
 def _recorded(version: Version) -> Answers:
-    """The version's answers as its stage `evaluate` wrote them. Raises InputError if DVC does not have them here."""
+    """Predictions of the version as its stage `evaluate` wrote them. Raises InputError if DVC does not have them here."""
     md5 = version.tags.get("dvc.scores")
     if md5 is None:
         raise InputError(f"{version} says no `dvc.scores`, so its answers cannot be found; register it anew")
@@ -202,7 +202,7 @@ def _recorded(version: Version) -> Answers:
 
 
 def _measured(version: Version, settings: Settings) -> Answers:
-    """Its answers to the questions of this folder. Raises InputError if DVC does not have its weights here."""
+    """Predictions of the version on this folder's questions. Raises InputError if DVC does not have its weights here."""
     from components.model_registry import measure
 
     with tempfile.TemporaryDirectory() as folder:

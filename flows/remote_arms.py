@@ -1,7 +1,7 @@
-"""Remote arms: stages of a study as flow runs of their own, which any worker of the pool may take.
+"""Remote arms: stages of a study as separate flow runs, for any worker of the pool.
 
-The study orders them and restores what they made: from the cache, if the machines share it, or else through a DVC remote named
-`pool`, to which each workspace sends what it made (flows/workspace.py).
+The study submits them and restores their outputs: from the cache, if the machines share it, or else through a DVC remote named
+`pool`, to which each workspace pushes (flows/workspace.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ POLL_S = 2
 
 
 class NotMade(AlignTIError):
-    """A flow run of the pool did not end well; `seconds` is how long it ran. If its worker died, another may do better."""
+    """Failed flow run of the pool; `seconds` is its run time. If its worker died, it is worth a retry."""
 
     def __init__(self, run: FlowRun) -> None:
         assert run.state is not None
@@ -72,7 +72,7 @@ def stages(study: str, targets: list[str], commit: str, recipe: str | None = Non
 
 @dataclass(frozen=True)
 class Orders:
-    """What all orders of one run of a study have in common."""
+    """Common parameters of the flow runs that one run of a study submits."""
 
     study: str
     commit: str
@@ -80,11 +80,11 @@ class Orders:
     parent: str
 
     def bring(self, title: str, targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> bool:
-        """Restore each target here, in order, and `record` it; what nobody has made yet, the pool makes first. Did it?
+        """Restore and `record` each target in order; missing ones are run by the pool first. True if the pool ran any.
 
         Raises:
-            NotMade: the pool failed, with what it said.
-            AlignTIError: what it made did not get here.
+            NotMade: the pool's flow run failed, with its message.
+            AlignTIError: its outputs did not get here.
         """
         left = _restored(targets, record)
         if left:
@@ -123,7 +123,7 @@ class Orders:
 
 
 def _restored(targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> Sequence[str]:
-    """Restore targets in order, up to the first that nobody has made; returns that and what follows."""
+    """Restore targets in order, up to the first that is in no cache; returns that one and the rest."""
     for done, target in enumerate(targets):
         if not dvc.restore(target):
             return targets[done:]
@@ -132,7 +132,7 @@ def _restored(targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> S
 
 
 def _living(client: SyncPrefectClient, tag: str, parameters: dict[str, Any]) -> FlowRun | None:
-    """One that was ordered before, by a study that died meanwhile, and has not ended."""
+    """Unfinished flow run with the same parameters, submitted by a study that died; None if there is none."""
     states = [state for state in StateType if state not in TERMINAL_STATES]
     wanted = FlowRunFilter(
         tags=FlowRunFilterTags(all_=[tag]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
@@ -142,7 +142,7 @@ def _living(client: SyncPrefectClient, tag: str, parameters: dict[str, Any]) -> 
 
 
 def _finished(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
-    """Wait for it; if this process is stopped meanwhile, it is cancelled. Raises Interrupted."""
+    """Wait for the flow run; cancel it if this process is stopped. Raises Interrupted."""
     try:
         while run.state is None or not run.state.is_final():
             if dvc.stopping(POLL_S):

@@ -1,7 +1,7 @@
 """`alignti reproduce RUN_ID`: reruns a recorded run and compares the bytes.
 
-The code is that of the run's commit, in a worktree of its own; the raw data is what that commit's .dvc files name; params/ are
-those that the run recorded. A run whose code was not committed is refused: what it ran is nowhere to be had.
+The code is that of the run's commit, in a separate worktree; the raw data is that of the commit's .dvc files; params/ are as
+recorded. A run of uncommitted code is rejected: its code is not available.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from flows import dvc
 from flows.workspace import workspace
 
 MLFLOW_ID = re.compile("[0-9a-f]{32}")
-TIMED = ("cost.json",)  # files with times, which never repeat
-PAGES = "reports/"  # pages and plots, which print such figures
+TIMED = ("cost.json",)  # files with timings, which never repeat
+PAGES = "reports/"  # pages and plots with timings
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a stage's run told of itself."""
+    """Provenance of a stage's run, from its journal or from MLflow."""
 
     run: str
     stage: str
     commit: str
-    uncommitted: list[str]  # code that was not committed when it ran
+    uncommitted: list[str]  # files of uncommitted code
     params: dict[str, str]  # file -> text
     inputs: dict[str, str]  # path -> md5
     made: dict[str, provenance.Digest]
@@ -44,12 +44,12 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The second run beside the first, file by file."""
+    """Comparison of the rerun with the recorded run, file by file."""
 
     recorded: Recorded
     ran: list[str]  # stages, in order
     equal: list[str] = field(default_factory=list)
-    timed: list[str] = field(default_factory=list)  # different, as figures of time are
+    timed: list[str] = field(default_factory=list)  # different, in files with timings
     different: list[str] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)  # inputs of the stage that differ
 
@@ -70,13 +70,13 @@ class Outcome:
 
 
 def find(run: str, settings: Settings) -> Recorded:
-    """What is recorded of `run`: an id of MLflow's, or the name of a journal in .runs/journal.
+    """Provenance of `run`: an MLflow run id, or the name of a journal in .runs/journal.
 
     Raises:
-        InputError: there is none such, or it is no stage's, or it was recorded before runs told what they made.
+        InputError: no such run, not a stage's, not finished, or recorded without params.
         TryAgainError: MLflow does not answer.
     """
-    run = Path(run).name.removesuffix(".sent").removesuffix(".jsonl")  # as `ls .runs/journal` shows it, and as a path
+    run = Path(run).name.removesuffix(".sent").removesuffix(".jsonl")  # file names and paths are accepted too
     if not re.fullmatch(r"[\w@.-]+", run):
         raise InputError(f"{run!r} is no id of a run")
     journal = JOURNALS / f"{run}.jsonl"
@@ -96,16 +96,16 @@ def find(run: str, settings: Settings) -> Recorded:
     try:
         return _from_mlflow(run, mlflow_client.client(settings.runtime.tracking_uri))
     except MlflowException as error:
-        if error.error_code in mlflow_registry.ABSENT:  # of names that can be no id it says INVALID_PARAMETER_VALUE
+        if error.error_code in mlflow_registry.ABSENT:  # INVALID_PARAMETER_VALUE for a malformed id
             raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}") from None
         raise TryAgainError(f"MLflow does not answer ({error.error_code})") from None
 
 
 def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) -> Outcome:
-    """Run the stage again, and before it all that it needs (`stage_only`: that is taken from DVC's cache where it is there).
+    """Rerun the stage and the stages before it (`stage_only`: these are restored from DVC's cache, if it has them).
 
     Raises:
-        InputError: its code or its data cannot be had.
+        InputError: its code or its data is not available.
         dvc.StageFailed: a stage failed.
     """
     _can_be_had(recorded)
@@ -163,7 +163,7 @@ def _compare(recorded: Recorded, ran: list[str]) -> Outcome:
 
 def _from_journal(run: str, journal: Path, settings: Settings) -> Recorded:
     lines = events(journal)
-    tags = lines[0]["tags"] if lines else {}  # none: its process was killed before it wrote a word
+    tags = lines[0]["tags"] if lines else {}  # none: process killed before its first line
     of = [line for line in lines if line["event"] == "origin"]
     if (told_of := tags.get("run.distill") or next((e["made_by"] for e in lines if e["event"] == "register"), None)) and not of:
         return find(told_of, settings)
@@ -198,7 +198,7 @@ def _files(client: Any, run: str, folder: str) -> list[Any]:
 def _recorded(
     run: str, tags: Mapping[str, str], origin: Mapping[str, Any] | None, inputs: dict[str, str], made: Mapping[str, Any]
 ) -> Recorded:
-    """Raises InputError if that is not enough to run it again."""
+    """Provenance from tags and records. Raises InputError if they do not suffice for a rerun."""
     stage = tags.get("DVC_STAGE")
     if stage is None or origin is None:
         raise InputError(

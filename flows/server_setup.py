@@ -1,6 +1,6 @@
-"""What the MLflow and Prefect servers of this folder are started with: password, databases, command line, environment.
+"""Start-up of the MLflow and Prefect servers of this folder: password, databases, command line, environment.
 
-On a shared PostgreSQL each has a database of its own: both keep their schema's version in a table of the same name.
+On a shared PostgreSQL each has a database of its own: both keep their schema version in a table of the same name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from components.tracking import mlflow_client
 HOME = Path(".servers")
 MLFLOW_HOME = Path(".mlflow")
 LOOPBACK = "127.0.0.1"
-AUTH = "ALIGNTI_SERVER_AUTH"  # user:password, for a server that others may reach
+AUTH = "ALIGNTI_SERVER_AUTH"  # user:password, for a server that others can reach
 SHORTEST_PASSWORD = 12  # MLflow's rule
 
 Name = Literal["mlflow", "prefect"]
@@ -28,7 +28,7 @@ NAMES: tuple[Name, ...] = ("mlflow", "prefect")
 
 
 def password(host: str) -> str | None:
-    """user:password, if there is one. Raises InputError if `host` is open to others and there is none, or a weak one."""
+    """user:password from the environment, or None. Raises InputError if it is weak, or missing with a `host` open to others."""
     from components.evaluate.kits.serve import is_loopback
 
     given = os.environ.get(AUTH)
@@ -45,7 +45,7 @@ def password(host: str) -> str | None:
 
 
 def databases(postgres: str | None) -> dict[Name, str]:
-    """Where each server keeps its tables, as SQLAlchemy writes addresses."""
+    """SQLAlchemy URL of each server's database; missing databases of PostgreSQL are created."""
     if postgres is None:
         MLFLOW_HOME.mkdir(exist_ok=True)
         HOME.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def databases(postgres: str | None) -> dict[Name, str]:
 
 
 def command(name: Name, host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
-    """Command line, and environment: passwords stand there, since command lines are public."""
+    """Command line and environment of a server; passwords are in the environment, since command lines are public."""
     return (_mlflow if name == "mlflow" else _prefect)(host, port, database, auth)
 
 
@@ -74,7 +74,7 @@ def _mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list
     artifacts = (MLFLOW_HOME / "artifacts").resolve()
     artifacts.mkdir(parents=True, exist_ok=True)
     if database.startswith(mlflow_client.LOCAL):
-        mlflow_client.make_database(Path(database.removeprefix(mlflow_client.LOCAL)))  # stages that start now find it whole
+        mlflow_client.make_database(Path(database.removeprefix(mlflow_client.LOCAL)))  # complete before stages open it
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
     if database.startswith("sqlite"):  # one machine: stages may write there with or without the server
         command += ["--workers", "1", "--no-serve-artifacts", "--default-artifact-root", artifacts.as_uri()]
@@ -93,7 +93,7 @@ def _mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list
 
 
 def _mlflow_auth(auth: str, database: str) -> tuple[Path, str]:
-    """MLflow's file of who may do what, and the key that it signs with. Raises InputError without its extra `auth`."""
+    """MLflow's configuration of permissions, and its signing key. Raises InputError without its extra `auth`."""
     if find_spec("flask_wtf") is None:
         raise InputError("MLflow asks for passwords only with its extra `auth`: pip install -c constraints.txt 'mlflow[auth]'")
     user, _, password = auth.partition(":")
@@ -120,7 +120,7 @@ def _prefect(host: str, port: int, database: str, auth: str | None) -> tuple[lis
         "PREFECT_API_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{LOOPBACK}:{port},http://localhost:{port}",
-        "PREFECT_SERVER_UI_API_URL": "/api",  # wherever the page came from; its own guess is port 4200
+        "PREFECT_SERVER_UI_API_URL": "/api",  # relative to the page; the default is port 4200
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
     }
     return command, environment | ({"PREFECT_SERVER_API_AUTH_STRING": auth} if auth else {})

@@ -1,7 +1,7 @@
 """MLflow and Prefect servers of this working folder: `alignti up`, `alignti down`, `alignti status`.
 
-Each runs in a session of its own, with its data, log and pid file under `.servers/`; MLflow's runs are in `.mlflow/`, the place
-that stages write to without a server too. What they are started with is in `server_setup.py`.
+Each runs in its own session, with data, log and pid file under `.servers/`; MLflow's runs are in `.mlflow/`, where stages write
+without a server too. Start-up options are in `server_setup.py`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from components.tracking.outcome import TRAINING
 from flows import QUIET, server_setup
 from flows.server_setup import AUTH, HOME, LOOPBACK, NAMES, Name
 
-STARTUP_S = 180  # migrations of a first start, on a busy machine
-GRACE_S = 10  # from asking a server to stop until it is killed
+STARTUP_S = 180  # timeout: migrations of a first start, on a busy machine
+GRACE_S = 10  # between SIGTERM and SIGKILL of a server
 PORTS: dict[Name, int] = {"mlflow": 5000, "prefect": 4200}
 HEALTH: dict[Name, str] = {"mlflow": "/health", "prefect": "/api/health"}
 
 
 @dataclass(frozen=True)
 class Server:
-    """One that was started here. `born` tells its process from a later one with the same pid."""
+    """Server started here. `born`, its start time, rules out a later process with the same pid."""
 
     name: Name
     pid: int
@@ -51,7 +51,7 @@ class Server:
 
     @property
     def page(self) -> str:
-        """What to open in a browser."""
+        """URL to open in a browser."""
         return f"{self.url}/#/experiments?{TRAINING}" if self.name == "mlflow" else self.url
 
     @property
@@ -70,7 +70,7 @@ class Server:
             with urllib.request.urlopen(self.url + HEALTH[self.name], timeout=5) as answer:
                 return bool(answer.status == 200)
         except urllib.error.HTTPError as error:
-            return error.code == 401  # it is up, and asks who we are
+            return error.code == 401  # up, and requires a login
         except OSError:
             return False
 
@@ -81,11 +81,11 @@ def up(
     postgres: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Server]:
-    """Start what is not running and wait until both answer. If one does not, those started here are stopped again.
+    """Start the missing servers and wait until both answer. If one does not, those started here are stopped again.
 
-    One at a time: of two, the second would take the first's answer for that of its own process, which found the port taken.
+    Concurrent calls take turns: a second would take the first's answer for that of its own process, which found the port taken.
 
-    `postgres`: postgresql://user:password@host:port; the databases alignti_mlflow and alignti_prefect are made if missing.
+    `postgres`: postgresql://user:password@host:port; missing databases alignti_mlflow and alignti_prefect are created.
 
     Raises:
         InputError: a port is taken, or the address would be open to others without a password.
@@ -123,13 +123,13 @@ def down() -> list[Server]:
 
 
 def started() -> list[Server]:
-    """Those that have a pid file, alive or not."""
+    """Servers with a pid file, alive or not."""
     files = [HOME / f"{name}.pid" for name in NAMES]
     return [Server(**json.loads(file.read_text(encoding="utf-8"))) for file in files if file.exists()]
 
 
 def running(name: Name) -> Server:
-    """Raises InputError if it is not up."""
+    """Running server `name`. Raises InputError if it is not up."""
     for server in started():
         if server.name == name and server.alive():
             return server
@@ -137,7 +137,7 @@ def running(name: Name) -> Server:
 
 
 def client_environment() -> dict[str, str]:
-    """What makes this project's commands talk to the servers that are up here, or else to those that the environment names.
+    """Environment variables for clients of the servers that are up here, or else of those that the environment names.
 
     Raises InputError if there are neither.
     """
@@ -156,7 +156,7 @@ def client_environment() -> dict[str, str]:
 
 
 def _named() -> dict[str, str] | None:
-    """The servers of another machine, as a worker of a pool finds them."""
+    """Servers of another machine in the environment, as for a worker of a pool; None if this folder has its own."""
     names = ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL")
     if started() or not all(name in os.environ for name in names):
         return None
@@ -165,7 +165,7 @@ def _named() -> dict[str, str] | None:
 
 @contextlib.contextmanager
 def asking_prefect() -> Iterator[None]:
-    """Raises TryAgainError if the Prefect server that the block asks is away or fails, InputError if it refuses."""
+    """Raises TryAgainError if the Prefect server is unreachable or fails, InputError if it rejects a request of the block."""
     import httpx
 
     try:
@@ -178,7 +178,7 @@ def asking_prefect() -> Iterator[None]:
 
 
 def use_running() -> bool:
-    """Let this process talk to the servers of this folder, if they are up and nobody has said otherwise."""
+    """Add `client_environment` to this process's environment; variables that are set win. False if there are no servers."""
     try:
         environment = client_environment()
     except InputError:
@@ -201,7 +201,7 @@ def _port_free(host: str, port: int, name: Name) -> None:
 
 
 def _holder(port: int) -> str:
-    """`: held by process 12 (python)`, as far as we may know."""
+    """`: held by process 12 (python)`; "" if that cannot be determined."""
     try:
         held = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port)
         pid = next((connection.pid for connection in held if connection.pid), None)
@@ -240,7 +240,7 @@ def _wait(server: Server) -> None:
 
 
 def _stop(server: Server) -> None:
-    """Ask, then kill, the server and all that it started; then forget it."""
+    """Stop the server and its child processes, by SIGTERM, then SIGKILL; remove its pid file."""
     if server.alive():
         family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         with contextlib.suppress(ProcessLookupError):
@@ -254,7 +254,7 @@ def _stop(server: Server) -> None:
 
 
 def _left(family: list[psutil.Process]) -> list[psutil.Process]:
-    """Those of `family` that live on after the time of grace."""
+    """Processes of `family` that outlive the grace period."""
     until = time.monotonic() + GRACE_S
     while (left := [process for process in family if _lives(process)]) and time.monotonic() < until:
         time.sleep(0.05)
@@ -269,7 +269,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def report() -> Iterator[tuple[str, str]]:
-    """(server, how it is) for each; `alignti status`."""
+    """(server, status) for each; `alignti status`."""
     known = {server.name: server for server in started()}
     for name in NAMES:
         server = known.get(name)

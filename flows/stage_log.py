@@ -1,4 +1,4 @@
-"""Log and progress of a stage on its flow run's page: its lines, every tenth of a progress bar, warnings as such."""
+"""Log and progress of a stage on its flow run's page: its lines, a progress bar in steps of 10%, warnings as such."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows.prefect_artifacts import put
 
 
 class StageLog:
-    """To be called with what a stage says, line by line (`flows/dvc.py`)."""
+    """Callback for the output lines of a stage (`flows/dvc.py`)."""
 
     def __init__(self, stage: str) -> None:
         self._stage, self._logger, self._tenth, self._bar = stage, get_run_logger(), 0, None

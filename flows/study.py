@@ -2,8 +2,8 @@
 
     alignti study run NAME [--parallel N] [--recipe NAME] [--pool]
 
-It runs in a workspace of its own; with `--pool` it trains nothing itself, but hands the arms out to workers. An arm that fails
-leaves the others; run again, only what is missing is run, the rest is restored from DVC's cache.
+It runs in a workspace of its own; with `--pool` the arms are trained by workers. A failed arm does not stop the others; a rerun
+trains what is missing and restores the rest from DVC's cache.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from flows.remote_arms import NotMade, Orders
 
 CLOSING = "compare"  # the stage over all arms: run when none is missing
 DONE = get_args(dvc.Outcome)
-MOST = 64  # arms handed out at a time
+MOST = 64  # arms submitted to the pool at a time
 
 
 class BudgetSpent(AlignTIError):
@@ -55,7 +55,7 @@ class BudgetSpent(AlignTIError):
 
 
 class Budget:
-    """Device seconds that the study's arms have taken, whenever they ran."""
+    """Device seconds used by the study's arms, earlier runs included."""
 
     def __init__(self, hours: float | None) -> None:
         self._seconds = None if hours is None else 3600 * hours
@@ -64,7 +64,7 @@ class Budget:
         self._changed = threading.Condition()
 
     def reserve(self, arm: str) -> None:
-        """Raises BudgetSpent if an arm like those before would pass the cap. The first goes alone: it tells what one takes."""
+        """Raises BudgetSpent if an arm of mean cost would pass the cap. The first runs alone, as the first estimate."""
         with self._changed:
             self._changed.wait_for(lambda: self._seconds is None or self._spent or not self._reserved)
             expected = sum(self._spent.values()) / len(self._spent) if self._spent else 0.0
@@ -102,13 +102,13 @@ def run_cell(
             else:
                 became = run_stage.fn(train, parent, FREE, diverged(cell.name, plan.diverged_above))
                 run_stage.fn(score, parent, FREE)
-        except NotMade as failure:  # it has waited for a worker too, which costs nothing
+        except NotMade as failure:  # waiting for a worker is not charged
             waited = time.monotonic() - began - failure.seconds
             raise
         finally:
             budget.spend(cell.name, time.monotonic() - began - waited)
         budget.spend(cell.name, Cost.read(STUDENTS / cell.name / "cost.json").train_seconds)
-        record(cell)  # at once: what stands of a study that is stopped can be compared
+        record(cell)  # at once: the results of a stopped study can be compared
     return became
 
 
@@ -171,7 +171,7 @@ def _recorder(name: str, cells: list[Cell], runtime: RuntimeSettings) -> Callabl
 def _run(
     cells: list[Cell], plan: Study, parent: str, parallel: int, record: Callable[[Cell], None], pool: Orders | None
 ) -> dict[str, str]:
-    """What all arms share, then the arms."""
+    """Run the shared stages, then the arms; returns the outcome per arm."""
     slots, budget = threading.Semaphore(parallel), Budget(plan.device_hours)
     if pool:
         pool.bring("shared", list(_shared(cells)), lambda stage: run_stage(stage, parent, FREE))
@@ -183,7 +183,7 @@ def _run(
 
 
 def _shared(cells: list[Cell]) -> dict[str, list[str]]:
-    """The stages before the arms, in DVC's order, and what each needs."""
+    """Graph of the stages before the arms, in DVC's order."""
     of_cells = {f"{stage}@{cell.name}" for cell in cells for stage in ("distill", "evaluate")}
     return {stage: needs for stage, needs in dvc.graph().items() if stage not in of_cells and stage != CLOSING}
 

@@ -1,9 +1,9 @@
 """Workspace of a flow run: a git worktree of the committed code and params, over the shared cache.
 
-So a run on a recipe or a study changes nothing that you are editing, two runs do not wait for each other's locks, and what was
-made in one is restored, not made again, in all others. Journals, checkpoints and the local MLflow store stay in the main
-folder. What ran, its `params/` and `dvc.lock`, is left on a branch `runs/NAME`. Machines that do not share a cache exchange
-what they made through a DVC remote called `pool`, where this clone has one.
+So a run of a recipe or a study leaves files that you are editing as they are, two runs do not wait for each other's locks, and
+outputs of one are restored in all others. Journals, checkpoints and the local MLflow store stay in the main folder. The run's
+`params/` and `dvc.lock` are committed to a branch `runs/NAME`. Machines without a shared cache exchange outputs through a DVC
+remote called `pool`, if this clone has one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from flows import dvc
 
 FOLDERS = RUNS / "workspaces"
 SHARED = (RUNS, Path(".mlflow"))
-AUTHOR = ["-c", "user.name=alignti", "-c", "user.email=alignti@localhost"]  # a machine may have nobody's name
+AUTHOR = ["-c", "user.name=alignti", "-c", "user.email=alignti@localhost"]  # git may have no user configured
 
 
 @contextmanager
 def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
-    """Go into a new worktree of `commit` for the time of the block.
+    """Change into a new worktree of `commit` during the block.
 
     Raises InputError outside a git repository, or if this clone has no such commit and cannot fetch it either.
     """
@@ -41,7 +41,7 @@ def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
         shared.mkdir(exist_ok=True)
     FOLDERS.mkdir(exist_ok=True)
     sweep()
-    with locked(FOLDERS / f"{name}.lock"):  # held while this run lives: how `sweep` knows that it does
+    with locked(FOLDERS / f"{name}.lock"):  # held for the run's life: `sweep` removes those that are free
         _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), _here(commit))
         try:
             for shared in SHARED:
@@ -60,12 +60,12 @@ def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
 
 
 def head() -> str:
-    """The commit that this folder is a worktree of."""
+    """Commit of this folder's HEAD."""
     return _git("rev-parse", "HEAD")
 
 
 def _here(commit: str) -> str:
-    """`commit`, fetched if this clone does not have it."""
+    """Full hash of `commit`, fetched if this clone does not have it."""
     known = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
     if known.returncode:
         _git("fetch", "--quiet", "--all")
@@ -73,7 +73,7 @@ def _here(commit: str) -> str:
 
 
 def left() -> list[str]:
-    """The names of the worktrees whose runs died; what they had finished is in the cache."""
+    """Names of the worktrees whose runs died; their finished stages are in the cache."""
     return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if is_free(lock)]
 
 
@@ -85,7 +85,7 @@ def sweep() -> None:
 
 
 def prune(days: float) -> list[str]:
-    """Delete the branches of runs that ended so many days ago; returns their names. What they made stays in DVC's cache."""
+    """Delete the branches of runs that ended at least `days` ago; returns their names. Their outputs stay in DVC's cache."""
     listed = _git("for-each-ref", "--format=%(refname:short) %(committerdate:unix)", "refs/heads/runs").splitlines()
     dated = [line.rsplit(" ", 1) for line in listed]
     old = [branch for branch, when in dated if int(when) <= time.time() - days * 86400]
@@ -96,7 +96,7 @@ def prune(days: float) -> list[str]:
 
 
 def _keep(name: str) -> None:
-    """Commit what the run was asked and what came of it to its branch."""
+    """Commit the run's `params/` and `dvc.lock` to its branch."""
     with suppress(FileNotFoundError):
         _git("add", "params", *(["dvc.lock"] if Path("dvc.lock").exists() else []))
         if _git("status", "--porcelain", "--untracked-files=no"):
