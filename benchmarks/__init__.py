@@ -1,3 +1,3 @@
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which follows memory here, prints when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no start and stop messages of torch's profiler, which tracks memory

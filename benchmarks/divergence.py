@@ -1,8 +1,8 @@
 """Memory of the divergence alone at V = 151,936: one long sample's 729 visual and 128 response rows, against full logits.
 
-Called by `python -m benchmarks.step --size memory`. Both ways take the same hidden rows and heads to the same weighted sum of
-forward KL and back. Counted is what torch's allocator gives out beyond rows and heads; the gradients that the student's rows
-and head must receive in either way are counted apart.
+Called by `python -m benchmarks.step --size memory`. Both ways compute the same weighted sum of forward KL, and its gradients,
+from the same hidden states and heads. Measured is the peak of torch's allocator beyond rows and heads; the gradients of the
+student's rows and head, which both ways must hold, are listed apart.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NO_TOWER = Tower(hidden=8, layers=2, heads=1, mlp=8, image_px=8, patch_px=8)
 
 
 def model(width: int, vocabulary: int, device: torch.device, seed: int) -> VLM:
-    """A model of hardly more than a head."""
+    """Minimal model around an output head."""
     shape = Language(hidden=width, layers=1, heads=1, kv_heads=1, mlp=8, vocabulary=vocabulary)
     return VLM(llava(shape, _NO_TOWER, device, torch.float32, seed)).requires_grad_(False)
 
@@ -48,7 +48,7 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
     head, teacher_head = (vlm.model.get_output_embeddings().weight for vlm in (student, teacher))
     weights = torch.rand(rows, generator=stream).to(device)
 
-    def engine() -> Tensor:  # as L_iva takes it, where nearly all rows are
+    def engine() -> Tensor:  # as in L_iva, which has nearly all rows
         return row_divergence(teacher_rows, teacher.head, student_rows, student.head, weights=weights)
 
     def reference() -> Tensor:

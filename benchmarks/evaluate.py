@@ -38,7 +38,7 @@ from components.process import exit_from
 from components.records.paths import DATASET
 from components.runtime import prepare_torch
 
-SPENT = "ALIGNTI_BENCH_SPENT"  # in the server's environment: the file where it keeps what it has spent
+SPENT = "ALIGNTI_BENCH_SPENT"  # environment variable of the server: file of its CPU seconds
 TIMED = """
 import json, time
 from transformers import LlavaForConditionalGeneration as Model
@@ -54,16 +54,16 @@ def timed(*args, **kwargs):
             json.dump([spent, time.process_time()], file)
 Model.generate = timed
 main()
-"""  # in the place of the server's last line
+"""  # replaces the server's last line
 
 
 class Spent(NamedTuple):
-    """Seconds of processors so far."""
+    """CPU seconds so far."""
 
     generating_cpu: float  # generation inside the server
     server_cpu: float
-    own_cpu: float  # of this process
-    kit_cpu: float  # of the kit's processes that have ended
+    own_cpu: float  # this process
+    kit_cpu: float  # ended processes of the kit
 
     def since(self, before: Spent) -> Spent:
         return Spent._make(now - then for now, then in zip(self, before, strict=True))
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def random_student(size: Size, like: Path, folder: Path) -> Path:
-    """A checkpoint folder of that shape, which reads prompts and images as the student in `like` does."""
+    """Checkpoint folder with random weights of that shape, and the processor of the student in `like`."""
     processor = load_processor(like)
     tokenizer = processor.tokenizer
     processor.image_processor.size = {"height": size.tower.image_px, "width": size.tower.image_px}
@@ -133,13 +133,13 @@ def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict
         def one(row: int) -> None:
             ask(endpoint, [samples[row].image or b"", question_of(samples[row].turns[0])], tokens)
 
-        for row in rows[:3]:  # its first answers are slow
+        for row in rows[:3]:  # warm-up
             one(row)
         own(settings.evaluate.batch_size)
         for _ in range(rounds):
             journal.unlink(missing_ok=True)
             for way, run in ways.items():
-                one(rows[0])  # so that the server's file is of now, and not of before it idled
+                one(rows[0])  # updates the server's file, stale since the server idled
                 before = now()
                 run()
                 taken[way].append(now().since(before))
@@ -147,7 +147,7 @@ def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict
 
 
 def figures(taken: dict[str, list[Spent]], amount: int) -> dict[str, Any]:
-    """Medians over rounds, and the ratios that docs/performance.md speaks of."""
+    """Medians over rounds, and the ratios of docs/performance.md."""
 
     def median(way: str, of: Callable[[Spent], float]) -> float:
         return statistics.median(of(one) for one in taken[way])
@@ -156,7 +156,7 @@ def figures(taken: dict[str, list[Spent]], amount: int) -> dict[str, Any]:
     generating = median("vlmeval", lambda s: s.generating_cpu)
     server = median("vlmeval", lambda s: s.server_cpu - s.generating_cpu)
     once = median("vlmeval, all answers known", lambda s: s.kit_cpu)
-    client = max(0.0, median("vlmeval", lambda s: s.kit_cpu) - once)  # of a few questions less than what two starts differ by
+    client = max(0.0, median("vlmeval", lambda s: s.kit_cpu) - once)  # a few questions cost less than two starts differ by
     arms = {way: {"seconds": found, "samples_per_second": amount / found} for way, found in cpu.items()}
     parts = {"generation": generating, "server beside it": server, "kit, per question": client, "kit, once": once}
     return {

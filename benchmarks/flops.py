@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, counted from shapes: the work the method asks for, whatever the implementation adds.
+"""FLOPs of a step, counted from shapes: the work of the method, not of an implementation.
 
 A matrix product of (n, a) and (a, b) is 2 n a b. A backward pass is twice its forward pass. Recomputation is not counted.
 """
@@ -17,10 +17,10 @@ TERMS = {"kd": needs_of(["sft", "kd"]), "kd_only": needs_of(["kd"]), "trl": need
 
 
 def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
-    """Operations of one optimiser step of an arm of `benchmarks.step`, the optimiser's own apart."""
+    """FLOPs of one optimiser step of an arm of `benchmarks.step`, the optimiser's own apart."""
     student, teacher = llava(size.tower, size.student), llava(size.tower, size.teacher)
     work = work_of(batch, ribbon_rows)
-    if arm == "align_ti_rows":  # at most: rows drawn twice are read once
+    if arm == "align_ti_rows":  # upper bound: rows drawn twice are read once
         work = replace(work, visual=min(work.visual, ROWS * work.images))
     if arm != "reference":
         draws_first = arm in ("align_ti_expanded", "align_ti_flex")

@@ -29,7 +29,7 @@ from components.cost.shapes import Language, Tower
 from components.io import write_text
 
 MINUTES = 8.0
-PAPER_GIB = 120  # what step --size paper takes
+PAPER_GIB = 120  # memory of step --size paper
 EQUAL = Size(  # wide enough for every kernel, small enough for seconds
     name="equal",
     about="a 128-wide student, a 256-wide teacher, 2 layers each, 64 visual tokens, V = 4,096",
@@ -53,7 +53,7 @@ def equality(device: torch.device, dry: bool, keep: Keep) -> Found:
         try:
             value = compared()
             found[name] = {"difference": value, "at_most": most, "equal": value <= most}
-        except Exception as error:  # whatever a kernel raises is this path's result, and the others are still to be seen
+        except Exception as error:  # an exception is the path's result, and the other paths still run
             found[name] = {"error": f"{type(error).__name__}: {error}"[:500], "equal": False}
         keep(found)
 
@@ -145,7 +145,7 @@ def generation(device: torch.device, dry: bool, _keep: Keep) -> Found:
     return {"arms": found}
 
 
-PARTS: dict[str, tuple[Callable[[torch.device, bool, Keep], Found], float]] = {  # and its share of the time that is left
+PARTS: dict[str, tuple[Callable[[torch.device, bool, Keep], Found], float]] = {  # part -> function, share of the remaining time
     "equality": (equality, 0.5),
     "step": (steps, 0.7),
     "loading": (waiting, 0.6),
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def _process(name: str, dry: bool, seconds: float) -> Found:
-    """The part's result, from a process that may crash or take too long."""
+    """Result of a part, run in a process that may crash or take too long."""
     if seconds < 1:
         return {"skipped": "no time left"}
     with tempfile.TemporaryDirectory() as folder:

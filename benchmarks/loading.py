@@ -31,14 +31,14 @@ from components.distill.sampler import Sampler
 from components.models.collate import Collator
 from components.models.template import Template
 
-AHEAD = 3  # steps before the clock starts: a loader starts, and gets its two batches ready
-DIFFERENT = 50  # pictures at least, so that some fall into each split
+AHEAD = 3  # warm-up steps: start of a loader, and its two prefetched batches
+DIFFERENT = 50  # minimum of pictures, so that some fall into each split
 LOADERS = (0, 1, 2)
 STEPS = {"small": 12, "paper": 60}
 
 
 def read_ahead(size: Size, samples: Samples, count: int) -> Steps:
-    """`count` steps of `size.batch` images each, in an order of the set's own, each image once."""
+    """`count` steps of `size.batch` images each, in the sampler's order, each image once."""
     settings = load_settings().distill.model_copy(update={"batch_size": size.batch, "micro_batch_size": size.batch})
     template = Template(system="")
     texts = (f"{turn.question} {turn.answer}" for sample in samples.about(0) for turn in sample.turns)
@@ -49,7 +49,7 @@ def read_ahead(size: Size, samples: Samples, count: int) -> Steps:
 
 
 def stepped(stream: Iterator[MicroBatches], bench: Bench, count: int) -> tuple[list[float], list[float]]:
-    """Seconds of each of `count` steps by the clock on the wall, and how many of them it waited for its batch."""
+    """Wall-clock seconds of each of `count` steps, and how many of them it waited for its batch."""
     module = AlignTI(bench.student, bench.teacher, bench.method(KD))
     weights = module.method.weight_vector(bench.device)
     seconds, waited = [], []
@@ -82,7 +82,7 @@ def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
         prepare(jpegs.generate(folder / "raw", pictures, jpegs.COPIES), target=folder / "dataset")
         samples = Samples(folder / "dataset", "train")
         for arm, loaders in {"in memory": None, **{f"{n} loaders": n for n in LOADERS}}.items():
-            steps = read_ahead(size, samples, AHEAD + count)  # anew: what it has processed it remembers
+            steps = read_ahead(size, samples, AHEAD + count)  # new collator: it caches processed images
             stream = batches(steps, 0, AHEAD + count, loaders or 0)
             began = time.perf_counter()
             if loaders is None:

@@ -24,11 +24,11 @@ Work = Callable[[], Any]
 def raced(
     arms: dict[str, Work], repeats: int, device: torch.device, title: str, over: dict[str, tuple[str, str]], **amount: float
 ) -> dict[str, Any]:
-    """Result of arms timed in turns: medians and quartiles over the rounds of each arm, and of ratios.
+    """Result of interleaved arms: medians and quartiles over the rounds of each arm, and of ratios.
 
     Args:
-        over: name of a ratio -> the arm above and the arm below; those with an arm that is not there are left out.
-        amount: what an arm works through in one go, and how much of it: tokens=1000 gives tokens_per_second.
+        over: ratio -> numerator arm, denominator arm; ratios with a missing arm are left out.
+        amount: work of one run of an arm: tokens=1000 gives tokens_per_second.
     """
     seconds = interleaved(arms, repeats, device, title)
     ratios = {
@@ -53,7 +53,7 @@ def raced(
 
 
 def interleaved(arms: dict[str, Work], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:
-    """Seconds of each arm, once per round; the caller has run each before.
+    """Seconds of each arm, once per round; warm-up is up to the caller.
 
     Arms take turns within a round and start one further along in the next, so that a machine that slows down slows them all.
     """
@@ -69,14 +69,14 @@ def interleaved(arms: dict[str, Work], repeats: int, device: torch.device, title
 
 
 def stopwatch(work: Work, device: torch.device) -> float:
-    """Seconds that `work` takes: see `clock`."""
+    """Seconds of `work` by `clock`."""
     started = clock(device)
     work()
     return clock(device) - started
 
 
 def clock(device: torch.device) -> float:
-    """Wall time on a GPU, once it has nothing left to do; on a CPU this process's own time, which others do not lengthen.
+    """Wall time after a synchronisation on a GPU; on a CPU this process's CPU time, which other processes do not lengthen.
 
     The two are the same on an idle machine, for a CPU runs on one thread here (`prepare`).
     """
@@ -87,7 +87,7 @@ def clock(device: torch.device) -> float:
 
 
 def prepare() -> torch.device:
-    """The device to measure. On a CPU one thread, as params/runtime.yaml has it."""
+    """Device to measure; a CPU with one thread, as in params/runtime.yaml."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def prepare() -> torch.device:
 
 
 class Parts:
-    """Breakdown of a step's seconds, by the same clock."""
+    """Breakdown of a step's seconds, by `clock`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -123,13 +123,13 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def apart(mine: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> float:
-    """Norm of the difference over the norm of the plain one."""
+    """Relative error: norm of the difference over the norm of `plain`."""
     of = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(mine, plain, strict=True)) ** 0.5
     return of / sum(float(b.double().square().sum()) for b in plain) ** 0.5
 
 
 def children_cpu() -> float:
-    """Seconds of processors that child processes took, those that have ended."""
+    """CPU seconds of child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -141,14 +141,14 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of a large matrix product: what this device gives at most. Best of several."""
+    """FLOP/s of a large matrix product, best of several: the device's practical peak."""
     n, tries = (8192, 8) if device.type == "cuda" else (512, 4)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(stopwatch(lambda: a @ b, device) for _ in range(tries))
 
 
 def machine(device: torch.device) -> str:
-    """In general words."""
+    """General description of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     return f"{cores} CPU cores, {accelerator}"

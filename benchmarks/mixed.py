@@ -24,14 +24,14 @@ from components.cost.shapes import Language, Tower
 from components.distill.sampler import shared_out, shared_out_by_length
 from components.evaluate.memory import peak_bytes
 
-KINDS = (  # share of the mix; tokens of prompt and answer in LLaVA-1.5, from .. to; shows an image
+KINDS = (  # share of the mix; (min, max) tokens of prompt and answer in LLaVA-1.5; with an image
     (0.06, (40, 400), (200, 1400), False),  # ShareGPT
     (0.70, (15, 60), (2, 12), True),  # VQA v2, GQA, OCR-VQA, A-OKVQA, RefCOCO, VG
     (0.16, (20, 60), (80, 250), True),  # LLaVA-Instruct: details, reasoning
     (0.08, (20, 60), (250, 600), True),  # LLaVA-Instruct: conversations
 )
-VISUAL = 576  # tokens of an image in LLaVA-1.5
-STEP, PASS, STEPS = 32, 8, 2  # samples per optimiser step, and per pass where lengths do not matter; steps timed
+VISUAL = 576  # visual tokens of an image in LLaVA-1.5
+STEP, PASS, STEPS = 32, 8, 2  # samples per optimiser step, and per pass of `equal`; timed steps
 MIXED = replace(
     SIZES["tiny"],
     name="mixed",
@@ -59,7 +59,7 @@ class Sample:
 
 
 def samples(size: Size, count: int, seed: int = 0) -> list[Sample]:
-    """Of KINDS in their shares."""
+    """Random samples of KINDS in their shares."""
     draw, stream = random.Random(seed), torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
@@ -79,7 +79,7 @@ def pixels_of(some: list[Sample]) -> Tensor | None:
 
 
 def collated(some: list[Sample]) -> Batch:
-    """Padded on the right."""
+    """Batch with right padding."""
     ids = pad_sequence([torch.cat([s.prompt, s.answer]) for s in some], batch_first=True, padding_value=PAD)
     column = torch.arange(ids.shape[1])
     asked, whole = (torch.tensor(lengths)[:, None] for lengths in ([len(s.prompt) for s in some], [len(s) for s in some]))
@@ -95,7 +95,7 @@ def collated(some: list[Sample]) -> Batch:
 
 
 def handed(some: list[Sample], tokens: int, device: torch.device) -> dict[str, Any]:
-    """A pass as TRL's collator makes it: prompts padded on the left, answers on the right; `tokens` of the whole step."""
+    """Inputs of a pass as TRL's collator makes them: prompts left-padded, answers right-padded; `tokens` of the whole step."""
     prompts, answers = [s.prompt for s in some], [s.answer for s in some]
     left = pad_sequence([prompt.flip(0) for prompt in prompts], batch_first=True, padding_value=PAD).flip(1)
     right = pad_sequence(answers, batch_first=True, padding_value=PAD)
@@ -108,7 +108,7 @@ def handed(some: list[Sample], tokens: int, device: torch.device) -> dict[str, A
 
 
 def ours(bench: Bench, passes: list[list[Sample]]) -> tuple[Callable[[], None], Callable[[], float]]:
-    """The step, and its loss, of KD alone."""
+    """Optimiser step of KD alone, and its loss."""
     module = AlignTI(bench.student, bench.teacher, bench.method(KD_ONLY))
     weights = module.method.weight_vector(bench.device)
     batches = [collated(some).to(bench.device) for some in passes]
@@ -145,7 +145,7 @@ def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | Non
     stream = samples(size, steps * STEP)
     pairs = [[(i, i) for i in range(start, start + STEP)] for start in range(0, len(stream), STEP)]
     equal = [shared_out(step, PASS, 0, 1) for step in pairs]
-    budget = max(len(some) * max(len(stream[i]) for _, i in some) for step in equal for some in step)  # the same peak
+    budget = max(len(some) * max(len(stream[i]) for _, i in some) for step in equal for some in step)  # equal peak memory
     lengths = [[len(stream[i]) for _, i in step] for step in pairs]
     by_length = [shared_out_by_length(step, of, budget, 0, 1) for step, of in zip(pairs, lengths, strict=True)]
     missing: dict[str, str] = {}
@@ -172,7 +172,7 @@ def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | Non
     for name, arm in timed["arms"].items():
         made = passes["equal" if name == "trl" else name]
         held = sum(len(some) * max(map(len, some)) for step in made for some in step)
-        if name == "trl":  # prompt and answer are padded apart
+        if name == "trl":  # prompts and answers are padded separately
             held = sum(len(p) * (max(len(s.prompt) for s in p) + max(len(s.answer) for s in p)) for step in made for p in step)
         arm |= {"peak_mib": peaks[name] / measure.MIB, "padding": 1 - used / held}
     about = (

@@ -67,7 +67,7 @@ Path("out", cell).write_text(cell)
 
 
 def lay_out(folder: Path, cells: int, seconds: float) -> None:
-    """A DVC project of that many cells."""
+    """Create a DVC project with that many cells."""
     shutil.copytree(ROOT / "params", folder / "params")
     (folder / "dvc.yaml").write_text(PIPELINE.format(cells=", ".join(f"c{i}" for i in range(cells))))
     cell = CELL.replace("SECONDS", str(seconds)).replace("POINTS", str(POINTS_PER_S)).replace("TRACKED", TRACKED)
@@ -134,7 +134,7 @@ def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def servers_up() -> Iterator[dict[str, str]]:
-    """Both, in the current folder; gives what makes commands talk to them."""
+    """MLflow and Prefect servers in the current folder; yields the environment of their clients."""
     servers.up(ports=PORTS)
     try:
         yield servers.client_environment()
@@ -143,7 +143,7 @@ def servers_up() -> Iterator[dict[str, str]]:
 
 
 def timed(work: Callable[[], None]) -> dict[str, float]:
-    """Seconds by the clock and of all processes that it waited for, and how many others wanted a core meanwhile."""
+    """Wall-clock seconds, CPU seconds of the child processes, and the load average over 5 minutes."""
     began, before = time.perf_counter(), measure.children_cpu()
     work()
     cpu = measure.children_cpu() - before

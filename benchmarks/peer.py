@@ -1,6 +1,6 @@
 """The KD-only step of TRL 1.16.0's DistillationTrainer on the benchmark's own models, batch and optimiser.
 
-TRL distils on what the student generates; here its trainer is handed the batch's responses instead, so that no generation is
+TRL distils on the student's generations; here its trainer receives the batch's responses instead, so that no generation is
 timed and the loss is the same number. Timed are its `training_step` - both backbones, its chunked divergence (beta = 0, forward
 KL), backward - and clipping and AdamW as in the other arms. Its loop, logging and data loading are left out, to its advantage.
 """
@@ -35,7 +35,7 @@ def arm(bench: Bench) -> Work:
 
 
 def trainer(bench: Bench) -> Any:
-    """TRL's, that takes its batch as it is given. Raises ImportError without TRL, ValueError if it refuses the pair."""
+    """TRL's trainer, with batches passed on as they are. Raises ImportError without TRL, ValueError if it refuses the pair."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     import trl
     from datasets import Dataset

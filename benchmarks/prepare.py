@@ -32,12 +32,12 @@ from components.process import cores
 
 IMAGES, COPIES, WIDTH, HEIGHT, REPEATS = 400, 8, 640, 480, 3
 QUESTIONS = ("What is in the picture?", "What is at the top left?")
-SMALL, DIFFERENT = 32, 50_000  # pixels a side, and pictures at most, where memory is measured
-EVERY = 0.5  # seconds between two looks at memory
+SMALL, DIFFERENT = 32, 50_000  # memory runs: pixels a side, maximum of pictures
+EVERY = 0.5  # sampling interval of memory in seconds
 
 
 def generate(folder: Path, images: int, copies: int, width: int = WIDTH, height: int = HEIGHT) -> DataSettings:
-    """A LLaVA-format set under `folder`, and the settings that read it."""
+    """Write a LLaVA-format set under `folder`; returns its settings."""
     (folder / "images").mkdir(parents=True)
     with (folder / "rows.jsonl").open("w") as rows:
         for i in range(images):
@@ -59,7 +59,7 @@ def generate(folder: Path, images: int, copies: int, width: int = WIDTH, height:
 
 
 def decode(folder: Path) -> int:
-    """Pillow alone: open, decode, convert to RGB. Returns how many."""
+    """Pillow alone: open, decode, convert to RGB. Returns the number of images."""
     count = 0
     for path in sorted((folder / "images").iterdir()):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
@@ -77,7 +77,7 @@ def rate(images: int = IMAGES, copies: int = COPIES, repeats: int = REPEATS) -> 
 
         def stage() -> None:
             shutil.rmtree(target, ignore_errors=True)
-            with contextlib.redirect_stderr(io.StringIO()):  # its own bar
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 manifest = prepare(settings, target=target, workers=1)
             assert manifest.rows_out == len(QUESTIONS) * images * copies
 
@@ -92,7 +92,7 @@ def rate(images: int = IMAGES, copies: int = COPIES, repeats: int = REPEATS) -> 
 
 
 def memory(sizes: list[int]) -> dict[str, Any]:
-    """`sizes`: rows of each set."""
+    """Time and peak memory of `prepare`. `sizes`: rows of each set."""
     arms: dict[str, dict[str, float]] = {}
     for rows in sizes:
         images = rows // len(QUESTIONS)
@@ -111,8 +111,8 @@ def memory(sizes: list[int]) -> dict[str, Any]:
 
 
 def followed(process: multiprocessing.process.BaseProcess) -> tuple[float, float, float]:
-    """Seconds that the process takes, of the clock and, with its children, of CPUs, and the most MiB of memory that they had at
-    one time beside the pages of files."""
+    """Wall-clock seconds of the process, CPU seconds and peak memory (MiB) of it and its children, without file-backed
+    pages."""
     began, before, peak = time.perf_counter(), measure.children_cpu(), 0.0
     process.start()
     while process.is_alive():

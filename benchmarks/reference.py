@@ -1,7 +1,7 @@
-"""The same loss written plainly: eager attention everywhere, full logits, d interleaved rows before every response token.
+"""Plain reference of the same loss: eager attention, full logits, d interleaved rows before every response token.
 
-The layout is that of the paper's released code ([c_k1 .. c_kd y_k] in place of y_k). It is what the engine is compared
-with, for equality of loss and gradients and then for time and memory. METHOD in `components/align_ti`; arXiv 2602.09483.
+The layout is that of the paper's released code ([c_k1 .. c_kd y_k] in place of y_k). The engine is compared with it for
+equality of loss and gradients, and then for time and memory. METHOD in `components/align_ti`; arXiv 2602.09483.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.shapes import Batch
 
 
 def twin(model: Any, implementation: str) -> Any:
-    """The same model, with its very parameters, on another attention implementation."""
+    """Copy of the model with shared parameters and buffers, on another attention implementation."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, shared)
     other.set_attn_implementation(implementation)
@@ -24,9 +24,9 @@ def twin(model: Any, implementation: str) -> Any:
 
 
 def terms(student: Any, teacher: Any, batch: Batch, draws: Tensor, layer: int, eos: int) -> Tensor:
-    """(4,) means sft, kd, iva, tpa of the LLaVA models `student` and `teacher`, on eager attention, given (N, d) draws.
+    """Loss terms (4,): means of sft, kd, iva, tpa of two LLaVA models on eager attention, given (N, d) draws.
 
-    The draws are made and thrown away first, as a step of the released layout has to make them before its one big pass.
+    A sampling pass runs first and is discarded: a step of the released layout needs one before its main pass.
     """
     _sample(student, batch, draws.shape[1])
     ids, positions, alternative, gold_at = interleave(batch, draws)
@@ -51,8 +51,8 @@ def interleave(batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     """Put d alternatives before every response token. L is the longest expanded sample.
 
     Returns:
-        (B, L) tokens; (B, L) positions, an alternative's being its gold token's; (B, L) bool, which are alternatives;
-        (B, T) where each token of the batch went.
+        (B, L) tokens; (B, L) positions, an alternative's equal to its gold token's; (B, L) bool mask of alternatives;
+        (B, T) index in L of each token of the batch.
     """
     rows, where, step = [], torch.zeros_like(batch.input_ids), 0
     for b, tokens in enumerate(batch.input_ids.tolist()):
@@ -71,7 +71,7 @@ def interleave(batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _mask(positions: Tensor, alternative: Tensor, gold_at: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, 1, L, L) bool: gold rows see gold rows up to themselves, an alternative those before it and itself."""
+    """(B, 1, L, L) bool: gold rows attend to gold rows up to themselves, an alternative to those before it and itself."""
     real = torch.zeros_like(alternative).scatter(1, gold_at, attention_mask.bool())
     earlier = positions[:, None, :] < positions[:, :, None]
     itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)

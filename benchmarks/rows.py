@@ -42,13 +42,13 @@ BROKEN = ("missing_file", "turns", "image_marks", "empty_answer", "too_long")  #
 WORDS = (
     *("what", "digit", "is", "at", "a1", "a2", "b1", "b2", "?", ".", ",", "red", "green", "one", "two", "three", "empty"),
     *("list", "describe", "the", "grid", "yes", "no", "user", "model"),
-)  # those of the toys' tokenizers
+)  # vocabulary of the toys' tokenizers
 
 Turns = list[dict[str, str]]
 
 
 def generate(folder: Path, rows: int) -> None:
-    """`folder/rows.json` and `folder/images`."""
+    """Write `folder/rows.json` and `folder/images`."""
     draw = random.Random(0)
     short, long = ([" ".join(draw.choices(WORDS, k=k)) for _ in range(2000)] for k in (6, 60))
     (folder / "images").mkdir(parents=True)
@@ -75,7 +75,7 @@ def generate(folder: Path, rows: int) -> None:
 
 
 def spoil(i: int, row: dict[str, Any], turns: Turns, words: str) -> None:
-    """Special tokens as words, too long, or broken, by the row's number."""
+    """Special tokens as words, too long a text, or a broken row, by the row's number."""
     if i % 100 == 3:
         turns[-1]["value"] += " </s> <|im_end|><|im_start|>"
     elif i % 250 == 4:
@@ -133,7 +133,7 @@ def run(settings: Settings, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def accounted(dataset: Path, target: Path, rows: int) -> dict[str, dict[str, int]]:
-    """What became of the rows. Raises AssertionError if of one nothing is said."""
+    """Row counts by outcome. Raises AssertionError if a row is unaccounted for."""
     manifest, tried = Manifest.read(dataset / "manifest.json"), TriedRows.read(target / "rows.json").splits.values()
     reasons = [json.loads(line)["reason"] for line in (dataset / "quarantine.jsonl").read_text().splitlines()]
     remarks = [json.loads(line) for line in (target / "remarks.jsonl").read_text().splitlines()]

@@ -48,18 +48,18 @@ class Ways:
 
     @torch.inference_mode()
     def search(self) -> Tensor:
-        """(L, B, Nv), as `components.irs.search.attention_maps` gets it."""
+        """Attention (L, B, Nv), computed as in `components.irs.search.attention_maps`."""
         with probing(self.watched.model, self.layers, AttentionProbe.at(self.batch.instruction, self.batch.pictures)) as seen:
             self.watched.plain(self.batch, self.watched.features(self.batch), keep=False)
         return torch.stack([seen.seen[layer] for layer in self.layers])
 
     @torch.inference_mode()
     def eager(self) -> Tensor:
-        """(L, B, Nv) out of all layers' (B, H, T, T) maps."""
+        """Attention (L, B, Nv) from all layers' (B, H, T, T) maps."""
         b = self.batch
         pixels = None if b.pixel_values is None else b.pixel_values.to(self.with_maps.dtype)
         out = self.with_maps.model(input_ids=b.input_ids, pixel_values=pixels, output_attentions=True, use_cache=False)
-        rows, columns = b.instruction[0], b.visual[0]  # every prompt has them at the same places
+        rows, columns = b.instruction[0], b.visual[0]  # at the same positions in every prompt
         return torch.stack([maps.float().mean(1)[:, rows][:, :, columns].mean(1) for maps in out.attentions])
 
 

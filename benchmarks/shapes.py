@@ -18,16 +18,16 @@ from components.cost.step import ALTERNATIVES
 
 PAD, EOS, IMAGE, FIRST_WORD = 0, 1, 2, 3
 DRAWS = 4
-ROWS = 64  # visual rows drawn per image where L_iva reads some
+ROWS = 64  # visual rows drawn per image, for L_iva over drawn rows
 
 # Distinct alternatives per response step that are neither gold nor EOS, of d = 4: measured with a prototype of the digits
-# recipe, at the start of distillation and for a student that has learnt the task. The last is the most there can be.
+# recipe, at the start of distillation and for a student that has learnt the task. The last is the maximum.
 START, TRAINED, WORST = ALTERNATIVES, 0.20, 4.0
 
 
 @dataclass(frozen=True)
 class Size:
-    """A pair of models and a batch for them."""
+    """Shapes of a student and a teacher, and of their batch."""
 
     name: str
     about: str
@@ -96,7 +96,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of at most T tokens, padded on the right: what `components.align_ti.step.Batch` asks for."""
+    """Right-padded batch of B samples of at most T tokens, a `components.align_ti.batch.Batch`."""
 
     input_ids: Tensor  # (B, T) long
     attention_mask: Tensor  # (B, T) long
@@ -123,7 +123,7 @@ class Batch:
 
 
 def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """A LLaVA with random weights and fused attention, made on `device`; its vision tower is frozen.
+    """LLaVA with random weights and fused attention, created on `device`; its vision tower is frozen.
 
     The tower's weights depend on its shape alone, so that teacher and student carry the same one, as in the paper.
     """
@@ -199,8 +199,8 @@ def batch(size: Size, device: torch.device) -> Batch:
 def script(batch: Batch, distinct: float, vocabulary: int) -> Tensor:
     """(N, d) draws for the N response steps: on average `distinct` different ones per step that are neither gold nor EOS.
 
-    Step i has floor((i + 1) distinct) - floor(i distinct) of them, once each; its other draws are the gold token, or EOS
-    where that is the gold one. That is what a student of that entropy gives the ribbon to do.
+    Step i has floor((i + 1) distinct) - floor(i distinct) of them, once each; its other draws are the gold token. The ribbon of
+    a student of that entropy has as many rows.
     """
     gold = batch.input_ids[batch.response].tolist()
     stream = torch.Generator().manual_seed(1)

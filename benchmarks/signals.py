@@ -31,12 +31,12 @@ from components.distill.teacher import FrozenTeacher
 from components.models.vlm import VLM
 
 CUTS, DRAWS = (8, 12, 32), 50
-SHARPER, STEPS, RATE = 4.0, 30, 1e-4  # small: logits times so much; steps of exact KD, AdamW's learning rate
+SHARPER, STEPS, RATE = 4.0, 30, 1e-4  # size small: scale of logits; steps of exact KD; AdamW's learning rate
 Pair = tuple[VLM, FrozenTeacher, Any, int, int]  # student, teacher, batch, shared vocabulary, visual rows drawn per image
 
 
 def digits(student_folder: Path, samples: int = 32) -> Pair:
-    """What the recipe has trained; rows drawn are half of an image's."""
+    """Trained pair of the digits recipe; half of an image's rows are drawn."""
     from components.config.load import load_settings
     from components.dataset.shards import CAPTION, Samples
     from components.models.collate import Collator
@@ -124,13 +124,13 @@ def run(name: str, pair: Pair, draws_of_rows: int) -> dict[str, Any]:
 
 
 def alone(logits: Tensor) -> TopK:
-    """The likeliest tokens renormalised, nothing said of the others."""
+    """Top-k tokens renormalised, without the residual mass."""
     likeliest = logits.topk(CUTS[-1])
     return TopK(likeliest.indices, likeliest.values.log_softmax(-1), likeliest.values.new_full((len(logits),), -torch.inf))
 
 
 def room(kept: Rows) -> float:
-    """Bytes of a row in a cache whose token ids take four."""
+    """Bytes per row in a cache with four-byte token ids."""
     if isinstance(kept, TopK):
         return kept.tokens.shape[1] * (4 + 2) + 2
     assert isinstance(kept, Sampled)

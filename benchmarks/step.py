@@ -28,7 +28,7 @@ from components.models.vlm import VLM
 ALL = dict.fromkeys(CORE, 1.0)
 KD = ALL | {"iva": 0.0, "tpa": 0.0}
 KD_ONLY = KD | {"sft": 0.0}
-ENGINE = {  # arm -> its terms and its draws
+ENGINE = {  # arm -> weights of its terms, distinct draws
     "kd": (KD, None),
     "kd_only": (KD_ONLY, None),
     "align_ti": (ALL, TRAINED),
@@ -37,7 +37,7 @@ ENGINE = {  # arm -> its terms and its draws
     "align_ti_rows": (ALL, TRAINED),  # L_iva over drawn rows
 }
 
-APPENDED = {  # arms of a GPU: alternatives appended, as under gradient checkpointing -> attention over them
+APPENDED = {  # GPU arms: alternatives appended, as under gradient checkpointing -> attention over them
     "align_ti_expanded": "sdpa",
     "align_ti_flex": "flex_attention",
 }
@@ -60,7 +60,7 @@ NO_TRL = "pip install trl==1.16.0"
 
 
 class Scripted(AlignTI):
-    """Align-TI whose draws come from a script, after the draws of its own have been made and paid for."""
+    """Align-TI with scripted draws; its own draws are still made, so that their time counts."""
 
     script: Tensor | None = None
 
@@ -156,7 +156,7 @@ class Bench:
         return float(value.detach()), found
 
     def optimise(self, loss: Callable[[], Tensor]) -> None:
-        """One step: what is timed."""
+        """One optimiser step, as it is timed."""
 
         def to_gradients() -> None:
             with self.autocast():
@@ -166,7 +166,7 @@ class Bench:
         self.stepped(to_gradients)
 
     def stepped(self, to_gradients: Callable[[], Any]) -> None:
-        """Clipping and AdamW after what leaves the gradients of a whole step."""
+        """Gradients of a whole step by `to_gradients`, then clipping and AdamW."""
         to_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
@@ -176,7 +176,7 @@ class Bench:
 def equality(bench: Bench) -> dict[str, float]:
     """Relative difference of loss and of the whole gradient between the engine and the reference, at trained-student draws.
 
-    Raises AssertionError if they are not the same up to rounding: then no time of theirs may be compared.
+    Raises AssertionError if they differ by more than rounding: then their times must not be compared.
     """
     mine, my_gradients = bench.gradients(bench.engine("align_ti"))
     plain, plain_gradients = bench.gradients(bench.reference())
@@ -187,7 +187,7 @@ def equality(bench: Bench) -> dict[str, float]:
 
 
 def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[str, Any]:
-    """Everything about one size."""
+    """All results of one size."""
     if size.bf16:
         # The heads' operands come from bf16, which TF32 holds exactly; float32 products would take a GPU ten times as long.
         torch.set_float32_matmul_precision("high")
@@ -212,7 +212,7 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     except ValueError as error:
         missing["trl"] = str(error)
 
-    bench.optimise(losses["kd"])  # the optimiser's state is there before memory is counted
+    bench.optimise(losses["kd"])  # creates the optimiser's state before memory is measured
     standing = _standing(bench)
     peaks = {arm: standing + peak_bytes(work, device) for arm, work in arms.items()}
     tokens = int(bench.batch.attention_mask.sum())
@@ -222,14 +222,14 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
 
 
 def _standing(bench: Bench) -> int:
-    """Bytes that are there between steps: both models, the optimiser's state."""
+    """Bytes held between steps: both models and the optimiser's state."""
     state = [t for s in bench.optimiser.state.values() for t in s.values() if isinstance(t, Tensor)]
     models = [*bench.student.parameters(), *bench.teacher.vlm.parameters()]
     return measure.bytes_of([*(p.data for p in models), *state])
 
 
 def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str, float]:
-    """Share of a step's time per part, over `steps` steps apart from those that are timed whole."""
+    """Share of a step's time per part, over `steps` separate steps."""
     parts = measure.Parts(bench.device)
     student, teacher = bench.student, bench.teacher
     watched: list[tuple[Any, str, str]] = [

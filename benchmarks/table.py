@@ -54,7 +54,7 @@ def arguments(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def report(result: dict[str, Any], target: Path | None = None) -> str:
-    """The result as docs/performance.md shows it, all ratios added; `target` gets it as JSON."""
+    """Markdown of the result with all its ratios, as in docs/performance.md; also written to `target` as JSON."""
     if target:
         write_text(target, json.dumps(result, indent=2) + "\n")
     return "\n".join(_run(result, with_ratios=True))
@@ -147,7 +147,7 @@ def _sentence(text: str) -> str:
 
 
 def refresh(page: str, table: str) -> str:
-    """The page with what stands between its markers replaced. Raises ValueError if the markers are not there once each."""
+    """Page with the text between its markers replaced. Raises ValueError unless each marker occurs once."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"{PAGE.name} needs the lines {BEGIN!r} and {END!r} once each")
     before, _, rest = page.partition(BEGIN)

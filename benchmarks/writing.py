@@ -1,6 +1,6 @@
-"""Answers of 32 tokens that a student writes in training, ours (GKD) and TRL 1.16.0's: `python -m benchmarks.writing`
+"""Generation of 32-token answers by a student in training, ours (GKD) and TRL 1.16.0's: `python -m benchmarks.writing`
 
-One tiny model and batch of prompts, drawn at temperature 1 over its key/value cache. Ours draws each token by its sample's key.
+One tiny model and batch of prompts, drawn at temperature 1 with a key/value cache. Ours draws each token by its sample's key.
 """
 
 from __future__ import annotations
