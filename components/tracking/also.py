@@ -1,6 +1,6 @@
 """Sync of run journals (`journal.py`) to TensorBoard and W&B, beside MLflow: `trackers` in params/runtime.yaml.
 
-Each follows a stage's journal as `mlflow_sync.py` does and keeps its offset beside it: curves and params, not the final status.
+Each follows a stage's journal as `mlflow_sync.py` does and keeps its offset beside it: curves, params and W&B's final status.
 A fault never stops a stage. Lineage, artifacts and the registry are in MLflow alone.
 
     python -m components.tracking.also TRACKER JOURNAL
@@ -60,6 +60,7 @@ class WandB:
 
         os.environ.setdefault("WANDB_MODE", "offline")
         quiet = wandb.Settings(silent=True, disable_git=True, save_code=False, console="off", x_disable_stats=True)
+        self._exit_code = 1  # of a stage that died before its end event
         tags = [f"{name}:{start['tags'][name]}"[:64] for name in ("stage", "recipe") if name in start["tags"]]
         self._run: Any = wandb.init(
             project=start["experiment"], id=run[-60:], name=start["name"], tags=tags, resume="allow", settings=quiet
@@ -72,9 +73,11 @@ class WandB:
             self._run.log({**line["values"], "step": line["step"]})  # step as a value: W&B's own must never decrease
         elif line["event"] == "params":
             self._run.config.update(dict(line["values"]), allow_val_change=True)
+        elif line["event"] == "end":
+            self._exit_code = 0 if line["status"] == "FINISHED" else 1
 
     def close(self) -> None:
-        self._run.finish()
+        self._run.finish(self._exit_code)
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
