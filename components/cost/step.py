@@ -147,7 +147,7 @@ class MemoryPlan:
 def memory(student: Model, teacher: Model | None, work: BatchShape, way: StepPlan, held: MemoryPlan) -> dict[str, float]:
     """Bytes per part on one device at the peak of a step over `work`, the largest micro-batch.
 
-    The teacher's activations are those of one layer: a backward pass of its own (`gradient`) is not counted.
+    The teacher holds the activations of one layer at a time, of all for a backward pass of its own (`gradient`).
     """
     shape, needs = student.language, union(way.terms)
     parts_of = {name: held.devices if name in held.sharded else 1 for name in ("student", "teacher")}
@@ -165,9 +165,10 @@ def memory(student: Model, teacher: Model | None, work: BatchShape, way: StepPla
     if teacher is not None and needs.teacher:
         theirs = teacher.language
         cache = 2 * theirs.layers * theirs.attention * theirs.kv_heads / theirs.heads * held.wide * tokens
-        one_layer = footprint.activations_per_token(theirs.hidden, theirs.mlp, 1, checkpointed=False) * held.wide * tokens
+        depth = theirs.layers if way.gradient else 1
+        activations = footprint.activations_per_token(theirs.hidden, theirs.mlp, depth, checkpointed=False) * held.wide * tokens
         weights = held.teacher_bytes * teacher.weights / parts_of["teacher"]
-        parts["teacher"] = weights + one_layer + (cache if held.continues and added else 0)
+        parts["teacher"] = weights + activations + (cache if held.continues and added else 0)
     return parts
 
 

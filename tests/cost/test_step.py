@@ -23,6 +23,7 @@ from components.cost import shapes
 from components.cost import step as cost
 from components.cost.shapes import llava
 from components.cost.step import BatchShape, MemoryPlan, StepPlan
+from components.distill import footprint
 
 STUDENT = shapes.llava(shapes.SIGLIP, shapes.LANGUAGE_MODELS["Qwen/Qwen2.5-0.5B"])
 TEACHER = shapes.llava(shapes.SIGLIP, shapes.LANGUAGE_MODELS["Qwen/Qwen2.5-7B"])
@@ -92,6 +93,10 @@ def test_memory_is_shared_out_and_saved_as_the_settings_say() -> None:
     assert sharded["gradients and optimiser state"] == plain["gradients and optimiser state"] / 8
     assert sharded["teacher"] < plain["teacher"] / 3 and sharded["activations"] == plain["activations"]
     assert cost.memory(STUDENT, TEACHER, WORK, StepPlan(SFT), held)["teacher"] == 0
+    by_gradient = cost.memory(STUDENT, TEACHER, WORK, StepPlan(ALL, gradient=True), held)
+    shape = TEACHER.language
+    layer = footprint.activations_per_token(shape.hidden, shape.mlp, 1, False) * held.wide * sum(WORK.lengths)
+    assert by_gradient["teacher"] - plain["teacher"] == pytest.approx((shape.layers - 1) * layer)
 
 
 STEPS = {r["size"]: r for r in load() if r["benchmark"] == "step" and r["size"] in ("tiny", "small")}
