@@ -27,6 +27,7 @@ from components.records.paths import RUNS
 MADE = RUNS / "made"
 LOCK = Path("dvc.lock")
 DVC_LOCK = Path(".dvc/tmp/lock")  # DVC's lock while it writes
+PATIENCE_S, STILL_S = 10.0, 2.0
 CODE = ("components", "dvc.yaml", "data.dvc", ".dvc/config")  # code and data that decide a stage's result, params aside
 
 
@@ -124,7 +125,7 @@ def lock_file() -> dict[str, Any]:
     """Stages of `dvc.lock`; none before the first has ended.
 
     DVC truncates and rewrites the file under its own lock when a stage ends, which may be at any time, so the lock is shared
-    while reading. A lock held for more than 10 s is ignored. Raises TryAgainError if the file is unreadable even so.
+    while reading. Raises TryAgainError if the file is unreadable even so.
     """
     if not LOCK.exists():
         return {}
@@ -137,18 +138,25 @@ def lock_file() -> dict[str, Any]:
 
 
 @contextmanager
-def _dvc_at_rest(seconds: float = 10.0) -> Iterator[None]:
-    """Shared hold of DVC's lock in this folder, so that no process rewrites `dvc.lock`; proceeds without it after `seconds`."""
+def _dvc_at_rest() -> Iterator[None]:
+    """Shared hold of DVC's lock in this folder, so that no process rewrites `dvc.lock`.
+
+    A lock held for longer than PATIENCE_S is that of a download, which leaves the file alone, or of a rewrite, which takes 10 s
+    at 200 stages: the block is then entered once the file has not changed for STILL_S.
+    """
     if not DVC_LOCK.exists():
         yield
         return
     with DVC_LOCK.open() as held:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        until = time.monotonic() + PATIENCE_S
+        while True:
             try:
                 fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                state = LOCK.stat()  # empty, then growing, while DVC rewrites it
+                if time.monotonic() > until and state.st_size and time.time() - state.st_mtime > STILL_S:
+                    break
                 time.sleep(0.05)
         yield
 

@@ -83,6 +83,36 @@ def test_a_lock_file_that_another_stage_rewrites_is_read_whole(tmp_path: Path, m
     assert writer.returncode == 0
 
 
+SLOWLY = """
+import fcntl, time
+from pathlib import Path
+held = open(".dvc/tmp/lock")
+fcntl.flock(held, fcntl.LOCK_EX)
+with open("dvc.lock", "w") as file:
+    print("at it", flush=True)
+    for line in ("schema: '2.0'", "stages:", "  one: {outs: [{path: a, md5: x}]}", "  two: {outs: [{path: b, md5: y}]}"):
+        time.sleep(0.3)
+        print(line, file=file, flush=True)
+print("still held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_rewrite_that_takes_long_is_waited_for_and_a_lock_held_for_something_else_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a file is valid YAML of fewer stages: a study of 93 arms lost one so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(provenance, "PATIENCE_S", 0.1)
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    (tmp_path / ".dvc/tmp/lock").touch()
+    with subprocess.Popen([sys.executable, "-c", SLOWLY], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline()
+        assert provenance.locked() == {"one": {"a": "x"}, "two": {"b": "y"}}
+        assert provenance.locked() and writer.poll() is None
+        writer.kill()
+
+
 def test_an_empty_lock_file_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc.lock").touch()
