@@ -30,9 +30,13 @@ class SettingsError(InputError):
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     """InputError for an unknown name, with the nearest known one and the full list."""
     listed = list(known)
-    near = difflib.get_close_matches(name, listed, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"there is no {what} {name!r}; {hint}there are {', '.join(listed) or 'none'}")
+    return InputError(f"there is no {what} {name!r}; {meant(name, listed)}there are {', '.join(listed) or 'none'}")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Suggestion of the nearest known name, `did you mean 'x'? `; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def first_line(error: BaseException) -> str:

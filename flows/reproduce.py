@@ -11,12 +11,11 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from components.config.settings import Settings
-from components.errors import InputError, TryAgainError
+from components.errors import InputError, TryAgainError, meant
 from components.io import write_text
 from components.tracking import history, mlflow_client, mlflow_mirror, mlflow_registry, provenance
 from components.tracking.journal import JOURNALS, events
@@ -86,9 +85,8 @@ def find(run: str, settings: Settings) -> Recorded:
     if journal.exists():
         return _from_journal(run, journal, settings)
     if not MLFLOW_ID.fullmatch(run):
-        near = get_close_matches(run, [path.stem for path in JOURNALS.glob("*.jsonl")], n=1)
-        hint = f" did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"there is no run {run!r} in {JOURNALS};{hint} `alignti runs` lists them")
+        near = meant(run, (path.stem for path in JOURNALS.glob("*.jsonl")))
+        raise InputError(f"there is no run {run!r} in {JOURNALS}; {near}`alignti runs` lists them")
     if settings.runtime.tracking_uri == JOURNAL_ONLY:
         raise InputError(f"there is no journal {run} in {JOURNALS}, and no MLflow to ask (tracking_uri is `journal`)")
     from mlflow.exceptions import MlflowException

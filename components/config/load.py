@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from components.config.models import MEMBERS
 from components.config.runtime import RuntimeSettings
 from components.config.settings import FILES, Settings
 from components.config.yaml_file import QUICK, is_number, read_yaml
-from components.errors import SettingsError
+from components.errors import SettingsError, meant
 
 
 def load_settings(root: Path = Path()) -> Settings:
@@ -82,8 +81,7 @@ def _said(root: Path, problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         known = _known_keys(steps[:-1], str(file))
-        near = difflib.get_close_matches(str(keys[-1]), known, n=1)
-        message = f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {', '.join(known)}"
+        message = "unknown key; " + (meant(str(keys[-1]), known).strip() or f"known: {', '.join(known)}")
     elif keys and not isinstance(problem["input"], dict):
         if problem["type"] == "model_type":
             message = f"takes a block of {', '.join(_known_keys(steps, str(file)))}"

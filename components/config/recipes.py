@@ -28,7 +28,7 @@ from components.config.fields import PositiveFloat, PositiveInt, Strict
 from components.config.load import load_settings
 from components.config.settings import FILES, Settings
 from components.config.yaml_file import read_yaml
-from components.errors import SettingsError
+from components.errors import SettingsError, meant
 from components.io import write_text
 from components.records.paths import RUNS
 
@@ -265,9 +265,7 @@ def _read(path: Path, load: Load | None) -> dict[str, Any]:
 
 def _unknown(name: str, root: Path) -> SettingsError:
     known = names(root)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return SettingsError(f"there is no recipe {name!r}; {hint}params/recipes/ has {', '.join(known)}")
+    return SettingsError(f"there is no recipe {name!r}; {meant(name, known)}params/recipes/ has {', '.join(known)}")
 
 
 def _annotation(file: str) -> Any:

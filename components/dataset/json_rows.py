@@ -62,17 +62,12 @@ def _no_rows(path: Path) -> DataError:
     return DataError(f"{path} is one JSON object; rows are a list, [{{...}}, ...], or one object a line")
 
 
-class _Twice(Exception):
-    """Duplicate key in a JSON object."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key[:60]!r} stands twice in one object")
-
-
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON object. Raises Refusal malformed_json for a duplicate key."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _Twice(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise Refusal("malformed_json", f"the key {twice[:60]!r} stands twice in one object")
     return found
 
 
@@ -80,8 +75,8 @@ def parse(content: bytes, name: str = "") -> Any:
     """Parse one JSON text. Raises Refusal malformed_json, with `name` before the detail."""
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_once)
-    except _Twice as twice:
-        raise Refusal("malformed_json", f"{name}{twice}") from None
+    except Refusal as refusal:
+        raise Refusal(refusal.reason, f"{name}{refusal.detail}") from None
     except json.JSONDecodeError as error:
         raise Refusal("malformed_json", f"{name}{error.msg} at character {error.pos + 1:,}") from None
     except (ValueError, RecursionError) as error:
@@ -128,7 +123,7 @@ class _Text:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
-        self._twice: _Twice | None = None
+        self._twice: Refusal | None = None
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
         self.text, self.at = "", 0
 
@@ -155,7 +150,7 @@ class _Text:
                 value, end = self._decoder.raw_decode(self.text, self.at)
                 if end < len(self.text) and self.text[end] not in NUMBER:  # a number may continue: 12 of 123, 1 of 1.5
                     self.at = end
-                    return Refusal("malformed_json", str(self._twice)) if self._twice else value
+                    return self._twice or value
                 problem = "it ends in the middle"
             except RecursionError as error:
                 raise Refusal("malformed_json", str(error)) from None
@@ -171,8 +166,8 @@ class _Text:
         """Object hook that records a duplicate key; the decoder continues, so that the list's other elements are read."""
         try:
             return _each_once(pairs)
-        except _Twice as twice:
-            self._twice = twice
+        except Refusal as refusal:
+            self._twice = refusal
             return dict(pairs)
 
     def _more(self, amount: int) -> bool:

@@ -102,7 +102,7 @@ def _evaluated(parts: Parts, count: int, folders: list[Path], limits: DataLimits
         before = len(found)
         for path in tqdm(sorted(folder.rglob("*")), desc=f"prepare: images of {folder}", unit="image"):
             if path.suffix.lower() in Image.registered_extensions() and path.is_file():
-                found.append(_look(path, limits))
+                found.append(_dhash_of(path, limits))
                 names.append((str(folder), str(path.relative_to(folder))))
         compared[str(folder)] = len(found) - before
         if not compared[str(folder)]:
@@ -110,7 +110,7 @@ def _evaluated(parts: Parts, count: int, folders: list[Path], limits: DataLimits
     return Evaluated(np.array(found, dtype=np.uint64), names, compared)
 
 
-def _look(path: Path, limits: DataLimits) -> int:
+def _dhash_of(path: Path, limits: DataLimits) -> int:
     try:
         return load(path, limits).dhash
     except Refusal as refusal:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -93,8 +92,7 @@ def comparison(arms: Sequence[str], server: str) -> str | None:
     """URL of MLflow's comparison page for the last outcomes of these arms; None unless all were sent."""
     sent, runs = [], history.recorded()
     for arm in arms:
-        found = re.compile(rf"{ARM}-{re.escape(arm)}-[0-9a-f]{{{DIGITS}}}")
-        latest = next((run.name for run in reversed(runs) if found.fullmatch(run.name)), None)
+        latest = next((run.name for run in reversed(runs) if run.name.rpartition("-")[0] == f"{ARM}-{arm}"), None)
         state = latest and history.sent(latest)
         if not (state and state["run_id"]):
             return None
