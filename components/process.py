@@ -26,11 +26,18 @@ LOCK = "ALIGNTI_DEVICE_LOCK"  # environment variable: lock file of the stage's d
 
 @contextmanager
 def _terminate_as_exception() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `Interrupted`, so that `finally` blocks run before the process ends."""
+    """Turn the first SIGTERM or SIGHUP into `Interrupted`, so that `finally` blocks run before the process ends.
+
+    Later ones are ignored: they would break off those blocks. A dying parent sends several, see `end_with_parent`.
+    """
+    asked = False
 
     def interrupt(signum: int, _frame: object) -> None:
+        nonlocal asked
         leave_terminal(signum)
-        raise Interrupted(f"stopped by signal {signum}; run the same command to go on")
+        if not asked:
+            asked = True
+            raise Interrupted(f"stopped by signal {signum}; run the same command to go on")
 
     before = {number: signal.signal(number, interrupt) for number in endings()}
     try:
@@ -52,14 +59,29 @@ def leave_terminal(signum: int) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def end_with_parent() -> None:
+def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
     """Parent-death signal: the kernel sends SIGTERM when the parent dies, in whatever way (Linux; elsewhere a no-op).
 
-    A killed DVC or worker then leaves no training behind that holds a GPU.
+    A killed DVC or worker then leaves no training behind that holds a GPU. The kernel signals once per thread of the parent
+    that ends, so several times if it was killed (`by`: another signal, for a handler that sees to that).
     """
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(parent_death_signal, by)
+
+
+def terminate_once_with_parent() -> None:
+    """`end_with_parent` with a single SIGTERM, for handlers that raise at each: Prefect's, torch elastic's."""
+    sent = False
+
+    def terminate(_signum: int, _frame: object) -> None:
+        nonlocal sent
+        if not sent:
+            sent = True
+            signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGUSR2, terminate)
+    end_with_parent(signal.SIGUSR2)
 
 
 def share_lock() -> None:
@@ -109,7 +131,7 @@ def exit_from(main: Callable[[], None]) -> None:
         with _terminate_as_exception():
             _check_folder()
             if "DVC_STAGE" in os.environ:
-                end_with_parent()
+                terminate_once_with_parent()
                 share_lock()
             main()
     except AlignTIError as error:

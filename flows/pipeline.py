@@ -29,7 +29,7 @@ from pydantic import Field
 from components.config import recipes
 from components.config.load import load_settings
 from components.errors import AlignTIError, InputError, TryAgainError
-from components.process import end_with_parent, exit_from
+from components.process import exit_from, terminate_once_with_parent
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
 from flows import devices, dvc, heartbeat, notify, prefect_artifacts, promote
@@ -151,7 +151,7 @@ def end_with_worker() -> None:
     """
     if "PREFECT__FLOW_RUN_ID" in os.environ:
         heartbeat.outlive_output()
-        end_with_parent()
+        terminate_once_with_parent()
     heartbeat.announce(str(flow_run.id))
 
 
