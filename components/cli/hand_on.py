@@ -63,11 +63,12 @@ def serve(
     import signal
 
     from components.config.load import load_settings
-    from components.evaluate.kits.serve import served
+    from components.evaluate.kits.serve import check_address, served
     from components.records.paths import RUNS
     from components.release.model import find
     from components.runtime import prepare_torch
 
+    check_address(host, port)
     log, settings = RUNS / "serve" / str(port) / "server.log", load_settings()
     device = prepare_torch(settings.runtime, seed=0)
     with served(find(model, settings).path, Path(model).resolve().name, device.type, log, host, port) as endpoint:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,10 +37,12 @@ end_with_parent()
 os.chdir(sys.argv.pop(1))
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.transformers import main
-name = sys.argv[2]
+from transformers.cli.serving.utils import BaseHandler
+name, resolve = sys.argv[2], BaseHandler._resolve_model
 ModelManager.get_gen_models = staticmethod(lambda: [{"id": name, "object": "model", "created": 0, "owned_by": "alignti"}])
+BaseHandler._resolve_model = lambda handler, body: (name, *resolve(handler, body)[1:])
 main()
-"""  # replaces `transformers serve`, whose /v1/models lists the hub's cache and fails without one
+"""  # replaces `transformers serve`: its /v1/models lists the hub's cache and fails without one, its answers come from NAME@main
 
 
 def command(model: Path, host: str, port: int, device: str) -> list[str]:
@@ -63,6 +67,19 @@ def command(model: Path, host: str, port: int, device: str) -> list[str]:
     return [*serve, "--host", host, "--port", str(port)]
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises InputError if a server cannot listen there: the port is taken, or the address is not this machine's."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on port {port} of {host} ({error.strerror or error}): choose another --port or --host"
+        ) from None
+
+
 def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -77,25 +94,25 @@ def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK,
     """Context manager of a ready server for `model`, terminated on exit; its output goes to `log`.
 
     Args:
-        name: model name in requests.
+        name: model name in requests, with `-` for each `@` and `:`, which the server would read as a revision and a file.
         device: "cpu", "cuda" or "mps".
         port: a free one if None.
 
     Raises:
         ModelError: the folder is no complete checkpoint.
-        InputError: see `command`; also if something else listens on `port`.
+        InputError: see `command`.
         TryAgainError: the server exited or was not ready in 15 minutes; ends with the tail of its log.
     """
     model = model.resolve()
     weight_files(model)
-    endpoint = Endpoint(f"http://{_bracketed(host)}:{port or _free_port()}", name)
-    if healthy(endpoint.url):
-        raise InputError(f"something serves at {endpoint.url} already: choose another --port")
+    endpoint = Endpoint(f"http://{_bracketed(host)}:{port or _free_port()}", re.sub("[@:]", "-", name))
     environment = {name: value for name, value in os.environ.items() if name != KEY}
     if KEY in os.environ:
         environment["VLLM_API_KEY"] = os.environ[KEY]  # not on the command line, which every user of the machine can read
-    log.parent.mkdir(parents=True, exist_ok=True)
-    (link := log.parent / name).unlink(missing_ok=True)
+    link = log.parent / "model" / endpoint.model
+    if link.parent.exists():
+        shutil.rmtree(link.parent)  # `transformers serve` loads whatever model it finds there on request
+    link.parent.mkdir(parents=True)
     link.symlink_to(model)
     words = command(link, host, int(endpoint.url.rsplit(":", 1)[1]), device)
     with log.open("w") as said:

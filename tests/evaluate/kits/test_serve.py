@@ -23,6 +23,18 @@ def test_a_server_that_ends_says_its_last_words(model_folder: Path, tmp_path: Pa
         pass
 
 
+def test_an_address_is_refused_before_anything_is_loaded() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on port {port} of 127.0.0.1 .*choose another --port"):
+            serve.check_address("127.0.0.1", port)
+    serve.check_address("127.0.0.1", port)
+    with pytest.raises(InputError, match="cannot listen on port 8000 of 192.0.2.1"):  # of nobody's machine (RFC 5737)
+        serve.check_address("192.0.2.1", 8000)
+
+
 def test_no_checkpoint_no_server(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"), serve.served(tmp_path / "none", "m", "cpu", tmp_path / "log"):
         pass

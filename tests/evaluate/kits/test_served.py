@@ -7,7 +7,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -31,9 +31,14 @@ ROOT = Path(__file__).parents[3]
 
 
 @needs_server
-def test_the_model_is_listed_under_the_name_that_requests_have(endpoint: Endpoint) -> None:
+def test_the_model_has_one_name_in_the_list_in_requests_and_in_answers(endpoint: Endpoint) -> None:
+    """It was asked for as `toy@v1:b`, of which the server would make revision `v1:b` of a model of the hub."""
     with urlopen(f"{endpoint.url}/v1/models") as answer:
-        assert [model["id"] for model in json.load(answer)["data"]] == ["toy"] == [endpoint.model]
+        assert [model["id"] for model in json.load(answer)["data"]] == ["toy-v1-b"] == [endpoint.model]
+    asked = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    kind = {"Content-Type": "application/json"}
+    with urlopen(Request(f"{endpoint.url}/v1/chat/completions", json.dumps(asked).encode(), kind)) as answer:
+        assert json.load(answer)["model"] == endpoint.model
 
 
 @needs_server
