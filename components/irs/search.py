@@ -34,7 +34,15 @@ Z = 1.96  # two-sided 95% quantile of the standard normal distribution
 
 
 class TooFewInstructions(DataError):
-    """Fewer than two images have enough different instructions."""
+    """Fewer than two images have enough different instructions: `able` of `images`."""
+
+    def __init__(self, able: int, images: int, settings: IrsSettings) -> None:
+        super().__init__(
+            f"IRS compares instructions on one image, over two images or more: {able} of {images} images have"
+            f" {settings.instructions_per_image} different instructions besides captions; lower"
+            " params/irs.yaml:instructions_per_image (at least 2), give images more questions, or do without a layer:"
+            " iva.weighting: uniform in params/distill.yaml"
+        )
 
 
 @dataclass(frozen=True)
@@ -120,11 +128,7 @@ def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
     if len(found) < 2:
         found = _drawn(samples, samples.equal_images(), settings)
     if len(found) < 2:
-        raise TooFewInstructions(
-            f"IRS compares instructions on one image, over two images or more: {len(found)} of {samples.images} images have"
-            f" {settings.instructions_per_image} different instructions besides captions;"
-            f" lower params/irs.yaml:instructions_per_image (at least 2), or give images more questions"
-        )
+        raise TooFewInstructions(len(found), samples.images, settings)
     return found
 
 

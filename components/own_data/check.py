@@ -6,14 +6,17 @@ found by `prepare` alone.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,7 +27,7 @@ from components.dataset.shard_jobs import WORTH_A_WORKER
 from components.dataset.shards import Sample, Turn
 from components.dataset.source import Refused, Rule, Source, Stored
 from components.errors import DataError
-from components.irs.search import instructions
+from components.irs.search import TooFewInstructions, instructions
 from components.models.template import question_of
 from components.process import cores, shared_out
 from components.records.models import ModelIndex
@@ -45,7 +48,7 @@ class Tally:
     images: Counter[Split] = field(default_factory=Counter)
     samples: Counter[Split] = field(default_factory=Counter)
     usable: Counter[Split] = field(default_factory=Counter)
-    questions: Counter[tuple[Split, int]] = field(default_factory=Counter)  # images by number of different questions
+    asked: array[int] = field(default_factory=lambda: array("Q"))  # triples of split, image and question about it
     tokens: Counter[int] = field(default_factory=Counter)  # usable samples by token count
     answers: Counter[tuple[Split, int]] = field(default_factory=Counter)  # first answers by token count, with EOS
     refused: list[Refused] = field(default_factory=list)
@@ -55,8 +58,8 @@ class Tally:
         """Count the samples about one image, or about several shown together."""
         self.images[split] += 1
         self.samples[split] += len(samples)
-        self.questions[split, len(instructions(samples))] += bool(samples[0].images)
         if judge is None:
+            self.asked.extend(_asked(split, samples))
             return
         kept = []
         tried = judge(split, samples, [sizes_of(samples[0])] * len(samples))
@@ -66,6 +69,7 @@ class Tally:
                 self.tokens[tokens] += 1
             self.remarks += [remark] if remark else []
         self.usable[split] += len(kept)
+        self.asked.extend(_asked(split, kept))
         self.answers.update((split, length) for length in answer_lengths(judge.collators[0], kept))
 
     def first_answers(self, *splits: Split) -> Counter[int]:
@@ -82,8 +86,10 @@ class Tally:
         return [remark for remark in self.remarks if not remark.kept]
 
     def with_questions(self, split: Split, least: int) -> int:
-        """Number of images of the split with at least `least` different questions."""
-        return sum(images for (of, count), images in self.questions.items() if of == split and count >= least)
+        """Number of different images of the split with at least `least` different questions, whatever rows they stand in."""
+        different = np.unique(np.frombuffer(self.asked, np.uint64).reshape(-1, 3), axis=0)
+        _, counts = np.unique(different[different[:, 0] == SPLITS.index(split), 1], return_counts=True)
+        return int((counts >= least).sum())
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,17 @@ class Found:
     rules: list[Rule]
     boxes: bool
     tally: Tally
+
+
+def _asked(split: Split, samples: Sequence[Sample]) -> Iterator[int]:
+    """Triples, one after the other, of the split's number and hashes of the image (or images shown together) and of a question."""
+    for sample in instructions(samples):
+        shown = b"".join(hashlib.sha256(image).digest() for image in sample.images)
+        yield from (SPLITS.index(split), _hash(shown), _hash(question_of(sample.turns[0]).encode()))
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
 def answer_lengths(collator: Collator, samples: Sequence[Sample]) -> list[int]:
@@ -199,7 +216,7 @@ def report(found: Found, settings: Settings, folders: dict[str, Path], missing: 
 
 
 def accept(found: Found, settings: Settings) -> None:
-    """Raises DataError if `prepare` or `check_rows` would fail on these data."""
+    """Raises DataError if `prepare`, `check_rows` or `search_layer` would fail on these data."""
     accept_rows(found, settings)
     tally = found.tally
     usable = tally.usable if tally.usable or tally.left_out else tally.samples
@@ -207,6 +224,8 @@ def accept(found: Found, settings: Settings) -> None:
         raise DataError(
             f"no usable sample fell into {' and '.join(empty)}: give more images, or raise the shares in params/data.yaml"
         )
+    if settings.needs_layer and (able := tally.with_questions("train", settings.irs.instructions_per_image)) < 2:
+        raise TooFewInstructions(able, tally.images["train"], settings.irs)
 
 
 def accept_rows(found: Found, settings: Settings) -> None:

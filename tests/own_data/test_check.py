@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from array import array
 from pathlib import Path
 
 import pytest
@@ -10,14 +13,15 @@ from typer.testing import CliRunner
 from components.cli import app
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
-from components.dataset.shards import Sample, Turn
+from components.dataset.shards import Sample, Samples, Turn
 from components.errors import DataError
+from components.irs.search import TooFewInstructions, draw_images
 from components.models.__main__ import bring, index_of
 from components.models.collate import Collator
 from components.models.processor import load_processor
 from components.models.template import Template
 from components.own_data import check
-from components.records.paths import MODELS, ROWS, SPLITS
+from components.records.paths import DATASET, MODELS, ROWS, SPLITS
 from components.rows.trial import try_rows
 from tests.families import toy
 from tests.own_data.conftest import respell
@@ -109,12 +113,47 @@ def test_a_split_without_images_is_told(pointed: Path) -> None:
         check.accept(check.try_data(load_settings(), [], workers=1), load_settings())
 
 
+def test_too_few_questions_per_image_are_refused_where_a_layer_is_searched(pointed: Path) -> None:
+    """In the words of the stage `search_layer`, which would end with them hours later."""
+    respell(pointed / "data/mine", lambda rows: rows.__delitem__(slice(1, None, 2)))  # one question about each image
+    found, settings = check.try_data(load_settings(), [], workers=1), load_settings()
+    samples = prepare(settings.data, workers=1) and Samples(DATASET, "train")
+    with pytest.raises(TooFewInstructions) as told:
+        draw_images(samples, settings.irs)
+    with pytest.raises(TooFewInstructions, match=r"0 of \d+ images have 2 different instructions .*iva.weighting: uniform") as said:
+        check.accept(found, settings)
+    assert str(said.value) == str(told.value)
+    path = pointed / "params/distill.yaml"
+    path.write_text(re.sub(r"weighting: \w+", "weighting: uniform", path.read_text()))
+    assert not load_settings().needs_layer
+    check.accept(found, load_settings())
+
+
+def test_questions_of_equal_images_count_together_in_whatever_files_they_are(pointed: Path) -> None:
+    """As the layer search counts them: rows of tar and Parquet files have an image each."""
+    together = check.try_data(load_settings(), [], workers=1).tally
+
+    def copied(rows: list[dict[str, object]]) -> None:
+        for row in rows[1::2]:
+            shutil.copy(f"data/mine/images/{row['image']}", f"data/mine/images/copy-{row['image']}")
+            row["image"] = f"copy-{row['image']}"
+
+    respell(pointed / "data/mine", copied)
+    apart = check.try_data(load_settings(), [], workers=1).tally
+    assert apart.images.total() == 2 * together.images.total() == 40
+    for tally in (together, apart):
+        assert sum(tally.with_questions(split, 2) for split in SPLITS) == 20 and not tally.with_questions("train", 3)
+
+
 def test_workers_change_nothing(pointed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pointed / "params/data.yaml"
     path.write_text(path.read_text().replace("images_per_shard: 1000", "images_per_shard: 5"))
     alone = check.try_data(load_settings(), [pointed / "hub/small"], workers=1)
     monkeypatch.setattr(check, "WORTH_A_WORKER", 5)
-    assert check.try_data(load_settings(), [pointed / "hub/small"], workers=2) == alone
+    shared = check.try_data(load_settings(), [pointed / "hub/small"], workers=2)
+    for found in (alone, shared):
+        found.tally.asked = array("Q", sorted(found.tally.asked))
+    assert shared == alone
 
 
 @pytest.mark.parametrize(("family", "style", "said"), [("llava", "vicuna", " one two"), ("qwen2_vl", "processor", "one two")])
