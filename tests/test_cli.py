@@ -204,3 +204,17 @@ def test_benchmarks_say_how_to_get_each_and_what_is_open(root: Path) -> None:
 def test_what_cannot_be_served_or_evaluated_is_named(root: Path, words: tuple[str, ...], said: str) -> None:
     done = alignti(root, *words)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("use", "smoke"), ("study", "run", "smoke"), ("runs",), ("check",)])
+def test_outside_a_project_that_is_what_is_said(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = alignti(tmp_path, *words)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"SettingsError: {tmp_path} has no params/: run it in the folder of a project, a clone of this repository\n"
+    )
+
+
+def test_no_runs_are_told(root: Path) -> None:
+    assert alignti(root, "runs").stdout.startswith("no runs yet: ")

@@ -15,9 +15,14 @@ app = typer.Typer()
 @app.command()
 def runs() -> None:
     """List the runs of this folder, the latest last: name, status, recipe and commit; `alignti reproduce` takes the name."""
+    from components.config.load import check_project
     from components.tracking import history
 
-    for run in history.recorded():
+    check_project()
+    recorded = list(history.recorded())
+    if not recorded:
+        typer.echo("no runs yet: `make repro`, `dvc repro` and `alignti study run` record theirs here")
+    for run in recorded:
         typer.echo(f"{run.name:60} {run.status:9} {run.recipe or '-':24} {run.commit[:10]}")
 
 

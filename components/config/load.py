@@ -22,14 +22,19 @@ from components.config.yaml_file import QUICK, is_number, read_yaml
 from components.errors import SettingsError, meant
 
 
+def check_project(root: Path = Path()) -> None:
+    """Raises SettingsError if there is no `root/params`."""
+    if not (root / "params").is_dir():
+        raise SettingsError(f"{root.resolve()} has no params/: run it in the folder of a project, a clone of this repository")
+
+
 def load_settings(root: Path = Path()) -> Settings:
     """Read and check every file under `root/params`.
 
     Raises:
         SettingsError: naming every problem of every file by file, line and key; or there is no params/.
     """
-    if not (root / "params").is_dir():
-        raise SettingsError(f"{root.resolve()} has no params/: run it in the folder of a project, a clone of this repository")
+    check_project(root)
     raw, problems = {}, []
     for name in FILES:
         try:

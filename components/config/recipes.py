@@ -25,7 +25,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError
 
 from components.config.fields import PositiveFloat, PositiveInt, Strict
-from components.config.load import load_settings
+from components.config.load import check_project, load_settings
 from components.config.settings import FILES, Settings
 from components.config.yaml_file import read_yaml
 from components.errors import SettingsError, meant
@@ -90,6 +90,7 @@ def merged(name: str, root: Path = Path()) -> dict[Path, str]:
 
     Raises SettingsError if there is no such recipe, or for all problems of the outcome.
     """
+    check_project(root)
     about(name, root)
     return checked_texts(overlay(name, root, round_trip().load), f"recipe {name}", root)
 

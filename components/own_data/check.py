@@ -102,7 +102,7 @@ class Found:
 
 
 def _asked(split: Split, samples: Sequence[Sample]) -> Iterator[int]:
-    """Triples, one after the other, of the split's number and hashes of the image (or images shown together) and of a question."""
+    """Triples, one after the other: number of the split, hash of the image (or images shown together), hash of a question."""
     for sample in instructions(samples):
         shown = b"".join(hashlib.sha256(image).digest() for image in sample.images)
         yield from (SPLITS.index(split), _hash(shown), _hash(question_of(sample.turns[0]).encode()))

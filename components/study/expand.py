@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from components.config.distill import DistillSettings
 from components.config.fields import ArmName, PositiveFloat, Strict
-from components.config.load import load_settings
+from components.config.load import check_project, load_settings
 from components.config.settings import Settings
 from components.config.study import Arm, StudySettings
 from components.config.yaml_file import read_yaml
@@ -82,6 +82,7 @@ def names(root: Path = Path()) -> list[str]:
 
 def read(name: str, root: Path = Path()) -> Study:
     """Study of that name. Raises SettingsError with all problems of the file, or the known studies."""
+    check_project(root)
     path = root / STUDIES / f"{name}.yaml"
     if name not in names(root):
         raise SettingsError(str(unknown("study", name, names(root))))

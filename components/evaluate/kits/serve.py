@@ -42,7 +42,7 @@ name, resolve = sys.argv[2], BaseHandler._resolve_model
 ModelManager.get_gen_models = staticmethod(lambda: [{"id": name, "object": "model", "created": 0, "owned_by": "alignti"}])
 BaseHandler._resolve_model = lambda handler, body: (name, *resolve(handler, body)[1:])
 main()
-"""  # replaces `transformers serve`: its /v1/models lists the hub's cache and fails without one, its answers come from NAME@main
+"""  # replaces `transformers serve`: its /v1/models lists the hub's cache and fails without one, its answers are of NAME@main
 
 
 def command(model: Path, host: str, port: int, device: str) -> list[str]:

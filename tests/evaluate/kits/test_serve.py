@@ -31,7 +31,7 @@ def test_an_address_is_refused_before_anything_is_loaded() -> None:
         with pytest.raises(InputError, match=f"cannot listen on port {port} of 127.0.0.1 .*choose another --port"):
             serve.check_address("127.0.0.1", port)
     serve.check_address("127.0.0.1", port)
-    with pytest.raises(InputError, match="cannot listen on port 8000 of 192.0.2.1"):  # of nobody's machine (RFC 5737)
+    with pytest.raises(InputError, match=r"cannot listen on port 8000 of 192\.0\.2\.1"):  # of nobody's machine (RFC 5737)
         serve.check_address("192.0.2.1", 8000)
 
 
