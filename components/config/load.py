@@ -107,7 +107,7 @@ def _at(root: Path, file: str, keys: list[Any], message: str) -> str:
     key = ".".join(str(part) for part in keys)
     first = re.match(r"`?([\w.]*)", message)
     line = _line(root / "params" / f"{file}.yaml", [*keys, *(first[1].split(".") if first else ())])
-    return f"params/{file}.yaml:{line}: {key or '(file)'}: {message}"
+    return f"params/{file}.yaml:{line}: {f'{key}: ' if key else ''}{message}"
 
 
 def _known_keys(keys: list[Any], file: str) -> list[str]:

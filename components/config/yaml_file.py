@@ -33,12 +33,15 @@ class _Loader(QUICK):  # type: ignore[misc, valid-type]
             kind = key.tag.rpartition(":")[2]
             if kind == "str" and not key.style and is_number(key.value):
                 kind = "float"  # to YAML 1.2, as DVC reads it
-            if kind == "int" and node.flow_style and before is not None and is_number(before.value) and value.value == "":
+            split = kind in ("int", "float") and node.flow_style and value.value == ""
+            if split and before is not None and is_number(before.value):
                 said, wanted = f"{before.value},{key.value}", f"{before.value}.{key.value}"  # {sft: 1,0}
-                raise _Bad(f"{line}: {said}: a number has a point; write {wanted}")
+                likely = is_number(wanted) and len(key.value) != 3  # {sft: 1,000}: a thousand?
+                advice = f"; write {wanted}" if likely else ", not in a number"
+                raise _Bad(f"{line}: {said}: a comma stands between two keys{advice}")
             before = value
             if kind not in ("str", "merge"):
-                raise _Bad(f'{line}: {key.value}: YAML takes it for a {kind}, not for text; write "{key.value}"')
+                raise _Bad(f'{line}: {key.value}: YAML takes it for {kind}, not for text; write "{key.value}"')
             if key.value in lines:
                 raise _Bad(f"{line}: {key.value}: stands twice, here and in line {lines[key.value]}; leave one")
             lines[key.value] = line

@@ -68,7 +68,7 @@ def test_every_problem_of_every_file_is_named_with_file_line_and_key(root: Path)
     told = problems(root)
     for expected in (
         f"params/data.yaml:{lines[0]}: digits.grid: Input should be a valid integer, not 'four'",
-        f"params/distill.yaml:{lines[1]}: (file): batch_size 64 is not a multiple of micro_batch_size 48",
+        f"params/distill.yaml:{lines[1]}: batch_size 64 is not a multiple of micro_batch_size 48",
         f"params/evaluate.yaml:{lines[2]}: batchsize: unknown key; did you mean 'batch_size'?",
         "params/evaluate.yaml:1: batch_size: required, and missing",
         f"params/study.yaml:{lines[3]}: arms.sft.weights.sft: Input should be greater than or equal to 0, not -1.0",
@@ -189,7 +189,10 @@ def test_a_key_that_stands_twice_is_named(root: Path, file: str, below: str, twi
         (r"steps: \d+", "steps: 0400", "0400: YAML takes it for 256"),
         (r"steps: \d+", "steps: 6:40", "6:40: YAML takes it for 400"),
         (r"learning_rate: [^,]+", "learning_rate: 1:30.5", "1:30.5: YAML takes it for 90.5"),
-        (r"learning_rate: [^,]+", "learning_rate: 1,5", "1,5: a number has a point; write 1.5"),
+        (r"learning_rate: [^,]+", "learning_rate: 1,5", "1,5: a comma stands between two keys; write 1.5"),
+        (r"learning_rate: [^,]+", "learning_rate: 1,5e-4", "1,5e-4: a comma stands between two keys; write 1.5e-4"),
+        (r"learning_rate: [^,]+", "learning_rate: 1,000", "1,000: a comma stands between two keys, not in a number"),
+        (r"learning_rate: [^,]+", "learning_rate: 1.0,5", "1.0,5: a comma stands between two keys, not in a number"),
         ("steps:", f"deep: {'[' * 5000}{']' * 5000}\nsteps:", "deep: unknown key"),
     ],
 )
