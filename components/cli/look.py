@@ -61,9 +61,6 @@ def leaderboard(
 ) -> None:
     """Write reports/leaderboard.*: our students and their teacher beside the published rows."""
     from components.config.load import load_settings
-    from components.evaluate import leaderboard as board
-    from components.evaluate.kits import table
-    from components.evaluate.kits.command import current
     from components.records.compare import Comparison
     from components.records.models import ModelIndex
     from components.records.paths import MODELS, REPORTS, STUDENTS, TEACHER, TEACHER_ARM
@@ -72,6 +69,10 @@ def leaderboard(
     settings = load_settings()
     comparison = Comparison.read(REPORTS / "compare.json")
     index, teacher = ModelIndex.read(MODELS / "index.json"), TeacherChoice.read(TEACHER / "choice.json")
+    from components.evaluate import leaderboard as board  # heavy, after what may be missing
+    from components.evaluate.kits import table
+    from components.evaluate.kits.command import current
+
     if measure:
         from components.evaluate import speed
         from components.runtime import prepare_torch
@@ -89,20 +90,22 @@ def samples(
 ) -> None:
     """Write reports/samples.html: each image and question with all answers, and where the teacher looked."""
     from components.config.load import load_settings
-    from components.dataset.shards import Samples
-    from components.evaluate import samples as page
-    from components.evaluate.load_results import read
-    from components.models.load import load
     from components.records.compare import Comparison
     from components.records.irs import LayerChoice
     from components.records.paths import DATASET, IRS, REPORTS, TEACHER, TEACHER_ARM
     from components.records.teacher import TeacherChoice
-    from components.runtime import prepare_torch
 
     settings = load_settings()
     comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").picked.layer
+    chosen = TeacherChoice.read(TEACHER / "choice.json")
+    from components.dataset.shards import Samples  # heavy, after what may be missing
+    from components.evaluate import samples as page
+    from components.evaluate.load_results import read
+    from components.models.load import load
+    from components.runtime import prepare_torch
+
     predictions = read(comparison.arms).predictions
-    teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), prepare_torch(settings.runtime, seed=0))
+    teacher = load(Path(chosen.path), prepare_torch(settings.runtime, seed=0))
     asked = predictions[TEACHER_ARM][:most]
     maps = page.attention_maps(teacher, Samples(DATASET, comparison.split), asked, layer, settings)
     path = page.write(comparison, predictions, maps, layer, most)
@@ -116,13 +119,14 @@ def controls(
     """Write reports/controls.*: every model without its image, and what the test split shares with the training data."""
     check_arms(arm or ())
     from components.config.load import load_settings
-    from components.evaluate import blind_baselines as measured
     from components.records.paths import STUDENTS, TEACHER, TEACHER_ARM
     from components.records.teacher import TeacherChoice
 
     settings = load_settings()
     folders = {TEACHER_ARM: Path(TeacherChoice.read(TEACHER / "choice.json").path)}
     folders |= {name: STUDENTS / name / "model" for name in settings.study.arms}
+    from components.evaluate import blind_baselines as measured  # heavy, after what may be missing
+
     found = measured.measure([(name, folders[name]) for name in arm or folders], settings)
     made = measured.write(found)
     blind = ", ".join(f"{name} {max(m.blank, m.other):.1%} of {m.seeing:.1%}" for name, m in found.models.items())
@@ -169,10 +173,10 @@ def try_model(
     """Ask a model a question about images, each where <image> stands in it or first: its answer as it comes, with timings."""
     from components.errors import InputError
 
-    check_models(student, vs)
     for path in image:
         if not path.is_file():
             raise InputError(f"--image {path}: no such file")
+    check_models(student, vs)
     from components.config.load import load_settings
     from components.release.generate import run
 

@@ -16,13 +16,19 @@ def check_dump(folder: Path) -> None:
 
 
 def check_models(*names: str | None) -> None:
-    """Raises InputError for a name that is neither an arm, `teacher`, a folder nor ORG/NAME of the hub."""
-    from components.errors import unknown
+    """Raises InputError for a name that is neither an arm, `teacher`, a folder nor ORG/NAME of the hub; DataError for an arm
+    or teacher that is not there yet."""
+    from components.errors import DataError, unknown
+    from components.records.paths import STUDENTS, TEACHER, TEACHER_ARM
 
     known = answering()
     for name in names:
         if name is not None and name not in known and "/" not in name and not Path(name).is_dir():
             raise unknown("model", name, known)
+    for name in [name for name in names if name in known]:
+        made = TEACHER / "choice.json" if name == TEACHER_ARM else STUDENTS / name / "model"
+        if not made.exists():
+            raise DataError(f"{made} is missing; `dvc repro` makes it")
 
 
 def check_arms(names: Iterable[str], teacher: bool = True) -> None:
