@@ -96,7 +96,7 @@ def find(run: str, settings: Settings) -> Recorded:
     except MlflowException as error:
         if error.error_code in mlflow_registry.ABSENT:  # INVALID_PARAMETER_VALUE for a malformed id
             raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}") from None
-        raise TryAgainError(f"MLflow does not answer ({error.error_code})") from None
+        raise TryAgainError(f"MLflow does not answer ({mlflow_client.one_line(error)})") from None
 
 
 def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) -> Outcome:

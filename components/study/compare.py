@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from components.errors import DataError, InputError, TryAgainError
+from components.errors import DataError, InputError
 from components.evaluate.statistics import Interval, holm
 from components.study.expand import SEED, Family
 from components.tracking.outcome import CELL, FINGERPRINT
@@ -108,9 +108,9 @@ def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
 
     Raises:
         InputError: `tracking_uri` names no MLflow, or one without this experiment.
-        TryAgainError: the server does not respond.
+        TryAgainError: MLflow does not respond, or not to this version of it.
     """
-    from components.tracking.mlflow_client import client
+    from components.tracking.mlflow_client import asking, client
     from components.tracking.mlflow_sync import try_sync
 
     if tracking_uri == JOURNAL_ONLY:
@@ -118,17 +118,11 @@ def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
             f"tracking_uri is {JOURNAL_ONLY} (params/runtime.yaml, ALIGNTI_TRACKING_URI), and studies are compared in MLflow:"
             " give its address, and `alignti sync` sends it what the journals hold"
         )
-    opened = client(tracking_uri)
-    from mlflow.exceptions import MlflowException
-
-    try_sync(tracking_uri)
-    try:
+    named = "the MLflow of tracking_uri (params/runtime.yaml, ALIGNTI_TRACKING_URI)"
+    with asking(f"{named} does not answer", "`alignti status` says whether this folder's own is up"):
+        opened = client(tracking_uri)
+        try_sync(tracking_uri)
         return read(opened, experiment, study)
-    except MlflowException as error:
-        raise TryAgainError(
-            f"the MLflow of tracking_uri (params/runtime.yaml, ALIGNTI_TRACKING_URI) does not answer ({error.error_code});"
-            " `alignti status` says whether this folder's own is up"
-        ) from None
 
 
 def read(client: Any, experiment: str, study: str) -> list[Run]:

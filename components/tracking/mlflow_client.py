@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.errors import AlignTIError, InputError, TryAgainError
+from components.errors import AlignTIError, InputError, TryAgainError, redacted
 from components.process import locked
 
 LOCAL = "sqlite:///"
@@ -21,7 +21,7 @@ MOVED = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logge
 @contextmanager
 def asking(fault: str, but: str) -> Iterator[None]:
     """Raises InputError if MLflow is not installed, and TryAgainError for any error of MLflow, its server or its database, with
-    the message `fault`, the error's first 300 characters, and `but`, the state that is unchanged."""
+    the message `fault`, the error's first 300 characters without secrets, and `but`, the state that is unchanged."""
     try:
         yield
     except AlignTIError:
@@ -33,7 +33,7 @@ def asking(fault: str, but: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return redacted(" ".join(str(error).split()))[:300]
 
 
 def client(tracking_uri: str) -> Any:

@@ -5,6 +5,9 @@ import itertools
 import json
 import random
 import re
+import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,6 +245,16 @@ def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
     with pytest.raises(TryAgainError, match="does not answer") as said:
         module.recorded("http://me:secret@127.0.0.1:9", "x", "terms")
     assert "secret" not in str(said.value)
+
+
+def test_a_database_of_an_older_mlflow_is_told_with_the_remedy(tmp_path: Path) -> None:
+    opened = client(f"sqlite:///{tmp_path}/new.db")
+    opened.create_run(opened.create_experiment("x"))  # a database without runs would be made anew
+    shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
+    with closing(sqlite3.connect(tmp_path / "old.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '75868b020152'")
+    with pytest.raises(TryAgainError, match=r"does not answer .*out-of-date database schema .*mlflow db upgrade"):
+        module.recorded(f"sqlite:///{tmp_path}/old.db", "x", "terms")
 
 
 def test_levels_that_are_numbers_stand_in_their_order() -> None:
