@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, count
+from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from components.dataset.shards import IMAGE as IMAGE
@@ -45,15 +45,7 @@ class Rendered:
     @property
     def response_spans(self) -> tuple[tuple[int, int], ...]:
         """Spans of the answers in `text`, each with its EOS."""
-        spans, at, start = [], 0, None
-        for part in (*self.parts, Part("", own=True)):
-            if part.response and start is None:
-                start = at
-            elif not part.response and start is not None:
-                spans.append((start, at))
-                start = None
-            at += len(part.text)
-        return tuple(spans)
+        return self._spans(lambda part: part.response)
 
     @property
     def question_spans(self) -> tuple[tuple[int, int], ...]:
@@ -66,9 +58,13 @@ class Rendered:
         return self._spans(lambda part: part.image)
 
     def _spans(self, wanted: Callable[[Part], bool]) -> tuple[tuple[int, int], ...]:
-        ends = accumulate(len(part.text) for part in self.parts)
-        found = ((end, part) for end, part in zip(ends, self.parts, strict=True) if wanted(part))
-        return tuple((end - len(part.text), end) for end, part in found)
+        """Spans of the runs of adjacent wanted parts. Template text, perhaps empty, parts any two questions or images."""
+        spans, end = [], 0
+        for is_wanted, run in groupby(self.parts, wanted):
+            start, end = end, end + sum(len(part.text) for part in run)
+            if is_wanted:
+                spans.append((start, end))
+        return tuple(spans)
 
 
 @dataclass(frozen=True)
