@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from components.dataset.shards import Sample
 from components.errors import DataError, ModelError
@@ -151,25 +152,19 @@ class Collator:
         """Batch without pixels, for callers that have the visual features."""
         samples = self._asked(samples, written)
         rows = self.encode(samples, written=written)
-        length = max(len(row.input_ids) for row in rows)
+        side = "right" if self.train else "left"
 
-        def stack(name: str, fill: int) -> Tensor:
-            table = np.full((len(rows), length), fill, dtype=getattr(rows[0], name).dtype)
-            for line, row in zip(table, rows, strict=True):
-                values = getattr(row, name)
-                line[slice(len(values)) if self.train else slice(length - len(values), None)] = values
-            return torch.from_numpy(table)
+        def padded(of_rows: Iterable[np.ndarray], fill: int = 0) -> Tensor:
+            return pad_sequence([torch.from_numpy(each) for each in of_rows], True, fill, side)
 
-        lengths = torch.tensor([len(row.input_ids) for row in rows])[:, None]
-        column = torch.arange(length)[None, :]
         return Batch(
             ids=[sample.id for sample in samples],
             image_ids=[sample.image_id for sample in samples for _ in sample.images],
-            input_ids=stack("input_ids", self.tokenizer.pad_token_id),
-            attention_mask=(column < lengths if self.train else column >= length - lengths).long(),
-            response=stack("response", False),
-            instruction=stack("instruction", False),
-            pictures=stack("pictures", 0),
+            input_ids=padded((row.input_ids for row in rows), self.tokenizer.pad_token_id),
+            attention_mask=padded(np.ones_like(row.input_ids) for row in rows),
+            response=padded(row.response for row in rows),
+            instruction=padded(row.instruction for row in rows),
+            pictures=padded(row.pictures for row in rows),
             pixel_values=None,
         )
 
@@ -245,17 +240,15 @@ class Collator:
     def images(self, samples: Sequence[Sample]) -> list[Processed]:
         """Processed images of the samples that have any, in order; cached up to PIXEL_CACHE_BYTES."""
         shown = [sample for sample in samples if sample.image is not None]
+        keys = [(sample.image_id, len(sample.images)) for sample in shown]
         found: dict[tuple[str, int], Processed] = {}
-        for sample in shown:
-            key = (sample.image_id, len(sample.images))
-            if key in self._processed or key in found:
-                found[key] = self._processed.get(key) or found[key]
-                continue
-            found[key], _ = self._accepted(decoded(sample))
-            if self._processed_bytes + found[key].nbytes <= PIXEL_CACHE_BYTES:
-                self._processed[key] = found[key]
-                self._processed_bytes += found[key].nbytes
-        return [found[sample.image_id, len(sample.images)] for sample in shown]
+        for key, sample in zip(keys, shown, strict=True):
+            image = found.get(key) or self._processed.get(key) or self._accepted(decoded(sample))[0]
+            found[key] = image
+            if key not in self._processed and self._processed_bytes + image.nbytes <= PIXEL_CACHE_BYTES:
+                self._processed[key] = image
+                self._processed_bytes += image.nbytes
+        return [found[key] for key in keys]
 
     def _accepted(self, images: list[Image.Image]) -> tuple[Processed, bool]:
         """Processed images, stretched if the processor refuses their shapes, and whether they were."""
