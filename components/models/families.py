@@ -7,6 +7,7 @@ The interface covers vision encoder and language model (`get_encoder`, `get_deco
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -77,9 +78,9 @@ def family_of(config: Any) -> Family:
 
 def parts(model: Any) -> dict[str, list[nn.Parameter]]:
     """Parameters by part, named as in `trainable` of params/distill.yaml. Each is in exactly one part."""
-    names = [name.split(".") for name in family_of(model.config).projector]
     encoder = {id(p): "vision_tower" for p in model.get_encoder(modality="image").parameters()}
-    projector = {id(p): "projector" for path in names for p in _parameters(model.model, path)}
+    modules = [attrgetter(name)(model.model) for name in family_of(model.config).projector]
+    projector = {id(p): "projector" for module in modules for p in _parameters(module)}
     of = encoder | projector
     found: dict[str, list[nn.Parameter]] = {"vision_tower": [], "projector": [], "language_model": []}
     for parameter in model.parameters():
@@ -92,9 +93,7 @@ def reads_one_layer(model: Any) -> bool:
     return model.config.model_type == "llava" and isinstance(model.config.vision_feature_layer, int)
 
 
-def _parameters(module: Any, path: list[str]) -> list[nn.Parameter]:
-    for name in path:
-        module = getattr(module, name)
+def _parameters(module: nn.Module | nn.Parameter) -> list[nn.Parameter]:
     return [module] if isinstance(module, nn.Parameter) else list(module.parameters())
 
 

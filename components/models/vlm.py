@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -87,10 +88,8 @@ class VLM(nn.Module):
 
         # No config, so no sliding-window layers: those keep the last keys only, and alternatives stand further back.
         cache = DynamicCache() if keep else None
-        out = self._stock(batch, features, look, **{CACHE: cache}, use_cache=keep)
-        if cache is None:
-            return out.last_hidden_state, None
-        return out.last_hidden_state, Kept(cache, seen.get("position_ids"), self._masks(seen))
+        states = self._stock(batch, features, look, **{CACHE: cache}, use_cache=keep).last_hidden_state
+        return states, None if cache is None else Kept(cache, seen.get("position_ids"), self._masks(seen))
 
     def continued(self, kept: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, E, d) hidden states of `tokens`, each in place of the gold token at its position, over the plain pass's key/value
@@ -110,7 +109,6 @@ class VLM(nn.Module):
     def expanded(self, batch: Batch, features: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, T + E, d) hidden states of one pass with `tokens` appended, under the (B, 1, T + E, T + E) `mask`."""
         B, T = batch.input_ids.shape
-
         form = _blocks if self.flexes else _additive
 
         def join(given: dict[str, Any]) -> None:
@@ -182,7 +180,7 @@ class VLM(nn.Module):
                 opened |= dict.fromkeys(maps, probe)
                 stack.enter_context(probing(self.model, [map.layer % depth for map in maps], probe))
             for index in watch.hidden:
-                hook = layers[index].register_forward_hook(_keeper(seen.hidden, index))
+                hook = layers[index].register_forward_hook(partial(_keep_states, seen.hidden, index))
                 stack.callback(hook.remove)
             yield seen
         seen.maps |= {map: probe.seen[map.layer % depth] for map, probe in opened.items()}
@@ -238,9 +236,7 @@ class VLM(nn.Module):
             masks = create_masks_for_generate(config, given["inputs_embeds"], None, None)
         if isinstance(masks, dict) and len(masks) == 1:
             (masks,) = masks.values()
-        if isinstance(masks, dict):
-            return {kind: _allowed(mask) for kind, mask in masks.items()}
-        return _allowed(masks)
+        return _each(masks, _allowed)
 
 
 def _allowed(mask: Tensor | None) -> Tensor | None:
@@ -248,7 +244,7 @@ def _allowed(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask == 0
 
 
-def _each(masks: Masks, made: Callable[[Tensor | None], Tensor | BlockMask]) -> Any:
+def _each(masks: Masks, made: Callable[[Tensor | None], Tensor | BlockMask | None]) -> Any:
     return {kind: made(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else made(masks)
 
 
@@ -294,10 +290,6 @@ def _blocks(mask: Tensor, _dtype: torch.dtype) -> BlockMask:
     return create_block_mask(seen, B, None, Q, K, device=mask.device)
 
 
-def _keeper(hidden: dict[int, Tensor], layer: int) -> Callable[[nn.Module, Any, Any], None]:
+def _keep_states(hidden: dict[int, Tensor], layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
     """Forward hook that stores a layer's output hidden states."""
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        hidden.setdefault(layer, output[0] if isinstance(output, tuple) else output)
-
-    return hook
+    hidden.setdefault(layer, output[0] if isinstance(output, tuple) else output)
