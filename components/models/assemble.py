@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from components.config.models import Parts
-from components.errors import ModelError, first_line
-from components.models.checkpoint_folder import weight_files
+from components.errors import ModelError
+from components.models.checkpoint_folder import LOCAL, check_whole, opening, weight_files
 from components.models.template import EOS, IMAGE, Template
 
 TOWERS = ("siglip", "siglip_vision_model")
@@ -63,7 +62,7 @@ def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
 
     weight_files(path)
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
-    try:
+    with opening(f"{path}: cannot be opened as {wanted}"):
         kind = PreTrainedConfig.get_config_dict(path, local_files_only=True)[0].get("model_type")
         if kind not in kinds:
             raise ModelError(f"{path}: is of type {kind!r}; {wanted} is of type {' or '.join(kinds)}")
@@ -71,9 +70,7 @@ def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
         if kinds == TOWERS:
             opener = headless()
             options["config"] = SiglipVisionConfig.from_pretrained(path, vision_use_head=False, local_files_only=True)
-        model, report = opener.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be opened as {wanted}: {first_line(error)}") from None
+        model, report = opener.from_pretrained(path, **LOCAL, **options)
     check_whole(report, path)
     return model
 
@@ -88,12 +85,6 @@ def headless() -> Any:
     return Tower
 
 
-def check_whole(report: dict[str, Any], path: Path) -> None:
-    """Raises ModelError if transformers' loading report lists missing or mismatched weights."""
-    if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
-        raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
-
-
 def tokenizer_of(path: Path, config: Any) -> Any:
     """Tokenizer of the language model of `config`, with an image token and a padding token that is not EOS.
 
@@ -101,10 +92,8 @@ def tokenizer_of(path: Path, config: Any) -> Any:
     """
     from transformers import AddedToken, AutoTokenizer
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no usable tokenizer: {first_line(error)}") from None
+    with opening(f"{path}: no usable tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, config=config, **LOCAL)
     text = "USER: what? ASSISTANT: 1, two."
     if not tokenizer.is_fast or tokenizer.decode(tokenizer.encode(text)) != text:
         raise ModelError(f"{path}: its tokenizer does not give back a text that it reads; is it the language model's own?")
@@ -123,10 +112,8 @@ def tokenizer_of(path: Path, config: Any) -> Any:
 def _image_processor(path: Path) -> Any:
     from transformers import AutoImageProcessor
 
-    try:
-        return AutoImageProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no usable image processor: {first_line(error)}") from None
+    with opening(f"{path}: no usable image processor"):
+        return AutoImageProcessor.from_pretrained(path, **LOCAL)
 
 
 def processor_of(

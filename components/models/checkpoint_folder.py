@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from components.errors import ModelError
+from components.errors import ModelError, first_line
 from components.io import sha256
 from components.records.models import ModelRecord
 from components.records.record import parsed
@@ -17,6 +19,31 @@ INDEX = "model.safetensors.index.json"
 STORED = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # I64 and BOOL: buffers of old checkpoints
 POINTER = b"version https://git-lfs"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # options of `from_pretrained`: no network, no remote code
+
+
+@contextmanager
+def opening(failure: str) -> Iterator[None]:
+    """Raise ModelError, `failure` and the first line of the error, for what transformers raises on an unusable folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{failure}: {first_line(error)}") from None
+
+
+def config_of(path: Path) -> Any:
+    """transformers' configuration of a folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, **LOCAL)
+
+
+def check_whole(report: dict[str, Any], path: Path) -> None:
+    """Raises ModelError if transformers' loading report lists missing or mismatched weights."""
+    if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
 
 
 def weight_files(path: Path) -> list[Path]:

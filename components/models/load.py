@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from components.dataset.shards import Turn
-from components.errors import ModelError, first_line
-from components.models.checkpoint_folder import weight_files
+from components.errors import ModelError
+from components.models.checkpoint_folder import LOCAL, check_whole, config_of, opening, weight_files
 from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
 from components.models.families import Family, family_of, reads_one_layer
 from components.models.processor import load_processor
@@ -54,11 +53,11 @@ def load(
     Raises ModelError if the folder is missing or incomplete, is no image-text model, needs remote code, or lacks weights
     of the model (which transformers would initialise at random).
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     weight_files(path)
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with opening(f"{path}: cannot be opened as an image-text model"):
+        config = config_of(path)
         processor = load_processor(path)
         opened: Any = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -67,27 +66,18 @@ def load(
             attn_implementation=_attention(config),
             **(_quantised(quantised, device, dtype, family_of(config)) if quantised else {}),
             use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
             output_loading_info=True,
+            **LOCAL,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be opened as an image-text model: {first_line(error)}") from None
     model, report = opened
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
+    check_whole(report, path)
     return Loaded((model if quantised else model.to(device)).eval(), processor)
 
 
 def check_kind(path: Path) -> None:
     """Raises ModelError if the folder's model family is not supported; reads the configuration alone."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: its config.json cannot be read: {first_line(error)}") from None
+    with opening(f"{path}: its config.json cannot be read"):
+        config = config_of(path)
     family_of(config)
 
 
@@ -147,8 +137,8 @@ def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> in
 def check_reading(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
     """As `check_pair`, from processors and head sizes alone."""
     between = f"teacher {teacher.name} and student {student.name}"
-    for shown in () if own_images else shapes():
-        theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))
+    images = [] if own_images else [[processed(loaded.processor, shown) for loaded in (teacher, student)] for shown in shapes()]
+    for theirs, mine in images:
         counts = [_visual(loaded, image) for loaded, image in ((teacher, theirs), (student, mine))]
         if counts[0] != counts[1]:
             raise ModelError(
@@ -162,8 +152,7 @@ def check_reading(teacher: Loaded, student: Loaded, own_images: bool = False) ->
         ]
         if ids[0] != ids[1]:
             raise ModelError(f"{between}: {role} is {ids[0]} and {ids[1]}; both read the same batch, so they must agree")
-    for shown in () if own_images else shapes():
-        theirs, mine = (processed(loaded.processor, shown) for loaded in (teacher, student))
+    for theirs, mine in images:
         if theirs.texts != mine.texts or not _alike(theirs.tensors, mine.tensors):
             raise ModelError(f"{between}: their image processors prepare the same image differently (size, mean or std)")
     return shared

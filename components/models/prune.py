@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from components.config.models import Cut
-from components.errors import ModelError, first_line
-from components.models.checkpoint_folder import INDEX, weight_files
+from components.errors import ModelError
+from components.models.checkpoint_folder import INDEX, LOCAL, config_of, opening, weight_files
 
 EXACT = (  # language models of uniform layers (but for `layer_types`) with gate, up and down projections
     "gemma2",
@@ -37,16 +36,14 @@ def cut(teacher: Path, asked: Cut, target: Path) -> Path:
 
     Raises ModelError if the architecture is not in `EXACT`, its layers cannot be dropped, or its MLPs are narrower than `mlp`.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     weight_files(teacher)
-    try:
-        config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
+    with opening(f"{teacher}: cannot be cut"):
+        config = config_of(teacher)
         kept = _layers(config, asked, teacher)
         with tqdm(total=2, desc=f"{target.parent.name} {target.name}: layers {', '.join(map(str, kept))}", unit="pass") as bar:
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                teacher, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
-            )
+            model: Any = AutoModelForImageTextToText.from_pretrained(teacher, dtype="auto", use_safetensors=True, **LOCAL)
             bar.update()
             layers = next(name for name, module in model.named_modules() if module is model.get_decoder().layers)
             weights = narrowed(thinned(model.state_dict(), layers, kept), layers, asked.mlp)
@@ -58,8 +55,6 @@ def cut(teacher: Path, asked: Cut, target: Path) -> Path:
             student.generation_config = model.generation_config
             student.save_pretrained(target)
             bar.update()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{teacher}: cannot be cut: {first_line(error)}") from None
     for file in teacher.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
@@ -68,10 +63,7 @@ def cut(teacher: Path, asked: Cut, target: Path) -> Path:
 
 def layers_kept(path: Path, asked: Cut) -> list[int]:
     """Teacher layer indices of the pruned student at `path`."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return [place * asked.every for place in range(config.get_text_config().num_hidden_layers)]
+    return [place * asked.every for place in range(config_of(path).get_text_config().num_hidden_layers)]
 
 
 def _layers(config: Any, asked: Cut, teacher: Path) -> list[int]:

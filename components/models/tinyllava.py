@@ -20,13 +20,12 @@ from components.models.assemble import (
     LANGUAGE_MODELS,
     TOWERS,
     Strategy,
-    check_whole,
     headless,
     joined,
     processor_of,
     tokenizer_of,
 )
-from components.models.checkpoint_folder import weight_files
+from components.models.checkpoint_folder import check_whole, weight_files
 
 TYPE = "tinyllava"
 STRATEGIES: dict[str, Strategy] = {"patch": "default", "cls_patch": "full"}

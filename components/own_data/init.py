@@ -75,8 +75,7 @@ class Pair:
     @classmethod
     def of(cls, asked: Asked) -> Pair:
         """Pair of the options. Raises ModelError if it cannot be distilled, judged from all files but the weights."""
-        from transformers import AutoConfig
-
+        from components.models.checkpoint_folder import config_of
         from components.models.download import locate
         from components.models.load import Loaded, check_kind, check_reading, check_same_template, grids
         from components.models.processor import load_processor
@@ -92,7 +91,7 @@ class Pair:
                     f" params/models.yaml, `dvc repro obtain_models`, then give `alignti init` what is under artifacts/models/"
                 )
             check_kind(folder)
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+            config = config_of(folder).get_text_config()
             head = SimpleNamespace(weight=SimpleNamespace(shape=(config.vocab_size,)))
             model = SimpleNamespace(name_or_path=str(folder), get_output_embeddings=lambda head=head: head)
             loaded[role] = Loaded(model, load_processor(folder))
