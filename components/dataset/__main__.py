@@ -53,10 +53,10 @@ def unseen_by_dvc(settings: Settings) -> Iterator[str]:
 
 def _reasons() -> str:
     from components.dataset.prepare import summary
-    from components.dataset.source import Refused
+    from components.dataset.source import quarantined
 
-    lines = (DATASET / "quarantine.jsonl").read_bytes().splitlines()
-    return f" ({summary([Refused.model_validate_json(line) for line in lines])})" if lines else ""
+    refused = quarantined(DATASET / "quarantine.jsonl")
+    return f" ({summary(refused)})" if refused else ""
 
 
 def _overlap() -> str:

@@ -60,10 +60,10 @@ def contact_sheet(examples: list[list[Sample]]) -> bytes:
 
 def _tile(samples: list[Sample]) -> Image.Image:
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
-    lines = [("small", samples[0].image_id[-40:], GREY)]
+    lines = [(small, samples[0].image_id[-40:], GREY)]
     for sample in samples:
-        lines += [("", line, INK) for line in _wrapped(sample.turns[0].question.replace("<image>", ""))]
-        lines += [("", line, ACCENT) for line in _wrapped(sample.turns[0].answer)]
+        lines += [(font, line, INK) for line in _wrapped(sample.turns[0].question.replace("<image>", ""))]
+        lines += [(font, line, ACCENT) for line in _wrapped(sample.turns[0].answer)]
     tile = Image.new("RGB", (WIDTH, PICTURE + 8 + LINE * len(lines)), PAPER)
     images = samples[0].images or (None,)
     for place, image in enumerate(images[:SIDE_BY_SIDE]):
@@ -71,7 +71,7 @@ def _tile(samples: list[Sample]) -> Image.Image:
         tile.paste(_picture(image, side), (place * side, 0))
     pen = ImageDraw.Draw(tile)
     for number, (size, text, ink) in enumerate(lines):
-        pen.text((0, PICTURE + 8 + LINE * number), text, ink, small if size else font)
+        pen.text((0, PICTURE + 8 + LINE * number), text, ink, size)
     return tile
 
 
@@ -96,14 +96,12 @@ def _picture(image: bytes | None, side: int) -> Image.Image:
 
 def card(source: Source, manifest: Manifest, examples: list[list[Sample]]) -> str:
     """Data card in Markdown."""
-    kinds = sorted({kind for split in manifest.splits.values() for kind in split.kinds})
-    names = list(manifest.splits)
-    table = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    for title, field in (("images", "images"), ("samples", "samples")):
-        table.append(f"| **{title}** | " + " | ".join(f"{getattr(manifest.splits[name], field):,}" for name in names) + " |")
-    table += [
-        f"| {kind} | " + " | ".join(f"{manifest.splits[name].kinds.get(kind, 0):,}" for name in names) + " |" for kind in kinds
-    ]
+    splits = manifest.splits.values()
+    kinds = sorted({kind for split in splits for kind in split.kinds})
+    counts = [("**images**", [split.images for split in splits]), ("**samples**", [split.samples for split in splits])]
+    counts += [(kind, [split.kinds.get(kind, 0) for split in splits]) for kind in kinds]
+    table = [f"| | {' | '.join(manifest.splits)} |", f"|---|{'---:|' * len(splits)}"]
+    table += [f"| {title} | {' | '.join(f'{count:,}' for count in row)} |" for title, row in counts]
     shown = []
     for samples in examples[:3]:
         shown.append(f"### {samples[0].image_id}\n")

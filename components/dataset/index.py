@@ -11,6 +11,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,12 +70,9 @@ def build(path: Path, stores: dict[str, Store], limits: DataLimits, prefixed: bo
     draft.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        database = sqlite3.connect(draft)
-        try:
+        with closing(sqlite3.connect(draft)) as database:
             _fill(database, stores, limits, prefixed)
             _group(database, stores, limits, workers)
-        finally:
-            database.close()
         draft.replace(path)
     except sqlite3.OperationalError as error:
         if "disk is full" not in str(error) and "disk I/O" not in str(error):
@@ -208,22 +206,19 @@ def refused(number: int, called: str, raw: Any, refusal: Refusal, source: str | 
     return Refused(row=number, id=known, reason=refusal.reason, detail=refusal.detail, source=source)
 
 
-class Index:
+class Index(AbstractContextManager["Index"]):
     """Read access to an index written by `build`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._database = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
 
-    def __enter__(self) -> Index:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
     @property
     def images(self) -> int:
-        return int(self._database.execute("SELECT count(*) FROM images").fetchone()[0])
+        return int(self._only("SELECT count(*) FROM images"))
 
     @property
     def rows(self) -> dict[str, int]:
@@ -233,17 +228,20 @@ class Index:
     @property
     def boxes(self) -> bool:
         """Whether any row has boxes."""
-        return bool(self._database.execute("SELECT EXISTS (SELECT 1 FROM rows WHERE boxes IS NOT NULL)").fetchone()[0])
+        return bool(self._only("SELECT EXISTS (SELECT 1 FROM rows WHERE boxes IS NOT NULL)"))
 
     @property
     def several(self) -> bool:
         """Whether any row shows several readable images."""
-        return bool(self._database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0])
+        return bool(self._only("SELECT EXISTS (SELECT 1 FROM groups)"))
 
     def group(self, digest: str) -> str:
         """Smallest digest of the image's group: images connected by rows that show them together. Its own if it has none."""
-        found = self._database.execute("SELECT least FROM groups WHERE digest = ?", (digest,)).fetchone()
-        return digest if found is None else str(found[0])
+        return str(self._only("SELECT coalesce((SELECT least FROM groups WHERE digest = ?1), ?1)", digest))
+
+    def _only(self, query: str, *values: str) -> Any:
+        """The one value that a query gives."""
+        return self._database.execute(query, values).fetchone()[0]
 
     def rules(self) -> list[Rule]:
         """Rules by source, the most frequent first."""

@@ -18,9 +18,9 @@ from components.config.data import DataLimits
 from components.dataset.images import Refusal, load
 from components.dataset.index import Index
 from components.dataset.perceptual_hash import nearest
-from components.dataset.shard_jobs import HASHED, Part, Parts
+from components.dataset.shard_jobs import HASHED, Part, PartFiles
 from components.dataset.shards import without
-from components.dataset.source import Refused
+from components.dataset.source import Refused, quarantined
 from components.errors import DataError
 from components.io import write_text
 from components.records.dataset import Likeness, Overlap
@@ -39,27 +39,25 @@ class Evaluated(NamedTuple):
     compared: dict[str, int]  # split or folder -> images
 
 
-def report(
-    parts: Parts, count: int, index: Path, folders: list[Path], limits: DataLimits
-) -> tuple[Overlap, dict[int, set[str]]]:
+def report(parts: list[PartFiles], index: Path, folders: list[Path], limits: DataLimits) -> tuple[Overlap, dict[int, set[str]]]:
     """Overlap report, and near-duplicate training images by part. Raises DataError if an evaluation folder is empty."""
-    evaluated = _evaluated(parts, count, folders, limits)
+    evaluated = _evaluated(parts, folders, limits)
     with_train = near = verbatim = 0
     likest: list[Likeness] = []
     concerned: dict[int, set[str]] = {}
     with Index(index) as rows:
-        for part in range(count):
-            hashes = _hashes(parts, part)
+        for number, part in enumerate(parts):
+            hashes = np.fromfile(part.hashes, dtype=HASHED)
             train = hashes[hashes["split"] == SPLITS.index("train")]
             with_train += len(train)
             best, bits = nearest(train["dhash"], evaluated.hashes)
             hits = np.flatnonzero(best >= 0)
-            names = _names(parts, part) if hits.size else []
+            names = _names(part) if hits.size else []
             for i in hits:
                 image, (where, other) = names[train["row"][i]], evaluated.names[best[i]]
                 same = len(rows.texts(image) & rows.texts(other))
                 likest.append(Likeness(train=image, other=other, where=where, bits=int(bits[i]), verbatim=same))
-                concerned.setdefault(part, set()).add(image)
+                concerned.setdefault(number, set()).add(image)
                 near += 1
                 verbatim += same
             likest = sorted(likest, key=lambda pair: pair.bits)[:LISTED]  # bounds memory: there may be a million
@@ -69,31 +67,31 @@ def report(
 
 def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:
     """Remove these training images from their shards and quarantine their rows. Idempotent."""
-    parts = Parts(folder)
     with Index(index) as rows:
-        for part, images in concerned.items():
-            record = Part.read(parts.record(part))
+        for number, images in concerned.items():
+            files = PartFiles.of(folder, number)
+            record = Part.read(files.record)
             splits = {**record.splits, "train": without(folder / "train", record.splits["train"], images)}
-            before = [Refused.model_validate_json(line) for line in parts.quarantine(part).read_bytes().splitlines()]
+            before = quarantined(files.quarantine)
             refused = [one for one in before if one.reason != "near_duplicate"]
             for image in sorted(images):
                 for source, row, id_ in rows.rows_of(image):
                     detail = f"{image} looks like an image that is evaluated on (overlap.json)"
                     own = id_.removeprefix(f"{source}/")
                     refused.append(Refused(row=row, id=own, reason="near_duplicate", detail=detail, source=source))
-            write_text(parts.quarantine(part), jsonl(refused))
-            Part(images=record.images, splits=splits, refused=len(refused), rows=record.rows).write(parts.record(part))
+            write_text(files.quarantine, jsonl(refused))
+            record.model_copy(update={"splits": splits}).write(files.record)
 
 
-def _evaluated(parts: Parts, count: int, folders: list[Path], limits: DataLimits) -> Evaluated:
+def _evaluated(parts: list[PartFiles], folders: list[Path], limits: DataLimits) -> Evaluated:
     found: list[int] = []
     names: list[tuple[str, str]] = []
     compared = dict.fromkeys(("val", "test"), 0)
-    for part in range(count):
-        hashes = _hashes(parts, part)
+    for part in parts:
+        hashes = np.fromfile(part.hashes, dtype=HASHED)
         held_out = hashes[np.isin(hashes["split"], EVALUATED)]
         if held_out.size:
-            of_part = _names(parts, part)
+            of_part = _names(part)
             for split, row, dhash in held_out.tolist():
                 compared[SPLITS[split]] += 1
                 names.append((SPLITS[split], of_part[row]))
@@ -117,9 +115,5 @@ def _dhash_of(path: Path, limits: DataLimits) -> int:
         raise DataError(f"params/data.yaml: mixture.evaluation_images: {refusal.detail}") from None
 
 
-def _hashes(parts: Parts, part: int) -> np.ndarray:
-    return np.fromfile(parts.hashes(part), dtype=HASHED)
-
-
-def _names(parts: Parts, part: int) -> list[str]:
-    return [json.loads(line)["image_id"] for line in parts.provenance(part).read_bytes().splitlines()]
+def _names(part: PartFiles) -> list[str]:
+    return [json.loads(line)["image_id"] for line in part.provenance.read_bytes().splitlines()]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,14 +17,14 @@ from tqdm import tqdm
 from components.config.data import DataSettings
 from components.dataset import mixture, overlap
 from components.dataset.card import write_card
-from components.dataset.shard_jobs import Part, Parts, make
+from components.dataset.shard_jobs import Part, PartFiles, make
 from components.dataset.shards import joined
-from components.dataset.source import Refused, Source
+from components.dataset.source import Refused, Source, quarantined
 from components.digits import grids
 from components.errors import NO_ROOM, DataError, InputError, TryAgainError
 from components.io import fingerprint, write_text
 from components.process import cores
-from components.records.dataset import Manifest, Overlap, SourceRecord, Sources, SplitRecord
+from components.records.dataset import Manifest, SourceRecord, Sources, SplitRecord
 from components.records.paths import DATASET, RAW, RUNS, SPLITS, Split
 from components.records.record import jsonl
 
@@ -77,16 +76,15 @@ def _begin(draft: Path, settings: DataSettings) -> None:
 
 def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1) -> Manifest:
     """Write shards, manifest, provenance and quarantine of a source to `folder`. Raises DataError as `prepare`."""
-    parts = Parts(folder)
+    parts = [PartFiles.of(folder, part) for part in range(source.parts)]
     early = list(source.refused())
     _accept(early, source.rows_in, settings.limits.max_bad_ratio)
     with tqdm(desc="prepare", total=source.images, unit="image", mininterval=1) as bar:
         make(source, folder, settings.images_per_shard, workers, bar.update)
-    left_out: set[str] = set()
-    if isinstance(source, mixture.Mixed):
-        left_out = _compare(source, settings, folder)
-    records = [Part.read(parts.record(part)) for part in range(source.parts)]
-    refused = sorted([*early, *_quarantined(parts, source.parts)], key=lambda one: (one.source or "", one.row))
+    left_out = _compare(source, settings, folder, parts) if isinstance(source, mixture.Mixed) else set()
+    records = [Part.read(part.record) for part in parts]
+    late = (one for part in parts for one in quarantined(part.quarantine))
+    refused = sorted([*early, *late], key=lambda one: (one.source or "", one.row))
     splits = {split: joined(record.splits[split] for record in records) for split in SPLITS}
     bad = sum(one.reason != "near_duplicate" for one in refused)
     if source.rows_in != bad + sum(record.rows for record in records):
@@ -102,21 +100,21 @@ def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1
         splits=splits,
         digest=hashlib.sha256(hashes.encode()).hexdigest(),
     )
-    _write_provenance(folder, parts, source.parts, left_out)
+    _write_provenance(folder, parts, left_out)
     write_text(folder / "quarantine.jsonl", jsonl(refused))
     manifest.write(folder / "manifest.json")
     return manifest
 
 
-def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path) -> set[str]:
+def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path, parts: list[PartFiles]) -> set[str]:
     """Write overlap.json and, for a mixture, sources.json. Returns the near duplicates that were dropped."""
     asked = settings.mixture if settings.source == "mixture" else None
     folders = asked.evaluation_images if asked else []
-    found, concerned = overlap.report(Parts(folder), source.parts, source.index, folders, settings.limits)
+    found, concerned = overlap.report(parts, source.index, folders, settings.limits)
     dropped = asked is not None and asked.near_duplicates == "drop"
     if dropped:
         overlap.drop(folder, concerned, source.index)
-    Overlap(**{**found.model_dump(), "dropped": dropped}).write(folder / "overlap.json")
+    found.model_copy(update={"dropped": dropped}).write(folder / "overlap.json")
     if asked:
         rows = source.rows_by_source
         Sources(
@@ -128,16 +126,10 @@ def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path) -> set
     return set().union(*concerned.values()) if dropped else set()
 
 
-def _quarantined(parts: Parts, count: int) -> Iterator[Refused]:
-    for part in range(count):
-        for line in parts.quarantine(part).read_bytes().splitlines():
-            yield Refused.model_validate_json(line)
-
-
-def _write_provenance(folder: Path, parts: Parts, count: int, left_out: set[str]) -> None:
+def _write_provenance(folder: Path, parts: list[PartFiles], left_out: set[str]) -> None:
     with (folder / "provenance.jsonl").open("wb") as file:
-        for part in range(count):
-            lines = parts.provenance(part).read_bytes().splitlines(keepends=True)
+        for part in parts:
+            lines = part.provenance.read_bytes().splitlines(keepends=True)
             file.writelines(line for line in lines if not left_out or json.loads(line)["image_id"] not in left_out)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,27 +29,20 @@ class Part(Record):
 
     images: int  # read, including refused ones
     splits: dict[Split, SplitRecord]
-    refused: int
     rows: int  # stored rows of the source, including those that `overlap.drop` removes later
 
 
-class Parts:
-    """Paths of the parts of an unfinished data set, beside its shards."""
+class PartFiles(NamedTuple):
+    record: Path
+    provenance: Path
+    quarantine: Path
+    hashes: Path
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def record(self, part: int) -> Path:
-        return self.folder / "parts" / f"{part:05d}.json"
-
-    def provenance(self, part: int) -> Path:
-        return self.folder / "parts" / f"{part:05d}.provenance.jsonl"
-
-    def quarantine(self, part: int) -> Path:
-        return self.folder / "parts" / f"{part:05d}.quarantine.jsonl"
-
-    def hashes(self, part: int) -> Path:
-        return self.folder / "parts" / f"{part:05d}.hashes"
+    @classmethod
+    def of(cls, folder: Path, part: int) -> PartFiles:
+        """Files of one part of the unfinished data set in `folder`, beside its shards."""
+        endings = ("json", "provenance.jsonl", "quarantine.jsonl", "hashes")
+        return cls(*(folder / "parts" / f"{part:05d}.{ending}" for ending in endings))
 
 
 def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar: Callable[[int], object]) -> None:
@@ -58,8 +52,9 @@ def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar:
     """
     todo = []
     for part in range(source.parts):
-        if Parts(folder).record(part).exists():
-            bar(Part.read(Parts(folder).record(part)).images)
+        record = PartFiles.of(folder, part).record
+        if record.exists():
+            bar(Part.read(record).images)
         else:
             todo.append(part)
     workers = min(workers, len(todo), len(todo) * images_per_shard // WORTH_A_WORKER)
@@ -67,8 +62,8 @@ def make(source: Source, folder: Path, images_per_shard: int, workers: int, bar:
         for part in todo:
             write_part(source, part, folder, images_per_shard, bar)
         return
-    for record in shared_out(write_part, [(source, part, folder, images_per_shard) for part in todo], workers):
-        bar(record.images)
+    for made in shared_out(write_part, [(source, part, folder, images_per_shard) for part in todo], workers):
+        bar(made.images)
 
 
 def write_part(
@@ -93,13 +88,13 @@ def write_part(
             if bar is not None:
                 bar(1)
         splits = {split: writer.close() for split, writer in writers.items()}
-        record = Part(images=images, splits=splits, refused=len(refused), rows=rows)
+        record = Part(images=images, splits=splits, rows=rows)
     finally:
         for writer in writers.values():
             writer.discard()
-    place = Parts(folder)
-    write_text(place.provenance(part), jsonl(origins))
-    write_text(place.quarantine(part), jsonl(refused))
-    write_bytes(place.hashes(part), np.array(hashes, dtype=HASHED).tobytes())
-    record.write(place.record(part))
+    files = PartFiles.of(folder, part)
+    write_text(files.provenance, jsonl(origins))
+    write_text(files.quarantine, jsonl(refused))
+    write_bytes(files.hashes, np.array(hashes, dtype=HASHED).tobytes())
+    record.write(files.record)
     return record

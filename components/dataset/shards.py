@@ -134,7 +134,7 @@ class SplitWriter:
 
     def close(self) -> SplitRecord:
         self._finish_shard()
-        return joined([SplitRecord(images=0, samples=0, kinds=dict(self._kinds), shards=self._shards)])
+        return _record(self._kinds, self._shards)
 
     def discard(self) -> None:
         """Remove the unfinished shard; nothing to do after `close`."""
@@ -231,7 +231,7 @@ def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> Spli
         its_kinds = pc.struct_field(pc.list_flatten(kept.column("samples")), "kind").to_pylist()
         kinds.update(its_kinds)
         shards.append(ShardRecord(file=path.name, images=kept.num_rows, samples=len(its_kinds), sha256=sha256([path])))
-    return joined([SplitRecord(images=0, samples=kinds.total(), kinds=dict(kinds), shards=shards)])
+    return _record(kinds, shards)
 
 
 def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
@@ -241,6 +241,10 @@ def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
     for part in parts:
         kinds.update(part.kinds)
         shards += part.shards
+    return _record(kinds, shards)
+
+
+def _record(kinds: Counter[str], shards: list[ShardRecord]) -> SplitRecord:
     return SplitRecord(
         images=sum(shard.images for shard in shards), samples=kinds.total(), kinds=dict(sorted(kinds.items())), shards=shards
     )

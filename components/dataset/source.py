@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from components.dataset.shards import ImageRow
@@ -18,6 +19,11 @@ class Refused(Record):
     reason: str
     detail: str
     source: str | None = None  # name of the source, in a mixture
+
+
+def quarantined(path: Path) -> list[Refused]:
+    """Lines of a quarantine file."""
+    return [Refused.model_validate_json(line) for line in path.read_bytes().splitlines()]
 
 
 class Provenance(Record):
