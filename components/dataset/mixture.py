@@ -70,7 +70,7 @@ class Mixed:
             raw = self.stores[found.source].image(place, limits.max_image_mib)
             pictures.append(check(raw, f"{found.source}: {found.file}{which}", limits))
         digest = pictures[0].sha256 if pictures else hashlib.sha256(repr(found.rows[0][-1]).encode()).hexdigest()
-        split = assign(index.group(digest), self.settings.seed, shares(self.settings))
+        split = assign(index.group(digest), self.settings.seed, _asked(self.settings))
         samples = tuple((id_, kind, turns) for _, id_, kind, turns in found.rows)
         contents = [picture.content for picture in pictures]
         row = ImageRow(found.name, contents[0] if contents else None, samples, tuple(contents[1:]))
@@ -89,22 +89,21 @@ def source(settings: DataSettings, index: Path, workers: int = 1) -> Mixed:
     if not index.exists():
         build(index, sources, settings.limits, settings.source == "mixture", workers)
     with Index(index) as rows:
-        title, licence = _title_and_licence(settings, rows.rows)
+        title, licence = _title_and_licence(_asked(settings), rows.rows)
         return Mixed(settings, index, sources, title, licence, rows.images, rows.rows, rows.boxes, rows.several)
 
 
 def stores(settings: DataSettings) -> dict[str, Store]:
     """Stores by source name. Raises DataError if a source's files are missing."""
-    if settings.source == "llava":
-        assert settings.llava is not None  # validated by the settings
-        return {"llava": store(str(settings.llava.annotations), settings.llava.images)}
-    assert settings.mixture is not None
-    return {name: store(one.files, one.images) for name, one in settings.mixture.sources.items()}
+    asked = _asked(settings)
+    if isinstance(asked, LlavaFolder):
+        return {"llava": store(str(asked.annotations), asked.images)}
+    return {name: store(one.files, one.images) for name, one in asked.sources.items()}
 
 
-def shares(settings: DataSettings) -> LlavaFolder | Mixture:
+def _asked(settings: DataSettings) -> LlavaFolder | Mixture:
     asked = settings.llava if settings.source == "llava" else settings.mixture
-    assert asked is not None
+    assert asked is not None  # validated by the settings
     return asked
 
 
@@ -116,12 +115,10 @@ def assign(digest: str, seed: int, asked: LlavaFolder | Mixture) -> Split:
     return "val" if draw < asked.test + asked.val else "train"
 
 
-def _title_and_licence(settings: DataSettings, rows: dict[str, int]) -> tuple[str, str]:
-    if settings.source == "llava":
-        assert settings.llava is not None
-        return f"{settings.llava.annotations.name} with the images of {settings.llava.images}", OWN
-    assert settings.mixture is not None
+def _title_and_licence(asked: LlavaFolder | Mixture, rows: dict[str, int]) -> tuple[str, str]:
+    if isinstance(asked, LlavaFolder):
+        return f"{asked.annotations.name} with the images of {asked.images}", OWN
     lines = ["| source | rows | weight | licence | files |", "|---|---:|---:|---|---|"]
-    for name, one in settings.mixture.sources.items():
+    for name, one in asked.sources.items():
         lines.append(f"| {name} | {rows[name]:,} | {one.weight:g} | {one.licence} | `{one.files}` |")
-    return "Mixture of " + ", ".join(settings.mixture.sources), "\n".join(lines)
+    return "Mixture of " + ", ".join(asked.sources), "\n".join(lines)

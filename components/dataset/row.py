@@ -256,12 +256,10 @@ class _Reading:
 
     def _listed(self, key: str) -> list[str | Held]:
         value = self.raw[key]
-        if isinstance(value, list):
-            value = [one for one in value if not _nothing(one)]
-            if len(value) == 1:
-                self.rules["image_list"] = f"{key!r} was a list of one"
-            return [_pointer(one, repr(key)) for one in value]
-        return [_pointer(value, repr(key))]
+        listed = [one for one in value if not _nothing(one)] if isinstance(value, list) else [value]
+        if isinstance(value, list) and len(listed) == 1:
+            self.rules["image_list"] = f"{key!r} was a list of one"
+        return [_pointer(one, repr(key)) for one in listed]
 
     def _path(self, value: str) -> str:
         """Path relative to the image folder, checked by its spelling: symbolic links in the folder are followed."""

@@ -317,14 +317,7 @@ class Samples(Sequence[Sample]):
 
     def image_sizes(self, row: int) -> tuple[tuple[int, int], ...]:
         """Width and height of each image of a row, from the file headers alone."""
-        import pyarrow as pa
-        from PIL import Image
-
-        sizes = []
-        for image in _stored_images(self._table, row):
-            with Image.open(pa.BufferReader(image.as_buffer())) as opened:
-                sizes.append(opened.size)
-        return tuple(sizes)
+        return image_sizes(image.as_buffer() for image in _stored_images(self._table, row))
 
     def about(self, row: int) -> list[Sample]:
         """All stored samples about image `row`, in one read: four times as fast as one by one."""
@@ -381,6 +374,18 @@ class Samples(Sequence[Sample]):
         asked = pc.is_in(self._table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))
         found = self._table.drop_columns("samples").filter(asked)
         return dict(_images(found, row) for row in range(found.num_rows))
+
+
+def image_sizes(images: Iterable[bytes | pa.Buffer]) -> tuple[tuple[int, int], ...]:
+    """Width and height of encoded images, from the file headers alone."""
+    import pyarrow as pa
+    from PIL import Image
+
+    sizes = []
+    for image in images:
+        with Image.open(pa.BufferReader(image)) as opened:
+            sizes.append(opened.size)
+    return tuple(sizes)
 
 
 def about(table: pa.Table, row: int) -> list[Sample]:

@@ -7,24 +7,22 @@ found by `prepare` alone.
 from __future__ import annotations
 
 import hashlib
-import io
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from components.config.models import Checkpoint, ModelsSettings
 from components.config.settings import Settings
 from components.dataset.prepare import source_of, summary
 from components.dataset.shard_jobs import WORTH_A_WORKER
-from components.dataset.shards import Sample, Turn
+from components.dataset.shards import Sample, Turn, image_sizes
 from components.dataset.source import Refused, Rule, Source, Stored
 from components.errors import DataError
 from components.irs.search import TooFewInstructions, instructions
@@ -32,7 +30,7 @@ from components.models.template import question_of
 from components.process import cores, shared_out
 from components.records.models import ModelIndex
 from components.records.paths import MODELS, SPLITS, Split
-from components.rows.judge import CUT, RESIZED, Judge, Remark, Sizes, different
+from components.rows.judge import CUT, RESIZED, Judge, Remark, different
 from components.rows.trial import judge_of
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ class Tally:
             self.asked.extend(_asked(split, samples))
             return
         kept = []
-        tried = judge(split, samples, [sizes_of(samples[0])] * len(samples))
+        tried = judge(split, samples, [image_sizes(samples[0].images)] * len(samples))
         for sample, ((turns, tokens, _), remark) in zip(samples, tried, strict=True):
             if turns:
                 kept.append(sample)
@@ -167,14 +165,6 @@ def try_part(source: Source, part: int, folders: tuple[Path, ...], models: str) 
     return tally
 
 
-def sizes_of(sample: Sample) -> Sizes:
-    sizes = []
-    for content in sample.images:
-        with Image.open(io.BytesIO(content)) as image:
-            sizes.append(image.size)
-    return tuple(sizes)
-
-
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +172,9 @@ def report(found: Found, settings: Settings, folders: dict[str, Path], missing: 
     """Output lines of `alignti check --data`."""
     tally = found.tally
     yield f"data: {found.source}"
-    yield f"  {found.rows_in:,} rows, {len(tally.refused):,} refused{_percent(len(tally.refused), found.rows_in)}"
-    for reason, refused in _by(tally.refused, lambda one: one.reason):
+    share = f" ({len(tally.refused) / found.rows_in:.1%})" if tally.refused else ""
+    yield f"  {found.rows_in:,} rows, {len(tally.refused):,} refused{share}"
+    for reason, refused in _by_reason(tally.refused):
         yield f"  {reason}: {len(refused):,}"
         for one in refused[:EXAMPLES]:
             named = "" if one.id is None else f" ({one.id})"
@@ -202,7 +193,7 @@ def report(found: Found, settings: Settings, folders: dict[str, Path], missing: 
         return
     usable, samples = tally.usable.total(), tally.samples.total()
     yield f"tried with {', '.join(folders)}: {usable:,} of {samples:,} samples usable"
-    for reason, remarks in _by(tally.remarks, lambda one: one.reason):
+    for reason, remarks in _by_reason(tally.remarks):
         yield f"  {reason}: {len(remarks):,}{'' if reason in (CUT, RESIZED) else ', left out'}"
         for remark in remarks[:EXAMPLES]:
             yield f"    {remark.split} {remark.id}: {remark.detail}"
@@ -244,16 +235,12 @@ def accept_rows(found: Found, settings: Settings) -> None:
         raise DataError(f"{' and '.join(problems)}, more than limits.max_bad_ratio = {most} of params/data.yaml allows")
 
 
-T = TypeVar("T")
+T = TypeVar("T", Refused, Remark)
 
 
-def _by(things: Iterable[T], reason: Callable[[T], str]) -> Iterator[tuple[str, list[T]]]:
+def _by_reason(things: Iterable[T]) -> list[tuple[str, list[T]]]:
     """Groups by reason, the largest first."""
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[T]] = {}
     for thing in things:
-        groups.setdefault(reason(thing), []).append(thing)
-    yield from sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-
-
-def _percent(part: int, whole: int) -> str:
-    return f" ({part / whole:.1%})" if part else ""
+        groups.setdefault(thing.reason, []).append(thing)
+    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))

@@ -39,8 +39,7 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        value = str(self.value).replace("'", "") if isinstance(self.value, dict | list) else self.value
-        return f"{self.key}: {value}  ({self.why})"
+        return f"{self.key}: {self.value}  ({self.why})"
 
 
 def init(asked: Asked) -> tuple[list[str], list[Choice]]:
@@ -53,7 +52,7 @@ def init(asked: Asked) -> tuple[list[str], list[Choice]]:
     seen = list(report(found, settings, pair.folders, []))
     accept_rows(found, settings)
     choices = list(_choices(found, settings, pair))
-    write_text(asked.recipe, _text(asked, choices, settings))
+    write_text(asked.recipe, _text(asked, choices, settings, pair))
     try:
         recipes.merged(asked.name)
     except Exception:
@@ -202,20 +201,22 @@ def _machine(batch: int) -> Iterator[Choice]:
 # --- the recipe -------------------------------------------------------------------------------------------------------------
 
 
-def _text(asked: Asked, choices: list[Choice], settings: Settings) -> str:
+def _text(asked: Asked, choices: list[Choice], settings: Settings, pair: Pair) -> str:
     own = settings.data.llava
     assert own is not None
     head = f"Made by `alignti init` of {asked.data}, {asked.images}, {asked.teacher} and {asked.student}. Yours to change."
-    about = {"run": f"alignti use {asked.name} && dvc repro", "hardware": "the machine it was made on"}
-    about |= {"time": "a time that was never measured", "result": "nothing measured yet"}
     document: dict[str, Any] = {
-        "about": {**about, "seconds": None},
+        "about": {
+            "run": f"alignti use {asked.name} && dvc repro",
+            "hardware": "the machine it was made on",
+            "time": "a time that was never measured",
+            "result": "nothing measured yet",
+            "seconds": None,
+        },
         "like": "_full-size",
         "data": {"source": "llava", "llava": own.model_dump(mode="json")},
-        "models": {"pretrained": {role: {} for role in ("teachers", "students")}},
+        "models": {"pretrained": pair.members.model_dump()},
     }
-    for role in ("teacher", "student"):
-        document["models"]["pretrained"][f"{role}s"][role] = asked.checkpoint(role).model_dump()
     for choice in choices:
         *above, key = choice.key.split(".")
         at = document

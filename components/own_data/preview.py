@@ -182,9 +182,13 @@ def prepared(settings: DataSettings) -> bool:
 
 def lines(found: Preview) -> Iterator[str]:
     """Terminal output; its marks are readable without colours."""
-    trained, seen = (lambda text: typer.style(f"«{text}»", fg="green", bold=True)), (lambda text: typer.style(text, fg="cyan"))
+    style: dict[Role, Callable[[str], str]] = {
+        "read": str,
+        "trained": lambda text: typer.style(f"«{text}»", fg="green", bold=True),
+        "visual": lambda text: typer.style(text, fg="cyan"),
+    }
     yield f"{found.origin}; read by {found.read_by}"
-    yield f"{trained('trained on')}, {seen('[visual tokens]')}, all else is read only"
+    yield f"{style['trained']('trained on')}, {style['visual']('[visual tokens]')}, all else is read only"
     for kind, samples in found.shown.items():
         for shown in samples:
             visual, said = shown.tokens("visual"), shown.tokens("trained")
@@ -194,11 +198,10 @@ def lines(found: Preview) -> Iterator[str]:
             )
             if shown.remark:
                 yield typer.style(f"{'cut or stretched' if shown.pieces else 'left out'}: {printable(shown.remark)}", fg="red")
-            style: dict[str, Callable[[str], str]] = {"read": str, "trained": trained, "visual": seen}
-            texts = (
-                f"[{piece.tokens:,} visual]" if piece.role == "visual" else printable(piece.text) for piece in shown.pieces
-            )
-            whole = "".join(style[piece.role](text) for piece, text in zip(shown.pieces, texts, strict=True))
+            whole = ""
+            for piece in shown.pieces:
+                text = f"[{piece.tokens:,} visual]" if piece.role == "visual" else printable(piece.text)
+                whole += style[piece.role](text)
             yield "    " + whole.replace("\n", "\n    ")
     yield ""
     yield found.lengths
