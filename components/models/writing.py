@@ -6,7 +6,7 @@ As in the data, EOS is the only special token of an answer, and all tokens are o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -71,27 +71,24 @@ class Writer:
         return [Answer(row, sum(of_row[: len(row)])) for row, of_row in zip(found, log_probs, strict=True)]
 
 
+@dataclass(eq=False)
 class Drawn(LogitsProcessor):
-    """Logits processor that leaves one token per sample: inverse-CDF sampling by given uniforms, or argmax at temperature 0.
+    """Logits processor that leaves one token per sample: inverse-CDF sampling by given uniforms, or argmax at temperature 0."""
 
-    Args:
-        uniforms: (B, most) in [0, 1), one per new token.
-        barred: (V,) bool, tokens of probability 0.
-        prompt: length of the prompts, padding included.
-    """
-
-    def __init__(self, uniforms: Tensor, barred: Tensor, prompt: int, temperature: float, top_p: float | None) -> None:
-        self._uniforms, self._barred, self._prompt = uniforms, barred, prompt
-        self._temperature, self._top_p = temperature, top_p
-        self.log_probs: list[Tensor] = []  # (B,) per step
+    uniforms: Tensor  # (B, most) in [0, 1), one per new token
+    barred: Tensor  # (V,) bool, tokens of probability 0
+    prompt: int  # length of the prompts, padding included
+    temperature: float
+    top_p: float | None
+    log_probs: list[Tensor] = field(default_factory=list)  # (B,) per step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        logits = scores.float().masked_fill(self._barred, float("-inf"))
-        if self._temperature == 0:
+        logits = scores.float().masked_fill(self.barred, float("-inf"))
+        if self.temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:
-            at = input_ids.shape[1] - self._prompt
-            token = draw(probabilities(logits, self._temperature, top_p=self._top_p), self._uniforms[:, at : at + 1])
+            at = input_ids.shape[1] - self.prompt
+            token = draw(probabilities(logits, self.temperature, top_p=self.top_p), self.uniforms[:, at : at + 1])
         self.log_probs.append(scores.float().log_softmax(-1).gather(1, token)[:, 0])
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
