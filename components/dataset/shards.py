@@ -274,6 +274,7 @@ class Samples(Sequence[Sample]):
         if check:
             check_hashes(dataset / split, self.record.shards)
         self._table = pa.concat_tables(tables or [schema(boxes=False).empty_table()])
+        self._samples = pc.list_flatten(self._table.column("samples"))
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
             raise DataError(f"{dataset / split}: shards do not hold what the manifest says; {ANEW}")
@@ -281,7 +282,6 @@ class Samples(Sequence[Sample]):
         usable = np.ones(int(counts.sum()), dtype=bool) if self._turns is None else self._turns > 0
         rows = np.repeat(np.arange(len(counts)), counts)
         self._stored = np.flatnonzero(usable)  # sample index -> index among all stored samples
-        self._stored_first = np.concatenate([[0], np.cumsum(counts)])
         self.row_of = rows[usable]  # sample index -> image row
         self._first = np.searchsorted(self.row_of, np.arange(len(counts) + 1))
 
@@ -306,8 +306,8 @@ class Samples(Sequence[Sample]):
         index = range(len(self))[index]
         row = int(self.row_of[index])
         stored = int(self._stored[index])
-        sample = self._table.column("samples")[row][stored - int(self._stored_first[row])].as_py()
-        return _sample(sample, *_images(self._table, row), None if self._turns is None else int(self._turns[stored]))
+        turns_kept = None if self._turns is None else int(self._turns[stored])
+        return _sample(self._samples[stored].as_py(), *_images(self._table, row), turns_kept)
 
     def texts(self, row: int) -> list[Sample]:
         """All stored samples about image `row`, with empty bytes for images: no image is read."""
@@ -328,8 +328,7 @@ class Samples(Sequence[Sample]):
         """Kind of each sample; no image is read."""
         import pyarrow.compute as pc
 
-        kinds = pc.struct_field(pc.list_flatten(self._table.column("samples")), "kind")
-        found: list[str] = kinds.take(self._stored).to_pylist()
+        found: list[str] = pc.struct_field(self._samples, "kind").take(self._stored).to_pylist()
         return found
 
     @property

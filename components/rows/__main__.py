@@ -5,13 +5,11 @@ python -m components.rows      artifacts/dataset, artifacts/models -> artifacts/
 
 from __future__ import annotations
 
-from collections import Counter
-
 from components.config.load import load_settings
 from components.process import cores, exit_from
 from components.records.paths import ROWS
 from components.records.rows import TriedRows
-from components.rows.trial import try_rows
+from components.rows.trial import left_out, try_rows
 
 
 def main() -> None:
@@ -29,17 +27,15 @@ def main() -> None:
 
 
 def closing_line(found: TriedRows) -> str:
-    left: Counter[str] = Counter()
-    for split in found.splits.values():
-        left.update(split.left_out)
-    cut, resized = (sum(getattr(split, what) for split in found.splits.values()) for what in ("cut", "resized"))
+    usable, cut, resized, tokens, response = (
+        sum(getattr(split, count) for split in found.splits.values())
+        for count in ("usable", "cut", "resized", "tokens", "response_tokens")
+    )
+    left = left_out(found)
     out = ", ".join(f"{count:,} {reason}" for reason, count in left.most_common())
-    tokens = sum(split.tokens for split in found.splits.values())
-    response = sum(split.response_tokens for split in found.splits.values())
     return (
-        f"check_rows: {sum(split.usable for split in found.splits.values()):,} samples usable, {cut:,} of them cut,"
-        f" {resized:,} with a stretched image; {left.total():,} left out{f' ({out})' if out else ''}; {tokens:,} tokens,"
-        f" {response:,} of them trained on -> {ROWS} (remarks.jsonl)"
+        f"check_rows: {usable:,} samples usable, {cut:,} of them cut, {resized:,} with a stretched image; {left.total():,} left"
+        f" out{f' ({out})' if out else ''}; {tokens:,} tokens, {response:,} of them trained on -> {ROWS} (remarks.jsonl)"
     )
 
 

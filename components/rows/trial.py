@@ -135,18 +135,23 @@ def _counted(verdict: np.ndarray, remarks: Iterable[Remark]) -> TriedSplit:
     )
 
 
+def left_out(found: TriedRows) -> Counter[str]:
+    """Number of samples by the reason that they are left out for."""
+    return sum((Counter(split.left_out) for split in found.splits.values()), Counter())
+
+
 def _accept(found: TriedRows, draft: Path, max_bad_ratio: float) -> None:
-    samples = sum(split.samples for split in found.splits.values())
-    bad = sum((Counter(split.left_out) for split in found.splits.values()), Counter())
-    empty = [split for split, tried in found.splits.items() if not tried.usable]
-    if bad.total() <= max_bad_ratio * samples and not empty:
-        return
+    samples, bad = sum(split.samples for split in found.splits.values()), left_out(found)
     listing = RUNS / "check_rows" / "remarks.jsonl"
-    write_text(listing, jsonl(remark for split in SPLITS for remark in _remarks(draft, split) if not remark.kept))
     if bad.total() > max_bad_ratio * samples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
-        raise DataError(
+        problem = (
             f"{bad.total():,} of {samples:,} samples cannot be trained on, more than limits.max_bad_ratio = {max_bad_ratio} of"
             f" params/data.yaml allows: {reasons}; each and its reason is in {listing}"
         )
-    raise DataError(f"no sample of {' and '.join(empty)} can be used; the reasons are in {listing}")
+    elif empty := [split for split, tried in found.splits.items() if not tried.usable]:
+        problem = f"no sample of {' and '.join(empty)} can be used; the reasons are in {listing}"
+    else:
+        return
+    write_text(listing, jsonl(remark for split in SPLITS for remark in _remarks(draft, split) if not remark.kept))
+    raise DataError(problem)
