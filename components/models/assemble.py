@@ -35,14 +35,17 @@ def assemble(tower: Path, language_model: Path, parts: Parts, system: str, targe
 
     Raises ModelError if a part is missing, broken, or of another model type.
     """
+    from transformers import AutoImageProcessor
+
     with tqdm(total=3, desc=f"{target.parent.name} {target.name}", unit="part") as bar:
         eyes = _open(tower, TOWERS, "a SigLIP tower")
         bar.update()
         language = _open(language_model, LANGUAGE_MODELS, "a Qwen language model")
         bar.update()
-        processor = processor_of(
-            _image_processor(tower), eyes, tokenizer_of(language_model, language.config), parts.feature_layer, system, tower
-        )
+        with opening(f"{tower}: no usable image processor"):
+            pixels = AutoImageProcessor.from_pretrained(tower, **LOCAL)
+        tokenizer = tokenizer_of(language_model, language.config)
+        processor = processor_of(pixels, eyes, tokenizer, parts.feature_layer, system, tower)
         llava = joined(eyes, language, processor, parts.feature_layer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(parts.seed)
@@ -107,13 +110,6 @@ def tokenizer_of(path: Path, config: Any) -> Any:
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def _image_processor(path: Path) -> Any:
-    from transformers import AutoImageProcessor
-
-    with opening(f"{path}: no usable image processor"):
-        return AutoImageProcessor.from_pretrained(path, **LOCAL)
 
 
 def processor_of(

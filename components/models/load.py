@@ -178,7 +178,13 @@ def check_images(loaded: Loaded) -> None:
     tokens depends on the image, or the processor writes another number of visual tokens than the model has features.
     """
     family_of(loaded.model.config)
-    _check_image_token(loaded)
+    check_special_tokens(loaded.processor)
+    wanted, found = getattr(loaded.model.config, "image_token_id", None), visual_id(loaded.processor)
+    if wanted != found:
+        raise ModelError(
+            f"{loaded.name}: the model's image token is {wanted}, the processor's is {found} "
+            f"({loaded.processor.image_token!r}); the image token is missing on one side"
+        )
     if reads_one_layer(loaded.model) and visual_tokens(loaded.processor) is None:
         raise ModelError(f"{loaded.name}: the number of visual tokens varies with the image's shape, which LLaVA-1.5's cannot")
     device, dtype = loaded.model.device, loaded.model.dtype
@@ -213,17 +219,6 @@ def check_layer(teacher: Loaded, layer: int) -> None:
     layers: int = teacher.model.config.get_text_config().num_hidden_layers
     if layer >= layers:
         raise ModelError(f"iva.layer is {layer}, but teacher {teacher.name} has layers 0..{layers - 1}")
-
-
-def _check_image_token(loaded: Loaded) -> None:
-    check_special_tokens(loaded.processor)
-    wanted = getattr(loaded.model.config, "image_token_id", None)
-    found = visual_id(loaded.processor)
-    if wanted != found:
-        raise ModelError(
-            f"{loaded.name}: the model's image token is {wanted}, the processor's is {found} "
-            f"({loaded.processor.image_token!r}); the image token is missing on one side"
-        )
 
 
 def _shared_vocabulary(teacher: Loaded, student: Loaded, between: str) -> int:

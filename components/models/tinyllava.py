@@ -7,7 +7,6 @@ SigLIP has no class token: these models were trained on 728 of 729 tokens, and a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from components.models.assemble import (
     tokenizer_of,
 )
 from components.models.checkpoint_folder import check_whole, weight_files
+from components.records.record import parsed
 
 TYPE = "tinyllava"
 STRATEGIES: dict[str, Strategy] = {"patch": "default", "cls_patch": "full"}
@@ -71,8 +71,7 @@ def convert(source: Path, system: str, target: Path) -> Path:
 
 def _config(path: Path) -> dict[str, Any]:
     weight_files(path)
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return config
+    return parsed(path / "config.json")
 
 
 def _weights(path: Path) -> dict[str, dict[str, Tensor]]:
