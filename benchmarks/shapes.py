@@ -6,14 +6,14 @@ are drawn, which `script` fixes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from components.cost.shapes import Language, Tower
+from components.cost.shapes import LANGUAGE_MODELS, SIGLIP, Language, Tower
 from components.cost.step import ALTERNATIVES
 
 PAD, EOS, IMAGE, FIRST_WORD = 0, 1, 2, 3
@@ -50,8 +50,6 @@ class Size:
 
 
 _DIGITS_TOWER = Tower(hidden=64, layers=2, heads=4, mlp=128, image_px=64, patch_px=16)
-_QWEN_1_5B = Language(hidden=1536, layers=28, heads=12, kv_heads=2, mlp=8960, vocabulary=151_936)
-_QWEN_7B = Language(hidden=3584, layers=28, heads=28, kv_heads=4, mlp=18_944, vocabulary=152_064, tied=False)
 
 SIZES = {
     size.name: size
@@ -81,9 +79,9 @@ SIZES = {
         Size(
             name="paper",
             about="Qwen2.5 shapes: a 7B teacher and a 1.5B student, SigLIP so400m, 729 visual tokens, V = 151,936",
-            tower=Tower(hidden=1152, layers=27, heads=16, mlp=4304, image_px=378, patch_px=14),
-            student=_QWEN_1_5B,
-            teacher=_QWEN_7B,
+            tower=replace(SIGLIP, image_px=378),
+            student=LANGUAGE_MODELS["Qwen/Qwen2.5-1.5B"],
+            teacher=LANGUAGE_MODELS["Qwen/Qwen2.5-7B"],
             batch=4,
             instruction=48,
             response=128,
