@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,16 @@ def equality(device: torch.device, dry: bool, keep: Keep) -> Found:
     engine = bench.engine("align_ti")
     told("engine and reference, float32", 1e-3, lambda: step.equality(bench)["gradient"])
     _, plain = bench.gradients(engine)
+
+    def from_plain(way: Callable[[str], Callable[[], Tensor]], arm: str) -> float:
+        return apart(bench.gradients(way(arm))[1], plain)
+
     for arm in step.APPENDED:
         if dry and arm == "align_ti_flex":
             found[arm] = {"skipped": "FlexAttention's backward pass needs a GPU"}
         else:
-            told(arm, 1e-3, lambda arm=arm: apart(bench.gradients(bench.appended(arm))[1], plain))  # type: ignore[misc]
-    told("drawn visual rows, none left out", 1e-6, lambda: apart(bench.gradients(bench.engine("align_ti_rows"))[1], plain))
+            told(arm, 1e-3, partial(from_plain, bench.appended, arm))
+    told("drawn visual rows, none left out", 1e-6, partial(from_plain, bench.engine, "align_ti_rows"))
     rows, weight = (torch.randn(n, 256, device=device).bfloat16() for n in (300, 4096))
     exact = rows.double() @ weight.double().T
     torch.set_float32_matmul_precision("high")
@@ -80,7 +85,7 @@ def equality(device: torch.device, dry: bool, keep: Keep) -> Found:
         except ImportError as error:
             found[form] = {"skipped": str(error)}
             continue
-        told(f"{form} layer, to its own rounding", 0.2, lambda form=form: _quantised(kernels, form, device))  # type: ignore[misc]
+        told(f"{form} layer, to its own rounding", 0.2, partial(_quantised, kernels, form, device))
     torch.set_float32_matmul_precision("highest")
     told("compiled layers", 1e-3, lambda: apart(_compiled(bench, dry), plain))
     return found
@@ -140,7 +145,7 @@ def generation(device: torch.device, dry: bool, _keep: Keep) -> Found:
             options: Found = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
             options |= {"eos_token_id": EOS, "pad_token_id": PAD, "pixel_values": pixels, **given}
             model.generate(**options)
-            seconds = measure.stopwatch(lambda options=options: model.generate(**options), device)  # type: ignore[misc]
+            seconds = measure.stopwatch(partial(model.generate, **options), device)
         found[f"batch of {count}"] = {"seconds": seconds, "tokens_per_second": count * new / seconds}
     return {"arms": found}
 

@@ -21,12 +21,11 @@ from benchmarks import measure, table
 from benchmarks import prepare as jpegs
 from benchmarks.shapes import SIZES, Size
 from benchmarks.step import KD, Bench
-from components.align_ti.step import AlignTI, total
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
 from components.dataset.shards import Samples
 from components.digits.tokenizer import build_processor
-from components.distill.loader import MicroBatches, Steps, batches
+from components.distill.loader import Steps, batches
 from components.distill.sampler import Sampler
 from components.models.collate import Collator
 from components.models.template import Template
@@ -48,21 +47,15 @@ def read_ahead(size: Size, samples: Samples, count: int) -> Steps:
     return Steps(samples, collator, Sampler(firsts, size.batch, seed=0), settings, rank=0, ranks=1)
 
 
-def stepped(stream: Iterator[MicroBatches], bench: Bench, count: int) -> tuple[list[float], list[float]]:
-    """Wall-clock seconds of each of `count` steps, and how many of them it waited for its batch."""
-    module = AlignTI(bench.student, bench.teacher, bench.method(KD))
-    weights = module.method.weight_vector(bench.device)
+def stepped(stream: Iterator[Any], bench: Bench, count: int) -> tuple[list[float], list[float]]:
+    """Wall-clock seconds of each of `count` steps, and how many of them it waited for its batch from `stream`."""
+    loss = bench.loss("kd", bench.method(KD))
     seconds, waited = [], []
     for step in tqdm(range(AHEAD + count), unit="step"):
         started = time.perf_counter()
-        ((batch, keys),) = next(stream)
+        ((batch, bench.keys),) = next(stream)
         came = time.perf_counter()
-        here = batch.to(bench.device)
-
-        def loss(here: Any = here, keys: list[int] = keys) -> torch.Tensor:
-            terms = module(here, keys)
-            return total(terms.sums, terms.counts, weights)
-
+        bench.batch = batch.to(bench.device)
         bench.optimise(loss)
         if bench.device.type == "cuda":
             torch.cuda.synchronize(bench.device)

@@ -7,7 +7,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ Work = Callable[[], Any]
 
 
 def raced(
-    arms: dict[str, Work], repeats: int, device: torch.device, title: str, over: dict[str, tuple[str, str]], **amount: float
+    arms: Mapping[str, Work], repeats: int, device: torch.device, title: str, over: dict[str, tuple[str, str]], **amount: float
 ) -> dict[str, Any]:
     """Result of interleaved arms: medians and quartiles over the rounds of each arm, and of ratios.
 
@@ -52,7 +52,7 @@ def raced(
     }
 
 
-def interleaved(arms: dict[str, Work], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:
+def interleaved(arms: Mapping[str, Work], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:
     """Seconds of each arm, once per round; warm-up is up to the caller.
 
     Arms take turns within a round and start one further along in the next, so that a machine that slows down slows them all.
@@ -103,16 +103,10 @@ class Parts:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Context manager around a part, or decorator of a function that is one."""
         started = clock(self.device)
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + clock(self.device) - started
-
-    def of(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return work(*args, **kwargs)
-
-        return timed
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,26 +108,20 @@ def handed(some: list[Sample], tokens: int, device: torch.device) -> dict[str, A
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def ours(bench: Bench, passes: list[list[Sample]]) -> tuple[Callable[[], None], Callable[[], float]]:
-    """Optimiser step of KD alone, and its loss."""
+def ours(bench: Bench, passes: list[list[Sample]]) -> Callable[[], float]:
+    """Gradients of a step of KD alone; returns its loss."""
     module = AlignTI(bench.student, bench.teacher, bench.method(KD_ONLY))
     weights = module.method.weight_vector(bench.device)
     batches = [collated(some).to(bench.device) for some in passes]
     counts = torch.stack([module.count(batch, None) for batch in batches]).sum(0)
 
-    def loss() -> float:
-        summed = 0.0
-        for batch in batches:
-            with bench.autocast():
-                value = total(module(batch, [0] * len(batch.input_ids)).sums, counts, weights)
-            value.backward()  # type: ignore[no-untyped-call]
-            summed += float(value.detach())
-        return summed
+    def of_pass(batch: Batch) -> Tensor:
+        return total(module(batch, [0] * len(batch.input_ids)).sums, counts, weights)
 
-    return lambda: bench.stepped(loss), loss
+    return lambda: sum(float(bench.backward(partial(of_pass, batch))) for batch in batches)
 
 
-def trl(bench: Bench, passes: list[list[Sample]], tokens: int) -> tuple[Callable[[], None], Callable[[], float]]:
+def trl(bench: Bench, passes: list[list[Sample]], tokens: int) -> Callable[[], float]:
     """The same by TRL's trainer. Raises ImportError without TRL."""
     from benchmarks import peer
 
@@ -134,10 +129,7 @@ def trl(bench: Bench, passes: list[list[Sample]], tokens: int) -> tuple[Callable
     trainer = peer.trainer(bench)
     batches = [handed(some, tokens, bench.device) for some in passes]
 
-    def loss() -> float:
-        return sum(float(trainer.training_step(student, inputs, None)) for inputs in batches)
-
-    return lambda: bench.stepped(loss), loss
+    return lambda: sum(float(trainer.training_step(student, inputs, None)) for inputs in batches)
 
 
 def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | None = None) -> dict[str, Any]:
@@ -149,24 +141,28 @@ def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | Non
     lengths = [[len(stream[i]) for _, i in step] for step in pairs]
     by_length = [shared_out_by_length(step, of, budget, 0, 1) for step, of in zip(pairs, lengths, strict=True)]
     missing: dict[str, str] = {}
-    ways: dict[str, list[tuple[Callable[[], Any], Callable[[], float]]]] = {}
     passes = {
         name: [[[stream[i] for _, i in some] for some in step] for step in made]
         for name, made in (("by length", by_length), ("equal", equal))
     }
-    for name, made in passes.items():
-        ways[name] = [ours(bench, step) for step in made]
+    ways = {name: [ours(bench, step) for step in made] for name, made in passes.items()}
     try:
         ways["trl"] = [trl(bench, s, sum(len(one.answer) for some in s for one in some)) for s in passes["equal"]]
     except ImportError as error:
         missing["trl"] = f"{NO_TRL} ({error})"
-    found = {name: [loss() for _, loss in made] for name, made in ways.items()}
+    found = {name: [gradients() for gradients in made] for name, made in ways.items()}
     bench.optimiser.zero_grad()
     for name, losses in found.items():
         for mine, first in zip(losses, found["by length"], strict=True):
             assert abs(mine - first) <= 1e-4 * abs(first), f"{name}: loss {mine}, not {first}: not the same work"
-    arms: dict[str, measure.Work] = {name: lambda made=made: [step() for step, _ in made] for name, made in ways.items()}  # type: ignore[misc]
-    peaks = {name: peak_bytes(made[0][0], device) for name, made in ways.items()}
+
+    def steps_of(made: list[Callable[[], float]]) -> None:
+        for gradients in made:
+            gradients()
+            bench.update()
+
+    arms = {name: partial(steps_of, made) for name, made in ways.items()}
+    peaks = {name: peak_bytes(partial(steps_of, made[:1]), device) for name, made in ways.items()}
     timed = measure.raced(arms, repeats or 3, device, "mixed", RATIOS, samples=len(stream))
     used = sum(len(sample) for sample in stream)
     for name, arm in timed["arms"].items():

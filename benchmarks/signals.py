@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from components.align_ti.batch import predicting
 from components.align_ti.cached import Rows, cached_row_divergence
 from components.align_ti.divergence import row_divergence
 from components.align_ti.sampled import Sampled, sampled
-from components.align_ti.step import AlignTI, total
 from components.align_ti.top_k import TopK, top_k
 from components.align_ti.visual_weights import sampled as drawn_rows
 from components.align_ti.visual_weights import visual_weights
@@ -66,13 +66,7 @@ def small() -> Pair:
         bench.teacher.vlm.model.model.language_model.norm.weight *= SHARPER
         bench.student.model.model.language_model.norm.weight *= SHARPER
     bench.optimiser.param_groups[0]["lr"] = RATE
-    module = AlignTI(bench.student, bench.teacher, bench.method(KD_ONLY | {"iva": 1.0}))
-    weights = module.method.weight_vector()
-
-    def loss() -> Tensor:
-        terms = module(bench.batch, bench.keys)
-        return total(terms.sums, terms.counts, weights)
-
+    loss = bench.loss("kd and iva", bench.method(KD_ONLY | {"iva": 1.0}))
     for _ in range(STEPS):
         bench.optimise(loss)
     return bench.student, bench.teacher, bench.batch, bench.size.student.vocabulary, 64
@@ -97,7 +91,7 @@ def run(name: str, pair: Pair, draws_of_rows: int) -> dict[str, Any]:
         cosine = float(torch.dot(mine, exact) / mine.norm() / exact.norm())
         return {"angle": math.degrees(math.acos(min(1.0, cosine))), "norm": float(mine.norm() / exact.norm())}
 
-    words: dict[str, Callable[[Tensor], Rows]] = {f"top {k} + tail": lambda z, k=k: top_k(z, k) for k in CUTS}  # type: ignore[misc]
+    words: dict[str, Callable[[Tensor], Rows]] = {f"top {k} + tail": partial(top_k, k=k) for k in CUTS}
     words[f"top {CUTS[-1]} alone"] = alone
     stream = torch.Generator().manual_seed(0)
     words[f"{DRAWS} draws"] = lambda z: sampled(z, DRAWS, torch.rand(len(z), generator=stream, dtype=torch.float64))

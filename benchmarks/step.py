@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,11 +111,11 @@ class Bench:
 
     def engine(self, arm: str) -> Callable[[], Tensor]:
         weights, distinct = ENGINE[arm]
-        return self._loss(arm, self.method(weights, rows=ROWS if arm == "align_ti_rows" else None), distinct)
+        return self.loss(arm, self.method(weights, rows=ROWS if arm == "align_ti_rows" else None), distinct)
 
     def appended(self, arm: str) -> Callable[[], Tensor]:
         """`align_ti` with the alternatives appended to the sequence, under the arm's kind of attention."""
-        found, student = self._loss(arm, self.method(ALL, "expanded"), TRAINED), self.student.model
+        found, student = self.loss(arm, self.method(ALL, "expanded"), TRAINED), self.student.model
 
         def loss() -> Tensor:
             student.set_attn_implementation({"text_config": APPENDED[arm]})
@@ -125,7 +126,8 @@ class Bench:
 
         return loss
 
-    def _loss(self, arm: str, method: Method, distinct: float | None) -> Callable[[], Tensor]:
+    def loss(self, arm: str, method: Method, distinct: float | None = None) -> Callable[[], Tensor]:
+        """Loss of the present batch, with scripted draws if `distinct` is given."""
         module = Scripted(self.student, self.teacher, method)
         module.script = None if distinct is None else self.script(distinct)
         wanted = method.weight_vector(self.device)
@@ -147,27 +149,26 @@ class Bench:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def gradients(self, loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
+    def backward(self, loss: Callable[[], Tensor]) -> Tensor:
+        """Forward and backward pass; returns the loss."""
         with self.autocast():
             value = loss()
         value.backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+
+    def gradients(self, loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
+        value = self.backward(loss)
         found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
         self.optimiser.zero_grad()
-        return float(value.detach()), found
+        return float(value), found
 
     def optimise(self, loss: Callable[[], Tensor]) -> None:
         """One optimiser step, as it is timed."""
+        self.backward(loss)
+        self.update()
 
-        def to_gradients() -> None:
-            with self.autocast():
-                value = loss()
-            value.backward()  # type: ignore[no-untyped-call]
-
-        self.stepped(to_gradients)
-
-    def stepped(self, to_gradients: Callable[[], Any]) -> None:
-        """Gradients of a whole step by `to_gradients`, then clipping and AdamW."""
-        to_gradients()
+    def update(self) -> None:
+        """Clipping and AdamW."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -202,7 +203,7 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
         losses["reference"] = bench.reference()
     except torch.OutOfMemoryError as error:
         missing["reference"] = f"out of memory: {str(error).splitlines()[0]}"
-    arms: dict[str, measure.Work] = {arm: lambda loss=loss: bench.optimise(loss) for arm, loss in losses.items()}  # type: ignore[misc]
+    arms: dict[str, measure.Work] = {arm: partial(bench.optimise, loss) for arm, loss in losses.items()}
     try:
         from benchmarks import peer
 
@@ -241,7 +242,7 @@ def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str
         (teacher, "continued", "ribbon"),
     ]
     for owner, method, name in watched:
-        object.__setattr__(owner, method, parts.of(name, getattr(owner, method)))
+        object.__setattr__(owner, method, parts.part(name)(getattr(owner, method)))
     try:
         for _ in range(steps):
             with parts.part("forward"), bench.autocast():
@@ -249,9 +250,7 @@ def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str
             with parts.part("backward"):
                 value.backward()  # type: ignore[no-untyped-call]
             with parts.part("optimiser"):
-                torch.nn.utils.clip_grad_norm_(bench.parameters, 1.0)
-                bench.optimiser.step()
-                bench.optimiser.zero_grad()
+                bench.update()
     finally:
         for owner, method, _ in watched:
             object.__delattr__(owner, method)
