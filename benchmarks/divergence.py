@@ -21,6 +21,10 @@ from components.evaluate.memory import peak_bytes
 from components.models.vlm import VLM
 
 ROWS, VOCABULARY, STUDENT, TEACHER = 729 + 128, 151_936, 896, 1536
+RATIOS = {
+    "memory_divergence_vs_full_logits": ("engine, head frozen", "reference, head frozen"),
+    "memory_divergence_vs_full_logits_head_trained": ("engine, head trained", "reference, head trained"),
+}
 _NO_TOWER = Tower(hidden=8, layers=2, heads=1, mlp=8, image_px=8, patch_px=8)
 
 
@@ -61,14 +65,13 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
 
         def work() -> None:
             student_rows.grad = head.grad = None
+            started = measure.clock(device)
             loss = way()
             loss.backward()  # type: ignore[no-untyped-call]
             arm["loss"] = float(loss.detach())
+            arm["seconds"] = measure.clock(device) - started
 
-        def once() -> None:
-            arm["seconds"] = measure.stopwatch(work, device)
-
-        arm["peak_mib"] = peak_bytes(once, device) / measure.MIB
+        arm["peak_mib"] = peak_bytes(work, device) / measure.MIB
         return arm
 
     found: dict[str, dict[str, float]] = {}
@@ -78,16 +81,12 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
         for name, way in {"engine": engine, "reference": reference}.items():
             arm = measured(way) | {"gradients_mib": owed / measure.MIB}
             found[f"{name}, head {'trained' if trained else 'frozen'}"] = arm
-    frozen, frozen_full = found["engine, head frozen"], found["reference, head frozen"]
-    trained_, trained_full = found["engine, head trained"], found["reference, head trained"]
+    peaks = {name: arm["peak_mib"] for name, arm in found.items()}
     losses = [way["loss"] for way in found.values()]
     assert max(losses) - min(losses) <= 1e-4 * abs(losses[0]), f"the two ways differ: {losses}"
     about = f"{rows} rows, V = {vocabulary:,}, student {STUDENT} and teacher {TEACHER} wide, float32"
     return {
         **measure.result("step", "memory", about, device),
-        "ratios": {
-            "memory_divergence_vs_full_logits": frozen["peak_mib"] / frozen_full["peak_mib"],
-            "memory_divergence_vs_full_logits_head_trained": trained_["peak_mib"] / trained_full["peak_mib"],
-        },
+        "ratios": measure.ratios(peaks, RATIOS),
         "arms": found,
     }

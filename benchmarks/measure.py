@@ -19,28 +19,26 @@ RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 
 Work = Callable[[], Any]
+Pairs = Mapping[str, tuple[str, str]]  # ratio -> numerator arm, denominator arm
 
 
 def raced(
-    arms: Mapping[str, Work], repeats: int, device: torch.device, title: str, over: dict[str, tuple[str, str]], **amount: float
+    arms: Mapping[str, Work], repeats: int, device: torch.device, title: str, over: Pairs, **amount: float
 ) -> dict[str, Any]:
     """Result of interleaved arms: medians and quartiles over the rounds of each arm, and of ratios.
 
     Args:
-        over: ratio -> numerator arm, denominator arm; ratios with a missing arm are left out.
+        over: ratios of seconds; those with a missing arm are left out.
         amount: work of one run of an arm: tokens=1000 gives tokens_per_second.
     """
     seconds = interleaved(arms, repeats, device, title)
-    ratios = {
-        name: [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
-        for name, (one, other) in over.items()
-        if one in seconds and other in seconds
-    }
+    rounds = [ratios(dict(zip(seconds, took, strict=True)), over) for took in zip(*seconds.values(), strict=True)]
+    of_rounds = {name: [found[name] for found in rounds] for name in rounds[0]}
     medians = {arm: statistics.median(took) for arm, took in seconds.items()}
     return {
         "repeats": repeats,
-        "ratios": {name: statistics.median(found) for name, found in ratios.items()},
-        "quartiles": {name: quartiles(found) for name, found in ratios.items()},
+        "ratios": {name: statistics.median(found) for name, found in of_rounds.items()},
+        "quartiles": {name: quartiles(found) for name, found in of_rounds.items()},
         "arms": {
             arm: {
                 "seconds": median,
@@ -50,6 +48,11 @@ def raced(
             for arm, median in medians.items()
         },
     }
+
+
+def ratios(values: Mapping[str, float], over: Pairs) -> dict[str, float]:
+    """Quotients of the arms' values; those with a missing arm are left out."""
+    return {name: values[a] / values[b] for name, (a, b) in over.items() if a in values and b in values}
 
 
 def interleaved(arms: Mapping[str, Work], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:

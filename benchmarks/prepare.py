@@ -81,7 +81,7 @@ def rate(images: int = IMAGES, copies: int = COPIES, repeats: int = REPEATS) -> 
                 manifest = prepare(settings, target=target, workers=1)
             assert manifest.rows_out == len(QUESTIONS) * images * copies
 
-        arms: dict[str, measure.Work] = {"pillow": lambda: decode(folder / "raw"), "prepare": stage}
+        arms = {"pillow": lambda: decode(folder / "raw"), "prepare": stage}
         for work in arms.values():
             work()
         pairs = {"prepare_rate_vs_pillow": ("pillow", "prepare")}

@@ -69,12 +69,12 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     difference = float((watched - maps).abs().max() / maps.abs().max())
     most = 2e-2 if size.bf16 else 1e-4
     assert difference <= most, f"the search and the eager maps differ by {difference:.1e}, at most {most}"
-    arms: dict[str, measure.Work] = {"plain": ways.plain, "search": ways.search, "eager maps": ways.eager}
+    arms = {"plain": ways.plain, "search": ways.search, "eager maps": ways.eager}
     weights = measure.bytes_of(ways.view.parameters())
     peaks = {name: weights + peak_bytes(work, device) for name, work in arms.items()}
     prompts = len(ways.batch.input_ids)
     found = measure.raced(arms, repeats or size.repeats, device, f"search {size.name}", RATIOS, pairs=prompts / 2)
-    found["ratios"] |= {f"memory_{name}": peaks[a] / peaks[b] for name, (a, b) in RATIOS.items()}
+    found["ratios"] |= {f"memory_{name}": ratio for name, ratio in measure.ratios(peaks, RATIOS).items()}
     for name, arm in found["arms"].items():
         arm["peak_mib"] = peaks[name] / measure.MIB
     about = f"teacher of {size.about}; {prompts // 2} pairs of {size.prompt} tokens, {len(ways.layers)} layers watched"

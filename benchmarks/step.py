@@ -216,10 +216,30 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     bench.optimise(losses["kd"])  # creates the optimiser's state before memory is measured
     standing = _standing(bench)
     peaks = {arm: standing + peak_bytes(work, device) for arm, work in arms.items()}
-    tokens = int(bench.batch.attention_mask.sum())
+    tokens, responses = int(bench.batch.attention_mask.sum()), int(bench.batch.response.sum())
     timed = measure.raced(arms, repeats or size.repeats, device, f"step {size.name}", RATIOS, tokens=tokens)
-    parts = {arm: _parts(bench, losses[arm]) for arm in ("kd", "align_ti", "align_ti_worst")}
-    return _result(bench, equal, missing, peaks, timed, parts, standing)
+    peak_rate = measure.product_rate(device, torch.bfloat16 if size.bf16 else torch.float32)
+    operations = {arm: flops.step(size, bench.batch, arm, bench.ribbon_rows.get(arm, 0)) for arm in arms}
+    for name, arm in timed["arms"].items():
+        done = operations[name]
+        arm |= {"peak_mib": peaks[name] / measure.MIB, "tflop": done / 1e12, "share_of_peak": done / arm["seconds"] / peak_rate}
+        if name in bench.ribbon_rows:
+            arm["ribbon_rows_per_step"] = bench.ribbon_rows[name] / responses
+    return {
+        **measure.result("step", size.name, size.about, device),
+        "precision": "bf16" if size.bf16 else "fp32",
+        "batch": size.batch,
+        "tokens": tokens,
+        "response_tokens": responses,
+        **timed,
+        "ratios": timed["ratios"] | measure.ratios(peaks, MEMORY_RATIOS),
+        "arithmetic": measure.ratios(operations, {name: pair for name, pair in RATIOS.items() if name != "kd_vs_trl"}),
+        "parts": {arm: _parts(bench, losses[arm]) for arm in ("kd", "align_ti", "align_ti_worst")},
+        "not_measured": missing,
+        "difference_from_reference": equal,
+        "standing_mib": standing / measure.MIB,
+        "peak_tflops": peak_rate / 1e12,
+    }
 
 
 def _standing(bench: Bench) -> int:
@@ -260,44 +280,6 @@ def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str
     whole = sum(seconds.values())
     order = [*inside, "draws, divergence, cross-entropy", "backward", "optimiser"]
     return {name: seconds[name] / whole for name in order}
-
-
-def _result(
-    bench: Bench,
-    equal: dict[str, float] | None,
-    missing: dict[str, str],
-    peaks: dict[str, int],
-    timed: dict[str, Any],
-    parts: dict[str, dict[str, float]],
-    standing: int,
-) -> dict[str, Any]:
-    size, device = bench.size, bench.device
-    tokens = int(bench.batch.attention_mask.sum())
-    responses = int(bench.batch.response.sum())
-    peak_rate = measure.product_rate(device, torch.bfloat16 if size.bf16 else torch.float32)
-    arms = timed["arms"]
-    for name, arm in arms.items():
-        work = flops.step(size, bench.batch, name, bench.ribbon_rows.get(name, 0))
-        arm |= {"peak_mib": peaks[name] / measure.MIB, "tflop": work / 1e12, "share_of_peak": work / arm["seconds"] / peak_rate}
-        if name in bench.ribbon_rows:
-            arm["ribbon_rows_per_step"] = bench.ribbon_rows[name] / responses
-    ratios = {name: RATIOS[name] for name in timed["ratios"]}
-    held = {name: pair for name, pair in MEMORY_RATIOS.items() if set(pair) <= set(peaks)}
-    return {
-        **measure.result("step", size.name, size.about, device),
-        "precision": "bf16" if size.bf16 else "fp32",
-        "batch": size.batch,
-        "tokens": tokens,
-        "response_tokens": responses,
-        **timed,
-        "ratios": timed["ratios"] | {name: peaks[a] / peaks[b] for name, (a, b) in held.items()},
-        "arithmetic": {name: arms[a]["tflop"] / arms[b]["tflop"] for name, (a, b) in ratios.items() if name != "kd_vs_trl"},
-        "parts": parts,
-        "not_measured": missing,
-        "difference_from_reference": equal,
-        "standing_mib": standing / measure.MIB,
-        "peak_tflops": peak_rate / 1e12,
-    }
 
 
 def main() -> None:
