@@ -131,6 +131,13 @@ def children_cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def of_children(work: Work) -> dict[str, float]:
+    """Wall-clock seconds of `work`, and CPU seconds of the processes that it starts and waits for."""
+    began, before = time.perf_counter(), children_cpu()
+    work()
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": children_cpu() - before}
+
+
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind the tensors."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -18,8 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,9 @@ def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
             for cell in tqdm(range(cells), desc=words[-1], unit="cell"):
                 call(base, *(word.format(cell) for word in words))
 
-        with servers_up() as answers:
+        servers.up(ports=PORTS)
+        try:
+            answers = servers.client_environment()
             flow = base | answers | {TRACKED: "1"}
             ways: dict[str, Callable[[], None]] = {
                 "bare": lambda: one_by_one("cell.py", "c{}"),
@@ -112,8 +113,10 @@ def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
             arms = {}
             for way, work in ways.items():
                 forget(folder)
-                arms[way] = timed(work)
+                arms[way] = measure.of_children(work) | {"load": os.getloadavg()[1]}  # over 5 minutes
             arrived = runs_in_mlflow(answers["ALIGNTI_TRACKING_URI"])
+        finally:
+            servers.down()
     work_s = arms["bare"]["seconds"]
     dvc, whole = arms["dvc repro per cell"], arms["flow, DVC, tracking"]
     about = (
@@ -130,24 +133,6 @@ def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
             "orchestration_beyond_dvc_cpu": (whole["cpu_seconds"] - dvc["cpu_seconds"]) / work_s,
         },
     }
-
-
-@contextlib.contextmanager
-def servers_up() -> Iterator[dict[str, str]]:
-    """MLflow and Prefect servers in the current folder; yields the environment of their clients."""
-    servers.up(ports=PORTS)
-    try:
-        yield servers.client_environment()
-    finally:
-        servers.down()
-
-
-def timed(work: Callable[[], None]) -> dict[str, float]:
-    """Wall-clock seconds, CPU seconds of the child processes, and the load average over 5 minutes."""
-    began, before = time.perf_counter(), measure.children_cpu()
-    work()
-    cpu = measure.children_cpu() - before
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu, "load": os.getloadavg()[1]}
 
 
 def runs_in_mlflow(address: str) -> int:

@@ -101,30 +101,32 @@ def memory(sizes: list[int]) -> dict[str, Any]:
             settings = generate(Path(name) / "raw", images // copies, copies, SMALL, SMALL)
             told = {"target": Path(name) / "dataset", "workers": cores()}
             process = multiprocessing.get_context("spawn").Process(target=prepare, args=(settings,), kwargs=told)
-            seconds, cpu, peak = followed(process)
-        made = {"seconds": seconds, "cpu_seconds": cpu, "images_per_second": images / seconds, "peak_mib": peak}
-        arms[f"{rows:,} rows"] = made
+            arm = followed(process)
+        arms[f"{rows:,} rows"] = arm | {"images_per_second": images / arm["seconds"]}
     peaks = [arm["peak_mib"] for arm in arms.values()]
     about = f"JPEG images of {SMALL} x {SMALL}, two questions each; {cores()} processes"
     head = measure.result("prepare", f"to {sizes[-1]:,} rows", about, measure.prepare()) | {"clock": "wall time"}
     return head | {"arms": arms, "ratios": {"memory_of_prepare": peaks[-1] / peaks[0]}}
 
 
-def followed(process: multiprocessing.process.BaseProcess) -> tuple[float, float, float]:
+def followed(process: multiprocessing.process.BaseProcess) -> dict[str, float]:
     """Wall-clock seconds of the process, CPU seconds and peak memory (MiB) of it and its children, without file-backed
     pages."""
-    began, before, peak = time.perf_counter(), measure.children_cpu(), 0.0
-    process.start()
-    while process.is_alive():
-        with contextlib.suppress(psutil.Error):  # one of them ended meanwhile
-            parent = psutil.Process(process.pid)
-            family = [parent, *parent.children(recursive=True)]
-            held = [one.memory_info() for one in family]
-            peak = max(peak, sum(one.rss - one.shared for one in held) / measure.MIB)
-        time.sleep(EVERY)
+    held = [0.0]
+
+    def follow() -> None:
+        process.start()
+        while process.is_alive():
+            with contextlib.suppress(psutil.Error):  # one of them ended meanwhile
+                parent = psutil.Process(process.pid)
+                infos = [one.memory_info() for one in (parent, *parent.children(recursive=True))]
+                held.append(sum(info.rss - info.shared for info in infos) / measure.MIB)
+            time.sleep(EVERY)
+
+    spent = measure.of_children(follow)
     if process.exitcode:
         raise SystemExit(f"it ended with exit code {process.exitcode}")
-    return time.perf_counter() - began, measure.children_cpu() - before, peak
+    return spent | {"peak_mib": max(held)}
 
 
 def main() -> None:

@@ -127,8 +127,8 @@ def run(settings: Settings, folder: Path, rows: int) -> dict[str, Any]:
         "check_rows": spawn.Process(target=check, args=(settings, folder, dataset, target)),
     }
     for name, work in works.items():
-        seconds, cpu, peak = followed(work)
-        arms[name] = {"seconds": seconds, "cpu_seconds": cpu, "rows_per_second": rows / seconds, "peak_mib": peak}
+        arm = followed(work)
+        arms[name] = arm | {"rows_per_second": rows / arm["seconds"]}
     return {"arms": arms, "rows": accounted(dataset, target, rows)}
 
 
