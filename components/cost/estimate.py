@@ -60,47 +60,45 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
     about = recipes.about(name, root)
     if about.device is None or about.sample is None or settings.models.pretrained is None:
         return None
-    device, sample = DEVICES[about.device], about.sample
-    members = settings.models.pretrained
+    device, sample, members = DEVICES[about.device], about.sample, settings.models.pretrained
     teachers = {member: _model(entry, name, settings, root) for member, entry in members.teachers.items()}
     students = {member: _model(entry, name, settings, root) for member, entry in members.students.items()}
     teacher = next(iter(teachers.values()), None)
-    distill, runtime = settings.distill, settings.runtime
+    distill, evaluate, runtime = settings.distill, settings.evaluate, settings.runtime
     rows = distill.steps * distill.batch_size
     tested = _share(settings) * rows
+
+    def answering(model: Model, questions: float, batch: int, prompt: float, most: int) -> float:
+        return step.answering(model, questions, batch, prompt, min(most, sample.response), device)
+
     hours: dict[str, float] = {}
     if teacher is not None:
-        prompt = teacher.visual + sample.text
-        written = min(settings.evaluate.max_new_tokens, sample.response)
-        batch = settings.evaluate.batch_size
-        hours["select_teacher"] = sum(
-            step.answering(each, settings.teacher.samples, batch, prompt, written, device) for each in teachers.values()
-        )
+        prompt, written, batch = teacher.visual + sample.text, evaluate.max_new_tokens, evaluate.batch_size
+        candidates = [answering(each, settings.teacher.samples, batch, prompt, written) for each in teachers.values()]
+        hours["select_teacher"] = sum(candidates)
         looked = settings.irs.images * settings.irs.instructions_per_image
-        hours["search_layer"] = step.answering(teacher, looked, settings.irs.batch_size, prompt, 0, device)
-        if (asked_answers := settings.distill.teacher_answers) is not None:
-            longest = min(asked_answers.max_new_tokens, sample.response)
-            count = asked_answers.samples * rows
-            hours["write_answers"] = step.answering(teacher, count, distill.micro_batch_size, prompt, longest, device)
-        hours["evaluate_teacher"] = step.answering(teacher, tested, batch, prompt, written, device)
-    held: dict[str, dict[str, float]] = {}
+        hours["search_layer"] = answering(teacher, looked, settings.irs.batch_size, prompt, 0)
+        if (asked := distill.teacher_answers) is not None:
+            hours["write_answers"] = answering(
+                teacher, asked.samples * rows, distill.micro_batch_size, prompt, asked.max_new_tokens
+            )
+        hours["evaluate_teacher"] = answering(teacher, tested, batch, prompt, written)
+    held: list[dict[str, float]] = []
     for arm_name in settings.study.arms:
         arm = settings.arm(arm_name)
         student = students[arm.student]
         shape, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
-        passes = distill.batch_size / len(shape.lengths)
-        asked = teacher if any(needs.teacher for needs in arm.needs.values()) else None
-        one = step.operations(student, asked, shape, plan)
-        steps = settings.of_arm(arm).distill.steps
-        hours[f"distill@{arm_name}"] = steps * passes * step.hours(one, device)
-        prompt, written = student.visual + sample.text, min(settings.evaluate.max_new_tokens, sample.response)
+        passes = settings.of_arm(arm).distill.steps * distill.batch_size / len(shape.lengths)
+        distilling = passes * step.hours(step.operations(student, teacher, shape, plan), device)
+        prompt = student.visual + sample.text
         if arm.rollouts is not None:
-            answers, at_once = arm.rollouts.share * steps * distill.batch_size, distill.batch_size // runtime.devices
-            longest = min(arm.rollouts.max_new_tokens, sample.response)
-            hours[f"distill@{arm_name}"] += step.answering(student, answers, at_once, prompt, longest, device)
-        hours[f"evaluate@{arm_name}"] = step.answering(student, tested, settings.evaluate.batch_size, prompt, written, device)
-        held[arm_name] = step.memory(student, asked, shape, plan, _memory_plan(student, settings))
-    dearest = max(held.values(), key=lambda parts: sum(parts.values()))
+            answers = arm.rollouts.share * passes * len(shape.lengths)
+            at_once = distill.batch_size // runtime.devices
+            distilling += answering(student, answers, at_once, prompt, arm.rollouts.max_new_tokens)
+        hours[f"distill@{arm_name}"] = distilling
+        hours[f"evaluate@{arm_name}"] = answering(student, tested, evaluate.batch_size, prompt, evaluate.max_new_tokens)
+        held.append(step.memory(student, teacher, shape, plan, _memory_plan(student, settings)))
+    dearest = max(held, key=lambda parts: sum(parts.values()))
     arms = [students[arm.student] for arm in settings.study.arms.values()]
     disk = {
         "models to start from": 2.0 * sum(model.weights for model in [*teachers.values(), *students.values()]),
@@ -126,8 +124,7 @@ def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()
     work, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
     if arm.tpa is not None and arm.tpa.source == "gold":  # gold alternatives add no rows
         work = replace(work, ribbon=0)
-    asked = teacher if any(needs.teacher for needs in arm.needs.values()) else None
-    return settings.distill.batch_size / len(work.lengths) * step.operations(student, asked, work, plan).all
+    return settings.distill.batch_size / len(work.lengths) * step.operations(student, teacher, work, plan).all
 
 
 def _shape(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings: Settings, root: Path) -> Model:
@@ -195,7 +192,7 @@ def _step_plan(student: Model, arm: Arm, settings: Settings) -> StepPlan:
         trained=float(distill.trainable.language_model and distill.trainable.lora is None),
         draws_first=several or distill.gradient_checkpointing,
         checkpointed=distill.gradient_checkpointing,
-        chunk_rows=_chunk_rows(student, settings),
+        chunk_rows=distill.logits_chunk_mib * 2**20 / (4 * student.language.vocabulary),
         towers=3 if distill.trainable.vision_tower else 1,
         edited=(arm.options["mcd"].get("verified", 0.5) or 1.0) if "mcd" in arm.weights else 0.0,
         written=0.0 if arm.rollouts is None else arm.rollouts.share,
@@ -211,16 +208,9 @@ def _memory_plan(student: Model, settings: Settings) -> MemoryPlan:
         trained=_trained(student, settings),
         wide=2 if distill.precision == "bf16" else 4,
         teacher_bytes=TEACHER_BYTES[precision],
-        checkpointed=distill.gradient_checkpointing,
-        chunk_rows=_chunk_rows(student, settings),
-        continues=not distill.gradient_checkpointing,
         devices=runtime.devices,
         sharded=frozenset(sharded | ({"teacher"} if runtime.teacher_sharded else set())),
     )
-
-
-def _chunk_rows(student: Model, settings: Settings) -> float:
-    return settings.distill.logits_chunk_mib * 2**20 / (4 * student.language.vocabulary)
 
 
 def _trained(model: Model, settings: Settings) -> float:

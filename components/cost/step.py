@@ -137,9 +137,6 @@ class MemoryPlan:
     trained: float  # trained parameters
     wide: int  # bytes of an activation: 2 under bf16, 4 in float32
     teacher_bytes: float  # bytes per parameter of the teacher
-    checkpointed: bool
-    chunk_rows: float
-    continues: bool  # alternatives continue over the key/value caches of both models
     devices: int = 1
     sharded: frozenset[str] = frozenset()
 
@@ -152,14 +149,14 @@ def memory(student: Model, teacher: Model | None, work: BatchShape, way: StepPla
     shape, needs = student.language, union(way.terms)
     parts_of = {name: held.devices if name in held.sharded else 1 for name in ("student", "teacher")}
     tokens, added = sum(work.lengths), work.ribbon if needs.ribbon else 0
-    per_token = footprint.activations_per_token(shape.hidden, shape.mlp, shape.layers, held.checkpointed) * held.wide
+    per_token = footprint.activations_per_token(shape.hidden, shape.mlp, shape.layers, way.checkpointed) * held.wide
     rows = work.response + work.visual * needs.visual + added
     casts = held.wide * held.trained if held.wide < footprint.FLOAT else 0  # autocast keeps 16-bit copies of weights
     parts = {
         "student's weights": footprint.FLOAT * student.weights / parts_of["student"] + casts,
         "gradients and optimiser state": footprint.OPTIMISER * footprint.FLOAT * held.trained / parts_of["student"],
         "activations": (tokens + added) * per_token,
-        "logits": footprint.logits(rows, held.chunk_rows, shape.vocabulary),
+        "logits": footprint.logits(rows, way.chunk_rows, shape.vocabulary),
         "teacher": 0.0,
     }
     if teacher is not None and needs.teacher:
@@ -168,7 +165,8 @@ def memory(student: Model, teacher: Model | None, work: BatchShape, way: StepPla
         depth = theirs.layers if way.gradient else 1
         activations = footprint.activations_per_token(theirs.hidden, theirs.mlp, depth, checkpointed=False) * held.wide * tokens
         weights = held.teacher_bytes * teacher.weights / parts_of["teacher"]
-        parts["teacher"] = weights + activations + (cache if held.continues and added else 0)
+        continued = added and not way.checkpointed  # alternatives continue over the key/value caches of both models
+        parts["teacher"] = weights + activations + (cache if continued else 0)
     return parts
 
 

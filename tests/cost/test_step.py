@@ -80,20 +80,21 @@ def test_splitting_a_batch_over_passes_costs_the_same(passes: int) -> None:
 
 
 def test_memory_is_shared_out_and_saved_as_the_settings_say() -> None:
-    held = MemoryPlan(trained=5e8, wide=2, teacher_bytes=2, checkpointed=False, chunk_rows=69, continues=True)
-    plain = cost.memory(STUDENT, TEACHER, WORK, StepPlan(ALL), held)
+    held, way = MemoryPlan(trained=5e8, wide=2, teacher_bytes=2), StepPlan(ALL, chunk_rows=69)
+    plain = cost.memory(STUDENT, TEACHER, WORK, way, held)
     assert plain["student's weights"] == 4 * STUDENT.weights + 2 * 5e8 and plain["gradients and optimiser state"] == 12 * 5e8
 
     def with_(**changed: object) -> dict[str, float]:
-        return cost.memory(STUDENT, TEACHER, WORK, StepPlan(ALL), replace(held, **changed))
+        return cost.memory(STUDENT, TEACHER, WORK, way, replace(held, **changed))
 
-    assert with_(checkpointed=True)["activations"] < plain["activations"] / 5
+    checkpointed = cost.memory(STUDENT, TEACHER, WORK, replace(way, checkpointed=True), held)
+    assert checkpointed["activations"] < plain["activations"] / 5
     assert with_(teacher_bytes=0.5)["teacher"] < plain["teacher"] / 2.5
     sharded = with_(devices=8, sharded=frozenset({"student", "teacher"}))
     assert sharded["gradients and optimiser state"] == plain["gradients and optimiser state"] / 8
     assert sharded["teacher"] < plain["teacher"] / 3 and sharded["activations"] == plain["activations"]
     assert cost.memory(STUDENT, TEACHER, WORK, StepPlan(SFT), held)["teacher"] == 0
-    by_gradient = cost.memory(STUDENT, TEACHER, WORK, StepPlan(ALL, gradient=True), held)
+    by_gradient = cost.memory(STUDENT, TEACHER, WORK, replace(way, gradient=True), held)
     shape = TEACHER.language
     layer = footprint.activations_per_token(shape.hidden, shape.mlp, 1, False) * held.wide * sum(WORK.lengths)
     assert by_gradient["teacher"] - plain["teacher"] == pytest.approx((shape.layers - 1) * layer)
@@ -118,17 +119,12 @@ def test_ratios_of_time_are_within_a_fifth_of_those_measured(size: str) -> None:
 def test_memory_is_within_a_quarter_of_that_measured() -> None:
     size, result = SIZES["small"], STEPS["small"]
     student, teacher = (llava(size.tower, language) for language in (size.student, size.teacher))
-    held = MemoryPlan(
-        trained=student.projector + student.language.weights,
-        wide=4,
-        teacher_bytes=4,
-        checkpointed=False,
-        chunk_rows=40 * 2**20 / (4 * size.student.vocabulary),
-        continues=True,
-    )
+    held = MemoryPlan(trained=student.projector + student.language.weights, wide=4, teacher_bytes=4)
+    chunk_rows = 40 * 2**20 / (4 * size.student.vocabulary)
     for arm in ("kd", "align_ti", "align_ti_worst"):
         shape = flops.work_of(batch(size, torch.device("cpu")), rows(result, arm))
-        counted = sum(cost.memory(student, teacher, shape, StepPlan(flops.TERMS.get(arm, ALL)), held).values()) / 2**20
+        way = StepPlan(flops.TERMS.get(arm, ALL), chunk_rows=chunk_rows)
+        counted = sum(cost.memory(student, teacher, shape, way, held).values()) / 2**20
         assert counted == pytest.approx(result["arms"][arm]["peak_mib"], rel=0.25), arm
 
 
