@@ -58,7 +58,7 @@ def equality(device: torch.device, dry: bool, keep: Keep) -> Found:
             found[name] = {"error": f"{type(error).__name__}: {error}"[:500], "equal": False}
         keep(found)
 
-    bench = step.Bench.of(EQUAL, device)
+    bench = step.Bench(EQUAL, device)
     engine = bench.engine("align_ti")
     told("engine and reference, float32", 1e-3, lambda: step.equality(bench)["gradient"])
     _, plain = bench.gradients(engine)
@@ -92,7 +92,7 @@ def equality(device: torch.device, dry: bool, keep: Keep) -> Found:
 
 
 def _compiled(bench: step.Bench, dry: bool) -> list[Tensor]:
-    fresh = step.Bench.of(bench.size, bench.device)
+    fresh = step.Bench(bench.size, bench.device)
     for layer in fresh.student.model.get_decoder().layers:
         layer.compile(dynamic=True, backend="eager" if dry else "inductor")
     return fresh.gradients(fresh.engine("align_ti"))[1]
@@ -131,8 +131,8 @@ def waiting(device: torch.device, dry: bool, _keep: Keep) -> Found:
 
 def generation(device: torch.device, dry: bool, _keep: Keep) -> Found:
     """Greedy tokens per second of a student, alone and in batches."""
-    size = EQUAL if dry else replace(SIZES["paper"], bf16=True)
-    dtype = torch.float32 if dry else torch.bfloat16
+    size = EQUAL if dry else SIZES["paper"]
+    dtype = size.compute_dtype
     model = llava(size.student, size.tower, device, dtype, seed=1).eval()
     bench_batch, new = step.batch(replace(size, batch=4 if dry else 32), device), 8 if dry else 64
     found: Found = {}

@@ -7,7 +7,6 @@ it by processes of their own (`loaders` in params/runtime.yaml). No image comes 
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -66,7 +65,7 @@ def stepped(stream: Iterator[Any], bench: Bench, count: int) -> tuple[list[float
 
 
 def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
-    bench = Bench.of(size, device)
+    bench = Bench(size, device)
     arms: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -83,11 +82,7 @@ def run(size: Size, count: int, device: torch.device) -> dict[str, Any]:
                 alone = (time.perf_counter() - began) / images
                 stream = iter(held)
             seconds, waited = stepped(stream, bench, count)
-            arms[arm] = {
-                "seconds": statistics.median(seconds),
-                "seconds_quartiles": measure.quartiles(seconds),
-                "share_waited": sum(waited) / sum(seconds),
-            }
+            arms[arm] = measure.summary(seconds) | {"share_waited": sum(waited) / sum(seconds)}
     arms["loading alone, one process"] = {"seconds": alone * size.batch, "images_per_second": 1 / alone}
     best = min((f"{n} loaders" for n in LOADERS), key=lambda arm: arms[arm]["seconds"])
     about = f"{size.about}; batch {size.batch}, JPEG of {jpegs.WIDTH} x {jpegs.HEIGHT}, {count} steps of vanilla KD"

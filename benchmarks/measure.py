@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import resource
 import statistics
 import time
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from components.process import cores
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -34,18 +35,13 @@ def raced(
     seconds = interleaved(arms, repeats, device, title)
     rounds = [ratios(dict(zip(seconds, took, strict=True)), over) for took in zip(*seconds.values(), strict=True)]
     of_rounds = {name: [found[name] for found in rounds] for name in rounds[0]}
-    medians = {arm: statistics.median(took) for arm, took in seconds.items()}
     return {
         "repeats": repeats,
         "ratios": {name: statistics.median(found) for name, found in of_rounds.items()},
         "quartiles": {name: quartiles(found) for name, found in of_rounds.items()},
         "arms": {
-            arm: {
-                "seconds": median,
-                "seconds_quartiles": quartiles(seconds[arm]),
-                **{f"{what}_per_second": much / median for what, much in amount.items()},
-            }
-            for arm, median in medians.items()
+            arm: summary(took) | {f"{what}_per_second": much / statistics.median(took) for what, much in amount.items()}
+            for arm, took in seconds.items()
         },
     }
 
@@ -112,6 +108,10 @@ class Parts:
         self.seconds[name] = self.seconds.get(name, 0.0) + clock(self.device) - started
 
 
+def summary(seconds: list[float]) -> dict[str, Any]:
+    return {"seconds": statistics.median(seconds), "seconds_quartiles": quartiles(seconds)}
+
+
 def quartiles(values: list[float]) -> list[float]:
     if len(values) < 2:
         return [values[0], values[0]]
@@ -153,9 +153,8 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def machine(device: torch.device) -> str:
     """General description of the machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    return f"{cores} CPU cores, {accelerator}"
+    return f"{cores()} CPU cores, {accelerator}"
 
 
 def result(benchmark: str, size: str, about: str, device: torch.device) -> dict[str, Any]:

@@ -133,18 +133,19 @@ def trl(bench: Bench, passes: list[list[Sample]], tokens: int) -> Callable[[], f
 
 
 def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | None = None) -> dict[str, Any]:
-    bench = Bench.of(size, device)
+    bench = Bench(size, device)
     stream = samples(size, steps * STEP)
     pairs = [[(i, i) for i in range(start, start + STEP)] for start in range(0, len(stream), STEP)]
-    equal = [shared_out(step, PASS, 0, 1) for step in pairs]
-    budget = max(len(some) * max(len(stream[i]) for _, i in some) for step in equal for some in step)  # equal peak memory
+
+    def read(step: list[list[tuple[int, int]]]) -> list[list[Sample]]:
+        return [[stream[i] for _, i in some] for some in step]
+
+    equal = [read(shared_out(step, PASS, 0, 1)) for step in pairs]
+    budget = max(len(some) * max(map(len, some)) for step in equal for some in step)  # equal peak memory
     lengths = [[len(stream[i]) for _, i in step] for step in pairs]
-    by_length = [shared_out_by_length(step, of, budget, 0, 1) for step, of in zip(pairs, lengths, strict=True)]
+    by_length = [read(shared_out_by_length(step, of, budget, 0, 1)) for step, of in zip(pairs, lengths, strict=True)]
+    passes = {"by length": by_length, "equal": equal}
     missing: dict[str, str] = {}
-    passes = {
-        name: [[[stream[i] for _, i in some] for some in step] for step in made]
-        for name, made in (("by length", by_length), ("equal", equal))
-    }
     ways = {name: [ours(bench, step) for step in made] for name, made in passes.items()}
     try:
         ways["trl"] = [trl(bench, s, sum(len(one.answer) for some in s for one in some)) for s in passes["equal"]]

@@ -34,10 +34,8 @@ class Ways:
     """Attention maps of the same pairs, computed in three ways."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self.device = device
         self.batch = pairs(size, device)
-        dtype = torch.bfloat16 if size.bf16 else torch.float32
-        self.view = VLM(llava(size.teacher, size.tower, device, dtype, seed=2)).eval().requires_grad_(False)
+        self.view = VLM(llava(size.teacher, size.tower, device, size.compute_dtype, seed=2)).eval().requires_grad_(False)
         self.watched = VLM(twin(self.view.model, "sdpa"))
         self.with_maps = twin(self.view.model, "eager")
         self.layers = list(attention_layers(self.view.model))
@@ -80,7 +78,7 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     about = f"teacher of {size.about}; {prompts // 2} pairs of {size.prompt} tokens, {len(ways.layers)} layers watched"
     return {
         **measure.result("search", size.name, about, device),
-        "precision": "bf16" if size.bf16 else "fp32",
+        "precision": size.precision,
         **found,
         "difference_from_eager": difference,
     }

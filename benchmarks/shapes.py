@@ -45,6 +45,14 @@ class Size:
         return 1 + self.tower.tokens + self.instruction
 
     @property
+    def precision(self) -> str:
+        return "bf16" if self.bf16 else "fp32"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
     def shared_vocabulary(self) -> int:
         return min(self.student.vocabulary, self.teacher.vocabulary)
 

@@ -61,7 +61,7 @@ def digits(student_folder: Path, samples: int = 32) -> Pair:
 
 def small() -> Pair:
     """Random models; 64 of 100 rows drawn."""
-    bench = Bench.of(SIZES["small"], torch.device("cpu"))
+    bench = Bench(SIZES["small"], torch.device("cpu"))
     with torch.no_grad():
         bench.teacher.vlm.model.model.language_model.norm.weight *= SHARPER
         bench.student.model.model.language_model.norm.weight *= SHARPER

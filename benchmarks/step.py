@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import divergence, flops, measure, reference, table
-from benchmarks.shapes import DRAWS, EOS, ROWS, SIZES, START, TRAINED, WORST, Batch, Size, batch, llava, script
+from benchmarks.shapes import DRAWS, EOS, ROWS, SIZES, START, TRAINED, WORST, Size, batch, llava, script
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.distill.teacher import FrozenTeacher
@@ -70,37 +69,18 @@ class Scripted(AlignTI):
         return drawn if self.script is None else self.script
 
 
-@dataclass
 class Bench:
     """A pair of models with a batch, and one optimiser step of each arm on them."""
 
-    size: Size
-    device: torch.device
-    batch: Batch
-    student: VLM
-    teacher: FrozenTeacher
-    parameters: list[torch.nn.Parameter]
-    optimiser: torch.optim.Optimizer
-    keys: list[int]
-    ribbon_rows: dict[str, int]
-
-    @classmethod
-    def of(cls, size: Size, device: torch.device) -> Bench:
-        student = VLM(llava(size.student, size.tower, device, torch.float32, seed=1)).train()
-        dtype = torch.bfloat16 if size.bf16 else torch.float32
-        teacher = VLM(llava(size.teacher, size.tower, device, dtype, seed=2))
-        parameters = [p for p in student.parameters() if p.requires_grad]
-        return cls(
-            size,
-            device,
-            batch(size, device),
-            student,
-            FrozenTeacher(teacher, layer=size.teacher.layers // 2, shares_tower=True),
-            parameters,
-            torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0),
-            list(range(size.batch)),
-            {},
-        )
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self.batch, self.keys = batch(size, device), list(range(size.batch))
+        self.student = VLM(llava(size.student, size.tower, device, torch.float32, seed=1)).train()
+        teacher = VLM(llava(size.teacher, size.tower, device, size.compute_dtype, seed=2))
+        self.teacher = FrozenTeacher(teacher, layer=size.teacher.layers // 2, shares_tower=True)
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0)
+        self.ribbon_rows: dict[str, int] = {}  # arm -> rows of its latest step
 
     def script(self, distinct: float) -> Tensor:
         return script(self.batch, distinct, self.size.shared_vocabulary)
@@ -192,7 +172,7 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     if size.bf16:
         # The heads' operands come from bf16, which TF32 holds exactly; float32 products would take a GPU ten times as long.
         torch.set_float32_matmul_precision("high")
-    bench = Bench.of(size, device)
+    bench = Bench(size, device)
     missing: dict[str, str] = {}
     losses: dict[str, Callable[[], Tensor]] = {arm: bench.engine(arm) for arm in ENGINE}
     if device.type == "cuda":
@@ -218,7 +198,7 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
     peaks = {arm: standing + peak_bytes(work, device) for arm, work in arms.items()}
     tokens, responses = int(bench.batch.attention_mask.sum()), int(bench.batch.response.sum())
     timed = measure.raced(arms, repeats or size.repeats, device, f"step {size.name}", RATIOS, tokens=tokens)
-    peak_rate = measure.product_rate(device, torch.bfloat16 if size.bf16 else torch.float32)
+    peak_rate = measure.product_rate(device, size.compute_dtype)
     operations = {arm: flops.step(size, bench.batch, arm, bench.ribbon_rows.get(arm, 0)) for arm in arms}
     for name, arm in timed["arms"].items():
         done = operations[name]
@@ -227,7 +207,7 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
             arm["ribbon_rows_per_step"] = bench.ribbon_rows[name] / responses
     return {
         **measure.result("step", size.name, size.about, device),
-        "precision": "bf16" if size.bf16 else "fp32",
+        "precision": size.precision,
         "batch": size.batch,
         "tokens": tokens,
         "response_tokens": responses,

@@ -20,7 +20,7 @@ TOKENS = 32
 
 def main() -> None:
     device = measure.prepare()
-    bench = Bench.of(SIZES["tiny"], device)
+    bench = Bench(SIZES["tiny"], device)
     model, length, keys = bench.student.model, bench.size.prompt, cast(Any, bench.keys)
     trainer = peer.trainer(bench)
     trainer.generation_config.max_new_tokens = TOKENS

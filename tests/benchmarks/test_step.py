@@ -34,7 +34,7 @@ PAPER_SHRUNK = replace(SMALLEST, bf16=True)
 
 @pytest.fixture(scope="module")
 def bench() -> step.Bench:
-    return step.Bench.of(SMALLEST, CPU)
+    return step.Bench(SMALLEST, CPU)
 
 
 @pytest.mark.parametrize("arm", ["align_ti", "align_ti_start", "align_ti_worst"])
@@ -140,7 +140,7 @@ def test_flops_of_a_matrix_are_those_that_torch_counts() -> None:
     """The student's passes of the KD-only arm, against torch's own counter on the stock model."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    bench = step.Bench.of(replace(SMALLEST, batch=1), CPU)
+    bench = step.Bench(replace(SMALLEST, batch=1), CPU)
     b = bench.batch
     model = reference.twin(bench.student.model, "eager")
     with FlopCounterMode(display=False) as counter:

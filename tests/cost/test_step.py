@@ -141,7 +141,7 @@ def rows(result: dict, arm: str) -> int:
 )
 def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> None:
     """On the benchmark's tiny models. Torch counts all of a causal map, and padding, of which a ribbon has much."""
-    bench = Bench.of(SIZES["tiny"], torch.device("cpu"))
+    bench = Bench(SIZES["tiny"], torch.device("cpu"))
     bench.teacher.gradient = gradient
     weights = dict.fromkeys(["sft", *extra], 1.0)
     module = AlignTI(bench.student, bench.teacher, Method(weights, shared_vocabulary=bench.size.student.vocabulary))
@@ -173,7 +173,7 @@ def edited(batch: Batch) -> Edited:
 
 def test_the_count_of_written_answers_is_what_torch_measures() -> None:
     """Rollouts: each token is read once, and has logits once, as in a pass over prompt and answer."""
-    bench, R = Bench.of(SIZES["tiny"], torch.device("cpu")), 32
+    bench, R = Bench(SIZES["tiny"], torch.device("cpu")), 32
     ids = bench.batch.input_ids[:, : bench.size.prompt]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as measured, torch.no_grad():
         bench.student.model.generate(
