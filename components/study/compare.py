@@ -11,7 +11,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from components.tracking.stage_run import JOURNAL_ONLY
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
 GPU_WH, CPU_WH = "cost/gpu_wh", "cost/cpu_wh"
 MOST = 50_000  # maximum results of one MLflow search
+SURE = 0.05  # significance level after Holm
 SLACK = 0.05  # relative difference of hours that counts as equal cost: the variation of one run's time
 
 
@@ -66,6 +67,10 @@ class Test:
     p_holm: float | None
     family: str
 
+    @property
+    def significant(self) -> bool:
+        return self.p_holm is not None and self.p_holm < SURE
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -97,8 +102,7 @@ class StudyResult:
     variants: list[Variant]  # best first
     tests: list[Test]
     effects: list[Effect]
-    factors: list[str] = field(default_factory=list)
-    equal_compute: list[tuple[Variant, Variant | None]] = field(default_factory=list)  # see `equal_compute`
+    factors: list[str]
 
 
 def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
@@ -166,17 +170,15 @@ def compare(
     for run in chosen:
         by_variant[run.variant].append(run)
     factors = [p for p in chosen[0].params if p != SEED and len({run.params.get(p) for run in chosen}) > 1]
-    variants = _variants(by_variant, confidence)
     return StudyResult(
         study=study,
         runs=chosen,
         missing=[cell for cell in cells if cell not in latest],
         superseded=len(runs) - len(chosen),
-        variants=variants,
+        variants=_variants(by_variant, confidence),
         tests=[test for name, family in families.items() for test in _tests(name, family, by_variant, confidence)],
         effects=[effect for factor in factors for effect in _effects(factor, chosen, confidence)],
         factors=factors,
-        equal_compute=equal_compute(variants),
     )
 
 
@@ -214,16 +216,13 @@ def estimate(values: Sequence[float], confidence: float) -> Estimate:
 
 
 def _variants(by_variant: dict[str, list[Run]], confidence: float) -> list[Variant]:
-    def mean(runs: list[Run], metric: str) -> float:
-        return float(np.mean([run.metrics[metric] for run in runs]))
-
-    points = {name: (mean(runs, SCORE), mean(runs, HOURS)) for name, runs in by_variant.items()}
+    points = {name: (_mean(runs, SCORE), _mean(runs, HOURS)) for name, runs in by_variant.items()}
     variants = [
         Variant(
             name=name,
             score=estimate([run.metrics[SCORE] for run in runs], confidence),
             hours=points[name][1],
-            memory_mib=mean(runs, MEMORY),
+            memory_mib=_mean(runs, MEMORY),
             gpu_wh=_mean_of_all(runs, GPU_WH),
             cpu_wh=_mean_of_all(runs, CPU_WH),
             best_at_its_cost=on_front(name, points),
@@ -233,9 +232,12 @@ def _variants(by_variant: dict[str, list[Run]], confidence: float) -> list[Varia
     return sorted(variants, key=_score, reverse=True)
 
 
+def _mean(runs: Sequence[Run], metric: str) -> float:
+    return float(np.mean([run.metrics[metric] for run in runs]))
+
+
 def _mean_of_all(runs: Sequence[Run], metric: str) -> float | None:
-    values = [run.metrics.get(metric) for run in runs]
-    return None if None in values else float(np.mean([value for value in values if value is not None]))
+    return _mean(runs, metric) if all(metric in run.metrics for run in runs) else None
 
 
 def on_front(name: str, points: dict[str, tuple[float, float]]) -> bool:

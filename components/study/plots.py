@@ -13,7 +13,6 @@ from components.report.figures import Theme
 from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test
 
 POINTS = 100
-SURE = 0.05  # significance level after Holm
 
 
 def duration(hours: float) -> str:
@@ -61,8 +60,7 @@ def differences(result: StudyResult, theme: Theme) -> Figure:
             continue
         mean = POINTS * test.difference.mean
         low, high = (POINTS * bound for bound in test.difference.interval or (test.difference.mean,) * 2)
-        holds = test.p_holm is not None and test.p_holm < SURE
-        colour = theme.muted if not holds else theme.accent if mean > 0 else theme.behind
+        colour = theme.muted if not test.significant else theme.accent if mean > 0 else theme.behind
         axes.plot([low, high], [height, height], color=colour, linewidth=1.6)
         axes.plot(mean, height, "o", color=colour, markersize=4.5)
     labels = [row if isinstance(row, str) else f"{row.variant} \N{MINUS SIGN} {row.against}" for row in rows]

@@ -13,11 +13,15 @@ from components.report import markdown as md
 from components.report.figures import draw
 from components.report.pages import data_uri, templates
 from components.study import plots
-from components.study.compare import SLACK, Estimate, StudyResult, some
+from components.study.compare import SLACK, Estimate, StudyResult, equal_compute, some
 
 FOLDER = REPORTS / "studies"
 POINTS = 100
-PICTURES = ("differences.png", "runs.png", "pareto.png")
+PICTURES = {  # file -> heading, figure
+    "differences.png": ("Differences with their intervals, in colour those that hold after Holm", plots.differences),
+    "runs.png": ("Every run: what was varied, what it cost, what it scored", plots.parallel_coordinates),
+    "pareto.png": ("Score against cost", plots.pareto),
+}
 NOTHING_LEARNT = "no run answered a question right, so nothing was learnt and none is the best"
 
 Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, header, rows
@@ -26,19 +30,15 @@ Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, header, ro
 def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
     """Write compare.md, compare.csv, compare.html and the PNGs; returns the paths of the first three."""
     tables = _tables(result, confidence)
-    pictures = [
-        ("Differences with their intervals, in colour those that hold after Holm", draw(plots.differences, result)),
-        ("Every run: what was varied, what it cost, what it scored", draw(plots.parallel_coordinates, result)),
-        ("Score against cost", draw(plots.pareto, result)),
-    ]
+    pictures = {name: draw(plot, result) for name, (_, plot) in PICTURES.items()}
     page = templates(Path(__file__).parent).get_template("compare.html.j2")
-    shown = [(heading, data_uri(picture)) for heading, picture in pictures]
+    shown = [(PICTURES[name][0], data_uri(picture)) for name, picture in pictures.items()]
     html = page.render(result=result, about=about, standing=standing(result), tables=tables, pictures=shown)
     folder = FOLDER / result.study
     write_text(folder / "compare.md", _markdown(result, about, tables))
     write_text(folder / "compare.csv", _csv(result))
     write_text(folder / "compare.html", html)
-    for name, (_, picture) in zip(PICTURES, pictures, strict=True):
+    for name, picture in pictures.items():
         write_bytes(folder / name, picture)
     return [folder / f"compare.{ending}" for ending in ("md", "csv", "html")]
 
@@ -48,7 +48,7 @@ def standing(result: StudyResult) -> str:
     best = result.variants[0]
     leads = f"the best is {best.name} with {best.score.mean:.1%}" if best.score.mean else NOTHING_LEARNT
     said = f"{len(result.runs)} runs of {len(result.variants)} variants; {leads}."
-    clear = [t for t in result.tests if t.p_holm is not None and t.p_holm < 0.05]
+    clear = [t for t in result.tests if t.significant]
     said += " Different beyond chance (Holm, 5%): "
     said += ", ".join(f"{t.variant} against {t.against}" for t in clear) + "." if clear else "none."
     if result.missing:
@@ -60,10 +60,7 @@ def standing(result: StudyResult) -> str:
 
 def _tables(result: StudyResult, confidence: float) -> list[Table]:
     sure = f"{confidence:.0%} interval"
-    energy = {
-        "GPU Wh": [v.gpu_wh for v in result.variants],
-        "processor Wh": [v.cpu_wh for v in result.variants],
-    }
+    energy = {"GPU Wh": [v.gpu_wh for v in result.variants], "processor Wh": [v.cpu_wh for v in result.variants]}
     measured = {name: values for name, values in energy.items() if any(value is not None for value in values)}
     variants = [
         [v.name, f"{v.score.mean:.1%}", _interval(v.score), str(v.score.n), plots.duration(v.hours), f"{v.memory_mib:,.0f}",
@@ -79,7 +76,7 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
         for e in result.effects
     ]
     equal = []
-    for one, other in result.equal_compute:
+    for one, other in equal_compute(result.variants):
         beside = ["nothing else is as cheap", md.DASH, md.DASH]
         if other is not None:
             beside = [other.name, plots.duration(other.hours), _points(one.score.mean - other.score.mean)]

@@ -102,7 +102,7 @@ def test_energy_is_a_column_where_it_was_measured_and_blank_where_a_run_lacks_it
 
 
 def test_at_equal_compute_a_variant_stands_beside_the_best_that_costs_no_more() -> None:
-    found = {one.name: other for one, other in result().equal_compute}
+    found = {one.name: other for one, other in module.equal_compute(result().variants)}
     assert {name: other and other.name for name, other in found.items()} == {
         "iva1-tpa1": "iva0-tpa1", "iva0-tpa1": "iva1-tpa1", "iva1-tpa0": "iva0-tpa0", "iva0-tpa0": "iva1-tpa0",
     }  # fmt: skip
