@@ -181,20 +181,19 @@ def of_folder(folder: Path) -> Model | None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    vision: Any = getattr(config, "vision_config", None)
     build: Any = {
         "llava": llava,
         "llava_onevision": _tiled,
-        "qwen2_5_vl": lambda tower, text: _merged(tower, text, 1, _native(config)),
-        "qwen3_vl": lambda tower, text: _merged(
-            tower, text, 1 + len(config.vision_config.deepstack_visual_indexes), _native(config)
-        ),
+        "qwen2_5_vl": lambda tower, text: _merged(tower, text, 1, _native(vision)),
+        "qwen3_vl": lambda tower, text: _merged(tower, text, 1 + len(vision.deepstack_visual_indexes), _native(vision)),
         "idefics3": lambda tower, text: _shuffled(tower, text, config.scale_factor),
         "smolvlm": lambda tower, text: _shuffled(tower, text, config.scale_factor),
     }.get(config.model_type)
     if build is None:
         return None
     language = replace(language_of(config.get_text_config()), tied=bool(config.tie_word_embeddings))
-    made: Model = build(tower_of(config.vision_config), language)
+    made: Model = build(tower_of(vision), language)
     return made
 
 
@@ -224,14 +223,10 @@ def tower_of(config: Any) -> Tower:
         image_px=math.isqrt(getattr(config, "num_position_embeddings", 0)) * config.patch_size if qwen else config.image_size,
         patch_px=config.patch_size,
         gated=gated,
-        window=4 * _side(IMAGE[0], config) * _side(IMAGE[1], config) if qwen else None,
+        window=4 * _native(config) if qwen else None,
     )
 
 
-def _native(config: Any) -> int:
+def _native(vision: Any) -> int:
     """Visual tokens of IMAGE at native resolution, one per 2 x 2 patches."""
-    return _side(IMAGE[0], config.vision_config) * _side(IMAGE[1], config.vision_config)
-
-
-def _side(pixels: int, vision: Any) -> int:
-    return round(pixels / (vision.spatial_merge_size * vision.patch_size))
+    return math.prod(round(pixels / (vision.spatial_merge_size * vision.patch_size)) for pixels in IMAGE)
