@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from components.config import recipes
 from components.config.distill import DistillSettings
 from components.config.fields import ArmName, PositiveFloat, Strict
 from components.config.load import check_project, load_settings
@@ -95,7 +97,7 @@ def read(name: str, root: Path = Path()) -> Study:
 def cells(name: str, root: Path = Path()) -> list[Cell]:
     """Arms of the study in file order, those of budgets last. Raises SettingsError with all invalid arms and names."""
     study, settings = read(name, root), load_settings(root)
-    found, problems = [], []
+    file, found, problems = STUDIES / f"{name}.yaml", [], []
     points = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
     for (cell, changes), point in itertools.product(study.cells.items() or [("", {})], points):
         arm: dict[str, Any] = {}
@@ -107,17 +109,17 @@ def cells(name: str, root: Path = Path()) -> list[Cell]:
             named = "-".join(filter(None, [label, seed]))
             found.append(Cell(name=named, variant=label or "base", arm=Arm.model_validate(arm)))
         except ValidationError as error:
-            problems.append(_problems(Path(f"{STUDIES / name}.yaml: {named}"), error))
+            problems.append(_problems(f"{file}: {named}", error))
     if not problems:
         found += [cell for budget in study.budgets for cell in _within(budget, found, study.baselines, settings, root)]
-    repeated = {cell.name for cell in found if sum(cell.name == other.name for other in found) > 1}
-    problems += [f"{STUDIES / name}.yaml: two arms would be called {arm}" for arm in sorted(repeated)]
+    repeated = sorted(arm for arm, times in Counter(cell.name for cell in found).items() if times > 1)
+    problems += [f"{file}: two arms would be called {arm}" for arm in repeated]
     variants = list(dict.fromkeys(cell.variant for cell in found))
     compared = {"baselines": study.baselines}
     for question, family in (study.families or {}).items():
         compared |= {f"families.{question}": [*family.variants, *family.against]}
     problems += [
-        f"{STUDIES / name}.yaml: {where}: {variant!r} is none of the variants {', '.join(variants)}"
+        f"{file}: {where}: {variant!r} is none of the variants {', '.join(variants)}"
         for where, asked in compared.items()
         for variant in asked
         if variant not in variants and not problems
@@ -146,8 +148,6 @@ def _within(budget: str, cells: list[Cell], baselines: list[str], settings: Sett
 
 def _costs(budget: str, cells: list[Cell], settings: Settings, root: Path) -> dict[str, float]:
     """Cell -> operations or median seconds of one step."""
-    from components.config import recipes
-
     if budget == "seconds":
         return {cell.name: Cost.read(root / STUDENTS / cell.name / "cost.json").seconds_per_step for cell in cells}
     recipe, _ = recipes.nearest(root)
@@ -168,16 +168,14 @@ def expand(name: str, root: Path = Path()) -> str:
 
     Nothing is written unless the result is valid.
     """
-    from components.config.recipes import checked_texts, write
-
-    arms = cells(name, root)
-    first = {variant: next(cell.name for cell in arms if cell.variant == variant) for variant in read(name, root).baselines}
+    study, arms = read(name, root), cells(name, root)
+    first = {cell.variant: cell.name for cell in reversed(arms)}  # variant -> its first cell
     wanted = {
         "study": {"arms": {cell.name: _stated(cell.arm) for cell in arms}},
-        "evaluate": {"baselines": list(first.values())},
-        "distill": read(name, root).distill,
+        "evaluate": {"baselines": [first[variant] for variant in dict.fromkeys(study.baselines)]},
+        "distill": study.distill,
     }
-    return write(checked_texts(wanted, f"study {name}", root), root)
+    return recipes.write(recipes.checked_texts(wanted, f"study {name}", root), root)
 
 
 def _stated(arm: Arm) -> dict[str, Any]:
@@ -207,7 +205,7 @@ def _label(path: str, value: Any) -> str:
     return re.sub(r"[^a-z0-9_]+", "_", f"{key}{said}")
 
 
-def _problems(where: Path, error: ValidationError) -> str:
+def _problems(where: Path | str, error: ValidationError) -> str:
     lines = (
         f"{where}: {'.'.join(map(str, p['loc'])) or '(file)'}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()
     )
