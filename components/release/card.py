@@ -42,15 +42,14 @@ def full(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
 
 def _scores(arm: str) -> tuple[str, dict[str, Any], list[str]]:
     """Section, front matter and missing entries; scores count only if DVC's hash matches the current weights."""
-    file, entry = REPORTS / "compare.json", provenance.read_by(f"evaluate@{arm}")
-    model = (STUDENTS / arm / "model").as_posix()
-    if not file.is_file() or entry.get(model) != provenance.digest(STUDENTS / arm / "model").md5:
-        missing = f"scores: {file} has none of these weights; `dvc repro` measures them"
-        return "## Scores\n\nNot measured.\n", {}, [missing]
+    file, model, none = REPORTS / "compare.json", STUDENTS / arm / "model", "## Scores\n\nNot measured.\n"
+    measured = provenance.read_by(f"evaluate@{arm}").get(model.as_posix())
+    if not file.is_file() or measured != provenance.digest(model).md5:
+        return none, {}, [f"scores: {file} has none of these weights; `dvc repro` measures them"]
     comparison = Comparison.read(file)
     result, teacher = next((found for found in comparison.arms.values() if arm in found.runs), None), comparison.teacher
     if result is None:
-        return "## Scores\n\nNot measured.\n", {}, [f"scores: {file} has no arm {arm}; `dvc repro` measures it"]
+        return none, {}, [f"scores: {file} has no arm {arm}; `dvc repro` measures it"]
     over = f" over {len(result.runs)} seeds" if len(result.runs) > 1 else ""
     percent = round(100 * comparison.confidence)
     whole = [_with(each.exact_match, each.ci95) for each in (result, teacher)]
