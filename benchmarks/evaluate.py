@@ -60,13 +60,10 @@ main()
 class Spent(NamedTuple):
     """CPU seconds so far."""
 
-    generating_cpu: float  # generation inside the server
-    server_cpu: float
-    own_cpu: float  # this process
-    kit_cpu: float  # ended processes of the kit
-
-    def since(self, before: Spent) -> Spent:
-        return Spent._make(now - then for now, then in zip(self, before, strict=True))
+    generation: float  # inside the server
+    server: float  # beside generation
+    own: float  # this process
+    kit: float  # ended processes of the kit
 
 
 def main() -> None:
@@ -76,11 +73,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=250, help="questions of the split, from its start")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        model = (
-            asked.model if asked.size == "digits" else random_student(SIZES[asked.size], asked.model, Path(scratch) / "model")
-        )
-        result = run(asked.size, model, asked.samples, asked.rounds, Path(scratch))
+    with tempfile.TemporaryDirectory() as name:
+        scratch, model = Path(name), asked.model
+        if asked.size != "digits":
+            model = random_student(SIZES[asked.size], model, scratch / "model")
+        result = run(asked.size, model, asked.samples, asked.rounds, scratch)
     print(table.report(result, asked.json))
 
 
@@ -117,7 +114,7 @@ def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict
 
     def now() -> Spent:
         generating, server = json.loads(spent.read_text()) if spent.exists() else (0.0, 0.0)
-        return Spent(generating, server, time.process_time(), measure.children_cpu())
+        return Spent(generating, server - generating, time.process_time(), measure.children_cpu())
 
     serve.TRANSFORMERS = serve.TRANSFORMERS.removesuffix("main()\n") + TIMED
     os.environ[SPENT] = str(spent)
@@ -142,28 +139,28 @@ def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict
                 one(rows[0])  # updates the server's file, stale since the server idled
                 before = now()
                 run()
-                taken[way].append(now().since(before))
+                taken[way].append(Spent(*(after - then for after, then in zip(now(), before, strict=True))))
     return measure.result("evaluate", size, f"{len(rows)} questions of the split", device) | figures(taken, len(rows))
 
 
 def figures(taken: dict[str, list[Spent]], amount: int) -> dict[str, Any]:
     """Medians over rounds, and the ratios of docs/performance.md."""
-
-    def median(way: str, of: Callable[[Spent], float]) -> float:
-        return statistics.median(of(one) for one in taken[way])
-
-    cpu = {way: median(way, lambda s: s.own_cpu) for way in ("batched", "one by one")}
-    generating = median("vlmeval", lambda s: s.generating_cpu)
-    server = median("vlmeval", lambda s: s.server_cpu - s.generating_cpu)
-    once = median("vlmeval, all answers known", lambda s: s.kit_cpu)
-    client = max(0.0, median("vlmeval", lambda s: s.kit_cpu) - once)  # a few questions cost less than two starts differ by
+    medians = {way: Spent(*map(statistics.median, zip(*rounds, strict=True))) for way, rounds in taken.items()}
+    bridged, once = medians["vlmeval"], medians["vlmeval, all answers known"].kit
+    client = max(0.0, bridged.kit - once)  # a few questions cost less than two starts differ by
+    cpu = {way: medians[way].own for way in ("batched", "one by one")}
     arms = {way: {"seconds": found, "samples_per_second": amount / found} for way, found in cpu.items()}
-    parts = {"generation": generating, "server beside it": server, "kit, per question": client, "kit, once": once}
+    parts = {
+        "generation": bridged.generation,
+        "server beside it": bridged.server,
+        "kit, per question": client,
+        "kit, once": once,
+    }
     return {
         "repeats": len(taken["vlmeval"]),
         "ratios": {
             "batched_vs_one_by_one": cpu["one by one"] / cpu["batched"],
-            "bridge_overhead": (server + client) / generating,
+            "bridge_overhead": (bridged.server + client) / bridged.generation,
         },
         "arms": arms | {f"vlmeval: {name}": {"seconds": s, "ms_per_question": 1000 * s / amount} for name, s in parts.items()},
     }

@@ -6,6 +6,7 @@ import datetime
 import resource
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,14 +99,14 @@ class Parts:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Context manager around a part, or decorator of a function that is one."""
         started = clock(self.device)
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + clock(self.device) - started
+        self.seconds[name] += clock(self.device) - started
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:

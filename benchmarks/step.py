@@ -255,11 +255,10 @@ def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str
         for owner, method, _ in watched:
             object.__delattr__(owner, method)
     seconds = parts.seconds
-    inside = [name for name in ("student plain", "teacher plain", "ribbon") if name in seconds]
-    seconds["draws, divergence, cross-entropy"] = seconds.pop("forward") - sum(seconds[name] for name in inside)
-    whole = sum(seconds.values())
-    order = [*inside, "draws, divergence, cross-entropy", "backward", "optimiser"]
-    return {name: seconds[name] / whole for name in order}
+    shares: dict[str, float] = {name: seconds[name] for name in ("student plain", "teacher plain", "ribbon") if name in seconds}
+    shares["draws, divergence, cross-entropy"] = seconds["forward"] - sum(shares.values())
+    shares |= {name: seconds[name] for name in ("backward", "optimiser")}
+    return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
 def main() -> None:
