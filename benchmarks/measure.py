@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from tqdm import tqdm
 
 from components.process import cores
 
-RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 
 Work = Callable[[], Any]

@@ -124,8 +124,7 @@ class Batch:
         return [str(row) for row in range(len(self.input_ids))]
 
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
-        return Batch(**moved)
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.dtype, seed: int) -> Any:

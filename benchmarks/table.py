@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS
 from components.io import write_text
 
+RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN = "<!-- benchmarks: written by `python -m benchmarks.table`; do not edit -->"
 END = "<!-- benchmarks: end -->"
@@ -60,9 +60,9 @@ def report(result: dict[str, Any], target: Path | None = None) -> str:
     return "\n".join(_run(result, with_ratios=True))
 
 
-def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
+def load() -> list[dict[str, Any]]:
     """All results, in order of file name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def render(results: list[dict[str, Any]]) -> str:
@@ -92,7 +92,7 @@ def _goal(goal: Goal, results: list[dict[str, Any]]) -> str:
 
 
 def _run(result: dict[str, Any], with_ratios: bool) -> list[str]:
-    arms = result["arms"]
+    about, arms = result["about"], result["arms"]
     columns = {
         "seconds": ("s", "{:.4g}"),
         "cpu_seconds": ("CPU s of all processes", "{:.4g}"),
@@ -120,7 +120,7 @@ def _run(result: dict[str, Any], with_ratios: bool) -> list[str]:
     lines = [
         f"### `{result['benchmark']}`, {result['size']}",
         "",
-        f"{_sentence(result['about'])}. {result['machine']}, {result['date']}, torch {result['torch']}{clock}.",
+        f"{about[0].upper()}{about[1:]}. {result['machine']}, {result['date']}, torch {result['torch']}{clock}.",
         "",
         "| | " + " | ".join(columns[key][0] for key in used) + " |",
         "|---|" + "---:|" * len(used),
@@ -140,10 +140,6 @@ def _run(result: dict[str, Any], with_ratios: bool) -> list[str]:
     if with_ratios:
         lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
     return lines
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def refresh(page: str, table: str) -> str:

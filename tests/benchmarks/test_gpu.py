@@ -18,10 +18,10 @@ def test_a_part_that_is_cut_off_keeps_the_paths_that_it_came_to(monkeypatch: pyt
     monkeypatch.setattr(gpu.subprocess, "run", cut)
     found = gpu._process("equality", True, 5)
     assert found == {"compiled layers": {"equal": True}, "cut_off": "after 5 s, its share of the time"}
-    assert not gpu.failed("equality", found) and gpu.failed("equality", {"a path": {"equal": False}})
+    assert not gpu.failed(found) and gpu.failed({"a path": {"equal": False}})
 
 
 def test_a_path_that_differs_or_raises_is_told() -> None:
     a, b = [torch.ones(3)], [torch.tensor([1.0, 1.0, 0.0])]
     assert gpu.apart(a, a) == 0 and gpu.apart(a, b) == pytest.approx(0.5**0.5)
-    assert gpu.failed("step", {"error": "the process ended with 1"}) and not gpu.failed("step", {"skipped": "no time"})
+    assert gpu.failed({"error": "the process ended with 1"}) and not gpu.failed({"skipped": "no time"})
