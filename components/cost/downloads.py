@@ -40,26 +40,23 @@ def missing(settings: Settings, root: Path = Path()) -> list[Missing]:
 
 
 def _missing_models(settings: Settings, root: Path) -> Iterator[Missing]:
-    if settings.models.family != "pretrained" or settings.models.pretrained is None:
+    members = settings.models.pretrained
+    if settings.models.family != "pretrained" or members is None:
         return
-    entries = [*settings.models.pretrained.teachers.values(), *settings.models.pretrained.students.values()]
-    wanted = [
-        each
-        for entry in entries
-        for each in ((entry.tower, entry.language_model) if isinstance(entry, Parts) else (entry,))
-        if isinstance(each, Checkpoint)
-    ]
-    for checkpoint in dict.fromkeys(wanted):
+    entries = (*members.teachers.values(), *members.students.values())
+    parts = (
+        part for entry in entries for part in ((entry.tower, entry.language_model) if isinstance(entry, Parts) else (entry,))
+    )
+    for checkpoint in dict.fromkeys(part for part in parts if isinstance(part, Checkpoint)):
         if downloaded(checkpoint, root) is not None:
             continue
         source = checkpoint.source
         if checkpoint.revision is None:
             yield Missing(source, None, "yours", "put it there; an earlier run makes it if it lies under artifacts/students")
             continue
+        what = f"{source}@{checkpoint.revision[:8]}"
         terms = f"{shapes.LICENCES[source]}; not gated" if source in shapes.LICENCES else "see its page"
-        yield Missing(
-            f"{source}@{checkpoint.revision[:8]}", shapes.download_bytes(source), terms, "obtain_models fetches it from the hub"
-        )
+        yield Missing(what, shapes.download_bytes(source), terms, "obtain_models fetches it from the hub")
 
 
 def _missing_data(settings: Settings, root: Path) -> Iterator[Missing]:
@@ -71,22 +68,16 @@ def _missing_data(settings: Settings, root: Path) -> Iterator[Missing]:
     if data.source != "mixture" or data.mixture is None:
         return
     for source in data.mixture.sources.values():
-        fetched = source.files.startswith("hf://")
         if not _is_there(source.files, root):
-            get = "prepare fetches it from the hub" if fetched else "put it there (params/mixtures/)"
+            what = re.sub("@([0-9a-f]{8})[0-9a-f]{32}", r"@\1", source.files.removeprefix("hf://datasets/"))
             rows = ROWS.get(source.files.rpartition("/")[2])
-            what = source.files.removeprefix("hf://datasets/")
             counted = f", {rows:,} rows" if rows else ""
-            yield Missing(
-                re.sub("@([0-9a-f]{8})[0-9a-f]{32}", r"@\1", what) + counted, DATA_BYTES.get(source.files), source.licence, get
-            )
-        if source.images is not None and not _is_there(str(source.images), root):
-            yield Missing(
-                f"{source.images} (images)",
-                DATA_BYTES.get(str(source.images)),
-                source.licence,
-                "put them there (params/mixtures/)",
-            )
+            fetched = source.files.startswith("hf://")
+            get = "prepare fetches it from the hub" if fetched else "put it there (params/mixtures/)"
+            yield Missing(what + counted, DATA_BYTES.get(source.files), source.licence, get)
+        if (images := source.images) is not None and not _is_there(str(images), root):
+            get = "put them there (params/mixtures/)"
+            yield Missing(f"{images} (images)", DATA_BYTES.get(str(images)), source.licence, get)
 
 
 def _is_there(named: str, root: Path) -> bool:
