@@ -57,15 +57,13 @@ class Size:
         return min(self.student.vocabulary, self.teacher.vocabulary)
 
 
-_DIGITS_TOWER = Tower(hidden=64, layers=2, heads=4, mlp=128, image_px=64, patch_px=16)
-
 SIZES = {
     size.name: size
     for size in (
         Size(
             name="tiny",
             about="the digits recipe: a 64-wide student, a 128-wide teacher, 3 layers each, 16 visual tokens, V = 128",
-            tower=_DIGITS_TOWER,
+            tower=Tower(hidden=64, layers=2, heads=4, mlp=128, image_px=64, patch_px=16),
             student=Language(hidden=64, layers=3, heads=4, kv_heads=4, mlp=128, vocabulary=128),
             teacher=Language(hidden=128, layers=3, heads=4, kv_heads=4, mlp=256, vocabulary=128),
             batch=32,

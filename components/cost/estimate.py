@@ -88,12 +88,11 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         arm = settings.arm(arm_name)
         student = students[arm.student]
         shape, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
-        passes = settings.of_arm(arm).distill.steps * distill.batch_size / len(shape.lengths)
-        distilling = passes * step.hours(step.operations(student, teacher, shape, plan), device)
+        steps, passes = settings.of_arm(arm).distill.steps, distill.batch_size / len(shape.lengths)
+        distilling = steps * passes * step.hours(step.operations(student, teacher, shape, plan), device)
         prompt = student.visual + sample.text
         if arm.rollouts is not None:
-            answers = arm.rollouts.share * passes * len(shape.lengths)
-            at_once = distill.batch_size // runtime.devices
+            answers, at_once = arm.rollouts.share * steps * distill.batch_size, distill.batch_size // runtime.devices
             distilling += answering(student, answers, at_once, prompt, arm.rollouts.max_new_tokens)
         hours[f"distill@{arm_name}"] = distilling
         hours[f"evaluate@{arm_name}"] = answering(student, tested, evaluate.batch_size, prompt, evaluate.max_new_tokens)

@@ -16,7 +16,6 @@ from components.study import plots
 from components.study.compare import SLACK, Estimate, StudyResult, equal_compute, some
 
 FOLDER = REPORTS / "studies"
-POINTS = 100
 PICTURES = {  # file -> heading, figure
     "differences.png": ("Differences with their intervals, in colour those that hold after Holm", plots.differences),
     "runs.png": ("Every run: what was varied, what it cost, what it scored", plots.parallel_coordinates),
@@ -136,11 +135,11 @@ def _csv(result: StudyResult) -> str:
 def _interval(estimate: Estimate) -> str:
     if estimate.interval is None:
         return "one value"
-    return " to ".join(f"{POINTS * bound:.2f}" for bound in estimate.interval)
+    return " to ".join(f"{plots.POINTS * bound:.2f}" for bound in estimate.interval)
 
 
 def _points(share: float) -> str:
-    return md.signed(POINTS * share, 2)
+    return md.signed(plots.POINTS * share, 2)
 
 
 def _p(value: float | None) -> str:
