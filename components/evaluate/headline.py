@@ -11,7 +11,7 @@ from components.records.paths import TEACHER_ARM
 
 def headline(comparison: Comparison) -> str:
     """Resolution of the sample, then the leading arms."""
-    if not any(result.exact_match for result in (comparison.teacher, *comparison.arms.values())):
+    if not any(result.exact_match for result in comparison.results.values()):
         return f"Of {comparison.n:,} questions nobody, the teacher included, answers one right: the scores tell no arms apart."
     return f"{resolution(comparison)} {leading(comparison)}".strip()
 

@@ -97,7 +97,7 @@ def measures(comparison: Comparison, theme: Theme) -> Figure:
 
 def kinds(comparison: Comparison, theme: Theme) -> Figure:
     """Heat map of exact match, arms by `telling` kinds, the teacher on top; coloured by the distance from `yardstick`."""
-    rows: dict[str, TeacherResult] = {"teacher": comparison.teacher, **{a: comparison.arms[a] for a in comparison.order}}
+    rows = comparison.results
     names = telling(comparison) or list(comparison.kinds)
     values = POINTS * np.array([[row.per_kind[kind] for kind in names] for row in rows.values()])
     distances = values - values[list(rows).index(yardstick(comparison))]
@@ -130,8 +130,8 @@ def yardstick(comparison: Comparison) -> str:
 
 def telling(comparison: Comparison) -> list[str]:
     """Kinds of question on which the scores of teacher and arms are not all equal."""
-    everyone = (comparison.teacher, *comparison.arms.values())
-    return [kind for kind in comparison.kinds if len({result.per_kind[kind] for result in everyone}) > 1]
+    results = comparison.results.values()
+    return [kind for kind in comparison.kinds if len({result.per_kind[kind] for result in results}) > 1]
 
 
 def quality_cost(comparison: Comparison, theme: Theme) -> Figure:

@@ -109,7 +109,7 @@ def html(
     facts: Mapping[str, str],
 ) -> str:
     """Report as one self-contained HTML page, pictures inlined. `facts`: its origin (`origin.facts`)."""
-    found = disagreements({name: outcomes.predictions[name] for name in (TEACHER_ARM, *comparison.order)}, settings.seed)
+    found = disagreements({name: outcomes.predictions[name] for name in comparison.results}, settings.seed)
     environment = templates(Path(__file__).parent)
     environment.filters |= {
         "percent": md.percent,
@@ -127,7 +127,7 @@ def html(
         published_by=report_notes.published_by(comparison),
         noise_of=noise_of(comparison),
         unlike=report_notes.unlike(comparison),
-        columns=[TEACHER_ARM, *comparison.order],
+        columns=list(comparison.results),
         pairs=report_tables.pairs(comparison),
         beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
         pictures=pictures,
@@ -186,7 +186,7 @@ def _examples(comparison: Comparison, outcomes: Outcomes, indices: list[int]) ->
             "kind": sample.kind,
             "question": with_marks(sample.question),
             "reference": sample.reference,
-            "answers": [(row, outcomes.predictions[row][index]) for row in (TEACHER_ARM, *comparison.order)],
+            "answers": [(name, outcomes.predictions[name][index]) for name in comparison.results],
         }
         for index, sample in zip(indices, asked, strict=True)
     ]

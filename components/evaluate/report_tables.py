@@ -12,7 +12,6 @@ from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
 from components.evaluate.metrics import OVERALL
 from components.evaluate.statistics import Interval
 from components.records.compare import ArmResult, Comparison, Difference, TeacherResult
-from components.records.paths import TEACHER_ARM
 from components.report import markdown as md
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
@@ -41,7 +40,7 @@ class Line:
 def table(comparison: Comparison) -> list[Line]:
     """Main table: a column for the teacher and for each arm from the best down, a line per measure."""
     arms = [comparison.arms[name] for name in comparison.order]
-    columns: list[TeacherResult] = [comparison.teacher, *arms]
+    columns = list(comparison.results.values())
     lines = [
         Line(name.replace("weights.", "weight of "), [NOTHING, *(_setting(name, arm.settings) for arm in arms)])
         for name in arms[0].settings
@@ -70,7 +69,7 @@ def measures(comparison: Comparison) -> list[Line]:
     lines = []
     for name, contrast in comparison.measures.items():
         measure, best = MEASURES[name], "lower" if MEASURES[name].lower_is_better else "higher"
-        cells = [_estimate(name, column) for column in (comparison.teacher, *(comparison.arms[a] for a in comparison.order))]
+        cells = [_estimate(name, column) for column in comparison.results.values()]
         lines.append(Line(f"{measure.title} ({best} is better)", cells, starts_group=True))
         for baseline in plots.baselines(comparison):
             found = [contrast.gain(arm, baseline) if arm != baseline else None for arm in comparison.order]
@@ -80,11 +79,10 @@ def measures(comparison: Comparison) -> list[Line]:
 
 def small_tables(comparison: Comparison) -> dict[str, Table]:
     """Tables by name: yes/no figures, resolution of the sample, published runs, seeds of each arm."""
-    everyone = [(TEACHER_ARM, comparison.teacher), *((name, comparison.arms[name]) for name in comparison.order)]
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     closed = [
         [name, *(md.percent(getattr(result.yes_no[OVERALL], figure)) for figure in names)]
-        for name, result in everyone
+        for name, result in comparison.results.items()
         if result.yes_no
     ]
     if len({tuple(row[1:]) for row in closed}) == 1:
@@ -99,7 +97,7 @@ def small_tables(comparison: Comparison) -> dict[str, Table]:
     tables["resolution"] = header, rows
     if comparison.published:
         rows = []
-        for name, result in everyone:
+        for name, result in comparison.results.items():
             scores = comparison.published.scores.get(name, [])
             mean = md.percent(fmean(scores)) if scores else md.DASH
             deviation = md.percent(stdev(scores)) if len(scores) > 1 else md.DASH

@@ -58,7 +58,7 @@ def write(
     """
     asked = predictions[TEACHER_ARM][:most]
     kinds = list(comparison.kinds)
-    who = [TEACHER_ARM, *comparison.order]
+    who = list(comparison.results)
     images = images_of(asked, comparison.split)
     content = {(p.image_id, number): image for p in asked for number, image in enumerate(images[p.id])}
     place = {image: index for index, image in enumerate(content)}

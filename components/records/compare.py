@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from components.records.evaluate import YesNo
-from components.records.paths import Split
+from components.records.paths import TEACHER_ARM, Split
 from components.records.record import Record
 
 
@@ -112,6 +112,11 @@ class Comparison(Record):
     exact_match: Contrast
     measures: dict[str, Contrast]
     published: PublishedRuns | None = None  # published runs of the recipe nearest to params/
+
+    @property
+    def results(self) -> dict[str, TeacherResult]:
+        """Results of the teacher, then of the arms from the best down."""
+        return {TEACHER_ARM: self.teacher, **{arm: self.arms[arm] for arm in self.order}}
 
     @property
     def pairs(self) -> list[Difference]:
