@@ -267,7 +267,7 @@ def main() -> None:
     if none := Absent.reason_at(SCORES / TEACHER_ARM / "scores.json"):
         text = without_teacher(settings.study.arms, none)
         Absent(none=none).write(REPORTS / "compare.json")
-        dvc_files.write_none()
+        dvc_files.write(None, {})
         write_text(REPORTS / "compare.md", text)
         write_text(REPORTS / "report.html", f"<!doctype html><title>Align-TI</title><pre>{text}</pre>\n")
         shutil.rmtree(REPORTS / "plots", ignore_errors=True)
