@@ -46,8 +46,8 @@ def _published_spread(published: PublishedRuns | None) -> float | None:
 def leading(comparison: Comparison) -> str:
     """Sentences on the leading arms: leads that exceed the noise, and those that hold after Holm's correction."""
     best = leaders(comparison)
-    alike = {pair.against for pair in comparison.pairs if pair.arm == best[0] and not pair.differs}
-    others = [arm for arm in comparison.order[len(best) :] if arm in alike]
+    leads = {pair.against: pair for pair in comparison.pairs if pair.arm == best[0]}
+    others = [arm for arm in comparison.order[len(best) :] if not leads[arm].differs]
     verb = "answers" if len(best) == 1 else "each answer"
     words = f"{listed(best)} {verb} {spoken(comparison.arms[best[0]])} of the {comparison.split} questions right"
     if len(best) == len(comparison.order):
@@ -55,9 +55,8 @@ def leading(comparison: Comparison) -> str:
     words += f", the most of {len(comparison.order)} arms."
     if not others:
         return f"{words} No other arm was measured in the same way, so none compares with it."
-    clear = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.larger_than_noise}
-    beyond = [arm for arm in others if arm in clear]
-    within = [arm for arm in others if arm not in clear]
+    beyond = [arm for arm in others if leads[arm].larger_than_noise]
+    within = [arm for arm in others if not leads[arm].larger_than_noise]
     lead = "Its lead" if len(best) == 1 else f"The lead of {best[0]}"
     larger = f"larger than the noise of {noise_of(comparison)}"
     if not beyond:
@@ -65,8 +64,7 @@ def leading(comparison: Comparison) -> str:
         return f"{words} {lead} over {over} {larger}."
     words += f" {lead} over {listed(beyond) if within else 'every other arm'} is {larger}"
     words += f"; over {listed(within)} it is not." if within else "."
-    kept = {pair.against for pair in comparison.pairs if pair.arm == best[0] and pair.p_holm < 1 - comparison.confidence}
-    still = [arm for arm in beyond if arm in kept]
+    still = [arm for arm in beyond if leads[arm].p_holm < 1 - comparison.confidence]
     held = "all of them" if still == beyond else listed(still) if still else "none of them"
     return f"{words} Adjusted for {len(comparison.pairs)} pairs (Holm), this holds over {held}."
 
