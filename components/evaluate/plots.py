@@ -16,6 +16,7 @@ from components.records.compare import Comparison, TeacherResult
 from components.report.figures import Theme, places
 
 POINTS = 100  # factor from shares to percent, from differences to points
+DASHED = (0, (4, 3))
 
 
 def scores(comparison: Comparison, theme: Theme) -> Figure:
@@ -26,7 +27,7 @@ def scores(comparison: Comparison, theme: Theme) -> Figure:
     for row, arm in enumerate(arms):
         result = comparison.arms[arm]
         colour = _colour(comparison, arm, theme)
-        axes.plot(*_span(result.ci95, row), color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot([POINTS * bound for bound in result.ci95], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
         axes.plot(POINTS * result.exact_match, row, "o", color=colour, markersize=7)
         axes.annotate(
             f"{POINTS * result.exact_match:.1f}", (POINTS * result.exact_match, row), (0, 7), textcoords="offset points",
@@ -35,11 +36,8 @@ def scores(comparison: Comparison, theme: Theme) -> Figure:
         for score in comparison.published.scores.get(arm, []) if comparison.published else []:
             axes.plot(POINTS * score, row - 0.25, "D", color=colour, markerfacecolor=theme.paper, markersize=4)
     _teacher_line(axes, comparison.teacher, theme, "v")
-    axes.set_yticks(range(len(arms)), arms)
-    axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
-    axes.set_ylim(-0.6, len(arms) - 0.2)
+    _row_per_arm(axes, arms, theme, top=len(arms) - 0.2)
     axes.set_xlabel(f"exact match on {comparison.n:,} {comparison.split} questions, %")
-    axes.grid(axis="x")
     return figure
 
 
@@ -58,16 +56,12 @@ def gains(comparison: Comparison, theme: Theme) -> Figure:
                 axes.text(0.03, row, "baseline", color=theme.muted, fontsize=8, va="center", **beside)
                 continue
             colour = _colour(comparison, arm, theme)
-            axes.plot(*_span(gain.ci95, row), color=colour, linewidth=2)
             fill = colour if gain.larger_than_noise else theme.paper
-            axes.plot(POINTS * gain.difference, row, "o", color=colour, markerfacecolor=fill, markersize=6.5)
+            _estimate(axes, row, POINTS * gain.difference, [POINTS * bound for bound in gain.ci95], colour, fill)
         axes.axvline(0, color=theme.muted, linewidth=1)
         axes.set_title(f"over {baseline}")
         axes.set_xlabel("points of exact match")
-        axes.grid(axis="x")
-        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
-    panels[0].set_yticks(range(len(arms)), arms)
-    panels[0].set_ylim(-0.6, len(arms) - 0.4)
+        _row_per_arm(axes, arms, theme, top=len(arms) - 0.4)
     return figure
 
 
@@ -80,18 +74,13 @@ def measures(comparison: Comparison, theme: Theme) -> Figure:
         measure = MEASURES[name]
         for row, arm in enumerate(arms):
             found, colour = comparison.arms[arm].measures[name], _colour(comparison, arm, theme)
-            axes.plot([measure.scale * bound for bound in found.ci95], [row, row], color=colour, linewidth=2)
-            axes.plot(measure.scale * found.value, row, "o", color=colour, markersize=6.5)
-        axes.axvline(
-            measure.scale * comparison.teacher.measures[name].value, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3))
-        )
-        axes.set_title("higher is better" if not measure.lower_is_better else "lower is better", fontsize=8.5)
+            _estimate(axes, row, measure.scale * found.value, [measure.scale * bound for bound in found.ci95], colour, colour)
+        teacher = measure.scale * comparison.teacher.measures[name].value
+        axes.axvline(teacher, color=theme.muted, linewidth=1.2, linestyle=DASHED)
+        axes.set_title("lower is better" if measure.lower_is_better else "higher is better", fontsize=8.5)
         axes.set_xlabel(measure.title)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="x")
-        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
-    panels[0].set_yticks(range(len(arms)), arms)
-    panels[0].set_ylim(-0.6, len(arms) - 0.4)
+        _row_per_arm(axes, arms, theme, top=len(arms) - 0.4)
     return figure
 
 
@@ -157,8 +146,8 @@ def quality_cost(comparison: Comparison, theme: Theme) -> Figure:
 
 def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
     """Loss curves: a panel per term that some arm trains on, and one for the weighted total; a line per arm."""
-    named = dict.fromkeys(term for curve in rows.values() for term in _terms(curve))
-    trained = [t for t in named if any(_curve(curve, t)[1] for curve in rows.values())] + ["total"]
+    logged = dict.fromkeys(name for curve in rows.values() for row in curve[:1] for name in row)  # terms and other metrics
+    trained = [t for t in logged if t in terms.names() and any(_curve(curve, t)[1] for curve in rows.values())] + ["total"]
     columns = min(3, len(trained))
     lines = -(-len(trained) // columns)
     figure = Figure(figsize=(9.6, 0.5 + 2.2 * lines))
@@ -187,11 +176,6 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
     return figure
 
 
-def _terms(rows: list[dict[str, float]]) -> list[str]:
-    """Loss terms among the columns of the log, which also hold the step, the weighted total and other metrics."""
-    return [name for name in rows[0] if name in terms.names()] if rows else []
-
-
 def _curve(rows: list[dict[str, float]], term: str) -> tuple[list[float], list[float]]:
     """Steps and values of one term; zeros are dropped, as the axis is logarithmic."""
     kept = [(row["step"], row[term]) for row in rows if row.get(term) is not None and row[term] > 0]
@@ -202,16 +186,25 @@ def _teacher_line(axes: Axes, teacher: TeacherResult, theme: Theme, direction: s
     low, score, high = (POINTS * value for value in (teacher.ci95[0], teacher.exact_match, teacher.ci95[1]))
     if direction == "v":
         axes.axvspan(low, high, color=theme.muted, alpha=0.12, linewidth=0)
-        axes.axvline(score, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axvline(score, color=theme.muted, linewidth=1.2, linestyle=DASHED)
         axes.text(score, 1.01, f"teacher {score:.1f}", transform=axes.get_xaxis_transform(), ha="center", color=theme.muted)
     else:
         axes.axhspan(low, high, color=theme.muted, alpha=0.12, linewidth=0)
-        axes.axhline(score, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axhline(score, color=theme.muted, linewidth=1.2, linestyle=DASHED)
         axes.text(0.01, score, f"teacher {score:.1f}", transform=axes.get_yaxis_transform(), va="bottom", color=theme.muted)
 
 
-def _span(interval: tuple[float, float], row: int) -> tuple[list[float], list[int]]:
-    return [POINTS * bound for bound in interval], [row, row]
+def _estimate(axes: Axes, row: int, value: float, interval: list[float], colour: str, fill: str) -> None:
+    axes.plot(interval, [row, row], color=colour, linewidth=2)
+    axes.plot(value, row, "o", color=colour, markerfacecolor=fill, markersize=6.5)
+
+
+def _row_per_arm(axes: Axes, arms: list[str], theme: Theme, top: float) -> None:
+    """Label the rows 0, 1, ... up to `top` with the arms."""
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(-0.6, top)
+    axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+    axes.grid(axis="x")
 
 
 def _colour(comparison: Comparison, arm: str, theme: Theme) -> str:
