@@ -19,8 +19,7 @@ Metric = Literal[
 SHORT = "{question}\nAnswer the question using a single word or phrase."
 LETTER = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
 KIT_CHOICE = "Question: {question}\nOptions:\n{options}\nPlease select the correct answer from the options above. \n"
-KIT = "https://opencompass.openxlab.space/utils/VLMEval/{}.tsv"
-KIT_BENCHMARKS = "https://opencompass.openxlab.space/utils/benchmarks/{}.tsv"
+SERVER = "https://opencompass.openxlab.space/utils"
 CARD = "its dataset card states no licence"
 
 
@@ -36,7 +35,7 @@ class Benchmark(BaseModel):
     metric: Metric = "choice_vlmeval"
     rule: str = "VLMEvalKit's `can_infer`, no judge"  # published rule behind `metric`
     licence: str | None = None
-    address: str | None = None  # URL of the kit's file
+    folder: str | None = "VLMEval"  # of the kit's file on SERVER; None: the kit builds the data set from the hub
     open_points: tuple[str, ...] = ()
 
     @property
@@ -47,16 +46,15 @@ class Benchmark(BaseModel):
     @property
     def get(self) -> str:
         """Download command, or a note where the kit fetches the data itself."""
-        if self.address is None:
+        if self.folder is None:
             return f"VLMEvalKit fetches it from the Hugging Face hub when it builds the data set {self.kit_dataset}"
-        return f"curl -fL -o $LMUData/{self.kit_dataset}.tsv {self.address}"
+        return f"curl -fL -o $LMUData/{self.kit_dataset}.tsv {SERVER}/{self.folder}/{self.kit_dataset}.tsv"
 
 
 BENCHMARKS: dict[str, Benchmark] = {
     "gqa": Benchmark(
         title="GQA", in_paper=True, kit_dataset="GQA_TestDev_Balanced", split="testdev-balanced", items=12_578, prompt=SHORT,
         metric="exact", rule="equal to the answer, case and final period aside (convert_gqa_for_eval.py, eval_gqa_1.py)",
-        address=KIT.format("GQA_TestDev_Balanced"),
         open_points=(
             "licence: mirrors state MIT; GQA's own terms were not found",
             "size: of the kit's file not found",
@@ -66,7 +64,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "sqa": Benchmark(
         title="ScienceQA-IMG", in_paper=True, kit_dataset="ScienceQA_TEST", split="test, questions with an image", items=2_017,
         prompt=LETTER, metric="choice_scienceqa", rule="eval_science_qa.py: a letter, `A. ...`, or once `The answer is A.`",
-        address=KIT_BENCHMARKS.format("ScienceQA/ScienceQA_TEST"),
+        folder="benchmarks/ScienceQA",
         open_points=(
             f"licence: {CARD}",
             "size: of the kit's file not found",
@@ -78,7 +76,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         title="TextVQA", in_paper=True, kit_dataset="TextVQA_VAL", split="val 0.5.1", items=5_000,
         prompt="{question}\nReference OCR token: {ocr}\nAnswer the question using a single word or phrase.", metric="vqa_m4c",
         rule="VQA accuracy over ten answers, normalised as m4c_evaluator.py does", licence="CC BY 4.0",
-        address=KIT.format("TextVQA_VAL"),
         open_points=(
             "size: of the kit's file not found",
             "VLMEvalKit asks without OCR tokens and normalises as the official evaluator (metric `vqa`): a score of its own",
@@ -87,7 +84,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "pope": Benchmark(
         title="POPE", in_paper=True, kit_dataset="POPE", split="random, popular, adversarial", items=9_000, prompt=SHORT,
         metric="pope", rule="eval_pope.py: no if the first sentence holds No, no or not, else yes; the mean of three F1",
-        address=KIT.format("POPE"),
         open_points=(
             f"licence: {CARD}",
             "size: of the kit's file not found",
@@ -99,7 +95,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mme": Benchmark(
         title="MME perception", in_paper=True, kit_dataset="MME", split="perception, ten tasks", prompt=SHORT, metric="mme",
         rule="calculation.py: per task accuracy + accuracy+; the paper states perception / 2000 x 100",
-        address=KIT.format("MME"),
         open_points=(
             "items: a card shows 2.37k rows for all fourteen tasks; the number of perception questions was not found",
             "licence: given on request by the authors; its text was not found",
@@ -111,7 +106,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         title="MMBench", in_paper=True, kit_dataset="MMBench_DEV_EN", split="dev", items=4_329, prompt="{hint}\n" + LETTER,
         metric="choice_circular",
         rule="right only if answered right in every order of the options; the paper's figure is from the evaluation server",
-        address=KIT_BENCHMARKS.format("MMBench/MMBench_DEV_EN"),
+        folder="benchmarks/MMBench",
         open_points=(
             f"licence: {CARD}",
             "size: of the kit's file not found; images of the 4,329 rows are 103 MB",
@@ -120,45 +115,43 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     ),
     "mmstar": Benchmark(
-        title="MMStar", kit_dataset="MMStar", split="val", items=1_500, address=KIT.format("MMStar"),
-        open_points=(f"licence: {CARD}",),
+        title="MMStar", kit_dataset="MMStar", split="val", items=1_500, open_points=(f"licence: {CARD}",),
     ),
     "mmmu": Benchmark(
         title="MMMU", kit_dataset="MMMU_DEV_VAL", split="validation", items=900,
         rule="VLMEvalKit's `can_infer`, no judge; open questions become choices", licence="Apache-2.0",
-        address=KIT.format("MMMU_DEV_VAL"),
         open_points=("size: of the kit's file not found; the validation images are 348 MB",),
     ),
     "ai2d": Benchmark(
-        title="AI2D", kit_dataset="AI2D_TEST", split="test", items=3_088, address=KIT.format("AI2D_TEST"),
+        title="AI2D", kit_dataset="AI2D_TEST", split="test", items=3_088,
         open_points=(f"licence: {CARD}", "size: of the kit's file not found; images are 538 MB in lmms-lab/ai2d"),
     ),
     "chartqa": Benchmark(
         title="ChartQA", kit_dataset="ChartQA_TEST", split="test", items=2_500, prompt=SHORT, metric="relaxed",
-        rule="relaxed accuracy: 5% on numbers", licence="GPL-3.0", address=KIT.format("ChartQA_TEST"),
+        rule="relaxed accuracy: 5% on numbers", licence="GPL-3.0",
         open_points=("size: of the kit's file not found; images are 107 MB",),
     ),
     "ocrbench": Benchmark(
         title="OCRBench", kit_dataset="OCRBench", split="test", items=1_000, prompt="{question}", metric="ocrbench",
-        rule="a reference stands in the answer", address=KIT.format("OCRBench"),
+        rule="a reference stands in the answer",
         open_points=(f"licence: {CARD}", "size: of the kit's file not found; images are 86 MB"),
     ),
     "hallusion": Benchmark(
         title="HallusionBench", kit_dataset="HallusionBench", split="image", items=951, prompt="{question}", metric="hallusion",
-        rule="mean of accuracy per answer, figure and question", licence="BSD-3-Clause", address=KIT.format("HallusionBench"),
+        rule="mean of accuracy per answer, figure and question", licence="BSD-3-Clause",
         open_points=("size: of the kit's file not found; images are 147 MB",),
     ),
     "seed": Benchmark(
         title="SEED-Bench image", kit_dataset="SEEDBench_IMG", split="image questions", licence="CC BY-NC 4.0",
-        address=KIT_BENCHMARKS.format("SEEDBench/SEEDBench_IMG"),
+        folder="benchmarks/SEEDBench",
         open_points=("items: 19k with video by its card; those of images alone were not found", "size: not found"),
     ),
     "realworldqa": Benchmark(
         title="RealWorldQA", kit_dataset="RealWorldQA", split="test", items=765, licence="CC BY-ND 4.0",
-        address=KIT.format("RealWorldQA"), open_points=("size: of the kit's file not found; images are 678 MB",),
+        open_points=("size: of the kit's file not found; images are 678 MB",),
     ),
     "mvbench": Benchmark(
-        title="MVBench", kit_dataset="MVBench_8frame", split="test", prompt="{question}\n{options}",
+        title="MVBench", kit_dataset="MVBench_8frame", folder=None, split="test", prompt="{question}\n{options}",
         rule="the kit reads a letter from the answer", licence="MIT",
         open_points=(
             "video: frames of a video are not shown to students as images yet",
@@ -166,7 +159,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     ),
     "video_mme": Benchmark(
-        title="Video-MME", kit_dataset="Video-MME_8frame", split="test, no subtitles", items=2_700,
+        title="Video-MME", kit_dataset="Video-MME_8frame", folder=None, split="test, no subtitles", items=2_700,
         prompt="{question}\n{options}", rule="the kit reads a letter from the answer",
         open_points=(
             "video: frames of a video are not shown to students as images yet",
