@@ -48,23 +48,22 @@ main()
 def command(model: Path, host: str, port: int, device: str) -> list[str]:
     """Command line that serves `model` under its folder's name. Raises InputError if no server is installed, or for a
     non-loopback bind without an API key."""
-    key = KEY in os.environ
     if find_spec("vllm"):
-        if not is_loopback(host) and not key:
+        if not is_loopback(host) and KEY not in os.environ:
             raise InputError(f"{host} is open to others: set {KEY} to what they have to know, or serve on {LOOPBACK}")
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        serve += ["--served-model-name", model.name, "--generation-config", "vllm", "--dtype", DTYPE]
-        return [*serve, "--host", host, "--port", str(port)]
-    absent = [name for name in ("openai", "uvicorn", "fastapi") if not find_spec(name)]
-    if absent:
-        raise InputError(f"{absent[0]} is not installed, which serving needs: `make kits`")
-    if not is_loopback(host):
-        raise InputError(
-            f"{host} is open to others, and `transformers serve` asks nobody for a key: serve on {LOOPBACK}, with a proxy that"
-            f" asks before it, or install vLLM and set {KEY}"
-        )
-    serve = [sys.executable, "-c", TRANSFORMERS, str(model.parent), "serve", model.name, "--device", device, "--dtype", DTYPE]
-    return [*serve, "--host", host, "--port", str(port)]
+        serve += ["--served-model-name", model.name, "--generation-config", "vllm"]
+    else:
+        absent = [name for name in ("openai", "uvicorn", "fastapi") if not find_spec(name)]
+        if absent:
+            raise InputError(f"{absent[0]} is not installed, which serving needs: `make kits`")
+        if not is_loopback(host):
+            raise InputError(
+                f"{host} is open to others, and `transformers serve` asks nobody for a key: serve on {LOOPBACK}, with a proxy"
+                f" that asks before it, or install vLLM and set {KEY}"
+            )
+        serve = [sys.executable, "-c", TRANSFORMERS, str(model.parent), "serve", model.name, "--device", device]
+    return [*serve, "--dtype", DTYPE, "--host", host, "--port", str(port)]
 
 
 def check_address(host: str, port: int) -> None:
@@ -81,12 +80,10 @@ def check_address(host: str, port: int) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # host name, which may resolve to any address
+        return host == "localhost"  # any other name may resolve to any address
 
 
 @contextmanager
@@ -105,16 +102,18 @@ def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK,
     """
     model = model.resolve()
     weight_files(model)
-    endpoint = Endpoint(f"http://{_bracketed(host)}:{port or _free_port()}", re.sub("[@:]", "-", name))
-    environment = {name: value for name, value in os.environ.items() if name != KEY}
-    if KEY in os.environ:
-        environment["VLLM_API_KEY"] = os.environ[KEY]  # not on the command line, which every user of the machine can read
+    port = port or _free_port()
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    endpoint = Endpoint(f"http://{address}", re.sub("[@:]", "-", name))
+    environment = dict(os.environ)
+    if KEY in environment:
+        environment["VLLM_API_KEY"] = environment.pop(KEY)  # not on the command line, which every user of the machine can read
     link = log.parent / "model" / endpoint.model
     if link.parent.exists():
         shutil.rmtree(link.parent)  # `transformers serve` loads whatever model it finds there on request
     link.parent.mkdir(parents=True)
     link.symlink_to(model)
-    words = command(link, host, int(endpoint.url.rsplit(":", 1)[1]), device)
+    words = command(link, host, port, device)
     with log.open("w") as said:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -151,7 +150,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
