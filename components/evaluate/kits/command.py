@@ -45,10 +45,9 @@ def _run(bench: measure.Bench, kit: str, arm: str, tasks: Sequence[str], blank: 
         # Read after the run: another command may have written meanwhile.
         found = table.with_tasks(table.read(current), kit, arm, sha256([measure.folder_of(arm)]), figures)
         return table.write(found), ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    known = next((s for s in table.read(current).scores if (s.arm, s.kit) == (arm, kit)), None)
-    fresh = known is None or not measure.is_current(bench, known)
-    scores = measure.measure(bench, kit, arm) if known is None or fresh else known
-    said = f"{scores.exact_match:.2%} of {scores.samples:,} right" + ("" if fresh else ", measured before")
+    known = [s for s in table.read(current).scores if (s.arm, s.kit) == (arm, kit) and measure.is_current(bench, s)]
+    scores = known[0] if known else measure.measure(bench, kit, arm)
+    said = f"{scores.exact_match:.2%} of {scores.samples:,} right" + (", measured before" if known else "")
     return table.write(table.with_scores(table.read(current), scores)), said
 
 
