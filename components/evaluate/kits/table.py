@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from components.errors import DataError, unknown
@@ -41,11 +41,9 @@ class Table(Record):
 
 def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
     """Earlier results, without those of changed models. `current`: arm -> hash of its model."""
-    if not (folder / "kits.json").exists():
-        return Table(scores=[], tasks={})
     try:
         before = Table.read(folder / "kits.json")
-    except DataError:  # written by another version; measuring again costs minutes
+    except DataError:  # none, or one of another version; measuring again costs minutes
         return Table(scores=[], tasks={})
     return Table(
         scores=[found for found in before.scores if current(found.arm) == found.model],
@@ -63,8 +61,9 @@ def with_scores(table: Table, new: KitScores) -> Table:
 def with_tasks(table: Table, kit: str, arm: str, model: str, figures: dict[str, float]) -> Table:
     """Table with `figures` merged over earlier ones of the same kit and arm."""
     who = f"{kit}/{arm}"
-    before = table.tasks[who].figures if who in table.tasks else {}
-    return table.model_copy(update={"tasks": table.tasks | {who: Asked(model=model, figures=before | figures)}})
+    before = table.tasks.get(who, Asked(model=model, figures={}))
+    asked = Asked(model=model, figures=before.figures | figures)
+    return table.model_copy(update={"tasks": table.tasks | {who: asked}})
 
 
 def write(table: Table, folder: Path = REPORTS) -> Path:
@@ -74,34 +73,33 @@ def write(table: Table, folder: Path = REPORTS) -> Path:
 
 
 def markdown(table: Table) -> str:
-    parts = ["# The same models, measured in three ways\n", _overview(table.scores)]
-    for arm in dict.fromkeys(found.arm for found in table.scores):
-        parts.append(_of_arm([found for found in table.scores if found.arm == arm]))
-    parts += [_language(table.scores), _tasks(table)]
-    return "\n".join(part for part in parts if part)
+    of_arms: dict[str, list[KitScores]] = {}
+    for scores in table.scores:
+        of_arms.setdefault(scores.arm, []).append(scores)
+    parts = ["# The same models, measured in three ways\n", _overview(of_arms), *map(_of_arm, of_arms.values())]
+    return "\n".join(part for part in [*parts, _language(table.scores), _tasks(table)] if part)
 
 
-def _overview(found: Sequence[KitScores]) -> str:
-    lines = [
-        "Share right. `own` is the stage `evaluate`; `vlmeval` asks a served student over HTTP;"
-        " `lm-eval` runs the model in its own loop.\n",
-    ]
+def _overview(of_arms: Mapping[str, Sequence[KitScores]]) -> str:
     rows = []
-    for arm in dict.fromkeys(scores.arm for scores in found):
-        of_arm = {scores.kit: scores for scores in found if scores.arm == arm}
-        kits = [of_arm[kit] for kit in KITS if kit in of_arm]
+    for arm, found in of_arms.items():
+        right = {scores.kit: f"{scores.exact_match:.2%}" for scores in found}
         rows.append(
             [
                 arm,
-                *(f"{of_arm[kit].exact_match:.2%}" if kit in of_arm else "" for kit in KITS),
-                sum(len(scores.other_answers) for scores in kits),
-                sum(len(scores.disagreements) for scores in kits),
-                sum(len(scores.empty) + len(scores.overlong) + len(scores.failed) for scores in kits),
-                "; ".join(_unlike(kits)) or "yes, but for kit and judge",
+                *(right.get(kit, "") for kit in KITS),
+                sum(len(scores.other_answers) for scores in found),
+                sum(len(scores.disagreements) for scores in found),
+                sum(len(scores.empty) + len(scores.overlong) + len(scores.failed) for scores in found),
+                "; ".join(_unlike(found)) or "yes, but for kit and judge",
             ]
         )
     header = ["model", *KITS, "answers unlike own's", "verdicts unlike ours", "no answer", "measured alike"]
-    return "\n".join([*lines, md.table(header, rows)]) + "\n"
+    return (
+        "Share right. `own` is the stage `evaluate`; `vlmeval` asks a served student over HTTP;"
+        " `lm-eval` runs the model in its own loop.\n\n"
+        f"{md.table(header, rows)}\n"
+    )
 
 
 def _unlike(kits: Sequence[KitScores]) -> list[str]:
@@ -152,13 +150,13 @@ def _language(found: Sequence[KitScores]) -> str:
     if not measured:
         return ""
     names = [name for name in measured[0].figures if name.startswith(TEXT)]
-    lines = [
-        "## Language without an image (lm-eval)\n",
+    rows = [[scores.arm, *(f"{scores.figures[name]:.4g}" for name in names)] for scores in measured]
+    return (
+        "## Language without an image (lm-eval)\n\n"
         "`alignti_language`: perplexity per word of questions and answers as plain text, lower is better. `alignti_manners`:"
-        " how often the right kind of answer is the likeliest of four; guessing gives 25%.\n",
-        md.table(["model", *names], [[scores.arm, *(f"{scores.figures[n]:.4g}" for n in names)] for scores in measured]),
-    ]
-    return "\n".join(lines) + "\n"
+        " how often the right kind of answer is the likeliest of four; guessing gives 25%.\n\n"
+        f"{md.table(['model', *names], rows)}\n"
+    )
 
 
 def _tasks(table: Table) -> str:
