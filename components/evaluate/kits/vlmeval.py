@@ -317,7 +317,8 @@ def table(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _row(name: str) -> int:
-    return int(name.rsplit("/", 1)[1])
+    """Row of a question by the name of its first image, `SET/ROW`, or `SET/ROW_0` of several."""
+    return int(name.rsplit("/", 1)[1].partition("_")[0])
 
 
 def _number(value: Any) -> bool:

@@ -38,11 +38,11 @@ ANSWERS = {  # question -> (kind, reference, what the model says)
 
 
 def found() -> list[Sample]:
-    """One shows two images."""
+    """Two show two images."""
     image = tiny._row("x", 0, {}).image or b""
     samples = []
     for i, (question, (kind, reference, _)) in enumerate(ANSWERS.items()):
-        count = 1 + (question == "exist right")
+        count = 1 + (question in ("exist right", "exist endless"))
         asked = Turn("<image>\n" * count + question, reference)
         samples.append(Sample(f"s{i}", f"i{i}", kind, image, (asked,), (image,) * (count - 1)))
     return samples
@@ -64,7 +64,7 @@ def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scrip
     told = vlmeval.score_split(session(scripted, tmp_path), samples, sets, seed=1)
     asked = list(ANSWERS)
     said = {asked[row]: answer for row, answer in told.answers.items()}
-    assert set(said) == set(ANSWERS) and len(scripted.images) == len(ANSWERS) + 1  # nothing is lost
+    assert set(said) == set(ANSWERS) and len(scripted.images) == len(ANSWERS) + 2  # nothing is lost
     assert {asked[row] for row in told.verdicts} == {name for name in asked if not name.startswith("sum")}
     for row, verdict in told.verdicts.items():
         assert verdict == matches(said[asked[row]], samples[row].turns[0].answer), asked[row]
