@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -34,6 +35,7 @@ from components.runtime import prepare_torch
 
 BEFORE = "before-"  # prefix of a student's name: its checkpoint before distillation
 OURS = "our exact match"
+BUSY = "another process measures this arm"
 FOLDER = RUNS / "kits"
 TURNED = {  # our tasks for VLMEvalKit: our multiple choice with options in the prompt
     "options": "AlignTI_Options",  # in one drawn order per question
@@ -155,7 +157,7 @@ def _session(bench: Bench, arm: str, model: Path, using: vlmeval.Kit) -> Iterato
     """Session with the served model. Raises TryAgainError while another process measures the arm."""
     folder, new_tokens = FOLDER / "vlmeval" / arm, bench.settings.evaluate.max_new_tokens
     journal = _journal(folder, model, using.version, new_tokens, bench.device.type, bench.system)
-    with _alone(folder), serve.served(model, arm, bench.device.type, folder / "server.log") as endpoint:
+    with locked(folder / "lock", BUSY), serve.served(model, arm, bench.device.type, folder / "server.log") as endpoint:
         asked = endpoint._replace(system=bench.system)
         yield vlmeval.Session(using, asked, folder, journal, new_tokens, f"{arm}: vlmeval")
 
@@ -163,7 +165,7 @@ def _session(bench: Bench, arm: str, model: Path, using: vlmeval.Kit) -> Iterato
 def _lm_eval(bench: Bench, arm: str, model: Path, tasks: Sequence[str], stock: Sequence[str]) -> Measured:
     asked, folder = bench.settings.evaluate, FOLDER / "lm-eval" / arm
     facts = (lm_eval.installed(), asked.max_new_tokens, asked.batch_size, bench.device.type, bench.system)
-    with _alone(folder):
+    with locked(folder / "lock", BUSY):
         return lm_eval.evaluate(
             model, bench.device, tasks, stock, asked.batch_size, asked.max_new_tokens, _journal(folder, model, *facts),
             f"{arm}: lm-eval", bench.system,
@@ -177,15 +179,16 @@ def _assembled(bench: Bench, arm: str, kit: str, model: Path, found: Measured, s
         raise DataError(f"{arm}: {kit} cannot ask any of the {len(bench.rows)} questions: none has an image")
     measured = _fingerprint(bench, model, rows, kit)
     predicted = metrics.predictions((bench.samples[row] for row in rows), (found.answers[row] for row in rows))
-    overlong = [bench.samples[row].id for row in found.overlong]
-    failed = {bench.samples[row].id: reason for row, reason in found.failed.items()}
-    empty = [id_ for id_ in _empty(predicted) if id_ not in failed and id_ not in overlong]
+    of_row = dict(zip(rows, predicted, strict=True))
+    overlong = [of_row[row].id for row in found.overlong]
+    failed = {of_row[row].id: reason for row, reason in found.failed.items()}
+    empty = sorted(set(_empty(predicted)).difference(overlong, failed))
     lost = {*overlong, *failed, *empty}
-    right = {p.id: found.verdicts.get(row, p.correct) and p.id not in lost for row, p in zip(rows, predicted, strict=True)}
+    right = {p.id: found.verdicts.get(row, p.correct) and p.id not in lost for row, p in of_row.items()}
     kinds: dict[str, list[bool]] = {kind: [] for kind in sorted({p.kind for p in predicted})}
     for p in predicted:
         kinds[p.kind].append(right[p.id])
-    judged = {bench.samples[row].kind for row in found.verdicts}
+    judged = {of_row[row].kind for row in found.verdicts}
     path = SCORES / arm / "predictions.jsonl"
     own = {p.id: p.answer for p in read_predictions(path)} if path.exists() else {}
     return KitScores(
@@ -193,8 +196,8 @@ def _assembled(bench: Bench, arm: str, kit: str, model: Path, found: Measured, s
         kit=kit,
         model=sha256([model]),
         samples=len(rows),
-        exact_match=sum(right.values()) / len(right),
-        per_kind={kind: sum(marks) / len(marks) for kind, marks in kinds.items()},
+        exact_match=fmean(right.values()),
+        per_kind={kind: fmean(marks) for kind, marks in kinds.items()},
         judges={kind: f"the kit's {measured.judge}" if kind in judged else OURS for kind in kinds},
         figures=found.figures,
         disagreements=[
@@ -203,7 +206,7 @@ def _assembled(bench: Bench, arm: str, kit: str, model: Path, found: Measured, s
             if right[p.id] != p.correct
         ],
         other_answers=[p.id for p in predicted if p.answer != own.get(p.id, p.answer)],
-        empty=sorted(empty),
+        empty=empty,
         overlong=overlong,
         failed=failed,
         not_asked=[bench.samples[row].id for row in bench.rows if row not in found.answers],
@@ -220,11 +223,12 @@ def _fingerprint(bench: Bench, model: Path, rows: Sequence[int], kit: str) -> Fi
     """Fingerprint of a kit's run; kits use the chat template saved with the model, not that of the settings."""
     here = Path(__file__).parent
     if kit == "vlmeval":
-        version, judge, bridge = f"ms-vlmeval {vlmeval.kit(full=False).version}", JUDGE, ["export.py", "vlmeval_worker.py"]
+        version, judge = f"ms-vlmeval {vlmeval.kit(full=False).version}", JUDGE
+        bridge = [here / "export.py", here / "vlmeval_worker.py"]
     else:
-        version, judge, bridge = f"lm-eval {lm_eval.installed()}", "exact_match", ["lm_eval.py", "lm_eval_tasks.py"]
-    code = sha256([*(here / name for name in bridge), *([lm_eval.TASKS] if kit == "lm-eval" else [])])
-    how = {"kit": kit, "kit_version": f"{version}, bridge {code[:8]}", "judge": judge}
+        version, judge = f"lm-eval {lm_eval.installed()}", "exact_match"
+        bridge = [here / "lm_eval.py", here / "lm_eval_tasks.py", lm_eval.TASKS]
+    how = {"kit": kit, "kit_version": f"{version}, bridge {sha256(bridge)[:8]}", "judge": judge}
     how |= {"dtype": serve.DTYPE, "device": bench.device.type}
     template = Template(bench.system, style="processor")
     return fingerprint.of(load_processor(model), bench.samples, rows, template, bench.settings.evaluate, **how)
@@ -234,8 +238,3 @@ def _journal(folder: Path, model: Path, *facts: object) -> Path:
     """Path of the journal, named by a hash of everything that answers depend on: only an equal run resumes from it."""
     told = repr((sha256([model]), *facts))
     return folder / f"answers-{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
-
-
-def _alone(folder: Path) -> AbstractContextManager[None]:
-    """Lock on a kit's folder. Raises TryAgainError while another process holds it."""
-    return locked(folder / "lock", "another process measures this arm")
