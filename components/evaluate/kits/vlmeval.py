@@ -78,7 +78,7 @@ class Session:
     title: str = "vlmeval"  # title of the progress bar
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """Data sets of one run of the kit's process."""
 
@@ -168,7 +168,7 @@ def score_split(session: Session, samples: Sequence[Sample], found: Sequence[exp
     for kit_set in found:
         export.write(kit_set, samples, data / f"{kit_set.name}.tsv", seed)
     forms: dict[str, str] = {kit_set.name: kit_set.form for kit_set in found}
-    told_of = run(session, Job(data, forms, questions=sum(len(kit_set.rows) for kit_set in found), plain=True))
+    summary = run(session, Job(data, forms, questions=sum(len(kit_set.rows) for kit_set in found), plain=True))
     work = session.folder / "work"
     answers: dict[int, str] = {}
     verdicts: dict[int, bool] = {}
@@ -184,15 +184,15 @@ def score_split(session: Session, samples: Sequence[Sample], found: Sequence[exp
             verdicts |= {int(line["index"]): float(line["hit"]) == 1 for line in marks}
         elif kit_set.form == "yes_no":
             verdicts |= {int(line["index"]): line["score"] == "True" for line in table(work / f"{stem}_auxmatch.tsv")}
-            total = next(line for line in told_of["figures"][kit_set.name] if line["split"] == "Overall")
+            total = next(line for line in summary["figures"][kit_set.name] if line["split"] == "Overall")
             names = {"Overall": "f1", "acc": "accuracy", "precision": "precision", "recall": "recall"}
             figures |= {f"yes_no/{ours}": float(total[theirs]) / 100 for theirs, ours in names.items()}
     return Measured(
         answers=answers,
         verdicts=verdicts,
         figures=figures,
-        failed={_row(name): reason for name, reason in told_of["failed"].items()},
-        overlong=[_row(name) for name in told_of["overlong"]],
+        failed={_row(name): reason for name, reason in summary["failed"].items()},
+        overlong=[_row(name) for name in summary["overlong"]],
     )
 
 
@@ -220,24 +220,25 @@ def score_tasks(session: Session, tasks: Sequence[str], blank: bool = False) -> 
 
 def _files(tasks: Sequence[str], data: Path, blank: bool) -> Job:
     """Job over TSV files, checked and copied to the kit's data folder."""
-    job = Job(data, {}, questions=0, blank=blank)
+    sets, md5, questions = dict[str, str](), dict[str, str](), 0
     for task in tasks:
-        benchmark, _, file = task.rpartition("=")
-        form, rows = checked(Path(file))
-        name = benchmark or f"{Path(file).stem}{'_POPE' if form == 'yes_no' else ''}"
-        if form == "yes_no" and not benchmark:
-            # The kit requires a category and compares answers with `Yes` and `No`, case-sensitive.
-            lines = [
-                {"category": "all", **line, "answer": normalise(line["answer"]).capitalize()} for line in table(Path(file))
-            ]
-            export.write_table(data / f"{name}.tsv", lines)
-        else:
-            shutil.copyfile(file, data / f"{name}.tsv")
-        job.sets[name] = "stock" if benchmark else form
-        job.questions = (job.questions or 0) + rows
+        benchmark, _, name = task.rpartition("=")
+        file = Path(name)
+        form, rows = checked(file)
+        questions += rows
         if benchmark:
-            job.md5[name] = hashlib.md5((data / f"{name}.tsv").read_bytes(), usedforsecurity=False).hexdigest()
-    return job
+            sets[benchmark] = "stock"
+            copied = shutil.copyfile(file, data / f"{benchmark}.tsv")
+            md5[benchmark] = hashlib.md5(copied.read_bytes(), usedforsecurity=False).hexdigest()
+        elif form == "yes_no":
+            # The kit requires a category and compares answers with `Yes` and `No`, case-sensitive.
+            lines = [{"category": "all", **line, "answer": normalise(line["answer"]).capitalize()} for line in table(file)]
+            sets[f"{file.stem}_POPE"] = form
+            export.write_table(data / f"{file.stem}_POPE.tsv", lines)
+        else:
+            sets[file.stem] = form
+            shutil.copyfile(file, data / f"{file.stem}.tsv")
+    return Job(data, sets, questions, md5=md5, blank=blank)
 
 
 def _scored(session: Session, job: Job) -> dict[str, float]:
