@@ -88,8 +88,7 @@ def build(
     if teacher.name not in index.teachers:
         raise DataError(f"artifacts/models/index.json has no teacher {teacher.name!r}; `dvc repro` makes both anew")
     models = {TEACHER_ARM: index.teachers[teacher.name]} | {a: index.students[study[a].student] for a in comparison.order}
-    rows = [_ours(name, comparison, model.parameters, measured.get(name)) for name, model in models.items()]
-    rows = [row.model_copy(update=_on_the_six(kit.get(row.name, {}))) for row in rows]
+    rows = [_ours(name, comparison, model.parameters, measured.get(name), kit.get(name, {})) for name, model in models.items()]
     notes = _notes(comparison, speed) + ([KIT_NOTE] if any(value for row in rows for value in row.scores.values()) else [])
     return Leaderboard(
         own_questions=f"{comparison.n:,} {comparison.split} questions about {comparison.images:,} images",
@@ -134,16 +133,19 @@ def _rounded(value: float) -> float:
     return float(Decimal(str(round(value, 6))).quantize(Decimal("0.1"), ROUND_HALF_UP))
 
 
-def _ours(name: str, comparison: Comparison, parameters: int, speed: Speed | None) -> Row:
-    result = comparison.teacher if name == TEACHER_ARM else comparison.arms[name]
+def _ours(name: str, comparison: Comparison, parameters: int, speed: Speed | None, figures: Mapping[str, float]) -> Row:
+    result = comparison.results[name]
     low, high = result.ci95
+    scores = {benchmark: _on_benchmark(benchmark, figures) for benchmark in PAPER}
+    six = [value for value in scores.values() if value is not None]
     return Row(
         group="teacher" if name == TEACHER_ARM else "student",
         name=name,
         ours=True,
         own=100 * result.exact_match,
         own_ci95=(100 * low, 100 * high),
-        scores=dict.fromkeys(PAPER),
+        scores=scores,
+        average=fmean(six) if len(six) == len(PAPER) else None,
         gain_sft=_own_gain(comparison, name, "sft"),
         gain_kd=_own_gain(comparison, name, "kd"),
         parameters=parameters,
@@ -155,21 +157,17 @@ def _ours(name: str, comparison: Comparison, parameters: int, speed: Speed | Non
 
 def _own_gain(comparison: Comparison, arm: str, base: str) -> float | None:
     """Exact match relative to the arm `base`; None if the two are no pair or their fingerprints differ."""
-    pair = next((pair for pair in comparison.pairs if {pair.arm, pair.against} == {arm, base}), None)
+    pair = comparison.exact_match.gain(arm, base)
     if pair is None or pair.differs or not comparison.arms[base].exact_match:
         return None
     return relative_gain(100 * comparison.arms[arm].exact_match, 100 * comparison.arms[base].exact_match)
 
 
-def _on_the_six(figures: Mapping[str, float]) -> dict[str, object]:
-    """Scores in the paper's units, from the kit's own files only, and their average if all six exist."""
-    scores: dict[str, float | None] = {}
-    for name in PAPER:
-        end, unit = FIGURES[name]
-        of_it = [v for key, v in figures.items() if key.startswith(f"{BENCHMARKS[name].kit_dataset}/") and key.endswith(end)]
-        scores[name] = of_it[0] * unit if len(of_it) == 1 else None
-    six = [value for value in scores.values() if value is not None]
-    return {"scores": scores, "average": fmean(six) if len(six) == len(PAPER) else None}
+def _on_benchmark(name: str, figures: Mapping[str, float]) -> float | None:
+    """Score in the paper's unit, from the kit's own file only."""
+    start, (end, unit) = f"{BENCHMARKS[name].kit_dataset}/", FIGURES[name]
+    found = [value for key, value in figures.items() if key.startswith(start) and key.endswith(end)]
+    return found[0] * unit if len(found) == 1 else None
 
 
 def _noise(published: Iterable[Row], confidence: float) -> dict[str, float | None]:
@@ -238,7 +236,7 @@ def halves(board: Leaderboard) -> list[tuple[str, list[str], list[tuple[Row, lis
 
 def markdown(board: Leaderboard) -> str:
     """Both tables, with notes, sources and remarks."""
-    sources = sorted({f"{row.source}" for row in board.rows if not row.ours})
+    sources = sorted({row.source for row in board.rows if not row.ours})
     remarks = [f"- {row.name}: {row.note}" for row in board.rows if row.note]
     parts = [
         "# Leaderboard",
