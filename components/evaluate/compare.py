@@ -90,7 +90,8 @@ def compare(
     results = {name: _result(name, runs, exact, sampled, list(kinds), outcomes, settings.confidence) for name in runs}
     teacher = results.pop(TEACHER_ARM)
     order = sorted(arms, key=lambda arm: -results[arm].exact_match)  # stable: equal scores stay in the study's order
-    contrast = _contrast(exact, order, runs, outcomes, settings.confidence, closed=_closed(outcomes))
+    closed = outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL}
+    contrast = _contrast(exact, order, runs, outcomes, settings.confidence, closed)
     settings_of = varied({arm: study[arm].model_dump(mode="json", exclude={"seed"}, exclude_none=True) for arm in arms})
     complete = {
         arm: ArmResult(
@@ -211,11 +212,6 @@ def _differs(outcomes: Outcomes, ours: Iterable[str], theirs: Iterable[str]) -> 
     """Differences between the fingerprints of any two of the runs."""
     prints = outcomes.fingerprints
     return list(dict.fromkeys(what for a, b in product(ours, theirs) for what in differences(prints[a], prints[b])))
-
-
-def _closed(outcomes: Outcomes) -> set[str]:
-    """Yes/no kinds."""
-    return outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL}
 
 
 def _contrast(
