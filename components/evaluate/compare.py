@@ -61,6 +61,22 @@ METHOD = (
 
 
 @dataclass(frozen=True)
+class Systems:
+    """Teacher and arms: the runs of each, their outcomes, and how they are compared."""
+
+    runs: dict[str, list[str]]  # `teacher` first
+    outcomes: Outcomes
+    kinds: dict[str, int]  # questions of each kind
+    settings: EvaluateSettings
+
+    def differs(self, arm: str, other: str) -> list[str]:
+        """Differences between the fingerprints of any two runs of the two arms."""
+        prints = self.outcomes.fingerprints
+        pairs = product(self.runs[arm], self.runs[other])
+        return list(dict.fromkeys(what for a, b in pairs for what in differences(prints[a], prints[b])))
+
+
+@dataclass(frozen=True)
 class Sampled:
     """One measure of all arms, as observed and on every bootstrap draw of images and seeds."""
 
@@ -81,29 +97,28 @@ def compare(
     outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, Arm], published: PublishedRuns | None = None
 ) -> Comparison:
     """Comparison of all arms; `settings` gives resamples, confidence, seed and baselines, `study` the arms' settings."""
-    runs = {TEACHER_ARM: [TEACHER_ARM], **runs_of(study, outcomes.costs)}
-    arms = [name for name in runs if name != TEACHER_ARM]
+    arms = runs_of(study, outcomes.costs)
     asked = outcomes.predictions[TEACHER_ARM]
     kinds = dict(sorted(Counter(p.kind for p in asked).items()))
-    sampled = {measure: _sampled(measure, outcomes, runs, list(kinds), settings) for measure in (*ALWAYS, *settings.scorers)}
+    systems = Systems({TEACHER_ARM: [TEACHER_ARM], **arms}, outcomes, kinds, settings)
+    sampled = {measure: _sampled(measure, systems) for measure in (*ALWAYS, *settings.scorers)}
     exact = sampled.pop(EXACT_MATCH)
-    results = {name: _result(name, runs, exact, sampled, list(kinds), outcomes, settings.confidence) for name in runs}
+    results = {name: _result(name, exact, sampled, systems) for name in systems.runs}
     teacher = results.pop(TEACHER_ARM)
     order = sorted(arms, key=lambda arm: -results[arm].exact_match)  # stable: equal scores stay in the study's order
-    closed = outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL}
-    contrast = _contrast(exact, order, runs, outcomes, settings.confidence, closed)
+    contrast = _contrast(exact, order, systems, closed=outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL})
     settings_of = varied({arm: study[arm].model_dump(mode="json", exclude={"seed"}, exclude_none=True) for arm in arms})
     complete = {
         arm: ArmResult(
             **results[arm].model_dump(),
             settings=settings_of[arm],
-            runs={run: float(np.mean([p.correct for p in outcomes.predictions[run]])) for run in runs[arm]},
+            runs={run: float(np.mean([p.correct for p in outcomes.predictions[run]])) for run in runs},
             share_of_teacher=results[arm].exact_match / teacher.exact_match if teacher.exact_match else None,
             share_ci95=_share(exact.draws(arm), exact.draws(TEACHER_ARM), settings.confidence) if teacher.exact_match else None,
             gains={base: gain for base in settings.baselines if (gain := contrast.gain(arm, base))},
-            **_cost([outcomes.costs[run] for run in runs[arm]]),
+            **_cost([outcomes.costs[run] for run in runs]),
         )
-        for arm in arms
+        for arm, runs in arms.items()
     }
     comparison = Comparison(
         headline="",
@@ -119,7 +134,7 @@ def compare(
         arms=complete,
         order=order,
         exact_match=contrast,
-        measures={name: _contrast(found, order, runs, outcomes, settings.confidence) for name, found in sampled.items()},
+        measures={name: _contrast(found, order, systems) for name, found in sampled.items()},
         published=published,
     )
     return comparison.model_copy(update={"headline": headline(comparison), "standing": standing(comparison)})
@@ -138,38 +153,29 @@ def _codes(values: list[str], names: list[str]) -> NDArray[np.int_]:
     return np.array([code[value] for value in values])
 
 
-def _sampled(
-    measure: str, outcomes: Outcomes, runs: Mapping[str, list[str]], kinds: list[str], settings: EvaluateSettings
-) -> Sampled:
-    found = {run: per_question(measure, outcomes.predictions[run], outcomes.likelihoods[run]) for run in outcomes.predictions}
+def _sampled(measure: str, systems: Systems) -> Sampled:
+    predictions, likelihoods, settings = systems.outcomes.predictions, systems.outcomes.likelihoods, systems.settings
+    found = {run: per_question(measure, predictions[run], likelihoods[run]) for run in predictions}
     values, weights = np.moveaxis(np.array(list(found.values())), -1, 0)
-    asked = outcomes.predictions[TEACHER_ARM]
+    asked = predictions[TEACHER_ARM]
     observed, resampled = bootstrap(
         values,
         images=_codes([p.image_id for p in asked], list(dict.fromkeys(p.image_id for p in asked))),
-        kinds=_codes([p.kind for p in asked], kinds),
+        kinds=_codes([p.kind for p in asked], list(systems.kinds)),
         resamples=settings.bootstrap_resamples,
         seed=settings.seed,
         weights=weights,
     )
     index = {run: row for row, run in enumerate(found)}
-    groups = [[index[run] for run in of_arm] for of_arm in runs.values()]
+    groups = [[index[run] for run in runs] for runs in systems.runs.values()]
     spread = float(between_seeds(observed.overall, groups))
-    return Sampled(
-        list(runs), *over_seeds(observed, resampled, groups, settings.seed), spread=None if np.isnan(spread) else spread
-    )
+    means = over_seeds(observed, resampled, groups, settings.seed)
+    return Sampled(list(systems.runs), *means, spread=None if np.isnan(spread) else spread)
 
 
-def _result(
-    name: str,
-    runs: Mapping[str, list[str]],
-    exact: Sampled,
-    others: Mapping[str, Sampled],
-    kinds: list[str],
-    outcomes: Outcomes,
-    confidence: float,
-) -> TeacherResult:
+def _result(name: str, exact: Sampled, others: Mapping[str, Sampled], systems: Systems) -> TeacherResult:
     row, observed, resampled = exact.names.index(name), exact.observed, exact.resampled
+    confidence, kinds = systems.settings.confidence, systems.kinds
     return TeacherResult(
         exact_match=exact.value(name),
         ci95=interval(exact.draws(name), confidence),
@@ -177,7 +183,7 @@ def _result(
         average_ci95=interval(resampled.average[:, row], confidence),
         per_kind={kind: float(observed.per_kind[row, k]) for k, kind in enumerate(kinds)},
         per_kind_ci95={kind: interval(resampled.per_kind[:, row, k], confidence) for k, kind in enumerate(kinds)},
-        yes_no=_mean_yes_no([outcomes.yes_no[run] for run in runs[name]]),
+        yes_no=_mean_yes_no([systems.outcomes.yes_no[run] for run in systems.runs[name]]),
         measures={
             measure: Estimate(
                 value=found.value(name),
@@ -186,7 +192,7 @@ def _result(
             )
             for measure, found in others.items()
         },
-        differs=[] if name == TEACHER_ARM else _differs(outcomes, runs[name], [TEACHER_ARM]),
+        differs=[] if name == TEACHER_ARM else systems.differs(name, TEACHER_ARM),
     )
 
 
@@ -208,25 +214,13 @@ def _cost(runs: list[Cost]) -> dict[str, Any]:
     }
 
 
-def _differs(outcomes: Outcomes, ours: Iterable[str], theirs: Iterable[str]) -> list[str]:
-    """Differences between the fingerprints of any two of the runs."""
-    prints = outcomes.fingerprints
-    return list(dict.fromkeys(what for a, b in product(ours, theirs) for what in differences(prints[a], prints[b])))
-
-
-def _contrast(
-    sampled: Sampled,
-    order: list[str],
-    runs: Mapping[str, list[str]],
-    outcomes: Outcomes,
-    confidence: float,
-    closed: Collection[str] = (),
-) -> Contrast:
+def _contrast(sampled: Sampled, order: list[str], systems: Systems, closed: Collection[str] = ()) -> Contrast:
     """Differences of each arm and each ranked below it. `closed`: yes/no kinds, for McNemar's test of two single runs."""
+    confidence, runs = systems.settings.confidence, systems.runs
     pairs = list(combinations(order, 2))
     gaps = [sampled.draws(arm) - sampled.draws(other) for arm, other in pairs]
     p_values = [p_value(gap) for gap in gaps]
-    right = {arm: [p.correct for p in outcomes.predictions[arm] if p.kind in closed] for arm in order}
+    right = {arm: [p.correct for p in systems.outcomes.predictions[arm] if p.kind in closed] for arm in order}
     return Contrast(
         pairs=[
             Difference(
@@ -237,7 +231,7 @@ def _contrast(
                 p_value=p,
                 p_holm=adjusted,
                 p_mcnemar=mcnemar(right[arm], right[other]) if closed and len(runs[arm] + runs[other]) == 2 else None,
-                differs=_differs(outcomes, runs[arm], runs[other]),
+                differs=systems.differs(arm, other),
             )
             for (arm, other), gap, p, adjusted in zip(pairs, gaps, p_values, holm(p_values), strict=True)
         ],
