@@ -57,7 +57,7 @@ class _Image(NamedTuple):
 def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
     """Overlap of all images and questions of `test` with those of `train`; images are decoded one at a time."""
     seen = [image for image in _images(train, "contamination: training images") if image.pixels]
-    here = _images(test, f"contamination: {split} images")
+    here = list(_images(test, f"contamination: {split} images"))
     pictured = [image for image in here if image.pixels]
     questions = [question for image in here for question in image.questions]
     asked_in_training = {question for image in seen for question in image.questions}
@@ -86,18 +86,15 @@ def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
     )
 
 
-def _images(samples: Samples, title: str) -> list[_Image]:
-    return [image for row in tqdm(range(samples.images), desc=title, unit="image") for image in _of_row(samples, row)]
-
-
-def _of_row(samples: Samples, row: int) -> Iterator[_Image]:
-    """Images of a row; its questions are attached to the first."""
-    about = samples.about(row)
-    asked = [question_of(turn) for sample in about if sample.kind != CAPTION for turn in sample.turns[:1]]
-    if not about[0].images:
-        yield _Image(about[0].image_id, None, 0, asked)
-    for number, content in enumerate(about[0].images):
-        with Image.open(io.BytesIO(content)) as image:
-            rgb = image.convert("RGB")
-            digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-        yield _Image(about[0].image_id, digest, dhash(rgb), asked if number == 0 else [])
+def _images(samples: Samples, title: str) -> Iterator[_Image]:
+    """All images of a split; the questions of a row are attached to its first."""
+    for row in tqdm(range(samples.images), desc=title, unit="image"):
+        about = samples.about(row)
+        asked = [question_of(turn) for sample in about if sample.kind != CAPTION for turn in sample.turns[:1]]
+        if not about[0].images:
+            yield _Image(about[0].image_id, None, 0, asked)
+        for number, content in enumerate(about[0].images):
+            with Image.open(io.BytesIO(content)) as image:
+                rgb = image.convert("RGB")
+                digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+            yield _Image(about[0].image_id, digest, dhash(rgb), asked if number == 0 else [])
