@@ -160,11 +160,12 @@ def _need(
 
 def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
     """Most frequent reference of each row's kind; ties by alphabetical order."""
+    asked = [(sample.kind, sample.turns[0].answer) for sample in (samples[row] for row in rows)]
     references: dict[str, list[str]] = {}
-    for row in rows:
-        references.setdefault(samples[row].kind, []).append(samples[row].turns[0].answer)
+    for kind, reference in asked:
+        references.setdefault(kind, []).append(reference)
     most = {kind: max(sorted(set(found)), key=found.count) for kind, found in references.items()}
-    return [most[samples[row].kind] for row in rows]
+    return [most[kind] for kind, _ in asked]
 
 
 def scores(controls: Controls) -> tuple[list[str], list[list[str]]]:
