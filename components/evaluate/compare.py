@@ -26,7 +26,7 @@ from components.evaluate import dvc_files
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import headline, leaders, listed, spoken, standing
 from components.evaluate.load_results import Outcomes, read
-from components.evaluate.measures import ALWAYS, EXACT_MATCH, per_question
+from components.evaluate.measures import ALWAYS, EXACT_MATCH, MEASURES
 from components.evaluate.metrics import OVERALL
 from components.evaluate.statistics import (
     Interval,
@@ -155,8 +155,9 @@ def _codes(values: list[str], names: list[str]) -> NDArray[np.int_]:
 
 def _sampled(measure: str, systems: Systems) -> Sampled:
     predictions, likelihoods, settings = systems.outcomes.predictions, systems.outcomes.likelihoods, systems.settings
-    found = {run: per_question(measure, predictions[run], likelihoods[run]) for run in predictions}
-    values, weights = np.moveaxis(np.array(list(found.values())), -1, 0)
+    terms = MEASURES[measure].terms
+    found = [[terms(p, told) for p, told in zip(predictions[run], likelihoods[run], strict=True)] for run in predictions]
+    values, weights = np.moveaxis(np.array(found, dtype=np.float64), -1, 0)
     asked = predictions[TEACHER_ARM]
     observed, resampled = bootstrap(
         values,
@@ -166,7 +167,7 @@ def _sampled(measure: str, systems: Systems) -> Sampled:
         seed=settings.seed,
         weights=weights,
     )
-    index = {run: row for row, run in enumerate(found)}
+    index = {run: row for row, run in enumerate(predictions)}
     groups = [[index[run] for run in runs] for runs in systems.runs.values()]
     spread = float(between_seeds(observed.overall, groups))
     means = over_seeds(observed, resampled, groups, settings.seed)

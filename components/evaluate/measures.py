@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from components.evaluate.metrics import token_f1
-from components.evaluate.scorers import SCORERS
+from components.evaluate.scorers import SCORERS, Scorer
 from components.records.evaluate import Likelihood, Prediction
 from components.report.markdown import signed
 
@@ -15,12 +15,13 @@ EXACT_MATCH = "exact_match"
 
 @dataclass(frozen=True)
 class Measure:
-    """Title, unit and number format of a measure."""
+    """Title, unit and number format of a measure, and the terms of its two sums."""
 
     title: str
     unit: str  # unit of a difference
     scale: float  # factor from the stored number to the one shown
     digits: int
+    terms: Callable[[Prediction, Likelihood], tuple[float, float]]  # value and weight of one question
     lower_is_better: bool = False
 
     def said(self, value: float) -> str:
@@ -30,26 +31,19 @@ class Measure:
         return signed(self.scale * value, self.digits)
 
 
+def _of_scorer(scorer: Scorer) -> Measure:
+    return Measure(f"{scorer.title}, %", "points", 100, 1, lambda p, _: (scorer.worth(p), 1))
+
+
 MEASURES = {
-    EXACT_MATCH: Measure("exact match, %", "points", 100, 1),
-    "token_f1": Measure("token F1, %", "points", 100, 1),
-    "nats_per_token": Measure("nats per reference token", "nats", 1, 3, lower_is_better=True),
-    "kl_per_token": Measure("KL from the teacher, nats per token", "nats", 1, 3, lower_is_better=True),
+    EXACT_MATCH: Measure("exact match, %", "points", 100, 1, lambda p, _: (p.correct, 1)),
+    "token_f1": Measure("token F1, %", "points", 100, 1, lambda p, _: (token_f1(p.answer, p.reference), 1)),
+    "nats_per_token": Measure(
+        "nats per reference token", "nats", 1, 3, lambda _, one: (one.nats, one.tokens), lower_is_better=True
+    ),
+    "kl_per_token": Measure(
+        "KL from the teacher, nats per token", "nats", 1, 3, lambda _, one: (one.kl or 0, one.tokens), lower_is_better=True
+    ),  # of the teacher from itself: 0
 }
 ALWAYS = tuple(MEASURES)
-MEASURES |= {name: Measure(f"{scorer.title}, %", "points", 100, 1) for name, scorer in SCORERS.items()}
-
-
-def per_question(
-    measure: str, predictions: Sequence[Prediction], likelihoods: Sequence[Likelihood]
-) -> list[tuple[float, float]]:
-    """(value, weight) per question of one run. The teacher's KL from itself is 0."""
-    if measure == EXACT_MATCH:
-        return [(float(p.correct), 1.0) for p in predictions]
-    if measure == "token_f1":
-        return [(token_f1(p.answer, p.reference), 1.0) for p in predictions]
-    if measure in SCORERS:
-        return [(SCORERS[measure].worth(p), 1.0) for p in predictions]
-    if measure == "nats_per_token":
-        return [(one.nats, one.tokens) for one in likelihoods]
-    return [(one.kl or 0.0, one.tokens) for one in likelihoods]
+MEASURES |= {name: _of_scorer(scorer) for name, scorer in SCORERS.items()}
