@@ -196,41 +196,35 @@ def _notes(comparison: Comparison, speed: SpeedReport | None) -> list[str]:
     ]
 
 
-def cells(row: Row) -> list[str]:
-    """Formatted cells of a row."""
+def cells(row: Row, noise: Mapping[str, float | None]) -> dict[str, str]:
+    """Formatted cells of a row by the title of their column, which has the noise of its benchmark."""
     low, high = row.own_ci95 or (0.0, 0.0)
-    return [
-        row.name,
-        _shown(row.own, f"{{:.1f}} [{low:.1f}, {high:.1f}]"),
-        *(_shown(row.scores[name]) for name in PAPER),
-        _shown(row.average if row.average is None else _rounded(row.average)),
-        *(DASH if gain is None else signed(gain) for gain in (row.gain_sft, row.gain_kd)),
-        _shown(row.parameters, "{:,}"),
-        _shown(row.tokens_per_second, "{:,.0f}"),
-        _shown(row.first_token_ms),
-        _shown(row.memory_mib, "{:,.0f}"),
-    ]
+    beside = {name: "" if gap is None else f" (±{gap:.1f})" for name, gap in noise.items()}
+    return {
+        "model": row.name,
+        "exact match, %": _shown(row.own, f"{{:.1f}} [{low:.1f}, {high:.1f}]"),
+        **{BENCHMARKS[name].title + beside[name]: _shown(score) for name, score in row.scores.items()},
+        "average": _shown(None if row.average is None else _rounded(row.average)),
+        "over SFT, % of it": DASH if row.gain_sft is None else signed(row.gain_sft),
+        "over KD, % of it": DASH if row.gain_kd is None else signed(row.gain_kd),
+        "parameters": _shown(row.parameters, "{:,}"),
+        "tokens/s": _shown(row.tokens_per_second, "{:,.0f}"),
+        "first token, ms": _shown(row.first_token_ms),
+        "memory, MiB": _shown(row.memory_mib, "{:,.0f}"),
+    }
 
 
 def _shown(value: float | None, how: str = "{:.1f}") -> str:
     return DASH if value is None else how.format(value)
 
 
-def header(board: Leaderboard) -> list[str]:
-    noise = {name: "" if gap is None else f" (±{gap:.1f})" for name, gap in board.noise.items()}
-    return [
-        "model", "exact match, %", *(BENCHMARKS[name].title + noise[name] for name in PAPER), "average", "over SFT, % of it",
-        "over KD, % of it", "parameters", "tokens/s", "first token, ms", "memory, MiB",
-    ]  # fmt: skip
-
-
 def halves(board: Leaderboard) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
     """Our rows, then the published ones: title, header, and each row with its cells; columns empty in a half are dropped."""
     found = []
     for title, ours in ((f"Ours, on {board.own_questions}", True), ("Published, on the paper's benchmarks", False)):
-        rows = [(row, cells(row)) for row in board.rows if row.ours == ours]
-        kept = [i for i, column in enumerate(zip(*(shown for _, shown in rows), strict=True)) if set(column) != {DASH}]
-        found.append((title, [header(board)[i] for i in kept], [(row, [shown[i] for i in kept]) for row, shown in rows]))
+        rows = [(row, cells(row, board.noise)) for row in board.rows if row.ours == ours]
+        kept = [name for name in rows[0][1] if any(shown[name] != DASH for _, shown in rows)]
+        found.append((title, kept, [(row, [shown[name] for name in kept]) for row, shown in rows]))
     return found
 
 

@@ -107,11 +107,11 @@ def test_our_rows_come_first_and_say_what_they_measured(board: Leaderboard, fini
 def test_what_was_not_measured_is_a_dash(board: Leaderboard, finished: Finished) -> None:
     for row in board.rows:
         assert (row.tokens_per_second, row.first_token_ms, row.memory_mib) == (None, None, None)
-        assert cells(row)[-3:] == ["\N{EN DASH}"] * 3
+        assert list(cells(row, board.noise).values())[-3:] == ["\N{EN DASH}"] * 3
     assert "not measured: `alignti leaderboard --measure` does" in markdown(board)
     _, comparison, study = finished
     timed = build(comparison, INDEX, TEACHER, study, SpeedReport(questions=250, models={"teacher": SPEED, "kd": SPEED}))
-    shown = {row.name: cells(row)[-3:] for row in timed.rows if row.ours}
+    shown = {row.name: list(cells(row, timed.noise).values())[-3:] for row in timed.rows if row.ours}
     assert shown["teacher"] == shown["kd"] == ["512", "12.3", "6"]
     assert shown["sft"] == ["\N{EN DASH}"] * 3
     assert "250 questions to each model in one run on cpu" in markdown(timed)
