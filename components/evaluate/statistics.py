@@ -103,16 +103,15 @@ def over_seeds(observed: Scored, resampled: Scored, runs: Sequence[Sequence[int]
         runs: indices of each arm's runs. The first arm is the teacher, which is fixed and has no seed error.
     """
     freedom = sum(len(these) - 1 for these in runs)
-    means = [_averaged(scored, runs) for scored in (observed, resampled)]
+    mean, drawn = (_averaged(scored, runs) for scored in (observed, resampled))
     if not freedom:
-        return means[0], means[1]
+        return mean, drawn
     random, resamples = np.random.default_rng(seed), len(resampled.overall)
     share = np.array([0.0, *(len(these) ** -0.5 for these in runs[1:])])
     scale = np.sqrt(freedom / random.chisquare(freedom, size=(resamples, 1)))
     error = scale * share * random.standard_normal((resamples, len(runs)))
     overall, average, per_kind = (between_seeds(getattr(observed, f.name), runs) for f in fields(Scored))
-    drawn = means[1]
-    return means[0], Scored(
+    return mean, Scored(
         drawn.overall + error * overall, drawn.average + error * average, drawn.per_kind + error[..., None] * per_kind
     )
 
