@@ -90,7 +90,7 @@ def stage_run(
     began = time.monotonic()
     status = "FAILED"
     try:
-        with system_metrics.metered(run, runtime, warn) if works else contextlib.nullcontext():
+        with system_metrics.metered(run, runtime) if works else contextlib.nullcontext():
             yield run
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):

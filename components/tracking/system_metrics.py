@@ -9,16 +9,17 @@ readable counter nothing is recorded, and a tag of the run gives the reason.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from components.config.runtime import RuntimeSettings
-from components.tracking.journal import Run
+from components.tracking.journal import Run, warn
 
 SAMPLE_S = 10
 POWERCAP = Path("/sys/class/powercap")
@@ -64,9 +65,9 @@ class Gpu:
         }
 
 
-def packages(root: Path = POWERCAP) -> tuple[list[Package], str | None]:
+def packages() -> tuple[list[Package], str | None]:
     """RAPL counters of the processor packages, or none and the reason."""
-    zones = sorted(root.glob("intel-rapl:[0-9]*"))  # the name on AMD too; intel-rapl:0:0 is a part of intel-rapl:0
+    zones = sorted(POWERCAP.glob("intel-rapl:[0-9]*"))  # the name on AMD too; intel-rapl:0:0 is a part of intel-rapl:0
     try:
         found = [
             Package(zone / "energy_uj", int((zone / "max_energy_range_uj").read_text()))
@@ -75,7 +76,7 @@ def packages(root: Path = POWERCAP) -> tuple[list[Package], str | None]:
         ]
     except OSError as error:
         return [], f"not measured: {error.filename} may not be read ({error.strerror})"
-    return found, None if found else f"not measured: there is no RAPL counter in {root}"
+    return found, None if found else f"not measured: there is no RAPL counter in {POWERCAP}"
 
 
 def gpus(nvml: Any = None) -> tuple[list[Gpu], str | None]:
@@ -134,7 +135,7 @@ class Meter:
 
 
 @contextmanager
-def metered(run: Run, runtime: RuntimeSettings, warn: Callable[[str], None]) -> Iterator[None]:
+def metered(run: Run, runtime: RuntimeSettings) -> Iterator[None]:
     """Sample into `run` during the block and record its energy at the end. A failing counter ends the sampling only."""
     here, no_gpus = ([], "not measured: params/runtime.yaml says cpu") if runtime.device == "cpu" else gpus()
     there, no_packages = packages()
@@ -144,11 +145,9 @@ def metered(run: Run, runtime: RuntimeSettings, warn: Callable[[str], None]) -> 
     meter, done = Meter(here, there), threading.Event()
 
     def watch() -> None:
-        step = 0
-        with _faults_told(warn):
-            while True:
+        with _faults_told():
+            for step in itertools.count():
                 run.metrics(meter.sample(), step)
-                step += 1
                 if done.wait(SAMPLE_S):
                     return
 
@@ -159,12 +158,12 @@ def metered(run: Run, runtime: RuntimeSettings, warn: Callable[[str], None]) -> 
     finally:
         done.set()
         watcher.join()
-        with _faults_told(warn):
+        with _faults_told():
             run.metrics(meter.energy())
 
 
 @contextmanager
-def _faults_told(warn: Callable[[str], None]) -> Iterator[None]:
+def _faults_told() -> Iterator[None]:
     """Warning for a sampling fault (a GPU off its bus, a vanished file, a hidden process), which does not end the stage."""
     try:
         yield

@@ -74,7 +74,6 @@ def powercap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / zone / "energy_uj").write_text(f"{WRAP - 3_600_000_000}\n")
         (root / zone / "max_energy_range_uj").write_text(f"{WRAP}\n")
     monkeypatch.setattr(system_metrics, "POWERCAP", root)
-    monkeypatch.setattr(system_metrics.packages, "__defaults__", (root,))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("components.config.recipes.nearest", lambda: ("digits", 0))
     return root
