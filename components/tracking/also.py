@@ -88,15 +88,13 @@ def follow(name: str, journal: Path) -> None:
     state, complete, tracker = journal.with_suffix(f".{name}"), False, None
     while True:
         lines = _left(journal, state)
-        if lines and tracker is None:
-            tracker = TRACKERS[name](first_event(journal), journal.stem)
         for line in lines:
-            assert tracker is not None
+            tracker = tracker or TRACKERS[name](first_event(journal), journal.stem)
             tracker.take(line)
         if complete or any(line["event"] == "end" for line in lines):
             break
         complete = bool(select.select([sys.stdin], [], [], PAUSE_S)[0])
-    if tracker is not None:
+    if tracker:
         tracker.close()
 
 

@@ -42,6 +42,7 @@ One run per stage, `tags.stage = "distill"`, below its pipeline or `dvc repro`: 
 Cells of a study: `tags.stage = "cell" and tags.study = "NAME"`; `alignti compare NAME` says what they show.""",
 }
 
+UNSENT: dict[str, Any] = {"run_id": None, "bytes": 0, "done": False}  # state of a journal of which MLflow has nothing
 ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run, read by `alignti reproduce`
 
 
@@ -52,13 +53,11 @@ class Mirror:
         self._journal = journal
         self._uri = tracking_uri
         self._state_file = journal.with_suffix(".sent")
-        self._state: dict[str, Any] = {"run_id": None, "bytes": 0, "done": False}
-        if self._state_file.exists():
-            self._state = parsed(self._state_file)
+        self._state = parsed(self._state_file) if self._state_file.exists() else dict(UNSENT)
         self._opening = first_event(journal)
         self._client = client(tracking_uri)
         if self._state["run_id"] is not None and not self._has(self._state["run_id"]):
-            self._state |= {"run_id": None, "bytes": 0, "done": False}  # deleted, or another database: resend everything
+            self._state |= UNSENT  # deleted, or another database: resend everything
 
     def _has(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
