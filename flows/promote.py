@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import AlignTIError, InputError, TryAgainError
@@ -23,6 +25,7 @@ from components.records.record import Record
 from components.tracking import journal, mlflow_registry, mlflow_sync
 from components.tracking.mlflow_client import asking, client
 from components.tracking.mlflow_registry import CANDIDATE, CHAMPION, Version
+from components.tracking.outcome import FINGERPRINT
 from components.tracking.stage_run import JOURNAL_ONLY
 from flows import dvc
 
@@ -196,9 +199,8 @@ def _recorded(version: Version) -> Answers:
             dvc.bring(md5, Path(folder) / "scores")
         except InputError as error:
             raise InputError(f"the answers of {version} are not here: {error}") from None
-        said = mlflow_registry.fingerprint(version)
-        measured = None if said is None else Fingerprint.model_validate(said)
-        return read_predictions(Path(folder) / "scores/predictions.jsonl"), measured
+        fingerprint = TypeAdapter(Fingerprint | None).validate_json(version.tags.get(FINGERPRINT, "null"))
+        return read_predictions(Path(folder) / "scores/predictions.jsonl"), fingerprint
 
 
 def _measured(version: Version, settings: Settings) -> Answers:

@@ -6,7 +6,6 @@ A version points to an external logged model: its weights stay with DVC, under t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ class Version:
     md5: str
     run_id: str
     tags: Mapping[str, str]
-    aliases: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"version {self.number} ({self.arm})"
@@ -97,11 +95,6 @@ def comment(client: Any, version: Version, why: Mapping[str, str]) -> None:
         client.set_model_version_tag(version.model, version.number, key, value)
 
 
-def fingerprint(version: Version) -> Any:
-    """Evaluation fingerprint, as in `components/records/evaluate.py`; None if not recorded."""
-    return json.loads(version.tags.get("eval.fingerprint", "null"))
-
-
 def _make_model(client: Any, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -138,6 +131,4 @@ def _or_none(read: Any) -> Version | None:
 
 def _version(client: Any, made: Any) -> Version:
     tags = {**client.get_logged_model(made.source.removeprefix("models:/")).tags, **made.tags}
-    return Version(
-        made.name, str(made.version), tags.get("arm", "?"), tags.get(MD5, "?"), made.run_id, tags, tuple(made.aliases)
-    )
+    return Version(made.name, str(made.version), tags.get("arm", "?"), tags.get(MD5, "?"), made.run_id, tags)

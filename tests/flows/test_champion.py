@@ -237,7 +237,7 @@ def test_the_first_champion_knows_more_than_the_most_frequent_answers(
     ]
     monkeypatch.setattr(promote, "_recorded", lambda _: (answers, None))
     tags = {"recipe": "smoke", "exact_match": str(right / 4)}
-    version = mlflow_registry.Version(model="tests", number="1", arm="sft", md5="0", run_id="0", tags=tags, aliases=())
+    version = mlflow_registry.Version(model="tests", number="1", arm="sft", md5="0", run_id="0", tags=tags)
     verdict = promote._verdict(version, None, load_settings(), measure=False)
     assert verdict.promoted is promoted
     assert f"{right / 4:.1%} on 4 questions, recipe smoke; the most frequent answer to each kind gives 50.0%" in verdict.why
