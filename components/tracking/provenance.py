@@ -35,7 +35,6 @@ CODE = ("components", "dvc.yaml", "data.dvc", ".dvc/config")  # code and data th
 class Declared:
     """Stage as declared in `dvc.yaml`, its arm filled in."""
 
-    stage: str
     command: str
     deps: list[str]
     params: dict[str, list[str] | None]  # file -> the keys read, None for all
@@ -53,7 +52,6 @@ class Declared:
             return None
         body = json.loads(json.dumps(stages[name].get("do", stages[name])).replace("${key}", arm).replace("${item}", arm))
         return cls(
-            stage=stage,
             command=body["cmd"],
             deps=body.get("deps", []),
             params={file: keys for entry in body.get("params", []) for file, keys in _params(entry)},

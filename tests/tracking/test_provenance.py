@@ -49,7 +49,7 @@ def test_params_that_a_stage_does_not_read_do_not_count(tmp_path: Path, monkeypa
 
     def fingerprint(text: str) -> str:
         (tmp_path / "params/study.yaml").write_text(text)
-        return Declared("distill@kd", "c", [], {"params/study.yaml": ["arms.kd"]}, []).fingerprint()
+        return Declared("c", [], {"params/study.yaml": ["arms.kd"]}, []).fingerprint()
 
     assert fingerprint("arms: {kd: {seed: 1}, sft: {seed: 1}}") == fingerprint("arms: {kd: {seed: 1}}")
     assert fingerprint("arms: {kd: {seed: 2}}") != fingerprint("arms: {kd: {seed: 1}}")
