@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flows import heartbeat, servers, workspace
@@ -18,7 +19,6 @@ from flows import heartbeat, servers, workspace
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
-    from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 
 DEPLOYMENT = "deployment:"  # Prefect's prefix of a deployment's limit
 PENDING = timedelta(minutes=10)  # a worker that takes a run starts its process at once
@@ -64,9 +64,20 @@ def _on_server() -> Iterator[Leak]:
 
     with get_client(sync_client=True) as client:
         before, limits, after = _holding(client), client.read_global_concurrency_limits(limit=200), _holding(client)
-        holding = {run.id: run for run in [*before, *after]}  # with runs that began or ended while the limits were read
-        yield from (_as_leak(run) for run in after if _died(run))
-        yield from _surplus(client, limits, list(holding.values()))
+        for run in filter(_died, after):
+            assert run.state is not None
+            where = f" of pool {run.work_pool_name}, queue {run.work_queue_name}" if run.work_pool_name else ""
+            what = f"flow run {run.name} says {run.state.name}, but its process is gone: its slot{where}"
+            yield Leak(what, partial(_crash, run))
+        holding = {run.id: run for run in [*before, *after]}.values()  # with runs that began or ended between the two
+        per_deployment = Counter(f"{DEPLOYMENT}{run.deployment_id}" for run in holding)
+        for limit in limits:
+            of_deployment = limit.name.startswith(DEPLOYMENT)
+            surplus = limit.active_slots - (per_deployment[limit.name] if of_deployment else len(holding))
+            if surplus > 0 and (of_deployment or not holding):  # which runs hold another limit's slots is not known
+                deployment = limit.name.removeprefix(DEPLOYMENT)
+                shown = f"deployment {client.read_deployment(deployment).name}" if of_deployment else limit.name
+                yield Leak(f"{surplus} slot(s) of {shown} that no run holds", partial(_release, limit.name, surplus))
 
 
 def _holding(client: SyncPrefectClient) -> list[FlowRun]:
@@ -90,39 +101,19 @@ def _died(run: FlowRun) -> bool:
     return run.state.is_pending() and datetime.now(UTC) - run.state.timestamp > PENDING
 
 
-def _as_leak(run: FlowRun) -> Leak:
+def _crash(run: FlowRun) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import State
     from prefect.states import Crashed
 
-    assert run.state is not None
-
-    def end() -> None:
-        with get_client(sync_client=True) as client:
-            state: State[None] = Crashed(message="Its process died without a word; `alignti doctor` ended the run.")
-            client.set_flow_run_state(run.id, state, force=True)
-        heartbeat.forget(str(run.id))
-
-    where = f" of pool {run.work_pool_name}, queue {run.work_queue_name}" if run.work_pool_name else ""
-    return Leak(f"flow run {run.name} says {run.state.name}, but its process is gone: its slot{where}", end)
+    with get_client(sync_client=True) as client:
+        state: State[None] = Crashed(message="Its process died without a word; `alignti doctor` ended the run.")
+        client.set_flow_run_state(run.id, state, force=True)
+    heartbeat.forget(str(run.id))
 
 
-def _surplus(client: SyncPrefectClient, limits: list[GlobalConcurrencyLimitResponse], holding: list[FlowRun]) -> Iterator[Leak]:
-    """Limits with more slots taken than there are runs, dead or alive; those of no deployment only if there is no run."""
-    per_deployment = Counter(f"{DEPLOYMENT}{run.deployment_id}" for run in holding)
-    for limit in limits:
-        held = per_deployment[limit.name] if limit.name.startswith(DEPLOYMENT) else len(holding)
-        if limit.active_slots > held and (limit.name.startswith(DEPLOYMENT) or not holding):
-            yield _as_surplus(client, limit.name, limit.active_slots - held)
-
-
-def _as_surplus(client: SyncPrefectClient, name: str, slots: int) -> Leak:
+def _release(limit: str, slots: int) -> None:
     from prefect.client.orchestration import get_client
 
-    def release() -> None:
-        with get_client(sync_client=True) as client:
-            client.release_concurrency_slots([name], slots, occupancy_seconds=1)
-
-    of_deployment = name.startswith(DEPLOYMENT)
-    shown = f"deployment {client.read_deployment(name.removeprefix(DEPLOYMENT)).name}" if of_deployment else name
-    return Leak(f"{slots} slot(s) of {shown} that no run holds", release)
+    with get_client(sync_client=True) as client:
+        client.release_concurrency_slots([limit], slots, occupancy_seconds=1)
