@@ -141,10 +141,12 @@ def client_environment() -> dict[str, str]:
 
     Raises InputError if there are neither.
     """
-    environment = {
-        **(_named() or {"ALIGNTI_TRACKING_URI": running("mlflow").url, "PREFECT_API_URL": running("prefect").url + "/api"}),
-        "PREFECT_HOME": str((HOME / "prefect-home").resolve()),
-    }
+    elsewhere = ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL")
+    if not started() and all(name in os.environ for name in elsewhere):  # as for a worker of a pool on another machine
+        environment = {name: os.environ[name] for name in elsewhere}
+    else:
+        environment = {"ALIGNTI_TRACKING_URI": running("mlflow").url, "PREFECT_API_URL": running("prefect").url + "/api"}
+    environment["PREFECT_HOME"] = str((HOME / "prefect-home").resolve())
     if given := os.environ.get(AUTH):
         user, _, password = given.partition(":")
         environment |= {
@@ -153,14 +155,6 @@ def client_environment() -> dict[str, str]:
             "MLFLOW_TRACKING_PASSWORD": password,
         }
     return environment
-
-
-def _named() -> dict[str, str] | None:
-    """Servers of another machine in the environment, as for a worker of a pool; None if this folder has its own."""
-    names = ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL")
-    if started() or not all(name in os.environ for name in names):
-        return None
-    return {name: os.environ[name] for name in names}
 
 
 @contextlib.contextmanager
@@ -177,15 +171,11 @@ def asking_prefect() -> Iterator[None]:
         raise (InputError if refused else TryAgainError)(told) from None
 
 
-def use_running() -> bool:
-    """Add `client_environment` to this process's environment; variables that are set win. False if there are no servers."""
-    try:
-        environment = client_environment()
-    except InputError:
-        return False
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    return True
+def use_running() -> None:
+    """Add `client_environment`, if there are servers, to this process's environment; variables that are set win."""
+    with contextlib.suppress(InputError):
+        for name, value in client_environment().items():
+            os.environ.setdefault(name, value)
 
 
 def _port_free(host: str, port: int, name: Name) -> None:
