@@ -42,18 +42,17 @@ def deploy(at_once: int | None = None) -> Iterator[str]:
 
     `at_once`: concurrency limit of this machine's pool, if it is not alone in it; else the number of its devices.
     """
-    environment = os.environ | servers.client_environment() | {"ALIGNTI_POOL": name()}
-    os.environ |= environment
+    os.environ |= servers.client_environment() | {"ALIGNTI_POOL": name()}
     limits = {"cpu": 1, "gpu": max(len(devices.gpus()), 1), STUDIES: AT_ONCE}
     if at_once:
         limits[name()] = at_once
     for pool, limit in limits.items():
         _make_pool(pool, limit)
         yield f"pool {pool}: {limit} flow run(s) at a time; queues {', '.join(QUEUES)}"
-    done = subprocess.run([*PREFECT, "deploy", "--all"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*PREFECT, "deploy", "--all"], capture_output=True, text=True)
     if done.returncode:
         raise AlignTIError(f"`prefect deploy` failed:\n{(done.stdout + done.stderr)[-3000:].strip()}")
-    page = environment["PREFECT_API_URL"].removesuffix("/api")
+    page = os.environ["PREFECT_API_URL"].removesuffix("/api")
     yield f"deployments of prefect.yaml, on pool {name()}; start them at {page}/deployments"
 
 
