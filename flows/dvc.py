@@ -30,6 +30,7 @@ WATCH_S = 1  # polling interval of a running stage
 BAR_S = 15  # between two printed states of a labelled progress bar
 
 Outcome = Literal["unchanged", "restored", "ran"]
+StopWhen = Callable[[], str | None]  # asked each second while a stage runs; a reason ends the stage
 Say = Callable[[str], None]  # takes a line with its ending, a carriage return for a redrawn progress bar
 _running: set[subprocess.Popen[bytes]] = set()
 _starting = threading.Lock()
@@ -122,14 +123,14 @@ def _mend_rwlock() -> None:
 def reproduce(
     stage: str,
     env: Mapping[str, str] | None = None,
-    stop_when: Callable[[], str | None] | None = None,
+    stop_when: StopWhen | None = None,
     anew: bool = False,
     say: Say | None = None,
 ) -> Outcome:
     """Run `stage` alone if it is stale; the caller takes care of the stages before it.
 
-    `stop_when` is polled each second; a reason that it returns ends the stage. `anew`: run it even if DVC has its result. `say`
-    is called with each line and each state of a progress bar that the stage prints; else they are passed on as they are.
+    `anew`: run it even if DVC has its result. `say` is called with each line and each state of a progress bar that the stage
+    prints; else they are passed on as they are.
 
     Raises:
         StageFailed: with the stage's exit code.
@@ -141,7 +142,7 @@ def reproduce(
 
 def reproduce_all(targets: Sequence[str] = ()) -> Outcome:
     """Plain `dvc repro` (of `targets` and their dependencies): "unchanged" when it had nothing to do. Raises StageFailed."""
-    return _repro("(all)", list(targets), None, None)
+    return _repro("(all)", targets)
 
 
 def stop_all() -> None:
@@ -258,9 +259,9 @@ def _command(*words: str) -> subprocess.CompletedProcess[str]:
 
 def _repro(
     stage: str,
-    words: list[str],
-    env: Mapping[str, str] | None,
-    stop_when: Callable[[], str | None] | None,
+    words: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    stop_when: StopWhen | None = None,
     say: Say | None = None,
 ) -> Outcome:
     with _starting:
@@ -294,7 +295,7 @@ def _repro(
 
 
 @contextmanager
-def _watched(process: subprocess.Popen[bytes], stop_when: Callable[[], str | None] | None) -> Iterator[list[str]]:
+def _watched(process: subprocess.Popen[bytes], stop_when: StopWhen | None) -> Iterator[list[str]]:
     """Watch the running process: stop it for a reason of `stop_when`, and stop its stage if DVC itself was killed."""
     reasons: list[str] = []
     done = threading.Event()
@@ -351,13 +352,11 @@ class Labelled:
         self._label, self._verbose, self._shown, self._last = label, verbose, time.monotonic(), ""
 
     def __call__(self, line: str) -> None:
-        bar = BAR.search(line)
-        if self._verbose or WARNING.search(line):
-            if line.endswith("\n") or time.monotonic() - self._shown > BAR_S:
-                self._print(line)
-        elif bar and time.monotonic() - self._shown > BAR_S:
+        bar, told = BAR.search(line), self._verbose or WARNING.search(line)
+        due = time.monotonic() - self._shown > BAR_S
+        if (told and line.endswith("\n")) or ((told or bar) and due):
             self._print(line)
-        elif not bar and not TO_A_TERMINAL.search(line):
+        elif not (told or bar or TO_A_TERMINAL.search(line)):
             self._last = line
 
     def close(self) -> None:

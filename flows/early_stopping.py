@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from components.tracking.journal import JOURNALS, events
+from flows.dvc import StopWhen
 
 LOSS = "loss/total"
 
 
-def diverged(arm: str, above: float | None) -> Callable[[], str | None] | None:
+def diverged(arm: str, above: float | None) -> StopWhen | None:
     """`stop_when` of `dvc.reproduce` for `arm`: a reason once the loss is not finite or `above` times its first."""
     if above is None:
         return None

@@ -63,9 +63,7 @@ def retried(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
 
 
 @retried("{stage}")
-def run_stage(
-    stage: str, parent: str, slots: threading.Semaphore, stop_when: Callable[[], str | None] | None = None
-) -> dvc.Outcome:
+def run_stage(stage: str, parent: str, slots: threading.Semaphore, stop_when: dvc.StopWhen | None = None) -> dvc.Outcome:
     with slots, devices.one() as device:
         return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when, say=StageLog(stage))
 
