@@ -24,10 +24,10 @@ def plan(settings: Settings) -> tuple[list[Step], str, str | None]:
     """Steps in DVC's order, the source of their times, and the recipe nearest to `settings`."""
     recipe, differing = recipes.nearest()
     expected = _expected(recipe, settings)
-    steps = foresee(dvc.graph(), dvc.status())
-    timed = [Step(step.stage, step.reasons, _seconds(step.stage, recipe, expected)) for step in steps]
+    reasons = foresee(dvc.graph(), dvc.status())
+    steps = [Step(stage, why, _seconds(stage, recipe, expected)) for stage, why in reasons.items()]
     same = "is" if not differing else f"in {differing} value(s) differs from"
-    return timed, f"from the last runs here, else what the recipe expects (params/ {same} {recipe})", recipe
+    return steps, f"from the last runs here, else what the recipe expects (params/ {same} {recipe})", recipe
 
 
 def _expected(recipe: str | None, settings: Settings) -> dict[str, float]:
@@ -43,14 +43,13 @@ def _expected(recipe: str | None, settings: Settings) -> dict[str, float]:
     return found.seconds if found else {}
 
 
-def foresee(graph: dict[str, list[str]], status: dict[str, Any]) -> list[Step]:
-    """One step per stage; those that DVC calls changed and all downstream have reasons (DVC skips those with equal inputs)."""
-    steps: dict[str, Step] = {}
+def foresee(graph: dict[str, list[str]], status: dict[str, Any]) -> dict[str, list[str]]:
+    """Reasons to run per stage: of those that DVC calls changed and all downstream (DVC skips those with equal inputs)."""
+    reasons: dict[str, list[str]] = {}
     for stage, needs in graph.items():
-        reasons = _reasons(status.get(stage, []))
-        reasons += [f"after {before}" for before in needs if steps[before].reasons]
-        steps[stage] = Step(stage, reasons, None)
-    return list(steps.values())
+        downstream_of = [f"after {before}" for before in needs if reasons[before]]
+        reasons[stage] = _reasons(status.get(stage, [])) + downstream_of
+    return reasons
 
 
 def _reasons(changes: list[Any]) -> list[str]:
