@@ -21,6 +21,7 @@ from components.records.paths import REPORTS
 from components.records.record import Absent
 from components.tracking import history
 from components.tracking.journal import Run
+from components.tracking.mlflow_client import one_line
 
 REPORT = REPORTS / "report.html"
 COMPARISON = REPORTS / "compare.json"
@@ -40,22 +41,15 @@ def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
     began = time.monotonic()
     bar = put(create_progress_artifact, progress=0.0, key=f"{key}-progress", description=f"0 of {len(names)} {what} done")
     for future in as_completed(list(futures.values())):
-        became[names[id(future)]] = _became(future)
+        name = names[id(future)]
+        became[name] = _became(future)
         if bar is not None:
-            put(
-                update_progress_artifact,
-                artifact_id=bar,
-                progress=100 * len(became) / len(names),
-                description=f"{len(became)} of {len(names)} {what} done; the last was {names[id(future)]},"
-                f" {time.monotonic() - began:.0f} s after the start",
-            )
+            done = f"{len(became)} of {len(names)} {what} done"
+            told = f"{done}; the last was {name}, {time.monotonic() - began:.0f} s after the start"
+            put(update_progress_artifact, artifact_id=bar, progress=100 * len(became) / len(names), description=told)
     table = [{"name": name, "outcome": became[name]} for name in futures]
-    put(
-        create_table_artifact,
-        key=key,
-        table=table,
-        description=f"What became of the {what}: ran, restored, unchanged, or why not",
-    )
+    told = f"What became of the {what}: ran, restored, unchanged, or why not"
+    put(create_table_artifact, key=key, table=table, description=told)
 
 
 def leaderboard() -> None:
@@ -120,7 +114,7 @@ def put(show: Shown, **what: Any) -> Any:
     try:
         return show(**what)
     except Exception as error:  # any fault of server, database or network: no stage fails for it
-        get_logger("alignti").warning("not shown on the flow run's page: %s", redacted(" ".join(str(error).split())[:LONGEST]))
+        get_logger("alignti").warning("not shown on the flow run's page: %s", redacted(one_line(error)))
         return None
 
 
