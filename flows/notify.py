@@ -8,12 +8,12 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
 from typing import Any
 
+from components.errors import redacted
 from components.tracking import journal
 
 WEBHOOK = "ALIGNTI_WEBHOOK"
@@ -41,8 +41,6 @@ def failed(flow: Any, flow_run: Any, state: Any) -> None:
     """Prefect hook for failed or crashed flow runs; a subflow is reported by its parent."""
     if flow_run.parent_task_run_id is not None:
         return
-    message = re.sub(r"//[^/@\s]+@", "//***@", state.message or "")[:CHARS]
+    facts = {"flow": flow.name, "flow_run": flow_run.name, "flow_run_id": str(flow_run.id), "state": state.name}
     text = f"{flow.name}: flow run {flow_run.name} {state.name.lower()}"
-    post(
-        "failed", text, flow=flow.name, flow_run=flow_run.name, flow_run_id=str(flow_run.id), state=state.name, message=message
-    )
+    post("failed", text, **facts, message=redacted(state.message or "")[:CHARS])
