@@ -216,11 +216,10 @@ def _measured(version: Version, settings: Settings) -> Answers:
 
 
 def _write(client: Any, challenger: Version, champion: Version | None, verdict: Verdict) -> None:
-    why = {"promotion": verdict.why}
-    if verdict.difference is not None:
-        gap = verdict.difference
+    why, gap = {"promotion": verdict.why}, verdict.difference
+    if gap is not None and verdict.champion is not None:
         why |= {
-            "promotion.against": verdict.champion.version if verdict.champion else "",
+            "promotion.against": verdict.champion.version,
             "promotion.difference": f"{gap.difference:.6f}",
             "promotion.p_value": f"{gap.p_value:.6g}",
         }
