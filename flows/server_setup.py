@@ -104,12 +104,12 @@ def _mlflow_auth(auth: str, database: str) -> tuple[Path, str]:
         private.touch(mode=0o600)
     if not key.read_text():
         key.write_text(secrets.token_hex(32))
-    escaped = {k: v.replace("%", "%%") for k, v in {"user": user, "password": password, "users": users}.items()}
-    file.write_text(
+    settings = (
         "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        f"database_uri = {escaped['users']}\nadmin_username = {escaped['user']}\nadmin_password = {escaped['password']}\n"
+        f"database_uri = {users}\nadmin_username = {user}\nadmin_password = {password}\n"
     )
+    file.write_text(settings.replace("%", "%%"))  # MLflow reads it with interpolation
     return file, key.read_text()
 
 
