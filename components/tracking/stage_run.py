@@ -83,10 +83,10 @@ def stage_run(
         for path, md5 in of.inputs.items():
             run.dataset(path, md5, source="dvc")
     journal = JOURNALS / f"{run.id}.jsonl"
-    followed = works and spent is None and _is_followed()
-    mirror = None if followed else _start_mirror([journal], runtime, *(() if works else ("--below", run.id)))
     trackers = runtime.trackers if journal.exists() else ()
-    also = [_start(["components.tracking.also", tracker, str(journal)], runtime, journal) for tracker in trackers]
+    senders = [_start(["components.tracking.also", tracker, str(journal)], runtime, journal) for tracker in trackers]
+    if not (works and spent is None and _is_followed()):
+        senders.append(_start_mirror([journal], runtime, *(() if works else ("--below", run.id))))
     began = time.monotonic()
     status = "FAILED"
     try:
@@ -105,9 +105,8 @@ def stage_run(
         if status == "FINISHED":
             _remember(known_as, run.id, seconds, nearest.name)
             _forget_unfinished(known_as, run.id)
-        for sender in also:
+        for sender in senders:
             _finish_mirror(sender, journal)
-        _finish_mirror(mirror, journal)
 
 
 def send(names: Sequence[str], runtime: RuntimeSettings) -> None:
