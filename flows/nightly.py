@@ -6,7 +6,6 @@ Changes are: new raw data, drift of the prepared set's figures, and code or para
 from __future__ import annotations
 
 import json
-import subprocess
 from typing import Annotated, Any
 
 from prefect import flow
@@ -78,10 +77,10 @@ def _changed_since(commit: str | None) -> str | None:
     if commit is None:
         return "it is not known which code made the champion"
     code = [path for path in provenance.CODE if path != f"{RAW}.dvc"]  # new data is a separate reason
-    done = subprocess.run(["git", "diff", "--name-only", commit, "--", *code, "params"], capture_output=True, text=True)
-    if done.returncode:
+    said = provenance.git("diff", "--name-only", commit, "--", *code, "params")
+    if said is None:
         return f"the champion's commit {commit[:12]} is not in this clone"
-    files = done.stdout.split()
+    files = said.split()
     return f"{len(files)} file(s) of code or params differ from the champion's commit ({files[0]}, ...)" if files else None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,8 +134,7 @@ def _can_be_had(recorded: Recorded) -> None:
         )
     if not re.fullmatch(r"[0-9a-f]{40,64}", recorded.commit):
         raise InputError(f"run {recorded.run} was made outside a git repository, so its code is nowhere to be had")
-    there = subprocess.run(["git", "cat-file", "-e", f"{recorded.commit}^{{commit}}"], capture_output=True)
-    if there.returncode:
+    if not provenance.has_commit(recorded.commit):
         raise InputError(
             f"commit {recorded.commit} of run {recorded.run} is not in this clone; `git fetch` the branch it is on"
         )

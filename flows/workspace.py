@@ -20,6 +20,7 @@ from pathlib import Path
 from components.errors import InputError, TryAgainError
 from components.process import is_free, locked
 from components.records.paths import RUNS
+from components.tracking import provenance
 from flows import dvc
 
 FOLDERS = RUNS / "workspaces"
@@ -66,8 +67,7 @@ def head() -> str:
 
 def _here(commit: str) -> str:
     """Full hash of `commit`, fetched if this clone does not have it."""
-    known = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
-    if known.returncode:
+    if not provenance.has_commit(commit):
         _git("fetch", "--quiet", "--all")
     return _git("rev-parse", "--verify", f"{commit}^{{commit}}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from typing import Any, NamedTuple
 
 from components.records.paths import RUNS
@@ -43,12 +42,8 @@ def ran(run: str) -> tuple[str | None, list[str]]:
     if commit == "none":
         return None, []
     changed = [file for event in told for file in event.get("uncommitted", ())]
-    for file, text in told[-1].get("params", {}).items():
-        try:
-            same = provenance.git("show", f"{commit}:{file}") == text.strip()
-        except (OSError, subprocess.CalledProcessError):
-            same = False  # missing file or commit
-        changed += [] if same else [file]
+    params = told[-1].get("params", {})
+    changed += [file for file, text in params.items() if provenance.git("show", f"{commit}:{file}") != text.strip()]
     return commit, sorted(set(changed))
 
 

@@ -195,27 +195,30 @@ def maker(md5: str) -> str | None:
 
 def uncommitted() -> list[str]:
     """Modified and untracked files of `CODE`; none outside a git repository."""
-    try:
-        said = git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
-    except (OSError, subprocess.CalledProcessError):
-        return []
+    said = git("status", "--porcelain", "--untracked-files=all", "--", *CODE) or ""
     return [line.split(maxsplit=1)[1] for line in said.splitlines()]
 
 
 def commit_tags() -> dict[str, str]:
     """Tags of a run: commit, whether tracked files differed from it, and DVC's names of stage and experiment."""
     origin = {key: os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if key in os.environ}
+    commit = git("rev-parse", "HEAD")
+    if commit is not None:
+        origin["git.dirty"] = str(git("status", "--porcelain", "--untracked-files=no") != "").lower()
+    return origin | {"mlflow.source.git.commit": commit or "none"}  # none: an export without its history
+
+
+def git(*words: str) -> str | None:
+    """Output of git; None if it fails, as outside a repository, or is not installed."""
     try:
-        commit = git("rev-parse", "HEAD")
-        origin["git.dirty"] = str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower()
-        origin["mlflow.source.git.commit"] = commit
+        return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        origin["mlflow.source.git.commit"] = "none"  # an export without its history
-    return origin
+        return None
 
 
-def git(*words: str) -> str:
-    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout.strip()
+def has_commit(commit: str) -> bool:
+    """Whether this clone has the commit."""
+    return git("cat-file", "-e", f"{commit}^{{commit}}") is not None
 
 
 def _path(out: str | dict[str, Any]) -> str:
