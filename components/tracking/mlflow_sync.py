@@ -20,10 +20,10 @@ from typing import IO
 
 from components.errors import DataError
 from components.process import is_free
-from components.records.record import parsed
+from components.tracking import history
 from components.tracking.journal import JOURNALS, first_event, warn
 from components.tracking.mlflow_client import one_line
-from components.tracking.mlflow_mirror import Mirror
+from components.tracking.mlflow_mirror import UNSENT, Mirror
 from components.tracking.stage_run import JOURNAL_ONLY, NOT_SENT_AND_SAID_SO, SENT
 
 PAUSE_S = 3  # polling interval of a growing journal
@@ -73,8 +73,7 @@ def try_sync(tracking_uri: str) -> bool:
 def _is_left(journal: Path) -> bool:
     if not journal.stat().st_size:
         return False  # process killed before its first line
-    file = journal.with_suffix(".sent")
-    state = parsed(file) if file.exists() else {"done": False}
+    state = history.sent(journal.stem) or UNSENT
     return not state["done"] or state["bytes"] < journal.stat().st_size  # a finished journal may gain a `register` event
 
 
