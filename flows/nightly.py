@@ -65,7 +65,7 @@ def why(champion: Version | None, manifest: Manifest, drift_above: float) -> lis
     if raw != then:
         reasons.append(f"new data: {RAW} is {_digits(raw)}, the champion's was {_digits(then)}")
     figures = json.loads(champion.tags.get("data.statistics", "{}"))
-    if moved := drift.moved(figures, drift.statistics(manifest), drift_above) if figures else []:
+    if figures and (moved := drift.moved(figures, drift.statistics(manifest), drift_above)):
         reasons.append(f"the prepared set has moved: {', '.join(moved)}")
     if changed := _changed_since(champion.tags.get("mlflow.source.git.commit")):
         reasons.append(changed)
