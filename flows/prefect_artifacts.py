@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
@@ -75,19 +75,20 @@ def leaderboard() -> None:
 @contextmanager
 def linked(runtime: RuntimeSettings, opening: AbstractContextManager[Run]) -> Iterator[Run]:
     """Run that `opening` opens; at its end, link artifacts to it and to the report kept in it."""
-    run = None
-    try:
-        with opening as run:
-            try:
-                yield run
-            finally:
-                if REPORT.exists():
-                    run.artifact(REPORT)  # the workspace, with the report, is removed when its flow run ends
-    finally:
-        if run is not None and (address := mlflow_page(run.id, runtime)):
-            put(create_link_artifact, key="mlflow-run", link=address, link_text="this run in MLflow")
+    with ExitStack() as afterwards, opening as run:
+        afterwards.callback(_link, run.id, runtime)
+        try:
+            yield run
+        finally:
             if REPORT.exists():
-                put(create_link_artifact, key="report", link=f"{address}/artifacts/{REPORT.name}", link_text="the report")
+                run.artifact(REPORT)  # the workspace, with the report, is removed when its flow run ends
+
+
+def _link(run: str, runtime: RuntimeSettings) -> None:
+    if address := mlflow_page(run, runtime):
+        put(create_link_artifact, key="mlflow-run", link=address, link_text="this run in MLflow")
+        if REPORT.exists():
+            put(create_link_artifact, key="report", link=f"{address}/artifacts/{REPORT.name}", link_text="the report")
 
 
 def mlflow_page(run: str, runtime: RuntimeSettings) -> str | None:
