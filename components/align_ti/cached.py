@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from components.align_ti.head import CHUNK_MIB, Head, row_losses, rows_per_chunk, weighted_loss
+from components.align_ti.head import CHUNK_MIB, Head, row_losses, rows_per_chunk
 from components.align_ti.sampled import Sampled, sampled_divergence
 from components.align_ti.top_k import TopK, top_k_divergence
 
@@ -52,7 +52,4 @@ def cached_row_divergence(
     def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
         return cached_divergence(teacher[at], student_logits[:, :shared], temperature)
 
-    size = rows_per_chunk(len(student_head.weight), chunk_mib)
-    if weights is None:
-        return row_losses(student_rows, student_head, of_chunk, size)
-    return weighted_loss(student_rows, student_head, of_chunk, weights, size)
+    return row_losses(student_rows, student_head, of_chunk, rows_per_chunk(len(student_head.weight), chunk_mib), weights)

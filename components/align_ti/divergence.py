@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk, weighted_loss
+from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,8 @@ def row_divergence(
             _without_gradient(teacher_head, teacher_rows[at])[:, :shared], student_logits[:, :shared], kind, mix, temperature
         )
 
-    columns = max(len(teacher_head.weight), len(student_head.weight))
-    size = rows_per_chunk(columns, chunk_mib)
-    if weights is None:
-        return row_losses(student_rows, student_head, of_chunk, size)
-    return weighted_loss(student_rows, student_head, of_chunk, weights, size)
+    size = rows_per_chunk(max(len(teacher_head.weight), len(student_head.weight)), chunk_mib)
+    return row_losses(student_rows, student_head, of_chunk, size, weights)
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 CHUNK_MIB = 40.0  # fits the visual rows of two images in one chunk at V = 32,000, without recomputation
 COLUMNS_AT_ONCE = 8192  # columns of a 16-bit head cast to float32 at a time
 
+RowLoss = Callable[[slice, Tensor], Tensor]  # slice of rows and its logits (n, V) -> (n,) losses, or (n, k)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -85,31 +87,20 @@ def rows_per_chunk(columns: int, chunk_mib: float) -> int:
     return max(1, int(chunk_mib * 2**20) // (4 * columns))
 
 
-def row_losses(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
-    """(N,) losses of hidden rows (N, d) through `head`, in chunks of `size` rows.
+def row_losses(rows: Tensor, head: Head, loss: RowLoss, size: int, weights: Tensor | None = None) -> Tensor:
+    """(N,) losses of hidden rows (N, d) through `head`, in chunks of `size` rows; with `weights` (N,), their weighted sum ().
 
-    Args:
-        loss: maps a slice of the rows and its logits (n, V) to (n,) losses, or (n, k). Recomputed in the backward pass.
-
-    A single chunk keeps its logits for the backward pass instead. Gradients flow to the rows and the head.
+    Gradients flow to the rows and the head, none to `weights`. A single chunk keeps its logits for the backward pass; several
+    recompute theirs, since the upstream gradient per row is known only then. That of a weighted sum is one scalar, so each
+    chunk's gradient is computed along with its value, without recomputation; memory: buffers of the size of the rows and of
+    the head.
     """
-    if len(rows) <= size:
-        return loss(slice(None), head(rows))
-    losses: Tensor = _Chunks.apply(rows, head.weight, head.bias, head.cap, loss, size)
-    return losses
-
-
-def weighted_loss(rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], weights: Tensor, size: int) -> Tensor:
-    """() sum of `weights` (N,) x `row_losses`, without a gradient to the weights.
-
-    The upstream gradient is one scalar, so each chunk's gradient is computed along with its value and no logits are
-    recomputed; `row_losses` has an upstream gradient per row, known only in the backward pass. Memory: buffers of the size of
-    the rows and of the head.
-    """
-    if len(rows) <= size or not torch.is_grad_enabled():
-        return (weights.detach() * row_losses(rows, head, loss, size)).sum()
-    summed: Tensor = _Weighted.apply(rows, head.weight, head.bias, head.cap, loss, weights, size)
-    return summed
+    inputs, several = (rows, head.weight, head.bias, head.cap, loss), len(rows) > size
+    if several and weights is not None and torch.is_grad_enabled():
+        summed: Tensor = _Weighted.apply(*inputs, weights, size)
+        return summed
+    losses: Tensor = _Chunks.apply(*inputs, size) if several else loss(slice(None), head(rows))
+    return losses if weights is None else (weights.detach() * losses).sum()
 
 
 def cross_entropy(rows: Tensor, head: Head, targets: Tensor, chunk_mib: float = CHUNK_MIB) -> Tensor:
@@ -135,13 +126,7 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        cap: float | None,
-        loss: Callable[[slice, Tensor], Tensor],
-        size: int,
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, loss: RowLoss, size: int
     ) -> Tensor:
         ctx.save_for_backward(rows, weight, bias)
         ctx.cap, ctx.loss, ctx.size = cap, loss, size
@@ -157,7 +142,7 @@ class _Chunks(torch.autograd.Function):
 
 
 class _Weighted(torch.autograd.Function):
-    """Autograd function of `weighted_loss`; gradients are computed in the forward pass."""
+    """Autograd function of weighted `row_losses`; gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -166,7 +151,7 @@ class _Weighted(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         cap: float | None,
-        loss: Callable[[slice, Tensor], Tensor],
+        loss: RowLoss,
         weights: Tensor,
         size: int,
     ) -> Tensor:
@@ -185,7 +170,7 @@ class _Weighted(torch.autograd.Function):
 
 
 def _by_chunks(
-    rows: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], upstream: Tensor, size: int, wanted: Sequence[bool]
+    rows: Tensor, head: Head, loss: RowLoss, upstream: Tensor, size: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """() sum of `upstream` (N,) x losses, and its gradients to rows, weight and bias where `wanted`, float32 or wider."""
     wide = at_least_float32(rows.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from components.align_ti.batch import Batch, predicting
 from components.align_ti.cached import Cached, Rows, cached_row_divergence
 from components.align_ti.divergence import Divergence, row_divergence
-from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk, weighted_loss
+from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk
 from components.align_ti.ribbon import Ribbon
 from components.align_ti.watch import Watched
 
@@ -48,9 +48,7 @@ class Seen:
     progress: float = 0.0  # training progress: 0 at the first step, towards 1 at the last
     measured: dict[str, Tensor] = field(default_factory=dict)  # diagnostics for the journal: sums over the batch's images
     modules: Mapping[str, nn.Module] = field(default_factory=dict)  # trained modules of terms, by term name
-
-    def __post_init__(self) -> None:
-        self._of_text: dict[Divergence, Tensor] = {}
+    _of_text: dict[Divergence, Tensor] = field(default_factory=dict, init=False)
 
     @cached_property
     def zero(self) -> Tensor:
@@ -81,8 +79,7 @@ class Seen:
         """(N,) divergence at `text_rows`, memoised per `Divergence`."""
         wanted = divergence or self.divergence_of_arm
         if wanted not in self._of_text:
-            rows = self.text_rows
-            self._of_text[wanted] = self._divergence(self.teacher_at(rows), self.student[rows], wanted)
+            self._of_text[wanted] = self.divergence(self.text_rows, divergence=wanted)
         return self._of_text[wanted]
 
     def divergence(self, rows: Tensor, weights: Tensor | None = None, divergence: Divergence | None = None) -> Tensor:
@@ -102,17 +99,14 @@ class Seen:
         """
         theirs, head = self.teacher_at(rows), self.teacher_head
         assert isinstance(theirs, Tensor) and head is not None, "a term that reads whole logits says `live` in its needs"
-        teacher_rows = theirs
 
         def of_chunk(at: slice, student: Tensor) -> Tensor:
             with torch.no_grad():
-                teacher = head(teacher_rows[at])[:, : self.shared_vocabulary]
+                teacher = head(theirs[at])[:, : self.shared_vocabulary]
             return loss(at, teacher, student[:, : self.shared_vocabulary])
 
         size = rows_per_chunk(max(len(head.weight), len(self.student_head.weight)), self.chunk_mib)
-        if weights is None:
-            return row_losses(self.student[rows], self.student_head, of_chunk, size)
-        return weighted_loss(self.student[rows], self.student_head, of_chunk, weights, size)
+        return row_losses(self.student[rows], self.student_head, of_chunk, size, weights)
 
     def ones(self, like: Tensor) -> Tensor:
         """(N,) unit weights for `rowwise` and `divergence`."""
