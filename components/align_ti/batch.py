@@ -85,6 +85,12 @@ def of_images(states: Tensor, batch: Batch) -> list[Tensor]:
     return [states[sample][batch.pictures[sample] == number] for sample, number in owners(batch.pictures)]
 
 
+def index_within(groups: Tensor) -> Tensor:
+    """(N,) index of each row within its group, from 0; `groups` (N,) is sorted."""
+    size = groups.bincount()
+    return torch.arange(len(groups), device=groups.device) - (size.cumsum(0) - size)[groups]
+
+
 def predicting(response: Tensor) -> Tensor:
     """(B, T) bool: rows that predict a response token. Position t predicts token t + 1."""
     return torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], dim=1)

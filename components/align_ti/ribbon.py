@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import predicting
+from components.align_ti.batch import index_within, predicting
 
 LEFT_OUT = -1  # placeholder for the draws of a response step beyond the cap on the length
 
@@ -158,7 +158,7 @@ def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon
     gold = input_ids[sample, step + 1]
     n, j = _needs_row(draws, gold, eos).nonzero(as_tuple=True)  # (M,) the rows to build
 
-    slot = _rank_within(sample[n])
+    slot = index_within(sample[n])
     shape = (len(input_ids), int(slot.max()) + 1 if len(slot) else 0)
     tokens = input_ids.new_zeros(shape)
     positions = input_ids.new_zeros(shape)
@@ -176,14 +176,6 @@ def _needs_row(draws: Tensor, gold: Tensor, eos: int) -> Tensor:
     """(N, d) bool: first of its duplicates, and neither the gold token nor EOS nor left out."""
     first = ~(draws[:, :, None] == draws[:, None, :]).tril(-1).any(-1)
     return first & (draws != gold[:, None]) & (draws != eos) & (draws != LEFT_OUT)
-
-
-def _rank_within(groups: Tensor) -> Tensor:
-    """0, 1, 2, ... within each run of equal values of a sorted (M,) tensor."""
-    index = torch.arange(len(groups), device=groups.device)
-    starts = torch.ones_like(groups, dtype=torch.bool)
-    starts[1:] = groups[1:] != groups[:-1]
-    return index - torch.where(starts, index, 0).cummax(0).values if len(groups) else index
 
 
 def continuation_mask(ribbon: Ribbon, attention_mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from components.align_ti.batch import index_within
 from components.align_ti.divergence import kl
 from components.align_ti.seen import Seen
 
@@ -66,7 +67,9 @@ def row_weights(seen: Seen, name: str, visual: bool = False) -> Tensor:
 
 def over_mean(weights: Tensor, answer: Tensor) -> Tensor:
     """(N,) weights divided by their mean over each answer, so that an answer's rows average 1."""
-    return weights / _per_answer(weights, answer).clamp_min(torch.finfo(weights.dtype).tiny)
+    size = answer.bincount()
+    means = weights.new_zeros(len(size)).index_add_(0, answer, weights) / size
+    return weights / means[answer].clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def in_top(weights: Tensor, answer: Tensor, share: float) -> Tensor:
@@ -74,20 +77,8 @@ def in_top(weights: Tensor, answer: Tensor, share: float) -> Tensor:
     order = weights.argsort(descending=True, stable=True)
     order = order[answer[order].argsort(stable=True)]  # by answer, the order of `answer` itself, then by weight
     top = torch.empty_like(answer, dtype=torch.bool)
-    top[order] = place(answer) < (share * answer.bincount()[answer]).ceil()
+    top[order] = index_within(answer) < (share * answer.bincount()[answer]).ceil()
     return top
-
-
-def place(answer: Tensor) -> Tensor:
-    """(N,) index of each row within its answer, from 0."""
-    size = answer.bincount()
-    return torch.arange(len(answer), device=answer.device) - (size.cumsum(0) - size)[answer]
-
-
-def _per_answer(values: Tensor, answer: Tensor) -> Tensor:
-    """(N,) mean of `values` over each row's answer."""
-    size = answer.bincount()
-    return (values.new_zeros(len(size)).index_add_(0, answer, values) / size)[answer]
 
 
 def _entropy(logits: Tensor) -> Tensor:

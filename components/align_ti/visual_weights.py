@@ -63,8 +63,7 @@ def sampled(weights: Tensor, pictures: Tensor, keys: list[int], rows: int) -> tu
     Returns:
         (B, T) bool mask of the distinct rows with a weight, and (n,) their weights: draws / `rows`.
     """
-    placed = weights.new_zeros(pictures.shape)
-    placed[pictures > 0] = weights
+    placed = weights.new_zeros(pictures.shape).masked_scatter(pictures > 0, weights)
     for sample, number in owners(pictures):
         at = pictures[sample] == number
         own = placed[sample, at]
@@ -80,8 +79,7 @@ def sampled(weights: Tensor, pictures: Tensor, keys: list[int], rows: int) -> tu
 
 def concentration(weights: Tensor, pictures: Tensor) -> dict[str, Tensor]:
     """Concentration of (N,) `visual_weights`, summed over images: effective sample size 1 / sum w^2, and top-5 share."""
-    placed = weights.new_zeros(pictures.shape)
-    placed[pictures > 0] = weights
+    placed = weights.new_zeros(pictures.shape).masked_scatter(pictures > 0, weights)
     of_image = torch.stack([placed[sample] * (pictures[sample] == number) for sample, number in owners(pictures)])
     top = of_image.topk(min(5, pictures.shape[1])).values.sum()
     effective = (1 / of_image.square().sum(1)).sum()

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import Batch
+from components.align_ti.batch import Batch, index_within
 from components.align_ti.divergence import divergence
-from components.align_ti.row_weights import place, row_weights, weight_called
+from components.align_ti.row_weights import row_weights, weight_called
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, responses
 
@@ -44,7 +44,9 @@ class Term:
         if self.risk and len(hard):
             follows = seen.answer[1:] == seen.answer[:-1]
             penalty = self.risk / 4 * (z[:-1] - self.discount * lse[1:]).square() * follows
-            hard = (hard + torch.cat([penalty, penalty.new_zeros(1)])) * self.discount ** place(seen.answer).to(hard.dtype)
+            hard = (hard + torch.cat([penalty, penalty.new_zeros(1)])) * self.discount ** index_within(seen.answer).to(
+                hard.dtype
+            )
         w = row_weights(seen, self.row_weight) if self.row_weight else self.soft
         if self.rising:
             w = w * min(1.0, seen.progress / 0.2)
