@@ -65,12 +65,8 @@ class Needs:
     views: tuple[View, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            **{field.name: getattr(self, field.name) or getattr(other, field.name) for field in fields(self)[:8]},
-            in_student=self.in_student | other.in_student,
-            in_teacher=self.in_teacher | other.in_teacher,
-            views=tuple(dict.fromkeys(self.views + other.views)),
-        )
+        either = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self) if f.name != "views"}
+        return Needs(**either, views=tuple(dict.fromkeys(self.views + other.views)))
 
     @property
     def live_teacher(self) -> bool:
@@ -113,16 +109,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
-def known(name: str) -> str:
-    """`name`, validated. Raises ValueError listing the known terms."""
+def term_class(name: str) -> Any:
+    """`Term` of terms/NAME.py. Raises ValueError listing the known terms if there is none."""
     if name not in names():
         raise ValueError(f"no loss term is called {name!r}; there are {', '.join(names())} (components/align_ti/terms)")
-    return name
-
-
-def term_class(name: str) -> Any:
-    """`Term` of terms/NAME.py. Raises ValueError if there is none."""
-    return import_module(f"{__name__}.{known(name)}").Term
+    return import_module(f"{__name__}.{name}").Term
 
 
 def computed(weights: Iterable[str]) -> list[str]:

@@ -35,9 +35,10 @@ class Term:
         if not bool(visual.any()):
             return seen.zero
         pictures = seen.batch.pictures
-        attention = uniform_attention(pictures) if self.uniform else seen.attention
         if self.by is not None:
-            attention = placed(row_weights(seen, self.by, visual=True), pictures)
+            attention: Tensor | None = placed(row_weights(seen, self.by, visual=True), pictures)
+        else:
+            attention = uniform_attention(pictures) if self.uniform else seen.attention
         assert attention is not None  # guaranteed by `needs`
         if self.change is not None:
             attention = changed(attention, pictures, seen.batch.ids, self.change)

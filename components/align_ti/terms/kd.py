@@ -19,7 +19,6 @@ class Term:
     divergence: Divergence | None = None  # None: the arm's
     row_weight: str | None = None  # a function of align_ti/row_weights.py
     top: float | None = None  # share of each answer's rows kept, by highest weight, then weighted uniformly
-
     pooled: bool = False  # control: visual rows too, all rows in one mean
 
     def __post_init__(self) -> None:

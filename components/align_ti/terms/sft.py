@@ -20,5 +20,4 @@ class Term:
         return responses(batch)
 
     def loss(self, seen: Seen) -> Tensor:
-        targets = seen.batch.input_ids[:, 1:][seen.batch.response[:, 1:]]
-        return cross_entropy(seen.student[seen.predicts], seen.student_head, targets, seen.chunk_mib)
+        return cross_entropy(seen.student[seen.predicts], seen.student_head, seen.gold, seen.chunk_mib)
