@@ -18,7 +18,7 @@ from components.errors import DataError, ModelError
 from components.irs.centred import centred, shares
 from components.irs.regions import Tiling
 from components.irs.score import irs_scores, pointing
-from components.irs.search import Seen, Z, rank, standard_error
+from components.irs.search import Seen, Z, rank, separated, standard_error
 from components.models.collate import decode
 from components.records.irs import Attention, Background, Interval, LayerChoice, Picked, Region, Rows, View
 
@@ -134,7 +134,6 @@ def pick(scores: list[Scored], settings: IrsSettings, grids: list[str]) -> Picke
         and settings.instruction_rows in (None, one.rows)
         and (len(grids) == 1 or one.weighting == "mean")
     ]
-    layers = len(able[0].irs)
     if settings.rule == "pointing":
         found = {
             (layer, one.weighting, one.rows): of_layer
@@ -149,15 +148,14 @@ def pick(scores: list[Scored], settings: IrsSettings, grids: list[str]) -> Picke
             )
         best, *others = sorted(found, key=lambda key: -float(found[key].mean()))
         second = others[0] if others else None
-        lead = None if second is None else found[best] - found[second]
-        separated = lead is not None and float(lead.mean()) > Z * standard_error(lead)
+        leads = second is not None and separated(found[best] - found[second])
         layer, weighting, rows = best
-        return Picked(rule="pointing", layer=layer, weighting=weighting, rows=rows, runner_up=second, separated=separated)
+        return Picked(rule="pointing", layer=layer, weighting=weighting, rows=rows, runner_up=second, separated=leads)
     (one,) = able
     highest = int(one.irs.mean(1).argsort(descending=True, stable=True)[0])
     layer = highest if settings.layer is None else settings.layer
-    if layer >= layers:
-        raise ModelError(f"{where}layer is {layer}, but the teacher has layers 0..{layers - 1}")
+    if layer >= len(one.irs):
+        raise ModelError(f"{where}layer is {layer}, but the teacher has layers 0..{len(one.irs) - 1}")
     return Picked(rule=settings.rule, layer=layer, weighting=one.weighting, rows=one.rows, runner_up=None, separated=False)
 
 

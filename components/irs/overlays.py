@@ -163,9 +163,9 @@ def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _heat(axes: Axes, grey: NDArray[np.uint8], grid: NDArray[np.float32], most: float) -> AxesImage:
     height, width = grey.shape[:2]
     axes.imshow(grey, interpolation="nearest")
-    return axes.imshow(
-        grid, cmap="magma", vmin=0, vmax=most, extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=_visible(grid / most)
-    )
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    alpha = 0.15 + 0.5 * (grid / most)  # at most 0.65: the image stays visible
+    return axes.imshow(grid, cmap="magma", vmin=0, vmax=most, extent=extent, alpha=alpha)
 
 
 def _grid(attention: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -175,11 +175,6 @@ def _grid(attention: NDArray[np.float32]) -> NDArray[np.float32]:
         raise DataError(f"{len(attention)} visual tokens are no square grid, so there is no picture of where they lie")
     attention = attention if attention.any() else np.ones_like(attention)
     return (attention / attention.mean()).reshape(side, side)
-
-
-def _visible(share: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Opacity of an overlay, 0.15 to 0.65, rising with attention so that the image stays visible."""
-    return (0.15 + 0.5 * share).astype(np.float32)
 
 
 def _bare(axes: Axes) -> None:

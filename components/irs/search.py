@@ -157,9 +157,13 @@ def rank(attention: Tensor) -> Ranking:
     scores, per_image = irs_scores(attention.double())
     ranked = scores.argsort(descending=True, stable=True).tolist()
     best, runner_up = ranked[0], ranked[min(1, len(ranked) - 1)]
-    lead = per_image[best] - per_image[runner_up]
     errors = [standard_error(layer) for layer in per_image]
-    return Ranking(best, scores.tolist(), errors, runner_up, separated=float(lead.mean()) > Z * standard_error(lead))
+    return Ranking(best, scores.tolist(), errors, runner_up, separated(per_image[best] - per_image[runner_up]))
+
+
+def separated(lead: Tensor) -> bool:
+    """True if the mean of paired differences (X,) is above `Z` standard errors."""
+    return float(lead.mean()) > Z * standard_error(lead)
 
 
 def standard_error(values: Tensor) -> float:
