@@ -9,6 +9,7 @@ inputs and output gradients, and the plain pass adds their product to its own gr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ class SharedWeights:
     pass's output, if only by zero times it: rows deferred by the second pass are dropped if the first pass has no backward.
     """
 
-    def __init__(self) -> None:
+    first: AbstractContextManager[Any]
+    second: AbstractContextManager[Any]
+
+    def __init__(self, active: bool = True) -> None:
         slots: dict[int, _Slot] = {}
-        self.first = _Pass(slots, leaves=False)
-        self.second = _Pass(slots, leaves=True)
+        self.first, self.second = (_Pass(slots, leaves) if active else nullcontext() for leaves in (False, True))
 
 
 class _Slot:

@@ -11,7 +11,7 @@ sequence with the ribbon appended. Both give the same numbers (tests/align_ti/te
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -119,6 +119,11 @@ class Method:
         term: Term = term_class(name)(**options)
         return term
 
+    @cached_property
+    def weighed(self) -> dict[str, Term]:
+        """Terms with a positive weight, in the order of `terms`."""
+        return {name: term for name, term in self.terms.items() if self.weights.get(name, 0) > 0}
+
     @property
     def divergence(self) -> Divergence:
         return Divergence(self.kind, self.mix, self.temperature)
@@ -126,10 +131,7 @@ class Method:
     @cached_property
     def needs(self) -> Needs:
         """Union of the needs of all terms with a positive weight."""
-        return union(term.needs for name, term in self.terms.items() if self.weighs(name))
-
-    def weighs(self, name: str) -> bool:
-        return self.weights.get(name, 0) > 0
+        return union(term.needs for term in self.weighed.values())
 
     def weight_vector(self, device: torch.device | None = None) -> Tensor:
         """Loss weights in the order of `terms`."""
@@ -146,13 +148,12 @@ def total(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums and counts in the order of `Method.terms`, number of ribbon rows, and number of response steps that the cap on the
-    length left without alternatives."""
+    """Sums and counts of the terms, in the order of `Method.terms`."""
 
     sums: Tensor
     counts: Tensor
-    ribbon_rows: int
-    steps_left_out: int
+    ribbon_rows: int = 0
+    steps_left_out: int = 0  # response steps that the cap on the length left without alternatives
 
 
 class AlignTI(nn.Module):
@@ -166,11 +167,12 @@ class AlignTI(nn.Module):
     def __init__(self, student: Student, teacher: Teacher | None, method: Method, signals: Signals | None = None) -> None:
         """`signals` replace the teacher if no term needs it live and all divergences are forward KL."""
         super().__init__()
-        needs = method.needs
-        asking = ", ".join(name for name, term in method.terms.items() if method.weighs(name) and term.needs.teacher)
+        needs, weighed = method.needs, method.weighed
+        asking = ", ".join(name for name, term in weighed.items() if term.needs.teacher)
+        kinds = {(getattr(term, "divergence", None) or method.divergence).kind for term in weighed.values()}
         if teacher is None and signals is None and needs.teacher:
             raise ValueError(f"{asking} need a teacher")
-        if signals is not None and (needs.live_teacher or any(kind != "forward" for kind in self._kinds(method))):
+        if signals is not None and (needs.live_teacher or kinds - {"forward"}):
             raise ValueError(f"kept signals serve kd and iva under the forward divergence, and not all of {asking}")
         self.student = student
         # A tuple hides the teacher from nn.Module: no optimiser state, no DDP/FSDP wrapping, no entry in checkpoints.
@@ -180,16 +182,11 @@ class AlignTI(nn.Module):
         self.measured: dict[str, Tensor | int] = {}  # `Seen.measured`, summed over passes since process start
         self._shares_weights = sum(p.numel() for p in self.parameters() if p.requires_grad) >= SHARED_FROM
         self.term_modules = nn.ModuleDict()
-        for name, term in method.terms.items():
-            if method.weighs(name) and isinstance(term, Trained):
+        for name, term in weighed.items():
+            if isinstance(term, Trained):
                 weight = student.head.weight
                 made = term.module(weight.shape[1], None if teacher is None else teacher.head.weight.shape[1])
                 self.term_modules[name] = made.to(weight.device)
-
-    @staticmethod
-    def _kinds(method: Method) -> list[str]:
-        own = [getattr(term, "divergence", None) for name, term in method.terms.items() if method.weighs(name)]
-        return [(divergence or method.divergence).kind for divergence in own]
 
     @property
     def teacher(self) -> Teacher:
@@ -214,37 +211,33 @@ class AlignTI(nn.Module):
             keys: seed of each sample's draws.
             draws: (N, d) from `draw`, if the caller counted units before the backward pass; None: drawn here.
         """
-        method, terms = self.method, self.method.terms
+        terms = self.method.terms
         seen = self._see(batch, keys, draws)
-        ribbon = seen.ribbon
         sums = dict.fromkeys(terms, seen.zero)
-        wanted = computed([name for name in terms if method.weighs(name)])
+        wanted = computed(self.method.weighed)
         for name in dict.fromkeys(("sft", "kd", "tpa", *terms)):  # fixed order of gradient summation, for equal bytes
             if name in wanted:
                 sums[name] = terms[name].loss(seen) + seen.zero
         for name, value in seen.measured.items():
             self.measured[name] = self.measured.get(name, 0) + value
-        return Sums(
-            torch.stack(list(sums.values())),
-            self._counts(batch, None if ribbon is None else ribbon.counted),
-            0 if ribbon is None else int(ribbon.valid.sum()),
-            0 if ribbon is None else ribbon.steps_left_out,
-        )
+        summed, ribbon = torch.stack(list(sums.values())), seen.ribbon
+        if ribbon is None:
+            return Sums(summed, self._counts(batch, None))
+        return Sums(summed, self._counts(batch, ribbon.counted), int(ribbon.valid.sum()), ribbon.steps_left_out)
 
     def _see(self, batch: Batch, keys: list[int], draws: Tensor | None) -> Seen:
         """All forward passes of the step: student and teacher over the sequence and its views, then both over the ribbon."""
         method, needs, student = self.method, self.method.needs, self.student
-        expanded = needs.ribbon and method.route == "expanded"
         features = student.features(batch)
-        shared, continues = SharedWeights(), needs.ribbon and self._shares_weights
-        ribbon, cache, my_ribbon = None, None, None
-        if expanded:
+        shared = SharedWeights(active=needs.ribbon and self._shares_weights)
+        ribbon, my_ribbon, cache = None, None, None
+        if needs.ribbon and method.route == "expanded":
             ribbon = self._plan(self.draw(batch, keys) if draws is None else draws, batch)
         with student.watched(batch, needs.in_student) as in_student:
             if ribbon is not None:
                 mine, my_ribbon = self._expanded(batch, features, ribbon)
             else:
-                with shared.first if continues else nullcontext():
+                with shared.first:
                     mine, cache = student.plain(batch, features, keep=needs.ribbon)
         T = batch.input_ids.shape[1]
         in_student.hidden = {layer: states[:, :T] for layer, states in in_student.hidden.items()}
@@ -254,44 +247,45 @@ class AlignTI(nn.Module):
             student.head,
             keys,
             in_student=in_student,
+            ribbon=ribbon,
+            student_ribbon=my_ribbon,
             divergence_of_arm=method.divergence,
             shared_vocabulary=method.shared_vocabulary,
             chunk_mib=method.chunk_mib,
             progress=self.progress,
             modules=dict(self.term_modules.items()),
         )
-        their_cache = None
-        if needs.teacher and self._signals is not None:
-            seen.teacher, seen.attention = self._signals.look_up(batch, visual=needs.visual, look=needs.attention)
-        elif needs.teacher:
-            seen.teacher_head = self.teacher.head
-            with torch.no_grad():
-                of_teacher = self.teacher.features(batch, features)
-                with self.teacher.watched(batch, needs.in_teacher) as seen.in_teacher:
-                    seen.teacher, their_cache, seen.attention = self.teacher.plain(
-                        batch, of_teacher, keep=needs.ribbon, look=needs.attention
-                    )
+        their_cache = self._see_teacher(seen, features) if needs.teacher else None
         for view in needs.views:
-            seen.views[view.name] = self._viewed(view.edit(batch), view.student, view.teacher)
+            seen.views[view.name] = self._plain(view.edit(batch), view.student, view.teacher)
         if needs.edits and (edits := edits_of(batch)) is not None:
             seen.edited = student.edited(edits)
         if not needs.ribbon:
             return seen
-        if ribbon is None:
-            if draws is None:
-                head, states = (student.head, mine) if method.source == "student" else (self.teacher.head, seen.teacher)
-                assert isinstance(states, Tensor)  # no cache serves a ribbon
-                draws = self._draw_from(head, states, batch, keys)
-            ribbon = self._plan(draws, batch)
-            with shared.second if continues else nullcontext():
-                my_ribbon = self._continued(student, cache, ribbon, batch)
-        seen.ribbon, seen.student_ribbon = ribbon, my_ribbon
+        if seen.ribbon is None:
+            seen.ribbon = self._plan(self._draw_from(batch, keys, mine, seen.teacher) if draws is None else draws, batch)
+            with shared.second:
+                seen.student_ribbon = self._continued(student, cache, seen.ribbon, batch)
         with torch.no_grad():
-            seen.teacher_ribbon = self._continued(self.teacher, their_cache, ribbon, batch)
+            seen.teacher_ribbon = self._continued(self.teacher, their_cache, seen.ribbon, batch)
         return seen
 
-    def _viewed(self, batch: Batch, by_student: bool, by_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Student and teacher hidden states (B, T, d) of an edited batch; the teacher's carry no gradient."""
+    @torch.no_grad()
+    def _see_teacher(self, seen: Seen, features: Any) -> Any:
+        """Add the teacher's view of the sequence, live or cached. Returns its key/value cache, None without a ribbon."""
+        batch, needs = seen.batch, self.method.needs
+        if self._signals is not None:
+            seen.teacher, seen.attention = self._signals.look_up(batch, visual=needs.visual, look=needs.attention)
+            return None
+        teacher = self.teacher
+        seen.teacher_head = teacher.head
+        features = teacher.features(batch, features)
+        with teacher.watched(batch, needs.in_teacher) as seen.in_teacher:
+            seen.teacher, cache, seen.attention = teacher.plain(batch, features, keep=needs.ribbon, look=needs.attention)
+        return cache
+
+    def _plain(self, batch: Batch, by_student: bool, by_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Student and teacher hidden states (B, T, d) of a batch; the teacher's carry no gradient."""
         mine = self.student.plain(batch, self.student.features(batch), keep=False)[0] if by_student else None
         if not by_teacher:
             return mine, None
@@ -310,23 +304,23 @@ class AlignTI(nn.Module):
     @torch.no_grad()
     def draw(self, batch: Batch, keys: list[int]) -> Tensor:
         """(N, d) alternatives from a separate pass, for draws that must be known before the pass with gradients."""
-        if self.method.source == "student":
-            hidden, _ = self.student.plain(batch, self.student.features(batch), keep=False)
-            return self._draw_from(self.student.head, hidden, batch, keys)
-        hidden, _, _ = self.teacher.plain(batch, self.teacher.features(batch, None), keep=False, look=False)
-        return self._draw_from(self.teacher.head, hidden, batch, keys)
+        source = self.method.source
+        return self._draw_from(batch, keys, *self._plain(batch, source == "student", source == "teacher"))
 
     def count(self, batch: Batch, draws: Tensor | None) -> Tensor:
         """Number of units per term in this batch, given its draws, in the order of `Method.terms`."""
         return self._counts(batch, None if draws is None else counted(draws, self.method.eos))
 
     @torch.no_grad()
-    def _draw_from(self, head: Head, hidden: Tensor, batch: Batch, keys: list[int]) -> Tensor:
-        """(N, d) draws at the rows of `hidden` (B, T, d) that predict the response; source gold: the gold tokens (N, 1)."""
-        method = self.method
+    def _draw_from(self, batch: Batch, keys: list[int], mine: Tensor | None, theirs: Tensor | Cached | None) -> Tensor:
+        """(N, d) draws at the rows that predict the response, from the source's hidden states (B, T, d); source gold: the gold
+        tokens (N, 1)."""
+        method, response = self.method, batch.response[:, 1:]
+        gold = batch.input_ids[:, 1:][response][:, None]
         if method.source == "gold":
-            return batch.input_ids[:, 1:][batch.response[:, 1:]][:, None]
-        response = batch.response[:, 1:]
+            return gold
+        head, hidden = (self.student.head, mine) if method.source == "student" else (self.teacher.head, theirs)
+        assert isinstance(hidden, Tensor)  # no cache serves a ribbon
         rows = hidden[predicting(batch.response)].detach()
         uniform = uniforms(response, keys, method.draws)
         size = rows_per_chunk(len(head.weight), method.chunk_mib)
@@ -342,7 +336,7 @@ class AlignTI(nn.Module):
         if method.alternatives == "shuffled":
             draws = shuffled(draws, response, keys)
         if method.alternatives == "wrong":  # gold draws become EOS, which does not count
-            draws = draws.masked_fill(draws == batch.input_ids[:, 1:][response][:, None], method.eos)
+            draws = draws.masked_fill(draws == gold, method.eos)
         if method.max_expanded_length is None:
             return draws
         whole = (batch.input_ids, batch.attention_mask, batch.response)

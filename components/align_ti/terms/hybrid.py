@@ -44,9 +44,8 @@ class Term:
         if self.risk and len(hard):
             follows = seen.answer[1:] == seen.answer[:-1]
             penalty = self.risk / 4 * (z[:-1] - self.discount * lse[1:]).square() * follows
-            hard = (hard + torch.cat([penalty, penalty.new_zeros(1)])) * self.discount ** index_within(seen.answer).to(
-                hard.dtype
-            )
+            hard = hard + torch.cat([penalty, penalty.new_zeros(1)])
+            hard = hard * self.discount ** index_within(seen.answer).to(hard.dtype)
         w = row_weights(seen, self.row_weight) if self.row_weight else self.soft
         if self.rising:
             w = w * min(1.0, seen.progress / 0.2)
