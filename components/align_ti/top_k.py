@@ -55,6 +55,11 @@ def top_k_divergence(teacher: TopK, student_logits: Tensor, temperature: float =
     return kl(torch.cat([teacher.log_probs, teacher.log_tail[:, None]], dim=-1), log_s)
 
 
+def with_rest(p: Tensor, tokens: Tensor) -> Tensor:
+    """(N, k + 1) probabilities of `tokens` (N, k) under p (N, V), and the residual mass of all others."""
+    return torch.cat([p.gather(1, tokens), p.scatter(1, tokens, 0.0).sum(1, keepdim=True)], dim=1)
+
+
 def decoupled(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decomposition of KL(p_T || p_S) of (N, V) logits at (N, k) tokens into D1 + a D2.
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from components.models.attention import AttentionProbe, probing
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
 from components.records.teacher_cache import SignalFacts
-from components.teacher_cache.store import KEY, keys, packed
+from components.teacher_cache.store import KEY, keys, packed, write_shard
 
 
 @dataclass(frozen=True)
@@ -119,15 +118,8 @@ class Shard:
         return fresh.to(batch.visual.device)
 
     def write(self, path: Path) -> None:
-        """Write the shard atomically."""
-        draft = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file(
-                {**packed(self.words), "attention": torch.cat(self.attention), "samples": torch.tensor(self.samples)}, draft
-            )
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        tensors = {**packed(self.words), "attention": torch.cat(self.attention), "samples": torch.tensor(self.samples)}
+        write_shard(path, tensors)
 
 
 def build(teacher_pass: TeacherPass, samples: Samples, batch_size: int, folder: Path) -> list[Path]:

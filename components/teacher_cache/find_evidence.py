@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from components.align_ti.batch import predicting
 from components.align_ti.divergence import divergence
+from components.align_ti.top_k import with_rest
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.attribution import attributions
 from components.models.collate import Batch, Collator
 from components.models.vlm import VLM
 from components.teacher_cache.evidence import donor
+from components.teacher_cache.store import write_shard
 
 TOKENS = 128  # tokens stored per row, by the larger of their probabilities with and without the evidence
 
@@ -120,12 +121,10 @@ class EvidencePass:
     def _words(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compression of two distributions (R, V): (R, W) tokens, and (R, W + 1) probabilities plus residual mass of each."""
         tokens = torch.maximum(whole, without).topk(min(TOKENS, whole.shape[-1]), dim=-1).indices
-        parts = [
-            torch.cat([p.gather(1, tokens), p.scatter(1, tokens, 0.0).sum(1, keepdim=True)], dim=1) for p in (whole, without)
-        ]
         dtype = torch.float16 if tokens.shape[1] < whole.shape[1] else torch.float32
         index = torch.int16 if whole.shape[1] <= 2**15 else torch.int32
-        return tokens.to("cpu", index), parts[0].to("cpu", dtype), parts[1].to("cpu", dtype)
+        kept_whole, kept_without = (with_rest(p, tokens).to("cpu", dtype) for p in (whole, without))
+        return tokens.to("cpu", index), kept_whole, kept_without
 
 
 def find(evidence: EvidencePass, size: int, folder: Path) -> tuple[dict[str, list[Path]], int]:
@@ -180,12 +179,7 @@ def _write(found: list[Found], path: Path) -> None:
     for one in found:
         table.append((one.sample, one.partner, row, len(one.tokens), place, len(one.places)))
         row, place = row + len(one.tokens), place + len(one.places)
-    draft = path.with_name(f".{path.name}.tmp")
     tensors = {name: torch.cat([getattr(one, name) for one in found]) for name in ("tokens", "whole", "without")}
     places = torch.cat([one.places for one in found]).to(torch.int32)
     effects = torch.tensor([one.effect for one in found])
-    try:
-        save_file({**tensors, "places": places, "samples": torch.tensor(table), "effects": effects}, draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_shard(path, {**tensors, "places": places, "samples": torch.tensor(table), "effects": effects})

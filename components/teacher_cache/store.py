@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -196,6 +197,16 @@ def packed(words: Sequence[Rows]) -> dict[str, Tensor]:
     if "starts" in whole:
         whole["starts"] = F.pad(whole["starts"].cumsum(0), (1, 0)).int()
     return whole
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically, without a copy of it in memory."""
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _unpacked(spans: Sequence[tuple[dict[str, Tensor], int, int]], device: torch.device) -> Rows:

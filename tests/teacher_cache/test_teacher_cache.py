@@ -28,7 +28,7 @@ from components.process import locked
 from components.records.paths import DATASET, ROWS, RUNS, SIGNALS, STUDENTS
 from components.records.teacher_cache import SignalCache, SignalFacts, SignalManifest
 from components.teacher_cache import __main__ as signals_stage
-from components.teacher_cache import build
+from components.teacher_cache import store
 from components.teacher_cache.store import ATTENTION, VISUAL_ROWS, Signals, facts, read_manifest
 from components.tracking.journal import Run
 from tests.distill.conftest import write_params
@@ -249,7 +249,7 @@ def test_an_interrupted_build_goes_on_with_the_shard_that_it_was_at(workplace: P
         writes.append(path.name)
         full_disk() if len(writes) == 2 else save_file(tensors, path)
 
-    monkeypatch.setattr(build, "save_file", write)
+    monkeypatch.setattr(store, "save_file", write)
     with pytest.raises(OSError, match="No space left"):
         signals_stage.make(load_settings())
     assert not SIGNALS.exists()

@@ -134,11 +134,11 @@ def union(needs: Iterable[Needs]) -> Needs:
     return together
 
 
-def responses(batch: Batch) -> Tensor:
-    """() number of response tokens in the batch."""
+def responses(batch: Batch, draws: Tensor | None = None) -> Tensor:
+    """() number of response tokens in the batch: `Term.units` of most terms."""
     return batch.response[:, 1:].sum().float()
 
 
-def images(batch: Batch) -> Tensor:
-    """() number of images in the batch."""
+def images(batch: Batch, draws: Tensor | None = None) -> Tensor:
+    """() number of images in the batch: `Term.units` of terms over images."""
     return batch.pictures.amax(1).sum().float()

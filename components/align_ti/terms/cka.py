@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.align_ti.batch import Batch, of_images
+from components.align_ti.batch import of_images
 from components.align_ti.head import at_least_float32
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, images
@@ -22,13 +22,11 @@ from components.align_ti.watch import Watch
 class Term:
     layer: int = -2  # student layer; -2: the last but one
     teacher_layer: int = -2
+    units = staticmethod(images)
 
     @property
     def needs(self) -> Needs:
         return Needs(response=False, in_student=Watch(hidden=(self.layer,)), in_teacher=Watch(hidden=(self.teacher_layer,)))
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return images(batch)
 
     def loss(self, seen: Seen) -> Tensor:
         mine = of_images(seen.in_student.hidden[self.layer], seen.batch)

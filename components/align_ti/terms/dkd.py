@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from components.align_ti.batch import Batch
 from components.align_ti.row_weights import over_mean, row_weights, weight_called
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, responses
@@ -23,13 +22,11 @@ class Term:
     others: float = 2.0
     row_weight: str | None = "certainty"  # a function of align_ti/row_weights.py; None: uniform
     needs = Needs(live=True, gold=True)
+    units = staticmethod(responses)
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:
             weight_called(self.row_weight)
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return responses(batch)
 
     def loss(self, seen: Seen) -> Tensor:
         def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:

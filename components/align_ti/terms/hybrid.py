@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import Batch, index_within
+from components.align_ti.batch import index_within
 from components.align_ti.divergence import divergence
 from components.align_ti.row_weights import row_weights, weight_called
 from components.align_ti.seen import Seen
@@ -26,13 +26,11 @@ class Term:
     risk: float = 0.0
     discount: float = 0.9999
     needs = Needs(live=True, gold=True)
+    units = staticmethod(responses)
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:
             weight_called(self.row_weight)
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return responses(batch)
 
     def loss(self, seen: Seen) -> Tensor:
         def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:

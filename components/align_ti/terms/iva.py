@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from components.align_ti.batch import Batch, placed
+from components.align_ti.batch import placed
 from components.align_ti.divergence import Divergence
 from components.align_ti.row_weights import row_weights
 from components.align_ti.seen import Seen
@@ -22,13 +22,11 @@ class Term:
     divergence: Divergence | None = None  # None: the arm's
     change: Change | None = None  # control: permuted weights, or weights with or without sinks
     rows: int | None = None  # systematic draws of visual rows per image, by weight; None: all rows
+    units = staticmethod(images)
 
     @property
     def needs(self) -> Needs:
         return Needs(response=False, visual=True, attention=not self.uniform and self.by is None, live=self.by is not None)
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return images(batch)
 
     def loss(self, seen: Seen) -> Tensor:
         visual = seen.batch.visual

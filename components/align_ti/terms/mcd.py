@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from components.align_ti.batch import Batch, edits_of, predicting
 from components.align_ti.head import row_losses, rows_per_chunk
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs
+from components.align_ti.top_k import with_rest
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class Term:
         head = seen.student_head
 
         def of_chunk(at: slice, logits: Tensor) -> Tensor:
-            p = logits[:, : seen.shared_vocabulary].softmax(-1)
-            return torch.cat([p.gather(1, tokens[at]), p.scatter(1, tokens[at], 0.0).sum(1, keepdim=True)], dim=1)
+            return with_rest(logits[:, : seen.shared_vocabulary].softmax(-1), tokens[at])
 
         return row_losses(rows, head, of_chunk, rows_per_chunk(len(head.weight), seen.chunk_mib))

@@ -22,9 +22,8 @@ from components.align_ti.watch import Map, Watch
 @dataclass(frozen=True)
 class Term:
     rows: Literal["visual", "instruction"] = "visual"
-    layers: tuple[tuple[int, tuple[int, ...]], ...] = (
-        (-2, (-2,)),
-    )  # student layer, and the teacher layers whose mean map is its target
+    # student layer, and the teacher layers whose mean map is its target
+    layers: tuple[tuple[int, tuple[int, ...]], ...] = ((-2, (-2,)),)
     sinks: bool = False  # False: entries above mean + std of the sample's map, in either model, are excluded
 
     @property

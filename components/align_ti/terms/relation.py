@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.align_ti.batch import Batch, of_images
+from components.align_ti.batch import of_images
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, images
 
@@ -21,9 +21,7 @@ from components.align_ti.terms import Needs, images
 class Term:
     centred: bool = False  # logits minus their mean over the vocabulary, to which softmax is invariant
     needs = Needs(response=False, live=True)
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return images(batch)
+    units = staticmethod(images)
 
     def loss(self, seen: Seen) -> Tensor:
         if not bool(seen.batch.visual.any()):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.align_ti.batch import Batch
 from components.align_ti.divergence import divergence
 from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs, responses
@@ -43,12 +42,10 @@ class Term:
     start: float = 0.4
     pace: float = 5e-4  # 0: t follows training progress alone
     needs = Needs(live=True)
+    units = staticmethod(responses)
 
     def module(self, student_width: int, teacher_width: int | None) -> nn.Module:
         return Interpolation(self.start, self.pace)
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return responses(batch)
 
     def loss(self, seen: Seen) -> Tensor:
         t: Any = seen.modules["taid"].t

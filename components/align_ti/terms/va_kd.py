@@ -42,9 +42,7 @@ class Term:
     share: float = 0.2  # share of each answer's tokens that carry half of the weight
     divergence: Divergence | None = None  # None: the arm's
     needs = Needs(live=True, views=(View("blurred", blurred, student=False),))
-
-    def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return responses(batch)
+    units = staticmethod(responses)
 
     def loss(self, seen: Seen) -> Tensor:
         top = in_top(self._need(seen), seen.answer, self.share)
