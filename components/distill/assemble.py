@@ -234,11 +234,9 @@ def _live(
     appends = method.route == "expanded" and method.needs.ribbon
     if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
-    if sides is not None:
-        frozen = FrozenTeacher(master, weighed.layer, False, weighed.background, weighed.gradient)
-        return AlignTI(pupil, ResampledTeacher(frozen, *sides), method)
-    shares_tower = not distill.trainable.vision_tower and same_tower(pupil, master)
-    return AlignTI(pupil, FrozenTeacher(master, weighed.layer, shares_tower, weighed.background, weighed.gradient), method)
+    shares_tower = sides is None and not distill.trainable.vision_tower and same_tower(pupil, master)
+    frozen = FrozenTeacher(master, weighed.layer, shares_tower, weighed.background, weighed.gradient)
+    return AlignTI(pupil, frozen if sides is None else ResampledTeacher(frozen, *sides), method)
 
 
 def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:

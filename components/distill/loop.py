@@ -13,13 +13,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from components.align_ti.step import AlignTI, Method, total
-from components.config.distill import DistillSettings
+from components.align_ti.step import Method, total
 from components.distill.assemble import Job
 from components.distill.checkpoint import Checkpoints
 from components.distill.ddp_module import Replica
@@ -81,13 +79,12 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
     bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter() - progress["seconds"]
     wrapped.train()
-    with bar, deaths_explained(), _stop_request() as stop:
+    with bar, deaths_explained(), _stop_requests() as stop_signals:
         for step in range(progress["step"] + 1, settings.steps + 1):
             micro_batches = [(batch.to(accelerator.device), keys) for batch, keys in next(stream)]
             module.progress = (step - 1) / settings.steps
             with explained(module, micro_batches, settings):
-                done = _step(wrapped, module, micro_batches, weights, optimiser, settings, accelerator, stop)
-            terms, norm, left_out, stopping = done
+                terms, norm, left_out, stopping = _step(job, wrapped, optimiser, micro_batches, weights, stop_signals)
             record = dict(zip(module.method.terms, terms.tolist(), strict=True))
             if not all(map(math.isfinite, [*record.values(), norm])):
                 state = {name.removeprefix("method."): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
@@ -116,14 +113,12 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
 
 
 def _step(
+    job: Job,
     wrapped: torch.nn.Module,
-    module: AlignTI,
+    optimiser: torch.optim.Optimizer,
     batches: list[tuple[Batch, list[int]]],
     weights: Tensor,
-    optimiser: torch.optim.Optimizer,
-    settings: DistillSettings,
-    accelerator: Accelerator,
-    stop: _Flag,
+    stop_signals: list[int],
 ) -> tuple[Tensor, float, int, bool]:
     """One optimiser step over the micro-batches of this rank, with gradient accumulation.
 
@@ -133,6 +128,7 @@ def _step(
     Denominators are counts over the global batch. One micro-batch yields them in its own pass; with several, the draws that
     count must be known before the first backward pass, so sampling comes first.
     """
+    module, accelerator = job.module, job.accelerator
     draws: list[Tensor | None] = [None] * len(batches)
     counts: Tensor | None = None
     if len(batches) > 1:
@@ -155,9 +151,9 @@ def _step(
             accelerator.backward(loss)
         sums += its_sums.detach()
         left_out += its_left_out
-    norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), settings.optimiser.max_grad_norm))
+    norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), job.distill.optimiser.max_grad_norm))
     assert counts is not None
-    mine = torch.cat([sums, left_out, sums.new_tensor([bool(stop)])])
+    mine = torch.cat([sums, left_out, sums.new_tensor([bool(stop_signals)])])
     *_, all_left_out, asked = seen = accelerator.reduce(mine, reduction="sum")
     means = seen[:-2] / counts.clamp_min(1)
     if math.isfinite(norm) and bool(means.isfinite().all()):
@@ -181,26 +177,18 @@ def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str]
     )
 
 
-class _Flag:
-    def __init__(self) -> None:
-        self.up = False
-
-    def __bool__(self) -> bool:
-        return self.up
-
-
 @contextmanager
-def _stop_request() -> Iterator[_Flag]:
-    """Handlers of SIGTERM, SIGHUP and SIGINT that set a flag, read by the loop between steps, where state is consistent."""
-    flag = _Flag()
+def _stop_requests() -> Iterator[list[int]]:
+    """Signals SIGTERM, SIGHUP and SIGINT received so far, read by the loop between steps, where state is consistent."""
+    received: list[int] = []
 
-    def ask(signum: int, _frame: object) -> None:
+    def receive(signum: int, _frame: object) -> None:
         leave_terminal(signum)
-        flag.up = True
+        received.append(signum)
 
-    before = {number: signal.signal(number, ask) for number in (*endings(), signal.SIGINT)}
+    before = {number: signal.signal(number, receive) for number in (*endings(), signal.SIGINT)}
     try:
-        yield flag
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
