@@ -57,7 +57,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
     job = assemble(name, arm, settings)
     run.dataset("train", job.samples.manifest.digest[:32])
     main = job.accelerator.is_main_process
-    with Checkpoints(name, job.fingerprint, main=main) as checkpoints:
+    with Checkpoints.of(name, job.fingerprint, main=main) as checkpoints:
         outcome = train(job, checkpoints, run)
         if equal := _equal_weights(job.module, job.accelerator):
             run.metrics({"iva/equal_weights": equal})

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -21,28 +23,23 @@ from components.records.paths import RUNS
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """Checkpoints of one arm at one fingerprint, in `.runs/distill/ARM/FINGERPRINT/step-N/`.
 
     A checkpoint depends on the sharding of the weights (`layout`), but on the number of processes only under DeepSpeed.
-
-    Args:
-        main: True on the main process, which holds the lock.
     """
 
-    def __init__(self, arm: str, fingerprint: str, main: bool = True) -> None:
-        self.folder = RUNS / "distill" / arm / fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock: AbstractContextManager[None] = nullcontext()
-        if main:
-            self._lock = locked(self.folder / "lock", "another process is training this arm")
+    folder: Path
 
-    def __enter__(self) -> Checkpoints:
-        self._lock.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.__exit__(None, None, None)
+    @classmethod
+    @contextmanager
+    def of(cls, arm: str, fingerprint: str, main: bool = True) -> Iterator[Self]:
+        """Checkpoints under a lock, which the main process holds. Raises TryAgainError if another training holds it."""
+        folder = RUNS / "distill" / arm / fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock", "another process is training this arm") if main else nullcontext():
+            yield cls(folder)
 
     def latest(self) -> Path | None:
         """Newest complete checkpoint, None without one; folders are renamed into place after their last write."""

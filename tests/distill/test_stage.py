@@ -198,13 +198,13 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(workplace: Path) -> None:
 def test_a_half_written_checkpoint_is_ignored(workplace: Path) -> None:
     from components.distill.checkpoint import Checkpoints
 
-    with Checkpoints("kd", "abc") as checkpoints:
+    with Checkpoints.of("kd", "abc") as checkpoints:
         (checkpoints.folder / ".step-00000004.tmp").mkdir()
         assert checkpoints.latest() is None
         (checkpoints.folder / "step-00000009").mkdir()
         (checkpoints.folder / "step-00000010").mkdir()
         assert checkpoints.latest() == checkpoints.folder / "step-00000010"
-        with pytest.raises(TryAgainError, match="another process is training this arm"), Checkpoints("kd", "abc"):
+        with pytest.raises(TryAgainError, match="another process is training this arm"), Checkpoints.of("kd", "abc"):
             pass
 
 
