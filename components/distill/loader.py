@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -30,6 +31,7 @@ from components.teacher_cache.evidence import Evidence
 MicroBatches = list[tuple[Batch, list[int]]]
 
 
+@dataclass
 class Steps(Dataset[MicroBatches | AlignTIError]):
     """Dataset of steps: the collated micro-batches of one rank, with the seeds of their samples' draws. A pure function of the
     step, except for `rollouts`, which depend on the current student.
@@ -37,21 +39,16 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
     Errors of a sample are returned, not raised, so that their message survives the way out of a worker process.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        collator: Collator,
-        order: Sampler,
-        settings: DistillSettings,
-        rank: int,
-        ranks: int,
-        rollouts: Rollouts | None = None,
-        answers: Answers | None = None,
-        evidence: Evidence | None = None,
-    ) -> None:
-        self.samples, self.collator, self.order, self.settings = samples, collator, order, settings
-        self.rank, self.ranks, self.rollouts, self.answers, self.evidence = rank, ranks, rollouts, answers, evidence
-        self._lengths: dict[int, int] = {}
+    samples: Samples
+    collator: Collator
+    order: Sampler
+    settings: DistillSettings
+    rank: int
+    ranks: int
+    rollouts: Rollouts | None = None
+    answers: Answers | None = None
+    evidence: Evidence | None = None
+    _lengths: dict[int, int] = field(default_factory=dict, init=False)  # tokens of each sample seen so far
 
     def __getitem__(self, step: int) -> MicroBatches | AlignTIError:
         try:

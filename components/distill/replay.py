@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -76,9 +76,12 @@ class Origin:
             teacher = module.live_teacher
             live = None
             if isinstance(teacher, FrozenTeacher):
-                background = None if teacher.background is None else teacher.background.tolist()
-                live = {"layer": teacher.layer, "shares_tower": teacher.shares_tower, "background": background}
-                live |= {"gradient": teacher.gradient}
+                live = {
+                    "layer": teacher.layer,
+                    "shares_tower": teacher.shares_tower,
+                    "background": None if teacher.background is None else teacher.background.tolist(),
+                    "gradient": teacher.gradient,
+                }
             about = {
                 **asdict(self),
                 "step": step,
@@ -130,7 +133,7 @@ def replay(folder: Path) -> Iterator[str | Finding]:
     state = load_file(folder / "student.safetensors")
     if any("lora_" in name for name in state):
         raise ModelError(f"{folder}: the step trained adapters (trainable.lora), which replay cannot build; look at the batch")
-    yield from (f"student's weights before the step: {name} is not finite" for name in _bad(state))
+    yield from (f"student's weights before the step: {name} is not finite" for name in _bad(state.items()))
     batches = [_read(path) for path in sorted(folder.glob("rank-*.safetensors"))]
     if any(b.pixel_values is not None and (b.image_inputs or len(b.pixel_values) != len(b.image_ids)) for b, _ in batches):
         raise ModelError(
@@ -138,7 +141,8 @@ def replay(folder: Path) -> Iterator[str | Finding]:
             " batch, with its pixels, lies there to be looked at"
         )
     for batch, _ in batches:
-        yield from (f"pixels of image {name} are not finite" for name in _bad_images(batch))
+        pixels: Iterable[Tensor] = () if batch.pixel_values is None else batch.pixel_values
+        yield from (f"pixels of image {name} are not finite" for name in _bad(zip(batch.image_ids, pixels, strict=True)))
     for precision in dict.fromkeys((about["precision"], "fp32")):
         module = _module(about, state, precision)
         for batch, keys in batches:
@@ -198,10 +202,5 @@ def _not_finite(module: AlignTI, batch: Batch, key: int, precision: str) -> dict
     return {name: value for name, value in values.items() if not math.isfinite(value)}
 
 
-def _bad(tensors: dict[str, Tensor]) -> list[str]:
-    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-
-
-def _bad_images(batch: Batch) -> list[str]:
-    pixels = [] if batch.pixel_values is None else list(batch.pixel_values)
-    return [name for name, image in zip(batch.image_ids, pixels, strict=True) if not bool(image.isfinite().all())]
+def _bad(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    return [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
