@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
 from components.align_ti.head import CHUNK_MIB, Head, row_losses, rows_per_chunk
-from components.align_ti.sampled import Sampled, sampled_divergence
-from components.align_ti.top_k import TopK, top_k_divergence
 
-Rows = TopK | Sampled
+
+@dataclass(frozen=True)
+class Rows(ABC):
+    """Cached teacher distributions at N rows, by `TopK` or `Sampled`. Every field has N rows."""
+
+    tokens: Tensor  # (N, k) long
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return replace(self, **{name: tensor[rows] for name, tensor in vars(self).items()})
+
+    @abstractmethod
+    def divergence(self, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """(N,) divergence per row, in nats. `student_logits` (N, V): cut to the shared vocabulary, float32 or wider."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +43,6 @@ class Cached:
         return self.rows[index]
 
 
-def cached_divergence(teacher: Rows, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """(N,) divergence per row, in nats. `student_logits` (N, V) are cut to the shared vocabulary."""
-    if isinstance(teacher, TopK):
-        return top_k_divergence(teacher, student_logits, temperature)
-    return sampled_divergence(teacher, student_logits, temperature)
-
-
 def cached_row_divergence(
     teacher: Rows,
     student_rows: Tensor,
@@ -45,11 +53,11 @@ def cached_row_divergence(
     weights: Tensor | None = None,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
-    """(N,) `cached_divergence` of hidden rows (N, d_S), in chunks of rows; with `weights` (N,), their weighted sum ().
+    """(N,) `Rows.divergence` of hidden rows (N, d_S), in chunks of rows; with `weights` (N,), their weighted sum ().
 
     The student's head is cut to `shared` columns."""
 
     def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
-        return cached_divergence(teacher[at], student_logits[:, :shared], temperature)
+        return teacher[at].divergence(student_logits[:, :shared], temperature)
 
     return row_losses(student_rows, student_head, of_chunk, rows_per_chunk(len(student_head.weight), chunk_mib), weights)

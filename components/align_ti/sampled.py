@@ -12,20 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.align_ti.cached import Rows
+
 
 @dataclass(frozen=True)
-class Sampled:
-    """Sampled p_T at N rows. k is the largest number of distinct tokens in a row."""
+class Sampled(Rows):
+    """Sampled p_T. k is the largest number of distinct tokens in a row."""
 
-    tokens: Tensor  # (N, k) long
     counts: Tensor  # (N, k) draws of each token; 0 is padding
     entropy: Tensor  # (N,) entropy of p_T, nats
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, rows: slice | Tensor) -> Sampled:
-        return Sampled(self.tokens[rows], self.counts[rows], self.entropy[rows])
+    def divergence(self, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """(N,) sum_v (count_v / draws) (-log p_S(v)) - H(p_T) per row; a row can be below 0, its mean over draws cannot."""
+        logits = student_logits / temperature
+        shares = self.counts.to(logits.dtype) / self.counts.sum(-1, keepdim=True)
+        return logits.logsumexp(-1) - (shares * logits.gather(-1, self.tokens)).sum(-1) - self.entropy
 
 
 def sampled(logits: Tensor, draws: int, uniform: Tensor, temperature: float = 1.0) -> Sampled:
@@ -38,14 +39,3 @@ def sampled(logits: Tensor, draws: int, uniform: Tensor, temperature: float = 1.
     counts = torch.zeros_like(found).scatter_add(-1, place, torch.ones_like(found))
     k = int(place.max()) + 1 if len(place) else 0
     return Sampled(torch.zeros_like(found).scatter(-1, place, found)[:, :k], counts[:, :k], torch.special.entr(p).sum(-1))
-
-
-def sampled_divergence(teacher: Sampled, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """(N,) sum_v (count_v / draws) (-log p_S(v)) - H(p_T) per row, in nats; a row can be below 0, its mean over draws cannot.
-
-    Args:
-        student_logits: (N, V), cut to the shared vocabulary, float32 or wider.
-    """
-    logits = student_logits / temperature
-    shares = teacher.counts.to(logits.dtype) / teacher.counts.sum(-1, keepdim=True)
-    return logits.logsumexp(-1) - (shares * logits.gather(-1, teacher.tokens)).sum(-1) - teacher.entropy

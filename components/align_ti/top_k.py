@@ -11,22 +11,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.align_ti.cached import Rows
 from components.align_ti.divergence import kl
 
 
 @dataclass(frozen=True)
-class TopK:
-    """Top-k of p_T at N rows."""
+class TopK(Rows):
+    """Top-k of p_T, tokens in descending order of probability."""
 
-    tokens: Tensor  # (N, k) long, in descending order of probability
     log_probs: Tensor  # (N, k)
     log_tail: Tensor  # (N,) log of the residual mass; -inf where k = V
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, rows: slice | Tensor) -> TopK:
-        return TopK(self.tokens[rows], self.log_probs[rows], self.log_tail[rows])
+    def divergence(self, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """(N,) sum_topk p_T (log p_T - log p_S) + tail_T (log tail_T - log tail_S) per row, tail_S the student's mass outside
+        the teacher's top k."""
+        logits = student_logits / temperature
+        kept = logits.gather(-1, self.tokens)
+        if kept.shape[-1] == logits.shape[-1]:
+            return kl(self.log_probs, torch.log_softmax(kept, dim=-1))
+        beyond = logits.scatter(-1, self.tokens, -torch.inf).logsumexp(-1, keepdim=True)
+        log_s = torch.log_softmax(torch.cat([kept, beyond], dim=-1), dim=-1)
+        return kl(torch.cat([self.log_probs, self.log_tail[:, None]], dim=-1), log_s)
 
 
 def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
@@ -37,22 +42,6 @@ def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     log_probs, tokens = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
     return TopK(tokens, log_probs, log_p.scatter(-1, tokens, -torch.inf).logsumexp(-1))
-
-
-def top_k_divergence(teacher: TopK, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """(N,) sum_topk p_T (log p_T - log p_S) + tail_T (log tail_T - log tail_S) per row, in nats.
-
-    Args:
-        student_logits: (N, V), cut to the shared vocabulary, float32 or wider. tail_S is the student's mass outside the
-            teacher's top k.
-    """
-    logits = student_logits / temperature
-    kept = logits.gather(-1, teacher.tokens)
-    if kept.shape[-1] == logits.shape[-1]:
-        return kl(teacher.log_probs, torch.log_softmax(kept, dim=-1))
-    beyond = logits.scatter(-1, teacher.tokens, -torch.inf).logsumexp(-1, keepdim=True)
-    log_s = torch.log_softmax(torch.cat([kept, beyond], dim=-1), dim=-1)
-    return kl(torch.cat([teacher.log_probs, teacher.log_tail[:, None]], dim=-1), log_s)
 
 
 def with_rest(p: Tensor, tokens: Tensor) -> Tensor:
@@ -69,4 +58,4 @@ def decoupled(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor,
     log_p, log_q = (logits[:, :shared].log_softmax(-1).scatter(-1, tokens, -torch.inf) for logits in (teacher, student))
     rest_p, rest_q = (others.logsumexp(-1, keepdim=True) for others in (log_p, log_q))
     parts = TopK(tokens, teacher[:, :shared].log_softmax(-1).gather(-1, tokens), rest_p[:, 0])
-    return top_k_divergence(parts, student[:, :shared]), kl(log_p - rest_p, log_q - rest_q), rest_p[:, 0].exp()
+    return parts.divergence(student[:, :shared]), kl(log_p - rest_p, log_q - rest_q), rest_p[:, 0].exp()

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.align_ti.batch import predicting
-from components.align_ti.cached import Rows, cached_divergence
+from components.align_ti.cached import Rows
 from components.align_ti.divergence import divergence
 from components.align_ti.top_k import TopK
 from components.dataset.shards import CAPTION, Sample, Samples
@@ -54,7 +54,7 @@ def _rows(teacher_pass: TeacherPass, kept: Rows, theirs: Tensor, student: VLM, m
         )
         temperature = teacher_pass.facts.temperature
         word = kept[at]
-        cached = cached_divergence(word, my_logits, temperature)
+        cached = word.divergence(my_logits, temperature)
         exact = divergence(their_logits, my_logits, temperature=temperature)
         beyond = word.log_tail.exp() if isinstance(word, TopK) else torch.zeros_like(exact)
         parts.append(torch.stack([cached, exact, beyond]).cpu())

@@ -43,6 +43,7 @@ from components.records.teacher import TeacherChoice
 from components.records.teacher_cache import EvidenceKept, SignalCache, SignalFacts, SignalManifest
 
 KEY, TEXT, TEXT_ROWS, VISUAL, VISUAL_ROWS, ATTENTION = range(6)  # columns of `samples`
+Span = tuple[dict[str, Tensor], int, int]  # rows first:last of a shard
 Kept = TypeVar("Kept", SignalCache, EvidenceKept)
 AGAIN = "`dvc repro cache_teacher` makes it anew"
 
@@ -146,30 +147,29 @@ class Signals:
         Raises DataError naming the first sample that the cache does not hold with these tokens.
         """
         found = self._find(batch)
-        shards = [self._shards[i] for i in self._shard_of[found]]
-        table = self._samples[found]
-        spans = list(zip(shards, table[:, TEXT], table[:, TEXT] + table[:, TEXT_ROWS], strict=True))
+        spans = self._spans(found, TEXT, TEXT_ROWS)
         if visual:
-            spans += zip(shards, table[:, VISUAL], table[:, VISUAL] + table[:, VISUAL_ROWS], strict=True)
+            spans += self._spans(found, VISUAL, VISUAL_ROWS)
         device = batch.input_ids.device
         kept = _unpacked(spans, device)
         index = torch.full(batch.input_ids.shape, -1, device=device)
         rows = torch.arange(len(kept), device=device)
-        text = int(table[:, TEXT_ROWS].sum())
+        text = int(self._samples[found, TEXT_ROWS].sum())
         index[predicting(batch.response)] = rows[:text]
         if visual:
             index[batch.visual] = rows[text:]
         known = Cached(kept, index)
         if not look:
             return known, None
-        others = self._attended[found]
-        shards = [self._shards[i] for i in self._shard_of[others]]
-        return known, self._attention(shards, self._samples[others]).to(device)
+        attended = self._spans(self._attended[found], ATTENTION, VISUAL_ROWS)
+        own = [shard["attention"][first:last] for shard, first, last in attended]
+        return known, pad_sequence(own, batch_first=True).to(device)
 
-    @staticmethod
-    def _attention(shards: list[dict[str, Tensor]], table: np.ndarray) -> Tensor:
-        spans = zip(shards, table[:, ATTENTION], table[:, ATTENTION] + table[:, VISUAL_ROWS], strict=True)
-        return pad_sequence([shard["attention"][first:last] for shard, first, last in spans], batch_first=True)
+    def _spans(self, samples: np.ndarray, offset: int, count: int) -> list[Span]:
+        """Rows of each sample in its shard, by two columns of the table."""
+        first, rows = self._samples[samples][:, [offset, count]].T
+        shards = (self._shards[i] for i in self._shard_of[samples])
+        return list(zip(shards, first, first + rows, strict=True))
 
     def _find(self, batch: Batch) -> np.ndarray:
         """(B,) row of each sample in the table. Raises DataError on a cache miss."""
@@ -209,10 +209,10 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _unpacked(spans: Sequence[tuple[dict[str, Tensor], int, int]], device: torch.device) -> Rows:
-    """Rows first:last of each (shard, first, last), concatenated on `device`."""
+def _unpacked(spans: Sequence[Span], device: torch.device) -> Rows:
+    """Rows of all spans, concatenated on `device`."""
 
-    def read(name: str, dtype: torch.dtype, ranges: Sequence[tuple[dict[str, Tensor], int, int]] = spans) -> Tensor:
+    def read(name: str, dtype: torch.dtype, ranges: Sequence[Span] = spans) -> Tensor:
         return torch.cat([shard[name][first:last] for shard, first, last in ranges]).to(device, dtype, non_blocking=True)
 
     if "starts" not in spans[0][0]:

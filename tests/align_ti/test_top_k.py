@@ -13,7 +13,7 @@ from components.align_ti.divergence import divergence
 from components.align_ti.head import Head
 from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import CORE
-from components.align_ti.top_k import TopK, decoupled, top_k, top_k_divergence
+from components.align_ti.top_k import TopK, decoupled, top_k
 from components.distill.teacher import FrozenTeacher
 from components.models.vlm import VLM
 from tests import tiny
@@ -27,7 +27,7 @@ ROWS, V = 6, 11
 def test_never_more_than_the_exact_divergence_and_grows_with_k(seed: int, k: int, scale: float, temperature: float) -> None:
     t, s = logits(seed, scale=scale), logits(seed + 1, scale=scale)
     exact = divergence(t, s, temperature=temperature)
-    coarser, finer = (top_k_divergence(top_k(t, n, temperature), s, temperature) for n in (k, k + 1))
+    coarser, finer = (top_k(t, n, temperature).divergence(s, temperature) for n in (k, k + 1))
     slack = 1e-12 * (1 + exact)
     assert (coarser >= -slack).all() and (coarser <= finer + slack).all() and (finer <= exact + slack).all()
 
@@ -44,7 +44,7 @@ def test_taken_apart_it_adds_up_to_the_divergence(seed: int, k: int, scale: floa
 @settings(max_examples=25, deadline=None)
 def test_all_tokens_kept_is_the_exact_divergence_gradients_too(seed: int, temperature: float) -> None:
     t, s = logits(seed), logits(seed + 1).requires_grad_()
-    got = top_k_divergence(top_k(t, V + 5, temperature), s, temperature)
+    got = top_k(t, V + 5, temperature).divergence(s, temperature)
     wanted = divergence(t, s, temperature=temperature)
     torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(torch.autograd.grad(got.sum(), s), torch.autograd.grad(wanted.sum(), s), rtol=1e-9, atol=1e-12)
@@ -56,12 +56,12 @@ def test_equals_the_definition_with_the_tail_as_one_outcome() -> None:
     p, q = t.softmax(-1), s.softmax(-1)
     outcomes = [torch.cat([x.gather(1, kept.tokens), 1 - x.gather(1, kept.tokens).sum(1, keepdim=True)], 1) for x in (p, q)]
     wanted = (outcomes[0] * (outcomes[0] / outcomes[1]).log()).sum(1)
-    torch.testing.assert_close(top_k_divergence(kept, s), wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(kept.divergence(s), wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_gradient_by_finite_differences() -> None:
     kept = top_k(logits(3), 4, 1.5)
-    assert torch.autograd.gradcheck(lambda s: top_k_divergence(kept, s, 1.5), logits(4).requires_grad_())
+    assert torch.autograd.gradcheck(lambda s: kept.divergence(s, 1.5), logits(4).requires_grad_())
 
 
 def test_a_tail_below_what_float32_can_subtract_is_kept() -> None:
@@ -82,7 +82,7 @@ def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
 
     for got, wanted in zip(run(chunk), run(1000), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(run(chunk)[0], top_k_divergence(kept, (rows @ head.T)[:, :V]))
+    torch.testing.assert_close(run(chunk)[0], kept.divergence((rows @ head.T)[:, :V]))
 
 
 class Kept:
