@@ -25,6 +25,9 @@ from components.tracking.resumable import resumable
 if TYPE_CHECKING:
     import torch
 
+    from components.dataset.shards import Samples
+    from components.models.writing import Writer
+
 PART = 1024  # samples per file, the unit of resume
 
 
@@ -69,7 +72,6 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
     import torch
     from tqdm import tqdm
 
-    from components.align_ti.ribbon import draw_key
     from components.dataset.shards import CAPTION, Samples
     from components.models.collate import Collator
     from components.models.load import check_pair, load
@@ -87,26 +89,6 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
     samples = Samples(DATASET, "train", ROWS)
     rows = [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
     size = settings.distill.micro_batch_size
-
-    def answered(these: list[int]) -> list[Answered]:
-        """Records of a batch of samples; one generation pass per answer."""
-        shown = [samples[row] for row in these]
-        rounds = [writer.write(shown, [draw_key("teacher", row, n) for row in these]) for n in range(asked.samples)]
-        lines = []
-        for row, sample, answers in zip(these, shown, zip(*rounds, strict=True), strict=True):
-            kept = [answer for answer in answers if answer.tokens[-1] == writer.eos_id]
-            lines.append(
-                Answered(
-                    sample=row,
-                    id=sample.id,
-                    answers=[answer.tokens for answer in kept],
-                    log_probs=[answer.log_prob for answer in kept],
-                    cut_off=len(answers) - len(kept),
-                    texts=[teacher.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in kept],
-                )
-            )
-        return lines
-
     lines: list[Answered] = []
     files: list[Path] = []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=wanted.precision == "bf16")
@@ -117,7 +99,7 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
             if not files[-1].is_file():
                 found: list[Answered] = []
                 for start in range(0, len(part), size):
-                    found += answered(part[start : start + size])
+                    found += _answered(writer, samples, part[start : start + size], asked.samples)
                     bar.update(len(part[start : start + size]))
                 write_text(files[-1], jsonl(found))
             lines += [Answered.model_validate_json(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
@@ -135,6 +117,29 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
     )
     AnswerManifest(written=made).write(folder / "manifest.json")
     return made
+
+
+def _answered(writer: Writer, samples: Samples, rows: list[int], count: int) -> list[Answered]:
+    """Records of a batch of samples with `count` answers each, one generation pass per answer; those cut off are dropped."""
+    from components.align_ti.ribbon import draw_key
+
+    shown = [samples[row] for row in rows]
+    passes = [writer.write(shown, [draw_key("teacher", row, n) for row in rows]) for n in range(count)]
+    decode = writer.loaded.processor.tokenizer.decode
+    found = []
+    for row, sample, answers in zip(rows, shown, zip(*passes, strict=True), strict=True):
+        kept = [answer for answer in answers if answer.tokens[-1] == writer.eos_id]
+        found.append(
+            Answered(
+                sample=row,
+                id=sample.id,
+                answers=[answer.tokens for answer in kept],
+                log_probs=[answer.log_prob for answer in kept],
+                cut_off=len(answers) - len(kept),
+                texts=[decode(answer.tokens, skip_special_tokens=True) for answer in kept],
+            )
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -115,11 +115,13 @@ class Evidence:
             torch.where(effect[:, None], 1 - evidence, evidence) if places else torch.ones_like(evidence),
             torch.tensor(places, dtype=torch.long),
             effect,
-            *(self._stacked(name, rows, dtype) for name, dtype in (("tokens", torch.long), ("whole", None), ("without", None))),
+            self._stacked("tokens", rows, torch.long),
+            self._stacked("whole", rows),
+            self._stacked("without", rows),
         )
         return replace(batch, edits=edits)
 
-    def _stacked(self, name: str, rows: list[slice], dtype: torch.dtype | None) -> Tensor:
+    def _stacked(self, name: str, rows: list[slice], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Response rows of all edited samples, from one tensor of the files."""
         found = self._of[name]
-        parts = [found[:0], *(found[at] for at in rows)]
-        return torch.from_numpy(np.concatenate(parts)).to(dtype or torch.float32)
+        return torch.from_numpy(np.concatenate([found[:0], *(found[at] for at in rows)])).to(dtype)
