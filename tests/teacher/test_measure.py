@@ -55,7 +55,7 @@ def test_a_candidate_has_no_irs_where_no_image_has_two_instructions_and_no_arm_a
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*_: object) -> None:
-        raise TooFewInstructions("0 of 4 images")
+        raise TooFewInstructions(0, 4, settings.irs)
 
     monkeypatch.setattr("components.irs.search.measure", none)
     samples = Samples(DATASET, "val")
