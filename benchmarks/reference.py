@@ -1,7 +1,7 @@
 """Plain reference of the same loss: eager attention, full logits, d interleaved rows before every response token.
 
 The layout is that of the paper's released code ([c_k1 .. c_kd y_k] in place of y_k). The engine is compared with it for
-equality of loss and gradients, and then for time and memory. METHOD in `components/align_ti`; arXiv 2602.09483.
+equality of loss and gradients, and then for time and memory. The method: docs/method.md.
 """
 
 from __future__ import annotations

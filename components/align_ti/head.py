@@ -1,7 +1,7 @@
 """Output head, and per-row losses of its logits, computed in chunks of rows.
 
 Float32 logits take rows x vocabulary x 4 bytes: 443 MB for an image of 729 tokens at V = 151,936, and a loss holds several.
-Chunks bound that; their logits are recomputed in the backward pass.
+Chunks bound that: their logits are recomputed in the backward pass, or, in a weighted sum, give their gradient at once.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Needs:
         teacher: teacher pass over the sequence, or its cached signals.
         response: logits at the rows that predict the response.
         visual: logits at the visual rows.
-        attention: teacher attention that weights visual tokens (at the IRS layer by default).
+        attention: teacher attention that weights visual tokens, by `iva.weighting`.
         ribbon: alternatives, and a pass of both models over them.
         live: teacher hidden states or full logits, which no cache holds.
         gold: the data's answers; generated ones do not replace them.
