@@ -26,6 +26,16 @@ SINK = 5  # threshold of an attention sink, as a multiple of the uniform share
 KINDS: tuple[tuple[Attention, Rows], ...] = (("mean", "all"), ("mean", "words"), ("centred", "all"), ("centred", "words"))
 
 
+class NoRegions(DataError):
+    """The rule `pointing` has no regions to judge a layer by."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "params/irs.yaml: rule is pointing, and the region that a question asks about is known on fewer than two of the"
+            " images searched (`boxes`, docs/data.md), or it is not known where the teacher's visual tokens lie; set rule: irs"
+        )
+
+
 @dataclass(frozen=True)
 class Scored:
     """Scores of all layers under one weighting and kind of rows."""
@@ -142,10 +152,7 @@ def pick(scores: list[Scored], settings: IrsSettings, grids: list[str]) -> Picke
             for layer, of_layer in enumerate(one.pointing)
         }
         if not found:
-            raise DataError(
-                f"{where}rule is pointing, and the region that a question asks about is known on fewer than two of the images"
-                " searched (`boxes`, docs/data.md), or it is not known where the teacher's visual tokens lie; set rule: irs"
-            )
+            raise NoRegions
         best, *others = sorted(found, key=lambda key: -float(found[key].mean()))
         second = others[0] if others else None
         leads = second is not None and separated(found[best] - found[second])

@@ -25,6 +25,7 @@ from components.dataset.shard_jobs import WORTH_A_WORKER
 from components.dataset.shards import Sample, Turn, image_sizes
 from components.dataset.source import Refused, Rule, Source, Stored
 from components.errors import DataError
+from components.irs.choice import NoRegions
 from components.irs.search import TooFewInstructions, instructions
 from components.models.template import question_of
 from components.process import cores, shared_out
@@ -215,8 +216,11 @@ def accept(found: Found, settings: Settings) -> None:
         raise DataError(
             f"no usable sample fell into {' and '.join(empty)}: give more images, or raise the shares in params/data.yaml"
         )
-    if settings.needs_layer and (able := tally.with_questions("train", settings.irs.instructions_per_image)) < 2:
+    able = tally.with_questions("train", settings.irs.instructions_per_image)
+    if settings.needs_layer and able < 2:
         raise TooFewInstructions(able, tally.images["train"], settings.irs)
+    if settings.irs.rule == "pointing" and able >= 2 and not found.boxes and settings.distill.stage != "align":
+        raise NoRegions
 
 
 def accept_rows(found: Found, settings: Settings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from components.config.load import load_settings
 from components.dataset.prepare import prepare
 from components.dataset.shards import Sample, Samples, Turn
 from components.errors import DataError
+from components.irs.choice import NoRegions
 from components.irs.search import TooFewInstructions, draw_images
 from components.models.__main__ import bring, index_of
 from components.models.collate import Collator
@@ -127,6 +129,15 @@ def test_too_few_questions_per_image_are_refused_where_a_layer_is_searched(point
     path.write_text(re.sub(r"weighting: \w+", "weighting: uniform", path.read_text()))
     assert not load_settings().needs_layer
     check.accept(found, load_settings())
+
+
+def test_a_rule_that_needs_boxes_is_refused_where_no_question_has_one(pointed: Path) -> None:
+    path = pointed / "params/irs.yaml"
+    path.write_text(re.sub(r"rule: \w+", "rule: pointing", path.read_text()))
+    found = check.try_data(load_settings(), [], workers=1)
+    with pytest.raises(NoRegions, match=r"rule is pointing, .*; set rule: irs"):
+        check.accept(found, load_settings())
+    check.accept(replace(found, boxes=True), load_settings())
 
 
 def test_questions_of_equal_images_count_together_in_whatever_files_they_are(pointed: Path) -> None:
