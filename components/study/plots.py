@@ -13,6 +13,9 @@ from components.report.figures import Theme
 from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test
 
 POINTS = 100
+MOST_AXES = 12  # factors that parallel coordinates can show legibly
+FEW = 12  # variants, all of whose names fit beside their points
+APART = 0.05  # of the scores' range between two names on a Pareto front
 
 
 def duration(hours: float) -> str:
@@ -95,11 +98,15 @@ def _front(axes: Axes, result: StudyResult, costs: list[float], label: str, them
         if not kept or scores[index] > scores[kept[-1]]:
             kept.append(index)
     axes.plot([costs[i] for i in kept], [scores[i] for i in kept], color=theme.accent, linewidth=1.2, drawstyle="steps-post")
-    for index, variant in enumerate(result.variants):
+    named: list[float] = []  # scores whose points have a name, from the best down
+    for index in sorted(range(len(costs)), key=lambda i: -scores[i]):
         on = index in kept
         axes.plot(costs[index], scores[index], "o", color=theme.accent if on else theme.muted, markersize=6 if on else 4)
-        if on or len(result.variants) <= 12:
-            axes.annotate(variant.name, (costs[index], scores[index]), (5, 4), textcoords="offset points", fontsize=7.5)
+        legible = not named or named[-1] - scores[index] > APART * (max(scores) - min(scores))
+        if len(costs) <= FEW or (on and legible):
+            named.append(scores[index])
+            name = result.variants[index].name
+            axes.annotate(name, (costs[index], scores[index]), (5, 4), textcoords="offset points", fontsize=7.5)
     axes.set_xlim(0, 1.25 * max(costs))
     axes.set_xlabel(label)
     axes.grid()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from components.io import write_bytes, write_text
@@ -27,18 +27,24 @@ Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, header, ro
 
 
 def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
-    """Write compare.md, compare.csv, compare.html and the PNGs; returns the paths of the first three."""
+    """Write compare.md, compare.csv, compare.html and the PNGs; returns the paths of the first three.
+
+    A study with too many factors for parallel coordinates has no runs.png."""
     tables = _tables(result, confidence)
-    pictures = {name: draw(plot, result) for name, (_, plot) in PICTURES.items()}
+    drawn = [name for name in PICTURES if name != "runs.png" or len(result.factors) <= plots.MOST_AXES]
+    pictures = {name: draw(PICTURES[name][1], result) for name in drawn}
     page = templates(Path(__file__).parent).get_template("compare.html.j2")
     shown = [(PICTURES[name][0], data_uri(picture)) for name, picture in pictures.items()]
     html = page.render(result=result, about=about, standing=standing(result), tables=tables, pictures=shown)
     folder = FOLDER / result.study
-    write_text(folder / "compare.md", _markdown(result, about, tables))
+    write_text(folder / "compare.md", _markdown(result, about, tables, pictures))
     write_text(folder / "compare.csv", _csv(result))
     write_text(folder / "compare.html", html)
-    for name, picture in pictures.items():
-        write_bytes(folder / name, picture)
+    for name in PICTURES:
+        if name in pictures:
+            write_bytes(folder / name, pictures[name])
+        else:
+            (folder / name).unlink(missing_ok=True)  # of the study as it was
     return [folder / f"compare.{ending}" for ending in ("md", "csv", "html")]
 
 
@@ -113,11 +119,11 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
     ]
 
 
-def _markdown(result: StudyResult, about: str, tables: Sequence[Table]) -> str:
+def _markdown(result: StudyResult, about: str, tables: Sequence[Table], pictures: Iterable[str]) -> str:
     parts = [f"# Study {result.study}", about, standing(result)]
     for heading, note, head, rows in tables:
         parts += [f"## {heading}", note, md.table(head, rows)]
-    return "\n\n".join([*parts, *(f"![{Path(picture).stem}]({picture})" for picture in PICTURES)]) + "\n"
+    return "\n\n".join([*parts, *(f"![{Path(picture).stem}]({picture})" for picture in pictures)]) + "\n"
 
 
 def _csv(result: StudyResult) -> str:

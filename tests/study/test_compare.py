@@ -171,6 +171,18 @@ def test_the_files_say_what_was_found_and_need_no_other(tmp_path: Path, monkeypa
         assert "weights.tpa" in text and "+7.70" in text
 
 
+def test_more_settings_than_parallel_coordinates_can_show_are_left_to_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = result()
+    report.write(found, "few", 0.95)
+    folder = report.FOLDER / found.study
+    assert (folder / "runs.png").exists() and "runs.png" in (folder / "compare.md").read_text()
+    report.write(replace(found, factors=found.factors * plots.MOST_AXES), "many", 0.95)
+    assert not (folder / "runs.png").exists() and "runs.png" not in (folder / "compare.md").read_text()
+
+
 def test_where_nothing_was_learnt_none_is_the_best() -> None:
     runs = [replace(r, metrics={**r.metrics, SCORE: 0.0}) for r in RUNS]
     assert "nothing was learnt and none is the best" in report.standing(result(runs))
