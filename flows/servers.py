@@ -95,6 +95,8 @@ def up(
     with locked(HOME / "up.lock"):
         running = {server.name: server for server in started() if server.alive()}
         missing = [name for name in NAMES if name not in running]
+        if len({ports[name] for name in missing}) < len(missing):
+            raise InputError(f"both servers would listen on port {ports[missing[0]]}: give one another port")
         for name in missing:
             _port_free(host, ports[name], name)
         databases = server_setup.databases(postgres)

@@ -222,5 +222,18 @@ def test_outside_a_project_that_is_what_is_said(tmp_path: Path, words: tuple[str
     )
 
 
+def test_a_study_that_is_not_committed_is_refused_at_once(root: Path) -> None:
+    """It runs in a workspace of the last commit, which would not know it."""
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "params"]):
+        subprocess.run([*git, *words], cwd=root, check=True)
+    shutil.copy(root / "params/studies/terms.yaml", root / "params/studies/two.yaml")
+    done = alignti(root, "study", "run", "two")
+    assert done.returncode == 2 and done.stderr == (
+        "InputError: params/studies/two.yaml differs from what is committed, and a study runs what is committed:"
+        " git add params/studies/two.yaml && git commit\n"
+    )
+
+
 def test_no_runs_are_told(root: Path) -> None:
     assert alignti(root, "runs").stdout.startswith("no runs yet: ")

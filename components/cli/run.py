@@ -47,11 +47,14 @@ def run_study(
     """Run what is missing of a study, in a workspace of its own, and record it."""
     from components.config import recipes
     from components.study import expand
+    from components.study.committed import check_committed
     from flows.servers import client_environment, use_running
 
     expand.read(name)
     if recipe is not None:
         recipes.about(recipe)
+    if left := check_committed(name, recipe):
+        typer.echo(f"the study runs what is committed, without the changes here of {', '.join(left)}")
     if pool:
         client_environment()  # says what is not up
     use_running()

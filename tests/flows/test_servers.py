@@ -79,6 +79,12 @@ def test_of_two_that_start_them_at_once_one_does(here: Path, monkeypatch: pytest
     assert first == second
 
 
+def test_two_servers_on_one_port_are_refused(here: Path) -> None:
+    port = free_port()
+    with pytest.raises(InputError, match=f"both servers would listen on port {port}"):
+        servers.up(ports={"mlflow": port, "prefect": port})
+
+
 @pytest.mark.parametrize("url", ["mysql://u@h/", "postgresql://u:p@h:5432/one", "sqlite:///x.db"])
 def test_postgres_wants_a_server_not_a_database(here: Path, url: str) -> None:
     with pytest.raises(InputError, match="without a database"):
