@@ -60,9 +60,8 @@ vlmeval-env: ## VLMEvalKit with them, in .venv-vlmeval, for its own benchmarks (
 	@.venv-vlmeval/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CHECKOUT),-e '$(CHECKOUT)',ms-vlmeval==0.0.20)
 	@.venv-vlmeval/bin/python -c 'import vlmeval.dataset' && echo "alignti evaluate --kit vlmeval --task BENCHMARK now works."
 
-data: $(STAMP) ## fetch the raw data that data.dvc names
-	@$(IN_VENV) dvc pull data.dvc </dev/null >/dev/null || \
-		{ echo "If you changed data/: \`dvc add data\` records your change, \`dvc checkout --force data.dvc\` drops it." >&2; exit 2; }
+data: $(STAMP) ## fetch the raw data that data.dvc names, and record in it what is new under data/
+	@$(IN_VENV) python -m flows.raw_data
 
 repro: data ## the whole job, only what changed; independent stages at the same time, JOBS=1 for one after another, V=1 for all they say
 	@$(IN_VENV) python -m flows.parallel $(if $(JOBS),--jobs $(JOBS)) $(if $(V),-v)

@@ -140,6 +140,13 @@ def test_check_names_data_that_are_not_here(root: Path) -> None:
     assert "not here: data.llava.annotations: data/x.json, data.llava.images: data/img" in done.stderr
 
 
+def test_check_refuses_a_data_folder_without_the_handwriting(root: Path) -> None:
+    (root / "data/mine").mkdir(parents=True)
+    done = alignti(root, "check")
+    assert done.returncode == 2
+    assert "data/digits.csv is missing; `git checkout data.dvc && make data` brings it" in done.stderr
+
+
 def test_check_refuses_relations_of_soft_capped_logits(root: Path) -> None:
     folder = root / "gemma"
     folder.mkdir()

@@ -65,10 +65,10 @@ def init(
         raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
     for unseen in unseen_by_dvc(settings):
         typer.secho(unseen, fg=typer.colors.YELLOW)
-    if not Path("data").is_dir():  # stage `prepare` depends on it, wherever the rows are
-        from flows import dvc
+    from flows import raw_data
 
-        dvc.fetch("data.dvc")
+    if new := raw_data.complete():  # stage `prepare` depends on data/, wherever the rows are
+        raw_data.record(new)
     typer.echo(
         f"\nparams/ now say what {asked.recipe} says: `alignti preview` shows what is trained on, `dvc repro` runs it all."
     )
@@ -85,12 +85,15 @@ def check(
     from components.config import recipes
     from components.config.load import load_settings
     from components.config.local_paths import not_here, soft_capped
-    from components.errors import SettingsError
+    from components.digits import raw
+    from components.errors import DataError, SettingsError
 
     def own() -> None:
         settings = load_settings()
         if missing := not_here(settings):
             raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
+        if settings.data.source == "digits" and raw.RAW.is_dir():  # a fresh clone has no data/ yet
+            raw.read()
         if away := [name for name in settings.runtime.trackers if find_spec(name) is None]:
             raise SettingsError(f"params/runtime.yaml: trackers: not installed: pip install {' '.join(away)}, or leave it out")
         related = [name for name, arm in settings.study.arms.items() if "relation" in arm.weights]
@@ -107,7 +110,7 @@ def check(
     for what, run in checks.items():
         try:
             run()
-        except SettingsError as error:
+        except (DataError, SettingsError) as error:
             problems.append(str(error))
         else:
             typer.echo(f"{what}: fine")

@@ -1,6 +1,6 @@
 """`python -m components.digits.raw`: write the raw handwriting to `data/` from scikit-learn's copy of the UCI set.
 
-Run once, for `data.dvc` to version; `dvc pull data.dvc` fetches the same bytes.
+Run once, for `data.dvc` to version; `make data` fetches the same bytes.
 """
 
 from __future__ import annotations
@@ -54,14 +54,16 @@ def read(folder: Path = RAW) -> tuple[np.ndarray, np.ndarray]:
     try:
         table = np.array([line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]], dtype=np.int64)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; `dvc pull data.dvc` brings it") from None
+        raise DataError(f"{path} is missing; `git checkout data.dvc && make data` brings it") from None
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); `dvc checkout --force data.dvc` brings it back") from None
+        raise DataError(f"{path} is damaged ({error}); {_back(path)}") from None
     if table.shape != (COUNT, 1 + SIDE**2) or table.min() < 0 or table[:, 1:].max() > DEPTH or table[:, 0].max() > 9:
-        raise DataError(
-            f"{path} does not hold {COUNT} digits of {SIDE} x {SIDE}; `dvc checkout --force data.dvc` brings it back"
-        )
+        raise DataError(f"{path} does not hold {COUNT} digits of {SIDE} x {SIDE}; {_back(path)}")
     return table[:, 1:].reshape(-1, SIDE, SIDE).astype(np.uint8), table[:, 0]
+
+
+def _back(path: Path) -> str:
+    return f"`git checkout data.dvc && dvc checkout --force {path}` brings it back"
 
 
 def main() -> None:

@@ -174,5 +174,7 @@ def test_the_command_ends_with_one_line_that_says_what_it_made(workspace: Path, 
 def test_without_raw_data_the_command_says_how_to_get_them_and_exits_2(workspace: Path) -> None:
     done = run(workspace)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "DataError: data/digits.csv is missing; `dvc pull data.dvc` brings it"
+    assert (
+        done.stderr.splitlines()[-1] == "DataError: data/digits.csv is missing; `git checkout data.dvc && make data` brings it"
+    )
     assert not (workspace / "artifacts" / "dataset").exists()

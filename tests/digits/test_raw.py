@@ -39,7 +39,7 @@ def test_a_fresh_clone_pulls_these_bytes_from_the_remote_inside_the_repository(t
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="dvc pull"):
+    with pytest.raises(DataError, match="make data"):
         raw.read(tmp_path)
 
 

@@ -1,0 +1,71 @@
+"""Raw data, `make data`: what `data.dvc` records comes to `data/`, and what is new there is recorded.
+
+`dvc pull data.dvc` refuses where a file under `data/` is new, and `dvc repro` records `data/` as it is, without what was never
+pulled.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from components.errors import InputError
+from components.process import exit_from
+from flows import dvc
+
+RAW = "data.dvc"
+AT_ONCE = 1000  # paths in one command
+
+
+def complete() -> list[str]:
+    """Restores the files of `data.dvc` that `data/` lacks; returns the new ones, which it does not record.
+
+    Raises InputError if one cannot be fetched, or differs from what is recorded.
+    """
+    if not Path(RAW).is_file():  # a project that records its data otherwise
+        return []
+    _dvc("fetch", RAW)
+    found = _uncommitted()
+    missing = [path for path in found.get("deleted", []) if not path.endswith("/")]
+    for first in range(0, len(missing), AT_ONCE):
+        _dvc("checkout", *missing[first : first + AT_ONCE])
+    if changed := [path for path in found.get("modified", []) if not path.endswith("/")]:
+        some = " ".join(changed[:5])
+        raise InputError(
+            f"data/ has {len(changed)} changed files: {some}; `dvc add data` records the change, `dvc checkout --force {some}`"
+            " drops it"
+        )
+    return list(found.get("added", []))
+
+
+def record(new: list[str]) -> None:
+    """Records `data/` with its new files in `data.dvc`. Raises InputError."""
+    _dvc("add", "data")
+    print(f"{RAW} now records {len(new):,} new files of data/ ({new[0]}, ...): commit it")
+
+
+def _uncommitted() -> dict[str, list[str]]:
+    said: dict[str, Any] = json.loads(_dvc("data", "status", "--granular", "--json"))
+    if "data/" in said.get("not_in_cache", []):  # `dvc fetch` calls this success
+        raise InputError(f"no DVC remote has what {RAW} records: `dvc push` where it was added, or `git checkout {RAW}`")
+    found: dict[str, list[str]] = said.get("uncommitted", {})
+    return {change: [path for path in paths if Path(path).parts[0] == "data"] for change, paths in found.items()}
+
+
+def _dvc(*words: str) -> str:
+    """Output of the command; its progress and errors are shown as they come."""
+    done = subprocess.run([*dvc.DVC, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"`dvc {' '.join(words[:2])}` failed: what it said is above")
+    return done.stdout
+
+
+def main() -> None:
+    if new := complete():
+        record(new)
+
+
+if __name__ == "__main__":
+    exit_from(main)
