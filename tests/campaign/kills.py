@@ -71,9 +71,10 @@ class Undisturbed:
         return cls(clone, hashes(clone), seconds)
 
     def without(self, stages: Sequence[str], here: Path) -> None:
-        """A copy in which these have not run, and DVC's cache has nothing."""
+        """A copy in which these have not run, and DVC's cache has the raw data alone."""
         shutil.copytree(self.clone, here, symlinks=True)
         shutil.rmtree(here / ".dvc/cache")
+        run([*DVC, "fetch", "--quiet", "data.dvc"], here)
         shutil.rmtree(here / ".runs")
         lock = here / "dvc.lock"
         known = yaml.safe_load(lock.read_text())
