@@ -12,6 +12,8 @@ from components.errors import InputError
 from components.tracking.history import last_seconds
 from flows import dvc
 
+NEW = ["has not run yet"]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -48,7 +50,8 @@ def foresee(graph: dict[str, list[str]], status: dict[str, Any]) -> dict[str, li
     reasons: dict[str, list[str]] = {}
     for stage, needs in graph.items():
         downstream_of = [f"after {before}" for before in needs if reasons[before]]
-        reasons[stage] = _reasons(status.get(stage, [])) + downstream_of
+        own = _reasons(status.get(stage, []))
+        reasons[stage] = own if own == NEW else own + downstream_of
     return reasons
 
 
@@ -59,7 +62,7 @@ def _reasons(changes: list[Any]) -> list[str]:
         kinds = {change: {}} if isinstance(change, str) else change
         for kind, paths in kinds.items():
             if "new" in paths.values():  # params that DVC has no record of
-                return ["has not run yet"]
+                return NEW
             reasons += [] if paths else [kind]
             for path, how in paths.items():
                 reasons += [f"{path}:{key} {what}" for key, what in how.items()] if isinstance(how, dict) else [f"{path} {how}"]

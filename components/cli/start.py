@@ -25,9 +25,10 @@ def use(recipe: str) -> None:
         colour = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}.get(line[:1])
         typer.secho(line, fg=colour, bold=line.startswith(("+++", "---")))
     about = recipes.about(recipe)
+    takes = f"On {about.hardware} the whole job takes {about.time}" if about.time else "How long it takes was never measured"
     typer.echo(
-        f"params/ {'now say' if diff else 'said already'} what recipe {recipe} says. On {about.hardware} the whole job takes"
-        f" {about.time}: `make repro`, or `alignti plan` to see it first."
+        f"params/ {'now say' if diff else 'said already'} what recipe {recipe} says. {takes}: `make repro`, or `alignti plan`"
+        " to see it first."
     )
     if before := recipes.phases(recipe) if "/" not in recipe else []:
         typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in before)}.")
@@ -167,7 +168,8 @@ def plan(verbose: bool = typer.Option(False, "-v", "--verbose", help="All that c
     in_all = f"{total / 60:.1f} min" if total < LONG_S else f"{total / 3600:,.0f} h"
     long = f"about {in_all}, one at a time{but}" if len(unknown) < len(running) else "how long was never timed"
     typer.echo(f"{len(running)} of {len(steps)} stages would run: {long}.")
-    typer.echo(f"Times: {basis}. DVC restores a stage at once instead if it has run on the same inputs before.")
+    times = f"Times: {basis}. " if len(unknown) < len(running) else ""
+    typer.echo(f"{times}DVC restores a stage at once instead if it has run on the same inputs before.")
     if missing := not_here(settings):
         typer.secho(f"Not here, so it would fail: {', '.join(missing)}.", fg=typer.colors.RED)
     if recipe is not None and settings.models.family == "pretrained":

@@ -47,7 +47,7 @@ class About(Strict):
 
     run: str = Field(description="the command")
     hardware: str
-    time: str = Field(description="of the whole job on that hardware")
+    time: str | None = Field(description="of the whole job on that hardware; null: never measured")
     memory: str | None = Field(None, description="of one device; of small recipes, `hardware` says it")
     result: str = Field(description="what to expect, or what is published, and where")
     seconds: dict[str, PositiveFloat] | None = Field(description="per stage, one cell of it; null: the cost model foresees it")

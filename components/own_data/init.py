@@ -209,7 +209,7 @@ def _text(asked: Asked, choices: list[Choice], settings: Settings, pair: Pair) -
         "about": {
             "run": f"alignti use {asked.name} && dvc repro",
             "hardware": "the machine it was made on",
-            "time": "a time that was never measured",
+            "time": None,
             "result": "nothing measured yet",
             "seconds": None,
         },

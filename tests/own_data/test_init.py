@@ -65,6 +65,12 @@ def test_params_are_those_of_the_data_and_the_models(own: Path) -> None:
         assert f"# {key}: " in Path("params/recipes/own.yaml").read_text()
 
 
+def test_a_job_that_nobody_timed_is_said_to_be(own: Path) -> None:
+    chosen()
+    said = CliRunner().invoke(app, ["use", "own"]).output
+    assert "How long it takes was never measured: `make repro`" in said
+
+
 def test_what_a_user_wrote_stays(own: Path) -> None:
     study = Path("params/study.yaml")
     study.write_text(study.read_text() + "  mine:\n    weights: {sft: 0.7}\n    student: student\n    seed: 5\n")
