@@ -35,7 +35,7 @@ def load_settings(root: Path = Path()) -> Settings:
         SettingsError: naming every problem of every file by file, line and key; or there is no params/.
     """
     check_project(root)
-    raw, problems = {}, []
+    raw, problems = {}, list(_misnamed(root / "params"))
     for name in FILES:
         try:
             raw[name] = read_yaml(root / "params" / f"{name}.yaml")
@@ -52,6 +52,14 @@ def load_settings(root: Path = Path()) -> Settings:
     if problems:
         raise SettingsError(f"{len(problems)} problem(s) in params/:\n  " + "\n  ".join(problems))
     return settings
+
+
+def _misnamed(params: Path) -> Iterator[str]:
+    known = [f"{name}.yaml" for name in FILES]
+    for path in sorted(params.glob("*.y*ml")):
+        if path.name not in known:
+            near = meant(path.name, known).strip() or f"those are {', '.join(known)}"
+            yield f"params/{path.name}: no file of params/, and never read; {near}"
 
 
 def _environment() -> dict[str, str]:

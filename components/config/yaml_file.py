@@ -71,6 +71,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     except _Bad as bad:
         raise SettingsError(f"{path}:{bad}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = path.read_text(encoding="utf-8").splitlines()[mark.line : mark.line + 1] if mark else []
+        tab = "; it is indented by a tab, write spaces" if line and line[0].lstrip(" ").startswith("\t") else ""
+        at = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise SettingsError(f"{at}: not valid YAML: {error.context or ''} {error.problem}{tab}".replace("  ", " ")) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -114,6 +114,26 @@ def test_a_file_that_is_no_mapping_is_named(root: Path, content: str) -> None:
     assert "params/irs.yaml" in told
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: 1\nb:\n\tc: 1\n", ":3: not valid YAML: .*it is indented by a tab, write spaces"),
+        ("a: [1\nb: 2\n", ":2: not valid YAML: while parsing a flow sequence"),
+        ("a: 1\nb: *c\n", ":2: not valid YAML: found undefined alias"),
+    ],
+)
+def test_what_yaml_cannot_parse_is_told_with_its_line(root: Path, content: str, said: str) -> None:
+    (root / "params/irs.yaml").write_text(content)
+    (told,) = problems(root)
+    assert re.search(rf"params/irs\.yaml{said}", told), told
+
+
+def test_a_file_that_nothing_reads_is_told(root: Path) -> None:
+    shutil.copy(root / "params/models.yaml", root / "params/modles.yaml")
+    (told,) = problems(root)
+    assert told == "params/modles.yaml: no file of params/, and never read; did you mean 'models.yaml'?"
+
+
 def test_a_file_that_cannot_be_read_is_named(root: Path) -> None:
     (root / "params/irs.yaml").unlink()
     (root / "params/irs.yaml").mkdir()
