@@ -6,7 +6,7 @@ One tiny model and batch of prompts, drawn at temperature 1 with a key/value cac
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -21,7 +21,8 @@ TOKENS = 32
 def main() -> None:
     device = measure.prepare()
     bench = Bench(SIZES["tiny"], device)
-    model, length, keys = bench.student.model, bench.size.prompt, cast(Any, bench.keys)
+    model, length = bench.student.model, bench.size.prompt
+    asked: Any = [SimpleNamespace(turns=[None]) for _ in bench.keys]
     trainer = peer.trainer(bench)
     trainer.generation_config.max_new_tokens = TOKENS
     cut = {name: getattr(bench.batch, name)[:, :length] for name in ("input_ids", "attention_mask", "response", "visual")}
@@ -33,12 +34,12 @@ def main() -> None:
         processor=SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE),
         vocabulary=bench.size.student.vocabulary,
     )
-    collator: Any = SimpleNamespace(eos_id=EOS, max_length=10**6, of_prompts=lambda _samples: prompts)
+    collator: Any = SimpleNamespace(eos_id=EOS, max_length=10**6, of_prompts=lambda _samples, _before: prompts)
     writer = Writer(loaded, collator, TOKENS, 1.0, None, loaded.vocabulary)
     written: dict[str, int] = {}
 
     def ours() -> None:
-        written["gkd"] = sum(len(answer.tokens) for answer in writer.write(keys, bench.keys))
+        written["gkd"] = sum(len(answer.tokens) for (answer,) in writer.write(asked, bench.keys))
 
     def theirs() -> None:
         torch.manual_seed(0)

@@ -43,7 +43,7 @@ class StepPlan:
         chunk_rows: rows of logits per chunk; if there are more, those of L_kd and L_tpa are recomputed.
         towers: passes of the vision tower over each image; one if teacher and student share a frozen one.
         edited: share of the samples that a term edits.
-        written: share of the samples with an answer of the student, as long as the data's.
+        written: share of the samples with an answer of the student, as long as the data's and in one turn.
         gradient: the teacher has a backward pass to its inputs, for the weights of visual tokens.
     """
 

@@ -58,13 +58,13 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
         except AlignTIError as error:
             return error
 
-    def _written(self, pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
-        """Tokens of generated answers by key; samples without an entry keep the data's answer."""
+    def _written(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
+        """Tokens of generated answers by key; samples without an entry keep the data's answers."""
         order, answers = self.order, self.answers
         by_teacher = {key: answers.of(sample, order.epoch(key)) for key, sample in pairs} if answers else {}
         return {**by_teacher, **(self.rollouts.written(pairs) if self.rollouts else {})}
 
-    def _collated(self, micro: list[tuple[int, int]], written: dict[int, list[int]]) -> tuple[Batch, list[int]]:
+    def _collated(self, micro: list[tuple[int, int]], written: dict[int, list[list[int]]]) -> tuple[Batch, list[int]]:
         batch = self.collator([self.samples[index] for _, index in micro], [written.get(key) for key, _ in micro])
         seeds = [draw_key(self.order.seed, key) for key, _ in micro]
         return (self.evidence.edit(batch, [index for _, index in micro], seeds) if self.evidence else batch), seeds

@@ -29,7 +29,7 @@ class Rollouts:
     Args:
         asked: `rollouts` block of the arm.
         shared_vocabulary: number of columns that both heads share.
-        kept: reusable answers for checkpoints, sample -> (first epoch of its reuse, answer); empty for `reuse` 1.
+        kept: reusable answers for checkpoints, sample -> (first epoch of its reuse, answers); empty for `reuse` 1.
 
     Raises InputError if the student's weights are sharded.
     """
@@ -41,7 +41,7 @@ class Rollouts:
     order: Sampler
     shared_vocabulary: int
     accelerator: Accelerator
-    kept: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    kept: dict[str, tuple[int, list[list[int]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -55,8 +55,8 @@ class Rollouts:
         )
         self._answers: list[list[int]] = []
 
-    def written(self, pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
-        """Rollout tokens by key, EOS included unless cut off, for the (key, sample) pairs drawn on-policy.
+    def written(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
+        """Tokens of the answers by key, EOS included unless cut off, for the (key, sample) pairs drawn on-policy.
 
         Collective: every rank calls it once per step.
         """
@@ -66,11 +66,11 @@ class Rollouts:
         anew = [key for key in wanted if key not in known]
         answers = dict(zip(anew, self._write([served[key] for key in anew]), strict=True)) if anew else {}
         if self.asked.reuse > 1:
-            fresh = [(served[key], answer) for key, answer in answers.items()]
-            for (epoch, sample), answer in gather_object(fresh) if self.accelerator.num_processes > 1 else fresh:
-                self.kept[sample] = (epoch, answer)
+            fresh = [(served[key], of_sample) for key, of_sample in answers.items()]
+            for (epoch, sample), of_sample in gather_object(fresh) if self.accelerator.num_processes > 1 else fresh:
+                self.kept[sample] = (epoch, of_sample)
         found = {key: known.get(key) or answers[key] for key in wanted}
-        self._answers = list(found.values())
+        self._answers = [answer for answers in found.values() for answer in answers]
         return found
 
     def _on_policy(self, key: int, sample: int) -> bool:
@@ -79,11 +79,11 @@ class Rollouts:
     def _serves(self, epoch: int, sample: str) -> bool:
         return self.asked.reuse > 1 and sample in self.kept and self.kept[sample][0] == epoch
 
-    def _write(self, wanted: list[tuple[int, str]]) -> list[list[int]]:
+    def _write(self, wanted: list[tuple[int, str]]) -> list[list[list[int]]]:
         keys = [draw_key(self.order.seed, "rollout", epoch, sample) for epoch, sample in wanted]
         with self.accelerator.autocast():
-            answers = self.writer.write([self.samples[int(sample)] for _, sample in wanted], keys)
-        return [answer.tokens for answer in answers]
+            conversations = self.writer.write([self.samples[int(sample)] for _, sample in wanted], keys)
+        return [[answer.tokens for answer in answers] for answers in conversations]
 
     def measured(self) -> dict[str, float]:
         """Metrics of the last step's rollouts over all ranks: number, share cut off, mean length in tokens."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from components.dataset.shards import Sample
+from components.dataset.shards import Sample, Turn
 from components.errors import DataError, ModelError
 from components.models.plain import PlainText
 from components.models.template import IMAGE, Rendered, Template
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
 SHORTEST, LONGEST = 56, 100  # minimum side in pixels, maximum aspect; Qwen's processors refuse sides under 28, aspects over 200
-Written = Sequence[Sequence[int] | None]
+Written = Sequence[Sequence[Sequence[int]] | None]  # per sample, token ids of the answers to its first questions
+STAND_IN = "This"  # for an answer that token ids replace; templates are tried with it
 PIXEL_CACHE_BYTES = 2**29  # processing costs 0.3 ms an image, as much as a small student's whole step
 
 
@@ -90,17 +91,30 @@ class Encoded:
     def visual(self) -> np.ndarray:
         return self.pictures > 0
 
-    def answered(self, ids: Sequence[int]) -> Encoded:
-        """This prompt with `ids` appended as its response."""
-        after = Encoded(np.asarray(ids), np.ones(len(ids), bool), np.zeros(len(ids), bool), np.zeros(len(ids), int))
-        return Encoded(*(np.concatenate([getattr(self, f.name), getattr(after, f.name)]) for f in fields(self)))
+    def answered(self, answers: Sequence[Sequence[int]]) -> Encoded:
+        """This row with `answers` as its first responses, up to the response after them, if there is one."""
+        edges = np.flatnonzero(np.diff(self.response, prepend=False, append=False))  # a response's start, its end, ...
+        starts, ends = edges[::2].tolist(), [0, *edges[1::2].tolist()]
+        parts = []
+        for ids, start, end in zip(answers, starts, ends, strict=False):
+            parts += [self._cut(end, start), _answer(ids)]
+        if len(starts) > len(answers):
+            parts.append(self._cut(ends[len(answers)], starts[len(answers)]))
+        return Encoded(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(self)))
+
+    def _cut(self, start: int, end: int) -> Encoded:
+        return Encoded(*(getattr(self, f.name)[start:end] for f in fields(self)))
+
+
+def _answer(ids: Sequence[int]) -> Encoded:
+    return Encoded(np.asarray(ids), np.ones(len(ids), bool), np.zeros(len(ids), bool), np.zeros(len(ids), int))
 
 
 class Collator:
     """Collate samples into a Batch.
 
-    `train`: all turns with their answers, padded right. Else: the first turn without its answer, padded left, so that
-    `generate` continues at the last column. `rows`: the instruction tokens, whose attention maps are read: all text after the
+    `train`: all turns with their answers, padded right. Else: the prompt of the first turn, padded left, so that `generate`
+    continues at the last column. `rows`: the instruction tokens, whose attention maps are read: all text after the
     first image but the responses, or the words of the questions without the template's.
 
     Raises:
@@ -130,7 +144,8 @@ class Collator:
         self._processed_bytes = 0
 
     def __call__(self, samples: Sequence[Sample], written: Written | None = None) -> Batch:
-        """`written`: per sample, token ids of an answer to its first question, in place of its turns; None: its turns."""
+        """`written`: per sample, token ids of the answers to its first questions. `train`: its turns are those, with these
+        answers; else the prompt is of the turn after them. None: the turns and answers of the data, or the first prompt."""
         samples = self._asked(samples, written)
         batch = self.text(samples, written)
         if self._teacher is not None:
@@ -143,9 +158,9 @@ class Collator:
 
     @property
     def of_prompts(self) -> Collator:
-        """Collator of prompts (`train` off) that shares this one's image cache."""
+        """Collator of prompts (`train` off), of any length, that shares this one's image cache."""
         other = copy(self)
-        other.train, other._teacher = False, None
+        other.train, other._teacher, other.max_length = False, None, sys.maxsize
         return other
 
     def text(self, samples: Sequence[Sample], written: Written | None = None) -> Batch:
@@ -169,8 +184,10 @@ class Collator:
         )
 
     def _asked(self, samples: Sequence[Sample], written: Written | None) -> Sequence[Sample]:
-        whole = [self.train and ids is None for ids in written or [None] * len(samples)]
-        return [sample if all_turns else sample.upto(1) for sample, all_turns in zip(samples, whole, strict=True)]
+        if written is None:
+            return samples if self.train else [sample.upto(1) for sample in samples]
+        turns = [None if answers is None else len(answers) + (not self.train) for answers in written]
+        return [sample if count is None else sample.upto(count) for sample, count in zip(samples, turns, strict=True)]
 
     def encode(
         self, samples: Sequence[Sample], shown: Sequence[Sequence[str]] | None = None, written: Written | None = None
@@ -184,11 +201,11 @@ class Collator:
         shown = [self._texts_of(sample) for sample in samples] if shown is None else shown
         written = written or [None] * len(samples)
         rendered = [
-            self.template.render(sample.turns, texts, self.train and answer is None)
-            for sample, texts, answer in zip(samples, shown, written, strict=True)
+            self.template.render(sample.turns if answers is None else _stood_in(sample), texts, self.train or bool(answers))
+            for sample, texts, answers in zip(samples, shown, written, strict=True)
         ]
         rows = []
-        for sample, answer, (text, ids, offsets) in zip(samples, written, self._tokens(rendered), strict=True):
+        for sample, answers, (text, ids, offsets) in zip(samples, written, self._tokens(rendered), strict=True):
             start, end = np.asarray(offsets).T
             input_ids = np.asarray(ids)
             response = np.zeros(len(ids), dtype=bool)
@@ -209,7 +226,7 @@ class Collator:
             if self.rows == "words":
                 instruction &= np.any([(start < b) & (end > a) for a, b in text.question_spans], axis=0)
             row = Encoded(input_ids, response, instruction, pictures)
-            rows.append(row if answer is None else row.answered(answer))
+            rows.append(row.answered(answers) if answers else row)
             self._check_encoded(sample, rows[-1])
         return rows
 
@@ -293,6 +310,10 @@ class Collator:
                 f"sample {sample.id}: {len(row.input_ids)} tokens, {int(row.visual.sum())} of them visual; "
                 f"params/models.yaml:max_length is {self.max_length}"
             )
+
+
+def _stood_in(sample: Sample) -> list[Turn]:
+    return [replace(turn, answer=STAND_IN) for turn in sample.turns]
 
 
 def decode(sample: Sample) -> Image.Image:

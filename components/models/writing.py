@@ -1,4 +1,4 @@
-"""Sampled answers to the first question of each sample, one seed per answer, for training on their tokens.
+"""Sampled answers to the questions of each sample, one seed per conversation, for training on their tokens.
 
 As in the data, EOS is the only special token of an answer, and all tokens are of the shared vocabulary.
 """
@@ -28,7 +28,7 @@ class Answer:
 
 
 class Writer:
-    """Batched generation of at most `max_new_tokens` per answer, within the collator's `max_length`.
+    """Batched generation of conversations: at most `max_new_tokens` per answer, within the collator's `max_length`.
 
     Args:
         temperature: sampling temperature; 0 is greedy.
@@ -53,20 +53,40 @@ class Writer:
         self.barred[[*special, visual_id(loaded.processor)]] = True
         self.barred[self.eos_id] = False
 
-    def write(self, samples: Sequence[Sample], keys: Sequence[int]) -> list[Answer]:
-        """Answers of one batch, generated with a key/value cache and without dropout. `keys`: seed of each answer's draws."""
+    def write(self, samples: Sequence[Sample], keys: Sequence[int]) -> list[list[Answer]]:
+        """Answers to the questions of each sample of a batch, each after those before it, without dropout.
+
+        A conversation ends early after an answer that was cut off, or where `max_length` leaves no room for one. `keys`: seed
+        of each sample's draws.
+        """
+        streams = [torch.Generator().manual_seed(key) for key in keys]
+        said: list[list[Answer]] = [[] for _ in samples]
+        going = list(range(len(samples)))
+        while going:
+            before = [[answer.tokens for answer in said[i]] for i in going]
+            answers = self._answers([samples[i] for i in going], before, [streams[i] for i in going])
+            for i, answer in zip(going, answers, strict=True):
+                said[i] += [answer] if answer.tokens else []
+            ended = [i for i, answer in zip(going, answers, strict=True) if answer.tokens[-1:] == [self.eos_id]]
+            going = [i for i in ended if len(said[i]) < len(samples[i].turns)]
+        return said
+
+    def _answers(
+        self, samples: Sequence[Sample], before: Sequence[Sequence[Sequence[int]]], streams: Sequence[torch.Generator]
+    ) -> list[Answer]:
+        """One answer of each sample, with a key/value cache, to the question after the answers `before`."""
         model = self.loaded.model
-        batch = self._prompts(samples).to(model.device)
-        streams = [torch.rand(self.most, generator=torch.Generator().manual_seed(key)) for key in keys]
+        batch = self._prompts(samples, before).to(model.device)
+        uniforms = torch.stack([torch.rand(self.most, generator=stream) for stream in streams])
         length = batch.input_ids.shape[1]
-        drawn = Drawn(torch.stack(streams).to(model.device), self.barred, length, self.temperature, self.top_p)
+        drawn = Drawn(uniforms.to(model.device), self.barred, length, self.temperature, self.top_p)
         training = model.training
         model.eval()
         with greedy(self.loaded, self.most, self.eos_id):
             tokens = model.generate(**prompt(model, batch), logits_processor=LogitsProcessorList([drawn]))
         model.train(training)
         room = (self._longest - batch.attention_mask.sum(1)).tolist()
-        found = [_ended(row, self.eos_id)[:most] for row, most in zip(tokens[:, length:].tolist(), room, strict=True)]
+        found = [_ended(row, self.eos_id)[: max(most, 0)] for row, most in zip(tokens[:, length:].tolist(), room, strict=True)]
         log_probs = torch.stack(drawn.log_probs, dim=1).tolist()
         return [Answer(row, sum(of_row[: len(row)])) for row, of_row in zip(found, log_probs, strict=True)]
 

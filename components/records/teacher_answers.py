@@ -36,11 +36,11 @@ class AnswerManifest(Record):
 
 
 class Answered(Record):
-    """One line of a file: the kept answers to the first question of a sample, in sampling order."""
+    """One line of a file: a sample's conversations in sampling order, each of the kept answers to its first questions."""
 
     sample: int  # index in the train split
     id: str
-    answers: list[list[int]]  # token ids, the end of turn included
-    log_probs: list[float]  # teacher's log-probability of each answer, summed over tokens
+    answers: list[list[list[int]]]  # token ids, the end of turn included
+    log_probs: list[list[float]]  # teacher's log-probability of each answer, summed over tokens
     cut_off: int  # answers without an end of turn
-    texts: list[str]
+    texts: list[list[str]]

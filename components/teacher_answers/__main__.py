@@ -1,4 +1,4 @@
-"""Stage `write_answers`: teacher-generated answers to the first question of each training sample, for sequence-level KD.
+"""Stage `write_answers`: teacher-generated answers to the questions of each training sample, for sequence-level KD.
 
 python -m components.teacher_answers     artifacts/{dataset,models,rows,teacher} -> artifacts/answers
 
@@ -103,7 +103,8 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
                     bar.update(len(part[start : start + size]))
                 write_text(files[-1], jsonl(found))
             lines += [Answered.model_validate_json(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
-    answers, tokens = sum(len(line.answers) for line in lines), sum(len(ids) for line in lines for ids in line.answers)
+    kept = [ids for line in lines for conversation in line.answers for ids in conversation]
+    answers, tokens = len(kept), sum(map(len, kept))
     cut_off = sum(line.cut_off for line in lines)
     made = AnswerSet(
         facts=wanted,
@@ -112,7 +113,7 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
         cut_off=cut_off,
         without=sum(not line.answers for line in lines),
         tokens=tokens / max(answers, 1),
-        log_prob=sum(sum(line.log_probs) for line in lines) / max(tokens, 1),
+        log_prob=sum(sum(of_one) for line in lines for of_one in line.log_probs) / max(tokens, 1),
         files={path.name: sha256([path]) for path in files},
     )
     AnswerManifest(written=made).write(folder / "manifest.json")
@@ -120,23 +121,24 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
 
 
 def _answered(writer: Writer, samples: Samples, rows: list[int], count: int) -> list[Answered]:
-    """Records of a batch of samples with `count` answers each, one generation pass per answer; those cut off are dropped."""
+    """Records of a batch of samples with `count` conversations each; answers cut off, which end one, are dropped."""
     from components.align_ti.ribbon import draw_key
 
     shown = [samples[row] for row in rows]
     passes = [writer.write(shown, [draw_key("teacher", row, n) for row in rows]) for n in range(count)]
     decode = writer.loaded.processor.tokenizer.decode
     found = []
-    for row, sample, answers in zip(rows, shown, zip(*passes, strict=True), strict=True):
-        kept = [answer for answer in answers if answer.tokens[-1] == writer.eos_id]
+    for row, sample, said in zip(rows, shown, zip(*passes, strict=True), strict=True):
+        whole = [[answer for answer in answers if answer.tokens[-1] == writer.eos_id] for answers in said]
+        kept = [answers for answers in whole if answers]
         found.append(
             Answered(
                 sample=row,
                 id=sample.id,
-                answers=[answer.tokens for answer in kept],
-                log_probs=[answer.log_prob for answer in kept],
-                cut_off=len(answers) - len(kept),
-                texts=[decode(answer.tokens, skip_special_tokens=True) for answer in kept],
+                answers=[[answer.tokens for answer in answers] for answers in kept],
+                log_probs=[[answer.log_prob for answer in answers] for answers in kept],
+                cut_off=sum(map(len, said)) - sum(map(len, whole)),
+                texts=[[decode(answer.tokens, skip_special_tokens=True) for answer in answers] for answers in kept],
             )
         )
     return found

@@ -45,7 +45,7 @@ class Answers:
             if getattr(written.facts, name) != value:
                 raise DataError(f"{folder}: {name} is {getattr(written.facts, name)} there, {value} here; {AGAIN}")
         self.manifest: AnswerSet = written
-        self._of: dict[int, list[list[int]]] = {}
+        self._of: dict[int, list[list[list[int]]]] = {}
         for name, digest in written.files.items():
             if not (folder / name).is_file() or sha256([folder / name]) != digest:
                 raise DataError(f"{folder / name} is missing or has other bytes than the manifest says; {AGAIN}")
@@ -64,7 +64,7 @@ class Answers:
             )
         return found
 
-    def of(self, sample: int, epoch: int) -> list[int]:
-        """Tokens of the epoch's answer; epochs cycle through the sample's answers."""
+    def of(self, sample: int, epoch: int) -> list[list[int]]:
+        """Tokens of the answers of the epoch's conversation; epochs cycle through the sample's conversations."""
         answers = self._of[sample]
         return answers[epoch % len(answers)]

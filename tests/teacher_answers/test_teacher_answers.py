@@ -67,17 +67,22 @@ def test_each_answer_and_its_log_probability_are_the_teachers(seqkd: Path) -> No
     written = AnswerManifest.read(ANSWERS / "manifest.json").written
     samples, found = Samples(DATASET, "train", ROWS), lines()
     assert written is not None and set(found) == {i for i, kind in enumerate(samples.kinds) if kind != CAPTION}
-    assert written.answers == 2 * len(found) and 0 < written.cut_off < written.answers
+    kept = [len(answers) for line in found.values() for answers in line.answers]
+    assert written.answers == sum(kept) + written.cut_off and 0 < written.cut_off <= 2 * len(found) < written.answers
     made = assemble("seqkd", load_settings().arm("seqkd"), load_settings())
     teacher = load(Path("artifacts/models/teachers/base"), "cpu")
-    for row in [row for row, line in found.items() if line.answers][:3]:
-        given = prompt(teacher.model, made.collator.of_prompts([samples[row]]))
-        asked, tokens = given["input_ids"].shape[1], found[row].answers[0]
-        whole = torch.cat([given["input_ids"], torch.tensor([tokens])], dim=1)
-        with torch.no_grad():
-            logits = teacher.model(**given | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits
-        log_probs = logits[0, asked - 1 : -1].log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
-        assert found[row].log_probs[0] == pytest.approx(float(log_probs.sum()), rel=1e-4)
+    several = [row for row, line in found.items() if max(map(len, line.answers), default=0) > 1][:3]
+    assert several
+    for row in several:
+        answers, log_probs = max(zip(found[row].answers, found[row].log_probs, strict=True), key=lambda one: len(one[0]))
+        for turn, (tokens, log_prob) in enumerate(zip(answers, log_probs, strict=True)):
+            given = prompt(teacher.model, made.collator.of_prompts([samples[row]], [answers[:turn]]))
+            asked = given["input_ids"].shape[1]
+            whole = torch.cat([given["input_ids"], torch.tensor([tokens])], dim=1)
+            with torch.no_grad():
+                logits = teacher.model(**given | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits
+            each = logits[0, asked - 1 : -1].log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
+            assert log_prob == pytest.approx(float(each.sum()), rel=1e-4)
 
 
 def test_epochs_take_one_answer_after_another_and_samples_without_any_are_left_out(seqkd: Path) -> None:
@@ -90,7 +95,8 @@ def test_epochs_take_one_answer_after_another_and_samples_without_any_are_left_o
         ((batch, _),) = steps[step]  # type: ignore[misc]
         for row, (key, sample) in enumerate(made.order.batch(step)):
             answers = found[sample].answers
-            assert batch.input_ids[row][batch.response[row]].tolist() == answers[made.order.epoch(key) % len(answers)]
+            taken = answers[made.order.epoch(key) % len(answers)]
+            assert batch.input_ids[row][batch.response[row]].tolist() == [token for answer in taken for token in answer]
     write_params(seqkd, "distill", {"teacher_answers": GREEDY | {"max_new_tokens": 1}})
     stage.main()
     with pytest.raises(DataError, match=r"none of the teacher's 16 answers has an end; raise"):
