@@ -134,9 +134,11 @@ def wait(process: subprocess.Popen[Any], seconds: float, here: Path, rng: random
 
 def _written(here: Path, what: str) -> set[tuple[str, int]]:
     found = set()
-    for path in (path for pattern in WRITES[what] for path in here.glob(pattern)):
-        with contextlib.suppress(OSError):
-            found.add((str(path), path.stat().st_mtime_ns))
+    for pattern in WRITES[what]:
+        with contextlib.suppress(OSError):  # a folder goes while it is listed
+            for path in here.glob(pattern):
+                with contextlib.suppress(OSError):
+                    found.add((str(path), path.stat().st_mtime_ns))
     return found
 
 
