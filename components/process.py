@@ -113,6 +113,11 @@ def is_free(path: Path) -> bool:
         return False
 
 
+def runs_module(words: Sequence[str], module: str) -> bool:
+    """Whether a process with this command line runs `python -m module`, or the script of that name."""
+    return list(words[1:3]) == ["-m", module] or any(Path(word).name == module for word in words[:2])
+
+
 def _check_folder() -> None:
     """Raises InputError in a subfolder of the project or a removed folder: all paths are relative to its root."""
     try:

@@ -21,6 +21,7 @@ from typing import Literal
 
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, unknown
 from components.process import end_with_parent
+from flows.jobs import check_idle
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 POOL = "pool"  # DVC remote for results, between machines without a shared cache
@@ -45,6 +46,7 @@ WARNING = re.compile(r"\bwarning\b|^tracking: |^ERROR", re.I)
 
 _RAN = re.compile(r"^Running stage '", re.MULTILINE)
 _RESTORED = re.compile(r"^Stage '.*' is cached - skipping run", re.MULTILINE)
+_BUSY = "it is being blocked by"  # another command of DVC
 
 
 class StageFailed(AlignTIError):
@@ -83,14 +85,21 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
 
 
 def status() -> dict[str, list[object]]:
-    """Changes per stage, as in `dvc status --json`; empty when everything is up to date. Raises InputError."""
+    """Changes per stage, as in `dvc status --json`; empty when everything is up to date.
+
+    Raises InputError, or TryAgainError while a stage writes what is asked for.
+    """
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
     _mend_rwlock()
     try:
         with _looking, Repo(_wait_for_lock=True) as repo:
             found: dict[str, list[object]] = repo.status()
+    except LockError as error:
+        check_idle()  # names what runs
+        raise TryAgainError(f"`dvc status` failed: {_advised(error)}") from None
     except DvcException as error:
         raise InputError(f"`dvc status` failed: {_advised(error)}") from None
     return found
@@ -290,7 +299,8 @@ def _repro(
         raise StageFailed(stage, StageFailed.exit_code, stopped_because[0])
     if code:
         told = re.search(r"exited with (-?\d+)", said)
-        raise StageFailed(stage, int(told[1]) if told else code, said[-2000:].strip())
+        own = int(told[1]) if told else TryAgainError.exit_code if _BUSY in said else code
+        raise StageFailed(stage, own, said[-2000:].strip())
     return "ran" if _RAN.search(said) else "restored" if _RESTORED.search(said) else "unchanged"
 
 

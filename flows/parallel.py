@@ -21,6 +21,7 @@ from components.process import cores, exit_from
 from components.tracking import outcome
 from components.tracking.stage_run import PARENT, stage_run
 from flows import devices, dvc, servers
+from flows.jobs import check_idle
 
 
 def repro(jobs: int, run: Callable[[str], dvc.Outcome]) -> dict[str, dvc.Outcome]:
@@ -73,6 +74,7 @@ def main() -> None:
     if jobs < 1:
         raise InputError(f"--jobs {jobs}: how many stages at a time, 1 or more")
 
+    check_idle()
     if not dvc.status():
         print("Nothing to do: every stage is up to date.")
         return

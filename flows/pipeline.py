@@ -32,7 +32,7 @@ from components.errors import AlignTIError, InputError, TryAgainError
 from components.process import exit_from, terminate_once_with_parent
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
-from flows import devices, dvc, heartbeat, notify, prefect_artifacts, promote
+from flows import devices, dvc, heartbeat, jobs, notify, prefect_artifacts, promote
 from flows.stage_log import StageLog
 from flows.workspace import workspace
 
@@ -195,6 +195,8 @@ def main() -> None:
     asked = parser.parse_args()
     if not 1 <= asked.parallel <= 64:
         raise InputError(f"--parallel {asked.parallel}: how many stages at a time, 1 to 64")
+    if asked.recipe is None:
+        jobs.check_idle()
     outcomes = pipeline(parallel=asked.parallel, recipe=asked.recipe, own_workspace=asked.recipe is not None)
     told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
     print(f"{len(outcomes)} stages: {told}; `dvc repro` has nothing left to do.")

@@ -29,8 +29,10 @@ def expand_study(name: str) -> None:
     """Make the study's arms those of params/study.yaml, for `make repro` to run, and print what changed."""
     from components.config import recipes
     from components.study import expand
+    from flows.jobs import check_idle
 
     expand.read(name)
+    check_idle()
     if kept := recipes.keep_own():
         typer.echo(kept)
     diff = expand.expand(name)

@@ -16,8 +16,10 @@ LONG_S = 3 * 3600
 def use(recipe: str) -> None:
     """Merge params/recipes/RECIPE.yaml into params/ and print what changed."""
     from components.config import recipes
+    from flows.jobs import check_idle
 
     recipes.merged(recipe)  # says what is wrong with it before anything is kept
+    check_idle()  # the stages that it has not begun read params/
     if kept := recipes.keep_own():
         typer.echo(kept)
     diff = recipes.use(recipe)
@@ -54,7 +56,9 @@ def init(
     from components.dataset.__main__ import unseen_by_dvc
     from components.errors import SettingsError
     from components.own_data.init import init as look
+    from flows.jobs import check_idle
 
+    check_idle()
     seen, choices = look(asked)
     for line in (*seen, "", *choices):
         typer.echo(line)

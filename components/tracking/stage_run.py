@@ -24,7 +24,7 @@ import yaml
 from components.config.runtime import RuntimeSettings
 from components.errors import AlignTIError, DataError, Interrupted
 from components.io import write_text
-from components.process import is_free
+from components.process import is_free, runs_module
 from components.records.paths import RUNS
 from components.records.record import parsed
 from components.tracking import provenance, system_metrics
@@ -257,7 +257,7 @@ def _parent(nearest: NearestRecipe) -> dict[str, Any] | None:
             words = process.cmdline()
         except psutil.Error:  # another user's, or ended meanwhile
             continue
-        if any(Path(word).name == "dvc" for word in words[:2]) or words[1:3] == ["-m", "dvc"]:
+        if runs_module(words, "dvc"):
             started = int(process.create_time() * 1000)
             when = time.strftime("dvc repro %Y-%m-%d %H:%M:%S", time.localtime(started / 1000))
             return {
