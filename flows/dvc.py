@@ -50,11 +50,17 @@ _BUSY = "it is being blocked by"  # another command of DVC
 
 
 class StageFailed(AlignTIError):
-    """Failed stage; `exit_code` is the stage's own if DVC reports it (75: retry)."""
+    """Failed stage; `exit_code` is the stage's own if DVC reports it (75: retry), or 75 if a signal killed it: it resumes."""
 
     def __init__(self, stage: str, exit_code: int, said: str) -> None:
-        super().__init__(f"stage {stage} failed with exit code {exit_code}; the last it said:\n{said}")
-        self.exit_code = exit_code
+        how, self.exit_code = f"failed with exit code {exit_code}", exit_code
+        by = -exit_code if exit_code < 0 else exit_code - 128 if 128 < exit_code <= 192 else 0  # as Python or a shell tells it
+        if by == signal.SIGTERM:
+            self.exit_code = Interrupted.exit_code
+        elif by:
+            perhaps = " (out of memory?)" if by == signal.SIGKILL else ""
+            how, self.exit_code = f"was killed by signal {by}{perhaps}; run again to go on", TryAgainError.exit_code
+        super().__init__(f"stage {stage} {how}; the last it said:\n{said}")
 
 
 def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:

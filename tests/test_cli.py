@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -117,8 +118,11 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
     _, old, *_, said = alignti(root, "arms").stdout.splitlines()
     assert old.split()[1] == "25.0%*" and said.startswith("* of a run with other params")
     earlier.write_text(json.dumps(start | {"time": 1}))  # the later file is of the earlier run
-    runs = [line.split() for line in alignti(root, "runs").stdout.splitlines()]
+    with earlier.open() as written:
+        fcntl.flock(written, fcntl.LOCK_EX)
+        runs = [line.split() for line in alignti(root, "runs").stdout.splitlines()]
     assert runs == [[earlier.stem, "open", "smoke", "0123456789"], [journal.stem, "FINISHED", "smoke", "0123456789"]]
+    assert alignti(root, "runs").stdout.split()[:2] == [earlier.stem, "KILLED"]
     assert re.fullmatch(r"alignti \S+\n", alignti(root, "--version").stdout)
     assert alignti(root, "plan", "-h").returncode == 0
 

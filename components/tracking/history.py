@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from components.process import is_free
 from components.records.paths import RUNS
 from components.records.record import content, parsed
 from components.tracking import provenance, system_metrics
@@ -58,7 +59,7 @@ class Told(NamedTuple):
 
 
 def recorded() -> list[Told]:
-    """All runs journalled here, by start time; status `open` without an end event."""
+    """All runs journalled here, by start time; without an end event, status `open`, or `KILLED` if no process writes it."""
     found = []
     for journal in JOURNALS.glob("*.jsonl"):
         lines = content(journal).splitlines()
@@ -66,7 +67,8 @@ def recorded() -> list[Told]:
             continue  # process killed before its first line
         try:
             start, tags = json.loads(lines[0])["time"], json.loads(lines[0])["tags"]
-            status = json.loads(lines[-1])["status"] if b'"event": "end"' in lines[-1] else "open"
+            ended = b'"event": "end"' in lines[-1]
+            status = json.loads(lines[-1])["status"] if ended else "KILLED" if is_free(journal) else "open"
         except (ValueError, KeyError):
             start, tags, status = 0, {}, "unreadable"
         found.append(Told(start, journal.stem, status, tags.get("recipe"), tags.get("mlflow.source.git.commit", "none")))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from components.errors import InputError
+from components.errors import InputError, TryAgainError
 from flows import dvc
 from tests.flows.conftest import ROOT, ran
 from tests.planted import CANARY, REMOTE
@@ -42,6 +42,24 @@ def test_a_failed_stage_raises_with_its_own_exit_code(project: Path) -> None:
     with pytest.raises(dvc.StageFailed, match="stage first failed") as failure:
         dvc.reproduce("first")
     assert failure.value.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("ending", "said", "exit_code"),
+    [
+        ("os.kill(os.getpid(), 9)", r"first was killed by signal 9 \(out of memory\?\); run again", 75),
+        ("os.kill(os.getpid(), 11)", "first was killed by signal 11; run again", 75),
+        ("sys.exit(137)", "first was killed by signal 9", 75),  # as components/distill/launch.py passes it on
+        ("os.kill(os.getpid(), 15)", "first failed with exit code -15", 143),
+        ("sys.exit(143)", "first failed with exit code 143", 143),
+        ("sys.exit(255)", "first failed with exit code 255", 255),
+    ],
+)
+def test_a_killed_stage_is_told_in_words_and_may_be_tried_again(project: Path, ending: str, said: str, exit_code: int) -> None:
+    (project / "stage.py").write_text(f"import os, sys; {ending}")
+    with pytest.raises(dvc.StageFailed, match=f"^stage {said}") as failure:
+        dvc.reproduce("first")
+    assert failure.value.exit_code == exit_code
 
 
 def test_a_name_that_looks_like_an_option_never_reaches_dvc(project: Path) -> None:
@@ -130,7 +148,7 @@ def test_a_killed_dvc_leaves_no_training_behind(project: Path) -> None:
     above.send_signal(signal.SIGKILL)
     assert ends(training)
     flow.join(60)
-    assert [error.exit_code for error in outcome] == [-signal.SIGKILL]  # type: ignore[attr-defined]
+    assert [error.exit_code for error in outcome] == [TryAgainError.exit_code]  # type: ignore[attr-defined]
 
 
 def test_a_killed_flow_leaves_neither_dvc_nor_a_training_behind(project: Path) -> None:
