@@ -122,17 +122,23 @@ def _advised(error: Exception) -> str:
 
 
 def _mend_rwlock() -> None:
-    """Reset a truncated or empty `rwlock`, left by a full disk or a kill: no DVC command can parse it."""
-    from dvc.lock import LockError, make_lock
-
+    """Empty `rwlock` if all its holders are dead (DVC warns of each), or if a full disk or a kill cut it off (no DVC command
+    can parse it)."""
     rwlock = Path(".dvc/tmp/rwlock")
     if not rwlock.exists():
         return
+    import psutil  # a dependency of DVC
+    from dvc.lock import LockError, make_lock
+
     with suppress(LockError), make_lock(f"{rwlock}.lock", tmp_dir=str(rwlock.parent)):  # held: another process is writing it
+        text = rwlock.read_bytes()
         try:
-            json.loads(rwlock.read_bytes())
+            json.loads(text)
+            in_use = any(psutil.pid_exists(int(pid)) for pid in re.findall(rb'"pid": (\d+)', text))
         except ValueError:
-            rwlock.write_text("{}", encoding="utf-8")
+            in_use = False
+        if not in_use and text != b"{}":
+            rwlock.write_bytes(b"{}")
 
 
 def reproduce(
@@ -395,7 +401,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
                 os.killpg(process.pid, 0)  # raises once the whole group is gone
                 time.sleep(0.1)
         except ProcessLookupError:
-            return
+            break
+    _mend_rwlock()
 
 
 def _environment() -> dict[str, str]:

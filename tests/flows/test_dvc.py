@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -160,6 +161,26 @@ def test_a_killed_flow_leaves_neither_dvc_nor_a_training_behind(project: Path) -
     flow.kill()
     flow.wait()
     assert ends(above) and ends(training)
+
+
+def test_a_stopped_stage_leaves_no_lock_of_which_dvc_warns(project: Path) -> None:
+    (project / "stage.py").write_text(TRAINER)
+    begun = project / "trainer.pid"
+    with pytest.raises(dvc.StageFailed, match="enough"):
+        dvc.reproduce("first", {"PYTHONPATH": str(ROOT)}, stop_when=lambda: "enough" if begun.exists() else None)
+    assert (project / ".dvc/tmp/rwlock").read_text() == "{}"
+
+
+def test_locks_of_the_dead_are_dropped_and_those_of_the_living_stay(project: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    rwlock = project / ".dvc/tmp/rwlock"
+    rwlock.parent.mkdir()
+    for holder, left in ((gone.pid, "{}"), (os.getpid(), None)):
+        held = json.dumps({"read": {str(project / "raw.txt"): [{"pid": holder, "cmd": "dvc repro"}]}})
+        rwlock.write_text(held)
+        dvc._mend_rwlock()
+        assert rwlock.read_text() == (left or held)
 
 
 def test_a_remote_that_does_not_answer_is_told_without_its_password(project: Path) -> None:
