@@ -91,12 +91,17 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
         (["samples"], "reports/compare.json is missing; `dvc repro` makes it"),
         (["leaderboard"], "reports/compare.json is missing; `dvc repro` makes it"),
         (["controls"], "artifacts/teacher/choice.json is missing; `dvc repro` makes it"),
+        (["preview"], "no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them"),
+        (["compare", "terms"], "no run is recorded here yet: `make repro`"),
+        (["promote"], "no run is recorded here yet: `make repro`"),
+        (["promote", "7"], "no run is recorded here yet: `make repro`"),
     ],
 )
 def test_a_name_is_checked_before_anything_heavy_is_imported(root: Path, words: list[str], said: str) -> None:
     for heavy in ("torch", "transformers", "mlflow", "prefect", "dvc"):
         (root / f"{heavy}.py").write_text("raise RuntimeError('imported')")
-    done = alignti(root, *words, PYTHONPATH=f"{root}{os.pathsep}{ROOT}")
+    own = "sqlite:///.mlflow/mlflow.db"
+    done = alignti(root, *words, PYTHONPATH=f"{root}{os.pathsep}{ROOT}", ALIGNTI_TRACKING_URI=own)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert said in done.stderr
 

@@ -105,9 +105,13 @@ def promote(
     if candidate is not None and not candidate.isdigit():
         check_arms([candidate], teacher=False)
     from components.config.load import load_settings
-    from flows import promote as module
+    from components.tracking.mlflow_client import check_recorded
     from flows.servers import use_running
 
     use_running()
-    verdict = module.promote(candidate, load_settings(), measure)
+    settings = load_settings()
+    check_recorded(settings.runtime.tracking_uri)
+    from flows import promote as module  # heavy, after what may be missing
+
+    verdict = module.promote(candidate, settings, measure)
     typer.echo(verdict.model_dump_json(indent=2) if json else f"{verdict.model}: {verdict.why}.")

@@ -34,13 +34,16 @@ def compare(study: str) -> None:
     plan = expand.read(study)
     from components.config.load import load_settings
     from components.errors import without_login
-    from components.study import compare as comparison
-    from components.study import report
+    from components.tracking.mlflow_client import check_recorded
     from components.tracking.outcome import page
     from flows.servers import use_running
 
     use_running()
     settings = load_settings()
+    check_recorded(settings.runtime.tracking_uri)
+    from components.study import compare as comparison  # heavy, after what may be missing
+    from components.study import report
+
     runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
     cells = expand.cells(study)
     asked = expand.families(plan, cells)

@@ -123,9 +123,10 @@ def check(
         raise SettingsError("\n".join(problems))
     if data:
         from components.own_data import check as tried
+        from components.own_data.at_hand import at_hand
 
         settings = load_settings()
-        folders, missing = tried.at_hand(settings.models)
+        folders, missing = at_hand(settings.models)
         found = tried.try_data(settings, folders.values(), settings.runtime.workers)
         for line in tried.report(found, settings, folders, missing):
             typer.echo(line)
@@ -137,11 +138,16 @@ def check(
 def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) -> None:
     """Show samples as the student reads them, with what is trained on in colour: here, and as reports/preview.html."""
     from components.config.load import load_settings
-    from components.own_data import preview as page
-    from components.own_data.check import at_hand
+    from components.errors import InputError
+    from components.own_data.at_hand import at_hand
 
     settings = load_settings()
-    found = page.preview(settings, at_hand(settings.models)[0], each)
+    folders, _ = at_hand(settings.models)
+    if not folders:
+        raise InputError("no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them")
+    from components.own_data import preview as page  # heavy, after what may be missing
+
+    found = page.preview(settings, folders, each)
     for line in page.lines(found):
         typer.echo(line)
     typer.echo(f"-> {page.write_page(found)}")

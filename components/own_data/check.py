@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from components.config.models import Checkpoint, ModelsSettings
 from components.config.settings import Settings
 from components.dataset.prepare import source_of, summary
 from components.dataset.shard_jobs import WORTH_A_WORKER
@@ -29,8 +28,7 @@ from components.irs.choice import NoRegions
 from components.irs.search import TooFewInstructions, instructions
 from components.models.template import question_of
 from components.process import cores, shared_out
-from components.records.models import ModelIndex
-from components.records.paths import MODELS, SPLITS, Split
+from components.records.paths import SPLITS, Split
 from components.rows.judge import CUT, RESIZED, Judge, Remark, different
 from components.rows.trial import judge_of
 
@@ -116,28 +114,6 @@ def answer_lengths(collator: Collator, samples: Sequence[Sample]) -> list[int]:
     first = (sample.turns[0] for sample in samples)
     alone = [Sample("", "", "", None, (Turn(question_of(turn), turn.answer),)) for turn in first]
     return [int(row.response.sum()) for row in collator.encode(alone)] if alone else []
-
-
-def at_hand(models: ModelsSettings) -> tuple[dict[str, Path], list[str]]:
-    """Folders of available models (local checkpoints, or made by `obtain_models`), and names of the missing ones."""
-    from components.models.__main__ import origin_of
-
-    index = ModelIndex.read(MODELS / "index.json") if (MODELS / "index.json").is_file() else None
-    folders, missing = {}, []
-    for role in ("students", "teachers"):
-        for name, member in getattr(models.members, role).items():
-            record = getattr(index, role).get(name) if index else None
-            if isinstance(member, Checkpoint) and member.revision is None and models.image_splitting:
-                folders[name] = Path(member.source).expanduser()
-            elif (
-                record
-                and (folder := Path(record.path)).is_dir()
-                and (record.origin, record.revision) == origin_of(member, folder)
-            ):
-                folders[name] = folder
-            else:
-                missing.append(name)
-    return folders, missing
 
 
 def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = None) -> Found:

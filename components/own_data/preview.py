@@ -24,7 +24,6 @@ from components.config.settings import Settings
 from components.dataset.prepare import source_of
 from components.dataset.shards import Sample, Samples
 from components.dataset.source import Stored
-from components.errors import InputError
 from components.io import write_text
 from components.models.collate import Collator
 from components.own_data.check import Tally
@@ -105,10 +104,8 @@ class Preview:
 def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
     """Preview of `each` samples per kind, by the first model of `folders`; lengths are maxima over all models.
 
-    Raises InputError if no model is available, DataError or ModelError if data or models cannot be read.
+    Raises DataError or ModelError if data or models cannot be read.
     """
-    if not folders:
-        raise InputError("no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them")
     judge = Judge(different(list(folders.values())), settings.models)
     collator, tally = judge.collators[0], Tally()
     shown: dict[str, list[Shown]] = {}

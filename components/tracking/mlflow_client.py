@@ -13,9 +13,17 @@ from typing import Any
 
 from components.errors import AlignTIError, InputError, TryAgainError, redacted
 from components.process import locked
+from components.tracking.journal import JOURNALS
 
 LOCAL = "sqlite:///"
 MOVED = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+
+
+def check_recorded(tracking_uri: str) -> None:
+    """Raises InputError if this folder's own database is not there yet, nor any journal: MLflow needs seconds to say so."""
+    here = not tracking_uri.startswith(LOCAL) or Path(tracking_uri.removeprefix(LOCAL)).exists()
+    if not here and not any(JOURNALS.glob("*.jsonl")):
+        raise InputError("no run is recorded here yet: `make repro`, `dvc repro` and `alignti study run` record theirs")
 
 
 @contextmanager

@@ -6,15 +6,13 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from components.cli import app
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
-from components.errors import InputError
 from components.own_data import preview as page
-from components.own_data.check import at_hand
+from components.own_data.at_hand import at_hand
 from components.records.paths import DATASET
 from tests.own_data.conftest import respell
 
@@ -105,8 +103,3 @@ def test_prepared_data_are_shown_only_if_they_are_of_these_params(pointed: Path)
     assert set(prepared.shown) == {"what", "how"}
     Path("dvc.lock").write_text(json.dumps({"stages": {"prepare": {"params": {"params/data.yaml": {**params, "seed": 2}}}}}))
     assert "not prepared yet" in shown().origin
-
-
-def test_without_a_model_it_says_what_is_missing(pointed: Path) -> None:
-    with pytest.raises(InputError, match="no model is here"):
-        page.preview(load_settings(), {}, 1)
