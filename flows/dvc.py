@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, unknown
 from components.process import end_with_parent
@@ -122,23 +122,31 @@ def _advised(error: Exception) -> str:
 
 
 def _mend_rwlock() -> None:
-    """Empty `rwlock` if all its holders are dead (DVC warns of each), or if a full disk or a kill cut it off (no DVC command
-    can parse it)."""
+    """Drop the dead of `rwlock`'s holders (DVC warns of each, and takes one that nobody reaped for alive), or all of it if a
+    full disk or a kill cut it off (no DVC command can parse it)."""
     rwlock = Path(".dvc/tmp/rwlock")
     if not rwlock.exists():
         return
-    import psutil  # a dependency of DVC
     from dvc.lock import LockError, make_lock
 
     with suppress(LockError), make_lock(f"{rwlock}.lock", tmp_dir=str(rwlock.parent)):  # held: another process is writing it
-        text = rwlock.read_bytes()
         try:
-            json.loads(text)
-            in_use = any(psutil.pid_exists(int(pid)) for pid in re.findall(rb'"pid": (\d+)', text))
+            held = json.loads(rwlock.read_bytes())
+            write = {path: holder for path, holder in held.get("write", {}).items() if _lives(holder)}
+            readers = {path: list(filter(_lives, holders)) for path, holders in held.get("read", {}).items()}
+            living = {"write": write, "read": {path: holders for path, holders in readers.items() if holders}}
         except ValueError:
-            in_use = False
-        if not in_use and text != b"{}":
-            rwlock.write_bytes(b"{}")
+            held, living = None, {}
+        if held != living:
+            rwlock.write_text(json.dumps(living), encoding="utf-8")
+
+
+def _lives(holder: dict[str, Any]) -> bool:
+    import psutil  # a dependency of DVC
+
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(holder["pid"]).status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def reproduce(

@@ -168,19 +168,21 @@ def test_a_stopped_stage_leaves_no_lock_of_which_dvc_warns(project: Path) -> Non
     begun = project / "trainer.pid"
     with pytest.raises(dvc.StageFailed, match="enough"):
         dvc.reproduce("first", {"PYTHONPATH": str(ROOT)}, stop_when=lambda: "enough" if begun.exists() else None)
-    assert (project / ".dvc/tmp/rwlock").read_text() == "{}"
+    assert json.loads((project / ".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}
 
 
-def test_locks_of_the_dead_are_dropped_and_those_of_the_living_stay(project: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+@pytest.mark.parametrize("reaped", [True, False], ids=["gone", "a zombie"])
+def test_locks_of_the_dead_are_dropped_and_those_of_the_living_stay(project: Path, reaped: bool) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
     rwlock = project / ".dvc/tmp/rwlock"
     rwlock.parent.mkdir()
-    for holder, left in ((gone.pid, "{}"), (os.getpid(), None)):
-        held = json.dumps({"read": {str(project / "raw.txt"): [{"pid": holder, "cmd": "dvc repro"}]}})
-        rwlock.write_text(held)
-        dvc._mend_rwlock()
-        assert rwlock.read_text() == (left or held)
+    ours, theirs = ({"pid": pid, "cmd": "dvc repro"} for pid in (os.getpid(), dead.pid))
+    held = {"write": {"a": theirs, "b": ours}, "read": {"c": [theirs, ours], "d": [theirs]}}
+    rwlock.write_text(json.dumps(held))
+    dvc._mend_rwlock()
+    assert json.loads(rwlock.read_text()) == {"write": {"b": ours}, "read": {"c": [ours]}}
+    dead.wait()
 
 
 def test_a_remote_that_does_not_answer_is_told_without_its_password(project: Path) -> None:
