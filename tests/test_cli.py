@@ -189,6 +189,14 @@ def test_use_says_where_own_values_are_kept(root: Path) -> None:
     assert done.returncode == 0 and kept and (root / kept[1] / "distill.yaml").is_file()
 
 
+@pytest.mark.parametrize("words", [("check",), ("study", "list")])
+def test_ctrl_c_ends_a_command_with_the_promised_code(root: Path, words: tuple[str, ...]) -> None:
+    ctrl_c = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.raise_signal(signal.SIGINT)\n"
+    (root / "pydantic.py").write_text(ctrl_c)  # in the midst of any command's work
+    done = alignti(root, *words, PYTHONPATH=f"{root}{os.pathsep}{ROOT}")
+    assert (done.returncode, done.stderr) == (143, "Interrupted: run the same command to go on\n")
+
+
 def test_sync_without_an_address_says_where_to_put_one(root: Path) -> None:
     done = alignti(root, "sync")  # tests run with ALIGNTI_TRACKING_URI=journal
     assert done.returncode == 2

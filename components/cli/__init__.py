@@ -61,4 +61,13 @@ for _group in (start, run, look, hand_on, operate):
 
 
 def main() -> None:
-    exit_from(lambda: app(windows_expand_args=False))
+    exit_from(_command)
+
+
+def _command() -> None:
+    try:
+        app(windows_expand_args=False)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C; ours is 143
+            raise KeyboardInterrupt from None
+        raise
