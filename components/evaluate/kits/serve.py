@@ -34,15 +34,12 @@ TRANSFORMERS = """
 import os, sys
 from components.process import end_with_parent
 end_with_parent()
+from components.evaluate.kits import stock_server
 os.chdir(sys.argv.pop(1))
-from transformers.cli.serving.model_manager import ModelManager
+stock_server.change(sys.argv[2])
 from transformers.cli.transformers import main
-from transformers.cli.serving.utils import BaseHandler
-name, resolve = sys.argv[2], BaseHandler._resolve_model
-ModelManager.get_gen_models = staticmethod(lambda: [{"id": name, "object": "model", "created": 0, "owned_by": "alignti"}])
-BaseHandler._resolve_model = lambda handler, body: (name, *resolve(handler, body)[1:])
 main()
-"""  # replaces `transformers serve`: its /v1/models lists the hub's cache and fails without one, its answers are of NAME@main
+"""
 
 
 def command(model: Path, host: str, port: int, device: str) -> list[str]:

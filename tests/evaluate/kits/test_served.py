@@ -7,6 +7,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -74,9 +75,42 @@ def test_the_served_student_says_what_direct_generation_says_token_for_token(
 def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answered(
     endpoint: Endpoint, samples: Samples
 ) -> None:
-    with pytest.raises(Refused, match="HTTP 500"):
+    with pytest.raises(Refused, match=r"HTTP 400.*Incorrect image source"):
         ask(endpoint, [b"no image", "List all."], 2)
     assert ask(endpoint, [samples[0].image or b"", "List all."], 2)
+
+
+ASKED = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+
+
+@needs_server
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"messages": []}, "messages is empty"),
+        ({"messages": None}, "messages is empty"),
+        ({"messages": [{"content": "Hello"}]}, "KeyError: 'role'"),
+        ({"messages": [{"role": "user", "content": [{"text": "Hello"}]}]}, "KeyError: 'type'"),
+        ({"max_tokens": 0}, "max_tokens is 0: it is a number of tokens, 1 or more"),
+        ({"max_tokens": 0, "stream": True}, "max_tokens is 0"),
+        ({"max_completion_tokens": "all"}, "max_completion_tokens is 'all'"),
+        ({"temperature": "hot"}, "ValueError: could not convert string to float: 'hot'"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(endpoint: Endpoint, wrong: dict[str, Any], said: str) -> None:
+    body = json.dumps({"model": endpoint.model, **ASKED, **wrong}).encode()
+    with pytest.raises(HTTPError) as refusal:
+        urlopen(Request(f"{endpoint.url}/v1/chat/completions", body, {"Content-Type": "application/json"}))
+    assert refusal.value.code == 400 and said in json.load(refusal.value)["detail"]
+
+
+@needs_server
+def test_an_answer_is_no_longer_than_the_context() -> None:
+    from components.evaluate.kits.stock_server import check
+
+    body: dict[str, Any] = {"messages": ["x"], "max_tokens": 100_000, "max_output_tokens": 5, "max_completion_tokens": None}
+    check(body, 512)
+    assert body == {"messages": ["x"], "max_tokens": 512, "max_output_tokens": 5, "max_completion_tokens": None}
 
 
 @needs_server

@@ -1,0 +1,67 @@
+"""Changes to `transformers serve`: its model has one name, wrong requests are told, answers end with the context.
+
+As released, /v1/models lists the hub's cache and fails without one, answers are of NAME@main, a wrong request is a 500
+without a word, and `max_tokens` has no bound, though every request waits for the one before.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.utils import BaseHandler
+
+from components.errors import first_line
+
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+Handle = Callable[[Any, dict[str, Any], str], Awaitable[Any]]
+
+
+def change(name: str) -> None:
+    """Change the server of this process, which serves the model `name`."""
+    listed = [{"id": name, "object": "model", "created": 0, "owned_by": "alignti"}]
+    resolve = BaseHandler._resolve_model
+
+    def resolved(handler: Any, body: dict[str, Any]) -> tuple[str, Any, Any]:
+        _, model, processor = resolve(handler, body)
+        check(body, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+        return name, model, processor
+
+    ModelManager.get_gen_models = staticmethod(lambda: listed)  # type: ignore[assignment, method-assign]
+    BaseHandler._resolve_model = resolved  # type: ignore[assignment, method-assign]
+    for kind in (ChatCompletionHandler, CompletionHandler, ResponseHandler):
+        kind.handle_request = _told(kind.handle_request)  # type: ignore[assignment, method-assign]
+
+
+def check(body: dict[str, Any], context: int) -> None:
+    """Cut the asked length of the answer to `context` tokens. Raises HTTPException (400) for no messages, or no length."""
+    if not body.get("messages", True):
+        raise HTTPException(400, "messages is empty: nothing is asked")
+    for key in LENGTHS:
+        if (asked := body.get(key)) is not None:
+            if not isinstance(asked, int) or asked < 1:
+                raise HTTPException(400, f"{key} is {asked!r}: it is a number of tokens, 1 or more")
+            body[key] = min(asked, context)
+
+
+def _told(handle: Handle) -> Handle:
+    """Handler whose errors are answered with 400: weights and code are the same for all requests, so it is the request."""
+
+    async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
+        try:
+            return await handle(handler, body, request_id)
+        except (HTTPException, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            traceback.print_exc()  # to the server's log
+            raise HTTPException(400, f"{type(error).__name__}: {first_line(error)}") from error
+
+    return handled
