@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from components.config.names import check_arms, check_models
+from components.config.names import check_arms, check_file, check_models
 
 app = typer.Typer()
 
@@ -174,11 +174,8 @@ def try_model(
     longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
 ) -> None:
     """Ask a model a question about images, each where <image> stands in it or first: its answer as it comes, with timings."""
-    from components.errors import InputError
-
     for path in image:
-        if not path.is_file():
-            raise InputError(f"--image {path}: no such file")
+        check_file("--image", path)
     check_models(student, vs)
     from components.config.load import load_settings
     from components.release.generate import run

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.config.models import Checkpoint
+from components.config.names import check_checkpoint, check_file
 from components.errors import InputError
 
 
@@ -26,8 +27,7 @@ class Asked:
             raise InputError(f"--name {self.name}: a recipe's name is of a-z, 0-9, _, . and -")
         if self.recipe.exists():
             raise InputError(f"{self.recipe} is there already: give another --name, or remove it to have it made anew")
-        if not self.data.is_file():
-            raise InputError(f"--data {self.data}: no such file")
+        check_file("--data", self.data)
         if self.data.suffix not in (".json", ".jsonl"):
             raise InputError(
                 f"--data {self.data}: .json and .jsonl are looked at; docs/data.md says how to name tar and Parquet"
@@ -43,7 +43,8 @@ class Asked:
     def checkpoint(self, role: str) -> Checkpoint:
         """A local folder, or ORG/NAME@COMMIT of the hub. Raises InputError."""
         said = getattr(self, role)
-        if Path(said).expanduser().is_dir():
+        if said and (folder := Path(said).expanduser()).is_dir():
+            check_checkpoint(folder)
             return Checkpoint(source=said, revision=None)
         source, _, revision = said.partition("@")
         if source.count("/") == 1 and re.fullmatch(r"[0-9a-f]{40}", revision):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from components.config.names import HUB_ID
 from components.config.settings import Settings
 from components.errors import InputError, ModelError
 from components.evaluate.__main__ import model_of
@@ -19,7 +19,6 @@ from components.models.processor import load_processor
 from components.models.template import Template
 from components.records.paths import TEACHER_ARM
 
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?")
 ADAPTER = "adapter_config.json"
 
 

@@ -137,6 +137,8 @@ def test_the_paper_s_template_stands_in_where_there_is_none(own: Path) -> None:
         ({"images": Path("gone")}, "--images gone: no such folder"),
         ({"teacher": "hub/larg"}, "--teacher hub/larg: no such folder; a model of the hub is ORG/NAME@COMMIT"),
         ({"student": "org/name@main"}, "--student org/name@main: no such folder"),
+        ({"teacher": ""}, "--teacher : no such folder"),
+        ({"data": Path("data/mine")}, "--data data/mine: a folder, not a file"),
         ({"name": "../x"}, "--name ../x"),
         ({"data": Path("rows.parquet")}, "docs/data.md says how"),
     ],
@@ -147,6 +149,11 @@ def test_arguments_are_checked_first(own: Path, changed: dict[str, object], said
         asked(**changed).check()
     assert said in str(raised.value)
     assert not Path("params/recipes/own.yaml").exists()
+
+
+def test_a_folder_without_a_model_is_refused_before_rows_and_models_are_read(own: Path) -> None:
+    with pytest.raises(ModelError, match=r"hub: no config\.json; it is not a Hugging Face checkpoint folder"):
+        asked(student="hub").check()
 
 
 def test_a_pair_that_cannot_be_aligned_is_refused(own: Path) -> None:
