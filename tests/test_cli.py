@@ -94,6 +94,15 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
         (["try", "a", "a", "--image", "params"], "--image params: a folder, not a file"),
         (["serve", "out/students/none"], "out/students/none: no such folder"),
         (["export", "params/studies", "out"], "params/studies: no config.json; it is not a Hugging Face checkpoint folder"),
+        (["export", "model", "out", "--dtype", "fp8"], "--dtype fp8: choose from fp32, fp16, bf16"),
+        (
+            ["export", "model", "out", "--max-shard-size", "big"],
+            "--max-shard-size big: a number with KB, MB, GB or TB",
+        ),
+        (["export", "model", "params"], "params is there already; choose another folder, or --force to replace it"),
+        (["try", "model", "a", "--image", "params/data.yaml"], "--image: params/data.yaml is none of JPEG, PNG"),
+        (["try", "model", " ", "--image", "params/data.yaml"], "the question is empty"),
+        (["try", "model", "<image> a <image>", "--image", "params/data.yaml"], "the question shows 2 <image>"),
         (["samples"], "reports/compare.json is missing; `dvc repro` makes it"),
         (["leaderboard"], "reports/compare.json is missing; `dvc repro` makes it"),
         (["controls"], "artifacts/teacher/choice.json is missing; `dvc repro` makes it"),
@@ -106,6 +115,8 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
 def test_a_name_is_checked_before_anything_heavy_is_imported(root: Path, words: list[str], said: str) -> None:
     for heavy in ("torch", "transformers", "mlflow", "prefect", "dvc"):
         (root / f"{heavy}.py").write_text("raise RuntimeError('imported')")
+    (root / "model").mkdir()
+    (root / "model/config.json").touch()
     own = "sqlite:///.mlflow/mlflow.db"
     done = alignti(root, *words, PYTHONPATH=f"{root}{os.pathsep}{ROOT}", ALIGNTI_TRACKING_URI=own)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1

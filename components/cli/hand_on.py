@@ -21,15 +21,13 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at FOLDER.")] = False,
 ) -> None:
     """Write a model to FOLDER for others, with its full card, and read it back to see that it answers as before."""
-    from components.errors import InputError
-
     check_models(student)
+    from components.release.asked import check_export
+
+    check_export(folder, dtype, shard, force)
     from components.config.load import load_settings
-    from components.release.export import DTYPES
     from components.release.export import export as write
 
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     typer.echo(str(write(student, folder, load_settings(), dtype, shard, force)))
 
 

@@ -178,6 +178,10 @@ def try_model(
         check_file("--image", path)
     check_models(student, vs)
     from components.config.load import load_settings
+    from components.release.asked import sample_of
+
+    settings = load_settings()
+    sample_of(image, question, settings.data.limits)  # says what cannot be asked; the import below takes seconds
     from components.release.generate import run
 
-    run([student] if vs is None else [student, vs], image, question, load_settings(), longest, look)
+    run([student] if vs is None else [student, vs], image, question, settings, longest, look)

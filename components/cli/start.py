@@ -49,9 +49,11 @@ def init(
 
     asked = Asked(data, images, teacher, student, name)
     asked.check()
+    from components.config.load import load_settings
+
+    asked.check_rows(load_settings().data)
 
     from components.config import recipes
-    from components.config.load import load_settings
     from components.config.local_paths import not_here
     from components.dataset.__main__ import unseen_by_dvc
     from components.errors import SettingsError

@@ -1,14 +1,18 @@
-"""Options of `alignti init`, checked before anything heavy is imported."""
+"""Options of `alignti init` and the rows they name, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.config.data import DataSettings, LlavaFolder
 from components.config.models import Checkpoint
 from components.config.names import check_checkpoint, check_file
-from components.errors import InputError
+from components.dataset.prepare import source_of, summary
+from components.dataset.source import Stored
+from components.errors import DataError, InputError
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,30 @@ class Asked:
         if not self.images.is_dir():
             raise InputError(f"--images {self.images}: no such folder")
         self.checkpoint("teacher"), self.checkpoint("student")
+
+    def check_rows(self, shipped: DataSettings) -> None:
+        """Read all rows, and the images up to the first usable one. Raises DataError if the file cannot be read, more rows are
+        bad than allowed, or none is usable."""
+        most = shipped.limits.max_bad_ratio
+        with tempfile.TemporaryDirectory(prefix="alignti-") as scratch:
+            source = source_of(self.settings(shipped, share=0.05), Path(scratch) / "index.sqlite")
+            refused = list(source.refused())
+            if len(refused) <= most * source.rows_in:
+                for found in source.rows(0):
+                    if isinstance(found, Stored):
+                        return
+                    refused += found
+        first = min(refused, key=lambda one: one.row)
+        such = f"{summary(refused)}, such as row {first.row}: {first.detail}"
+        raise DataError(
+            f"{self.data}: {len(refused):,} of {source.rows_in:,} rows are bad ({such}), more than"
+            f" limits.max_bad_ratio = {most} of params/data.yaml allows"
+        )
+
+    def settings(self, shipped: DataSettings, share: float) -> DataSettings:
+        """Data settings with these rows and images; `share`: of val and of test."""
+        own = LlavaFolder(annotations=self.data, images=self.images, val=share, test=share)
+        return shipped.model_copy(update={"source": "llava", "llava": own})
 
     @property
     def recipe(self) -> Path:

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from components.config import recipes
-from components.config.data import LlavaFolder
 from components.config.load import load_settings
 from components.config.models import PretrainedFamily, Template
 from components.config.settings import Settings
@@ -121,8 +120,7 @@ def _look(asked: Asked, pair: Pair) -> tuple[Settings, Found]:
     )
 
     def tried(share: float) -> tuple[Settings, Found]:
-        own = LlavaFolder(annotations=asked.data, images=asked.images, val=share, test=share)
-        data = shipped.data.model_copy(update={"source": "llava", "llava": own})
+        data = asked.settings(shipped.data, share)
         evaluate = shipped.evaluate.model_copy(update={"max_new_tokens": LONGEST_ANSWER})
         irs = shipped.irs.model_copy(update={"instructions_per_image": 2})
         settings = shipped.model_copy(update={"data": data, "models": models, "irs": irs, "evaluate": evaluate})

@@ -15,7 +15,7 @@ from torch import Tensor
 from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
 from components.distill.export import save
-from components.errors import InputError, ModelError
+from components.errors import ModelError
 from components.evaluate.generate import answers, questions
 from components.io import whole_folder
 from components.models.checkpoint_folder import weight_files
@@ -25,10 +25,10 @@ from components.models.load import Loaded
 from components.models.processor import load_processor
 from components.models.template import Template
 from components.records.paths import DATASET, ROWS
-from components.release import card
+from components.release import asked, card
 from components.release.model import ADAPTER, base_of, find, open_model, template_of
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = dict(zip(asked.DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 STORED = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 # Maximum KL(original in float32 || export in its dtype) per answer token, nats: mantissas of 23, 10 and 7 bits.
 TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
@@ -77,10 +77,7 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
             differ from the written ones, or the KL exceeds TOLERANCE.
         TryAgainError: the disk is full, or the hub does not respond.
     """
-    if folder.exists() and not force:
-        raise InputError(f"{folder} is there already; choose another folder, or --force to replace it")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model, and --force replaces nothing else; choose another folder")
+    asked.check_export(folder, dtype, shard, force)
     named = find(name, settings)
     source = open_model(named.path, "cpu")
     dtype = dtype or stored(named.path)
@@ -91,10 +88,7 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
     source.model.to(DTYPES[dtype])
     text, missing = card.full(named.arm, folder, dtype) if named.arm in settings.study.arms else (_readme(named.path), [])
     with whole_folder(folder) as draft:
-        try:
-            save(draft, source, written, text, max_shard_size=shard)
-        except ValueError as error:
-            raise InputError(f"--max-shard-size {shard}: {error}") from None
+        save(draft, source, written, text, max_shard_size=shard)
         for kept in ("LICENSE*", "NOTICE*"):
             for file in named.path.glob(kept):
                 shutil.copy2(file, draft / file.name)

@@ -16,17 +16,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from components.config.data import DataLimits
 from components.config.settings import Settings
-from components.dataset.images import Refusal
-from components.dataset.images import load as load_image
-from components.dataset.shards import Sample, Turn
-from components.errors import InputError
+from components.dataset.shards import Sample
 from components.models.collate import Batch, Collator
 from components.models.decoding import greedy
 from components.models.families import prompt
 from components.models.load import Loaded
-from components.models.template import IMAGE
+from components.release.asked import sample_of
 from components.release.attention_overlay import attention_of, draw_overlays
 from components.release.model import Named, find, open_model, template_of
 from components.runtime import prepare_torch
@@ -111,23 +107,6 @@ def run(names: list[str], images: Sequence[Path], question: str, settings: Setti
         for seen in attended:
             console.print(Text(f"{seen.heats[0].above}: {seen.how}"))
         console.print(Text(f"-> {path}"), soft_wrap=True)
-
-
-def sample_of(images: Sequence[Path], question: str, limits: DataLimits) -> Sample:
-    """Sample of question and images, as stored by `prepare`. Raises InputError."""
-    asked, marks = question.replace(IMAGE, "").strip(), question.count(IMAGE)
-    if not asked:
-        raise InputError('the question is empty: alignti try MODEL --image X "What is on the table?"')
-    if marks not in (0, len(images)):
-        raise InputError(f"the question shows {marks} {IMAGE}, and there are {len(images)} --image: one for each, or none")
-    if len(images) == 1 or not marks:
-        question = f"{IMAGE}\n" * len(images) + asked
-    try:
-        first, *more = (load_image(image, limits).content for image in images)
-    except Refusal as refusal:
-        raise InputError(f"--image: {refusal.detail}") from None
-    name = " + ".join(map(str, images))
-    return Sample("your question", name, "instruction", first, (Turn(question, ""),), tuple(more))
 
 
 def read(loaded: Loaded, named: Named, sample: Sample, settings: Settings) -> tuple[Batch, int]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from components.errors import DataError, InputError, ModelError
 from components.own_data.asked import Asked
 from components.own_data.init import init
 from tests.families import toy
-from tests.own_data.conftest import respell
+from tests.own_data.conftest import ROOT, respell
 
 
 def asked(**changed: object) -> Asked:
@@ -154,6 +157,23 @@ def test_arguments_are_checked_first(own: Path, changed: dict[str, object], said
 def test_a_folder_without_a_model_is_refused_before_rows_and_models_are_read(own: Path) -> None:
     with pytest.raises(ModelError, match=r"hub: no config\.json; it is not a Hugging Face checkpoint folder"):
         asked(student="hub").check()
+
+
+BAD_ROWS = {
+    "holds no row": lambda rows: rows.clear(),
+    "40 of 40 rows are bad (40 missing_key, such as row 1": lambda rows: [row.pop("messages") for row in rows],
+    "40 of 40 rows are bad (40 missing_file, such as row 1": lambda rows: [row.update(image="gone.png") for row in rows],
+}
+
+
+@pytest.mark.parametrize("said", BAD_ROWS)
+def test_rows_are_read_before_the_models_code_is_imported(own: Path, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for heavy in ("torch", "transformers"):
+        Path(f"{heavy}.py").write_text("raise RuntimeError('imported')")
+    respell(own / "data/mine", BAD_ROWS[said])
+    environment = {**os.environ, "PYTHONPATH": f"{own}{os.pathsep}{ROOT}"}
+    assert subprocess.run([sys.executable, "-m", "components.cli", *WORDS], env=environment).returncode == 2
+    assert said in capfd.readouterr().err
 
 
 def test_a_pair_that_cannot_be_aligned_is_refused(own: Path) -> None:

@@ -122,7 +122,7 @@ def test_rounding_that_changes_answers_is_refused(project: Path, settings: Setti
     ("name", "shard", "message", "kind"),
     [
         ("kd", "5GB", "artifacts/students/kd/model: no such folder", ModelError),
-        ("align_ti", "large", "--max-shard-size large", InputError),
+        ("align_ti", "5", "--max-shard-size 5: a number with KB, MB, GB or TB, such as 5GB", InputError),
         ("align_ti", "5GB", r"manifest.json is missing; `dvc repro` makes it", DataError),
     ],
 )

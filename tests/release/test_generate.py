@@ -16,8 +16,9 @@ from components.models.collate import Collator
 from components.models.families import FAMILIES
 from components.models.load import load
 from components.models.template import Template
+from components.release.asked import sample_of
 from components.release.attention_overlay import attention_of, layer_of, placed
-from components.release.generate import Answer, read, respond, run, sample_of
+from components.release.generate import Answer, read, respond, run
 from components.release.model import Named, find
 from tests.families import toy
 
