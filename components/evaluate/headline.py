@@ -17,9 +17,10 @@ def headline(comparison: Comparison) -> str:
 
 
 def resolution(comparison: Comparison) -> str:
-    """Detectable difference in exact match with these questions and seeds, in a sentence or two; empty for one arm alone."""
+    """Detectable difference in exact match with these questions and seeds, in a sentence or two; empty for one arm alone, and
+    if most pairs answer alike."""
     found = comparison.exact_match
-    if found.noise is None or found.detectable is None:
+    if not found.noise or not found.detectable:
         return ""
     counts = sorted({len(arm.runs) for arm in comparison.arms.values()})
     trained = "one training run" if counts == [1] else f"{' or '.join(map(str, counts))} training runs"
@@ -64,6 +65,8 @@ def leading(comparison: Comparison) -> str:
         return f"{words} {lead} over {over} {larger}."
     words += f" {lead} over {listed(beyond) if within else 'every other arm'} is {larger}"
     words += f"; over {listed(within)} it is not." if within else "."
+    if len(comparison.pairs) == 1:
+        return words  # nothing to adjust for
     still = [arm for arm in beyond if leads[arm].p_holm < 1 - comparison.confidence]
     held = "all of them" if still == beyond else listed(still) if still else "none of them"
     return f"{words} Adjusted for {len(comparison.pairs)} pairs (Holm), this holds over {held}."

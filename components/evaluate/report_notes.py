@@ -78,7 +78,7 @@ def notes(comparison: Comparison) -> list[str]:
         *(f"{scorer.title.capitalize()}: {scorer.note}." for name, scorer in SCORERS.items() if name in comparison.measures),
         OVER_SEEDS if comparison.repeated else ONE_SEED,
         f"Where two arms do not differ at all, one interval in {round(1 / (1 - comparison.confidence))} still excludes zero by"
-        f" chance. There are {len(comparison.pairs)} pairs here; p (Holm) accounts for that.",
+        f" chance. p (Holm) accounts for the {md.counted(len(comparison.pairs), 'pair')} here.",
         "An arm that answers all questions of a kind right, or none, has an interval of no width there: the draws hold nothing"
         " that the sample does not.",
         f"{PACE} So is peak memory.",

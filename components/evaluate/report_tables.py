@@ -90,7 +90,7 @@ def small_tables(comparison: Comparison) -> dict[str, Table]:
     tables = {"yes_no": (["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"], closed)} if closed else {}
     rows = []
     for name, found in {EXACT_MATCH: comparison.exact_match, **comparison.measures}.items():
-        gaps = (found.noise, found.detectable, found.spread)
+        gaps = (found.noise or None, found.detectable or None, found.spread)  # 0: most pairs answer alike
         said = [md.DASH if gap is None else MEASURES[name].said(gap) for gap in gaps]
         rows.append([MEASURES[name].title, MEASURES[name].unit, *said])
     header = ["measure", "unit", "may be chance below", "seen four times in five", "deviation between seeds"]

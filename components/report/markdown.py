@@ -13,6 +13,11 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], text_colum
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in (header, rule, *rows))
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2,000 images`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def percent(share: float) -> str:
     """Percentage of a share (0..1) without the percent sign, for columns that name the unit."""
     return f"{100 * share:.1f}"

@@ -20,11 +20,14 @@ from components.evaluate.fingerprint import differences
 from components.evaluate.headline import leading
 from components.evaluate.likelihood import kl_per_token, nats_per_token
 from components.evaluate.load_results import Outcomes, read
+from components.evaluate.report_notes import notes
+from components.evaluate.report_tables import small_tables
 from components.records.compare import Comparison
 from components.records.distill import Cost
 from components.records.evaluate import Likelihood, Prediction, Scores
 from components.records.paths import SCORES, STUDENTS
 from components.records.record import jsonl
+from components.report.markdown import DASH
 from tests.evaluate.study import ARMS, MEASURED, study_arms, write_scores, write_study
 
 SETTINGS = EvaluateSettings(
@@ -156,8 +159,9 @@ def test_equal_arms_differ_by_exactly_nothing_and_nothing_is_claimed(outcomes: O
     for pair in comparison.pairs:
         assert (pair.difference, pair.ci95, pair.p_value, pair.p_holm) == (0, (0, 0), 1, 1)
     assert comparison.order == list(ARMS), "equal scores stay in the study's order"
-    assert "each answer" in comparison.headline
+    assert comparison.headline.startswith("sft, kd, kd_uniform, kd_iva, kd_tpa and align_ti each answer"), "no 0.0 points"
     assert "lead" not in comparison.headline
+    assert small_tables(comparison)["resolution"][1][0][2:4] == [DASH, DASH]
 
 
 def test_headline_claims_exactly_what_the_intervals_say(comparison: Comparison) -> None:
@@ -207,6 +211,12 @@ def test_a_single_arm_is_compared_with_the_teacher_alone(study: Path) -> None:
     assert comparison.pairs == []
     assert comparison.arms["sft"].gains == {}
     assert comparison.headline.startswith("sft answers")
+
+
+def test_one_pair_needs_no_adjustment(study: Path) -> None:
+    comparison = compare(read(["sft", "align_ti"]), SETTINGS.model_copy(update={"baselines": ["sft"]}), STUDY)
+    assert comparison.headline.endswith("Its lead over every other arm is larger than the noise of the test sample.")
+    assert any("p (Holm) accounts for the 1 pair here." in note for note in notes(comparison))
 
 
 def test_the_order_of_lines_does_not_matter(outcomes: Outcomes, comparison: Comparison) -> None:

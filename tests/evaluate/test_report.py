@@ -142,6 +142,13 @@ def test_the_page_says_it_all(finished: Finished) -> None:
         assert f"{100 * pair.difference:+.1f}" in text
 
 
+def test_a_caption_stands_under_a_picture(finished: Finished, outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher whose visual tokens are no square grid has no overlays."""
+    assert "One image, two instructions" in page(rendered(finished, outcomes)).text
+    monkeypatch.setattr(Path, "glob", lambda *_: [])
+    assert "One image, two instructions" not in page(rendered(finished, outcomes)).text
+
+
 def test_the_page_says_what_it_compares(finished: Finished) -> None:
     text = page((finished.root / "reports/report.html").read_text(encoding="utf-8")).text
     for fact in (
