@@ -29,6 +29,7 @@ from components.irs.search import TooFewInstructions, instructions
 from components.models.template import question_of
 from components.process import cores, shared_out
 from components.records.paths import SPLITS, Split
+from components.report.markdown import counted
 from components.rows.judge import CUT, RESIZED, Judge, Remark, different
 from components.rows.trial import judge_of
 
@@ -123,7 +124,7 @@ def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = 
         tally = Tally(refused=list(source.refused()))
         asked = (tuple(different(list(folders))), settings.models.model_dump_json())
         count = min(workers or cores(), source.parts, source.images // WORTH_A_WORKER)
-        with tqdm(desc="check: rows tried", total=source.images, unit="image", mininterval=1, leave=False) as bar:
+        with tqdm(desc="check: rows tried", total=source.images, unit="image", mininterval=1) as bar:
             for one in shared_out(try_part, [(source, part, *asked) for part in range(source.parts)], count):
                 tally.merge(one)
                 bar.update(one.images.total())
@@ -150,16 +151,16 @@ def report(found: Found, settings: Settings, folders: dict[str, Path], missing: 
     tally = found.tally
     yield f"data: {found.source}"
     share = f" ({len(tally.refused) / found.rows_in:.1%})" if tally.refused else ""
-    yield f"  {found.rows_in:,} rows, {len(tally.refused):,} refused{share}"
+    yield f"  {counted(found.rows_in, 'row')}, {len(tally.refused):,} refused{share}"
     for reason, refused in _by_reason(tally.refused):
         yield f"  {reason}: {len(refused):,}"
         for one in refused[:EXAMPLES]:
             named = "" if one.id is None else f" ({one.id})"
             yield f"    {f'{one.source}, ' if one.source else ''}row {one.row}{named}: {one.detail}"
     for rule in found.rules:
-        yield f"  rule {rule.name}: {rule.rows:,} rows, such as row {rule.row}{f': {rule.did}' if rule.did else ''}"
+        yield f"  rule {rule.name}: {counted(rule.rows, 'row')}, such as row {rule.row}{f': {rule.did}' if rule.did else ''}"
     yield "splits: " + "; ".join(
-        f"{split} {tally.images[split]:,} images, {tally.samples[split]:,} samples" for split in SPLITS
+        f"{split} {counted(tally.images[split], 'image')}, {counted(tally.samples[split], 'sample')}" for split in SPLITS
     )
     asked = settings.irs.instructions_per_image
     able = " and ".join(f"{tally.with_questions(split, asked):,} of {split}" for split in ("train", "val"))

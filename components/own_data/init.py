@@ -23,6 +23,7 @@ from components.io import write_text
 from components.own_data.asked import Asked
 from components.own_data.check import Found, accept_rows, report, try_data
 from components.records.paths import SPLITS
+from components.report.markdown import counted
 
 SHARES = 0.05, 0.2  # bounds of the val and test shares, which aim at EVALUATED images each
 EVALUATED = 50
@@ -136,7 +137,7 @@ def _choices(found: Found, settings: Settings, pair: Pair) -> Iterator[Choice]:
     tally, own = found.tally, settings.data.llava
     assert own is not None
     if empty := [split for split in SPLITS if not tally.usable[split]]:
-        raise DataError(f"{tally.images.total():,} images are too few: none of {' and '.join(empty)} is usable; give more")
+        raise DataError(f"{counted(tally.images.total(), 'image')}, and none usable for {' and '.join(empty)}: give more")
     images = ", ".join(f"{tally.images[split]:,} {split}" for split in SPLITS)
     yield Choice("data.llava.val", own.val, f"and as much for test: {images} images")
     yield pair.template

@@ -6,6 +6,7 @@ import re
 import shutil
 from array import array
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_too_many_bad_rows_end_with_2_and_every_reason(pointed: Path) -> None:
     assert "2 of 40 rows are bad (1 missing_file, 1 missing_key, such as row 1: " in str(done.exception)
     assert "more than limits.max_bad_ratio = 0.02" in str(done.exception)
     assert "missing_file: 1" in done.output
+
+
+def test_one_is_no_plural_and_progress_in_a_log_leaves_no_blanks(
+    pointed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "tqdm", partial(check.tqdm, delay=0, mininterval=0))
+    respell(pointed / "data/mine", lambda rows: rows.__delitem__(slice(1, None)))
+    settings = load_settings()
+    lines = list(check.report(check.try_data(settings, []), settings, {}, []))
+    assert "  1 row, 0 refused" in lines and any("1 image, 1 sample" in line for line in lines)
+    assert "rows tried: 100%" in (said := capsys.readouterr().err) and "   " not in said
 
 
 def test_without_models_rows_are_read_all_the_same(pointed: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_checkpoint_that_obtain_models_converts_says_so(own: Path) -> None:
 def test_too_few_images_and_bad_rows_leave_no_recipe(own: Path) -> None:
     rows = json.loads((own / "data/mine/rows.json").read_text())
     (own / "data/mine/rows.json").write_text(json.dumps(rows[:2]))
-    with pytest.raises(DataError, match="1 images are too few"):
+    with pytest.raises(DataError, match="1 image, and none usable for val and test: give more"):
         init(asked())
     respell(own / "data/mine", lambda rows: rows[0].update(image="gone.png"))
     with pytest.raises(DataError, match="1 of 2 rows are bad"):
