@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -127,13 +128,21 @@ def _again(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
         f"Commit `{commit or 'not known'}` of {_remote()}{with_others}.\n",
         "```sh",
         f"git checkout {commit or 'COMMIT'}",
+        *(_params(run) if run and any(file.startswith("params/") for file in changed) else []),
         f"dvc repro distill@{arm}",
-        f"alignti export {arm} {folder.name} --dtype {dtype}",
+        f"alignti export {arm} {shlex.quote(folder.name)} --dtype {dtype}",
         *([f"alignti reproduce {run}   # where it was made: runs it again and compares the bytes"] if run else []),
         "```\n",
         *rows,
     ]
     return "\n".join(lines), missing
+
+
+def _params(run: str) -> list[str]:
+    """Lines that restore params/ that were not committed, as far as a recipe does."""
+    recipe, _, changed = history.recipe(run).partition(" with ")
+    rest = "# then set in params/*.yaml what is said below under: everything that decided its weights"
+    return [*([f"alignti use {recipe}"] if recipe else []), *([] if recipe and not changed else [rest])]
 
 
 def _run(arm: str) -> str | None:

@@ -48,6 +48,13 @@ def ran(run: str) -> tuple[str | None, list[str]]:
     return commit, sorted(set(changed))
 
 
+def recipe(run: str) -> str:
+    """Tag of this journal's run: the recipe nearest to its params, ` with N value(s) changed`; empty if unknown."""
+    journal = JOURNALS / f"{run}.jsonl"
+    first = next(iter(events(journal)), {}) if journal.exists() else {}
+    return str(first.get("tags", {}).get("recipe", ""))
+
+
 class Told(NamedTuple):
     """Entry in the list of runs."""
 

@@ -163,6 +163,23 @@ def test_scores_hashes_and_runs_of_other_weights_are_not_taken_for_these(compare
     assert [line.partition(":")[0] for line in missing] == ["scores", "the commit", "DVC's hashes"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "lines"),
+    [
+        ("smoke", "alignti use smoke\ndvc repro"),
+        ("smoke with 2 value(s) changed", "alignti use smoke\n# then set in params/*.yaml what is said below"),
+        ("", "# then set in params/*.yaml what is said below"),
+    ],
+)
+def test_the_commands_restore_params_and_take_names_with_spaces(recipe: str, lines: str, compared: Comparison) -> None:
+    start, origin, *rest = map(json.loads, (JOURNALS / "run-1.jsonl").read_text().splitlines())
+    start["tags"]["recipe"], origin["params"] = recipe, {"params/distill.yaml": "steps: 4"}
+    (JOURNALS / "run-1.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (start, origin, *rest)))
+    text, missing = full("align_ti", Path("out/my own"), "bf16")
+    assert f"git checkout {COMMIT}\n{lines}" in text and "alignti export align_ti 'my own' --dtype bf16" in text
+    assert missing == [f"a commit of all that ran: params/distill.yaml differed from {COMMIT}"]
+
+
 def test_code_that_was_not_committed_is_named(compared: Comparison) -> None:
     journal = JOURNALS / "run-1.jsonl"
     journal.write_text(journal.read_text().replace('"uncommitted": []', '"uncommitted": ["components/x.py"]'))
