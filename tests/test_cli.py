@@ -253,7 +253,7 @@ def test_what_cannot_be_served_or_evaluated_is_named(root: Path, words: tuple[st
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [("use", "smoke"), ("study", "run", "smoke"), ("runs",), ("check",)])
+@pytest.mark.parametrize("words", [("use", "smoke"), ("study", "run", "smoke"), ("study", "list"), ("runs",), ("check",)])
 def test_outside_a_project_that_is_what_is_said(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = alignti(tmp_path, *words)
     assert done.returncode == 2
@@ -274,6 +274,19 @@ def test_a_study_that_is_not_committed_is_refused_at_once(root: Path) -> None:
         "InputError: params/studies/two.yaml differs from what is committed, and a study runs what is committed:"
         " git add params/studies/two.yaml && git commit\n"
     )
+
+
+def test_a_broken_study_hides_no_other(root: Path) -> None:
+    broken = root / "params/studies/terms.yaml"
+    broken.write_text(broken.read_text().replace("grid:", "grit:"))
+    done = alignti(root, "study", "list")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["field", "questions", "smoke", "weights"]
+    assert done.returncode == 2 and "params/studies/terms.yaml" in done.stderr and "grit" in done.stderr
+
+
+def test_the_help_of_study_is_whole(root: Path) -> None:
+    said = alignti(root, "study", "--help").stdout
+    assert "..." not in said.partition("Commands:")[2] and "docs/study.md" in said
 
 
 def test_no_runs_are_told(root: Path) -> None:

@@ -11,22 +11,33 @@ from components.config.names import check_arms, check_dump
 
 app = typer.Typer()
 
-study = typer.Typer(help="What params/studies/*.yaml ask for.", no_args_is_help=True, rich_markup_mode=None)
+study = typer.Typer(
+    help="Many arms, as params/studies/NAME.yaml says (docs/study.md).", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(study, name="study")
 
 
 @study.command("list")
 def list_studies() -> None:
-    """Say which studies there are, what each is for, and how many arms it has."""
+    """List the studies: how many arms each has, and what it is for."""
+    from components.config.load import check_project
+    from components.errors import InputError
     from components.study import expand
 
+    check_project()
+    broken = []
     for name in expand.names():
-        typer.echo(f"{name:16} {len(expand.cells(name)):4} arms  {expand.read(name).about}")
+        try:
+            typer.echo(f"{name:16} {len(expand.cells(name)):4} arms  {expand.read(name).about}")
+        except InputError as error:
+            broken.append(str(error))
+    if broken:
+        raise InputError("\n".join(broken))
 
 
 @study.command("expand")
 def expand_study(name: str) -> None:
-    """Make the study's arms those of params/study.yaml, for `make repro` to run, and print what changed."""
+    """Put a study's arms into params/study.yaml; print what changed."""
     from components.config import recipes
     from components.study import expand
     from flows.jobs import check_idle
@@ -43,10 +54,10 @@ def expand_study(name: str) -> None:
 def run_study(
     name: str,
     parallel: int = typer.Option(None, min=1, help="Arms at a time; else one, or over the pool as many as workers take."),
-    recipe: str = typer.Option(None),
+    recipe: str = typer.Option(None, help="Put params/ to this recipe in the workspace; else as committed."),
     pool: bool = typer.Option(False, "--pool", help="Hand the arms out to the workers of the pool."),
 ) -> None:
-    """Run what is missing of a study, in a workspace of its own, and record it."""
+    """Run what a study lacks, in a workspace of its own, and record it."""
     from components.config import recipes
     from components.study import expand
     from components.study.committed import check_committed
