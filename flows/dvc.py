@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, unknown
+from components.errors import NO_ROOM, AlignTIError, InputError, Interrupted, TryAgainError, unknown
 from components.process import end_with_parent
 from flows.jobs import check_idle
 
@@ -319,9 +319,15 @@ def _repro(
         raise StageFailed(stage, StageFailed.exit_code, stopped_because[0])
     if code:
         told = re.search(r"exited with (-?\d+)", said)
-        own = int(told[1]) if told else TryAgainError.exit_code if _BUSY in said else code
-        raise StageFailed(stage, own, said[-2000:].strip())
+        raise StageFailed(stage, int(told[1]) if told else _of_dvc(code, said), said[-2000:].strip())
     return "ran" if _RAN.search(said) else "restored" if _RESTORED.search(said) else "unchanged"
+
+
+def _of_dvc(code: int, said: str) -> int:
+    """Exit code for a fault of DVC itself, which has 251 to 255 for all: busy and full disks pass, others do not."""
+    error = re.search(r"\[Errno (\d+)\]", said)
+    passes = _BUSY in said or (error is not None and int(error[1]) in NO_ROOM)
+    return code if code < 0 else TryAgainError.exit_code if passes else InputError.exit_code
 
 
 @contextmanager

@@ -63,6 +63,15 @@ def test_a_killed_stage_is_told_in_words_and_may_be_tried_again(project: Path, e
     assert failure.value.exit_code == exit_code
 
 
+def test_a_fault_of_dvc_itself_ends_with_a_code_of_ours(project: Path) -> None:
+    (project / "out").write_text("a file, where the stage's output wants a folder")
+    with pytest.raises(dvc.StageFailed, match="stage first failed") as failure:
+        dvc.reproduce("first")
+    assert failure.value.exit_code == 2
+    full = "ERROR: unexpected error - [Errno 28] No space left on device: '/w/.dvc/tmp/lock'"
+    assert [dvc._of_dvc(255, full), dvc._of_dvc(-9, "")] == [75, -9]
+
+
 def test_a_name_that_looks_like_an_option_never_reaches_dvc(project: Path) -> None:
     with pytest.raises(InputError, match="no name of a stage"):
         dvc.reproduce("--force")
