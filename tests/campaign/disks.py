@@ -43,6 +43,8 @@ def disk(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str, str | No
         did = f"{command} of {' and '.join(stages)}: {how} {when}, exit code {process.returncode}"
         if "Traceback" in (text := said.read_text(errors="replace")):
             return did, f"a traceback: {text[text.index('Traceback') :][-600:]}"
+        if command != "dvc repro" and process.returncode not in (0, 2, 75):
+            return did, f"exit code {process.returncode}: {text[-600:]}"
         return did, wrong(undisturbed, COMMANDS[command], inside)
 
 
