@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,13 +20,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
+from components.config.yaml_file import QUICK
 from components.errors import NO_ROOM, AlignTIError, InputError, Interrupted, TryAgainError, unknown
+from components.io import write_text
 from components.process import end_with_parent
 from flows.jobs import check_idle
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 POOL = "pool"  # DVC remote for results, between machines without a shared cache
 STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # no leading dash, which would be an option
+LOCK, KEPT_LOCK = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.kept")
 GRACE_S = 20  # between SIGTERM and SIGKILL of a stage
 WATCH_S = 1  # polling interval of a running stage
 BAR_S = 15  # between two printed states of a labelled progress bar
@@ -67,20 +73,14 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
     """Stages of `dvc.yaml` (`targets`: those and their dependencies) in topological order, each with the stages that it needs.
     Raises InputError."""
     import networkx
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
     from dvc.stage import PipelineStage
 
-    try:
-        with Repo() as repo:
-            edges = repo.index.graph  # from a stage to what it depends on
-            order = [stage for stage in networkx.topological_sort(edges.reverse()) if isinstance(stage, PipelineStage)]
-            needs = {
-                stage.addressing: sorted(d.addressing for d in edges.successors(stage) if isinstance(d, PipelineStage))
-                for stage in order
-            }
-    except DvcException as error:
-        raise InputError(f"DVC cannot read the pipeline: {_advised(error)}") from None
+    edges = _asked("DVC cannot read the pipeline", lambda repo: repo.index.graph)  # from a stage to what it depends on
+    order = [stage for stage in networkx.topological_sort(edges.reverse()) if isinstance(stage, PipelineStage)]
+    needs = {
+        stage.addressing: sorted(d.addressing for d in edges.successors(stage) if isinstance(d, PipelineStage))
+        for stage in order
+    }
     for target in targets:
         if target not in needs:
             raise unknown("stage", target, needs)
@@ -95,6 +95,12 @@ def status() -> dict[str, list[object]]:
 
     Raises InputError, or TryAgainError while a stage writes what is asked for.
     """
+    found: dict[str, list[object]] = _asked("`dvc status` failed", lambda repo: repo.status())
+    return found
+
+
+def _asked(failed: str, question: Callable[[Any], Any]) -> Any:
+    """Answer of DVC's library; `failed` begins the message of its errors as ours."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
@@ -102,13 +108,38 @@ def status() -> dict[str, list[object]]:
     _mend_rwlock()
     try:
         with _looking, Repo(_wait_for_lock=True) as repo:
-            found: dict[str, list[object]] = repo.status()
+            return question(repo)
     except LockError as error:
         check_idle()  # names what runs
-        raise TryAgainError(f"`dvc status` failed: {_advised(error)}") from None
+        raise TryAgainError(f"{failed}: {_advised(error)}") from None
+    except sqlite3.Error as error:
+        raise TryAgainError(
+            f"{failed}: its database cannot be written ({error}); see the room and limits of `dvc config core.site_cache_dir`,"
+            " else /var/tmp/dvc"
+        ) from None
     except DvcException as error:
-        raise InputError(f"`dvc status` failed: {_advised(error)}") from None
-    return found
+        if "dvc.lock" in str(error) and _lock_put_back():
+            return _asked(failed, question)
+        raise InputError(f"{failed}: {_advised(error)}") from None
+
+
+def _keep_lock() -> None:
+    """Copy a whole dvc.lock: DVC rewrites it in place, and a kill or a full disk then leaves its beginning alone."""
+    with suppress(OSError, yaml.YAMLError):
+        text = LOCK.read_text(encoding="utf-8")
+        if isinstance(yaml.load(text, QUICK), dict):
+            write_text(KEPT_LOCK, text)
+
+
+def _lock_put_back() -> bool:
+    """Whether a dvc.lock that DVC cannot read is again that from before the last stage; one with a merge's marks stays."""
+    if not KEPT_LOCK.exists() or b"<<<<<<<" in LOCK.read_bytes():
+        return False
+    KEPT_LOCK.replace(LOCK)
+    print(
+        "dvc.lock was cut off as a stage ended, and is again that from before: DVC's cache has the stage's result", flush=True
+    )
+    return True
 
 
 def _advised(error: Exception) -> str:
@@ -297,6 +328,7 @@ def _repro(
         if _over.is_set():
             raise Interrupted(f"stage {stage} is not begun: this process is being stopped")
         _mend_rwlock()
+        _keep_lock()
         process = subprocess.Popen(
             [*DVC, "repro", *words],
             stdout=subprocess.PIPE,

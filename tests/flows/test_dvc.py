@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -81,6 +82,30 @@ def test_a_pipeline_that_dvc_cannot_read_is_an_input_error(project: Path) -> Non
     (project / "dvc.yaml").write_text("stages: {first: {cmd: [}}")
     with pytest.raises(InputError):
         dvc.graph()
+
+
+def test_a_lock_file_that_a_kill_cut_off_is_that_from_before(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("first", "cell@a"):
+        assert dvc.reproduce(stage) == "ran"
+    lock = project / "dvc.lock"
+    whole = lock.read_text()
+    lock.write_text(whole[: whole.index("cell@a") + 3])
+    assert "cell@a" in dvc.status()
+    assert "dvc.lock was cut off" in capsys.readouterr().out
+    assert dvc.reproduce("cell@a") == "restored"
+    assert yaml.safe_load(lock.read_text()) == yaml.safe_load(whole)
+    lock.write_text(f"<<<<<<< HEAD\n{whole}")
+    with pytest.raises(InputError, match=r"`git checkout dvc\.lock`"):
+        dvc.status()
+
+
+def test_a_database_of_dvc_that_takes_nothing_is_worth_another_try(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr("dvc.repo.Repo.status", full)
+    with pytest.raises(TryAgainError, match=r"its database cannot be written \(disk I/O error\); see the room"):
+        dvc.status()
 
 
 def test_a_result_survives_a_lock_that_is_held_while_the_stage_ends(project: Path) -> None:
