@@ -20,11 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from components.config.yaml_file import QUICK
 from components.errors import NO_ROOM, AlignTIError, InputError, Interrupted, TryAgainError, unknown
-from components.io import write_text
+from components.io import write_bytes
 from components.process import end_with_parent
 from flows.jobs import check_idle
 
@@ -124,11 +121,9 @@ def _asked(failed: str, question: Callable[[Any], Any]) -> Any:
 
 
 def _keep_lock() -> None:
-    """Copy a whole dvc.lock: DVC rewrites it in place, and a kill or a full disk then leaves its beginning alone."""
-    with suppress(OSError, yaml.YAMLError):
-        text = LOCK.read_text(encoding="utf-8")
-        if isinstance(yaml.load(text, QUICK), dict):
-            write_text(KEPT_LOCK, text)
+    """Copy dvc.lock while no stage of ours ends: DVC rewrites it in place, and a kill then leaves its beginning alone."""
+    if not _running and LOCK.exists():
+        write_bytes(KEPT_LOCK, LOCK.read_bytes())
 
 
 def _lock_put_back() -> bool:
@@ -136,9 +131,7 @@ def _lock_put_back() -> bool:
     if not KEPT_LOCK.exists() or b"<<<<<<<" in LOCK.read_bytes():
         return False
     KEPT_LOCK.replace(LOCK)
-    print(
-        "dvc.lock was cut off as a stage ended, and is again that from before: DVC's cache has the stage's result", flush=True
-    )
+    print("dvc.lock was cut off as a stage ended, and is again that from before: DVC's cache has what ran since", flush=True)
     return True
 
 
