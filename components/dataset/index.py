@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
@@ -91,7 +92,8 @@ def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLi
         )
         filled = _Source(database, name, store, f"{name}/" if prefixed else "")
         rows = 0
-        bar = tqdm(store.rows(), desc=f"prepare: rows of {name}", unit="row", mininterval=1)
+        ending = "" if sys.stderr.isatty() else "\n"  # lines of a log; of how many rows is not known
+        bar = tqdm(store.rows(), desc=f"prepare: rows of {name}", bar_format=f"{{desc}}: {{n}} in {{elapsed}}{ending}")
         for rows, (number, called, raw) in enumerate(bar, start=1):
             try:
                 filled.insert(understand(number, raw, limits, store.folder), called)

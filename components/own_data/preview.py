@@ -147,13 +147,13 @@ def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Spli
     if prepared(settings.data):
         samples = Samples(DATASET, "train", check=False)
         rows = np.unique(np.linspace(0, samples.images - 1, min(MOST, samples.images)).astype(int))
-        bar = tqdm(rows, desc="preview", unit="image", mininterval=1)
+        bar = tqdm(rows, desc="preview", unit="image")
         return f"{DATASET}, split train", (("train", samples.about(int(row))) for row in bar)
     source = source_of(settings.data, scratch / "index.sqlite")
 
     def read() -> Iterator[tuple[Split, list[Sample]]]:
         of_part = -(-MOST // source.parts)
-        bar = tqdm(desc="preview", total=min(MOST, source.images), unit="image", mininterval=1)
+        bar = tqdm(desc="preview", total=min(MOST, source.images), unit="image")
         for part in range(source.parts):
             for found in islice(source.rows(part), of_part):
                 bar.update()
