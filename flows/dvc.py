@@ -5,7 +5,6 @@ Always `--wait-for-lock`: DVC must lock again after a stage has run, and without
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.errors import NO_ROOM, AlignTIError, InputError, Interrupted, TryAgainError, unknown
-from components.io import write_bytes
 from components.process import end_with_parent
+from flows import dvc_locks
 from flows.jobs import check_idle
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 POOL = "pool"  # DVC remote for results, between machines without a shared cache
 STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # no leading dash, which would be an option
-LOCK, KEPT_LOCK = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.kept")
 GRACE_S = 20  # between SIGTERM and SIGKILL of a stage
 WATCH_S = 1  # polling interval of a running stage
 BAR_S = 15  # between two printed states of a labelled progress bar
@@ -50,6 +48,7 @@ WARNING = re.compile(r"\bwarning\b|^tracking: |^ERROR", re.I)
 _RAN = re.compile(r"^Running stage '", re.MULTILINE)
 _RESTORED = re.compile(r"^Stage '.*' is cached - skipping run", re.MULTILINE)
 _BUSY = "it is being blocked by"  # another command of DVC
+_NO_DATABASE = ("database or disk is full", "disk I/O error")  # SQLite's
 
 
 class StageFailed(AlignTIError):
@@ -58,7 +57,7 @@ class StageFailed(AlignTIError):
     def __init__(self, stage: str, exit_code: int, said: str) -> None:
         how, self.exit_code = f"failed with exit code {exit_code}", exit_code
         by = -exit_code if exit_code < 0 else exit_code - 128 if 128 < exit_code <= 192 else 0  # as Python or a shell tells it
-        if by == signal.SIGTERM:
+        if by in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self.exit_code = Interrupted.exit_code
         elif by:
             perhaps = " (out of memory?)" if by == signal.SIGKILL else ""
@@ -100,12 +99,20 @@ def _asked(failed: str, question: Callable[[Any], Any]) -> Any:
     """Answer of DVC's library; `failed` begins the message of its errors as ours."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
-    from dvc.repo import Repo
+    from dvc.repo import Repo, lock_repo
 
-    _mend_rwlock()
+    dvc_locks.drop_dead()
     try:
-        with _looking, Repo(_wait_for_lock=True) as repo:
-            return question(repo)
+        with _looking, Repo(_wait_for_lock=True) as repo, lock_repo(repo):  # dvc.lock is not being rewritten
+            try:
+                found = question(repo)
+            except DvcException as error:
+                if isinstance(error, LockError) or not dvc_locks.put_back():
+                    raise
+                repo._reset()
+                found = question(repo)
+            dvc_locks.keep()
+            return found
     except LockError as error:
         check_idle()  # names what runs
         raise TryAgainError(f"{failed}: {_advised(error)}") from None
@@ -115,24 +122,7 @@ def _asked(failed: str, question: Callable[[Any], Any]) -> Any:
             " else /var/tmp/dvc"
         ) from None
     except DvcException as error:
-        if "dvc.lock" in str(error) and _lock_put_back():
-            return _asked(failed, question)
         raise InputError(f"{failed}: {_advised(error)}") from None
-
-
-def _keep_lock() -> None:
-    """Copy dvc.lock while no stage of ours ends: DVC rewrites it in place, and a kill then leaves its beginning alone."""
-    if not _running and LOCK.exists():
-        write_bytes(KEPT_LOCK, LOCK.read_bytes())
-
-
-def _lock_put_back() -> bool:
-    """Whether a dvc.lock that DVC cannot read is again that from before the last stage; one with a merge's marks stays."""
-    if not KEPT_LOCK.exists() or b"<<<<<<<" in LOCK.read_bytes():
-        return False
-    KEPT_LOCK.replace(LOCK)
-    print("dvc.lock was cut off as a stage ended, and is again that from before: DVC's cache has what ran since", flush=True)
-    return True
 
 
 def _advised(error: Exception) -> str:
@@ -143,34 +133,6 @@ def _advised(error: Exception) -> str:
     if "is not a git repository" in said:
         return f"{said}; `git init` makes it one, or `dvc config core.no_scm true` does without"
     return said
-
-
-def _mend_rwlock() -> None:
-    """Drop the dead of `rwlock`'s holders (DVC warns of each, and takes one that nobody reaped for alive), or all of it if a
-    full disk or a kill cut it off (no DVC command can parse it)."""
-    rwlock = Path(".dvc/tmp/rwlock")
-    if not rwlock.exists():
-        return
-    from dvc.lock import LockError, make_lock
-
-    with suppress(LockError), make_lock(f"{rwlock}.lock", tmp_dir=str(rwlock.parent)):  # held: another process is writing it
-        try:
-            held = json.loads(rwlock.read_bytes())
-            write = {path: holder for path, holder in held.get("write", {}).items() if _lives(holder)}
-            readers = {path: list(filter(_lives, holders)) for path, holders in held.get("read", {}).items()}
-            living = {"write": write, "read": {path: holders for path, holders in readers.items() if holders}}
-        except ValueError:
-            held, living = None, {}
-        if held != living:
-            rwlock.write_text(json.dumps(living), encoding="utf-8")
-
-
-def _lives(holder: dict[str, Any]) -> bool:
-    import psutil  # a dependency of DVC
-
-    with suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(holder["pid"]).status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 def reproduce(
@@ -320,8 +282,7 @@ def _repro(
     with _starting:
         if _over.is_set():
             raise Interrupted(f"stage {stage} is not begun: this process is being stopped")
-        _mend_rwlock()
-        _keep_lock()
+        dvc_locks.drop_dead()
         process = subprocess.Popen(
             [*DVC, "repro", *words],
             stdout=subprocess.PIPE,
@@ -344,15 +305,29 @@ def _repro(
         raise StageFailed(stage, StageFailed.exit_code, stopped_because[0])
     if code:
         told = re.search(r"exited with (-?\d+)", said)
+        if not told:
+            _put_lock_back()
         raise StageFailed(stage, int(told[1]) if told else _of_dvc(code, said), said[-2000:].strip())
+    if not _running:
+        dvc_locks.keep()
     return "ran" if _RAN.search(said) else "restored" if _RESTORED.search(said) else "unchanged"
 
 
 def _of_dvc(code: int, said: str) -> int:
     """Exit code for a fault of DVC itself, which has 251 to 255 for all: busy and full disks pass, others do not."""
-    error = re.search(r"\[Errno (\d+)\]", said)
-    passes = _BUSY in said or (error is not None and int(error[1]) in NO_ROOM)
+    (*_, error) = re.split(r"^ERROR: ", said, flags=re.MULTILINE)  # the stage's own lines stand before it
+    number = re.search(r"\[Errno (\d+)\]", error)
+    full = number is not None and int(number[1]) in NO_ROOM
+    passes = full or any(sign in error for sign in (_BUSY, *_NO_DATABASE))
     return code if code < 0 else TryAgainError.exit_code if passes else InputError.exit_code
+
+
+def _put_lock_back() -> None:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    with suppress(DvcException), _looking, Repo(_wait_for_lock=True) as repo, repo.lock:
+        dvc_locks.put_back()
 
 
 @contextmanager
@@ -441,7 +416,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
                 time.sleep(0.1)
         except ProcessLookupError:
             break
-    _mend_rwlock()
+    dvc_locks.drop_dead()
 
 
 def _environment() -> dict[str, str]:
