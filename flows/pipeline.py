@@ -163,6 +163,7 @@ def tag(*names: str | None) -> None:
 def folder(own: bool, recipe: str | None = None, commit: str = "HEAD") -> Iterator[None]:
     """Current folder as it is, or a new workspace of this flow run with `recipe` merged into its params."""
     if not own:
+        jobs.check_idle()
         yield
         return
     with workspace(flow_run.name or str(flow_run.id), commit) as path:
@@ -196,7 +197,7 @@ def main() -> None:
     if not 1 <= asked.parallel <= 64:
         raise InputError(f"--parallel {asked.parallel}: how many stages at a time, 1 to 64")
     if asked.recipe is None:
-        jobs.check_idle()
+        jobs.check_idle()  # before a server is started
     outcomes = pipeline(parallel=asked.parallel, recipe=asked.recipe, own_workspace=asked.recipe is not None)
     told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
     print(f"{len(outcomes)} stages: {told}; `dvc repro` has nothing left to do.")

@@ -14,6 +14,7 @@ from typing import Any
 from components.errors import InputError
 from components.process import exit_from
 from flows import dvc
+from flows.jobs import check_idle
 
 RAW = "data.dvc"
 AT_ONCE = 1000  # paths in one command
@@ -63,6 +64,7 @@ def _dvc(*words: str) -> str:
 
 
 def main() -> None:
+    check_idle()
     if new := complete():
         record(new)
 

@@ -56,7 +56,7 @@ def load_settings(root: Path = Path()) -> Settings:
 
 def _misnamed(params: Path) -> Iterator[str]:
     known = [f"{name}.yaml" for name in FILES]
-    for path in sorted(params.glob("*.y*ml")):
+    for path in sorted(params.glob("[!.]*.y*ml")):  # an editor's own files begin with a dot
         if path.name not in known:
             near = meant(path.name, known).strip() or f"those are {', '.join(known)}"
             yield f"params/{path.name}: no file of params/, and never read; {near}"

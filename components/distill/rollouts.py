@@ -56,7 +56,7 @@ class Rollouts:
         self._answers: list[list[int]] = []
 
     def written(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
-        """Tokens of the answers by key, EOS included unless cut off, for the (key, sample) pairs drawn on-policy.
+        """Tokens of the answers by key, EOS included unless cut off, for the (key, sample) pairs drawn on-policy, if any fits.
 
         Collective: every rank calls it once per step.
         """
@@ -69,7 +69,7 @@ class Rollouts:
             fresh = [(served[key], of_sample) for key, of_sample in answers.items()]
             for (epoch, sample), of_sample in gather_object(fresh) if self.accelerator.num_processes > 1 else fresh:
                 self.kept[sample] = (epoch, of_sample)
-        found = {key: known.get(key) or answers[key] for key in wanted}
+        found = {key: said for key, said in (known | answers).items() if said}
         self._answers = [answer for answers in found.values() for answer in answers]
         return found
 

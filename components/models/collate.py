@@ -198,7 +198,7 @@ class Collator:
         """
         for sample in samples:
             self._check(sample)
-        shown = [self._texts_of(sample) for sample in samples] if shown is None else shown
+        shown = [self.texts_of(sample) for sample in samples] if shown is None else shown
         written = written or [None] * len(samples)
         rendered = [
             self.template.render(sample.turns if answers is None else _stood_in(sample), texts, self.train or bool(answers))
@@ -286,7 +286,8 @@ class Collator:
         made, changed = self._accepted([Image.new("RGB", size) for size in sizes])
         return made.texts, changed
 
-    def _texts_of(self, sample: Sample) -> tuple[str, ...]:
+    def texts_of(self, sample: Sample) -> tuple[str, ...]:
+        """Placeholder text of each image of the sample."""
         if sample.image is None or self._image_text is not None:
             return (self._image_text or "",) * len(sample.images)
         return self.images([sample])[0].texts

@@ -28,12 +28,14 @@ class Answer:
 
 
 class Writer:
-    """Batched generation of conversations: at most `max_new_tokens` per answer, within the collator's `max_length`.
+    """Batched generation of conversations: at most `max_new_tokens` per answer, within the `max_length` of all collators.
 
     Args:
+        collator: the writer's own.
         temperature: sampling temperature; 0 is greedy.
         top_p: nucleus: the fewest tokens whose probabilities reach this.
         shared_vocabulary: columns that both heads have.
+        readers: collators of other models that the conversations have to fit: an image may have more tokens there.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Writer:
         temperature: float,
         top_p: float | None,
         shared_vocabulary: int,
+        readers: Sequence[Collator] = (),
     ) -> None:
         self.loaded, self.most, self.temperature, self.top_p = loaded, max_new_tokens, temperature, top_p
         self.eos_id, self._longest, self._prompts = collator.eos_id, collator.max_length, collator.of_prompts
+        self._readers = [reader.of_prompts for reader in readers]
         tokenizer = loaded.processor.tokenizer
         self.barred = torch.arange(loaded.vocabulary, device=loaded.model.device) >= shared_vocabulary
         special = tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer)))
@@ -56,8 +60,9 @@ class Writer:
     def write(self, samples: Sequence[Sample], keys: Sequence[int]) -> list[list[Answer]]:
         """Answers to the questions of each sample of a batch, each after those before it, without dropout.
 
-        A conversation ends early after an answer that was cut off, or where `max_length` leaves no room for one. `keys`: seed
-        of each sample's draws.
+        A conversation ends early after an answer that was cut off, before a question whose images change the tokens of those
+        before (LLaVA-OneVision's tiles), or where `max_length` leaves no room; it may be empty. `keys`: seed of each sample's
+        draws.
         """
         streams = [torch.Generator().manual_seed(key) for key in keys]
         said: list[list[Answer]] = [[] for _ in samples]
@@ -68,8 +73,15 @@ class Writer:
             for i, answer in zip(going, answers, strict=True):
                 said[i] += [answer] if answer.tokens else []
             ended = [i for i, answer in zip(going, answers, strict=True) if answer.tokens[-1:] == [self.eos_id]]
-            going = [i for i in ended if len(said[i]) < len(samples[i].turns)]
+            going = [i for i in ended if self._goes_on(samples[i], len(said[i]))]
         return said
+
+    def _goes_on(self, sample: Sample, turns: int) -> bool:
+        """Whether a question follows the first `turns`, after which their images have the same tokens."""
+        if turns == len(sample.turns):
+            return False
+        before, after = (self._prompts.texts_of(sample.upto(count)) for count in (turns, turns + 1))
+        return after[: len(before)] == before
 
     def _answers(
         self, samples: Sequence[Sample], before: Sequence[Sequence[Sequence[int]]], streams: Sequence[torch.Generator]
@@ -85,7 +97,8 @@ class Writer:
         with greedy(self.loaded, self.most, self.eos_id):
             tokens = model.generate(**prompt(model, batch), logits_processor=LogitsProcessorList([drawn]))
         model.train(training)
-        room = (self._longest - batch.attention_mask.sum(1)).tolist()
+        lengths = [prompts.attention_mask.sum(1) for prompts in (batch, *(one.text(samples, before) for one in self._readers))]
+        room = (self._longest - torch.stack([each.cpu() for each in lengths]).amax(0)).tolist()
         found = [_ended(row, self.eos_id)[: max(most, 0)] for row, most in zip(tokens[:, length:].tolist(), room, strict=True)]
         log_probs = torch.stack(drawn.log_probs, dim=1).tolist()
         return [Answer(row, sum(of_row[: len(row)])) for row, of_row in zip(found, log_probs, strict=True)]

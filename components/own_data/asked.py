@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from components.config.data import DataSettings, LlavaFolder
@@ -47,11 +48,12 @@ class Asked:
         with tempfile.TemporaryDirectory(prefix="alignti-") as scratch:
             source = source_of(self.settings(shipped, share=0.05), Path(scratch) / "index.sqlite")
             refused = list(source.refused())
-            if len(refused) <= most * source.rows_in:
-                for found in source.rows(0):
-                    if isinstance(found, Stored):
-                        return
-                    refused += found
+            for found in chain.from_iterable(map(source.rows, range(source.parts))):
+                if len(refused) > most * source.rows_in:
+                    break
+                if isinstance(found, Stored):
+                    return
+                refused += found
         first = min(refused, key=lambda one: one.row)
         such = f"{summary(refused)}, such as row {first.row}: {first.detail}"
         raise DataError(

@@ -82,10 +82,14 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
     assert asked is not None
     precision = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
     teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
-    students = ModelIndex.read(MODELS / "index.json").students
-    shared = min(check_pair(teacher, load(Path(record.path), device), own_images=True) for record in students.values())
-    collator = Collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
-    writer = Writer(teacher, collator, asked.max_new_tokens, asked.temperature, asked.top_p, shared)
+    template, longest = Template.asked(settings.models.template), settings.models.max_length
+    shared, readers = teacher.vocabulary, []
+    for record in ModelIndex.read(MODELS / "index.json").students.values():
+        student = load(Path(record.path), device)
+        shared = min(shared, check_pair(teacher, student, own_images=True))
+        readers.append(Collator(student.processor, template, longest, train=True))
+    own = Collator(teacher.processor, template, longest, train=True)
+    writer = Writer(teacher, own, asked.max_new_tokens, asked.temperature, asked.top_p, shared, readers)
     samples = Samples(DATASET, "train", ROWS)
     rows = [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
     size = settings.distill.micro_batch_size

@@ -130,6 +130,7 @@ def test_what_yaml_cannot_parse_is_told_with_its_line(root: Path, content: str, 
 
 def test_a_file_that_nothing_reads_is_told(root: Path) -> None:
     shutil.copy(root / "params/models.yaml", root / "params/modles.yaml")
+    (root / "params/.#data.yaml").symlink_to("me@host")  # Emacs, of an unsaved file
     (told,) = problems(root)
     assert told == "params/modles.yaml: no file of params/, and never read; did you mean 'models.yaml'?"
 

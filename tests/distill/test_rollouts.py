@@ -23,6 +23,7 @@ from components.distill.launch import launch
 from components.distill.loader import Steps
 from components.errors import InputError, Interrupted, ModelError, SettingsError
 from components.models.families import prompt
+from components.models.writing import Writer
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, write_params
 from tests.distill.test_scale import StopsAt, legible, runtime
@@ -52,6 +53,19 @@ def gkd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace
 
 
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tokens alone may be drawn, so that most answers end and conversations go on."""
+    made = Writer.__init__
+
+    def few(self: Writer, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.barred[:] = True
+        self.barred[[self.eos_id, 20, 21]] = False
+
+    monkeypatch.setattr(Writer, "__init__", few)
+
+
 def job() -> Job:
     settings = load_settings()
     return assemble("gkd", settings.arm("gkd"), settings)
@@ -70,29 +84,40 @@ def trained(run: Run) -> tuple[bytes, str]:
     return (FOLDER / "model/model.safetensors").read_bytes(), (FOLDER / "losses.jsonl").read_text()
 
 
-def test_greedy_answers_and_their_loss_are_those_of_a_plain_loop(gkd: Path) -> None:
+@pytest.mark.parametrize("turns", [1, 2])
+def test_greedy_answers_and_their_loss_are_those_of_a_plain_loop(
+    gkd: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
     put(gkd, share=1.0, temperature=0.0)
     made = job()
-    ((batch, keys),) = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, made.rollouts)[0]
+    assert made.rollouts is not None
+    if turns == 2:  # nothing but the end may be said
+        made.rollouts.writer.barred[:] = True
+        made.rollouts.writer.barred[made.collator.eos_id] = False
     model, teacher, tokenizer = made.student.model, made.module.teacher.vlm.model, made.student.processor.tokenizer
-    barred = [i for i in tokenizer.all_special_ids if i != made.collator.eos_id]
-    losses = []
-    for row, (_, sample) in enumerate(made.order.batch(0)):
-        given = prompt(model, made.collator.of_prompts([made.samples[sample]]))
-        tokens, asked = given.pop("input_ids"), given["attention_mask"].shape[1]
-        for _ in range(6):
-            with torch.no_grad():
-                logits = model(**given | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}).logits[:, -1]
-            logits[:, barred] = float("-inf")
-            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
-            if tokens[0, -1] == made.collator.eos_id:
-                break
+    barred, eos = made.rollouts.writer.barred, made.collator.eos_id
+    ((batch, keys),) = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, made.rollouts)[0]
+    losses, said = [], []
+    for row, (_, index) in enumerate(made.order.batch(0)):
+        sample = made.samples[index]
+        answers: list[list[int]] = []
+        while len(answers) < len(sample.turns) and all(answer[-1] == eos for answer in answers):
+            given = prompt(model, made.collator.of_prompts([sample], [answers]))
+            tokens, asked = given.pop("input_ids"), given["attention_mask"].shape[1]
+            while tokens.shape[1] < asked + 6 and (tokens.shape[1] == asked or tokens[0, -1] != eos):
+                with torch.no_grad():
+                    logits = model(**given | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}).logits[:, -1]
+                tokens = torch.cat([tokens, logits.masked_fill(barred, float("-inf")).argmax(-1, keepdim=True)], dim=1)
+            answers.append(tokens[0, asked:].tolist())
         assert batch.input_ids[row][batch.attention_mask[row].bool()].tolist() == tokens[0].tolist()
+        said.append(len(answers))
+        rows = predicting(batch.response)[row][batch.attention_mask[row].bool()]
         whole = given | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with torch.no_grad():
-            p, q = (each(**whole).logits[0, asked - 1 : -1, : len(tokenizer)].double().softmax(-1) for each in (teacher, model))
+            p, q = (each(**whole).logits[0, rows, : len(tokenizer)].double().softmax(-1) for each in (teacher, model))
         middle = ((p + q) / 2).log()
         losses.append((F.kl_div(middle, p, reduction="none") + F.kl_div(middle, q, reduction="none")).sum(-1) / 2)
+    assert max(said) == turns
     assert predicting(batch.response).sum() == sum(map(len, losses))
     with torch.no_grad():
         sums = made.module(batch, keys)
@@ -110,17 +135,19 @@ def test_draws_depend_on_seed_epoch_and_sample_alone(gkd: Path) -> None:
     assert 0 < sum(whole[name] != gold[name] for name in whole) < len(whole), "some are the student's, and some the data's"
 
 
-def test_an_answer_serves_as_many_epochs_as_asked(gkd: Path) -> None:
+def test_an_answer_serves_as_many_epochs_as_asked(gkd: Path, ending: None) -> None:
     put(gkd, share=1.0, reuse=2)
     made = job()
+    assert made.rollouts is not None
     epochs = [{}, {}, {}]
     for step in range(12):
         epochs[step // 4] |= answers(made, step)
     assert epochs[0] == epochs[1] != epochs[2] and epochs[0].keys() == epochs[2].keys()
+    assert max(len(answers) for _, answers in made.rollouts.kept.values()) == 2
 
 
 @pytest.mark.parametrize("reuse", [1, 2])
-def test_stopped_and_resumed_gives_the_same_bytes(gkd: Path, reuse: int) -> None:
+def test_stopped_and_resumed_gives_the_same_bytes(gkd: Path, reuse: int, ending: None) -> None:
     put(gkd, reuse=reuse)
     logged = Logs()
     whole = trained(logged)

@@ -50,6 +50,10 @@ def check(body: dict[str, Any], context: int) -> None:
             if not isinstance(asked, int) or asked < 1:
                 raise HTTPException(400, f"{key} is {asked!r}: it is a number of tokens, 1 or more")
             body[key] = min(asked, context)
+    if body.get("generation_config") is not None:  # would have any length
+        raise HTTPException(
+            400, "generation_config is not taken; temperature, top_p, seed and the length have keys of their own"
+        )
 
 
 def _told(handle: Handle) -> Handle:
@@ -58,7 +62,7 @@ def _told(handle: Handle) -> Handle:
     async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
         try:
             return await handle(handler, body, request_id)
-        except (HTTPException, torch.OutOfMemoryError):
+        except (HTTPException, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:
             traceback.print_exc()  # to the server's log

@@ -94,6 +94,7 @@ ASKED = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         ({"max_tokens": 0}, "max_tokens is 0: it is a number of tokens, 1 or more"),
         ({"max_tokens": 0, "stream": True}, "max_tokens is 0"),
         ({"max_completion_tokens": "all"}, "max_completion_tokens is 'all'"),
+        ({"generation_config": '{"max_new_tokens": 100000}'}, "generation_config is not taken"),
         ({"temperature": "hot"}, "ValueError: could not convert string to float: 'hot'"),
     ],
 )
