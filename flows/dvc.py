@@ -1,4 +1,4 @@
-"""The only interface to DVC. Stages run in `dvc` subprocesses: DVC's locks do not hold between threads of a process.
+"""The interface to DVC (beside `dvc_locks`). Stages run in `dvc` subprocesses: its locks do not hold between threads.
 
 Always `--wait-for-lock`: DVC must lock again after a stage has run, and without it gives up after 3 s, losing the result.
 """
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from components.errors import NO_ROOM, AlignTIError, InputError, Interrupted, TryAgainError, unknown
 from components.process import end_with_parent
+from components.tracking import provenance
 from flows import dvc_locks
 from flows.jobs import check_idle
 
@@ -102,6 +103,7 @@ def _asked(failed: str, question: Callable[[Any], Any]) -> Any:
     from dvc.repo import Repo, lock_repo
 
     dvc_locks.drop_dead()
+    provenance.raw()  # says if a .dvc file is damaged, which is a KeyError of DVC's
     try:
         with _looking, Repo(_wait_for_lock=True) as repo, lock_repo(repo):  # dvc.lock is not being rewritten
             try:

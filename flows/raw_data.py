@@ -13,6 +13,7 @@ from typing import Any
 
 from components.errors import InputError
 from components.process import exit_from
+from components.tracking import provenance
 from flows import dvc
 from flows.jobs import check_idle
 
@@ -27,11 +28,14 @@ def complete() -> list[str]:
     """
     if not Path(RAW).is_file():  # a project that records its data otherwise
         return []
+    provenance.raw()  # says if the file is damaged
     _dvc("fetch", RAW)
     found = _uncommitted()
     missing = [path for path in found.get("deleted", []) if not path.endswith("/")]
     for first in range(0, len(missing), AT_ONCE):
         _dvc("checkout", *missing[first : first + AT_ONCE])
+    if missing:
+        print(f"data/ has {len(missing):,} files of {RAW} again ({missing[0]}, ...); `dvc add data` records a removal")
     if changed := [path for path in found.get("modified", []) if not path.endswith("/")]:
         some = " ".join(changed[:5])
         raise InputError(

@@ -67,7 +67,10 @@ def run_study(
     if recipe is not None:
         recipes.about(recipe)
     if left := check_committed(name, recipe):
-        typer.echo(f"the study runs what is committed, without the changes here of {', '.join(left)}")
+        typer.echo(
+            f"the study runs what is committed, without the changes here of {', '.join(left)}; commit them first for a study of"
+            " these, or give --recipe"
+        )
     if pool:
         client_environment()  # says what is not up
     use_running()

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from components.errors import TryAgainError
+from components.errors import DataError, TryAgainError
 from components.io import write_text
 from components.records.paths import RUNS
 
@@ -160,10 +161,13 @@ def _dvc_at_rest() -> Iterator[None]:
 
 
 def raw() -> dict[str, str]:
-    """Path -> md5 of the raw data in the .dvc files here."""
+    """Path -> md5 of the raw data in the .dvc files here. Raises DataError if one is damaged."""
     found: dict[str, str] = {}
     for file in Path().glob("[!.]*.dvc"):
-        found |= {str(file.parent / out["path"]): out["md5"] for out in _yaml(file).get("outs", [])}
+        try:
+            found |= {str(file.parent / out["path"]): out["md5"] for out in _yaml(file)["outs"] if "md5" in out}
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+            raise DataError(f"{file} is damaged; `git checkout {file}` brings it back") from None
     return found
 
 
@@ -250,6 +254,12 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml's takes a tenth of the time
+    """Loader that takes DVC's 2e-05 for a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 def _yaml(path: Path) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if libyaml is available
-    return yaml.load(path.read_text(encoding="utf-8"), loader)
+    return yaml.load(path.read_text(encoding="utf-8"), _Loader)

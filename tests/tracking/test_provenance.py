@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.errors import TryAgainError
+from components.errors import DataError, TryAgainError
 from components.tracking import provenance
 from components.tracking.provenance import Declared
 
@@ -41,6 +41,23 @@ def test_digests_are_dvcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data", "file.bin"], check=True, env=os.environ)
     assert provenance.raw() == {name: provenance.digest(Path(name)).md5 for name in ("data", "file.bin")}
+
+
+@pytest.mark.parametrize("text", ["", "outs:\n- md5: e3eda713", "outs:\n- md5: 'e3", "\udcff"])
+def test_a_damaged_dvc_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data.dvc").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=r"data\.dvc is damaged; `git checkout data\.dvc`"):
+        provenance.raw()
+
+
+def test_a_number_as_dvc_writes_it_is_the_number_of_params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("rate: 2.0e-5\n")
+    Path("dvc.lock").write_text("stages: {train: {params: {params.yaml: {rate: 2e-05}}}}\n")
+    assert provenance.of_other_params(["train"]) == set()
+    Path("params.yaml").write_text("rate: 3.0e-5\n")
+    assert provenance.of_other_params(["train"]) == {"train"}
 
 
 def test_params_that_a_stage_does_not_read_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

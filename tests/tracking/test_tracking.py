@@ -35,6 +35,7 @@ from components.tracking import (
     provenance,
 )
 from components.tracking.journal import JOURNALS
+from components.tracking.mlflow_mirror import Mirror
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 
 SQLITE = "sqlite:///.mlflow/mlflow.db"
@@ -526,6 +527,17 @@ def test_a_stopped_stage_goes_on_in_its_run_and_tells_what_it_read_and_made(stag
     assert {a.path for a in client().list_artifacts(run.info.run_id)} == {"curve.png", "made", "origin.json"}
     work(SQLITE)
     assert len(journals()) == 2  # what is finished is not gone on with
+
+
+@pytest.mark.usefixtures("database")
+def test_a_finished_run_that_is_sent_again_stays_finished(stage: Path) -> None:
+    """As an arm's, that every `compare` follows."""
+    work()
+    (journal,) = journals()
+    for _ in range(2):
+        assert Mirror(journal, SQLITE).send(abandoned=True)
+        (run,) = client().search_runs([client().get_experiment_by_name("tests").experiment_id])
+        assert run.info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("damaged", [".runs/unfinished/*", ".runs/journal/*.jsonl"])

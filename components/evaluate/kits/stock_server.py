@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,7 +42,11 @@ def change(name: str) -> None:
 
 
 def check(body: dict[str, Any], context: int) -> None:
-    """Cut the asked length of the answer to `context` tokens. Raises HTTPException (400) for no messages, or no length."""
+    """Cut the asked length of the answer to `context` tokens.
+
+    Raises HTTPException (400) for no messages, no length, or an image that is no data URL: the server would open any file of
+    this machine, and any address, for whoever asks.
+    """
     if not body.get("messages", True):
         raise HTTPException(400, "messages is empty: nothing is asked")
     for key in LENGTHS:
@@ -50,10 +54,22 @@ def check(body: dict[str, Any], context: int) -> None:
             if not isinstance(asked, int) or asked < 1:
                 raise HTTPException(400, f"{key} is {asked!r}: it is a number of tokens, 1 or more")
             body[key] = min(asked, context)
+    for address in _images([body.get("messages"), body.get("input")]):
+        if not address.startswith("data:"):
+            raise HTTPException(400, f"an image comes as a data URL, not from {address[:80]}")
     if body.get("generation_config") is not None:  # would have any length
         raise HTTPException(
             400, "generation_config is not taken; temperature, top_p, seed and the length have keys of their own"
         )
+
+
+def _images(part: Any) -> Iterator[str]:
+    """Addresses of the images in parts of a request."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
+        if key in ("image_url", "image", "url", "path") and isinstance(value, str):
+            yield value
+        else:
+            yield from _images(value)
 
 
 def _told(handle: Handle) -> Handle:

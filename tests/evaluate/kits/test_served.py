@@ -95,6 +95,10 @@ ASKED = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         ({"max_tokens": 0, "stream": True}, "max_tokens is 0"),
         ({"max_completion_tokens": "all"}, "max_completion_tokens is 'all'"),
         ({"generation_config": '{"max_new_tokens": 100000}'}, "generation_config is not taken"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/hostname"}}]}]},
+            "an image comes as a data URL, not from /etc/hostname",
+        ),
         ({"temperature": "hot"}, "ValueError: could not convert string to float: 'hot'"),
     ],
 )
