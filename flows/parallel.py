@@ -96,7 +96,7 @@ def say_where(settings: Settings) -> None:
     """Print the URL of MLflow's comparison page for the arms; nothing if they were not sent."""
     mlflow = next((server.url for server in servers.started() if server.name == "mlflow" and server.alive()), None)
     address = mlflow or f"http://{servers.LOOPBACK}:{servers.PORTS['mlflow']}"
-    if page := outcome.comparison(list(settings.study.arms), address):
+    if page := outcome.comparison(outcome.here(settings), address):
         print(f"The arms compared in MLflow{'' if mlflow else ', once `alignti up` has started it'}: {page}")
 
 

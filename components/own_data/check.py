@@ -124,7 +124,7 @@ def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = 
         tally = Tally(refused=list(source.refused()))
         asked = (tuple(different(list(folders))), settings.models.model_dump_json())
         count = min(workers or cores(), source.parts, source.images // WORTH_A_WORKER)
-        with tqdm(desc="check: rows tried", total=source.images, unit="image", mininterval=1) as bar:
+        with tqdm(desc="check: rows tried", total=source.images, unit="image") as bar:
             for one in shared_out(try_part, [(source, part, *asked) for part in range(source.parts)], count):
                 tally.merge(one)
                 bar.update(one.images.total())

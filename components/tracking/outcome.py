@@ -37,8 +37,7 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
     scores_md5 = provenance.digest(folder).md5
     made_by = {f"run.{made}": history.last_run(f"{made}@{arm}") for made in ("distill", "evaluate")}
     made_by["run.distill"] = provenance.maker(md5) or made_by["run.distill"]  # restored bytes come from an earlier run
-    digest = hashlib.sha256(json.dumps([md5, scores_md5, params, tags]).encode()).hexdigest()
-    key = f"{stage}-{arm}-{digest[:DIGITS]}"
+    key = _key(stage, arm, md5, scores_md5, params, tags)
     journal.record(
         key,
         arm,
@@ -71,10 +70,18 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
     return key
 
 
+def _key(stage: str, arm: str, md5: str, scores_md5: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps([md5, scores_md5, params, tags]).encode()).hexdigest()
+    return f"{stage}-{arm}-{digest[:DIGITS]}"
+
+
 def of_arm(arm: str, md5: str, settings: Settings) -> str:
     """`record` for an arm of params/study.yaml; params are the values in which its arms differ."""
-    study = {name: settings.arm(name).model_dump(mode="json") for name in settings.study.arms}
-    return record(arm, md5, varied(study)[arm], settings.runtime, **nearest_recipe().tag)
+    return record(arm, md5, _varied(settings)[arm], settings.runtime, **nearest_recipe().tag)
+
+
+def _varied(settings: Settings) -> dict[str, dict[str, Any]]:
+    return varied({name: settings.arm(name).model_dump(mode="json") for name in settings.study.arms})
 
 
 def varied(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -88,12 +95,20 @@ def varied(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def comparison(arms: Sequence[str], server: str) -> str | None:
-    """URL of MLflow's comparison page for the last outcomes of these arms; None unless all were sent."""
-    sent, runs = [], history.recorded()
-    for arm in arms:
-        latest = next((run.name for run in reversed(runs) if run.name.rpartition("-")[0] == f"{ARM}-{arm}"), None)
-        state = latest and history.sent(latest)
+def here(settings: Settings) -> list[str]:
+    """Journals' names of the outcomes of the arms, by `dvc.lock`; those of earlier results have others."""
+    made, tags = provenance.digests(), nearest_recipe().tag
+    return [
+        _key(ARM, arm, made.get(str(STUDENTS / arm), ""), made.get(str(SCORES / arm), ""), params, tags)
+        for arm, params in _varied(settings).items()
+    ]
+
+
+def comparison(outcomes: Sequence[str], server: str) -> str | None:
+    """URL of MLflow's comparison page for these outcomes; None unless all were sent."""
+    sent = []
+    for name in outcomes:
+        state = history.sent(name)
         if not (state and state["run_id"]):
             return None
         sent.append(state)
