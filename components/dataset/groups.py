@@ -24,7 +24,7 @@ def groups(
     names = list(dict.fromkeys((source, json.dumps(place)) for source, places in together for place in places))
     jobs = [(start, names[start : start + TOGETHER], stores, limits) for start in range(0, len(names), TOGETHER)]
     digests: dict[tuple[str, str], str | None] = {}
-    with tqdm(desc="prepare: pictures shown together", total=len(names), unit="image", mininterval=1) as bar:
+    with tqdm(desc="prepare: pictures shown together", total=len(names), unit="image") as bar:
         for start, found in shared_out(digested, jobs, min(workers, len(jobs))):
             digests |= zip(names[start : start + TOGETHER], found, strict=True)
             bar.update(len(found))

@@ -79,7 +79,7 @@ def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1
     parts = [PartFiles.of(folder, part) for part in range(source.parts)]
     early = list(source.refused())
     _accept(early, source.rows_in, settings.limits.max_bad_ratio)
-    with tqdm(desc="prepare", total=source.images, unit="image", mininterval=1) as bar:
+    with tqdm(desc="prepare", total=source.images, unit="image") as bar:
         make(source, folder, settings.images_per_shard, workers, bar.update)
     left_out = _compare(source, settings, folder, parts) if isinstance(source, mixture.Mixed) else set()
     records = [Part.read(part.record) for part in parts]

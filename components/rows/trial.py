@@ -76,7 +76,7 @@ def _try_all(
                 last = min(first + IMAGES, images)
                 jobs.append((dataset, split, first, last, tuple(folders), settings.model_dump_json(), part))
     Samples(dataset, "train")  # checks the hashes once; worker processes do not
-    with tqdm(desc="check_rows", total=sum(last - first for _, _, first, last, *_ in jobs), unit="image", mininterval=1) as bar:
+    with tqdm(desc="check_rows", total=sum(last - first for _, _, first, last, *_ in jobs), unit="image") as bar:
         for images in shared_out(try_part, jobs, min(workers, len(jobs))):
             bar.update(images)
 
