@@ -29,13 +29,15 @@ def complete() -> list[str]:
     if not Path(RAW).is_file():  # a project that records its data otherwise
         return []
     provenance.raw()  # says if the file is damaged
+    there = Path("data").is_dir()
     _dvc("fetch", RAW)
     found = _uncommitted()
     missing = [path for path in found.get("deleted", []) if not path.endswith("/")]
     for first in range(0, len(missing), AT_ONCE):
         _dvc("checkout", *missing[first : first + AT_ONCE])
     if missing:
-        print(f"data/ has {len(missing):,} files of {RAW} again ({missing[0]}, ...); `dvc add data` records a removal")
+        removed = "; `dvc add data` records what you remove" if there else ""
+        print(f"data/: fetched {len(missing):,} files of {RAW} ({missing[0]}, ...){removed}")
     if changed := [path for path in found.get("modified", []) if not path.endswith("/")]:
         some = " ".join(changed[:5])
         raise InputError(

@@ -72,6 +72,8 @@ class Mirror:
     def send(self, abandoned: bool = False) -> bool:
         """Send new events; true once an end event is sent. `abandoned`: no writer left, a missing end is KILLED."""
         lines, end = gained(self._journal, self._state["bytes"])
+        if not (lines or abandoned):
+            return False  # what is noted of an ended run stays
         ended = any(line["event"] == "end" for line in lines)
         before = self._state["done"] and all(line["event"] == "register" for line in lines)  # an ended run may gain that
         if abandoned and not (ended or before):

@@ -538,7 +538,9 @@ def test_a_finished_run_that_is_sent_again_stays_finished(stage: Path) -> None:
     work()
     (journal,) = journals()
     for _ in range(2):
-        assert Mirror(journal, SQLITE).send(abandoned=True)
+        mirror = Mirror(journal, SQLITE)
+        mirror.send()
+        assert mirror.send(abandoned=True)
         (run,) = client().search_runs([client().get_experiment_by_name("tests").experiment_id])
         assert run.info.status == "FINISHED"
 
