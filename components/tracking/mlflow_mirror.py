@@ -70,19 +70,17 @@ class Mirror:
             return False
 
     def send(self, abandoned: bool = False) -> bool:
-        """Send new events; true once an end event is sent. `abandoned`: no writer left, a missing end is KILLED."""
+        """Send new events; true once the end event is sent. `abandoned`: no writer left, a missing end is KILLED."""
         lines, end = gained(self._journal, self._state["bytes"])
-        if not (lines or abandoned):
-            return False  # what is noted of an ended run stays
-        ended = any(line["event"] == "end" for line in lines)
-        before = self._state["done"] and all(line["event"] == "register" for line in lines)  # an ended run may gain that
-        if abandoned and not (ended or before):
+        if not lines and (self._state["done"] or not abandoned):
+            return abandoned  # what is noted of an ended run stays
+        if abandoned and not (lines and lines[-1]["event"] == "end"):
             lines.append({"event": "end", "time": int(self._journal.stat().st_mtime * 1000), "status": "KILLED"})
         if self._state["run_id"] is None:
             self._save(run_id=self._open())
         for event, group in groupby(lines, key=lambda line: line["event"]):
             getattr(self, f"_{event}")(self._state["run_id"], list(group))
-        done = ended or abandoned
+        done = bool(lines) and lines[-1]["event"] == "end"
         self._save(bytes=end, done=done)
         if done:
             shutil.rmtree(self._journal.with_suffix(".files"), ignore_errors=True)
