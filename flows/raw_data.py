@@ -13,6 +13,7 @@ from typing import Any
 
 from components.errors import InputError
 from components.process import exit_from
+from components.report.markdown import counted
 from components.tracking import provenance
 from flows import dvc
 from flows.jobs import check_idle
@@ -36,13 +37,13 @@ def complete() -> list[str]:
     for first in range(0, len(missing), AT_ONCE):
         _dvc("checkout", *missing[first : first + AT_ONCE])
     if missing:
-        removed = "; `dvc add data` records what you remove" if there else ""
-        print(f"data/: fetched {len(missing):,} files of {RAW} ({missing[0]}, ...){removed}")
+        wanted = "; to be without, remove and `dvc add data`" if there else ""
+        print(f"data/: fetched {counted(len(missing), 'file')} of {RAW}, such as {missing[0]}{wanted}")
     if changed := [path for path in found.get("modified", []) if not path.endswith("/")]:
         some = " ".join(changed[:5])
         raise InputError(
-            f"data/ has {len(changed)} changed files: {some}; `dvc add data` records the change, `dvc checkout --force {some}`"
-            " drops it"
+            f"data/ has {counted(len(changed), 'changed file')}: {some}; `dvc add data` records the change,"
+            f" `dvc checkout --force {some}` drops it"
         )
     return list(found.get("added", []))
 
@@ -50,7 +51,7 @@ def complete() -> list[str]:
 def record(new: list[str]) -> None:
     """Records `data/` with its new files in `data.dvc`. Raises InputError."""
     _dvc("add", "data")
-    print(f"{RAW} now records {len(new):,} new files of data/ ({new[0]}, ...): commit it")
+    print(f"{RAW} now records {counted(len(new), 'new file')} of data/, such as {new[0]}: commit it")
 
 
 def _uncommitted() -> dict[str, list[str]]:

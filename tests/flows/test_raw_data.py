@@ -42,7 +42,7 @@ def test_rows_of_ones_own_are_recorded_beside_what_was_never_pulled(fresh: Path,
     MINE.parent.mkdir(parents=True)
     MINE.write_text("[]")
     raw_data.main()
-    assert "data.dvc now records 1 new files of data/ (data/mine/rows.json" in capsys.readouterr().out
+    assert "data.dvc now records 1 new file of data/, such as data/mine/rows.json: commit it" in capsys.readouterr().out
     assert MINE.read_text() == "[]"
     assert (fresh / "data/digits.csv").read_text() == "digits.csv"
     assert "nfiles: 3" in (fresh / "data.dvc").read_text()
@@ -56,7 +56,7 @@ def test_a_change_is_neither_recorded_nor_dropped(fresh: Path) -> None:
     (fresh / "data/digits.csv").write_text("changed")
     (fresh / "data/LICENSE").unlink()
     with pytest.raises(
-        InputError, match=r"1 changed files: data/digits\.csv; `dvc add data` .*`dvc checkout --force data/digits\.csv`"
+        InputError, match=r"1 changed file: data/digits\.csv; `dvc add data` .*`dvc checkout --force data/digits\.csv`"
     ):
         raw_data.main()
     assert (fresh / "data/digits.csv").read_text() == "changed"
