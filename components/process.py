@@ -161,11 +161,11 @@ def cores() -> int:
 
 
 def shared_out(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """Results of `function(*job)` from a process pool, in order of completion; with one worker from this process, in order.
+    """Results of `function(*job)` from a process pool, as they complete; with one worker or job in this process, in order.
 
     Raises TryAgainError if a worker was killed, and any exception of a job; running jobs are finished first.
     """
-    if workers <= 1:
+    if min(workers, len(jobs)) <= 1:
         yield from (function(*job) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # fork may deadlock beside the tracker's threads

@@ -11,6 +11,7 @@ import torch
 
 from components.config.runtime import RuntimeSettings
 from components.errors import InputError
+from components.process import cores
 
 
 def prepare_torch(runtime: RuntimeSettings, seed: int, precision: Literal["fp32", "bf16"] = "fp32") -> torch.device:
@@ -35,6 +36,11 @@ def _device(runtime: RuntimeSettings) -> torch.device:
     if not available[runtime.device]:
         raise InputError(f"params/runtime.yaml: device {runtime.device!r} is not available here; use auto or cpu")
     return torch.device(runtime.device)
+
+
+def models_at_once(runtime: RuntimeSettings, device: torch.device) -> int:
+    """Number of processes for a model each: one on an accelerator, else `workers`, or as many as the cores have threads for."""
+    return 1 if device.type != "cpu" else runtime.workers or max(1, cores() // runtime.threads)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) 
         chain = list(dvc.graph([recorded.stage]))
         _announce(chain[-1:] if stage_only else chain)
         for stage in chain:
-            dvc.reproduce(stage, {PARENT: run.id}, anew=stage == recorded.stage or not stage_only)
+            with closing(dvc.Labelled(stage, verbose=False)) as say:
+                dvc.reproduce(stage, {PARENT: run.id}, anew=stage == recorded.stage or not stage_only, say=say)
         outcome = _compare(recorded, [recorded.stage] if stage_only else chain)
         run.tag("same_bytes", str(outcome.same).lower())
     return outcome

@@ -25,7 +25,7 @@ def groups(
     jobs = [(start, names[start : start + TOGETHER], stores, limits) for start in range(0, len(names), TOGETHER)]
     digests: dict[tuple[str, str], str | None] = {}
     with tqdm(desc="prepare: pictures shown together", total=len(names), unit="image") as bar:
-        for start, found in shared_out(digested, jobs, min(workers, len(jobs))):
+        for start, found in shared_out(digested, jobs, workers):
             digests |= zip(names[start : start + TOGETHER], found, strict=True)
             bar.update(len(found))
     parent: dict[str, str] = {}

@@ -37,8 +37,8 @@ from components.errors import DataError, ModelError
 from components.models.collate import Batch, Collator, decode, visual_tokens
 from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
-from components.process import cores, shared_out
-from components.runtime import prepare_torch
+from components.process import shared_out
+from components.runtime import models_at_once, prepare_torch
 
 HERE = b""  # placeholder of an image with precomputed features
 
@@ -114,9 +114,8 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: Run
     read = tower.cpu().state_dict()
     family = Family(settings, runtime, tower.config, read, processor, features, corpus.captions, corpus.turns, folder)
     jobs = [(family, role, name) for role in ("teachers", "students") for name in getattr(shapes, role)]
-    at_once = 1 if device.type != "cpu" else min(len(jobs), runtime.workers or cores() // runtime.threads)
     saved: dict[str, Path] = {}
-    for name, path, losses in shared_out(trained, jobs, at_once):
+    for name, path, losses in shared_out(trained, jobs, models_at_once(runtime, device)):
         saved[name] = path
         for loss in losses:
             log(*loss)

@@ -10,7 +10,7 @@ Image need: nats per reference token lost by blurring the image, the ranking of 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from components.evaluate.likelihood import likelihoods, nats_per_token
 from components.io import write_text
 from components.models.load import Loaded, load
 from components.models.template import Template
+from components.process import shared_out
 from components.records.evaluate import Likelihood
 from components.records.paths import DATASET, REPORTS, ROWS, Split
 from components.records.record import Record
 from components.report.markdown import percent, table
 from components.report.pages import templates
-from components.runtime import prepare_torch
+from components.runtime import models_at_once, prepare_torch
 
 NEED = (
     "Image need: how many nats the model's log-probability of a reference token loses when the image is shrunk to a tenth and"
@@ -118,29 +119,33 @@ def other_images(samples: Samples) -> Shown:
     return Shown(samples, other)
 
 
-def measure(models: Iterable[tuple[str, Path]], settings: Settings) -> Controls:
+def measure(models: Sequence[tuple[str, Path]], settings: Settings) -> Controls:
     """Blind baselines of each model on the evaluated split, and contamination of that split by the training data."""
     asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
-    device = prepare_torch(settings.runtime, seed=0)
-    template = Template.asked(settings.models.template)
-    found = {}
-    for name, path in models:
-        loaded, scores = load(path, device), dict[str, Any]()
-        for what, shown in {"seeing": samples, "blank": edited_images(samples, blank), "other": other_images(samples)}.items():
-            said = generate.answers(loaded, shown, rows, template, settings.models.max_length, asked, f"{name}: {what}")
-            score = metrics.score(name, metrics.predictions((samples[row] for row in rows), said))
-            scores |= {what: score.exact_match, f"{what}_per_kind": score.per_kind}
-        found[name] = Blind(**scores, need_per_kind=_need(loaded, samples, rows, template, asked.batch_size, name))
+    at_once = models_at_once(settings.runtime, prepare_torch(settings.runtime, seed=0))
+    found = dict(shared_out(blind, [(name, path, settings) for name, path in models], at_once))
     guessed = metrics.score("majority", metrics.predictions((samples[row] for row in rows), majority(samples, rows)))
     return Controls(
         split=asked.split,
         questions=len(rows),
         majority=guessed.exact_match,
         majority_per_kind=guessed.per_kind,
-        models=found,
+        models={name: found[name] for name, _ in models},
         contamination=contamination(samples, Samples(DATASET, "train"), asked.split),
     )
+
+
+def blind(name: str, path: Path, settings: Settings) -> tuple[str, Blind]:
+    """Blind baselines of the model in folder `path`, beside its name."""
+    asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
+    rows, template = generate.questions(samples), Template.asked(settings.models.template)
+    loaded, scores = load(path, prepare_torch(settings.runtime, seed=0)), dict[str, Any]()
+    for what, shown in {"seeing": samples, "blank": edited_images(samples, blank), "other": other_images(samples)}.items():
+        said = generate.answers(loaded, shown, rows, template, settings.models.max_length, asked, f"{name}: {what}")
+        score = metrics.score(name, metrics.predictions((samples[row] for row in rows), said))
+        scores |= {what: score.exact_match, f"{what}_per_kind": score.per_kind}
+    return name, Blind(**scores, need_per_kind=_need(loaded, samples, rows, template, asked.batch_size, name))
 
 
 def _need(

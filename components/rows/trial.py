@@ -77,7 +77,7 @@ def _try_all(
                 jobs.append((dataset, split, first, last, tuple(folders), settings.model_dump_json(), part))
     Samples(dataset, "train")  # checks the hashes once; worker processes do not
     with tqdm(desc="check_rows", total=sum(last - first for _, _, first, last, *_ in jobs), unit="image") as bar:
-        for images in shared_out(try_part, jobs, min(workers, len(jobs))):
+        for images in shared_out(try_part, jobs, workers):
             bar.update(images)
 
 
