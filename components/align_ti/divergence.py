@@ -36,7 +36,8 @@ def divergence(
         teacher_logits: (N, V_T), cut to the shared prefix min(V_T, V_S) before the softmax.
         student_logits: (N, V_S), cut likewise.
         kind: forward KL(p_T || p_S); reverse KL(p_S || p_T); jsd, generalised Jensen-Shannon with beta = mix
-            (arXiv 2306.13649, eq. 1: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S); skewed,
+            (arXiv 2306.13649, eq. 1: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S; it vanishes
+            as beta nears 0 or 1, which mean forward and reverse KL, as in TRL); skewed,
             KL(p_T || alpha p_T + (1 - alpha) p_S), and skewed_reverse, KL(p_S || alpha p_S + (1 - alpha) p_T), with
             alpha = mix (arXiv 2402.03898, eq. 3; DistiLLM-2 takes p_S inside its mixture without a gradient, not so here);
             argmax, the hard-label loss -log p_S(argmax p_T), which is not a divergence.
@@ -49,9 +50,9 @@ def divergence(
     log_t = _log_softmax(teacher_logits[:, :shared], temperature)
     del teacher_logits  # frees one chunk of logits
     log_s = _log_softmax(student_logits[:, :shared], temperature)
-    if kind == "forward":
+    if kind == "forward" or (kind, mix) == ("jsd", 0):
         return kl(log_t, log_s)
-    if kind == "reverse":
+    if kind == "reverse" or (kind, mix) == ("jsd", 1):
         return kl(log_s, log_t)
     if kind == "jsd":
         middle = _log_mixture(log_t, log_s, mix)
@@ -107,10 +108,12 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """log(share p + (1 - share) q), in log space against underflow."""
-    if share in (0.0, 1.0):
-        return log_p if share else log_q
-    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+    """log(share p + (1 - share) q), 0 <= share < 1, in log space against underflow; finite where both are masked (-inf), whose
+    gradient would be NaN."""
+    if share == 0:
+        return log_q
+    lowest = torch.finfo(log_p.dtype).min
+    return torch.logaddexp(log_p.clamp_min(lowest) + math.log(share), log_q.clamp_min(lowest) + math.log1p(-share))
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

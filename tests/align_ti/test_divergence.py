@@ -68,7 +68,13 @@ def test_heads_of_different_width_are_cut_before_the_softmax() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse"])
+@pytest.mark.parametrize(("mix", "kind"), [(0.0, "forward"), (1.0, "reverse")])
+def test_jsd_at_its_ends_is_forward_and_reverse_kl(mix: float, kind: str) -> None:
+    t, s = logits(3), logits(4)
+    torch.testing.assert_close(divergence(t, s, "jsd", mix), divergence(t, s, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_masked_vocabulary_entries_add_nothing(kind: str) -> None:
     t, s = logits(7), logits(8)
     t[:, 3] = s[:, 3] = -math.inf
