@@ -91,6 +91,13 @@ def index_within(groups: Tensor) -> Tensor:
     return torch.arange(len(groups), device=groups.device) - (size.cumsum(0) - size)[groups]
 
 
+def answers(rows: Tensor) -> Tensor:
+    """(N,) answer of each row of a (B, T) bool mask, numbered from 0 over the batch: a run of adjacent rows of one sample."""
+    sample, position = rows.nonzero().unbind(1)
+    begins = (sample.diff() != 0) | (position.diff() != 1)
+    return torch.cat([position.new_zeros(min(1, len(position))), begins.long()]).cumsum(0)
+
+
 def predicting(response: Tensor) -> Tensor:
     """(B, T) bool: rows that predict a response token. Position t predicts token t + 1."""
     return torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], dim=1)

@@ -64,15 +64,16 @@ class Head:
             yield at, self.weight[at].to(dtype)
 
     def gram(self, columns: int | None, centred: bool = False) -> Tensor:
-        """(d + 1, d + 1) Gram matrix of [W, b] over the first `columns`: logits' inner products are [h, 1] gram [h', 1]^T.
+        """Gram matrix of the logits over the first `columns`: their inner products are h gram h'^T.
+
+        (d, d); with a bias (d + 1, d + 1), of [W, b], for [h, 1].
 
         `centred`: for logits minus their mean over the vocabulary. Raises ValueError if logits are soft-capped.
         """
         if self.cap is not None:
             raise ValueError("a head with soft-capped logits (Gemma 2) is not linear, and has no Gram matrix")
         weight = self.weight[:columns].to(at_least_float32(self.weight.dtype))
-        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias[:columns].to(weight.dtype)
-        whole = torch.cat([weight, bias[:, None]], dim=1)
+        whole = weight if self.bias is None else torch.cat([weight, self.bias[:columns, None].to(weight.dtype)], dim=1)
         if centred:
             whole = whole - whole.mean(0)
         with torch.autocast(weight.device.type, enabled=False):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import index_within, predicting
+from components.align_ti.batch import answers, index_within, predicting
 
 LEFT_OUT = -1  # placeholder for the draws of a response step beyond the cap on the length
 
@@ -66,10 +66,18 @@ def places(response: Tensor, keys: list[int]) -> Tensor:
 
 
 def shuffled(draws: Tensor, response: Tensor, keys: list[int]) -> Tensor:
-    """(N, d) draws with the steps of each response permuted, seeded by the sample's key."""
-    lines = uniforms(response, [-2 - key for key in keys], 1)[:, 0].split(response.sum(1).tolist())
-    parts = draws.split(response.sum(1).tolist())
-    return torch.cat([part[line.argsort(stable=True)] for part, line in zip(parts, lines, strict=True)])
+    """(N, d) draws in which each response step has those of another step of its answer, seeded by the sample's key.
+
+    The steps of an answer form one random cycle, so that none keeps its own; the only step of an answer of one does.
+    """
+    answer, priority = answers(response), uniforms(response, [-2 - key for key in keys], 1)[:, 0]
+    cycle = priority.argsort(stable=True)
+    cycle = cycle[answer[cycle].argsort(stable=True)]  # by answer, then at random
+    step = index_within(answer)
+    first, size = torch.arange(len(answer), device=answer.device) - step, answer.bincount()[answer]
+    moved = torch.empty_like(draws)
+    moved[cycle] = draws[cycle[first + (step + 1) % size]]
+    return moved
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Row weights for distillation losses, by name, and their normalisation and ranking within an answer."""
+"""Row weights for distillation losses, by name, and their normalisation and ranking within a sample."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ def row_weights(seen: Seen, name: str, visual: bool = False) -> Tensor:
     return seen.rowwise(rows, lambda at, teacher, student: weight(teacher, student, gold[at]))
 
 
-def over_mean(weights: Tensor, answer: Tensor) -> Tensor:
-    """(N,) weights divided by their mean over each answer, so that an answer's rows average 1."""
-    size = answer.bincount()
-    means = weights.new_zeros(len(size)).index_add_(0, answer, weights) / size
-    return weights / means[answer].clamp_min(torch.finfo(weights.dtype).tiny)
+def over_mean(weights: Tensor, sample: Tensor) -> Tensor:
+    """(N,) weights divided by their mean over each sample, so that a sample's rows average 1."""
+    size = sample.bincount()
+    means = weights.new_zeros(len(size)).index_add_(0, sample, weights) / size
+    return weights / means[sample].clamp_min(torch.finfo(weights.dtype).tiny)
 
 
-def in_top(weights: Tensor, answer: Tensor, share: float) -> Tensor:
-    """(N,) bool: the ceil(share R) rows of highest weight in each answer of R rows; ties go to the earlier row."""
+def in_top(weights: Tensor, sample: Tensor, share: float) -> Tensor:
+    """(N,) bool: the ceil(share R) rows of highest weight in each sample of R rows; ties go to the earlier row."""
     order = weights.argsort(descending=True, stable=True)
-    order = order[answer[order].argsort(stable=True)]  # by answer, the order of `answer` itself, then by weight
-    top = torch.empty_like(answer, dtype=torch.bool)
-    top[order] = index_within(answer) < (share * answer.bincount()[answer]).ceil()
+    order = order[sample[order].argsort(stable=True)]  # by sample, the order of `sample` itself, then by weight
+    top = torch.empty_like(sample, dtype=torch.bool)
+    top[order] = index_within(sample) < (share * sample.bincount()[sample]).ceil()
     return top
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.align_ti.batch import Batch, predicting
+from components.align_ti.batch import Batch, answers, predicting
 from components.align_ti.cached import Cached, Rows, cached_row_divergence
 from components.align_ti.divergence import Divergence, row_divergence
 from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_losses, rows_per_chunk
@@ -47,8 +47,16 @@ class Seen:
     chunk_mib: float = CHUNK_MIB
     progress: float = 0.0  # training progress: 0 at the first step, towards 1 at the last
     measured: dict[str, Tensor] = field(default_factory=dict)  # diagnostics for the journal: sums over the batch's images
+    of_teacher: dict[str, Tensor] = field(default_factory=dict)  # computed once a run from the frozen teacher, by name
     modules: Mapping[str, nn.Module] = field(default_factory=dict)  # trained modules of terms, by term name
     _of_text: dict[Divergence, Tensor] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def shared(self) -> int | None:
+        """Number of columns that both heads share; None under a cached teacher if all of them are."""
+        if self.shared_vocabulary is not None or self.teacher_head is None:
+            return self.shared_vocabulary
+        return min(len(self.student_head.weight), len(self.teacher_head.weight))
 
     @cached_property
     def zero(self) -> Tensor:
@@ -66,9 +74,14 @@ class Seen:
         return self.batch.input_ids[:, 1:][self.batch.response[:, 1:]]
 
     @cached_property
-    def answer(self) -> Tensor:
-        """(N,) sample index of each row in `predicts`."""
+    def sample(self) -> Tensor:
+        """(N,) sample index of each row in `predicts`: of a conversation, all answers together."""
         return self.predicts.nonzero()[:, 0]
+
+    @cached_property
+    def answer(self) -> Tensor:
+        """(N,) answer that each row in `predicts` belongs to, numbered over the batch."""
+        return answers(self.predicts)
 
     @cached_property
     def text_rows(self) -> Tensor:
@@ -102,8 +115,8 @@ class Seen:
 
         def of_chunk(at: slice, student: Tensor) -> Tensor:
             with torch.no_grad():
-                teacher = head(theirs[at])[:, : self.shared_vocabulary]
-            return loss(at, teacher, student[:, : self.shared_vocabulary])
+                teacher = head(theirs[at])[:, : self.shared]
+            return loss(at, teacher, student[:, : self.shared])
 
         size = rows_per_chunk(max(len(head.weight), len(self.student_head.weight)), self.chunk_mib)
         return row_losses(self.student[rows], self.student_head, of_chunk, size, weights)

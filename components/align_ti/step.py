@@ -38,7 +38,7 @@ from components.align_ti.ribbon import (
 )
 from components.align_ti.seen import Seen
 from components.align_ti.shared_weights import SharedWeights
-from components.align_ti.terms import CORE, Follows, Needs, Term, Trained, computed, term_class, union
+from components.align_ti.terms import CORE, Follows, Needs, OfDepth, Term, Trained, computed, term_class, union
 from components.align_ti.watch import Watch, Watched
 
 SHARED_FROM = 10_000_000  # trained parameters from which deferred weight gradients cost less than computing them twice
@@ -105,6 +105,7 @@ class Method:
     eos: int = 0
     shared_vocabulary: int | None = None  # columns that both heads share; None: the narrower head's
     route: str = "continuation"  # continuation | expanded
+    depths: tuple[int, int] | None = None  # decoder layers of student and teacher, for terms that pick layers by a rule
 
     @cached_property
     def terms(self) -> dict[str, Term]:
@@ -117,7 +118,7 @@ class Method:
         if isinstance(options.get("divergence"), dict):
             options["divergence"] = Divergence(**options["divergence"])
         term: Term = term_class(name)(**options)
-        return term
+        return term.at_depth(*self.depths) if self.depths and isinstance(term, OfDepth) else term
 
     @cached_property
     def weighed(self) -> dict[str, Term]:
@@ -180,6 +181,7 @@ class AlignTI(nn.Module):
         self._signals = signals
         self.method = method
         self.measured: dict[str, Tensor | int] = {}  # `Seen.measured`, summed over passes since process start
+        self._of_teacher: dict[str, Tensor] = {}  # `Seen.of_teacher`
         self._shares_weights = sum(p.numel() for p in self.parameters() if p.requires_grad) >= SHARED_FROM
         self.term_modules = nn.ModuleDict()
         for name, term in weighed.items():
@@ -253,6 +255,7 @@ class AlignTI(nn.Module):
             shared_vocabulary=method.shared_vocabulary,
             chunk_mib=method.chunk_mib,
             progress=self.progress,
+            of_teacher=self._of_teacher,
             modules=dict(self.term_modules.items()),
         )
         their_cache = self._see_teacher(seen, features) if needs.teacher else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from components.align_ti import terms
-from components.config.local_paths import layers_of_teachers
+from components.config.local_paths import layers_of
 from components.config.settings import Settings
 
 Problem = tuple[str, str, str]  # file of params/, its key, what is wrong
@@ -20,6 +21,7 @@ def across_files(settings: Settings) -> Iterator[Problem]:
             yield "study", f"arms.{name}.student", message
         yield from (("study", f"arms.{name}", problem) for problem in _cache_checks(settings, name))
         yield from _inside_checks(settings, name)
+        yield from _watched_checks(settings, name)
         yield from (("study", f"arms.{name}.{key}", problem) for key, problem in _answer_checks(settings, name))
         yield from _evidence_checks(settings, name)
     yield from _layer_checks(settings)
@@ -35,12 +37,28 @@ def across_files(settings: Settings) -> Iterator[Problem]:
 
 def _layer_checks(settings: Settings) -> Iterator[Problem]:
     """Layers beyond the teacher's depth, where params/ or a local checkpoint's config gives that depth."""
-    layers = layers_of_teachers(settings.models.members)
+    layers = list(layers_of(settings.models.members, "teachers").values())
     asked = [("irs", "layer", settings.irs.layer), ("distill", "iva.layer", settings.distill.iva.layer)]
     asked += [("study", f"arms.{name}.iva.layer", arm.iva.layer) for name, arm in settings.study.arms.items() if arm.iva]
     for file, key, layer in asked:
         if isinstance(layer, int) and layers and None not in layers and layer >= max(filter(None, layers)):
             yield file, key, f"{layer}, but the teacher has layers 0..{max(filter(None, layers)) - 1}"
+
+
+def _watched_checks(settings: Settings, name: str) -> Iterator[Problem]:
+    """Layers that an arm's terms read, beyond the depth of its student or of every teacher."""
+    arm, members = settings.arm(name), settings.models.members
+    if not set(arm.weights) - set(terms.CORE):  # the terms, and torch with them, are imported only if needed
+        return
+    teachers = list(layers_of(members, "teachers").values())
+    sides = {"in_student": [layers_of(members, "students").get(arm.student)], "in_teacher": teachers}
+    for term, needs in arm.needs.items():
+        for side, depths in sides.items():
+            most = max((depth or sys.maxsize for depth in depths), default=sys.maxsize)  # unknown: the training says
+            beyond = [layer for layer in getattr(needs, side).layers if not -most <= layer < most]
+            if beyond:
+                of = side.removeprefix("in_")
+                yield "study", f"arms.{name}.{term}", f"layer {beyond[0]} of the {of}, which has layers 0..{most - 1}"
 
 
 def _stage_checks(settings: Settings) -> Iterator[Problem]:
@@ -143,6 +161,9 @@ def _answer_checks(settings: Settings, name: str) -> Iterator[tuple[str, str]]:
     if distill.micro_batch_tokens is not None:
         yield where, "the lengths that share a batch out are the data's; set micro_batch_tokens to null"
     if arm.rollouts is not None:
+        if (settings.runtime.accelerate or "").startswith(("fsdp", "deepspeed")):
+            message = f"params/runtime.yaml: accelerate is {settings.runtime.accelerate}, which divides the student's weights,"
+            yield where, f"{message} and answers are written with whole ones; set it to null or ddp"
         gold = [term for term, needs in arm.needs.items() if needs.gold or (term == "tpa" and arm.tpa.source == "gold")]
         if gold:
             yield where, f"{', '.join(gold)} take the data's answers, and the student writes others; set their weights to 0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from components.config.models import Checkpoint, Cut, EmbeddedFamily, Parts, PretrainedFamily
 from components.config.settings import Settings
@@ -43,12 +43,12 @@ def _is_here(path: Path) -> bool:
     return path.exists() or ("*" in path.name and any(path.parent.glob(path.name)))
 
 
-def layers_of_teachers(models: EmbeddedFamily | PretrainedFamily) -> list[int | None]:
-    """Number of layers of each teacher's language model; None if neither params/ nor a local checkpoint gives it."""
+def layers_of(models: EmbeddedFamily | PretrainedFamily, role: Literal["teachers", "students"]) -> dict[str, int | None]:
+    """Number of decoder layers of each teacher or student; None if neither params/ nor a local checkpoint gives it."""
     if isinstance(models, EmbeddedFamily):
-        return [shape.layers for shape in models.teachers.values()]
-    found = (_text_config(model).get("num_hidden_layers") for model in models.teachers.values())
-    return [layers if isinstance(layers, int) else None for layers in found]
+        return {name: shape.layers for name, shape in getattr(models, role).items()}
+    found = {name: _text_config(model).get("num_hidden_layers") for name, model in getattr(models, role).items()}
+    return {name: layers if isinstance(layers, int) else None for name, layers in found.items()}
 
 
 def soft_capped(models: EmbeddedFamily | PretrainedFamily) -> list[str]:

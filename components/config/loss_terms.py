@@ -22,6 +22,12 @@ class Divergence(Strict):
     mix: Ratio
     temperature: PositiveFloat
 
+    @model_validator(mode="after")
+    def _trains(self) -> Self:
+        if self.kind.startswith("skewed") and self.mix == 1:
+            raise ValueError(f"{self.kind} with mix 1 compares a distribution with itself: it is 0, and trains nothing")
+        return self
+
 
 class WithTerms(Strict):
     """Settings with the options of loss terms beside their fields, each term's in a block of its name (align_ti/terms)."""
@@ -61,7 +67,7 @@ class WithTerms(Strict):
 def _check_options(name: str, block: Any) -> None:
     """Raises ValidationError if the term's dataclass has no such field, another type for it, or rejects the value."""
     term = terms.term_class(name)
-    hints = {**get_type_hints(term), "divergence": Divergence | None}
+    hints = {**get_type_hints(term, include_extras=True), "divergence": Divergence | None}
     options: dict[str, Any] = {
         field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
         for field in dataclasses.fields(term)

@@ -24,6 +24,7 @@ from components.distill.rollouts import Rollouts
 from components.distill.sampler import Sampler
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable
+from components.errors import ModelError
 from components.io import fingerprint
 from components.irs.weighting import Weighting, weighting
 from components.models.collate import Collator
@@ -112,7 +113,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
                 f" {sides[1]}; its rows there and the weights of L_iva are interpolated bilinearly to the student's grid"
             )
         assert arm.iva is not None  # filled in by Settings.arm
-        weighed = weighting(arm.iva, layers, teacher.model.config.get_text_config().num_hidden_layers, arm.seed)
+        weighed = weighting(arm.iva, layers, teacher.layers, arm.seed)
         own = teacher.processor if sides is not None else None
         collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=weighed.rows)
         facts |= _searched(arm, layers)
@@ -229,8 +230,14 @@ def _live(
 ) -> AlignTI:
     """Distillation module with a live teacher. Raises ModelError if the pair is incompatible or the layer does not exist."""
     check_layer(teacher, weighed.layer)
-    method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None))
+    depths = student.layers, teacher.layers
+    method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None), depths)
     pupil, master = VLM(student.model), VLM(teacher.model)
+    if method.needs.linear and (pupil.head.cap or master.head.cap):
+        names = ", ".join(name for name, term in method.weighed.items() if term.needs.linear)
+        raise ModelError(
+            f"L_{names} needs the logits to be linear in the hidden states; Gemma 2 soft-caps them: give it no weight"
+        )
     appends = method.route == "expanded" and method.needs.ribbon
     if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
@@ -260,7 +267,9 @@ def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator, s
     return AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, shared), signals)
 
 
-def _method(arm: Arm, distill: DistillSettings, collator: Collator, shared_vocabulary: int) -> Method:
+def _method(
+    arm: Arm, distill: DistillSettings, collator: Collator, shared_vocabulary: int, depths: tuple[int, int] | None = None
+) -> Method:
     assert arm.tpa is not None and arm.divergence is not None  # filled in by Settings.arm
     return Method(
         weights=arm.weights,
@@ -271,4 +280,5 @@ def _method(arm: Arm, distill: DistillSettings, collator: Collator, shared_vocab
         eos=collator.eos_id,
         shared_vocabulary=shared_vocabulary,
         route="expanded" if distill.gradient_checkpointing else "continuation",
+        depths=depths,
     )

@@ -38,6 +38,11 @@ class Loaded:
         """Number of columns of the head."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
 
 def load(
     path: Path,
@@ -216,9 +221,8 @@ def _alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool
 
 def check_layer(teacher: Loaded, layer: int) -> None:
     """Raises ModelError if the teacher has no such layer."""
-    layers: int = teacher.model.config.get_text_config().num_hidden_layers
-    if layer >= layers:
-        raise ModelError(f"iva.layer is {layer}, but teacher {teacher.name} has layers 0..{layers - 1}")
+    if layer >= teacher.layers:
+        raise ModelError(f"iva.layer is {layer}, but teacher {teacher.name} has layers 0..{teacher.layers - 1}")
 
 
 def _shared_vocabulary(teacher: Loaded, student: Loaded, between: str) -> int:

@@ -47,7 +47,7 @@ def attention_of(named: Named, loaded: Loaded, batch: Batch, sample: Sample, ans
 
     Raises InputError if the visual tokens' positions in the image are unknown.
     """
-    layers: int = loaded.model.config.get_text_config().num_hidden_layers
+    layers = loaded.layers
     layer, how = layer_of(named, layers)
     view = VLM(loaded.model)
     probe = AttentionProbe.at(batch.instruction, batch.pictures)

@@ -119,8 +119,13 @@ class EvidencePass:
 
     @staticmethod
     def _words(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compression of two distributions (R, V): (R, W) tokens, and (R, W + 1) probabilities plus residual mass of each."""
-        tokens = torch.maximum(whole, without).topk(min(TOKENS, whole.shape[-1]), dim=-1).indices
+        """Compression of two distributions (R, V): (R, W) tokens, the likeliest of either first, and (R, W + 1) probabilities
+        plus residual mass of each."""
+        V = whole.shape[-1]
+        likeliest = torch.zeros_like(whole)
+        for p in (whole, without):
+            likeliest.scatter_(-1, p.topk(min(TOKENS, V)).indices, 1.0)
+        tokens = (likeliest + torch.maximum(whole, without)).topk(min(2 * TOKENS, V)).indices
         dtype = torch.float16 if tokens.shape[1] < whole.shape[1] else torch.float32
         index = torch.int16 if whole.shape[1] <= 2**15 else torch.int32
         kept_whole, kept_without = (with_rest(p, tokens).to("cpu", dtype) for p in (whole, without))

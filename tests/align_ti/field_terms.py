@@ -24,13 +24,19 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 def hybrid(whole: Any, soft: float = 0.2, risk: float = 0.0) -> Tensor:
     total = whole.student.sum() * 0
-    for teacher, student, gold in answers(whole):
-        for t, y in enumerate(gold):
-            hard = -student[t].softmax(-1)[y].log()
-            if risk and t + 1 < len(gold):
-                hard = hard + risk / 4 * (student[t, y] - 0.9999 * student[t + 1].exp().sum().log()) ** 2
-            hard = hard * 0.9999**t if risk else hard
-            total = total + (1 - soft) * hard + soft * kl(teacher[t].softmax(-1), student[t].softmax(-1))
+    for sample, response in enumerate(whole.batch.response.tolist()):
+        step = 0  # of this answer, which may be one of several
+        for position in range(1, len(response)):
+            step = step + 1 if response[position - 1] else 0
+            if not response[position]:
+                continue
+            teacher, student = whole.teacher[sample, position - 1], whole.student[sample, position - 1]
+            y = whole.batch.input_ids[sample, position]
+            hard = -student.softmax(-1)[y].log()
+            if risk and response[position + 1 : position + 2] == [True]:
+                hard = hard + risk / 4 * (student[y] - 0.9999 * whole.student[sample, position].exp().sum().log()) ** 2
+            hard = hard * 0.9999**step if risk else hard
+            total = total + (1 - soft) * hard + soft * kl(teacher.softmax(-1), student.softmax(-1))
     return total
 
 
@@ -144,7 +150,7 @@ def received(whole: Any, rows: str = "visual", pairs: Any = ((0, (1,)),), sinks:
                 )
                 u.append(sum((a[r, c] for r in keep), a[0, 0] * 0) / max(1, len(keep)))
                 v.append(sum((b[r, c] for r in keep), b[0, 0] * 0) / max(1, len(keep)))
-            total = total + (1 - cosine(torch.stack(u), torch.stack(v))) / len(pairs)
+            total = total + 1 - cosine(torch.stack(u), torch.stack(v))
     return total
 
 

@@ -214,11 +214,13 @@ def tiny_rows(batch, start: int, stop: int):
     return type(batch)(**{k: v[start:stop] if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
 
 
-def test_shuffled_draws_stay_in_their_answer_whatever_the_batch() -> None:
-    response = torch.tensor([[False, True, True, True, True, True], [False, False, True, True, False, False]])
-    draws = torch.arange(14).view(7, 2)
-    found = shuffled(draws, response, [3, 4])
-    assert found.tolist() != draws.tolist()
-    for part, whole in ((found[:5], draws[:5]), (found[5:], draws[5:])):
-        assert sorted(part.tolist()) == whole.tolist()
-    assert torch.equal(found[:5], shuffled(draws[:5], response[:1], [3]))
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffled_draws_are_those_of_another_step_of_the_answer_whatever_the_batch(seed: int) -> None:
+    response = torch.tensor([[False, True, True, True, False, True, True], [False, False, True, True, False, True, False]])
+    draws = torch.arange(16).view(8, 2)
+    found = shuffled(draws, response, [seed, 4])
+    for answer in (slice(0, 3), slice(3, 5), slice(5, 7)):  # two answers of the first conversation, one of the second
+        assert sorted(found[answer].tolist()) == draws[answer].tolist()
+        assert not (found[answer] == draws[answer]).any()
+    assert torch.equal(found[7], draws[7])  # an answer of one step
+    assert torch.equal(found[:5], shuffled(draws[:5], response[:1], [seed]))

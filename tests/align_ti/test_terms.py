@@ -210,7 +210,14 @@ CASES = {
     "relation centred": Case("relation", partial(field_terms.relation, centred=True), {"centred": True}, highest=2.0),
     "affinity": Case("affinity", field_terms.affinity, highest=2.0, rtol=1e-6),
     "cka": Case("cka", field_terms.cka, highest=2.0, rtol=1e-6),
-    "received": Case("received", field_terms.received, highest=2.0, rtol=1e-5),
+    "received": Case(
+        "received",
+        partial(field_terms.received, pairs=((0, (1,)), (1, (0, 1)))),
+        {"layers": ((0, (1,)), (1, (0, 1)))},
+        highest=4.0,
+        aligned=None,
+        rtol=1e-5,
+    ),
     "received in the first layer": Case(
         "received",
         partial(field_terms.received, rows="instruction", pairs=((0, (0, 1)),), sinks=True),
@@ -323,6 +330,24 @@ def test_it_equals_its_plain_formula(case: Case) -> None:
     found = module(b, KEYS)
     torch.testing.assert_close(found.sums[of(module, case)], wanted, rtol=case.rtol, atol=1e-12)
     same(gradients(module, found.sums[of(module, case)]), gradients(module, wanted))
+
+
+def test_the_risk_of_an_answer_ends_where_the_next_question_begins() -> None:
+    student, teacher = pair()
+    b, case = batch([(1, 3, 6)]), CASES["hybrid of risk"]
+    b.response[0, int(b.response[0].nonzero()[2])] = False  # two answers, of two and of three tokens
+    module = step(student, teacher, case)
+    mine, theirs = (vlm.plain(b, vlm.features(b), keep=False)[0] for vlm in (student, teacher))
+    whole = Whole(b, student.head(mine), teacher.head(theirs), mine, module, (student, teacher))
+    torch.testing.assert_close(module(b, KEYS[:1]).sums[of(module, case)], field_terms.hybrid(whole, risk=0.1))
+
+
+@pytest.mark.parametrize(("depth", "first", "window"), [(24, 8, 2), (28, 9, 3), (32, 11, 3), (36, 12, 4), (40, 13, 5)])
+def test_middle_layers_are_the_published_ones(depth: int, first: int, window: int) -> None:
+    chosen = terms.term_class("received")(layers="middle").at_depth(24, depth).layers
+    assert [layer for layer, _ in chosen] == [*range(8, 15)]
+    assert [layers for _, layers in chosen] == [tuple(range(first + j, first + j + window)) for j in range(7)]
+    assert all(layer < 3 for layer, _ in terms.term_class("received")().at_depth(3, 3).layers)
 
 
 @pytest.mark.parametrize("route", ROUTES)

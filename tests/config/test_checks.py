@@ -52,3 +52,43 @@ def test_flex_attention_is_refused_where_a_term_reads_attention_maps(tmp_path: P
     put(tmp_path, "study", {"arms": {"read": arm}})
     put(tmp_path, "distill", {"flex_attention": False})
     load_settings(tmp_path)
+
+
+KD = {"sft": 1.0, "kd": 1.0}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a layer beyond the student's": (
+        {"weights": {"received": 1.0}, "received": {"layers": [[9, [0]]]}},
+        "layer 9 of the student",
+    ),
+    "a layer beyond the teachers'": ({"weights": {"cka": 1.0}, "cka": {"teacher_layer": 99}}, "layer 99 of the teacher"),
+    "no layers": ({"weights": {"received": 1.0}, "received": {"layers": []}}, "layers"),
+    "a share above 1": ({"weights": {"va_kd": 1.0}, "va_kd": {"share": 3.0}}, "less than or equal to 1"),
+    "a negative weight": ({"weights": {"tad": 1.0}, "tad": {"beta": -1.0}}, "greater than or equal to 0"),
+    "no tokens at the top": ({"weights": {"tad": 1.0}, "tad": {"top": 0}}, "greater than or equal to 1"),
+    "a mixture of one": (
+        {"weights": KD, "divergence": {"kind": "skewed", "mix": 1.0, "temperature": 1.0}},
+        "trains nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_cannot_train_are_refused_before_anything_runs(case: str, tmp_path: Path) -> None:
+    options, message = REFUSED[case]
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    put(tmp_path, "study", {"arms": {"odd": {"weights": KD, "student": "student", "seed": 1} | options}})
+    put(tmp_path, "evaluate", {"baselines": ["odd"]})
+    with pytest.raises(SettingsError, match=message):
+        load_settings(tmp_path)
+
+
+def test_rollouts_with_divided_weights_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    rollouts = {"share": 0.5, "temperature": 1.0, "top_p": None, "max_new_tokens": 8, "reuse": 1}
+    arm = {"weights": {"kd": 1.0}, "student": "student", "seed": 1, "rollouts": rollouts}
+    put(tmp_path, "study", {"arms": {"gkd": arm}})
+    put(tmp_path, "evaluate", {"baselines": ["gkd"]})
+    load_settings(tmp_path)
+    put(tmp_path, "runtime", {"accelerate": "fsdp2"})
+    with pytest.raises(SettingsError, match=r"accelerate is fsdp2, which divides .*; set it to null or ddp"):
+        load_settings(tmp_path)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+
+from annotated_types import Ge, Interval
 
 from components.align_ti.watch import Watch
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 CORE = ("sft", "kd", "iva", "tpa")  # terms of the paper, reported by every training, in this order
 
 NOTHING = Watch()
+NonNegative = Annotated[float, Ge(0)]  # bounds of options, checked when params/ are read
+Ratio = Annotated[float, Interval(ge=0, le=1)]
+Share = Annotated[float, Interval(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Needs:
         live: teacher hidden states or full logits, which no cache holds.
         gold: the data's answers; generated ones do not replace them.
         edits: student pass over edited samples.
+        linear: heads without soft-capped logits.
         in_student: student attention maps and hidden states at chosen layers.
         in_teacher: teacher attention maps and hidden states at chosen layers.
         views: edited batches, one additional pass each.
@@ -60,6 +66,7 @@ class Needs:
     live: bool = False
     gold: bool = False
     edits: bool = False
+    linear: bool = False
     in_student: Watch = NOTHING
     in_teacher: Watch = NOTHING
     views: tuple[View, ...] = ()
@@ -84,6 +91,13 @@ class Term(Protocol):
 
     def loss(self, seen: Seen) -> Tensor:
         """() loss summed over those units."""
+
+
+@runtime_checkable
+class OfDepth(Protocol):
+    """Interface of a term that picks its layers by a rule, by the number of decoder layers of both models."""
+
+    def at_depth(self, student_layers: int, teacher_layers: int) -> Term: ...
 
 
 @runtime_checkable

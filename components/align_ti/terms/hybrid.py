@@ -15,16 +15,16 @@ from components.align_ti.batch import index_within
 from components.align_ti.divergence import divergence
 from components.align_ti.row_weights import row_weights, weight_called
 from components.align_ti.seen import Seen
-from components.align_ti.terms import Needs, responses
+from components.align_ti.terms import Needs, NonNegative, Ratio, responses
 
 
 @dataclass(frozen=True)
 class Term:
-    soft: float = 0.2  # w
+    soft: Ratio = 0.2  # w
     rising: bool = False  # linear warmup of w over the first fifth of the training
     row_weight: str | None = None  # w per row, a function of align_ti/row_weights.py; None: `soft`
-    risk: float = 0.0
-    discount: float = 0.9999
+    risk: NonNegative = 0.0
+    discount: Ratio = 0.9999
     needs = Needs(live=True, gold=True)
     units = staticmethod(responses)
 

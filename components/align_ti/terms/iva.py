@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge
 from torch import Tensor
 
 from components.align_ti.batch import placed
@@ -21,7 +22,7 @@ class Term:
     by: Literal["entropy", "divergence"] | None = None  # control: weights from a function of align_ti/row_weights.py
     divergence: Divergence | None = None  # None: the arm's
     change: Change | None = None  # control: permuted weights, or weights with or without sinks
-    rows: int | None = None  # systematic draws of visual rows per image, by weight; None: all rows
+    rows: Annotated[int, Ge(1)] | None = None  # systematic draws of visual rows per image, by weight; None: all rows
     units = staticmethod(images)
 
     @property

@@ -11,21 +11,21 @@ from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
 from components.align_ti.row_weights import in_top, over_mean, row_weights, weight_called
 from components.align_ti.seen import Seen
-from components.align_ti.terms import Needs, responses
+from components.align_ti.terms import Needs, Share, responses
 
 
 @dataclass(frozen=True)
 class Term:
     divergence: Divergence | None = None  # None: the arm's
     row_weight: str | None = None  # a function of align_ti/row_weights.py
-    top: float | None = None  # share of each answer's rows kept, by highest weight, then weighted uniformly
+    top: Share | None = None  # share of each sample's rows kept, by highest weight, then weighted uniformly
     pooled: bool = False  # control: visual rows too, all rows in one mean
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:
             weight_called(self.row_weight)
-        if self.top is not None and (self.row_weight is None or not 0 < self.top <= 1):
-            raise ValueError("top is a share above 0 and at most 1, of the rows that a row_weight ranks")
+        if self.top is not None and self.row_weight is None:
+            raise ValueError("top is a share of the rows that a row_weight ranks: give one")
 
     @property
     def needs(self) -> Needs:
@@ -46,5 +46,5 @@ class Term:
             return seen.text_divergence(self.divergence)[seen.predicts[seen.text_rows]].sum()
         weights = row_weights(seen, self.row_weight)
         if self.top is not None:
-            weights = over_mean(in_top(weights, seen.answer, self.top).to(weights.dtype), seen.answer)
+            weights = over_mean(in_top(weights, seen.sample, self.top).to(weights.dtype), seen.sample)
         return seen.divergence(seen.predicts, weights, self.divergence)

@@ -15,19 +15,15 @@ from torch import Tensor
 from components.align_ti.batch import Batch, edits_of, predicting
 from components.align_ti.head import row_losses, rows_per_chunk
 from components.align_ti.seen import Seen
-from components.align_ti.terms import Needs
+from components.align_ti.terms import Needs, Share
 from components.align_ti.top_k import with_rest
 
 
 @dataclass(frozen=True)
 class Term:
     evidence: Literal["gradient", "random"] = "gradient"  # random: control
-    verified: float | None = 0.5  # share of samples edited, by largest effect of their evidence on the teacher; None: all
+    verified: Share | None = 0.5  # share of samples edited, by largest effect of their evidence on the teacher; None: all
     needs = Needs(teacher=False, gold=True, edits=True)
-
-    def __post_init__(self) -> None:
-        if self.verified is not None and not 0 < self.verified <= 1:
-            raise ValueError("verified is a share above 0 and at most 1, or null")
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         edits = edits_of(batch)

@@ -1,4 +1,5 @@
-"""L_received: 1 - cos between both models' attention received by visual tokens, per layer. Units: samples with an image.
+"""L_received: 1 - cos between both models' attention received by visual tokens, summed over layers. Units: samples with
+an image.
 
 `rows: visual`, middle layers, without sinks: CompoDistill, arXiv 2510.12184. `rows: instruction`, first layer: Align-KD,
 arXiv 2412.01282.
@@ -6,11 +7,12 @@ arXiv 2412.01282.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor
 
 from components.align_ti.batch import Batch
@@ -18,18 +20,27 @@ from components.align_ti.seen import Seen
 from components.align_ti.terms import Needs
 from components.align_ti.watch import Map, Watch
 
+Pair = tuple[int, Annotated[tuple[int, ...], MinLen(1)]]  # a student layer, and the teacher layers whose mean is its target
+
 
 @dataclass(frozen=True)
 class Term:
     rows: Literal["visual", "instruction"] = "visual"
-    # student layer, and the teacher layers whose mean map is its target
-    layers: tuple[tuple[int, tuple[int, ...]], ...] = ((-2, (-2,)),)
+    layers: Literal["middle"] | Annotated[tuple[Pair, ...], MinLen(1)] = "middle"  # middle: `middle_layers` of both depths
     sinks: bool = False  # False: entries above mean + std of the sample's map, in either model, are excluded
 
     @property
     def needs(self) -> Needs:
-        mine, theirs = [layer for layer, _ in self.layers], [layer for _, layers in self.layers for layer in layers]
+        pairs = self._pairs
+        mine, theirs = [layer for layer, _ in pairs], [layer for _, layers in pairs for layer in layers]
         return Needs(response=False, in_student=Watch(self._maps(mine)), in_teacher=Watch(self._maps(theirs)))
+
+    @property
+    def _pairs(self) -> tuple[Pair, ...]:
+        return ((-2, (-2,)),) if self.layers == "middle" else self.layers  # what the rule needs, before depths are known
+
+    def at_depth(self, student_layers: int, teacher_layers: int) -> Term:
+        return replace(self, layers=middle_layers(student_layers, teacher_layers)) if self.layers == "middle" else self
 
     def _maps(self, layers: list[int]) -> tuple[Map, ...]:
         return tuple(Map(layer, self.rows, each_row=True) for layer in dict.fromkeys(layers))
@@ -46,11 +57,11 @@ class Term:
         batch, losses = seen.batch, [seen.zero]
         for sample in self._looking(batch).nonzero()[:, 0].tolist():
             R, Nv = int(getattr(batch, self.rows)[sample].sum()), int(batch.visual[sample].sum())
-            for layer, of_teacher in self.layers:
+            for layer, of_teacher in self._pairs:
                 mine = seen.in_student.maps[Map(layer, self.rows, True)][sample, :R, :Nv]
                 maps = [seen.in_teacher.maps[Map(one, self.rows, True)][sample, :R, :Nv] for one in of_teacher]
                 losses.append(1 - F.cosine_similarity(*self._received(mine, torch.stack(maps).mean(0)), dim=0))
-        return torch.stack(losses).sum() / len(self.layers)
+        return torch.stack(losses).sum()
 
     def _received(self, mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
         """(Nv,) each: column means of two (R, Nv) maps over the kept entries."""
@@ -59,3 +70,15 @@ class Term:
             kept = ((mine <= mine.mean() + mine.std()) & (theirs <= theirs.mean() + theirs.std()) & (theirs > 0)).to(mine.dtype)
         rows = kept.sum(0).clamp_min(1)
         return (mine * kept).sum(0) / rows, (theirs * kept).sum(0) / rows
+
+
+def middle_layers(student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
+    """Up to seven student layers from a third of the depth, each with consecutive teacher layers from the same start on.
+
+    The windows of the teacher overlap and end near three layers above its middle: 2 layers each of 24, 3 of 28 or 32, 5 of 40,
+    as published.
+    """
+    own, of_teacher = round(student_layers / 3), round(teacher_layers / 3)
+    count = max(1, min(7, student_layers - 2 * own, teacher_layers - of_teacher))
+    width = max(1, min(teacher_layers // 2 - of_teacher - 2, teacher_layers - of_teacher - count + 1))
+    return tuple((own + j, tuple(range(of_teacher + j, of_teacher + j + width))) for j in range(count))

@@ -20,17 +20,18 @@ from components.align_ti.terms import Needs, images
 @dataclass(frozen=True)
 class Term:
     centred: bool = False  # logits minus their mean over the vocabulary, to which softmax is invariant
-    needs = Needs(response=False, live=True)
+    needs = Needs(response=False, live=True, linear=True)
     units = staticmethod(images)
 
     def loss(self, seen: Seen) -> Tensor:
         if not bool(seen.batch.visual.any()):
             return seen.zero
         assert isinstance(seen.teacher, Tensor) and seen.teacher_head is not None  # guaranteed by `needs`
-        columns = seen.shared_vocabulary or min(len(seen.teacher_head.weight), len(seen.student_head.weight))
-        mine = _relations(of_images(seen.student, seen.batch), seen.student_head.gram(columns, self.centred))
+        mine = _relations(of_images(seen.student, seen.batch), seen.student_head.gram(seen.shared, self.centred))
         with torch.no_grad():
-            theirs = _relations(of_images(seen.teacher, seen.batch), seen.teacher_head.gram(columns, self.centred))
+            if "gram" not in seen.of_teacher:
+                seen.of_teacher["gram"] = seen.teacher_head.gram(seen.shared, self.centred)
+            theirs = _relations(of_images(seen.teacher, seen.batch), seen.of_teacher["gram"])
         pairs = zip(mine, theirs, strict=True)
         return torch.stack([1 - F.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]).sum()
 
@@ -38,5 +39,5 @@ class Term:
 def _relations(states: list[Tensor], gram: Tensor) -> list[Tensor]:
     """Gram matrix (Nv, Nv) of the logits of each image."""
     with torch.autocast(gram.device.type, enabled=False):
-        rows = [F.pad(h.to(gram.dtype), (0, 1), value=1.0) for h in states]
+        rows = [F.pad(h.to(gram.dtype), (0, len(gram) - h.shape[1]), value=1.0) for h in states]
         return [h @ gram @ h.T for h in rows]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from components.align_ti.divergence import divergence
 from components.align_ti.seen import Seen
-from components.align_ti.terms import Needs, responses
+from components.align_ti.terms import Needs, NonNegative, Ratio, responses
 
 
 class Interpolation(nn.Module):
@@ -39,8 +39,8 @@ class Interpolation(nn.Module):
 
 @dataclass(frozen=True)
 class Term:
-    start: float = 0.4
-    pace: float = 5e-4  # 0: t follows training progress alone
+    start: Ratio = 0.4
+    pace: NonNegative = 5e-4  # 0: t follows training progress alone
     needs = Needs(live=True)
     units = staticmethod(responses)
 
@@ -51,7 +51,6 @@ class Term:
         t: Any = seen.modules["taid"].t
 
         def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
-            shared = min(teacher.shape[-1], student.shape[-1])
-            return divergence((1 - t) * student[:, :shared].detach() + t * teacher[:, :shared], student)
+            return divergence((1 - t) * student.detach() + t * teacher, student)
 
         return seen.rowwise(seen.predicts, of_row, seen.ones(seen.gold))

@@ -18,7 +18,7 @@ from components.align_ti.divergence import Divergence
 from components.align_ti.head import row_losses, rows_per_chunk
 from components.align_ti.row_weights import in_top, over_mean
 from components.align_ti.seen import Seen
-from components.align_ti.terms import Needs, View, responses
+from components.align_ti.terms import Needs, Share, View, responses
 
 
 def blurred(batch: Batch) -> Batch:
@@ -39,16 +39,16 @@ def blurred(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Term:
-    share: float = 0.2  # share of each answer's tokens that carry half of the weight
+    share: Share = 0.2  # share of each sample's response tokens that carry half of the weight
     divergence: Divergence | None = None  # None: the arm's
     needs = Needs(live=True, views=(View("blurred", blurred, student=False),))
     units = staticmethod(responses)
 
     def loss(self, seen: Seen) -> Tensor:
-        top = in_top(self._need(seen), seen.answer, self.share)
-        halves = over_mean(top.double(), seen.answer) + over_mean((~top).double(), seen.answer)
-        weights = over_mean(halves, seen.answer)  # 1 for an answer of one token
-        weights = torch.where(seen.batch.visual.any(1)[seen.answer], weights, 1.0).to(seen.zero.dtype)
+        top = in_top(self._need(seen), seen.sample, self.share)
+        halves = over_mean(top.double(), seen.sample) + over_mean((~top).double(), seen.sample)
+        weights = over_mean(halves, seen.sample)  # 1 for a sample of one response token
+        weights = torch.where(seen.batch.visual.any(1)[seen.sample], weights, 1.0).to(seen.zero.dtype)
         return seen.divergence(seen.predicts, weights, self.divergence)
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class Term:
         assert isinstance(seen.teacher, Tensor) and without is not None and head is not None  # guaranteed by `needs`
 
         def missed(at: slice, logits: Tensor) -> Tensor:
-            return F.cross_entropy(logits[:, : seen.shared_vocabulary], seen.gold[at], reduction="none")
+            return F.cross_entropy(logits[:, : seen.shared], seen.gold[at], reduction="none")
 
         size = rows_per_chunk(len(head.weight), seen.chunk_mib)
         seeing, blind = (row_losses(states[seen.predicts], head, missed, size) for states in (seen.teacher, without))
