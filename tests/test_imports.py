@@ -78,7 +78,7 @@ def _packages(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", [m for m in modules() if m.startswith("components.align_ti") or m == "components.irs.score"])
 def test_the_method_imports_torch_and_nothing_else_of_weight(module: str) -> None:
-    allowed = set(sys.stdlib_module_names) | {"torch", "components"}
+    allowed = set(sys.stdlib_module_names) | {"torch", "components", "annotated_types"}  # the last: bounds of options
     assert {name.split(".")[0] for name in imports(module)} <= allowed
     assert {room(name) for name in imports(module) if name.startswith("components.")} <= {room(module)}
 

@@ -150,6 +150,8 @@ def _evidence_checks(settings: Settings, name: str) -> Iterator[Problem]:
 def _answer_checks(settings: Settings, name: str) -> Iterator[tuple[str, str]]:
     """Options at odds with generated answers, the teacher's or rollouts: key below the arm's, and the problem."""
     arm, distill = settings.arm(name), settings.distill
+    if arm.answer_filter is not None and arm.answers is None:
+        yield "answer_filter", "it is of the teacher's answers: give the arm `answers: teacher`"
     if arm.rollouts is None and arm.answers is None:
         return
     assert arm.tpa is not None  # filled in by Settings.arm

@@ -39,7 +39,8 @@ class Settings(Strict):
         shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
         blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
         own: dict[str, Any] = {
-            field: getattr(arm, field) for field in ("weights", "student", "seed", "steps", "answers", "rollouts")
+            field: getattr(arm, field)
+            for field in ("weights", "student", "seed", "steps", "answers", "answer_filter", "rollouts")
         }
         return Arm(**own | shared | blocks)
 

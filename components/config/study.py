@@ -38,6 +38,11 @@ class Arm(WithTerms):
     answers: Literal["teacher"] | None = Field(
         default=None, exclude_if=lambda value: value is None, description="teacher: those of `teacher_answers`, not the data's"
     )
+    answer_filter: Literal["right", "likely"] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="of the teacher's: those equal to the data's, or the half that is likeliest per token",
+    )
     rollouts: Rollouts | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property

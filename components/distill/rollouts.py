@@ -54,6 +54,7 @@ class Rollouts:
             self.student, self.collator, asked.max_new_tokens, asked.temperature, asked.top_p, self.shared_vocabulary
         )
         self._answers: list[list[int]] = []
+        self._age = 0  # in epochs, summed over answers
 
     def written(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
         """Tokens of the answers by key, EOS included unless cut off, for the (key, sample) pairs drawn on-policy, if any fits.
@@ -71,6 +72,7 @@ class Rollouts:
                 self.kept[sample] = (epoch, of_sample)
         found = {key: said for key, said in (known | answers).items() if said}
         self._answers = [answer for answers in found.values() for answer in answers]
+        self._age = sum((epoch % self.asked.reuse) * len(found.get(key, ())) for key, (epoch, _) in wanted.items())
         return found
 
     def _on_policy(self, key: int, sample: int) -> bool:
@@ -86,9 +88,12 @@ class Rollouts:
         return [[answer.tokens for answer in answers] for answers in conversations]
 
     def measured(self) -> dict[str, float]:
-        """Metrics of the last step's rollouts over all ranks: number, share cut off, mean length in tokens."""
+        """Metrics of the last step's rollouts over all ranks: number, share cut off, mean length in tokens, and
+        mean age in epochs if they are reused."""
         cut = sum(answer[-1] != self.collator.eos_id for answer in self._answers)
-        mine = torch.tensor([len(self._answers), cut, sum(map(len, self._answers))], device=self.accelerator.device)
-        answers, cut_off, tokens = self.accelerator.reduce(mine, reduction="sum").tolist()
-        means = {"rollout/cut_off": cut_off / answers, "rollout/tokens": tokens / answers} if answers else {}
+        sums = [len(self._answers), cut, sum(map(len, self._answers)), self._age]
+        mine = torch.tensor(sums, device=self.accelerator.device)
+        answers, *totals = self.accelerator.reduce(mine, reduction="sum").tolist()
+        names = ("cut_off", "tokens", *(("age",) if self.asked.reuse > 1 else ()))
+        means = {f"rollout/{name}": each / answers for name, each in zip(names, totals, strict=False)} if answers else {}
         return {"rollout/answers": answers, **means}

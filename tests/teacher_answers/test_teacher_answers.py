@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from components.config.load import load_settings
-from components.dataset.shards import CAPTION, Samples
+from components.dataset.shards import CAPTION, Samples, Turn
 from components.distill.__main__ import distill
 from components.distill.assemble import assemble
 from components.distill.loader import Steps
@@ -22,6 +23,7 @@ from components.models.writing import Writer
 from components.records.paths import ANSWERS, DATASET, ROWS
 from components.records.teacher_answers import Answered, AnswerManifest
 from components.teacher_answers import __main__ as stage
+from components.teacher_answers.store import Answers, facts
 from components.tracking.journal import Run
 from tests.distill.conftest import write_params
 from tests.distill.test_scale import StopsAt
@@ -99,8 +101,34 @@ def test_epochs_take_one_answer_after_another_and_samples_without_any_are_left_o
             assert batch.input_ids[row][batch.response[row]].tolist() == [token for answer in taken for token in answer]
     write_params(seqkd, "distill", {"teacher_answers": GREEDY | {"max_new_tokens": 1}})
     stage.main()
-    with pytest.raises(DataError, match=r"none of the teacher's 16 answers has an end; raise"):
+    with pytest.raises(DataError, match=r"none of the teacher's 16 answers has an end and passes"):
         trained(Run(None))
+
+
+def test_filters_keep_what_is_right_or_likely_up_to_the_first_that_is_not(seqkd: Path) -> None:
+    stage.main()
+    settings, samples = load_settings(), Samples(DATASET, "train", ROWS)
+
+    def kept(keep: Any, asked: Any = samples) -> dict[int, list[list[list[int]]]]:
+        found = Answers(ANSWERS, facts(settings), asked, keep)
+        return {i: found._of[i] for i in found.answered([*lines()])}
+
+    said = {i: line for i, line in lines().items() if line.answers}
+    per_token = [
+        sum_ / len(ids)
+        for line in said.values()
+        for answers, sums in zip(line.answers, line.log_probs, strict=True)
+        for ids, sum_ in zip(answers, sums, strict=True)
+    ]
+    half = sorted(per_token)[len(per_token) // 2 :]
+    likely = [ids for conversations in kept("likely").values() for answers in conversations for ids in answers]
+    assert 0 < len(likely) <= len(half) < len(per_token)
+
+    first = min(said)
+    gold = {i: SimpleNamespace(turns=[Turn("?", "no such answer")] * 9) for i in lines()}
+    gold[first] = SimpleNamespace(turns=[Turn("?", f" {said[first].texts[0][0].upper()} "), *[Turn("?", "no such answer")] * 8])
+    assert kept("right", gold) == {first: [said[first].answers[0][:1]]}
+    assert kept(None) == {i: line.answers for i, line in said.items()}
 
 
 def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +167,7 @@ def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monke
             {"teacher_signals": {"source": "cache", "kind": "top_k", "top_k": 4, "draws": 50, "evidence": None}},
             "arms.seqkd.answers: the cache holds the teacher at the data's answers",
         ),
+        ({"answers": None, "answer_filter": "right"}, {}, "answer_filter: it is of the teacher's answers"),
         ({}, {"micro_batch_tokens": 64}, "set micro_batch_tokens to null"),
         ({}, {"teacher_answers": GREEDY | {"samples": 2}}, "greedy answers are all the same"),
     ],
