@@ -14,24 +14,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.shapes import llava
 from components.align_ti.divergence import row_divergence
-from components.cost.shapes import Language, Tower
+from components.align_ti.head import Head
 from components.evaluate.memory import peak_bytes
-from components.models.vlm import VLM
 
 ROWS, VOCABULARY, STUDENT, TEACHER = 729 + 128, 151_936, 896, 1536
 RATIOS = {
     "memory_divergence_vs_full_logits": ("engine, head frozen", "reference, head frozen"),
     "memory_divergence_vs_full_logits_head_trained": ("engine, head trained", "reference, head trained"),
 }
-_NO_TOWER = Tower(hidden=8, layers=2, heads=1, mlp=8, image_px=8, patch_px=8)
-
-
-def model(width: int, vocabulary: int, device: torch.device, seed: int) -> VLM:
-    """Minimal model around an output head."""
-    shape = Language(hidden=width, layers=1, heads=1, kv_heads=1, mlp=8, vocabulary=vocabulary)
-    return VLM(llava(shape, _NO_TOWER, device, torch.float32, seed)).requires_grad_(False)
 
 
 def full(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -48,12 +39,11 @@ def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) ->
 
     student_rows = random(rows, STUDENT).requires_grad_()
     teacher_rows = random(rows, TEACHER)
-    student, teacher = model(STUDENT, vocabulary, device, 1), model(TEACHER, vocabulary, device, 2)
-    head, teacher_head = (vlm.model.get_output_embeddings().weight for vlm in (student, teacher))
+    head, teacher_head = (random(vocabulary, width) * width**-0.5 for width in (STUDENT, TEACHER))
     weights = torch.rand(rows, generator=stream).to(device)
 
     def engine() -> Tensor:  # as in L_iva, which has nearly all rows
-        return row_divergence(teacher_rows, teacher.head, student_rows, student.head, weights=weights)
+        return row_divergence(teacher_rows, Head(teacher_head), student_rows, Head(head), weights=weights)
 
     def reference() -> Tensor:
         with torch.no_grad():
