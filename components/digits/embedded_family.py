@@ -96,8 +96,8 @@ class Family:
     folder: Path
 
 
-def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: RuntimeSettings, log: Log) -> dict[str, Path]:
-    """Build, train and save the family under `folder`/teachers and `folder`/students; returns ROLE/NAME -> folder.
+def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: RuntimeSettings, log: Log) -> None:
+    """Build, train and save the family under `folder`/teachers and `folder`/students.
 
     Deterministic from `settings.embedded.seed`; each model has its own random stream, so that neither a further candidate nor
     training in parallel, in as many processes as there are cores, changes the others.
@@ -114,16 +114,13 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: Run
     read = tower.cpu().state_dict()
     family = Family(settings, runtime, tower.config, read, processor, features, corpus.captions, corpus.turns, folder)
     jobs = [(family, role, name) for role in ("teachers", "students") for name in getattr(shapes, role)]
-    saved: dict[str, Path] = {}
-    for name, path, losses in shared_out(trained, jobs, models_at_once(runtime, device)):
-        saved[name] = path
+    for losses in shared_out(trained, jobs, models_at_once(runtime, device)):
         for loss in losses:
             log(*loss)
-    return saved
 
 
-def trained(family: Family, role: str, name: str) -> tuple[str, Path, list[tuple[str, float, int]]]:
-    """Train and save one member; returns ROLE/NAME, its folder, and its losses as (name, loss, step)."""
+def trained(family: Family, role: str, name: str) -> list[tuple[str, float, int]]:
+    """Train and save one member; returns its losses as (name, loss, step)."""
     shapes, losses = family.settings.embedded, list[tuple[str, float, int]]()
     assert shapes is not None
     device = prepare_torch(family.runtime, shapes.seed)
@@ -140,7 +137,9 @@ def trained(family: Family, role: str, name: str) -> tuple[str, Path, list[tuple
         language.conversations(family.turns, shapes.teacher_instructions)
     else:
         language.captions(family.captions, shapes.student_captions)
-    return f"{role}/{name}", save(model, family.processor, family.folder / role / name), losses
+    for part in (model, family.processor):
+        part.save_pretrained(family.folder / role / name)
+    return losses
 
 
 def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
@@ -176,12 +175,6 @@ def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaPr
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     return model
-
-
-def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: Path) -> Path:
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
 
 
 class Language:

@@ -17,8 +17,8 @@ Log = Callable[[str, float, int], None]  # (name, loss, step)
 LOG_EVERY = 20
 
 
-def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training: Training, name: str, log: Log) -> list[float]:
-    """Minimise `loss_at(step)` over `parameters`; returns the mean loss of every `LOG_EVERY` steps.
+def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training: Training, name: str, log: Log) -> None:
+    """Minimise `loss_at(step)` over `parameters`; `log` gets the mean loss of every `LOG_EVERY` steps.
 
     Weight decay on matrices alone. Raises AlignTIError, naming the step, if the loss is not finite.
     """
@@ -33,7 +33,6 @@ def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training
     warmup = round(training.steps * recipe.warmup_ratio)
     schedule = get_cosine_schedule_with_warmup(optimiser, warmup, training.steps)
     recent: list[float] = []
-    history: list[float] = []
     with trange(1, training.steps + 1, desc=name, unit="step") as bar:
         for step in bar:
             loss = loss_at(step)
@@ -46,11 +45,10 @@ def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training
             if not math.isfinite(recent[-1]):
                 raise AlignTIError(f"{name}: the loss is {recent[-1]} at step {step}; lower its learning_rate")
             if step % LOG_EVERY == 0 or step == training.steps:
-                history.append(sum(recent) / len(recent))
+                mean = sum(recent) / len(recent)
                 recent.clear()
-                bar.set_postfix(loss=f"{history[-1]:.3f}")
-                log(name, history[-1], step)
-    return history
+                bar.set_postfix(loss=f"{mean:.3f}")
+                log(name, mean, step)
 
 
 def epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
