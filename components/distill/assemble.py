@@ -18,7 +18,6 @@ from components.dataset.shards import CAPTION, Samples
 from components.distill import code
 from components.distill.launch import check_came_up
 from components.distill.placement import load_teacher
-from components.distill.replay import Origin
 from components.distill.resample_visual_tokens import ResampledTeacher
 from components.distill.rollouts import Rollouts
 from components.distill.sampler import Sampler
@@ -52,13 +51,13 @@ class Job:
     settings: Settings
     facts: dict[str, Any]  # inputs that determine the student's bytes, for its card and the fingerprint of checkpoints
     start: ModelRecord  # the student before distillation
+    choice: TeacherChoice | None  # None: stage align
     student: Loaded
     module: AlignTI
     samples: Samples
     collator: Collator
     order: Sampler
     accelerator: Accelerator
-    origin: Origin
     rollouts: Rollouts | None
     answers: Answers | None
     evidence: Evidence | None
@@ -137,24 +136,18 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         shared = module.method.shared_vocabulary or student.vocabulary
         rollouts = Rollouts(arm.rollouts, student, collator, samples, order, shared, accelerator)
     accelerator.print(f"distill@{name}: {len(chosen):,} samples of {len(samples):,}; {collator.spelt_out(samples[chosen[0]])}")
-    origin = Origin(
-        arm=name,
-        student={"path": start.path, "sha256": start.sha256},
-        teacher={"path": choice.path, "sha256": choice.sha256} if choice else None,
-        precision=settings.distill.precision,
-    )
     return Job(
         name,
         settings,
         facts,
         start,
+        choice,
         student,
         module,
         samples,
         collator,
         order,
         accelerator,
-        origin,
         rollouts,
         answers,
         evidence,

@@ -48,19 +48,13 @@ class Checkpoints:
     def save(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
         """Save the state at `progress["step"]` and delete older checkpoints. Collective: every rank calls it."""
         final = self.folder / f"step-{progress['step']:08d}"
-        draft = self.folder / f".{final.name}.tmp"
+        with written_by_all(accelerator, final) as draft:
+            accelerator.save_state(str(draft))
+            if accelerator.is_main_process:
+                write_text(draft / "progress.json", json.dumps({**progress, "layout": layout(accelerator)}))
         if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(draft))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_text(draft / "progress.json", json.dumps({**progress, "layout": layout(accelerator)}))
-            older = [path for path in self.folder.glob("step-*") if path != final]
-            shutil.rmtree(final, ignore_errors=True)
-            draft.replace(final)
-            for path in older:
-                shutil.rmtree(path)
+            for older in [path for path in self.folder.glob("step-*") if path != final]:
+                shutil.rmtree(older)
 
     @staticmethod
     def restore(accelerator: Accelerator, path: Path) -> dict[str, Any]:
@@ -79,6 +73,22 @@ class Checkpoints:
         """Delete all checkpoints, after the export."""
         for path in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
             shutil.rmtree(path)
+
+
+@contextmanager
+def written_by_all(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
+    """Draft into which every rank writes; the main process then moves it to `folder`. Collective."""
+    draft = folder.with_name(f".{folder.name}.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    yield draft
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    accelerator.wait_for_everyone()
 
 
 def layout(accelerator: Accelerator) -> str:

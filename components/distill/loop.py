@@ -24,6 +24,7 @@ from components.distill.ddp_module import Replica
 from components.distill.launch import prepare_sharding
 from components.distill.loader import Steps, batches, deaths_explained
 from components.distill.memory import explained
+from components.distill.replay import dump
 from components.distill.trainable import of_terms, parameter_groups, rates
 from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch
@@ -86,10 +87,11 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
             with explained(module, micro_batches, settings):
                 terms, norm, left_out, stopping = _step(job, wrapped, optimiser, micro_batches, weights, stop_signals)
             record = dict(zip(module.method.terms, terms.tolist(), strict=True))
-            if not all(map(math.isfinite, [*record.values(), norm])):
+            values = {**record, "gradient norm": norm}
+            if not all(map(math.isfinite, values.values())):
                 state = {name.removeprefix("method."): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
-                dump = job.origin.dump(step, module, state, micro_batches, {**record, "gradient norm": norm}, accelerator)
-                raise _not_finite(step, record, norm, [id_ for batch, _ in micro_batches for id_ in batch.ids], dump)
+                folder = dump(job, step, state, micro_batches, values)
+                raise _not_finite(step, values, [id_ for batch, _ in micro_batches for id_ in batch.ids], folder)
             schedule.step()
             module.stepped(terms)
             record["total"] = float((weights.cpu() * torch.tensor(list(record.values()))).sum())
@@ -169,10 +171,10 @@ def _tracked(line: dict[str, float], method: Method) -> dict[str, float]:
     return {f"loss/{key}": line[key] for key in losses} | {f"optim/{key}": line[key] for key in others}
 
 
-def _not_finite(step: int, record: dict[str, float], norm: float, ids: list[str], dump: Path) -> AlignTIError:
-    bad = [name for name, value in {**record, "gradient norm": norm}.items() if not math.isfinite(value)]
+def _not_finite(step: int, values: dict[str, float], ids: list[str], dumped: Path) -> AlignTIError:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
     return AlignTIError(
-        f"step {step:,}: {', '.join(bad)} is not finite; `alignti replay {dump}` says which sample's. Lower"
+        f"step {step:,}: {', '.join(bad)} is not finite; `alignti replay {dumped}` says which sample's. Lower"
         f" optimiser.learning_rate in params/distill.yaml, or look at the samples of this batch: {', '.join(ids)}"
     )
 

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from components.align_ti.step import AlignTI, Method, total
 from components.config.names import check_dump
+from components.distill.checkpoint import written_by_all
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError
 from components.io import sha256, write_text
@@ -30,39 +29,27 @@ from components.models.load import load
 from components.models.vlm import VLM
 from components.records.paths import DUMPS
 
+if TYPE_CHECKING:
+    from components.distill.assemble import Job
+
 BESIDE = "image_inputs."
 TENSORS = ("input_ids", "attention_mask", "response", "instruction", "pictures", "pixel_values")
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Paths and hashes of a run's models, which a dump references instead of copying."""
+def dump(
+    job: Job, step: int, state: dict[str, Tensor], batches: list[tuple[Batch, list[int]]], values: dict[str, float]
+) -> Path:
+    """Write `.runs/dumps/ARM-step-N`: micro-batches of every rank, the rest by the main process. Collective.
 
-    arm: str
-    student: dict[str, str]  # path, sha256
-    teacher: dict[str, str] | None  # None: stage align
-    precision: str
+    Models are referenced by path and hash, not copied.
 
-    def dump(
-        self,
-        step: int,
-        module: AlignTI,
-        state: dict[str, Tensor],
-        batches: list[tuple[Batch, list[int]]],
-        record: dict[str, float],
-        accelerator: Accelerator,
-    ) -> Path:
-        """Write `.runs/dumps/ARM-step-N`: micro-batches of every rank, the rest by the main process. Collective.
-
-        Args:
-            state: full state dict of the module before the step.
-        """
-        final = DUMPS / f"{self.arm}-step-{step}"
-        draft = final.with_name(f".{final.name}.tmp")
-        if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+    Args:
+        state: full state dict of the module before the step.
+        values: the step's term means and gradient norm.
+    """
+    accelerator, module, choice = job.accelerator, job.module, job.choice
+    folder = DUMPS / f"{job.name}-step-{step}"
+    with written_by_all(accelerator, folder) as draft:
         for i, (batch, keys) in enumerate(batches):
             name = f"rank-{accelerator.process_index}-batch-{i}"
             held = {key: getattr(batch, key) for key in TENSORS} | {f"{BESIDE}{k}": v for k, v in batch.image_inputs.items()}
@@ -70,11 +57,9 @@ class Origin:
                 {k: v.detach().cpu().contiguous() for k, v in held.items() if v is not None}, draft / f"{name}.safetensors"
             )
             write_text(draft / f"{name}.json", json.dumps({"ids": batch.ids, "image_ids": batch.image_ids, "keys": keys}))
-        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, draft / "student.safetensors")
-            teacher = module.live_teacher
-            live = None
+            teacher, live = module.live_teacher, None
             if isinstance(teacher, FrozenTeacher):
                 live = {
                     "layer": teacher.layer,
@@ -83,18 +68,18 @@ class Origin:
                     "gradient": teacher.gradient,
                 }
             about = {
-                **asdict(self),
+                "arm": job.name,
+                "student": job.start.model_dump(include={"path", "sha256"}),
+                "teacher": choice and choice.model_dump(include={"path", "sha256"}),
+                "precision": job.distill.precision,
                 "step": step,
-                "record": {name: str(value) for name, value in record.items()},
+                "record": {name: str(value) for name, value in values.items()},
                 "method": asdict(module.method),
                 "progress": module.progress,
                 "live_teacher": live,
             }
             write_text(draft / "dump.json", json.dumps(about, indent=2))
-            shutil.rmtree(final, ignore_errors=True)
-            draft.replace(final)
-        accelerator.wait_for_everyone()
-        return final
+    return folder
 
 
 @dataclass(frozen=True)
