@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load
 
 from components.records.dataset import Manifest, Sources
 from components.records.models import ModelIndex, ModelRecord
@@ -21,7 +22,7 @@ START, END = "<!-- everything that decided its weights -->\n```json\n", "\n```\n
 
 
 def model_card(arm: str, facts: dict[str, Any]) -> str:
-    """Model card of `arm`. `facts` are all inputs that determine its weights; `facts_in` parses them from the card.
+    """Model card of `arm`. `facts` are all inputs that determine its weights.
 
     Raises DataError if the data set or the models have no records.
     """
@@ -77,24 +78,15 @@ processor = AutoProcessor.from_pretrained("{(STUDENTS / arm / "model").as_posix(
 {START}{json.dumps(facts, indent=2, sort_keys=True, default=str)}{END}"""
 
 
-def facts_in(card: str) -> dict[str, Any]:
-    """Facts embedded in a card by `model_card`; empty for other cards."""
-    _, found, rest = card.partition(START)
-    facts: dict[str, Any] = json.loads(rest.partition(END)[0]) if found else {}
-    return facts
-
-
 def licence_of(model: ModelRecord) -> str:
     """Licence from the front matter of the checkpoint's README."""
     if model.origin == "embedded":
         return "built here from nothing"
     readme = Path(model.path) / "README.md"
-    parts = readme.read_text(encoding="utf-8").split("---\n", 2) if readme.is_file() else []
     try:
-        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except yaml.YAMLError:
-        front = None
-    stated = front if isinstance(front, dict) else {}
+        stated = (metadata_load(readme) if readme.is_file() else None) or {}
+    except (ValueError, yaml.YAMLError):  # no mapping, or no YAML
+        stated = {}
     named = stated.get("license_name") if stated.get("license") == "other" else None
     return str(named or stated.get("license") or NOT_STATED)
 
