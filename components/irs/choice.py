@@ -80,7 +80,7 @@ def scored(seen: Seen, shared: dict[Rows, Tensor], region: Tensor | None) -> Ite
         nothing = attention.sum(-1) == 0
         attention = torch.where(nothing[..., None], equal[:, None], attention)
         points = None if region is None else pointing(shares(attention), region)
-        yield Scored(weighting, rows, nothing.sum((1, 2)), irs_scores(attention)[1], points)
+        yield Scored(weighting, rows, nothing.sum((1, 2)), irs_scores(attention), points)
 
 
 def others(attention: Tensor) -> Tensor:

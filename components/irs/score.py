@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def irs_scores(attention: Tensor) -> tuple[Tensor, Tensor]:
+def irs_scores(attention: Tensor) -> Tensor:
     """IRS(l) = 1 - E[cos(a_l(x1), a_l(x2))] over pairs of different instructions on one image (docs/method.md, "IRS").
 
     Args:
@@ -15,8 +15,7 @@ def irs_scores(attention: Tensor) -> tuple[Tensor, Tensor]:
             x, averaged over heads and rows. I >= 2.
 
     Returns:
-        scores: (L,), the mean over images.
-        per_image: (L, X), each image's mean over its I (I - 1) / 2 pairs; images are the independent units.
+        (L, X), each image's mean over its I (I - 1) / 2 pairs; images are the independent units.
 
     Raises:
         ValueError: no pair, or an attention map of all zeros.
@@ -30,8 +29,7 @@ def irs_scores(attention: Tensor) -> tuple[Tensor, Tensor]:
     unit = attention / norm
     cosine = unit @ unit.transpose(-1, -2)  # (L, X, I, I)
     first, second = torch.triu_indices(I, I, offset=1)
-    per_image = 1 - cosine[..., first, second].mean(-1)
-    return per_image.mean(1), per_image
+    return 1 - cosine[..., first, second].mean(-1)
 
 
 def pointing(weights: Tensor, region: Tensor) -> Tensor:

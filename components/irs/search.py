@@ -154,7 +154,8 @@ def rank(attention: Tensor) -> Ranking:
     Args:
         attention: (L, X, I, Nv), X >= 2 and I >= 2.
     """
-    scores, per_image = irs_scores(attention.double())
+    per_image = irs_scores(attention.double())
+    scores = per_image.mean(1)
     ranked = scores.argsort(descending=True, stable=True).tolist()
     best, runner_up = ranked[0], ranked[min(1, len(ranked) - 1)]
     errors = [standard_error(layer) for layer in per_image]
