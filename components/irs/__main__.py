@@ -41,10 +41,13 @@ def main() -> None:
 
     from components.dataset.shards import Samples
     from components.irs.choice import choose
+    from components.irs.overlays import curve
     from components.irs.regions import Tiling
     from components.irs.search import TooFewInstructions, attention_maps
+    from components.irs.weighting import keep
     from components.models.load import load
     from components.models.template import Template
+    from components.report.figures import draw
     from components.runtime import prepare_torch
     from components.tracking.stage_run import stage_run
 
@@ -61,7 +64,7 @@ def main() -> None:
             return
         tiling = Tiling.of(loaded.processor)
         choice, backgrounds = choose(seen, tiling, settings.irs)
-        _keep(backgrounds)
+        keep(backgrounds)
         choice.write(IRS / "layer.json")
         run.dataset("train", samples.manifest.digest)
         run.tag("teacher", teacher.name)
@@ -70,7 +73,10 @@ def main() -> None:
             run.metrics({name: value for name, value in named.items() if name != "layer"}, step=int(point["layer"]))
         run.metrics({"layer": choice.layer, "separated": choice.separated, "picked_layer": choice.picked.layer})
         run.tag("picked", choice.picked.described)
-        for path in [*_curve(choice), *_overlays(tiling, seen, backgrounds, choice.picked, settings.irs.overlays)]:
+        write_text(FOLDER / "curve.json", json.dumps(points(choice), indent=2) + "\n")
+        write_bytes(FOLDER / "curve.png", draw(curve, choice))
+        overlays = _overlays(tiling, seen, backgrounds, choice.picked, settings.irs.overlays)
+        for path in (FOLDER / "curve.json", FOLDER / "curve.png", *overlays):
             run.artifact(path)
     print(closing_line(choice, settings.irs.images))
 
@@ -137,25 +143,6 @@ def _picked(choice: LayerChoice) -> str:
         if background.rows == picked.rows and (sinks := background.sinks[picked.layer]):
             parts.append(f"{background.on_sinks[picked.layer]:.0%} of its attention on {len(sinks)} sink(s) whatever is asked")
     return ", ".join(parts)
-
-
-def _keep(backgrounds: dict[Rows, Tensor]) -> None:
-    from safetensors.torch import save
-
-    from components.irs.weighting import BACKGROUND
-
-    BACKGROUND.unlink(missing_ok=True)
-    if backgrounds:
-        write_bytes(BACKGROUND, save({rows: found.contiguous() for rows, found in backgrounds.items()}))
-
-
-def _curve(choice: LayerChoice) -> list[Path]:
-    from components.irs.overlays import curve
-    from components.report.figures import draw
-
-    write_text(FOLDER / "curve.json", json.dumps(points(choice), indent=2) + "\n")
-    write_bytes(FOLDER / "curve.png", draw(curve, choice))
-    return [FOLDER / "curve.json", FOLDER / "curve.png"]
 
 
 def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picked: Picked, count: int) -> list[Path]:

@@ -7,10 +7,11 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from components.errors import DataError
+from components.io import write_bytes
 from components.records.irs import LayerChoice, Rows
 from components.records.paths import IRS
 
@@ -58,3 +59,10 @@ def weighting(iva: Iva, choice: LayerChoice | None, depth: int = 1, seed: int = 
     if not BACKGROUND.is_file():
         raise DataError(f"{BACKGROUND} is missing; `dvc repro search_layer` makes it")
     return Weighting(picked.layer, picked.rows, load_file(BACKGROUND)[picked.rows][picked.layer])
+
+
+def keep(backgrounds: dict[Rows, Tensor]) -> None:
+    """Write the backgrounds (L, Nv) of the layer search, if there are any."""
+    BACKGROUND.unlink(missing_ok=True)
+    if backgrounds:
+        write_bytes(BACKGROUND, save({rows: found.contiguous() for rows, found in backgrounds.items()}))
