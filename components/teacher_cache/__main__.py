@@ -24,8 +24,6 @@ from components.records.teacher_cache import EvidenceKept, SignalCache, SignalFa
 from components.tracking.resumable import resumable
 
 if TYPE_CHECKING:
-    import torch
-
     from components.dataset.shards import Samples
     from components.models.load import Loaded
 
@@ -65,32 +63,25 @@ def make(settings: Settings) -> SignalManifest:
         DataError: no instruction to distil on, or two samples with the same id and text.
         TryAgainError: another process holds the lock.
     """
-    from components.runtime import prepare_torch
-    from components.teacher_cache.store import facts
-
-    device = prepare_torch(settings.runtime, 0, settings.distill.precision)
-    wanted = facts(settings)
-    with resumable(SIGNALS, wanted, "components.teacher_cache.__main__") as draft:
-        return _fill(draft, settings, wanted, device)
-
-
-def _fill(folder: Path, settings: Settings, wanted: SignalFacts, device: torch.device) -> SignalManifest:
-    """Write shards, evidence files and manifest into `folder`."""
     import torch
 
     from components.dataset.shards import Samples
     from components.models.load import load
+    from components.runtime import prepare_torch
+    from components.teacher_cache.store import facts
 
-    precision = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
-    teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
-    records = ModelIndex.read(MODELS / "index.json").students
-    students = {name: load(Path(record.path), device) for name, record in sorted(records.items())}
-    samples, asked = Samples(DATASET, "train", ROWS), settings.distill.teacher_signals
-    manifest = SignalManifest(
-        cache=_signals(folder, settings, wanted, teacher, students, samples) if asked.source == "cache" else None,
-        evidence=_evidence(folder, settings, wanted, teacher, students, samples) if asked.evidence else None,
-    )
-    manifest.write(folder / "manifest.json")
+    device, asked = prepare_torch(settings.runtime, 0, settings.distill.precision), settings.distill.teacher_signals
+    wanted = facts(settings)
+    with resumable(SIGNALS, wanted, "components.teacher_cache.__main__") as draft:
+        precision = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
+        teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
+        records = ModelIndex.read(MODELS / "index.json").students
+        students = {name: load(Path(record.path), device) for name, record in sorted(records.items())}
+        given = (draft, settings, wanted, teacher, students, Samples(DATASET, "train", ROWS))
+        manifest = SignalManifest(
+            cache=_signals(*given) if asked.source == "cache" else None, evidence=_evidence(*given) if asked.evidence else None
+        )
+        manifest.write(draft / "manifest.json")
     return manifest
 
 
