@@ -17,14 +17,11 @@ from components.align_ti.head import CHUNK_MIB, Head, at_least_float32, row_loss
 
 @dataclass(frozen=True)
 class Divergence:
-    """Keyword arguments of `divergence`, as a callable."""
+    """Keyword arguments of `divergence`."""
 
     kind: str = "forward"
     mix: float = 0.5
     temperature: float = 1.0
-
-    def __call__(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        return divergence(teacher_logits, student_logits, self.kind, self.mix, self.temperature)
 
 
 def divergence(
