@@ -118,26 +118,21 @@ def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()
     if sample is None:
         raise InputError(f"params/recipes/{name}.yaml: about.sample is missing, the tokens of a mean sample")
     members = settings.models.members
-    student = _shape(members.students[arm.student], name, settings, root)
-    teacher = max((_shape(entry, name, settings, root) for entry in members.teachers.values()), key=lambda model: model.weights)
+    student = _model(members.students[arm.student], name, settings, root)
+    teacher = max((_model(entry, name, settings, root) for entry in members.teachers.values()), key=lambda model: model.weights)
     work, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
     if arm.tpa is not None and arm.tpa.source == "gold":  # gold alternatives add no rows
         work = replace(work, ribbon=0)
     return settings.distill.batch_size / len(work.lengths) * step.operations(student, teacher, work, plan).all
 
 
-def _shape(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings: Settings, root: Path) -> Model:
-    """`_model`, and the shape of embedded models, with the vocabulary of the digits."""
-    if not isinstance(entry, LanguageShape):
-        return _model(entry, name, settings, root)
-    assert settings.models.embedded is not None and settings.data.digits is not None  # this family learns the digits
-    tower, image_px = settings.models.embedded.tower, settings.data.digits.grid * settings.data.digits.cell_px
-    language = shapes.Language(**entry.model_dump(), vocabulary=DIGITS_WORDS)
-    return shapes.llava(shapes.Tower(**tower.model_dump(exclude={"cell_px"}), image_px=image_px), language)
-
-
-def _model(entry: Checkpoint | Parts | Cut, name: str, settings: Settings, root: Path) -> Model:
+def _model(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings: Settings, root: Path) -> Model:
     """Shape of one entry of params/models.yaml. A folder's own config.json takes precedence over the table in `shapes`."""
+    if isinstance(entry, LanguageShape):
+        assert settings.models.embedded is not None and settings.data.digits is not None  # this family learns the digits
+        own, image_px = settings.models.embedded.tower, settings.data.digits.grid * settings.data.digits.cell_px
+        seen_by = shapes.Tower(**own.model_dump(exclude={"cell_px"}), image_px=image_px)
+        return shapes.llava(seen_by, shapes.Language(**entry.model_dump(), vocabulary=DIGITS_WORDS))
     if isinstance(entry, Cut):
         assert settings.models.pretrained is not None
         whole = _model(settings.models.pretrained.teachers[entry.teacher], name, settings, root)
