@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import measure, table
-from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, PAD, SIZES, Batch, Size
+from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, SIZES, Batch, Sample, Size, collated, handed
 from benchmarks.step import KD_ONLY, NO_TRL, Bench
 from components.align_ti.step import AlignTI, total
 from components.cost.shapes import Language, Tower
@@ -49,16 +48,6 @@ RATIOS = {  # samples per second of the second arm over the first
 }
 
 
-@dataclass(frozen=True)
-class Sample:
-    prompt: Tensor
-    answer: Tensor  # ends in EOS
-    pixels: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
-
-
 def samples(size: Size, count: int, seed: int = 0) -> list[Sample]:
     """Random samples of KINDS in their shares."""
     draw, stream = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -72,40 +61,6 @@ def samples(size: Size, count: int, seed: int = 0) -> list[Sample]:
         answer = torch.cat([words[asked:-1], torch.tensor([EOS])])
         made.append(Sample(torch.cat([words[:1], image, words[1:asked]]), answer, pixels))
     return made
-
-
-def pixels_of(some: list[Sample]) -> Tensor | None:
-    shown = [sample.pixels for sample in some if sample.pixels is not None]
-    return torch.stack(shown) if shown else None
-
-
-def collated(some: list[Sample]) -> Batch:
-    """Batch with right padding."""
-    ids = pad_sequence([torch.cat([s.prompt, s.answer]) for s in some], batch_first=True, padding_value=PAD)
-    column = torch.arange(ids.shape[1])
-    asked, whole = (torch.tensor(lengths)[:, None] for lengths in ([len(s.prompt) for s in some], [len(s) for s in some]))
-    visual = ids == IMAGE
-    return Batch(
-        input_ids=ids,
-        attention_mask=(column < whole).long(),
-        response=(column >= asked) & (column < whole),
-        instruction=(column < asked) & ~visual & visual.any(1, keepdim=True),
-        pictures=visual.long(),
-        pixel_values=pixels_of(some),
-    )
-
-
-def handed(some: list[Sample], tokens: int, device: torch.device) -> dict[str, Any]:
-    """Inputs of a pass as TRL's collator makes them: prompts left-padded, answers right-padded; `tokens` of the whole step."""
-    prompts, answers = [s.prompt for s in some], [s.answer for s in some]
-    left = pad_sequence([prompt.flip(0) for prompt in prompts], batch_first=True, padding_value=PAD).flip(1)
-    right = pad_sequence(answers, batch_first=True, padding_value=PAD)
-    inputs = {"prompt_ids": left, "completion_ids": right, "num_items_in_batch": torch.tensor(tokens)}
-    inputs["prompt_mask"] = (left != PAD).long()
-    inputs["completion_mask"] = (right != PAD).long()
-    if (pixels := pixels_of(some)) is not None:
-        inputs["pixel_values"] = pixels
-    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def ours(bench: Bench, passes: list[list[Sample]]) -> Callable[[], float]:

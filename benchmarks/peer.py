@@ -11,11 +11,9 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks.measure import Work
 from benchmarks.reference import twin
-from benchmarks.shapes import EOS, PAD
+from benchmarks.shapes import EOS, PAD, handed, samples
 
 if TYPE_CHECKING:
     from benchmarks.step import Bench
@@ -26,7 +24,7 @@ TOLERANCE = 1e-4
 def arm(bench: Bench) -> Work:
     """The step to time. Raises ImportError without TRL, ValueError if TRL refuses the pair or computes another loss."""
     student, peer_trainer = bench.student.model, trainer(bench)
-    inputs = _inputs(bench)
+    inputs = handed(samples(bench.size), int(bench.batch.response.sum()), bench.device)
     theirs = float(peer_trainer.compute_loss(student, inputs).detach())
     ours, _ = bench.gradients(bench.engine("kd_only"))
     if abs(ours - theirs) > TOLERANCE * abs(ours):
@@ -75,16 +73,3 @@ def trainer(bench: Bench) -> Any:
     )
     made.current_gradient_accumulation_steps = 1
     return made
-
-
-def _inputs(bench: Bench) -> dict[str, torch.Tensor]:
-    batch, prompt = bench.batch, bench.size.prompt
-    assert batch.pixel_values is not None
-    return {
-        "prompt_ids": batch.input_ids[:, :prompt],
-        "prompt_mask": batch.attention_mask[:, :prompt],
-        "completion_ids": batch.input_ids[:, prompt:],
-        "completion_mask": batch.attention_mask[:, prompt:],
-        "num_items_in_batch": batch.response.sum(),
-        "pixel_values": batch.pixel_values,
-    }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from components.cost.shapes import LANGUAGE_MODELS, SIGLIP, Language, Tower
@@ -180,23 +181,62 @@ def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.d
     return model
 
 
-def batch(size: Size, device: torch.device) -> Batch:
-    """Samples of one image, one instruction and one response that ends in EOS; prompts are of one length."""
+@dataclass(frozen=True)
+class Sample:
+    prompt: Tensor
+    answer: Tensor  # ends in EOS
+    pixels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def samples(size: Size) -> list[Sample]:
+    """Samples of one image, one instruction and one response; prompts are of one length."""
     stream = torch.Generator().manual_seed(0)
-    B, P, T = size.batch, size.prompt, size.prompt + size.response
-    lengths = P + torch.linspace(size.response, (size.response + 1) // 2, B).round().long()[:, None]
-    column = torch.arange(T)[None, :].expand(B, T)
-    ids = torch.randint(FIRST_WORD, size.student.vocabulary, (B, T), generator=stream)
-    visual = (column >= 1) & (column <= size.tower.tokens)
-    ids = ids.masked_fill(visual, IMAGE).masked_fill(column == lengths - 1, EOS).masked_fill(column >= lengths, PAD)
+    B, P, px = size.batch, size.prompt, size.tower.image_px
+    ids = torch.randint(FIRST_WORD, size.student.vocabulary, (B, P + size.response), generator=stream)
+    ids[:, 1 : 1 + size.tower.tokens] = IMAGE
+    lengths = P + torch.linspace(size.response, (size.response + 1) // 2, B).round().long()
+    ids[torch.arange(B), lengths - 1] = EOS
+    pixels = torch.randn(B, 3, px, px, generator=stream)
+    return [Sample(row[:P], row[P:length], image) for row, length, image in zip(ids, lengths, pixels, strict=True)]
+
+
+def collated(some: list[Sample]) -> Batch:
+    """Batch with right padding."""
+    ids = pad_sequence([torch.cat([s.prompt, s.answer]) for s in some], batch_first=True, padding_value=PAD)
+    column = torch.arange(ids.shape[1])
+    asked, whole = (torch.tensor(lengths)[:, None] for lengths in ([len(s.prompt) for s in some], [len(s) for s in some]))
+    visual = ids == IMAGE
     return Batch(
         input_ids=ids,
-        attention_mask=(column < lengths).long(),
-        response=(column >= P) & (column < lengths),
-        instruction=(column > size.tower.tokens) & (column < P),
+        attention_mask=(column < whole).long(),
+        response=(column >= asked) & (column < whole),
+        instruction=(column < asked) & ~visual & (visual.cumsum(1) > 0),
         pictures=visual.long(),
-        pixel_values=torch.randn(B, 3, size.tower.image_px, size.tower.image_px, generator=stream),
-    ).to(device)
+        pixel_values=_pixels(some),
+    )
+
+
+def handed(some: list[Sample], tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of a pass as TRL's collator makes them: prompts left-padded, answers right-padded; `tokens` of the whole step."""
+    prompts = pad_sequence([s.prompt for s in some], batch_first=True, padding_value=PAD, padding_side="left")
+    answers = pad_sequence([s.answer for s in some], batch_first=True, padding_value=PAD)
+    inputs = {"prompt_ids": prompts, "completion_ids": answers, "num_items_in_batch": torch.tensor(tokens)}
+    inputs |= {"prompt_mask": (prompts != PAD).long(), "completion_mask": (answers != PAD).long()}
+    if (pixels := _pixels(some)) is not None:
+        inputs["pixel_values"] = pixels
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def _pixels(some: list[Sample]) -> Tensor | None:
+    shown = [sample.pixels for sample in some if sample.pixels is not None]
+    return torch.stack(shown) if shown else None
+
+
+def batch(size: Size, device: torch.device) -> Batch:
+    return collated(samples(size)).to(device)
 
 
 def script(batch: Batch, distinct: float, vocabulary: int) -> Tensor:
