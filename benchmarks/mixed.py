@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure, table
+from benchmarks import measure, peer, table
 from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, SIZES, Batch, Sample, Size, collated, handed
-from benchmarks.step import KD_ONLY, NO_TRL, Bench
+from benchmarks.step import KD_ONLY, Bench
 from components.align_ti.step import AlignTI, total
 from components.cost.shapes import Language, Tower
 from components.distill.sampler import shared_out, shared_out_by_length
@@ -78,8 +78,6 @@ def ours(bench: Bench, passes: list[list[Sample]]) -> Callable[[], float]:
 
 def trl(bench: Bench, passes: list[list[Sample]], tokens: int) -> Callable[[], float]:
     """The same by TRL's trainer. Raises ImportError without TRL."""
-    from benchmarks import peer
-
     student = bench.student.model
     trainer = peer.trainer(bench)
     batches = [handed(some, tokens, bench.device) for some in passes]
@@ -105,7 +103,7 @@ def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | Non
     try:
         ways["trl"] = [trl(bench, s, sum(len(one.answer) for some in s for one in some)) for s in passes["equal"]]
     except ImportError as error:
-        missing["trl"] = f"{NO_TRL} ({error})"
+        missing["trl"] = str(error)
     found = {name: [gradients() for gradients in made] for name, made in ways.items()}
     bench.optimiser.zero_grad()
     for name, losses in found.items():

@@ -40,7 +40,10 @@ def arm(bench: Bench) -> Work:
 def trainer(bench: Bench) -> Any:
     """TRL's trainer, with batches passed on as they are. Raises ImportError without TRL, ValueError if it refuses the pair."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    import trl
+    try:
+        import trl
+    except ImportError as error:
+        raise ImportError(f"pip install trl==1.16.0 ({error})") from error
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

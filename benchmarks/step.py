@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import divergence, flops, measure, reference, table
+from benchmarks import divergence, flops, measure, peer, reference, table
 from benchmarks.shapes import DRAWS, EOS, ROWS, SIZES, START, TRAINED, WORST, Size, batch, llava, script
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
@@ -56,7 +56,6 @@ MEMORY_RATIOS = {
     "memory_align_ti_worst_vs_kd": ("align_ti_worst", "kd"),
     "memory_align_ti_vs_reference": ("align_ti", "reference"),
 }
-NO_TRL = "pip install trl==1.16.0"
 
 
 class Scripted(AlignTI):
@@ -185,12 +184,8 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
         missing["reference"] = f"out of memory: {str(error).splitlines()[0]}"
     arms: dict[str, measure.Work] = {arm: partial(bench.optimise, loss) for arm, loss in losses.items()}
     try:
-        from benchmarks import peer
-
         arms["trl"] = peer.arm(bench)
-    except ImportError as error:
-        missing["trl"] = f"{NO_TRL} ({error})"
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         missing["trl"] = str(error)
 
     bench.optimise(losses["kd"])  # creates the optimiser's state before memory is measured
