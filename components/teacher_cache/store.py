@@ -70,16 +70,11 @@ def facts(settings: Settings) -> SignalFacts:
     )
 
 
-def key(id_: str, tokens: Tensor) -> int:
-    """64-bit hash of a sample's id and tokens; changes with text, template or tokenizer."""
-    content = id_.encode() + b"\0" + tokens.to(torch.int64).cpu().numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-
-
 def keys(batch: Batch) -> list[int]:
-    lengths = batch.attention_mask.sum(1).tolist()
-    tokens = batch.input_ids.cpu()
-    return [key(id_, row[:length]) for id_, row, length in zip(batch.ids, tokens, lengths, strict=True)]
+    """64-bit hashes of each sample's id and tokens; they change with text, template or tokenizer."""
+    rows = zip(batch.ids, batch.input_ids.to("cpu", torch.int64), batch.attention_mask.sum(1).tolist(), strict=True)
+    contents = [id_.encode() + b"\0" + tokens[:length].numpy().tobytes() for id_, tokens, length in rows]
+    return [int.from_bytes(hashlib.blake2b(each, digest_size=8).digest(), "little", signed=True) for each in contents]
 
 
 class Signals:
