@@ -177,19 +177,16 @@ def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaPr
     return model
 
 
+@dataclass
 class Language:
     """Training of projector and language model on precomputed features of the frozen tower."""
 
-    def __init__(
-        self,
-        model: LlavaForConditionalGeneration,
-        seen: Tensor,
-        collator: Collator,
-        generator: torch.Generator,
-        name: str,
-        log: Log,
-    ) -> None:
-        self.model, self.seen, self.collator, self.generator, self.name, self.log = model, seen, collator, generator, name, log
+    model: LlavaForConditionalGeneration
+    seen: Tensor  # (N, Nv, d) features of the training images
+    collator: Collator
+    generator: torch.Generator
+    name: str
+    log: Log
 
     def captions(self, captions: list[list[Sample]], training: Training) -> None:
         """Train on one random caption per image and step."""
