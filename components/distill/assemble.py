@@ -96,7 +96,6 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         check_images(student)
         module = AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, student.vocabulary))
     elif settings.uses_cache(arm):
-        facts |= _searched(arm, layers)
         module = _cached(arm, settings, student, collator, samples)
         facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
     else:
@@ -115,7 +114,6 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         weighed = weighting(arm.iva, layers, teacher.layers, arm.seed)
         own = teacher.processor if sides is not None else None
         collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=weighed.rows)
-        facts |= _searched(arm, layers)
         module = _live(arm, settings.distill, student, teacher, weighed, collator, sides)
     chosen, answers = trained_on(samples.kinds, settings.distill), None
     if arm.answers is not None:
@@ -190,6 +188,10 @@ def _facts(
     }
     if samples.sources is not None:
         facts["weights"] = {name: source.weight for name, source in samples.sources.items()}
+    assert arm.iva is not None  # filled in by Settings.arm
+    if layers is not None and arm.iva.weighting == "searched" and "iva" in arm.needs:
+        picked = layers.picked.model_dump(include={"rule", "layer", "weighting", "rows"})
+        facts["searched"] = picked | {"background": weighting(arm.iva, layers).digest}
     return facts
 
 
@@ -237,15 +239,6 @@ def _live(
     shares_tower = sides is None and not distill.trainable.vision_tower and same_tower(pupil, master)
     frozen = FrozenTeacher(master, weighed.layer, shares_tower, weighed.background, weighed.gradient)
     return AlignTI(pupil, frozen if sides is None else ResampledTeacher(frozen, *sides), method)
-
-
-def _searched(arm: Arm, layers: LayerChoice | None) -> dict[str, Any]:
-    """Facts about weights selected by the layer search; empty for other weightings."""
-    assert arm.iva is not None  # filled in by Settings.arm
-    if layers is None or arm.iva.weighting != "searched" or "iva" not in arm.needs:
-        return {}
-    picked = layers.picked.model_dump(include={"rule", "layer", "weighting", "rows"})
-    return {"searched": picked | {"background": weighting(arm.iva, layers).digest}}
 
 
 def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator, samples: Samples) -> AlignTI:
