@@ -34,7 +34,8 @@ LAYERS = {"0.": "linear_1.", "2.": "linear_2."}  # projector layers; 1 is the GE
 
 
 def is_tinyllava(path: Path) -> bool:
-    return _config(path).get("model_type") == TYPE
+    """Whether a folder from `locate`, which checks its files, is a TinyLLaVA checkpoint."""
+    return parsed(path / "config.json").get("model_type") == TYPE
 
 
 def convert(source: Path, system: str, target: Path) -> Path:
@@ -44,7 +45,7 @@ def convert(source: Path, system: str, target: Path) -> Path:
     """
     from transformers import SiglipImageProcessorPil
 
-    config, weights = _config(source), _weights(source)
+    config, weights = parsed(source / "config.json"), _weights(source)
     if config.get("connector_type") != "mlp2x_gelu" or config.get("image_aspect_ratio", "square") != "square":
         raise ModelError(
             f"{source}: of TinyLLaVA's models those with connector_type mlp2x_gelu and image_aspect_ratio square are read, not"
@@ -67,11 +68,6 @@ def convert(source: Path, system: str, target: Path) -> Path:
         llava.save_pretrained(draft)
         processor.save_pretrained(draft)
     return target
-
-
-def _config(path: Path) -> dict[str, Any]:
-    weight_files(path)
-    return parsed(path / "config.json")
 
 
 def _weights(path: Path) -> dict[str, dict[str, Tensor]]:
