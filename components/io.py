@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from components.errors import of_disk
 
@@ -19,17 +21,36 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write through a temporary neighbour and a rename, so that a crash leaves the old file."""
+    """Write the file whole; a crash leaves the old one."""
+    with _whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Temporary neighbour that is renamed to `path` if the block succeeds, so that a crash leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = (), delimiter: str = ",") -> Path:
+    """CSV with the header `columns`, then other keys as they occur; what a row lacks, and None, is an empty cell."""
+    names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
+    with _whole_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        table = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        text.detach()  # flushes; garbage collection would close the file
+    return path
 
 
 @contextmanager

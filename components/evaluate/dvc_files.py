@@ -6,15 +6,11 @@ each arm's gain over each baseline. `dvc plots diff` draws the two tables.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from components.evaluate.load_results import Losses
-from components.io import write_text
+from components.io import write_table, write_text
 from components.records.compare import Comparison
 from components.records.paths import REPORTS
 
@@ -25,17 +21,21 @@ NOT_LOSSES = ("step", "lr", "grad_norm")
 def write(comparison: Comparison | None, losses: Losses) -> list[Path]:
     """Write all three files, without rows for a run without a teacher (None); returns their paths."""
     results = comparison.results if comparison else {}
-    scores = [(arm, *(round(share, 5) for share in (result.exact_match, *result.ci95))) for arm, result in results.items()]
+    shares = {arm: (result.exact_match, *result.ci95) for arm, result in results.items()}
+    scores = [
+        {"arm": arm, "exact_match": round(share, 5), "low": round(low, 5), "high": round(high, 5)}
+        for arm, (share, low, high) in shares.items()
+    ]
     steps = [
-        (arm, int(row["step"]), term, value)
+        {"arm": arm, "step": int(row["step"]), "term": term, "loss": value}
         for arm, rows in losses.items()
         for row in rows
         for term, value in row.items()
         if term not in NOT_LOSSES and value  # a term that an arm does not train is logged as 0
     ]
     write_text(METRICS, json.dumps(metrics(comparison) if comparison else {}, indent=2) + "\n")
-    _write_table(SCORES_TABLE, ("arm", "exact_match", "low", "high"), scores)
-    _write_table(LOSSES_TABLE, ("arm", "step", "term", "loss"), steps)
+    write_table(SCORES_TABLE, scores, ("arm", "exact_match", "low", "high"))
+    write_table(LOSSES_TABLE, steps, ("arm", "step", "term", "loss"))
     return [METRICS, SCORES_TABLE, LOSSES_TABLE]
 
 
@@ -45,9 +45,3 @@ def metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
     for arm, result in comparison.arms.items():
         figures[arm] |= {f"gain_over_{base}": round(gain.difference, 5) for base, gain in result.gains.items()}
     return figures
-
-
-def _write_table(path: Path, names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([names, *rows])
-    write_text(path, text.getvalue())

@@ -8,19 +8,19 @@ measurement.
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Mapping
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
+from typing import Any
 
 from components.config.study import Arm
 from components.errors import DataError
 from components.evaluate.benchmarks import BENCHMARKS, PAPER
 from components.evaluate.speed import SPEED, Speed, SpeedReport
 from components.evaluate.statistics import noise_unpaired
-from components.io import write_text
+from components.io import write_table, write_text
 from components.records.compare import Comparison
 from components.records.models import ModelIndex
 from components.records.paths import REPORTS, TEACHER_ARM
@@ -243,17 +243,13 @@ def markdown(board: Leaderboard) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def spreadsheet(board: Leaderboard) -> str:
-    """Every row as CSV, unrounded; a missing measurement is an empty cell."""
+def spreadsheet(board: Leaderboard) -> list[dict[str, Any]]:
+    """Every row of the CSV, unrounded."""
     rows = []
     for row in board.rows:
         low, high = row.own_ci95 or (None, None)
         rows.append({**row.model_dump(exclude={"scores", "own_ci95"}), "own_low": low, "own_high": high, **row.scores})
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+    return rows
 
 
 def page(board: Leaderboard) -> str:
@@ -264,15 +260,10 @@ def page(board: Leaderboard) -> str:
 
 def write(board: Leaderboard) -> list[Path]:
     """Write reports/leaderboard.{md,csv,html,json}; returns their paths."""
-    texts = {
-        "md": markdown(board),
-        "csv": spreadsheet(board),
-        "html": page(board),
-        "json": board.model_dump_json(indent=2) + "\n",
-    }
-    for kind, text in texts.items():
-        write_text(REPORTS / f"leaderboard.{kind}", text)
-    return [REPORTS / f"leaderboard.{kind}" for kind in texts]
+    md, sheet, html, json = (REPORTS / f"leaderboard.{kind}" for kind in ("md", "csv", "html", "json"))
+    write_text(md, markdown(board))
+    write_text(html, page(board))
+    return [md, write_table(sheet, spreadsheet(board)), html, board.write(json)]
 
 
 def read_speed() -> SpeedReport | None:

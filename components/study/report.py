@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from components.io import write_bytes, write_text
+from components.io import write_bytes, write_table, write_text
 from components.records.paths import REPORTS
 from components.report import markdown as md
 from components.report.figures import draw
@@ -38,7 +36,7 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
     html = page.render(result=result, about=about, standing=standing(result), tables=tables, pictures=shown)
     folder = FOLDER / result.study
     write_text(folder / "compare.md", _markdown(result, about, tables, pictures))
-    write_text(folder / "compare.csv", _csv(result))
+    _write_runs(folder / "compare.csv", result)
     write_text(folder / "compare.html", html)
     for name in PICTURES:
         if name in pictures:
@@ -126,16 +124,12 @@ def _markdown(result: StudyResult, about: str, tables: Sequence[Table], pictures
     return "\n\n".join([*parts, *(f"![{Path(picture).stem}]({picture})" for picture in pictures)]) + "\n"
 
 
-def _csv(result: StudyResult) -> str:
-    """CSV with one line per run: its varied parameters and its metrics."""
+def _write_runs(path: Path, result: StudyResult) -> None:
+    """Write the CSV with one line per run: its varied parameters and its metrics."""
     rows = [{"run_id": run.id, "cell": run.cell, "variant": run.variant, **run.params, **run.metrics} for run in result.runs]
     params = dict.fromkeys(name for run in result.runs for name in run.params)
     metrics = sorted({name for run in result.runs for name in run.metrics})
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, ["run_id", "cell", "variant", *params, *metrics], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    write_table(path, rows, ["run_id", "cell", "variant", *params, *metrics])
 
 
 def _interval(estimate: Estimate) -> str:

@@ -9,11 +9,10 @@ Written by the kit's run, not by `prepare`: a TSV is a base64 copy of every imag
 from __future__ import annotations
 
 import base64
-import csv
 import string
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from components.dataset.shards import Sample
 from components.evaluate.metrics import normalise
+from components.io import write_table
 from components.models.template import IMAGE, with_marks
 
 Form = Literal["mcq", "yes_no", "vqa"]
@@ -93,8 +93,7 @@ def write(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int, tur
         rows = [_row(row, samples[row]) | {"answer": samples[row].turns[0].answer} for row in kit_set.rows]
     if kit_set.form == "yes_no":  # `Yes` and `No`, as in the kit
         rows = [row | {"answer": normalise(str(row["answer"])).capitalize()} for row in rows]
-    write_table(path, rows)
-    return path
+    return write_table(path, rows, delimiter="\t")
 
 
 def _ordered(rows: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[int, list[str]]:
@@ -120,12 +119,3 @@ def _row(index: int, sample: Sample) -> dict[str, object]:
     images = [base64.b64encode(image).decode() for image in sample.upto(1).images]
     image = images[0] if len(images) == 1 else repr(images)  # list format of the kit
     return {"index": index, "image": image, "question": with_marks(sample.turns[0].question), "category": sample.kind}
-
-
-def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n", restval="")
-        table.writeheader()
-        table.writerows(rows)

@@ -38,7 +38,7 @@ from components.evaluate.kits.scores import Measured
 from components.evaluate.kits.serve import last_words
 from components.evaluate.kits.vlmeval_worker import JUDGE, MODEL, NOTHING, REFUSED
 from components.evaluate.metrics import normalise
-from components.io import write_text
+from components.io import write_table, write_text
 
 FULL = "ALIGNTI_VLMEVAL_PYTHON"  # environment variable with the full kit's interpreter
 DATA = "LMUData"  # environment variable with the kit's folder of benchmark files
@@ -234,7 +234,7 @@ def _files(tasks: Sequence[str], data: Path, blank: bool) -> Job:
             # The kit requires a category and compares answers with `Yes` and `No`, case-sensitive.
             lines = [{"category": "all", **line, "answer": normalise(line["answer"]).capitalize()} for line in table(file)]
             sets[f"{file.stem}_POPE"] = form
-            export.write_table(data / f"{file.stem}_POPE.tsv", lines)
+            write_table(data / f"{file.stem}_POPE.tsv", lines, delimiter="\t")
         else:
             sets[file.stem] = form
             shutil.copyfile(file, data / f"{file.stem}.tsv")
