@@ -18,7 +18,6 @@ from components.errors import DataError, InputError
 from components.evaluate.journal import Journal
 from components.evaluate.kits.scores import Measured
 from components.io import write_text
-from components.models.checkpoint_folder import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +45,7 @@ def evaluate(
     title: str = "lm-eval",
     system: str = "",
 ) -> Measured:
-    """Score the checkpoint folder `model`; figures are named `task/metric`.
+    """Score the complete checkpoint folder `model` with the installed lm-eval; figures are named `task/metric`.
 
     Args:
         tasks: tasks of params/lm_eval/; no network is needed.
@@ -55,11 +54,9 @@ def evaluate(
         journal: earlier answers of this model with these settings; new ones are appended.
 
     Raises:
-        InputError: no lm-eval, or no such stock task.
-        ModelError, DataError: `model` is no complete checkpoint; a data folder is missing; a task failed.
+        InputError: no such stock task.
+        DataError: a data folder is missing; a task failed.
     """
-    installed()
-    weight_files(model)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -15,7 +15,7 @@ import torch
 
 from components.config.settings import Settings
 from components.dataset.shards import Samples
-from components.errors import DataError, InputError
+from components.errors import DataError, InputError, unknown
 from components.evaluate import fingerprint, metrics
 from components.evaluate.__main__ import model_of
 from components.evaluate.generate import questions
@@ -75,7 +75,6 @@ def measure(bench: Bench, kit: str, arm: str) -> KitScores:
         TryAgainError: the kit or the server failed, or another process measures the same arm. Answers so far are kept.
     """
     model = folder_of(arm)
-    weight_files(model)
     if kit == "own":
         return _own(arm, model)
     started = time.monotonic()
@@ -97,20 +96,21 @@ def is_current(bench: Bench, found: KitScores) -> bool:
 
 
 def folder_of(arm: str) -> Path:
-    """Checkpoint folder of an arm or `before-NAME`. Raises InputError if there is no student NAME."""
-    if not arm.startswith(BEFORE):
-        return model_of(arm)
-    students = ModelIndex.read(MODELS / "index.json").students
-    name = arm.removeprefix(BEFORE)
-    if name not in students:
-        raise InputError(f"there is no student {name!r}; there are {', '.join(students)}")
-    return Path(students[name].path)
+    """Checkpoint folder of an arm or `before-NAME`. Raises InputError if there is no student NAME, ModelError if the folder is
+    no complete checkpoint."""
+    model = model_of(arm)
+    if arm.startswith(BEFORE):
+        students = ModelIndex.read(MODELS / "index.json").students
+        if (name := arm.removeprefix(BEFORE)) not in students:
+            raise unknown("student", name, students)
+        model = Path(students[name].path)
+    weight_files(model)
+    return model
 
 
 def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -> dict[str, float]:
     """Scores on the kit's benchmarks, or on TSV files in VLMEvalKit's format: `task/figure` -> value. Raises as `measure`."""
     model = folder_of(arm)
-    weight_files(model)
     if kit == "lm-eval":
         return _lm_eval(bench, arm, model, [], tasks).figures
     if kit != "vlmeval":

@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from components.errors import DataError, InputError
+from components.errors import DataError, InputError, ModelError
 from components.evaluate.kits import table
 from components.evaluate.kits.command import evaluate
 from components.evaluate.kits.table import Table
-from components.records.paths import REPORTS
+from components.records.paths import REPORTS, STUDENTS
 
 
 def test_what_is_not_there_is_named_before_anything_runs(workplace: Path) -> None:
     with pytest.raises(DataError, match=r"scores.json is missing; `dvc repro`"):
         evaluate(["own"], ["sft"], [])
+    (STUDENTS / "kd/model").rename("elsewhere")
+    with pytest.raises(ModelError, match="no such folder"):
+        evaluate(["lm-eval"], ["kd"], [])
+    with pytest.raises(InputError, match="there is no student 'x'; there are"):
+        evaluate(["lm-eval"], ["before-x"], [])
     with pytest.raises(InputError, match="--blank goes with --kit vlmeval and --task"):
         evaluate(["lm-eval"], ["sft"], ["arc_easy"], blank=True)
     assert not REPORTS.exists()
