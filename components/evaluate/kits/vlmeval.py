@@ -30,6 +30,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from components.config.yaml_file import is_number
 from components.dataset.shards import Sample
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.kits import export
@@ -157,9 +158,8 @@ def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journ
                 except subprocess.TimeoutExpired:
                     bar.update(answers.read().count(b"\n"))
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            process.terminate()  # nothing happens to one that has ended
+            process.wait()
 
 
 def score_split(session: Session, samples: Sequence[Sample], found: Sequence[export.KitSet], seed: int) -> Measured:
@@ -253,7 +253,7 @@ def _scored(session: Session, job: Job) -> dict[str, float]:
             figures[f"{shown}/exact match (ours)"] = sum(right) / len(right)
         for row in told["figures"].get(name, []):
             split = row.pop("split", "")
-            figures |= {f"{shown}/{split}/{key}".replace("//", "/"): float(v) for key, v in row.items() if _number(v)}
+            figures |= {f"{shown}/{split}/{key}".replace("//", "/"): float(v) for key, v in row.items() if is_number(str(v))}
         silent = sum(line["prediction"] == NOTHING for line in lines)
         if silent:
             figures[f"{shown}/no answer"] = float(silent)
@@ -320,10 +320,3 @@ def table(path: Path) -> Iterator[dict[str, str]]:
 def _row(name: str) -> int:
     """Row of a question by the name of its first image, `SET/ROW`, or `SET/ROW_0` of several."""
     return int(name.rsplit("/", 1)[1].partition("_")[0])
-
-
-def _number(value: Any) -> bool:
-    try:
-        return value is not None and float(value) == float(value)
-    except ValueError:
-        return False
