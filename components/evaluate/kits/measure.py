@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -185,9 +184,7 @@ def _assembled(bench: Bench, arm: str, kit: str, model: Path, found: Measured, s
     empty = sorted(set(_empty(predicted)).difference(overlong, failed))
     lost = {*overlong, *failed, *empty}
     right = {p.id: found.verdicts.get(row, p.correct) and p.id not in lost for row, p in of_row.items()}
-    kinds: dict[str, list[bool]] = {kind: [] for kind in sorted({p.kind for p in predicted})}
-    for p in predicted:
-        kinds[p.kind].append(right[p.id])
+    shares = metrics.score(arm, [p.model_copy(update={"correct": right[p.id]}) for p in predicted])
     judged = {of_row[row].kind for row in found.verdicts}
     path = SCORES / arm / "predictions.jsonl"
     own = {p.id: p.answer for p in read_predictions(path)} if path.exists() else {}
@@ -196,9 +193,9 @@ def _assembled(bench: Bench, arm: str, kit: str, model: Path, found: Measured, s
         kit=kit,
         model=sha256([model]),
         samples=len(rows),
-        exact_match=fmean(right.values()),
-        per_kind={kind: fmean(marks) for kind, marks in kinds.items()},
-        judges={kind: f"the kit's {measured.judge}" if kind in judged else OURS for kind in kinds},
+        exact_match=shares.exact_match,
+        per_kind=shares.per_kind,
+        judges={kind: f"the kit's {measured.judge}" if kind in judged else OURS for kind in shares.per_kind},
         figures=found.figures,
         disagreements=[
             Verdict(id=p.id, kind=p.kind, reference=p.reference, answer=p.answer[:200], kit=right[p.id], ours=p.correct)
