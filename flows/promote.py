@@ -16,7 +16,6 @@ from pydantic import TypeAdapter
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import AlignTIError, InputError, TryAgainError
-from components.evaluate.load_results import read_predictions
 from components.model_registry import record
 from components.model_registry.paired_test import MeasuredDifferently, guessed, paired_test
 from components.records.compare import Difference
@@ -200,7 +199,7 @@ def _recorded(version: Version) -> Answers:
         except InputError as error:
             raise InputError(f"the answers of {version} are not here: {error}") from None
         fingerprint = TypeAdapter(Fingerprint | None).validate_json(version.tags.get(FINGERPRINT, "null"))
-        return read_predictions(Path(folder) / "scores/predictions.jsonl"), fingerprint
+        return Prediction.read_lines(Path(folder) / "scores/predictions.jsonl"), fingerprint
 
 
 def _measured(version: Version, settings: Settings) -> Answers:

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
-
-from pydantic import ValidationError
 
 from components.dataset.shards import Samples
 from components.errors import DataError
@@ -16,9 +12,8 @@ from components.models.template import IMAGE
 from components.records.distill import Cost
 from components.records.evaluate import Fingerprint, Likelihood, Prediction, Scores, YesNo
 from components.records.paths import DATASET, SCORES, STUDENTS, TEACHER_ARM, Split
-from components.records.record import Record, content, parsed_lines
+from components.records.record import parsed_lines
 
-R = TypeVar("R", bound=Record)
 Losses = dict[str, list[dict[str, float]]]  # arm -> one row per logged step
 
 
@@ -38,7 +33,7 @@ def read(arms: Iterable[str]) -> Outcomes:
     """Outcomes of all arms. Raises DataError if a file is missing or malformed, or if the arms' samples differ."""
     arms = list(arms)
     scores = {arm: Scores.read(SCORES / arm / "scores.json") for arm in [TEACHER_ARM, *arms]}
-    predictions = {arm: read_predictions(SCORES / arm / "predictions.jsonl") for arm in scores}
+    predictions = {arm: Prediction.read_lines(SCORES / arm / "predictions.jsonl") for arm in scores}
     if not predictions[TEACHER_ARM]:
         raise DataError(f"{SCORES / TEACHER_ARM}/predictions.jsonl is empty: nothing to compare")
     aligned = _aligned(predictions)
@@ -52,11 +47,6 @@ def read(arms: Iterable[str]) -> Outcomes:
     )
 
 
-def read_predictions(path: Path) -> list[Prediction]:
-    """Predictions in file order. Raises DataError if the file is missing, or a line is no prediction."""
-    return _records(path, Prediction)
-
-
 def images_of(asked: Sequence[Prediction], split: Split) -> dict[str, tuple[bytes, ...]]:
     """Sample id -> images of the question. Raises DataError if the data set lacks one."""
     stored = Samples(DATASET, split).images_of({p.image_id for p in asked})
@@ -68,7 +58,7 @@ def images_of(asked: Sequence[Prediction], split: Split) -> dict[str, tuple[byte
 def _likelihoods(arm: str, predictions: list[Prediction]) -> list[Likelihood]:
     """Likelihoods in the order of `predictions`. Raises DataError unless the samples agree and a student's have their KL."""
     path = SCORES / arm / "likelihoods.jsonl"
-    by_id = {one.id: one for one in _records(path, Likelihood)}
+    by_id = {one.id: one for one in Likelihood.read_lines(path)}
     if by_id.keys() != {p.id for p in predictions}:
         raise DataError(
             f"{path} is of other samples than predictions.jsonl; `python -m components.evaluate --arm {arm}` makes both"
@@ -76,15 +66,6 @@ def _likelihoods(arm: str, predictions: list[Prediction]) -> list[Likelihood]:
     if arm != TEACHER_ARM and any(one.kl is None for one in by_id.values()):
         raise DataError(f"{path} was made without a teacher; `python -m components.evaluate --arm {arm}` makes it anew")
     return [by_id[p.id] for p in predictions]
-
-
-def _records(path: Path, kind: type[R]) -> list[R]:
-    try:
-        return [kind.model_validate_json(line) for line in content(path).splitlines()]
-    except ValidationError as error:
-        raise DataError(
-            f"{path} holds a line that is no {kind.__name__.lower()}: {error.errors()[0]['msg']}; evaluate anew"
-        ) from None
 
 
 def _aligned(predictions: dict[str, list[Prediction]]) -> dict[str, list[Prediction]]:

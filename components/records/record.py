@@ -33,6 +33,15 @@ class Record(BaseModel):
                 raise DataError(f"{path} holds no {cls.__name__}: {reason}") from None
             raise DataError(f"{path} is no {cls.__name__}: {error.errors()[0]['msg']}; `dvc repro` makes it anew") from None
 
+    @classmethod
+    def read_lines(cls, path: Path) -> list[Self]:
+        """Records of a JSON Lines file. Raises DataError if the file is missing or a line is no such record."""
+        try:
+            return [cls.model_validate_json(line) for line in content(path).splitlines()]
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise DataError(f"{path} holds a line that is no {cls.__name__}: {problem}; make it anew") from None
+
 
 class Absent(Record):
     """Placeholder for a record that does not apply to a run."""

@@ -250,7 +250,7 @@ def test_arms_scored_on_different_samples_are_refused(study: Path, spoil, messag
     ("path", "content", "message"),
     [
         ("artifacts/scores/kd_tpa/predictions.jsonl", None, "kd_tpa/predictions.jsonl is missing; `dvc repro`"),
-        ("artifacts/scores/kd_tpa/predictions.jsonl", '{"id": 1}\n', "holds a line that is no prediction"),
+        ("artifacts/scores/kd_tpa/predictions.jsonl", '{"id": 1}\n', "holds a line that is no Prediction"),
         ("artifacts/students/kd_tpa/losses.jsonl", None, "kd_tpa/losses.jsonl is missing"),
         ("artifacts/students/kd_tpa/losses.jsonl", "{\n", r"kd_tpa/losses.jsonl, line 1: no JSON"),
         ("artifacts/students/kd_tpa/cost.json", None, "kd_tpa/cost.json is missing"),

@@ -17,7 +17,6 @@ import yaml
 from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import DataError, InputError, TryAgainError
-from components.evaluate.load_results import read_predictions
 from components.model_registry import measure
 from components.model_registry.paired_test import MeasuredDifferently
 from components.records.evaluate import Prediction, Scores
@@ -354,5 +353,5 @@ def todays_answers(model: Path, title: str, settings: Settings) -> Any:
     """What the model `weak` would say to today's questions; for a test whose students are no models."""
     assert (model / "weights").read_text() == "0.5"  # the champion's own, from DVC's cache
     measured = Scores.read(SCORES / "strong/scores.json").fingerprint
-    strong = read_predictions(SCORES / "strong/predictions.jsonl")
+    strong = Prediction.read_lines(SCORES / "strong/predictions.jsonl")
     return [p.model_copy(update={"correct": index < 50}) for index, p in enumerate(strong)], measured

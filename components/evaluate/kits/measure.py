@@ -21,7 +21,6 @@ from components.evaluate.generate import questions
 from components.evaluate.kits import export, lm_eval, serve, vlmeval
 from components.evaluate.kits.scores import KitScores, Measured, Verdict
 from components.evaluate.kits.vlmeval_worker import JUDGE
-from components.evaluate.load_results import read_predictions
 from components.io import sha256
 from components.models.checkpoint_folder import weight_files
 from components.models.load import load_processor
@@ -146,7 +145,7 @@ def _own(arm: str, model: Path) -> KitScores:
         per_kind=found.per_kind,
         judges=dict.fromkeys(found.per_kind, OURS),
         figures=named,
-        empty=_empty(read_predictions(SCORES / arm / "predictions.jsonl")),
+        empty=_empty(Prediction.read_lines(SCORES / arm / "predictions.jsonl")),
         fingerprint=found.fingerprint,
     )
 
@@ -187,7 +186,7 @@ def _assembled(bench: Bench, arm: str, kit: str, model: Path, found: Measured, s
     shares = metrics.score(arm, [p.model_copy(update={"correct": right[p.id]}) for p in predicted])
     judged = {of_row[row].kind for row in found.verdicts}
     path = SCORES / arm / "predictions.jsonl"
-    own = {p.id: p.answer for p in read_predictions(path)} if path.exists() else {}
+    own = {p.id: p.answer for p in Prediction.read_lines(path)} if path.exists() else {}
     return KitScores(
         arm=arm,
         kit=kit,
