@@ -102,7 +102,7 @@ def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict
     samples = Samples(DATASET, settings.evaluate.split)
     rows = questions(samples)[:amount]
     loaded, template, using = load(model, device), Template.asked(settings.models.template), vlmeval.kit(full=False)
-    sets, _ = export.sets(samples, rows)
+    sets = export.sets(samples, rows)
     tokens, journal, spent = settings.evaluate.max_new_tokens, scratch / "answers.jsonl", scratch / "spent.json"
 
     def own(batch_size: int) -> None:

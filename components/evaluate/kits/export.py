@@ -39,25 +39,22 @@ class KitSet(NamedTuple):
         return {"mcq": "AlignTI_MCQ", "yes_no": "AlignTI_YesNo_POPE", "vqa": "AlignTI_VQA"}[self.form]
 
 
-def sets(samples: Sequence[Sample], rows: Sequence[int]) -> tuple[list[KitSet], list[int]]:
-    """Non-empty sets, and the rows without an image, which an image kit cannot use.
+def sets(samples: Sequence[Sample], rows: Sequence[int]) -> list[KitSet]:
+    """Non-empty sets of the rows with an image; an image kit cannot use the others.
 
     A kind is yes/no if all its references are; multiple choice if its references are 2 to 26 texts of one line, none a
     substring of another (the kit accepts the only option that an answer contains verbatim), and no question has an image inside
     its text; open otherwise.
     """
     kinds: dict[str, list[int]] = defaultdict(list)
-    textual = []
     for row in rows:
         sample = samples[row]
-        if not sample.upto(1).images:
-            textual.append(row)
-        else:
+        if sample.upto(1).images:
             kinds[sample.kind].append(row)
     found: dict[Form, list[int]] = defaultdict(list)
     for of_kind in kinds.values():
         found[_form([samples[row] for row in of_kind])] += of_kind
-    return [KitSet(form, sorted(found[form])) for form in ("mcq", "yes_no", "vqa") if found[form]], textual
+    return [KitSet(form, sorted(found[form])) for form in ("mcq", "yes_no", "vqa") if found[form]]
 
 
 def options(samples: Sequence[Sample]) -> list[str]:

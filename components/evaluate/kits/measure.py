@@ -79,7 +79,7 @@ def measure(bench: Bench, kit: str, arm: str) -> KitScores:
     if kit == "lm-eval":
         found = _lm_eval(bench, arm, model, [lm_eval.QUESTIONS, *lm_eval.TEXT], [])
     else:
-        sets, _ = export.sets(bench.samples, bench.rows)
+        sets = export.sets(bench.samples, bench.rows)
         with _session(bench, arm, model, vlmeval.kit(full=False)) as session:
             found = vlmeval.score_split(session, bench.samples, sets, bench.settings.evaluate.seed)
     return _assembled(bench, arm, kit, model, found, time.monotonic() - started)
@@ -125,7 +125,7 @@ def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -
 
 def _turned(bench: Bench, folder: Path, task: str) -> str:
     """TSV of a task in TURNED. Raises InputError if the split has no multiple choice."""
-    multiple = [found for found in export.sets(bench.samples, bench.rows)[0] if found.form == "mcq"]
+    multiple = [found for found in export.sets(bench.samples, bench.rows) if found.form == "mcq"]
     if not multiple:
         raise InputError(f"--task {task}: the {bench.settings.evaluate.split} split has no multiple choice")
     path, seed = folder / "turned" / f"{TURNED[task]}.tsv", bench.settings.evaluate.seed

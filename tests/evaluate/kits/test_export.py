@@ -28,9 +28,8 @@ def test_each_kind_gets_the_form_that_the_kit_scores_rightly() -> None:
     found += [sample(6, "one", "only"), sample(7, "text", "red", image=None)]
     found += [sample(35, "lines", "one"), sample(36, "lines", "two\nlines")]
     found += [sample(8 + i, "many", f"word{chr(97 + i // 26)}{chr(97 + i % 26)}") for i in range(27)]
-    sets, textual = export.sets(found, range(len(found)))
+    sets = export.sets(found, range(len(found)))
     assert [(s.form, s.rows) for s in sets] == [("mcq", [2, 3]), ("yes_no", [0, 1]), ("vqa", [4, 5, 6, *range(8, 37)])]
-    assert textual == [7]
 
 
 COLOURS = ["red", "green", "blue", "grey"]
@@ -38,7 +37,7 @@ COLOURS = ["red", "green", "blue", "grey"]
 
 def test_the_files_hold_what_the_kit_reads(tmp_path: Path) -> None:
     found = [sample(0, "colour", "Red."), sample(1, "colour", "blue"), sample(2, "digit", "one"), sample(3, "digit", "two")]
-    (kit_set,) = export.sets(found, range(4))[0]
+    (kit_set,) = export.sets(found, range(4))
     path = export.write(kit_set, found, tmp_path / "mcq.tsv", seed=1)
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
     assert [(r["index"], r[r["answer"]], {r["A"], r["B"]}, r["category"]) for r in rows] == [
@@ -56,7 +55,7 @@ def test_several_images_are_a_list_and_those_among_words_keep_their_marks(tmp_pa
     opened = replace(one, turns=(Turn("<image><image>\nAlike?", "same"),), more=(other.image,))
     among = replace(other, turns=(Turn("Is <image> like <image>?", "other"),), more=(one.image,))
     for samples, form, question in (([opened, other], "mcq", "Alike?"), ([among, opened], "vqa", "Is <image> like <image>?")):
-        (kit_set,) = export.sets(samples, range(2))[0]
+        (kit_set,) = export.sets(samples, range(2))
         path = export.write(kit_set, samples, tmp_path / "set.tsv", seed=1)
         first = next(vlmeval.table(path))
         images = [base64.b64decode(image) for image in ast.literal_eval(first["image"])]
@@ -66,7 +65,7 @@ def test_several_images_are_a_list_and_those_among_words_keep_their_marks(tmp_pa
 
 def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_path: Path) -> None:
     found = [sample(i, "colour", COLOURS[i % 4]) for i in range(200)]
-    (kit_set,) = export.sets(found, range(200))[0]
+    (kit_set,) = export.sets(found, range(200))
 
     def orders(seed: int, rows: Sequence[int] = kit_set.rows) -> dict[str, list[str]]:
         path = export.write(export.KitSet("mcq", list(rows)), found, tmp_path / "o.tsv", seed)
@@ -84,7 +83,7 @@ def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_pa
 
 def test_every_rotation_of_a_question_is_a_row(tmp_path: Path) -> None:
     found = [sample(i, "colour", COLOURS[i]) for i in range(4)]
-    (kit_set,) = export.sets(found, range(4))[0]
+    (kit_set,) = export.sets(found, range(4))
     path = export.write(kit_set, found, tmp_path / "turned.tsv", seed=1, turned=True)
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
     for row in range(4):

@@ -56,7 +56,7 @@ def say(question: str) -> tuple[int, str]:
 @needs_vlmeval
 def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scripted, tmp_path: Path) -> None:
     samples = found()
-    sets, _ = export.sets(samples, range(len(samples)))
+    sets = export.sets(samples, range(len(samples)))
     assert [s.form for s in sets] == ["mcq", "yes_no", "vqa"]
     scripted.answer = say
     (tmp_path / "work").mkdir()
@@ -87,7 +87,7 @@ def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scrip
 @needs_vlmeval
 def test_a_crash_half_way_keeps_the_answers_and_the_next_run_asks_the_rest(scripted: Scripted, tmp_path: Path) -> None:
     samples = found()
-    sets, _ = export.sets(samples, range(len(samples)))
+    sets = export.sets(samples, range(len(samples)))
 
     def breaking(question: str) -> tuple[int, str]:
         if len(scripted.asked) > 5:
@@ -122,7 +122,7 @@ def test_shown_in_other_orders_an_option_is_found_and_a_favourite_letter_is_not(
         Sample(f"s{i}", f"i{i}", kind, image, (Turn(f"<image>\nWhich {kind}: {word}?", word),))
         for i, (kind, word) in enumerate(asked)
     ]
-    (kit_set,) = export.sets(samples, range(len(samples)))[0]
+    (kit_set,) = export.sets(samples, range(len(samples)))
 
     def chosen(prompt: str) -> tuple[int, str]:
         kind, word = re.findall(r"Which (\w+): (\w+)\?", prompt)[0]
