@@ -70,21 +70,18 @@ def _likelihoods(arm: str, predictions: list[Prediction]) -> list[Likelihood]:
 
 def _aligned(predictions: dict[str, list[Prediction]]) -> dict[str, list[Prediction]]:
     """Every arm's predictions in the teacher's order of samples. Raises DataError unless all answered the same questions."""
-    reference = predictions[TEACHER_ARM]
-    question = {p.id: (p.image_id, p.kind, p.question, p.reference) for p in reference}
+    asked = {arm: {p.id: (p.image_id, p.kind, p.question, p.reference) for p in found} for arm, found in predictions.items()}
+    teachers = asked[TEACHER_ARM]
     aligned = {}
     for arm, answers in predictions.items():
         by_id = {p.id: p for p in answers}
         if len(by_id) != len(answers):
             twice = next(id_ for id_, count in Counter(p.id for p in answers).items() if count > 1)
             raise DataError(f"{SCORES / arm}: sample {twice!r} is scored more than once; evaluate {arm} anew")
-        odd = sorted(by_id.keys() ^ question.keys()) or [
-            id_ for id_, p in by_id.items() if (p.image_id, p.kind, p.question, p.reference) != question[id_]
-        ]
-        if odd:
+        if odd := sorted(id_ for id_ in by_id.keys() | teachers.keys() if asked[arm].get(id_) != teachers.get(id_)):
             raise DataError(
                 f"{arm} and the teacher were scored on different samples ({len(odd)} differ, first {odd[0]!r}), so their scores"
                 f" cannot be compared; `dvc repro` evaluates both on one split"
             )
-        aligned[arm] = [by_id[p.id] for p in reference]
+        aligned[arm] = [by_id[id_] for id_ in teachers]
     return aligned
