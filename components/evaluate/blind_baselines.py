@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,12 @@ def other_images(samples: Samples) -> Shown:
 
     def other(index: int, sample: Sample) -> Sample:
         own, images = int(samples.row_of[index]), samples.images
-        found: list[tuple[str, bytes]] = []
-        for row in ((own + images // 2 + step) % images for step in range(images)):
-            about = samples.of_image(row)
-            shown = samples[about[0]] if row != own and about else None
-            found += [] if shown is None else [(shown.image_id, image) for image in shown.images]
-            if len(found) >= len(sample.images):
-                break
+        rows = ((own + images // 2 + step) % images for step in range(images))
+        others = (samples[about[0]] for row in rows if row != own and (about := samples.of_image(row)))
+        found = list(islice(((shown.image_id, image) for shown in others for image in shown.images), len(sample.images)))
         if len(found) < len(sample.images):
             raise DataError(f"{sample.id} shows {len(sample.images)} images, and there are not as many others in its split")
-        (name, first), *more = found[: len(sample.images)]
+        (name, first), *more = found
         return replace(sample, image_id=name, image=first, more=tuple(image for _, image in more))
 
     return Shown(samples, other)
