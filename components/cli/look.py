@@ -73,17 +73,18 @@ def leaderboard(
     comparison = Comparison.read(REPORTS / "compare.json")
     index, teacher = ModelIndex.read(MODELS / "index.json"), TeacherChoice.read(TEACHER / "choice.json")
     from components.evaluate import leaderboard as board  # heavy, after what may be missing
+    from components.evaluate import speed
     from components.evaluate.kits import table
     from components.evaluate.kits.command import current
 
     if measure:
-        from components.evaluate import speed
         from components.runtime import prepare_torch
 
         models = [(TEACHER_ARM, Path(teacher.path)), *((arm, STUDENTS / arm / "model") for arm in comparison.arms)]
         speed.measure(models, settings, prepare_torch(settings.runtime, seed=0)).write(speed.SPEED)
     asked = {who.removeprefix("vlmeval/"): told.figures for who, told in table.read(current).tasks.items() if "vlmeval/" in who}
-    made = board.write(board.build(comparison, index, teacher, settings.study.arms, board.read_speed(), asked))
+    timed = speed.SpeedReport.read(speed.SPEED) if speed.SPEED.exists() else None
+    made = board.write(board.build(comparison, index, teacher, settings.study.arms, timed, asked))
     typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, made))}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from components.config.study import Arm
 from components.errors import DataError
 from components.evaluate.benchmarks import BENCHMARKS, PAPER
-from components.evaluate.speed import SPEED, Speed, SpeedReport
+from components.evaluate.speed import Speed, SpeedReport
 from components.evaluate.statistics import noise_unpaired
 from components.io import write_table, write_text
 from components.records.compare import Comparison
@@ -264,11 +264,6 @@ def write(board: Leaderboard) -> list[Path]:
     write_text(md, markdown(board))
     write_text(html, page(board))
     return [md, write_table(sheet, spreadsheet(board)), html, board.write(json)]
-
-
-def read_speed() -> SpeedReport | None:
-    """Speed report of `--measure`; None without one."""
-    return SpeedReport.read(SPEED) if SPEED.exists() else None
 
 
 def _number(text: str) -> float | None:
