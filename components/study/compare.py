@@ -65,7 +65,6 @@ class Test:
     difference: Estimate
     p_value: float | None  # None: fewer than two seeds, or equal differences
     p_holm: float | None
-    family: str
 
     @property
     def significant(self) -> bool:
@@ -100,7 +99,7 @@ class StudyResult:
     missing: list[str]  # cells of the study without a run
     superseded: int  # runs left out: older ones of the same cells, or of other cells
     variants: list[Variant]  # best first
-    tests: list[Test]
+    tests: dict[str, list[Test]]  # by family
     effects: list[Effect]
     factors: list[str]
 
@@ -176,7 +175,7 @@ def compare(
         missing=[cell for cell in cells if cell not in latest],
         superseded=len(runs) - len(chosen),
         variants=_variants(by_variant, confidence),
-        tests=[test for name, family in families.items() for test in _tests(name, family, by_variant, confidence)],
+        tests={name: found for name, family in families.items() if (found := _tests(family, by_variant, confidence))},
         effects=[effect for factor in factors for effect in _effects(factor, chosen, confidence)],
         factors=factors,
     )
@@ -258,7 +257,7 @@ def _score(variant: Variant) -> float:
     return variant.score.mean
 
 
-def _tests(name: str, family: Family, by_variant: dict[str, list[Run]], confidence: float) -> list[Test]:
+def _tests(family: Family, by_variant: dict[str, list[Run]], confidence: float) -> list[Test]:
     from scipy import stats
 
     scores = {variant: {run.seed: run.metrics[SCORE] for run in runs} for variant, runs in by_variant.items()}
@@ -272,7 +271,7 @@ def _tests(name: str, family: Family, by_variant: dict[str, list[Run]], confiden
     tested = [p for p in p_values if p is not None]
     adjusted = iter(holm(tested) if tested else [])
     return [
-        Test(variant, against, estimate(d, confidence), p, None if p is None else next(adjusted), name)
+        Test(variant, against, estimate(d, confidence), p, None if p is None else next(adjusted))
         for (variant, against, d), p in zip(pairs, p_values, strict=True)
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from math import inf
 
 from matplotlib.axes import Axes
@@ -53,7 +52,7 @@ def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
 def differences(result: StudyResult, theme: Theme) -> Figure:
     """Forest plot: a row per comparison with its interval, by family; coloured if significant after Holm."""
     rows: list[str | Test] = []
-    for family, tests in groupby(result.tests, key=lambda test: test.family):
+    for family, tests in result.tests.items():
         rows += [family, *tests]
     figure = Figure(figsize=(8.0, max(2.0, 0.22 * len(rows) + 0.7)))
     axes = figure.subplots()

@@ -51,7 +51,7 @@ def standing(result: StudyResult) -> str:
     best = result.variants[0]
     leads = f"the best is {best.name} with {best.score.mean:.1%}" if best.score.mean else NOTHING_LEARNT
     said = f"{len(result.runs)} runs of {len(result.variants)} variants; {leads}."
-    clear = [t for t in result.tests if t.significant]
+    clear = [t for tests in result.tests.values() for t in tests if t.significant]
     said += " Different beyond chance (Holm, 5%): "
     said += ", ".join(f"{t.variant} against {t.against}" for t in clear) + "." if clear else "none."
     if result.missing:
@@ -71,9 +71,6 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
          "yes" if v.best_at_its_cost else ""]
         for i, v in enumerate(result.variants)
     ]  # fmt: skip
-    tests: dict[str, list[list[str]]] = {test.family: [] for test in result.tests}
-    for t, d in ((test, test.difference) for test in result.tests):
-        tests[t.family].append([t.variant, t.against, _points(d.mean), _interval(d), str(d.n), *map(_p, (t.p_value, t.p_holm))])
     effects = [
         [e.factor, f"{e.reference} to {e.level}", _points(e.effect.mean), _interval(e.effect), str(e.effect.n)]
         for e in result.effects
@@ -97,9 +94,12 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
                 family,
                 "Points of exact match over the seeds that both ran; paired t test, adjusted for all tests here (Holm).",
                 ["variant", "against", "difference", sure, "seeds", "p", "p (Holm)"],
-                rows,
+                [
+                    [t.variant, t.against, _points(d.mean), _interval(d), str(d.n), *map(_p, (t.p_value, t.p_holm))]
+                    for t, d in ((test, test.difference) for test in tests)
+                ],
             )
-            for family, rows in tests.items()
+            for family, tests in result.tests.items()
         ),
         (
             "Main effects",

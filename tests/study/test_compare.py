@@ -45,7 +45,8 @@ def run(iva: str, tpa: str, seed: int, score: float, fingerprint: str = KNOWN, m
 
 RUNS = [run(iva, tpa, s, score + n + 0.001 * s * float(tpa)) for (iva, tpa), score in SCORES.items() for s, n in NOISE.items()]
 CELLS = [r.cell for r in RUNS]
-FAMILIES = {"Against the baselines": Family(variants=list(dict.fromkeys(r.variant for r in RUNS)), against=["iva0-tpa0"])}
+BASELINES = "Against the baselines"
+FAMILIES = {BASELINES: Family(variants=list(dict.fromkeys(r.variant for r in RUNS)), against=["iva0-tpa0"])}
 
 
 def result(runs: list[Run] = RUNS, cells: list[str] = CELLS) -> StudyResult:
@@ -62,7 +63,7 @@ def test_variants_are_means_over_seeds_with_t_intervals() -> None:
 
 
 def test_pairs_are_tested_over_common_seeds_and_adjusted_together() -> None:
-    tests = {t.variant: t for t in result().tests}
+    tests = {t.variant: t for t in result().tests[BASELINES]}
     scores = {v: [r.metrics[SCORE] for r in RUNS if r.variant == v] for v in (*tests, "iva0-tpa0")}
     for variant, test in tests.items():
         if test.p_value is not None:
@@ -73,10 +74,10 @@ def test_pairs_are_tested_over_common_seeds_and_adjusted_together() -> None:
 
 
 def test_each_family_is_adjusted_by_itself_and_is_a_table_of_its_own() -> None:
-    asked = {"TPA": Family(variants=["iva1-tpa1"], against=["iva0-tpa0"]), "both": FAMILIES["Against the baselines"]}
+    asked = {"TPA": Family(variants=["iva1-tpa1"], against=["iva0-tpa0"]), "both": FAMILIES[BASELINES]}
     found = compare("terms", RUNS, CELLS, asked, 0.95)
-    alone, *together = found.tests
-    assert (alone.family, alone.p_holm) == ("TPA", alone.p_value)
+    (alone,), together = found.tests.values()
+    assert list(found.tests) == ["TPA", "both"] and alone.p_holm == alone.p_value
     again = next(t for t in together if t.variant == "iva1-tpa1")
     assert again.p_value == alone.p_value
     assert again.p_holm is not None and alone.p_value is not None and again.p_holm > alone.p_value
@@ -117,7 +118,7 @@ def test_a_missing_cell_is_named_and_the_rest_is_compared() -> None:
     found = result(RUNS[:-1])
     assert found.missing == ["iva1-tpa1-seed3"]
     assert "Missing: iva1-tpa1-seed3." in report.standing(found)
-    assert next(t for t in found.tests if t.variant == "iva1-tpa1").difference.n == 2
+    assert next(t for t in found.tests[BASELINES] if t.variant == "iva1-tpa1").difference.n == 2
 
 
 def test_the_latest_run_of_a_cell_counts() -> None:
@@ -130,7 +131,7 @@ def test_the_latest_run_of_a_cell_counts() -> None:
 def test_one_seed_gives_no_interval_and_no_p() -> None:
     found = result([r for r in RUNS if r.seed == "1"])
     assert all(v.score.interval is None for v in found.variants)
-    assert all(t.p_value is None and t.p_holm is None for t in found.tests)
+    assert all(t.p_value is None and t.p_holm is None for t in found.tests[BASELINES])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_a_thousand_runs_are_compared(tmp_path: Path, monkeypatch: pytest.Monkey
     found = compare("terms", runs, cells, asked, 0.95)
     report.write(found, "a thousand", 0.95)
     assert len(found.runs) == 1000 and not found.missing
-    assert len(found.tests) == 99
+    assert len(found.tests["all"]) == 99
 
 
 def _fill(database: Path, experiment: str, seeds: int) -> list[str]:
