@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from components.report.figures import Theme
-from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test
+from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test, on_front
 
 POINTS = 100
 MOST_AXES = 12  # factors that parallel coordinates can show legibly
@@ -92,10 +92,9 @@ def pareto(result: StudyResult, theme: Theme) -> Figure:
 
 def _front(axes: Axes, result: StudyResult, costs: list[float], label: str, theme: Theme) -> None:
     scores = [POINTS * variant.score.mean for variant in result.variants]
-    kept: list[int] = []  # Pareto front, from the cheapest up
-    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
-        if not kept or scores[index] > scores[kept[-1]]:
-            kept.append(index)
+    points = {variant.name: (variant.score.mean, cost) for variant, cost in zip(result.variants, costs, strict=True)}
+    front = [index for index, name in enumerate(points) if on_front(name, points)]
+    kept = sorted(front, key=lambda i: costs[i])  # from the cheapest up
     axes.plot([costs[i] for i in kept], [scores[i] for i in kept], color=theme.accent, linewidth=1.2, drawstyle="steps-post")
     named: list[float] = []  # scores whose points have a name, from the best down
     for index in sorted(range(len(costs)), key=lambda i: -scores[i]):
