@@ -50,21 +50,31 @@ def choice(prediction: Prediction) -> float:
     return float(right is not None and letter_vlmeval(prediction.answer, options) == right)
 
 
-def anls(answer: str, references: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one answer: the best of 1 - NL over the references, 0 from NL = 0.5 on.
+def anls(answer: str, reference: str) -> float:
+    """Average normalised Levenshtein similarity of one answer: 1 - NL, 0 from NL = 0.5 on.
 
     Biten et al., Scene Text Visual Question Answering, ICCV 2019, equation 1: NL is the edit distance over the longer length.
     VLMEvalKit keeps a similarity of exactly 0.5, which the equation sets to 0; here the equation holds.
     """
-    return max(_similarity(_spaced(answer), _spaced(reference)) for reference in references)
+    said, wanted = _spaced(answer), _spaced(reference)
+    longest = max(len(said), len(wanted))
+    if not longest:
+        return 1.0
+    if abs(len(said) - len(wanted)) >= ANLS_THRESHOLD * longest:
+        return 0.0  # lower bound from the lengths alone: skips the quadratic distance for an answer of 100 kB
+    distance = edit_distance(said, wanted) / longest
+    return 1 - distance if distance < ANLS_THRESHOLD else 0.0
 
 
-def relaxed(answer: str, references: Sequence[str]) -> float:
+def relaxed(answer: str, reference: str) -> float:
     """ChartQA: within 5% of a number, else equal to a text, case aside (Masry et al., Findings of ACL 2022, section 5.1).
 
     A percentage counts as its hundredth; 0 has no relative error, so it is compared as text (Pix2Struct's evaluator).
     """
-    return float(any(_relaxed(answer.strip(), reference) for reference in references))
+    said, true = _number(answer.strip()), _number(reference)
+    if said is not None and true:
+        return float(abs(said - true) / abs(true) <= RELAXED_TOLERANCE)
+    return float(folded(answer.strip()) == folded(reference))
 
 
 def letter_vlmeval(answer: str, options: Mapping[str, str]) -> str | None:
@@ -99,23 +109,6 @@ def _spaced(text: str) -> str:
     return " ".join(normalize("NFC", text).lower().split())
 
 
-def _similarity(answer: str, reference: str) -> float:
-    longest = max(len(answer), len(reference))
-    if not longest:
-        return 1.0
-    if abs(len(answer) - len(reference)) >= ANLS_THRESHOLD * longest:
-        return 0.0  # lower bound from the lengths alone: skips the quadratic distance for an answer of 100 kB
-    distance = edit_distance(answer, reference) / longest
-    return 1 - distance if distance < ANLS_THRESHOLD else 0.0
-
-
-def _relaxed(answer: str, reference: str) -> bool:
-    said, true = _number(answer), _number(reference)
-    if said is not None and true:
-        return abs(said - true) / abs(true) <= RELAXED_TOLERANCE
-    return folded(answer) == folded(reference)
-
-
 def _number(text: str) -> float | None:
     try:
         value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
@@ -128,12 +121,12 @@ SCORERS = {
     "anls": Scorer(
         "ANLS",
         "1 less the edit distance to the reference over the longer length, 0 from a half on (Biten et al., ICCV 2019)",
-        lambda p: anls(p.answer, [p.reference]),
+        lambda p: anls(p.answer, p.reference),
     ),
     "relaxed_accuracy": Scorer(
         "relaxed accuracy",
         "within 5% of a number, else the same text, case aside (ChartQA)",
-        lambda p: relaxed(p.answer, [p.reference]),
+        lambda p: relaxed(p.answer, p.reference),
     ),
     "choice": Scorer(
         "choice letters",

@@ -48,6 +48,11 @@ def mean_worth(worth: Callable[[str, Sequence[str]], float], answers: Sequence[A
     return {"score": 100 * fmean(worth(a.answer, a.references) for a in answers)}
 
 
+def best(worth: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
+    """Worth of an answer by the reference that it is nearest to."""
+    return max(worth(answer, reference) for reference in references)
+
+
 def all_right(marks: Iterable[tuple[Hashable, bool]]) -> float:
     """Share of groups in which every mark is right: accuracy+, circular evaluation, accuracy per figure or question."""
     groups: dict[Hashable, bool] = defaultdict(lambda: True)
@@ -131,8 +136,8 @@ SCORERS: dict[str, Callable[[Sequence[Answer]], dict[str, float]]] = {
     "exact": partial(mean_worth, text.exact),
     "vqa": partial(mean_worth, partial(vqa.accuracy, normalise=vqa.normalise)),
     "vqa_m4c": partial(mean_worth, partial(vqa.accuracy, normalise=vqa.normalise_m4c)),
-    "anls": partial(mean_worth, scorers.anls),
-    "relaxed": partial(mean_worth, scorers.relaxed),
+    "anls": partial(mean_worth, partial(best, scorers.anls)),
+    "relaxed": partial(mean_worth, partial(best, scorers.relaxed)),
     "ocrbench": _ocrbench,
     "choice_scienceqa": partial(_choice, choices.letter_scienceqa, False),
     "choice_vlmeval": partial(_choice, scorers.letter_vlmeval, False),
