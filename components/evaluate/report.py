@@ -111,29 +111,18 @@ def html(
     """Report as one self-contained HTML page, pictures inlined. `facts`: its origin (`origin.facts`)."""
     found = disagreements({name: outcomes.predictions[name] for name in comparison.results}, settings.seed)
     environment = templates(Path(__file__).parent)
-    environment.filters |= {
-        "percent": md.percent,
-        "mark": partial(marked, comparison),
-        "plain": plain,
-    }
+    environment.filters |= {"percent": md.percent, "mark": partial(marked, comparison), "plain": plain}
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         facts=facts,
         beside=BESIDE,
-        pace=report_notes.PACE,
-        lines=report_tables.table(comparison),
-        measures=report_tables.measures(comparison),
+        tables=report_tables,
         small=report_tables.small_tables(comparison),
-        published_by=report_notes.published_by(comparison),
-        noise_of=noise_of(comparison),
-        unlike=report_notes.unlike(comparison),
-        columns=list(comparison.results),
-        pairs=report_tables.pairs(comparison),
-        beyond=[pair for pair in comparison.pairs if pair.larger_than_noise],
-        pictures=pictures,
-        notes=report_notes.notes(comparison),
-        colours={arm: (LIGHT.colour(place), DARK.colour(place)) for arm, place in places(comparison.arms).items()},
+        sentences=report_notes,
         by_kind=report_notes.by_kind(comparison),
+        noise_of=noise_of(comparison),
+        pictures=pictures,
+        colours={arm: (LIGHT.colour(place), DARK.colour(place)) for arm, place in places(comparison.arms).items()},
         yardstick=plots.yardstick(comparison),
         teacher=TeacherReport.read(REPORTS / "teacher" / "candidates.json"),
         teacher_plot=_file(REPORTS / "teacher" / "quality_cost.png"),
