@@ -8,13 +8,12 @@ also after a resume: generation restarts at the first batch missing from the jou
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 
 from components.config.load import load_settings
+from components.io import fingerprint as key_of
 from components.io import sha256, write_text
 from components.process import exit_from
-from components.records.evaluate import Fingerprint
 from components.records.paths import DATASET, ROWS, RUNS, SCORES, STUDENTS, TEACHER, TEACHER_ARM
 from components.records.record import Absent, jsonl
 from components.records.teacher import TeacherChoice
@@ -49,7 +48,8 @@ def main() -> None:
         loaded = load(model_of(arm), device)
         template = Template.asked(settings.models.template)
         measured = fingerprint.own(loaded, samples, rows, template, asked)
-        journal = Journal(RUNS / "evaluate" / arm / f"{_resumable(measured, model_of(arm), asked.batch_size)}.jsonl")
+        decisive = {"measured": measured.model_dump(), "model": sha256([model_of(arm)]), "batch_size": asked.batch_size}
+        journal = Journal(RUNS / "evaluate" / arm / f"{key_of(decisive, code=())}.jsonl")  # another key: other answers
         answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm, journal)
         predicted = metrics.predictions((samples[row] for row in rows), answers)
         teacher = None if none or arm == TEACHER_ARM else load(model_of(TEACHER_ARM), device)
@@ -83,12 +83,6 @@ def main() -> None:
 def model_of(arm: str) -> Path:
     """Checkpoint folder of the arm's student, or of the chosen teacher. Raises DataError if no teacher is chosen yet."""
     return Path(TeacherChoice.read(TEACHER / "choice.json").path) if arm == TEACHER_ARM else STUDENTS / arm / "model"
-
-
-def _resumable(measured: Fingerprint, model: Path, batch_size: int) -> str:
-    """Journal key, 16 hex digits over everything that decides the answers: a run resumes only from a journal with its key."""
-    facts = f"{measured.model_dump_json()} {sha256([model])} {batch_size}"
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":
