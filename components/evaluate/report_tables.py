@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -45,10 +45,10 @@ def table(comparison: Comparison) -> list[Line]:
         Line(name.replace("weights.", "weight of "), [NOTHING, *(_setting(name, arm.settings) for arm in arms)])
         for name in arms[0].settings
     ]
-    lines.append(Line("exact match, %", _scores(columns, lambda r: (r.exact_match, r.ci95)), starts_group=True))
+    lines.append(Line("exact match, %", [_estimate(r.exact_match, r.ci95) for r in columns], starts_group=True))
     if len(set(comparison.kinds.values())) > 1:  # with equal counts the two averages are equal
-        lines.append(Line("average over kinds, %", _scores(columns, lambda r: (r.average, r.average_ci95))))
-    lines += [Line(MEASURES[name].title, [_estimate(name, column) for column in columns]) for name in comparison.measures]
+        lines.append(Line("average over kinds, %", [_estimate(r.average, r.average_ci95) for r in columns]))
+    lines += [Line(MEASURES[name].title, _measured(name, columns)) for name in comparison.measures]
     shown = plots.telling(comparison)
     lines += [
         Line(f"{plain(kind)} ({comparison.kinds[kind]:,})", _of_kind(columns, kind), starts_group=index == 0)
@@ -69,7 +69,7 @@ def measures(comparison: Comparison) -> list[Line]:
     lines = []
     for name, contrast in comparison.measures.items():
         measure, best = MEASURES[name], "lower" if MEASURES[name].lower_is_better else "higher"
-        cells = [_estimate(name, column) for column in comparison.results.values()]
+        cells = _measured(name, comparison.results.values())
         lines.append(Line(f"{measure.title} ({best} is better)", cells, starts_group=True))
         for baseline in plots.baselines(comparison):
             found = [contrast.gain(arm, baseline) if arm != baseline else None for arm in comparison.order]
@@ -101,7 +101,8 @@ def small_tables(comparison: Comparison) -> dict[str, Table]:
             scores = comparison.published.scores.get(name, [])
             mean = md.percent(fmean(scores)) if scores else md.DASH
             deviation = md.percent(stdev(scores)) if len(scores) > 1 else md.DASH
-            rows.append([name, f"{md.percent(result.exact_match)} {_range(result.ci95)}", mean, deviation, f"{len(scores)}"])
+            own = _estimate(result.exact_match, result.ci95)
+            rows.append([name, f"{own.value} {own.below}", mean, deviation, f"{len(scores)}"])
         tables["published"] = ["", "this run, %", "published, mean, %", "deviation between seeds, points", "seeds"], rows
     if comparison.repeated:
         rows = []
@@ -123,13 +124,14 @@ def plain(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _estimate(name: str, result: TeacherResult) -> Cell:
-    said, found = MEASURES[name].said, result.measures[name]
-    return Cell(said(found.value), f"[{said(found.ci95[0])}, {said(found.ci95[1])}]")
+def _estimate(value: float, interval: Interval, said: Callable[[float], str] = md.percent, strong: bool = False) -> Cell:
+    low, high = map(said, interval)
+    return Cell(said(value), f"[{low}, {high}]", strong)
 
 
-def _scores(columns: list[TeacherResult], figure: Callable[[TeacherResult], tuple[float, Interval]]) -> list[Cell]:
-    return [Cell(md.percent(value), _range(interval)) for value, interval in map(figure, columns)]
+def _measured(name: str, columns: Iterable[TeacherResult]) -> list[Cell]:
+    found = (column.measures[name] for column in columns)
+    return [_estimate(one.value, one.ci95, MEASURES[name].said) for one in found]
 
 
 def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
@@ -145,8 +147,7 @@ def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
 def gained(gain: Difference | None, measure: Measure = MEASURES[EXACT_MATCH]) -> Cell:
     if gain is None:
         return NOTHING
-    low, high = map(measure.difference, gain.ci95)
-    return Cell(measure.difference(gain.difference), f"[{low}, {high}]", strong=gain.larger_than_noise)
+    return _estimate(gain.difference, gain.ci95, measure.difference, gain.larger_than_noise)
 
 
 def _p_value(gain: Difference | None) -> Cell:
@@ -156,11 +157,7 @@ def _p_value(gain: Difference | None) -> Cell:
 def _share(arm: ArmResult) -> Cell:
     if arm.share_of_teacher is None or arm.share_ci95 is None:
         return NOTHING
-    return Cell(md.percent(arm.share_of_teacher), _range(arm.share_ci95))
-
-
-def _range(interval: Interval) -> str:
-    return f"[{md.percent(interval[0])}, {md.percent(interval[1])}]"
+    return _estimate(arm.share_of_teacher, arm.share_ci95)
 
 
 def _setting(name: str, settings: Mapping[str, Any]) -> Cell:
