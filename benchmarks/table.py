@@ -96,6 +96,7 @@ def _run(result: dict[str, Any], with_ratios: bool) -> list[str]:
     columns = {
         "seconds": ("s", "{:.4g}"),
         "cpu_seconds": ("CPU s of all processes", "{:.4g}"),
+        "of_kd": ("of `kd`'s", "{:.2f}"),
         "load": ("load", "{:.1f}"),
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
         "pairs_per_second": ("pairs/s", "{:,.1f}"),
