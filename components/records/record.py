@@ -73,25 +73,21 @@ def content(path: Path) -> bytes:
 
 def parsed(path: Path) -> dict[str, Any]:
     """JSON object of a file. Raises DataError if there is none."""
-    try:
-        found = json.loads(content(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({error}); make it anew") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds no JSON object; make it anew")
-    return found
+    return _object(content(path), str(path))
 
 
 def parsed_lines(path: Path) -> list[dict[str, Any]]:
     """JSON objects of a JSON Lines file. Raises DataError if a line holds none."""
-    found = []
-    for number, line in enumerate(content(path).splitlines(), 1):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: no JSON ({error}); make it anew") from None
-        if not isinstance(found[-1], dict):
-            raise DataError(f"{path}, line {number}: no JSON object; make it anew")
+    return [_object(line, f"{path}, line {number}") for number, line in enumerate(content(path).splitlines(), 1)]
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: no JSON ({error}); make it anew") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: no JSON object; make it anew")
     return found
 
 
