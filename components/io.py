@@ -61,11 +61,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Raises the error of `of_disk` for a full or unwritable disk.
     """
+    import psutil  # a dependency of accelerate
+
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     before = draft.with_suffix(".old")
     for left in folder.parent.glob(f".{folder.name}.*.*"):
         pid = left.name.removeprefix(f".{folder.name}.").partition(".")[0]
-        if left.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not _lives(int(pid))):
+        if left.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             shutil.rmtree(left, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
@@ -80,16 +82,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # a process of another user
-        return True
-    return True
 
 
 def sha256(paths: Iterable[Path]) -> str:
