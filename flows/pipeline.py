@@ -133,8 +133,8 @@ def pipeline(
                 run.tag(f"stage.{stage}", outcome)
                 for path, md5 in list(locked.get(stage, {}).items())[:1]:  # the run that made it, now or earlier
                     run.link(f"stage.{stage}.run", provenance.maker(md5), path, md5)
-            took = [history.last_seconds(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
-            run.metrics({"usage/stage_hours": sum(seconds for seconds, _ in filter(None, took)) / 3600})
+            took = [history.last(stage).get("seconds", 0.0) for stage, outcome in outcomes.items() if outcome == "ran"]
+            run.metrics({"usage/stage_hours": sum(took) / 3600})
             gate(targets or ())
             if "compare" in outcomes:
                 promote.register_all()

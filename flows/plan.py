@@ -9,7 +9,7 @@ from components.config import recipes
 from components.config.settings import Settings
 from components.cost.estimate import estimate
 from components.errors import InputError
-from components.tracking.history import last_seconds
+from components.tracking import history
 from flows import dvc
 
 NEW = ["has not run yet"]
@@ -71,7 +71,7 @@ def _reasons(changes: list[Any]) -> list[str]:
 
 def _seconds(stage: str, recipe: str | None, expected: dict[str, float]) -> float | None:
     """Seconds of the last run here, if it was of this recipe; else the recipe's figure; else the last run of any recipe."""
-    last = last_seconds(stage)
-    if last and last[1] == recipe:
-        return last[0]
-    return expected.get(stage, expected.get(stage.partition("@")[0], last[0] if last else None))
+    last = history.last(stage)
+    if last and last["recipe"] == recipe:
+        return float(last["seconds"])
+    return expected.get(stage, expected.get(stage.partition("@")[0], last.get("seconds")))

@@ -123,7 +123,7 @@ def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) 
 
 
 def _announce(anew: list[str]) -> None:
-    took = [told[0] for stage in anew if (told := history.last_seconds(stage))]
+    took = [told["seconds"] for stage in anew if (told := history.last(stage))]
     minutes = f"; they took {sum(took) / 60:.1f} min when they last ran here" if len(took) == len(anew) else ""
     print(f"{len(anew)} stage(s) to run anew: {', '.join(anew)}{minutes}", flush=True)
 

@@ -6,9 +6,8 @@ While the server is unreachable the request waits in the journal, and `alignti s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from components.config.settings import Settings
 from components.errors import DataError
@@ -16,8 +15,7 @@ from components.model_registry import drift
 from components.records.dataset import Manifest
 from components.records.evaluate import Scores
 from components.records.paths import DATASET, RAW, SCORES, STUDENTS
-from components.tracking import journal, outcome, provenance
-from components.tracking.journal import JOURNALS
+from components.tracking import history, journal, outcome, provenance
 from components.tracking.stage_run import nearest_recipe
 
 
@@ -57,8 +55,9 @@ def register(students: Sequence[Student], settings: Settings, candidate: Student
 
 
 def _tell(student: Student, settings: Settings, candidate: bool) -> bool:
-    arm, made_by, fingerprint = settings.arm(student.arm), provenance.maker(student.md5), student.scores.fingerprint
-    tags = {
+    arm, made_by, fingerprint = settings.arm(student.arm), provenance.maker(student.md5) or "", student.scores.fingerprint
+    trained = history.tags(made_by)
+    tags: dict[str, str] = {
         "arm": student.arm,
         **nearest_recipe().tag,
         "dvc.path": str(STUDENTS / student.arm),
@@ -68,11 +67,11 @@ def _tell(student: Student, settings: Settings, candidate: bool) -> bool:
         "eval.fingerprint": "null" if fingerprint is None else fingerprint.model_dump_json(),
         "exact_match": f"{student.scores.exact_match:.6f}",
         "samples": str(student.scores.samples),
-        **_commit(made_by),
+        **{key: trained[key] for key in ("mlflow.source.git.commit", "git.dirty") if key in trained},
     }
     return journal.register(
         outcome.of_arm(student.arm, student.md5, settings),
-        made_by=made_by or "",
+        made_by=made_by,
         candidate=candidate,
         tags=tags,
         params={key: str(value) for key, value in journal.flatten(arm.model_dump(mode="json"))},
@@ -86,12 +85,3 @@ def _data() -> dict[str, str]:
     known = {"dvc.raw": provenance.raw().get(str(RAW)), "dvc.dataset": prepared}
     figures = drift.statistics(Manifest.read(DATASET / "manifest.json"))
     return {key: md5 for key, md5 in known.items() if md5} | {"data.statistics": json.dumps(figures)}
-
-
-def _commit(journal: str | None) -> Mapping[str, str]:
-    """Tags of the training's commit, and whether its tree was dirty; empty without its journal."""
-    if journal is None or not (path := JOURNALS / f"{journal}.jsonl").exists():
-        return {}
-    with Path(path).open(encoding="utf-8") as lines:
-        tags = json.loads(lines.readline())["tags"]
-    return {key: tags[key] for key in ("mlflow.source.git.commit", "git.dirty") if key in tags}

@@ -140,7 +140,7 @@ def _again(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
 
 def _params(run: str) -> list[str]:
     """Lines that restore params/ that were not committed, as far as a recipe does."""
-    recipe, _, changed = history.recipe(run).partition(" with ")
+    recipe, _, changed = history.tags(run).get("recipe", "").partition(" with ")
     rest = "# then set in params/*.yaml what is said below under: everything that decided its weights"
     return [*([f"alignti use {recipe}"] if recipe else []), *([] if recipe and not changed else [rest])]
 

@@ -9,7 +9,7 @@ from components.process import is_free
 from components.records.paths import RUNS
 from components.records.record import content, parsed
 from components.tracking import provenance, system_metrics
-from components.tracking.journal import JOURNALS, events
+from components.tracking.journal import JOURNALS, events, first_event
 
 LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
 
@@ -25,9 +25,8 @@ def energy(run: str) -> dict[str, float]:
 
     A resumed run has a value per attempt; they are summed.
     """
-    journal = JOURNALS / f"{run}.jsonl"
     used: dict[str, float] = {}
-    for event in events(journal) if journal.exists() else ():
+    for event in _events(run):
         if event["event"] == "metrics" and event["step"] is None:
             for name in {system_metrics.GPU_WH, system_metrics.CPU_WH} & set(event["values"]):
                 used[name] = used.get(name, 0.0) + event["values"][name]
@@ -36,8 +35,7 @@ def energy(run: str) -> dict[str, float]:
 
 def ran(run: str) -> tuple[str | None, list[str]]:
     """Commit of this journal's run, None if unknown, and the files (params/ included) that differed from it."""
-    journal = JOURNALS / f"{run}.jsonl"
-    told = [event for event in (events(journal) if journal.exists() else ()) if event["event"] in ("start", "origin")]
+    told = [event for event in _events(run) if event["event"] in ("start", "origin")]
     commits = [event["tags"].get("mlflow.source.git.commit", "none") for event in told if "tags" in event]
     commit = commits[-1] if commits else "none"
     if commit == "none":
@@ -48,11 +46,15 @@ def ran(run: str) -> tuple[str | None, list[str]]:
     return commit, sorted(set(changed))
 
 
-def recipe(run: str) -> str:
-    """Tag of this journal's run: the recipe nearest to its params, ` with N value(s) changed`; empty if unknown."""
+def tags(run: str) -> dict[str, str]:
+    """Tags of this journal's run at its start; none if the journal is not here."""
     journal = JOURNALS / f"{run}.jsonl"
-    first = next(iter(events(journal)), {}) if journal.exists() else {}
-    return str(first.get("tags", {}).get("recipe", ""))
+    return dict(first_event(journal)["tags"]) if journal.exists() and journal.stat().st_size else {}
+
+
+def _events(run: str) -> list[dict[str, Any]]:
+    journal = JOURNALS / f"{run}.jsonl"
+    return events(journal) if journal.exists() else []
 
 
 class Told(NamedTuple):
@@ -82,16 +84,7 @@ def recorded() -> list[Told]:
     return sorted(found)
 
 
-def last_run(stage: str) -> str | None:
-    """Journal of this stage's last successful run here, None without one."""
+def last(stage: str) -> dict[str, Any]:
+    """Record of this stage's last successful run here: `run` (its journal), `seconds`, nearest `recipe`; empty without one."""
     path = LAST / f"{stage}.json"
-    return str(parsed(path)["run"]) if path.exists() else None
-
-
-def last_seconds(stage: str) -> tuple[float, str | None] | None:
-    """Duration in seconds and nearest recipe of this stage's last successful run; None without one."""
-    path = LAST / f"{stage}.json"
-    if not path.exists():
-        return None
-    record = parsed(path)
-    return float(record["seconds"]), record["recipe"]
+    return parsed(path) if path.exists() else {}

@@ -35,7 +35,7 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
     folder = SCORES / arm
     scores, cost = Scores.read(folder / "scores.json"), Cost.read(STUDENTS / arm / "cost.json")
     scores_md5 = provenance.digest(folder).md5
-    made_by = {f"run.{made}": history.last_run(f"{made}@{arm}") for made in ("distill", "evaluate")}
+    made_by = {f"run.{made}": history.last(f"{made}@{arm}").get("run") for made in ("distill", "evaluate")}
     made_by["run.distill"] = provenance.maker(md5) or made_by["run.distill"]  # restored bytes come from an earlier run
     key = _key(stage, arm, md5, scores_md5, params, tags)
     journal.record(

@@ -158,9 +158,7 @@ def test_a_stage_records_what_it_used(powercap: Path, monkeypatch: pytest.Monkey
     assert told[system_metrics.GPU_WH] == pytest.approx(4.0)
     assert told[system_metrics.DEVICE_HOURS] == pytest.approx(2 * told["seconds"] / 3600)
     assert not any(name.startswith(("best/", "final/")) for name in told)
-    run = history.last_run("distill@a")
-    assert run is not None
-    assert history.energy(run) == {
+    assert history.energy(history.last("distill@a")["run"]) == {
         system_metrics.CPU_WH: told[system_metrics.CPU_WH],
         system_metrics.GPU_WH: told[system_metrics.GPU_WH],
     }

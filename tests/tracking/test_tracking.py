@@ -116,11 +116,11 @@ def test_the_journal_holds_everything_in_order() -> None:
 
 
 def test_a_record_of_the_last_success_tells_how_long_it_took() -> None:
-    assert history.last_seconds("distill@align_ti") is None
+    assert history.last("distill@align_ti") == {}
     work()
-    seconds, recipe = history.last_seconds("distill@align_ti") or (None, None)
-    assert recipe == "digits"
-    assert seconds is not None and 0 <= seconds < 60
+    last = history.last("distill@align_ti")
+    assert last["recipe"] == "digits"
+    assert 0 <= last["seconds"] < 60
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_the_work_raises_passes_through_and_is_told(error: BaseException, s
     with pytest.raises(type(error)), stage_run("prepare", runtime=runtime()):
         raise error
     assert lines(journals()[0])[-1]["status"] == status
-    assert history.last_seconds("prepare") is None
+    assert history.last("prepare") == {}
 
 
 def test_params_that_cannot_be_read_cost_a_run_its_recipe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
