@@ -11,7 +11,6 @@ import json
 import posixpath
 import re
 import shutil
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -164,16 +163,18 @@ class Mirror:
 
     def _params(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Param
+        from mlflow.utils import chunk_list
 
         params = [Param(fitting(name), value[:PARAM_CHARS]) for line in lines for name, value in line["values"].items()]
-        for some in _chunks(params, PARAMS_PER_CALL):
+        for some in chunk_list(params, PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=some)
 
     def _metrics(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
+        from mlflow.utils import chunk_list
 
         points = [Metric(fitting(k), v, line["time"], line["step"] or 0) for line in lines for k, v in line["values"].items()]
-        for some in _chunks(points, METRICS_PER_CALL):
+        for some in chunk_list(points, METRICS_PER_CALL):
             self._client.log_batch(run_id, metrics=some)
 
     def _artifact(self, run_id: str, lines: list[dict[str, Any]]) -> None:
@@ -221,7 +222,3 @@ def fitting(name: str) -> str:
     parts = (part if part.strip(".") else "_" * len(part) or "_" for part in clean.split("/"))
     told_apart = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{'/'.join(parts)[: NAME_CHARS - 9]}-{told_apart}"
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[at : at + size] for at in range(0, len(items), size))

@@ -6,8 +6,7 @@ A version points to an external logged model: its weights stay with DVC, under t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +38,8 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     A candidate takes that alias from those registered before it. `run_id` is the run of the outcome; the version's own run is
     the training that made the bytes, if MLflow has it.
     """
+    import mlflow
+
     experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
     trained = client.search_runs([experiment.experiment_id], f"tags.`alignti.run` = '{line['made_by']}'", max_results=1)
     source = trained[0].info.run_id if trained else run_id
@@ -47,14 +48,14 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     found = of_md5(client, experiment.name, md5, line["tags"]["arm"])
     if found is None:
         tags = {**line["tags"], "run.scores": run_id, REGISTERED: str(line["time"])}
-        with _addressed(client) as mlflow:
-            logged = mlflow.create_external_model(
-                tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
-            )
-            made = client.create_model_version(
-                experiment.name, logged.model_uri, source, model_id=logged.model_id, description=line["description"],
-                tags={key: tags[key] for key in ON_THE_ROW if key in tags},
-            )  # fmt: skip
+        mlflow.set_tracking_uri(client.tracking_uri)  # the next call has no other way to be told
+        logged = mlflow.create_external_model(
+            tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
+        )
+        made = client.create_model_version(
+            experiment.name, logged.model_uri, source, model_id=logged.model_id, description=line["description"],
+            tags={key: tags[key] for key in ON_THE_ROW if key in tags},
+        )  # fmt: skip
         found = _version(client, made)
     if line["candidate"]:
         before = aliased(client, experiment.name, CANDIDATE)
@@ -103,19 +104,6 @@ def _make_model(client: Any, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-@contextmanager
-def _addressed(client: Any) -> Iterator[Any]:
-    """MLflow's external-model functions, which read the global tracking URI: set to `client`'s during the block."""
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(client.tracking_uri)
-    try:
-        yield mlflow
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 def _or_none(read: Any) -> Version | None:
