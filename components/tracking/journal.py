@@ -51,15 +51,15 @@ class Run:
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """`values` at `step`; without a step they describe the whole run."""
-        self._write("metrics", values={name: float(value) for name, value in values.items()}, step=step)
+        self.write("metrics", values={name: float(value) for name, value in values.items()}, step=step)
 
     def headline(self, values: Mapping[str, float], text: str) -> None:
         """Metrics and Markdown description of the parent run, as the table of runs shows them."""
-        self._write("headline", values=dict(values), text=text)
+        self.write("headline", values=dict(values), text=text)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Parameters of the run, nested mappings as dotted names. Once set, a value cannot change."""
-        self._write("params", values={name: str(value) for name, value in flatten(values)})
+        self.write("params", values={name: str(value) for name, value in flatten(values)})
 
     def artifact(self, path: Path) -> None:
         """Figure, small table or folder, copied so that later edits do not reach MLflow; weights stay with DVC."""
@@ -75,40 +75,35 @@ class Run:
         except OSError as error:
             warn(f"{path} is not tracked: {error}")
         else:
-            self._write("artifact", path=str(copy.relative_to(self._journal.parent)))
+            self.write("artifact", path=str(copy.relative_to(self._journal.parent)))
 
     def dataset(self, name: str, digest: str, source: str = "manifest") -> None:
         """Input data set. `source` of the digest: "dvc", or the data's own "manifest"."""
-        self._write("dataset", name=name, digest=digest, source=source)
+        self.write("dataset", name=name, digest=digest, source=source)
 
     def tag(self, key: str, value: str) -> None:
-        self._write("tag", key=key, value=str(value))
+        self.write("tag", key=key, value=str(value))
 
     def link(self, key: str, run: str | None, path: str = "", md5: str = "") -> None:
         """Tag that names another run: that of journal `run`, or if None the one that made `path` with this `md5`."""
         if run or md5:
-            self._write("link", key=key, run=run, path=path, md5=md5)
+            self.write("link", key=key, run=run, path=path, md5=md5)
 
     def made(self, path: str, digest: provenance.Digest) -> None:
         """Output of the stage with DVC's digest."""
-        self._write("made", path=path, md5=digest.md5, files=digest.files)
+        self.write("made", path=path, md5=digest.md5, files=digest.files)
 
     def origin(self, params: Mapping[str, str], uncommitted: Sequence[str]) -> None:
         """Inputs of a rerun beside the commit: the text of params/, and the uncommitted files of code."""
-        self._write("origin", params=dict(params), uncommitted=list(uncommitted))
-
-    def resume(self, attempt: int, **fields: Any) -> None:
-        self._write("resume", attempt=attempt, **fields)
-
-    def start(self, **fields: Any) -> None:
-        self._write("start", **fields)
+        self.write("origin", params=dict(params), uncommitted=list(uncommitted))
 
     def end(self, status: str) -> None:
-        self._write("end", status=status)
+        self.write("end", status=status)
         if self._file is not None:
             self._file.close()
 
-    def _write(self, event: str, **fields: Any) -> None:
+    def write(self, event: str, **fields: Any) -> None:
+        """One event; the methods above write those of a stage's own."""
         with self._lock:
             if self._file is None:
                 return

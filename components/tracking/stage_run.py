@@ -34,6 +34,7 @@ from components.tracking.journal import JOURNALS, Run, events, warn
 UNFINISHED = RUNS / "unfinished"  # one record per stage x cell whose last run did not finish
 PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
 JOURNAL_ONLY = "journal"  # tracking_uri without MLflow
+LOST = "if this run is stopped, the next does not go on in its MLflow run"  # without its record in UNFINISHED
 PATIENCE_S = 10  # seconds that a finished stage waits for its journal to be sent
 SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the sync process
 
@@ -64,7 +65,8 @@ def stage_run(
     title = cell or (None if works else nearest.name)
     run, spent, before = _open(name, known_as, of)
     if spent is None:
-        run.start(
+        run.write(
+            "start",
             name=f"{stage}/{title}" if title else stage,
             experiment=runtime.experiment,
             parent=_parent(nearest),
@@ -103,7 +105,8 @@ def stage_run(
             _note_made(run, of)
         run.end(status)
         if status == "FINISHED":
-            _remember(known_as, run.id, seconds, nearest.name)
+            last = {"run": run.id, "seconds": round(seconds, 3), "recipe": nearest.name, **provenance.commit_tags()}
+            _write_note(LAST / f"{known_as}.json", last, f"how long {known_as} took is not recorded")
             _forget_unfinished(known_as, run.id)
         for sender in senders:
             _finish_mirror(sender, journal)
@@ -133,15 +136,6 @@ def nearest_recipe() -> NearestRecipe:
     if name is None:
         return NearestRecipe(None, {})
     return NearestRecipe(name, {"recipe": f"{name} with {differing} value(s) changed" if differing else name})
-
-
-def _remember(stage: str, run: str, seconds: float, recipe: str | None) -> None:
-    """Write the record of a stage's last run, from which `alignti plan` estimates. No stage depends on it."""
-    record = {"run": run, "seconds": round(seconds, 3), "recipe": recipe, **provenance.commit_tags()}
-    try:
-        write_text(LAST / f"{stage}.json", json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        warn(f"how long {stage} took is not recorded: {error}")
 
 
 @dataclass(frozen=True)
@@ -178,12 +172,12 @@ def _open(name: str, stage: str, of: _Lineage | None) -> tuple[Run, float | None
             before = None  # it is running, in another workspace
         else:
             spent = _seconds(journal)
-            run.resume(attempt, host=socket.gethostname())
-            _write_note(note, {**before, "attempt": attempt})
+            run.write("resume", attempt=attempt, host=socket.gethostname())
+            _write_note(note, {**before, "attempt": attempt}, LOST)
             return run, spent, None
     run = Run(JOURNALS / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{uuid.uuid4().hex[:8]}.jsonl")
     if of:
-        _write_note(note, {"run": run.id, "fingerprint": of.fingerprint, "attempt": 1})
+        _write_note(note, {"run": run.id, "fingerprint": of.fingerprint, "attempt": 1}, LOST)
     return run, None, before["run"] if before else None
 
 
@@ -202,11 +196,12 @@ def _noted(note: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_note(note: Path, content: Mapping[str, Any]) -> None:
+def _write_note(note: Path, content: Mapping[str, Any], lost: str) -> None:
+    """Write a record that no stage depends on; a disk that refuses it costs a warning of what is `lost`."""
     try:
         write_text(note, json.dumps(content) + "\n")
     except OSError as error:
-        warn(f"{note}: {error}; if this run is stopped, the next does not go on in its MLflow run")
+        warn(f"{note}: {error}; {lost}")
 
 
 def _seconds(journal: Path) -> float:
