@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config.settings import Settings
-from components.errors import InputError, TryAgainError, meant
+from components.errors import InputError, meant
 from components.io import write_text
 from components.tracking import history, mlflow_client, mlflow_mirror, mlflow_registry, provenance
 from components.tracking.journal import JOURNALS, events
@@ -89,14 +89,11 @@ def find(run: str, settings: Settings) -> Recorded:
         raise InputError(f"there is no run {run!r} in {JOURNALS}; {near}`alignti runs` lists them")
     if settings.runtime.tracking_uri == JOURNAL_ONLY:
         raise InputError(f"there is no journal {run} in {JOURNALS}, and no MLflow to ask (tracking_uri is `journal`)")
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return _from_mlflow(run, mlflow_client.client(settings.runtime.tracking_uri))
-    except MlflowException as error:
-        if error.error_code in mlflow_registry.ABSENT:  # INVALID_PARAMETER_VALUE for a malformed id
-            raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}") from None
-        raise TryAgainError(f"MLflow does not answer ({mlflow_client.one_line(error)})") from None
+    with mlflow_client.asking("MLflow does not answer", "nothing was run"):
+        found = mlflow_registry.or_none(lambda: _from_mlflow(run, mlflow_client.client(settings.runtime.tracking_uri)))
+    if found is None:
+        raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}")
+    return found
 
 
 def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) -> Outcome:

@@ -59,14 +59,8 @@ class Mirror:
             self._state |= UNSENT  # deleted, or another database: resend everything
 
     def _has(self, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
+        found = mlflow_registry.or_none(lambda: self._client.get_run(run_id))
+        return found is not None and found.info.lifecycle_stage == "active"
 
     def send(self, abandoned: bool = False) -> bool:
         """Send new events; true once the end event is sent. `abandoned`: no writer left, a missing end is KILLED."""

@@ -6,15 +6,16 @@ A version points to an external logged model: its weights stay with DVC, under t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 MD5 = "dvc.md5"  # tag: MD5 of the student's folder
 REGISTERED = "registered"  # ms since 1970
 ON_THE_ROW = ("arm", "recipe", "exact_match", MD5)  # tags of a version; the others are on its logged model
-ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model; no such alias or version
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model or run; no such alias or version, malformed id
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def propose(client: Any, version: Version) -> None:
 
 def aliased(client: Any, model: str, alias: str) -> Version | None:
     """Version with the alias, or None."""
-    return _or_none(lambda: _version(client, client.get_model_version_by_alias(model, alias)))
+    return or_none(lambda: _version(client, client.get_model_version_by_alias(model, alias)))
 
 
 def numbered(client: Any, model: str, number: str) -> Version | None:
-    return _or_none(lambda: _version(client, client.get_model_version(model, number)))
+    return or_none(lambda: _version(client, client.get_model_version(model, number)))
 
 
 def of_md5(client: Any, model: str, md5: str, arm: str) -> Version | None:
@@ -106,11 +107,12 @@ def _make_model(client: Any, name: str) -> None:
             raise
 
 
-def _or_none(read: Any) -> Version | None:
+def or_none(read: Callable[[], T]) -> T | None:
+    """What `read` gets from MLflow; None if MLflow has no such thing."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return read()  # type: ignore[no-any-return]
+        return read()
     except MlflowException as error:
         if error.error_code in ABSENT:
             return None

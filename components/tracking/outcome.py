@@ -106,12 +106,9 @@ def here(settings: Settings) -> list[str]:
 
 def comparison(outcomes: Sequence[str], server: str) -> str | None:
     """URL of MLflow's comparison page for these outcomes; None unless all were sent."""
-    sent = []
-    for name in outcomes:
-        state = history.sent(name)
-        if not (state and state["run_id"]):
-            return None
-        sent.append(state)
+    sent = [state for name in outcomes if (state := history.sent(name)) and state["run_id"]]
+    if len(sent) < len(outcomes):
+        return None
     return page(server, [state["run_id"] for state in sent], sent[0]["experiment"])
 
 
