@@ -65,24 +65,6 @@ class Interrupted(AlignTIError):
 
 
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file may not be so large"}
-REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-def of_disk(error: BaseException) -> AlignTIError | None:
-    """Disk fault as TryAgainError (no space or quota left) or InputError (path not writable, or no valid name); None for other
-    faults. Rust libraries, e.g. safetensors, give the errno in their text alone."""
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(told[1]) if told else (isinstance(error, OSError) and error.errno) or 0
-    where = error.filename if isinstance(error, OSError) and error.filename else "what it was about to write"
-    if number in NO_ROOM:
-        return TryAgainError(f"{NO_ROOM[number]} ({where}); free space and run again")
-    if number in REFUSED:
-        return InputError(f"{where}: {os.strerror(number).lower()}; see who owns it (ls -ld)")
-    if number in (errno.ENAMETOOLONG, errno.ELOOP):
-        return InputError(f"{str(where)[:60]} ...: {os.strerror(number).lower()}")
-    return None
-
-
 LIMITS = {
     errno.EMFILE: "this process may open no more files (ulimit -n)",
     errno.ENFILE: "this machine may open no more files",
@@ -90,12 +72,25 @@ LIMITS = {
     errno.ENOMEM: "memory is used up",
     errno.ENOLCK: "this file system gives no locks (NFS without its lock service, perhaps)",
 }
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def of_limits(error: BaseException) -> TryAgainError | None:
-    """TryAgainError for an exhausted limit of the machine (files, processes, memory, locks); None for other faults."""
-    number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
-    return TryAgainError(f"{LIMITS[number]}; run again when that has changed") if number in LIMITS else None
+def of_machine(error: BaseException) -> AlignTIError | None:
+    """Fault of the machine as TryAgainError (no space, quota, files, processes, memory or locks left) or InputError (path not
+    writable, or no valid name); None for other faults. Rust libraries, e.g. safetensors, give the errno in their text alone."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    known = errno.ENOMEM if isinstance(error, MemoryError) else isinstance(error, OSError) and error.errno
+    number = int(told[1]) if told else known or 0
+    where = error.filename if isinstance(error, OSError) and error.filename else "what it was about to write"
+    if number in NO_ROOM:
+        return TryAgainError(f"{NO_ROOM[number]} ({where}); free space and run again")
+    if number in LIMITS:
+        return TryAgainError(f"{LIMITS[number]}; run again when that has changed")
+    if number in REFUSED:
+        return InputError(f"{where}: {os.strerror(number).lower()}; see who owns it (ls -ld)")
+    if number in (errno.ENAMETOOLONG, errno.ELOOP):
+        return InputError(f"{str(where)[:60]} ...: {os.strerror(number).lower()}")
+    return None
 
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_KEY|AUTH|AUTH_STRING|WEBHOOK(_URL)?)$")  # variable names

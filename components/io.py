@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from components.errors import of_disk
+from components.errors import of_machine
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,7 +59,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Drafts left by killed processes are removed too: each may be as large as a model.
 
-    Raises the error of `of_disk` for a full or unwritable disk.
+    Raises the error of `of_machine` for a full or unwritable disk, or a limit of the machine.
     """
     import psutil  # a dependency of accelerate
 
@@ -76,7 +76,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             folder.replace(before)
         draft.replace(folder)
     except Exception as error:
-        if (told := of_disk(error)) is None:
+        if (told := of_machine(error)) is None:
             raise
         raise type(told)(f"{folder} was not written: {told}") from None
     finally:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, of_disk, of_limits
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, of_machine
 
 LOCK = "ALIGNTI_DEVICE_LOCK"  # environment variable: lock file of the stage's device (flows/devices.py)
 
@@ -146,7 +146,7 @@ def exit_from(main: Callable[[], None]) -> None:
         print("Interrupted: run the same command to go on", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except Exception as error:
-        if (told := of_disk(error) or of_limits(error)) is None:
+        if (told := of_machine(error)) is None:
             raise
         print(f"{type(told).__name__}: {told}", file=sys.stderr)
         sys.exit(told.exit_code)
