@@ -37,16 +37,14 @@ def leaks() -> list[Leak]:
 
     Raises TryAgainError if that server does not answer.
     """
-    with servers.asking_prefect():
-        worktrees = (f"worktree .runs/workspaces/{name} of a run that died" for name in workspace.left())
-        return [*(_on_server() if reachable() else ()), *(Leak(what, workspace.sweep) for what in worktrees)]
+    worktrees = (f"worktree .runs/workspaces/{name} of a run that died" for name in workspace.left())
+    return [*(_on_server() if reachable() else ()), *(Leak(what, workspace.sweep) for what in worktrees)]
 
 
 def free() -> Iterator[str]:
     """Release all leaked resources; yields a description of each."""
     for leak in leaks():
-        with servers.asking_prefect():
-            leak.free()
+        leak.free()
         yield leak.what
     if reachable():
         for run in heartbeat.left():  # runs whose end their workers reported
@@ -60,9 +58,7 @@ def reachable() -> bool:
 
 
 def _on_server() -> Iterator[Leak]:
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
+    with servers.asking_prefect() as client:
         before, limits, after = _holding(client), client.read_global_concurrency_limits(limit=200), _holding(client)
         for run in filter(_died, after):
             assert run.state is not None
@@ -102,18 +98,15 @@ def _died(run: FlowRun) -> bool:
 
 
 def _crash(run: FlowRun) -> None:
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import State
     from prefect.states import Crashed
 
-    with get_client(sync_client=True) as client:
+    with servers.asking_prefect() as client:
         state: State[None] = Crashed(message="Its process died without a word; `alignti doctor` ended the run.")
         client.set_flow_run_state(run.id, state, force=True)
     heartbeat.forget(str(run.id))
 
 
 def _release(limit: str, slots: int) -> None:
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
+    with servers.asking_prefect() as client:
         client.release_concurrency_slots([limit], slots, occupancy_seconds=1)

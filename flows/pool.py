@@ -95,11 +95,10 @@ def stop_workers() -> int:
 
 
 def _make_pool(pool: str, limit: int) -> None:
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectAlreadyExists
 
-    with servers.asking_prefect(), get_client(sync_client=True) as client:
+    with servers.asking_prefect() as client:
         try:
             client.create_work_pool(WorkPoolCreate(name=pool, type="process", concurrency_limit=limit))
         except ObjectAlreadyExists:

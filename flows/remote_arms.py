@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.deployments import run_deployment
@@ -98,7 +97,7 @@ class Orders:
 
     def _make(self, title: str, targets: Sequence[str]) -> None:
         parameters = {"study": self.study, "targets": list(targets), "commit": self.commit, "recipe": self.recipe}
-        with servers.asking_prefect(), get_client(sync_client=True) as client:
+        with servers.asking_prefect() as client:
             if run := _living(client, self._tag(title), parameters):
                 print(f"{title}: flow run {run.name}, which was ordered before, has not ended; waiting for it", flush=True)
             run = _finished(client, run or self._ordered(title, parameters))

@@ -65,12 +65,8 @@ def databases(postgres: str | None) -> dict[Name, str]:
     }
 
 
-def command(name: Name, host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a server; passwords are in the environment, since command lines are public."""
-    return (_mlflow if name == "mlflow" else _prefect)(host, port, database, auth)
-
-
-def _mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
+def mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of the server; passwords are in the environment, since command lines are public."""
     artifacts = (MLFLOW_HOME / "artifacts").resolve()
     artifacts.mkdir(parents=True, exist_ok=True)
     if database.startswith(mlflow_client.LOCAL):
@@ -113,7 +109,8 @@ def _mlflow_auth(auth: str, database: str) -> tuple[Path, str]:
     return file, key.read_text()
 
 
-def _prefect(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
+def prefect(host: str, port: int, database: str, auth: str | None) -> tuple[list[str], dict[str, str]]:
+    """As `mlflow`."""
     command = [sys.executable, "-m", "flows.prefect_server", "--host", host, "--port", str(port)]
     environment = {
         "PREFECT_HOME": str((HOME / "prefect-home").resolve()),

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -27,6 +28,9 @@ from components.process import locked
 from components.tracking.outcome import TRAINING
 from flows import QUIET, server_setup
 from flows.server_setup import AUTH, HOME, LOOPBACK, NAMES, Name
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 STARTUP_S = 180  # timeout: migrations of a first start, on a busy machine
 GRACE_S = 10  # between SIGTERM and SIGKILL of a server
@@ -160,12 +164,15 @@ def client_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def asking_prefect() -> Iterator[None]:
-    """Raises TryAgainError if the Prefect server is unreachable or fails, InputError if it rejects a request of the block."""
+def asking_prefect() -> Iterator[SyncPrefectClient]:
+    """Client of the Prefect server. Raises TryAgainError if it is unreachable or fails, InputError if it rejects a request of
+    the block."""
     import httpx
+    from prefect.client.orchestration import get_client
 
     try:
-        yield
+        with get_client(sync_client=True) as client:
+            yield client
     except httpx.HTTPError as error:
         refused = isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
         how = "refuses" if refused else "does not answer"
@@ -203,7 +210,8 @@ def _holder(port: int) -> str:
 
 
 def _start(name: Name, host: str, port: int, database: str, auth: str | None) -> Server:
-    command, environment = server_setup.command(name, host, port, database, auth)
+    setup = server_setup.mlflow if name == "mlflow" else server_setup.prefect
+    command, environment = setup(host, port, database, auth)
     HOME.mkdir(exist_ok=True)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_")) and k != AUTH}
     with (HOME / f"{name}.log").open("ab") as log:

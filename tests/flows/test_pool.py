@@ -144,7 +144,7 @@ def test_an_order_that_a_busy_server_does_not_take_is_worth_another_try(monkeypa
         raise busy
 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    monkeypatch.setattr(remote_arms, "get_client", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: contextlib.nullcontext())
     monkeypatch.setattr(remote_arms, "_living", living)
     with pytest.raises(TryAgainError, match=r"does not answer: Server error '503'$"):
         remote_arms.Orders("smoke", "0" * 40, None, "run")._make("tpa0", [])

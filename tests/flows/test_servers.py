@@ -98,8 +98,8 @@ def test_a_server_that_ends_is_told_with_its_log_and_the_other_is_stopped(here: 
     def broken(*_: object) -> tuple[list[str], dict[str, str]]:
         return [sys.executable, "-c", "raise SystemExit('no such table: runs')"], {}
 
-    monkeypatch.setattr(server_setup, "_prefect", sleeper)
-    monkeypatch.setattr(server_setup, "_mlflow", broken)
+    monkeypatch.setattr(server_setup, "prefect", sleeper)
+    monkeypatch.setattr(server_setup, "mlflow", broken)
     born: list[Server] = []
     start = servers._start
     monkeypatch.setattr(servers, "_start", lambda *words: born.append(start(*words)) or born[-1])
@@ -114,7 +114,7 @@ def test_what_a_server_started_is_stopped_with_it_willing_or_not(here: Path, mon
     monkeypatch.setattr(servers, "GRACE_S", 1)
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}]).wait()"
-    monkeypatch.setattr(server_setup, "_prefect", lambda *_: ([sys.executable, "-c", code], {}))
+    monkeypatch.setattr(server_setup, "prefect", lambda *_: ([sys.executable, "-c", code], {}))
     server = servers._start("prefect", "127.0.0.1", free_port(), "", None)
     while b"\n" not in server.log.read_bytes():
         assert server.alive()
