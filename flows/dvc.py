@@ -220,19 +220,14 @@ def fetch(target: str) -> None:
         raise InputError(f"`dvc pull {target}` failed: {done.stderr.strip()[-2000:]}")
 
 
-def cache() -> Path:
-    """Folder of DVC's cache here."""
-    done = _command("cache", "dir")
-    done.check_returncode()
-    return Path(done.stdout.strip()).resolve()
-
-
-def share(folder: Path, cache: Path) -> None:
-    """Configure the worktree at `folder` with `cache` and this clone's local DVC configuration."""
+def share(folder: Path) -> None:
+    """Configure the worktree at `folder` with this clone's cache and local DVC configuration."""
     from dvc.config import Config
+    from dvc.repo import Repo
 
     mine = Config(str(Path(".dvc").resolve())).load_one("local")  # paths made absolute
-    mine["cache"]["dir"] = str(cache)
+    with Repo() as repo:
+        mine["cache"]["dir"] = str(Path(repo.cache.local_cache_dir).resolve())
     with Config(str(folder / ".dvc")).edit("local") as config:
         config.update(mine)
 

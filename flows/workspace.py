@@ -47,7 +47,7 @@ def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
         try:
             for shared in SHARED:
                 (folder / shared).symlink_to(shared.resolve())
-            dvc.share(folder, dvc.cache())
+            dvc.share(folder)
             os.chdir(folder)
             for data in Path().glob("[!.]*.dvc"):
                 dvc.fetch(str(data))
