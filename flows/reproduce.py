@@ -46,7 +46,6 @@ class Outcome:
     """Comparison of the rerun with the recorded run, file by file."""
 
     recorded: Recorded
-    ran: list[str]  # stages, in order
     equal: list[str] = field(default_factory=list)
     timed: list[str] = field(default_factory=list)  # different, in files with timings
     different: list[str] = field(default_factory=list)
@@ -114,7 +113,7 @@ def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) 
         for stage in chain:
             with closing(dvc.Labelled(stage, verbose=False)) as say:
                 dvc.reproduce(stage, {PARENT: run.id}, anew=stage == recorded.stage or not stage_only, say=say)
-        outcome = _compare(recorded, [recorded.stage] if stage_only else chain)
+        outcome = _compare(recorded)
         run.tag("same_bytes", str(outcome.same).lower())
     return outcome
 
@@ -139,8 +138,8 @@ def _can_be_had(recorded: Recorded) -> None:
         )
 
 
-def _compare(recorded: Recorded, ran: list[str]) -> Outcome:
-    outcome = Outcome(recorded, ran)
+def _compare(recorded: Recorded) -> Outcome:
+    outcome = Outcome(recorded)
     for path, before in recorded.made.items():
         now = provenance.digest(Path(path)).files
         for name in sorted(before.files.keys() | now.keys()):

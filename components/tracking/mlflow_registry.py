@@ -26,7 +26,6 @@ class Version:
     number: str
     arm: str
     md5: str
-    run_id: str
     tags: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -121,4 +120,4 @@ def or_none(read: Callable[[], T]) -> T | None:
 
 def _version(client: Any, made: Any) -> Version:
     tags = {**client.get_logged_model(made.source.removeprefix("models:/")).tags, **made.tags}
-    return Version(made.name, str(made.version), tags.get("arm", "?"), tags.get(MD5, "?"), made.run_id, tags)
+    return Version(made.name, str(made.version), tags.get("arm", "?"), tags.get(MD5, "?"), tags)

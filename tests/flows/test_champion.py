@@ -236,7 +236,7 @@ def test_the_first_champion_knows_more_than_the_most_frequent_answers(
     ]
     monkeypatch.setattr(promote, "_recorded", lambda _: (answers, None))
     tags = {"recipe": "smoke", "exact_match": str(right / 4)}
-    version = mlflow_registry.Version(model="tests", number="1", arm="sft", md5="0", run_id="0", tags=tags)
+    version = mlflow_registry.Version(model="tests", number="1", arm="sft", md5="0", tags=tags)
     verdict = promote._verdict(version, None, load_settings(), measure=False)
     assert verdict.promoted is promoted
     assert f"{right / 4:.1%} on 4 questions, recipe smoke; the most frequent answer to each kind gives 50.0%" in verdict.why
@@ -281,7 +281,7 @@ def test_a_run_is_reproduced_to_the_byte_or_what_differs_is_named(trained: Setti
     recorded = reproduce.find(journal.stem, trained)
     Path("ran.log").unlink()
     outcome = reproduce.reproduce(recorded, trained)
-    assert outcome.same and outcome.ran == ["prepare", "distill@weak", "evaluate@weak"]
+    assert outcome.same
     assert Path("ran.log").read_text().split() == ["prepare", "distill-weak", "evaluate-weak"]  # run, not restored
 
     recorded = reproduce.find(training.stem, trained)
