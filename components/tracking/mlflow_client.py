@@ -68,6 +68,7 @@ def _client(tracking_uri: str) -> Any:
 
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    mlflow.set_tracking_uri(tracking_uri)  # create_external_model and load_dict have no other way to be told
     return mlflow.MlflowClient(tracking_uri=tracking_uri)
 
 

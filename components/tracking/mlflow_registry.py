@@ -48,7 +48,6 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     found = of_md5(client, experiment.name, md5, line["tags"]["arm"])
     if found is None:
         tags = {**line["tags"], "run.scores": run_id, REGISTERED: str(line["time"])}
-        mlflow.set_tracking_uri(client.tracking_uri)  # the next call has no other way to be told
         logged = mlflow.create_external_model(
             tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
         )

@@ -228,6 +228,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+def test_artifacts_that_a_server_keeps_are_asked_of_that_server() -> None:
+    from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+
+    mlflow_client.client("http://127.0.0.1:9")
+    assert MlflowArtifactsRepository("mlflow-artifacts:/1/x/artifacts").artifact_uri.startswith("http://127.0.0.1:9/")
+
+
 @pytest.mark.usefixtures("database")
 def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     senders = started(monkeypatch)
