@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from components.errors import DataError, TryAgainError
-from components.io import write_text
+from components.io import fingerprint, write_text
 from components.records.paths import RUNS
 
 MADE = RUNS / "made"
@@ -68,8 +68,7 @@ class Declared:
         """16 hex digits over the command, the params, the inputs and the code: equal means equal results."""
         code = {dep: digest(Path(dep)).md5 for dep in self.deps if dep.startswith("components")}
         values = {file: _chosen(_yaml(Path(file)), keys) for file, keys in self.params.items()}
-        facts = json.dumps([self.command, self.inputs(), code, values], sort_keys=True, default=str)
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+        return fingerprint({"command": self.command, "inputs": self.inputs(), "deps": code, "params": values}, [])
 
 
 @dataclass(frozen=True)
