@@ -79,13 +79,12 @@ def packages() -> tuple[list[Package], str | None]:
     return found, None if found else f"not measured: there is no RAPL counter in {POWERCAP}"
 
 
-def gpus(nvml: Any = None) -> tuple[list[Gpu], str | None]:
-    """GPUs visible to this process (CUDA_VISIBLE_DEVICES, else all), or none and the reason. `nvml`: the module pynvml."""
-    if nvml is None:
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            return [], "not measured: nvidia-ml-py is not installed (pip install -c constraints.txt -e '.[gpu]')"
+def gpus() -> tuple[list[Gpu], str | None]:
+    """GPUs visible to this process (CUDA_VISIBLE_DEVICES, else all), or none and the reason."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return [], "not measured: nvidia-ml-py is not installed (pip install -c constraints.txt -e '.[gpu]')"
     try:
         nvml.nvmlInit()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

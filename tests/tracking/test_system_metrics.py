@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,7 +104,8 @@ def test_the_gpus_that_the_stage_sees(visible: str | None, seen: list[int], monk
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found, why = system_metrics.gpus(Nvml())
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    found, why = system_metrics.gpus()
     assert why is None
     assert [gpu.sample()["utilization_percentage"] for gpu in found] == seen
     measured = system_metrics.Meter(found, [])
@@ -115,7 +117,8 @@ def test_the_gpus_that_the_stage_sees(visible: str | None, seen: list[int], monk
 @pytest.mark.parametrize("name", ["GPU-gone", "MIG-1"])
 def test_a_gpu_that_nvml_does_not_know_is_not_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
-    assert system_metrics.gpus(Nvml()) == ([], "not measured: Not Found")
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    assert system_metrics.gpus() == ([], "not measured: Not Found")
 
 
 def stage(monkeypatch: pytest.MonkeyPatch, nvml: Nvml | None, during: Any = lambda: None) -> list[dict[str, Any]]:
