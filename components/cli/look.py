@@ -177,7 +177,8 @@ def try_model(
     """Ask a model a question about images, each where <image> stands in it or first: its answer as it comes, with timings."""
     for path in image:
         check_file("--image", path)
-    check_models(student, vs)
+    models = [student] if vs is None else [student, vs]
+    check_models(*models)
     from components.config.load import load_settings
     from components.release.asked import sample_of
 
@@ -185,4 +186,4 @@ def try_model(
     sample_of(image, question, settings.data.limits)  # says what cannot be asked; the import below takes seconds
     from components.release.generate import run
 
-    run([student] if vs is None else [student, vs], image, question, settings, longest, look)
+    run(models, image, question, settings, longest, look)
