@@ -122,7 +122,7 @@ def _known_keys(keys: list[Any], file: str) -> list[str]:
     """Field names of the model at `keys`, following dicts of models and optional models."""
     annotation: Any = Settings.model_fields[file].annotation
     for key in keys:
-        model = _model_in(annotation)
+        model = model_in(annotation)
         if key in MEMBERS:
             annotation = MEMBERS[key]
         elif get_origin(annotation) is dict or model is None:  # a user-chosen name
@@ -131,12 +131,13 @@ def _known_keys(keys: list[Any], file: str) -> list[str]:
             annotation = model.model_fields[str(key)].annotation
         else:  # a loss term's block
             return [field.name for field in dataclasses.fields(terms.term_class(str(key)))]
-    model = _model_in(annotation)
+    model = model_in(annotation)
     of_terms = terms.names() if model is not None and issubclass(model, WithTerms) else []
     return list(dict.fromkeys([*model.model_fields, *of_terms])) if model else []
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """Settings model of a field that may be optional; None if it has none."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

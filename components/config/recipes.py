@@ -20,12 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from components.config.fields import PositiveFloat, PositiveInt, Strict
-from components.config.load import check_project, load_settings
+from components.config.load import check_project, load_settings, model_in
 from components.config.settings import FILES, Settings
 from components.config.yaml_file import read_yaml
 from components.errors import SettingsError, meant
@@ -144,8 +144,7 @@ def keep_own(root: Path = Path()) -> str:
 
 def restate(name: str, root: Path = Path()) -> None:
     """Merge every value of `params/` into recipe `name`, which keeps its comments."""
-    if name not in names(root):
-        raise _unknown(name, root)
+    about(name, root)  # raises for an unknown name
     path = _path(name, root)
     yaml = round_trip()
     recipe = yaml.load(path.read_text(encoding="utf-8"))
@@ -158,12 +157,12 @@ def restate(name: str, root: Path = Path()) -> None:
 def nearest(root: Path = Path()) -> tuple[str | None, int]:
     """Recipe nearest to `params/` and the number of differing values; of equals, the one with more values."""
     params = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
-    best: tuple[int, int, str] | None = None
+    ranks: list[tuple[int, int, str]] = []
     for name, said in _overlays(root):
         differing = sum(1 for file in said for _ in _updates(said[file], params[file], _annotation(file)))
-        rank = (differing, -_leaves(said), name)
-        best = min(best, rank) if best else rank
-    return (best[2], best[0]) if best else (None, 0)
+        ranks.append((differing, -_leaves(said), name))
+    differing, _, first = min(ranks, default=(0, 0, None))
+    return first, differing
 
 
 def _path(name: str, root: Path) -> Path:
@@ -179,12 +178,10 @@ def overlay(name: str, root: Path = Path(), load: Load | None = None) -> dict[st
 def _document(name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
     """Recipe with its `like`, phase and mixture merged in. Raises SettingsError."""
     stem, _, phase = name.partition("/")
-    if stem not in _stems(root):
-        raise _unknown(name, root)
-    whole = _whole(stem, root, load)
-    if phase and phase not in (whole.get("phases") or {}):
-        raise _unknown(name, root)
-    return _unfolded(whole, name, root, load)
+    if stem not in _stems(root) or (phase and phase not in phases(stem, root)):
+        known = names(root)
+        raise SettingsError(f"there is no recipe {name!r}; {meant(name, known)}params/recipes/ has {', '.join(known)}")
+    return _unfolded(_whole(stem, root, load), name, root, load)
 
 
 def _unfolded(whole: dict[str, Any], name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
@@ -264,18 +261,13 @@ def _read(path: Path, load: Load | None) -> dict[str, Any]:
     return load(path.read_text(encoding="utf-8")) if load else document
 
 
-def _unknown(name: str, root: Path) -> SettingsError:
-    known = names(root)
-    return SettingsError(f"there is no recipe {name!r}; {meant(name, known)}params/recipes/ has {', '.join(known)}")
-
-
 def _annotation(file: str) -> Any:
     return Settings.model_fields[file].annotation
 
 
 def _updates(overlay: Mapping[str, Any], current: Mapping[str, Any], annotation: Any) -> Iterator[tuple[Any, ...]]:
     """(key, ..., key, value) of each value that the merge changes."""
-    model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    model = model_in(annotation)
     for key, value in overlay.items():
         before = current.get(key)
         field = model.model_fields.get(key) if model else None
