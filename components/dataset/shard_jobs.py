@@ -6,6 +6,7 @@ A part depends on its number alone, so neither the number of workers nor an inte
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,12 +71,13 @@ def write_part(
     source: Source, part: int, folder: Path, images_per_shard: int, bar: Callable[[int], object] | None = None
 ) -> Part:
     """Write one part: shards, provenance, quarantine, image hashes and, last, its record."""
-    writers = {split: SplitWriter(folder / split, images_per_shard, source.boxes, source.several, part) for split in SPLITS}
     origins: list[Provenance] = []
     refused: list[Refused] = []
     hashes: list[tuple[int, int, int]] = []
     images = rows = 0
-    try:
+    with ExitStack() as shards:
+        asked = (images_per_shard, source.boxes, source.several, part)
+        writers = {split: shards.enter_context(SplitWriter(folder / split, *asked)) for split in SPLITS}
         for found in source.rows(part):
             images += 1
             if isinstance(found, Stored):
@@ -87,11 +89,7 @@ def write_part(
                 refused += found
             if bar is not None:
                 bar(1)
-        splits = {split: writer.close() for split, writer in writers.items()}
-        record = Part(images=images, splits=splits, rows=rows)
-    finally:
-        for writer in writers.values():
-            writer.discard()
+    record = Part(images=images, splits={split: writer.record for split, writer in writers.items()}, rows=rows)
     files = PartFiles.of(folder, part)
     write_text(files.provenance, jsonl(origins))
     write_text(files.quarantine, jsonl(refused))

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,69 +107,35 @@ def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, object]]:
         yield {"from": "gpt", "value": turn.answer}
 
 
-class SplitWriter:
-    """Writer of one split, row by row, to `folder/shard-00000.arrow`, ... (from number `first` on); `close` returns its record.
+class SplitWriter(AbstractContextManager["SplitWriter"]):
+    """Writer of one split, row by row, to `folder/shard-00000.arrow`, ... (from number `first` on); `record` after the block.
 
-    Rows are written in batches, so memory holds one batch, never a shard. Shards are renamed into place when complete; a
-    writer that is not closed has to be discarded.
+    Rows are written in batches, so memory holds one batch, never a shard. A shard appears when it is complete.
     """
 
     def __init__(self, folder: Path, images_per_shard: int, boxes: bool, several: bool = False, first: int = 0) -> None:
         """`boxes`, `several`: as in `schema`."""
         folder.mkdir(parents=True, exist_ok=True)
         self._schema = schema(boxes, several)
-        self._folder = folder
-        self._images_per_shard = images_per_shard
-        self._first = first
-        self._kinds: Counter[str] = Counter()
-        self._shards: list[ShardRecord] = []
-        self._shard: _ShardWriter | None = None
-
-    def add(self, row: ImageRow) -> None:
-        if self._shard is None:
-            self._shard = _ShardWriter(self._folder / f"shard-{self._first + len(self._shards):05d}.arrow", self._schema)
-        self._shard.add(row)
-        self._kinds.update(kind for _, kind, _ in row.samples)
-        if self._shard.images == self._images_per_shard:
-            self._finish_shard()
-
-    def close(self) -> SplitRecord:
-        self._finish_shard()
-        return _record(self._kinds, self._shards)
-
-    def discard(self) -> None:
-        """Remove the unfinished shard; nothing to do after `close`."""
-        if self._shard is not None:
-            self._shard.discard()
-            self._shard = None
-
-    def _finish_shard(self) -> None:
-        if self._shard is not None:
-            self._shards.append(self._shard.close())
-            self._shard = None
-
-
-class _ShardWriter:
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        import pyarrow as pa
-
-        self._path, self._schema = path, schema
-        self._draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = pa.OSFile(str(self._draft), "wb")
-        self._stream = pa.ipc.new_stream(self._file, schema)
+        self._folder, self._images_per_shard, self._first = folder, images_per_shard, first
+        self._shards: list[Path] = []
+        self._open = ExitStack()  # the last shard, until it is complete
+        self._images = 0  # in it
         self._pending: list[ImageRow] = []
         self._bytes = self._chars = 0
-        self.images = 0
-        self.samples = 0
 
     def add(self, row: ImageRow) -> None:
+        if not self._images:
+            self._shards.append(self._folder / f"shard-{self._first + len(self._shards):05d}.arrow")
+            self._stream = self._open.enter_context(_written(self._shards[-1], self._schema))
+        self._images += 1
         self._pending.append(row)
         self._bytes += sum(map(len, (row.image or b"", *row.more)))
-        self.images += 1
-        self.samples += len(row.samples)
         self._chars += sum(len(turn.question) + len(turn.answer) for *_, turns in row.samples for turn in turns)
         if self._bytes >= BATCH_BYTES or self._chars >= BATCH_CHARS:
             self._flush()
+        if self._images == self._images_per_shard:
+            self._complete()
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -178,30 +145,36 @@ class _ShardWriter:
             self._pending.clear()
             self._bytes = self._chars = 0
 
-    def discard(self) -> None:
-        try:
-            self._file.close()
-        finally:
-            self._draft.unlink(missing_ok=True)
+    def _complete(self) -> None:
+        with self._open:
+            self._flush()
+        self._images = 0
 
-    def close(self) -> ShardRecord:
-        self._flush()
-        self._stream.close()
-        self._file.close()
-        with self._draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        self._draft.replace(self._path)
-        return ShardRecord(file=self._path.name, images=self.images, samples=self.samples, sha256=sha256([self._path]))
+    def __exit__(self, *error: Any) -> None:
+        """Complete the last shard, or after an error remove it."""
+        if error[0] is None:
+            self._complete()
+        self._open.__exit__(*error)
+
+    @property
+    def record(self) -> SplitRecord:
+        return joined(map(_of_shard, self._shards))
 
 
-def write_split(folder: Path, rows: Iterable[ImageRow], images_per_shard: int) -> SplitRecord:
-    """Write all `rows` of one split to shards."""
-    rows = list(rows)
-    boxes = any(turn.boxes for row in rows for _, _, turns in row.samples for turn in turns)
-    writer = SplitWriter(folder, images_per_shard, boxes, several=any(row.more for row in rows))
-    for row in rows:
-        writer.add(row)
-    return writer.close()
+@contextmanager
+def _written(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
+    """Stream to a draft of a shard, which replaces `path` if the block succeeds, and is removed if it fails."""
+    import pyarrow as pa
+
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            yield stream
+        with draft.open("rb+") as whole:
+            os.fsync(whole.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> SplitRecord:
@@ -209,8 +182,7 @@ def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> Spli
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kinds: Counter[str] = Counter()
-    shards: list[ShardRecord] = []
+    left: list[Path] = []
     for shard in record.shards:
         path = folder / shard.file
         if not path.exists():  # removed as empty by an interrupted run
@@ -221,17 +193,20 @@ def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> Spli
             path.unlink()
             continue
         if kept.num_rows < table.num_rows:
-            draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
-                with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-                    stream.write_table(kept)
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
-        its_kinds = pc.struct_field(pc.list_flatten(kept.column("samples")), "kind").to_pylist()
-        kinds.update(its_kinds)
-        shards.append(ShardRecord(file=path.name, images=kept.num_rows, samples=len(its_kinds), sha256=sha256([path])))
-    return _record(kinds, shards)
+            with _written(path, table.schema) as stream:
+                stream.write_table(kept)
+        left.append(path)
+    return joined(map(_of_shard, left))
+
+
+def _of_shard(path: Path) -> SplitRecord:
+    """Record of a split that is one shard."""
+    import pyarrow.compute as pc
+
+    table = open_shard(path)
+    kinds = Counter(pc.struct_field(pc.list_flatten(table.column("samples")), "kind").to_pylist())
+    shard = ShardRecord(file=path.name, images=table.num_rows, samples=kinds.total(), sha256=sha256([path]))
+    return SplitRecord(images=shard.images, samples=shard.samples, kinds=kinds, shards=[shard])
 
 
 def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
@@ -241,10 +216,6 @@ def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
     for part in parts:
         kinds.update(part.kinds)
         shards += part.shards
-    return _record(kinds, shards)
-
-
-def _record(kinds: Counter[str], shards: list[ShardRecord]) -> SplitRecord:
     return SplitRecord(
         images=sum(shard.images for shard in shards), samples=kinds.total(), kinds=dict(sorted(kinds.items())), shards=shards
     )

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.dataset import shards
-from components.dataset.shards import ImageRow, Sample, Samples, SplitWriter, Turn, without, write_split
+from components.dataset.shards import ImageRow, Sample, Samples, SplitWriter, Turn, without
 from components.errors import DataError
 from components.io import sha256
 from components.records.dataset import Manifest
+from tests.shards import write_split
 
 
 def image_row(number: int, samples: int = 2, size: int = 100) -> ImageRow:
@@ -149,12 +150,11 @@ def test_the_writer_holds_a_batch_and_not_a_shard(
 ) -> None:
     """Of images, and of rows of text alone."""
     monkeypatch.setattr(shards, bound, most)
-    writer = SplitWriter(tmp_path / "train", images_per_shard=100, boxes=False)
-    for number in range(60):
-        writer.add(image_row(number, size=100))
-        assert writer._shard is not None
-        assert len(writer._shard._pending) < 10
-    (shard,) = writer.close().shards
+    with SplitWriter(tmp_path / "train", images_per_shard=100, boxes=False) as writer:
+        for number in range(60):
+            writer.add(image_row(number, size=100))
+            assert len(writer._pending) < 10
+    (shard,) = writer.record.shards
     with pa.memory_map(str(tmp_path / "train" / shard.file)) as file, pa.ipc.open_stream(file) as stream:
         assert [batch.num_rows for batch in stream] == [10] * 6
 

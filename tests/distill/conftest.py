@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.dataset.shards import ImageRow, Turn, write_split
+from components.dataset.shards import ImageRow, Turn
 from components.models.checkpoint_folder import record
 from components.records.dataset import Manifest
 from components.records.models import ModelIndex
@@ -19,6 +19,7 @@ from components.records.paths import DATASET, IRS, MODELS, TEACHER
 from components.records.teacher import TeacherChoice
 from tests.layers import layer_choice
 from tests.models.conftest import IMAGE_PX, NV, png, saved, word_processor
+from tests.shards import write_split
 from tests.tried import keep_all
 
 REPOSITORY = Path(__file__).parents[2]

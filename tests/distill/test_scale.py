@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from components.align_ti.terms import CORE
 from components.config.load import load_settings
 from components.config.runtime import RuntimeSettings
-from components.dataset.shards import ImageRow, Turn, write_split
+from components.dataset.shards import ImageRow, Turn
 from components.distill.__main__ import distill
 from components.distill.assemble import _accelerator as accelerator_of
 from components.distill.launch import CONFIGS, check_came_up, launch, to_be_launched
@@ -33,6 +33,7 @@ from components.records.paths import DATASET, STUDENTS
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, WORDS, _row, write_params
 from tests.distill.test_stage import _journal, _wait_for, command, environment
+from tests.shards import write_split
 from tests.tried import keep_all
 
 ARM = "align_ti"

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from components.config.loss_terms import Weights
 from components.config.study import Arm
-from components.dataset.shards import ImageRow, Turn, write_split
+from components.dataset.shards import ImageRow, Turn
 from components.evaluate.metrics import score
 from components.io import write_bytes, write_text
 from components.irs.overlays import Gaze, curve, overlay, peaks
@@ -26,6 +26,7 @@ from components.records.record import jsonl
 from components.records.teacher import Candidate, TeacherReport
 from components.report.figures import draw
 from tests.layers import layer_choice as shared_layer_choice
+from tests.shards import write_split
 from tests.tried import keep_all
 
 ARMS = {"sft": 0.62, "kd": 0.635, "kd_uniform": 0.70, "kd_iva": 0.715, "kd_tpa": 0.65, "align_ti": 0.72}  # share answered right

@@ -13,13 +13,14 @@ from PIL import Image
 
 from components.config.load import load_settings
 from components.dataset.perceptual_hash import NEAR
-from components.dataset.shards import ImageRow, Samples, Turn, write_split
+from components.dataset.shards import ImageRow, Samples, Turn
 from components.evaluate import blind_baselines
 from components.evaluate.blind_baselines import blurred, edited_images, majority, markdown, measure, other_images
 from components.evaluate.contamination import contamination
 from components.evaluate.kits.vlmeval_worker import blank
 from components.records.dataset import Manifest
 from components.records.paths import DATASET, MODELS, REPORTS
+from tests.shards import write_split
 
 
 def picture(seed: int, px: int = 48) -> Image.Image:

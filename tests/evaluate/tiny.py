@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
 
-from components.dataset.shards import ImageRow, Turn, write_split
+from components.dataset.shards import ImageRow, Turn
 from components.digits.tokenizer import build_processor
 from components.models.template import Template
 from components.records.dataset import Manifest, SplitRecord
 from components.records.paths import Split
+from tests.shards import write_split
 from tests.tried import keep_all
 
 IMAGE_PX, PATCH_PX = 32, 8

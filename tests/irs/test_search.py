@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
 
 from components.config.irs import IrsSettings
-from components.dataset.shards import ImageRow, Samples, Turn, write_split
+from components.dataset.shards import ImageRow, Samples, Turn
 from components.digits.tokenizer import build_processor
 from components.errors import DataError
 from components.irs import __main__ as stage
@@ -34,6 +34,7 @@ from components.records.dataset import Manifest
 from components.records.irs import LayerChoice
 from components.records.paths import DATASET, IRS, TEACHER
 from components.records.teacher import TeacherChoice
+from tests.shards import write_split
 from tests.tried import keep_all
 
 SETTINGS = IrsSettings(

@@ -21,11 +21,12 @@ from transformers import (
 )
 
 from components.config.models import ModelsSettings
-from components.dataset.shards import ImageRow, Sample, Turn, write_split
+from components.dataset.shards import ImageRow, Sample, Turn
 from components.digits.tokenizer import build_processor
 from components.io import sha256
 from components.models.template import EOS, IMAGE, Template
 from components.records.dataset import Manifest
+from tests.shards import write_split
 
 IMAGE_PX, PATCH_PX, NV = 16, 8, 4
 TEXT = "what digit is at a1 a2 b1 b2 ? . , red green one two three empty list describe the grid yes no"

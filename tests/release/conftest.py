@@ -10,7 +10,7 @@ import pytest
 
 from components.config.load import load_settings
 from components.config.settings import Settings
-from components.dataset.shards import ImageRow, Turn, write_split
+from components.dataset.shards import ImageRow, Turn
 from components.distill.card import model_card
 from components.io import write_text
 from components.models.checkpoint_folder import record
@@ -21,6 +21,7 @@ from components.records.paths import DATASET, IRS, MODELS, STUDENTS, TEACHER
 from components.records.teacher import TeacherChoice
 from tests.families import toy
 from tests.layers import layer_choice
+from tests.shards import write_split
 from tests.tried import keep_all
 
 ROOT = Path(__file__).parents[2]

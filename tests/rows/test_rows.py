@@ -15,7 +15,7 @@ from PIL import Image
 
 from components.config.load import load_settings
 from components.config.settings import Settings
-from components.dataset.shards import ImageRow, Samples, Turn, write_split
+from components.dataset.shards import ImageRow, Samples, Turn
 from components.errors import DataError
 from components.models.collate import Collator
 from components.models.processor import load_processor
@@ -29,6 +29,7 @@ from components.rows.__main__ import closing_line
 from components.rows.judge import Judge
 from components.rows.trial import try_rows
 from tests.families import toy
+from tests.shards import write_split
 
 ROOT = Path(__file__).parents[2]
 MOST = 60  # tokens
