@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from components.dataset.shards import Sample, about, open_shard
+from components.dataset.shards import Sample, Samples
 from components.dataset.source import Source
 from components.io import write_bytes, write_text
-from components.records.dataset import Manifest, SplitRecord
+from components.records.dataset import Manifest
 from components.records.paths import SPLITS
 
 SHOWN, COLUMNS, QUESTIONS = 12, 4, 3
@@ -23,20 +23,15 @@ INK, GREY, ACCENT, PAPER = "#1b1f24", "#6b7280", "#0b5cad", "#ffffff"
 
 def write_card(folder: Path, source: Source, manifest: Manifest) -> None:
     """Write `card.md` and `contact_sheet.png` into the finished data set `folder`."""
-    examples = [some for split in SPLITS for some in _examples(folder / split, manifest.splits[split], SHOWN // len(SPLITS))]
+    examples = [some for split in SPLITS for some in _examples(Samples(folder, split, check=False), SHOWN // len(SPLITS))]
     write_bytes(folder / "contact_sheet.png", contact_sheet(examples))
     write_text(folder / "card.md", card(source, manifest, examples))
 
 
-def _examples(folder: Path, split: SplitRecord, amount: int) -> list[list[Sample]]:
-    """Evenly spaced images of a split, each with some of its samples, captions last. Opens only the shards of these images."""
-    ends = np.cumsum([shard.images for shard in split.shards])
-    chosen = []
-    for row in np.unique(np.linspace(0, split.images - 1, amount).round().astype(int)):
-        shard = int(np.searchsorted(ends, row, side="right"))
-        table = open_shard(folder / split.shards[shard].file)
-        chosen.append(about(table, int(row - ends[shard] + table.num_rows)))
-    return [sorted(some, key=lambda s: s.kind == "caption")[:QUESTIONS] for some in chosen]
+def _examples(samples: Samples, amount: int) -> list[list[Sample]]:
+    """Evenly spaced images of a split, each with some of its samples, captions last."""
+    rows = np.unique(np.linspace(0, samples.images - 1, amount).round().astype(int))
+    return [sorted(samples.about(int(row)), key=lambda s: s.kind == "caption")[:QUESTIONS] for row in rows]
 
 
 # --- contact sheet ----------------------------------------------------------------------------------------------------

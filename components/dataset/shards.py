@@ -20,6 +20,7 @@ import numpy as np
 
 from components.errors import DataError
 from components.io import sha256
+from components.process import cores
 from components.records.dataset import Manifest, ShardRecord, SourceRecord, Sources, SplitRecord
 from components.records.paths import Split
 from components.records.rows import TriedRows
@@ -292,7 +293,8 @@ class Samples(Sequence[Sample]):
 
     def about(self, row: int) -> list[Sample]:
         """All stored samples about image `row`, in one read: four times as fast as one by one."""
-        return about(self._table, row)
+        images = _images(self._table, row)
+        return [_sample(stored, *images) for stored in self._table.column("samples")[row].as_py()]
 
     @property
     def kinds(self) -> list[str]:
@@ -358,12 +360,6 @@ def image_sizes(images: Iterable[bytes | pa.Buffer]) -> tuple[tuple[int, int], .
     return tuple(sizes)
 
 
-def about(table: pa.Table, row: int) -> list[Sample]:
-    """All samples about the image in `row` of a shard."""
-    images = _images(table, row)
-    return [_sample(stored, *images) for stored in table.column("samples")[row].as_py()]
-
-
 def _images(table: pa.Table, row: int) -> tuple[str, tuple[bytes, ...]]:
     return table.column("image_id")[row].as_py(), tuple(image.as_py() for image in _stored_images(table, row))
 
@@ -388,7 +384,7 @@ def check_hashes(folder: Path, shards: Sequence[ShardRecord]) -> None:
     """Raises DataError naming the first shard whose sha256 is not the record's. As fast as the disk."""
     from tqdm import tqdm
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         hashes = pool.map(lambda shard: sha256([folder / shard.file]), shards)  # hashing and reading release the GIL
         bar = tqdm(hashes, desc=f"check {folder.name}", total=len(shards), unit="shard")
         for shard, found in zip(shards, bar, strict=True):
