@@ -18,33 +18,20 @@ from components.dataset.images import Refusal, check
 from components.dataset.index import Index, Indexed, build
 from components.dataset.readers import Store, store
 from components.dataset.shards import ImageRow
-from components.dataset.source import Provenance, Refused, Rule, Stored
+from components.dataset.source import Provenance, Refused, Rule, Source, Stored
 from components.records.paths import Split
 
 OWN = "These are your own data; their licence is known to you. Note it here before you pass the data set on."
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(Source):
     """Data source with parts of `images_per_shard` images, in the order of their first rows."""
 
     settings: DataSettings
     index: Path
     stores: dict[str, Store]
-    title: str
-    licence: str
-    images: int
     rows_by_source: dict[str, int]
-    boxes: bool
-    several: bool
-
-    @property
-    def rows_in(self) -> int:
-        return sum(self.rows_by_source.values())
-
-    @property
-    def parts(self) -> int:
-        return -(-self.images // self.settings.images_per_shard)
 
     def rows(self, part: int) -> Iterator[Stored | list[Refused]]:
         size = self.settings.images_per_shard
@@ -89,8 +76,21 @@ def source(settings: DataSettings, index: Path, workers: int = 1) -> Mixed:
     if not index.exists():
         build(index, sources, settings.limits, settings.source == "mixture", workers)
     with Index(index) as rows:
-        title, licence = _title_and_licence(_asked(settings), rows.rows)
-        return Mixed(settings, index, sources, title, licence, rows.images, rows.rows, rows.boxes, rows.several)
+        by_source = rows.rows
+        title, licence = _title_and_licence(_asked(settings), by_source)
+        return Mixed(
+            title=title,
+            licence=licence,
+            images=rows.images,
+            rows_in=sum(by_source.values()),
+            parts=-(-rows.images // settings.images_per_shard),
+            boxes=rows.boxes,
+            several=rows.several,
+            settings=settings,
+            index=index,
+            stores=sources,
+            rows_by_source=by_source,
+        )
 
 
 def stores(settings: DataSettings) -> dict[str, Store]:

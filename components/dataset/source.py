@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from components.dataset.shards import ImageRow
 from components.records.paths import Split
@@ -53,40 +55,28 @@ class Stored(NamedTuple):
     rows: int  # source rows, fewer than samples where a row became several
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Source(ABC):
     """Data source in independent parts: any process can make any part, in any order, with the same result.
 
     A part becomes at most one shard per split, unless it is the only part.
     """
 
-    @property
-    def title(self) -> str: ...
+    title: str
+    licence: str
+    images: int  # upper bound, for the progress bar
+    rows_in: int
+    parts: int
+    boxes: bool  # whether any question has boxes
+    several: bool  # whether any sample may have several images
 
-    @property
-    def licence(self) -> str: ...
-
-    @property
-    def images(self) -> int:
-        """Upper bound, for the progress bar."""
-
-    @property
-    def rows_in(self) -> int: ...
-
-    @property
-    def parts(self) -> int: ...
-
-    @property
-    def boxes(self) -> bool:
-        """Whether any question has boxes."""
-
-    @property
-    def several(self) -> bool:
-        """Whether any sample may have several images."""
-
+    @abstractmethod
     def rows(self, part: int) -> Iterator[Stored | list[Refused]]: ...
 
     def refused(self) -> Iterator[Refused]:
         """Rows refused before the split into parts."""
+        return iter(())
 
     def rules(self) -> list[Rule]:
         """Rules applied before the split into parts."""
+        return []

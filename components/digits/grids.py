@@ -17,7 +17,7 @@ from PIL import Image
 
 from components.config.data import Augmentation, DataSettings, DigitsGrid
 from components.dataset.shards import Box, ImageRow, Turn
-from components.dataset.source import Provenance, Refused, Rule, Stored
+from components.dataset.source import Provenance, Source, Stored
 from components.digits import raw
 from components.digits.questions import CAPTIONS, DIGITS, Asked, Balance, Digit, Scene, ask, captions, places
 from components.errors import DataError
@@ -32,41 +32,34 @@ LICENCE = (
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Source):
     """Data source of one part, since an image's questions depend on those of the images before it."""
 
     design: DigitsGrid
     seed: int
     folder: Path
-    title: str = TITLE
-    licence: str = LICENCE
-    parts: int = 1
-    boxes: bool = True
-    several: bool = False
-
-    @property
-    def images(self) -> int:
-        return sum(self.design.images.model_dump().values())
-
-    @property
-    def rows_in(self) -> int:
-        images, questions = self.design.images, self.design.instructions_per_image
-        conversations = math.ceil(questions.train / self.design.turns_per_row)
-        return images.train * (conversations + CAPTIONS) + images.val * questions.val + images.test * questions.test
 
     def rows(self, part: int) -> Iterator[Stored]:
         return (Stored(row, origin, (), len(row.samples)) for row, origin in _rows(self.design, self.seed, self.folder))
 
-    def refused(self) -> Iterator[Refused]:
-        return iter(())
-
-    def rules(self) -> list[Rule]:
-        return []
-
 
 def source(settings: DataSettings, folder: Path) -> Digits:
-    assert settings.digits is not None  # validated by the settings
-    return Digits(settings.digits, settings.seed, folder)
+    design = settings.digits
+    assert design is not None  # validated by the settings
+    images, questions = design.images, design.instructions_per_image
+    conversations = math.ceil(questions.train / design.turns_per_row)
+    return Digits(
+        title=TITLE,
+        licence=LICENCE,
+        images=images.train + images.val + images.test,
+        rows_in=images.train * (conversations + CAPTIONS) + images.val * questions.val + images.test * questions.test,
+        parts=1,
+        boxes=True,
+        several=False,
+        design=design,
+        seed=settings.seed,
+        folder=folder,
+    )
 
 
 def _rows(design: DigitsGrid, seed: int, folder: Path) -> Iterator[tuple[ImageRow, Provenance]]:
