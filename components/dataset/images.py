@@ -75,14 +75,11 @@ def too_large(path: str, size: int, max_mib: float) -> Refusal:
 
 
 def read(path: Path, max_mib: float) -> bytes:
-    """Content of an image file. Raises Refusal: missing_file, zero_bytes or too_large."""
+    """Content of an image file. Raises Refusal: missing_file or too_large."""
     try:
         if not path.is_file():
             raise Refusal("missing_file", f"{path} is no file")
-        size = path.stat().st_size
-        if size == 0:
-            raise Refusal("zero_bytes", f"{path} is empty")
-        if size > max_mib * 2**20:
+        if (size := path.stat().st_size) > max_mib * 2**20:
             raise too_large(str(path), size, max_mib)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from components.dataset import json_rows, parquet, tars
-from components.dataset.images import Refusal, read, too_large
+from components.dataset.images import Refusal, read
 from components.dataset.row import Found
 from components.errors import DataError, TryAgainError
 
@@ -64,7 +64,7 @@ class Store:
         return [*self.files, *self.tars]
 
     def image(self, place: Place, max_mib: float) -> bytes:
-        """Image bytes. Raises Refusal: missing_file, zero_bytes, too_large, not_an_image; DataError for damaged Parquet."""
+        """Image bytes. Raises Refusal: missing_file, too_large, not_an_image; DataError for damaged Parquet."""
         if len(place) == 1:
             return self._named(place[0], max_mib)
         which, *where = place
@@ -76,24 +76,21 @@ class Store:
 
     def _named(self, path: str, max_mib: float) -> bytes:
         if path.startswith("data:"):
-            return _decoded(path, max_mib)
+            return _decoded(path)
         if self.folder is None:
             raise Refusal("missing_file", f"{path!r} names a file, and the source has no folder of `images`")
         return read(self.folder / path, max_mib)
 
 
-def _decoded(url: str, max_mib: float) -> bytes:
-    """Content of a data URL. Raises Refusal: not_an_image or too_large."""
+def _decoded(url: str) -> bytes:
+    """Content of a data URL. Raises Refusal not_an_image."""
     head, _, content = url.partition(",")
     try:
-        found = (
-            base64.b64decode("".join(content.split()), validate=True) if head.endswith(";base64") else unquote_to_bytes(content)
-        )
+        if head.endswith(";base64"):
+            return base64.b64decode("".join(content.split()), validate=True)
+        return unquote_to_bytes(content)
     except binascii.Error as error:
         raise Refusal("not_an_image", f"the data URL {head} is no base64: {error}") from None
-    if len(found) > max_mib * 2**20:
-        raise too_large(head, len(found), max_mib)
-    return found
 
 
 def store(files: str, images: Path | None) -> Store:
