@@ -11,7 +11,7 @@ import torch
 
 from components.config.names import HUB_ID
 from components.config.settings import Settings
-from components.errors import InputError, ModelError
+from components.errors import InputError, ModelError, unknown
 from components.evaluate.__main__ import model_of
 from components.models.download import snapshot
 from components.models.load import Loaded, check_images, load
@@ -39,10 +39,7 @@ def find(name: str, settings: Settings) -> Named:
         return Named(Path(name).resolve().name, Path(name), None)
     if match := HUB_ID.fullmatch(name):
         return Named(name, snapshot(match["id"], match["revision"]), None)
-    raise InputError(
-        f"there is no model {name!r}: it is no folder here, none of {', '.join([TEACHER_ARM, *settings.study.arms])}, and no"
-        " ORG/NAME of the hub"
-    )
+    raise unknown("model", name, [TEACHER_ARM, *settings.study.arms])
 
 
 def open_model(path: Path, device: torch.device | str) -> Loaded:

@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from components.distill.card import NOT_STATED
@@ -121,12 +113,10 @@ def push(upload: Upload, update: bool, api: HfApi | None = None) -> str:
         raise InputError("no token of the hub: `hf auth login`, or set HF_TOKEN to one that may write") from None
     except GatedRepoError:
         raise InputError(f"{upload.repo} is gated, and this token's account has no access; ask its owner") from None
-    except (OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise TryAgainError(f"the hub cannot be reached ({_line(error)}); check the network and HF_HUB_OFFLINE") from None
-    except (RepositoryNotFoundError, HfHubHTTPError) as error:
+    except HfHubHTTPError as error:
         raise _refused(upload.repo, error) from None
-    except HTTPError as error:
-        raise TryAgainError(f"the hub cannot be reached ({_line(error)}); check the network and run again") from None
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise TryAgainError(f"the hub cannot be reached ({_line(error)}); check the network and HF_HUB_OFFLINE") from None
     return str(getattr(done, "commit_url", None) or made)
 
 
