@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from components.errors import of_machine
 
@@ -21,20 +20,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write the file whole; a crash leaves the old one."""
-    with _whole_file(path) as file:
-        file.write(content)
+    with draft_of(path) as draft:
+        draft.write_bytes(content)
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Temporary neighbour that is renamed to `path` if the block succeeds, so that a crash leaves the old file."""
+def draft_of(path: Path) -> Iterator[Path]:
+    """Temporary neighbour of a file, renamed into place if the block succeeds, so that a crash leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
+        yield draft
+        with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
@@ -44,12 +41,10 @@ def _whole_file(path: Path) -> Iterator[BinaryIO]:
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = (), delimiter: str = ",") -> Path:
     """CSV with the header `columns`, then other keys as they occur; what a row lacks, and None, is an empty cell."""
     names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
-    with _whole_file(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        table = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
+    with draft_of(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, names, delimiter=delimiter, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-        text.detach()  # flushes; garbage collection would close the file
     return path
 
 

@@ -28,6 +28,7 @@ from components.dataset.row import Row, understand
 from components.dataset.shards import Turn
 from components.dataset.source import Refused, Rule
 from components.errors import DataError
+from components.io import draft_of
 
 # An image's key is its place, which is unique; its name may be shared, and is made unique.
 SCHEMA = """
@@ -67,20 +68,14 @@ def build(path: Path, stores: dict[str, Store], limits: DataLimits, prefixed: bo
     Args:
         prefixed: prefix ids and names with the source's name, so that they are unique over sources.
     """
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with closing(sqlite3.connect(draft)) as database:
+        with draft_of(path) as draft, closing(sqlite3.connect(draft)) as database:
             _fill(database, stores, limits, prefixed)
             _group(database, stores, limits, workers)
-        draft.replace(path)
     except sqlite3.OperationalError as error:
         if "disk is full" not in str(error) and "disk I/O" not in str(error):
             raise
         raise OSError(28, "No space left on device", str(path)) from None
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLimits, prefixed: bool) -> None:

@@ -7,7 +7,6 @@ never a whole split.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from components.errors import DataError
-from components.io import sha256
+from components.io import draft_of, sha256
 from components.process import cores
 from components.records.dataset import Manifest, ShardRecord, SourceRecord, Sources, SplitRecord
 from components.records.paths import Split
@@ -116,7 +115,6 @@ class SplitWriter(AbstractContextManager["SplitWriter"]):
 
     def __init__(self, folder: Path, images_per_shard: int, boxes: bool, several: bool = False, first: int = 0) -> None:
         """`boxes`, `several`: as in `schema`."""
-        folder.mkdir(parents=True, exist_ok=True)
         self._schema = schema(boxes, several)
         self._folder, self._images_per_shard, self._first = folder, images_per_shard, first
         self._shards: list[Path] = []
@@ -164,18 +162,11 @@ class SplitWriter(AbstractContextManager["SplitWriter"]):
 
 @contextmanager
 def _written(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
-    """Stream to a draft of a shard, which replaces `path` if the block succeeds, and is removed if it fails."""
+    """Stream to a shard, which is there if the block succeeds."""
     import pyarrow as pa
 
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-            yield stream
-        with draft.open("rb+") as whole:
-            os.fsync(whole.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with draft_of(path) as draft, pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        yield stream
 
 
 def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> SplitRecord:
