@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -68,18 +68,24 @@ class DigitsGrid(Strict):
         return self
 
 
-class LlavaFolder(Strict):
-    """A user's own LLaVA-format JSON / JSONL and image folder (`source: llava`)."""
+class HeldOut(Strict):
+    """Shares of own images that are not trained on."""
 
-    annotations: Path = Field(strict=False, description="JSON list or JSONL of {id, image, conversations}")
-    images: Path = Field(strict=False, description="folder that the rows' image paths are relative to, or tar files: `x/*.tar`")
     val: Share = Field(description="share of images that go to the validation split")
     test: Share = Field(description="share of images that go to the test split")
 
     @model_validator(mode="after")
-    def _train_left(self) -> LlavaFolder:
-        _leave_some_to_train(self.val, self.test)
+    def _train_left(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on")
         return self
+
+
+class LlavaFolder(HeldOut):
+    """A user's own LLaVA-format JSON / JSONL and image folder (`source: llava`)."""
+
+    annotations: Path = Field(strict=False, description="JSON list or JSONL of {id, image, conversations}")
+    images: Path = Field(strict=False, description="folder that the rows' image paths are relative to, or tar files: `x/*.tar`")
 
 
 class MixtureSource(Strict):
@@ -93,26 +99,14 @@ class MixtureSource(Strict):
     licence: str = Field(min_length=1, description="goes into the data card and the student's")
 
 
-class Mixture(Strict):
+class Mixture(HeldOut):
     """Several sources in one data set (`source: mixture`)."""
 
-    val: Share = Field(description="share of images that go to the validation split")
-    test: Share = Field(description="share of images that go to the test split")
     near_duplicates: Literal["report", "drop"] = Field(description="training images that look like an evaluated one")
     evaluation_images: list[Annotated[Path, Field(strict=False)]] = Field(
         description="folders of benchmarks' images, evaluated on as val and test are"
     )
     sources: dict[Name, MixtureSource] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _train_left(self) -> Mixture:
-        _leave_some_to_train(self.val, self.test)
-        return self
-
-
-def _leave_some_to_train(val: float, test: float) -> None:
-    if val + test >= 1:
-        raise ValueError(f"val {val} + test {test} leave nothing to train on")
 
 
 class DataLimits(Strict):

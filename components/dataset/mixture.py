@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.config.data import DataSettings, LlavaFolder, Mixture
+from components.config.data import DataSettings, HeldOut, LlavaFolder, Mixture
 from components.dataset.images import Refusal, check
 from components.dataset.index import Index, Indexed, build
 from components.dataset.readers import Store, store
@@ -107,7 +107,7 @@ def _asked(settings: DataSettings) -> LlavaFolder | Mixture:
     return asked
 
 
-def assign(digest: str, seed: int, asked: LlavaFolder | Mixture) -> Split:
+def assign(digest: str, seed: int, asked: HeldOut) -> Split:
     """Split of an image: a hash of seed and digest, as a uniform draw in 0..1."""
     draw = int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:8]) / 2**64
     if draw < asked.test:
