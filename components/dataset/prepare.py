@@ -140,8 +140,8 @@ def _accept(refused: list[Refused], rows_in: int, max_bad_ratio: float) -> None:
         listing = RUNS / "prepare" / "quarantine.jsonl"
         write_text(listing, jsonl(bad))
         raise DataError(
-            f"{len(bad):,} of {rows_in:,} rows are bad, more than limits.max_bad_ratio = {max_bad_ratio} of params/data.yaml"
-            f" allows: {summary(bad)}; each row and its reason is in {listing}"
+            f"{bad_rows(bad, rows_in)}, more than limits.max_bad_ratio = {max_bad_ratio} of params/data.yaml allows; each row"
+            f" and its reason is in {listing}"
         )
 
 
@@ -154,6 +154,12 @@ def _check_splits(splits: dict[Split, SplitRecord]) -> None:
 def summary(refused: list[Refused]) -> str:
     """Counts by reason, the most frequent first: `3 missing, 1 truncated`."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in refused).most_common())
+
+
+def bad_rows(refused: list[Refused], rows_in: int) -> str:
+    """`2 of 40 rows are bad (...)`, with counts by reason and the first row as an example."""
+    first = min(refused, key=lambda one: (one.source or "", one.row))
+    return f"{len(refused):,} of {rows_in:,} rows are bad ({summary(refused)}, such as row {first.row}: {first.detail})"
 
 
 def _finish(draft: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from components.config.data import DataSettings, LlavaFolder
 from components.config.models import Checkpoint
 from components.config.names import check_checkpoint, check_file
-from components.dataset.prepare import source_of, summary
+from components.dataset.prepare import bad_rows, source_of
 from components.dataset.source import Stored
 from components.errors import DataError, InputError
 
@@ -54,12 +54,8 @@ class Asked:
                 if isinstance(found, Stored):
                     return
                 refused += found
-        first = min(refused, key=lambda one: one.row)
-        such = f"{summary(refused)}, such as row {first.row}: {first.detail}"
-        raise DataError(
-            f"{self.data}: {len(refused):,} of {source.rows_in:,} rows are bad ({such}), more than"
-            f" limits.max_bad_ratio = {most} of params/data.yaml allows"
-        )
+        told = f"{self.data}: {bad_rows(refused, source.rows_in)}"
+        raise DataError(f"{told}, more than limits.max_bad_ratio = {most} of params/data.yaml allows")
 
     def settings(self, shipped: DataSettings, share: float) -> DataSettings:
         """Data settings with these rows and images; `share`: of val and of test."""

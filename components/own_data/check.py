@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from components.config.settings import Settings
-from components.dataset.prepare import source_of, summary
+from components.dataset.prepare import bad_rows, source_of
 from components.dataset.shard_jobs import WORTH_A_WORKER
 from components.dataset.shards import Sample, Turn, image_sizes
 from components.dataset.source import Refused, Rule, Source, Stored
@@ -205,9 +205,7 @@ def accept_rows(found: Found, settings: Settings) -> None:
     tally, most = found.tally, settings.data.limits.max_bad_ratio
     problems = []
     if len(tally.refused) > most * found.rows_in:
-        first = tally.refused[0]
-        such = f"{summary(tally.refused)}, such as row {first.row}: {first.detail}"
-        problems.append(f"{len(tally.refused):,} of {found.rows_in:,} rows are bad ({such})")
+        problems.append(bad_rows(tally.refused, found.rows_in))
     if len(tally.left_out) > most * tally.samples.total():
         left = tally.left_out[0]
         such = f"such as {left.id}: {left.detail}"
