@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,9 @@ class Answer:
 class _Stream(TextStreamer):
     """Streamer that emits whole words and records the time of each token."""
 
-    def __init__(self, tokenizer: Any, answer: Answer, changed: Callable[[], None]) -> None:
+    def __init__(self, tokenizer: Any, answer: Answer) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._answer, self._changed = answer, changed
+        self._answer = answer
         self._start = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
@@ -64,7 +64,6 @@ class _Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._answer.text += text
-        self._changed()
 
 
 def run(names: list[str], images: Sequence[Path], question: str, settings: Settings, longest: int, overlay: bool) -> None:
@@ -83,20 +82,15 @@ def run(names: list[str], images: Sequence[Path], question: str, settings: Setti
     answers = [Answer(find(name, settings)) for name in names]
     console = Console()
     attended = []
-    with Live(_columns(answers), console=console, refresh_per_second=12) as live:
+    with Live(get_renderable=lambda: _columns(answers), console=console, refresh_per_second=12):
         for answer in answers:
-
-            def show(state: str = "") -> None:
-                answer.state = state  # noqa: B023
-                live.update(_columns(answers))
-
-            show("loading")
+            answer.state = "loading"
             start = time.perf_counter()
             loaded = open_model(answer.named.path, device)
             answer.load_seconds = time.perf_counter() - start
-            show("reading")
+            answer.state = "reading"
             batch, eos = read(loaded, answer.named, sample, settings)
-            respond(loaded, batch, eos, longest, answer, show)
+            respond(loaded, batch, eos, longest, answer)
             if overlay:
                 attended.append(attention_of(answer.named, loaded, batch, sample, answer.text))
     if not console.is_terminal:
@@ -115,16 +109,14 @@ def read(loaded: Loaded, named: Named, sample: Sample, settings: Settings) -> tu
     return collator([sample]).to(loaded.model.device), collator.eos_id
 
 
-def respond(loaded: Loaded, batch: Batch, eos: int, longest: int, answer: Answer, changed: Callable[[], None]) -> None:
+def respond(loaded: Loaded, batch: Batch, eos: int, longest: int, answer: Answer) -> None:
     """Stream the greedy answer into `answer`, after one warm-up token."""
     given = prompt(loaded.model, batch)
     with greedy(loaded, 1, eos) as model:
         model.generate(**given)  # type: ignore[operator]
     with greedy(loaded, longest, eos) as model:
-        model.generate(**given, streamer=_Stream(loaded.processor.tokenizer, answer, changed))  # type: ignore[operator]
+        model.generate(**given, streamer=_Stream(loaded.processor.tokenizer, answer))  # type: ignore[operator]
     answer.text = answer.text.strip()
-    answer.state = ""
-    changed()
 
 
 def _columns(answers: list[Answer]) -> Table:
