@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,17 +30,9 @@ LISTED = 50  # pairs named in the report
 EVALUATED = [SPLITS.index("val"), SPLITS.index("test")]
 
 
-class Evaluated(NamedTuple):
-    """Evaluation images that training images are compared with."""
-
-    hashes: np.ndarray  # (n,) uint64
-    names: list[tuple[str, str]]  # (split or folder, image)
-    compared: dict[str, int]  # split or folder -> images
-
-
 def report(parts: list[PartFiles], index: Path, folders: list[Path], limits: DataLimits) -> tuple[Overlap, dict[int, set[str]]]:
     """Overlap report, and near-duplicate training images by part. Raises DataError if an evaluation folder is empty."""
-    evaluated = _evaluated(parts, folders, limits)
+    evaluated, evaluated_names, others = _evaluated(parts, folders, limits)
     with_train = near = verbatim = 0
     likest: list[Likeness] = []
     concerned: dict[int, set[str]] = {}
@@ -50,18 +41,18 @@ def report(parts: list[PartFiles], index: Path, folders: list[Path], limits: Dat
             hashes = np.fromfile(part.hashes, dtype=HASHED)
             train = hashes[hashes["split"] == SPLITS.index("train")]
             with_train += len(train)
-            best, bits = nearest(train["dhash"], evaluated.hashes)
+            best, bits = nearest(train["dhash"], evaluated)
             hits = np.flatnonzero(best >= 0)
             names = _names(part) if hits.size else []
             for i in hits:
-                image, (where, other) = names[train["row"][i]], evaluated.names[best[i]]
+                image, (where, other) = names[train["row"][i]], evaluated_names[best[i]]
                 same = len(rows.texts(image) & rows.texts(other))
                 likest.append(Likeness(train=image, other=other, where=where, bits=int(bits[i]), verbatim=same))
                 concerned.setdefault(number, set()).add(image)
                 near += 1
                 verbatim += same
             likest = sorted(likest, key=lambda pair: pair.bits)[:LISTED]  # bounds memory: there may be a million
-    compared = {"train": with_train, **evaluated.compared}
+    compared = {"train": with_train, **others}
     return Overlap(compared=compared, near=near, verbatim=verbatim, dropped=False, pairs=likest), concerned
 
 
@@ -83,7 +74,10 @@ def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:
             record.model_copy(update={"splits": splits}).write(files.record)
 
 
-def _evaluated(parts: list[PartFiles], folders: list[Path], limits: DataLimits) -> Evaluated:
+def _evaluated(
+    parts: list[PartFiles], folders: list[Path], limits: DataLimits
+) -> tuple[np.ndarray, list[tuple[str, str]], dict[str, int]]:
+    """Evaluation images: hashes (n,), names (split or folder, image), and number by split or folder."""
     found: list[int] = []
     names: list[tuple[str, str]] = []
     compared = dict.fromkeys(("val", "test"), 0)
@@ -105,7 +99,7 @@ def _evaluated(parts: list[PartFiles], folders: list[Path], limits: DataLimits) 
         compared[str(folder)] = len(found) - before
         if not compared[str(folder)]:
             raise DataError(f"params/data.yaml: mixture.evaluation_images: {folder} holds no image")
-    return Evaluated(np.array(found, dtype=np.uint64), names, compared)
+    return np.array(found, dtype=np.uint64), names, compared
 
 
 def _dhash_of(path: Path, limits: DataLimits) -> int:
