@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from components.align_ti import terms
 from components.config.checks import across_files
 from components.config.loss_terms import WithTerms
-from components.config.models import MEMBERS
 from components.config.runtime import RuntimeSettings
 from components.config.settings import FILES, Settings
 from components.config.yaml_file import QUICK, is_number, read_yaml
@@ -75,8 +74,7 @@ def _listed(root: Path, problems: list[Any]) -> Iterator[str]:
             lacking.setdefault(problem["loc"][:-1], []).append(problem["loc"][-1])
         else:
             yield _said(root, problem)
-    for (file, *steps), missing in lacking.items():
-        keys = [step for step in steps if step not in MEMBERS]
+    for (file, *keys), missing in lacking.items():
         of_arm = file == "study" and keys[-1:] in (["iva"], ["tpa"], ["divergence"])
         whole = "; an arm's block stands whole: copy that of params/distill.yaml" if of_arm else ""
         if isinstance(missing[0], int):  # indices of a list
@@ -89,15 +87,14 @@ def _listed(root: Path, problems: list[Any]) -> Iterator[str]:
 
 def _said(root: Path, problem: Any) -> str:
     """`file:line: key: message`, with the nearest known key for an unknown one."""
-    file, *steps = problem["loc"]
-    keys = [step for step in steps if step not in MEMBERS]
+    file, *keys = problem["loc"]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(steps[:-1], str(file))
+        known = _known_keys(keys[:-1], file)
         message = "unknown key; " + (meant(str(keys[-1]), known).strip() or f"known: {', '.join(known)}")
     elif keys and not isinstance(problem["input"], dict):
         if problem["type"] == "model_type":
-            message = f"takes a block of {', '.join(_known_keys(steps, str(file)))}"
+            message = f"takes a block of {', '.join(_known_keys(keys, file))}"
         elif problem["type"] == "dict_type":
             message = "takes a block of names and values"
         message += f", not {'null' if problem['input'] is None else repr(problem['input'])}"
@@ -119,29 +116,26 @@ def _at(root: Path, file: str, keys: list[Any], message: str) -> str:
 
 
 def _known_keys(keys: list[Any], file: str) -> list[str]:
-    """Field names of the model at `keys`, following dicts of models and optional models."""
+    """Field names of the models at `keys`, following dicts of models and unions."""
     annotation: Any = Settings.model_fields[file].annotation
     for key in keys:
-        model = model_in(annotation)
-        if key in MEMBERS:
-            annotation = MEMBERS[key]
-        elif get_origin(annotation) is dict or model is None:  # a user-chosen name
+        field = next((model.model_fields[key] for model in models_in(annotation) if key in model.model_fields), None)
+        if get_origin(annotation) is dict:  # a user-chosen name
             annotation = get_args(annotation)[-1]
-        elif key in model.model_fields:
-            annotation = model.model_fields[str(key)].annotation
+        elif field:
+            annotation = field.annotation
         else:  # a loss term's block
             return [field.name for field in dataclasses.fields(terms.term_class(str(key)))]
-    model = model_in(annotation)
-    of_terms = terms.names() if model is not None and issubclass(model, WithTerms) else []
-    return list(dict.fromkeys([*model.model_fields, *of_terms])) if model else []
+    models = models_in(annotation)
+    of_terms = terms.names() if any(issubclass(model, WithTerms) for model in models) else []
+    return list(dict.fromkeys([*(name for model in models for name in model.model_fields), *of_terms]))
 
 
-def model_in(annotation: Any) -> type[BaseModel] | None:
-    """Settings model of a field that may be optional; None if it has none."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Settings models of a field that may be optional or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [] if get_origin(annotation) is dict else [model for one in get_args(annotation) for model in models_in(one)]
 
 
 def _line(path: Path, keys: list[Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from components.config.fields import Name, NonNegative, PositiveFloat, PositiveInt, Ratio, Seed, Strict
 
@@ -98,42 +98,25 @@ class Cut(Strict):
     mlp: PositiveInt | None = Field(description="neurons kept in each MLP, those of the largest weights; null: all of them")
 
 
-MEMBERS: dict[str, type[Strict]] = {  # by tags of the unions below, which are not YAML keys
-    "(checkpoint)": Checkpoint,
-    "(parts)": Parts,
-    "(cut)": Cut,
-}
+def _one_of(*kinds: type[Strict]) -> BeforeValidator:
+    """Validator that reads an entry as the kind that its keys tell, else as a checkpoint, and refuses one that mixes kinds."""
 
-
-def _kind(entry: Any) -> str:
-    """Tag of an entry in `MEMBERS`, by its keys; a checkpoint if no key is known."""
-    return next((kind for kind, keys in _keys_by_kind(entry).items() if keys), "(checkpoint)")
-
-
-def _keys_by_kind(entry: Any) -> dict[str, list[str]]:
-    keys = entry.model_fields_set if isinstance(entry, Strict) else entry if isinstance(entry, dict) else ()
-    return {kind: [key for key in keys if key in model.model_fields] for kind, model in MEMBERS.items()}
-
-
-def _one_of(*kinds: str) -> BeforeValidator:
-    """Validator with one message for an entry that mixes kinds, where pydantic would list missing and unknown keys."""
-
-    def check(entry: Any) -> Any:
-        found = {kind: keys for kind, keys in _keys_by_kind(entry).items() if keys}
+    def read(entry: Any) -> Any:
+        if isinstance(entry, Strict):
+            return entry
+        keys = entry if isinstance(entry, dict) else ()
+        found = {kind: its for kind in (Checkpoint, Parts, Cut) if (its := [key for key in keys if key in kind.model_fields])}
         if len(found) > 1 or not found.keys() <= set(kinds):
-            said = " and ".join(f"{', '.join(keys)} {kind}" for kind, keys in found.items())
-            forms = " or ".join(f"{{{', '.join(MEMBERS[kind].model_fields)}}}" for kind in kinds)
+            said = " and ".join(f"{', '.join(its)} ({kind.__name__.lower()})" for kind, its in found.items())
+            forms = " or ".join(f"{{{', '.join(kind.model_fields)}}}" for kind in kinds)
             raise ValueError(f"has {said}; give {forms}")
-        return entry
+        return next(iter(found), Checkpoint).model_validate(entry)
 
-    return BeforeValidator(check)
+    return BeforeValidator(read)
 
 
-_Checkpoint = Annotated[Checkpoint, Tag("(checkpoint)")]
-_Parts = Annotated[Parts, Tag("(parts)")]
-_Cut = Annotated[Cut, Tag("(cut)")]
-Whole = Annotated[_Checkpoint | _Parts, Discriminator(_kind), _one_of("(checkpoint)", "(parts)")]
-Start = Annotated[_Checkpoint | _Parts | _Cut, Discriminator(_kind), _one_of(*MEMBERS)]
+Whole = Annotated[Checkpoint | Parts, _one_of(Checkpoint, Parts)]
+Start = Annotated[Checkpoint | Parts | Cut, _one_of(Checkpoint, Parts, Cut)]
 
 
 class PretrainedFamily(Strict):

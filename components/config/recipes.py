@@ -25,7 +25,7 @@ from typing import Any, get_origin
 from pydantic import Field, ValidationError
 
 from components.config.fields import PositiveFloat, PositiveInt, Strict
-from components.config.load import check_project, load_settings, model_in
+from components.config.load import check_project, load_settings, models_in
 from components.config.settings import FILES, Settings
 from components.config.yaml_file import read_yaml
 from components.errors import SettingsError, meant
@@ -267,10 +267,10 @@ def _annotation(file: str) -> Any:
 
 def _updates(overlay: Mapping[str, Any], current: Mapping[str, Any], annotation: Any) -> Iterator[tuple[Any, ...]]:
     """(key, ..., key, value) of each value that the merge changes."""
-    model = model_in(annotation)
+    fields = {name: field for model in models_in(annotation) for name, field in model.model_fields.items()}
     for key, value in overlay.items():
         before = current.get(key)
-        field = model.model_fields.get(key) if model else None
+        field = fields.get(key)
         own_names = field is None or get_origin(field.annotation) is dict
         if isinstance(value, Mapping) and isinstance(before, Mapping) and not own_names:
             assert field is not None
