@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +151,5 @@ def _run(arm: str) -> str | None:
 
 def _remote() -> str:
     """URL of the git remote `origin`, without credentials."""
-    done = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
-    address = done.stdout.strip()
-    return without_login(address) if not done.returncode and "://" in address else "this project"
+    address = provenance.git("remote", "get-url", "origin") or ""
+    return without_login(address) if "://" in address else "this project"
