@@ -18,7 +18,8 @@ from components.tracking.stage_run import stage_run
 
 def main() -> None:
     settings = load_settings()
-    from components.dataset.prepare import prepare
+    from components.dataset.prepare import prepare, summary
+    from components.dataset.source import quarantined
 
     for unseen in unseen_by_dvc(settings):
         print(f"prepare: {unseen}", file=sys.stderr)
@@ -29,9 +30,11 @@ def main() -> None:
         run.artifact(DATASET / "card.md")
         run.artifact(DATASET / "contact_sheet.png")
     images = sum(split.images for split in manifest.splits.values())
+    refused = quarantined(DATASET / "quarantine.jsonl")
+    reasons = f" ({summary(refused)})" if refused else ""
     print(
         f"prepare: {images:,} images, {manifest.rows_out:,} samples in {len(manifest.splits)} splits,"
-        f" {manifest.quarantined:,} quarantined{_reasons()}{_overlap()} -> {DATASET} (card.md, contact_sheet.png)"
+        f" {manifest.quarantined:,} quarantined{reasons}{_overlap()} -> {DATASET} (card.md, contact_sheet.png)"
     )
 
 
@@ -49,14 +52,6 @@ def unseen_by_dvc(settings: Settings) -> Iterator[str]:
         below = (Path(at) / name for at, names, _ in os.walk(whole) for name in names)
         for link in filter(Path.is_symlink, (*(step for step in above if step.is_dir()), *below)):
             yield f"{key}: {link.relative_to(Path.cwd())} is a link to {link.readlink()}: {told}"
-
-
-def _reasons() -> str:
-    from components.dataset.prepare import summary
-    from components.dataset.source import quarantined
-
-    refused = quarantined(DATASET / "quarantine.jsonl")
-    return f" ({summary(refused)})" if refused else ""
 
 
 def _overlap() -> str:
