@@ -60,13 +60,9 @@ class Tpa(Strict):
     )
 
     @model_validator(mode="after")
-    def _others_than_gold(self) -> Tpa:
+    def _can_be_drawn(self) -> Tpa:
         if self.alternatives is not None and self.source == "gold":
             raise ValueError("`alternatives` are changed of a source other than gold")
-        return self
-
-    @model_validator(mode="after")
-    def _enough_to_draw(self) -> Tpa:
         if not self.replacement and (self.top_p is not None or (self.top_k or self.draws) < self.draws):
             raise ValueError("drawing without replacement needs `top_k` of at least `draws`, or none, and no `top_p`")
         return self
@@ -167,21 +163,13 @@ class DistillSettings(WithTerms):
     checkpoint_every: PositiveInt
 
     @model_validator(mode="after")
-    def _batches(self) -> DistillSettings:
+    def _consistent(self) -> DistillSettings:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
-        return self
-
-    @model_validator(mode="after")
-    def _a_layer_to_keep(self) -> DistillSettings:
         if self.teacher_signals.source == "cache" and isinstance(self.iva.layer, str):
             raise ValueError(f"iva.layer is {self.iva.layer}, which a live teacher's depth says: give the cache its number")
         if self.teacher_signals.source == "cache" and self.iva.weighting == "gradient":
             raise ValueError("iva.weighting is gradient, which takes a live teacher: set teacher_signals.source to live")
-        return self
-
-    @model_validator(mode="after")
-    def _rates_of_what_is_trained(self) -> DistillSettings:
         for part, rate in self.learning_rates.model_dump().items():
             if rate is not None and not getattr(self.trainable, part):
                 raise ValueError(f"learning_rates.{part} is {rate}, and trainable.{part} is false")
