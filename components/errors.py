@@ -52,6 +52,14 @@ class DataError(InputError):
     """Data set, shard or sample that is unusable as configured."""
 
 
+class Refusal(Exception):
+    """Row, image or sample that is left out: `reason` is a keyword of docs/data.md, `detail` a sentence. The stage goes on."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
 class TryAgainError(AlignTIError):
     """Transient fault: no network, a full disk, a busy lock."""
 

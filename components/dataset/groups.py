@@ -7,8 +7,9 @@ import json
 from tqdm import tqdm
 
 from components.config.data import DataLimits
-from components.dataset.images import Refusal, check
+from components.dataset.images import check
 from components.dataset.readers import Place, Store
+from components.errors import Refusal
 from components.process import shared_out
 
 TOGETHER = 200  # images per job

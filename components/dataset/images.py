@@ -20,18 +20,10 @@ from xxhash import xxh3_128_hexdigest
 
 from components.config.data import DataLimits
 from components.dataset.perceptual_hash import dhash
-from components.errors import AlignTIError
+from components.errors import AlignTIError, Refusal
 
 KEPT = ("JPEG", "PNG", "WEBP")
 READ = (*KEPT, "GIF", "BMP", "TIFF")  # raster formats only: Pillow would hand an EPS file to Ghostscript
-
-
-class Refusal(Exception):
-    """Row or image that cannot be used: `reason` is a keyword of docs/data.md, `detail` a sentence."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
 
 
 class Picture(NamedTuple):

@@ -21,13 +21,12 @@ from tqdm import tqdm
 
 from components.config.data import DataLimits
 from components.dataset.groups import groups
-from components.dataset.images import Refusal
 from components.dataset.media import Held
 from components.dataset.readers import Place, Store
 from components.dataset.row import Row, understand
 from components.dataset.shards import Turn
 from components.dataset.source import Refused, Rule
-from components.errors import DataError
+from components.errors import DataError, Refusal
 from components.io import draft_of
 
 # An image's key is its place, which is unique; its name may be shared, and is made unique.

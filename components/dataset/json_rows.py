@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from components.dataset.images import Refusal
 from components.dataset.row import CONVERSATION, PROMPT
-from components.errors import DataError
+from components.errors import DataError, Refusal
 
 READ = 2**20  # characters read ahead in a JSON list
 LONGEST = 2**26  # characters of a list element; a longer one is taken for an unterminated string

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.config.data import DataSettings, HeldOut, LlavaFolder, Mixture
-from components.dataset.images import Refusal, check
+from components.dataset.images import check
 from components.dataset.index import Index, Indexed, build
 from components.dataset.readers import Store, store
 from components.dataset.shards import ImageRow
 from components.dataset.source import Provenance, Refused, Rule, Source, Stored
+from components.errors import Refusal
 from components.records.paths import Split
 
 OWN = "These are your own data; their licence is known to you. Note it here before you pass the data set on."

@@ -14,13 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from components.config.data import DataLimits
-from components.dataset.images import Refusal, load
+from components.dataset.images import load
 from components.dataset.index import Index
 from components.dataset.perceptual_hash import nearest
 from components.dataset.shard_jobs import HASHED, Part, PartFiles
 from components.dataset.shards import without
 from components.dataset.source import Refused, quarantined
-from components.errors import DataError
+from components.errors import DataError, Refusal
 from components.io import write_text
 from components.records.dataset import Likeness, Overlap
 from components.records.paths import SPLITS

@@ -7,10 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from components.dataset.images import Refusal
 from components.dataset.media import Held
 from components.dataset.row import Found
-from components.errors import DataError
+from components.errors import DataError, Refusal
 
 
 def rows(files: list[Path]) -> Iterator[Found]:

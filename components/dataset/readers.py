@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from components.dataset import json_rows, parquet, tars
-from components.dataset.images import Refusal, read
+from components.dataset.images import read
 from components.dataset.row import Found
-from components.errors import DataError, TryAgainError
+from components.errors import DataError, Refusal, TryAgainError
 
 HUB = "hf://datasets/"
 Place = list[Any]  # JSON: location of an image for `Store.image`

@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from components.config.data import DataLimits
-from components.dataset.images import Refusal
 from components.dataset.media import MEDIA_BASE64, MEDIA_DATA, MEDIA_MARK, VIDEO, Held, holds_media, may_point, named_like_media
 from components.dataset.shards import IMAGE as MARK
 from components.dataset.shards import Box, Turn
+from components.errors import Refusal
 
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "model": GPT, "system": SYSTEM, "developer": SYSTEM}

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from components.dataset import json_rows
-from components.dataset.images import Refusal, too_large
+from components.dataset.images import too_large
 from components.dataset.media import MEDIA_FILE, Held
 from components.dataset.row import CAPTION, CONVERSATION, Found
-from components.errors import DataError
+from components.errors import DataError, Refusal
 
 LINK = " -> "  # separates extension and target of a link in `Member.ending`
 PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from components.config.data import DataLimits
-from components.dataset.images import Refusal
 from components.dataset.images import load as load_image
 from components.dataset.shards import IMAGE, Sample, Turn
-from components.errors import InputError
+from components.errors import InputError, Refusal
 
 DTYPES = ("fp32", "fp16", "bf16")
 SIZE = re.compile(r"\d+(\.\d+)? ?[kmgt]b", re.IGNORECASE)

@@ -15,7 +15,7 @@ import numpy as np
 
 from components.config.models import ModelsSettings
 from components.dataset.shards import Sample
-from components.errors import DataError, ModelError
+from components.errors import DataError, ModelError, Refusal
 from components.io import sha256
 from components.models.collate import Collator, Encoded, RefusedImageError, visual_id
 from components.models.processor import load_processor
@@ -38,12 +38,6 @@ class Remark(Record):
     detail: str
     turns: int  # turns of the sample
     kept: int
-
-
-class _LeftOut(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
 
 
 class _Shown(NamedTuple):
@@ -71,7 +65,7 @@ class Judge:
             try:
                 tried = together[place] if together else [self._tried(model, sample, its) for model in self._models]
                 verdict, longest = self._within(sample, its, tried)
-            except _LeftOut as left:
+            except Refusal as left:
                 yield (
                     (0, 0, 0),
                     Remark(split=split, id=sample.id, reason=left.reason, detail=left.detail, turns=len(sample.turns), kept=0),
@@ -90,7 +84,7 @@ class Judge:
             try:
                 shown = [self._images(model, size) for size in sizes]
                 encoded = collator.encode(samples, [one.texts for one in shown])
-            except (DataError, ModelError, _LeftOut):
+            except (DataError, ModelError, Refusal):
                 return None
             by_model.append([_lengths(row, one.more) for row, one in zip(encoded, shown, strict=True)])
         return [list(lengths) for lengths in zip(*by_model, strict=True)]
@@ -100,11 +94,11 @@ class Judge:
         try:
             (row,) = self.collators[model].encode([sample], [shown.texts])
         except (DataError, ModelError) as error:  # a template may have no place for several images
-            raise _LeftOut("no_sample", str(error)) from None
+            raise Refusal("no_sample", str(error)) from None
         return _lengths(row, shown.more)
 
     def _within(self, sample: Sample, sizes: Sizes, tried: list[np.ndarray]) -> tuple[tuple[int, int, int], int]:
-        """Verdict, and token count of the uncut sample. Raises _LeftOut if it is too long."""
+        """Verdict, and token count of the uncut sample. Raises Refusal if it is too long."""
         most, kept = self.settings.max_length, len(sample.turns)
         longest = tokens = max(int(lengths[-1]) for lengths in tried)
         if tokens > most and self.settings.too_long == "cut":
@@ -115,7 +109,7 @@ class Judge:
                 tokens = max(int(lengths[-1]) for lengths in tried)
                 kept -= tokens > most
         if tokens > most:
-            raise _LeftOut("too_long", f"{tokens:,} tokens; models.max_length is {most:,}")
+            raise Refusal("too_long", f"{tokens:,} tokens; models.max_length is {most:,}")
         return (kept, tokens, max(int(lengths[-2]) for lengths in tried)), longest
 
     def _remark(self, split: Split, sample: Sample, kept: int, longest: int, sizes: Sizes) -> Remark | None:
@@ -132,9 +126,9 @@ class Judge:
         try:
             shown = self._shown(model, sizes)
         except RefusedImageError as error:
-            raise _LeftOut("refused_image", str(error)) from None
+            raise Refusal("refused_image", str(error)) from None
         if shown.stretched and self.settings.refused_images == "leave_out":
-            raise _LeftOut("refused_image", f"a processor refuses an image of {_spelt(sizes)} pixels")
+            raise Refusal("refused_image", f"a processor refuses an image of {_spelt(sizes)} pixels")
         return shown
 
     def _shown_anew(self, model: int, sizes: Sizes) -> _Shown:

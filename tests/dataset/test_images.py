@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.config.data import DataLimits
-from components.dataset.images import Picture, Refusal, _pixels, load
+from components.dataset.images import Picture, _pixels, load
+from components.errors import Refusal
 
 LIMITS = DataLimits(max_pixels=10_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=0.1)
 GRADIENT = np.linspace(0, 255, 20 * 30 * 3).reshape(20, 30, 3).astype(np.uint8)

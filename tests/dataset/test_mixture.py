@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.config.data import DataLimits, DataSettings, LlavaFolder
-from components.dataset.images import Refusal
 from components.dataset.mixture import assign, source
 from components.dataset.prepare import prepare, write
 from components.dataset.row import understand
 from components.dataset.shards import Sample, Samples, Turn, open_shard, schema
 from components.dataset.source import Provenance, Refused
-from components.errors import DataError
+from components.errors import DataError, Refusal
 from components.records.dataset import Manifest
 from components.records.paths import SPLITS
 from tests.dataset.conftest import HERE

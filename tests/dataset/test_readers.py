@@ -21,13 +21,12 @@ from PIL import Image
 
 from components.config.data import DataLimits, DataSettings, Mixture, MixtureSource
 from components.dataset import json_rows
-from components.dataset.images import Refusal
 from components.dataset.mixture import source
 from components.dataset.prepare import prepare, write
 from components.dataset.readers import HUB, store
 from components.dataset.shards import Sample, Samples
 from components.dataset.source import Refused
-from components.errors import DataError, TryAgainError
+from components.errors import DataError, Refusal, TryAgainError
 from components.records.dataset import Overlap, Sources
 from components.records.paths import SPLITS
 from tests.dataset.conftest import HERE, REPOSITORY

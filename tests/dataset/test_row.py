@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from components.config.data import DataLimits
-from components.dataset.images import Refusal
 from components.dataset.media import Held
 from components.dataset.row import DESCRIBE, Row, understand
 from components.dataset.shards import Turn
+from components.errors import Refusal
 
 LIMITS = DataLimits(max_pixels=100, max_image_mib=1, max_text_chars=200, max_bad_ratio=1)
 HELD = Held([0, 512, 9], "0/k")
