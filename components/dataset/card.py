@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from components.dataset.shards import Sample, Samples
 from components.dataset.source import Source
-from components.io import write_bytes, write_text
+from components.io import write_text
 from components.records.dataset import Manifest
 from components.records.paths import SPLITS
 
@@ -24,7 +24,7 @@ INK, GREY, ACCENT, PAPER = "#1b1f24", "#6b7280", "#0b5cad", "#ffffff"
 def write_card(folder: Path, source: Source, manifest: Manifest) -> None:
     """Write `card.md` and `contact_sheet.png` into the finished data set `folder`."""
     examples = [some for split in SPLITS for some in _examples(Samples(folder, split, check=False), SHOWN // len(SPLITS))]
-    write_bytes(folder / "contact_sheet.png", contact_sheet(examples))
+    contact_sheet(examples).save(folder / "contact_sheet.png")
     write_text(folder / "card.md", card(source, manifest, examples))
 
 
@@ -37,8 +37,8 @@ def _examples(samples: Samples, amount: int) -> list[list[Sample]]:
 # --- contact sheet ----------------------------------------------------------------------------------------------------
 
 
-def contact_sheet(examples: list[list[Sample]]) -> bytes:
-    """PNG of example images with questions and, in colour, answers."""
+def contact_sheet(examples: list[list[Sample]]) -> Image.Image:
+    """Example images with questions and, in colour, answers."""
     tiles = [_tile(samples) for samples in examples]
     rows = [tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)]
     heights = [max(tile.height for tile in row) for row in rows]
@@ -48,9 +48,7 @@ def contact_sheet(examples: list[list[Sample]]) -> bytes:
         for column, tile in enumerate(row):
             sheet.paste(tile, (MARGIN + column * (WIDTH + MARGIN), top))
         top += height + MARGIN
-    file = io.BytesIO()
-    sheet.save(file, "PNG")
-    return file.getvalue()
+    return sheet
 
 
 def _tile(samples: list[Sample]) -> Image.Image:

@@ -7,7 +7,6 @@ interrupted run is resumed.
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from components.config.models import ModelsSettings
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.errors import DataError
-from components.io import fingerprint, whole_folder, write_bytes, write_text
+from components.io import draft_of, fingerprint, whole_folder, write_text
 from components.process import shared_out
 from components.records.dataset import Manifest
 from components.records.models import ModelIndex
@@ -94,9 +93,8 @@ def try_part(dataset: Path, split: Split, first: int, last: int, folders: tuple[
             verdicts.append(verdict)
             remarks += [remark] if remark else []
     write_text(part.with_suffix(".jsonl"), jsonl(remarks))
-    content = io.BytesIO()
-    np.save(content, np.array(verdicts, dtype=VERDICT))
-    write_bytes(part, content.getvalue())
+    with draft_of(part) as draft, draft.open("wb") as file:
+        np.save(file, np.array(verdicts, dtype=VERDICT))
     return last - first
 
 

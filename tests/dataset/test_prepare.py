@@ -138,9 +138,8 @@ def test_the_sheet_shows_long_texts_odd_shapes_and_rows_without_image() -> None:
     file = io.BytesIO()
     Image.new("RGB", (3000, 3), "red").save(file, "PNG")
     sheet = contact_sheet([[sample(None, "word " * 200)], [sample(file.getvalue(), "x" * 500)], [sample(None, "数字 é \n\n")]])
-    with Image.open(io.BytesIO(sheet)) as image:
-        assert image.width < 2000
-        assert image.height < 1000
+    assert sheet.width < 2000
+    assert sheet.height < 1000
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
