@@ -344,11 +344,7 @@ def image_sizes(images: Iterable[bytes | pa.Buffer]) -> tuple[tuple[int, int], .
     import pyarrow as pa
     from PIL import Image
 
-    sizes = []
-    for image in images:
-        with Image.open(pa.BufferReader(image)) as opened:
-            sizes.append(opened.size)
-    return tuple(sizes)
+    return tuple(Image.open(pa.BufferReader(image)).size for image in images)
 
 
 def _images(table: pa.Table, row: int) -> tuple[str, tuple[bytes, ...]]:
