@@ -18,6 +18,8 @@ from components.config.load import load_settings
 from components.config.settings import Settings
 from components.distill.assemble import assemble
 from components.distill.loader import Steps, batches
+from components.errors import InputError
+from components.process import exit_from
 
 KD = "kd"
 ROUNDS = 9
@@ -33,9 +35,9 @@ def step_of(name: str, settings: Settings) -> measure.Work:
     job.module.train()
 
     def step() -> None:
-        ((batch, keys),) = next(batches(data, 0, 1, loaders=0))
-        terms = job.module(batch, keys)
-        total(terms.sums, terms.counts, weights).backward()  # type: ignore[no-untyped-call]
+        for batch, keys in next(batches(data, 0, 1, loaders=0)):
+            terms = job.module(batch, keys)
+            total(terms.sums, terms.counts, weights).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, job.distill.optimiser.max_grad_norm)
         optimiser.step()
         optimiser.zero_grad()
@@ -45,7 +47,11 @@ def step_of(name: str, settings: Settings) -> measure.Work:
 
 def run(settings: Settings, seed: int, rounds: int) -> dict[str, Any]:
     """Seconds of a step of each arm of `seed`, and their ratios to `kd`'s."""
+    if torch.cuda.is_available():
+        raise InputError("costs are CPU time: run it on a machine without a GPU")
     names = {name.removesuffix(f"-seed{seed}"): name for name, arm in settings.study.arms.items() if arm.seed == seed}
+    if KD not in names:
+        raise InputError(f"params/study.yaml has no arm {KD} of seed {seed}: `alignti study expand field` first")
     arms = {name: step_of(names[name], settings) for name in tqdm(names, desc="methods: arms", unit="arm")}
     for step in arms.values():
         step()
@@ -68,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_from(main)

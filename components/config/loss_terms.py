@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -75,8 +76,9 @@ def _check_options(name: str, block: Any) -> None:
     try:
         term(**create_model(name, __base__=Strict, **options).model_validate(as_tuples(block)).model_dump())
     except ValidationError as error:
-        (problem, *_) = error.errors()
-        raise problem_at(problem["type"], (name, *problem["loc"]), problem["input"], problem.get("ctx", {})) from None
+        *_, problem = error.errors()  # of a union the last, its most detailed form
+        keys = tuple(part for part in problem["loc"] if not (isinstance(part, str) and re.search(r"\W", part)))  # of YAML
+        raise problem_at(problem["type"], (name, *keys), problem["input"], problem.get("ctx", {})) from None
     except ValueError as error:
         raise problem_at("value_error", (name,), block, {"error": error}) from None
 

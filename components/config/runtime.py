@@ -19,7 +19,9 @@ class RuntimeSettings(Strict):
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: PositiveInt = Field(strict=False, description="CPU threads of one process")
-    workers: PositiveInt | None = Field(strict=False, description="processes that prepare data; null: one per core")
+    workers: PositiveInt | None = Field(
+        strict=False, description="processes that prepare data or judge tiny models; null: one per core"
+    )
     loaders: Annotated[int, Field(ge=0)] = Field(strict=False, description="processes that load batches ahead; 0: none")
     devices: PositiveInt = Field(strict=False, description="processes of one training, one device each")
     accelerate: Name | None = Field(description="a file of params/accelerate/; null: ddp or ddp-cpu if devices > 1")

@@ -159,7 +159,8 @@ def summary(refused: list[Refused]) -> str:
 def bad_rows(refused: list[Refused], rows_in: int) -> str:
     """`2 of 40 rows are bad (...)`, with counts by reason and the first row as an example."""
     first = min(refused, key=lambda one: (one.source or "", one.row))
-    return f"{len(refused):,} of {rows_in:,} rows are bad ({summary(refused)}, such as row {first.row}: {first.detail})"
+    of = f" of {first.source}" if first.source else ""
+    return f"{len(refused):,} of {rows_in:,} rows are bad ({summary(refused)}, such as row {first.row}{of}: {first.detail})"
 
 
 def _finish(draft: Path) -> None:

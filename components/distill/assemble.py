@@ -117,7 +117,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         module = _live(arm, settings.distill, student, teacher, weighed, collator, sides)
     chosen, answers = trained_on(samples.kinds, settings.distill), None
     if arm.answers is not None:
-        answers = Answers(ANSWERS, answer_facts(settings), samples, arm.answer_filter)
+        answers = Answers(ANSWERS, answer_facts(settings), arm.answer_filter)
         facts["teacher_answers"] = answers.manifest.model_dump()
         chosen = answers.answered(chosen)
     evidence = None

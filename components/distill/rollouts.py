@@ -29,7 +29,7 @@ class Rollouts:
     Args:
         asked: `rollouts` block of the arm.
         shared_vocabulary: number of columns that both heads share.
-        kept: reusable answers for checkpoints, sample -> (first epoch of its reuse, answers); empty for `reuse` 1.
+        kept: reusable answers for checkpoints, sample -> (epoch of its generation, answers); empty for `reuse` 1.
 
     Raises InputError if the student's weights are sharded.
     """
@@ -62,24 +62,27 @@ class Rollouts:
         Collective: every rank calls it once per step.
         """
         wanted = {key: (self.order.epoch(key), sample) for key, sample in pairs if self._on_policy(key, sample)}
-        served = {key: (epoch - epoch % self.asked.reuse, str(sample)) for key, (epoch, sample) in wanted.items()}
+        served = {key: (self._first_of_reuse(epoch), str(sample)) for key, (epoch, sample) in wanted.items()}
         known = {key: self.kept[sample][1] for key, (epoch, sample) in served.items() if self._serves(epoch, sample)}
         anew = [key for key in wanted if key not in known]
         answers = dict(zip(anew, self._write([served[key] for key in anew]), strict=True)) if anew else {}
         if self.asked.reuse > 1:
-            fresh = [(served[key], of_sample) for key, of_sample in answers.items()]
+            fresh = [((wanted[key][0], served[key][1]), of_sample) for key, of_sample in answers.items()]
             for (epoch, sample), of_sample in gather_object(fresh) if self.accelerator.num_processes > 1 else fresh:
                 self.kept[sample] = (epoch, of_sample)
         found = {key: said for key, said in (known | answers).items() if said}
         self._answers = [answer for answers in found.values() for answer in answers]
-        self._age = sum((epoch % self.asked.reuse) * len(found.get(key, ())) for key, (epoch, _) in wanted.items())
+        self._age = sum((wanted[key][0] - self.kept[served[key][1]][0]) * len(known[key]) for key in known)
         return found
 
     def _on_policy(self, key: int, sample: int) -> bool:
         return draw_key(self.order.seed, "on-policy", self.order.epoch(key), sample) < self.asked.share * 2**32
 
     def _serves(self, epoch: int, sample: str) -> bool:
-        return self.asked.reuse > 1 and sample in self.kept and self.kept[sample][0] == epoch
+        return self.asked.reuse > 1 and sample in self.kept and self._first_of_reuse(self.kept[sample][0]) == epoch
+
+    def _first_of_reuse(self, epoch: int) -> int:
+        return epoch - epoch % self.asked.reuse
 
     def _write(self, wanted: list[tuple[int, str]]) -> list[list[list[int]]]:
         keys = [draw_key(self.order.seed, "rollout", epoch, sample) for epoch, sample in wanted]

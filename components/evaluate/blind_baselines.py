@@ -120,7 +120,8 @@ def measure(models: Sequence[tuple[str, Path]], settings: Settings) -> Controls:
     """Blind baselines of each model on the evaluated split, and contamination of that split by the training data."""
     asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
-    at_once = models_at_once(settings.runtime, prepare_torch(settings.runtime, seed=0))
+    device = prepare_torch(settings.runtime, seed=0)
+    at_once = models_at_once(settings.runtime, device) if settings.models.family == "embedded" else 1  # others may be large
     found = dict(shared_out(blind, [(name, path, settings) for name, path in models], at_once))
     guessed = metrics.score("majority", metrics.predictions((samples[row] for row in rows), majority(samples, rows)))
     return Controls(

@@ -44,3 +44,4 @@ class Answered(Record):
     log_probs: list[list[float]]  # teacher's log-probability of each answer, summed over tokens
     cut_off: int  # answers without an end of turn
     texts: list[list[str]]
+    right: list[list[bool]]  # equal to the data's answer but for case and white space

@@ -106,7 +106,7 @@ def _fill(folder: Path, settings: Settings, wanted: AnswerFacts, device: torch.d
                     found += _answered(writer, samples, part[start : start + size], asked.samples)
                     bar.update(len(part[start : start + size]))
                 write_text(files[-1], jsonl(found))
-            lines += [Answered.model_validate_json(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+            lines += Answered.read_lines(files[-1])
     kept = [ids for line in lines for conversation in line.answers for ids in conversation]
     answers, tokens = len(kept), sum(map(len, kept))
     cut_off = sum(line.cut_off for line in lines)
@@ -135,6 +135,8 @@ def _answered(writer: Writer, samples: Samples, rows: list[int], count: int) -> 
     for row, sample, said in zip(rows, shown, zip(*passes, strict=True), strict=True):
         whole = [[answer for answer in answers if answer.tokens[-1] == writer.eos_id] for answers in said]
         kept = [answers for answers in whole if answers]
+        texts = [[decode(answer.tokens, skip_special_tokens=True) for answer in answers] for answers in kept]
+        gold = [_folded(turn.answer) for turn in sample.turns]
         found.append(
             Answered(
                 sample=row,
@@ -142,10 +144,15 @@ def _answered(writer: Writer, samples: Samples, rows: list[int], count: int) -> 
                 answers=[[answer.tokens for answer in answers] for answers in kept],
                 log_probs=[[answer.log_prob for answer in answers] for answers in kept],
                 cut_off=sum(map(len, said)) - sum(map(len, whole)),
-                texts=[[decode(answer.tokens, skip_special_tokens=True) for answer in answers] for answers in kept],
+                texts=texts,
+                right=[[_folded(text) == own for text, own in zip(of_one, gold, strict=False)] for of_one in texts],
             )
         )
     return found
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 if __name__ == "__main__":

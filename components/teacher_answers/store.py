@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from components.config.settings import Settings
-from components.dataset.shards import Samples
 from components.errors import DataError
 from components.io import sha256
 from components.models.template import Template
@@ -44,9 +42,7 @@ class Answers:
     Raises DataError if there are none, if teacher, data set or settings differ, or if a file's hash differs.
     """
 
-    def __init__(
-        self, folder: Path, wanted: AnswerFacts, samples: Samples, keep: Literal["right", "likely"] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, wanted: AnswerFacts, keep: Literal["right", "likely"] | None = None) -> None:
         written = AnswerManifest.read(folder / "manifest.json").written
         if written is None:
             raise DataError(f"{folder} holds no answers: teacher_answers was null in params/distill.yaml; {AGAIN}")
@@ -59,21 +55,25 @@ class Answers:
         for name, digest in written.files.items():
             if not (folder / name).is_file() or sha256([folder / name]) != digest:
                 raise DataError(f"{folder / name} is missing or has other bytes than the manifest says; {AGAIN}")
-            lines += map(Answered.model_validate_json, (folder / name).read_text(encoding="utf-8").splitlines())
-        passes = _filter(lines, samples, keep)
+            lines += Answered.read_lines(folder / name)
+        self._keep = keep
+        every = [each for line in lines for conversation in _per_token(line) for each in conversation]
+        median = statistics.median(every) if every else 0.0
         for line in lines:
-            for index, answers in enumerate(line.answers):
-                turns = [passes(line, index, turn) for turn in range(len(answers))]
-                if whole := answers[: [*turns, False].index(False)]:
-                    self._of.setdefault(line.sample, []).append(whole)
+            likely = [[each >= median for each in conversation] for conversation in _per_token(line)]
+            passes = {"right": line.right, "likely": likely, None: [[True] * len(answers) for answers in line.answers]}[keep]
+            kept = [answers[: [*of, False].index(False)] for answers, of in zip(line.answers, passes, strict=True)]
+            if any(kept):
+                self._of[line.sample] = [answers for answers in kept if answers]
 
     def answered(self, samples: list[int]) -> list[int]:
         """Subset of `samples` with an answer. Raises DataError if it is empty."""
         found = [sample for sample in samples if sample in self._of]
         if not found:
+            which = {"right": "is right and has", "likely": "is among the likeliest and has", None: "has"}[self._keep]
             raise DataError(
-                f"none of the teacher's {self.manifest.answers:,} answers has an end and passes the arm's answer_filter; raise"
-                " teacher_answers.max_new_tokens in params/distill.yaml, or let a teacher that has learnt to answer write them"
+                f"none of the teacher's {self.manifest.answers:,} answers {which} an end; raise teacher_answers.max_new_tokens"
+                " in params/distill.yaml, or let a teacher that has learnt to answer write them"
             )
         return found
 
@@ -83,25 +83,9 @@ class Answers:
         return answers[epoch % len(answers)]
 
 
-def _filter(lines: Sequence[Answered], samples: Samples, keep: str | None) -> Callable[[Answered, int, int], bool]:
-    """Whether an answer is kept, by its line, conversation and turn."""
-
-    def per_token(line: Answered, conversation: int, turn: int) -> float:
-        return line.log_probs[conversation][turn] / len(line.answers[conversation][turn])
-
-    def is_right(line: Answered, conversation: int, turn: int) -> bool:
-        return _folded(line.texts[conversation][turn]) == _folded(samples[line.sample].turns[turn].answer)
-
-    if keep == "right":
-        return is_right
-    if keep is None:
-        return lambda *_: True
-    each = [
-        per_token(line, n, turn) for line in lines for n, answers in enumerate(line.answers) for turn in range(len(answers))
+def _per_token(line: Answered) -> list[list[float]]:
+    """Log-probability per token of each answer."""
+    return [
+        [total / len(tokens) for tokens, total in zip(answers, totals, strict=True)]
+        for answers, totals in zip(line.answers, line.log_probs, strict=True)
     ]
-    median = statistics.median(each) if each else 0.0
-    return lambda *answer: per_token(*answer) >= median
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.split()).casefold()

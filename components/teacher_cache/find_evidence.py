@@ -28,7 +28,7 @@ from components.models.vlm import VLM
 from components.teacher_cache.evidence import donor
 from components.teacher_cache.store import write_shard
 
-TOKENS = 128  # tokens stored per row, by the larger of their probabilities with and without the evidence
+TOKENS = 128  # likeliest tokens of each distribution; up to twice as many are stored per row
 
 
 @dataclass(frozen=True)

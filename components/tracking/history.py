@@ -9,7 +9,7 @@ from components.process import is_free
 from components.records.paths import RUNS
 from components.records.record import content, parsed
 from components.tracking import provenance, system_metrics
-from components.tracking.journal import JOURNALS, events, first_event
+from components.tracking.journal import JOURNALS, events
 
 LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
 
@@ -48,8 +48,8 @@ def ran(run: str) -> tuple[str | None, list[str]]:
 
 def tags(run: str) -> dict[str, str]:
     """Tags of this journal's run at its start; none if the journal is not here."""
-    journal = JOURNALS / f"{run}.jsonl"
-    return dict(first_event(journal)["tags"]) if journal.exists() and journal.stat().st_size else {}
+    found: dict[str, str] = next(iter(_events(run)), {}).get("tags", {})
+    return found
 
 
 def _events(run: str) -> list[dict[str, Any]]:

@@ -464,7 +464,7 @@ def test_no_field_has_a_hidden_default_but_what_an_arm_may_leave_to_distill() ->
                 if isinstance(part, type) and issubclass(part, BaseModel):
                     seen.append(part)
                 parts += getattr(part, "__args__", ())
-    of_arm = {"Arm.iva", "Arm.tpa", "Arm.divergence", "Arm.steps", "Arm.answers", "Arm.rollouts"}
+    of_arm = {f"Arm.{key}" for key in ("iva", "tpa", "divergence", "steps", "answers", "answer_filter", "rollouts")}
     assert hidden == of_arm | {"Iva.divergence", "Iva.change", "Iva.rows", "Tpa.divergence", "Tpa.alternatives"}
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
+from itertools import takewhile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from components.config.load import load_settings
-from components.dataset.shards import CAPTION, Samples, Turn
+from components.dataset.shards import CAPTION, Samples
 from components.distill.__main__ import distill
 from components.distill.assemble import assemble
 from components.distill.loader import Steps
 from components.errors import DataError, Interrupted, SettingsError
+from components.io import sha256, write_text
 from components.models.families import prompt
 from components.models.load import load
 from components.models.writing import Writer
 from components.records.paths import ANSWERS, DATASET, ROWS
+from components.records.record import jsonl
 from components.records.teacher_answers import Answered, AnswerManifest
 from components.teacher_answers import __main__ as stage
 from components.teacher_answers.store import Answers, facts
@@ -101,34 +104,64 @@ def test_epochs_take_one_answer_after_another_and_samples_without_any_are_left_o
             assert batch.input_ids[row][batch.response[row]].tolist() == [token for answer in taken for token in answer]
     write_params(seqkd, "distill", {"teacher_answers": GREEDY | {"max_new_tokens": 1}})
     stage.main()
-    with pytest.raises(DataError, match=r"none of the teacher's 16 answers has an end and passes"):
+    with pytest.raises(DataError, match=r"none of the teacher's 16 answers has an end; raise"):
         trained(Run(None))
 
 
 def test_filters_keep_what_is_right_or_likely_up_to_the_first_that_is_not(seqkd: Path) -> None:
     stage.main()
-    settings, samples = load_settings(), Samples(DATASET, "train", ROWS)
+    asked = facts(load_settings())
 
-    def kept(keep: Any, asked: Any = samples) -> dict[int, list[list[list[int]]]]:
-        found = Answers(ANSWERS, facts(settings), asked, keep)
-        return {i: found._of[i] for i in found.answered([*lines()])}
+    def kept(keep: Any) -> dict[int, list[list[list[int]]]]:
+        return Answers(ANSWERS, asked, keep)._of
 
-    said = {i: line for i, line in lines().items() if line.answers}
-    per_token = [
-        sum_ / len(ids)
-        for line in said.values()
-        for answers, sums in zip(line.answers, line.log_probs, strict=True)
-        for ids, sum_ in zip(answers, sums, strict=True)
+    written = {i: line for i, line in lines().items() if line.answers}
+    assert kept(None) == {i: line.answers for i, line in written.items()}
+    per_token = {
+        tuple(ids): total / len(ids)
+        for line in written.values()
+        for answers, totals in zip(line.answers, line.log_probs, strict=True)
+        for ids, total in zip(answers, totals, strict=True)
+    }
+    median = statistics.median(total for line in written.values() for totals in per_answer(line) for total in totals)
+    likely = kept("likely")
+    for i, line in written.items():
+        assert likely.get(i, []) == [
+            answers[:count]
+            for answers in line.answers
+            if (count := len(list(takewhile(lambda ids: per_token[tuple(ids)] >= median, answers))))
+        ]
+    assert 0 < sum(map(len, likely.values())) < sum(len(line.answers) for line in written.values())
+
+    first = min(written)
+    part = next(iter(sorted(ANSWERS.glob("part-*"))))
+    turns = Samples(DATASET, "train", ROWS)[first].turns
+    assert written[first].right == [
+        [text.split() == turn.answer.split() for text, turn in zip(texts, turns, strict=False)]
+        for texts in written[first].texts
     ]
-    half = sorted(per_token)[len(per_token) // 2 :]
-    likely = [ids for conversations in kept("likely").values() for answers in conversations for ids in answers]
-    assert 0 < len(likely) <= len(half) < len(per_token)
+    changed = [line.model_copy(update={"right": [[i == first] * len(a) for a in line.answers]}) for i, line in lines().items()]
+    part.write_text("".join(f"{line.model_dump_json()}\n" for line in changed))
+    manifest = AnswerManifest.read(ANSWERS / "manifest.json")
+    assert manifest.written is not None
+    files = {part.name: sha256([part])}
+    AnswerManifest(written=manifest.written.model_copy(update={"files": files})).write(ANSWERS / "manifest.json")
+    assert kept("right") == {first: written[first].answers}
+    with pytest.raises(DataError, match=r"none of the teacher's [\d,]+ answers is right and has an end; raise"):
+        Answers(ANSWERS, asked, "right").answered([i for i in written if i != first])
 
-    first = min(said)
-    gold = {i: SimpleNamespace(turns=[Turn("?", "no such answer")] * 9) for i in lines()}
-    gold[first] = SimpleNamespace(turns=[Turn("?", f" {said[first].texts[0][0].upper()} "), *[Turn("?", "no such answer")] * 8])
-    assert kept("right", gold) == {first: [said[first].answers[0][:1]]}
-    assert kept(None) == {i: line.answers for i, line in said.items()}
+
+def per_answer(line: Answered) -> list[list[float]]:
+    pairs = zip(line.answers, line.log_probs, strict=True)
+    return [[total / len(ids) for ids, total in zip(answers, totals, strict=True)] for answers, totals in pairs]
+
+
+def test_a_line_separator_in_an_answer_is_no_end_of_line(seqkd: Path) -> None:
+    stage.main()
+    part = next(iter(sorted(ANSWERS.glob("part-*"))))
+    odd = [line.model_copy(update={"texts": [["a\u2028b\u0085c"] * len(a) for a in line.answers]}) for line in lines().values()]
+    write_text(part, jsonl(odd))
+    assert Answered.read_lines(part) == odd
 
 
 def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monkeypatch: pytest.MonkeyPatch) -> None:

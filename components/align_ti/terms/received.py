@@ -37,7 +37,7 @@ class Term:
 
     @property
     def _pairs(self) -> tuple[Pair, ...]:
-        return ((-2, (-2,)),) if self.layers == "middle" else self.layers  # what the rule needs, before depths are known
+        return ((-1, (-1,)),) if self.layers == "middle" else self.layers  # what the rule needs, before depths are known
 
     def at_depth(self, student_layers: int, teacher_layers: int) -> Term:
         return replace(self, layers=middle_layers(student_layers, teacher_layers)) if self.layers == "middle" else self
@@ -73,7 +73,7 @@ class Term:
 
 
 def middle_layers(student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
-    """Up to seven student layers from a third of the depth, each with consecutive teacher layers from the same start on.
+    """Up to seven student layers from a third of its depth on, each with consecutive teacher layers from a third of its own.
 
     The windows of the teacher overlap and end near three layers above its middle: 2 layers each of 24, 3 of 28 or 32, 5 of 40,
     as published.
