@@ -44,7 +44,7 @@ def expand_study(name: str) -> None:
 
     expand.read(name)
     check_idle()
-    if kept := recipes.keep_own():
+    if kept := recipes.back_up_own_values():
         typer.echo(kept)
     diff = expand.expand(name)
     typer.echo(diff or f"params/study.yaml says already what study {name} says.")

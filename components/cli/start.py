@@ -20,7 +20,7 @@ def use(recipe: str) -> None:
 
     recipes.merged(recipe)  # says what is wrong with it before anything is kept
     check_idle()  # the stages that it has not begun read params/
-    if kept := recipes.keep_own():
+    if kept := recipes.back_up_own_values():
         typer.echo(kept)
     diff = recipes.use(recipe)
     for line in diff.splitlines():
@@ -54,7 +54,7 @@ def init(
     asked.check_rows(load_settings().data)
 
     from components.config import recipes
-    from components.config.local_paths import not_here
+    from components.config.local_paths import missing_paths
     from components.dataset.__main__ import unseen_by_dvc
     from components.errors import SettingsError
     from components.own_data.init import init as look
@@ -64,11 +64,11 @@ def init(
     seen, choices = look(asked)
     for line in (*seen, "", *choices):
         typer.echo(line)
-    if kept := recipes.keep_own():
+    if kept := recipes.back_up_own_values():
         typer.echo(kept)
     recipes.use(name)
     settings = load_settings()
-    if missing := not_here(settings):
+    if missing := missing_paths(settings):
         raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
     for unseen in unseen_by_dvc(settings):
         typer.secho(unseen, fg=typer.colors.YELLOW)
@@ -91,20 +91,20 @@ def check(
 
     from components.config import recipes
     from components.config.load import load_settings
-    from components.config.local_paths import not_here, soft_capped
+    from components.config.local_paths import missing_paths, soft_capped_models
     from components.digits import raw
     from components.errors import DataError, SettingsError
 
     def own() -> None:
         settings = load_settings()
-        if missing := not_here(settings):
+        if missing := missing_paths(settings):
             raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
         if settings.data.source == "digits" and raw.RAW.is_dir():  # a fresh clone has no data/ yet
             raw.read()
         if away := [name for name in settings.runtime.trackers if find_spec(name) is None]:
             raise SettingsError(f"params/runtime.yaml: trackers: not installed: pip install {' '.join(away)}, or leave it out")
         related = [name for name, arm in settings.study.arms.items() if "relation" in arm.weights]
-        if related and (capped := soft_capped(settings.models.members)):
+        if related and (capped := soft_capped_models(settings.models.members)):
             raise SettingsError(
                 f"params/study.yaml: arms {', '.join(related)}: relation takes a linear head, and the logits of"
                 f" {', '.join(capped)} are soft-capped; leave the term out"
@@ -159,7 +159,7 @@ def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) ->
 def plan(verbose: bool = typer.Option(False, "-v", "--verbose", help="All that changed, not the first of it alone.")) -> None:
     """Say for each stage whether it would run, why, and how long that takes."""
     from components.config.load import load_settings
-    from components.config.local_paths import not_here
+    from components.config.local_paths import missing_paths
     from flows.plan import plan as make_plan
 
     settings = load_settings()
@@ -182,7 +182,7 @@ def plan(verbose: bool = typer.Option(False, "-v", "--verbose", help="All that c
     typer.echo(f"{len(running)} of {len(steps)} stages would run: {long}.")
     times = f"Times: {basis}. " if len(unknown) < len(running) else ""
     typer.echo(f"{times}DVC restores a stage at once instead if it has run on the same inputs before.")
-    if missing := not_here(settings):
+    if missing := missing_paths(settings):
         typer.secho(f"Not here, so it would fail: {', '.join(missing)}.", fg=typer.colors.RED)
     if recipe is not None and settings.models.family == "pretrained":
         from flows import cost_report

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator
 
 from components.align_ti import terms
-from components.config.local_paths import layers_of
+from components.config.local_paths import layer_counts
 from components.config.settings import Settings
 
 Problem = tuple[str, str, str]  # file of params/, its key, what is wrong
 
 
-def across_files(settings: Settings) -> Iterator[Problem]:
+def cross_file_problems(settings: Settings) -> Iterator[Problem]:
     """Problems between params files."""
     students = settings.models.members.students
     for name, arm in settings.study.arms.items():
@@ -20,8 +20,8 @@ def across_files(settings: Settings) -> Iterator[Problem]:
             message = f"{arm.student!r} is none of the students of params/models.yaml ({', '.join(students)})"
             yield "study", f"arms.{name}.student", message
         yield from (("study", f"arms.{name}", problem) for problem in _cache_checks(settings, name))
-        yield from _inside_checks(settings, name)
-        yield from _watched_checks(settings, name)
+        yield from _layer_access_checks(settings, name)
+        yield from _watched_layer_checks(settings, name)
         yield from (("study", f"arms.{name}.{key}", problem) for key, problem in _answer_checks(settings, name))
         yield from _evidence_checks(settings, name)
     yield from _layer_checks(settings)
@@ -37,28 +37,28 @@ def across_files(settings: Settings) -> Iterator[Problem]:
 
 def _layer_checks(settings: Settings) -> Iterator[Problem]:
     """Layers beyond the teacher's depth, where params/ or a local checkpoint's config gives that depth."""
-    layers = list(layers_of(settings.models.members, "teachers").values())
-    asked = [("irs", "layer", settings.irs.layer), ("distill", "iva.layer", settings.distill.iva.layer)]
-    asked += [("study", f"arms.{name}.iva.layer", arm.iva.layer) for name, arm in settings.study.arms.items() if arm.iva]
-    for file, key, layer in asked:
-        if isinstance(layer, int) and layers and None not in layers and layer >= max(filter(None, layers)):
-            yield file, key, f"{layer}, but the teacher has layers 0..{max(filter(None, layers)) - 1}"
+    depths = list(layer_counts(settings.models.members, "teachers").values())
+    options = [("irs", "layer", settings.irs.layer), ("distill", "iva.layer", settings.distill.iva.layer)]
+    options += [("study", f"arms.{name}.iva.layer", arm.iva.layer) for name, arm in settings.study.arms.items() if arm.iva]
+    for file, key, layer in options:
+        if isinstance(layer, int) and depths and None not in depths and layer >= max(filter(None, depths)):
+            yield file, key, f"{layer}, but the teacher has layers 0..{max(filter(None, depths)) - 1}"
 
 
-def _watched_checks(settings: Settings, name: str) -> Iterator[Problem]:
+def _watched_layer_checks(settings: Settings, name: str) -> Iterator[Problem]:
     """Layers that an arm's terms read, beyond the depth of its student or of every teacher."""
     arm, members = settings.arm(name), settings.models.members
     if not set(arm.weights) - set(terms.CORE):  # the terms, and torch with them, are imported only if needed
         return
-    teachers = list(layers_of(members, "teachers").values())
-    sides = {"in_student": [layers_of(members, "students").get(arm.student)], "in_teacher": teachers}
+    teachers = list(layer_counts(members, "teachers").values())
+    layers_of = {"in_student": [layer_counts(members, "students").get(arm.student)], "in_teacher": teachers}
     for term, needs in arm.needs.items():
-        for side, depths in sides.items():
-            most = max((depth or sys.maxsize for depth in depths), default=sys.maxsize)  # unknown: the training says
-            beyond = [layer for layer in getattr(needs, side).layers if not -most <= layer < most]
-            if beyond:
-                of = side.removeprefix("in_")
-                yield "study", f"arms.{name}.{term}", f"layer {beyond[0]} of the {of}, which has layers 0..{most - 1}"
+        for side, counts in layers_of.items():
+            depth = max((count or sys.maxsize for count in counts), default=sys.maxsize)  # unknown: training checks it
+            out_of_range = [layer for layer in getattr(needs, side).layers if not -depth <= layer < depth]
+            if out_of_range:
+                role = side.removeprefix("in_")
+                yield "study", f"arms.{name}.{term}", f"layer {out_of_range[0]} of the {role}, which has layers 0..{depth - 1}"
 
 
 def _stage_checks(settings: Settings) -> Iterator[Problem]:
@@ -77,14 +77,14 @@ def _stage_checks(settings: Settings) -> Iterator[Problem]:
     if settings.distill.teacher_signals.evidence is not None:
         yield "distill", "teacher_signals.evidence", "a teacher's, and stage align has none; set it to null"
     for name in settings.study.arms:
-        if asking := [term for term, needs in settings.arm(name).needs.items() if needs.teacher]:
-            message = f"{', '.join(asking)} ask a teacher, and stage align has none; set all but sft to 0"
+        if teacher_terms := [term for term, needs in settings.arm(name).needs.items() if needs.teacher]:
+            message = f"{', '.join(teacher_terms)} ask a teacher, and stage align has none; set all but sft to 0"
             yield "study", f"arms.{name}.weights", message
 
 
 def _cache_checks(settings: Settings, name: str) -> list[str]:
     """Options of an arm that the cache of teacher signals, built once for all arms, cannot serve."""
-    arm, shared = settings.arm(name), settings.distill
+    arm, distill = settings.arm(name), settings.distill
     assert arm.divergence is not None and arm.iva is not None  # filled in by Settings.arm
     if arm.iva.of_another and "iva" in arm.weights and not settings.uses_cache(arm):
         return [
@@ -94,38 +94,39 @@ def _cache_checks(settings: Settings, name: str) -> list[str]:
     if not settings.uses_cache(arm) or not terms.union(arm.needs.values()).teacher:
         return []
     problems = []
-    if shared.teacher_weights != "same":
-        problems.append(f"teacher_weights is {shared.teacher_weights}, and the cache is made with a teacher in `precision`")
-    own = {term: options.get("divergence") for term, options in arm.options.items()}
-    for term, divergence in {"": arm.divergence.model_dump(), **own}.items():
-        where = f"{term}.divergence".lstrip(".")
+    if distill.teacher_weights != "same":
+        problems.append(f"teacher_weights is {distill.teacher_weights}, and the cache is made with a teacher in `precision`")
+    divergences = {term: options.get("divergence") for term, options in arm.options.items()}
+    for term, divergence in {"": arm.divergence.model_dump(), **divergences}.items():
+        key = f"{term}.divergence".lstrip(".")
         if divergence and divergence["kind"] != "forward":
-            problems.append(f"{where}.kind is {divergence['kind']}, and the cache serves the forward divergence alone")
-        if divergence and divergence["temperature"] != shared.divergence.temperature:
-            problems.append(f"{where}.temperature differs from that of params/distill.yaml, which the cache is made with")
-    kept = "irs" if shared.iva.weighting == "uniform" else shared.iva.weighting  # the cache holds some attention in any case
-    asked = arm.iva.weighting, arm.iva.layer
-    if any(needs.attention for needs in arm.needs.values()) and asked != (kept, shared.iva.layer):
+            problems.append(f"{key}.kind is {divergence['kind']}, and the cache serves the forward divergence alone")
+        if divergence and divergence["temperature"] != distill.divergence.temperature:
+            problems.append(f"{key}.temperature differs from that of params/distill.yaml, which the cache is made with")
+    # the cache holds attention in any case
+    cached_weighting = "irs" if distill.iva.weighting == "uniform" else distill.iva.weighting
+    required = arm.iva.weighting, arm.iva.layer
+    if any(needs.attention for needs in arm.needs.values()) and required != (cached_weighting, distill.iva.layer):
         problems.append("iva differs from that of params/distill.yaml, which the cache is made with")
     return [f"{problem}; or set teacher_signals.source to live" for problem in problems]
 
 
-def _inside_checks(settings: Settings, name: str) -> Iterator[Problem]:
+def _layer_access_checks(settings: Settings, name: str) -> Iterator[Problem]:
     """Terms that read the student's layers, against torch.compile and FlexAttention."""
     distill = settings.distill
     flex = distill.gradient_checkpointing and distill.flex_attention
     if not (distill.compile or flex):  # the terms, and torch with them, are imported only if needed
         return
     needs = settings.arm(name).needs
-    if distill.compile and (inside := [term for term, need in needs.items() if need.in_student]):
+    if distill.compile and (readers := [term for term, need in needs.items() if need.in_student]):
         message = (
-            f"arms.{name} has {', '.join(inside)}, which read inside the student's layers, and what compiled ones are read by"
+            f"arms.{name} has {', '.join(readers)}, which read inside the student's layers, and what compiled ones are read by"
             " breaks their graphs; set it to false"
         )
         yield "distill", "compile", message
-    if flex and (reading := [term for term, need in needs.items() if need.in_student.maps]):
+    if flex and (map_readers := [term for term, need in needs.items() if need.in_student.maps]):
         message = (
-            f"arms.{name} has {', '.join(reading)}, which read attention maps of the student, and FlexAttention has none;"
+            f"arms.{name} has {', '.join(map_readers)}, which read attention maps of the student, and FlexAttention has none;"
             " set it to false"
         )
         yield "distill", "flex_attention", message
@@ -133,11 +134,11 @@ def _inside_checks(settings: Settings, name: str) -> Iterator[Problem]:
 
 def _evidence_checks(settings: Settings, name: str) -> Iterator[Problem]:
     """Teacher evidence that L_mcd needs from `cache_teacher`."""
-    arm, asked = settings.arm(name), settings.distill.teacher_signals.evidence
+    arm, evidence = settings.arm(name), settings.distill.teacher_signals.evidence
     if "mcd" not in arm.weights:
         return
     kind = arm.options["mcd"].get("evidence", "gradient")
-    if asked is None or kind not in asked.kinds:
+    if evidence is None or kind not in evidence.kinds:
         message = (
             f"the teacher's {kind} evidence is not kept; give teacher_signals of params/distill.yaml"
             f" `evidence: {{kinds: [{kind}], share: 0.25}}`"
@@ -157,17 +158,17 @@ def _answer_checks(settings: Settings, name: str) -> Iterator[tuple[str, str]]:
     assert arm.tpa is not None  # filled in by Settings.arm
     if arm.answers is not None and distill.teacher_answers is None:
         yield "answers", "the teacher writes none; give params/distill.yaml a block teacher_answers"
-    where = "answers" if arm.rollouts is None else "rollouts"
+    key = "answers" if arm.rollouts is None else "rollouts"
     if settings.uses_cache(arm) and any(needs.teacher for needs in arm.needs.values()):
-        yield where, "the cache holds the teacher at the data's answers; set teacher_signals.source to live"
+        yield key, "the cache holds the teacher at the data's answers; set teacher_signals.source to live"
     if distill.micro_batch_tokens is not None:
-        yield where, "the lengths that share a batch out are the data's; set micro_batch_tokens to null"
+        yield key, "the lengths that share a batch out are the data's; set micro_batch_tokens to null"
     if arm.rollouts is not None:
         if (settings.runtime.accelerate or "").startswith(("fsdp", "deepspeed")):
             message = f"params/runtime.yaml: accelerate is {settings.runtime.accelerate}, which divides the student's weights,"
-            yield where, f"{message} and answers are written with whole ones; set it to null or ddp"
-        gold = [term for term, needs in arm.needs.items() if needs.gold or (term == "tpa" and arm.tpa.source == "gold")]
-        if gold:
-            yield where, f"{', '.join(gold)} take the data's answers, and the student writes others; set their weights to 0"
+            yield key, f"{message} and answers are written with whole ones; set it to null or ddp"
+        gold_terms = [term for term, needs in arm.needs.items() if needs.gold or (term == "tpa" and arm.tpa.source == "gold")]
+        if gold_terms:
+            yield key, f"{', '.join(gold_terms)} take the data's answers, and the student writes others; set their weights to 0"
         if distill.gradient_checkpointing and distill.flex_attention and terms.union(arm.needs.values()).ribbon:
-            yield where, "FlexAttention takes no key/value cache, which answers are written with; set flex_attention to false"
+            yield key, "FlexAttention takes no key/value cache, which answers are written with; set flex_attention to false"

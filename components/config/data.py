@@ -55,12 +55,12 @@ class DigitsGrid(Strict):
     turns_per_row: PositiveInt = Field(description="questions in one conversation of the train split, at most")
 
     @model_validator(mode="after")
-    def _consistent(self) -> DigitsGrid:
-        most = {"filled": min(self.grid**2, 18), "classes": 10, "colours": len(self.palette)}
-        for field, highest in most.items():
+    def _check_consistency(self) -> DigitsGrid:
+        upper_bounds = {"filled": min(self.grid**2, 18), "classes": 10, "colours": len(self.palette)}
+        for field, upper in upper_bounds.items():
             low, high = getattr(self, field)
-            if not 1 <= low <= high <= highest:
-                raise ValueError(f"{field} {[low, high]} must be [lowest, highest] within 1..{highest}")
+            if not 1 <= low <= high <= upper:
+                raise ValueError(f"{field} {[low, high]} must be [lowest, highest] within 1..{upper}")
         if sum((self.handwriting.train, self.handwriting.val, self.handwriting.test)) > 1797:
             raise ValueError("handwriting splits sum to more than the 1,797 digits of the UCI set")
         if min(self.instructions_per_image.model_dump().values()) < 2:
@@ -75,7 +75,7 @@ class HeldOut(Strict):
     test: Share = Field(description="share of images that go to the test split")
 
     @model_validator(mode="after")
-    def _train_left(self) -> Self:
+    def _check_train_share(self) -> Self:
         if self.val + self.test >= 1:
             raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on")
         return self
@@ -126,7 +126,7 @@ class DataSettings(Strict):
     mixture: Mixture | None
 
     @model_validator(mode="after")
-    def _block_of_source(self) -> DataSettings:
+    def _check_source_block(self) -> DataSettings:
         if getattr(self, self.source) is None:
             raise ValueError(f"source is {self.source}, so the block `{self.source}:` must be filled in")
         return self

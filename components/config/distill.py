@@ -34,7 +34,7 @@ class Iva(Strict):
         return self.change if self.change in ("other_instruction", "other_image") else None
 
     @model_validator(mode="after")
-    def _layer_given(self) -> Iva:
+    def _check_layer(self) -> Iva:
         if (self.weighting == "layer") != (self.layer is not None):
             raise ValueError("`layer` is for `weighting: layer`, and only for it")
         return self
@@ -60,7 +60,7 @@ class Tpa(Strict):
     )
 
     @model_validator(mode="after")
-    def _can_be_drawn(self) -> Tpa:
+    def _check_sampling(self) -> Tpa:
         if self.alternatives is not None and self.source == "gold":
             raise ValueError("`alternatives` are changed of a source other than gold")
         if not self.replacement and (self.top_p is not None or (self.top_k or self.draws) < self.draws):
@@ -94,7 +94,7 @@ class TeacherAnswers(Strict):
     max_new_tokens: PositiveInt = Field(description="an answer that has not ended by then is not kept")
 
     @model_validator(mode="after")
-    def _one_if_greedy(self) -> TeacherAnswers:
+    def _check_greedy(self) -> TeacherAnswers:
         if self.temperature == 0 and self.samples > 1:
             raise ValueError("greedy answers are all the same: set samples to 1, or a temperature")
         return self
@@ -116,7 +116,7 @@ class Trainable(Strict):
     lora: Lora | None = Field(description="the language model through adapters alone; null: its own weights")
 
     @model_validator(mode="after")
-    def _of_something(self) -> Trainable:
+    def _check_trainable(self) -> Trainable:
         if self.lora is not None and not self.language_model:
             raise ValueError("lora trains the language model, and language_model is false")
         if not (self.vision_tower or self.projector or self.language_model):
@@ -163,7 +163,7 @@ class DistillSettings(WithTerms):
     checkpoint_every: PositiveInt
 
     @model_validator(mode="after")
-    def _consistent(self) -> DistillSettings:
+    def _check_consistency(self) -> DistillSettings:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
         if self.teacher_signals.source == "cache" and isinstance(self.iva.layer, str):

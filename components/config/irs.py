@@ -22,7 +22,7 @@ class IrsSettings(Strict):
     instruction_rows: Rows | None = Field(description="all, or the question's words; null: whichever point best")
 
     @model_validator(mode="after")
-    def _what_the_rule_needs(self) -> IrsSettings:
+    def _check_rule_fields(self) -> IrsSettings:
         if (self.rule == "given") != (self.layer is not None):
             raise ValueError("`layer` is for `rule: given`, and only for it")
         if self.rule != "pointing" and None in (self.weighting, self.instruction_rows):

@@ -11,9 +11,9 @@ from components.config.models import Checkpoint, Cut, EmbeddedFamily, Parts, Pre
 from components.config.settings import Settings
 
 
-def not_here(settings: Settings) -> list[str]:
+def missing_paths(settings: Settings) -> list[str]:
     """Missing local data, images and checkpoints of the settings, as `key: path`."""
-    return [f"{key}: {path}" for key, path in named_paths(settings) if not _is_here(path)]
+    return [f"{key}: {path}" for key, path in named_paths(settings) if not _exists(path)]
 
 
 def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
@@ -38,20 +38,20 @@ def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
             )
 
 
-def _is_here(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     """Whether the path exists, or for a pattern `x/*.tar` one such file."""
     return path.exists() or ("*" in path.name and any(path.parent.glob(path.name)))
 
 
-def layers_of(models: EmbeddedFamily | PretrainedFamily, role: Literal["teachers", "students"]) -> dict[str, int | None]:
+def layer_counts(models: EmbeddedFamily | PretrainedFamily, role: Literal["teachers", "students"]) -> dict[str, int | None]:
     """Number of decoder layers of each teacher or student; None if neither params/ nor a local checkpoint gives it."""
     if isinstance(models, EmbeddedFamily):
         return {name: shape.layers for name, shape in getattr(models, role).items()}
-    found = {name: _text_config(model).get("num_hidden_layers") for name, model in getattr(models, role).items()}
-    return {name: layers if isinstance(layers, int) else None for name, layers in found.items()}
+    counts = {name: _text_config(model).get("num_hidden_layers") for name, model in getattr(models, role).items()}
+    return {name: count if isinstance(count, int) else None for name, count in counts.items()}
 
 
-def soft_capped(models: EmbeddedFamily | PretrainedFamily) -> list[str]:
+def soft_capped_models(models: EmbeddedFamily | PretrainedFamily) -> list[str]:
     """Models on this machine whose logits are soft-capped (Gemma 2)."""
     if isinstance(models, EmbeddedFamily):
         return []
@@ -60,8 +60,8 @@ def soft_capped(models: EmbeddedFamily | PretrainedFamily) -> list[str]:
 
 
 def _text_config(model: Checkpoint | Parts | Cut) -> dict[str, Any]:
-    """Language model's part of config.json; empty if the file is missing or broken, which `not_here` or the stage that loads it
-    reports."""
+    """Language model's part of config.json; empty if the file is missing or broken, which `missing_paths` or the stage that
+    loads it reports."""
     checkpoint = model.language_model if isinstance(model, Parts) else model
     if not isinstance(checkpoint, Checkpoint):
         return {}
@@ -69,8 +69,8 @@ def _text_config(model: Checkpoint | Parts | Cut) -> dict[str, Any]:
         config = json.loads((_folder(checkpoint) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    found = config.get("text_config", config) if isinstance(config, dict) else {}
-    return found if isinstance(found, dict) else {}
+    text_config = config.get("text_config", config) if isinstance(config, dict) else {}
+    return text_config if isinstance(text_config, dict) else {}
 
 
 def downloaded(checkpoint: Checkpoint, root: Path = Path()) -> Path | None:

@@ -24,37 +24,37 @@ class Divergence(Strict):
     temperature: PositiveFloat
 
     @model_validator(mode="after")
-    def _trains(self) -> Self:
+    def _check_mix(self) -> Self:
         if self.kind.startswith("skewed") and self.mix == 1:
             raise ValueError(f"{self.kind} with mix 1 compares a distribution with itself: it is 0, and trains nothing")
         return self
 
 
 class WithTerms(Strict):
-    """Settings with the options of loss terms beside their fields, each term's in a block of its name (align_ti/terms)."""
+    """Settings that also take options of loss terms: one block per term, under the term's name (align_ti/terms)."""
 
     model_config = ConfigDict(extra="allow")
 
     @model_validator(mode="wrap")
     @classmethod
-    def _no_other_names(cls, raw: Any, fields: Callable[[Any], Self]) -> Self:
+    def _reject_unknown_keys(cls, raw: Any, handler: Callable[[Any], Self]) -> Self:
         """Check unknown keys beside the fields, so that a misspelt one is reported as unknown, not only as missing."""
-        other = set(raw if isinstance(raw, dict) else ()) - {*cls.model_fields, *terms.names()}
-        problems = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=raw[name]) for name in sorted(other, key=str)]
+        extra = set(raw if isinstance(raw, dict) else ()) - {*cls.model_fields, *terms.names()}
+        problems = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=raw[name]) for name in sorted(extra, key=str)]
         try:
-            made = fields(raw)
+            settings = handler(raw)
         except ValidationError as error:
-            for found in error.errors():
-                if found["loc"] == () or found["loc"][0] not in other:
+            for issue in error.errors():
+                if issue["loc"] == () or issue["loc"][0] not in extra:
                     problems.append(
-                        InitErrorDetails(type=found["type"], loc=found["loc"], input=found["input"], ctx=found.get("ctx", {}))
+                        InitErrorDetails(type=issue["type"], loc=issue["loc"], input=issue["input"], ctx=issue.get("ctx", {}))
                     )
         if problems:
             raise ValidationError.from_exception_data("params", problems)
-        return made
+        return settings
 
     @model_validator(mode="after")
-    def _options_of_terms(self) -> Self:
+    def _check_term_options(self) -> Self:
         for name, block in self.blocks.items():
             if name in terms.names():
                 _check_options(name, block)
@@ -78,31 +78,32 @@ def _check_options(name: str, block: Any) -> None:
     except ValidationError as error:
         *_, problem = error.errors()  # of a union the last, its most detailed form
         keys = tuple(part for part in problem["loc"] if not (isinstance(part, str) and re.search(r"\W", part)))  # of YAML
-        raise problem_at(problem["type"], (name, *keys), problem["input"], problem.get("ctx", {})) from None
+        raise validation_error(problem["type"], (name, *keys), problem["input"], problem.get("ctx", {})) from None
     except ValueError as error:
-        raise problem_at("value_error", (name,), block, {"error": error}) from None
+        raise validation_error("value_error", (name,), block, {"error": error}) from None
 
 
-def problem_at(kind: str, loc: tuple[int | str, ...], value: Any, context: dict[str, Any] | None = None) -> ValidationError:
-    details = InitErrorDetails(type=kind, loc=loc, input=value, ctx=context or {})
+def validation_error(kind: str, loc: tuple[int | str, ...], value: Any, ctx: dict[str, Any] | None = None) -> ValidationError:
+    details = InitErrorDetails(type=kind, loc=loc, input=value, ctx=ctx or {})
     return ValidationError.from_exception_data("params", [details])
 
 
 def as_tuples(value: Any) -> Any:
     """Lists of YAML as tuples, for frozen dataclasses."""
     if isinstance(value, dict):
-        return {key: as_tuples(inside) for key, inside in value.items()}
+        return {key: as_tuples(item) for key, item in value.items()}
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
-def _of_terms(weights: dict[str, float]) -> dict[str, float]:
+def _positive_weights(weights: dict[str, float]) -> dict[str, float]:
     """Weights above 0. Raises ValidationError for an unknown term, ValueError if all are 0."""
     for name in weights:
         if name not in terms.names():
-            raise problem_at("value_error", (name,), {}, {"error": ValueError(unknown("loss term", name, terms.names()))})
+            raise validation_error("value_error", (name,), {}, {"error": ValueError(unknown("loss term", name, terms.names()))})
     if not any(weights.values()):
         raise ValueError("at least one weight must be above 0")
     return {name: weight for name, weight in weights.items() if weight}
 
 
-Weights = Annotated[dict[str, NonNegative], AfterValidator(_of_terms)]  # L = sum of weight x L_term; a term not named: 0
+# L = sum of weight x L_term; a term not named: 0
+Weights = Annotated[dict[str, NonNegative], AfterValidator(_positive_weights)]

@@ -30,7 +30,7 @@ class TowerShape(Strict):
     cell_px: PositiveInt = Field(description="side of what three words of a caption describe, whole patches")
 
     @model_validator(mode="after")
-    def _whole_patches(self) -> TowerShape:
+    def _check_cell_size(self) -> TowerShape:
         if self.cell_px % self.patch_px:
             raise ValueError(f"cell_px {self.cell_px} is not a multiple of patch_px {self.patch_px}")
         return self
@@ -98,37 +98,39 @@ class Cut(Strict):
     mlp: PositiveInt | None = Field(description="neurons kept in each MLP, those of the largest weights; null: all of them")
 
 
-def _one_of(*kinds: type[Strict]) -> BeforeValidator:
-    """Validator that reads an entry as the kind that its keys tell, else as a checkpoint, and refuses one that mixes kinds."""
+def _by_keys(*kinds: type[Strict]) -> BeforeValidator:
+    """Validator that selects the model of an entry by its keys (default: Checkpoint); keys of several models are an error."""
 
-    def read(entry: Any) -> Any:
+    def parse(entry: Any) -> Any:
         if isinstance(entry, Strict):
             return entry
         keys = entry if isinstance(entry, dict) else ()
-        found = {kind: its for kind in (Checkpoint, Parts, Cut) if (its := [key for key in keys if key in kind.model_fields])}
-        if len(found) > 1 or not found.keys() <= set(kinds):
-            said = " and ".join(f"{', '.join(its)} ({kind.__name__.lower()})" for kind, its in found.items())
+        matches = {
+            kind: fields for kind in (Checkpoint, Parts, Cut) if (fields := [key for key in keys if key in kind.model_fields])
+        }
+        if len(matches) > 1 or not matches.keys() <= set(kinds):
+            conflict = " and ".join(f"{', '.join(fields)} ({kind.__name__.lower()})" for kind, fields in matches.items())
             forms = " or ".join(f"{{{', '.join(kind.model_fields)}}}" for kind in kinds)
-            raise ValueError(f"has {said}; give {forms}")
-        return next(iter(found), Checkpoint).model_validate(entry)
+            raise ValueError(f"has {conflict}; give {forms}")
+        return next(iter(matches), Checkpoint).model_validate(entry)
 
-    return BeforeValidator(read)
+    return BeforeValidator(parse)
 
 
-Whole = Annotated[Checkpoint | Parts, _one_of(Checkpoint, Parts)]
-Start = Annotated[Checkpoint | Parts | Cut, _one_of(Checkpoint, Parts, Cut)]
+TeacherEntry = Annotated[Checkpoint | Parts, _by_keys(Checkpoint, Parts)]
+StudentEntry = Annotated[Checkpoint | Parts | Cut, _by_keys(Checkpoint, Parts, Cut)]
 
 
 class PretrainedFamily(Strict):
-    teachers: dict[Name, Whole] = Field(description="none for `stage: align`")
-    students: dict[Name, Start]
+    teachers: dict[Name, TeacherEntry] = Field(description="none for `stage: align`")
+    students: dict[Name, StudentEntry]
 
     @model_validator(mode="after")
-    def _cut_from_teachers(self) -> PretrainedFamily:
+    def _check_cut_teachers(self) -> PretrainedFamily:
         for name, student in self.students.items():
             if isinstance(student, Cut) and student.teacher not in self.teachers:
-                known = ", ".join(self.teachers) or "there are none"
-                raise ValueError(f"students.{name}.teacher: {student.teacher!r} is none of the teachers ({known})")
+                teachers = ", ".join(self.teachers) or "there are none"
+                raise ValueError(f"students.{name}.teacher: {student.teacher!r} is none of the teachers ({teachers})")
         return self
 
 
@@ -148,7 +150,7 @@ class ModelsSettings(Strict):
     pretrained: PretrainedFamily | None
 
     @model_validator(mode="after")
-    def _block_of_family(self) -> ModelsSettings:
+    def _check_family_block(self) -> ModelsSettings:
         if getattr(self, self.family) is None:
             raise ValueError(f"family is {self.family}, so the block `{self.family}:` must be filled in")
         if not self.image_splitting and self.family == "embedded":
@@ -157,6 +159,6 @@ class ModelsSettings(Strict):
 
     @property
     def members(self) -> EmbeddedFamily | PretrainedFamily:
-        chosen = self.embedded if self.family == "embedded" else self.pretrained
-        assert chosen is not None
-        return chosen
+        selected = self.embedded if self.family == "embedded" else self.pretrained
+        assert selected is not None
+        return selected

@@ -34,29 +34,29 @@ def check_checkpoint(folder: Path) -> None:
 def check_models(*names: str) -> None:
     """Raises InputError for a name that is neither an arm, `teacher`, a folder nor ORG/NAME of the hub; ModelError for a folder
     without a model; DataError for an arm or teacher that is not there yet."""
-    known = answering()
-    for name in sorted(names, key=known.__contains__):  # wrong names before those that take a `dvc repro`
-        if name in known:
-            made = TEACHER / "choice.json" if name == TEACHER_ARM else STUDENTS / name / "model"
-            if not made.exists():
-                raise DataError(f"{made} is missing; `dvc repro` makes it")
+    available = model_names()
+    for name in sorted(names, key=available.__contains__):  # unknown names before those that need a `dvc repro`
+        if name in available:
+            artifact = TEACHER / "choice.json" if name == TEACHER_ARM else STUDENTS / name / "model"
+            if not artifact.exists():
+                raise DataError(f"{artifact} is missing; `dvc repro` makes it")
         elif name and Path(name).is_dir():
             check_checkpoint(Path(name))
         elif "/" not in name:
-            raise unknown("model", name, known)
+            raise unknown("model", name, available)
         elif not HUB_ID.fullmatch(name):
             raise InputError(f"{name}: no such folder; a model of the hub is ORG/NAME or ORG/NAME@REVISION")
 
 
 def check_arms(names: Iterable[str], teacher: bool = True) -> None:
     """Raises InputError for a name that is neither an arm nor, where allowed, `teacher`."""
-    known = answering()[0 if teacher else 1 :]
+    allowed = model_names()[0 if teacher else 1 :]
     for name in names:
-        if name not in known:
-            raise unknown("arm", name, known)
+        if name not in allowed:
+            raise unknown("arm", name, allowed)
 
 
-def answering() -> list[str]:
+def model_names() -> list[str]:
     """`teacher` and the arms of params/study.yaml."""
     from components.config.load import load_settings
 

@@ -32,7 +32,7 @@ from components.errors import SettingsError, meant
 from components.io import write_text
 from components.records.paths import RUNS
 
-Load = Callable[[str], Any]
+Loader = Callable[[str], Any]
 
 
 class SampleSize(Strict):
@@ -57,12 +57,12 @@ class About(Strict):
 
 def names(root: Path = Path()) -> list[str]:
     """All recipes, each followed by its phases as NAME/PHASE in the order in which they are run."""
-    return [name for stem in _stems(root) for name in (stem, *(f"{stem}/{phase}" for phase in phases(stem, root)))]
+    return [name for stem in _file_stems(root) for name in (stem, *(f"{stem}/{phase}" for phase in phases(stem, root)))]
 
 
 def phases(name: str, root: Path = Path()) -> list[str]:
     """Phases of recipe `name`, the runs before it, in order."""
-    return list(_whole(name.partition("/")[0], root).get("phases") or {})
+    return list(_with_parents(name.partition("/")[0], root).get("phases") or {})
 
 
 def about(name: str, root: Path = Path()) -> About:
@@ -70,15 +70,15 @@ def about(name: str, root: Path = Path()) -> About:
     try:
         return About.model_validate(_document(name, root).get("about"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("about", *first["loc"])))
-        raise SettingsError(f"{_path(name, root)}: {where}: {first['msg']}") from None
+        problem = error.errors()[0]
+        key = ".".join(map(str, ("about", *problem["loc"])))
+        raise SettingsError(f"{_path(name, root)}: {key}: {problem['msg']}") from None
 
 
 def settings_with(name: str, root: Path = Path()) -> Settings:
     """Settings of `params/` with recipe `name` merged in; nothing is written. Raises SettingsError."""
     raw = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
-    _lay_over(overlay(name, root), raw)
+    _apply_overlay(overlay(name, root), raw)
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
@@ -88,18 +88,18 @@ def settings_with(name: str, root: Path = Path()) -> Settings:
 def merged(name: str, root: Path = Path()) -> dict[Path, str]:
     """New text of every params file that recipe `name` would change, comments kept; nothing is written.
 
-    Raises SettingsError if there is no such recipe, or for all problems of the outcome.
+    Raises SettingsError if there is no such recipe, or for all problems of the merged settings.
     """
     check_project(root)
     about(name, root)
     return checked_texts(overlay(name, root, round_trip().load), f"recipe {name}", root)
 
 
-def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> dict[Path, str]:
+def checked_texts(values: Mapping[str, Any], description: str, root: Path = Path()) -> dict[Path, str]:
     """New text of every params file that `values` (file -> values) changes. Raises SettingsError if the outcome is not
     valid."""
     yaml = round_trip()
-    changed = {}
+    texts = {}
     with tempfile.TemporaryDirectory() as draft:
         (Path(draft) / "params").mkdir()
         for file in FILES:
@@ -108,13 +108,13 @@ def checked_texts(values: Mapping[str, Any], what: str, root: Path = Path()) -> 
             text = path.read_text(encoding="utf-8")
             document = yaml.load(text)
             if _merge(values.get(file, {}), document, _annotation(file)):
-                changed[path] = text = text_of(document)
+                texts[path] = text = text_of(document)
             (Path(draft) / "params" / f"{file}.yaml").write_text(text, encoding="utf-8")
         try:
             load_settings(Path(draft))
         except SettingsError as error:
-            raise SettingsError(f"{what} does not fit these params; {error}") from None
-    return changed
+            raise SettingsError(f"{description} does not fit these params; {error}") from None
+    return texts
 
 
 def use(name: str, root: Path = Path()) -> str:
@@ -126,20 +126,20 @@ def write(texts: Mapping[Path, str], root: Path = Path()) -> str:
     """Write the new texts of params files and return a unified diff."""
     diff = ""
     for path, text in texts.items():
-        before, shown = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
-        diff += "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"before/{shown}", shown, n=1))
+        old_text, name = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
+        diff += "".join(difflib.unified_diff(old_text.splitlines(True), text.splitlines(True), f"before/{name}", name, n=1))
         write_text(path, text)
     return diff
 
 
-def keep_own(root: Path = Path()) -> str:
+def back_up_own_values(root: Path = Path()) -> str:
     """Back up `params/` if it holds values of no recipe (own arms); returns a message that names the copy, or ""."""
     if not nearest(root)[1]:
         return ""
-    kept = root / RUNS / "params" / time.strftime("%Y%m%dT%H%M%S")
+    backup = root / RUNS / "params" / time.strftime("%Y%m%dT%H%M%S")
     for file in FILES:
-        write_text(kept / f"{file}.yaml", (root / "params" / f"{file}.yaml").read_text(encoding="utf-8"))
-    return f"params/ held values that no recipe has; they are kept: `cp {kept}/*.yaml params/` brings them back."
+        write_text(backup / f"{file}.yaml", (root / "params" / f"{file}.yaml").read_text(encoding="utf-8"))
+    return f"params/ held values that no recipe has; they are kept: `cp {backup}/*.yaml params/` brings them back."
 
 
 def restate(name: str, root: Path = Path()) -> None:
@@ -158,81 +158,81 @@ def nearest(root: Path = Path()) -> tuple[str | None, int]:
     """Recipe nearest to `params/` and the number of differing values; of equals, the one with more values."""
     params = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
     ranks: list[tuple[int, int, str]] = []
-    for name, said in _overlays(root):
-        differing = sum(1 for file in said for _ in _updates(said[file], params[file], _annotation(file)))
-        ranks.append((differing, -_leaves(said), name))
-    differing, _, first = min(ranks, default=(0, 0, None))
-    return first, differing
+    for name, values in _overlays(root):
+        differing = sum(1 for file in values for _ in _updates(values[file], params[file], _annotation(file)))
+        ranks.append((differing, -_count_values(values), name))
+    differing, _, nearest_name = min(ranks, default=(0, 0, None))
+    return nearest_name, differing
 
 
 def _path(name: str, root: Path) -> Path:
     return root / "params/recipes" / f"{name.partition('/')[0]}.yaml"
 
 
-def overlay(name: str, root: Path = Path(), load: Load | None = None) -> dict[str, Any]:
+def overlay(name: str, root: Path = Path(), load: Loader | None = None) -> dict[str, Any]:
     """File -> values of recipe `name`."""
     document = _document(name, root, load)
     return {file: document[file] for file in FILES if file in document}
 
 
-def _document(name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
+def _document(name: str, root: Path, load: Loader | None = None) -> dict[str, Any]:
     """Recipe with its `like`, phase and mixture merged in. Raises SettingsError."""
     stem, _, phase = name.partition("/")
-    if stem not in _stems(root) or (phase and phase not in phases(stem, root)):
-        known = names(root)
-        raise SettingsError(f"there is no recipe {name!r}; {meant(name, known)}params/recipes/ has {', '.join(known)}")
-    return _unfolded(_whole(stem, root, load), name, root, load)
+    if stem not in _file_stems(root) or (phase and phase not in phases(stem, root)):
+        available = names(root)
+        raise SettingsError(f"there is no recipe {name!r}; {meant(name, available)}params/recipes/ has {', '.join(available)}")
+    return _resolve(_with_parents(stem, root, load), name, root, load)
 
 
-def _unfolded(whole: dict[str, Any], name: str, root: Path, load: Load | None = None) -> dict[str, Any]:
-    """`whole` with phase and mixture merged in, in place."""
+def _resolve(document: dict[str, Any], name: str, root: Path, load: Loader | None = None) -> dict[str, Any]:
+    """`document` with phase and mixture merged in, in place."""
     phase = name.partition("/")[2]
     if phase:
-        _lay_over({"about": {"run": f"alignti use {name} && make repro"}}, whole)
-        _lay_over(whole["phases"][phase], whole)
-    if mixture := whole.get("mixture"):
+        _apply_overlay({"about": {"run": f"alignti use {name} && make repro"}}, document)
+        _apply_overlay(document["phases"][phase], document)
+    if mixture := document.get("mixture"):
         block = {"source": "mixture", "mixture": _read(root / "params/mixtures" / f"{mixture}.yaml", load)}
-        _lay_over({"data": block}, whole)
-    return whole
+        _apply_overlay({"data": block}, document)
+    return document
 
 
 def _overlays(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every recipe and phase with its values, each file read once or twice."""
-    for stem in _stems(root):
-        whole = _whole(stem, root)
-        for name in (stem, *(f"{stem}/{phase}" for phase in whole.get("phases") or {})):
-            document = _unfolded(copy.deepcopy(whole), name, root)
+    for stem in _file_stems(root):
+        recipe = _with_parents(stem, root)
+        for name in (stem, *(f"{stem}/{phase}" for phase in recipe.get("phases") or {})):
+            document = _resolve(copy.deepcopy(recipe), name, root)
             yield name, {file: document[file] for file in FILES if file in document}
 
 
-def _stems(root: Path, which: str = "[!_]*") -> list[str]:
-    return sorted(path.stem for path in (root / "params/recipes").glob(f"{which}.yaml"))
+def _file_stems(root: Path, pattern: str = "[!_]*") -> list[str]:
+    return sorted(path.stem for path in (root / "params/recipes").glob(f"{pattern}.yaml"))
 
 
-def _whole(stem: str, root: Path, load: Load | None = None, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Recipe file merged over its `like`. `above`: the recipes that inherit from this one."""
+def _with_parents(stem: str, root: Path, load: Loader | None = None, descendants: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Recipe file merged over its `like`. `descendants`: the recipes that inherit from this one."""
     path = _path(stem, root)
-    own = {key: value for key, value in _read(path, load).items() if value is not None}  # `data:` alone sets nothing
-    _check_shape(own, path)
-    if unknown := sorted(set(own) - {"about", "like", "mixture", "phases", *FILES}):
-        raise SettingsError(f"{path}: {', '.join(unknown)}: no such file in params/; known: {', '.join(FILES)}")
-    if "like" not in own:
-        return own
-    if own["like"] not in _stems(root, "*"):
-        raise SettingsError(f"{path}: like: params/recipes/ has no {own['like']!r}")
-    if own["like"] in (*above, stem):
-        raise SettingsError(f"{path}: like: {' is like '.join((*above, stem, own['like']))}")
-    whole = _whole(own["like"], root, load, (*above, stem))
-    _lay_over(own, whole)
-    return whole
+    recipe = {key: value for key, value in _read(path, load).items() if value is not None}  # `data:` alone sets nothing
+    _check_shape(recipe, path)
+    if unknown_keys := sorted(set(recipe) - {"about", "like", "mixture", "phases", *FILES}):
+        raise SettingsError(f"{path}: {', '.join(unknown_keys)}: no such file in params/; known: {', '.join(FILES)}")
+    if "like" not in recipe:
+        return recipe
+    if recipe["like"] not in _file_stems(root, "*"):
+        raise SettingsError(f"{path}: like: params/recipes/ has no {recipe['like']!r}")
+    if recipe["like"] in (*descendants, stem):
+        raise SettingsError(f"{path}: like: {' is like '.join((*descendants, stem, recipe['like']))}")
+    document = _with_parents(recipe["like"], root, load, (*descendants, stem))
+    _apply_overlay(recipe, document)
+    return document
 
 
-def _check_shape(own: Mapping[str, Any], path: Path) -> None:
+def _check_shape(recipe: Mapping[str, Any], path: Path) -> None:
     """Raises SettingsError if a key of a recipe has the wrong type: names for `like` and `mixture`, else mappings."""
     for key in ("like", "mixture"):
-        if not isinstance(own.get(key, ""), str | None):
-            raise SettingsError(f"{path}: {key}: must be a name, not {str(own[key])[:60]!r}")
-    blocks = {key: own[key] for key in ("about", "phases", *FILES) if own.get(key) is not None}
+        if not isinstance(recipe.get(key, ""), str | None):
+            raise SettingsError(f"{path}: {key}: must be a name, not {str(recipe[key])[:60]!r}")
+    blocks = {key: recipe[key] for key in ("about", "phases", *FILES) if recipe.get(key) is not None}
     for key, block in blocks.items():
         if not isinstance(block, Mapping):
             raise SettingsError(f"{path}: {key}: must hold keys with values, not {str(block)[:60]!r}")
@@ -242,12 +242,12 @@ def _check_shape(own: Mapping[str, Any], path: Path) -> None:
         _check_shape(phase, path)
 
 
-def _lay_over(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:
+def _apply_overlay(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:
     """Merge a recipe's values, and those of its phases, into a document."""
     for key, value in overlay.items():
         if key == "phases":
-            for phase, its in (value or {}).items():
-                _lay_over(its, document.setdefault("phases", {}).setdefault(phase, {}))
+            for phase, values in (value or {}).items():
+                _apply_overlay(values, document.setdefault("phases", {}).setdefault(phase, {}))
         elif key in FILES:
             _merge(value or {}, document.setdefault(key, {}), _annotation(key))
         elif key == "about":
@@ -256,7 +256,7 @@ def _lay_over(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:
             document[key] = value
 
 
-def _read(path: Path, load: Load | None) -> dict[str, Any]:
+def _read(path: Path, load: Loader | None) -> dict[str, Any]:
     document = read_yaml(path)  # raises with file and line if malformed
     return load(path.read_text(encoding="utf-8")) if load else document
 
@@ -269,45 +269,45 @@ def _updates(overlay: Mapping[str, Any], current: Mapping[str, Any], annotation:
     """(key, ..., key, value) of each value that the merge changes."""
     fields = {name: field for model in models_in(annotation) for name, field in model.model_fields.items()}
     for key, value in overlay.items():
-        before = current.get(key)
+        old_value = current.get(key)
         field = fields.get(key)
-        own_names = field is None or get_origin(field.annotation) is dict
-        if isinstance(value, Mapping) and isinstance(before, Mapping) and not own_names:
+        user_named = field is None or get_origin(field.annotation) is dict
+        if isinstance(value, Mapping) and isinstance(old_value, Mapping) and not user_named:
             assert field is not None
-            yield from ((key, *rest) for rest in _updates(value, before, field.annotation))
-        elif key not in current or before != value:
+            yield from ((key, *rest) for rest in _updates(value, old_value, field.annotation))
+        elif key not in current or old_value != value:
             yield key, value
 
 
 def _merge(overlay: Mapping[str, Any], document: Any, annotation: Any) -> bool:
     """Merge `overlay` into `document`; true if anything changed."""
     updates = list(_updates(overlay, document, annotation))
-    for *above, key, value in updates:
+    for *parents, key, value in updates:
         parent = document
-        for step in above:
+        for step in parents:
             parent = parent[step]
-        parent[key] = _bare(value)
+        parent[key] = _without_comments(value)
     return bool(updates)
 
 
-def _bare(node: Any) -> Any:
+def _without_comments(node: Any) -> Any:
     """Copy with the YAML style of its values, without the recipe's comments."""
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     if isinstance(node, CommentedMap | CommentedSeq) and not node:
         return [] if isinstance(node, CommentedSeq) else {}  # ruamel would put its own empty node after the comment
     if isinstance(node, CommentedMap):
-        copy: Any = CommentedMap((key, _bare(value)) for key, value in node.items())
+        copy: Any = CommentedMap((key, _without_comments(value)) for key, value in node.items())
     elif isinstance(node, CommentedSeq):
-        copy = CommentedSeq(_bare(value) for value in node)
+        copy = CommentedSeq(_without_comments(value) for value in node)
     else:
         return node
     (copy.fa.set_flow_style if node.fa.flow_style() else copy.fa.set_block_style)()
     return copy
 
 
-def _leaves(node: Any) -> int:
-    return sum(map(_leaves, node.values())) if isinstance(node, Mapping) else 1
+def _count_values(node: Any) -> int:
+    return sum(map(_count_values, node.values())) if isinstance(node, Mapping) else 1
 
 
 def text_of(document: Any) -> str:

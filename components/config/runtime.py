@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field
 from components.config.fields import Name, PositiveInt, Strict
 
 
-def _words(given: Any) -> Any:
-    """Words of a comma-separated environment variable; other values unchanged."""
-    return [word for word in given.split(",") if word] if isinstance(given, str) else given
+def _split(value: Any) -> Any:
+    """Items of a comma-separated environment variable; other values unchanged."""
+    return [item for item in value.split(",") if item] if isinstance(value, str) else value
 
 
 class RuntimeSettings(Strict):
@@ -28,5 +28,5 @@ class RuntimeSettings(Strict):
     teacher_device: Annotated[str, Field(pattern=r"^(same|cpu|cuda:\d+)$")] = Field(description="same: with the student")
     teacher_sharded: bool = Field(strict=False, description="the teacher's layers are shared out over the processes (FSDP2)")
     tracking_uri: str
-    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_words)] = Field(description="beside MLflow")
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_split)] = Field(description="beside MLflow")
     experiment: str

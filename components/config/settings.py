@@ -36,13 +36,13 @@ class Settings(Strict):
         if name not in self.study.arms:
             raise SettingsError(f"params/study.yaml has no arm {name!r}; it has {', '.join(self.study.arms)}")
         arm = self.study.arms[name]
-        shared = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
-        blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
-        own: dict[str, Any] = {
+        core_blocks = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
+        term_blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
+        fields: dict[str, Any] = {
             field: getattr(arm, field)
             for field in ("weights", "student", "seed", "steps", "answers", "answer_filter", "rollouts")
         }
-        return Arm(**own | shared | blocks)
+        return Arm(**fields | core_blocks | term_blocks)
 
     def of_arm(self, arm: Arm) -> Settings:
         """Settings for training the arm: `steps` is the arm's own, if it has one."""

@@ -49,17 +49,17 @@ class Arm(WithTerms):
     def options(self) -> dict[str, dict[str, Any]]:
         """Options of the terms with a weight, as their dataclasses take them. Requires an arm filled in by Settings.arm."""
         assert self.iva is not None and self.tpa is not None
-        own: dict[str, dict[str, Any]] = {
+        core_options: dict[str, dict[str, Any]] = {
             "iva": {
                 "uniform": self.iva.weighting == "uniform",
                 "by": self.iva.weighting if self.iva.weighting in ("entropy", "divergence") else None,
-                "divergence": _dumped(self.iva.divergence),
+                "divergence": _dump(self.iva.divergence),
                 "change": None if self.iva.of_another else self.iva.change,
                 "rows": self.iva.rows,
             },
-            "tpa": {"divergence": _dumped(self.tpa.divergence)},
+            "tpa": {"divergence": _dump(self.tpa.divergence)},
         }
-        return {name: as_tuples((own | self.blocks).get(name, {})) for name in self.weights}
+        return {name: as_tuples((core_options | self.blocks).get(name, {})) for name in self.weights}
 
     @property
     def needs(self) -> dict[str, terms.Needs]:
@@ -73,7 +73,7 @@ class Arm(WithTerms):
         return self.iva.weighting in ("irs", "searched") and any(needs.attention for needs in self.needs.values())
 
 
-def _dumped(divergence: Divergence | None) -> dict[str, Any] | None:
+def _dump(divergence: Divergence | None) -> dict[str, Any] | None:
     return None if divergence is None else divergence.model_dump()
 
 
@@ -81,7 +81,7 @@ class StudySettings(Strict):
     arms: dict[ArmName, Arm] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _not_the_teacher(self) -> StudySettings:
+    def _check_reserved_names(self) -> StudySettings:
         if TEACHER_ARM in self.arms:
             raise ValueError(f"arms.{TEACHER_ARM}: the name is taken by the teacher's own scores")
         return self

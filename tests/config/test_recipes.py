@@ -67,14 +67,14 @@ def test_nothing_is_left_of_a_recipe_that_was_used_before(names: tuple[str, str]
 
 def test_recipes_for_gpus_set_the_same_keys_so_that_nothing_of_one_is_left_by_another() -> None:
     def leaves(values: object, prefix: str = "") -> set[str]:
-        own = prefix in ("models.pretrained", "study.arms", "data.mixture")
-        if not isinstance(values, dict) or own:
+        user_named = prefix in ("models.pretrained", "study.arms", "data.mixture")
+        if not isinstance(values, dict) or user_named:
             return {prefix}
         return {leaf for key, value in values.items() for leaf in leaves(value, f"{prefix}.{key}".lstrip("."))}
 
     large = [name for name in recipes.names(ROOT) if recipes.about(name, ROOT).seconds is None]
     keys = {name: leaves(recipes.overlay(name, ROOT)) for name in large}
-    assert len(large) == 20 and all(found == keys[large[0]] for found in keys.values())
+    assert len(large) == 20 and all(recipe_keys == keys[large[0]] for recipe_keys in keys.values())
 
 
 def test_a_phase_lies_on_its_recipe_and_that_on_the_one_it_is_like() -> None:
@@ -95,30 +95,30 @@ def test_an_unknown_recipe_or_phase_is_named_with_its_neighbour(name: str) -> No
 
 def test_digits_says_what_the_shipped_params_say_all_of_it(root: Path) -> None:
     assert recipes.use("digits", root) == ""
-    said = read_yaml(root / "params/recipes/digits.yaml")
+    values = read_yaml(root / "params/recipes/digits.yaml")
     for file in FILES:
-        assert said[file] == read_yaml(root / "params" / f"{file}.yaml"), f"digits.yaml does not restate params/{file}.yaml"
+        assert values[file] == read_yaml(root / "params" / f"{file}.yaml"), f"digits.yaml does not restate params/{file}.yaml"
 
 
 def test_own_values_are_kept_before_a_recipe_replaces_them(root: Path) -> None:
-    assert recipes.keep_own(root) == ""  # the shipped params are a recipe's
+    assert recipes.back_up_own_values(root) == ""  # the shipped params are a recipe's
     path = root / "params/study.yaml"
     own = path.read_text() + "  mine: {weights: {sft: 1.0, kd: 2.0, iva: 0.0, tpa: 0.0}, student: student, seed: 1}\n"
     path.write_text(own)
-    kept = Path(recipes.keep_own(root).split("`cp ")[1].split("/*.yaml")[0])
+    backup = Path(recipes.back_up_own_values(root).split("`cp ")[1].split("/*.yaml")[0])
     recipes.use("smoke", root)
     assert "mine" not in path.read_text()
-    assert (kept / "study.yaml").read_text() == own
-    assert {file.stem for file in kept.iterdir()} == set(FILES)
-    assert recipes.keep_own(root) == ""  # smoke's alone
+    assert (backup / "study.yaml").read_text() == own
+    assert {file.stem for file in backup.iterdir()} == set(FILES)
+    assert recipes.back_up_own_values(root) == ""  # smoke's alone
 
 
 def test_smoke_and_back_gives_the_same_bytes(root: Path) -> None:
-    before = contents(root)
+    original = contents(root)
     assert "--- before/params/data.yaml\n+++ params/data.yaml" in recipes.use("smoke", root)
-    assert contents(root) != before
+    assert contents(root) != original
     recipes.use("digits", root)
-    assert contents(root) == before
+    assert contents(root) == original
 
 
 def test_comments_and_the_way_values_are_written_survive(root: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_block_that_is_null_is_filled_in(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("distill: {stpes: 1}", r"params/distill.yaml:\d+: stpes: unknown key; did you mean 'steps'"),
         ("distill: {micro_batch_size: 48}\nevaluate: {split: train}", "2 problem"),
@@ -189,12 +189,12 @@ def test_a_block_that_is_null_is_filled_in(root: Path) -> None:
         ("mixture: {x: 1}", "mixture: must be a name"),
     ],
 )
-def test_a_recipe_that_does_not_fit_changes_nothing(root: Path, body: str, said: str) -> None:
+def test_a_recipe_that_does_not_fit_changes_nothing(root: Path, body: str, message: str) -> None:
     recipe(root, body)
-    before = contents(root)
-    with pytest.raises(SettingsError, match=said):
+    previous = contents(root)
+    with pytest.raises(SettingsError, match=message):
         recipes.use("mine", root)
-    assert contents(root) == before
+    assert contents(root) == previous
 
 
 @pytest.mark.parametrize("keys", ["like:\nmixture:\ndata:", "like: smoke\nevaluate:"])

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from components.align_ti import terms
 from components.config.load import load_settings
-from components.config.local_paths import not_here
+from components.config.local_paths import missing_paths
 from components.config.settings import FILES, Settings
 from components.errors import SettingsError
 from tests.align_ti.examples import named
@@ -21,10 +21,10 @@ from tests.align_ti.examples import named
 ROOT = Path(__file__).parents[2]
 
 
-def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     if isinstance(node, dict):
-        return [leaf for key, value in node.items() for leaf in leaves(value, (*at, key))]
-    return [at]
+        return [leaf for key, value in node.items() for leaf in leaves(value, (*path, key))]
+    return [path]
 
 
 RAW = {file: yaml.safe_load((ROOT / "params" / f"{file}.yaml").read_text()) for file in FILES}
@@ -41,16 +41,16 @@ def put(root: Path, file: str, pattern: str, new: str) -> int:
     """Replace the first match in a params file and return its line."""
     path = root / "params" / f"{file}.yaml"
     text = path.read_text()
-    found = re.search(pattern, text)
-    assert found, f"{pattern!r} is not in {path}"
-    path.write_text(text[: found.start()] + new + text[found.end() :])
-    return text[: found.start()].count("\n") + 1
+    match = re.search(pattern, text)
+    assert match, f"{pattern!r} is not in {path}"
+    path.write_text(text[: match.start()] + new + text[match.end() :])
+    return text[: match.start()].count("\n") + 1
 
 
 def problems(root: Path) -> list[str]:
-    with pytest.raises(SettingsError) as refusal:
+    with pytest.raises(SettingsError) as error:
         load_settings(root)
-    return str(refusal.value).split("\n  ")[1:]
+    return str(error.value).split("\n  ")[1:]
 
 
 def test_the_shipped_params_are_valid() -> None:
@@ -65,7 +65,7 @@ def test_every_problem_of_every_file_is_named_with_file_line_and_key(root: Path)
         put(root, "study", "sft: 1.0", "sft: -1.0"),
     ]
     assert len(lines) == 4
-    told = problems(root)
+    messages = problems(root)
     for expected in (
         f"params/data.yaml:{lines[0]}: digits.grid: Input should be a valid integer, not 'four'",
         f"params/distill.yaml:{lines[1]}: batch_size 64 is not a multiple of micro_batch_size 48",
@@ -73,8 +73,8 @@ def test_every_problem_of_every_file_is_named_with_file_line_and_key(root: Path)
         "params/evaluate.yaml:1: batch_size: required, and missing",
         f"params/study.yaml:{lines[3]}: arms.sft.weights.sft: Input should be greater than or equal to 0, not -1.0",
     ):
-        assert expected in told
-    assert len(told) == 5
+        assert expected in messages
+    assert len(messages) == 5
 
 
 @pytest.mark.parametrize(
@@ -89,99 +89,103 @@ def test_every_problem_of_every_file_is_named_with_file_line_and_key(root: Path)
 )
 def test_values_are_not_converted_silently(root: Path, value: str, why: str) -> None:
     line = put(root, "distill", r"steps: \d+", f"steps: {value}")
-    (told,) = problems(root)
-    assert told.startswith(f"params/distill.yaml:{line}: steps: ")
-    assert why in told
+    (problem,) = problems(root)
+    assert problem.startswith(f"params/distill.yaml:{line}: steps: ")
+    assert why in problem
 
 
 def test_a_number_that_yaml_reads_as_text_says_how_to_write_it(root: Path) -> None:
     put(root, "distill", r"learning_rate: [^,]+", "learning_rate: 2e-3")
-    (told,) = problems(root)
-    assert told.endswith("not '2e-3'; YAML takes that for text, write 0.002")
+    (problem,) = problems(root)
+    assert problem.endswith("not '2e-3'; YAML takes that for text, write 0.002")
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf"])
 def test_not_a_number_is_refused(root: Path, value: str) -> None:
     put(root, "distill", r"learning_rate: [^,]+", f"learning_rate: {value}")
-    (told,) = problems(root)
-    assert "finite number" in told
+    (problem,) = problems(root)
+    assert "finite number" in problem
 
 
 @pytest.mark.parametrize("content", ["a: [1,", "- 1\n- 2\n", "", "!!python/object/apply:os.getcwd []", "\udcff"])
 def test_a_file_that_is_no_mapping_is_named(root: Path, content: str) -> None:
     (root / "params/irs.yaml").write_bytes(content.encode("utf-8", "surrogateescape"))
-    (told,) = problems(root)
-    assert "params/irs.yaml" in told
+    (problem,) = problems(root)
+    assert "params/irs.yaml" in problem
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("a: 1\nb:\n\tc: 1\n", ":3: not valid YAML: .*it is indented by a tab, write spaces"),
         ("a: [1\nb: 2\n", ":2: not valid YAML: while parsing a flow sequence"),
         ("a: 1\nb: *c\n", ":2: not valid YAML: found undefined alias"),
     ],
 )
-def test_what_yaml_cannot_parse_is_told_with_its_line(root: Path, content: str, said: str) -> None:
+def test_what_yaml_cannot_parse_is_told_with_its_line(root: Path, content: str, message: str) -> None:
     (root / "params/irs.yaml").write_text(content)
-    (told,) = problems(root)
-    assert re.search(rf"params/irs\.yaml{said}", told), told
+    (problem,) = problems(root)
+    assert re.search(rf"params/irs\.yaml{message}", problem), problem
 
 
 def test_a_file_that_nothing_reads_is_told(root: Path) -> None:
     shutil.copy(root / "params/models.yaml", root / "params/modles.yaml")
     (root / "params/.#data.yaml").symlink_to("me@host")  # Emacs, of an unsaved file
-    (told,) = problems(root)
-    assert told == "params/modles.yaml: no file of params/, and never read; did you mean 'models.yaml'?"
+    (problem,) = problems(root)
+    assert problem == "params/modles.yaml: no file of params/, and never read; did you mean 'models.yaml'?"
 
 
 def test_a_file_that_cannot_be_read_is_named(root: Path) -> None:
     (root / "params/irs.yaml").unlink()
     (root / "params/irs.yaml").mkdir()
-    (told,) = problems(root)
-    assert "params/irs.yaml: cannot be read: is a directory" in told
+    (problem,) = problems(root)
+    assert "params/irs.yaml: cannot be read: is a directory" in problem
 
 
 def test_a_missing_file_says_how_to_get_it_back(root: Path) -> None:
     (root / "params/irs.yaml").unlink()
-    (told,) = problems(root)
-    assert "missing; `git checkout" in told
+    (problem,) = problems(root)
+    assert "missing; `git checkout" in problem
 
 
 @pytest.mark.parametrize("name", ["teacher", "k.d", "-kd", "KD", "a/b"])
 def test_names_of_arms_that_cannot_be_stages_are_refused(root: Path, name: str) -> None:
     put(root, "study", "  kd:", f'  "{name}":')
     put(root, "evaluate", r"baselines: \[.*?\]", "baselines: [sft]")
-    (told,) = problems(root)
-    assert told.startswith("params/study.yaml:")
+    (problem,) = problems(root)
+    assert problem.startswith("params/study.yaml:")
 
 
 def test_a_caption_describes_whole_patches(root: Path) -> None:
     put(root, "models", "cell_px: 16", "cell_px: 12")
-    (told,) = problems(root)
-    assert told.endswith("embedded.tower: cell_px 12 is not a multiple of patch_px 8")
+    (problem,) = problems(root)
+    assert problem.endswith("embedded.tower: cell_px 12 is not a multiple of patch_px 8")
 
 
 def test_an_unknown_loss_term_is_told_with_those_there_are(root: Path) -> None:
     line = put(root, "study", "kd: 1.0", "kdd: 1.0")
-    (told,) = problems(root)
-    assert told.startswith(f"params/study.yaml:{line}: arms.kd.weights.kdd: there is no loss term 'kdd'; did you mean 'kd'? ")
-    assert ", kd," in told
+    (problem,) = problems(root)
+    assert problem.startswith(
+        f"params/study.yaml:{line}: arms.kd.weights.kdd: there is no loss term 'kdd'; did you mean 'kd'? "
+    )
+    assert ", kd," in problem
 
 
 @pytest.mark.parametrize("name", ["no", "off", "1", "1e3", "0x1f", "2024-01-01", "null", "~", "1_0"])
 def test_a_name_that_yaml_takes_for_something_else_is_said_where_it_stands(root: Path, name: str) -> None:
     line = put(root, "study", "align_ti:", f"{name}:")
-    (told,) = problems(root)
-    assert f"/params/study.yaml:{line}: {name}: YAML takes it for " in told
-    assert f'write "{name}"' in told
+    (problem,) = problems(root)
+    assert f"/params/study.yaml:{line}: {name}: YAML takes it for " in problem
+    assert f'write "{name}"' in problem
 
 
 @pytest.mark.parametrize("value", ["yes", "12", "2024-01-01"])
 def test_a_value_that_yaml_takes_for_something_else_says_so(root: Path, value: str) -> None:
     line = put(root, "study", "student: student", f"student: {value}")
-    (told,) = problems(root)
-    assert told.startswith(f"params/study.yaml:{line}: arms.sft.student: ") and told.endswith("unless it stands in quotes")
+    (problem,) = problems(root)
+    assert problem.startswith(f"params/study.yaml:{line}: arms.sft.student: ") and problem.endswith(
+        "unless it stands in quotes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,16 +200,16 @@ def test_a_value_that_yaml_takes_for_something_else_says_so(root: Path, value: s
 def test_a_key_that_stands_twice_is_named(root: Path, file: str, below: str, twice: str) -> None:
     """At any depth; the last one would win in silence."""
     path = root / f"params/{file}.yaml"
-    found = re.search(below, path.read_text())
-    assert found
-    indent = "    " if found[0].startswith("seed") else ""
-    put(root, file, below, twice if "{" in twice else f"{found[0]}\n{indent}{twice}")
-    (told,) = problems(root)
-    assert re.search(rf"/params/{file}.yaml:\d+: \w+: stands twice, here and in line \d+", told), told
+    match = re.search(below, path.read_text())
+    assert match
+    indent = "    " if match[0].startswith("seed") else ""
+    put(root, file, below, twice if "{" in twice else f"{match[0]}\n{indent}{twice}")
+    (problem,) = problems(root)
+    assert re.search(rf"/params/{file}.yaml:\d+: \w+: stands twice, here and in line \d+", problem), problem
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         (r"steps: \d+", "steps: 0400", "0400: YAML takes it for 256"),
         (r"steps: \d+", "steps: 6:40", "6:40: YAML takes it for 400"),
@@ -217,10 +221,10 @@ def test_a_key_that_stands_twice_is_named(root: Path, file: str, below: str, twi
         ("steps:", f"deep: {'[' * 5000}{']' * 5000}\nsteps:", "deep: unknown key"),
     ],
 )
-def test_what_yaml_reads_as_nobody_means_it_is_told(root: Path, old: str, new: str, said: str) -> None:
+def test_what_yaml_reads_as_nobody_means_it_is_told(root: Path, old: str, new: str, message: str) -> None:
     put(root, "distill", old, new)
-    (told,) = problems(root)
-    assert said in told
+    (problem,) = problems(root)
+    assert message in problem
 
 
 def test_a_folder_that_is_no_project_is_told_in_one_sentence(tmp_path: Path) -> None:
@@ -232,8 +236,8 @@ def test_a_folder_that_is_no_project_is_told_in_one_sentence(tmp_path: Path) -> 
 @pytest.mark.parametrize("seed", [-1, 20_261_129_131_500, 2**64])
 def test_a_seed_that_no_generator_takes_is_refused_before_anything_runs(root: Path, seed: int) -> None:
     line = put(root, "study", "seed: 1", f"seed: {seed}")
-    (told,) = problems(root)
-    assert told.startswith(f"params/study.yaml:{line}: arms.sft.seed: ")
+    (problem,) = problems(root)
+    assert problem.startswith(f"params/study.yaml:{line}: arms.sft.seed: ")
 
 
 OWN_NAMES = {
@@ -257,8 +261,8 @@ def test_a_typo_anywhere_is_named_with_its_line_and_what_was_meant(root: Path, w
     node[f"{key}z"] = node.pop(key)
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     line = path.read_text()[: path.read_text().index(f"{key}z")].count("\n") + 1
-    wanted = f"params/{file}.yaml:{line}: {'.'.join([*steps, f'{key}z'])}: unknown key; did you mean {key!r}?"
-    assert wanted in problems(root)
+    expected = f"params/{file}.yaml:{line}: {'.'.join([*steps, f'{key}z'])}: unknown key; did you mean {key!r}?"
+    assert expected in problems(root)
 
 
 def test_what_is_named_and_not_here_is_listed_with_its_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,11 +286,11 @@ def test_what_is_named_and_not_here_is_listed_with_its_key(root: Path, monkeypat
             },
         },
     }
-    assert not_here(load_settings()) == []
+    assert missing_paths(load_settings()) == []
     for file, values in own.items():
         path = root / f"params/{file}.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
-    assert not_here(load_settings()) == [
+    assert missing_paths(load_settings()) == [
         "data.llava.annotations: mine/x.json",
         "models.pretrained: large: larg",
         "models.pretrained: student.language_model: words",
@@ -298,8 +302,8 @@ def test_folders_of_benchmarks_images_are_paths(root: Path) -> None:
     mixture = {"val": 0.1, "test": 0.1, "near_duplicates": "drop", "evaluation_images": ["x/pope"], "sources": sources}
     path = root / "params/data.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "source": "mixture", "mixture": mixture}))
-    found = load_settings(root).data.mixture
-    assert found is not None and found.evaluation_images == [Path("x/pope")]
+    mixture_settings = load_settings(root).data.mixture
+    assert mixture_settings is not None and mixture_settings.evaluation_images == [Path("x/pope")]
 
 
 def test_arms_and_baselines_must_name_what_exists(root: Path) -> None:
@@ -312,7 +316,7 @@ def test_arms_and_baselines_must_name_what_exists(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "said"),
+    ("block", "message"),
     [
         ("iva: {rows: 0}", "iva.rows: Input should be greater than 0, not 0"),
         ("iva: {rows: 0}", "iva: required, and missing: weighting, layer; an arm's block stands whole: copy that of"),
@@ -321,10 +325,10 @@ def test_arms_and_baselines_must_name_what_exists(root: Path) -> None:
         ("iva: {weighting: layer, layer: 99}", "iva.layer: 99, but the teacher has layers 0..2"),
     ],
 )
-def test_an_arms_block_is_refused_in_the_words_of_the_files(root: Path, block: str, said: str) -> None:
+def test_an_arms_block_is_refused_in_the_words_of_the_files(root: Path, block: str, message: str) -> None:
     line = put(root, "study", r"sft:\n", f"sft:\n    {block}\n") + 1
-    told = problems(root)
-    assert any(f"params/study.yaml:{line}: arms.sft.{said}" in one for one in told) and len(told) <= 2
+    messages = problems(root)
+    assert any(f"params/study.yaml:{line}: arms.sft.{message}" in text for text in messages) and len(messages) <= 2
 
 
 @pytest.mark.parametrize("betas", ["[]", "[0.9]"])
@@ -370,8 +374,8 @@ CUT = {"teacher": "base", "every": 2, "mlp": None}
 def pretrained(root: Path, teachers: dict[str, Any], students: dict[str, Any]) -> None:
     path = root / "params/models.yaml"
     family = {"teachers": teachers, "students": {"student": CHECKPOINT, **students}}
-    asked = {"family": "pretrained", "embedded": None, "pretrained": family}
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | asked, sort_keys=False))
+    values = {"family": "pretrained", "embedded": None, "pretrained": family}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values, sort_keys=False))
 
 
 def test_a_model_is_a_checkpoint_or_parts_or_cut_from_a_teacher(root: Path) -> None:
@@ -382,7 +386,7 @@ def test_a_model_is_a_checkpoint_or_parts_or_cut_from_a_teacher(root: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("teacher", "student", "said"),
+    ("teacher", "student", "message"),
     [
         (
             CHECKPOINT,
@@ -403,22 +407,22 @@ def test_a_model_is_a_checkpoint_or_parts_or_cut_from_a_teacher(root: Path) -> N
     ],
 )
 def test_of_an_entry_that_is_none_of_the_three_one_sentence_says_what_is_wrong(
-    root: Path, teacher: Any, student: Any, said: str
+    root: Path, teacher: Any, student: Any, message: str
 ) -> None:
     pretrained(root, {"base": teacher}, {"s": student})
-    (told,) = problems(root)
-    assert told.startswith("params/models.yaml:") and re.search(said, told), told
-    assert "(parts)." not in told
+    (problem,) = problems(root)
+    assert problem.startswith("params/models.yaml:") and re.search(message, problem), problem
+    assert "(parts)." not in problem
 
 
 def test_the_first_stage_has_captions_and_no_teacher(root: Path) -> None:
     put(root, "distill", "stage: distill", "stage: align")
-    (told, *_) = problems(root)
-    assert "stage: align is for `family: pretrained`" in told
+    (problem, *_) = problems(root)
+    assert "stage: align is for `family: pretrained`" in problem
     pretrained(root, {"base": CHECKPOINT}, {})
     put(root, "distill", "source: live", "source: cache")
-    told, *arms = problems(root)[:-1]
-    assert told.endswith(": pretrained.teachers: stage align has none, and here are base; set it to {}")
+    problem, *arms = problems(root)[:-1]
+    assert problem.endswith(": pretrained.teachers: stage align has none, and here are base; set it to {}")
     assert "teacher_signals.source: cache" in arms.pop(0)
     assert ": arms.kd.weights: kd ask a teacher, and stage align has none; set all but sft to 0" in arms[0]
     assert "arms.sft" not in " ".join(arms)
@@ -428,14 +432,14 @@ def test_the_first_stage_has_captions_and_no_teacher(root: Path) -> None:
     put(root, "evaluate", r"baselines: \[.*?\]", "baselines: [sft]")
     assert load_settings(root).distill.stage == "align"
     put(root, "distill", "stage: align", "stage: distill")
-    (told,) = problems(root)
-    assert told.endswith(": pretrained.teachers: {} is for `stage: align`; name a teacher")
+    (problem,) = problems(root)
+    assert problem.endswith(": pretrained.teachers: {} is for `stage: align`; name a teacher")
 
 
 def test_a_learning_rate_is_of_a_part_that_is_trained(root: Path) -> None:
     put(root, "distill", "learning_rates: {vision_tower: null", "learning_rates: {vision_tower: 1.0e-6")
-    (told,) = problems(root)
-    assert "learning_rates.vision_tower is 1e-06, and trainable.vision_tower is false" in told
+    (problem,) = problems(root)
+    assert "learning_rates.vision_tower is 1e-06, and trainable.vision_tower is false" in problem
 
 
 @settings(max_examples=40, deadline=None)
@@ -473,35 +477,35 @@ def test_what_dvc_reads_is_what_we_read() -> None:
     from dvc.utils.serialize import load_yaml
 
     for file in FILES:
-        theirs = load_yaml(str(ROOT / "params" / f"{file}.yaml"))
-        assert repr(theirs) == repr(RAW[file])
+        dvc_values = load_yaml(str(ROOT / "params" / f"{file}.yaml"))
+        assert repr(dvc_values) == repr(RAW[file])
 
 
 def test_compiled_layers_that_a_term_reads_inside_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = [*terms.names(), "attention"]
+    term_names = [*terms.names(), "attention"]
     named(monkeypatch)
-    monkeypatch.setattr(terms, "names", lambda: known)
+    monkeypatch.setattr(terms, "names", lambda: term_names)
     put(root, "study", "weights: {sft: 1.0, kd: 1.0}", "weights: {sft: 1.0, attention: 1.0}")
     load_settings(root)
     put(root, "distill", "compile: false", "compile: true")
-    (told,) = problems(root)
-    assert re.match(r"params/distill.yaml:\d+: compile: arms.kd has attention, which read inside the student's layers", told)
+    (problem,) = problems(root)
+    assert re.match(r"params/distill.yaml:\d+: compile: arms.kd has attention, which read inside the student's layers", problem)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"iva": {"weighting": "gradient", "layer": None}}, "which takes a live teacher: set teacher_signals.source to live"),
         ({"iva": {"weighting": "layer", "layer": "middle"}}, "give the cache its number"),
         ({"tpa": {"source": "gold", "alternatives": "wrong"}}, "of a source other than gold"),
     ],
 )
-def test_controls_that_have_nothing_to_work_on_are_refused(root: Path, values: dict[str, Any], said: str) -> None:
+def test_controls_that_have_nothing_to_work_on_are_refused(root: Path, values: dict[str, Any], message: str) -> None:
     path = root / "params/distill.yaml"
     document = yaml.safe_load(path.read_text())
     document["teacher_signals"]["source"] = "cache"
     for block, changes in values.items():
         document[block] |= changes
     path.write_text(yaml.safe_dump(document))
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=message):
         load_settings(root)
