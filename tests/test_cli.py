@@ -27,45 +27,47 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def alignti(root: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def alignti(root: Path, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-m", "components.cli", *words]
+    command = [sys.executable, "-m", "components.cli", *args]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
 def test_use_shows_what_it_changed(root: Path) -> None:
-    done = alignti(root, "use", "smoke")
-    assert done.returncode == 0
-    assert re.search(r"^-checkpoint_every: \d+$", done.stdout, re.MULTILINE)
-    assert "\n+checkpoint_every: 4\n" in done.stdout
-    assert "params/ now say what recipe smoke says" in done.stdout
+    result = alignti(root, "use", "smoke")
+    assert result.returncode == 0
+    assert re.search(r"^-checkpoint_every: \d+$", result.stdout, re.MULTILINE)
+    assert "\n+checkpoint_every: 4\n" in result.stdout
+    assert "params/ now say what recipe smoke says" in result.stdout
 
 
 def test_an_unknown_recipe_names_the_nearest_and_all(root: Path) -> None:
-    done = alignti(root, "use", "digit")
-    assert done.returncode == 2
-    known = ", ".join(recipes.names(ROOT))
-    assert done.stderr == (f"SettingsError: there is no recipe 'digit'; did you mean 'digits'? params/recipes/ has {known}\n")
+    result = alignti(root, "use", "digit")
+    assert result.returncode == 2
+    available = ", ".join(recipes.names(ROOT))
+    assert result.stderr == (
+        f"SettingsError: there is no recipe 'digit'; did you mean 'digits'? params/recipes/ has {available}\n"
+    )
 
 
 def test_check_passes_the_shipped_params_and_recipes() -> None:
-    done = alignti(ROOT, "check", "--all-recipes")
+    result = alignti(ROOT, "check", "--all-recipes")
     lines = ["params/: fine", *(f"recipe {name}: fine" for name in recipes.names(ROOT))]
-    assert (done.returncode, done.stdout.splitlines()) == (0, lines)
+    assert (result.returncode, result.stdout.splitlines()) == (0, lines)
 
 
 def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
     for file, old, new in (("distill", "steps:", "stepps:"), ("irs", "seed: 1", "seed: one")):
         path = root / f"params/{file}.yaml"
         path.write_text(path.read_text().replace(old, new, 1))
-    done = alignti(root, "check")
-    assert done.returncode == 2
+    result = alignti(root, "check")
+    assert result.returncode == 2
     for problem in ("stepps: unknown key; did you mean 'steps'?", "steps: required", "params/irs.yaml:2: seed"):
-        assert problem in done.stderr
+        assert problem in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         (["use", "smok"], "there is no recipe 'smok'; did you mean 'smoke'?"),
         (["study", "run", "trems"], "there is no study 'trems'; did you mean 'terms'?"),
@@ -112,15 +114,15 @@ def test_check_lists_every_problem_and_exits_with_2(root: Path) -> None:
         (["promote", "7"], "no run is recorded here yet: `make repro`"),
     ],
 )
-def test_a_name_is_checked_before_anything_heavy_is_imported(root: Path, words: list[str], said: str) -> None:
+def test_a_name_is_checked_before_anything_heavy_is_imported(root: Path, args: list[str], message: str) -> None:
     for heavy in ("torch", "transformers", "mlflow", "prefect", "dvc"):
         (root / f"{heavy}.py").write_text("raise RuntimeError('imported')")
     (root / "model").mkdir()
     (root / "model/config.json").touch()
     own = "sqlite:///.mlflow/mlflow.db"
-    done = alignti(root, *words, PYTHONPATH=f"{root}{os.pathsep}{ROOT}", ALIGNTI_TRACKING_URI=own)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-    assert said in done.stderr
+    result = alignti(root, *args, PYTHONPATH=f"{root}{os.pathsep}{ROOT}", ALIGNTI_TRACKING_URI=own)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    assert message in result.stderr
 
 
 def test_arms_runs_and_version_are_listed(root: Path) -> None:
@@ -134,14 +136,14 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
     listed = alignti(root, "arms").stdout.splitlines()
     assert [line.split()[:3] for line in listed[:2]] == [["sft", "-", "student"], ["kd", "25.0%", "student"]]
     assert listed[1].endswith("sft 1 kd 1")
-    noted = {"distill@kd": {"outs": [{"path": "s/kd"}], "params": {"params/distill.yaml": {"steps": 10**6}}}}
-    noted |= {"evaluate@kd": {"deps": [{"path": "s/kd/model"}], "params": {}}}
-    (root / "dvc.lock").write_text(json.dumps({"stages": noted}))
-    _, old, *_, said = alignti(root, "arms").stdout.splitlines()
-    assert old.split()[1] == "25.0%*" and said.startswith("* of a run with other params")
+    stages = {"distill@kd": {"outs": [{"path": "s/kd"}], "params": {"params/distill.yaml": {"steps": 10**6}}}}
+    stages |= {"evaluate@kd": {"deps": [{"path": "s/kd/model"}], "params": {}}}
+    (root / "dvc.lock").write_text(json.dumps({"stages": stages}))
+    _, stale_row, *_, footnote = alignti(root, "arms").stdout.splitlines()
+    assert stale_row.split()[1] == "25.0%*" and footnote.startswith("* of a run with other params")
     earlier.write_text(json.dumps(start | {"time": 1}))  # the later file is of the earlier run
-    with earlier.open() as written:
-        fcntl.flock(written, fcntl.LOCK_EX)
+    with earlier.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         runs = [line.split() for line in alignti(root, "runs").stdout.splitlines()]
     assert runs == [[earlier.stem, "open", "smoke", "0123456789"], [journal.stem, "FINISHED", "smoke", "0123456789"]]
     assert alignti(root, "runs").stdout.split()[:2] == [earlier.stem, "KILLED"]
@@ -152,8 +154,8 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
 def test_every_command_stands_in_one_group_of_the_help() -> None:
     grouped = [name for names in GROUPS.values() for name in names]
     assert sorted(grouped) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    said = alignti(ROOT, "-h").stdout
-    assert [title for title in GROUPS if f"\n{title}:\n" in said] == list(GROUPS)
+    output = alignti(ROOT, "-h").stdout
+    assert [title for title in GROUPS if f"\n{title}:\n" in output] == list(GROUPS)
 
 
 def test_check_names_data_that_are_not_here(root: Path) -> None:
@@ -161,16 +163,16 @@ def test_check_names_data_that_are_not_here(root: Path) -> None:
     llava = "llava: {annotations: data/x.json, images: data/img, val: 0.1, test: 0.1}"
     text = re.sub(r"(?m)^llava:.*(\n  .*)*", llava, path.read_text())
     path.write_text(text.replace("source: digits", "source: llava", 1))
-    done = alignti(root, "check")
-    assert done.returncode == 2
-    assert "not here: data.llava.annotations: data/x.json, data.llava.images: data/img" in done.stderr
+    result = alignti(root, "check")
+    assert result.returncode == 2
+    assert "not here: data.llava.annotations: data/x.json, data.llava.images: data/img" in result.stderr
 
 
 def test_check_refuses_a_data_folder_without_the_handwriting(root: Path) -> None:
     (root / "data/mine").mkdir(parents=True)
-    done = alignti(root, "check")
-    assert done.returncode == 2
-    assert "data/digits.csv is missing; `git checkout data.dvc && make data` brings it" in done.stderr
+    result = alignti(root, "check")
+    assert result.returncode == 2
+    assert "data/digits.csv is missing; `git checkout data.dvc && make data` brings it" in result.stderr
 
 
 def test_check_refuses_relations_of_soft_capped_logits(root: Path) -> None:
@@ -185,39 +187,40 @@ def test_check_refuses_relations_of_soft_capped_logits(root: Path) -> None:
     assert alignti(root, "check").returncode == 0
     study["arms"]["kd"]["weights"]["relation"] = 0.5
     (root / "params/study.yaml").write_text(yaml.safe_dump(study))
-    done = alignti(root, "check")
-    assert done.returncode == 2 and "arms kd: relation takes a linear head" in done.stderr and "teacher, student" in done.stderr
+    result = alignti(root, "check")
+    assert result.returncode == 2
+    assert "arms kd: relation takes a linear head" in result.stderr and "teacher, student" in result.stderr
 
 
 def test_check_names_a_tracker_that_is_not_installed(root: Path) -> None:
     (root / "wandb.py").write_text("")
-    there = alignti(root, "check", ALIGNTI_TRACKERS="wandb", PYTHONPATH=f"{root}{os.pathsep}{ROOT}")
-    assert there.returncode == 0, there.stderr
+    installed = alignti(root, "check", ALIGNTI_TRACKERS="wandb", PYTHONPATH=f"{root}{os.pathsep}{ROOT}")
+    assert installed.returncode == 0, installed.stderr
     if find_spec("tensorboard") is None:
-        away = alignti(root, "check", ALIGNTI_TRACKERS="tensorboard")
-        assert away.returncode == 2 and "trackers: not installed: pip install tensorboard, or leave it out" in away.stderr
+        absent = alignti(root, "check", ALIGNTI_TRACKERS="tensorboard")
+        assert absent.returncode == 2 and "trackers: not installed: pip install tensorboard, or leave it out" in absent.stderr
 
 
 def test_use_says_where_own_values_are_kept(root: Path) -> None:
     path = root / "params/distill.yaml"
     path.write_text(path.read_text().replace("\nlog_every: ", "\nlog_every: 1"))
-    done = alignti(root, "use", "smoke")
-    kept = re.search(r"they are kept: `cp (\S+)/\*.yaml params/`", done.stdout)
-    assert done.returncode == 0 and kept and (root / kept[1] / "distill.yaml").is_file()
+    result = alignti(root, "use", "smoke")
+    backup = re.search(r"they are kept: `cp (\S+)/\*.yaml params/`", result.stdout)
+    assert result.returncode == 0 and backup and (root / backup[1] / "distill.yaml").is_file()
 
 
-@pytest.mark.parametrize("words", [("check",), ("study", "list")])
-def test_ctrl_c_ends_a_command_with_the_promised_code(root: Path, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("args", [("check",), ("study", "list")])
+def test_ctrl_c_ends_a_command_with_the_promised_code(root: Path, args: tuple[str, ...]) -> None:
     ctrl_c = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.raise_signal(signal.SIGINT)\n"
     (root / "pydantic.py").write_text(ctrl_c)  # in the midst of any command's work
-    done = alignti(root, *words, PYTHONPATH=f"{root}{os.pathsep}{ROOT}")
-    assert (done.returncode, done.stderr) == (143, "Interrupted: run the same command to go on\n")
+    result = alignti(root, *args, PYTHONPATH=f"{root}{os.pathsep}{ROOT}")
+    assert (result.returncode, result.stderr) == (143, "Interrupted: run the same command to go on\n")
 
 
 def test_sync_without_an_address_says_where_to_put_one(root: Path) -> None:
-    done = alignti(root, "sync")  # tests run with ALIGNTI_TRACKING_URI=journal
-    assert done.returncode == 2
-    assert "ALIGNTI_TRACKING_URI" in done.stderr
+    result = alignti(root, "sync")  # tests run with ALIGNTI_TRACKING_URI=journal
+    assert result.returncode == 2
+    assert "ALIGNTI_TRACKING_URI" in result.stderr
 
 
 HEAVY = {"torch", "transformers", "pydantic", "numpy", "dvc", "prefect", "mlflow", "ruamel", "yaml", "rich", "pyarrow"}
@@ -230,35 +233,35 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_benchmarks_say_how_to_get_each_and_what_is_open(root: Path) -> None:
-    done = alignti(root, "benchmarks", "textvqa")
-    assert done.returncode == 0, done.stderr
-    assert "textvqa: TextVQA, val 0.5.1, 5,000 questions (paper)" in done.stdout
-    assert "curl -fL -o $LMUData/TextVQA_VAL.tsv https://" in done.stdout
-    assert "two scores less than 2.0 points apart may differ by chance" in done.stdout  # 1.96 sqrt(2 x 0.25 / 5000)
-    assert "Reference OCR token: {ocr}" in done.stdout and "  open     " in done.stdout
+    result = alignti(root, "benchmarks", "textvqa")
+    assert result.returncode == 0, result.stderr
+    assert "textvqa: TextVQA, val 0.5.1, 5,000 questions (paper)" in result.stdout
+    assert "curl -fL -o $LMUData/TextVQA_VAL.tsv https://" in result.stdout
+    assert "two scores less than 2.0 points apart may differ by chance" in result.stdout  # 1.96 sqrt(2 x 0.25 / 5000)
+    assert "Reference OCR token: {ocr}" in result.stdout and "  open     " in result.stdout
     wrong = alignti(root, "benchmarks", "vqa2")
     assert wrong.returncode == 2 and "there is no benchmark 'vqa2'; there are gqa, sqa" in wrong.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         (("serve", "nowhere"), "InputError: there is no model 'nowhere'"),
         (("serve", "sft", "--port", "99999"), "less than or equal to 65535"),
         (("evaluate", "--kit", "lmms"), "InputError: there is no kit 'lmms'; there are own, vlmeval, lm-eval\n"),
     ],
 )
-def test_what_cannot_be_served_or_evaluated_is_named(root: Path, words: tuple[str, ...], said: str) -> None:
-    done = alignti(root, *words)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_what_cannot_be_served_or_evaluated_is_named(root: Path, args: tuple[str, ...], message: str) -> None:
+    result = alignti(root, *args)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("words", [("use", "smoke"), ("study", "run", "smoke"), ("study", "list"), ("runs",), ("check",)])
-def test_outside_a_project_that_is_what_is_said(tmp_path: Path, words: tuple[str, ...]) -> None:
-    done = alignti(tmp_path, *words)
-    assert done.returncode == 2
+@pytest.mark.parametrize("args", [("use", "smoke"), ("study", "run", "smoke"), ("study", "list"), ("runs",), ("check",)])
+def test_outside_a_project_that_is_what_is_said(tmp_path: Path, args: tuple[str, ...]) -> None:
+    result = alignti(tmp_path, *args)
+    assert result.returncode == 2
     assert (
-        done.stderr
+        result.stderr
         == f"SettingsError: {tmp_path} has no params/: run it in the folder of a project, a clone of this repository\n"
     )
 
@@ -266,11 +269,11 @@ def test_outside_a_project_that_is_what_is_said(tmp_path: Path, words: tuple[str
 def test_a_study_that_is_not_committed_is_refused_at_once(root: Path) -> None:
     """It runs in a workspace of the last commit, which would not know it."""
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
-    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "params"]):
-        subprocess.run([*git, *words], cwd=root, check=True)
+    for args in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "params"]):
+        subprocess.run([*git, *args], cwd=root, check=True)
     shutil.copy(root / "params/studies/terms.yaml", root / "params/studies/two.yaml")
-    done = alignti(root, "study", "run", "two")
-    assert done.returncode == 2 and done.stderr == (
+    result = alignti(root, "study", "run", "two")
+    assert result.returncode == 2 and result.stderr == (
         "InputError: params/studies/two.yaml differs from what is committed, and a study runs what is committed:"
         " git add params/studies/two.yaml && git commit\n"
     )
@@ -279,14 +282,14 @@ def test_a_study_that_is_not_committed_is_refused_at_once(root: Path) -> None:
 def test_a_broken_study_hides_no_other(root: Path) -> None:
     broken = root / "params/studies/terms.yaml"
     broken.write_text(broken.read_text().replace("grid:", "grit:"))
-    done = alignti(root, "study", "list")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["field", "questions", "smoke", "weights"]
-    assert done.returncode == 2 and "params/studies/terms.yaml" in done.stderr and "grit" in done.stderr
+    result = alignti(root, "study", "list")
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["field", "questions", "smoke", "weights"]
+    assert result.returncode == 2 and "params/studies/terms.yaml" in result.stderr and "grit" in result.stderr
 
 
 def test_the_help_of_study_is_whole(root: Path) -> None:
-    said = alignti(root, "study", "--help").stdout
-    assert "..." not in said.partition("Commands:")[2] and "docs/study.md" in said
+    output = alignti(root, "study", "--help").stdout
+    assert "..." not in output.partition("Commands:")[2] and "docs/study.md" in output
 
 
 def test_no_runs_are_told(root: Path) -> None:

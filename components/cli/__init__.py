@@ -1,5 +1,5 @@
-"""The command line, `alignti`: a module for each group of `--help`. Heavy imports stand inside the commands, so that names are
-checked, and `--help` answers, at once."""
+"""The command line, `alignti`: a module for each group of `--help`. Heavy imports are local to the commands, so that
+`--help` and checks of names are fast."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ GROUPS = {
 }
 
 
-class Grouped(TyperGroup):
-    """`--help` with the commands by what they are for."""
+class GroupedHelp(TyperGroup):
+    """`--help` with the commands by group."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for title, names in GROUPS.items():
@@ -30,7 +30,7 @@ class Grouped(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Grouped,
+    cls=GroupedHelp,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a multimodal model with Align-TI. `make repro` runs the whole job; these commands prepare and explain it.",
     no_args_is_help=True,
@@ -39,8 +39,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"alignti {version('alignti')}")
@@ -50,7 +50,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     _: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     pass
@@ -67,7 +67,7 @@ def main() -> None:
 def _command() -> None:
     try:
         app(windows_expand_args=False)
-    except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C; ours is 143
+    except SystemExit as error:
+        if error.code == 130:  # typer's exit code for Ctrl-C; ours is 143
             raise KeyboardInterrupt from None
         raise

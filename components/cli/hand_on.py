@@ -1,4 +1,4 @@
-"""Hand on: a trained student, for others."""
+"""Hand on: export, serve, register and promote a trained student."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def export(
     student: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder (LoRA adapters too), or ORG/NAME of the hub.")],
     folder: Path,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; else as the weights are stored.")] = None,
-    shard: Annotated[str, typer.Option("--max-shard-size", help="The largest file of weights.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="The largest file of weights.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at FOLDER.")] = False,
 ) -> None:
     """Write a model to FOLDER for others, with its full card, and read it back to see that it answers as before."""
     check_models(student)
     from components.release.asked import check_export
 
-    check_export(folder, dtype, shard, force)
+    check_export(folder, dtype, max_shard_size, force)
     from components.config.load import load_settings
     from components.release.export import export as write
 
-    typer.echo(str(write(student, folder, load_settings(), dtype, shard, force)))
+    typer.echo(str(write(student, folder, load_settings(), dtype, max_shard_size, force)))
 
 
 @app.command()
@@ -86,9 +86,9 @@ def register(
 
     use_running()
     settings = load_settings()
-    told, sent = module.register(arms or list(settings.study.arms), settings)
+    registered, sent = module.register(arms or list(settings.study.arms), settings)
     state = "in MLflow" if sent else "in the journal; `alignti sync` sends them to MLflow"
-    typer.echo(f"{', '.join(told) if told else 'no student'} newly registered, {state}")
+    typer.echo(f"{', '.join(registered) if registered else 'no student'} newly registered, {state}")
 
 
 @app.command()
@@ -109,7 +109,7 @@ def promote(
     use_running()
     settings = load_settings()
     check_recorded(settings.runtime.tracking_uri)
-    from flows import promote as module  # heavy, after what may be missing
+    from flows import promote as module  # heavy: after the checks of inputs
 
     verdict = module.promote(candidate, settings, measure)
     typer.echo(verdict.model_dump_json(indent=2) if json else f"{verdict.model}: {verdict.why}.")

@@ -1,4 +1,4 @@
-"""Look: what runs have found, and what a model answers."""
+"""Look: results of runs, and answers of a model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def runs() -> None:
     from components.tracking import history
 
     check_project()
-    recorded = list(history.recorded())
-    if not recorded:
+    records = list(history.recorded())
+    if not records:
         typer.echo("no runs yet: `make repro`, `dvc repro` and `alignti study run` record theirs here")
-    for run in recorded:
+    for run in records:
         typer.echo(f"{run.name:60} {run.status:9} {run.recipe or '-':24} {run.commit[:10]}")
 
 
@@ -41,19 +41,19 @@ def compare(study: str) -> None:
     use_running()
     settings = load_settings()
     check_recorded(settings.runtime.tracking_uri)
-    from components.study import compare as comparison  # heavy, after what may be missing
+    from components.study import compare as comparison  # heavy: after the checks of inputs
     from components.study import report
 
     runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
     cells = expand.cells(study)
-    asked = expand.families(plan, cells)
-    result = comparison.compare(study, runs, [cell.name for cell in cells], asked, settings.evaluate.confidence)
-    written = report.write(result, plan.about, settings.evaluate.confidence)
+    families = expand.families(plan, cells)
+    result = comparison.compare(study, runs, [cell.name for cell in cells], families, settings.evaluate.confidence)
+    paths = report.write(result, plan.about, settings.evaluate.confidence)
     typer.echo(report.standing(result))
-    typer.echo(f"-> {', '.join(map(str, written))}")
-    address = without_login(settings.runtime.tracking_uri)
-    if address.startswith("http"):
-        typer.echo(f"in MLflow: {page(address, [run.id for run in result.runs], result.runs[0].experiment)}")
+    typer.echo(f"-> {', '.join(map(str, paths))}")
+    tracking_url = without_login(settings.runtime.tracking_uri)
+    if tracking_url.startswith("http"):
+        typer.echo(f"in MLflow: {page(tracking_url, [run.id for run in result.runs], result.runs[0].experiment)}")
 
 
 @app.command()
@@ -72,7 +72,7 @@ def leaderboard(
     settings = load_settings()
     comparison = Comparison.read(REPORTS / "compare.json")
     index, teacher = ModelIndex.read(MODELS / "index.json"), TeacherChoice.read(TEACHER / "choice.json")
-    from components.evaluate import leaderboard as board  # heavy, after what may be missing
+    from components.evaluate import leaderboard as board  # heavy: after the checks of inputs
     from components.evaluate import speed
     from components.evaluate.kits import table
     from components.evaluate.kits.command import current
@@ -82,15 +82,17 @@ def leaderboard(
 
         models = [(TEACHER_ARM, Path(teacher.path)), *((arm, STUDENTS / arm / "model") for arm in comparison.arms)]
         speed.measure(models, settings, prepare_torch(settings.runtime, seed=0)).write(speed.SPEED)
-    asked = {who.removeprefix("vlmeval/"): told.figures for who, told in table.read(current).tasks.items() if "vlmeval/" in who}
-    timed = speed.SpeedReport.read(speed.SPEED) if speed.SPEED.exists() else None
-    made = board.write(board.build(comparison, index, teacher, settings.study.arms, timed, asked))
-    typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, made))}")
+    vlmeval_figures = {
+        key.removeprefix("vlmeval/"): task.figures for key, task in table.read(current).tasks.items() if "vlmeval/" in key
+    }
+    speed_report = speed.SpeedReport.read(speed.SPEED) if speed.SPEED.exists() else None
+    paths = board.write(board.build(comparison, index, teacher, settings.study.arms, speed_report, vlmeval_figures))
+    typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, paths))}")
 
 
 @app.command()
 def samples(
-    most: int = typer.Option(2000, "--most", min=1, help="Samples on the page; the first ones of the evaluated split."),
+    max_samples: int = typer.Option(2000, "--most", min=1, help="Samples on the page; the first ones of the evaluated split."),
 ) -> None:
     """Write reports/samples.html: each image and question with all answers, and where the teacher looked."""
     from components.config.load import load_settings
@@ -101,19 +103,19 @@ def samples(
 
     settings = load_settings()
     comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").picked.layer
-    chosen = TeacherChoice.read(TEACHER / "choice.json")
-    from components.dataset.shards import Samples  # heavy, after what may be missing
+    choice = TeacherChoice.read(TEACHER / "choice.json")
+    from components.dataset.shards import Samples  # heavy: after the checks of inputs
     from components.evaluate import samples as page
     from components.evaluate.load_results import read
     from components.models.load import load
     from components.runtime import prepare_torch
 
     predictions = read(comparison.arms).predictions
-    teacher = load(Path(chosen.path), prepare_torch(settings.runtime, seed=0))
-    asked = predictions[TEACHER_ARM][:most]
-    maps = page.attention_maps(teacher, Samples(DATASET, comparison.split), asked, layer, settings)
-    path = page.write(comparison, predictions, maps, layer, most)
-    typer.echo(f"samples: {len(asked):,} questions with every answer, {path.stat().st_size / 2**20:.1f} MiB -> {path}")
+    teacher = load(Path(choice.path), prepare_torch(settings.runtime, seed=0))
+    entries = predictions[TEACHER_ARM][:max_samples]
+    maps = page.attention_maps(teacher, Samples(DATASET, comparison.split), entries, layer, settings)
+    path = page.write(comparison, predictions, maps, layer, max_samples)
+    typer.echo(f"samples: {len(entries):,} questions with every answer, {path.stat().st_size / 2**20:.1f} MiB -> {path}")
 
 
 @app.command()
@@ -129,13 +131,13 @@ def controls(
     settings = load_settings()
     folders = {TEACHER_ARM: Path(TeacherChoice.read(TEACHER / "choice.json").path)}
     folders |= {name: STUDENTS / name / "model" for name in settings.study.arms}
-    from components.evaluate import blind_baselines as measured  # heavy, after what may be missing
+    from components.evaluate import blind_baselines  # heavy: after the checks of inputs
 
-    found = measured.measure([(name, folders[name]) for name in arm or folders], settings)
-    made = measured.write(found)
-    blind = ", ".join(f"{name} {max(m.blank, m.other):.1%} of {m.seeing:.1%}" for name, m in found.models.items())
-    twins = found.contamination.exact + found.contamination.near
-    typer.echo(f"controls: right without the image {blind}; {twins} test images have a twin in training -> {made[1]}")
+    report = blind_baselines.measure([(name, folders[name]) for name in arm or folders], settings)
+    paths = blind_baselines.write(report)
+    blind = ", ".join(f"{name} {max(m.blank, m.other):.1%} of {m.seeing:.1%}" for name, m in report.models.items())
+    duplicates = report.contamination.exact + report.contamination.near
+    typer.echo(f"controls: right without the image {blind}; {duplicates} test images have a twin in training -> {paths[1]}")
 
 
 @app.command()
@@ -172,7 +174,7 @@ def try_model(
     ],
     vs: Annotated[str | None, typer.Option(help="Another model, to answer beside it.")] = None,
     look: Annotated[bool, typer.Option("--look", help="Write a picture of where each looked.")] = False,
-    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="An answer is cut there.")] = 256,
 ) -> None:
     """Ask a model a question about images, each where <image> stands in it or first: its answer as it comes, with timings."""
     for path in image:
@@ -183,7 +185,7 @@ def try_model(
     from components.release.asked import sample_of
 
     settings = load_settings()
-    sample_of(image, question, settings.data.limits)  # says what cannot be asked; the import below takes seconds
+    sample_of(image, question, settings.data.limits)  # raises for an invalid question; the import below takes seconds
     from components.release.generate import run
 
-    run(models, image, question, settings, longest, look)
+    run(models, image, question, settings, max_new_tokens, look)

@@ -1,4 +1,4 @@
-"""Operate: servers, workers, what dead runs hold, and the journals."""
+"""Operate: servers, workers, resources leaked by dead runs, and journals."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def up(
     """Start the MLflow and Prefect servers of this folder, and wait until they answer."""
     from flows import servers
 
-    ready = servers.up(host, {"mlflow": mlflow_port, "prefect": prefect_port}, postgres, typer.echo)
-    for server in ready:
+    started = servers.up(host, {"mlflow": mlflow_port, "prefect": prefect_port}, postgres, typer.echo)
+    for server in started:
         typer.echo(f"{server.name}: {server.page}")
     typer.echo("`alignti deploy` and `alignti worker` find them by themselves. For other commands in this shell:")
     for name in ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL"):
@@ -79,12 +79,12 @@ def doctor(
 
     if prune is not None:
         typer.echo(f"deleted {len(workspace.prune(prune))} branch(es) runs/... older than {prune} days")
-    said = list(cleanup_stale_runs.free() if free_slots else (leak.what for leak in cleanup_stale_runs.leaks()))
-    for what in said:
-        typer.echo(f"{'freed' if free_slots else 'leaked'}: {what}")
+    descriptions = list(cleanup_stale_runs.free() if free_slots else (leak.what for leak in cleanup_stale_runs.leaks()))
+    for description in descriptions:
+        typer.echo(f"{'freed' if free_slots else 'leaked'}: {description}")
     if not cleanup_stale_runs.reachable():
         typer.echo("No Prefect server is up here (`alignti up`), so only this folder was looked at.")
-    if not said:
+    if not descriptions:
         typer.echo("Nothing is held by a run that is dead.")
     elif not free_slots:
         typer.echo("`alignti doctor --free-slots` frees what leaked.")
@@ -105,5 +105,5 @@ def sync() -> None:
             "params/runtime.yaml: tracking_uri is `journal`; name an MLflow address there or in ALIGNTI_TRACKING_URI"
         )
     with asking("MLflow does not take the journals", "nothing is lost"):
-        sent, live = send(uri)
-    typer.echo(f"{sent} journal(s) sent{f', {live} still being written' if live else ''}.")
+        sent, open_journals = send(uri)
+    typer.echo(f"{sent} journal(s) sent{f', {open_journals} still being written' if open_journals else ''}.")

@@ -1,4 +1,4 @@
-"""Run: studies, the field's kits, and runs again."""
+"""Run: studies, evaluation kits, and reproduced runs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def list_studies() -> None:
     from components.study import expand
 
     check_project()
-    broken = []
+    problems = []
     for name in expand.names():
         try:
             typer.echo(f"{name:16} {len(expand.cells(name)):4} arms  {expand.read(name).about}")
         except InputError as error:
-            broken.append(str(error))
-    if broken:
-        raise InputError("\n".join(broken))
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 @study.command("expand")
@@ -44,8 +44,8 @@ def expand_study(name: str) -> None:
 
     expand.read(name)
     check_idle()
-    if kept := recipes.back_up_own_values():
-        typer.echo(kept)
+    if backup_message := recipes.back_up_own_values():
+        typer.echo(backup_message)
     diff = expand.expand(name)
     typer.echo(diff or f"params/study.yaml says already what study {name} says.")
 
@@ -66,13 +66,13 @@ def run_study(
     expand.read(name)
     if recipe is not None:
         recipes.about(recipe)
-    if left := check_committed(name, recipe):
+    if files := check_committed(name, recipe):
         typer.echo(
-            f"the study runs what is committed, without the changes here of {', '.join(left)}; commit them first for a study of"
-            " these, or give --recipe"
+            f"the study runs what is committed, without the changes here of {', '.join(files)}; commit them first for a study"
+            " of these, or give --recipe"
         )
     if pool:
-        client_environment()  # says what is not up
+        client_environment()  # raises if a server is down
     use_running()
     from flows.study import study as flow
 
@@ -106,12 +106,12 @@ def evaluate(
 def replay(dump: Path) -> None:
     """Rerun a step that stopped with a loss that was not finite, sample by sample, and say which sample's which term it is."""
     check_dump(dump)
-    from components.distill.replay import replay as findings_of
+    from components.distill.replay import replay as findings
 
-    found = 0
-    for found, finding in enumerate(findings_of(dump), 1):  # noqa: B007
+    count = 0
+    for count, finding in enumerate(findings(dump), 1):  # noqa: B007
         typer.echo(str(finding))
-    if not found:
+    if not count:
         typer.echo(f"{dump}: every term of every sample and every gradient is finite here, one sample at a time.")
 
 
@@ -129,9 +129,9 @@ def reproduce(
 
     use_running()
     settings = load_settings()
-    recorded = module.find(run_id, settings)
-    typer.echo(f"{recorded.stage} as of commit {recorded.commit[:12]}, with the params of run {recorded.run}")
-    outcome = module.reproduce(recorded, settings, stage_only)
+    record = module.find(run_id, settings)
+    typer.echo(f"{record.stage} as of commit {record.commit[:12]}, with the params of run {record.run}")
+    outcome = module.reproduce(record, settings, stage_only)
     typer.echo(f"{outcome}.")
     if not outcome.same:
         raise typer.Exit(1)

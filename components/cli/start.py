@@ -1,4 +1,4 @@
-"""Start: recipes, settings, data and models of one's own, and what would run."""
+"""Start: recipes, settings, own data and models, and the stages that would run."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def use(recipe: str) -> None:
     from components.config import recipes
     from flows.jobs import check_idle
 
-    recipes.merged(recipe)  # says what is wrong with it before anything is kept
-    check_idle()  # the stages that it has not begun read params/
-    if kept := recipes.back_up_own_values():
-        typer.echo(kept)
+    recipes.merged(recipe)  # raises for an invalid recipe before anything is backed up
+    check_idle()  # later stages of a running job still read params/
+    if backup_message := recipes.back_up_own_values():
+        typer.echo(backup_message)
     diff = recipes.use(recipe)
     for line in diff.splitlines():
         colour = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}.get(line[:1])
         typer.secho(line, fg=colour, bold=line.startswith(("+++", "---")))
     about = recipes.about(recipe)
-    takes = f"On {about.hardware} the whole job takes {about.time}" if about.time else "How long it takes was never measured"
+    duration = f"On {about.hardware} the whole job takes {about.time}" if about.time else "How long it takes was never measured"
     typer.echo(
-        f"params/ {'now say' if diff else 'said already'} what recipe {recipe} says. {takes}: `make repro`, or `alignti plan`"
-        " to see it first."
+        f"params/ {'now say' if diff else 'said already'} what recipe {recipe} says. {duration}: `make repro`, or"
+        " `alignti plan` to see it first."
     )
-    if before := recipes.phases(recipe) if "/" not in recipe else []:
-        typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in before)}.")
+    if phases := recipes.phases(recipe) if "/" not in recipe else []:
+        typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in phases)}.")
 
 
 @app.command()
@@ -47,37 +47,37 @@ def init(
     """Look at your data and models, and make a recipe and params/ for them: what was chosen, and why."""
     from components.own_data.asked import Asked
 
-    asked = Asked(data, images, teacher, student, name)
-    asked.check()
+    request = Asked(data, images, teacher, student, name)
+    request.check()
     from components.config.load import load_settings
 
-    asked.check_rows(load_settings().data)
+    request.check_rows(load_settings().data)
 
     from components.config import recipes
     from components.config.local_paths import missing_paths
     from components.dataset.__main__ import unseen_by_dvc
     from components.errors import SettingsError
-    from components.own_data.init import init as look
+    from components.own_data.init import init as init_recipe
     from flows.jobs import check_idle
 
     check_idle()
-    seen, choices = look(asked)
-    for line in (*seen, "", *choices):
+    observations, choices = init_recipe(request)
+    for line in (*observations, "", *choices):
         typer.echo(line)
-    if kept := recipes.back_up_own_values():
-        typer.echo(kept)
+    if backup_message := recipes.back_up_own_values():
+        typer.echo(backup_message)
     recipes.use(name)
     settings = load_settings()
     if missing := missing_paths(settings):
         raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
-    for unseen in unseen_by_dvc(settings):
-        typer.secho(unseen, fg=typer.colors.YELLOW)
+    for warning in unseen_by_dvc(settings):
+        typer.secho(warning, fg=typer.colors.YELLOW)
     from flows import raw_data
 
-    if new := raw_data.complete():  # stage `prepare` depends on data/, wherever the rows are
-        raw_data.record(new)
+    if new_files := raw_data.complete():  # stage `prepare` depends on data/, wherever the rows are
+        raw_data.record(new_files)
     typer.echo(
-        f"\nparams/ now say what {asked.recipe} says: `alignti preview` shows what is trained on, `dvc repro` runs it all."
+        f"\nparams/ now say what {request.recipe} says: `alignti preview` shows what is trained on, `dvc repro` runs it all."
     )
 
 
@@ -95,44 +95,46 @@ def check(
     from components.digits import raw
     from components.errors import DataError, SettingsError
 
-    def own() -> None:
+    def check_params() -> None:
         settings = load_settings()
         if missing := missing_paths(settings):
             raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
         if settings.data.source == "digits" and raw.RAW.is_dir():  # a fresh clone has no data/ yet
             raw.read()
-        if away := [name for name in settings.runtime.trackers if find_spec(name) is None]:
-            raise SettingsError(f"params/runtime.yaml: trackers: not installed: pip install {' '.join(away)}, or leave it out")
-        related = [name for name, arm in settings.study.arms.items() if "relation" in arm.weights]
-        if related and (capped := soft_capped_models(settings.models.members)):
+        if absent := [name for name in settings.runtime.trackers if find_spec(name) is None]:
             raise SettingsError(
-                f"params/study.yaml: arms {', '.join(related)}: relation takes a linear head, and the logits of"
+                f"params/runtime.yaml: trackers: not installed: pip install {' '.join(absent)}, or leave it out"
+            )
+        relation_arms = [name for name, arm in settings.study.arms.items() if "relation" in arm.weights]
+        if relation_arms and (capped := soft_capped_models(settings.models.members)):
+            raise SettingsError(
+                f"params/study.yaml: arms {', '.join(relation_arms)}: relation takes a linear head, and the logits of"
                 f" {', '.join(capped)} are soft-capped; leave the term out"
             )
 
     problems = []
-    checks = {"params/": own}
+    checks = {"params/": check_params}
     if all_recipes:
         checks |= {f"recipe {name}": lambda name=name: recipes.merged(name) for name in recipes.names()}  # type: ignore[misc]
-    for what, run in checks.items():
+    for label, check_one in checks.items():
         try:
-            run()
+            check_one()
         except (DataError, SettingsError) as error:
             problems.append(str(error))
         else:
-            typer.echo(f"{what}: fine")
+            typer.echo(f"{label}: fine")
     if problems:
         raise SettingsError("\n".join(problems))
     if data:
-        from components.own_data import check as tried
+        from components.own_data import check as data_check
         from components.own_data.at_hand import at_hand
 
         settings = load_settings()
         folders, missing = at_hand(settings.models)
-        found = tried.try_data(settings, folders.values(), settings.runtime.workers)
-        for line in tried.report(found, settings, folders, missing):
+        result = data_check.try_data(settings, folders.values(), settings.runtime.workers)
+        for line in data_check.report(result, settings, folders, missing):
             typer.echo(line)
-        tried.accept(found, settings)
+        data_check.accept(result, settings)
         typer.echo("data: fine")
 
 
@@ -147,12 +149,12 @@ def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) ->
     folders, _ = at_hand(settings.models)
     if not folders:
         raise InputError("no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them")
-    from components.own_data import preview as page  # heavy, after what may be missing
+    from components.own_data import preview as page  # heavy: after the checks of inputs
 
-    found = page.preview(settings, folders, each)
-    for line in page.lines(found):
+    preview_data = page.preview(settings, folders, each)
+    for line in page.lines(preview_data):
         typer.echo(line)
-    typer.echo(f"-> {page.write_page(found)}")
+    typer.echo(f"-> {page.write_page(preview_data)}")
 
 
 @app.command()
@@ -175,12 +177,12 @@ def plan(verbose: bool = typer.Option(False, "-v", "--verbose", help="All that c
         typer.echo("Nothing to do: `make repro` would run no stage.")
         return
     total = sum(step.seconds or 0 for step in running)
-    unknown = [step.stage for step in running if step.seconds is None]
-    but = f", not counting {', '.join(unknown)}: never timed" if unknown else ""
-    in_all = f"{total / 60:.1f} min" if total < LONG_S else f"{total / 3600:,.0f} h"
-    long = f"about {in_all}, one at a time{but}" if len(unknown) < len(running) else "how long was never timed"
-    typer.echo(f"{len(running)} of {len(steps)} stages would run: {long}.")
-    times = f"Times: {basis}. " if len(unknown) < len(running) else ""
+    untimed = [step.stage for step in running if step.seconds is None]
+    note = f", not counting {', '.join(untimed)}: never timed" if untimed else ""
+    duration = f"{total / 60:.1f} min" if total < LONG_S else f"{total / 3600:,.0f} h"
+    estimate = f"about {duration}, one at a time{note}" if len(untimed) < len(running) else "how long was never timed"
+    typer.echo(f"{len(running)} of {len(steps)} stages would run: {estimate}.")
+    times = f"Times: {basis}. " if len(untimed) < len(running) else ""
     typer.echo(f"{times}DVC restores a stage at once instead if it has run on the same inputs before.")
     if missing := missing_paths(settings):
         typer.secho(f"Not here, so it would fail: {', '.join(missing)}.", fg=typer.colors.RED)
@@ -206,11 +208,11 @@ def arms() -> None:
 
     arms = load_settings().study.arms
     scored = {name: Scores.read(file) for name in arms if (file := SCORES / name / "scores.json").is_file()}
-    old = provenance.of_other_params(f"evaluate@{name}" for name in scored)
+    stale_stages = provenance.of_other_params(f"evaluate@{name}" for name in scored)
     for name, arm in arms.items():
         weights = " ".join(f"{term} {weight:g}" for term, weight in dict(arm.weights).items() if weight)
-        mark = "*" if f"evaluate@{name}" in old else ""
+        mark = "*" if f"evaluate@{name}" in stale_stages else ""
         score = f"{scored[name].exact_match:.1%}{mark}" if name in scored else "-"
         typer.echo(f"{name:20} {score:>6}  {arm.student:12} seed {arm.seed:<4} {weights}")
-    if old:
+    if stale_stages:
         typer.echo("* of a run with other params than those of now; `alignti plan` says what would run")
