@@ -77,7 +77,7 @@ def run(name: str, pair: Pair, draws_of_rows: int) -> dict[str, Any]:
     parameters = [p for p in student.parameters() if p.requires_grad]
     hidden, _ = student.plain(batch, student.features(batch), keep=False)
     with torch.no_grad():
-        theirs, _, attention = teacher.plain(batch, teacher.features(batch, None), keep=False, look=True)
+        theirs, _, attention = teacher.plain(batch, teacher.features(batch, None), keep=False, with_attention=True)
     assert attention is not None
     weights = visual_weights(attention, batch.pictures)
     arms: dict[str, dict[str, Any]] = {}

@@ -52,8 +52,8 @@ class Edits:
     without: Tensor  # (N, W + 1) teacher probabilities with the evidence replaced
 
     def to(self, device: torch.device | str) -> Edits:
-        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
-        return replace(self, **moved)
+        tensors = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        return replace(self, **tensors)
 
 
 def edits_of(batch: Batch) -> Edits | None:
@@ -69,20 +69,20 @@ def by_column(pictures: Tensor) -> Tensor:
     return columns
 
 
-def placed(weights: Tensor, pictures: Tensor) -> Tensor:
+def scatter_visual(weights: Tensor, pictures: Tensor) -> Tensor:
     """(B, Nv) scatter of (N,) weights of the visual rows; 0 is padding."""
     columns = by_column(pictures)
     return weights.new_zeros(columns.shape).masked_scatter(columns > 0, weights)
 
 
-def owners(pictures: Tensor) -> list[tuple[int, int]]:
+def image_indices(pictures: Tensor) -> list[tuple[int, int]]:
     """(sample, image number) of each image of (B, T) `pictures`, in order."""
-    return [(sample, number) for sample, most in enumerate(pictures.amax(1).tolist()) for number in range(1, most + 1)]
+    return [(sample, number) for sample, count in enumerate(pictures.amax(1).tolist()) for number in range(1, count + 1)]
 
 
-def of_images(states: Tensor, batch: Batch) -> list[Tensor]:
+def split_by_image(states: Tensor, batch: Batch) -> list[Tensor]:
     """Hidden states (Nv, ...) at each image's visual tokens, one tensor per image, from (B, T, ...) states."""
-    return [states[sample][batch.pictures[sample] == number] for sample, number in owners(batch.pictures)]
+    return [states[sample][batch.pictures[sample] == number] for sample, number in image_indices(batch.pictures)]
 
 
 def index_within(groups: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ class Cached:
     rows: Rows
     index: Tensor
 
-    def at(self, where: Tensor) -> Rows:
+    def at(self, mask: Tensor) -> Rows:
         """Rows at a (B, T) bool mask, ordered by (sample, position). Raises ValueError if one of them is not cached."""
-        index = self.index[where]
+        index = self.index[mask]
         if bool((index < 0).any()):
             raise ValueError("the teacher's word is not kept for all the rows asked for")
         return self.rows[index]
@@ -57,7 +57,9 @@ def cached_row_divergence(
 
     The student's head is cut to `shared` columns."""
 
-    def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
-        return teacher[at].divergence(student_logits[:, :shared], temperature)
+    def chunk_divergence(chunk: slice, student_logits: Tensor) -> Tensor:
+        return teacher[chunk].divergence(student_logits[:, :shared], temperature)
 
-    return row_losses(student_rows, student_head, of_chunk, rows_per_chunk(len(student_head.weight), chunk_mib), weights)
+    return row_losses(
+        student_rows, student_head, chunk_divergence, rows_per_chunk(len(student_head.weight), chunk_mib), weights
+    )

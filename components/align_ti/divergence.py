@@ -52,8 +52,8 @@ def divergence(
     if kind == "reverse" or (kind, mix) == ("jsd", 1):
         return kl(log_s, log_t)
     if kind == "jsd":
-        middle = _log_mixture(log_t, log_s, mix)
-        return mix * kl(log_t, middle) + (1 - mix) * kl(log_s, middle)
+        mixture = _log_mixture(log_t, log_s, mix)
+        return mix * kl(log_t, mixture) + (1 - mix) * kl(log_s, mixture)
     if kind == "skewed":
         return kl(log_t, _log_mixture(log_t, log_s, mix))
     if kind == "skewed_reverse":
@@ -85,13 +85,13 @@ def row_divergence(
     Gradients flow to the student's rows and head, none to the teacher.
     """
 
-    def of_chunk(at: slice, student_logits: Tensor) -> Tensor:
+    def chunk_divergence(chunk: slice, student_logits: Tensor) -> Tensor:
         return divergence(
-            _without_gradient(teacher_head, teacher_rows[at])[:, :shared], student_logits[:, :shared], kind, mix, temperature
+            _without_gradient(teacher_head, teacher_rows[chunk])[:, :shared], student_logits[:, :shared], kind, mix, temperature
         )
 
     size = rows_per_chunk(max(len(teacher_head.weight), len(student_head.weight)), chunk_mib)
-    return row_losses(student_rows, student_head, of_chunk, size, weights)
+    return row_losses(student_rows, student_head, chunk_divergence, size, weights)
 
 
 @torch.no_grad()

@@ -60,8 +60,8 @@ class Head:
         """Slices of the weight in `dtype`: a full copy would be larger than any chunk of logits."""
         step = len(self.weight) if self.weight.dtype == dtype else COLUMNS_AT_ONCE
         for start in range(0, len(self.weight), step):
-            at = slice(start, start + step)
-            yield at, self.weight[at].to(dtype)
+            columns = slice(start, start + step)
+            yield columns, self.weight[columns].to(dtype)
 
     def gram(self, columns: int | None, centred: bool = False) -> Tensor:
         """Gram matrix of the logits over the first `columns`: their inner products are h gram h'^T.
@@ -73,11 +73,11 @@ class Head:
         if self.cap is not None:
             raise ValueError("a head with soft-capped logits (Gemma 2) is not linear, and has no Gram matrix")
         weight = self.weight[:columns].to(at_least_float32(self.weight.dtype))
-        whole = weight if self.bias is None else torch.cat([weight, self.bias[:columns, None].to(weight.dtype)], dim=1)
+        augmented = weight if self.bias is None else torch.cat([weight, self.bias[:columns, None].to(weight.dtype)], dim=1)
         if centred:
-            whole = whole - whole.mean(0)
+            augmented = augmented - augmented.mean(0)
         with torch.autocast(weight.device.type, enabled=False):
-            return whole.T @ whole
+            return augmented.T @ augmented
 
     def capped(self, logits: Tensor) -> Tensor:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
@@ -96,11 +96,11 @@ def row_losses(rows: Tensor, head: Head, loss: RowLoss, size: int, weights: Tens
     chunk's gradient is computed along with its value, without recomputation; memory: buffers of the size of the rows and of
     the head.
     """
-    inputs, several = (rows, head.weight, head.bias, head.cap, loss), len(rows) > size
-    if several and weights is not None and torch.is_grad_enabled():
-        summed: Tensor = _Weighted.apply(*inputs, weights, size)
-        return summed
-    losses: Tensor = _Chunks.apply(*inputs, size) if several else loss(slice(None), head(rows))
+    inputs, chunked = (rows, head.weight, head.bias, head.cap, loss), len(rows) > size
+    if chunked and weights is not None and torch.is_grad_enabled():
+        weighted_sum: Tensor = _Weighted.apply(*inputs, weights, size)
+        return weighted_sum
+    losses: Tensor = _Chunks.apply(*inputs, size) if chunked else loss(slice(None), head(rows))
     return losses if weights is None else (weights.detach() * losses).sum()
 
 
@@ -108,7 +108,9 @@ def cross_entropy(rows: Tensor, head: Head, targets: Tensor, chunk_mib: float = 
     """() cross-entropy of hidden rows (N, d) against (N,) target tokens, summed, in nats."""
     size = rows_per_chunk(len(head.weight), chunk_mib)
     if head.cap is not None or len(rows) <= size:
-        return row_losses(rows, head, lambda at, logits: F.cross_entropy(logits, targets[at], reduction="none"), size).sum()
+        return row_losses(
+            rows, head, lambda chunk, logits: F.cross_entropy(logits, targets[chunk], reduction="none"), size
+        ).sum()
     wide = at_least_float32(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         return F.linear_cross_entropy(
@@ -132,14 +134,14 @@ class _Chunks(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, bias)
         ctx.cap, ctx.loss, ctx.size = cap, loss, size
         head = Head(weight, bias, cap)
-        return torch.cat([loss(at, head(rows[at])) for at in _slices(len(rows), size)])
+        return torch.cat([loss(chunk, head(rows[chunk])) for chunk in _slices(len(rows), size)])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias = ctx.saved_tensors
-        _, gradients = _by_chunks(rows, Head(weight, bias, ctx.cap), ctx.loss, upstream, ctx.size, ctx.needs_input_grad)
-        return *_narrowed(gradients, (rows, weight, bias)), None, None, None
+        _, gradients = _chunked_gradients(rows, Head(weight, bias, ctx.cap), ctx.loss, upstream, ctx.size, ctx.needs_input_grad)
+        return *_cast_gradients(gradients, (rows, weight, bias)), None, None, None
 
 
 class _Weighted(torch.autograd.Function):
@@ -156,10 +158,10 @@ class _Weighted(torch.autograd.Function):
         weights: Tensor,
         size: int,
     ) -> Tensor:
-        summed, gradients = _by_chunks(rows, Head(weight, bias, cap), loss, weights, size, ctx.needs_input_grad)
+        weighted_sum, gradients = _chunked_gradients(rows, Head(weight, bias, cap), loss, weights, size, ctx.needs_input_grad)
         ctx.save_for_backward(rows, weight, bias)
         ctx.gradients = gradients
-        return summed
+        return weighted_sum
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -167,44 +169,45 @@ class _Weighted(torch.autograd.Function):
         inputs = ctx.saved_tensors  # raises on a second backward pass: the gradients are released below
         scaled = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
         del ctx.gradients
-        return *_narrowed(scaled, inputs), None, None, None, None
+        return *_cast_gradients(scaled, inputs), None, None, None, None
 
 
-def _by_chunks(
-    rows: Tensor, head: Head, loss: RowLoss, upstream: Tensor, size: int, wanted: Sequence[bool]
+def _chunked_gradients(
+    rows: Tensor, head: Head, loss: RowLoss, upstream: Tensor, size: int, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """() sum of `upstream` (N,) x losses, and its gradients to rows, weight and bias where `wanted`, float32 or wider."""
+    """() sum of `upstream` (N,) x losses, and its gradients to rows, weight and bias where `needs_grad`, float32 or wider."""
     wide = at_least_float32(rows.dtype)
     inputs = (rows, head.weight, head.bias)
     gradients = [
-        torch.zeros_like(x, dtype=wide) if want and x is not None else None for x, want in zip(inputs, wanted, strict=False)
+        torch.zeros_like(x, dtype=wide) if needed and x is not None else None
+        for x, needed in zip(inputs, needs_grad, strict=False)
     ]
-    for_rows, for_weight, for_bias = gradients
-    summed = upstream.new_zeros((), dtype=wide)
+    rows_grad, weight_grad, bias_grad = gradients
+    weighted_sum = upstream.new_zeros((), dtype=wide)
     with torch.autocast(rows.device.type, enabled=False):
-        for at in _slices(len(rows), size):
-            logits = head.uncapped(rows[at]).requires_grad_(any(wanted[:3]))
+        for chunk in _slices(len(rows), size):
+            logits = head.uncapped(rows[chunk]).requires_grad_(any(needs_grad[:3]))
             with torch.set_grad_enabled(logits.requires_grad):
-                weighted = (upstream[at] * loss(at, head.capped(logits))).sum()
-            summed += weighted.detach()
+                weighted = (upstream[chunk] * loss(chunk, head.capped(logits))).sum()
+            weighted_sum += weighted.detach()
             if not logits.requires_grad:
                 continue
             (gradient,) = torch.autograd.grad(weighted, logits)
             del logits
-            if for_rows is not None:
-                for columns, part in head.widened(wide):
-                    for_rows[at].addmm_(gradient[:, columns], part)
-            if for_weight is not None:
-                for_weight.addmm_(gradient.T, rows[at].to(wide))
-            if for_bias is not None:
-                for_bias += gradient.sum(0)
-    return summed, gradients
+            if rows_grad is not None:
+                for columns, head_weight in head.widened(wide):
+                    rows_grad[chunk].addmm_(gradient[:, columns], head_weight)
+            if weight_grad is not None:
+                weight_grad.addmm_(gradient.T, rows[chunk].to(wide))
+            if bias_grad is not None:
+                bias_grad += gradient.sum(0)
+    return weighted_sum, gradients
 
 
-def _narrowed(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _cast_gradients(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Casts each gradient to its parameter's dtype."""
     pairs = zip(gradients, inputs, strict=True)
-    return [None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in pairs]
+    return [None if gradient is None or parameter is None else gradient.to(parameter.dtype) for gradient, parameter in pairs]
 
 
 def _slices(rows: int, size: int) -> Iterator[slice]:

@@ -40,10 +40,10 @@ class Ribbon:
         return self.multiplicity > 0
 
 
-def draw_key(*what: int | str) -> int:
-    """32-bit seed hashed from `what`, for example a run's seed and a sample's key. torch's CPU generator reads the low 32
+def draw_key(*parts: int | str) -> int:
+    """32-bit seed hashed from `parts`, for example a run's seed and a sample's key. torch's CPU generator reads the low 32
     bits alone, hence the hash."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 def uniforms(response: Tensor, keys: list[int], draws: int) -> Tensor:
@@ -53,14 +53,14 @@ def uniforms(response: Tensor, keys: list[int], draws: int) -> Tensor:
     or accumulation steps.
     """
     steps = response.sum(1).tolist()
-    streams = (
+    per_sample = (
         torch.rand(int(count), draws, generator=torch.Generator().manual_seed(key))
         for key, count in zip(keys, steps, strict=True)
     )
-    return torch.cat(list(streams)).to(response.device)
+    return torch.cat(list(per_sample)).to(response.device)
 
 
-def places(response: Tensor, keys: list[int]) -> Tensor:
+def step_priorities(response: Tensor, keys: list[int]) -> Tensor:
     """(N,) uniforms in [0, 1): priority of each response step within its sample, for `fit`. Streams differ from the draws'."""
     return uniforms(response, [-1 - key for key in keys], 1)[:, 0]
 
@@ -75,9 +75,9 @@ def shuffled(draws: Tensor, response: Tensor, keys: list[int]) -> Tensor:
     cycle = cycle[answer[cycle].argsort(stable=True)]  # by answer, then at random
     step = index_within(answer)
     first, size = torch.arange(len(answer), device=answer.device) - step, answer.bincount()[answer]
-    moved = torch.empty_like(draws)
-    moved[cycle] = draws[cycle[first + (step + 1) % size]]
-    return moved
+    shuffled_draws = torch.empty_like(draws)
+    shuffled_draws[cycle] = draws[cycle[first + (step + 1) % size]]
+    return shuffled_draws
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -92,11 +92,11 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
     order = logits.topk(p.shape[-1] if top_k is None else min(top_k, p.shape[-1])).indices
     ranked = p.gather(1, order)
     if top_p is not None:
-        before = ranked.double().cumsum(-1) - ranked
+        preceding = ranked.double().cumsum(-1) - ranked
         # A token stays if those before it do not reach top_p, so the most likely one always does.
-        ranked = ranked.masked_fill(before >= top_p * ranked.double().sum(-1, keepdim=True), 0.0)
-    kept = torch.zeros_like(p).scatter_(1, order, ranked)
-    return kept / kept.sum(-1, keepdim=True)
+        ranked = ranked.masked_fill(preceding >= top_p * ranked.double().sum(-1, keepdim=True), 0.0)
+    filtered = torch.zeros_like(p).scatter_(1, order, ranked)
+    return filtered / filtered.sum(-1, keepdim=True)
 
 
 def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Tensor:
@@ -109,38 +109,38 @@ def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Te
         return _invert(probabilities, uniform)
     if bool(((probabilities > 0).sum(-1) < uniform.shape[1]).any()):
         raise ValueError(f"fewer than {uniform.shape[1]} tokens have a positive probability: draw with replacement")
-    left = probabilities.clone()
+    remaining = probabilities.clone()
     columns = []
     for j in range(uniform.shape[1]):
-        columns.append(_invert(left, uniform[:, j : j + 1]))
-        left.scatter_(1, columns[-1], 0.0)
+        columns.append(_invert(remaining, uniform[:, j : j + 1]))
+        remaining.scatter_(1, columns[-1], 0.0)
     return torch.cat(columns, dim=1)
 
 
 def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     # right=True: a token of probability 0 has an empty interval and is never drawn.
-    found = torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+    tokens = torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
     # NaN probabilities are clamped to a valid id, so that the non-finite check reports them instead of a device-side assert.
-    return found.clamp_max(probabilities.shape[1] - 1)
+    return tokens.clamp_max(probabilities.shape[1] - 1)
 
 
 def fit(
-    draws: Tensor, places: Tensor, input_ids: Tensor, attention_mask: Tensor, response: Tensor, eos: int, cap: int
+    draws: Tensor, priorities: Tensor, input_ids: Tensor, attention_mask: Tensor, response: Tensor, eos: int, cap: int
 ) -> Tensor:
     """(N, d) draws with `LEFT_OUT` at the steps whose rows would exceed `cap` tokens per sample.
 
-    Steps of a sample are accepted in the order of `places` (N,) while its tokens plus accepted rows are at most `cap`. The
+    Steps of a sample are accepted in the order of `priorities` (N,) while its tokens plus accepted rows are at most `cap`. The
     choice is random and depends on the sample alone.
     """
     sample, step = predicting(response).nonzero(as_tuple=True)
-    line = torch.argsort(sample + places.double(), stable=True)  # within each sample, by place
-    rows = _needs_row(draws, input_ids[sample, step + 1], eos).sum(1)[line]
+    order = torch.argsort(sample + priorities.double(), stable=True)  # within each sample, by priority
+    rows = _needs_row(draws, input_ids[sample, step + 1], eos).sum(1)[order]
     total = rows.cumsum(0)
-    before_sample = (total - rows)[torch.searchsorted(sample, sample)]
+    rows_before_sample = (total - rows)[torch.searchsorted(sample, sample)]
     room = cap - attention_mask.sum(1)
     fits = torch.empty_like(sample, dtype=torch.bool)
-    fits[line] = total - before_sample <= room[sample]
+    fits[order] = total - rows_before_sample <= room[sample]
     return draws.masked_fill(~fits[:, None], LEFT_OUT)
 
 
@@ -175,9 +175,9 @@ def plan(draws: Tensor, input_ids: Tensor, response: Tensor, eos: int) -> Ribbon
     positions[sample[n], slot] = step[n] + 1
     multiplicity[sample[n], slot] = (draws[n] == draws[n, j, None]).sum(-1).float()
 
-    hits = torch.zeros(input_ids.shape, device=input_ids.device)
-    hits[sample, step + 1] = ((draws == gold[:, None]) & (draws != eos)).sum(1).float()
-    return Ribbon(tokens, positions, multiplicity, hits, counted(draws, eos), left_out(draws))
+    gold_draws = torch.zeros(input_ids.shape, device=input_ids.device)
+    gold_draws[sample, step + 1] = ((draws == gold[:, None]) & (draws != eos)).sum(1).float()
+    return Ribbon(tokens, positions, multiplicity, gold_draws, counted(draws, eos), left_out(draws))
 
 
 def _needs_row(draws: Tensor, gold: Tensor, eos: int) -> Tensor:

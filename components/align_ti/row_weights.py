@@ -10,7 +10,7 @@ from torch import Tensor
 
 from components.align_ti.batch import index_within
 from components.align_ti.divergence import kl
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 
 RowWeight = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher and student logits (n, V), gold tokens (n,) -> (n,)
 
@@ -37,8 +37,8 @@ def unsure(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
 
 def accepted(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
     """1 where the student's top token is in the teacher's top five, else 0.01 (SelecTKD)."""
-    found = teacher.topk(5).indices == student.argmax(-1, keepdim=True)
-    return torch.where(found.any(-1), 1.0, 0.01).to(teacher.dtype)
+    matches = teacher.topk(5).indices == student.argmax(-1, keepdim=True)
+    return torch.where(matches.any(-1), 1.0, 0.01).to(teacher.dtype)
 
 
 def divergence(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def divergence(teacher: Tensor, student: Tensor, gold: Tensor) -> Tensor:
 ROW_WEIGHTS: dict[str, RowWeight] = {f.__name__: f for f in (entropy, certainty, confidence, unsure, accepted, divergence)}
 
 
-def weight_called(name: str) -> RowWeight:
+def row_weight_function(name: str) -> RowWeight:
     """Row weight function by name. Raises ValueError listing the known names."""
     if name not in ROW_WEIGHTS:
         raise ValueError(f"row_weight {name!r} is none of {', '.join(ROW_WEIGHTS)} (components/align_ti/row_weights.py)")
@@ -57,12 +57,12 @@ def weight_called(name: str) -> RowWeight:
 
 
 @torch.no_grad()
-def row_weights(seen: Seen, name: str, visual: bool = False) -> Tensor:
+def row_weights(outputs: StepOutputs, name: str, visual: bool = False) -> Tensor:
     """(N,) weights at the rows that predict the response, or at the visual rows, without a gradient. Requires `live` in the
     term's needs."""
-    weight, rows = weight_called(name), seen.batch.visual if visual else seen.predicts
-    gold = seen.batch.input_ids[rows] if visual else seen.gold
-    return seen.rowwise(rows, lambda at, teacher, student: weight(teacher, student, gold[at]))
+    weight, rows = row_weight_function(name), outputs.batch.visual if visual else outputs.response_rows
+    gold = outputs.batch.input_ids[rows] if visual else outputs.gold
+    return outputs.rowwise(rows, lambda chunk, teacher, student: weight(teacher, student, gold[chunk]))
 
 
 def over_mean(weights: Tensor, sample: Tensor) -> Tensor:

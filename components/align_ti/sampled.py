@@ -32,10 +32,10 @@ class Sampled(Rows):
 def sampled(logits: Tensor, draws: int, uniform: Tensor, temperature: float = 1.0) -> Sampled:
     """Systematic draws from (N, V) logits cut to the shared vocabulary, with one `uniform` (N,) per row."""
     p = torch.softmax(logits / temperature, dim=-1)
-    reached = p.double().cumsum(-1)
+    cumulative = p.double().cumsum(-1)
     points = (torch.arange(draws, device=p.device) + uniform.to(p.device, torch.float64)[:, None]) / draws
-    found = torch.searchsorted(reached, points * reached[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
-    place = found.diff(prepend=found[:, :1]).sign().cumsum(-1)  # index among the row's distinct tokens
-    counts = torch.zeros_like(found).scatter_add(-1, place, torch.ones_like(found))
-    k = int(place.max()) + 1 if len(place) else 0
-    return Sampled(torch.zeros_like(found).scatter(-1, place, found)[:, :k], counts[:, :k], torch.special.entr(p).sum(-1))
+    drawn = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
+    slot = drawn.diff(prepend=drawn[:, :1]).sign().cumsum(-1)  # index among the row's distinct tokens
+    counts = torch.zeros_like(drawn).scatter_add(-1, slot, torch.ones_like(drawn))
+    k = int(slot.max()) + 1 if len(slot) else 0
+    return Sampled(torch.zeros_like(drawn).scatter(-1, slot, drawn)[:, :k], counts[:, :k], torch.special.entr(p).sum(-1))

@@ -21,7 +21,7 @@ Rowwise = Callable[[slice, Tensor, Tensor], Tensor]  # slice of rows, teacher an
 
 
 @dataclass
-class Seen:
+class StepOutputs:
     """Forward results of one step over a batch.
 
     Hidden states are the head's inputs: (B, T, d) for the sequence, (M, d) for the ribbon's rows, None if no term needs
@@ -42,14 +42,14 @@ class Seen:
     ribbon: Ribbon | None = None
     student_ribbon: Tensor | None = None
     teacher_ribbon: Tensor | None = None
-    divergence_of_arm: Divergence = field(default_factory=Divergence)
+    default_divergence: Divergence = field(default_factory=Divergence)
     shared_vocabulary: int | None = None
     chunk_mib: float = CHUNK_MIB
     progress: float = 0.0  # training progress: 0 at the first step, towards 1 at the last
-    measured: dict[str, Tensor] = field(default_factory=dict)  # diagnostics for the journal: sums over the batch's images
-    of_teacher: dict[str, Tensor] = field(default_factory=dict)  # computed once a run from the frozen teacher, by name
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # logged metrics: sums over the batch's images
+    teacher_constants: dict[str, Tensor] = field(default_factory=dict)  # computed once a run from the frozen teacher, by name
     modules: Mapping[str, nn.Module] = field(default_factory=dict)  # trained modules of terms, by term name
-    _of_text: dict[Divergence, Tensor] = field(default_factory=dict, init=False)
+    _text_divergences: dict[Divergence, Tensor] = field(default_factory=dict, init=False)
 
     @cached_property
     def shared(self) -> int | None:
@@ -64,7 +64,7 @@ class Seen:
         return self.student.sum(dtype=at_least_float32(self.student.dtype)) * 0.0
 
     @cached_property
-    def predicts(self) -> Tensor:
+    def response_rows(self) -> Tensor:
         """(B, T) bool: the rows that predict the response."""
         return predicting(self.batch.response)
 
@@ -76,24 +76,24 @@ class Seen:
     @cached_property
     def sample(self) -> Tensor:
         """(N,) sample index of each row in `predicts`: of a conversation, all answers together."""
-        return self.predicts.nonzero()[:, 0]
+        return self.response_rows.nonzero()[:, 0]
 
     @cached_property
     def answer(self) -> Tensor:
         """(N,) answer that each row in `predicts` belongs to, numbered over the batch."""
-        return answers(self.predicts)
+        return answers(self.response_rows)
 
     @cached_property
     def text_rows(self) -> Tensor:
         """(B, T) bool: rows of the sequence that enter L_kd or L_tpa."""
-        return self.predicts if self.ribbon is None else self.predicts | (self.ribbon.gold > 0)
+        return self.response_rows if self.ribbon is None else self.response_rows | (self.ribbon.gold > 0)
 
     def text_divergence(self, divergence: Divergence | None = None) -> Tensor:
         """(N,) divergence at `text_rows`, memoised per `Divergence`."""
-        wanted = divergence or self.divergence_of_arm
-        if wanted not in self._of_text:
-            self._of_text[wanted] = self.divergence(self.text_rows, divergence=wanted)
-        return self._of_text[wanted]
+        options = divergence or self.default_divergence
+        if options not in self._text_divergences:
+            self._text_divergences[options] = self.divergence(self.text_rows, divergence=options)
+        return self._text_divergences[options]
 
     def divergence(self, rows: Tensor, weights: Tensor | None = None, divergence: Divergence | None = None) -> Tensor:
         """(N,) divergence at the rows of a (B, T) bool mask; with `weights` (N,), their weighted sum ()."""
@@ -110,16 +110,16 @@ class Seen:
         With `weights` (N,), the weighted sum (), without recomputing logits in the backward pass. Requires `live` in the
         term's needs.
         """
-        theirs, head = self.teacher_at(rows), self.teacher_head
-        assert isinstance(theirs, Tensor) and head is not None, "a term that reads whole logits says `live` in its needs"
+        teacher_rows, head = self.teacher_at(rows), self.teacher_head
+        assert isinstance(teacher_rows, Tensor) and head is not None, "a term that reads whole logits says `live` in its needs"
 
-        def of_chunk(at: slice, student: Tensor) -> Tensor:
+        def chunk_loss(chunk: slice, student: Tensor) -> Tensor:
             with torch.no_grad():
-                teacher = head(theirs[at])[:, : self.shared]
-            return loss(at, teacher, student[:, : self.shared])
+                teacher = head(teacher_rows[chunk])[:, : self.shared]
+            return loss(chunk, teacher, student[:, : self.shared])
 
         size = rows_per_chunk(max(len(head.weight), len(self.student_head.weight)), self.chunk_mib)
-        return row_losses(self.student[rows], self.student_head, of_chunk, size, weights)
+        return row_losses(self.student[rows], self.student_head, chunk_loss, size, weights)
 
     def ones(self, like: Tensor) -> Tensor:
         """(N,) unit weights for `rowwise` and `divergence`."""
@@ -131,11 +131,17 @@ class Seen:
         return self.teacher.at(rows) if isinstance(self.teacher, Cached) else self.teacher[rows]
 
     def _divergence(
-        self, theirs: Tensor | Rows, mine: Tensor, divergence: Divergence | None = None, weights: Tensor | None = None
+        self,
+        teacher_rows: Tensor | Rows,
+        student_rows: Tensor,
+        divergence: Divergence | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        wanted = divergence or self.divergence_of_arm
-        chunked: dict[str, Any] = {"shared": self.shared_vocabulary, "weights": weights, "chunk_mib": self.chunk_mib}
-        if not isinstance(theirs, Tensor):
-            return cached_row_divergence(theirs, mine, self.student_head, temperature=wanted.temperature, **chunked)
+        options = divergence or self.default_divergence
+        common: dict[str, Any] = {"shared": self.shared_vocabulary, "weights": weights, "chunk_mib": self.chunk_mib}
+        if not isinstance(teacher_rows, Tensor):
+            return cached_row_divergence(
+                teacher_rows, student_rows, self.student_head, temperature=options.temperature, **common
+            )
         assert self.teacher_head is not None
-        return row_divergence(theirs, self.teacher_head, mine, self.student_head, **asdict(wanted), **chunked)
+        return row_divergence(teacher_rows, self.teacher_head, student_rows, self.student_head, **asdict(options), **common)

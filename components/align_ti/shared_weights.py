@@ -31,37 +31,37 @@ class SharedWeights:
 
     def __init__(self, active: bool = True) -> None:
         slots: dict[int, _Slot] = {}
-        self.first, self.second = (_Pass(slots, leaves) if active else nullcontext() for leaves in (False, True))
+        self.first, self.second = (_Pass(slots, defers) if active else nullcontext() for defers in (False, True))
 
 
 class _Slot:
     """Deferred rows of one weight, stored by the second pass for the first."""
 
-    def __init__(self, of: Tensor, weight: Tensor) -> None:
-        self.of = of  # reference that keeps the id, the slot's key, from being reused
+    def __init__(self, parameter: Tensor, weight: Tensor) -> None:
+        self.parameter = parameter  # reference that keeps the id, the slot's key, from being reused
         self.weight = weight  # weight used by both passes, cast once under autocast
-        self._left: list[tuple[Tensor, Tensor]] = []
+        self._deferred: list[tuple[Tensor, Tensor]] = []
         self._closed = False
 
-    def leave(self, gradients: Tensor, inputs: Tensor) -> bool:
+    def defer(self, gradients: Tensor, inputs: Tensor) -> bool:
         """Defer a pair of rows. False after the first pass's backward: the second then returns its own gradient."""
         if not self._closed:
-            self._left.append((gradients, inputs))
+            self._deferred.append((gradients, inputs))
         return not self._closed
 
     def fetch(self) -> list[tuple[Tensor, Tensor]]:
         self._closed = True
-        left, self._left = self._left, []
-        return left
+        deferred, self._deferred = self._deferred, []
+        return deferred
 
 
 class _Pass(TorchFunctionMode):
     """Function mode that replaces F.linear and F.embedding by the autograd functions below."""
 
-    def __init__(self, slots: dict[int, _Slot], leaves: bool) -> None:
+    def __init__(self, slots: dict[int, _Slot], defers: bool) -> None:
         super().__init__()
         self._slots = slots
-        self._leaves = leaves
+        self._defers = defers
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -71,7 +71,7 @@ class _Pass(TorchFunctionMode):
             if func is F.linear and not kwargs and args[1].requires_grad:
                 return self._linear(*args)
             if func is F.embedding and args[1].requires_grad and not any(args[3:]) and not any(kwargs.values()):
-                return _Embedding.apply(args[0], args[1], args[2] if len(args) > 2 else None, self._slot(args[1]), self._leaves)
+                return _Embedding.apply(args[0], args[1], args[2] if len(args) > 2 else None, self._slot(args[1]), self._defers)
         return func(*args, **kwargs)
 
     def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class _Pass(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(inputs.device.type)
             inputs, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
         slot = self._slot(weight, inputs.dtype)
-        out: Tensor = _Linear.apply(inputs, slot.weight, bias, slot, self._leaves)
+        out: Tensor = _Linear.apply(inputs, slot.weight, bias, slot, self._defers)
         return out
 
     def _slot(self, weight: Tensor, dtype: torch.dtype | None = None) -> _Slot:
@@ -92,32 +92,38 @@ class _Linear(torch.autograd.Function):
     """F.linear with a deferred weight gradient: (..., a) inputs, (b, a) weight -> (..., b)."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, slot: _Slot, leaves: bool) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, slot: _Slot, defers: bool) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.slot, ctx.leaves = slot, leaves
+        ctx.slot, ctx.defers = slot, defers
         return F.linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        for_inputs, for_weight, for_bias, *_ = ctx.needs_input_grad
+        needs_inputs, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         rows, gradients = inputs.flatten(0, -2), upstream.flatten(0, -2)
         weight_gradient = None
-        if for_weight and not (ctx.leaves and ctx.slot.leave(gradients, rows)):
+        if needs_weight and not (ctx.defers and ctx.slot.defer(gradients, rows)):
             weight_gradient = gradients.T @ rows
-            for more_gradients, more_rows in [] if ctx.leaves else ctx.slot.fetch():
+            for more_gradients, more_rows in [] if ctx.defers else ctx.slot.fetch():
                 weight_gradient.addmm_(more_gradients.T, more_rows)
-        return upstream @ weight if for_inputs else None, weight_gradient, gradients.sum(0) if for_bias else None, None, None
+        return (
+            upstream @ weight if needs_inputs else None,
+            weight_gradient,
+            gradients.sum(0) if needs_bias else None,
+            None,
+            None,
+        )
 
 
 class _Embedding(torch.autograd.Function):
     """F.embedding with a deferred weight gradient: (...) tokens, (V, d) weight -> (..., d)."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int | None, slot: _Slot, leaves: bool) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int | None, slot: _Slot, defers: bool) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.columns, ctx.padding, ctx.slot, ctx.leaves = len(weight), -1 if padding is None else padding, slot, leaves
+        ctx.columns, ctx.padding, ctx.slot, ctx.defers = len(weight), -1 if padding is None else padding, slot, defers
         return F.embedding(tokens, weight)
 
     @staticmethod
@@ -125,9 +131,9 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         rows, gradients = tokens.flatten(), upstream.flatten(0, -2)
-        if ctx.leaves and ctx.slot.leave(gradients, rows):
+        if ctx.defers and ctx.slot.defer(gradients, rows):
             return None, None, None, None, None
-        left = [(gradients, rows), *([] if ctx.leaves else ctx.slot.fetch())]
-        all_gradients, all_rows = (torch.cat(parts) for parts in zip(*left, strict=True))
+        pairs = [(gradients, rows), *([] if ctx.defers else ctx.slot.fetch())]
+        all_gradients, all_rows = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         weight_gradient = torch.ops.aten.embedding_dense_backward(all_gradients, all_rows, ctx.columns, ctx.padding, False)
         return None, weight_gradient, None, None, None

@@ -30,15 +30,15 @@ from components.align_ti.ribbon import (
     draw,
     expanded_mask,
     fit,
-    places,
     plan,
     probabilities,
     shuffled,
+    step_priorities,
     uniforms,
 )
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.shared_weights import SharedWeights
-from components.align_ti.terms import CORE, Follows, Needs, OfDepth, Term, Trained, computed, term_class, union
+from components.align_ti.terms import CORE, DepthAware, LossAware, Needs, Term, Trained, computed, term_class, union
 from components.align_ti.watch import Watch, Watched
 
 SHARED_FROM = 10_000_000  # trained parameters from which deferred weight gradients cost less than computing them twice
@@ -63,8 +63,8 @@ class Student(Protocol):
 class Teacher(Protocol):
     """Interface of the frozen teacher. `features` may reuse the student's image features if both share the vision tower."""
 
-    def features(self, batch: Batch, of_student: Any) -> Any: ...
-    def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, Any, Tensor | None]: ...
+    def features(self, batch: Batch, student_features: Any) -> Any: ...
+    def plain(self, batch: Batch, features: Any, keep: bool, with_attention: bool) -> tuple[Tensor, Any, Tensor | None]: ...
     def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
     def watched(self, batch: Batch, watch: Watch) -> AbstractContextManager[Watched]: ...
     @property
@@ -81,7 +81,7 @@ class Teacher(Protocol):
 class Signals(Protocol):
     """Interface of the cached teacher signals, looked up by sample; no teacher model is loaded."""
 
-    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Cached, Tensor | None]: ...
+    def look_up(self, batch: Batch, visual: bool, with_attention: bool) -> tuple[Cached, Tensor | None]: ...
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class Method:
         if isinstance(options.get("divergence"), dict):
             options["divergence"] = Divergence(**options["divergence"])
         term: Term = term_class(name)(**options)
-        return term.at_depth(*self.depths) if self.depths and isinstance(term, OfDepth) else term
+        return term.at_depth(*self.depths) if self.depths and isinstance(term, DepthAware) else term
 
     @cached_property
-    def weighed(self) -> dict[str, Term]:
+    def weighted_terms(self) -> dict[str, Term]:
         """Terms with a positive weight, in the order of `terms`."""
         return {name: term for name, term in self.terms.items() if self.weights.get(name, 0) > 0}
 
@@ -132,7 +132,7 @@ class Method:
     @cached_property
     def needs(self) -> Needs:
         """Union of the needs of all terms with a positive weight."""
-        return union(term.needs for term in self.weighed.values())
+        return union(term.needs for term in self.weighted_terms.values())
 
     def weight_vector(self, device: torch.device | None = None) -> Tensor:
         """Loss weights in the order of `terms`."""
@@ -168,27 +168,27 @@ class AlignTI(nn.Module):
     def __init__(self, student: Student, teacher: Teacher | None, method: Method, signals: Signals | None = None) -> None:
         """`signals` replace the teacher if no term needs it live and all divergences are forward KL."""
         super().__init__()
-        needs, weighed = method.needs, method.weighed
-        asking = ", ".join(name for name, term in weighed.items() if term.needs.teacher)
-        kinds = {(getattr(term, "divergence", None) or method.divergence).kind for term in weighed.values()}
+        needs, weighted_terms = method.needs, method.weighted_terms
+        teacher_terms = ", ".join(name for name, term in weighted_terms.items() if term.needs.teacher)
+        kinds = {(getattr(term, "divergence", None) or method.divergence).kind for term in weighted_terms.values()}
         if teacher is None and signals is None and needs.teacher:
-            raise ValueError(f"{asking} need a teacher")
+            raise ValueError(f"{teacher_terms} need a teacher")
         if signals is not None and (needs.live_teacher or kinds - {"forward"}):
-            raise ValueError(f"kept signals serve kd and iva under the forward divergence, and not all of {asking}")
+            raise ValueError(f"kept signals serve kd and iva under the forward divergence, and not all of {teacher_terms}")
         self.student = student
         # A tuple hides the teacher from nn.Module: no optimiser state, no DDP/FSDP wrapping, no entry in checkpoints.
         self._teacher = (teacher,)
         self._signals = signals
         self.method = method
-        self.measured: dict[str, Tensor | int] = {}  # `Seen.measured`, summed over passes since process start
-        self._of_teacher: dict[str, Tensor] = {}  # `Seen.of_teacher`
+        self.diagnostics: dict[str, Tensor | int] = {}  # `StepOutputs.diagnostics`, summed over passes since process start
+        self._teacher_constants: dict[str, Tensor] = {}  # `StepOutputs.teacher_constants`
         self._shares_weights = sum(p.numel() for p in self.parameters() if p.requires_grad) >= SHARED_FROM
         self.term_modules = nn.ModuleDict()
-        for name, term in weighed.items():
+        for name, term in weighted_terms.items():
             if isinstance(term, Trained):
                 weight = student.head.weight
-                made = term.module(weight.shape[1], None if teacher is None else teacher.head.weight.shape[1])
-                self.term_modules[name] = made.to(weight.device)
+                term_module = term.module(weight.shape[1], None if teacher is None else teacher.head.weight.shape[1])
+                self.term_modules[name] = term_module.to(weight.device)
 
     @property
     def teacher(self) -> Teacher:
@@ -203,7 +203,7 @@ class AlignTI(nn.Module):
     def stepped(self, means: Tensor) -> None:
         """Pass each term's global mean, in the order of `Method.terms`, to the term modules that track their loss."""
         for name, mean in zip(self.method.terms, means.detach(), strict=True):
-            if name in self.term_modules and isinstance(module := self.term_modules[name], Follows):
+            if name in self.term_modules and isinstance(module := self.term_modules[name], LossAware):
                 module.stepped(mean, self.progress)
 
     def forward(self, batch: Batch, keys: list[int], draws: Tensor | None = None) -> Sums:
@@ -214,86 +214,94 @@ class AlignTI(nn.Module):
             draws: (N, d) from `draw`, if the caller counted units before the backward pass; None: drawn here.
         """
         terms = self.method.terms
-        seen = self._see(batch, keys, draws)
-        sums = dict.fromkeys(terms, seen.zero)
-        wanted = computed(self.method.weighed)
+        outputs = self._forward_passes(batch, keys, draws)
+        sums = dict.fromkeys(terms, outputs.zero)
+        active = computed(self.method.weighted_terms)
         for name in dict.fromkeys(("sft", "kd", "tpa", *terms)):  # fixed order of gradient summation, for equal bytes
-            if name in wanted:
-                sums[name] = terms[name].loss(seen) + seen.zero
-        for name, value in seen.measured.items():
-            self.measured[name] = self.measured.get(name, 0) + value
-        summed, ribbon = torch.stack(list(sums.values())), seen.ribbon
+            if name in active:
+                sums[name] = terms[name].loss(outputs) + outputs.zero
+        for name, value in outputs.diagnostics.items():
+            self.diagnostics[name] = self.diagnostics.get(name, 0) + value
+        term_sums, ribbon = torch.stack(list(sums.values())), outputs.ribbon
         if ribbon is None:
-            return Sums(summed, self._counts(batch, None))
-        return Sums(summed, self._counts(batch, ribbon.counted), int(ribbon.valid.sum()), ribbon.steps_left_out)
+            return Sums(term_sums, self._counts(batch, None))
+        return Sums(term_sums, self._counts(batch, ribbon.counted), int(ribbon.valid.sum()), ribbon.steps_left_out)
 
-    def _see(self, batch: Batch, keys: list[int], draws: Tensor | None) -> Seen:
+    def _forward_passes(self, batch: Batch, keys: list[int], draws: Tensor | None) -> StepOutputs:
         """All forward passes of the step: student and teacher over the sequence and its views, then both over the ribbon."""
         method, needs, student = self.method, self.method.needs, self.student
         features = student.features(batch)
         shared = SharedWeights(active=needs.ribbon and self._shares_weights)
-        ribbon, my_ribbon, cache = None, None, None
+        ribbon, student_ribbon, cache = None, None, None
         if needs.ribbon and method.route == "expanded":
             ribbon = self._plan(self.draw(batch, keys) if draws is None else draws, batch)
         with student.watched(batch, needs.in_student) as in_student:
             if ribbon is not None:
-                mine, my_ribbon = self._expanded(batch, features, ribbon)
+                student_hidden, student_ribbon = self._expanded(batch, features, ribbon)
             else:
                 with shared.first:
-                    mine, cache = student.plain(batch, features, keep=needs.ribbon)
+                    student_hidden, cache = student.plain(batch, features, keep=needs.ribbon)
         T = batch.input_ids.shape[1]
         in_student.hidden = {layer: states[:, :T] for layer, states in in_student.hidden.items()}
-        seen = Seen(
+        outputs = StepOutputs(
             batch,
-            mine,
+            student_hidden,
             student.head,
             keys,
             in_student=in_student,
             ribbon=ribbon,
-            student_ribbon=my_ribbon,
-            divergence_of_arm=method.divergence,
+            student_ribbon=student_ribbon,
+            default_divergence=method.divergence,
             shared_vocabulary=method.shared_vocabulary,
             chunk_mib=method.chunk_mib,
             progress=self.progress,
-            of_teacher=self._of_teacher,
+            teacher_constants=self._teacher_constants,
             modules=dict(self.term_modules.items()),
         )
-        their_cache = self._see_teacher(seen, features) if needs.teacher else None
+        teacher_cache = self._teacher_pass(outputs, features) if needs.teacher else None
         for view in needs.views:
-            seen.views[view.name] = self._plain(view.edit(batch), view.student, view.teacher)
+            outputs.views[view.name] = self._plain(view.edit(batch), view.student, view.teacher)
         if needs.edits and (edits := edits_of(batch)) is not None:
-            seen.edited = student.edited(edits)
+            outputs.edited = student.edited(edits)
         if not needs.ribbon:
-            return seen
-        if seen.ribbon is None:
-            seen.ribbon = self._plan(self._draw_from(batch, keys, mine, seen.teacher) if draws is None else draws, batch)
+            return outputs
+        if outputs.ribbon is None:
+            outputs.ribbon = self._plan(
+                self._draw_from(batch, keys, student_hidden, outputs.teacher) if draws is None else draws, batch
+            )
             with shared.second:
-                seen.student_ribbon = self._continued(student, cache, seen.ribbon, batch)
+                outputs.student_ribbon = self._continued(student, cache, outputs.ribbon, batch)
         with torch.no_grad():
-            seen.teacher_ribbon = self._continued(self.teacher, their_cache, seen.ribbon, batch)
-        return seen
+            outputs.teacher_ribbon = self._continued(self.teacher, teacher_cache, outputs.ribbon, batch)
+        return outputs
 
     @torch.no_grad()
-    def _see_teacher(self, seen: Seen, features: Any) -> Any:
-        """Add the teacher's view of the sequence, live or cached. Returns its key/value cache, None without a ribbon."""
-        batch, needs = seen.batch, self.method.needs
+    def _teacher_pass(self, outputs: StepOutputs, features: Any) -> Any:
+        """Add the teacher's outputs for the sequence, live or cached. Returns its key/value cache, None without a ribbon."""
+        batch, needs = outputs.batch, self.method.needs
         if self._signals is not None:
-            seen.teacher, seen.attention = self._signals.look_up(batch, visual=needs.visual, look=needs.attention)
+            outputs.teacher, outputs.attention = self._signals.look_up(
+                batch, visual=needs.visual, with_attention=needs.attention
+            )
             return None
         teacher = self.teacher
-        seen.teacher_head = teacher.head
+        outputs.teacher_head = teacher.head
         features = teacher.features(batch, features)
-        with teacher.watched(batch, needs.in_teacher) as seen.in_teacher:
-            seen.teacher, cache, seen.attention = teacher.plain(batch, features, keep=needs.ribbon, look=needs.attention)
+        with teacher.watched(batch, needs.in_teacher) as outputs.in_teacher:
+            outputs.teacher, cache, outputs.attention = teacher.plain(
+                batch, features, keep=needs.ribbon, with_attention=needs.attention
+            )
         return cache
 
     def _plain(self, batch: Batch, by_student: bool, by_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
         """Student and teacher hidden states (B, T, d) of a batch; the teacher's carry no gradient."""
-        mine = self.student.plain(batch, self.student.features(batch), keep=False)[0] if by_student else None
+        student_hidden = self.student.plain(batch, self.student.features(batch), keep=False)[0] if by_student else None
         if not by_teacher:
-            return mine, None
+            return student_hidden, None
         with torch.no_grad():
-            return mine, self.teacher.plain(batch, self.teacher.features(batch, None), keep=False, look=False)[0]
+            return student_hidden, self.teacher.plain(
+                batch, self.teacher.features(batch, None), keep=False, with_attention=False
+            )[0]
 
     def _plan(self, draws: Tensor, batch: Batch) -> Ribbon:
         return plan(draws, batch.input_ids, batch.response, self.method.eos)
@@ -315,25 +323,29 @@ class AlignTI(nn.Module):
         return self._counts(batch, None if draws is None else counted(draws, self.method.eos))
 
     @torch.no_grad()
-    def _draw_from(self, batch: Batch, keys: list[int], mine: Tensor | None, theirs: Tensor | Cached | None) -> Tensor:
+    def _draw_from(
+        self, batch: Batch, keys: list[int], student_hidden: Tensor | None, teacher_hidden: Tensor | Cached | None
+    ) -> Tensor:
         """(N, d) draws at the rows that predict the response, from the source's hidden states (B, T, d); source gold: the gold
         tokens (N, 1)."""
         method, response = self.method, batch.response[:, 1:]
         gold = batch.input_ids[:, 1:][response][:, None]
         if method.source == "gold":
             return gold
-        head, hidden = (self.student.head, mine) if method.source == "student" else (self.teacher.head, theirs)
+        head, hidden = (
+            (self.student.head, student_hidden) if method.source == "student" else (self.teacher.head, teacher_hidden)
+        )
         assert isinstance(hidden, Tensor)  # no cache serves a ribbon
         rows = hidden[predicting(batch.response)].detach()
         uniform = uniforms(response, keys, method.draws)
         size = rows_per_chunk(len(head.weight), method.chunk_mib)
         drawn = [
             draw(
-                probabilities(head(some)[:, : method.shared_vocabulary], method.draw_temperature, method.top_k, method.top_p),
-                numbers,
+                probabilities(head(chunk)[:, : method.shared_vocabulary], method.draw_temperature, method.top_k, method.top_p),
+                chunk_uniforms,
                 method.replacement,
             )
-            for some, numbers in zip(rows.split(size), uniform.split(size), strict=True)
+            for chunk, chunk_uniforms in zip(rows.split(size), uniform.split(size), strict=True)
         ]
         draws = torch.cat(drawn)
         if method.alternatives == "shuffled":
@@ -342,8 +354,8 @@ class AlignTI(nn.Module):
             draws = draws.masked_fill(draws == gold, method.eos)
         if method.max_expanded_length is None:
             return draws
-        whole = (batch.input_ids, batch.attention_mask, batch.response)
-        return fit(draws, places(response, keys), *whole, method.eos, method.max_expanded_length)
+        sequence = (batch.input_ids, batch.attention_mask, batch.response)
+        return fit(draws, step_priorities(response, keys), *sequence, method.eos, method.max_expanded_length)
 
     def _expanded(self, batch: Batch, features: Any, ribbon: Ribbon) -> tuple[Tensor, Tensor]:
         """(B, T, d) and (M, d) hidden states of one pass over the sequence with the ribbon appended."""

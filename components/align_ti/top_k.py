@@ -26,11 +26,11 @@ class TopK(Rows):
         """(N,) sum_topk p_T (log p_T - log p_S) + tail_T (log tail_T - log tail_S) per row, tail_S the student's mass outside
         the teacher's top k."""
         logits = student_logits / temperature
-        kept = logits.gather(-1, self.tokens)
-        if kept.shape[-1] == logits.shape[-1]:
-            return kl(self.log_probs, torch.log_softmax(kept, dim=-1))
-        beyond = logits.scatter(-1, self.tokens, -torch.inf).logsumexp(-1, keepdim=True)
-        log_s = torch.log_softmax(torch.cat([kept, beyond], dim=-1), dim=-1)
+        top_logits = logits.gather(-1, self.tokens)
+        if top_logits.shape[-1] == logits.shape[-1]:
+            return kl(self.log_probs, torch.log_softmax(top_logits, dim=-1))
+        tail_logits = logits.scatter(-1, self.tokens, -torch.inf).logsumexp(-1, keepdim=True)
+        log_s = torch.log_softmax(torch.cat([top_logits, tail_logits], dim=-1), dim=-1)
         return kl(torch.cat([self.log_probs, self.log_tail[:, None]], dim=-1), log_s)
 
 
@@ -44,7 +44,7 @@ def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
     return TopK(tokens, log_probs, log_p.scatter(-1, tokens, -torch.inf).logsumexp(-1))
 
 
-def with_rest(p: Tensor, tokens: Tensor) -> Tensor:
+def with_residual(p: Tensor, tokens: Tensor) -> Tensor:
     """(N, k + 1) probabilities of `tokens` (N, k) under p (N, V), and the residual mass of all others."""
     return torch.cat([p.gather(1, tokens), p.scatter(1, tokens, 0.0).sum(1, keepdim=True)], dim=1)
 
@@ -56,6 +56,6 @@ def decoupled(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor,
     """
     shared = min(teacher.shape[-1], student.shape[-1])
     log_p, log_q = (logits[:, :shared].log_softmax(-1).scatter(-1, tokens, -torch.inf) for logits in (teacher, student))
-    rest_p, rest_q = (others.logsumexp(-1, keepdim=True) for others in (log_p, log_q))
-    parts = TopK(tokens, teacher[:, :shared].log_softmax(-1).gather(-1, tokens), rest_p[:, 0])
-    return parts.divergence(student[:, :shared]), kl(log_p - rest_p, log_q - rest_q), rest_p[:, 0].exp()
+    tail_p, tail_q = (tail.logsumexp(-1, keepdim=True) for tail in (log_p, log_q))
+    teacher_top = TopK(tokens, teacher[:, :shared].log_softmax(-1).gather(-1, tokens), tail_p[:, 0])
+    return teacher_top.divergence(student[:, :shared]), kl(log_p - tail_p, log_q - tail_q), tail_p[:, 0].exp()

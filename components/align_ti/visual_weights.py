@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import by_column, owners
+from components.align_ti.batch import by_column, image_indices
 
 
 def visual_weights(attention: Tensor, pictures: Tensor) -> Tensor:
@@ -27,10 +27,10 @@ def visual_weights(attention: Tensor, pictures: Tensor) -> Tensor:
     columns = by_column(pictures)
     weights = torch.zeros_like(attention)
     for number in range(1, int(columns.max()) + 1 if columns.numel() else 1):
-        own = (columns == number).to(attention.dtype)
-        seen = attention * own
-        seen = torch.where(seen.sum(1, keepdim=True) > 0, seen, own)
-        weights = weights + seen / seen.sum(1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
+        in_image = (columns == number).to(attention.dtype)
+        image_attention = attention * in_image
+        image_attention = torch.where(image_attention.sum(1, keepdim=True) > 0, image_attention, in_image)
+        weights = weights + image_attention / image_attention.sum(1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
     return weights[columns > 0]
 
 
@@ -41,17 +41,19 @@ def changed(attention: Tensor, pictures: Tensor, ids: list[str], change: Change)
     """(B, Nv) attention, within each image permuted (seeded by `ids`), without its sinks, or reduced to its sinks.
 
     A sink has attention above its image's mean + 3 standard deviations."""
-    found, columns = torch.zeros_like(attention), by_column(pictures)
-    for sample, number in owners(pictures):
-        at = columns[sample] == number
-        own = attention[sample][at]
+    result, columns = torch.zeros_like(attention), by_column(pictures)
+    for sample, number in image_indices(pictures):
+        in_image = columns[sample] == number
+        image_attention = attention[sample][in_image]
         if change == "permuted":
-            stream = torch.Generator().manual_seed(zlib.crc32(ids[sample].encode()))
-            found[sample, at] = own[torch.randperm(len(own), generator=stream).to(own.device)]
+            generator = torch.Generator().manual_seed(zlib.crc32(ids[sample].encode()))
+            result[sample, in_image] = image_attention[
+                torch.randperm(len(image_attention), generator=generator).to(image_attention.device)
+            ]
         else:
-            sinks = own > own.mean() + 3 * own.std(correction=0)
-            found[sample, at] = own * (sinks if change == "sinks_alone" else ~sinks)
-    return found
+            sinks = image_attention > image_attention.mean() + 3 * image_attention.std(correction=0)
+            result[sample, in_image] = image_attention * (sinks if change == "sinks_alone" else ~sinks)
+    return result
 
 
 def sampled(weights: Tensor, pictures: Tensor, keys: list[int], rows: int) -> tuple[Tensor, Tensor]:
@@ -63,27 +65,27 @@ def sampled(weights: Tensor, pictures: Tensor, keys: list[int], rows: int) -> tu
     Returns:
         (B, T) bool mask of the distinct rows with a weight, and (n,) their weights: draws / `rows`.
     """
-    placed = weights.new_zeros(pictures.shape).masked_scatter(pictures > 0, weights)
-    for sample, number in owners(pictures):
-        at = pictures[sample] == number
-        own = placed[sample, at]
-        if len(own) > rows:
-            first = random.Random(f"iva {keys[sample]} {number}").random()
-            points = (torch.arange(rows, device=own.device, dtype=torch.float64) + first) / rows
-            reached = own.double().cumsum(0)
-            found = torch.searchsorted(reached / reached[-1], points, right=True)
-            placed[sample, at] = found.bincount(minlength=len(own)).to(own.dtype) / rows
-    drawn = placed > 0
-    return drawn, placed[drawn]
+    dense = weights.new_zeros(pictures.shape).masked_scatter(pictures > 0, weights)
+    for sample, number in image_indices(pictures):
+        in_image = pictures[sample] == number
+        image_weights = dense[sample, in_image]
+        if len(image_weights) > rows:
+            offset = random.Random(f"iva {keys[sample]} {number}").random()
+            points = (torch.arange(rows, device=image_weights.device, dtype=torch.float64) + offset) / rows
+            cumulative = image_weights.double().cumsum(0)
+            drawn_rows = torch.searchsorted(cumulative / cumulative[-1], points, right=True)
+            dense[sample, in_image] = drawn_rows.bincount(minlength=len(image_weights)).to(image_weights.dtype) / rows
+    drawn = dense > 0
+    return drawn, dense[drawn]
 
 
 def concentration(weights: Tensor, pictures: Tensor) -> dict[str, Tensor]:
     """Concentration of (N,) `visual_weights`, summed over images: effective sample size 1 / sum w^2, and top-5 share."""
-    placed = weights.new_zeros(pictures.shape).masked_scatter(pictures > 0, weights)
-    of_image = torch.stack([placed[sample] * (pictures[sample] == number) for sample, number in owners(pictures)])
-    top = of_image.topk(min(5, pictures.shape[1])).values.sum()
-    effective = (1 / of_image.square().sum(1)).sum()
-    return {"images": weights.new_tensor(len(of_image)), "effective_tokens": effective, "top5": top}
+    dense = weights.new_zeros(pictures.shape).masked_scatter(pictures > 0, weights)
+    per_image = torch.stack([dense[sample] * (pictures[sample] == number) for sample, number in image_indices(pictures)])
+    top = per_image.topk(min(5, pictures.shape[1])).values.sum()
+    effective = (1 / per_image.square().sum(1)).sum()
+    return {"images": weights.new_tensor(len(per_image)), "effective_tokens": effective, "top5": top}
 
 
 def uniform_attention(pictures: Tensor) -> Tensor:

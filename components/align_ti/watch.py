@@ -31,7 +31,7 @@ class Watch:
 
     @property
     def layers(self) -> set[int]:
-        return {each.layer for each in self.maps} | set(self.hidden)
+        return {map.layer for map in self.maps} | set(self.hidden)
 
     def __or__(self, other: Watch) -> Watch:
         return Watch(tuple(dict.fromkeys(self.maps + other.maps)), tuple(dict.fromkeys(self.hidden + other.hidden)))

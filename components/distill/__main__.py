@@ -103,7 +103,7 @@ def _equal_weights(module: AlignTI, accelerator: Accelerator) -> int:
 def _concentration(module: AlignTI, accelerator: Accelerator) -> dict[str, float]:
     """Mean concentration of the weights of L_iva per image, over all processes since process start."""
     names = ("iva/effective_tokens", "iva/top5", "iva/rows", "iva/images")
-    sums = torch.tensor([float(module.measured.get(name, 0)) for name in names], device=accelerator.device)
+    sums = torch.tensor([float(module.diagnostics.get(name, 0)) for name in names], device=accelerator.device)
     *means, images = accelerator.reduce(sums, reduction="sum").tolist()
     return {name: mean / images for name, mean in zip(names, means, strict=False) if mean} if images else {}
 

@@ -111,10 +111,12 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
                 f" {sides[1]}; its rows there and the weights of L_iva are interpolated bilinearly to the student's grid"
             )
         assert arm.iva is not None  # filled in by Settings.arm
-        weighed = weighting(arm.iva, layers, teacher.layers, arm.seed)
+        layer_weighting = weighting(arm.iva, layers, teacher.layers, arm.seed)
         own = teacher.processor if sides is not None else None
-        collator = Collator(student.processor, template, settings.models.max_length, train=True, teacher=own, rows=weighed.rows)
-        module = _live(arm, settings.distill, student, teacher, weighed, collator, sides)
+        collator = Collator(
+            student.processor, template, settings.models.max_length, train=True, teacher=own, rows=layer_weighting.rows
+        )
+        module = _live(arm, settings.distill, student, teacher, layer_weighting, collator, sides)
     chosen, answers = trained_on(samples.kinds, settings.distill), None
     if arm.answers is not None:
         answers = Answers(ANSWERS, answer_facts(settings), arm.answer_filter)
@@ -219,17 +221,17 @@ def _live(
     distill: DistillSettings,
     student: Loaded,
     teacher: Loaded,
-    weighed: Weighting,
+    layer_weighting: Weighting,
     collator: Collator,
     sides: tuple[int, int] | None,
 ) -> AlignTI:
     """Distillation module with a live teacher. Raises ModelError if the pair is incompatible or the layer does not exist."""
-    check_layer(teacher, weighed.layer)
+    check_layer(teacher, layer_weighting.layer)
     depths = student.layers, teacher.layers
     method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None), depths)
     pupil, master = VLM(student.model), VLM(teacher.model)
     if method.needs.linear and (pupil.head.cap or master.head.cap):
-        names = ", ".join(name for name, term in method.weighed.items() if term.needs.linear)
+        names = ", ".join(name for name, term in method.weighted_terms.items() if term.needs.linear)
         raise ModelError(
             f"L_{names} needs the logits to be linear in the hidden states; Gemma 2 soft-caps them: give it no weight"
         )
@@ -237,7 +239,7 @@ def _live(
     if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
         pupil.flex()
     shares_tower = sides is None and not distill.trainable.vision_tower and same_tower(pupil, master)
-    frozen = FrozenTeacher(master, weighed.layer, shares_tower, weighed.background, weighed.gradient)
+    frozen = FrozenTeacher(master, layer_weighting.layer, shares_tower, layer_weighting.background, layer_weighting.gradient)
     return AlignTI(pupil, frozen if sides is None else ResampledTeacher(frozen, *sides), method)
 
 

@@ -166,7 +166,7 @@ def _step(
 
 def _tracked(line: dict[str, float], method: Method) -> dict[str, float]:
     """Metrics of a record of losses.jsonl: `loss/` for the total and trained terms, `optim/` for the rest."""
-    losses = {"total", *method.weighed}
+    losses = {"total", *method.weighted_terms}
     others = line.keys() - {"step", "total", *method.terms}
     return {f"loss/{key}": line[key] for key in losses} | {f"optim/{key}": line[key] for key in others}
 

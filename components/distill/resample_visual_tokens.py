@@ -45,13 +45,15 @@ class ResampledTeacher:
         self.teacher = teacher
         self.weights = bilinear(theirs, mine)
 
-    def features(self, batch: Batch, of_student: Any) -> Any:
+    def features(self, batch: Batch, student_features: Any) -> Any:
         return self.teacher.features(_own(batch), None)
 
-    def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, _Kept | None, Tensor | None]:
+    def plain(
+        self, batch: Batch, features: Any, keep: bool, with_attention: bool
+    ) -> tuple[Tensor, _Kept | None, Tensor | None]:
         """`FrozenTeacher.plain`, resampled to the student's T positions and Nv visual tokens."""
         own = _own(batch)
-        theirs, cache, attention = self.teacher.plain(own, features, keep, look)
+        theirs, cache, attention = self.teacher.plain(own, features, keep, with_attention)
         hidden = self._of_student(theirs, batch)
         attention = None if attention is None else self._on_grid(attention)
         if not keep:

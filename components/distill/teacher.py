@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import Batch, owners, placed
+from components.align_ti.batch import Batch, image_indices, scatter_visual
 from components.align_ti.head import Head
 from components.align_ti.watch import Watch, Watched
 from components.irs.centred import centred_in_batch, without_weights
@@ -41,20 +41,20 @@ class FrozenTeacher:
         self.background, self.gradient = background, gradient
         self.equal_weights = torch.zeros((), dtype=torch.long)  # count of images with uniform weights for lack of attention
 
-    def features(self, batch: Batch, of_student: Any) -> Any:
-        if self.shares_tower and of_student is not None:
-            return of_student.detach()
+    def features(self, batch: Batch, student_features: Any) -> Any:
+        if self.shares_tower and student_features is not None:
+            return student_features.detach()
         return self.vlm.features(self._here(batch))
 
-    def plain(self, batch: Batch, features: Any, keep: bool, look: bool) -> tuple[Tensor, Kept | None, Tensor | None]:
-        """Hidden states (B, T, d), the key/value cache if `keep`, and if `look` the weights of visual tokens (B, Nv)."""
+    def plain(self, batch: Batch, features: Any, keep: bool, with_attention: bool) -> tuple[Tensor, Kept | None, Tensor | None]:
+        """Hidden states (B, T, d); with `keep` the key/value cache; `with_attention`: the weights of visual tokens (B, Nv)."""
         home = batch.input_ids.device
         batch = self._here(batch)
         if isinstance(features, Tensor):
             features = features.to(self.device)
-        if not look or self.gradient:
+        if not with_attention or self.gradient:
             hidden, cache = self.vlm.plain(batch, features, keep)
-            return hidden.to(home), cache, self._by_gradient(batch, features).to(home) if look else None
+            return hidden.to(home), cache, self._by_gradient(batch, features).to(home) if with_attention else None
         probe = AttentionProbe.at(batch.instruction, batch.pictures)
         with probing(self.vlm.model, [self.layer], probe):
             hidden, cache = self.vlm.plain(batch, features, keep)
@@ -68,12 +68,12 @@ class FrozenTeacher:
         """(B, Nv) attribution max(0, (e_j - b) ds/de_j), s the answer's mean log-probability, b the image's mean embedding."""
         own = self.vlm.embedded(batch, features)
         means = own["inputs_embeds"].clone()
-        for sample, number in owners(batch.pictures):
+        for sample, number in image_indices(batch.pictures):
             at = batch.pictures[sample] == number
             means[sample, at] = means[sample, at].mean(0)
         everywhere = torch.ones(batch.input_ids.shape, device=means.device)
         slopes = attributions(self.vlm, batch, features, own | {"inputs_embeds": means}, everywhere)
-        return placed(slopes[batch.visual].clamp_min(0), batch.pictures)
+        return scatter_visual(slopes[batch.visual].clamp_min(0), batch.pictures)
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:

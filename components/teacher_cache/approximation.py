@@ -32,7 +32,7 @@ def measure(
     chosen = _spread(samples)
     for start in tqdm(range(0, len(chosen), batch_size), desc="its error", unit="batch"):
         batch, hidden, _ = teacher_pass.forward(chosen[start : start + batch_size])
-        known, _ = signals.look_up(batch, visual=True, look=False)
+        known, _ = signals.look_up(batch, visual=True, with_attention=False)
         with torch.inference_mode():
             mine, _ = student.plain(batch, student.features(batch), keep=False)
         masks: dict[Kind, Tensor] = {"text": predicting(batch.response), "visual": batch.visual}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from components.align_ti.batch import predicting
 from components.align_ti.divergence import divergence
-from components.align_ti.top_k import with_rest
+from components.align_ti.top_k import with_residual
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.attribution import attributions
 from components.models.collate import Batch, Collator
@@ -128,7 +128,7 @@ class EvidencePass:
         tokens = (likeliest + torch.maximum(whole, without)).topk(min(2 * TOKENS, V)).indices
         dtype = torch.float16 if tokens.shape[1] < whole.shape[1] else torch.float32
         index = torch.int16 if whole.shape[1] <= 2**15 else torch.int32
-        kept_whole, kept_without = (with_rest(p, tokens).to("cpu", dtype) for p in (whole, without))
+        kept_whole, kept_without = (with_residual(p, tokens).to("cpu", dtype) for p in (whole, without))
         return tokens.to("cpu", index), kept_whole, kept_without
 
 

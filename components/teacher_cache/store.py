@@ -135,8 +135,8 @@ class Signals:
                 others = [*mine[1:], mine[0]] if other == "other_instruction" else next_image
                 self._attended[mine] = [others[place % len(others)] for place in range(len(mine))]
 
-    def look_up(self, batch: Batch, visual: bool, look: bool) -> tuple[Cached, Tensor | None]:
-        """Cached distributions at the rows that predict a response and, if `visual`, at the visual rows; if `look`, the
+    def look_up(self, batch: Batch, visual: bool, with_attention: bool) -> tuple[Cached, Tensor | None]:
+        """Cached distributions at the rows that predict a response, with `visual` at the visual rows too; `with_attention`: the
         attention (B, Nv) that weights visual tokens. On the batch's device.
 
         Raises DataError naming the first sample that the cache does not hold with these tokens.
@@ -154,7 +154,7 @@ class Signals:
         if visual:
             index[batch.visual] = rows[text:]
         known = Cached(kept, index)
-        if not look:
+        if not with_attention:
             return known, None
         attended = self._spans(self._attended[found], ATTENTION, VISUAL_ROWS)
         own = [shard["attention"][first:last] for shard, first, last in attended]

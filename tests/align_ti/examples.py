@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from components.align_ti import step, terms
 from components.align_ti.batch import Batch
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, View, images
 from components.align_ti.watch import Map, Watch
 from tests import tiny
@@ -29,10 +29,10 @@ class Attention:
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return images(batch)
 
-    def loss(self, seen: Seen) -> Tensor:
-        has = seen.batch.visual.any(1)
-        pairs = [(seen.in_student.maps[m][has].flatten(1), seen.in_teacher.maps[m][has].flatten(1)) for m in MAPS]
-        return seen.zero + sum((1 - F.cosine_similarity(mine, theirs, dim=1)).sum() for mine, theirs in pairs) / len(MAPS)
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        has = outputs.batch.visual.any(1)
+        pairs = [(outputs.in_student.maps[m][has].flatten(1), outputs.in_teacher.maps[m][has].flatten(1)) for m in MAPS]
+        return outputs.zero + sum((1 - F.cosine_similarity(mine, theirs, dim=1)).sum() for mine, theirs in pairs) / len(MAPS)
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Hidden:
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return images(batch)
 
-    def loss(self, seen: Seen) -> Tensor:
-        rows = seen.batch.visual
-        mine = seen.modules["hidden"](seen.in_student.hidden[0][rows])
-        return (mine - seen.in_teacher.hidden[1][rows]).square().mean(-1).sum() / tiny.NV
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        rows = outputs.batch.visual
+        mine = outputs.modules["hidden"](outputs.in_student.hidden[0][rows])
+        return (mine - outputs.in_teacher.hidden[1][rows]).square().mean(-1).sum() / tiny.NV
 
 
 def blank(batch: Batch) -> Batch:
@@ -68,17 +68,20 @@ def moved(states: Tensor, blind: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Blind:
-    """How far each model's states move when the image is blank, squared difference: rises with `seen.progress`."""
+    """How far each model's states move when the image is blank, squared difference: rises with `outputs.progress`."""
 
     needs = Needs(response=False, views=(View("blank", blank),))
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return images(batch)
 
-    def loss(self, seen: Seen) -> Tensor:
-        mine, theirs = seen.views["blank"]
-        assert mine is not None and theirs is not None and isinstance(seen.teacher, Tensor)
-        return seen.progress * (moved(seen.student, mine, seen.batch) - moved(seen.teacher, theirs, seen.batch)).square().sum()
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        mine, theirs = outputs.views["blank"]
+        assert mine is not None and theirs is not None and isinstance(outputs.teacher, Tensor)
+        return (
+            outputs.progress
+            * (moved(outputs.student, mine, outputs.batch) - moved(outputs.teacher, theirs, outputs.batch)).square().sum()
+        )
 
 
 EXAMPLES = {"attention": Attention, "hidden": Hidden, "blind": Blind}

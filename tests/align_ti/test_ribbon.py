@@ -17,11 +17,11 @@ from components.align_ti.ribbon import (
     expanded_mask,
     fit,
     left_out,
-    places,
     plan,
     predicting,
     probabilities,
     shuffled,
+    step_priorities,
     uniforms,
 )
 from tests import tiny
@@ -163,7 +163,7 @@ def test_sharpened_probabilities_are_those_of_generate() -> None:
 
 def capped(batch, drawn: torch.Tensor, keys: list[int], cap: int) -> torch.Tensor:
     whole = (batch.input_ids, batch.attention_mask, batch.response)
-    return fit(drawn, places(batch.response, keys), *whole, tiny.EOS, cap)
+    return fit(drawn, step_priorities(batch.response, keys), *whole, tiny.EOS, cap)
 
 
 @given(samples=SHAPES, draws=st.integers(1, 4), cap=st.integers(1, 30), seed=st.integers(0, 1000))

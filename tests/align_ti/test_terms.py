@@ -520,14 +520,14 @@ class Cache:
     def __init__(self, teacher: VLM) -> None:
         self.teacher = teacher
 
-    def look_up(self, b: Any, visual: bool, look: bool) -> tuple[Cached, Tensor | None]:
+    def look_up(self, b: Any, visual: bool, with_attention: bool) -> tuple[Cached, Tensor | None]:
         probe = AttentionProbe.at(b.instruction, b.pictures)
         with torch.no_grad(), probing(self.teacher.model, [1], probe):
             hidden, _ = self.teacher.plain(b, self.teacher.features(b), keep=False)
         rows = predicting(b.response) | (b.visual if visual else False)
         index = torch.full(rows.shape, -1)
         index[rows] = torch.arange(int(rows.sum()))
-        return Cached(top_k(self.teacher.head(hidden[rows]), tiny.VOCABULARY), index), probe.seen[1] if look else None
+        return Cached(top_k(self.teacher.head(hidden[rows]), tiny.VOCABULARY), index), probe.seen[1] if with_attention else None
 
 
 def test_a_cache_serves_it_or_is_refused(case: Case) -> None:

@@ -92,8 +92,8 @@ class Kept:
         self.teacher, self.k = teacher, k
 
     @torch.no_grad()
-    def look_up(self, batch, visual: bool, look: bool) -> tuple[Cached, torch.Tensor | None]:
-        hidden, _, attention = self.teacher.plain(batch, self.teacher.features(batch, None), False, look)
+    def look_up(self, batch, visual: bool, with_attention: bool) -> tuple[Cached, torch.Tensor | None]:
+        hidden, _, attention = self.teacher.plain(batch, self.teacher.features(batch, None), False, with_attention)
         where = predicting(batch.response) | (batch.visual if visual else False)
         index = torch.full(batch.input_ids.shape, -1)
         index[where] = torch.arange(int(where.sum()))

@@ -47,9 +47,9 @@ class Term:
     def units(self, batch, draws):
         return images(batch)
 
-    def loss(self, seen):
-        rows, mine, theirs = seen.batch.visual, seen.in_student, seen.in_teacher
-        apart = seen.modules["projected"](mine.hidden[0][rows]) - theirs.hidden[0][rows]
+    def loss(self, outputs):
+        rows, mine, theirs = outputs.batch.visual, outputs.in_student, outputs.in_teacher
+        apart = outputs.modules["projected"](mine.hidden[0][rows]) - theirs.hidden[0][rows]
         return apart.square().sum() + 100 * (mine.maps[LOOK] - theirs.maps[LOOK]).square().sum()
 '''
 

@@ -41,14 +41,16 @@ def test_hidden_states_come_home_from_another_device() -> None:
         made = vars(tiny.batch([(1, 3, 3), (1, 5, 2)]))
         batch = Batch(image_ids=[], **{name: value for name, value in made.items() if name != "visual"})
         features = teacher.features(batch, None)
-        hidden, cache, _ = teacher.plain(batch, features, keep=True, look=False)
+        hidden, cache, _ = teacher.plain(batch, features, keep=True, with_attention=False)
         assert cache is not None and cache.cache.layers[0].keys.is_meta, "what is large stays there"
         B, T = batch.input_ids.shape
         tokens = torch.ones(B, 2, dtype=torch.long)
         after = teacher.continued(cache, tokens, tokens, torch.ones(B, 1, 2, T + 2, dtype=torch.bool))
         assert {hidden.device, after.device, teacher.head(hidden[0]).device} == {home}
         of_student = torch.zeros_like(features, device=home)
-        assert teacher.plain(batch, of_student, keep=True, look=False)[0].device == home, "features that it shares go there"
+        assert teacher.plain(batch, of_student, keep=True, with_attention=False)[0].device == home, (
+            "features that it shares go there"
+        )
 
 
 def test_nothing_of_the_teacher_is_trained_or_saved(workplace: Path) -> None:

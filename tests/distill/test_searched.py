@@ -111,7 +111,7 @@ def test_weights_by_gradient_are_what_each_token_adds_to_the_answer() -> None:
     batch.pixel_values = batch.pixel_values.double()
     frozen = FrozenTeacher(vlm, 0, False, gradient=True)
     with torch.no_grad():
-        *_, weights = frozen.plain(batch, frozen.features(batch, None), keep=False, look=True)
+        *_, weights = frozen.plain(batch, frozen.features(batch, None), keep=False, with_attention=True)
         embeddings = vlm.embedded(batch, vlm.features(batch))["inputs_embeds"]
     assert weights is not None and weights.shape == (3, tiny.NV) and not weights[1].any() and bool((weights > 0).any())
     for sample in (0, 2):

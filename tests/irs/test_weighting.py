@@ -108,7 +108,7 @@ def test_the_live_teachers_weights_are_those_of_eager_maps() -> None:
     for name, taken in (("mean", None), ("centred", background)):
         teacher = FrozenTeacher(VLM(model), 1, False, taken)
         with torch.no_grad():
-            found[name] = teacher.plain(batch, teacher.features(batch, None), keep=False, look=True)[2]
+            found[name] = teacher.plain(batch, teacher.features(batch, None), keep=False, with_attention=True)[2]
         assert int(teacher.equal_weights) == 0
     model.set_attn_implementation("eager")
     inputs = {name: getattr(batch, name) for name in ("input_ids", "pixel_values", "attention_mask")}
@@ -127,5 +127,5 @@ def test_an_image_without_instruction_is_counted() -> None:
     teacher = FrozenTeacher(VLM(tiny.llava("qwen2", 3)), 1, False, torch.tensor([0.7, 0.1, 0.1, 0.1]))
     with torch.no_grad():
         for _ in range(2):
-            teacher.plain(batch, teacher.features(batch, None), keep=False, look=True)
+            teacher.plain(batch, teacher.features(batch, None), keep=False, with_attention=True)
     assert int(teacher.equal_weights) == 2

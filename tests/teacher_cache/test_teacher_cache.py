@@ -119,10 +119,10 @@ def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, 
     visual = 6 * NV + 4 * 2 * NV  # once per image, but where an answer stands before the second
     assert (cache.samples, cache.rows, cache.dtype) == (16, text + visual, "float32")
     batch = Collator(teacher.processor, Template(""), 64, train=True)(chosen)
-    known, attention = opened().look_up(batch, visual=True, look=True)
+    known, attention = opened().look_up(batch, visual=True, with_attention=True)
     frozen = FrozenTeacher(VLM(teacher.model), 1, False)
     with torch.no_grad():
-        hidden, _, look = frozen.plain(batch, frozen.features(batch, None), keep=False, look=True)
+        hidden, _, look = frozen.plain(batch, frozen.features(batch, None), keep=False, with_attention=True)
         for rows in (predicting(batch.response), batch.visual):
             wanted, got = top_k(frozen.head(hidden[rows]), ALL_TOKENS), known.at(rows)
             assert isinstance(got, TopK)
@@ -130,7 +130,7 @@ def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, 
             torch.testing.assert_close(back.gather(1, got.tokens), got.log_probs, rtol=1e-4, atol=1e-5)
     assert look is not None and attention is not None
     torch.testing.assert_close(visual_weights(attention, batch.pictures), visual_weights(look, batch.pictures))
-    none, nothing = opened().look_up(batch, visual=False, look=False)
+    none, nothing = opened().look_up(batch, visual=False, with_attention=False)
     assert len(none.rows) == int(predicting(batch.response).sum()) and nothing is None
 
 
@@ -170,7 +170,7 @@ def test_draws_are_unbiased_take_less_room_and_serve_drawn_rows(workplace: Path,
     batch = Collator(teacher.processor, Template(""), 64, train=True)(
         [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][::-5]
     )
-    known, _ = opened().look_up(batch, visual=True, look=False)
+    known, _ = opened().look_up(batch, visual=True, with_attention=False)
     vlm = VLM(teacher.model)
     with torch.no_grad():
         p = vlm.head(vlm.plain(batch, vlm.features(batch), keep=False)[0]).softmax(-1)
@@ -218,11 +218,11 @@ def test_a_damaged_shard_and_an_unknown_sample_are_refused(workplace: Path) -> N
     known = next(samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION)
     batch = collator([known, samples[samples.kinds.index(CAPTION)]])
     with pytest.raises(DataError, match=f"sample {batch.ids[1]}: the teacher's signals do not have it"):
-        opened().look_up(batch, visual=True, look=True)
+        opened().look_up(batch, visual=True, with_attention=True)
     batch = collator([known])
     batch.input_ids[0, -2] += 1
     with pytest.raises(DataError, match=f"sample {known.id}: .* with these tokens"):
-        opened().look_up(batch, visual=True, look=True)
+        opened().look_up(batch, visual=True, with_attention=True)
 
     shard = SIGNALS / "shard-00001.safetensors"
     whole = shard.read_bytes()
@@ -298,7 +298,7 @@ def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
     rows = [i // 2 for i in range(16)]  # two samples on each, the last two of two images
     student = load(Path("artifacts/models/students/student"), "cpu")
     batch = Collator(student.processor, Template(""), 64, train=True)(samples)
-    own = opened().look_up(batch, visual=True, look=True)[1]
+    own = opened().look_up(batch, visual=True, with_attention=True)[1]
     assert own is not None and len(own.unique(dim=0)) == len(samples)
     for change, wanted in {
         "other_instruction": own.unflatten(0, (-1, 2)).flip(1).flatten(0, 1),
@@ -306,7 +306,7 @@ def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
     }.items():
         signals = opened()
         signals.weigh_by(change, rows)
-        found = signals.look_up(batch, visual=True, look=True)[1]
+        found = signals.look_up(batch, visual=True, with_attention=True)[1]
         assert found is not None and torch.equal(found, wanted)
     one, other = distill("own"), distill("other")
     assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from components.align_ti.batch import Batch
-    from components.align_ti.seen import Seen
+    from components.align_ti.seen import StepOutputs
 
 CORE = ("sft", "kd", "iva", "tpa")  # terms of the paper, reported by every training, in this order
 
@@ -72,8 +72,8 @@ class Needs:
     views: tuple[View, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        either = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self) if f.name != "views"}
-        return Needs(**either, views=tuple(dict.fromkeys(self.views + other.views)))
+        flags = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self) if f.name != "views"}
+        return Needs(**flags, views=tuple(dict.fromkeys(self.views + other.views)))
 
     @property
     def live_teacher(self) -> bool:
@@ -89,12 +89,12 @@ class Term(Protocol):
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         """() number of units in this batch, the mean's denominator. `draws`: () counted alternatives, None without a ribbon."""
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, outputs: StepOutputs) -> Tensor:
         """() loss summed over those units."""
 
 
 @runtime_checkable
-class OfDepth(Protocol):
+class DepthAware(Protocol):
     """Interface of a term that picks its layers by a rule, by the number of decoder layers of both models."""
 
     def at_depth(self, student_layers: int, teacher_layers: int) -> Term: ...
@@ -102,7 +102,7 @@ class OfDepth(Protocol):
 
 @runtime_checkable
 class Trained(Protocol):
-    """Interface of a term with a trained module, `seen.modules[NAME]`.
+    """Interface of a term with a trained module, `outputs.modules[NAME]`.
 
     Widths are hidden widths; the teacher's is None without a live teacher.
     """
@@ -111,11 +111,11 @@ class Trained(Protocol):
 
 
 @runtime_checkable
-class Follows(Protocol):
+class LossAware(Protocol):
     """Interface of a term module whose state depends on past losses; it belongs in buffers, so that checkpoints hold it."""
 
     def stepped(self, loss: Tensor, progress: float) -> None:
-        """Called after each training step with the term's global mean () and the step's `seen.progress`."""
+        """Called after each training step with the term's global mean () and the step's `outputs.progress`."""
 
 
 def names() -> list[str]:
@@ -142,10 +142,10 @@ def needs_of(names: Iterable[str]) -> tuple[Needs, ...]:
 
 def union(needs: Iterable[Needs]) -> Needs:
     """Union of needs."""
-    together = Needs(teacher=False, response=False)
+    combined = Needs(teacher=False, response=False)
     for each in needs:
-        together |= each
-    return together
+        combined |= each
+    return combined
 
 
 def responses(batch: Batch, draws: Tensor | None = None) -> Tensor:

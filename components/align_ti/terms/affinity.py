@@ -14,7 +14,7 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch
 from components.align_ti.head import at_least_float32
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs
 
 
@@ -25,20 +25,22 @@ class Term:
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return (batch.visual.any(1) & _text(batch).any(1)).sum().float()
 
-    def loss(self, seen: Seen) -> Tensor:
-        assert isinstance(seen.teacher, Tensor)  # guaranteed by `needs`
-        visual, text = seen.batch.visual, _text(seen.batch)
-        losses = [seen.zero]
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        assert isinstance(outputs.teacher, Tensor)  # guaranteed by `needs`
+        visual, text = outputs.batch.visual, _text(outputs.batch)
+        losses = [outputs.zero]
         for i in (visual.any(1) & text.any(1)).nonzero()[:, 0].tolist():
-            mine, theirs = (_cosines(states[i][visual[i]], states[i][text[i]]) for states in (seen.student, seen.teacher))
-            losses.append(F.smooth_l1_loss(mine, theirs))
+            student, teacher = (
+                _cosines(states[i][visual[i]], states[i][text[i]]) for states in (outputs.student, outputs.teacher)
+            )
+            losses.append(F.smooth_l1_loss(student, teacher))
         return torch.stack(losses).sum()
 
 
-def _cosines(ones: Tensor, others: Tensor) -> Tensor:
+def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
     """(N, M) cosine matrix of (N, d) and (M, d) states."""
-    with torch.autocast(ones.device.type, enabled=False):
-        a, b = (F.normalize(states.to(at_least_float32(states.dtype)), dim=-1) for states in (ones, others))
+    with torch.autocast(rows.device.type, enabled=False):
+        a, b = (F.normalize(states.to(at_least_float32(states.dtype)), dim=-1) for states in (rows, columns))
         return a @ b.T
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.align_ti.batch import of_images
+from components.align_ti.batch import split_by_image
 from components.align_ti.head import at_least_float32
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, images
 from components.align_ti.watch import Watch
 
@@ -28,11 +28,11 @@ class Term:
     def needs(self) -> Needs:
         return Needs(response=False, in_student=Watch(hidden=(self.layer,)), in_teacher=Watch(hidden=(self.teacher_layer,)))
 
-    def loss(self, seen: Seen) -> Tensor:
-        mine = of_images(seen.in_student.hidden[self.layer], seen.batch)
-        theirs = of_images(seen.in_teacher.hidden[self.teacher_layer], seen.batch)
-        pairs = [(_kernel(a).flatten(), _kernel(b).flatten()) for a, b in zip(mine, theirs, strict=True)]
-        return torch.stack([1 - F.cosine_similarity(a, b, dim=0) for a, b in pairs]).sum() if pairs else seen.zero
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        student = split_by_image(outputs.in_student.hidden[self.layer], outputs.batch)
+        teacher = split_by_image(outputs.in_teacher.hidden[self.teacher_layer], outputs.batch)
+        pairs = [(_kernel(a).flatten(), _kernel(b).flatten()) for a, b in zip(student, teacher, strict=True)]
+        return torch.stack([1 - F.cosine_similarity(a, b, dim=0) for a, b in pairs]).sum() if pairs else outputs.zero
 
 
 def _kernel(states: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from components.align_ti.row_weights import over_mean, row_weights, weight_called
-from components.align_ti.seen import Seen
+from components.align_ti.row_weights import over_mean, row_weight_function, row_weights
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, NonNegative, responses
 from components.align_ti.top_k import decoupled
 
@@ -26,14 +26,14 @@ class Term:
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:
-            weight_called(self.row_weight)
+            row_weight_function(self.row_weight)
 
-    def loss(self, seen: Seen) -> Tensor:
-        def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
-            of_gold, among, _ = decoupled(teacher, student, seen.gold[at, None])
-            return self.target * of_gold + self.others * among
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        def row_loss(chunk: slice, teacher: Tensor, student: Tensor) -> Tensor:
+            target_kl, others_kl, _ = decoupled(teacher, student, outputs.gold[chunk, None])
+            return self.target * target_kl + self.others * others_kl
 
-        weights = seen.ones(seen.gold)
+        weights = outputs.ones(outputs.gold)
         if self.row_weight is not None:
-            weights = over_mean(row_weights(seen, self.row_weight), seen.sample)
-        return seen.rowwise(seen.predicts, of_row, weights)
+            weights = over_mean(row_weights(outputs, self.row_weight), outputs.sample)
+        return outputs.rowwise(outputs.response_rows, row_loss, weights)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from components.align_ti.batch import index_within
 from components.align_ti.divergence import divergence
-from components.align_ti.row_weights import row_weights, weight_called
-from components.align_ti.seen import Seen
+from components.align_ti.row_weights import row_weight_function, row_weights
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, NonNegative, Ratio, responses
 
 
@@ -30,21 +30,21 @@ class Term:
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:
-            weight_called(self.row_weight)
+            row_weight_function(self.row_weight)
 
-    def loss(self, seen: Seen) -> Tensor:
-        def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
-            z = student.gather(1, seen.gold[at, None])[:, 0]
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        def row_terms(chunk: slice, teacher: Tensor, student: Tensor) -> Tensor:
+            z = student.gather(1, outputs.gold[chunk, None])[:, 0]
             return torch.stack([z, student.logsumexp(-1), divergence(teacher, student)], dim=-1)
 
-        z, lse, soft = seen.rowwise(seen.predicts, of_row).unbind(-1)
+        z, lse, soft = outputs.rowwise(outputs.response_rows, row_terms).unbind(-1)
         hard = lse - z
         if self.risk and len(hard):
-            follows = seen.answer[1:] == seen.answer[:-1]
-            penalty = self.risk / 4 * (z[:-1] - self.discount * lse[1:]).square() * follows
+            same_answer = outputs.answer[1:] == outputs.answer[:-1]
+            penalty = self.risk / 4 * (z[:-1] - self.discount * lse[1:]).square() * same_answer
             hard = hard + torch.cat([penalty, penalty.new_zeros(1)])
-            hard = hard * self.discount ** index_within(seen.answer).to(hard.dtype)
-        w = row_weights(seen, self.row_weight) if self.row_weight else self.soft
+            hard = hard * self.discount ** index_within(outputs.answer).to(hard.dtype)
+        w = row_weights(outputs, self.row_weight) if self.row_weight else self.soft
         if self.rising:
-            w = w * min(1.0, seen.progress / 0.2)
+            w = w * min(1.0, outputs.progress / 0.2)
         return ((1 - w) * hard + w * soft).sum()

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 from torch import Tensor
 
-from components.align_ti.batch import placed
+from components.align_ti.batch import scatter_visual
 from components.align_ti.divergence import Divergence
 from components.align_ti.row_weights import row_weights
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, images
 from components.align_ti.visual_weights import Change, changed, concentration, sampled, uniform_attention, visual_weights
 
@@ -29,21 +29,21 @@ class Term:
     def needs(self) -> Needs:
         return Needs(response=False, visual=True, attention=not self.uniform and self.by is None, live=self.by is not None)
 
-    def loss(self, seen: Seen) -> Tensor:
-        visual = seen.batch.visual
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        visual = outputs.batch.visual
         if not bool(visual.any()):
-            return seen.zero
-        pictures = seen.batch.pictures
+            return outputs.zero
+        pictures = outputs.batch.pictures
         if self.by is not None:
-            attention: Tensor | None = placed(row_weights(seen, self.by, visual=True), pictures)
+            attention: Tensor | None = scatter_visual(row_weights(outputs, self.by, visual=True), pictures)
         else:
-            attention = uniform_attention(pictures) if self.uniform else seen.attention
+            attention = uniform_attention(pictures) if self.uniform else outputs.attention
         assert attention is not None  # guaranteed by `needs`
         if self.change is not None:
-            attention = changed(attention, pictures, seen.batch.ids, self.change)
+            attention = changed(attention, pictures, outputs.batch.ids, self.change)
         weights = visual_weights(attention, pictures)
-        seen.measured |= {f"iva/{name}": sum.detach() for name, sum in concentration(weights, pictures).items()}
+        outputs.diagnostics |= {f"iva/{name}": sum.detach() for name, sum in concentration(weights, pictures).items()}
         if self.rows is not None:
-            visual, weights = sampled(weights, pictures, seen.keys, self.rows)
-            seen.measured["iva/rows"] = weights.new_tensor(len(weights))
-        return seen.divergence(visual, weights, self.divergence)
+            visual, weights = sampled(weights, pictures, outputs.keys, self.rows)
+            outputs.diagnostics["iva/rows"] = weights.new_tensor(len(weights))
+        return outputs.divergence(visual, weights, self.divergence)

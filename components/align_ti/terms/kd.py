@@ -9,8 +9,8 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
-from components.align_ti.row_weights import in_top, over_mean, row_weights, weight_called
-from components.align_ti.seen import Seen
+from components.align_ti.row_weights import in_top, over_mean, row_weight_function, row_weights
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, Share, responses
 
 
@@ -18,12 +18,12 @@ from components.align_ti.terms import Needs, Share, responses
 class Term:
     divergence: Divergence | None = None  # None: the arm's
     row_weight: str | None = None  # a function of align_ti/row_weights.py
-    top: Share | None = None  # share of each sample's rows kept, by highest weight, then weighted uniformly
+    top: Share | None = None  # share of each sample's rows retained, by highest weight, then weighted uniformly
     pooled: bool = False  # control: visual rows too, all rows in one mean
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:
-            weight_called(self.row_weight)
+            row_weight_function(self.row_weight)
         if self.top is not None and self.row_weight is None:
             raise ValueError("top is a share of the rows that a row_weight ranks: give one")
 
@@ -34,17 +34,21 @@ class Term:
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return responses(batch) + batch.visual.sum() if self.pooled else responses(batch)
 
-    def loss(self, seen: Seen) -> Tensor:
-        return self._at_response(seen) + self._at_images(seen) if self.pooled else self._at_response(seen)
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        return self._response_loss(outputs) + self._visual_loss(outputs) if self.pooled else self._response_loss(outputs)
 
-    def _at_images(self, seen: Seen) -> Tensor:
-        rows = seen.batch.visual
-        return seen.divergence(rows, seen.ones(seen.batch.input_ids[rows]), self.divergence) if bool(rows.any()) else seen.zero
+    def _visual_loss(self, outputs: StepOutputs) -> Tensor:
+        rows = outputs.batch.visual
+        return (
+            outputs.divergence(rows, outputs.ones(outputs.batch.input_ids[rows]), self.divergence)
+            if bool(rows.any())
+            else outputs.zero
+        )
 
-    def _at_response(self, seen: Seen) -> Tensor:
+    def _response_loss(self, outputs: StepOutputs) -> Tensor:
         if self.row_weight is None:
-            return seen.text_divergence(self.divergence)[seen.predicts[seen.text_rows]].sum()
-        weights = row_weights(seen, self.row_weight)
+            return outputs.text_divergence(self.divergence)[outputs.response_rows[outputs.text_rows]].sum()
+        weights = row_weights(outputs, self.row_weight)
         if self.top is not None:
-            weights = over_mean(in_top(weights, seen.sample, self.top).to(weights.dtype), seen.sample)
-        return seen.divergence(seen.predicts, weights, self.divergence)
+            weights = over_mean(in_top(weights, outputs.sample, self.top).to(weights.dtype), outputs.sample)
+        return outputs.divergence(outputs.response_rows, weights, self.divergence)

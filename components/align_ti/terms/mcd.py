@@ -14,9 +14,9 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch, edits_of, predicting
 from components.align_ti.head import row_losses, rows_per_chunk
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, Share
-from components.align_ti.top_k import with_rest
+from components.align_ti.top_k import with_residual
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,27 @@ class Term:
         edits = edits_of(batch)
         return batch.response.sum().float() * 0 if edits is None else edits.batch.response.any(1).sum().float()
 
-    def loss(self, seen: Seen) -> Tensor:
-        edits, hidden = edits_of(seen.batch), seen.edited
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        edits, hidden = edits_of(outputs.batch), outputs.edited
         if edits is None or hidden is None:
-            return seen.zero
+            return outputs.zero
         rows = predicting(edits.batch.response)
-        of = rows.nonzero()[:, 0]
-        effect = edits.effect[of]
-        unedited = seen.student[edits.places][predicting(seen.batch.response[edits.places])]
-        moved = self._probabilities(seen, hidden[rows], edits.tokens)
-        before = self._probabilities(seen, unedited[effect], edits.tokens[effect])
-        kept = (edits.whole - moved)[~effect].abs().sum(-1) / 2
-        changed = ((edits.whole - edits.without)[effect] - (before - moved[effect])).abs().sum(-1) / 4
-        mean = 1 / rows.sum(1)[of].to(moved.dtype)  # weights of a mean over an answer's rows
-        return (mean[~effect] * kept).sum() + (mean[effect] * changed).sum() + hidden.sum() * 0.0
+        sample = rows.nonzero()[:, 0]
+        effect = edits.effect[sample]
+        plain_rows = outputs.student[edits.places][predicting(outputs.batch.response[edits.places])]
+        edited = self._probabilities(outputs, hidden[rows], edits.tokens)
+        unedited = self._probabilities(outputs, plain_rows[effect], edits.tokens[effect])
+        kept_distance = (edits.whole - edited)[~effect].abs().sum(-1) / 2
+        removed_distance = ((edits.whole - edits.without)[effect] - (unedited - edited[effect])).abs().sum(-1) / 4
+        row_weight = 1 / rows.sum(1)[sample].to(edited.dtype)  # weights of a mean over an answer's rows
+        return (row_weight[~effect] * kept_distance).sum() + (row_weight[effect] * removed_distance).sum() + hidden.sum() * 0.0
 
     @staticmethod
-    def _probabilities(seen: Seen, rows: Tensor, tokens: Tensor) -> Tensor:
+    def _probabilities(outputs: StepOutputs, rows: Tensor, tokens: Tensor) -> Tensor:
         """(N, W + 1) student probabilities of `tokens` (N, W) plus the residual mass, at hidden rows (N, d)."""
-        head = seen.student_head
+        head = outputs.student_head
 
-        def of_chunk(at: slice, logits: Tensor) -> Tensor:
-            return with_rest(logits[:, : seen.shared_vocabulary].softmax(-1), tokens[at])
+        def chunk_probabilities(chunk: slice, logits: Tensor) -> Tensor:
+            return with_residual(logits[:, : outputs.shared_vocabulary].softmax(-1), tokens[chunk])
 
-        return row_losses(rows, head, of_chunk, rows_per_chunk(len(head.weight), seen.chunk_mib))
+        return row_losses(rows, head, chunk_probabilities, rows_per_chunk(len(head.weight), outputs.chunk_mib))

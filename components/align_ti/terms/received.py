@@ -16,7 +16,7 @@ from annotated_types import MinLen
 from torch import Tensor
 
 from components.align_ti.batch import Batch
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs
 from components.align_ti.watch import Map, Watch
 
@@ -32,8 +32,8 @@ class Term:
     @property
     def needs(self) -> Needs:
         pairs = self._pairs
-        mine, theirs = [layer for layer, _ in pairs], [layer for _, layers in pairs for layer in layers]
-        return Needs(response=False, in_student=Watch(self._maps(mine)), in_teacher=Watch(self._maps(theirs)))
+        student_layers, teacher_layers = [layer for layer, _ in pairs], [layer for _, targets in pairs for layer in targets]
+        return Needs(response=False, in_student=Watch(self._maps(student_layers)), in_teacher=Watch(self._maps(teacher_layers)))
 
     @property
     def _pairs(self) -> tuple[Pair, ...]:
@@ -46,30 +46,35 @@ class Term:
         return tuple(Map(layer, self.rows, each_row=True) for layer in dict.fromkeys(layers))
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return self._looking(batch).sum().float()
+        return self._has_map(batch).sum().float()
 
-    def _looking(self, batch: Batch) -> Tensor:
+    def _has_map(self, batch: Batch) -> Tensor:
         """(B,) bool: samples with an image and rows that attend to it."""
         rows: Tensor = getattr(batch, self.rows)
         return batch.visual.any(1) & rows.any(1)
 
-    def loss(self, seen: Seen) -> Tensor:
-        batch, losses = seen.batch, [seen.zero]
-        for sample in self._looking(batch).nonzero()[:, 0].tolist():
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        batch, losses = outputs.batch, [outputs.zero]
+        for sample in self._has_map(batch).nonzero()[:, 0].tolist():
             R, Nv = int(getattr(batch, self.rows)[sample].sum()), int(batch.visual[sample].sum())
-            for layer, of_teacher in self._pairs:
-                mine = seen.in_student.maps[Map(layer, self.rows, True)][sample, :R, :Nv]
-                maps = [seen.in_teacher.maps[Map(one, self.rows, True)][sample, :R, :Nv] for one in of_teacher]
-                losses.append(1 - F.cosine_similarity(*self._received(mine, torch.stack(maps).mean(0)), dim=0))
+            for layer, teacher_layers in self._pairs:
+                student_map = outputs.in_student.maps[Map(layer, self.rows, True)][sample, :R, :Nv]
+                teacher_maps = [
+                    outputs.in_teacher.maps[Map(teacher_layer, self.rows, True)][sample, :R, :Nv]
+                    for teacher_layer in teacher_layers
+                ]
+                losses.append(1 - F.cosine_similarity(*self._received(student_map, torch.stack(teacher_maps).mean(0)), dim=0))
         return torch.stack(losses).sum()
 
-    def _received(self, mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-        """(Nv,) each: column means of two (R, Nv) maps over the kept entries."""
-        kept = torch.ones_like(mine)
+    def _received(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """(Nv,) each: column means of two (R, Nv) maps over the unmasked entries."""
+        mask = torch.ones_like(student)
         if not self.sinks:
-            kept = ((mine <= mine.mean() + mine.std()) & (theirs <= theirs.mean() + theirs.std()) & (theirs > 0)).to(mine.dtype)
-        rows = kept.sum(0).clamp_min(1)
-        return (mine * kept).sum(0) / rows, (theirs * kept).sum(0) / rows
+            mask = (
+                (student <= student.mean() + student.std()) & (teacher <= teacher.mean() + teacher.std()) & (teacher > 0)
+            ).to(student.dtype)
+        rows = mask.sum(0).clamp_min(1)
+        return (student * mask).sum(0) / rows, (teacher * mask).sum(0) / rows
 
 
 def middle_layers(student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
@@ -78,7 +83,7 @@ def middle_layers(student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
     The windows of the teacher overlap and end near three layers above its middle: 2 layers each of 24, 3 of 28 or 32, 5 of 40,
     as published.
     """
-    own, of_teacher = round(student_layers / 3), round(teacher_layers / 3)
-    count = max(1, min(7, student_layers - 2 * own, teacher_layers - of_teacher))
-    width = max(1, min(teacher_layers // 2 - of_teacher - 2, teacher_layers - of_teacher - count + 1))
-    return tuple((own + j, tuple(range(of_teacher + j, of_teacher + j + width))) for j in range(count))
+    student_start, teacher_start = round(student_layers / 3), round(teacher_layers / 3)
+    count = max(1, min(7, student_layers - 2 * student_start, teacher_layers - teacher_start))
+    width = max(1, min(teacher_layers // 2 - teacher_start - 2, teacher_layers - teacher_start - count + 1))
+    return tuple((student_start + j, tuple(range(teacher_start + j, teacher_start + j + width))) for j in range(count))

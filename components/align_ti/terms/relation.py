@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.align_ti.batch import of_images
-from components.align_ti.seen import Seen
+from components.align_ti.batch import split_by_image
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, images
 
 
@@ -23,16 +23,18 @@ class Term:
     needs = Needs(response=False, live=True, linear=True)
     units = staticmethod(images)
 
-    def loss(self, seen: Seen) -> Tensor:
-        if not bool(seen.batch.visual.any()):
-            return seen.zero
-        assert isinstance(seen.teacher, Tensor) and seen.teacher_head is not None  # guaranteed by `needs`
-        mine = _relations(of_images(seen.student, seen.batch), seen.student_head.gram(seen.shared, self.centred))
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        if not bool(outputs.batch.visual.any()):
+            return outputs.zero
+        assert isinstance(outputs.teacher, Tensor) and outputs.teacher_head is not None  # guaranteed by `needs`
+        student = _relations(
+            split_by_image(outputs.student, outputs.batch), outputs.student_head.gram(outputs.shared, self.centred)
+        )
         with torch.no_grad():
-            if "gram" not in seen.of_teacher:
-                seen.of_teacher["gram"] = seen.teacher_head.gram(seen.shared, self.centred)
-            theirs = _relations(of_images(seen.teacher, seen.batch), seen.of_teacher["gram"])
-        pairs = zip(mine, theirs, strict=True)
+            if "gram" not in outputs.teacher_constants:
+                outputs.teacher_constants["gram"] = outputs.teacher_head.gram(outputs.shared, self.centred)
+            teacher = _relations(split_by_image(outputs.teacher, outputs.batch), outputs.teacher_constants["gram"])
+        pairs = zip(student, teacher, strict=True)
         return torch.stack([1 - F.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]).sum()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from components.align_ti.head import cross_entropy
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, responses
 
 
@@ -16,5 +16,5 @@ class Term:
     needs = Needs(teacher=False, gold=True)
     units = staticmethod(responses)
 
-    def loss(self, seen: Seen) -> Tensor:
-        return cross_entropy(seen.student[seen.predicts], seen.student_head, seen.gold, seen.chunk_mib)
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        return cross_entropy(outputs.student[outputs.response_rows], outputs.student_head, outputs.gold, outputs.chunk_mib)

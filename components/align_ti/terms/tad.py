@@ -14,7 +14,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from components.align_ti.row_weights import over_mean
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, NonNegative, responses
 from components.align_ti.top_k import decoupled
 
@@ -26,9 +26,9 @@ class Term:
     needs = Needs(live=True)
     units = staticmethod(responses)
 
-    def loss(self, seen: Seen) -> Tensor:
-        def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        def row_terms(chunk: slice, teacher: Tensor, student: Tensor) -> Tensor:
             return torch.stack(decoupled(teacher, student, teacher.topk(min(self.top, teacher.shape[-1] - 1)).indices), dim=-1)
 
-        of_top, within, mass = seen.rowwise(seen.predicts, of_row).unbind(-1)
-        return (of_top + self.beta * over_mean(mass.detach(), seen.sample) * within).sum()
+        top_divergence, tail_divergence, tail_mass = outputs.rowwise(outputs.response_rows, row_terms).unbind(-1)
+        return (top_divergence + self.beta * over_mean(tail_mass.detach(), outputs.sample) * tail_divergence).sum()

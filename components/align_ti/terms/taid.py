@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from components.align_ti.divergence import divergence
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, NonNegative, Ratio, responses
 
 
@@ -47,10 +47,10 @@ class Term:
     def module(self, student_width: int, teacher_width: int | None) -> nn.Module:
         return Interpolation(self.start, self.pace)
 
-    def loss(self, seen: Seen) -> Tensor:
-        t: Any = seen.modules["taid"].t
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        t: Any = outputs.modules["taid"].t
 
-        def of_row(at: slice, teacher: Tensor, student: Tensor) -> Tensor:
+        def row_loss(chunk: slice, teacher: Tensor, student: Tensor) -> Tensor:
             return divergence((1 - t) * student.detach() + t * teacher, student)
 
-        return seen.rowwise(seen.predicts, of_row, seen.ones(seen.gold))
+        return outputs.rowwise(outputs.response_rows, row_loss, outputs.ones(outputs.gold))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, responses
 
 
@@ -23,10 +23,10 @@ class Term:
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         return responses(batch) * 0 if draws is None else draws
 
-    def loss(self, seen: Seen) -> Tensor:
-        ribbon = seen.ribbon
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        ribbon = outputs.ribbon
         assert ribbon is not None
-        text = seen.text_divergence(self.divergence)
-        after = seen.ribbon_divergence(self.divergence)
+        text_divergence = outputs.text_divergence(self.divergence)
+        ribbon_divergence = outputs.ribbon_divergence(self.divergence)
         multiplicity = ribbon.multiplicity[ribbon.valid]
-        return (ribbon.gold[seen.text_rows] * text).sum() + (multiplicity * after).sum()
+        return (ribbon.gold[outputs.text_rows] * text_divergence).sum() + (multiplicity * ribbon_divergence).sum()

@@ -17,7 +17,7 @@ from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
 from components.align_ti.head import row_losses, rows_per_chunk
 from components.align_ti.row_weights import in_top, over_mean
-from components.align_ti.seen import Seen
+from components.align_ti.seen import StepOutputs
 from components.align_ti.terms import Needs, Share, View, responses
 
 
@@ -44,22 +44,24 @@ class Term:
     needs = Needs(live=True, views=(View("blurred", blurred, student=False),))
     units = staticmethod(responses)
 
-    def loss(self, seen: Seen) -> Tensor:
-        top = in_top(self._need(seen), seen.sample, self.share)
-        halves = over_mean(top.double(), seen.sample) + over_mean((~top).double(), seen.sample)
-        weights = over_mean(halves, seen.sample)  # 1 for a sample of one response token
-        weights = torch.where(seen.batch.visual.any(1)[seen.sample], weights, 1.0).to(seen.zero.dtype)
-        return seen.divergence(seen.predicts, weights, self.divergence)
+    def loss(self, outputs: StepOutputs) -> Tensor:
+        top = in_top(self._image_dependence(outputs), outputs.sample, self.share)
+        halves = over_mean(top.double(), outputs.sample) + over_mean((~top).double(), outputs.sample)
+        weights = over_mean(halves, outputs.sample)  # 1 for a sample of one response token
+        weights = torch.where(outputs.batch.visual.any(1)[outputs.sample], weights, 1.0).to(outputs.zero.dtype)
+        return outputs.divergence(outputs.response_rows, weights, self.divergence)
 
     @torch.no_grad()
-    def _need(self, seen: Seen) -> Tensor:
+    def _image_dependence(self, outputs: StepOutputs) -> Tensor:
         """(N,) image dependence max(0, log p_T(y | image) - log p_T(y | blurred image))."""
-        head, (_, without) = seen.teacher_head, seen.views["blurred"]
-        assert isinstance(seen.teacher, Tensor) and without is not None and head is not None  # guaranteed by `needs`
+        head, (_, blurred_hidden) = outputs.teacher_head, outputs.views["blurred"]
+        assert isinstance(outputs.teacher, Tensor) and blurred_hidden is not None and head is not None  # guaranteed by `needs`
 
-        def missed(at: slice, logits: Tensor) -> Tensor:
-            return F.cross_entropy(logits[:, : seen.shared], seen.gold[at], reduction="none")
+        def token_losses(chunk: slice, logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits[:, : outputs.shared], outputs.gold[chunk], reduction="none")
 
-        size = rows_per_chunk(len(head.weight), seen.chunk_mib)
-        seeing, blind = (row_losses(states[seen.predicts], head, missed, size) for states in (seen.teacher, without))
-        return (blind - seeing).clamp_min(0)
+        size = rows_per_chunk(len(head.weight), outputs.chunk_mib)
+        image_loss, blurred_loss = (
+            row_losses(states[outputs.response_rows], head, token_losses, size) for states in (outputs.teacher, blurred_hidden)
+        )
+        return (blurred_loss - image_loss).clamp_min(0)
