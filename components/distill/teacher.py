@@ -12,7 +12,7 @@ from torch import Tensor
 from components.align_ti.batch import Batch, image_indices, scatter_visual
 from components.align_ti.head import Head
 from components.align_ti.watch import Watch, Watched
-from components.irs.centred import centred_in_batch, without_weights
+from components.irs.centred import centred_in_batch, count_unweighted_images
 from components.models.attention import AttentionProbe, probing
 from components.models.attribution import attributions
 from components.models.families import reads_one_layer
@@ -61,7 +61,7 @@ class FrozenTeacher:
         weights = probe.seen[self.layer]
         if self.background is not None:
             weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
-            self.equal_weights = self.equal_weights.to(weights.device) + without_weights(weights, batch.pictures)
+            self.equal_weights = self.equal_weights.to(weights.device) + count_unweighted_images(weights, batch.pictures)
         return hidden.to(home), cache, weights.to(home)
 
     def _by_gradient(self, batch: Batch, features: Any) -> Tensor:

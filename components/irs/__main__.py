@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from components.dataset.shards import Sample
-    from components.irs.overlays import Gaze
+    from components.irs.overlays import AttentionExample
     from components.irs.regions import Tiling
-    from components.irs.search import Seen
+    from components.irs.search import AttentionMaps
 
 FOLDER = REPORTS / "irs"
 
@@ -44,7 +44,7 @@ def main() -> None:
     from components.irs.overlays import curve
     from components.irs.regions import Tiling
     from components.irs.search import TooFewInstructions, attention_maps
-    from components.irs.weighting import keep
+    from components.irs.weighting import save_backgrounds
     from components.models.load import load
     from components.models.template import Template
     from components.report.figures import draw
@@ -56,26 +56,26 @@ def main() -> None:
         samples = Samples(DATASET, "train", ROWS)
         loaded = load(Path(teacher.path), device)
         try:
-            seen = attention_maps(loaded, samples, Template.asked(settings.models.template), settings.irs)
+            maps = attention_maps(loaded, samples, Template.asked(settings.models.template), settings.irs)
         except TooFewInstructions as error:
             if settings.needs_layer:
                 raise
             _no_layer(Absent(none=str(error)))
             return
         tiling = Tiling.of(loaded.processor)
-        choice, backgrounds = choose(seen, tiling, settings.irs)
-        keep(backgrounds)
+        choice, backgrounds = choose(maps, tiling, settings.irs)
+        save_backgrounds(backgrounds)
         choice.write(IRS / "layer.json")
         run.dataset("train", samples.manifest.digest)
         run.tag("teacher", teacher.name)
         for point in points(choice):
-            named = {"irs_standard_error" if name == "standard_error" else name: value for name, value in point.items()}
-            run.metrics({name: value for name, value in named.items() if name != "layer"}, step=int(point["layer"]))
+            metrics = {"irs_standard_error" if name == "standard_error" else name: value for name, value in point.items()}
+            run.metrics({name: value for name, value in metrics.items() if name != "layer"}, step=int(point["layer"]))
         run.metrics({"layer": choice.layer, "separated": choice.separated, "picked_layer": choice.picked.layer})
         run.tag("picked", choice.picked.described)
         write_text(FOLDER / "curve.json", json.dumps(points(choice), indent=2) + "\n")
         write_bytes(FOLDER / "curve.png", draw(curve, choice))
-        overlays = _overlays(tiling, seen, backgrounds, choice.picked, settings.irs.overlays)
+        overlays = _overlays(tiling, maps, backgrounds, choice.picked, settings.irs.overlays)
         for path in (FOLDER / "curve.json", FOLDER / "curve.png", *overlays):
             run.artifact(path)
     print(closing_line(choice, settings.irs.images))
@@ -90,7 +90,7 @@ def _no_layer(reason: Absent) -> None:
 
 def points(choice: LayerChoice) -> list[dict[str, float]]:
     """Curve data for `dvc plots`: IRS per layer, and IRS and pointing per weighting and kind of rows."""
-    found = []
+    data = []
     for layer, (irs, error) in enumerate(zip(choice.irs, choice.standard_error, strict=True)):
         point: dict[str, float] = {"layer": layer, "irs": irs, "standard_error": error}
         for view in choice.views:
@@ -104,26 +104,26 @@ def points(choice: LayerChoice) -> list[dict[str, float]]:
         for background in choice.backgrounds:
             name = f"background_{background.rows}"
             point |= {f"{name}_most": background.most[layer], f"{name}_on_sinks": background.on_sinks[layer]}
-        found.append(point)
-    return found
+        data.append(point)
+    return data
 
 
-def closing_line(choice: LayerChoice, asked: int) -> str:
+def closing_line(choice: LayerChoice, requested: int) -> str:
     best, second = choice.layer, choice.runner_up
     if best == second:
         verdict = "the teacher's only layer"
     else:
         separated = "separated from" if choice.separated else "not separated from"
         verdict = f"{separated} layer {second}, {choice.irs[second]:.3f} ± {choice.standard_error[second]:.3f}"
-    fewer = f" (all that qualify of {asked} asked for)" if choice.images < asked else ""
+    shortfall = f" (all that qualify of {requested} asked for)" if choice.images < requested else ""
     return (
         f"search_layer: layer {best} has the highest IRS, {choice.irs[best]:.3f} ± {choice.standard_error[best]:.3f},"
         f" {verdict};"
-        f" {choice.pairs:,} pairs on {choice.images:,} images{fewer}; {_picked(choice)}; curve and overlays in {FOLDER}"
+        f" {choice.pairs:,} pairs on {choice.images:,} images{shortfall}; {_summary(choice)}; curve and overlays in {FOLDER}"
     )
 
 
-def _picked(choice: LayerChoice) -> str:
+def _summary(choice: LayerChoice) -> str:
     """Summary of the weighting used under `weighting: searched`: its pointing score, and its share of background."""
     picked = choice.picked
     (view,) = (view for view in choice.views if (view.weighting, view.rows) == (picked.weighting, picked.rows))
@@ -145,13 +145,13 @@ def _picked(choice: LayerChoice) -> str:
     return ", ".join(parts)
 
 
-def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picked: Picked, count: int) -> list[Path]:
+def _overlays(tiling: Tiling, maps: AttentionMaps, backgrounds: dict[Rows, Tensor], picked: Picked, count: int) -> list[Path]:
     """Attention overlays of the first `count` sampled images, each with the two instructions of lowest attention cosine,
     among those with a known region if there are at least two."""
     from tqdm import tqdm
 
     from components.irs.overlays import overlay, peaks
-    from components.irs.regions import seen_by
+    from components.irs.regions import preprocessed_image
     from components.models.collate import decode
     from components.report.figures import draw
 
@@ -161,33 +161,35 @@ def _overlays(tiling: Tiling, seen: Seen, backgrounds: dict[Rows, Tensor], picke
         print("search_layer: no overlays, for the teacher's visual tokens are no square grid that all images share")
         return []
     title = f"layer {picked.layer}, {'all rows' if picked.rows == 'all' else 'words'}"
-    attention, background = seen.attention[picked.rows][picked.layer], backgrounds[picked.rows][picked.layer]
-    gazed = [_gazes(tiling, samples, attention[index], background) for index, samples in enumerate(seen.samples[:count])]
-    most = peaks(gaze for gazes in gazed for gaze in gazes)
+    attention, background = maps.attention[picked.rows][picked.layer], backgrounds[picked.rows][picked.layer]
+    examples_per_image = [
+        _examples(tiling, samples, attention[index], background) for index, samples in enumerate(maps.samples[:count])
+    ]
+    peak = peaks(example for examples in examples_per_image for example in examples)
     paths: list[Path] = []
-    for samples, gazes in zip(seen.samples, tqdm(gazed, desc="overlays", unit="image"), strict=False):
+    for samples, examples in zip(maps.samples, tqdm(examples_per_image, desc="overlays", unit="image"), strict=False):
         paths.append(FOLDER / f"overlay_{len(paths) + 1}.png")
-        write_bytes(paths[-1], draw(overlay, seen_by(tiling.processor, decode(samples[0])), gazes, most, title))
+        write_bytes(paths[-1], draw(overlay, preprocessed_image(tiling.processor, decode(samples[0])), examples, peak, title))
     return paths
 
 
-def _gazes(tiling: Tiling, samples: list[Sample], attention: Tensor, background: Tensor) -> list[Gaze]:
+def _examples(tiling: Tiling, samples: list[Sample], attention: Tensor, background: Tensor) -> list[AttentionExample]:
     """Attention maps of the two instructions of lowest cosine on one image; `attention` (I, Nv)."""
     from components.irs.centred import centred
-    from components.irs.overlays import Gaze
+    from components.irs.overlays import AttentionExample
     from components.irs.search import furthest_apart
     from components.models.collate import decode
     from components.models.template import question_of
 
-    known = [i for i, sample in enumerate(samples) if sample.turns[0].boxes]
-    able = known if len(known) > 1 else list(range(len(samples)))
-    gazes = []
-    for i in (able[n] for n in furthest_apart(attention[able])):
+    with_region = [i for i, sample in enumerate(samples) if sample.turns[0].boxes]
+    candidates = with_region if len(with_region) > 1 else list(range(len(samples)))
+    examples = []
+    for i in (candidates[n] for n in furthest_apart(attention[candidates])):
         turn = samples[i].turns[0]
-        region = tiling.seen(decode(samples[i]), turn.boxes) if turn.boxes else None
+        region = tiling.region_mask(decode(samples[i]), turn.boxes) if turn.boxes else None
         weights = centred(attention[i], background)
-        gazes.append(Gaze(question_of(turn), turn.answer, attention[i].numpy(), weights.numpy(), region))
-    return gazes
+        examples.append(AttentionExample(question_of(turn), turn.answer, attention[i].numpy(), weights.numpy(), region))
+    return examples
 
 
 if __name__ == "__main__":

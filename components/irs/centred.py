@@ -14,7 +14,7 @@ from torch import Tensor
 from components.align_ti.batch import by_column
 from components.errors import DataError
 
-NOTHING = 1e-6  # tolerance: residual of a sum of 1 that float32 cannot resolve
+TOLERANCE = 1e-6  # residual of a sum of 1 that float32 cannot resolve
 
 
 def shares(attention: Tensor) -> Tensor:
@@ -28,9 +28,9 @@ def centred(attention: Tensor, background: Tensor) -> Tensor:
     Zeros if nothing exceeds the background or the image got no attention: `visual_weights` then falls back to uniform weights.
     Shares rather than raw attention, so that the total attention to the image has no influence.
     """
-    above = (shares(attention) - background).clamp_min(0)
-    total = above.sum(-1, keepdim=True)
-    return torch.where(total > NOTHING, above / total.clamp_min(NOTHING), 0.0)
+    excess = (shares(attention) - background).clamp_min(0)
+    total = excess.sum(-1, keepdim=True)
+    return torch.where(total > TOLERANCE, excess / total.clamp_min(TOLERANCE), 0.0)
 
 
 def centred_in_batch(attention: Tensor, background: Tensor, pictures: Tensor, ids: Sequence[str]) -> Tensor:
@@ -40,8 +40,8 @@ def centred_in_batch(attention: Tensor, background: Tensor, pictures: Tensor, id
     """
     for number in range(1, int(pictures.max()) + 1):
         tokens = (pictures == number).sum(1)
-        if bool((other := (tokens > 0) & (tokens != len(background))).any()):
-            row = int(other.int().argmax())
+        if bool((mismatched := (tokens > 0) & (tokens != len(background))).any()):
+            row = int(mismatched.int().argmax())
             raise DataError(
                 f"sample {ids[row]}: its image has {int(tokens[row])} visual tokens, and the background that `centred` takes"
                 f" away was measured on images of {len(background)}; set weighting: mean in params/irs.yaml"
@@ -51,9 +51,9 @@ def centred_in_batch(attention: Tensor, background: Tensor, pictures: Tensor, id
     return centred(attention.unflatten(1, (-1, len(background))), background.to(attention)).flatten(1)
 
 
-def without_weights(weights: Tensor, pictures: Tensor) -> Tensor:
+def count_unweighted_images(weights: Tensor, pictures: Tensor) -> Tensor:
     """() number of images whose weights (B, Nv) are all 0, which then get uniform weights."""
     columns = by_column(pictures)
     totals = weights.new_zeros(len(weights), int(pictures.max()) + 1).scatter_add_(1, columns, weights)
-    shown = torch.zeros_like(totals, dtype=torch.bool).scatter_(1, columns, True)
-    return ((totals == 0) & shown)[:, 1:].sum()
+    present = torch.zeros_like(totals, dtype=torch.bool).scatter_(1, columns, True)
+    return ((totals == 0) & present)[:, 1:].sum()

@@ -18,7 +18,7 @@ from components.errors import DataError, ModelError
 from components.irs.centred import centred, shares
 from components.irs.regions import Tiling
 from components.irs.score import irs_scores, pointing
-from components.irs.search import Seen, Z, rank, separated, standard_error
+from components.irs.search import AttentionMaps, Z, rank, separated, standard_error
 from components.models.collate import decode
 from components.records.irs import Attention, Background, Interval, LayerChoice, Picked, Region, Rows, View
 
@@ -37,7 +37,7 @@ class NoRegions(DataError):
 
 
 @dataclass(frozen=True)
-class Scored:
+class LayerScores:
     """Scores of all layers under one weighting and kind of rows."""
 
     weighting: Attention
@@ -60,67 +60,69 @@ class Scored:
         )
 
 
-def backgrounds(seen: Seen) -> dict[Rows, Tensor]:
+def backgrounds(maps: AttentionMaps) -> dict[Rows, Tensor]:
     """Background (L, Nv), sum 1, per kind of rows: mean shares over images and instructions, which have one visual grid."""
-    return {rows: shares(attention.double()).mean((1, 2)).float() for rows, attention in seen.attention.items()}
+    return {rows: shares(attention.double()).mean((1, 2)).float() for rows, attention in maps.attention.items()}
 
 
-def scored(seen: Seen, shared: dict[Rows, Tensor], region: Tensor | None) -> Iterator[Scored]:
+def scored(maps: AttentionMaps, shared: dict[Rows, Tensor], region: Tensor | None) -> Iterator[LayerScores]:
     """Scores of all `KINDS`. Without a `shared` background, an instruction's is the mean over the image's other ones.
 
     Args:
         region: (X, I, Nv) as for `pointing`; None if unknown.
     """
-    own = torch.arange(next(iter(seen.attention.values())).shape[-1]) < seen.tokens[:, None]  # (X, Nv)
-    equal = own / own.sum(-1, keepdim=True).double()
+    valid = torch.arange(next(iter(maps.attention.values())).shape[-1]) < maps.tokens[:, None]  # (X, Nv)
+    equal = valid / valid.sum(-1, keepdim=True).double()
     for weighting, rows in KINDS:
-        attention = seen.attention[rows].double()
+        attention = maps.attention[rows].double()
         if weighting == "centred":
-            attention = centred(attention, shared[rows][:, None, None].double() if shared else others(attention))
-        nothing = attention.sum(-1) == 0
-        attention = torch.where(nothing[..., None], equal[:, None], attention)
-        points = None if region is None else pointing(shares(attention), region)
-        yield Scored(weighting, rows, nothing.sum((1, 2)), irs_scores(attention), points)
+            attention = centred(
+                attention, shared[rows][:, None, None].double() if shared else leave_one_out_background(attention)
+            )
+        unweighted = attention.sum(-1) == 0
+        attention = torch.where(unweighted[..., None], equal[:, None], attention)
+        pointing_scores = None if region is None else pointing(shares(attention), region)
+        yield LayerScores(weighting, rows, unweighted.sum((1, 2)), irs_scores(attention), pointing_scores)
 
 
-def others(attention: Tensor) -> Tensor:
+def leave_one_out_background(attention: Tensor) -> Tensor:
     """(..., I, Nv) leave-one-out background: mean shares of the image's other instructions."""
-    found = shares(attention)
-    return (found.sum(-2, keepdim=True) - found) / (found.shape[-2] - 1)
+    attention_shares = shares(attention)
+    return (attention_shares.sum(-2, keepdim=True) - attention_shares) / (attention_shares.shape[-2] - 1)
 
 
-def regions(seen: Seen, tiling: Tiling) -> Tensor | None:
+def regions(maps: AttentionMaps, tiling: Tiling) -> Tensor | None:
     """(X, I, Nv) share of each visual token's patch that lies in the instruction's region; None if fewer than two images
     have a question with a known, visible region."""
-    found = torch.zeros(*next(iter(seen.attention.values())).shape[1:], dtype=torch.float64)
-    for x, samples in enumerate(seen.samples):
+    coverage = torch.zeros(*next(iter(maps.attention.values())).shape[1:], dtype=torch.float64)
+    for x, samples in enumerate(maps.samples):
         for i, sample in enumerate(samples):
             boxes = sample.turns[0].boxes
-            if boxes and (share := tiling.covered(decode(sample), boxes)) is not None:
-                found[x, i, : len(share)] = torch.from_numpy(share)
-    return found if int(found.any(-1).any(-1).sum()) > 1 else None
+            if boxes and (share := tiling.coverage(decode(sample), boxes)) is not None:
+                coverage[x, i, : len(share)] = torch.from_numpy(share)
+    return coverage if int(coverage.any(-1).any(-1).sum()) > 1 else None
 
 
-def choose(seen: Seen, tiling: Tiling, settings: IrsSettings) -> tuple[LayerChoice, dict[Rows, Tensor]]:
+def choose(maps: AttentionMaps, tiling: Tiling, settings: IrsSettings) -> tuple[LayerChoice, dict[Rows, Tensor]]:
     """Record of the layer search, and the backgrounds (empty if visual grids differ). Raises as `pick`."""
-    grids, region = grids_of(seen, tiling), regions(seen, tiling)
-    shared = backgrounds(seen) if len(grids) == 1 else {}
-    scores = list(scored(seen, shared, region))
-    X, I = seen.attention["all"].shape[1:3]  # noqa: E741
+    grids, region = grids_of(maps, tiling), regions(maps, tiling)
+    shared = backgrounds(maps) if len(grids) == 1 else {}
+    scores = list(scored(maps, shared, region))
+    X, I = maps.attention["all"].shape[1:3]  # noqa: E741
     choice = LayerChoice(
-        **vars(rank(seen.attention["all"])),
+        **vars(rank(maps.attention["all"])),
         images=X,
         pairs=X * math.comb(I, 2),
         picked=pick(scores, settings, grids),
-        views=[one.view for one in scores],
-        region=None if region is None else _region(seen, region),
+        views=[entry.view for entry in scores],
+        region=None if region is None else _region(maps, region),
         grids=grids,
-        backgrounds=[_background(rows, of_layers) for rows, of_layers in shared.items()],
+        backgrounds=[_background(rows, background) for rows, background in shared.items()],
     )
     return choice, shared
 
 
-def pick(scores: list[Scored], settings: IrsSettings, grids: list[str]) -> Picked:
+def pick(scores: list[LayerScores], settings: IrsSettings, grids: list[str]) -> Picked:
     """Layer, weighting and rows selected by the rule of params/irs.yaml.
 
     irs: the layer of highest IRS under the configured weighting and rows. pointing: the highest pointing score over all
@@ -131,69 +133,71 @@ def pick(scores: list[Scored], settings: IrsSettings, grids: list[str]) -> Picke
             subtract from a training image's attention.
         ModelError: the configured layer is beyond the teacher's depth.
     """
-    where = "params/irs.yaml: "
+    file = "params/irs.yaml: "
     if settings.weighting == "centred" and len(grids) > 1:
         raise DataError(
-            f"{where}weighting is centred, which needs the same visual tokens for all images to have one background; the images"
+            f"{file}weighting is centred, which needs the same visual tokens for all images to have one background; the images"
             f" searched have {', '.join(grids)}; set weighting: mean"
         )
-    able = [
-        one
-        for one in scores
-        if settings.weighting in (None, one.weighting)
-        and settings.instruction_rows in (None, one.rows)
-        and (len(grids) == 1 or one.weighting == "mean")
+    candidates = [
+        candidate
+        for candidate in scores
+        if settings.weighting in (None, candidate.weighting)
+        and settings.instruction_rows in (None, candidate.rows)
+        and (len(grids) == 1 or candidate.weighting == "mean")
     ]
     if settings.rule == "pointing":
-        found = {
-            (layer, one.weighting, one.rows): of_layer
-            for one in able
-            if one.pointing is not None
-            for layer, of_layer in enumerate(one.pointing)
+        pointing_by_key = {
+            (layer, candidate.weighting, candidate.rows): layer_scores
+            for candidate in candidates
+            if candidate.pointing is not None
+            for layer, layer_scores in enumerate(candidate.pointing)
         }
-        if not found:
+        if not pointing_by_key:
             raise NoRegions
-        best, *others = sorted(found, key=lambda key: -float(found[key].mean()))
-        second = others[0] if others else None
-        leads = second is not None and separated(found[best] - found[second])
+        best, *runners_up = sorted(pointing_by_key, key=lambda key: -float(pointing_by_key[key].mean()))
+        runner_up = runners_up[0] if runners_up else None
+        is_separated = runner_up is not None and separated(pointing_by_key[best] - pointing_by_key[runner_up])
         layer, weighting, rows = best
-        return Picked(rule="pointing", layer=layer, weighting=weighting, rows=rows, runner_up=second, separated=leads)
-    (one,) = able
-    highest = int(one.irs.mean(1).argsort(descending=True, stable=True)[0])
-    layer = highest if settings.layer is None else settings.layer
-    if layer >= len(one.irs):
-        raise ModelError(f"{where}layer is {layer}, but the teacher has layers 0..{len(one.irs) - 1}")
-    return Picked(rule=settings.rule, layer=layer, weighting=one.weighting, rows=one.rows, runner_up=None, separated=False)
+        return Picked(rule="pointing", layer=layer, weighting=weighting, rows=rows, runner_up=runner_up, separated=is_separated)
+    (candidate,) = candidates
+    best_layer = int(candidate.irs.mean(1).argsort(descending=True, stable=True)[0])
+    layer = best_layer if settings.layer is None else settings.layer
+    if layer >= len(candidate.irs):
+        raise ModelError(f"{file}layer is {layer}, but the teacher has layers 0..{len(candidate.irs) - 1}")
+    return Picked(
+        rule=settings.rule, layer=layer, weighting=candidate.weighting, rows=candidate.rows, runner_up=None, separated=False
+    )
 
 
-def grids_of(seen: Seen, tiling: Tiling) -> list[str]:
+def grids_of(maps: AttentionMaps, tiling: Tiling) -> list[str]:
     """Descriptions of the distinct visual grids of the images."""
     if tiling.tokens is not None:
         return [f"{tiling.tokens} tokens"]
-    found = {
-        (tiling.grid(decode(samples[0])) or (), int(tokens)) for samples, tokens in zip(seen.samples, seen.tokens, strict=True)
+    grids = {
+        (tiling.grid(decode(samples[0])) or (), int(tokens)) for samples, tokens in zip(maps.samples, maps.tokens, strict=True)
     }
-    return [" x ".join(map(str, grid)) if grid else f"{tokens} tokens" for grid, tokens in sorted(found)]
+    return [" x ".join(map(str, grid)) if grid else f"{tokens} tokens" for grid, tokens in sorted(grids)]
 
 
 def interval(values: Tensor) -> Interval:
     """95% confidence interval of the mean of independent values (normal approximation)."""
-    half = Z * standard_error(values)
-    return float(values.mean()) - half, float(values.mean()) + half
+    margin = Z * standard_error(values)
+    return float(values.mean()) - margin, float(values.mean()) + margin
 
 
-def _region(seen: Seen, region: Tensor) -> Region:
-    own = seen.tokens[:, None, None].double()
-    equal = pointing((1 / own).expand(*region.shape)[None], region)[0]
-    known = region.any(-1)
-    return Region(images=len(equal), questions=int(known.sum()), equal=float(equal.mean()), equal_ci95=interval(equal))
+def _region(maps: AttentionMaps, region: Tensor) -> Region:
+    token_counts = maps.tokens[:, None, None].double()
+    equal = pointing((1 / token_counts).expand(*region.shape)[None], region)[0]
+    has_region = region.any(-1)
+    return Region(images=len(equal), questions=int(has_region.sum()), equal=float(equal.mean()), equal_ci95=interval(equal))
 
 
-def _background(rows: Rows, of_layers: Tensor) -> Background:
-    sinks = of_layers > SINK / of_layers.shape[1]
+def _background(rows: Rows, background: Tensor) -> Background:
+    sinks = background > SINK / background.shape[1]
     return Background(
         rows=rows,
-        most=of_layers.amax(1).tolist(),
+        most=background.amax(1).tolist(),
         sinks=[layer.nonzero()[:, 0].tolist() for layer in sinks],
-        on_sinks=(of_layers * sinks).sum(1).tolist(),
+        on_sinks=(background * sinks).sum(1).tolist(),
     )

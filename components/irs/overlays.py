@@ -20,7 +20,7 @@ from components.report.figures import Theme
 
 
 @dataclass(frozen=True)
-class Gaze:
+class AttentionExample:
     """Attention map of one instruction, with its question, reference and region."""
 
     question: str
@@ -98,34 +98,36 @@ class Heat:
     grid: NDArray[np.float32]  # (rows, columns) attention per visual token, in multiples of the uniform share
 
 
-def peaks(gazes: Iterable[Gaze]) -> tuple[float, float]:
+def peaks(examples: Iterable[AttentionExample]) -> tuple[float, float]:
     """Maxima of mean and centred attention, in multiples of the uniform share: upper ends of the shared colour scales."""
-    means, centred = zip(*((gaze.mean, gaze.centred) for gaze in gazes), strict=True)
-    return max(float(_grid(mean).max()) for mean in means), max(float(_grid(less).max()) for less in centred)
+    means, centred = zip(*((example.mean, example.centred) for example in examples), strict=True)
+    return max(float(_grid(mean).max()) for mean in means), max(float(_grid(weights).max()) for weights in centred)
 
 
-def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], most: tuple[float, float], title: str, theme: Theme) -> Figure:
+def overlay(
+    image: NDArray[np.uint8], examples: Sequence[AttentionExample], peak: tuple[float, float], title: str, theme: Theme
+) -> Figure:
     """Figure with a row per instruction: the preprocessed image (H, W, 3), then overlays of a layer's mean and centred
     attention. The question's region is outlined.
 
     Colour: attention of a visual token in multiples of the uniform share, one scale per column up to `most` (`peaks`).
     Raises DataError if the visual tokens do not form a square grid.
     """
-    figure = Figure(figsize=(9.6, 3.3 * len(gazes)), layout="constrained")
-    table = figure.subplots(len(gazes), 3, squeeze=False)
+    figure = Figure(figsize=(9.6, 3.3 * len(examples)), layout="constrained")
+    table = figure.subplots(len(examples), 3, squeeze=False)
     grey = _grey(image)
-    for axes, gaze in zip(table[:, 0], gazes, strict=True):
+    for axes, example in zip(table[:, 0], examples, strict=True):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title("\n".join(textwrap.wrap(gaze.question, 34)))
-        axes.set_xlabel(textwrap.shorten(f"reference: {gaze.reference}", 36, placeholder=" …"))
-    for column, name, highest in ((1, "mean", most[0]), (2, "centred", most[1])):
-        for axes, gaze in zip(table[:, column], gazes, strict=True):
-            drawn = _heat(axes, grey, _grid(getattr(gaze, name)), highest)
+        axes.set_title("\n".join(textwrap.wrap(example.question, 34)))
+        axes.set_xlabel(textwrap.shorten(f"reference: {example.reference}", 36, placeholder=" …"))
+    for column, name, column_peak in ((1, "mean", peak[0]), (2, "centred", peak[1])):
+        for axes, example in zip(table[:, column], examples, strict=True):
+            mappable = _heat(axes, grey, _grid(getattr(example, name)), column_peak)
             axes.set_title(name, color=theme.muted, fontweight="normal")
-        figure.colorbar(drawn, ax=table[:, column], shrink=0.75, aspect=28, label=f"{title} / equal share")
-    for row, gaze in zip(table, gazes, strict=True):
+        figure.colorbar(mappable, ax=table[:, column], shrink=0.75, aspect=28, label=f"{title} / equal share")
+    for row, example in zip(table, examples, strict=True):
         for axes in row:
-            _outline(axes, gaze.region)
+            _outline(axes, example.region)
             _bare(axes)
     return figure
 
@@ -133,26 +135,26 @@ def overlay(image: NDArray[np.uint8], gazes: Sequence[Gaze], most: tuple[float, 
 def _outline(axes: Axes, region: NDArray[np.float64] | None) -> None:
     """Outline of the region, white on black for contrast on any image."""
     if region is not None and region.any():
-        across, down = (np.arange(-1, pixels + 1) for pixels in (region.shape[1], region.shape[0]))
+        x, y = (np.arange(-1, pixels + 1) for pixels in (region.shape[1], region.shape[0]))
         for colour, width in (("black", 3.5), ("white", 1.5)):
-            axes.contour(across, down, np.pad(region, 1), levels=[0.5], colors=[colour], linewidths=width)
+            axes.contour(x, y, np.pad(region, 1), levels=[0.5], colors=[colour], linewidths=width)
 
 
 def heatmaps(images: Sequence[NDArray[np.uint8]], heats: Sequence[Sequence[Heat]], label: str, theme: Theme) -> Figure:
     """Figure with a row per image (H, W, 3): the image, then one overlay per heat, on one colour scale."""
-    most = max(float(heat.grid.max()) for of_image in heats for heat in of_image)
+    peak = max(float(heat.grid.max()) for image_heats in heats for heat in image_heats)
     figure = Figure(figsize=(2.9 * (1 + len(heats[0])) + 0.5, 3.35 * len(images)))
     table = figure.subplots(len(images), 1 + len(heats[0]), squeeze=False)
-    for row, image, of_image in zip(table, images, heats, strict=True):
+    for row, image, image_heats in zip(table, images, heats, strict=True):
         row[0].imshow(image, interpolation="nearest")
         row[0].set_title("the image", color=theme.muted, fontweight="normal")
-        for axes, heat in zip(row[1:], of_image, strict=True):
-            drawn = _heat(axes, _grey(image), heat.grid, most)
+        for axes, heat in zip(row[1:], image_heats, strict=True):
+            mappable = _heat(axes, _grey(image), heat.grid, peak)
             axes.set_title("\n".join(textwrap.wrap(heat.above, 34)))
             axes.set_xlabel(textwrap.shorten(heat.below, 45, placeholder=" …"))
         for axes in row:
             _bare(axes)
-    figure.colorbar(drawn, ax=table, shrink=0.75 / len(images), aspect=28, label=label)
+    figure.colorbar(mappable, ax=table, shrink=0.75 / len(images), aspect=28, label=label)
     return figure
 
 
@@ -160,12 +162,12 @@ def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
 
 
-def _heat(axes: Axes, grey: NDArray[np.uint8], grid: NDArray[np.float32], most: float) -> AxesImage:
+def _heat(axes: Axes, grey: NDArray[np.uint8], grid: NDArray[np.float32], peak: float) -> AxesImage:
     height, width = grey.shape[:2]
     axes.imshow(grey, interpolation="nearest")
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    alpha = 0.15 + 0.5 * (grid / most)  # at most 0.65: the image stays visible
-    return axes.imshow(grid, cmap="magma", vmin=0, vmax=most, extent=extent, alpha=alpha)
+    alpha = 0.15 + 0.5 * (grid / peak)  # at most 0.65: the image stays visible
+    return axes.imshow(grid, cmap="magma", vmin=0, vmax=peak, extent=extent, alpha=alpha)
 
 
 def _grid(attention: NDArray[np.float32]) -> NDArray[np.float32]:

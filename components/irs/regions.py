@@ -15,13 +15,13 @@ from components.dataset.shards import Box
 from components.models.collate import processed, visual_tokens
 
 
-def seen_by(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
+def preprocessed_image(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
     """Preprocessed RGB image (H, W, 3): resized and cropped, so that the visual tokens tile it."""
     pixels = processor.image_processor(images=[image], return_tensors="np", do_normalize=False, do_rescale=False)[
         "pixel_values"
     ]
-    shown = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # first tile, in families with image splitting
-    return np.clip(np.moveaxis(shown, 0, -1), 0, 255).astype(np.uint8)
+    resized = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # first tile, in families with image splitting
+    return np.clip(np.moveaxis(resized, 0, -1), 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Tiling:
         merged = self.processor.image_processor.merge_size
         return int(patches[0, 1]) // merged, int(patches[0, 2]) // merged
 
-    def covered(self, image: Image.Image, boxes: Sequence[Box]) -> NDArray[np.float64] | None:
+    def coverage(self, image: Image.Image, boxes: Sequence[Box]) -> NDArray[np.float64] | None:
         """(Nv,) share of each visual token's patch covered by `boxes`, row-major; None without a `grid`."""
         if (shape := self.grid(image)) is None:
             return None
-        seen = self.seen(image, boxes)
-        down, across = (_averages(cells, pixels) for cells, pixels in zip(shape, seen.shape, strict=True))
-        return (down @ seen @ across.T).flatten()
+        mask = self.region_mask(image, boxes)
+        row_weights, column_weights = (_averages(cells, pixels) for cells, pixels in zip(shape, mask.shape, strict=True))
+        return (row_weights @ mask @ column_weights.T).flatten()
 
-    def seen(self, image: Image.Image, boxes: Sequence[Box]) -> NDArray[np.float64]:
+    def region_mask(self, image: Image.Image, boxes: Sequence[Box]) -> NDArray[np.float64]:
         """(H, W) mask of the region in the preprocessed image, 1 inside and 0 outside.
 
         For a fixed grid the mask goes through the model's image processor, which may crop or pad; resampling softens its edges
@@ -65,8 +65,8 @@ class Tiling:
             x, y = min(round(left * image.width), image.width - 1), min(round(top * image.height), image.height - 1)
             last = max(x, round(right * image.width) - 1), max(y, round(bottom * image.height) - 1)
             ImageDraw.Draw(canvas).rectangle((x, y, *last), "white")  # Pillow draws the last pixel too
-        shown = np.asarray(canvas) if self.tokens is None else seen_by(self.processor, canvas)
-        region: NDArray[np.float64] = shown[..., 0] / 255
+        processed_mask = np.asarray(canvas) if self.tokens is None else preprocessed_image(self.processor, canvas)
+        region: NDArray[np.float64] = processed_mask[..., 0] / 255
         return region
 
 

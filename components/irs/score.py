@@ -42,7 +42,7 @@ def pointing(weights: Tensor, region: Tensor) -> Tensor:
     Returns:
         (L, X'), mean over each image's instructions with a region; X' is the number of images with at least one.
     """
-    known = region.sum(-1) > 0  # (X, I)
+    has_region = region.sum(-1) > 0  # (X, I)
     on_region = (weights * region).sum(-1)  # (L, X, I)
-    per_image = (on_region * known).sum(-1) / known.sum(-1).clamp_min(1)
-    return per_image[:, known.any(-1)]
+    per_image = (on_region * has_region).sum(-1) / has_region.sum(-1).clamp_min(1)
+    return per_image[:, has_region.any(-1)]

@@ -46,7 +46,7 @@ class TooFewInstructions(DataError):
 
 
 @dataclass(frozen=True)
-class Seen:
+class AttentionMaps:
     """Attention maps of every layer, per image and instruction."""
 
     samples: list[list[Sample]]  # X images with I single-image samples each, one per instruction
@@ -72,7 +72,7 @@ def measure(loaded: Loaded, samples: Samples, template: Template, settings: IrsS
 
 def attention_maps(
     loaded: Loaded, samples: Samples, template: Template, settings: IrsSettings, kinds: Sequence[Rows] = ("all", "words")
-) -> Seen:
+) -> AttentionMaps:
     """Attention maps from instructions to image in all layers, one forward pass per `settings.batch_size` prompts.
 
     Raises:
@@ -82,39 +82,40 @@ def attention_maps(
     prompts = [prompt for image in chosen for prompt in image]
     # No length limit: the answer is not read. Padding goes right, as in training.
     collators = {rows: Collator(loaded.processor, template, max_length=sys.maxsize, train=True, rows=rows) for rows in kinds}
-    view = VLM(loaded.model)
+    vlm = VLM(loaded.model)
     parts: dict[Rows, list[Tensor]] = {rows: [] for rows in kinds}
-    numbers: list[Tensor] = []
+    image_numbers: list[Tensor] = []
     for start in tqdm(range(0, len(prompts), settings.batch_size), desc="attention", unit="batch"):
-        these = prompts[start : start + settings.batch_size]
-        batch = collators["all"](these).to(loaded.model.device)
-        asked = {rows: collators[rows].text(these).instruction.to(loaded.model.device) for rows in kinds}
-        for rows, found in _attention(view, batch, asked).items():
-            parts[rows].append(found)
-        numbers.append(by_column(batch.pictures).cpu())
+        batch_prompts = prompts[start : start + settings.batch_size]
+        batch = collators["all"](batch_prompts).to(loaded.model.device)
+        instruction_masks = {rows: collators[rows].text(batch_prompts).instruction.to(loaded.model.device) for rows in kinds}
+        for rows, maps in _attention(vlm, batch, instruction_masks).items():
+            parts[rows].append(maps)
+        image_numbers.append(by_column(batch.pictures).cpu())
     shape = (len(chosen), settings.instructions_per_image)
-    whole = {rows: _padded(some).unflatten(1, shape) for rows, some in parts.items()}
-    return _apart(chosen, whole, _padded([one[None] for one in numbers])[0].unflatten(0, shape)[:, 0])
+    attention = {rows: _padded(batches).unflatten(1, shape) for rows, batches in parts.items()}
+    return _split_images(chosen, attention, _padded([row[None] for row in image_numbers])[0].unflatten(0, shape)[:, 0])
 
 
-def _apart(chosen: list[list[Sample]], attention: dict[Rows, Tensor], numbers: Tensor) -> Seen:
-    """Split (L, X, I, Nv) attention over samples of several images into single images; `numbers` (X, Nv) from `by_column`."""
-    tokens = torch.stack([(numbers == number).sum(1) for number in range(1, int(numbers.max()) + 1)], dim=1)  # (X, most images)
+def _split_images(chosen: list[list[Sample]], attention: dict[Rows, Tensor], image_numbers: Tensor) -> AttentionMaps:
+    """Split (L, X, I, Nv) attention over samples of several images into single images; `image_numbers` (X, Nv): `by_column`."""
+    numbers = range(1, int(image_numbers.max()) + 1)
+    tokens = torch.stack([(image_numbers == number).sum(1) for number in numbers], dim=1)  # (X, max images)
     if tokens.shape[1] == 1:
-        return Seen(chosen, attention, tokens[:, 0])
-    owners = tokens.nonzero().tolist()
-    samples = [[replace(sample, image=sample.images[image], more=()) for sample in chosen[x]] for x, image in owners]
-    own = {
-        rows: _padded([found[:, x, :, numbers[x] == image + 1][:, None] for x, image in owners])
-        for rows, found in attention.items()
+        return AttentionMaps(chosen, attention, tokens[:, 0])
+    image_indices = tokens.nonzero().tolist()
+    samples = [[replace(sample, image=sample.images[image], more=()) for sample in chosen[x]] for x, image in image_indices]
+    per_image = {
+        rows: _padded([maps[:, x, :, image_numbers[x] == image + 1][:, None] for x, image in image_indices])
+        for rows, maps in attention.items()
     }
-    return Seen(samples, own, tokens[tokens > 0])
+    return AttentionMaps(samples, per_image, tokens[tokens > 0])
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
     """(L, n, Nv) concatenation of batches, zero-padded, which leaves cosines unchanged."""
-    most = max(part.shape[-1] for part in parts)
-    return torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in parts], dim=1)
+    width = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in parts], dim=1)
 
 
 def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
@@ -124,26 +125,26 @@ def draw_images(samples: Samples, settings: IrsSettings) -> list[list[Sample]]:
     not count, since all images share one instruction. Raises TooFewInstructions if fewer than two images qualify, as one has
     no standard error.
     """
-    found = _drawn(samples, [[row] for row in range(samples.images)], settings)
-    if len(found) < 2:
-        found = _drawn(samples, samples.equal_images(), settings)
-    if len(found) < 2:
-        raise TooFewInstructions(len(found), samples.images, settings)
-    return found
+    images = _draw(samples, [[row] for row in range(samples.images)], settings)
+    if len(images) < 2:
+        images = _draw(samples, samples.equal_images(), settings)
+    if len(images) < 2:
+        raise TooFewInstructions(len(images), samples.images, settings)
+    return images
 
 
-def _drawn(samples: Samples, images: list[list[int]], settings: IrsSettings) -> list[list[Sample]]:
+def _draw(samples: Samples, images: list[list[int]], settings: IrsSettings) -> list[list[Sample]]:
     """Seeded draw of `draw_images` over `images`, the rows of each image."""
     random = np.random.default_rng(settings.seed)
-    found: list[list[Sample]] = []
+    drawn: list[list[Sample]] = []
     for image in random.permutation(len(images)):
-        different = instructions([samples[index] for row in images[image] for index in samples.of_image(row)])
-        if len(different) >= settings.instructions_per_image:
-            picked = random.choice(len(different), settings.instructions_per_image, replace=False)
-            found.append([different[index] for index in sorted(picked)])
-        if len(found) == settings.images:
+        distinct = instructions([samples[index] for row in images[image] for index in samples.of_image(row)])
+        if len(distinct) >= settings.instructions_per_image:
+            selected = random.choice(len(distinct), settings.instructions_per_image, replace=False)
+            drawn.append([distinct[index] for index in sorted(selected)])
+        if len(drawn) == settings.images:
             break
-    return found
+    return drawn
 
 
 def rank(attention: Tensor) -> Ranking:
@@ -182,24 +183,24 @@ def furthest_apart(attention: Tensor) -> tuple[int, int]:
 
 def instructions(samples: Sequence[Sample]) -> list[Sample]:
     """One single-turn sample per distinct question, from any turn that comes after all images of its sample."""
-    different: dict[str, Sample] = {}
+    distinct: dict[str, Sample] = {}
     for sample in samples:
         for index, turn in enumerate(sample.turns if sample.images and sample.kind != CAPTION else ()):
             if len(sample.upto(index + 1).images) == len(sample.images):
-                before = len(sample.images) - turn.question.count(IMAGE)
-                asked = Turn(f"{IMAGE}\n" * before + turn.question, turn.answer, turn.boxes)
-                different.setdefault(question_of(turn), replace(sample, turns=(asked,)))
-    return list(different.values())
+                images_before = len(sample.images) - turn.question.count(IMAGE)
+                question = Turn(f"{IMAGE}\n" * images_before + turn.question, turn.answer, turn.boxes)
+                distinct.setdefault(question_of(turn), replace(sample, turns=(question,)))
+    return list(distinct.values())
 
 
 @torch.inference_mode()
-def _attention(view: VLM, batch: Batch, asked: dict[Rows, Tensor]) -> dict[Rows, Tensor]:
+def _attention(vlm: VLM, batch: Batch, instruction_masks: dict[Rows, Tensor]) -> dict[Rows, Tensor]:
     """Attention maps (L, B, Nv) float32 on the CPU, per mask (B, T) of instruction rows; zero-padded to the batch's largest
     Nv."""
-    layers = list(attention_layers(view.model))
-    probes = {rows: AttentionProbe.at(mask, batch.pictures) for rows, mask in asked.items()}
+    layers = list(attention_layers(vlm.model))
+    probes = {rows: AttentionProbe.at(mask, batch.pictures) for rows, mask in instruction_masks.items()}
     with ExitStack() as stack:
         for probe in probes.values():
-            stack.enter_context(probing(view.model, layers, probe))
-        view.plain(batch, view.features(batch), keep=False)
+            stack.enter_context(probing(vlm.model, layers, probe))
+        vlm.plain(batch, vlm.features(batch), keep=False)
     return {rows: torch.stack([probe.seen[layer] for layer in layers]).cpu() for rows, probe in probes.items()}

@@ -61,8 +61,8 @@ def weighting(iva: Iva, choice: LayerChoice | None, depth: int = 1, seed: int = 
     return Weighting(picked.layer, picked.rows, load_file(BACKGROUND)[picked.rows][picked.layer])
 
 
-def keep(backgrounds: dict[Rows, Tensor]) -> None:
+def save_backgrounds(backgrounds: dict[Rows, Tensor]) -> None:
     """Write the backgrounds (L, Nv) of the layer search, if there are any."""
     BACKGROUND.unlink(missing_ok=True)
     if backgrounds:
-        write_bytes(BACKGROUND, save({rows: found.contiguous() for rows, found in backgrounds.items()}))
+        write_bytes(BACKGROUND, save({rows: background.contiguous() for rows, background in backgrounds.items()}))

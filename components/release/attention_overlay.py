@@ -17,7 +17,7 @@ from components.dataset.shards import Sample
 from components.errors import InputError
 from components.io import write_bytes
 from components.irs.overlays import Heat, heatmaps
-from components.irs.regions import seen_by
+from components.irs.regions import preprocessed_image
 from components.models.attention import AttentionProbe, probing
 from components.models.collate import Batch, decoded
 from components.models.families import family_of
@@ -100,7 +100,7 @@ def _patches(loaded: Loaded) -> int:
 def _images(loaded: Loaded, sample: Sample) -> list[NDArray[np.uint8]]:
     """Images as seen by the model: preprocessed if the family crops, else only decoded."""
     crops = family_of(loaded.model.config).crops
-    return [seen_by(loaded.processor, image) if crops else np.asarray(image) for image in decoded(sample)]
+    return [preprocessed_image(loaded.processor, image) if crops else np.asarray(image) for image in decoded(sample)]
 
 
 def draw_overlays(name: str, question: str, attended: list[Seen]) -> Path:

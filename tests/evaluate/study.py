@@ -16,7 +16,7 @@ from components.config.study import Arm
 from components.dataset.shards import ImageRow, Turn
 from components.evaluate.metrics import score
 from components.io import write_bytes, write_text
-from components.irs.overlays import Gaze, curve, overlay, peaks
+from components.irs.overlays import AttentionExample, curve, overlay, peaks
 from components.records.dataset import Manifest
 from components.records.distill import Cost
 from components.records.evaluate import Fingerprint, Likelihood, Prediction
@@ -189,7 +189,9 @@ def _layers(root: Path, row: ImageRow) -> None:
     write_text(folder / "curve.json", json.dumps([{"layer": i, "irs": irs} for i, irs in enumerate(choice.irs)]))
     rng = np.random.default_rng(1)
     weights = [rng.dirichlet(np.full(64, 0.15)).astype(np.float32) for _ in range(4)]
-    gazes = [Gaze(q, a, *weights[2 * i : 2 * i + 2], region=None) for i, (q, a) in enumerate(list(KINDS.values())[:2])]
+    gazes = [
+        AttentionExample(q, a, *weights[2 * i : 2 * i + 2], region=None) for i, (q, a) in enumerate(list(KINDS.values())[:2])
+    ]
     assert row.image is not None
     image = np.asarray(Image.open(io.BytesIO(row.image)))
     for index in (1, 2):

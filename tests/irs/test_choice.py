@@ -11,10 +11,10 @@ import torch
 from components.config.irs import IrsSettings
 from components.dataset.shards import Box, Sample, Turn
 from components.errors import DataError, ModelError
-from components.irs.choice import backgrounds, choose, grids_of, others, regions, scored
+from components.irs.choice import backgrounds, choose, grids_of, leave_one_out_background, regions, scored
 from components.irs.regions import Tiling
 from components.irs.score import pointing
-from components.irs.search import Seen
+from components.irs.search import AttentionMaps
 from components.models.collate import decode
 from tests.families import toy
 from tests.irs.test_regions import PX, TILING
@@ -38,7 +38,7 @@ def samples(boxes: bool = True) -> list[list[Sample]]:
     return [[one(x, i) for i in range(I)] for x in range(X)]
 
 
-def seen(boxes: bool = True) -> Seen:
+def seen(boxes: bool = True) -> AttentionMaps:
     """A sink at token 5 in all; over the words of layer 0, some attention at what is asked."""
     random = torch.Generator().manual_seed(0)
     attention = {rows: 0.01 * torch.rand(L, X, I, NV, generator=random) for rows in ("all", "words")}
@@ -46,7 +46,7 @@ def seen(boxes: bool = True) -> Seen:
         found[..., 5] += 0.5
     for i, token in enumerate(ASKED):
         attention["words"][0, :, i, token] += 0.1
-    return Seen(samples(boxes), attention, torch.full((X,), NV))  # type: ignore[arg-type]
+    return AttentionMaps(samples(boxes), attention, torch.full((X,), NV))  # type: ignore[arg-type]
 
 
 def test_pointing_is_the_mean_share_on_the_region_over_questions_that_have_one() -> None:
@@ -70,7 +70,7 @@ def test_backgrounds_are_the_mean_shares_and_the_others_leave_the_instruction_it
     attention = seen().attention["all"]
     shares = attention / attention.sum(-1, keepdim=True)
     torch.testing.assert_close(backgrounds(seen())["all"], shares.flatten(1, 2).mean(1))
-    found = others(attention)
+    found = leave_one_out_background(attention)
     torch.testing.assert_close(found[1, 2, 0], (shares[1, 2, 1] + shares[1, 2, 2]) / 2)
 
 
@@ -112,7 +112,7 @@ def test_pointing_without_regions_is_refused() -> None:
     assert choice.region is None and not any(view.pointing for view in choice.views)
 
 
-def varied() -> tuple[Seen, Tiling]:
+def varied() -> tuple[AttentionMaps, Tiling]:
     """Images of two grids, on a model whose tokens go by the image's shape."""
     tiling = Tiling.of(toy.loaded("qwen2_vl").processor)
     pictures = [toy.SAMPLES[0].image, png(0, PX)]
@@ -120,7 +120,7 @@ def varied() -> tuple[Seen, Tiling]:
     grids = [tiling.grid(decode(image[0])) for image in some]
     tokens = torch.tensor([rows * columns for rows, columns in grids if rows])  # type: ignore[misc]
     attention = torch.rand(L, X, I, int(tokens.max())) * (torch.arange(int(tokens.max())) < tokens[:, None])[:, None]
-    return Seen(some, {"all": attention, "words": attention}, tokens), tiling
+    return AttentionMaps(some, {"all": attention, "words": attention}, tokens), tiling
 
 
 def test_images_of_several_grids_have_no_background_and_centred_weights_are_refused_for_training() -> None:
@@ -137,7 +137,7 @@ def test_images_of_several_grids_have_no_background_and_centred_weights_are_refu
 def test_nothing_left_counts_and_gives_no_nan() -> None:
     """Two instructions that look alike leave nothing above each other."""
     attention = torch.rand(L, X, 1, NV).expand(L, X, 2, NV)
-    found = Seen([image[:2] for image in samples()], {"all": attention, "words": attention}, torch.full((X,), NV))
+    found = AttentionMaps([image[:2] for image in samples()], {"all": attention, "words": attention}, torch.full((X,), NV))
     region = regions(found, TILING)
     views = [one.view for one in scored(found, {}, region)]
     for view in views:

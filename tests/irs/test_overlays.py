@@ -13,9 +13,9 @@ from PIL import Image
 from components.digits.tokenizer import build_processor
 from components.errors import DataError
 from components.irs.__main__ import _overlays
-from components.irs.overlays import Gaze, curve, overlay, peaks
-from components.irs.regions import Tiling, seen_by
-from components.irs.search import Seen
+from components.irs.overlays import AttentionExample, curve, overlay, peaks
+from components.irs.regions import Tiling, preprocessed_image
+from components.irs.search import AttentionMaps
 from components.models.template import Template
 from components.records.irs import Region, View
 from components.report.figures import DARK, LIGHT, draw
@@ -27,11 +27,11 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 def gaze(
     question: str, answer: str, mean: np.ndarray, centred: np.ndarray | None = None, region: np.ndarray | None = None
-) -> Gaze:
-    return Gaze(question, answer, mean, mean if centred is None else centred, region)
+) -> AttentionExample:
+    return AttentionExample(question, answer, mean, mean if centred is None else centred, region)
 
 
-def panels(gazes: list[Gaze]) -> list[list[Axes]]:
+def panels(gazes: list[AttentionExample]) -> list[list[Axes]]:
     """Rows of (image, mean, centred)."""
     axes = overlay(PICTURE, gazes, peaks(gazes), "layer 2", LIGHT).axes
     return [axes[3 * row : 3 * row + 3] for row in range(len(gazes))]
@@ -81,7 +81,7 @@ def test_visual_tokens_that_are_no_square_are_refused() -> None:
 def test_image_is_shown_as_the_model_sees_it() -> None:
     processor = build_processor(["what"], Template(""), 32, 8)
     wide = Image.fromarray(np.hstack([np.zeros((20, 40, 3), np.uint8), np.full((20, 40, 3), 255, np.uint8)]))
-    seen = seen_by(processor, wide)
+    seen = preprocessed_image(processor, wide)
     assert seen.shape == (32, 32, 3)
     assert seen[:, :12].max() < 20
     assert seen[:, 20:].min() > 235
@@ -126,7 +126,7 @@ def test_without_a_grid_that_all_images_share_there_are_no_overlays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    seen = Seen(samples=[], attention={"all": torch.zeros(1, 0, 2, 8)}, tokens=torch.zeros(0))
+    seen = AttentionMaps(samples=[], attention={"all": torch.zeros(1, 0, 2, 8)}, tokens=torch.zeros(0))
     tiling = Tiling.of(toy.loaded("qwen2_vl").processor)
     assert _overlays(tiling, seen, {}, layer_choice(0, [0.1]).picked, count=2) == []
     assert "no overlays, for the teacher's visual tokens are no square grid" in capsys.readouterr().out

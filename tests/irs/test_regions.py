@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from components.digits.tokenizer import build_processor
-from components.irs.regions import Tiling, seen_by
+from components.irs.regions import Tiling, preprocessed_image
 from components.models.template import Template
 from tests.families import toy
 
@@ -21,7 +21,7 @@ SIDE = st.integers(0, PX - 1).flatmap(lambda low: st.integers(low + 1, PX).map(l
 
 
 def test_a_cell_is_its_own_tokens() -> None:
-    share = TILING.covered(IMAGE, [(0.5, 0.0, 1.0, 0.5)])
+    share = TILING.coverage(IMAGE, [(0.5, 0.0, 1.0, 0.5)])
     assert share is not None
     assert share.reshape(4, 4).tolist() == [[0, 0, 1, 1]] * 2 + [[0] * 4] * 2
 
@@ -34,11 +34,11 @@ def test_shares_equal_a_count_of_pixels_and_overlapping_boxes_count_once(found: 
         inside[top:bottom, left:right] = 1
     boxes = [(left / PX, top / PX, right / PX, bottom / PX) for (left, right), (top, bottom) in found]
     wanted = [inside[y : y + PATCH, x : x + PATCH].mean() for y in range(0, PX, PATCH) for x in range(0, PX, PATCH)]
-    np.testing.assert_allclose(TILING.covered(IMAGE, boxes), wanted, atol=1e-12)
+    np.testing.assert_allclose(TILING.coverage(IMAGE, boxes), wanted, atol=1e-12)
 
 
 def test_a_box_smaller_than_a_pixel_is_still_somewhere() -> None:
-    share = TILING.covered(IMAGE, [(0.9999, 0.9999, 1.0, 1.0)])
+    share = TILING.coverage(IMAGE, [(0.9999, 0.9999, 1.0, 1.0)])
     assert share is not None and share.argmax() == 15 and share.sum() == pytest.approx(1 / PATCH**2)
 
 
@@ -49,8 +49,8 @@ def test_the_region_is_cropped_as_the_image_is() -> None:
         do_center_crop=True, size={"shortest_edge": PX}, crop_size={"height": PX, "width": PX}
     )
     tiling, image = Tiling(processor, 16), Image.new("RGB", (80, 40))
-    assert seen_by(processor, image).shape == (PX, PX, 3)
-    beside, inside = (tiling.covered(image, [box]) for box in ((0.0, 0.0, 0.2, 1.0), (0.25, 0.0, 0.5, 1.0)))
+    assert preprocessed_image(processor, image).shape == (PX, PX, 3)
+    beside, inside = (tiling.coverage(image, [box]) for box in ((0.0, 0.0, 0.2, 1.0), (0.25, 0.0, 0.5, 1.0)))
     assert beside is not None and not beside.any()
     assert inside is not None
     np.testing.assert_allclose(inside.reshape(4, 4).mean(0), [1, 1, 0, 0], atol=0.05)
@@ -61,11 +61,11 @@ def test_a_grid_that_goes_by_the_images_shape() -> None:
     assert tiling.tokens is None
     grid = tiling.grid(image)
     assert grid is not None and grid[0] < grid[1]
-    share = tiling.covered(image, [(0.0, 0.0, 0.5, 1.0)])
+    share = tiling.coverage(image, [(0.0, 0.0, 0.5, 1.0)])
     assert share is not None and share.mean() == pytest.approx(0.5)
     assert share.reshape(grid)[:, 0].tolist() == pytest.approx([1] * grid[0])
 
 
 def test_where_tiles_lie_is_not_known() -> None:
     tiling, image = Tiling.of(toy.loaded("llava_next").processor), toy.image(40, 20)
-    assert tiling.grid(image) is None and tiling.covered(image, [(0, 0, 1, 1)]) is None
+    assert tiling.grid(image) is None and tiling.coverage(image, [(0, 0, 1, 1)]) is None

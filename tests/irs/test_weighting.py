@@ -15,7 +15,7 @@ from components.align_ti.visual_weights import visual_weights
 from components.config.distill import Iva
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError
-from components.irs.centred import centred, centred_in_batch, shares, without_weights
+from components.irs.centred import centred, centred_in_batch, count_unweighted_images, shares
 from components.irs.weighting import BACKGROUND, Weighting, weighting
 from components.models.vlm import VLM
 from components.records.irs import Picked
@@ -57,7 +57,7 @@ def test_where_nothing_is_left_tokens_weigh_the_same_and_are_counted(attention: 
     other = [0.1, 0.1, 0.3, 0.1]
     rows = torch.tensor([attention + [0.0] * 4, other + attention, [0.0] * 8])
     weights = centred_in_batch(rows, torch.tensor([0.7, 0.1, 0.1, 0.1]), pictures, ["a", "b", "text"])
-    assert int(without_weights(weights, pictures)) == 2
+    assert int(count_unweighted_images(weights, pictures)) == 2
     found = visual_weights(weights, pictures).unflatten(0, (3, 4))
     torch.testing.assert_close(found[[0, 2]], torch.full((2, 4), 0.25))
     assert float(found[1].sum()) == pytest.approx(1) and float(found[1].max()) > 0.5

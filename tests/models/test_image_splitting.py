@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import ModelError
-from components.irs.regions import seen_by
+from components.irs.regions import preprocessed_image
 from components.models.collate import visual_tokens
 from components.models.image_splitting import as_one_tile
 from components.models.processor import load_processor
@@ -31,7 +31,7 @@ def test_an_image_is_one_tile_whatever_its_shape(family: str, layout: str, tmp_p
     as_one_tile(folder)
     processor = load_processor(folder)
     assert visual_tokens(processor) == 4
-    assert seen_by(processor, toy.image(40, 20)).shape == (16, 16, 3)
+    assert preprocessed_image(processor, toy.image(40, 20)).shape == (16, 16, 3)
     assert layout != "processor_config.json" or (folder / "linked").read_text() == before  # the hub's own copy
 
 
