@@ -20,7 +20,7 @@ from components.distill.assemble import Job, assemble
 from components.distill.card import model_card
 from components.distill.checkpoint import Checkpoints
 from components.distill.export import export, gathered
-from components.distill.launch import launch, to_be_launched
+from components.distill.launch import launch, needs_launch
 from components.distill.loop import train
 from components.distill.trainable import choose_trainable, merge_adapters
 from components.models.load import Loaded, load
@@ -38,7 +38,7 @@ def main() -> None:
     name = parser.parse_args().arm
     settings = load_settings()
     arm = settings.arm(name)
-    if to_be_launched(settings.runtime):
+    if needs_launch(settings.runtime):
         launch(settings.runtime, prepare_torch(settings.runtime, arm.seed).type, sys.argv[1:])
         return
     with stage_run("distill", name, runtime=settings.runtime, params=arm.model_dump(mode="json")) as run:
@@ -56,23 +56,23 @@ def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
     """Train and export one arm. Returns its cost."""
     job = assemble(name, arm, settings)
     run.dataset("train", job.samples.manifest.digest[:32])
-    main = job.accelerator.is_main_process
-    with Checkpoints.of(name, job.fingerprint, main=main) as checkpoints:
+    is_main = job.accelerator.is_main_process
+    with Checkpoints.of(name, job.fingerprint, main=is_main) as checkpoints:
         outcome = train(job, checkpoints, run)
-        if equal := _equal_weights(job.module, job.accelerator):
-            run.metrics({"iva/equal_weights": equal})
-            job.accelerator.print(f"{job.title}: no attention was left for {equal:,} images, whose tokens weighed the same")
+        if count := _equal_weights(job.module, job.accelerator):
+            run.metrics({"iva/equal_weights": count})
+            job.accelerator.print(f"{job.title}: no attention was left for {count:,} images, whose tokens weighed the same")
         run.metrics(_concentration(job.module, job.accelerator))
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
             step_seconds=outcome.step_seconds,
-            peak_memory_mib=round(_most(peak_memory_mib(job.accelerator.device), job.accelerator), 1),
+            peak_memory_mib=round(_max_over_processes(peak_memory_mib(job.accelerator.device), job.accelerator), 1),
             device=str(job.accelerator.device),
             steps=outcome.steps,
         )
         state = gathered(job.accelerator, outcome.wrapped)
-        if main:
-            student = job.student if state is None else _whole(job, state)
+        if is_main:
+            student = job.student if state is None else _unsharded(job, state)
             if settings.distill.trainable.lora is not None:
                 merge_adapters(student.model)
             export(STUDENTS / name, student, job.collator.template, model_card(name, job.facts), outcome.losses, cost)
@@ -80,7 +80,7 @@ def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
     return cost
 
 
-def _whole(job: Job, state: dict[str, torch.Tensor]) -> Loaded:
+def _unsharded(job: Job, state: dict[str, torch.Tensor]) -> Loaded:
     """Student on the CPU with the gathered weights, for runs that shard them over processes."""
     student = load(Path(job.start.path), "cpu")
     choose_trainable(student, job.distill)
@@ -88,7 +88,7 @@ def _whole(job: Job, state: dict[str, torch.Tensor]) -> Loaded:
     return student
 
 
-def _most(mib: float, accelerator: Accelerator) -> float:
+def _max_over_processes(mib: float, accelerator: Accelerator) -> float:
     """Maximum of `mib` over all processes."""
     return float(accelerator.gather(torch.tensor([mib], device=accelerator.device)).max())
 
@@ -96,8 +96,8 @@ def _most(mib: float, accelerator: Accelerator) -> float:
 def _equal_weights(module: AlignTI, accelerator: Accelerator) -> int:
     """Number of images with uniform weights for lack of attention, over all processes since process start."""
     teacher = module.live_teacher
-    found = torch.zeros((), dtype=torch.long) if teacher is None else teacher.equal_weights
-    return int(accelerator.gather(found.to(accelerator.device)[None]).sum())
+    count = torch.zeros((), dtype=torch.long) if teacher is None else teacher.equal_weights
+    return int(accelerator.gather(count.to(accelerator.device)[None]).sum())
 
 
 def _concentration(module: AlignTI, accelerator: Accelerator) -> dict[str, float]:

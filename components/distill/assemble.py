@@ -16,7 +16,7 @@ from components.config.settings import Settings
 from components.config.study import Arm
 from components.dataset.shards import CAPTION, Samples
 from components.distill import code
-from components.distill.launch import check_came_up
+from components.distill.launch import check_world
 from components.distill.placement import load_teacher
 from components.distill.resample_visual_tokens import ResampledTeacher
 from components.distill.rollouts import Rollouts
@@ -38,9 +38,9 @@ from components.runtime import prepare_torch
 from components.teacher_answers.store import Answers
 from components.teacher_answers.store import facts as answer_facts
 from components.teacher_cache.evidence import Evidence
-from components.teacher_cache.evidence import collator as of_edits
+from components.teacher_cache.evidence import collator as evidence_collator
 from components.teacher_cache.store import Signals, read_evidence, read_manifest
-from components.teacher_cache.store import facts as facts_of
+from components.teacher_cache.store import facts as signal_facts
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Job:
     @property
     def fingerprint(self) -> str:
         """Identity of the checkpoints: an interrupted training resumes only under an equal fingerprint."""
-        logged = {"steps_logged": self.distill.log_every}
-        return fingerprint({**self.facts, **logged}, code.of_training(self.module.method.weights))
+        logging = {"steps_logged": self.distill.log_every}
+        return fingerprint({**self.facts, **logging}, code.training_files(self.module.method.weights))
 
 
 def assemble(name: str, arm: Arm, settings: Settings) -> Job:
@@ -82,9 +82,9 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
     settings = settings.of_arm(arm)
     accelerator = _accelerator(arm, settings)
     samples = Samples(DATASET, "train", ROWS)
-    align = settings.distill.stage == "align"
-    choice = None if align else TeacherChoice.read(TEACHER / "choice.json")
-    layers = None if align else searched_for(arm)
+    is_align = settings.distill.stage == "align"
+    choice = None if is_align else TeacherChoice.read(TEACHER / "choice.json")
+    layers = None if is_align else layer_search_result(arm)
     start = ModelIndex.read(MODELS / "index.json").students[arm.student]
     facts = _facts(arm, settings, samples, choice, layers, start)
 
@@ -100,8 +100,8 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         facts["teacher_signals"] = settings.distill.teacher_signals.model_dump()
     else:
         if settings.distill.teacher_signals.source == "cache":
-            live = " and ".join(f"L_{term}" for term, needs in arm.needs.items() if needs.live_teacher)
-            accelerator.print(f"distill@{name}: no cache serves {live}; this arm runs the live teacher for all its terms")
+            term_names = " and ".join(f"L_{term}" for term, needs in arm.needs.items() if needs.live_teacher)
+            accelerator.print(f"distill@{name}: no cache serves {term_names}; this arm runs the live teacher for all its terms")
         teacher = load_teacher(Path(choice.path), accelerator.device, settings)
         check_same_template(teacher, student, settings.models.template)
         sides = grids(teacher, student)
@@ -112,30 +112,37 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
             )
         assert arm.iva is not None  # filled in by Settings.arm
         layer_weighting = weighting(arm.iva, layers, teacher.layers, arm.seed)
-        own = teacher.processor if sides is not None else None
+        teacher_processor = teacher.processor if sides is not None else None
         collator = Collator(
-            student.processor, template, settings.models.max_length, train=True, teacher=own, rows=layer_weighting.rows
+            student.processor,
+            template,
+            settings.models.max_length,
+            train=True,
+            teacher=teacher_processor,
+            rows=layer_weighting.rows,
         )
         module = _live(arm, settings.distill, student, teacher, layer_weighting, collator, sides)
-    chosen, answers = trained_on(samples.kinds, settings.distill), None
+    indices, answers = training_indices(samples.kinds, settings.distill), None
     if arm.answers is not None:
         answers = Answers(ANSWERS, answer_facts(settings), arm.answer_filter)
         facts["teacher_answers"] = answers.manifest.model_dump()
-        chosen = answers.answered(chosen)
+        indices = answers.answered(indices)
     evidence = None
     if "mcd" in arm.weights:
-        kept, term = read_evidence(SIGNALS, facts_of(settings)), cast(Any, module.method.terms["mcd"])
-        facts["evidence"] = kept.model_dump()
-        collate = of_edits(student.processor, template, settings.models.max_length)
-        evidence = Evidence(SIGNALS, kept, term.evidence, term.verified, samples, collate)
+        manifest, mcd = read_evidence(SIGNALS, signal_facts(settings)), cast(Any, module.method.terms["mcd"])
+        facts["evidence"] = manifest.model_dump()
+        edit_collator = evidence_collator(student.processor, template, settings.models.max_length)
+        evidence = Evidence(SIGNALS, manifest, mcd.evidence, mcd.verified, samples, edit_collator)
         accelerator.print(f"distill@{name}: L_mcd edits {len(evidence):,} samples")
     weights = samples.weights
-    order = Sampler(chosen, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in chosen])
+    order = Sampler(indices, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in indices])
     rollouts = None
     if arm.rollouts is not None:
-        shared = module.method.shared_vocabulary or student.vocabulary
-        rollouts = Rollouts(arm.rollouts, student, collator, samples, order, shared, accelerator)
-    accelerator.print(f"distill@{name}: {len(chosen):,} samples of {len(samples):,}; {collator.spelt_out(samples[chosen[0]])}")
+        shared_vocabulary = module.method.shared_vocabulary or student.vocabulary
+        rollouts = Rollouts(arm.rollouts, student, collator, samples, order, shared_vocabulary, accelerator)
+    accelerator.print(
+        f"distill@{name}: {len(indices):,} samples of {len(samples):,}; {collator.spelt_out(samples[indices[0]])}"
+    )
     return Job(
         name,
         settings,
@@ -164,7 +171,7 @@ def _accelerator(arm: Arm, settings: Settings) -> Accelerator:
         dynamo_backend="no",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    check_came_up(accelerator, settings.runtime)
+    check_world(accelerator, settings.runtime)
     return accelerator
 
 
@@ -192,28 +199,28 @@ def _facts(
         facts["weights"] = {name: source.weight for name, source in samples.sources.items()}
     assert arm.iva is not None  # filled in by Settings.arm
     if layers is not None and arm.iva.weighting == "searched" and "iva" in arm.needs:
-        picked = layers.picked.model_dump(include={"rule", "layer", "weighting", "rows"})
-        facts["searched"] = picked | {"background": weighting(arm.iva, layers).digest}
+        selection = layers.picked.model_dump(include={"rule", "layer", "weighting", "rows"})
+        facts["searched"] = selection | {"background": weighting(arm.iva, layers).digest}
     return facts
 
 
-def searched_for(arm: Arm) -> LayerChoice | None:
+def layer_search_result(arm: Arm) -> LayerChoice | None:
     """Result of the layer search, None without one. Raises DataError if the arm needs a layer and the search found none."""
     return LayerChoice.read(IRS / "layer.json") if arm.needs_layer else LayerChoice.found()
 
 
-def trained_on(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
+def training_indices(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
     """Indices of the training samples: captions for stage align (all samples if none is a caption), else all but captions.
 
     Cut to `distill.rows` evenly spaced ones, the same for every arm and seed.
     """
     captions = [i for i, kind in enumerate(kinds) if kind == CAPTION]
     if distill.stage == "align":
-        members = captions or list(range(len(kinds)))
+        eligible = captions or list(range(len(kinds)))
     else:
-        members = [i for i, kind in enumerate(kinds) if kind != CAPTION]
-    count = min(distill.rows or len(members), len(members))
-    return [members[place * len(members) // count] for place in range(count)]
+        eligible = [i for i, kind in enumerate(kinds) if kind != CAPTION]
+    count = min(distill.rows or len(eligible), len(eligible))
+    return [eligible[position * len(eligible) // count] for position in range(count)]
 
 
 def _live(
@@ -229,25 +236,27 @@ def _live(
     check_layer(teacher, layer_weighting.layer)
     depths = student.layers, teacher.layers
     method = _method(arm, distill, collator, check_pair(teacher, student, own_images=sides is not None), depths)
-    pupil, master = VLM(student.model), VLM(teacher.model)
-    if method.needs.linear and (pupil.head.cap or master.head.cap):
+    student_vlm, teacher_vlm = VLM(student.model), VLM(teacher.model)
+    if method.needs.linear and (student_vlm.head.cap or teacher_vlm.head.cap):
         names = ", ".join(name for name, term in method.weighted_terms.items() if term.needs.linear)
         raise ModelError(
             f"L_{names} needs the logits to be linear in the hidden states; Gemma 2 soft-caps them: give it no weight"
         )
-    appends = method.route == "expanded" and method.needs.ribbon
-    if distill.flex_attention and appends and student.model.device.type == "cuda" and pupil.can_flex:
-        pupil.flex()
-    shares_tower = sides is None and not distill.trainable.vision_tower and same_tower(pupil, master)
-    frozen = FrozenTeacher(master, layer_weighting.layer, shares_tower, layer_weighting.background, layer_weighting.gradient)
-    return AlignTI(pupil, frozen if sides is None else ResampledTeacher(frozen, *sides), method)
+    appends_ribbon = method.route == "expanded" and method.needs.ribbon
+    if distill.flex_attention and appends_ribbon and student.model.device.type == "cuda" and student_vlm.can_flex:
+        student_vlm.flex()
+    shares_tower = sides is None and not distill.trainable.vision_tower and same_tower(student_vlm, teacher_vlm)
+    frozen = FrozenTeacher(
+        teacher_vlm, layer_weighting.layer, shares_tower, layer_weighting.background, layer_weighting.gradient
+    )
+    return AlignTI(student_vlm, frozen if sides is None else ResampledTeacher(frozen, *sides), method)
 
 
 def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator, samples: Samples) -> AlignTI:
     """Distillation module with cached teacher signals, if a term needs them. Raises DataError if the cache does not match."""
     signals, shared = None, student.vocabulary
     if any(needs.teacher for needs in arm.needs.values()):
-        cache = read_manifest(SIGNALS, facts_of(settings))
+        cache = read_manifest(SIGNALS, signal_facts(settings))
         signals, shared = Signals(SIGNALS, cache.shards), cache.shared_vocabulary
         if arm.iva is not None and arm.iva.of_another:
             rows = [row for row, kind in zip(samples.row_of.tolist(), samples.kinds, strict=True) if kind != CAPTION]

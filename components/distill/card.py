@@ -30,8 +30,8 @@ def model_card(arm: str, facts: dict[str, Any]) -> str:
     models = {"student before it": index.students[facts["student"]["name"]]}
     if facts["teacher"]:
         models["teacher"] = index.teachers[facts["teacher"]["name"]]
-    title, licence = _of_data(DATASET / "card.md", manifest)
-    front = {
+    title, licence = _data_title_and_licence(DATASET / "card.md", manifest)
+    front_matter = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["align-ti", "knowledge-distillation"],
@@ -41,15 +41,15 @@ def model_card(arm: str, facts: dict[str, Any]) -> str:
             "data": licences_of_data(licence),
         },
     }
-    named = {key: value for key, value in front.items() if value}
+    filled = {key: value for key, value in front_matter.items() if value}
     rows = "\n".join(f"| {role} | {_described(model)} | {licence_of(model)} |" for role, model in models.items())
     train = manifest.splits["train"]
     return f"""---
-{yaml.safe_dump(named, sort_keys=False, allow_unicode=True, width=120)}---
+{yaml.safe_dump(filled, sort_keys=False, allow_unicode=True, width=120)}---
 
 # {arm}
 
-{_what(facts)}
+{_summary(facts)}
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -84,11 +84,11 @@ def licence_of(model: ModelRecord) -> str:
         return "built here from nothing"
     readme = Path(model.path) / "README.md"
     try:
-        stated = (metadata_load(readme) if readme.is_file() else None) or {}
+        metadata = (metadata_load(readme) if readme.is_file() else None) or {}
     except (ValueError, yaml.YAMLError):  # no mapping, or no YAML
-        stated = {}
-    named = stated.get("license_name") if stated.get("license") == "other" else None
-    return str(named or stated.get("license") or NOT_STATED)
+        metadata = {}
+    name = metadata.get("license_name") if metadata.get("license") == "other" else None
+    return str(name or metadata.get("license") or NOT_STATED)
 
 
 def licences_of_data(licence: str) -> dict[str, str] | str:
@@ -99,7 +99,7 @@ def licences_of_data(licence: str) -> dict[str, str] | str:
     return " ".join(licence.split())
 
 
-def _of_data(card: Path, manifest: Manifest) -> tuple[str, str]:
+def _data_title_and_licence(card: Path, manifest: Manifest) -> tuple[str, str]:
     """Title and licence from the data card."""
     if not card.is_file():
         return manifest.source, NOT_STATED
@@ -110,17 +110,17 @@ def _of_data(card: Path, manifest: Manifest) -> tuple[str, str]:
 
 def _described(model: ModelRecord) -> str:
     """Model entry of the card. A local folder appears by name only, so that no path of a user's machine is published."""
-    at = f" at `{model.revision[:12]}`" if model.revision else ""
+    revision = f" at `{model.revision[:12]}`" if model.revision else ""
     origin = Path(model.origin).name if Path(model.origin).is_absolute() else model.origin
-    where = "built and trained here" if model.origin == "embedded" else f"`{origin}`{at}"
-    return f"`{model.name}`: {where}, {model.parameters:,} parameters"
+    location = "built and trained here" if model.origin == "embedded" else f"`{origin}`{revision}"
+    return f"`{model.name}`: {location}, {model.parameters:,} parameters"
 
 
 def _aligned(facts: dict[str, Any]) -> bool:
     return bool(facts["distill"]["stage"] == "align")
 
 
-def _what(facts: dict[str, Any]) -> str:
+def _summary(facts: dict[str, Any]) -> str:
     if _aligned(facts):
         return "A model that learnt to read its vision tower from captions, before distillation."
     return "A student distilled with Align-TI (arXiv 2602.09483)."
@@ -132,25 +132,25 @@ def _losses(facts: dict[str, Any]) -> str:
         return "Loss: cross-entropy on the captions alone."
     weights, iva, layer = facts["arm"]["weights"], facts["arm"]["iva"], facts["irs_layer"]
     terms = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}L_{term}" for term, weight in weights.items())
-    picked = facts.get("searched")
-    found = "" if layer is None else f" (the layer search's l* is {layer})"
-    looked = {
+    selection = facts.get("searched")
+    search_note = "" if layer is None else f" (the layer search's l* is {layer})"
+    weighting_source = {
         "irs": f"layer l* = {layer} of the teacher, the layer search's",
-        "searched": picked and _picked(picked),
-        "layer": f"layer {iva['layer']} of the teacher, as asked{found}",
-        "uniform": f"no layer: all weigh the same{found}",
-        "gradient": f"what each adds to the teacher's log-probability of the answer{found}",
-        "entropy": f"the teacher's entropy there{found}",
-        "divergence": f"KL of the two models there{found}",
+        "searched": selection and _selection(selection),
+        "layer": f"layer {iva['layer']} of the teacher, as asked{search_note}",
+        "uniform": f"no layer: all weigh the same{search_note}",
+        "gradient": f"what each adds to the teacher's log-probability of the answer{search_note}",
+        "entropy": f"the teacher's entropy there{search_note}",
+        "divergence": f"KL of the two models there{search_note}",
     }
     rollouts = facts["arm"].get("rollouts")
-    own = "" if rollouts is None else f" Of the samples {rollouts['share']:.0%} had an answer that the student wrote."
+    rollout_note = "" if rollouts is None else f" Of the samples {rollouts['share']:.0%} had an answer that the student wrote."
     if "iva" not in weights:
-        return f"Loss: L = {terms}; nothing weighs visual tokens{found}.{own}"
-    return f"Loss: L = {terms}. L_iva weighs visual tokens by {looked[iva['weighting']]}.{own}"
+        return f"Loss: L = {terms}; nothing weighs visual tokens{search_note}.{rollout_note}"
+    return f"Loss: L = {terms}. L_iva weighs visual tokens by {weighting_source[iva['weighting']]}.{rollout_note}"
 
 
-def _picked(searched: dict[str, Any]) -> str:
+def _selection(searched: dict[str, Any]) -> str:
     rows = "all instruction rows" if searched["rows"] == "all" else "the question's words"
     return (
         f"{searched['weighting']} attention of the teacher's layer {searched['layer']} over {rows}, as the rule"
@@ -162,8 +162,8 @@ def _steps(distill: dict[str, Any]) -> str:
     trained = [part.replace("_", " ") for part in ("vision_tower", "projector", "language_model") if distill["trainable"][part]]
     lora = distill["trainable"]["lora"]
     with_lora = f" (the language model by LoRA of rank {lora['rank']}, folded in)" if lora else ""
-    own = {part.replace("_", " "): rate for part, rate in distill.get("learning_rates", {}).items() if rate is not None}
-    rates = "".join(f", {rate:g} for the {part}" for part, rate in own.items())
+    part_rates = {part.replace("_", " "): rate for part, rate in distill.get("learning_rates", {}).items() if rate is not None}
+    rates = "".join(f", {rate:g} for the {part}" for part, rate in part_rates.items())
     return (
         f"{distill['steps']:,} steps of {distill['batch_size']} samples, learning rate"
         f" {distill['optimiser']['learning_rate']:g}{rates}, {distill['precision']}; trained: {', '.join(trained)}{with_lora}."

@@ -48,7 +48,7 @@ class Checkpoints:
     def save(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
         """Save the state at `progress["step"]` and delete older checkpoints. Collective: every rank calls it."""
         final = self.folder / f"step-{progress['step']:08d}"
-        with written_by_all(accelerator, final) as draft:
+        with collective_draft(accelerator, final) as draft:
             accelerator.save_state(str(draft))
             if accelerator.is_main_process:
                 write_text(draft / "progress.json", json.dumps({**progress, "layout": layout(accelerator)}))
@@ -60,10 +60,10 @@ class Checkpoints:
     def restore(accelerator: Accelerator, path: Path) -> dict[str, Any]:
         """Load the state at `path` and return its progress. Raises InputError if it was saved under another `layout`."""
         progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        saved, here = progress.pop("layout"), layout(accelerator)
-        if saved != here:
+        saved, current = progress.pop("layout"), layout(accelerator)
+        if saved != current:
             raise InputError(
-                f"{path} was saved under {saved}, and this is {here}: go on as it began (`devices`, `accelerate` in"
+                f"{path} was saved under {saved}, and this is {current}: go on as it began (`devices`, `accelerate` in"
                 f" params/runtime.yaml), or delete {path.parent} to begin anew"
             )
         accelerator.load_state(str(path))
@@ -76,7 +76,7 @@ class Checkpoints:
 
 
 @contextmanager
-def written_by_all(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
+def collective_draft(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
     """Draft into which every rank writes; the main process then moves it to `folder`. Collective."""
     draft = folder.with_name(f".{folder.name}.tmp")
     if accelerator.is_main_process:

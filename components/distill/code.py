@@ -27,19 +27,19 @@ def main() -> None:
     arms = load_settings().study.arms
     with whole_folder(TERMS) as draft:
         for name, arm in arms.items():
-            hashes = {path.relative_to(ROOT).as_posix(): sha256([path]) for path in of_terms(arm.weights)}
+            hashes = {path.relative_to(ROOT).as_posix(): sha256([path]) for path in term_files(arm.weights)}
             write_text(draft / f"{name}.json", json.dumps(hashes, indent=2) + "\n")
     print(f"terms: the code of {len(arms)} arms -> {TERMS}")
 
 
-def of_terms(weights: Iterable[str]) -> list[Path]:
+def term_files(weights: Iterable[str]) -> list[Path]:
     """Source files of these terms and their imports."""
     return _files(f"{terms.__name__}.{name}" for name in terms.computed(weights))
 
 
-def of_training(weights: Iterable[str]) -> list[Path]:
+def training_files(weights: Iterable[str]) -> list[Path]:
     """Source files that determine the bytes of a student with these terms."""
-    return sorted({*_files(["components.distill.__main__"]), *of_terms(weights)})
+    return sorted({*_files(["components.distill.__main__"]), *term_files(weights)})
 
 
 def _files(names: Iterable[str]) -> list[Path]:

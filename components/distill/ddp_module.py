@@ -35,10 +35,10 @@ class Replica(nn.Module):
         if only_draw:
             return (self.method.draw(batch, keys),)
         terms = self.method(batch, keys, draws)
-        sums = terms.sums + self._idle() if self._ranks > 1 else terms.sums
+        sums = terms.sums + self._touch_unused() if self._ranks > 1 else terms.sums
         return sums, terms.counts, terms.counts.new_tensor([terms.steps_left_out])
 
-    def _idle(self) -> Tensor:
+    def _touch_unused(self) -> Tensor:
         """Zero whose gradient touches parameters that a batch may leave unused: vision tower and projector without an image,
         modules of terms and, without text rows, the head.
 
@@ -46,7 +46,12 @@ class Replica(nn.Module):
         """
         model = self.method.student.model
         head = model.get_output_embeddings().parameters()
-        of = parts(model)
-        used = (*of["vision_tower"], *of["projector"], *head, *self.method.term_modules.parameters())
-        zeros = [p.flatten()[0] * 0.0 for p in used if p.requires_grad]
+        model_parts = parts(model)
+        optional = (
+            *model_parts["vision_tower"],
+            *model_parts["projector"],
+            *head,
+            *self.method.term_modules.parameters(),
+        )
+        zeros = [p.flatten()[0] * 0.0 for p in optional if p.requires_grad]
         return torch.stack(zeros).sum() if zeros else torch.zeros(())

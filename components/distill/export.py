@@ -41,10 +41,10 @@ def export(
         cost.write(draft / "cost.json")
 
 
-def save(folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, **how: Any) -> None:
+def save(folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, **save_options: Any) -> None:
     """Write the model folder: weights, processor, chat template and card. `how`: options of `save_pretrained`."""
-    student.model.save_pretrained(folder, safe_serialization=True, **how)
-    asked = template.jinja.replace(IMAGE, student.processor.image_token)
-    student.processor.chat_template = asked  # training template, for servers and evaluation kits
+    student.model.save_pretrained(folder, safe_serialization=True, **save_options)
+    chat_template = template.jinja.replace(IMAGE, student.processor.image_token)
+    student.processor.chat_template = chat_template  # training template, for servers and evaluation kits
     student.processor.save_pretrained(folder)
     write_text(folder / "README.md", card)

@@ -19,7 +19,7 @@ LAUNCHED = "ALIGNTI_LAUNCHED"  # environment variable of launched processes
 SAVING_SECONDS = 600  # grace period for a checkpoint after SIGTERM
 
 
-def to_be_launched(runtime: RuntimeSettings) -> bool:
+def needs_launch(runtime: RuntimeSettings) -> bool:
     """True in the parent process of a multi-process run, which has to launch the ranks.
 
     Raises InputError for WORLD_SIZE without RANK in the environment: this process would wait for ranks that do not exist.
@@ -29,8 +29,8 @@ def to_be_launched(runtime: RuntimeSettings) -> bool:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, and RANK is not there: it is another job's; unset it"
             " (`devices` in params/runtime.yaml starts several processes)"
         )
-    wanted = runtime.devices > 1 or runtime.accelerate is not None
-    return wanted and "WORLD_SIZE" not in os.environ and LAUNCHED not in os.environ
+    multi_process = runtime.devices > 1 or runtime.accelerate is not None
+    return multi_process and "WORLD_SIZE" not in os.environ and LAUNCHED not in os.environ
 
 
 def launch(runtime: RuntimeSettings, device: str, arguments: list[str], module: str = "components.distill") -> None:
@@ -57,14 +57,14 @@ def launch(runtime: RuntimeSettings, device: str, arguments: list[str], module: 
         "--main_process_port": "0",  # any free port
         "--num_cpu_threads_per_process": str(runtime.threads),
     }
-    words = [word for option in options.items() for word in option]
+    option_words = [word for option in options.items() for word in option]
     os.environ |= {
         LAUNCHED: "1",
         "ALIGNTI_DEVICES": str(runtime.devices),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS),
     }
     try:
-        launch_command(launch_command_parser().parse_args([*words, "-m", module, *arguments]))
+        launch_command(launch_command_parser().parse_args([*option_words, "-m", module, *arguments]))
     except (SignalException, UnboundLocalError) as error:
         # A signal during the start of elastic's timer surfaces as UnboundLocalError, with the signal as its context.
         signal = error if isinstance(error, SignalException) else error.__context__
@@ -86,20 +86,20 @@ def configuration(runtime: RuntimeSettings, device: str) -> Path:
     name = runtime.accelerate or ("ddp-cpu" if device == "cpu" else "ddp")
     path = CONFIGS / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
-        raise InputError(f"params/runtime.yaml: accelerate: {name!r} is none of {CONFIGS}/: {known}")
+        available = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise InputError(f"params/runtime.yaml: accelerate: {name!r} is none of {CONFIGS}/: {available}")
     return path
 
 
-def check_came_up(accelerator: Accelerator, runtime: RuntimeSettings) -> None:
+def check_world(accelerator: Accelerator, runtime: RuntimeSettings) -> None:
     """Check the world size and the distributed type. Raises InputError if either differs from the configuration.
 
     accelerate reports neither: `accelerate launch --cpu --num_processes 2` starts one process, and FSDP on a CPU becomes DDP.
     """
-    asked = max(runtime.devices, int(os.environ.get("WORLD_SIZE", "1")))
-    if accelerator.num_processes != asked:
+    expected = max(runtime.devices, int(os.environ.get("WORLD_SIZE", "1")))
+    if accelerator.num_processes != expected:
         raise InputError(
-            f"{asked} processes were asked for, and {accelerator.num_processes} came up: look at `distributed_type` of the"
+            f"{expected} processes were asked for, and {accelerator.num_processes} came up: look at `distributed_type` of the"
             f" accelerate configuration (params/accelerate/ has some that work), and at `device` in params/runtime.yaml"
         )
     for variable, kind in (

@@ -48,35 +48,35 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
     rollouts: Rollouts | None = None
     answers: Answers | None = None
     evidence: Evidence | None = None
-    _lengths: dict[int, int] = field(default_factory=dict, init=False)  # tokens of each sample seen so far
+    _lengths: dict[int, int] = field(default_factory=dict, init=False)  # tokens of each sample encoded so far
 
     def __getitem__(self, step: int) -> MicroBatches | AlignTIError:
         try:
-            mine = self._shared_out(self.order.batch(step))
-            written = self._written(list(chain(*mine)))
-            return [self._collated(micro, written) for micro in mine]
+            micro_batches = self._micro_batches(self.order.batch(step))
+            generated = self._generated_answers(list(chain(*micro_batches)))
+            return [self._collated(micro, generated) for micro in micro_batches]
         except AlignTIError as error:
             return error
 
-    def _written(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
+    def _generated_answers(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
         """Tokens of generated answers by key; samples without an entry keep the data's answers."""
         order, answers = self.order, self.answers
         by_teacher = {key: answers.of(sample, order.epoch(key)) for key, sample in pairs} if answers else {}
-        return {**by_teacher, **(self.rollouts.written(pairs) if self.rollouts else {})}
+        return {**by_teacher, **(self.rollouts.generate(pairs) if self.rollouts else {})}
 
-    def _collated(self, micro: list[tuple[int, int]], written: dict[int, list[list[int]]]) -> tuple[Batch, list[int]]:
-        batch = self.collator([self.samples[index] for _, index in micro], [written.get(key) for key, _ in micro])
+    def _collated(self, micro: list[tuple[int, int]], generated: dict[int, list[list[int]]]) -> tuple[Batch, list[int]]:
+        batch = self.collator([self.samples[index] for _, index in micro], [generated.get(key) for key, _ in micro])
         seeds = [draw_key(self.order.seed, key) for key, _ in micro]
         return (self.evidence.edit(batch, [index for _, index in micro], seeds) if self.evidence else batch), seeds
 
-    def _shared_out(self, batch: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    def _micro_batches(self, batch: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         tokens = self.settings.micro_batch_tokens
         if tokens is None:
             return shared_out(batch, self.settings.micro_batch_size, self.rank, self.ranks)
-        fresh = [index for _, index in batch if index not in self._lengths]
-        if fresh:
-            encoded = self.collator.encode([self.samples[index] for index in fresh])
-            self._lengths |= {index: len(row.input_ids) for index, row in zip(fresh, encoded, strict=True)}
+        unmeasured = [index for _, index in batch if index not in self._lengths]
+        if unmeasured:
+            encoded = self.collator.encode([self.samples[index] for index in unmeasured])
+            self._lengths |= {index: len(row.input_ids) for index, row in zip(unmeasured, encoded, strict=True)}
         lengths = [self._lengths[index] for _, index in batch]
         return shared_out_by_length(batch, lengths, tokens, self.rank, self.ranks)
 
@@ -91,7 +91,7 @@ def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[Micro
         batch_size=None,  # a step is a batch already
         sampler=range(first, last),
         num_workers=loaders,
-        collate_fn=pickle.dumps if loaders else _as_is,
+        collate_fn=pickle.dumps if loaders else _identity,
         generator=torch.Generator(),  # keeps DataLoader's unused base seed off the run's random stream
         multiprocessing_context="spawn" if loaders else None,  # fork may deadlock beside CUDA or threads
         worker_init_fn=_worker if loaders else None,
@@ -103,16 +103,16 @@ def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[Micro
             f"{loaders} processes that load batches cannot start: {error}; give this machine more shared memory (a container:"
             " --shm-size) or open files, or set loaders: 0 in params/runtime.yaml"
         ) from error
-    for found in stream:
+    for item in stream:
         if loaders:
-            found = pickle.loads(found)  # noqa: S301 (of our own process)
-        if isinstance(found, AlignTIError):
-            raise found
-        yield found
+            item = pickle.loads(item)  # noqa: S301 (of our own process)
+        if isinstance(item, AlignTIError):
+            raise item
+        yield item
 
 
 @contextmanager
-def deaths_explained() -> Iterator[None]:
+def worker_errors() -> Iterator[None]:
     """Translate PyTorch's error about a dead worker, which can arise at any point, to TryAgainError."""
     try:
         yield
@@ -125,7 +125,7 @@ def deaths_explained() -> Iterator[None]:
         ) from error
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 

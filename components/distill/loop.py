@@ -22,10 +22,10 @@ from components.distill.assemble import Job
 from components.distill.checkpoint import Checkpoints
 from components.distill.ddp_module import Replica
 from components.distill.launch import prepare_sharding
-from components.distill.loader import Steps, batches, deaths_explained
-from components.distill.memory import explained
+from components.distill.loader import Steps, batches, worker_errors
+from components.distill.memory import memory_errors
 from components.distill.replay import dump
-from components.distill.trainable import of_terms, parameter_groups, rates
+from components.distill.trainable import learning_rates, parameter_groups, term_parameter_groups
 from components.errors import AlignTIError, Interrupted
 from components.models.collate import Batch
 from components.process import endings, leave_terminal
@@ -55,7 +55,7 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
     lora = settings.trainable.lora
     replica = Replica(module, accelerator.num_processes, seeded=lora is not None and lora.dropout > 0)
     optimiser = torch.optim.AdamW(
-        [*parameter_groups(module.student.model, settings), *of_terms(module, settings)],
+        [*parameter_groups(module.student.model, settings), *term_parameter_groups(module, settings)],
         betas=settings.optimiser.betas,
         weight_decay=settings.optimiser.weight_decay,
     )
@@ -70,21 +70,21 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
     if latest := checkpoints.latest():
         progress = checkpoints.restore(accelerator, latest)
         accelerator.print(f"{title}: resumed at step {progress['step']:,} of {settings.steps:,}", flush=True)
-    place = accelerator.process_index, accelerator.num_processes
-    steps = Steps(job.samples, job.collator, job.order, settings, *place, job.rollouts, job.answers, job.evidence)
+    rank_and_ranks = accelerator.process_index, accelerator.num_processes
+    steps = Steps(job.samples, job.collator, job.order, settings, *rank_and_ranks, job.rollouts, job.answers, job.evidence)
     loaders = job.settings.runtime.loaders
     if job.rollouts is not None:
         loaders = 0  # rollouts need the student of this process
-        job.rollouts.kept = progress.setdefault("rollouts", {})
+        job.rollouts.cached_answers = progress.setdefault("rollouts", {})
     stream = batches(steps, progress["step"], settings.steps, loaders)
     bar = tqdm(total=settings.steps, initial=progress["step"], desc=title, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter() - progress["seconds"]
     wrapped.train()
-    with bar, deaths_explained(), _stop_requests() as stop_signals:
+    with bar, worker_errors(), _stop_requests() as stop_signals:
         for step in range(progress["step"] + 1, settings.steps + 1):
             micro_batches = [(batch.to(accelerator.device), keys) for batch, keys in next(stream)]
             module.progress = (step - 1) / settings.steps
-            with explained(module, micro_batches, settings):
+            with memory_errors(module, micro_batches, settings):
                 terms, norm, left_out, stopping = _step(job, wrapped, optimiser, micro_batches, weights, stop_signals)
             record = dict(zip(module.method.terms, terms.tolist(), strict=True))
             values = {**record, "gradient norm": norm}
@@ -98,12 +98,12 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
             bar.update()
             if step % settings.log_every == 0 or step == settings.steps:
                 bar.set_postfix({name: f"{record[name]:.3f}" for name in record if record[name]})
-                line = {"step": step, **record, "grad_norm": norm, **rates(optimiser)}
+                entry = {"step": step, **record, "grad_norm": norm, **learning_rates(optimiser)}
                 if module.method.max_expanded_length is not None:
-                    line["tpa_steps_left_out"] = left_out
-                progress["losses"].append(line)
-                rollouts = job.rollouts.measured() if job.rollouts else {}
-                run.metrics(_tracked(line, module.method) | rollouts, step)
+                    entry["tpa_steps_left_out"] = left_out
+                progress["losses"].append(entry)
+                rollouts = job.rollouts.metrics() if job.rollouts else {}
+                run.metrics(_metrics(entry, module.method) | rollouts, step)
             seconds = time.perf_counter() - started
             progress["step_seconds"].append(round(seconds - progress["seconds"], 4))
             progress |= {"step": step, "seconds": seconds}
@@ -137,44 +137,44 @@ def _step(
         if module.method.needs.ribbon:
             with torch.no_grad(), accelerator.autocast():
                 draws = [wrapped(batch, keys, only_draw=True)[0] for batch, keys in batches]
-        mine = sum((module.count(batch, drawn) for (batch, _), drawn in zip(batches, draws, strict=True)), weights * 0)
-        counts = accelerator.reduce(mine, reduction="sum")
+        local_counts = sum((module.count(batch, drawn) for (batch, _), drawn in zip(batches, draws, strict=True)), weights * 0)
+        counts = accelerator.reduce(local_counts, reduction="sum")
     sums = torch.zeros_like(weights)
     left_out = torch.zeros_like(weights[:1])
     for i, ((batch, keys), drawn) in enumerate(zip(batches, draws, strict=True)):
         last = i == len(batches) - 1
         accelerator.gradient_state._set_sync_gradients(last)  # read by DeepSpeed
         with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
-            its_sums, its_counts, its_left_out = wrapped(batch, keys, drawn)
+            batch_sums, batch_counts, batch_left_out = wrapped(batch, keys, drawn)
             if counts is None:
-                counts = accelerator.reduce(its_counts, reduction="sum")
+                counts = accelerator.reduce(batch_counts, reduction="sum")
             # Data parallelism averages gradients over ranks, but the denominators are already global.
-            loss = total(its_sums, counts, weights) * accelerator.num_processes
+            loss = total(batch_sums, counts, weights) * accelerator.num_processes
             accelerator.backward(loss)
-        sums += its_sums.detach()
-        left_out += its_left_out
+        sums += batch_sums.detach()
+        left_out += batch_left_out
     norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), job.distill.optimiser.max_grad_norm))
     assert counts is not None
-    mine = torch.cat([sums, left_out, sums.new_tensor([bool(stop_signals)])])
-    *_, all_left_out, asked = seen = accelerator.reduce(mine, reduction="sum")
-    means = seen[:-2] / counts.clamp_min(1)
+    local_sums = torch.cat([sums, left_out, sums.new_tensor([bool(stop_signals)])])
+    *_, all_left_out, stop_requested = reduced = accelerator.reduce(local_sums, reduction="sum")
+    means = reduced[:-2] / counts.clamp_min(1)
     if math.isfinite(norm) and bool(means.isfinite().all()):
         optimiser.step()
     optimiser.zero_grad()
-    return means, norm, int(all_left_out), bool(asked)
+    return means, norm, int(all_left_out), bool(stop_requested)
 
 
-def _tracked(line: dict[str, float], method: Method) -> dict[str, float]:
+def _metrics(entry: dict[str, float], method: Method) -> dict[str, float]:
     """Metrics of a record of losses.jsonl: `loss/` for the total and trained terms, `optim/` for the rest."""
     losses = {"total", *method.weighted_terms}
-    others = line.keys() - {"step", "total", *method.terms}
-    return {f"loss/{key}": line[key] for key in losses} | {f"optim/{key}": line[key] for key in others}
+    optimiser_keys = entry.keys() - {"step", "total", *method.terms}
+    return {f"loss/{key}": entry[key] for key in losses} | {f"optim/{key}": entry[key] for key in optimiser_keys}
 
 
 def _not_finite(step: int, values: dict[str, float], ids: list[str], dumped: Path) -> AlignTIError:
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    names = [name for name, value in values.items() if not math.isfinite(value)]
     return AlignTIError(
-        f"step {step:,}: {', '.join(bad)} is not finite; `alignti replay {dumped}` says which sample's. Lower"
+        f"step {step:,}: {', '.join(names)} is not finite; `alignti replay {dumped}` says which sample's. Lower"
         f" optimiser.learning_rate in params/distill.yaml, or look at the samples of this batch: {', '.join(ids)}"
     )
 
@@ -188,9 +188,9 @@ def _stop_requests() -> Iterator[list[int]]:
         leave_terminal(signum)
         received.append(signum)
 
-    before = {number: signal.signal(number, receive) for number in (*endings(), signal.SIGINT)}
+    previous_handlers = {number: signal.signal(number, receive) for number in (*endings(), signal.SIGINT)}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

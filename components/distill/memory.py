@@ -29,7 +29,7 @@ class OutOfMemory(InputError):
 
 
 @contextmanager
-def explained(module: AlignTI, batches: list[tuple[Batch, list[int]]], settings: DistillSettings) -> Iterator[None]:
+def memory_errors(module: AlignTI, batches: list[tuple[Batch, list[int]]], settings: DistillSettings) -> Iterator[None]:
     """Translate the allocators' errors to OutOfMemory; all others pass through."""
     try:
         yield
@@ -50,25 +50,25 @@ def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[s
     method, student = module.method, module.student.model
     B, T = batch.input_ids.shape
     rows = int(batch.response.sum(1).max()) * method.draws * B if method.needs.ribbon else 0
-    wide = FLOAT if settings.precision == "fp32" else FLOAT // 2
+    bytes_per_number = FLOAT if settings.precision == "fp32" else FLOAT // 2
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     text = student.config.get_text_config()
     head_rows = int(batch.response.sum()) + (int(batch.visual.sum()) if method.needs.visual else 0)
-    at_once = rows_per_chunk(text.vocab_size, method.chunk_mib)
+    chunk_rows = rows_per_chunk(text.vocab_size, method.chunk_mib)
     checkpointed = settings.gradient_checkpointing
-    numbers = activations_per_token(text.hidden_size, text.intermediate_size, text.num_hidden_layers, checkpointed)
-    per_token = numbers * wide
+    activations = activations_per_token(text.hidden_size, text.intermediate_size, text.num_hidden_layers, checkpointed)
+    per_token = activations * bytes_per_number
     return {
         "the student's activations": B * T * per_token,
         "the ribbon's activations": rows * per_token,
-        "logits": int(logits(max(head_rows, rows), at_once, text.vocab_size)),
+        "logits": int(logits(max(head_rows, rows), chunk_rows, text.vocab_size)),
         "gradients and optimiser state": OPTIMISER * trained * FLOAT,
         "the student's weights": sum(p.nbytes for p in module.parameters()),
-        "the teacher": _teacher(module, B * T),
+        "the teacher": _teacher_bytes(module, B * T),
     }
 
 
-def _teacher(module: AlignTI, tokens: int) -> int:
+def _teacher_bytes(module: AlignTI, tokens: int) -> int:
     """Bytes of the teacher's weights, plus its key/value cache if a term needs the ribbon."""
     if module.live_teacher is None:
         return 0

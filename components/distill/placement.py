@@ -18,56 +18,56 @@ from components.models.load import Loaded, load
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_teacher(path: Path, home: torch.device, settings: Settings) -> Loaded:
+def load_teacher(path: Path, student_device: torch.device, settings: Settings) -> Loaded:
     """Frozen teacher under params/distill.yaml (`teacher_weights`) and params/runtime.yaml (`teacher_device`, ...).
 
-    Its head is on `home`, the student's device, where rows are compared: moving hidden states of width d instead of logits of
+    Its head is on `student_device`, where rows are compared: moving hidden states of width d instead of logits of
     width V costs d / V of the traffic.
 
     Raises:
         InputError: 8- or 4-bit weights without CUDA or bitsandbytes, a missing device, or incompatible settings.
         ModelError: as `load`.
     """
-    wanted, runtime = settings.distill.teacher_weights, settings.runtime
-    device = home if runtime.teacher_device == "same" else torch.device(runtime.teacher_device)
-    _check(wanted, device, runtime)
-    computed = DTYPES[wanted if wanted in DTYPES else settings.distill.precision]
-    teacher = load(path, device, computed, wanted if wanted in ("int8", "nf4") else None)
+    storage, runtime = settings.distill.teacher_weights, settings.runtime
+    device = student_device if runtime.teacher_device == "same" else torch.device(runtime.teacher_device)
+    _check(storage, device, runtime)
+    dtype = DTYPES[storage if storage in DTYPES else settings.distill.precision]
+    teacher = load(path, device, dtype, storage if storage in ("int8", "nf4") else None)
     teacher.model.requires_grad_(False)
     if runtime.teacher_sharded:
         shard(teacher.model)
-    bring_head(teacher.model, home)
+    copy_head_to(teacher.model, student_device)
     return teacher
 
 
-def _check(wanted: str, device: torch.device, runtime: RuntimeSettings) -> None:
-    where = "params/runtime.yaml: "
+def _check(storage: str, device: torch.device, runtime: RuntimeSettings) -> None:
+    file = "params/runtime.yaml: "
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"{where}teacher_device is {device}, and there are {torch.cuda.device_count()} CUDA devices here")
+        raise InputError(f"{file}teacher_device is {device}, and there are {torch.cuda.device_count()} CUDA devices here")
     if processes > 1 and runtime.teacher_device.startswith("cuda"):
         raise InputError(
-            f"{where}teacher_device {device} would be every process's; with several use same, cpu or teacher_sharded"
+            f"{file}teacher_device {device} would be every process's; with several use same, cpu or teacher_sharded"
         )
-    if runtime.teacher_sharded and (processes == 1 or runtime.teacher_device != "same" or wanted in ("int8", "nf4")):
+    if runtime.teacher_sharded and (processes == 1 or runtime.teacher_device != "same" or storage in ("int8", "nf4")):
         raise InputError(
-            f"{where}teacher_sharded needs `devices` above 1, teacher_device: same, and teacher_weights in fp32 or bf16;"
-            f" here are {processes} process(es), {runtime.teacher_device} and {wanted}"
+            f"{file}teacher_sharded needs `devices` above 1, teacher_device: same, and teacher_weights in fp32 or bf16;"
+            f" here are {processes} process(es), {runtime.teacher_device} and {storage}"
         )
-    if wanted in ("int8", "nf4"):
+    if storage in ("int8", "nf4"):
         if device.type != "cuda":
             raise InputError(
-                f"params/distill.yaml: teacher_weights {wanted} needs a CUDA device, and the teacher lies on {device}"
+                f"params/distill.yaml: teacher_weights {storage} needs a CUDA device, and the teacher lies on {device}"
             )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError(f"params/distill.yaml: teacher_weights {wanted} needs bitsandbytes; `pip install bitsandbytes`")
+            raise InputError(f"params/distill.yaml: teacher_weights {storage} needs bitsandbytes; `pip install bitsandbytes`")
 
 
-def bring_head(model: Any, home: torch.device) -> None:
-    """Copy the output head of `model` to `home`; a copy, since the head may be tied to the embeddings."""
+def copy_head_to(model: Any, device: torch.device) -> None:
+    """Copy the output head of `model` to `device`; a copy, since the head may be tied to the embeddings."""
     head = model.get_output_embeddings()
-    if head.weight.device != home:
-        model.set_output_embeddings(copy.deepcopy(head).to(home))
+    if head.weight.device != device:
+        model.set_output_embeddings(copy.deepcopy(head).to(device))
 
 
 def shard(model: Any) -> None:

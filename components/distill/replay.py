@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from components.align_ti.step import AlignTI, Method, total
 from components.config.names import check_dump
-from components.distill.checkpoint import written_by_all
+from components.distill.checkpoint import collective_draft
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError
 from components.io import sha256, write_text
@@ -32,7 +32,7 @@ from components.records.paths import DUMPS
 if TYPE_CHECKING:
     from components.distill.assemble import Job
 
-BESIDE = "image_inputs."
+PREFIX = "image_inputs."
 TENSORS = ("input_ids", "attention_mask", "response", "instruction", "pictures", "pixel_values")
 
 
@@ -49,25 +49,25 @@ def dump(
     """
     accelerator, module, choice = job.accelerator, job.module, job.choice
     folder = DUMPS / f"{job.name}-step-{step}"
-    with written_by_all(accelerator, folder) as draft:
+    with collective_draft(accelerator, folder) as draft:
         for i, (batch, keys) in enumerate(batches):
             name = f"rank-{accelerator.process_index}-batch-{i}"
-            held = {key: getattr(batch, key) for key in TENSORS} | {f"{BESIDE}{k}": v for k, v in batch.image_inputs.items()}
+            tensors = {key: getattr(batch, key) for key in TENSORS} | {f"{PREFIX}{k}": v for k, v in batch.image_inputs.items()}
             save_file(
-                {k: v.detach().cpu().contiguous() for k, v in held.items() if v is not None}, draft / f"{name}.safetensors"
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items() if v is not None}, draft / f"{name}.safetensors"
             )
             write_text(draft / f"{name}.json", json.dumps({"ids": batch.ids, "image_ids": batch.image_ids, "keys": keys}))
         if accelerator.is_main_process:
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, draft / "student.safetensors")
-            teacher, live = module.live_teacher, None
+            teacher, live_teacher = module.live_teacher, None
             if isinstance(teacher, FrozenTeacher):
-                live = {
+                live_teacher = {
                     "layer": teacher.layer,
                     "shares_tower": teacher.shares_tower,
                     "background": None if teacher.background is None else teacher.background.tolist(),
                     "gradient": teacher.gradient,
                 }
-            about = {
+            metadata = {
                 "arm": job.name,
                 "student": job.start.model_dump(include={"path", "sha256"}),
                 "teacher": choice and choice.model_dump(include={"path", "sha256"}),
@@ -76,9 +76,9 @@ def dump(
                 "record": {name: str(value) for name, value in values.items()},
                 "method": asdict(module.method),
                 "progress": module.progress,
-                "live_teacher": live,
+                "live_teacher": live_teacher,
             }
-            write_text(draft / "dump.json", json.dumps(about, indent=2))
+            write_text(draft / "dump.json", json.dumps(metadata, indent=2))
     return folder
 
 
@@ -104,21 +104,21 @@ def replay(folder: Path) -> Iterator[str | Finding]:
         DataError: dump.json is damaged.
         ModelError: a model is missing or changed, or the step had no live teacher, edits, adapters, or inseparable images.
     """
-    about = _about(folder)
-    if about["live_teacher"] is None:
+    metadata = _metadata(folder)
+    if metadata["live_teacher"] is None:
         raise ModelError(
             f"{folder}: the step ran without the live teacher, or with one on another grid; it cannot be run again"
         )
-    if about["method"]["weights"].get("mcd"):
+    if metadata["method"]["weights"].get("mcd"):
         raise ModelError(f"{folder}: the step had edited samples (L_mcd), which a dump does not hold; look at the batch")
     for role in ("student", "teacher"):
-        path = Path(about[role]["path"])
-        if not path.exists() or sha256([path]) != about[role]["sha256"]:
+        path = Path(metadata[role]["path"])
+        if not path.exists() or sha256([path]) != metadata[role]["sha256"]:
             raise ModelError(f"{folder}: the {role} at {path} is missing or has changed since; `dvc checkout` brings it back")
     state = load_file(folder / "student.safetensors")
     if any("lora_" in name for name in state):
         raise ModelError(f"{folder}: the step trained adapters (trainable.lora), which replay cannot build; look at the batch")
-    yield from (f"student's weights before the step: {name} is not finite" for name in _bad(state.items()))
+    yield from (f"student's weights before the step: {name} is not finite" for name in _non_finite(state.items()))
     batches = [_read(path) for path in sorted(folder.glob("rank-*.safetensors"))]
     if any(b.pixel_values is not None and (b.image_inputs or len(b.pixel_values) != len(b.image_ids)) for b, _ in batches):
         raise ModelError(
@@ -127,53 +127,53 @@ def replay(folder: Path) -> Iterator[str | Finding]:
         )
     for batch, _ in batches:
         pixels: Iterable[Tensor] = () if batch.pixel_values is None else batch.pixel_values
-        yield from (f"pixels of image {name} are not finite" for name in _bad(zip(batch.image_ids, pixels, strict=True)))
-    for precision in dict.fromkeys((about["precision"], "fp32")):
-        module = _module(about, state, precision)
+        yield from (f"pixels of image {name} are not finite" for name in _non_finite(zip(batch.image_ids, pixels, strict=True)))
+    for precision in dict.fromkeys((metadata["precision"], "fp32")):
+        module = _module(metadata, state, precision)
         for batch, keys in batches:
             for i in tqdm(range(len(keys)), desc=f"replay in {precision}", unit="sample"):
-                if values := _not_finite(module, _alone(batch, i), keys[i], precision):
+                if values := _not_finite(module, _single_sample(batch, i), keys[i], precision):
                     yield Finding(batch.ids[i], precision, values)
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _metadata(folder: Path) -> dict[str, Any]:
     check_dump(folder)
     try:
-        about: dict[str, Any] = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
+        metadata: dict[str, Any] = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
     except ValueError:
         raise DataError(f"{folder}/dump.json is damaged") from None
-    return about
+    return metadata
 
 
 def _read(path: Path) -> tuple[Batch, list[int]]:
     names = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     tensors: dict[str, Any] = dict.fromkeys(TENSORS) | load_file(path)
-    beside = {name.removeprefix(BESIDE): tensors.pop(name) for name in list(tensors) if name.startswith(BESIDE)}
-    return Batch(ids=names["ids"], image_ids=names["image_ids"], image_inputs=beside, **tensors), names["keys"]
+    image_inputs = {name.removeprefix(PREFIX): tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
+    return Batch(ids=names["ids"], image_ids=names["image_ids"], image_inputs=image_inputs, **tensors), names["keys"]
 
 
-def _module(about: dict[str, Any], state: dict[str, Tensor], precision: str) -> AlignTI:
-    student = VLM(load(Path(about["student"]["path"]), "cpu").model)
+def _module(metadata: dict[str, Any], state: dict[str, Tensor], precision: str) -> AlignTI:
+    student = VLM(load(Path(metadata["student"]["path"]), "cpu").model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    teacher = VLM(load(Path(about["teacher"]["path"]), "cpu", dtype).model)
-    method = {field.name: about["method"][field.name] for field in fields(Method)}
-    live = about["live_teacher"]
-    background = None if live["background"] is None else torch.tensor(live["background"])
-    frozen = FrozenTeacher(teacher, live["layer"], live["shares_tower"], background, live["gradient"])
+    teacher = VLM(load(Path(metadata["teacher"]["path"]), "cpu", dtype).model)
+    method = {field.name: metadata["method"][field.name] for field in fields(Method)}
+    live_teacher = metadata["live_teacher"]
+    background = None if live_teacher["background"] is None else torch.tensor(live_teacher["background"])
+    frozen = FrozenTeacher(teacher, live_teacher["layer"], live_teacher["shares_tower"], background, live_teacher["gradient"])
     module = AlignTI(student, frozen, Method(**method))
-    module.progress = about["progress"]
+    module.progress = metadata["progress"]
     module.load_state_dict(state)
     return module
 
 
-def _alone(batch: Batch, i: int) -> Batch:
+def _single_sample(batch: Batch, i: int) -> Batch:
     """Batch of sample i alone, without padding."""
     length = int(batch.attention_mask[i].sum())
     rows = {name: getattr(batch, name)[i : i + 1, :length] for name in TENSORS if name != "pixel_values"}
-    first, count = int(batch.pictures[:i].amax(1).sum()), int(batch.pictures[i].max())
-    own = slice(first, first + count)
-    pixels = batch.pixel_values[own] if batch.pixel_values is not None and count else None
-    return replace(batch, ids=[batch.ids[i]], image_ids=batch.image_ids[own], pixel_values=pixels, **rows)
+    start, count = int(batch.pictures[:i].amax(1).sum()), int(batch.pictures[i].max())
+    images = slice(start, start + count)
+    pixels = batch.pixel_values[images] if batch.pixel_values is not None and count else None
+    return replace(batch, ids=[batch.ids[i]], image_ids=batch.image_ids[images], pixel_values=pixels, **rows)
 
 
 def _not_finite(module: AlignTI, batch: Batch, key: int, precision: str) -> dict[str, float]:
@@ -187,5 +187,5 @@ def _not_finite(module: AlignTI, batch: Batch, key: int, precision: str) -> dict
     return {name: value for name, value in values.items() if not math.isfinite(value)}
 
 
-def _bad(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+def _non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     return [name for name, tensor in tensors if not bool(tensor.isfinite().all())]

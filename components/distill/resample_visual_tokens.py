@@ -24,15 +24,15 @@ from components.errors import ModelError
 from components.models.vlm import VLM
 
 
-def bilinear(theirs: int, mine: int) -> Tensor:
-    """(mine^2, theirs^2) bilinear interpolation matrix, row sums 1, from a square grid of side `theirs` to side `mine`."""
-    basis = torch.eye(theirs**2).view(theirs**2, 1, theirs, theirs)
-    return F.interpolate(basis, size=(mine, mine), mode="bilinear", align_corners=False).flatten(1).T.contiguous()
+def bilinear(source: int, target: int) -> Tensor:
+    """(target^2, source^2) bilinear interpolation matrix, row sums 1, between square grids of sides `source` and `target`."""
+    basis = torch.eye(source**2).view(source**2, 1, source, source)
+    return F.interpolate(basis, size=(target, target), mode="bilinear", align_corners=False).flatten(1).T.contiguous()
 
 
 @dataclass(frozen=True)
-class _Kept:
-    own: Any  # teacher's key/value cache
+class _ResampledCache:
+    cache: Any  # teacher's key/value cache
     batch: Batch  # teacher's batch
     index: Tensor  # (B, T) position of each student text token among the teacher's T'
 
@@ -40,27 +40,27 @@ class _Kept:
 class ResampledTeacher:
     """`FrozenTeacher` on its own batch (`Batch.teacher`), with outputs resampled to the student's grid."""
 
-    def __init__(self, teacher: FrozenTeacher, theirs: int, mine: int) -> None:
-        """`theirs`, `mine`: side lengths of the teacher's and the student's grid."""
+    def __init__(self, teacher: FrozenTeacher, teacher_side: int, student_side: int) -> None:
+        """Side lengths of the teacher's and the student's grid."""
         self.teacher = teacher
-        self.weights = bilinear(theirs, mine)
+        self.weights = bilinear(teacher_side, student_side)
 
     def features(self, batch: Batch, student_features: Any) -> Any:
-        return self.teacher.features(_own(batch), None)
+        return self.teacher.features(_teacher_batch(batch), None)
 
     def plain(
         self, batch: Batch, features: Any, keep: bool, with_attention: bool
-    ) -> tuple[Tensor, _Kept | None, Tensor | None]:
+    ) -> tuple[Tensor, _ResampledCache | None, Tensor | None]:
         """`FrozenTeacher.plain`, resampled to the student's T positions and Nv visual tokens."""
-        own = _own(batch)
-        theirs, cache, attention = self.teacher.plain(own, features, keep, with_attention)
-        hidden = self._of_student(theirs, batch)
-        attention = None if attention is None else self._on_grid(attention)
+        teacher_batch = _teacher_batch(batch)
+        teacher_hidden, cache, attention = self.teacher.plain(teacher_batch, features, keep, with_attention)
+        hidden = self._to_student_positions(teacher_hidden, batch)
+        attention = None if attention is None else self._to_student_grid(attention)
         if not keep:
             return hidden, None, attention
         index = torch.zeros_like(batch.input_ids)
-        index[_text(batch)] = _text(own).nonzero()[:, 1]
-        return hidden, _Kept(cache, own, index), attention
+        index[_text(batch)] = _text(teacher_batch).nonzero()[:, 1]
+        return hidden, _ResampledCache(cache, teacher_batch, index), attention
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
@@ -70,34 +70,36 @@ class ResampledTeacher:
                 "a loss term reads attention row by row or of visual rows; teacher and student see an image on different grids,"
                 " between which only the mean over text rows is interpolated"
             )
-        with self.teacher.watched(_own(batch), watch) as seen:
-            yield seen
-        seen.maps = {map: self._on_grid(tensor) for map, tensor in seen.maps.items()}
-        seen.hidden = {layer: self._of_student(states, batch) for layer, states in seen.hidden.items()}
+        with self.teacher.watched(_teacher_batch(batch), watch) as captured:
+            yield captured
+        captured.maps = {map: self._to_student_grid(tensor) for map, tensor in captured.maps.items()}
+        captured.hidden = {layer: self._to_student_positions(states, batch) for layer, states in captured.hidden.items()}
 
-    def _on_grid(self, attention: Tensor) -> Tensor:
+    def _to_student_grid(self, attention: Tensor) -> Tensor:
         """(B, Nv) interpolation of the teacher's (B, Nv') per image; width 0 without images."""
         if not attention.shape[1]:
             return attention
         return (attention.unflatten(1, (-1, self.weights.shape[1])) @ self.weights.T.to(attention)).flatten(1)
 
-    def _of_student(self, theirs: Tensor, batch: Batch) -> Tensor:
+    def _to_student_positions(self, states: Tensor, batch: Batch) -> Tensor:
         """(B, T, d) hidden states at the student's positions, from the teacher's (B, T', d)."""
-        own = _own(batch)
-        hidden = theirs.new_zeros(*batch.input_ids.shape, theirs.shape[-1])
-        hidden[_text(batch)] = theirs[_text(own)]
-        weights = self.weights.to(theirs)
-        hidden[batch.visual] = (weights @ theirs[own.visual].unflatten(0, (-1, weights.shape[1]))).flatten(0, 1)
+        teacher_batch = _teacher_batch(batch)
+        hidden = states.new_zeros(*batch.input_ids.shape, states.shape[-1])
+        hidden[_text(batch)] = states[_text(teacher_batch)]
+        weights = self.weights.to(states)
+        hidden[batch.visual] = (weights @ states[teacher_batch.visual].unflatten(0, (-1, weights.shape[1]))).flatten(0, 1)
         return hidden
 
-    def continued(self, kept: _Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def continued(self, cache: _ResampledCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """`FrozenTeacher.continued` for the student's positions and attention mask (B, 1, E, T + E)."""
-        T = kept.index.shape[1]
-        there = kept.index.gather(1, positions)
-        real = kept.batch.attention_mask.bool()
-        column = torch.arange(real.shape[1], device=real.device)
-        prefix = (column < there[..., None]) & real[:, None, :] & mask[:, 0, :, :T].any(-1, keepdim=True)
-        return self.teacher.continued(kept.own, tokens, there, torch.cat([prefix[:, None], mask[..., T:]], dim=-1))
+        T = cache.index.shape[1]
+        teacher_positions = cache.index.gather(1, positions)
+        valid = cache.batch.attention_mask.bool()
+        column = torch.arange(valid.shape[1], device=valid.device)
+        prefix = (column < teacher_positions[..., None]) & valid[:, None, :] & mask[:, 0, :, :T].any(-1, keepdim=True)
+        return self.teacher.continued(
+            cache.cache, tokens, teacher_positions, torch.cat([prefix[:, None], mask[..., T:]], dim=-1)
+        )
 
     @property
     def equal_weights(self) -> Tensor:
@@ -112,10 +114,10 @@ class ResampledTeacher:
         return self.teacher.head
 
 
-def _own(batch: Batch) -> Batch:
-    own: Batch | None = batch.teacher  # type: ignore[attr-defined]  # as collated ones have
-    assert own is not None, "the collator was not told of the teacher's processor"
-    return own
+def _teacher_batch(batch: Batch) -> Batch:
+    teacher_batch: Batch | None = batch.teacher  # type: ignore[attr-defined]  # as collated ones have
+    assert teacher_batch is not None, "the collator was not told of the teacher's processor"
+    return teacher_batch
 
 
 def _text(batch: Batch) -> Tensor:

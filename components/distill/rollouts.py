@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
 from components.align_ti.ribbon import draw_key
-from components.config.study import Rollouts as Asked
+from components.config.study import Rollouts as RolloutSettings
 from components.dataset.shards import Samples
 from components.distill.sampler import Sampler
 from components.errors import InputError
@@ -27,21 +27,21 @@ class Rollouts:
     """Rollouts of one rank, generated on demand per step.
 
     Args:
-        asked: `rollouts` block of the arm.
+        settings: `rollouts` block of the arm.
         shared_vocabulary: number of columns that both heads share.
-        kept: reusable answers for checkpoints, sample -> (epoch of its generation, answers); empty for `reuse` 1.
+        cached_answers: reusable answers for checkpoints, sample -> (epoch of its generation, answers); empty for `reuse` 1.
 
     Raises InputError if the student's weights are sharded.
     """
 
-    asked: Asked
+    settings: RolloutSettings
     student: Loaded
     collator: Collator
     samples: Samples
     order: Sampler
     shared_vocabulary: int
     accelerator: Accelerator
-    kept: dict[str, tuple[int, list[list[int]]]] = field(default_factory=dict)
+    cached_answers: dict[str, tuple[int, list[list[int]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -49,54 +49,59 @@ class Rollouts:
                 f"rollouts are written with a student whose weights are whole, and {self.accelerator.distributed_type.value}"
                 " divides them: set `accelerate` in params/runtime.yaml to ddp"
             )
-        asked = self.asked
+        settings = self.settings
         self.writer = Writer(
-            self.student, self.collator, asked.max_new_tokens, asked.temperature, asked.top_p, self.shared_vocabulary
+            self.student, self.collator, settings.max_new_tokens, settings.temperature, settings.top_p, self.shared_vocabulary
         )
         self._answers: list[list[int]] = []
         self._age = 0  # in epochs, summed over answers
 
-    def written(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
+    def generate(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
         """Tokens of the answers by key, EOS included unless cut off, for the (key, sample) pairs drawn on-policy, if any fits.
 
         Collective: every rank calls it once per step.
         """
-        wanted = {key: (self.order.epoch(key), sample) for key, sample in pairs if self._on_policy(key, sample)}
-        served = {key: (self._first_of_reuse(epoch), str(sample)) for key, (epoch, sample) in wanted.items()}
-        known = {key: self.kept[sample][1] for key, (epoch, sample) in served.items() if self._serves(epoch, sample)}
-        anew = [key for key in wanted if key not in known]
-        answers = dict(zip(anew, self._write([served[key] for key in anew]), strict=True)) if anew else {}
-        if self.asked.reuse > 1:
-            fresh = [((wanted[key][0], served[key][1]), of_sample) for key, of_sample in answers.items()]
-            for (epoch, sample), of_sample in gather_object(fresh) if self.accelerator.num_processes > 1 else fresh:
-                self.kept[sample] = (epoch, of_sample)
-        found = {key: said for key, said in (known | answers).items() if said}
-        self._answers = [answer for answers in found.values() for answer in answers]
-        self._age = sum((wanted[key][0] - self.kept[served[key][1]][0]) * len(known[key]) for key in known)
-        return found
+        on_policy = {key: (self.order.epoch(key), sample) for key, sample in pairs if self._on_policy(key, sample)}
+        cache_keys = {key: (self._first_of_reuse(epoch), str(sample)) for key, (epoch, sample) in on_policy.items()}
+        cached = {
+            key: self.cached_answers[sample][1] for key, (epoch, sample) in cache_keys.items() if self._is_cached(epoch, sample)
+        }
+        missing = [key for key in on_policy if key not in cached]
+        answers = dict(zip(missing, self._write([cache_keys[key] for key in missing]), strict=True)) if missing else {}
+        self._age = sum((on_policy[key][0] - self.cached_answers[cache_keys[key][1]][0]) * len(cached[key]) for key in cached)
+        if self.settings.reuse > 1:
+            fresh = [((on_policy[key][0], cache_keys[key][1]), sample_answers) for key, sample_answers in answers.items()]
+            for (epoch, sample), sample_answers in gather_object(fresh) if self.accelerator.num_processes > 1 else fresh:
+                self.cached_answers[sample] = (epoch, sample_answers)
+        answered = {key: conversation for key, conversation in (cached | answers).items() if conversation}
+        self._answers = [answer for answers in answered.values() for answer in answers]
+        return answered
 
     def _on_policy(self, key: int, sample: int) -> bool:
-        return draw_key(self.order.seed, "on-policy", self.order.epoch(key), sample) < self.asked.share * 2**32
+        return draw_key(self.order.seed, "on-policy", self.order.epoch(key), sample) < self.settings.share * 2**32
 
-    def _serves(self, epoch: int, sample: str) -> bool:
-        return self.asked.reuse > 1 and sample in self.kept and self._first_of_reuse(self.kept[sample][0]) == epoch
+    def _is_cached(self, epoch: int, sample: str) -> bool:
+        """Whether the sample has answers of the reuse that began with `epoch`."""
+        if self.settings.reuse == 1 or sample not in self.cached_answers:
+            return False
+        return self._first_of_reuse(self.cached_answers[sample][0]) == epoch
 
     def _first_of_reuse(self, epoch: int) -> int:
-        return epoch - epoch % self.asked.reuse
+        return epoch - epoch % self.settings.reuse
 
-    def _write(self, wanted: list[tuple[int, str]]) -> list[list[list[int]]]:
-        keys = [draw_key(self.order.seed, "rollout", epoch, sample) for epoch, sample in wanted]
+    def _write(self, requests: list[tuple[int, str]]) -> list[list[list[int]]]:
+        keys = [draw_key(self.order.seed, "rollout", epoch, sample) for epoch, sample in requests]
         with self.accelerator.autocast():
-            conversations = self.writer.write([self.samples[int(sample)] for _, sample in wanted], keys)
+            conversations = self.writer.write([self.samples[int(sample)] for _, sample in requests], keys)
         return [[answer.tokens for answer in answers] for answers in conversations]
 
-    def measured(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Metrics of the last step's rollouts over all ranks: number, share cut off, mean length in tokens, and
         mean age in epochs if they are reused."""
-        cut = sum(answer[-1] != self.collator.eos_id for answer in self._answers)
-        sums = [len(self._answers), cut, sum(map(len, self._answers)), self._age]
-        mine = torch.tensor(sums, device=self.accelerator.device)
-        answers, *totals = self.accelerator.reduce(mine, reduction="sum").tolist()
-        names = ("cut_off", "tokens", *(("age",) if self.asked.reuse > 1 else ()))
-        means = {f"rollout/{name}": each / answers for name, each in zip(names, totals, strict=False)} if answers else {}
+        cut_off = sum(answer[-1] != self.collator.eos_id for answer in self._answers)
+        sums = [len(self._answers), cut_off, sum(map(len, self._answers)), self._age]
+        local_sums = torch.tensor(sums, device=self.accelerator.device)
+        answers, *totals = self.accelerator.reduce(local_sums, reduction="sum").tolist()
+        names = ("cut_off", "tokens", *(("age",) if self.settings.reuse > 1 else ()))
+        means = {f"rollout/{name}": total / answers for name, total in zip(names, totals, strict=False)} if answers else {}
         return {"rollout/answers": answers, **means}

@@ -23,10 +23,10 @@ class Sampler:
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
-        alike: dict[float, list[int]] = {}
+        by_weight: dict[float, list[int]] = {}
         for sample, weight in zip(samples, weights or [1.0] * len(samples), strict=True):
-            alike.setdefault(weight, []).append(sample)
-        self._alike = [(weight, alike[weight]) for weight in sorted(alike)]
+            by_weight.setdefault(weight, []).append(sample)
+        self._by_weight = [(weight, by_weight[weight]) for weight in sorted(by_weight)]
         self.epoch_size = len(self._pool(0))
         if not self.epoch_size:
             raise DataError("the weights of the mixture leave nothing to train on; raise one in params/data.yaml")
@@ -35,20 +35,20 @@ class Sampler:
     def _pool(self, epoch: int) -> list[int]:
         """Samples of an epoch before shuffling."""
         pool: list[int] = []
-        for weight, members in self._alike:
+        for weight, members in self._by_weight:
             whole, rest = divmod(weight, 1)
-            some = round(rest * len(members))
+            extra = round(rest * len(members))
             pool += members * int(whole)
-            stream = torch.Generator().manual_seed(self.seed)
-            line = torch.randperm(len(members), generator=stream).tolist()
-            pool += [members[line[place % len(line)]] for place in range(epoch * some, (epoch + 1) * some)]
+            generator = torch.Generator().manual_seed(self.seed)
+            order = torch.randperm(len(members), generator=generator).tolist()
+            pool += [members[order[offset % len(order)]] for offset in range(epoch * extra, (epoch + 1) * extra)]
         return pool
 
     def _shuffled(self, epoch: int) -> list[int]:
         if self._epoch[0] != epoch:
             pool = self._pool(epoch)
-            stream = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            shuffled = torch.randperm(len(pool), generator=stream).tolist()
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            shuffled = torch.randperm(len(pool), generator=generator).tolist()
             self._epoch = (epoch, [pool[i] for i in shuffled])
         return self._epoch[1]
 
@@ -60,8 +60,8 @@ class Sampler:
         return key // self.epoch_size
 
     def _at(self, key: int) -> int:
-        epoch, place = divmod(key, self.epoch_size)
-        return self._shuffled(epoch)[place]
+        epoch, offset = divmod(key, self.epoch_size)
+        return self._shuffled(epoch)[offset]
 
 
 def shared_out(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -> list[list[tuple[int, int]]]:
@@ -69,15 +69,15 @@ def shared_out(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -
 
     Raises InputError if the batch does not divide into equally many per rank.
     """
-    share, left = divmod(len(batch), ranks)
+    share, remainder = divmod(len(batch), ranks)
     size = min(size, share)
-    if left or share % size:
+    if remainder or share % size:
         raise InputError(
             f"params/distill.yaml: batch_size {len(batch)} does not divide into micro-batches of {size or 1}"
             f" on {ranks} process(es)"
         )
-    mine = batch[rank * share : (rank + 1) * share]
-    return [mine[start : start + size] for start in range(0, share, size)]
+    rank_samples = batch[rank * share : (rank + 1) * share]
+    return [rank_samples[start : start + size] for start in range(0, share, size)]
 
 
 def shared_out_by_length(

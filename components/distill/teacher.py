@@ -44,17 +44,17 @@ class FrozenTeacher:
     def features(self, batch: Batch, student_features: Any) -> Any:
         if self.shares_tower and student_features is not None:
             return student_features.detach()
-        return self.vlm.features(self._here(batch))
+        return self.vlm.features(self._to_device(batch))
 
     def plain(self, batch: Batch, features: Any, keep: bool, with_attention: bool) -> tuple[Tensor, Kept | None, Tensor | None]:
         """Hidden states (B, T, d); with `keep` the key/value cache; `with_attention`: the weights of visual tokens (B, Nv)."""
-        home = batch.input_ids.device
-        batch = self._here(batch)
+        device = batch.input_ids.device
+        batch = self._to_device(batch)
         if isinstance(features, Tensor):
             features = features.to(self.device)
         if not with_attention or self.gradient:
             hidden, cache = self.vlm.plain(batch, features, keep)
-            return hidden.to(home), cache, self._by_gradient(batch, features).to(home) if with_attention else None
+            return hidden.to(device), cache, self._gradient_weights(batch, features).to(device) if with_attention else None
         probe = AttentionProbe.at(batch.instruction, batch.pictures)
         with probing(self.vlm.model, [self.layer], probe):
             hidden, cache = self.vlm.plain(batch, features, keep)
@@ -62,33 +62,33 @@ class FrozenTeacher:
         if self.background is not None:
             weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
             self.equal_weights = self.equal_weights.to(weights.device) + count_unweighted_images(weights, batch.pictures)
-        return hidden.to(home), cache, weights.to(home)
+        return hidden.to(device), cache, weights.to(device)
 
-    def _by_gradient(self, batch: Batch, features: Any) -> Tensor:
+    def _gradient_weights(self, batch: Batch, features: Any) -> Tensor:
         """(B, Nv) attribution max(0, (e_j - b) ds/de_j), s the answer's mean log-probability, b the image's mean embedding."""
-        own = self.vlm.embedded(batch, features)
-        means = own["inputs_embeds"].clone()
+        embedded = self.vlm.embedded(batch, features)
+        means = embedded["inputs_embeds"].clone()
         for sample, number in image_indices(batch.pictures):
-            at = batch.pictures[sample] == number
-            means[sample, at] = means[sample, at].mean(0)
-        everywhere = torch.ones(batch.input_ids.shape, device=means.device)
-        slopes = attributions(self.vlm, batch, features, own | {"inputs_embeds": means}, everywhere)
+            in_image = batch.pictures[sample] == number
+            means[sample, in_image] = means[sample, in_image].mean(0)
+        ones = torch.ones(batch.input_ids.shape, device=means.device)
+        slopes = attributions(self.vlm, batch, features, embedded | {"inputs_embeds": means}, ones)
         return scatter_visual(slopes[batch.visual].clamp_min(0), batch.pictures)
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
         """`VLM.watched`, with captured tensors on the batch's device."""
-        with self.vlm.watched(self._here(batch), watch) as seen:
-            yield seen
-        home = batch.input_ids.device
-        seen.maps = {map: tensor.to(home) for map, tensor in seen.maps.items()}
-        seen.hidden = {layer: states.to(home) for layer, states in seen.hidden.items()}
+        with self.vlm.watched(self._to_device(batch), watch) as captured:
+            yield captured
+        device = batch.input_ids.device
+        captured.maps = {map: tensor.to(device) for map, tensor in captured.maps.items()}
+        captured.hidden = {layer: states.to(device) for layer, states in captured.hidden.items()}
 
     def continued(self, cache: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        there = (tensor.to(self.device) for tensor in (tokens, positions, mask))
-        return self.vlm.continued(cache, *there).to(tokens.device)
+        inputs = (tensor.to(self.device) for tensor in (tokens, positions, mask))
+        return self.vlm.continued(cache, *inputs).to(tokens.device)
 
-    def _here(self, batch: Batch) -> Batch:
+    def _to_device(self, batch: Batch) -> Batch:
         return batch if batch.input_ids.device == self.device else batch.to(self.device)
 
     @property
@@ -96,14 +96,16 @@ class FrozenTeacher:
         return self.vlm.head
 
 
-def same_tower(one: VLM, other: VLM) -> bool:
+def same_tower(first: VLM, second: VLM) -> bool:
     """True if two models have vision towers of equal weights, read at the same layer."""
-    if not (reads_one_layer(one.model) and reads_one_layer(other.model)):
+    if not (reads_one_layer(first.model) and reads_one_layer(second.model)):
         return False  # image features depend on more than the tower
     if any(
-        getattr(one.model.config, key) != getattr(other.model.config, key)
+        getattr(first.model.config, key) != getattr(second.model.config, key)
         for key in ("vision_feature_layer", "vision_feature_select_strategy")
     ):
         return False
-    mine, theirs = (vlm.model.model.vision_tower.state_dict() for vlm in (one, other))
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key].to(mine[key].device)) for key in mine)
+    first_state, second_state = (vlm.model.model.vision_tower.state_dict() for vlm in (first, second))
+    return first_state.keys() == second_state.keys() and all(
+        torch.equal(first_state[key], second_state[key].to(first_state[key].device)) for key in first_state
+    )

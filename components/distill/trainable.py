@@ -35,22 +35,22 @@ def choose_trainable(student: Loaded, distill: DistillSettings) -> None:
 
 def parameter_groups(model: Any, distill: DistillSettings) -> list[dict[str, Any]]:
     """Optimiser parameter groups, one per trained part, with its name and learning rate."""
-    trained = {name: [p for p in of if p.requires_grad] for name, of in parts(model).items()}
-    own = distill.learning_rates.model_dump()
+    trained = {name: [p for p in parameters if p.requires_grad] for name, parameters in parts(model).items()}
+    part_rates = distill.learning_rates.model_dump()
     return [
-        {"name": name, "params": parameters, "lr": own[name] or distill.optimiser.learning_rate}
+        {"name": name, "params": parameters, "lr": part_rates[name] or distill.optimiser.learning_rate}
         for name, parameters in trained.items()
         if parameters
     ]
 
 
-def of_terms(module: AlignTI, distill: DistillSettings) -> list[dict[str, Any]]:
+def term_parameter_groups(module: AlignTI, distill: DistillSettings) -> list[dict[str, Any]]:
     """Optimiser parameter group of the loss terms' modules; empty without one."""
     parameters = list(module.term_modules.parameters())
     return [{"name": "terms", "params": parameters, "lr": distill.optimiser.learning_rate}] if parameters else []
 
 
-def rates(optimiser: Any) -> dict[str, float]:
+def learning_rates(optimiser: Any) -> dict[str, float]:
     """Current learning rate for the log; one per group if initial rates differ."""
     groups = optimiser.param_groups
     if len({group["initial_lr"] for group in groups}) == 1:

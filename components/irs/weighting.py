@@ -38,8 +38,8 @@ class Weighting:
 
 def weighting(iva: Iva, choice: LayerChoice | None, depth: int = 1, seed: int = 0) -> Weighting:
     """Weighting configured by params/distill.yaml or an arm. `uniform` reads no layer and gets that of `irs`, or layer 0 if
-    the search found none, which no trained arm then reads (distill.assemble.searched_for). `depth`, the number of layers of
-    the live teacher, and the arm's `seed` serve `layer: middle | last | random`.
+    the search found none, which no trained arm then reads (`layer_search_result` in distill.assemble). `depth`, the number of
+    layers of the live teacher, and the arm's `seed` serve `layer: middle | last | random`.
 
     Raises DataError if the selected weighting is centred and the background file is missing.
     """

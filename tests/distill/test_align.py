@@ -12,7 +12,7 @@ import pytest
 
 from components.config.distill import DistillSettings
 from components.config.load import load_settings
-from components.distill.assemble import trained_on
+from components.distill.assemble import training_indices
 from components.errors import DataError
 from components.evaluate.__main__ import main as evaluate
 from components.evaluate.compare import main as compare
@@ -106,6 +106,6 @@ def test_what_it_made_is_the_start_of_a_distillation(aligning: Path) -> None:
 def test_captions_are_those_marked_so_or_all_there_is(aligning: Path) -> None:
     align: DistillSettings = load_settings().distill
     distill = align.model_copy(update={"stage": "distill"})
-    assert trained_on(["caption", "list", "caption"], align) == [0, 2]
-    assert trained_on(["caption", "list", "caption"], distill) == [1]
-    assert trained_on(["instruction", "instruction"], align) == [0, 1]
+    assert training_indices(["caption", "list", "caption"], align) == [0, 2]
+    assert training_indices(["caption", "list", "caption"], distill) == [1]
+    assert training_indices(["instruction", "instruction"], align) == [0, 1]

@@ -14,7 +14,7 @@ import torch
 
 from components.config.load import load_settings
 from components.dataset.shards import Samples
-from components.distill.loader import MicroBatches, Steps, batches, deaths_explained
+from components.distill.loader import MicroBatches, Steps, batches, worker_errors
 from components.distill.sampler import Sampler
 from components.errors import DataError, TryAgainError
 from components.models.collate import Collator
@@ -97,7 +97,7 @@ def test_a_loader_that_is_killed_is_a_sentence(workplace: Path) -> None:
     next(stream)
     (loader,) = set(active_children()) - set(before)
     assert loader.pid is not None
-    with pytest.raises(TryAgainError, match=r"a process that loads batches .*loaders"), deaths_explained():
+    with pytest.raises(TryAgainError, match=r"a process that loads batches .*loaders"), worker_errors():
         os.kill(loader.pid, signal.SIGKILL)
         for _ in stream:
             pass

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from components.config.load import load_settings
-from components.distill.memory import KNOBS, OutOfMemory, estimate, explained
+from components.distill.memory import KNOBS, OutOfMemory, estimate, memory_errors
 from components.errors import InputError
 from components.models.vlm import VLM
 from tests import tiny
@@ -44,7 +44,7 @@ def test_the_stage_names_the_part_and_the_knob(workplace: Path, monkeypatch: pyt
 
 def test_another_error_passes_as_it_is() -> None:
     student, teacher = pair("qwen2")
-    with pytest.raises(RuntimeError, match=r"^shapes do not match$"), explained(step(student, teacher), [], SETTINGS):
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"), memory_errors(step(student, teacher), [], SETTINGS):
         raise RuntimeError("shapes do not match")
 
 

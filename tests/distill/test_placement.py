@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 from components.config.load import load_settings
-from components.distill.placement import bring_head, load_teacher
+from components.distill.placement import copy_head_to, load_teacher
 from components.distill.teacher import FrozenTeacher
 from components.errors import InputError, Interrupted
 from components.models.collate import Batch
@@ -36,7 +36,7 @@ def test_hidden_states_come_home_from_another_device() -> None:
     home = torch.device("cpu")
     model = tiny.llava().to("meta")
     with Carries():
-        bring_head(model, home)
+        copy_head_to(model, home)
         teacher = FrozenTeacher(VLM(model), 1, shares_tower=False)
         made = vars(tiny.batch([(1, 3, 3), (1, 5, 2)]))
         batch = Batch(image_ids=[], **{name: value for name, value in made.items() if name != "visual"})

@@ -143,7 +143,7 @@ def test_an_answer_serves_as_many_epochs_as_asked(gkd: Path, ending: None) -> No
     for step in range(12):
         epochs[step // 4] |= answers(made, step)
     assert epochs[0] == epochs[1] != epochs[2] and epochs[0].keys() == epochs[2].keys()
-    assert max(len(answers) for _, answers in made.rollouts.kept.values()) == 2
+    assert max(len(answers) for _, answers in made.rollouts.cached_answers.values()) == 2
 
 
 @pytest.mark.parametrize("reuse", [1, 2])

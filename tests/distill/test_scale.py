@@ -26,7 +26,7 @@ from components.config.runtime import RuntimeSettings
 from components.dataset.shards import ImageRow, Turn
 from components.distill.__main__ import distill
 from components.distill.assemble import _accelerator as accelerator_of
-from components.distill.launch import CONFIGS, check_came_up, launch, to_be_launched
+from components.distill.launch import CONFIGS, check_world, launch, needs_launch
 from components.errors import InputError, Interrupted
 from components.records.dataset import Manifest
 from components.records.paths import DATASET, STUDENTS
@@ -161,19 +161,19 @@ def test_the_first_failing_process_gives_its_exit_code(
 
 def test_processes_that_did_not_come_up_as_asked_are_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
-    check_came_up(accelerator, runtime())
+    check_world(accelerator, runtime())
     with pytest.raises(InputError, match="2 processes were asked for, and 1 came up"):
-        check_came_up(accelerator, runtime(devices=2))
+        check_world(accelerator, runtime(devices=2))
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="FSDP was asked for, and NO came up on cpu"):
-        check_came_up(accelerator, runtime())
+        check_world(accelerator, runtime())
 
 
 def test_processes_that_nobody_started_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"WORLD_SIZE is 2 .* unset it"):
-        to_be_launched(runtime())
+        needs_launch(runtime())
 
 
 def test_what_another_job_left_in_the_environment_changes_no_gradient(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_each_token_is_the_likeliest_of_the_plain_pass(family: str) -> None:
     listed: Any = samples
     made = Rollouts(asked, student, collator, listed, order, student.vocabulary, Accelerator(cpu=True))
     pairs = order.batch(0)
-    written = made.written(pairs)
+    written = made.generate(pairs)
     assert 2 < len(written) < 5
     said, logits = predictions(student, [samples[i] for _, i in pairs], [written.get(key) for key, _ in pairs])
     for row, (key, _) in enumerate(pairs):
