@@ -21,7 +21,7 @@ from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, SIZES, Batch, Sample, Size
 from benchmarks.step import KD_ONLY, Bench
 from components.align_ti.step import AlignTI, total
 from components.cost.shapes import Language, Tower
-from components.distill.sampler import shared_out, shared_out_by_length
+from components.distill.sampler import split_batch, split_batch_by_length
 from components.evaluate.memory import peak_bytes
 
 KINDS = (  # share of the mix; (min, max) tokens of prompt and answer in LLaVA-1.5; with an image
@@ -93,10 +93,10 @@ def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | Non
     def read(step: list[list[tuple[int, int]]]) -> list[list[Sample]]:
         return [[stream[i] for _, i in some] for some in step]
 
-    equal = [read(shared_out(step, PASS, 0, 1)) for step in pairs]
+    equal = [read(split_batch(step, PASS, 0, 1)) for step in pairs]
     budget = max(len(some) * max(map(len, some)) for step in equal for some in step)  # equal peak memory
     lengths = [[len(stream[i]) for _, i in step] for step in pairs]
-    by_length = [read(shared_out_by_length(step, of, budget, 0, 1)) for step, of in zip(pairs, lengths, strict=True)]
+    by_length = [read(split_batch_by_length(step, of, budget, 0, 1)) for step, of in zip(pairs, lengths, strict=True)]
     passes = {"by length": by_length, "equal": equal}
     missing: dict[str, str] = {}
     ways = {name: [ours(bench, step) for step in made] for name, made in passes.items()}

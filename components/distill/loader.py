@@ -21,7 +21,7 @@ from components.align_ti.ribbon import draw_key
 from components.config.distill import DistillSettings
 from components.dataset.shards import Samples
 from components.distill.rollouts import Rollouts
-from components.distill.sampler import Sampler, shared_out, shared_out_by_length
+from components.distill.sampler import Sampler, split_batch, split_batch_by_length
 from components.errors import AlignTIError, TryAgainError
 from components.models.collate import Batch, Collator
 from components.process import end_with_parent
@@ -72,19 +72,19 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
     def _micro_batches(self, batch: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         tokens = self.settings.micro_batch_tokens
         if tokens is None:
-            return shared_out(batch, self.settings.micro_batch_size, self.rank, self.ranks)
+            return split_batch(batch, self.settings.micro_batch_size, self.rank, self.ranks)
         unmeasured = [index for _, index in batch if index not in self._lengths]
         if unmeasured:
             encoded = self.collator.encode([self.samples[index] for index in unmeasured])
             self._lengths |= {index: len(row.input_ids) for index, row in zip(unmeasured, encoded, strict=True)}
         lengths = [self._lengths[index] for _, index in batch]
-        return shared_out_by_length(batch, lengths, tokens, self.rank, self.ranks)
+        return split_batch_by_length(batch, lengths, tokens, self.rank, self.ranks)
 
 
 def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[MicroBatches]:
     """Micro-batches of steps `first` .. `last` - 1, prefetched two ahead by each of `loaders` workers; 0: in this process.
 
-    Raises errors of `Collator` and `shared_out` at their step; TryAgainError if the workers cannot start.
+    Raises errors of `Collator` and `split_batch` at their step; TryAgainError if the workers cannot start.
     """
     loader = DataLoader(
         steps,

@@ -64,7 +64,7 @@ class Sampler:
         return self._shuffled(epoch)[offset]
 
 
-def shared_out(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -> list[list[tuple[int, int]]]:
+def split_batch(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -> list[list[tuple[int, int]]]:
     """Micro-batches of one rank with at most `size` samples, in batch order.
 
     Raises InputError if the batch does not divide into equally many per rank.
@@ -80,7 +80,7 @@ def shared_out(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -
     return [rank_samples[start : start + size] for start in range(0, share, size)]
 
 
-def shared_out_by_length(
+def split_batch_by_length(
     batch: list[tuple[int, int]], lengths: list[int], tokens: int, rank: int, ranks: int
 ) -> list[list[tuple[int, int]]]:
     """Micro-batches of one rank, bucketed by length, with at most `tokens` tokens each, padding included.

@@ -25,7 +25,7 @@ def test_passes_by_length_learn_the_same_with_less_padding(monkeypatch: pytest.M
 
 def test_arms_that_learn_something_else_stop_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixed, "STEP", 4)
-    monkeypatch.setattr(mixed, "shared_out", lambda step, *_: [step[:2]])
+    monkeypatch.setattr(mixed, "split_batch", lambda step, *_: [step[:2]])
     with pytest.raises(AssertionError, match="equal: loss"):
         mixed.run(SIZE, CPU, steps=1, repeats=1)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.align_ti.ribbon import draw_key, uniforms
-from components.distill.sampler import Sampler, shared_out, shared_out_by_length
+from components.distill.sampler import Sampler, split_batch, split_batch_by_length
 from components.errors import DataError, InputError
 
 
@@ -69,7 +69,7 @@ def test_another_seed_and_another_epoch_are_other_orders() -> None:
 @given(ranks=st.sampled_from([1, 2, 4]), size=st.sampled_from([1, 2, 8, 100]), step=st.integers(0, 3))
 def test_ranks_and_micro_batches_share_out_the_same_global_batch(ranks: int, size: int, step: int) -> None:
     batch = Sampler(list(range(37)), 8, seed=3).batch(step)
-    shares = [shared_out(batch, size, rank, ranks) for rank in range(ranks)]
+    shares = [split_batch(batch, size, rank, ranks) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(shares[0])}
     assert all(1 <= len(micro) <= size for share in shares for micro in share)
     assert [pair for share in shares for micro in share for pair in micro] == batch
@@ -78,7 +78,7 @@ def test_ranks_and_micro_batches_share_out_the_same_global_batch(ranks: int, siz
 @pytest.mark.parametrize(("size", "ranks"), [(3, 1), (3, 2), (2, 3)])
 def test_what_does_not_divide_is_refused(size: int, ranks: int) -> None:
     with pytest.raises(InputError, match="batch_size 8 does not divide into micro-batches"):
-        shared_out(Sampler(list(range(37)), 8, seed=3).batch(0), size, 0, ranks)
+        split_batch(Sampler(list(range(37)), 8, seed=3).batch(0), size, 0, ranks)
 
 
 @given(
@@ -89,7 +89,7 @@ def test_what_does_not_divide_is_refused(size: int, ranks: int) -> None:
 def test_passes_by_length_hold_the_same_batch_within_their_tokens(ranks: int, lengths: list[int], tokens: int) -> None:
     lengths = lengths[: len(lengths) // ranks * ranks]
     batch = [(key, 100 + key) for key in range(len(lengths))]
-    shares = [shared_out_by_length(batch, lengths, tokens, rank, ranks) for rank in range(ranks)]
+    shares = [split_batch_by_length(batch, lengths, tokens, rank, ranks) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(shares[0])}, "ranks that pass unequally often wait for ever"
     assert sorted(pair for share in shares for micro in share for pair in micro) == batch
     assert all(micro for share in shares for micro in share)
@@ -99,7 +99,7 @@ def test_passes_by_length_hold_the_same_batch_within_their_tokens(ranks: int, le
 def test_passes_by_length_hold_little_padding() -> None:
     lengths = [5, 50] * 8
     batch = [(key, key) for key in range(16)]
-    assert [[lengths[key] for key, _ in micro] for micro in shared_out_by_length(batch, lengths, 200, 0, 1)] == [
+    assert [[lengths[key] for key, _ in micro] for micro in split_batch_by_length(batch, lengths, 200, 0, 1)] == [
         [50] * 4,
         [50] * 4,
         [5] * 8,
@@ -108,7 +108,7 @@ def test_passes_by_length_hold_little_padding() -> None:
 
 def test_a_batch_that_does_not_divide_over_ranks_is_refused_by_length_too() -> None:
     with pytest.raises(InputError, match="batch_size 2 does not divide over 3 processes"):
-        shared_out_by_length([(0, 0), (1, 1)], [5, 5], 10, 0, 3)
+        split_batch_by_length([(0, 0), (1, 1)], [5, 5], 10, 0, 3)
 
 
 def test_nothing_to_distil_on_is_an_error() -> None:
