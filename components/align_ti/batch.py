@@ -43,9 +43,9 @@ class Edits:
     """
 
     batch: Batch
-    other: Batch  # donor: the same sequences with another sample's images and instruction words
-    own: Tensor  # (n, T) float: 1 keeps the token's embedding, 0 takes the donor's
-    places: Tensor  # (n,) long: index of each sample in the whole batch; empty if none is edited
+    donor: Batch  # the same sequences with another sample's images and instruction words
+    keep: Tensor  # (n, T) float: 1 keeps the token's embedding, 0 takes the donor's
+    indices: Tensor  # (n,) long: index of each sample in the whole batch; empty if none is edited
     effect: Tensor  # (n,) bool: True if the evidence is replaced, False if everything else is
     tokens: Tensor  # (N, W) long, at the N rows that predict the responses
     whole: Tensor  # (N, W + 1) teacher probabilities on the unedited input

@@ -154,8 +154,8 @@ class VLM(nn.Module):
 
     def edited(self, edits: Edits) -> Tensor:
         """(n, T, d) hidden states of the edited samples."""
-        other = self.embedded(edits.other, self.features(edits.other))
-        return self.mixed(edits.batch, self.features(edits.batch), other, edits.own)
+        other = self.embedded(edits.donor, self.features(edits.donor))
+        return self.mixed(edits.batch, self.features(edits.batch), other, edits.keep)
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:

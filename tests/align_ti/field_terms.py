@@ -180,10 +180,10 @@ def mcd(whole: Any) -> Tensor:
         p = logits.softmax(-1)
         return torch.cat([p[tokens], 1 - p[tokens].sum()[None]])
 
-    for sample, place in enumerate(edits.places.tolist()):
+    for sample, place in enumerate(edits.indices.tolist()):
         length = int(edits.batch.attention_mask[sample].sum())
-        mine, theirs = (embedded(b, sample, length) for b in (edits.batch, edits.other))
-        mixed = torch.stack([m if own else b for own, m, b in zip(edits.own[sample, :length], mine, theirs, strict=True)])
+        mine, theirs = (embedded(b, sample, length) for b in (edits.batch, edits.donor))
+        mixed = torch.stack([m if own else b for own, m, b in zip(edits.keep[sample, :length], mine, theirs, strict=True)])
         logits = model(inputs_embeds=mixed[None]).logits[0]
         at = edits.batch.response[sample].nonzero()[:, 0].tolist()
         losses = []

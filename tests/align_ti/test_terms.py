@@ -449,16 +449,16 @@ def pieces(b: Any, split: list[int]) -> Any:
 
 def part_of(whole: Edits, start: int, size: int) -> Edits | None:
     """Edits of a piece of the batch."""
-    here = [row for row, place in enumerate(whole.places.tolist()) if start <= place < start + size]
+    here = [row for row, place in enumerate(whole.indices.tolist()) if start <= place < start + size]
     if not here:
         return None
     both = (
         type(b)(**{name: v[here] if isinstance(v, Tensor) else v for name, v in vars(b).items()})
-        for b in (whole.batch, whole.other)
+        for b in (whole.batch, whole.donor)
     )
     rows = torch.isin(whole.batch.response.nonzero()[:, 0], torch.tensor(here))
     per_row = (getattr(whole, name)[rows] for name in ("tokens", "whole", "without"))
-    return Edits(*both, whole.own[here], whole.places[here] - start, whole.effect[here], *per_row)
+    return Edits(*both, whole.keep[here], whole.indices[here] - start, whole.effect[here], *per_row)
 
 
 def test_chunks_change_nothing(case: Case) -> None:

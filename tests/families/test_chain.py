@@ -90,7 +90,7 @@ def test_embeddings_that_are_mixed_give_either_end(family: str) -> None:
     vlm = VLM(load(toy.folder(family, 1, 3), "cpu").model)
     batch = edited(toy.collator(vlm.model.config.model_type)(toy.SAMPLES))
     assert batch.edits is not None
-    other = batch.edits.other
+    other = batch.edits.donor
     with torch.no_grad():
         given = vlm.embedded(other, vlm.features(other))
         found = [vlm.mixed(batch, vlm.features(batch), given, torch.full(batch.visual.shape, end)) for end in (1.0, 0.0)]

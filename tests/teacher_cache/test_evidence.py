@@ -97,7 +97,7 @@ def trained(run: Run) -> bytes:
 def test_attributions_are_the_slopes_of_the_answers_log_probability() -> None:
     vlm, at = VLM(tiny.llava("qwen2", 1).double()).requires_grad_(False), 0.3
     b = batch([(1, 3, 3), (1, 5, 2)])
-    other = edits(b, [(1, 3, 3), (1, 5, 2)], torch.float64).other  # type: ignore[union-attr]
+    other = edits(b, [(1, 3, 3), (1, 5, 2)], torch.float64).donor  # type: ignore[union-attr]
     others = vlm.embedded(other, vlm.features(other))
 
     def mean_log_probability(m: Tensor, row: int) -> Tensor:
@@ -179,11 +179,11 @@ def test_the_edits_of_a_batch_are_drawn_by_halves_and_only_of_verified_samples(m
         ((b, _),) = steps[step]  # type: ignore[misc]
         edit = b.edits
         drawn = [sample for _, sample in made.order.batch(step)]
-        assert edit is not None and edit.places.tolist() == [i for i, s in enumerate(drawn) if s in evidence._rows]
-        effects += edit.effect.tolist() if len(edit.places) else []
-        for at, place in enumerate(edit.places.tolist()):
+        assert edit is not None and edit.indices.tolist() == [i for i, s in enumerate(drawn) if s in evidence._rows]
+        effects += edit.effect.tolist() if len(edit.indices) else []
+        for at, place in enumerate(edit.indices.tolist()):
             assert edit.batch.ids[at] == b.ids[place]
-            swapped = edit.own[at] == 0
+            swapped = edit.keep[at] == 0
             share = int(swapped.sum()) / int((edit.batch.instruction | edit.batch.visual)[at].sum())
             assert (share <= 0.5) == bool(edit.effect[at])
         assert edit.whole.shape == (int(predicting(edit.batch.response).sum()), edit.tokens.shape[1] + 1)

@@ -36,7 +36,7 @@ class Term:
         rows = predicting(edits.batch.response)
         sample = rows.nonzero()[:, 0]
         effect = edits.effect[sample]
-        plain_rows = outputs.student[edits.places][predicting(outputs.batch.response[edits.places])]
+        plain_rows = outputs.student[edits.indices][predicting(outputs.batch.response[edits.indices])]
         edited = self._probabilities(outputs, hidden[rows], edits.tokens)
         unedited = self._probabilities(outputs, plain_rows[effect], edits.tokens[effect])
         kept_distance = (edits.whole - edited)[~effect].abs().sum(-1) / 2
