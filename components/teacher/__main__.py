@@ -48,11 +48,11 @@ def main() -> None:
             figures = candidate.model_dump(exclude={"name", "per_kind", "refused"})
             run.metrics({f"{candidate.name}/{figure}": value for figure, value in figures.items() if value is not None})
         name, reason = choose(candidates, settings.teacher)
-        found = TeacherReport(chosen=name, reason=reason, candidates=candidates)
+        teacher_report = TeacherReport(chosen=name, reason=reason, candidates=candidates)
         folder = REPORTS / "teacher"
-        found.write(folder / "candidates.json")
-        write_text(folder / "table.md", report.table(found, settings.teacher, len(rows)))
-        write_bytes(folder / "quality_cost.png", draw(report.quality_cost, found, settings.teacher, len(rows)))
+        teacher_report.write(folder / "candidates.json")
+        write_text(folder / "table.md", report.table(teacher_report, settings.teacher, len(rows)))
+        write_bytes(folder / "quality_cost.png", draw(report.quality_cost, teacher_report, settings.teacher, len(rows)))
         TeacherChoice(name=name, path=records[name].path, sha256=records[name].sha256).write(TEACHER / "choice.json")
         run.tag("teacher", name)
         for file in ("candidates.json", "table.md", "quality_cost.png"):

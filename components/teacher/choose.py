@@ -35,32 +35,32 @@ def choose(candidates: Sequence[Candidate], limits: TeacherSettings) -> tuple[st
     Raises ModelError if every candidate breaks a limit, listing the broken limits per candidate.
     """
     broken = {c.name: limits_broken(c, limits) for c in sorted(candidates, key=lambda c: c.name)}
-    within = [c for c in candidates if not broken[c.name]]
-    if not within:
-        listed = "\n  ".join(f"{name}: {'; '.join(limits)}" for name, limits in broken.items())
+    eligible = [c for c in candidates if not broken[c.name]]
+    if not eligible:
+        summary = "\n  ".join(f"{name}: {'; '.join(limits)}" for name, limits in broken.items())
         raise ModelError(
-            f"no teacher candidate is within the limits of params/teacher.yaml; loosen a limit, or train longer:\n  {listed}"
+            f"no teacher candidate is within the limits of params/teacher.yaml; loosen a limit, or train longer:\n  {summary}"
         )
-    best = min(within, key=lambda c: (-c.exact_match, c.parameters, c.name))
-    near = [c for c in within if best.exact_match - c.exact_match <= limits.tie_margin + ROUNDING]
-    chosen = min(near, key=lambda c: (c.parameters, -c.exact_match, c.name))
-    return chosen.name, _reason(chosen, best, len(near), len(within), [name for name, found in broken.items() if found])
+    best = min(eligible, key=lambda c: (-c.exact_match, c.parameters, c.name))
+    tied = [c for c in eligible if best.exact_match - c.exact_match <= limits.tie_margin + ROUNDING]
+    chosen = min(tied, key=lambda c: (c.parameters, -c.exact_match, c.name))
+    return chosen.name, _reason(chosen, best, len(tied), len(eligible), [name for name, messages in broken.items() if messages])
 
 
-def _reason(chosen: Candidate, best: Candidate, near: int, within: int, refused: Sequence[str]) -> str:
-    if within == 1:
-        why = f"is the only candidate within the limits, with {chosen.exact_match:.1%} exact match"
-    elif near == 1:
-        why = f"has the best exact match, {chosen.exact_match:.1%}, of the {within} candidates within the limits"
+def _reason(chosen: Candidate, best: Candidate, tied: int, eligible: int, refused: Sequence[str]) -> str:
+    if eligible == 1:
+        reason = f"is the only candidate within the limits, with {chosen.exact_match:.1%} exact match"
+    elif tied == 1:
+        reason = f"has the best exact match, {chosen.exact_match:.1%}, of the {eligible} candidates within the limits"
     elif chosen is best:
-        why = (
-            f"has the best exact match, {chosen.exact_match:.1%}, of the {within} candidates within the limits, and none of "
-            f"the {near} that count as equal is smaller"
+        reason = (
+            f"has the best exact match, {chosen.exact_match:.1%}, of the {eligible} candidates within the limits, and none of "
+            f"the {tied} that count as equal is smaller"
         )
     else:
-        why = (
-            f"is the smallest of the {near} candidates that count as equal: {chosen.exact_match:.1%} exact match against "
+        reason = (
+            f"is the smallest of the {tied} candidates that count as equal: {chosen.exact_match:.1%} exact match against "
             f"{best.exact_match:.1%} for {best.name}"
         )
-    left_out = f"; refused: {', '.join(refused)}" if refused else ""
-    return f"{chosen.name} ({chosen.parameters:,} parameters) {why}{left_out}."
+    refused_note = f"; refused: {', '.join(refused)}" if refused else ""
+    return f"{chosen.name} ({chosen.parameters:,} parameters) {reason}{refused_note}."

@@ -45,28 +45,30 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
     loaded = load(Path(record.path), device)
     template = Template.asked(settings.models.template)
 
-    def answer(these: Sequence[int], title: str) -> list[str]:
-        return generate.answers(loaded, samples, these, template, settings.models.max_length, settings.evaluate, title)
+    def answer(batch: Sequence[int], title: str) -> list[str]:
+        return generate.answers(loaded, samples, batch, template, settings.models.max_length, settings.evaluate, title)
 
     memory_mib = peak_mib(loaded.model, lambda: answer(rows[: settings.evaluate.batch_size], f"{record.name}: memory"))
     start = time.perf_counter()
-    answered = answer(rows, f"{record.name}: answers")
+    answers = answer(rows, f"{record.name}: answers")
     seconds = time.perf_counter() - start
-    scores = metrics.score(record.name, metrics.predictions((samples[row] for row in rows), answered))
-    forced = likelihood.likelihoods(loaded, samples, rows, template, settings.evaluate.batch_size, f"{record.name}: references")
+    scores = metrics.score(record.name, metrics.predictions((samples[row] for row in rows), answers))
+    likelihoods = likelihood.likelihoods(
+        loaded, samples, rows, template, settings.evaluate.batch_size, f"{record.name}: references"
+    )
     try:
-        layer = search.measure(loaded, samples, template, settings.irs)  # last: switches the model's attention function
+        ranking = search.measure(loaded, samples, template, settings.irs)  # last: switches the model's attention function
     except search.TooFewInstructions:
         if settings.needs_layer:
             raise
-        layer = None
+        ranking = None
     candidate = Candidate(
         name=record.name,
         exact_match=scores.exact_match,
         per_kind=scores.per_kind,
-        nats_per_token=likelihood.nats_per_token(forced),
-        irs=None if layer is None else layer.irs[layer.layer],
-        irs_layer=None if layer is None else layer.layer,
+        nats_per_token=likelihood.nats_per_token(likelihoods),
+        irs=None if ranking is None else ranking.irs[ranking.layer],
+        irs_layer=None if ranking is None else ranking.layer,
         parameters=record.parameters,
         seconds_per_1000=1000 * seconds / len(rows),
         memory_mib=memory_mib,

@@ -73,21 +73,21 @@ def quality_cost(report: TeacherReport, limits: TeacherSettings, samples: int, t
 
 
 def _panel(axes: Axes, report: TeacherReport, samples: int, theme: Theme, cost: Callable[[Candidate], float]) -> None:
-    for place, c in enumerate(sorted(report.candidates, key=cost)):
-        chosen, above = c.name == report.chosen, place % 2 == 0
+    for index, c in enumerate(sorted(report.candidates, key=cost)):
+        chosen, label_above = c.name == report.chosen, index % 2 == 0
         colour = theme.accent if chosen else theme.muted
-        found = binomtest(round(c.exact_match * samples), samples).proportion_ci(0.95, method="wilson")
-        low, high = 100 * found.low, 100 * found.high
+        interval = binomtest(round(c.exact_match * samples), samples).proportion_ci(0.95, method="wilson")
+        low, high = 100 * interval.low, 100 * interval.high
         axes.plot([cost(c)] * 2, [low, high], color=colour, linewidth=1.6)
         fill = theme.paper if c.refused else colour
         axes.plot(cost(c), 100 * c.exact_match, "o", color=colour, markerfacecolor=fill, markersize=9 if chosen else 7)
         axes.annotate(  # alternating above and below, against overlap of neighbours
             c.name + (" (chosen)" if chosen else " (refused)" if c.refused else ""),
-            (cost(c), high if above else low),
-            (0, 4 if above else -4),
+            (cost(c), high if label_above else low),
+            (0, 4 if label_above else -4),
             textcoords="offset points",
             ha="center",
-            va="bottom" if above else "top",
+            va="bottom" if label_above else "top",
             color=colour,
             fontsize=9,
         )

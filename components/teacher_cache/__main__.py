@@ -32,30 +32,30 @@ def main() -> None:
     settings = load_settings()
     from components.tracking.stage_run import stage_run
 
-    asked = settings.distill.teacher_signals
-    with stage_run("cache_teacher", runtime=settings.runtime, params=asked.model_dump()) as run:
-        if asked.source == "live" and asked.evidence is None:
+    options = settings.distill.teacher_signals
+    with stage_run("cache_teacher", runtime=settings.runtime, params=options.model_dump()) as run:
+        if options.source == "live" and options.evidence is None:
             shutil.rmtree(SIGNALS, ignore_errors=True)
             SignalManifest(cache=None).write(SIGNALS / "manifest.json")
             print("cache_teacher: nothing to do, params/distill.yaml:teacher_signals.source is live")
             return
-        made = make(settings)
-        if (cache := made.cache) is not None:
+        manifest = build_signals(settings)
+        if (cache := manifest.cache) is not None:
             run.metrics({"size_mib": cache.size_bytes / 2**20, "samples": cache.samples, "rows": cache.rows})
             for kind, error in cache.errors.items():
                 run.metrics({f"{kind}/{name}": value for name, value in error.model_dump(exclude={"student"}).items()})
             print(closing_line(cache))
-        if (kept := made.evidence) is not None:
-            for chosen, count in kept.right.items():
-                effect = kept.effect[chosen]
-                run.metrics({f"evidence/{chosen}/samples": count, f"evidence/{chosen}/effect": effect})
+        if (evidence := manifest.evidence) is not None:
+            for evidence_kind, count in evidence.right.items():
+                effect = evidence.effect[evidence_kind]
+                run.metrics({f"evidence/{evidence_kind}/samples": count, f"evidence/{evidence_kind}/effect": effect})
                 print(
-                    f"cache_teacher: {chosen} evidence of {count:,} of {kept.asked:,} samples, those that the teacher answers"
-                    f" as the data do; without it p moves {effect:+.3f} nats further than without all else"
+                    f"cache_teacher: {evidence_kind} evidence of {count:,} of {evidence.asked:,} samples, those that the"
+                    f" teacher answers as the data do; without it p moves {effect:+.3f} nats further than without all else"
                 )
 
 
-def make(settings: Settings) -> SignalManifest:
+def build_signals(settings: Settings) -> SignalManifest:
     """Build cache and evidence for these settings, resuming from the shards of an interrupted run, and move them into place.
 
     Raises:
@@ -70,23 +70,24 @@ def make(settings: Settings) -> SignalManifest:
     from components.runtime import prepare_torch
     from components.teacher_cache.store import facts
 
-    device, asked = prepare_torch(settings.runtime, 0, settings.distill.precision), settings.distill.teacher_signals
-    wanted = facts(settings)
-    with resumable(SIGNALS, wanted, "components.teacher_cache.__main__") as draft:
-        precision = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
+    device, options = prepare_torch(settings.runtime, 0, settings.distill.precision), settings.distill.teacher_signals
+    expected_facts = facts(settings)
+    with resumable(SIGNALS, expected_facts, "components.teacher_cache.__main__") as draft:
+        precision = torch.bfloat16 if expected_facts.precision == "bf16" else torch.float32
         teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
         records = ModelIndex.read(MODELS / "index.json").students
         students = {name: load(Path(record.path), device) for name, record in sorted(records.items())}
-        given = (draft, settings, wanted, teacher, students, Samples(DATASET, "train", ROWS))
+        args = (draft, settings, expected_facts, teacher, students, Samples(DATASET, "train", ROWS))
         manifest = SignalManifest(
-            cache=_signals(*given) if asked.source == "cache" else None, evidence=_evidence(*given) if asked.evidence else None
+            cache=_signals(*args) if options.source == "cache" else None,
+            evidence=_evidence(*args) if options.evidence else None,
         )
         manifest.write(draft / "manifest.json")
     return manifest
 
 
 def _signals(
-    folder: Path, settings: Settings, wanted: SignalFacts, teacher: Loaded, students: dict[str, Loaded], samples: Samples
+    folder: Path, settings: Settings, facts: SignalFacts, teacher: Loaded, students: dict[str, Loaded], samples: Samples
 ) -> SignalCache:
     import torch
 
@@ -99,20 +100,22 @@ def _signals(
     from components.teacher_cache.build import TeacherPass, build
     from components.teacher_cache.store import Signals
 
-    check_layer(teacher, wanted.layer)
-    shared = _shared_vocabulary(teacher, students)
-    template, longest = Template.asked(settings.models.template), settings.models.max_length
-    collator = Collator(teacher.processor, template, longest, train=True, rows=wanted.rows)
+    check_layer(teacher, facts.layer)
+    shared_vocabulary = _shared_vocabulary(teacher, students)
+    template, max_length = Template.asked(settings.models.template), settings.models.max_length
+    collator = Collator(teacher.processor, template, max_length, train=True, rows=facts.rows)
     background = weighting(settings.distill.iva, LayerChoice.found()).background
-    teacher_pass = TeacherPass(VLM(teacher.model), collator, wanted, shared, settings.distill.logits_chunk_mib, background)
+    teacher_pass = TeacherPass(
+        VLM(teacher.model), collator, facts, shared_vocabulary, settings.distill.logits_chunk_mib, background
+    )
     paths = build(teacher_pass, samples, settings.distill.micro_batch_size, folder)
     shards = {path.name: sha256([path]) for path in paths}
     signals = Signals(folder, shards)
     name, student = next(iter(students.items()))
     errors = measure(teacher_pass, signals, samples, VLM(student.model), name, settings.distill.micro_batch_size)
     return SignalCache(
-        facts=wanted,
-        shared_vocabulary=shared,
+        facts=facts,
+        shared_vocabulary=shared_vocabulary,
         dtype="float32" if teacher_pass.dtype == torch.float32 else "float16",
         samples=len(signals),
         rows=signals.rows,
@@ -124,7 +127,7 @@ def _signals(
 
 
 def _evidence(
-    folder: Path, settings: Settings, wanted: SignalFacts, teacher: Loaded, students: dict[str, Loaded], samples: Samples
+    folder: Path, settings: Settings, facts: SignalFacts, teacher: Loaded, students: dict[str, Loaded], samples: Samples
 ) -> EvidenceKept:
     from safetensors.torch import load_file
 
@@ -133,16 +136,18 @@ def _evidence(
     from components.teacher_cache.evidence import collator
     from components.teacher_cache.find_evidence import EvidencePass, find
 
-    asked = settings.distill.teacher_signals.evidence
-    assert asked is not None
-    shared = _shared_vocabulary(teacher, students)
+    options = settings.distill.teacher_signals.evidence
+    assert options is not None
+    shared_vocabulary = _shared_vocabulary(teacher, students)
     collate = collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length)
     vlm = VLM(teacher.model).eval().requires_grad_(False)
-    asks = EvidencePass(vlm, collate, samples, asked.kinds, asked.share, shared, wanted.precision == "bf16")
-    paths, count = find(asks, settings.distill.micro_batch_size, folder)
+    evidence_pass = EvidencePass(
+        vlm, collate, samples, options.kinds, options.share, shared_vocabulary, facts.precision == "bf16"
+    )
+    paths, count = find(evidence_pass, settings.distill.micro_batch_size, folder)
     effects = {kind: [e for path in of for e in load_file(path)["effects"].tolist()] for kind, of in paths.items()}
     return EvidenceKept(
-        facts=wanted,
+        facts=facts,
         asked=count,
         right={kind: len(of) for kind, of in effects.items()},
         effect={kind: sum(of) / max(1, len(of)) for kind, of in effects.items()},
@@ -163,17 +168,17 @@ def _shared_vocabulary(teacher: Loaded, students: dict[str, Loaded]) -> int:
 
 
 def closing_line(cache: SignalCache) -> str:
-    drawn = cache.facts.kind == "sampled"
+    is_sampled = cache.facts.kind == "sampled"
     errors = "; ".join(
         f"{kind} {error.mean_error:.1e} nats on average ({error.relative_error:.2%} of KL), {error.max_error:.1e} at most,"
-        + (f" bias {error.bias:.1e}" if drawn else f" {error.mean_mass_beyond:.2%} of mass beyond")
+        + (f" bias {error.bias:.1e}" if is_sampled else f" {error.mean_mass_beyond:.2%} of mass beyond")
         for kind, error in cache.errors.items()
     )
     student = next(iter(cache.errors.values())).student
     equal = f"; no attention left for {cache.equal_weights:,} samples, whose weights are equal" if cache.equal_weights else ""
-    kept = f"{cache.facts.draws} draws" if drawn else f"{min(cache.facts.top_k, cache.shared_vocabulary)}"
+    stored = f"{cache.facts.draws} draws" if is_sampled else f"{min(cache.facts.top_k, cache.shared_vocabulary)}"
     return (
-        f"cache_teacher: {kept} of {cache.shared_vocabulary:,} tokens at {cache.rows:,} rows of {cache.samples:,} samples,"
+        f"cache_teacher: {stored} of {cache.shared_vocabulary:,} tokens at {cache.rows:,} rows of {cache.samples:,} samples,"
         f" {cache.size_bytes / 2**20:,.1f} MiB in {SIGNALS}; error of KL(teacher || {student}): {errors}{equal}"
     )
 

@@ -28,41 +28,43 @@ def measure(
     teacher_pass: TeacherPass, signals: Signals, samples: Samples, student: VLM, name: str, batch_size: int
 ) -> dict[Kind, Approximation]:
     """Approximation error per kind of rows, on a subset read back from the cache; a kind without rows is left out."""
-    found: dict[Kind, list[Tensor]] = {"text": [], "visual": []}
-    chosen = _spread(samples)
-    for start in tqdm(range(0, len(chosen), batch_size), desc="its error", unit="batch"):
-        batch, hidden, _ = teacher_pass.forward(chosen[start : start + batch_size])
-        known, _ = signals.look_up(batch, visual=True, with_attention=False)
+    parts: dict[Kind, list[Tensor]] = {"text": [], "visual": []}
+    subset = _evenly_spaced(samples)
+    for start in tqdm(range(0, len(subset), batch_size), desc="its error", unit="batch"):
+        batch, teacher_hidden, _ = teacher_pass.forward(subset[start : start + batch_size])
+        cached, _ = signals.look_up(batch, visual=True, with_attention=False)
         with torch.inference_mode():
-            mine, _ = student.plain(batch, student.features(batch), keep=False)
+            student_hidden, _ = student.plain(batch, student.features(batch), keep=False)
         masks: dict[Kind, Tensor] = {"text": predicting(batch.response), "visual": batch.visual}
         for kind, rows in masks.items():
-            found[kind].append(_rows(teacher_pass, known.at(rows), hidden[rows], student, mine[rows]))
-    whole = {kind: torch.cat(parts, dim=1) for kind, parts in found.items()}
-    return {kind: _summary(name, rows) for kind, rows in whole.items() if rows.shape[1]}
+            parts[kind].append(_errors(teacher_pass, cached.at(rows), teacher_hidden[rows], student, student_hidden[rows]))
+    errors = {kind: torch.cat(chunks, dim=1) for kind, chunks in parts.items()}
+    return {kind: _summary(name, rows) for kind, rows in errors.items() if rows.shape[1]}
 
 
 @torch.inference_mode()
-def _rows(teacher_pass: TeacherPass, kept: Rows, theirs: Tensor, student: VLM, mine: Tensor) -> Tensor:
+def _errors(
+    teacher_pass: TeacherPass, cached_rows: Rows, teacher_hidden: Tensor, student: VLM, student_hidden: Tensor
+) -> Tensor:
     """(3, N): KL from the cache, exact KL, and the teacher's residual mass beyond top-k, 0 for sampled caches."""
     parts = []
-    for start in range(0, len(mine), teacher_pass.chunk_rows):
-        at = slice(start, start + teacher_pass.chunk_rows)
-        their_logits, my_logits = (
-            vlm.head(rows[at])[:, : teacher_pass.shared_vocabulary]
-            for vlm, rows in ((teacher_pass.vlm, theirs), (student, mine))
+    for start in range(0, len(student_hidden), teacher_pass.chunk_rows):
+        chunk = slice(start, start + teacher_pass.chunk_rows)
+        teacher_logits, student_logits = (
+            vlm.head(hidden[chunk])[:, : teacher_pass.shared_vocabulary]
+            for vlm, hidden in ((teacher_pass.vlm, teacher_hidden), (student, student_hidden))
         )
         temperature = teacher_pass.facts.temperature
-        word = kept[at]
-        cached = word.divergence(my_logits, temperature)
-        exact = divergence(their_logits, my_logits, temperature=temperature)
-        beyond = word.log_tail.exp() if isinstance(word, TopK) else torch.zeros_like(exact)
-        parts.append(torch.stack([cached, exact, beyond]).cpu())
+        rows = cached_rows[chunk]
+        approximate = rows.divergence(student_logits, temperature)
+        exact = divergence(teacher_logits, student_logits, temperature=temperature)
+        tail_mass = rows.log_tail.exp() if isinstance(rows, TopK) else torch.zeros_like(exact)
+        parts.append(torch.stack([approximate, exact, tail_mass]).cpu())
     return torch.cat([torch.empty(3, 0), *parts], dim=1)
 
 
 def _summary(student: str, rows: Tensor) -> Approximation:
-    cached, exact, beyond = rows.double()
+    cached, exact, tail_mass = rows.double()
     error = (cached - exact).abs()
     return Approximation(
         student=student,
@@ -72,11 +74,11 @@ def _summary(student: str, rows: Tensor) -> Approximation:
         max_error=float(error.max()),
         relative_error=float(error.sum() / exact.sum()) if exact.sum() else 0.0,
         bias=float((cached - exact).mean()),
-        mean_mass_beyond=float(beyond.mean()),
-        max_mass_beyond=float(beyond.max()),
+        mean_mass_beyond=float(tail_mass.mean()),
+        max_mass_beyond=float(tail_mass.max()),
     )
 
 
-def _spread(samples: Samples) -> list[Sample]:
+def _evenly_spaced(samples: Samples) -> list[Sample]:
     instructions = [index for index, kind in enumerate(samples.kinds) if kind != CAPTION]
     return [samples[index] for index in instructions[:: max(1, len(instructions) // SAMPLES)]]

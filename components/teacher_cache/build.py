@@ -47,8 +47,8 @@ class TeacherPass:
 
     @property
     def dtype(self) -> torch.dtype:
-        whole = self.facts.kind == "top_k" and self.facts.top_k >= self.shared_vocabulary
-        return torch.float32 if whole else torch.float16
+        covers_vocabulary = self.facts.kind == "top_k" and self.facts.top_k >= self.shared_vocabulary
+        return torch.float32 if covers_vocabulary else torch.float16
 
     @torch.inference_mode()
     def forward(self, samples: Sequence[Sample]) -> tuple[Batch, Tensor, Tensor]:
@@ -65,25 +65,27 @@ class TeacherPass:
         return batch, hidden, visual_weights(weights, batch.pictures)
 
     @torch.inference_mode()
-    def words(self, hidden: Tensor, uniform: Tensor) -> Iterator[Rows]:
+    def encode(self, hidden: Tensor, uniform: Tensor) -> Iterator[Rows]:
         """Encoded distributions at hidden rows (N, d), per chunk, on the CPU in storage dtypes; `uniform` (N,) fixes draws."""
-        facts, index = self.facts, torch.int16 if self.shared_vocabulary <= 2**15 else torch.int32
-        for rows, numbers in zip(hidden.split(self.chunk_rows), uniform.split(self.chunk_rows), strict=True):
+        facts, token_dtype = self.facts, torch.int16 if self.shared_vocabulary <= 2**15 else torch.int32
+        for rows, chunk_uniforms in zip(hidden.split(self.chunk_rows), uniform.split(self.chunk_rows), strict=True):
             logits = self.vlm.head(rows)[:, : self.shared_vocabulary]
             if facts.kind == "top_k":
-                cut = top_k(logits, facts.top_k, facts.temperature)
-                yield TopK(cut.tokens.to("cpu", index), cut.log_probs.to("cpu", self.dtype), cut.log_tail.to("cpu", self.dtype))
+                top = top_k(logits, facts.top_k, facts.temperature)
+                yield TopK(
+                    top.tokens.to("cpu", token_dtype), top.log_probs.to("cpu", self.dtype), top.log_tail.to("cpu", self.dtype)
+                )
             else:
-                drawn = sampled(logits, facts.draws, numbers, facts.temperature)
-                tokens, counts = drawn.tokens.to("cpu", index), drawn.counts.to("cpu", torch.uint8)
-                yield Sampled(tokens, counts, drawn.entropy.to("cpu", self.dtype))
+                sampled_rows = sampled(logits, facts.draws, chunk_uniforms, facts.temperature)
+                tokens, counts = sampled_rows.tokens.to("cpu", token_dtype), sampled_rows.counts.to("cpu", torch.uint8)
+                yield Sampled(tokens, counts, sampled_rows.entropy.to("cpu", self.dtype))
 
 
 @dataclass
 class Shard:
     """Accumulator of one shard's tensors (layout in store.py)."""
 
-    words: list[Rows] = field(default_factory=list)
+    distributions: list[Rows] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     samples: list[tuple[int, ...]] = field(default_factory=list)
     blocks: dict[tuple[str, bytes], int] = field(default_factory=dict)  # image id and prefix up to its last token -> first row
@@ -93,32 +95,34 @@ class Shard:
     def add(self, teacher_pass: TeacherPass, samples: Sequence[Sample]) -> None:
         batch, hidden, attention = teacher_pass.forward(samples)
         text = predicting(batch.response)
-        fresh = self._place(samples, batch, text)
-        stream = torch.Generator().manual_seed(int(self.samples[-1][KEY]) % 2**63)  # equal draws in a resumed build
-        for rows in (text, batch.visual & fresh[:, None]):
-            self.words += teacher_pass.words(hidden[rows], torch.rand(int(rows.sum()), generator=stream, dtype=torch.float64))
+        is_new = self._assign_rows(samples, batch, text)
+        generator = torch.Generator().manual_seed(int(self.samples[-1][KEY]) % 2**63)  # equal draws in a resumed build
+        for rows in (text, batch.visual & is_new[:, None]):
+            self.distributions += teacher_pass.encode(
+                hidden[rows], torch.rand(int(rows.sum()), generator=generator, dtype=torch.float64)
+            )
         self.attention.append(attention.float().cpu())
 
-    def _place(self, samples: Sequence[Sample], batch: Batch, text: Tensor) -> Tensor:
+    def _assign_rows(self, samples: Sequence[Sample], batch: Batch, text: Tensor) -> Tensor:
         """Assign row offsets to each sample. Returns (B,) bool: True if its visual rows are not in the shard yet."""
         texts, visuals = text.sum(1).tolist(), batch.visual.sum(1).tolist()
-        fresh = torch.zeros(len(samples), dtype=torch.bool)
+        is_new = torch.zeros(len(samples), dtype=torch.bool)
         first, last = self.rows, self.rows + sum(texts)
         for i, (sample, sample_key) in enumerate(zip(samples, keys(batch), strict=True)):
-            seen = batch.visual[i].nonzero().flatten()[-1:] + 1
-            block = (sample.image_id, batch.input_ids[i, : int(seen)].cpu().numpy().tobytes() if len(seen) else b"")
+            prefix = batch.visual[i].nonzero().flatten()[-1:] + 1
+            block = (sample.image_id, batch.input_ids[i, : int(prefix)].cpu().numpy().tobytes() if len(prefix) else b"")
             if block not in self.blocks:
                 self.blocks[block] = last
                 last += visuals[i]
-                fresh[i] = True
+                is_new[i] = True
             self.samples.append((sample_key, first, texts[i], self.blocks[block], visuals[i], self.weights))
             first += texts[i]
             self.weights += visuals[i]
         self.rows = last
-        return fresh.to(batch.visual.device)
+        return is_new.to(batch.visual.device)
 
     def write(self, path: Path) -> None:
-        tensors = {**packed(self.words), "attention": torch.cat(self.attention), "samples": torch.tensor(self.samples)}
+        tensors = {**packed(self.distributions), "attention": torch.cat(self.attention), "samples": torch.tensor(self.samples)}
         write_shard(path, tensors)
 
 
@@ -127,14 +131,14 @@ def build(teacher_pass: TeacherPass, samples: Samples, batch_size: int, folder: 
 
     Raises DataError if there is no instruction to distil on.
     """
-    wanted = [kind != CAPTION for kind in samples.kinds]
-    if not any(wanted):
+    is_instruction = [kind != CAPTION for kind in samples.kinds]
+    if not any(is_instruction):
         raise DataError("the train split has no instruction to distil on; see artifacts/dataset/card.md")
     paths, first = [], 0
-    with tqdm(total=sum(wanted), desc="the teacher's signals", unit="sample") as bar:
+    with tqdm(total=sum(is_instruction), desc="the teacher's signals", unit="sample") as bar:
         for number, record in enumerate(samples.record.shards):
             images = range(first, first := first + record.images)
-            count = sum(wanted[samples.of_image(images.start).start : samples.of_image(images[-1]).stop])
+            count = sum(is_instruction[samples.of_image(images.start).start : samples.of_image(images[-1]).stop])
             if not count:
                 continue
             paths.append(folder / f"shard-{number:05d}.safetensors")
@@ -151,11 +155,11 @@ def build(teacher_pass: TeacherPass, samples: Samples, batch_size: int, folder: 
 
 def _batches(samples: Samples, images: range, size: int) -> Iterator[list[Sample]]:
     """Batches of the instructions about these images, grouped by image."""
-    waiting: list[Sample] = []
+    pending: list[Sample] = []
     for row in images:
-        waiting += [sample for sample in samples.about(row) if sample.kind != CAPTION]
-        while len(waiting) >= size:
-            yield waiting[:size]
-            waiting = waiting[size:]
-    if waiting:
-        yield waiting
+        pending += [sample for sample in samples.about(row) if sample.kind != CAPTION]
+        while len(pending) >= size:
+            yield pending[:size]
+            pending = pending[size:]
+    if pending:
+        yield pending

@@ -47,9 +47,9 @@ def donor(batch: Batch, others: Batch) -> Batch:
     resampled to the nearest relative position."""
     ids = batch.input_ids.clone()
     for row in range(len(ids)):
-        mine, theirs = batch.instruction[row].nonzero()[:, 0], others.input_ids[row][others.instruction[row]]
-        if len(mine) and len(theirs):
-            ids[row, mine] = theirs[torch.linspace(0, len(theirs) - 1, len(mine)).round().long()]
+        positions, donor_words = batch.instruction[row].nonzero()[:, 0], others.input_ids[row][others.instruction[row]]
+        if len(positions) and len(donor_words):
+            ids[row, positions] = donor_words[torch.linspace(0, len(donor_words) - 1, len(positions)).round().long()]
     return replace(batch, input_ids=ids, pixel_values=others.pixel_values, image_inputs=others.image_inputs)
 
 
@@ -63,33 +63,33 @@ class Evidence:
     """
 
     def __init__(
-        self, folder: Path, kept: EvidenceKept, kind: str, verified: float | None, samples: Samples, collate: Collator
+        self, folder: Path, manifest: EvidenceKept, kind: str, verified: float | None, samples: Samples, collate: Collator
     ) -> None:
         self.samples, self.collate = samples, collate
         shards = []
-        for name, digest in kept.shards[kind].items():
+        for name, digest in manifest.shards[kind].items():
             if not (folder / name).is_file() or sha256([folder / name]) != digest:
                 raise DataError(f"{folder / name} is missing or has other bytes than the manifest says; {AGAIN}")
             shards.append(load_file(folder / name))
-        self._rows = self._verified(shards, verified) if shards else {}
+        self._rows = self._select_verified(shards, verified) if shards else {}
         if not self._rows:
             raise DataError(
-                f"L_mcd has nothing to edit: of {kept.asked:,} samples the teacher answers {kept.right[kind]:,} as the data do,"
-                " and of these none is left whose evidence moves it; let one that has learnt teach"
+                f"L_mcd has nothing to edit: of {manifest.asked:,} samples the teacher answers {manifest.right[kind]:,} as the"
+                " data do, and of these none is left whose evidence moves it; let one that has learnt teach"
             )
 
-    def _verified(self, shards: list[dict[str, np.ndarray]], share: float | None) -> dict[int, int]:
+    def _select_verified(self, shards: list[dict[str, np.ndarray]], share: float | None) -> dict[int, int]:
         """Sample -> row in the concatenated tables of all shards."""
         tables = [shard["samples"] for shard in shards]
-        for begin, tensor in ((ROW, "tokens"), (PLACE, "places")):  # offset within a file -> offset over all files
+        for offset_column, tensor in ((ROW, "tokens"), (PLACE, "places")):  # offset within a file -> offset over all files
             starts = np.cumsum([0, *(len(shard[tensor]) for shard in shards)])
             for table, start in zip(tables, starts, strict=False):
-                table[:, begin] += start
-        self._of = {name: np.concatenate([shard[name] for shard in shards]) for name in NAMES}
-        effects = self._of["effects"]
-        most = effects.argsort(kind="stable")[::-1][: int((share or 1) * len(effects))]
-        taken = most if share is None else most[effects[most] > 0]
-        return {int(self._of["samples"][row, SAMPLE]): int(row) for row in taken}
+                table[:, offset_column] += start
+        self._tensors = {name: np.concatenate([shard[name] for shard in shards]) for name in NAMES}
+        effects = self._tensors["effects"]
+        by_effect = effects.argsort(kind="stable")[::-1][: int((share or 1) * len(effects))]
+        verified = by_effect if share is None else by_effect[effects[by_effect] > 0]
+        return {int(self._tensors["samples"][row, SAMPLE]): int(row) for row in verified}
 
     def __len__(self) -> int:
         """Number of samples with an edit."""
@@ -97,23 +97,23 @@ class Evidence:
 
     def edit(self, batch: Batch, samples: Sequence[int], keys: Sequence[int]) -> Batch:
         """Copy of the batch of `samples` with edits of those that have evidence; `keys` seed the kind of edit."""
-        places = [place for place, sample in enumerate(samples) if sample in self._rows]
-        table = self._of["samples"][[self._rows[samples[place]] for place in places]]
-        shown = [samples[place] for place in places] or [samples[0]]
-        partners = table[:, PARTNER].tolist() or shown
-        own = self.collate([self.samples[sample] for sample in shown])
-        if not places:
-            own = replace(own, response=torch.zeros_like(own.response))
-        effect = torch.tensor([draw_key("mcd", keys[place]) % 2 == 0 for place in places] or [False])
-        evidence = torch.zeros(own.input_ids.shape)
-        for row, line in enumerate(table):
-            evidence[row, self._of["places"][line[PLACE] : line[PLACE] + line[PLACES]]] = 1.0
-        rows = [slice(line[ROW], line[ROW] + line[ROWS]) for line in table]
+        indices = [index for index, sample in enumerate(samples) if sample in self._rows]
+        table = self._tensors["samples"][[self._rows[samples[index]] for index in indices]]
+        sample_indices = [samples[index] for index in indices] or [samples[0]]
+        partners = table[:, PARTNER].tolist() or sample_indices
+        edited_batch = self.collate([self.samples[sample] for sample in sample_indices])
+        if not indices:
+            edited_batch = replace(edited_batch, response=torch.zeros_like(edited_batch.response))
+        effect = torch.tensor([draw_key("mcd", keys[index]) % 2 == 0 for index in indices] or [False])
+        evidence = torch.zeros(edited_batch.input_ids.shape)
+        for row, entry in enumerate(table):
+            evidence[row, self._tensors["places"][entry[PLACE] : entry[PLACE] + entry[PLACES]]] = 1.0
+        rows = [slice(entry[ROW], entry[ROW] + entry[ROWS]) for entry in table]
         edits = Edits(
-            own,
-            donor(own, self.collate([self.samples[sample] for sample in partners])),
-            torch.where(effect[:, None], 1 - evidence, evidence) if places else torch.ones_like(evidence),
-            torch.tensor(places, dtype=torch.long),
+            edited_batch,
+            donor(edited_batch, self.collate([self.samples[sample] for sample in partners])),
+            torch.where(effect[:, None], 1 - evidence, evidence) if indices else torch.ones_like(evidence),
+            torch.tensor(indices, dtype=torch.long),
             effect,
             self._stacked("tokens", rows, torch.long),
             self._stacked("whole", rows),
@@ -123,5 +123,5 @@ class Evidence:
 
     def _stacked(self, name: str, rows: list[slice], dtype: torch.dtype = torch.float32) -> Tensor:
         """Response rows of all edited samples, from one tensor of the files."""
-        found = self._of[name]
-        return torch.from_numpy(np.concatenate([found[:0], *(found[at] for at in rows)])).to(dtype)
+        values = self._tensors[name]
+        return torch.from_numpy(np.concatenate([values[:0], *(values[span] for span in rows)])).to(dtype)

@@ -32,7 +32,7 @@ TOKENS = 128  # likeliest tokens of each distribution; up to twice as many are s
 
 
 @dataclass(frozen=True)
-class Found:
+class SampleEvidence:
     """Evidence of one sample, with the teacher's distributions."""
 
     sample: int
@@ -62,37 +62,38 @@ class EvidencePass:
     bf16: bool = False
 
     @torch.no_grad()
-    def __call__(self, pairs: list[tuple[int, int]]) -> dict[str, list[Found]]:
+    def __call__(self, pairs: list[tuple[int, int]]) -> dict[str, list[SampleEvidence]]:
         """Evidence per kind of (sample, partner) pairs, for samples that the teacher answers correctly."""
-        pairs = [pair for pair, right in zip(pairs, self._right([one for one, _ in pairs]), strict=True) if right]
-        found: dict[str, list[Found]] = {kind: [] for kind in self.kinds}
+        pairs = [pair for pair, correct in zip(pairs, self._right([sample for sample, _ in pairs]), strict=True) if correct]
+        entries: dict[str, list[SampleEvidence]] = {kind: [] for kind in self.kinds}
         if not pairs:
-            return found
-        shown = [self.samples[one] for one, _ in pairs]
+            return entries
+        pair_samples = [self.samples[sample] for sample, _ in pairs]
         device = self.vlm.model.device
-        batch = self.collate(shown)
-        other = donor(batch, self.collate([self.samples[partner] for _, partner in pairs])).to(device)
+        batch = self.collate(pair_samples)
+        donor_batch = donor(batch, self.collate([self.samples[partner] for _, partner in pairs])).to(device)
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            features, others = self.vlm.features(batch), self.vlm.embedded(other, self.vlm.features(other))
-            streams = [random.Random(f"evidence {sample.id}") for sample in shown]
-            at = torch.tensor([[stream.random()] for stream in streams], device=device).expand(batch.input_ids.shape)
-            slopes = attributions(self.vlm, batch, features, others, at, self.shared_vocabulary)
+            features, donor_embeds = self.vlm.features(batch), self.vlm.embedded(donor_batch, self.vlm.features(donor_batch))
+            generators = [random.Random(f"evidence {sample.id}") for sample in pair_samples]
+            alpha = torch.tensor([[g.random()] for g in generators], device=device).expand(batch.input_ids.shape)
+            slopes = attributions(self.vlm, batch, features, donor_embeds, alpha, self.shared_vocabulary)
             whole = self._logits(batch, self.vlm.plain(batch, features, keep=False)[0])
             for kind in self.kinds:
-                places = [self._places(kind, batch, row, slopes[row], streams[row]) for row in range(len(pairs))]
+                places = [self._positions(kind, batch, row, slopes[row], generators[row]) for row in range(len(pairs))]
                 evidence = torch.zeros(batch.input_ids.shape, device=device)
-                for row, chosen in enumerate(places):
-                    evidence[row, chosen] = 1.0
-                kept, without = (
-                    self._logits(batch, self.vlm.mixed(batch, features, others, own)) for own in (evidence, 1 - evidence)
+                for row, positions in enumerate(places):
+                    evidence[row, positions] = 1.0
+                alone, without = (
+                    self._logits(batch, self.vlm.mixed(batch, features, donor_embeds, keep))
+                    for keep in (evidence, 1 - evidence)
                 )
                 for row, (sample, partner) in enumerate(pairs):
-                    effect = divergence(whole[row], without[row], "jsd") - divergence(whole[row], kept[row], "jsd")
-                    words = self._words(whole[row].softmax(-1), without[row].softmax(-1))
+                    effect = divergence(whole[row], without[row], "jsd") - divergence(whole[row], alone[row], "jsd")
+                    stored = self._compress(whole[row].softmax(-1), without[row].softmax(-1))
                     if len(places[row]):
-                        found[kind].append(Found(sample, partner, float(effect.mean()), places[row].cpu(), *words))
-        return found
+                        entries[kind].append(SampleEvidence(sample, partner, float(effect.mean()), places[row].cpu(), *stored))
+        return entries
 
     def _right(self, samples: list[int]) -> list[bool]:
         """True per sample if the teacher's argmax equals every answer token (teacher forcing)."""
@@ -101,24 +102,24 @@ class EvidencePass:
             hidden, _ = self.vlm.plain(batch, self.vlm.features(batch), keep=False)
         gold = [row[answer] for row, answer in zip(batch.input_ids, batch.response, strict=True)]
         logits = self._logits(batch, hidden)
-        return [torch.equal(found.argmax(-1), wanted) for found, wanted in zip(logits, gold, strict=True)]
+        return [torch.equal(sample_logits.argmax(-1), target) for sample_logits, target in zip(logits, gold, strict=True)]
 
     def _logits(self, batch: Batch, hidden: Tensor) -> list[Tensor]:
         """Logits (R, V) per sample at the rows that predict its response, V the shared vocabulary."""
         rows = predicting(batch.response)
-        return [self.vlm.head(states[at])[:, : self.shared_vocabulary] for states, at in zip(hidden, rows, strict=True)]
+        return [self.vlm.head(states[mask])[:, : self.shared_vocabulary] for states, mask in zip(hidden, rows, strict=True)]
 
-    def _places(self, kind: str, batch: Batch, row: int, slopes: Tensor, stream: random.Random) -> Tensor:
+    def _positions(self, kind: str, batch: Batch, row: int, slopes: Tensor, generator: random.Random) -> Tensor:
         """(P,) positions of one sample's evidence."""
         candidates = (batch.instruction[row] | batch.visual[row]).nonzero()[:, 0]
-        most = max(1, int(self.share * len(candidates)))
+        limit = max(1, int(self.share * len(candidates)))
         if kind == "random":
-            return candidates[sorted(stream.sample(range(len(candidates)), most))]
-        highest = candidates[slopes[candidates].argsort(descending=True, stable=True)[:most]]
+            return candidates[sorted(generator.sample(range(len(candidates)), limit))]
+        highest = candidates[slopes[candidates].argsort(descending=True, stable=True)[:limit]]
         return highest[slopes[highest] > 0].sort().values
 
     @staticmethod
-    def _words(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _compress(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compression of two distributions (R, V): (R, W) tokens, the likeliest of either first, and (R, W + 1) probabilities
         plus residual mass of each."""
         V = whole.shape[-1]
@@ -137,33 +138,33 @@ def find(evidence: EvidencePass, size: int, folder: Path) -> tuple[dict[str, lis
     the number of samples searched."""
     samples = evidence.samples
     paths: dict[str, list[Path]] = {kind: [] for kind in evidence.kinds}
-    asked, first = 0, 0
+    searched, first = 0, 0
     for number, record in enumerate(tqdm(samples.record.shards, desc="evidence", unit="shard")):
         images = range(first, first := first + record.images)
         pairs = _pairs(samples, images, evidence.collate)
-        asked += len(pairs)
+        searched += len(pairs)
         files = {kind: folder / f"evidence-{kind}-{number:05d}.safetensors" for kind in evidence.kinds}
         if not all(path.is_file() for path in files.values()):
             passes = [evidence(pairs[start : start + size]) for start in range(0, len(pairs), size)]
             for kind, path in files.items():
-                _write([found for one in passes for found in one[kind]], path)
+                _write([entry for batch_evidence in passes for entry in batch_evidence[kind]], path)
         for kind, path in files.items():
             if path.is_file():
                 paths[kind].append(path)
-    return paths, asked
+    return paths, searched
 
 
 def _pairs(samples: Samples, images: range, collate: Collator) -> list[tuple[int, int]]:
     """(sample, partner) pairs of single-image questions whose images differ but share a visual grid; none: skipped."""
-    alike: dict[Any, list[tuple[int, int, Sample]]] = {}
+    by_grid: dict[Any, list[tuple[int, int, Sample]]] = {}
     for row in images:
         for index, sample in zip(samples.of_image(row), samples.about(row), strict=True):
             if sample.kind != CAPTION and len(sample.images) == 1:
-                alike.setdefault(_grid(collate, sample), []).append((row, index, sample))
+                by_grid.setdefault(_grid(collate, sample), []).append((row, index, sample))
     pairs = []
-    for members in alike.values():
-        for row, index, sample in members:
-            others = [other for at, other, _ in members if at != row]
+    for entries in by_grid.values():
+        for row, index, sample in entries:
+            others = [other for other_row, other, _ in entries if other_row != row]
             if others:
                 pairs.append((index, random.Random(f"partner {sample.id}").choice(others)))
     return sorted(pairs)
@@ -172,19 +173,19 @@ def _pairs(samples: Samples, images: range, collate: Collator) -> list[tuple[int
 def _grid(collate: Collator, sample: Sample) -> Any:
     """Key of an image's visual grid: its placeholder text, the shape of its pixels, the values of its other inputs."""
     (image,) = collate.images([sample])
-    beside = [tensor.numpy().tobytes() for name, tensor in sorted(image.tensors.items()) if name != "pixel_values"]
-    return image.texts, image.tensors["pixel_values"].shape, *beside
+    other_inputs = [tensor.numpy().tobytes() for name, tensor in sorted(image.tensors.items()) if name != "pixel_values"]
+    return image.texts, image.tensors["pixel_values"].shape, *other_inputs
 
 
-def _write(found: list[Found], path: Path) -> None:
+def _write(entries: list[SampleEvidence], path: Path) -> None:
     """Write one evidence file atomically; no file without evidence."""
-    if not found:
+    if not entries:
         return
-    table, row, place = [], 0, 0
-    for one in found:
-        table.append((one.sample, one.partner, row, len(one.tokens), place, len(one.places)))
-        row, place = row + len(one.tokens), place + len(one.places)
-    tensors = {name: torch.cat([getattr(one, name) for one in found]) for name in ("tokens", "whole", "without")}
-    places = torch.cat([one.places for one in found]).to(torch.int32)
-    effects = torch.tensor([one.effect for one in found])
+    table, row, offset = [], 0, 0
+    for entry in entries:
+        table.append((entry.sample, entry.partner, row, len(entry.tokens), offset, len(entry.places)))
+        row, offset = row + len(entry.tokens), offset + len(entry.places)
+    tensors = {name: torch.cat([getattr(entry, name) for entry in entries]) for name in ("tokens", "whole", "without")}
+    places = torch.cat([entry.places for entry in entries]).to(torch.int32)
+    effects = torch.tensor([entry.effect for entry in entries])
     write_shard(path, {**tensors, "places": places, "samples": torch.tensor(table), "effects": effects})

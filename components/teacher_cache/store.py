@@ -44,7 +44,7 @@ from components.records.teacher_cache import EvidenceKept, SignalCache, SignalFa
 
 KEY, TEXT, TEXT_ROWS, VISUAL, VISUAL_ROWS, ATTENTION = range(6)  # columns of `samples`
 Span = tuple[dict[str, Tensor], int, int]  # rows first:last of a shard
-Kept = TypeVar("Kept", SignalCache, EvidenceKept)
+ManifestT = TypeVar("ManifestT", SignalCache, EvidenceKept)
 AGAIN = "`dvc repro cache_teacher` makes it anew"
 
 
@@ -89,7 +89,7 @@ class Signals:
         tables = [shard["samples"].numpy() for shard in self._shards]
         self._samples = np.concatenate(tables)
         self._shard_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        self._attended = np.arange(len(self._samples))  # source sample of each sample's attention
+        self._attention_source = np.arange(len(self._samples))  # source sample of each sample's attention
         self._order = self._samples[:, KEY].argsort()
         self._sorted = self._samples[self._order, KEY]
         if (self._sorted[1:] == self._sorted[:-1]).any():
@@ -106,34 +106,34 @@ class Signals:
     @property
     def equal_weights(self) -> int:
         """Number of samples whose visual tokens, two or more, all have the same weight."""
-        found = 0
+        count = 0
         for shard in self._shards:
             table = shard["samples"].numpy()
             table = table[table[:, VISUAL_ROWS] > 0]  # of one token too: a segment ends where the next begins
             if len(table):
                 weights, firsts = shard["attention"].numpy(), table[:, ATTENTION]
                 equal = np.maximum.reduceat(weights, firsts) == np.minimum.reduceat(weights, firsts)
-                found += int((equal & (table[:, VISUAL_ROWS] > 1)).sum())
-        return found
+                count += int((equal & (table[:, VISUAL_ROWS] > 1)).sum())
+        return count
 
-    def weigh_by(self, other: str, rows: Sequence[int]) -> None:
+    def weigh_by(self, control: str, rows: Sequence[int]) -> None:
         """Control: replace each sample's attention by another sample's, `other_instruction` by the next on the same images,
         `other_image` by one on the next images with as many visual tokens. A sample without a counterpart keeps its own.
 
         Args:
             rows: image row in the data set of each cached sample, in order.
         """
-        of_images: dict[tuple[int, int], list[int]] = {}
+        by_image: dict[tuple[int, int], list[int]] = {}
         for sample, (row, size) in enumerate(zip(rows, self._samples[:, VISUAL_ROWS].tolist(), strict=True)):
             if size:
-                of_images.setdefault((row, size), []).append(sample)
+                by_image.setdefault((row, size), []).append(sample)
         rings: dict[int, list[list[int]]] = {}
-        for (_, size), samples in of_images.items():
+        for (_, size), samples in by_image.items():
             rings.setdefault(size, []).append(samples)
         for ring in rings.values():
-            for mine, next_image in zip(ring, [*ring[1:], ring[0]], strict=True):
-                others = [*mine[1:], mine[0]] if other == "other_instruction" else next_image
-                self._attended[mine] = [others[place % len(others)] for place in range(len(mine))]
+            for members, next_image in zip(ring, [*ring[1:], ring[0]], strict=True):
+                sources = [*members[1:], members[0]] if control == "other_instruction" else next_image
+                self._attention_source[members] = [sources[position % len(sources)] for position in range(len(members))]
 
     def look_up(self, batch: Batch, visual: bool, with_attention: bool) -> tuple[Cached, Tensor | None]:
         """Cached distributions at the rows that predict a response, with `visual` at the visual rows too; `with_attention`: the
@@ -141,24 +141,24 @@ class Signals:
 
         Raises DataError naming the first sample that the cache does not hold with these tokens.
         """
-        found = self._find(batch)
-        spans = self._spans(found, TEXT, TEXT_ROWS)
+        table_rows = self._find(batch)
+        spans = self._spans(table_rows, TEXT, TEXT_ROWS)
         if visual:
-            spans += self._spans(found, VISUAL, VISUAL_ROWS)
+            spans += self._spans(table_rows, VISUAL, VISUAL_ROWS)
         device = batch.input_ids.device
-        kept = _unpacked(spans, device)
+        rows = _load_rows(spans, device)
         index = torch.full(batch.input_ids.shape, -1, device=device)
-        rows = torch.arange(len(kept), device=device)
-        text = int(self._samples[found, TEXT_ROWS].sum())
-        index[predicting(batch.response)] = rows[:text]
+        row_numbers = torch.arange(len(rows), device=device)
+        text_count = int(self._samples[table_rows, TEXT_ROWS].sum())
+        index[predicting(batch.response)] = row_numbers[:text_count]
         if visual:
-            index[batch.visual] = rows[text:]
-        known = Cached(kept, index)
+            index[batch.visual] = row_numbers[text_count:]
+        cached = Cached(rows, index)
         if not with_attention:
-            return known, None
-        attended = self._spans(self._attended[found], ATTENTION, VISUAL_ROWS)
-        own = [shard["attention"][first:last] for shard, first, last in attended]
-        return known, pad_sequence(own, batch_first=True).to(device)
+            return cached, None
+        attention_spans = self._spans(self._attention_source[table_rows], ATTENTION, VISUAL_ROWS)
+        weights = [shard["attention"][first:last] for shard, first, last in attention_spans]
+        return cached, pad_sequence(weights, batch_first=True).to(device)
 
     def _spans(self, samples: np.ndarray, offset: int, count: int) -> list[Span]:
         """Rows of each sample in its shard, by two columns of the table."""
@@ -168,30 +168,30 @@ class Signals:
 
     def _find(self, batch: Batch) -> np.ndarray:
         """(B,) row of each sample in the table. Raises DataError on a cache miss."""
-        wanted = np.array(keys(batch))
-        places = self._sorted.searchsorted(wanted).clip(max=len(self._sorted) - 1)
-        absent = self._sorted[places] != wanted
-        if absent.any():
+        expected = np.array(keys(batch))
+        positions = self._sorted.searchsorted(expected).clip(max=len(self._sorted) - 1)
+        missing = self._sorted[positions] != expected
+        if missing.any():
             raise DataError(
-                f"sample {batch.ids[int(absent.argmax())]}: the teacher's signals do not have it with these tokens; {AGAIN}"
+                f"sample {batch.ids[int(missing.argmax())]}: the teacher's signals do not have it with these tokens; {AGAIN}"
             )
-        return self._order[places]
+        return self._order[positions]
 
 
-def packed(words: Sequence[Rows]) -> dict[str, Tensor]:
+def packed(distributions: Sequence[Rows]) -> dict[str, Tensor]:
     """Shard tensors of cached rows, concatenated; draws are stored without padding."""
     tensors: dict[str, list[Tensor]] = {}
-    for word in words:
-        named = vars(word)
-        if isinstance(word, Sampled):
-            own = word.counts > 0
-            named = {"tokens": word.tokens[own], "counts": word.counts[own], "starts": own.sum(1), "entropy": word.entropy}
+    for rows in distributions:
+        named = vars(rows)
+        if isinstance(rows, Sampled):
+            mask = rows.counts > 0
+            named = {"tokens": rows.tokens[mask], "counts": rows.counts[mask], "starts": mask.sum(1), "entropy": rows.entropy}
         for name, tensor in named.items():
             tensors.setdefault(name, []).append(tensor)
-    whole = {name: torch.cat(parts) for name, parts in tensors.items()}
-    if "starts" in whole:
-        whole["starts"] = F.pad(whole["starts"].cumsum(0), (1, 0)).int()
-    return whole
+    concatenated = {name: torch.cat(parts) for name, parts in tensors.items()}
+    if "starts" in concatenated:
+        concatenated["starts"] = F.pad(concatenated["starts"].cumsum(0), (1, 0)).int()
+    return concatenated
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -204,7 +204,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _unpacked(spans: Sequence[Span], device: torch.device) -> Rows:
+def _load_rows(spans: Sequence[Span], device: torch.device) -> Rows:
     """Rows of all spans, concatenated on `device`."""
 
     def read(name: str, dtype: torch.dtype, ranges: Sequence[Span] = spans) -> Tensor:
@@ -213,34 +213,36 @@ def _unpacked(spans: Sequence[Span], device: torch.device) -> Rows:
     if "starts" not in spans[0][0]:
         return TopK(read("tokens", torch.long), read("log_probs", torch.float32), read("log_tail", torch.float32))
     starts = [shard["starts"][first : last + 1] for shard, first, last in spans]
-    drawn = [(shard, int(own[0]), int(own[-1])) for (shard, _, _), own in zip(spans, starts, strict=True)]
-    distinct = torch.cat([own.diff() for own in starts]).to(device)
-    place = torch.arange(int(distinct.max()) if len(distinct) else 0, device=device) < distinct[:, None]
-    tokens, counts = (torch.zeros(place.shape, dtype=torch.long, device=device) for _ in range(2))
-    tokens[place], counts[place] = read("tokens", torch.long, drawn), read("counts", torch.long, drawn)
+    drawn = [(shard, int(offsets[0]), int(offsets[-1])) for (shard, _, _), offsets in zip(spans, starts, strict=True)]
+    distinct = torch.cat([offsets.diff() for offsets in starts]).to(device)
+    filled = torch.arange(int(distinct.max()) if len(distinct) else 0, device=device) < distinct[:, None]
+    tokens, counts = (torch.zeros(filled.shape, dtype=torch.long, device=device) for _ in range(2))
+    tokens[filled], counts[filled] = read("tokens", torch.long, drawn), read("counts", torch.long, drawn)
     return Sampled(tokens, counts, read("entropy", torch.float32))
 
 
-def read_manifest(folder: Path, wanted: SignalFacts) -> SignalCache:
-    """Manifest of the cache in `folder`. Raises DataError if there is none, or naming the fields that differ from `wanted`."""
+def read_manifest(folder: Path, expected: SignalFacts) -> SignalCache:
+    """Manifest of the cache in `folder`. Raises DataError without one, or naming the fields that differ from `expected`."""
     cache = SignalManifest.read(folder / "manifest.json").cache
-    return _checked(folder, cache, wanted, "signals: the live teacher")
+    return _validated(folder, cache, expected, "signals: the live teacher")
 
 
-def read_evidence(folder: Path, wanted: SignalFacts) -> EvidenceKept:
+def read_evidence(folder: Path, expected: SignalFacts) -> EvidenceKept:
     """Manifest of the evidence in `folder`. Raises as `read_manifest`."""
-    kept = SignalManifest.read(folder / "manifest.json").evidence
-    return _checked(folder, kept, wanted, "evidence: none")
+    evidence = SignalManifest.read(folder / "manifest.json").evidence
+    return _validated(folder, evidence, expected, "evidence: none")
 
 
-def _checked(folder: Path, found: Kept | None, wanted: SignalFacts, what: str) -> Kept:
-    if found is None:
-        raise DataError(f"{folder} holds no {what} was asked for when it was made; {AGAIN}")
-    differing = [name for name in SignalFacts.model_fields if getattr(found.facts, name) != getattr(wanted, name)]
+def _validated(folder: Path, manifest: ManifestT | None, expected: SignalFacts, description: str) -> ManifestT:
+    if manifest is None:
+        raise DataError(f"{folder} holds no {description} was asked for when it was made; {AGAIN}")
+    differing = [name for name in SignalFacts.model_fields if getattr(manifest.facts, name) != getattr(expected, name)]
     if differing:
-        said = "; ".join(f"{name} is {getattr(found.facts, name)} there, {getattr(wanted, name)} here" for name in differing)
-        raise DataError(f"{folder} is of another teacher, data or settings: {said}; {AGAIN}")
-    return found
+        differences = "; ".join(
+            f"{name} is {getattr(manifest.facts, name)} there, {getattr(expected, name)} here" for name in differing
+        )
+        raise DataError(f"{folder} is of another teacher, data or settings: {differences}; {AGAIN}")
+    return manifest
 
 
 def _open_shard(path: Path, digest: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from components.config.load import load_settings
 from components.distill.__main__ import distill
 from components.distill.launch import launch
 from components.errors import Interrupted
-from components.teacher_cache.__main__ import make
+from components.teacher_cache.__main__ import build_signals
 from components.teacher_cache.find_evidence import EvidencePass
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, write_params
@@ -56,7 +56,7 @@ def every(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setenv("ALIGNTI_DEVICE", "cpu")
     monkeypatch.setattr(EvidencePass, "_right", lambda self, samples: [True] * len(samples))  # this teacher has not learnt
-    make(load_settings())
+    build_signals(load_settings())
     return workplace
 
 

@@ -143,8 +143,8 @@ def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(
         write_params(workplace, "evaluate", {"baselines": [arm]})
         write_params(workplace, "distill", distill)
         monkeypatch.setattr(EvidencePass, "_right", lambda self, samples: [True] * len(samples))  # this teacher has not learnt
-        evidence.make(load_settings())
-        answers.make(load_settings())
+        evidence.build_signals(load_settings())
+        answers.generate(load_settings())
     write_params(workplace, "distill", distill)
     wanted = weights(run(arm))
     losses = (STUDENTS / arm / "losses.jsonl").read_text()

@@ -113,7 +113,7 @@ def test_filters_keep_what_is_right_or_likely_up_to_the_first_that_is_not(seqkd:
     asked = facts(load_settings())
 
     def kept(keep: Any) -> dict[int, list[list[list[int]]]]:
-        return Answers(ANSWERS, asked, keep)._of
+        return Answers(ANSWERS, asked, keep)._conversations
 
     written = {i: line for i, line in lines().items() if line.answers}
     assert kept(None) == {i: line.answers for i, line in written.items()}
@@ -179,9 +179,9 @@ def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monke
 
     monkeypatch.setattr(Writer, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        stage.make(load_settings())
+        stage.generate(load_settings())
     assert not ANSWERS.exists()
-    stage.make(load_settings())
+    stage.generate(load_settings())
     assert {path.name: path.read_bytes() for path in ANSWERS.iterdir()} == whole
     assert len(calls) == 6 + 8 - 4, "what was written of it is not written again"
     bytes_of = trained(Run(None))

@@ -122,7 +122,7 @@ def test_attributions_are_the_slopes_of_the_answers_log_probability() -> None:
 
 
 def test_the_evidence_is_what_a_plain_reading_of_the_method_gives(mcd: Path) -> None:
-    kept = stage.make(load_settings()).evidence
+    kept = stage.build_signals(load_settings()).evidence
     assert kept is not None and kept.asked == 12, "two samples of each of six images; two show a second one"
     teacher, samples = load(MODELS / "teachers/base", "cpu"), Samples(DATASET, "train", ROWS)
     collate, vlm = collator(teacher.processor, Template(""), 64), VLM(teacher.model)
@@ -168,12 +168,12 @@ def test_the_evidence_is_what_a_plain_reading_of_the_method_gives(mcd: Path) -> 
 
 
 def test_the_edits_of_a_batch_are_drawn_by_halves_and_only_of_verified_samples(mcd: Path) -> None:
-    stage.make(load_settings())
+    stage.build_signals(load_settings())
     made = assemble("mcd", load_settings().arm("mcd"), load_settings())
     steps = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, evidence=made.evidence)
     effects, evidence = [], made.evidence
     assert evidence is not None
-    table = {line[0]: effect for line, effect in zip(evidence._of["samples"], evidence._of["effects"], strict=True)}
+    table = {line[0]: effect for line, effect in zip(evidence._tensors["samples"], evidence._tensors["effects"], strict=True)}
     assert set(evidence._rows) <= {s for s, effect in table.items() if effect > 0} and 0 < len(evidence) <= len(table) / 2
     for step in range(12):
         ((b, _),) = steps[step]  # type: ignore[misc]
@@ -191,7 +191,7 @@ def test_the_edits_of_a_batch_are_drawn_by_halves_and_only_of_verified_samples(m
 
 
 def test_it_trains_and_resumes_to_the_same_bytes(mcd: Path) -> None:
-    stage.make(load_settings())
+    stage.build_signals(load_settings())
     whole = trained(Run(None))
     lines = [json.loads(line) for line in (FOLDER / "losses.jsonl").read_text().splitlines()]
     assert sum(line["mcd"] > 0 for line in lines) > 2
@@ -206,7 +206,7 @@ def test_it_trains_and_resumes_to_the_same_bytes(mcd: Path) -> None:
 
 
 def test_an_interrupted_search_goes_on_to_the_same_bytes(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, write, calls = stage.make(load_settings()), find_evidence._write, []
+    wanted, write, calls = stage.build_signals(load_settings()), find_evidence._write, []
     shutil.rmtree(SIGNALS)
 
     def interrupted(*arguments: Any) -> None:
@@ -217,13 +217,13 @@ def test_an_interrupted_search_goes_on_to_the_same_bytes(mcd: Path, monkeypatch:
 
     monkeypatch.setattr(find_evidence, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        stage.make(load_settings())
-    assert not SIGNALS.exists() and stage.make(load_settings()) == wanted and len(calls) == 5
+        stage.build_signals(load_settings())
+    assert not SIGNALS.exists() and stage.build_signals(load_settings()) == wanted and len(calls) == 5
 
 
 def test_of_a_teacher_that_answers_nothing_right_an_arm_is_refused(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find_evidence.EvidencePass, "_right", lambda self, samples: [False] * len(samples))
-    kept = stage.make(load_settings()).evidence
+    kept = stage.build_signals(load_settings()).evidence
     assert kept is not None and kept.right == {"gradient": 0, "random": 0}
     with pytest.raises(DataError, match="nothing to edit: of 12 samples the teacher answers 0 as the data do"):
         trained(Run(None))

@@ -59,7 +59,7 @@ def without_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kept() -> SignalCache:
-    cache = signals_stage.make(load_settings()).cache
+    cache = signals_stage.build_signals(load_settings()).cache
     assert cache is not None
     return cache
 
@@ -159,7 +159,7 @@ def test_draws_are_unbiased_take_less_room_and_serve_drawn_rows(workplace: Path,
     found = {}
     for draws in (2, 255):
         ask(workplace, kind="sampled", draws=draws)
-        found[draws] = signals_stage.make(load_settings()).cache
+        found[draws] = signals_stage.build_signals(load_settings()).cache
     few, many = found[2], found[255]
     assert few is not None and many is not None
     assert few.size_bytes < many.size_bytes and many.rows == few.rows and many.dtype == "float16"
@@ -193,7 +193,7 @@ def test_draws_are_unbiased_take_less_room_and_serve_drawn_rows(workplace: Path,
 
 def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
     ask(workplace, top_k=4)
-    signals_stage.make(load_settings())
+    signals_stage.build_signals(load_settings())
     manifest = SignalManifest.read(SIGNALS / "manifest.json")
     assert manifest.cache is not None
     other = {"students": {"another": "0"}, "precision": "bf16", "layer": 0, "rows": "words", "temperature": 2.0, "top_k": 5}
@@ -212,7 +212,7 @@ def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
 
 def test_a_damaged_shard_and_an_unknown_sample_are_refused(workplace: Path) -> None:
     ask(workplace, top_k=4)
-    signals_stage.make(load_settings())
+    signals_stage.build_signals(load_settings())
     samples = Samples(DATASET, "train")
     collator = Collator(load(TEACHER, "cpu").processor, Template(""), 64, train=True)
     known = next(samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION)
@@ -237,7 +237,7 @@ def test_a_damaged_shard_and_an_unknown_sample_are_refused(workplace: Path) -> N
 
 def test_an_interrupted_build_goes_on_with_the_shard_that_it_was_at(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(workplace, top_k=4)
-    wanted = signals_stage.make(load_settings())
+    wanted = signals_stage.build_signals(load_settings())
     shutil.rmtree(SIGNALS)
 
     def full_disk(*_: Any) -> None:
@@ -251,13 +251,13 @@ def test_an_interrupted_build_goes_on_with_the_shard_that_it_was_at(workplace: P
 
     monkeypatch.setattr(store, "save_file", write)
     with pytest.raises(OSError, match="No space left"):
-        signals_stage.make(load_settings())
+        signals_stage.build_signals(load_settings())
     assert not SIGNALS.exists()
     (draft,) = (path for path in (RUNS / "signals").iterdir() if path.is_dir())
     assert [path.name for path in draft.iterdir()] == ["shard-00000.safetensors"]
     with locked(Path(f"{draft}.lock"), "the test"), pytest.raises(TryAgainError, match="another process is making"):
-        signals_stage.make(load_settings())
-    assert signals_stage.make(load_settings()) == wanted  # the shards' sha256 among it
+        signals_stage.build_signals(load_settings())
+    assert signals_stage.build_signals(load_settings()) == wanted  # the shards' sha256 among it
     assert writes == [f".shard-{n:05d}.safetensors.tmp" for n in (0, 1, 1)]
 
 
@@ -282,7 +282,7 @@ def test_what_no_cache_serves_is_refused_before_any_work(workplace: Path) -> Non
     write_params(workplace, "evaluate", {"baselines": ["kd"]})
     ask(workplace, iva={"weighting": "layer", "layer": 2})
     with pytest.raises(ModelError, match=r"iva.layer is 2, but teacher .* has layers 0..1"):
-        signals_stage.make(load_settings())
+        signals_stage.build_signals(load_settings())
 
 
 def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
