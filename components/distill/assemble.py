@@ -260,7 +260,7 @@ def _cached(arm: Arm, settings: Settings, student: Loaded, collator: Collator, s
         signals, shared = Signals(SIGNALS, cache.shards), cache.shared_vocabulary
         if arm.iva is not None and arm.iva.of_another:
             rows = [row for row, kind in zip(samples.row_of.tolist(), samples.kinds, strict=True) if kind != CAPTION]
-            signals.weigh_by(arm.iva.of_another, rows)
+            signals.substitute_attention(arm.iva.of_another, rows)
     return AlignTI(VLM(student.model), None, _method(arm, settings.distill, collator, shared), signals)
 
 

@@ -61,7 +61,7 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
     def _generated_answers(self, pairs: list[tuple[int, int]]) -> dict[int, list[list[int]]]:
         """Tokens of generated answers by key; samples without an entry keep the data's answers."""
         order, answers = self.order, self.answers
-        by_teacher = {key: answers.of(sample, order.epoch(key)) for key, sample in pairs} if answers else {}
+        by_teacher = {key: answers.conversation(sample, order.epoch(key)) for key, sample in pairs} if answers else {}
         return {**by_teacher, **(self.rollouts.generate(pairs) if self.rollouts else {})}
 
     def _collated(self, micro: list[tuple[int, int]], generated: dict[int, list[list[int]]]) -> tuple[Batch, list[int]]:

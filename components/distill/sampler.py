@@ -36,9 +36,9 @@ class Sampler:
         """Samples of an epoch before shuffling."""
         pool: list[int] = []
         for weight, members in self._by_weight:
-            whole, rest = divmod(weight, 1)
+            copies, rest = divmod(weight, 1)
             extra = round(rest * len(members))
-            pool += members * int(whole)
+            pool += members * int(copies)
             generator = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(len(members), generator=generator).tolist()
             pool += [members[order[offset % len(order)]] for offset in range(epoch * extra, (epoch + 1) * extra)]

@@ -34,11 +34,11 @@ Z = 1.96  # two-sided 95% quantile of the standard normal distribution
 
 
 class TooFewInstructions(DataError):
-    """Fewer than two images have enough different instructions: `able` of `images`."""
+    """Fewer than two images have enough different instructions: `usable` of `images`."""
 
-    def __init__(self, able: int, images: int, settings: IrsSettings) -> None:
+    def __init__(self, usable: int, images: int, settings: IrsSettings) -> None:
         super().__init__(
-            f"IRS compares instructions on one image, over two images or more: {able} of {images} images have"
+            f"IRS compares instructions on one image, over two images or more: {usable} of {images} images have"
             f" {settings.instructions_per_image} different instructions besides captions; lower"
             " params/irs.yaml:instructions_per_image (at least 2), give images more questions, or do without a layer:"
             " iva.weighting: uniform in params/distill.yaml"
@@ -78,8 +78,8 @@ def attention_maps(
     Raises:
         TooFewInstructions: fewer than two images have `settings.instructions_per_image` different instructions.
     """
-    chosen = draw_images(samples, settings)
-    prompts = [prompt for image in chosen for prompt in image]
+    drawn_images = draw_images(samples, settings)
+    prompts = [prompt for image in drawn_images for prompt in image]
     # No length limit: the answer is not read. Padding goes right, as in training.
     collators = {rows: Collator(loaded.processor, template, max_length=sys.maxsize, train=True, rows=rows) for rows in kinds}
     vlm = VLM(loaded.model)
@@ -92,19 +92,21 @@ def attention_maps(
         for rows, maps in _attention(vlm, batch, instruction_masks).items():
             parts[rows].append(maps)
         image_numbers.append(by_column(batch.pictures).cpu())
-    shape = (len(chosen), settings.instructions_per_image)
+    shape = (len(drawn_images), settings.instructions_per_image)
     attention = {rows: _padded(batches).unflatten(1, shape) for rows, batches in parts.items()}
-    return _split_images(chosen, attention, _padded([row[None] for row in image_numbers])[0].unflatten(0, shape)[:, 0])
+    return _split_images(drawn_images, attention, _padded([row[None] for row in image_numbers])[0].unflatten(0, shape)[:, 0])
 
 
-def _split_images(chosen: list[list[Sample]], attention: dict[Rows, Tensor], image_numbers: Tensor) -> AttentionMaps:
+def _split_images(drawn_images: list[list[Sample]], attention: dict[Rows, Tensor], image_numbers: Tensor) -> AttentionMaps:
     """Split (L, X, I, Nv) attention over samples of several images into single images; `image_numbers` (X, Nv): `by_column`."""
     numbers = range(1, int(image_numbers.max()) + 1)
     tokens = torch.stack([(image_numbers == number).sum(1) for number in numbers], dim=1)  # (X, max images)
     if tokens.shape[1] == 1:
-        return AttentionMaps(chosen, attention, tokens[:, 0])
+        return AttentionMaps(drawn_images, attention, tokens[:, 0])
     image_indices = tokens.nonzero().tolist()
-    samples = [[replace(sample, image=sample.images[image], more=()) for sample in chosen[x]] for x, image in image_indices]
+    samples = [
+        [replace(sample, image=sample.images[image], more=()) for sample in drawn_images[x]] for x, image in image_indices
+    ]
     per_image = {
         rows: _padded([maps[:, x, :, image_numbers[x] == image + 1][:, None] for x, image in image_indices])
         for rows, maps in attention.items()

@@ -62,11 +62,11 @@ def quality_cost(report: TeacherReport, limits: TeacherSettings, samples: int, t
         for axes in (left, right):
             axes.axhline(100 * limits.min_exact_match, **dashed)
             axes.text(1, 100 * limits.min_exact_match, "min_exact_match", transform=axes.get_yaxis_transform(), **small)
-    most_of = {"max_parameters": limits.max_parameters, "max_seconds_per_1000": limits.max_seconds_per_1000}
-    for axes, (name, most), unit in zip((left, right), most_of.items(), (1e6, 1), strict=True):
-        if most is not None:
-            axes.axvline(most / unit, **dashed)
-            axes.text(most / unit, 0.02, name, rotation=90, transform=axes.get_xaxis_transform(), **small)
+    cost_limits = {"max_parameters": limits.max_parameters, "max_seconds_per_1000": limits.max_seconds_per_1000}
+    for axes, (name, limit), unit in zip((left, right), cost_limits.items(), (1e6, 1), strict=True):
+        if limit is not None:
+            axes.axvline(limit / unit, **dashed)
+            axes.text(limit / unit, 0.02, name, rotation=90, transform=axes.get_xaxis_transform(), **small)
     left.margins(y=0.15)
     figure.suptitle(f"Teacher candidates: {report.chosen} is chosen", x=0.01, ha="left", fontweight="bold", fontsize=10.5)
     return figure

@@ -115,17 +115,17 @@ def _write_answers(folder: Path, settings: Settings, facts: AnswerFacts, device:
                     bar.update(len(part[start : start + size]))
                 write_text(files[-1], jsonl(part_records))
             records += Answered.read_lines(files[-1])
-    answer_tokens = [ids for line in records for conversation in line.answers for ids in conversation]
+    answer_tokens = [ids for entry in records for conversation in entry.answers for ids in conversation]
     answers, tokens = len(answer_tokens), sum(map(len, answer_tokens))
-    cut_off = sum(line.cut_off for line in records)
+    cut_off = sum(entry.cut_off for entry in records)
     result = AnswerSet(
         facts=facts,
         samples=len(records),
         answers=answers + cut_off,
         cut_off=cut_off,
-        without=sum(not line.answers for line in records),
+        without=sum(not entry.answers for entry in records),
         tokens=tokens / max(answers, 1),
-        log_prob=sum(sum(conversation) for line in records for conversation in line.log_probs) / max(tokens, 1),
+        log_prob=sum(sum(conversation) for entry in records for conversation in entry.log_probs) / max(tokens, 1),
         files={path.name: sha256([path]) for path in files},
     )
     AnswerManifest(written=result).write(folder / "manifest.json")

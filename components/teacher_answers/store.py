@@ -80,7 +80,7 @@ class Answers:
             )
         return with_answers
 
-    def of(self, sample: int, epoch: int) -> list[list[int]]:
+    def conversation(self, sample: int, epoch: int) -> list[list[int]]:
         """Tokens of the answers of the epoch's conversation; epochs cycle through the sample's conversations."""
         answers = self._conversations[sample]
         return answers[epoch % len(answers)]

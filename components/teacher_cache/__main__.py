@@ -145,13 +145,13 @@ def _evidence(
         vlm, collate, samples, options.kinds, options.share, shared_vocabulary, facts.precision == "bf16"
     )
     paths, count = find(evidence_pass, settings.distill.micro_batch_size, folder)
-    effects = {kind: [e for path in of for e in load_file(path)["effects"].tolist()] for kind, of in paths.items()}
+    effects = {kind: [e for path in files for e in load_file(path)["effects"].tolist()] for kind, files in paths.items()}
     return EvidenceKept(
         facts=facts,
         asked=count,
-        right={kind: len(of) for kind, of in effects.items()},
-        effect={kind: sum(of) / max(1, len(of)) for kind, of in effects.items()},
-        shards={kind: {path.name: sha256([path]) for path in of} for kind, of in paths.items()},
+        right={kind: len(values) for kind, values in effects.items()},
+        effect={kind: sum(values) / max(1, len(values)) for kind, values in effects.items()},
+        shards={kind: {path.name: sha256([path]) for path in files} for kind, files in paths.items()},
     )
 
 

@@ -74,7 +74,7 @@ def keys(batch: Batch) -> list[int]:
     """64-bit hashes of each sample's id and tokens; they change with text, template or tokenizer."""
     rows = zip(batch.ids, batch.input_ids.to("cpu", torch.int64), batch.attention_mask.sum(1).tolist(), strict=True)
     contents = [id_.encode() + b"\0" + tokens[:length].numpy().tobytes() for id_, tokens, length in rows]
-    return [int.from_bytes(hashlib.blake2b(each, digest_size=8).digest(), "little", signed=True) for each in contents]
+    return [int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True) for content in contents]
 
 
 class Signals:
@@ -116,7 +116,7 @@ class Signals:
                 count += int((equal & (table[:, VISUAL_ROWS] > 1)).sum())
         return count
 
-    def weigh_by(self, control: str, rows: Sequence[int]) -> None:
+    def substitute_attention(self, control: str, rows: Sequence[int]) -> None:
         """Control: replace each sample's attention by another sample's, `other_instruction` by the next on the same images,
         `other_image` by one on the next images with as many visual tokens. A sample without a counterpart keeps its own.
 

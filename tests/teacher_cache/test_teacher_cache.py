@@ -305,7 +305,7 @@ def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
         "other_image": torch.cat([own[:12].roll(-2, 0), own[12:].roll(-2, 0)]),
     }.items():
         signals = opened()
-        signals.weigh_by(change, rows)
+        signals.substitute_attention(change, rows)
         found = signals.look_up(batch, visual=True, with_attention=True)[1]
         assert found is not None and torch.equal(found, wanted)
     one, other = distill("own"), distill("other")

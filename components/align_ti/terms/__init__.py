@@ -143,8 +143,8 @@ def needs_of(names: Iterable[str]) -> tuple[Needs, ...]:
 def union(needs: Iterable[Needs]) -> Needs:
     """Union of needs."""
     combined = Needs(teacher=False, response=False)
-    for each in needs:
-        combined |= each
+    for term_needs in needs:
+        combined |= term_needs
     return combined
 
 
