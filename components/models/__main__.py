@@ -23,15 +23,15 @@ def main() -> None:
 
     from components.dataset.shards import Samples
     from components.digits import embedded_family
-    from components.models.image_splitting import as_one_tile
+    from components.models.image_splitting import disable_image_splitting
     from components.tracking.stage_run import stage_run
 
     disable_progress_bar()  # per written shard
-    began = time.perf_counter()
+    started = time.perf_counter()
     shutil.rmtree(MODELS, ignore_errors=True)
     models = settings.models
-    varied = {"family": models.family, "models": models.members.model_dump(mode="json")}
-    with stage_run("obtain_models", runtime=settings.runtime, params=varied) as run:
+    tracked_params = {"family": models.family, "models": models.members.model_dump(mode="json")}
+    with stage_run("obtain_models", runtime=settings.runtime, params=tracked_params) as run:
         if models.embedded is not None and models.family == "embedded":
             samples = Samples(DATASET, "train")
             run.dataset("train", samples.manifest.digest)
@@ -41,21 +41,21 @@ def main() -> None:
         elif models.pretrained is not None:
             for role, members in (("teachers", models.pretrained.teachers), ("students", models.pretrained.students)):
                 for name, member in members.items():
-                    bring(member, MODELS / role / name, models.template.system)
+                    obtain_member(member, MODELS / role / name, models.template.system)
             if not models.image_splitting:
                 for folder in sorted(MODELS.glob("*/*")):
-                    as_one_tile(folder)
-        index = index_of(models, MODELS)
+                    disable_image_splitting(folder)
+        index = build_index(models, MODELS)
         index.write(MODELS / "index.json")
     sizes = "; ".join(
         f"{role} " + ", ".join(f"{name} {entry.parameters / 1e6:,.2f}M" for name, entry in sorted(entries.items()))
         for role, entries in (("teachers", index.teachers), ("students", index.students))
         if entries
     )
-    print(f"obtain_models: {sizes} parameters; in {time.perf_counter() - began:,.0f} s -> {MODELS / 'index.json'}")
+    print(f"obtain_models: {sizes} parameters; in {time.perf_counter() - started:,.0f} s -> {MODELS / 'index.json'}")
 
 
-def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
+def obtain_member(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
     """Download, convert, assemble or prune one model of `family: pretrained`. Students may be pruned from teachers, so teachers
     come first. Raises as `locate`, `assemble`, `convert` and `cut` do.
     """
@@ -74,7 +74,7 @@ def bring(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
 
 def origin_of(member: object, path: Path) -> tuple[str, str | None]:
     """Origin and commit of a member of `models.members` at `path`, for the index."""
-    from components.models.prune import layers_kept
+    from components.models.prune import kept_layer_indices
 
     if isinstance(member, Checkpoint):
         return member.source, member.revision
@@ -83,11 +83,11 @@ def origin_of(member: object, path: Path) -> tuple[str, str | None]:
         return " + ".join(part.source + (f"@{part.revision}" if part.revision else "") for part in parts), None
     if isinstance(member, Cut):
         mlp = "" if member.mlp is None else f", {member.mlp} neurons of each MLP"
-        return f"teacher {member.teacher}, layers {', '.join(map(str, layers_kept(path, member)))}{mlp}", None
+        return f"teacher {member.teacher}, layers {', '.join(map(str, kept_layer_indices(path, member)))}{mlp}", None
     return "embedded", None
 
 
-def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
+def build_index(models: ModelsSettings, folder: Path) -> ModelIndex:
     """Index of the models under `folder`. Raises ModelError if a processor or its template is unusable."""
     from components.models.checkpoint_folder import record
     from components.models.collate import check_special_tokens, visual_tokens
@@ -95,7 +95,7 @@ def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
     from components.models.processor import load_processor
     from components.models.template import Template
 
-    def of(role: Literal["teacher", "student"], name: str, member: object) -> ModelRecord:
+    def model_record(role: Literal["teacher", "student"], name: str, member: object) -> ModelRecord:
         path = folder / f"{role}s" / name
         check_kind(path)
         processor = load_processor(path)
@@ -104,8 +104,8 @@ def index_of(models: ModelsSettings, folder: Path) -> ModelIndex:
         return record(path, role, *origin_of(member, path), visual_tokens(processor))
 
     return ModelIndex(
-        teachers={name: of("teacher", name, member) for name, member in models.members.teachers.items()},
-        students={name: of("student", name, member) for name, member in models.members.students.items()},
+        teachers={name: model_record("teacher", name, member) for name, member in models.members.teachers.items()},
+        students={name: model_record("student", name, member) for name, member in models.members.students.items()},
     )
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from components.config.models import Parts
 from components.errors import ModelError
-from components.models.checkpoint_folder import LOCAL, check_whole, opening, weight_files
+from components.models.checkpoint_folder import LOCAL, as_model_error, check_loading_info, weight_files
 from components.models.template import EOS, IMAGE, Template
 
 TOWERS = ("siglip", "siglip_vision_model")
@@ -38,15 +38,15 @@ def assemble(tower: Path, language_model: Path, parts: Parts, system: str, targe
     from transformers import AutoImageProcessor
 
     with tqdm(total=3, desc=f"{target.parent.name} {target.name}", unit="part") as bar:
-        eyes = _open(tower, TOWERS, "a SigLIP tower")
+        vision_tower = _load_part(tower, TOWERS, "a SigLIP tower")
         bar.update()
-        language = _open(language_model, LANGUAGE_MODELS, "a Qwen language model")
+        causal_lm = _load_part(language_model, LANGUAGE_MODELS, "a Qwen language model")
         bar.update()
-        with opening(f"{tower}: no usable image processor"):
-            pixels = AutoImageProcessor.from_pretrained(tower, **LOCAL)
-        tokenizer = tokenizer_of(language_model, language.config)
-        processor = processor_of(pixels, eyes, tokenizer, parts.feature_layer, system, tower)
-        llava = joined(eyes, language, processor, parts.feature_layer)
+        with as_model_error(f"{tower}: no usable image processor"):
+            image_processor = AutoImageProcessor.from_pretrained(tower, **LOCAL)
+        tokenizer = load_tokenizer(language_model, causal_lm.config)
+        processor = build_processor(image_processor, vision_tower, tokenizer, parts.feature_layer, system, tower)
+        llava = build_llava(vision_tower, causal_lm, processor, parts.feature_layer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(parts.seed)
             llava.model.multi_modal_projector = type(llava.model.multi_modal_projector)(llava.config)
@@ -59,43 +59,43 @@ def assemble(tower: Path, language_model: Path, parts: Parts, system: str, targe
     return target
 
 
-def _open(path: Path, kinds: tuple[str, ...], wanted: str) -> Any:
-    """Model in its stored dtype. Raises ModelError if its type is none of `kinds` or weights are missing."""
+def _load_part(path: Path, model_types: tuple[str, ...], description: str) -> Any:
+    """Model in its stored dtype. Raises ModelError if its type is none of `model_types` or weights are missing."""
     from transformers import AutoModelForCausalLM, PreTrainedConfig, SiglipVisionConfig
 
     weight_files(path)
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
-    with opening(f"{path}: cannot be opened as {wanted}"):
-        kind = PreTrainedConfig.get_config_dict(path, local_files_only=True)[0].get("model_type")
-        if kind not in kinds:
-            raise ModelError(f"{path}: is of type {kind!r}; {wanted} is of type {' or '.join(kinds)}")
-        opener: Any = AutoModelForCausalLM
-        if kinds == TOWERS:
-            opener = headless()
+    with as_model_error(f"{path}: cannot be opened as {description}"):
+        model_type = PreTrainedConfig.get_config_dict(path, local_files_only=True)[0].get("model_type")
+        if model_type not in model_types:
+            raise ModelError(f"{path}: is of type {model_type!r}; {description} is of type {' or '.join(model_types)}")
+        model_class: Any = AutoModelForCausalLM
+        if model_types == TOWERS:
+            model_class = headless_tower_class()
             options["config"] = SiglipVisionConfig.from_pretrained(path, vision_use_head=False, local_files_only=True)
-        model, report = opener.from_pretrained(path, **LOCAL, **options)
-    check_whole(report, path)
+        model, loading_info = model_class.from_pretrained(path, **LOCAL, **options)
+    check_loading_info(loading_info, path)
     return model
 
 
-def headless() -> Any:
+def headless_tower_class() -> Any:
     """SigLIP's vision model class, which ignores the weights of the text tower and the head on load."""
     from transformers import SiglipVisionModel
 
-    class Tower(SiglipVisionModel):
+    class HeadlessTower(SiglipVisionModel):
         _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(vision_model\.)?head\.", r"^logit_"]  # noqa: RUF012
 
-    return Tower
+    return HeadlessTower
 
 
-def tokenizer_of(path: Path, config: Any) -> Any:
+def load_tokenizer(path: Path, config: Any) -> Any:
     """Tokenizer of the language model of `config`, with an image token and a padding token that is not EOS.
 
     EOS is `EOS` where the vocabulary has it: released chat models end answers with <|im_end|>, the paper's do not.
     """
     from transformers import AddedToken, AutoTokenizer
 
-    with opening(f"{path}: no usable tokenizer"):
+    with as_model_error(f"{path}: no usable tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(path, config=config, **LOCAL)
     text = "USER: what? ASSISTANT: 1, two."
     if not tokenizer.is_fast or tokenizer.decode(tokenizer.encode(text)) != text:
@@ -112,19 +112,21 @@ def tokenizer_of(path: Path, config: Any) -> Any:
     return tokenizer
 
 
-def processor_of(
-    pixels: Any, tower: Any, tokenizer: Any, feature_layer: int, system: str, path: Path, strategy: Strategy = "full"
+def build_processor(
+    image_processor: Any, tower: Any, tokenizer: Any, feature_layer: int, system: str, path: Path, strategy: Strategy = "full"
 ) -> Any:
     """LLaVA processor with the chat template. Raises ModelError if image size or `feature_layer` does not fit the tower."""
     from transformers import LlavaProcessor
 
     vision, side = tower.config, tower.config.image_size
-    if (pixels.size["height"], pixels.size["width"]) != (side, side):
-        raise ModelError(f"{path}: its image processor makes {dict(pixels.size)}, and its tower takes {side} x {side} pixels")
+    if (image_processor.size["height"], image_processor.size["width"]) != (side, side):
+        raise ModelError(
+            f"{path}: its image processor makes {dict(image_processor.size)}, and its tower takes {side} x {side} pixels"
+        )
     if not -vision.num_hidden_layers - 1 <= feature_layer <= vision.num_hidden_layers:
         raise ModelError(f"{path}: feature_layer is {feature_layer}, and the tower has {vision.num_hidden_layers} layers")
     processor: Any = LlavaProcessor(
-        image_processor=pixels,
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=strategy,
@@ -134,27 +136,27 @@ def processor_of(
     return processor
 
 
-def _make_room(language: Any, tokenizer: Any) -> None:
+def _resize_embeddings(language: Any, tokenizer: Any) -> None:
     """Resize embeddings and head for added tokens. Released vocabularies are padded and mostly have spare rows;
     new rows are the mean of the others (Hewitt 2021), so that an added token is an unlikely first token.
     """
-    rows, known = len(tokenizer), language.get_input_embeddings().num_embeddings
-    if rows <= known:
+    vocabulary_size, old_size = len(tokenizer), language.get_input_embeddings().num_embeddings
+    if vocabulary_size <= old_size:
         return
-    language.resize_token_embeddings(rows, mean_resizing=False)
+    language.resize_token_embeddings(vocabulary_size, mean_resizing=False)
     for layer in (language.get_input_embeddings(), language.get_output_embeddings()):
         with torch.no_grad():
-            layer.weight[known:] = layer.weight[:known].float().mean(0).to(layer.weight.dtype)
+            layer.weight[old_size:] = layer.weight[:old_size].float().mean(0).to(layer.weight.dtype)
 
 
-def joined(tower: Any, language: Any, processor: Any, feature_layer: int, strategy: Strategy = "full") -> Any:
+def build_llava(tower: Any, language: Any, processor: Any, feature_layer: int, strategy: Strategy = "full") -> Any:
     """LLaVA of tower and language model, projector on the meta device. Strategy "default" drops each image's first token."""
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer, vision, text = processor.tokenizer, tower.config, language.config
-    _make_room(language, tokenizer)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text.update({"bos_token_id": None, **ends})
+    _resize_embeddings(language, tokenizer)
+    special_token_ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text.update({"bos_token_id": None, **special_token_ids})
     text._name_or_path = vision._name_or_path = ""  # local paths do not belong in the checkpoint
     config = LlavaConfig(
         vision_config=vision,
@@ -170,5 +172,5 @@ def joined(tower: Any, language: Any, processor: Any, feature_layer: int, strate
     llava.model.vision_tower = tower
     llava.model.language_model = language.model
     llava.lm_head = language.lm_head
-    llava.generation_config = GenerationConfig(**ends)
+    llava.generation_config = GenerationConfig(**special_token_ids)
     return llava

@@ -52,30 +52,30 @@ class AttentionProbe:
             _positions(rows), _positions(pictures > 0), by_column(pictures), images, each_row=each_row, gradients=gradients
         )
 
-    def keep(self, layer: int, over_heads: Tensor) -> None:
+    def keep(self, layer: int, mean_map: Tensor) -> None:
         """Store the columns of a (B, Nr, T) map, a mean over heads. If the layer runs again, its first map is kept."""
-        counted = (self.rows >= 0)[:, :, None]
+        valid_rows = (self.rows >= 0)[:, :, None]
         columns = self.columns[:, None, :].clamp_min(0)
         if self.each_row:
-            columns = columns.expand(-1, counted.shape[1], -1)
-            self.seen.setdefault(layer, (over_heads * counted).gather(2, columns) * (self.pictures > 0)[:, None])
+            columns = columns.expand(-1, valid_rows.shape[1], -1)
+            self.seen.setdefault(layer, (mean_map * valid_rows).gather(2, columns) * (self.pictures > 0)[:, None])
             return
-        found = over_heads.new_zeros(self.columns.shape)
-        for number in range(1, self.images + 1):
-            own = self.pictures == number
-            begins = self.columns.masked_fill(~own, torch.iinfo(self.columns.dtype).max).amin(1, keepdim=True)
-            after = (self.rows >= begins)[:, :, None]
-            mean = (over_heads * after).sum(1, keepdim=True) / after.sum(1, keepdim=True).clamp_min(1)
-            found = found + mean.gather(2, columns)[:, 0] * own
-        self.seen.setdefault(layer, found)
+        visual_map = mean_map.new_zeros(self.columns.shape)
+        for image in range(1, self.images + 1):
+            in_image = self.pictures == image
+            image_start = self.columns.masked_fill(~in_image, torch.iinfo(self.columns.dtype).max).amin(1, keepdim=True)
+            rows_after = (self.rows >= image_start)[:, :, None]
+            mean = (mean_map * rows_after).sum(1, keepdim=True) / rows_after.sum(1, keepdim=True).clamp_min(1)
+            visual_map = visual_map + mean.gather(2, columns)[:, 0] * in_image
+        self.seen.setdefault(layer, visual_map)
 
 
 def _positions(mask: Tensor) -> Tensor:
     """(B, T) bool -> (B, most) positions of the true entries in order, padded with -1."""
     counts = mask.sum(1)
-    most = int(counts.max())
-    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    return torch.where(torch.arange(most, device=mask.device) < counts[:, None], order, -1)
+    max_count = int(counts.max())
+    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :max_count]
+    return torch.where(torch.arange(max_count, device=mask.device) < counts[:, None], order, -1)
 
 
 @contextmanager
@@ -86,22 +86,22 @@ def probing(model: Any, layers: list[int], probe: AttentionProbe) -> Iterator[At
         model: a transformers vision-language model; its language model is switched to the probing attention function
             and stays so (plain SDPA without a probe). The vision tower keeps its own.
     """
-    kind = model.config.get_text_config()._attn_implementation
-    if kind not in (IMPLEMENTATION, "eager"):
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation not in (IMPLEMENTATION, "eager"):
         model.set_attn_implementation({"text_config": IMPLEMENTATION})
-    every = attention_layers(model)
-    if not set(layers) <= set(every):
-        raise IndexError(f"asked to watch layers {layers}; the model has {len(every)}")
-    with _Open(model, {every[index]: [*_probes(every[index]), probe] for index in layers}):
+    modules = attention_layers(model)
+    if not set(layers) <= set(modules):
+        raise IndexError(f"asked to watch layers {layers}; the model has {len(modules)}")
+    with _AttachedProbes(model, {modules[index]: [*_probes(modules[index]), probe] for index in layers}):
         yield probe
 
 
 def recomputing(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of torch.utils.checkpoint: reopens the current probes in the backward pass."""
-    return nullcontext(), _Open(model, {m: _probes(m) for m in attention_layers(model).values() if _probes(m)})
+    return nullcontext(), _AttachedProbes(model, {m: _probes(m) for m in attention_layers(model).values() if _probes(m)})
 
 
-class _Open(AbstractContextManager[None]):
+class _AttachedProbes(AbstractContextManager[None]):
     """Context that attaches probes to attention modules."""
 
     def __init__(self, model: Any, probes: dict[Any, list[AttentionProbe]]) -> None:
@@ -110,14 +110,14 @@ class _Open(AbstractContextManager[None]):
         self._probes = probes
 
     def __enter__(self) -> None:
-        self._before = {module: _probes(module) for module in self._probes}
-        unread = [module for module, probes in self._before.items() if self._eager and not probes]
-        self._hooks = [module.register_forward_hook(_read_whole_map) for module in unread]
+        self._previous = {module: _probes(module) for module in self._probes}
+        unhooked = [module for module, probes in self._previous.items() if self._eager and not probes]
+        self._hooks = [module.register_forward_hook(_read_full_map) for module in unhooked]
         for module, probes in self._probes.items():
             module._alignti_probes = probes
 
     def __exit__(self, *_: object) -> None:
-        for module, probes in self._before.items():
+        for module, probes in self._previous.items():
             module._alignti_probes = probes
         for hook in self._hooks:
             hook.remove()
@@ -158,25 +158,25 @@ def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
     K = key.shape[1]
     rows = rows.clamp_min(0)
     Nr = rows.shape[1]
-    asked = query.gather(2, rows[:, None, :, None].expand(B, H, Nr, d)).view(B, K, H // K, Nr, d)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.einsum("bkgnd,bktd->bkgnt", asked.to(wide) * scaling, key.to(wide))
+    queries = query.gather(2, rows[:, None, :, None].expand(B, H, Nr, d)).view(B, K, H // K, Nr, d)
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.einsum("bkgnd,bktd->bkgnt", queries.to(compute_dtype) * scaling, key.to(compute_dtype))
     if mask is None:
         allowed = torch.arange(T, device=query.device) <= rows[:, :, None]  # (B, Nr, T)
         scores = scores.masked_fill(~allowed[:, None, None], -torch.inf)
     else:
         row_mask = mask.expand(B, -1, T, T)[:, 0].gather(1, rows[:, :, None].expand(B, Nr, T))[:, None, None]
-        scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask.to(wide)
+        scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask.to(compute_dtype)
     return scores.softmax(-1).mean((1, 2))
 
 
-def _read_whole_map(attention: Any, _args: Any, output: Any) -> None:
+def _read_full_map(attention: Any, _args: Any, output: Any) -> None:
     """Forward hook that reads a layer's whole map, (B, H, T, T), after eager attention."""
     for probe in _probes(attention):
         with torch.set_grad_enabled(probe.gradients and torch.is_grad_enabled()):
-            whole = output[1].mean(1)  # (B, T, T)
-            rows = probe.rows.clamp_min(0)[:, :, None].expand(-1, -1, whole.shape[-1])
-            probe.keep(attention.layer_idx, whole.gather(1, rows))
+            full_map = output[1].mean(1)  # (B, T, T)
+            rows = probe.rows.clamp_min(0)[:, :, None].expand(-1, -1, full_map.shape[-1])
+            probe.keep(attention.layer_idx, full_map.gather(1, rows))
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

@@ -13,23 +13,25 @@ from components.align_ti.head import CHUNK_MIB, row_losses, rows_per_chunk
 from components.models.vlm import VLM
 
 
-def attributions(vlm: VLM, batch: Batch, features: Any, other: dict[str, Any], at: Tensor, shared: int | None = None) -> Tensor:
+def attributions(
+    vlm: VLM, batch: Batch, features: Any, baseline: dict[str, Any], mixing: Tensor, shared: int | None = None
+) -> Tensor:
     """(B, T) gradients ds/dm_j = (e_j - b_j) ds/de_j of s, the mean log-probability of a sample's response tokens, with token j
-    embedded as b_j + m_j (e_j - b_j): b_j from `other` (see `VLM.embedded`), e_j its own embedding. 0 at padding.
+    embedded as b_j + m_j (e_j - b_j): b_j from `baseline` (see `VLM.embedded`), e_j its own embedding. 0 at padding.
 
     Args:
-        at: (B, T) m.
+        mixing: (B, T) m.
         shared: columns of the head.
     """
     rows = predicting(batch.response)
-    gold, size = batch.input_ids[:, 1:][batch.response[:, 1:]], rows_per_chunk(len(vlm.head.weight), CHUNK_MIB)
+    gold, chunk_rows = batch.input_ids[:, 1:][batch.response[:, 1:]], rows_per_chunk(len(vlm.head.weight), CHUNK_MIB)
 
-    def missed(some: slice, logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits[:, :shared], gold[some], reduction="none")
+    def token_losses(chunk: slice, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :shared], gold[chunk], reduction="none")
 
     with torch.enable_grad():
-        m = at.detach().clone().requires_grad_()
-        losses = row_losses(vlm.mixed(batch, features, other, m)[rows], vlm.head, missed, size)
-        of = rows.nonzero()[:, 0]
-        (slopes,) = torch.autograd.grad((losses / rows.sum(1)[of]).sum() + m.sum() * 0.0, m)
-    return -slopes
+        m = mixing.detach().clone().requires_grad_()
+        losses = row_losses(vlm.mixed(batch, features, baseline, m)[rows], vlm.head, token_losses, chunk_rows)
+        sample_index = rows.nonzero()[:, 0]
+        (gradients,) = torch.autograd.grad((losses / rows.sum(1)[sample_index]).sum() + m.sum() * 0.0, m)
+    return -gradients

@@ -16,7 +16,7 @@ from components.records.models import ModelRecord
 from components.records.record import parsed
 
 INDEX = "model.safetensors.index.json"
-STORED = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # I64 and BOOL: buffers of old checkpoints
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # I64 and BOOL: buffers of old checkpoints
 POINTER = b"version https://git-lfs"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -25,7 +25,7 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}  # options of `fr
 
 
 @contextmanager
-def opening(failure: str) -> Iterator[None]:
+def as_model_error(failure: str) -> Iterator[None]:
     """Raise ModelError, `failure` and the first line of the error, for what transformers raises on an unusable folder."""
     try:
         yield
@@ -40,10 +40,10 @@ def config_of(path: Path) -> Any:
     return AutoConfig.from_pretrained(path, **LOCAL)
 
 
-def check_whole(report: dict[str, Any], path: Path) -> None:
+def check_loading_info(loading_info: dict[str, Any], path: Path) -> None:
     """Raises ModelError if transformers' loading report lists missing or mismatched weights."""
-    if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
-        raise ModelError(f"{path}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}")
+    if missing := sorted(loading_info["missing_keys"]) + sorted(str(key) for key in loading_info["mismatched_keys"]):
+        raise ModelError(f"{path}: {len(missing)} weights are missing or of another shape, the first is {missing[0]}")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -57,10 +57,10 @@ def weight_files(path: Path) -> list[Path]:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; it is not a Hugging Face checkpoint folder")
     if (path / INDEX).is_file():
-        named = parsed(path / INDEX).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        weight_map = parsed(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ModelError(f"{path / INDEX}: says of no weights where they are; delete the folder and obtain it again")
-        files = sorted(path / name for name in set(named.values()))
+        files = sorted(path / name for name in set(weight_map.values()))
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -78,10 +78,12 @@ def weight_files(path: Path) -> list[Path]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as weights:
-                kinds = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
-            odd = [f"{key} in {kind}" for key, kind in kinds.items() if kind not in STORED]
-            if odd:
-                raise ModelError(f"{file}: {odd[0]}: weights are read in {', '.join(STORED)}; take an unquantised release")
+                dtypes = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+            unsupported = [f"{key} in {dtype}" for key, dtype in dtypes.items() if dtype not in DTYPES]
+            if unsupported:
+                raise ModelError(
+                    f"{file}: {unsupported[0]}: weights are read in {', '.join(DTYPES)}; take an unquantised release"
+                )
         except (SafetensorError, OSError) as error:
             if file.is_file() and file.open("rb").read(len(POINTER)) == POINTER:
                 raise ModelError(f"{file}: a pointer of Git LFS; `git lfs pull` in that folder brings the weights") from None
@@ -89,7 +91,7 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def parameters(path: Path) -> int:
+def parameter_count(path: Path) -> int:
     """Number of stored parameters; tied ones count once."""
     total = 0
     for file in weight_files(path):
@@ -108,7 +110,7 @@ def record(
         path=path.as_posix(),
         origin=origin,
         revision=revision,
-        parameters=parameters(path),
+        parameters=parameter_count(path),
         size_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         sha256=sha256([path]),
         visual_tokens=visual_tokens,

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
 SHORTEST, LONGEST = 56, 100  # minimum side in pixels, maximum aspect; Qwen's processors refuse sides under 28, aspects over 200
-Written = Sequence[Sequence[Sequence[int]] | None]  # per sample, token ids of the answers to its first questions
-STAND_IN = "This"  # for an answer that token ids replace; templates are tried with it
+AnswerIds = Sequence[Sequence[Sequence[int]] | None]  # per sample, token ids of the answers to its first questions
+PLACEHOLDER_ANSWER = "This"  # for an answer that token ids replace; templates are tried with it
 PIXEL_CACHE_BYTES = 2**29  # processing costs 0.3 ms an image, as much as a small student's whole step
 
 
@@ -91,22 +91,22 @@ class Encoded:
     def visual(self) -> np.ndarray:
         return self.pictures > 0
 
-    def answered(self, answers: Sequence[Sequence[int]]) -> Encoded:
+    def with_answers(self, answers: Sequence[Sequence[int]]) -> Encoded:
         """This row with `answers` as its first responses, up to the response after them, if there is one."""
         edges = np.flatnonzero(np.diff(self.response, prepend=False, append=False))  # a response's start, its end, ...
         starts, ends = edges[::2].tolist(), [0, *edges[1::2].tolist()]
         parts = []
         for ids, start, end in zip(answers, starts, ends, strict=False):
-            parts += [self._cut(end, start), _answer(ids)]
+            parts += [self._slice(end, start), _encoded_answer(ids)]
         if len(starts) > len(answers):
-            parts.append(self._cut(ends[len(answers)], starts[len(answers)]))
+            parts.append(self._slice(ends[len(answers)], starts[len(answers)]))
         return Encoded(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(self)))
 
-    def _cut(self, start: int, end: int) -> Encoded:
+    def _slice(self, start: int, end: int) -> Encoded:
         return Encoded(*(getattr(self, f.name)[start:end] for f in fields(self)))
 
 
-def _answer(ids: Sequence[int]) -> Encoded:
+def _encoded_answer(ids: Sequence[int]) -> Encoded:
     return Encoded(np.asarray(ids), np.ones(len(ids), bool), np.zeros(len(ids), bool), np.zeros(len(ids), int))
 
 
@@ -143,34 +143,34 @@ class Collator:
         self._processed: dict[tuple[str, int], Processed] = {}
         self._processed_bytes = 0
 
-    def __call__(self, samples: Sequence[Sample], written: Written | None = None) -> Batch:
-        """`written`: per sample, token ids of the answers to its first questions. `train`: its turns are those, with these
+    def __call__(self, samples: Sequence[Sample], answers: AnswerIds | None = None) -> Batch:
+        """`answers`: per sample, token ids of the answers to its first questions. `train`: its turns are those, with these
         answers; else the prompt is of the turn after them. None: the turns and answers of the data, or the first prompt."""
-        samples = self._asked(samples, written)
-        batch = self.text(samples, written)
+        samples = self._select_turns(samples, answers)
+        batch = self.text(samples, answers)
         if self._teacher is not None:
-            batch = replace(batch, teacher=_checked(self._teacher(samples, written), batch))
+            batch = replace(batch, teacher=_check_same_text(self._teacher(samples, answers), batch))
         images = [image.tensors for image in self.images(samples)]
         if not images:
             return batch
-        tensors = {name: joined([image[name] for image in images]) for name in images[0]}
+        tensors = {name: pad_and_concatenate([image[name] for image in images]) for name in images[0]}
         return replace(batch, pixel_values=tensors.pop("pixel_values"), image_inputs=tensors)
 
     @property
     def of_prompts(self) -> Collator:
         """Collator of prompts (`train` off), of any length, that shares this one's image cache."""
-        other = copy(self)
-        other.train, other._teacher, other.max_length = False, None, sys.maxsize
-        return other
+        collator = copy(self)
+        collator.train, collator._teacher, collator.max_length = False, None, sys.maxsize
+        return collator
 
-    def text(self, samples: Sequence[Sample], written: Written | None = None) -> Batch:
+    def text(self, samples: Sequence[Sample], answers: AnswerIds | None = None) -> Batch:
         """Batch without pixels, for callers that have the visual features."""
-        samples = self._asked(samples, written)
-        rows = self.encode(samples, written=written)
+        samples = self._select_turns(samples, answers)
+        rows = self.encode(samples, answers=answers)
         side = "right" if self.train else "left"
 
-        def padded(of_rows: Iterable[np.ndarray], fill: int = 0) -> Tensor:
-            return pad_sequence([torch.from_numpy(each) for each in of_rows], True, fill, side)
+        def padded(arrays: Iterable[np.ndarray], fill: int = 0) -> Tensor:
+            return pad_sequence([torch.from_numpy(array) for array in arrays], True, fill, side)
 
         return Batch(
             ids=[sample.id for sample in samples],
@@ -183,60 +183,64 @@ class Collator:
             pixel_values=None,
         )
 
-    def _asked(self, samples: Sequence[Sample], written: Written | None) -> Sequence[Sample]:
-        if written is None:
+    def _select_turns(self, samples: Sequence[Sample], answers: AnswerIds | None) -> Sequence[Sample]:
+        if answers is None:
             return samples if self.train else [sample.upto(1) for sample in samples]
-        turns = [None if answers is None else len(answers) + (not self.train) for answers in written]
-        return [sample if count is None else sample.upto(count) for sample, count in zip(samples, turns, strict=True)]
+        turn_counts = [None if sample_answers is None else len(sample_answers) + (not self.train) for sample_answers in answers]
+        return [sample if count is None else sample.upto(count) for sample, count in zip(samples, turn_counts, strict=True)]
 
     def encode(
-        self, samples: Sequence[Sample], shown: Sequence[Sequence[str]] | None = None, written: Written | None = None
+        self, samples: Sequence[Sample], image_texts: Sequence[Sequence[str]] | None = None, answers: AnswerIds | None = None
     ) -> list[Encoded]:
         """Token ids and masks of each sample. A token is response if its character offsets overlap a response.
 
-        `shown`: placeholder texts of each sample's images, if known already. `written`: as in `__call__`.
+        `image_texts`: placeholder texts of each sample's images, if known already. `answers`: as in `__call__`.
         """
         for sample in samples:
             self._check(sample)
-        shown = [self.texts_of(sample) for sample in samples] if shown is None else shown
-        written = written or [None] * len(samples)
+        image_texts = [self.image_texts(sample) for sample in samples] if image_texts is None else image_texts
+        answers = answers or [None] * len(samples)
         rendered = [
-            self.template.render(sample.turns if answers is None else _stood_in(sample), texts, self.train or bool(answers))
-            for sample, texts, answers in zip(samples, shown, written, strict=True)
+            self.template.render(
+                sample.turns if sample_answers is None else _placeholder_turns(sample),
+                texts,
+                self.train or bool(sample_answers),
+            )
+            for sample, texts, sample_answers in zip(samples, image_texts, answers, strict=True)
         ]
         rows = []
-        for sample, answers, (text, ids, offsets) in zip(samples, written, self._tokens(rendered), strict=True):
+        for sample, sample_answers, (rendering, ids, offsets) in zip(samples, answers, self._tokenize(rendered), strict=True):
             start, end = np.asarray(offsets).T
             input_ids = np.asarray(ids)
             response = np.zeros(len(ids), dtype=bool)
-            for a, b in text.response_spans:
+            for a, b in rendering.response_spans:
                 tokens = (start < b) & (end > a)
                 if tokens.sum() < 2:  # EOS alone
-                    raise DataError(f"sample {sample.id}: an answer has no response tokens: {text.text[a:b]!r}")
+                    raise DataError(f"sample {sample.id}: an answer has no response tokens: {rendering.text[a:b]!r}")
                 response |= tokens
             visual = input_ids == self._visual_id
             pictures = np.zeros_like(input_ids)
             instruction = np.zeros_like(response)
-            for number, (a, b) in enumerate(text.image_spans, start=1):
-                own = np.flatnonzero(visual & (start < b) & (end > a))
-                pictures[own] = number
-                instruction[own[0] : own[-1]] = False  # text between tiles
-                instruction[own[-1] :] = True
+            for number, (a, b) in enumerate(rendering.image_spans, start=1):
+                image_tokens = np.flatnonzero(visual & (start < b) & (end > a))
+                pictures[image_tokens] = number
+                instruction[image_tokens[0] : image_tokens[-1]] = False  # text between tiles
+                instruction[image_tokens[-1] :] = True
             instruction &= ~visual & ~response & (end > start)
             if self.rows == "words":
-                instruction &= np.any([(start < b) & (end > a) for a, b in text.question_spans], axis=0)
+                instruction &= np.any([(start < b) & (end > a) for a, b in rendering.question_spans], axis=0)
             row = Encoded(input_ids, response, instruction, pictures)
-            rows.append(row.answered(answers) if answers else row)
+            rows.append(row.with_answers(sample_answers) if sample_answers else row)
             self._check_encoded(sample, rows[-1])
         return rows
 
-    def _tokens(self, rendered: list[Rendered]) -> Iterator[tuple[Rendered, list[int], list[tuple[int, int]]]]:
+    def _tokenize(self, rendered: list[Rendered]) -> Iterator[tuple[Rendered, list[int], list[tuple[int, int]]]]:
         """Each text, its token ids and character offsets. Only the template writes special tokens; the spelling of one in a
         sample's text is plain text."""
-        special = self.template.wants_special_tokens
-        tokens = self.tokenizer([r.text for r in rendered], return_offsets_mapping=True, add_special_tokens=special)
+        add_special_tokens = self.template.wants_special_tokens
+        tokens = self.tokenizer([r.text for r in rendered], return_offsets_mapping=True, add_special_tokens=add_special_tokens)
         for text, ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            yield self._plain.encode(text, special) if self._plain.is_needed(text) else (text, ids, offsets)
+            yield self._plain.encode(text, add_special_tokens) if self._plain.is_needed(text) else (text, ids, offsets)
 
     def spelt_out(self, sample: Sample) -> str:
         """Decoded input and response tokens of a sample, for the log.
@@ -250,22 +254,22 @@ class Collator:
                 f"sample {sample.id}: {len(sample.turns)} answer(s), and {ends} times {self.template.eos!r} in what is trained"
                 " on: the template and the tokenizer do not go together"
             )
-        read = self.tokenizer.decode(row.input_ids[~row.visual])
-        said = self.tokenizer.decode(row.input_ids[row.response])
-        return f"sample {sample.id} reads {read!r} around {int(row.visual.sum())} visual tokens; trained on: {said!r}"
+        inputs = self.tokenizer.decode(row.input_ids[~row.visual])
+        outputs = self.tokenizer.decode(row.input_ids[row.response])
+        return f"sample {sample.id} reads {inputs!r} around {int(row.visual.sum())} visual tokens; trained on: {outputs!r}"
 
     def images(self, samples: Sequence[Sample]) -> list[Processed]:
         """Processed images of the samples that have any, in order; cached up to PIXEL_CACHE_BYTES."""
-        shown = [sample for sample in samples if sample.image is not None]
-        keys = [(sample.image_id, len(sample.images)) for sample in shown]
-        found: dict[tuple[str, int], Processed] = {}
-        for key, sample in zip(keys, shown, strict=True):
-            image = found.get(key) or self._processed.get(key) or self._accepted(decoded(sample))[0]
-            found[key] = image
+        with_images = [sample for sample in samples if sample.image is not None]
+        keys = [(sample.image_id, len(sample.images)) for sample in with_images]
+        images: dict[tuple[str, int], Processed] = {}
+        for key, sample in zip(keys, with_images, strict=True):
+            image = images.get(key) or self._processed.get(key) or self._accepted(decoded(sample))[0]
+            images[key] = image
             if key not in self._processed and self._processed_bytes + image.nbytes <= PIXEL_CACHE_BYTES:
                 self._processed[key] = image
                 self._processed_bytes += image.nbytes
-        return [found[key] for key in keys]
+        return [images[key] for key in keys]
 
     def _accepted(self, images: list[Image.Image]) -> tuple[Processed, bool]:
         """Processed images, stretched if the processor refuses their shapes, and whether they were."""
@@ -286,7 +290,7 @@ class Collator:
         made, changed = self._accepted([Image.new("RGB", size) for size in sizes])
         return made.texts, changed
 
-    def texts_of(self, sample: Sample) -> tuple[str, ...]:
+    def image_texts(self, sample: Sample) -> tuple[str, ...]:
         """Placeholder text of each image of the sample."""
         if sample.image is None or self._image_text is not None:
             return (self._image_text or "",) * len(sample.images)
@@ -295,12 +299,12 @@ class Collator:
     def _check(self, sample: Sample) -> None:
         if not sample.turns:
             raise DataError(f"sample {sample.id}: no turns")
-        asked = sum(turn.question.count(IMAGE) for turn in sample.turns)
-        said = sum(turn.answer.count(IMAGE) for turn in sample.turns)
-        if (asked, said) != (len(sample.images), 0):
+        in_questions = sum(turn.question.count(IMAGE) for turn in sample.turns)
+        in_answers = sum(turn.answer.count(IMAGE) for turn in sample.turns)
+        if (in_questions, in_answers) != (len(sample.images), 0):
             raise DataError(
-                f"sample {sample.id}: {IMAGE} stands {asked} time(s) in its questions and {said} in its answers; it must stand"
-                f" {len(sample.images)} time(s) in questions, once for each image"
+                f"sample {sample.id}: {IMAGE} stands {in_questions} time(s) in its questions and {in_answers} in its answers;"
+                f" it must stand {len(sample.images)} time(s) in questions, once for each image"
             )
         if self.train and not all(turn.answer.strip() for turn in sample.turns):
             raise DataError(f"sample {sample.id}: an answer is empty, so there are no response tokens")
@@ -313,8 +317,8 @@ class Collator:
             )
 
 
-def _stood_in(sample: Sample) -> list[Turn]:
-    return [replace(turn, answer=STAND_IN) for turn in sample.turns]
+def _placeholder_turns(sample: Sample) -> list[Turn]:
+    return [replace(turn, answer=PLACEHOLDER_ANSWER) for turn in sample.turns]
 
 
 def decode(sample: Sample) -> Image.Image:
@@ -356,21 +360,21 @@ def check_special_tokens(processor: Any) -> None:
             "give the tokenizer a pad_token of its own"
         )
     image_token = getattr(processor, "image_token", None)
-    known = tokenizer.encode(image_token, add_special_tokens=False) if image_token else []
-    if len(known) != 1 or known[0] == tokenizer.unk_token_id or known[0] != processor.image_token_id:
+    image_ids = tokenizer.encode(image_token, add_special_tokens=False) if image_token else []
+    if len(image_ids) != 1 or image_ids[0] == tokenizer.unk_token_id or image_ids[0] != processor.image_token_id:
         raise ModelError(f"{name}: the image token {image_token!r} is missing from the tokenizer; add it as a special token")
 
 
-def _checked(theirs: Batch, mine: Batch) -> Batch:
+def _check_same_text(teacher: Batch, student: Batch) -> Batch:
     """The teacher's batch. Raises ModelError if the two batches differ in text tokens."""
-    for row, name in enumerate(mine.ids):
-        one, other = (b.input_ids[row][b.attention_mask[row].bool() & ~b.visual[row]] for b in (theirs, mine))
-        if not torch.equal(one, other):
+    for row, name in enumerate(student.ids):
+        teacher_ids, student_ids = (b.input_ids[row][b.attention_mask[row].bool() & ~b.visual[row]] for b in (teacher, student))
+        if not torch.equal(teacher_ids, student_ids):
             raise ModelError(
                 f"sample {name}: beside the visual tokens, teacher and student read different tokens, so rows of one have no"
                 " counterpart in the other (what stands between the tiles of an image?)"
             )
-    return theirs
+    return teacher
 
 
 @cache
@@ -417,15 +421,15 @@ def visual_tokens(processor: Any) -> int | None:
 
 def visual_id(processor: Any) -> int:
     """Id of the visual tokens. Gemma 3's `image_token` differs: it precedes them."""
-    named: int | None = getattr(processor.tokenizer, "image_token_id", None)
-    return int(processor.image_token_id) if named is None else named
+    token_id: int | None = getattr(processor.tokenizer, "image_token_id", None)
+    return int(processor.image_token_id) if token_id is None else token_id
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def pad_and_concatenate(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenation along the first dimension; the others are zero-padded to the largest, as the processors do with tiles."""
     largest = torch.tensor([tensor.shape[1:] for tensor in tensors]).amax(0).tolist()
-    filled = []
+    padded = []
     for tensor in tensors:
-        missing = [most - has for most, has in zip(largest, tensor.shape[1:], strict=True)]
-        filled.append(torch.nn.functional.pad(tensor, [n for each in reversed(missing) for n in (0, each)]))
-    return torch.cat(filled)
+        padding = [target - size for target, size in zip(largest, tensor.shape[1:], strict=True)]
+        padded.append(torch.nn.functional.pad(tensor, [n for amount in reversed(padding) for n in (0, amount)]))
+    return torch.cat(padded)

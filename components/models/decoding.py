@@ -16,7 +16,7 @@ from components.models.load import Loaded
 def greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]:
     """Greedy decoding; the checkpoint's generation_config (a repetition penalty, say) is ignored."""
     model, tokenizer = loaded.model, loaded.processor.tokenizer
-    own = model.generation_config
+    checkpoint_config = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -27,4 +27,4 @@ def greedy(loaded: Loaded, max_new_tokens: int, eos: int) -> Iterator[nn.Module]
         with torch.no_grad():
             yield model
     finally:
-        model.generation_config = own
+        model.generation_config = checkpoint_config

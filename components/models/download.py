@@ -38,7 +38,7 @@ def obtain(checkpoint: Checkpoint, target: Path) -> Path:
     files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
     with whole_folder(target) as draft:
         for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
-            _place(file.resolve(), draft / file.name, link=checkpoint.revision is not None)
+            _link_or_copy(file.resolve(), draft / file.name, link=checkpoint.revision is not None)
     return target
 
 
@@ -65,7 +65,7 @@ def snapshot(source: str, revision: str | None) -> Path:
     Raises ModelError and TryAgainError as `locate`.
     """
     try:
-        found = Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
     except GatedRepoError:
         raise ModelError(
             f"{source} is gated: accept its terms on huggingface.co, then `hf auth login` or set HF_TOKEN, and run again"
@@ -81,15 +81,15 @@ def snapshot(source: str, revision: str | None) -> Path:
         ) from None
     except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
         raise TryAgainError(f"{source}: the download broke off ({_cause(error)}); run again to go on from there") from None
-    if not any(found.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{source}{f' at {revision[:8]}' if revision else ''} has no *.safetensors weights, and pickled ones are not "
             "taken, since reading them can run code; convert them, or choose another revision"
         )
-    return found
+    return folder
 
 
-def _place(file: Path, target: Path, link: bool) -> None:
+def _link_or_copy(file: Path, target: Path, link: bool) -> None:
     """Hard-link from the hub's cache, whose files never change; copy a user's files, which may."""
     if link:
         try:

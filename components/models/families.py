@@ -67,13 +67,13 @@ FAMILIES = {  # by `model_type` of config.json
 
 def family_of(config: Any) -> Family:
     """Family of a configuration. Raises ModelError if its `model_type` is not in FAMILIES."""
-    kind = config.model_type
-    if kind not in FAMILIES:
+    model_type = config.model_type
+    if model_type not in FAMILIES:
         raise ModelError(
-            f"{config.name_or_path}: models of type {kind!r} are not supported: no test says which of their tokens are visual,"
-            f" nor what their masks and position ids are; there are {', '.join(sorted(FAMILIES))}"
+            f"{config.name_or_path}: models of type {model_type!r} are not supported: no test says which of their tokens are"
+            f" visual, nor what their masks and position ids are; there are {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[kind]
+    return FAMILIES[model_type]
 
 
 def parts(model: Any) -> dict[str, list[nn.Parameter]]:
@@ -81,11 +81,11 @@ def parts(model: Any) -> dict[str, list[nn.Parameter]]:
     encoder = {id(p): "vision_tower" for p in model.get_encoder(modality="image").parameters()}
     modules = [attrgetter(name)(model.model) for name in family_of(model.config).projector]
     projector = {id(p): "projector" for module in modules for p in _parameters(module)}
-    of = encoder | projector
-    found: dict[str, list[nn.Parameter]] = {"vision_tower": [], "projector": [], "language_model": []}
+    part_of = encoder | projector
+    parameters_by_part: dict[str, list[nn.Parameter]] = {"vision_tower": [], "projector": [], "language_model": []}
     for parameter in model.parameters():
-        found[of.get(id(parameter), "language_model")].append(parameter)
-    return found
+        parameters_by_part[part_of.get(id(parameter), "language_model")].append(parameter)
+    return parameters_by_part
 
 
 def reads_one_layer(model: Any) -> bool:
@@ -105,10 +105,10 @@ def prompt(model: Any, batch: Batch) -> dict[str, Tensor]:
 
 def inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     """Inputs of forward and `generate` other than tokens, attention mask and pixels: image sizes, token types."""
-    wanted = family_of(model.config).token_types
-    if wanted is None:
+    token_types = family_of(model.config).token_types
+    if token_types is None:
         return dict(batch.image_inputs)
-    name, of = wanted
+    name, marked = token_types
     # Prompt: all before the first answer, without padding. PaliGemma's attention is bidirectional within it.
-    types = batch.visual if of == "image" else (batch.response.cumsum(1) > 0) | (batch.attention_mask == 0)
+    types = batch.visual if marked == "image" else (batch.response.cumsum(1) > 0) | (batch.attention_mask == 0)
     return {**batch.image_inputs, name: types.to(torch.long)}

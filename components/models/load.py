@@ -11,7 +11,7 @@ import torch
 
 from components.dataset.shards import Turn
 from components.errors import ModelError
-from components.models.checkpoint_folder import LOCAL, check_whole, config_of, opening, weight_files
+from components.models.checkpoint_folder import LOCAL, as_model_error, check_loading_info, config_of, weight_files
 from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
 from components.models.families import Family, family_of, reads_one_layer
 from components.models.processor import load_processor
@@ -61,10 +61,10 @@ def load(
     from transformers import AutoModelForImageTextToText
 
     weight_files(path)
-    with opening(f"{path}: cannot be opened as an image-text model"):
+    with as_model_error(f"{path}: cannot be opened as an image-text model"):
         config = config_of(path)
         processor = load_processor(path)
-        opened: Any = AutoModelForImageTextToText.from_pretrained(
+        model_and_info: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -74,14 +74,14 @@ def load(
             output_loading_info=True,
             **LOCAL,
         )
-    model, report = opened
-    check_whole(report, path)
+    model, loading_info = model_and_info
+    check_loading_info(loading_info, path)
     return Loaded((model if quantised else model.to(device)).eval(), processor)
 
 
 def check_kind(path: Path) -> None:
     """Raises ModelError if the folder's model family is not supported; reads the configuration alone."""
-    with opening(f"{path}: its config.json cannot be read"):
+    with as_model_error(f"{path}: its config.json cannot be read"):
         config = config_of(path)
     family_of(config)
 
@@ -116,9 +116,9 @@ def grids(teacher: Loaded, student: Loaded) -> tuple[int, int] | None:
         return None
     sides = [0 if count is None else math.isqrt(count) for count in counts]
     if any(side * side != count for side, count in zip(sides, counts, strict=True)):
-        said = ["a number that goes by its shape" if count is None else f"{count}" for count in counts]
+        texts = ["a number that goes by its shape" if count is None else f"{count}" for count in counts]
         raise ModelError(
-            f"teacher {teacher.name} and student {student.name}: an image has {said[0]} and {said[1]} visual tokens; rows of"
+            f"teacher {teacher.name} and student {student.name}: an image has {texts[0]} and {texts[1]} visual tokens; rows of"
             " one have no counterpart in the other unless both grids are squares of one size for all images"
         )
     return sides[0], sides[1]
@@ -141,25 +141,25 @@ def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> in
 
 def check_reading(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
     """As `check_pair`, from processors and head sizes alone."""
-    between = f"teacher {teacher.name} and student {student.name}"
-    images = [] if own_images else [[processed(loaded.processor, shown) for loaded in (teacher, student)] for shown in shapes()]
-    for theirs, mine in images:
-        counts = [_visual(loaded, image) for loaded, image in ((teacher, theirs), (student, mine))]
+    models = f"teacher {teacher.name} and student {student.name}"
+    images = [] if own_images else [[processed(loaded.processor, image) for loaded in (teacher, student)] for image in shapes()]
+    for teacher_image, student_image in images:
+        counts = [_count_visual_tokens(loaded, image) for loaded, image in ((teacher, teacher_image), (student, student_image))]
         if counts[0] != counts[1]:
             raise ModelError(
-                f"{between}: {counts[0]} and {counts[1]} visual tokens per image; alignment is token by token: they must agree"
+                f"{models}: {counts[0]} and {counts[1]} visual tokens per image; alignment is token by token: they must agree"
             )
-    shared = _shared_vocabulary(teacher, student, between)
+    shared = _shared_vocabulary(teacher, student, models)
     for role in ("image token id", "eos_token_id", "pad_token_id"):
         ids = [
             visual_id(x.processor) if role == "image token id" else getattr(x.processor.tokenizer, role)
             for x in (teacher, student)
         ]
         if ids[0] != ids[1]:
-            raise ModelError(f"{between}: {role} is {ids[0]} and {ids[1]}; both read the same batch, so they must agree")
-    for theirs, mine in images:
-        if theirs.texts != mine.texts or not _alike(theirs.tensors, mine.tensors):
-            raise ModelError(f"{between}: their image processors prepare the same image differently (size, mean or std)")
+            raise ModelError(f"{models}: {role} is {ids[0]} and {ids[1]}; both read the same batch, so they must agree")
+    for teacher_image, student_image in images:
+        if teacher_image.texts != student_image.texts or not _same_tensors(teacher_image.tensors, student_image.tensors):
+            raise ModelError(f"{models}: their image processors prepare the same image differently (size, mean or std)")
     return shared
 
 
@@ -184,38 +184,40 @@ def check_images(loaded: Loaded) -> None:
     """
     family_of(loaded.model.config)
     check_special_tokens(loaded.processor)
-    wanted, found = getattr(loaded.model.config, "image_token_id", None), visual_id(loaded.processor)
-    if wanted != found:
+    model_id, processor_id = getattr(loaded.model.config, "image_token_id", None), visual_id(loaded.processor)
+    if model_id != processor_id:
         raise ModelError(
-            f"{loaded.name}: the model's image token is {wanted}, the processor's is {found} "
+            f"{loaded.name}: the model's image token is {model_id}, the processor's is {processor_id} "
             f"({loaded.processor.image_token!r}); the image token is missing on one side"
         )
     if reads_one_layer(loaded.model) and visual_tokens(loaded.processor) is None:
         raise ModelError(f"{loaded.name}: the number of visual tokens varies with the image's shape, which LLaVA-1.5's cannot")
     device, dtype = loaded.model.device, loaded.model.dtype
-    for shown in shapes()[:2]:
-        image = processed(loaded.processor, shown)
+    for example in shapes()[:2]:
+        image = processed(loaded.processor, example)
         tensors = {name: tensor.to(device) for name, tensor in image.tensors.items()}
         tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
         with torch.inference_mode():
             features = loaded.model.model.get_image_features(**tensors, return_dict=True).pooler_output
-        made = sum(math.prod(part.shape[:-1]) for part in ([features] if isinstance(features, torch.Tensor) else features))
-        written = _visual(loaded, image)
-        if made != written:
+        feature_count = sum(
+            math.prod(part.shape[:-1]) for part in ([features] if isinstance(features, torch.Tensor) else features)
+        )
+        token_count = _count_visual_tokens(loaded, image)
+        if feature_count != token_count:
             raise ModelError(
-                f"{loaded.name}: its processor writes {written} image tokens for {shown.width} x {shown.height} pixels, and"
-                f" the model makes {made} features of it; the processor's files are not this model's"
+                f"{loaded.name}: its processor writes {token_count} image tokens for {example.width} x {example.height}"
+                f" pixels, and the model makes {feature_count} features of it; the processor's files are not this model's"
             )
 
 
-def _visual(loaded: Loaded, image: Processed) -> int:
+def _count_visual_tokens(loaded: Loaded, image: Processed) -> int:
     return loaded.processor.tokenizer.encode("".join(image.texts), add_special_tokens=False).count(visual_id(loaded.processor))
 
 
-def _alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].shape == other[name].shape and torch.allclose(one[name].float(), other[name].float(), atol=1e-3)
-        for name in one
+def _same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.allclose(first[name].float(), second[name].float(), atol=1e-3)
+        for name in first
     )
 
 
@@ -225,14 +227,14 @@ def check_layer(teacher: Loaded, layer: int) -> None:
         raise ModelError(f"iva.layer is {layer}, but teacher {teacher.name} has layers 0..{teacher.layers - 1}")
 
 
-def _shared_vocabulary(teacher: Loaded, student: Loaded, between: str) -> int:
+def _shared_vocabulary(teacher: Loaded, student: Loaded, models: str) -> int:
     columns = min(teacher.vocabulary, student.vocabulary)
-    names = [{i: token for token, i in x.processor.tokenizer.get_vocab().items()} for x in (teacher, student)]
-    ends = min(max(entries) + 1 for entries in names)
+    vocabularies = [{i: token for token, i in x.processor.tokenizer.get_vocab().items()} for x in (teacher, student)]
+    smallest = min(max(vocabulary) + 1 for vocabulary in vocabularies)
     for i in range(columns):
-        a, b = (entries.get(i) for entries in names)
+        a, b = (vocabulary.get(i) for vocabulary in vocabularies)
         if a != b:
-            if i >= ends and None in (a, b):  # one tokenizer is longer: the rest is not shared
+            if i >= smallest and None in (a, b):  # one tokenizer is longer: the rest is not shared
                 return i
-            raise ModelError(f"{between}: their tokenizers disagree, first at id {i}: {a!r} and {b!r}")
+            raise ModelError(f"{models}: their tokenizers disagree, first at id {i}: {a!r} and {b!r}")
     return columns

@@ -23,7 +23,7 @@ class PlainText:
 
     def is_needed(self, rendered: Rendered) -> bool:
         """Whether a part from the data spells a special token."""
-        return any(self._pattern.search(part.text) for part in rendered.parts if not part.own)
+        return any(self._pattern.search(part.text) for part in rendered.parts if not part.template)
 
     def encode(self, rendered: Rendered, add_special_tokens: bool) -> tuple[Rendered, list[int], list[tuple[int, int]]]:
         """Respelt text, its token ids, and each token's character offsets in it."""
@@ -33,8 +33,8 @@ class PlainText:
         return respelt, [ids.get(i, i) for i in encoding.ids], encoding.offsets
 
     def _respell(self, part: Part) -> Part:
-        if part.own:
-            return part._replace(text=self._pattern.sub(lambda found: self._spelling(found[0]), part.text))
+        if part.template:
+            return part._replace(text=self._pattern.sub(lambda match: self._spelling(match[0]), part.text))
         return part._replace(text=part.text.replace(OPEN, "\ufffd"))
 
     def _spelling(self, token: str) -> str:
@@ -45,17 +45,17 @@ class PlainText:
         """Tokenizer copy, and the map from its added ids to the original ids."""
         from tokenizers import AddedToken, Tokenizer
 
-        written = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        for entry in written["added_tokens"]:
+        tokenizer_json = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        for entry in tokenizer_json["added_tokens"]:
             entry["special"] = entry["special"] or entry["content"] in self._special
-        copy = Tokenizer.from_str(json.dumps(written))
+        copy = Tokenizer.from_str(json.dumps(tokenizer_json))
         copy.no_padding()
         copy.no_truncation()
         copy.encode_special_tokens = True  # encodes their spellings as text; the tokens added below are not special
-        known = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
+        added_tokens = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
         ids: dict[int, int] = {}
         for token in self._special:
-            how = {side: bool(getattr(known.get(token), side, False)) for side in ("lstrip", "rstrip")}
-            copy.add_tokens([AddedToken(self._spelling(token), special=False, normalized=False, **how)])
+            strip_options = {side: bool(getattr(added_tokens.get(token), side, False)) for side in ("lstrip", "rstrip")}
+            copy.add_tokens([AddedToken(self._spelling(token), special=False, normalized=False, **strip_options)])
             ids[int(copy.token_to_id(self._spelling(token)) or 0)] = int(self._tokenizer.convert_tokens_to_ids(token))
         return copy, ids

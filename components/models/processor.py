@@ -22,8 +22,8 @@ def load_processor(path: Path) -> Any:
     from transformers import AutoProcessor
 
     try:
-        opener = _without_video(path) or AutoProcessor
-        processor = opener.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        processor_class = _without_video(path) or AutoProcessor
+        processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"{path}: no usable processor: {first_line(error)}") from None
     if getattr(processor, "tokenizer", None) is not None:
@@ -37,30 +37,30 @@ def _without_video(path: Path) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
-    if kind is None or "video_processor" not in kind.get_attributes():
+    processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if processor_class is None or "video_processor" not in processor_class.get_attributes():
         return None
-    return images_only(kind, _video_part(path))
+    return images_only(processor_class, _video_part(path))
 
 
 def _video_part(path: Path) -> dict[str, Any] | None:
     """Video configuration: in the processor's file, in a file of its own, or, in old releases, in the image processor's."""
     for name, key in (("processor_config.json", "video_processor"), (VIDEO_FILE, None), ("preprocessor_config.json", None)):
         if (path / name).exists():
-            said = json.loads((path / name).read_text(encoding="utf-8"))
-            if found := said.get(key) if key else said:
-                return dict(found)
+            config = json.loads((path / name).read_text(encoding="utf-8"))
+            if video_config := config.get(key) if key else config:
+                return dict(video_config)
     return None
 
 
-def images_only(kind: Any, video: dict[str, Any] | None = None) -> Any:
-    """Subclass of the processor class `kind` whose video processor is None; saved under the name of `kind`, with `video` as
-    the video configuration."""
+def images_only(processor_class: Any, video: dict[str, Any] | None = None) -> Any:
+    """Subclass of `processor_class` whose video processor is None; saved under the name of `processor_class`, with `video`
+    as the video configuration."""
 
-    class ImagesOnly(kind):  # type: ignore[misc]
+    class ImagesOnly(processor_class):  # type: ignore[misc]
         @classmethod
         def get_attributes(cls) -> list[str]:
-            return [name for name in kind.get_attributes() if name != "video_processor"]
+            return [name for name in processor_class.get_attributes() if name != "video_processor"]
 
         @classmethod
         def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
@@ -73,16 +73,16 @@ def images_only(kind: Any, video: dict[str, Any] | None = None) -> Any:
             return saved
 
         def __reduce__(self) -> tuple[Any, ...]:  # pickle finds classes by name, which fails for a local class
-            return _unfilled, (kind, video), self.__dict__
+            return _empty_processor, (processor_class, video), self.__dict__
 
-    module = sys.modules[kind.__module__]
-    if getattr(module, "num2words", kind) is None:  # SmolVLM's, which spells out a video's frame count
+    module = sys.modules[processor_class.__module__]
+    if getattr(module, "num2words", processor_class) is None:  # SmolVLM's, which spells out a video's frame count
         module.num2words = str  # type: ignore[attr-defined]
-    ImagesOnly.__name__ = kind.__name__
+    ImagesOnly.__name__ = processor_class.__name__
     return ImagesOnly
 
 
-def _unfilled(kind: Any, video: dict[str, Any] | None) -> Any:
+def _empty_processor(processor_class: Any, video: dict[str, Any] | None) -> Any:
     """Empty processor, for pickle to restore its state into."""
-    made = images_only(kind, video)
-    return made.__new__(made)
+    images_only_class = images_only(processor_class, video)
+    return images_only_class.__new__(images_only_class)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from components.config.models import Cut
 from components.errors import ModelError
-from components.models.checkpoint_folder import INDEX, LOCAL, config_of, opening, weight_files
+from components.models.checkpoint_folder import INDEX, LOCAL, as_model_error, config_of, weight_files
 
 EXACT = (  # language models of uniform layers (but for `layer_types`) with gate, up and down projections
     "gemma2",
@@ -31,7 +31,7 @@ EXACT = (  # language models of uniform layers (but for `layer_types`) with gate
 )
 
 
-def cut(teacher: Path, asked: Cut, target: Path) -> Path:
+def cut(teacher: Path, settings: Cut, target: Path) -> Path:
     """Write the pruned checkpoint of `teacher` to `target`.
 
     Raises ModelError if the architecture is not in `EXACT`, its layers cannot be dropped, or its MLPs are narrower than `mlp`.
@@ -39,15 +39,17 @@ def cut(teacher: Path, asked: Cut, target: Path) -> Path:
     from transformers import AutoModelForImageTextToText
 
     weight_files(teacher)
-    with opening(f"{teacher}: cannot be cut"):
+    with as_model_error(f"{teacher}: cannot be cut"):
         config = config_of(teacher)
-        kept = _layers(config, asked, teacher)
-        with tqdm(total=2, desc=f"{target.parent.name} {target.name}: layers {', '.join(map(str, kept))}", unit="pass") as bar:
+        kept_layers = _kept_layers(config, settings, teacher)
+        with tqdm(
+            total=2, desc=f"{target.parent.name} {target.name}: layers {', '.join(map(str, kept_layers))}", unit="pass"
+        ) as bar:
             model: Any = AutoModelForImageTextToText.from_pretrained(teacher, dtype="auto", use_safetensors=True, **LOCAL)
             bar.update()
             layers = next(name for name, module in model.named_modules() if module is model.get_decoder().layers)
-            weights = narrowed(thinned(model.state_dict(), layers, kept), layers, asked.mlp)
-            _shrink(config, kept, asked.mlp)
+            weights = prune_mlps(select_layers(model.state_dict(), layers, kept_layers), layers, settings.mlp)
+            _shrink(config, kept_layers, settings.mlp)
             with torch.device("meta"):
                 student: Any = type(model)(config)
             student.load_state_dict(weights, assign=True)
@@ -61,12 +63,12 @@ def cut(teacher: Path, asked: Cut, target: Path) -> Path:
     return target
 
 
-def layers_kept(path: Path, asked: Cut) -> list[int]:
+def kept_layer_indices(path: Path, settings: Cut) -> list[int]:
     """Teacher layer indices of the pruned student at `path`."""
-    return [place * asked.every for place in range(config_of(path).get_text_config().num_hidden_layers)]
+    return [index * settings.every for index in range(config_of(path).get_text_config().num_hidden_layers)]
 
 
-def _layers(config: Any, asked: Cut, teacher: Path) -> list[int]:
+def _kept_layers(config: Any, settings: Cut, teacher: Path) -> list[int]:
     """Indices of the kept layers. Raises ModelError if pruning would not be exact."""
     text = config.get_text_config()
     if text.model_type not in EXACT:
@@ -74,57 +76,57 @@ def _layers(config: Any, asked: Cut, teacher: Path) -> list[int]:
             f"{teacher}: its language model is of type {text.model_type!r}, which is not cut: no test says that its layers"
             f" are alike and its MLPs made of gate, up and down, as those of {', '.join(EXACT)} are"
         )
-    entered = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
-    if entered and asked.every > 1:
+    deepstack = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+    if deepstack and settings.every > 1:
         raise ModelError(
-            f"{teacher}: image features enter its first {len(entered)} layers, each its own, so that none of them can be left"
+            f"{teacher}: image features enter its first {len(deepstack)} layers, each its own, so that none of them can be left"
             " out; set every: 1, and narrow the MLPs"
         )
-    if asked.mlp is not None and asked.mlp > text.intermediate_size:
-        raise ModelError(f"{teacher}: its MLPs have {text.intermediate_size} neurons, fewer than mlp: {asked.mlp}")
-    return list(range(0, text.num_hidden_layers, asked.every))
+    if settings.mlp is not None and settings.mlp > text.intermediate_size:
+        raise ModelError(f"{teacher}: its MLPs have {text.intermediate_size} neurons, fewer than mlp: {settings.mlp}")
+    return list(range(0, text.num_hidden_layers, settings.every))
 
 
-def _shrink(config: Any, kept: list[int], mlp: int | None) -> None:
+def _shrink(config: Any, kept_layers: list[int], mlp: int | None) -> None:
     """Set the student's depth and MLP width in `config`, in place."""
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    if kinds is not None:  # sliding-window layers
-        text.layer_types = [kinds[layer] for layer in kept]
-    text.num_hidden_layers = len(kept)
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is not None:  # sliding-window layers
+        text.layer_types = [layer_types[layer] for layer in kept_layers]
+    text.num_hidden_layers = len(kept_layers)
     text.intermediate_size = mlp or text.intermediate_size
 
 
-def thinned(weights: dict[str, Tensor], layers: str, kept: list[int]) -> dict[str, Tensor]:
-    """State dict of the `kept` layers, renumbered, and of everything outside `layers`."""
-    places = {str(layer): str(place) for place, layer in enumerate(kept)}
-    thin = {}
+def select_layers(weights: dict[str, Tensor], layers: str, kept_layers: list[int]) -> dict[str, Tensor]:
+    """State dict of the `kept_layers`, renumbered, and of everything outside `layers`."""
+    new_indices = {str(layer): str(index) for index, layer in enumerate(kept_layers)}
+    selected = {}
     for name, weight in weights.items():
-        number, _, rest = name.removeprefix(f"{layers}.").partition(".")
+        number, _, suffix = name.removeprefix(f"{layers}.").partition(".")
         if not name.startswith(f"{layers}."):
-            thin[name] = weight
-        elif number in places:
-            thin[f"{layers}.{places[number]}.{rest}"] = weight
-    return thin
+            selected[name] = weight
+        elif number in new_indices:
+            selected[f"{layers}.{new_indices[number]}.{suffix}"] = weight
+    return selected
 
 
-def narrowed(weights: dict[str, Tensor], layers: str, mlp: int | None) -> dict[str, Tensor]:
+def prune_mlps(weights: dict[str, Tensor], layers: str, mlp: int | None) -> dict[str, Tensor]:
     """State dict with `mlp` neurons in each MLP of `layers`, in their original order."""
     if mlp is None:
         return weights
-    narrow = dict(weights)
-    ending = ".gate_proj.weight"
-    for name in [name for name in weights if name.startswith(f"{layers}.") and name.endswith(ending)]:
-        gate, up, down = (name.removesuffix(ending) + f".{part}_proj" for part in ("gate", "up", "down"))
-        keep = largest(weights[f"{gate}.weight"], weights[f"{up}.weight"], weights[f"{down}.weight"], mlp)
+    pruned = dict(weights)
+    suffix = ".gate_proj.weight"
+    for name in [name for name in weights if name.startswith(f"{layers}.") and name.endswith(suffix)]:
+        gate, up, down = (name.removesuffix(suffix) + f".{part}_proj" for part in ("gate", "up", "down"))
+        neurons = largest_neurons(weights[f"{gate}.weight"], weights[f"{up}.weight"], weights[f"{down}.weight"], mlp)
         for key in (f"{part}.{kind}" for part in (gate, up) for kind in ("weight", "bias")):
             if key in weights:
-                narrow[key] = weights[key][keep]
-        narrow[f"{down}.weight"] = weights[f"{down}.weight"][:, keep].contiguous()
-    return narrow
+                pruned[key] = weights[key][neurons]
+        pruned[f"{down}.weight"] = weights[f"{down}.weight"][:, neurons].contiguous()
+    return pruned
 
 
-def largest(gate: Tensor, up: Tensor, down: Tensor, count: int) -> Tensor:
+def largest_neurons(gate: Tensor, up: Tensor, down: Tensor, count: int) -> Tensor:
     """(count,) sorted indices of the neurons of gate (m, d), up (m, d) and down (d, m) with the largest joint l2 norm;
     ties go to the lower index."""
     squares = gate.double().square().sum(1) + up.double().square().sum(1) + down.double().square().sum(0)

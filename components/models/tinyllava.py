@@ -19,12 +19,12 @@ from components.models.assemble import (
     LANGUAGE_MODELS,
     TOWERS,
     Strategy,
-    headless,
-    joined,
-    processor_of,
-    tokenizer_of,
+    build_llava,
+    build_processor,
+    headless_tower_class,
+    load_tokenizer,
 )
-from components.models.checkpoint_folder import check_whole, weight_files
+from components.models.checkpoint_folder import check_loading_info, weight_files
 from components.records.record import parsed
 
 TYPE = "tinyllava"
@@ -53,15 +53,17 @@ def convert(source: Path, system: str, target: Path) -> Path:
         )
     if (strategy := STRATEGIES.get(config.get("vision_feature_select_strategy", "patch"))) is None:
         raise ModelError(f"{source}: vision_feature_select_strategy is none of {', '.join(STRATEGIES)}")
-    tower = _opened(config.get("vision_config"), TOWERS, weights["tower"], source)
-    language = _opened(config.get("text_config"), LANGUAGE_MODELS, weights["language"], source)
+    tower = _load_part(config.get("vision_config"), TOWERS, weights["tower"], source)
+    language = _load_part(config.get("text_config"), LANGUAGE_MODELS, weights["language"], source)
     side, layer = tower.config.image_size, int(config.get("vision_feature_layer", -2))
-    pixels = SiglipImageProcessorPil(size={"height": side, "width": side})
-    processor = processor_of(pixels, tower, tokenizer_of(source, language.config), layer, system, source, strategy)
-    llava = joined(tower, language, processor, layer, strategy)
-    named = {LAYERS.get(name[:2], "?") + name[2:]: weight for name, weight in weights["projector"].items()}
+    image_processor = SiglipImageProcessorPil(size={"height": side, "width": side})
+    processor = build_processor(
+        image_processor, tower, load_tokenizer(source, language.config), layer, system, source, strategy
+    )
+    llava = build_llava(tower, language, processor, layer, strategy)
+    projector_weights = {LAYERS.get(name[:2], "?") + name[2:]: weight for name, weight in weights["projector"].items()}
     try:
-        llava.model.multi_modal_projector.load_state_dict(named, assign=True)
+        llava.model.multi_modal_projector.load_state_dict(projector_weights, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{source}: its projector does not fit: {first_line(error)}") from None
     with whole_folder(target) as draft:
@@ -72,27 +74,32 @@ def convert(source: Path, system: str, target: Path) -> Path:
 
 def _weights(path: Path) -> dict[str, dict[str, Tensor]]:
     """State dict of each part, prefixes removed. Raises ModelError for a weight of no part."""
-    found: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
+    weights: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
     for file in weight_files(path):
         for name, weight in load_file(file).items():
             part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
             if part is None:
                 raise ModelError(f"{file}: {name} is a weight of none of {', '.join(PREFIXES.values())}")
-            found[part][name.removeprefix(PREFIXES[part])] = weight
-    return found
+            weights[part][name.removeprefix(PREFIXES[part])] = weight
+    return weights
 
 
-def _opened(config: dict[str, Any] | None, kinds: tuple[str, ...], weights: dict[str, Tensor], path: Path) -> Any:
-    """Model of one part in its weights' dtype. Raises ModelError if its type is none of `kinds` or weights are missing."""
+def _load_part(config: dict[str, Any] | None, model_types: tuple[str, ...], weights: dict[str, Tensor], path: Path) -> Any:
+    """Model of one part in its weights' dtype.
+
+    Raises ModelError if its type is none of `model_types` or weights are missing.
+    """
     from transformers import AutoConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-    kind = (config or {}).get("model_type")
-    if config is None or kind not in kinds:
-        raise ModelError(f"{path}: a part is of type {kind!r}, and is to be {' or '.join(kinds)}")
-    openers: dict[str, Any] = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
-    opener = openers[kind] if kind in openers else headless()
-    made = AutoConfig.for_model(**(config if kind in openers else config | {"vision_use_head": False}))
-    stored = next((weight.dtype for weight in weights.values()), None)
-    model, report = opener.from_pretrained(None, config=made, state_dict=weights, dtype=stored, output_loading_info=True)
-    check_whole(report, path)
+    model_type = (config or {}).get("model_type")
+    if config is None or model_type not in model_types:
+        raise ModelError(f"{path}: a part is of type {model_type!r}, and is to be {' or '.join(model_types)}")
+    model_classes: dict[str, Any] = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+    model_class = model_classes[model_type] if model_type in model_classes else headless_tower_class()
+    model_config = AutoConfig.for_model(**(config if model_type in model_classes else config | {"vision_use_head": False}))
+    dtype = next((weight.dtype for weight in weights.values()), None)
+    model, loading_info = model_class.from_pretrained(
+        None, config=model_config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    check_loading_info(loading_info, path)
     return model

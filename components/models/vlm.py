@@ -41,7 +41,7 @@ class Kept:
     masks: Masks
 
 
-class _Given(Exception):
+class _DecoderInputs(Exception):
     """Carrier of the language model's inputs; ends a forward pass before the language model runs."""
 
 
@@ -79,83 +79,93 @@ class VLM(nn.Module):
         No attention mask is passed: padding is on the right, where no real token attends to it, and the fused causal kernel
         is faster. `change` edits the language model's inputs in place.
         """
-        seen: dict[str, Any] = {}
+        captured: dict[str, Any] = {}
 
-        def look(given: dict[str, Any]) -> None:
+        def capture(decoder_inputs: dict[str, Any]) -> None:
             if change is not None:
-                change(given)
-            seen.update(given)
+                change(decoder_inputs)
+            captured.update(decoder_inputs)
 
         # No config, so no sliding-window layers: those keep the last keys only, and alternatives stand further back.
         cache = DynamicCache() if keep else None
-        states = self._stock(batch, features, look, **{CACHE: cache}, use_cache=keep).last_hidden_state
-        return states, None if cache is None else Kept(cache, seen.get("position_ids"), self._masks(seen))
+        states = self._stock_forward(batch, features, capture, **{CACHE: cache}, use_cache=keep).last_hidden_state
+        return states, None if cache is None else Kept(cache, captured.get("position_ids"), self._masks(captured))
 
-    def continued(self, kept: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def continued(self, prefix: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, E, d) hidden states of `tokens`, each in place of the gold token at its position, over the plain pass's key/value
         cache; attention is the gold token's, further restricted by the (B, 1, E, T + E) `mask`.
         """
-        embedded = self.model.get_input_embeddings()(tokens)
+        embeddings = self.model.get_input_embeddings()(tokens)
         if not tokens.shape[1]:
-            return embedded  # attention layers fail on zero rows
+            return embeddings  # attention layers fail on zero rows
         return self.model.get_decoder()(
-            inputs_embeds=embedded,
-            **{CACHE: kept.cache},
-            attention_mask=_each(kept.masks, lambda gold: _additive(_of_rows(mask, gold, positions), embedded.dtype)),
-            position_ids=_at(kept.positions, positions),
+            inputs_embeds=embeddings,
+            **{CACHE: prefix.cache},
+            attention_mask=_map_masks(
+                prefix.masks, lambda gold: _additive_mask(_appended_rows_mask(mask, gold, positions), embeddings.dtype)
+            ),
+            position_ids=_gather_positions(prefix.positions, positions),
             use_cache=True,
         ).last_hidden_state
 
     def expanded(self, batch: Batch, features: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, T + E, d) hidden states of one pass with `tokens` appended, under the (B, 1, T + E, T + E) `mask`."""
         B, T = batch.input_ids.shape
-        form = _blocks if self.flexes else _additive
+        to_mask_format = _block_mask if self.flexes else _additive_mask
 
-        def join(given: dict[str, Any]) -> None:
-            embedded = torch.cat([given["inputs_embeds"], self.model.get_input_embeddings()(tokens)], dim=1)
-            masks = self._masks(given)
-            gold = given.get("position_ids")
+        def append_rows(decoder_inputs: dict[str, Any]) -> None:
+            embeddings = torch.cat([decoder_inputs["inputs_embeds"], self.model.get_input_embeddings()(tokens)], dim=1)
+            masks = self._masks(decoder_inputs)
+            gold = decoder_inputs.get("position_ids")
             gold = torch.arange(T, device=tokens.device).expand(B, T) if gold is None else gold
-            rows = _at(gold, positions)
-            given["inputs_embeds"] = embedded
-            given["position_ids"] = torch.cat([gold.expand(*rows.shape[:-1], T), rows], dim=-1)
-            given["attention_mask"] = _each(masks, lambda gold: form(_of_all(mask, gold, positions), embedded.dtype))
-            if given.get("visual_pos_masks") is not None:  # features added in deeper layers: none at the appended rows
-                given["visual_pos_masks"] = torch.cat([given["visual_pos_masks"], torch.zeros_like(tokens).bool()], dim=1)
+            appended = _gather_positions(gold, positions)
+            decoder_inputs["inputs_embeds"] = embeddings
+            decoder_inputs["position_ids"] = torch.cat([gold.expand(*appended.shape[:-1], T), appended], dim=-1)
+            decoder_inputs["attention_mask"] = _map_masks(
+                masks, lambda gold: to_mask_format(_expanded_mask(mask, gold, positions), embeddings.dtype)
+            )
+            if decoder_inputs.get("visual_pos_masks") is not None:  # features added in deeper layers: none at the appended rows
+                decoder_inputs["visual_pos_masks"] = torch.cat(
+                    [decoder_inputs["visual_pos_masks"], torch.zeros_like(tokens).bool()], dim=1
+                )
 
-        states: Tensor = self._stock(batch, features, join, use_cache=False).last_hidden_state
+        states: Tensor = self._stock_forward(batch, features, append_rows, use_cache=False).last_hidden_state
         return states
 
     def embedded(self, batch: Batch, features: Any) -> dict[str, Any]:
         """Inputs of the language model: `inputs_embeds` (B, T, d), and features for deeper layers (Qwen3-VL)."""
 
-        def end(given: dict[str, Any]) -> None:
-            raise _Given(given)
+        def stop(decoder_inputs: dict[str, Any]) -> None:
+            raise _DecoderInputs(decoder_inputs)
 
         try:
-            self._stock(batch, features, end, use_cache=False)
-        except _Given as found:
-            return dict(found.args[0])
+            self._stock_forward(batch, features, stop, use_cache=False)
+        except _DecoderInputs as stopped:
+            return dict(stopped.args[0])
         raise AssertionError("no language model was run")
 
-    def mixed(self, batch: Batch, features: Any, other: dict[str, Any], own: Tensor) -> Tensor:
-        """(B, T, d) hidden states of a plain pass over interpolated embeddings: `own` (B, T) times the token's own, 1 - `own`
-        times that of `other`, as `embedded` returns it."""
+    def mixed(self, batch: Batch, features: Any, baseline: dict[str, Any], share: Tensor) -> Tensor:
+        """(B, T, d) hidden states of a plain pass over interpolated embeddings: `share` (B, T) times the token's own,
+        1 - `share` times that of `baseline`, as `embedded` returns it."""
 
-        def mix(given: dict[str, Any]) -> None:
-            share = own.to(given["inputs_embeds"].dtype)
-            given["inputs_embeds"] = torch.lerp(other["inputs_embeds"], given["inputs_embeds"], share[..., None])
-            if (deeper := given.get("deepstack_visual_embeds")) is not None:
-                visual = share[batch.visual][:, None]
-                pairs = zip(other["deepstack_visual_embeds"], deeper, strict=True)
-                given["deepstack_visual_embeds"] = [torch.lerp(theirs, mine, visual) for theirs, mine in pairs]
+        def mix(decoder_inputs: dict[str, Any]) -> None:
+            weights = share.to(decoder_inputs["inputs_embeds"].dtype)
+            decoder_inputs["inputs_embeds"] = torch.lerp(
+                baseline["inputs_embeds"], decoder_inputs["inputs_embeds"], weights[..., None]
+            )
+            if (deeper := decoder_inputs.get("deepstack_visual_embeds")) is not None:
+                visual = weights[batch.visual][:, None]
+                pairs = zip(baseline["deepstack_visual_embeds"], deeper, strict=True)
+                decoder_inputs["deepstack_visual_embeds"] = [
+                    torch.lerp(baseline_features, own_features, visual) for baseline_features, own_features in pairs
+                ]
 
         return self.plain(batch, features, False, mix)[0]
 
     def edited(self, edits: Edits) -> Tensor:
         """(n, T, d) hidden states of the edited samples."""
-        other = self.embedded(edits.donor, self.features(edits.donor))
-        return self.mixed(edits.batch, self.features(edits.batch), other, edits.keep)
+        donor = self.embedded(edits.donor, self.features(edits.donor))
+        return self.mixed(edits.batch, self.features(edits.batch), donor, edits.keep)
 
     @contextmanager
     def watched(self, batch: Batch, watch: Watch) -> Iterator[Watched]:
@@ -163,27 +173,27 @@ class VLM(nn.Module):
 
         Raises ModelError if the model has no such layer, or runs on FlexAttention, which has no maps.
         """
-        seen = Watched()
+        result = Watched()
         layers = decoder_layers(self.model)
         depth = len(layers)
-        if beyond := sorted({*(map.layer for map in watch.maps), *watch.hidden} - set(range(-depth, depth))):
-            raise ModelError(f"a loss term reads layers {beyond} of a model whose layers are 0..{depth - 1}")
+        if invalid := sorted({*(map.layer for map in watch.maps), *watch.hidden} - set(range(-depth, depth))):
+            raise ModelError(f"a loss term reads layers {invalid} of a model whose layers are 0..{depth - 1}")
         if watch.maps and self.flexes:
             raise ModelError("a loss term reads attention maps, which FlexAttention does not have: set flex_attention to false")
-        by_rows: dict[tuple[str, bool], list[Map]] = {}
+        maps_by_rows: dict[tuple[str, bool], list[Map]] = {}
         for map in watch.maps:
-            by_rows.setdefault((map.rows, map.each_row), []).append(map)
+            maps_by_rows.setdefault((map.rows, map.each_row), []).append(map)
         with ExitStack() as stack:
-            opened: dict[Map, AttentionProbe] = {}
-            for (rows, each_row), maps in by_rows.items():
+            probes: dict[Map, AttentionProbe] = {}
+            for (rows, each_row), maps in maps_by_rows.items():
                 probe = AttentionProbe.at(getattr(batch, rows), batch.pictures, each_row, gradients=True)
-                opened |= dict.fromkeys(maps, probe)
+                probes |= dict.fromkeys(maps, probe)
                 stack.enter_context(probing(self.model, [map.layer % depth for map in maps], probe))
             for index in watch.hidden:
-                hook = layers[index].register_forward_hook(partial(_keep_states, seen.hidden, index))
+                hook = layers[index].register_forward_hook(partial(_store_states, result.hidden, index))
                 stack.callback(hook.remove)
-            yield seen
-        seen.maps |= {map: probe.seen[map.layer % depth] for map, probe in opened.items()}
+            yield result
+        result.maps |= {map: probe.seen[map.layer % depth] for map, probe in probes.items()}
 
     def flex(self) -> None:
         """Switch the language model to FlexAttention, whose kernel skips the empty blocks of `expanded`'s mask: alternatives do
@@ -206,7 +216,7 @@ class VLM(nn.Module):
         layer = self.model.get_output_embeddings()
         return Head(layer.weight, layer.bias, getattr(self.model.config.get_text_config(), "final_logit_softcapping", None))
 
-    def _stock(self, batch: Batch, features: Any, change: Callable[[dict[str, Any]], None], **options: Any) -> Any:
+    def _stock_forward(self, batch: Batch, features: Any, change: Callable[[dict[str, Any]], None], **options: Any) -> Any:
         """Stock forward with a pre-hook: `change` reads or edits the language model's inputs."""
         tokens: dict[str, Any] = {"input_ids": batch.input_ids}
         if isinstance(features, Tensor):  # LLaVA-1.5: scattered here, as the stock check would synchronise with the device
@@ -216,9 +226,9 @@ class VLM(nn.Module):
         elif features is not None:
             tokens["mm_encoder_outputs"] = {"image": features}
 
-        def hook(_module: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            change(given)
-            return args, given
+        def hook(_module: nn.Module, args: Any, decoder_inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            change(decoder_inputs)
+            return args, decoder_inputs
 
         handle = self.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
         try:
@@ -226,17 +236,17 @@ class VLM(nn.Module):
         finally:
             handle.remove()
 
-    def _masks(self, given: dict[str, Any]) -> Masks:
+    def _masks(self, decoder_inputs: dict[str, Any]) -> Masks:
         """Attention masks of the plain pass, by layer type if there are several."""
-        masks = given.get("attention_mask")
+        masks = decoder_inputs.get("attention_mask")
         if masks is None:
             config = copy(self.model.config.get_text_config())
             if self.flexes:
                 config._attn_implementation = "sdpa"  # SDPA's mask is a tensor, FlexAttention's a function
-            masks = create_masks_for_generate(config, given["inputs_embeds"], None, None)
+            masks = create_masks_for_generate(config, decoder_inputs["inputs_embeds"], None, None)
         if isinstance(masks, dict) and len(masks) == 1:
             (masks,) = masks.values()
-        return _each(masks, _allowed)
+        return _map_masks(masks, _allowed)
 
 
 def _allowed(mask: Tensor | None) -> Tensor | None:
@@ -244,11 +254,11 @@ def _allowed(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask == 0
 
 
-def _each(masks: Masks, made: Callable[[Tensor | None], Tensor | BlockMask | None]) -> Any:
-    return {kind: made(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else made(masks)
+def _map_masks(masks: Masks, function: Callable[[Tensor | None], Tensor | BlockMask | None]) -> Any:
+    return {kind: function(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else function(masks)
 
 
-def _at(positions: Tensor | None, index: Tensor) -> Tensor:
+def _gather_positions(positions: Tensor | None, index: Tensor) -> Tensor:
     """Position ids ([axes,] B or 1, T) at (B, E) indices: ([axes,] B, E)."""
     if positions is None:
         return index
@@ -256,40 +266,40 @@ def _at(positions: Tensor | None, index: Tensor) -> Tensor:
     return positions.expand(*index.shape[:-1], -1).gather(-1, index)
 
 
-def _of_rows(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
+def _appended_rows_mask(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
     """(B, 1, E, T + E) `mask`, its first T columns restricted to the gold mask at (B, E) `positions`."""
     if gold is None:
         return mask
     B, E = positions.shape
     T = gold.shape[-1]
-    seen = gold.expand(B, 1, T, T).gather(2, positions[:, None, :, None].expand(B, 1, E, T))
-    return torch.cat([mask[..., :T] & seen, mask[..., T:]], dim=-1)
+    visible = gold.expand(B, 1, T, T).gather(2, positions[:, None, :, None].expand(B, 1, E, T))
+    return torch.cat([mask[..., :T] & visible, mask[..., T:]], dim=-1)
 
 
-def _of_all(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
-    """(B, 1, T + E, T + E) mask: gold rows attend as in the plain pass, appended rows as in `_of_rows`."""
+def _expanded_mask(mask: Tensor, gold: Tensor | None, positions: Tensor) -> Tensor:
+    """(B, 1, T + E, T + E) mask: gold rows attend as in the plain pass, appended rows as in `_appended_rows_mask`."""
     if gold is None:
         return mask
     T = gold.shape[-1]
     top = torch.cat([gold.expand(len(mask), 1, T, T), mask[:, :, :T, T:]], dim=-1)
-    return torch.cat([top, _of_rows(mask[:, :, T:], gold, positions)], dim=2)
+    return torch.cat([top, _appended_rows_mask(mask[:, :, T:], gold, positions)], dim=2)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive form of a bool mask: eager attention would silently add True as 1."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _blocks(mask: Tensor, _dtype: torch.dtype) -> BlockMask:
+def _block_mask(mask: Tensor, _dtype: torch.dtype) -> BlockMask:
     """FlexAttention's block mask of a (B, 1, Q, K) bool mask: empty blocks, full blocks, and the mask for the rest."""
     B, _, Q, K = mask.shape
 
-    def seen(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def visible(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return mask[b, 0, q, k]
 
-    return create_block_mask(seen, B, None, Q, K, device=mask.device)
+    return create_block_mask(visible, B, None, Q, K, device=mask.device)
 
 
-def _keep_states(hidden: dict[int, Tensor], layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+def _store_states(hidden: dict[int, Tensor], layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
     """Forward hook that stores a layer's output hidden states."""
     hidden.setdefault(layer, output[0] if isinstance(output, tuple) else output)

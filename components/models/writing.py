@@ -48,8 +48,8 @@ class Writer:
         shared_vocabulary: int,
         readers: Sequence[Collator] = (),
     ) -> None:
-        self.loaded, self.most, self.temperature, self.top_p = loaded, max_new_tokens, temperature, top_p
-        self.eos_id, self._longest, self._prompts = collator.eos_id, collator.max_length, collator.of_prompts
+        self.loaded, self.max_new_tokens, self.temperature, self.top_p = loaded, max_new_tokens, temperature, top_p
+        self.eos_id, self._max_length, self._prompts = collator.eos_id, collator.max_length, collator.of_prompts
         self._readers = [reader.of_prompts for reader in readers]
         tokenizer = loaded.processor.tokenizer
         self.barred = torch.arange(loaded.vocabulary, device=loaded.model.device) >= shared_vocabulary
@@ -58,59 +58,64 @@ class Writer:
         self.barred[self.eos_id] = False
 
     def write(self, samples: Sequence[Sample], keys: Sequence[int]) -> list[list[Answer]]:
-        """Answers to the questions of each sample of a batch, each after those before it, without dropout.
+        """Answers to the questions of each sample of a batch, each after the previous ones, without dropout.
 
         A conversation ends early after an answer that was cut off, before a question whose images change the tokens of those
         before (LLaVA-OneVision's tiles), or where `max_length` leaves no room; it may be empty. `keys`: seed of each sample's
         draws.
         """
-        streams = [torch.Generator().manual_seed(key) for key in keys]
-        said: list[list[Answer]] = [[] for _ in samples]
-        going = list(range(len(samples)))
-        while going:
-            before = [[answer.tokens for answer in said[i]] for i in going]
-            answers = self._answers([samples[i] for i in going], before, [streams[i] for i in going])
-            for i, answer in zip(going, answers, strict=True):
-                said[i] += [answer] if answer.tokens else []
-            ended = [i for i, answer in zip(going, answers, strict=True) if answer.tokens[-1:] == [self.eos_id]]
-            going = [i for i in ended if self._goes_on(samples[i], len(said[i]))]
-        return said
+        generators = [torch.Generator().manual_seed(key) for key in keys]
+        answers: list[list[Answer]] = [[] for _ in samples]
+        active = list(range(len(samples)))
+        while active:
+            previous = [[answer.tokens for answer in answers[i]] for i in active]
+            new_answers = self._answers([samples[i] for i in active], previous, [generators[i] for i in active])
+            for i, answer in zip(active, new_answers, strict=True):
+                answers[i] += [answer] if answer.tokens else []
+            finished = [i for i, answer in zip(active, new_answers, strict=True) if answer.tokens[-1:] == [self.eos_id]]
+            active = [i for i in finished if self._continues(samples[i], len(answers[i]))]
+        return answers
 
-    def _goes_on(self, sample: Sample, turns: int) -> bool:
+    def _continues(self, sample: Sample, turns: int) -> bool:
         """Whether a question follows the first `turns`, after which their images have the same tokens."""
         if turns == len(sample.turns):
             return False
-        before, after = (self._prompts.texts_of(sample.upto(count)) for count in (turns, turns + 1))
-        return after[: len(before)] == before
+        texts_before, texts_after = (self._prompts.image_texts(sample.upto(count)) for count in (turns, turns + 1))
+        return texts_after[: len(texts_before)] == texts_before
 
     def _answers(
-        self, samples: Sequence[Sample], before: Sequence[Sequence[Sequence[int]]], streams: Sequence[torch.Generator]
+        self, samples: Sequence[Sample], previous: Sequence[Sequence[Sequence[int]]], generators: Sequence[torch.Generator]
     ) -> list[Answer]:
-        """One answer of each sample, with a key/value cache, to the question after the answers `before`."""
+        """One answer of each sample, with a key/value cache, to the question after the answers `previous`."""
         model = self.loaded.model
-        batch = self._prompts(samples, before).to(model.device)
-        uniforms = torch.stack([torch.rand(self.most, generator=stream) for stream in streams])
+        batch = self._prompts(samples, previous).to(model.device)
+        uniforms = torch.stack([torch.rand(self.max_new_tokens, generator=generator) for generator in generators])
         length = batch.input_ids.shape[1]
-        drawn = Drawn(uniforms.to(model.device), self.barred, length, self.temperature, self.top_p)
+        sampler = TokenSampler(uniforms.to(model.device), self.barred, length, self.temperature, self.top_p)
         training = model.training
         model.eval()
-        with greedy(self.loaded, self.most, self.eos_id):
-            tokens = model.generate(**prompt(model, batch), logits_processor=LogitsProcessorList([drawn]))
+        with greedy(self.loaded, self.max_new_tokens, self.eos_id):
+            tokens = model.generate(**prompt(model, batch), logits_processor=LogitsProcessorList([sampler]))
         model.train(training)
-        lengths = [prompts.attention_mask.sum(1) for prompts in (batch, *(one.text(samples, before) for one in self._readers))]
-        room = (self._longest - torch.stack([each.cpu() for each in lengths]).amax(0)).tolist()
-        found = [_ended(row, self.eos_id)[: max(most, 0)] for row, most in zip(tokens[:, length:].tolist(), room, strict=True)]
-        log_probs = torch.stack(drawn.log_probs, dim=1).tolist()
-        return [Answer(row, sum(of_row[: len(row)])) for row, of_row in zip(found, log_probs, strict=True)]
+        lengths = [
+            prompts.attention_mask.sum(1) for prompts in (batch, *(reader.text(samples, previous) for reader in self._readers))
+        ]
+        remaining = (self._max_length - torch.stack([tensor.cpu() for tensor in lengths]).amax(0)).tolist()
+        rows = [
+            _truncate_at_eos(row, self.eos_id)[: max(limit, 0)]
+            for row, limit in zip(tokens[:, length:].tolist(), remaining, strict=True)
+        ]
+        log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
+        return [Answer(row, sum(row_log_probs[: len(row)])) for row, row_log_probs in zip(rows, log_probs, strict=True)]
 
 
 @dataclass(eq=False)
-class Drawn(LogitsProcessor):
+class TokenSampler(LogitsProcessor):
     """Logits processor that leaves one token per sample: inverse-CDF sampling by given uniforms, or argmax at temperature 0."""
 
     uniforms: Tensor  # (B, most) in [0, 1), one per new token
     barred: Tensor  # (V,) bool, tokens of probability 0
-    prompt: int  # length of the prompts, padding included
+    prompt_length: int  # length of the prompts, padding included
     temperature: float
     top_p: float | None
     log_probs: list[Tensor] = field(default_factory=list)  # (B,) per step
@@ -120,12 +125,12 @@ class Drawn(LogitsProcessor):
         if self.temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:
-            at = input_ids.shape[1] - self.prompt
-            token = draw(probabilities(logits, self.temperature, top_p=self.top_p), self.uniforms[:, at : at + 1])
+            step = input_ids.shape[1] - self.prompt_length
+            token = draw(probabilities(logits, self.temperature, top_p=self.top_p), self.uniforms[:, step : step + 1])
         self.log_probs.append(scores.float().log_softmax(-1).gather(1, token)[:, 0])
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
 
-def _ended(tokens: list[int], eos: int) -> list[int]:
+def _truncate_at_eos(tokens: list[int], eos: int) -> list[int]:
     """Tokens up to the first EOS, inclusive."""
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.models.vlm import VLM, _at
+from components.models.vlm import VLM, _gather_positions
 from tests.families import toy
 from tests.families.table import documented
 
@@ -18,7 +18,7 @@ def check(family: str) -> str:
         _, kept = vlm.plain(batch, vlm.features(batch), keep=True)
     T = batch.input_ids.shape[1]
     rows = torch.tensor([[3, 5], [2, 2], [T - 1, 4], [1, 9]])
-    found = _at(kept.positions, rows)
+    found = _gather_positions(kept.positions, rows)
     if kept.positions is None:
         assert torch.equal(found, rows)
         return "0, 1, 2, ..."

@@ -127,13 +127,13 @@ def test_what_data_say_does_not_change_what_a_template_writes() -> None:
 def test_a_conversation_is_rendered_in_time_that_grows_with_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     made = template(THINKING)
     asked: list[int] = []
-    real = made._around
+    real = made._surrounding_texts
 
     def counted(shape: tuple[str, ...], answers: int) -> list[str]:
         asked.append(len(shape))
         return real(shape, answers)
 
-    monkeypatch.setattr(made, "_around", counted)
+    monkeypatch.setattr(made, "_surrounding_texts", counted)
     turns = [Turn(f"what {n} ?", "one") for n in range(100)]
     for _ in range(3):
         made.render(turns, [])

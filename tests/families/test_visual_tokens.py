@@ -19,7 +19,7 @@ def entering(vlm: VLM, batch: Any, features: Any) -> torch.Tensor:
     """(B, T, d) embeddings that the language model is given."""
     given: dict[str, Any] = {}
     with torch.no_grad():
-        vlm._stock(batch, features, given.update, use_cache=False)
+        vlm._stock_forward(batch, features, given.update, use_cache=False)
     return given["inputs_embeds"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from components.errors import ModelError
 from components.irs.regions import preprocessed_image
 from components.models.collate import visual_tokens
-from components.models.image_splitting import as_one_tile
+from components.models.image_splitting import disable_image_splitting
 from components.models.processor import load_processor
 from tests.families import toy
 
@@ -28,7 +28,7 @@ def test_an_image_is_one_tile_whatever_its_shape(family: str, layout: str, tmp_p
         kept = {key: value for key, value in json.loads(before).items() if key != "image_processor"}
         (folder / "processor_config.json").write_text(json.dumps(kept))
     (folder / "linked").hardlink_to(folder / layout)
-    as_one_tile(folder)
+    disable_image_splitting(folder)
     processor = load_processor(folder)
     assert visual_tokens(processor) == 4
     assert preprocessed_image(processor, toy.image(40, 20)).shape == (16, 16, 3)
@@ -39,4 +39,4 @@ def test_a_family_that_has_no_such_switch_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(toy.folder("llava"), folder)
     with pytest.raises(ModelError, match="has no do_image_splitting to turn off; set image_splitting: true"):
-        as_one_tile(folder)
+        disable_image_splitting(folder)

@@ -8,7 +8,7 @@ from transformers import LlavaProcessor
 
 from components.digits.tokenizer import build_processor
 from components.errors import InputError, ModelError
-from components.models.checkpoint_folder import INDEX, parameters, record
+from components.models.checkpoint_folder import INDEX, parameter_count, record
 from components.models.load import Loaded, check_pair, load
 from components.models.template import Template
 from tests.models.conftest import IMAGE_PX, NV, WORDS, bpe_processor, saved, word_processor
@@ -48,7 +48,7 @@ def test_dtype_is_as_asked(good: Path) -> None:
 def test_record_counts_what_lies_there(good: Path) -> None:
     entry = record(good, "teacher", "embedded", None, NV)
     assert entry.name == good.name and entry.visual_tokens == NV
-    assert entry.parameters == sum(p.numel() for p in load(good, "cpu").model.parameters()) == parameters(good)
+    assert entry.parameters == sum(p.numel() for p in load(good, "cpu").model.parameters()) == parameter_count(good)
     assert entry.size_bytes == sum(f.stat().st_size for f in good.iterdir())
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 from components.config.models import Cut
 from components.errors import ModelError
 from components.models.load import load
-from components.models.prune import _layers, cut, largest
+from components.models.prune import _kept_layers, cut, largest_neurons
 from components.models.vlm import VLM
 from tests.families import toy
 
@@ -89,7 +89,7 @@ def test_the_largest_neurons_in_their_order(neurons: int, width: int, data: st.D
     count = data.draw(st.integers(1, neurons))
     grid = st.lists(st.integers(-2, 2), min_size=3 * neurons * width, max_size=3 * neurons * width)
     gate, up, down = torch.tensor(data.draw(grid), dtype=torch.float32).view(3, neurons, width)
-    kept = largest(gate, up, down.T, count).tolist()
+    kept = largest_neurons(gate, up, down.T, count).tolist()
     sizes = [float(gate[i].square().sum() + up[i].square().sum() + down[i].square().sum()) for i in range(neurons)]
     assert kept == sorted(sorted(range(neurons), key=lambda i: (-sizes[i], i))[:count])
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_cut_exactly_is_refused(change: dict[str, Any], every: in
     vision = SimpleNamespace(deepstack_visual_indexes=change.get("deepstack"))
     config = SimpleNamespace(get_text_config=lambda: text, vision_config=vision)
     with pytest.raises(ModelError, match=said):
-        _layers(config, asked(every, mlp), Path("theirs"))
+        _kept_layers(config, asked(every, mlp), Path("theirs"))
 
 
 def test_a_teacher_that_is_not_whole_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from components.config.models import Checkpoint
 from components.errors import ModelError
-from components.models.__main__ import bring
+from components.models.__main__ import obtain_member
 from components.models.collate import Collator
 from components.models.load import check_images, load
 from components.models.template import Template
@@ -54,7 +54,7 @@ def tinyllava_folder(folder: Path, tied: bool = False, dtype: torch.dtype = torc
 
 
 def brought(source: Path, target: Path) -> Path:
-    return bring(Checkpoint(source=str(source), revision=None), target, "")
+    return obtain_member(Checkpoint(source=str(source), revision=None), target, "")
 
 
 @pytest.mark.parametrize(("strategy", "first"), [("patch", 1), ("cls_patch", 0)])

@@ -19,7 +19,7 @@ from components.dataset.shards import Sample, Samples, Turn
 from components.errors import DataError
 from components.irs.choice import NoRegions
 from components.irs.search import TooFewInstructions, draw_images
-from components.models.__main__ import bring, index_of
+from components.models.__main__ import build_index, obtain_member
 from components.models.collate import Collator
 from components.models.processor import load_processor
 from components.models.template import Template
@@ -66,8 +66,8 @@ def test_it_counts_what_the_stages_count(pointed: Path) -> None:
     assert settings.models.pretrained is not None
     for role, members in (("teachers", settings.models.pretrained.teachers), ("students", settings.models.pretrained.students)):
         for name, member in members.items():
-            bring(member, MODELS / role / name, "")
-    index_of(settings.models, MODELS).write(MODELS / "index.json")
+            obtain_member(member, MODELS / role / name, "")
+    build_index(settings.models, MODELS).write(MODELS / "index.json")
     tried = try_rows(settings, workers=1)
 
     assert (len(found.tally.refused), found.rows_in) == (manifest.quarantined, manifest.rows_in) == (2, 40)
