@@ -54,38 +54,38 @@ def _missing_models(settings: Settings, root: Path) -> Iterator[Missing]:
         if checkpoint.revision is None:
             yield Missing(source, None, "yours", "put it there; an earlier run makes it if it lies under artifacts/students")
             continue
-        what = f"{source}@{checkpoint.revision[:8]}"
+        name = f"{source}@{checkpoint.revision[:8]}"
         terms = f"{shapes.LICENCES[source]}; not gated" if source in shapes.LICENCES else "see its page"
-        yield Missing(what, shapes.download_bytes(source), terms, "obtain_models fetches it from the hub")
+        yield Missing(name, shapes.download_bytes(source), terms, "obtain_models fetches it from the hub")
 
 
 def _missing_data(settings: Settings, root: Path) -> Iterator[Missing]:
     data = settings.data
     if data.source == "llava" and data.llava is not None:
         for path in (data.llava.annotations, data.llava.images):
-            if not _is_there(str(path), root):
+            if not _exists(str(path), root):
                 yield Missing(str(path), None, "yours", "put it there (docs/data.md)")
     if data.source != "mixture" or data.mixture is None:
         return
     for source in data.mixture.sources.values():
-        if not _is_there(source.files, root):
-            what = re.sub("@([0-9a-f]{8})[0-9a-f]{32}", r"@\1", source.files.removeprefix("hf://datasets/"))
+        if not _exists(source.files, root):
+            name = re.sub("@([0-9a-f]{8})[0-9a-f]{32}", r"@\1", source.files.removeprefix("hf://datasets/"))
             rows = ROWS.get(source.files.rpartition("/")[2])
-            counted = f", {rows:,} rows" if rows else ""
-            fetched = source.files.startswith("hf://")
-            get = "prepare fetches it from the hub" if fetched else "put it there (params/mixtures/)"
-            yield Missing(what + counted, DATA_BYTES.get(source.files), source.licence, get)
-        if (images := source.images) is not None and not _is_there(str(images), root):
-            get = "put them there (params/mixtures/)"
-            yield Missing(f"{images} (images)", DATA_BYTES.get(str(images)), source.licence, get)
+            row_count = f", {rows:,} rows" if rows else ""
+            on_hub = source.files.startswith("hf://")
+            instructions = "prepare fetches it from the hub" if on_hub else "put it there (params/mixtures/)"
+            yield Missing(name + row_count, DATA_BYTES.get(source.files), source.licence, instructions)
+        if (images := source.images) is not None and not _exists(str(images), root):
+            instructions = "put them there (params/mixtures/)"
+            yield Missing(f"{images} (images)", DATA_BYTES.get(str(images)), source.licence, instructions)
 
 
-def _is_there(named: str, root: Path) -> bool:
+def _exists(pattern: str, root: Path) -> bool:
     """Whether a file, a non-empty folder, a match of a pattern or a file of the hub's cache exists."""
-    if hub := re.fullmatch(r"hf://datasets/([^/]+)/([^@]+)@([0-9a-f]{40})/(.+)", named):
+    if hub := re.fullmatch(r"hf://datasets/([^/]+)/([^@]+)@([0-9a-f]{40})/(.+)", pattern):
         org, name, commit, file = hub.groups()
         return any((hub_cache() / f"datasets--{org}--{name}" / "snapshots" / commit).glob(file))
-    if "*" in named:
-        return any(root.glob(named))
-    path = root / named
+    if "*" in pattern:
+        return any(root.glob(pattern))
+    path = root / pattern
     return any(path.iterdir()) if path.is_dir() else path.exists()

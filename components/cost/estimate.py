@@ -66,38 +66,42 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
     teacher = next(iter(teachers.values()), None)
     distill, evaluate, runtime = settings.distill, settings.evaluate, settings.runtime
     rows = distill.steps * distill.batch_size
-    tested = _share(settings) * rows
+    test_rows = _share(settings) * rows
 
-    def answering(model: Model, questions: float, batch: int, prompt: float, most: int) -> float:
-        return step.answering(model, questions, batch, prompt, min(most, sample.response), device)
+    def generation_hours(model: Model, questions: float, batch: int, prompt: float, max_new_tokens: int) -> float:
+        return step.generation_hours(model, questions, batch, prompt, min(max_new_tokens, sample.response), device)
 
     hours: dict[str, float] = {}
     if teacher is not None:
-        prompt, written, batch = teacher.visual + sample.text, evaluate.max_new_tokens, evaluate.batch_size
-        candidates = [answering(each, settings.teacher.samples, batch, prompt, written) for each in teachers.values()]
-        hours["select_teacher"] = sum(candidates)
-        looked = settings.irs.images * settings.irs.instructions_per_image
-        hours["search_layer"] = answering(teacher, looked, settings.irs.batch_size, prompt, 0)
-        if (asked := distill.teacher_answers) is not None:
-            hours["write_answers"] = answering(
-                teacher, asked.samples * rows, distill.micro_batch_size, prompt, asked.max_new_tokens
+        prompt, new_tokens, batch = teacher.visual + sample.text, evaluate.max_new_tokens, evaluate.batch_size
+        candidate_hours = [
+            generation_hours(candidate, settings.teacher.samples, batch, prompt, new_tokens) for candidate in teachers.values()
+        ]
+        hours["select_teacher"] = sum(candidate_hours)
+        search_prompts = settings.irs.images * settings.irs.instructions_per_image
+        hours["search_layer"] = generation_hours(teacher, search_prompts, settings.irs.batch_size, prompt, 0)
+        if (answer_settings := distill.teacher_answers) is not None:
+            hours["write_answers"] = generation_hours(
+                teacher, answer_settings.samples * rows, distill.micro_batch_size, prompt, answer_settings.max_new_tokens
             )
-        hours["evaluate_teacher"] = answering(teacher, tested, batch, prompt, written)
-    held: list[dict[str, float]] = []
+        hours["evaluate_teacher"] = generation_hours(teacher, test_rows, batch, prompt, new_tokens)
+    memory_by_arm: list[dict[str, float]] = []
     for arm_name in settings.study.arms:
         arm = settings.arm(arm_name)
         student = students[arm.student]
         shape, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
         steps, passes = settings.of_arm(arm).distill.steps, distill.batch_size / len(shape.lengths)
-        distilling = steps * passes * step.hours(step.operations(student, teacher, shape, plan), device)
+        distill_hours = steps * passes * step.hours(step.operations(student, teacher, shape, plan), device)
         prompt = student.visual + sample.text
         if arm.rollouts is not None:
-            answers, at_once = arm.rollouts.share * steps * distill.batch_size, distill.batch_size // runtime.devices
-            distilling += answering(student, answers, at_once, prompt, arm.rollouts.max_new_tokens)
-        hours[f"distill@{arm_name}"] = distilling
-        hours[f"evaluate@{arm_name}"] = answering(student, tested, evaluate.batch_size, prompt, evaluate.max_new_tokens)
-        held.append(step.memory(student, teacher, shape, plan, _memory_plan(student, settings)))
-    dearest = max(held, key=lambda parts: sum(parts.values()))
+            answers, rollout_batch = arm.rollouts.share * steps * distill.batch_size, distill.batch_size // runtime.devices
+            distill_hours += generation_hours(student, answers, rollout_batch, prompt, arm.rollouts.max_new_tokens)
+        hours[f"distill@{arm_name}"] = distill_hours
+        hours[f"evaluate@{arm_name}"] = generation_hours(
+            student, test_rows, evaluate.batch_size, prompt, evaluate.max_new_tokens
+        )
+        memory_by_arm.append(step.memory(student, teacher, shape, plan, _memory_plan(student, settings)))
+    peak_memory = max(memory_by_arm, key=lambda parts: sum(parts.values()))
     arms = [students[arm.student] for arm in settings.study.arms.values()]
     disk = {
         "models to start from": 2.0 * sum(model.weights for model in [*teachers.values(), *students.values()]),
@@ -105,7 +109,7 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         "a checkpoint": max(4.0 * model.weights + 8.0 * _trained(model, settings) for model in arms),
         "prepared images": rows * IMAGE_BYTES,
     }
-    return Estimate(device, runtime.devices, hours, dearest, disk, rows / PREPARED_PER_SECOND / 3600)
+    return Estimate(device, runtime.devices, hours, peak_memory, disk, rows / PREPARED_PER_SECOND / 3600)
 
 
 def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()) -> float:
@@ -120,25 +124,25 @@ def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()
     members = settings.models.members
     student = _model(members.students[arm.student], name, settings, root)
     teacher = max((_model(entry, name, settings, root) for entry in members.teachers.values()), key=lambda model: model.weights)
-    work, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
+    shape, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
     if arm.tpa is not None and arm.tpa.source == "gold":  # gold alternatives add no rows
-        work = replace(work, ribbon=0)
-    return settings.distill.batch_size / len(work.lengths) * step.operations(student, teacher, work, plan).all
+        shape = replace(shape, ribbon=0)
+    return settings.distill.batch_size / len(shape.lengths) * step.operations(student, teacher, shape, plan).all
 
 
 def _model(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings: Settings, root: Path) -> Model:
     """Shape of one entry of params/models.yaml. A folder's own config.json takes precedence over the table in `shapes`."""
     if isinstance(entry, LanguageShape):
         assert settings.models.embedded is not None and settings.data.digits is not None  # this family learns the digits
-        own, image_px = settings.models.embedded.tower, settings.data.digits.grid * settings.data.digits.cell_px
-        seen_by = shapes.Tower(**own.model_dump(exclude={"cell_px"}), image_px=image_px)
-        return shapes.llava(seen_by, shapes.Language(**entry.model_dump(), vocabulary=DIGITS_WORDS))
+        embedded_tower, image_px = settings.models.embedded.tower, settings.data.digits.grid * settings.data.digits.cell_px
+        tower_shape = shapes.Tower(**embedded_tower.model_dump(exclude={"cell_px"}), image_px=image_px)
+        return shapes.llava(tower_shape, shapes.Language(**entry.model_dump(), vocabulary=DIGITS_WORDS))
     if isinstance(entry, Cut):
         assert settings.models.pretrained is not None
-        whole = _model(settings.models.pretrained.teachers[entry.teacher], name, settings, root)
-        language = whole.language
-        kept = replace(language, layers=math.ceil(language.layers / entry.every), mlp=entry.mlp or language.mlp)
-        return replace(whole, language=kept)
+        teacher = _model(settings.models.pretrained.teachers[entry.teacher], name, settings, root)
+        language = teacher.language
+        pruned_language = replace(language, layers=math.ceil(language.layers / entry.every), mlp=entry.mlp or language.mlp)
+        return replace(teacher, language=pruned_language)
     if isinstance(entry, Parts):
         tower = shapes.TOWERS.get(entry.tower.source)
         language_model = shapes.LANGUAGE_MODELS.get(entry.language_model.source)
@@ -149,17 +153,17 @@ def _model(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings:
             )
         return shapes.llava(tower, language_model)
     folder = downloaded(entry, root)
-    if folder is not None and (found := shapes.of_folder(folder)) is not None:
-        return found
+    if folder is not None and (shape := shapes.load_shape(folder)) is not None:
+        return shape
     if entry.source in shapes.MODELS:
         return shapes.MODELS[entry.source]
-    made = STUDENT_PATH.fullmatch(entry.source)
-    for phase in recipes.phases(name, root) if made else ():
+    student_path = STUDENT_PATH.fullmatch(entry.source)
+    for phase in recipes.phases(name, root) if student_path else ():
         run = f"{name.partition('/')[0]}/{phase}"
-        earlier = recipes.settings_with(run, root)
-        if made and made[1] in earlier.study.arms and earlier.models.pretrained is not None:
-            start = earlier.models.pretrained.students[earlier.study.arms[made[1]].student]
-            return _model(start, run, earlier, root)
+        phase_settings = recipes.settings_with(run, root)
+        if student_path and student_path[1] in phase_settings.study.arms and phase_settings.models.pretrained is not None:
+            student = phase_settings.models.pretrained.students[phase_settings.study.arms[student_path[1]].student]
+            return _model(student, run, phase_settings, root)
     raise InputError(f"the shape of {entry.source} is not known before it is here; `dvc repro obtain_models` brings it")
 
 
@@ -180,11 +184,11 @@ def _batch_shape(student: Model, sample: SampleSize, settings: Settings) -> Batc
 
 def _step_plan(student: Model, arm: Arm, settings: Settings) -> StepPlan:
     distill = settings.distill
-    several = distill.batch_size > distill.micro_batch_size * settings.runtime.devices
+    accumulates = distill.batch_size > distill.micro_batch_size * settings.runtime.devices
     return StepPlan(
         terms=tuple(arm.needs.values()),
         trained=float(distill.trainable.language_model and distill.trainable.lora is None),
-        draws_first=several or distill.gradient_checkpointing,
+        draws_first=accumulates or distill.gradient_checkpointing,
         checkpointed=distill.gradient_checkpointing,
         chunk_rows=distill.logits_chunk_mib * 2**20 / (4 * student.language.vocabulary),
         towers=3 if distill.trainable.vision_tower else 1,

@@ -176,7 +176,7 @@ LICENCES = dict.fromkeys([*MODELS, *LANGUAGE_MODELS, *TOWERS], "Apache 2.0") | {
 }
 
 
-def of_folder(folder: Path) -> Model | None:
+def load_shape(folder: Path) -> Model | None:
     """Shape from the folder's config.json; None for an unsupported family."""
     from transformers import AutoConfig
 
@@ -192,12 +192,12 @@ def of_folder(folder: Path) -> Model | None:
     }.get(config.model_type)
     if build is None:
         return None
-    language = replace(language_of(config.get_text_config()), tied=bool(config.tie_word_embeddings))
-    made: Model = build(tower_of(vision), language)
-    return made
+    language = replace(language_shape(config.get_text_config()), tied=bool(config.tie_word_embeddings))
+    shape: Model = build(tower_shape(vision), language)
+    return shape
 
 
-def language_of(config: Any) -> Language:
+def language_shape(config: Any) -> Language:
     """Shape from a language model's configuration."""
     return Language(
         hidden=config.hidden_size,
@@ -211,7 +211,7 @@ def language_of(config: Any) -> Language:
     )
 
 
-def tower_of(config: Any) -> Tower:
+def tower_shape(config: Any) -> Tower:
     """Shape from a vision tower's configuration, in the field names of SigLIP and CLIP, or of Qwen."""
     qwen = hasattr(config, "depth")
     gated = config.model_type == "qwen2_5_vl"

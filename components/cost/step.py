@@ -71,52 +71,54 @@ class Operations:
         return self.bf16 + self.tf32
 
 
-def operations(student: Model, teacher: Model | None, work: BatchShape, way: StepPlan) -> Operations:
-    """FLOPs of a forward and backward pass over `work`, the optimiser apart. `teacher`: None if no term needs it."""
-    needs = union(way.terms)
-    added = work.ribbon if needs.ribbon else 0
+def operations(student: Model, teacher: Model | None, batch: BatchShape, plan: StepPlan) -> Operations:
+    """FLOPs of a forward and backward pass over `batch`, the optimiser apart. `teacher`: None if no term needs it."""
+    needs = union(plan.terms)
+    extra_rows = batch.ribbon if needs.ribbon else 0
     # Rows whose incoming gradients are known in the backward pass only; terms share compared rows.
-    again = any(term.teacher and term.response for term in way.terms) * work.response + added
-    compared = again + needs.visual * work.visual
-    own = any(not term.teacher for term in way.terms) * work.response + compared
-    computed_twice = again if again > way.chunk_rows else 0
-    bf16 = (2 + way.trained + way.checkpointed) * body(student, work, added) + way.towers * tower(student, work.images)
-    tf32 = (2 + way.trained) * head(student.language, own) + head(student.language, computed_twice)
-    if needs.ribbon and way.draws_first:
-        bf16 += body(student, work, 0)
-        tf32 += head(student.language, work.response)
-    a_pass, its_head = bf16, (2 + way.trained) * head(student.language, work.response)
+    recomputable = any(term.teacher and term.response for term in plan.terms) * batch.response + extra_rows
+    compared_rows = recomputable + needs.visual * batch.visual
+    student_rows = any(not term.teacher for term in plan.terms) * batch.response + compared_rows
+    recomputed = recomputable if recomputable > plan.chunk_rows else 0
+    bf16 = (2 + plan.trained + plan.checkpointed) * body(student, batch, extra_rows) + plan.towers * tower(
+        student, batch.images
+    )
+    tf32 = (2 + plan.trained) * head(student.language, student_rows) + head(student.language, recomputed)
+    if needs.ribbon and plan.draws_first:
+        bf16 += body(student, batch, 0)
+        tf32 += head(student.language, batch.response)
+    pass_flops, head_flops = bf16, (2 + plan.trained) * head(student.language, batch.response)
     if needs.edits:
-        bf16 += way.edited * (a_pass + tower(student, work.images))
-        tf32 += 2 * way.edited * its_head
-    bf16 += way.written * (body(student, work, 0) + tower(student, work.images))
-    tf32 += way.written * head(student.language, work.response)
+        bf16 += plan.edited * (pass_flops + tower(student, batch.images))
+        tf32 += 2 * plan.edited * head_flops
+    bf16 += plan.written * (body(student, batch, 0) + tower(student, batch.images))
+    tf32 += plan.written * head(student.language, batch.response)
     for view in needs.views:
-        bf16 += view.student * a_pass + (view.teacher and tower(student, work.images))
-        tf32 += view.student * its_head
+        bf16 += view.student * pass_flops + (view.teacher and tower(student, batch.images))
+        tf32 += view.student * head_flops
         if view.teacher and teacher is not None:
-            bf16 += body(teacher, work, 0)
-            bf16 += 2 * head(teacher.language, work.response)
+            bf16 += body(teacher, batch, 0)
+            bf16 += 2 * head(teacher.language, batch.response)
     if teacher is not None and needs.teacher:
-        if way.gradient:
-            bf16 += 2 * body(teacher, work, 0)
-            tf32 += 2 * head(teacher.language, work.response)
+        if plan.gradient:
+            bf16 += 2 * body(teacher, batch, 0)
+            tf32 += 2 * head(teacher.language, batch.response)
         maps = needs.attention + len(needs.in_teacher.maps)
-        watched = 2 * teacher.language.attention * work.instruction * work.visual / max(1, len(work.lengths)) * maps
-        bf16 += body(teacher, work, added) + watched
-        bf16 += head(teacher.language, compared + computed_twice)
+        map_flops = 2 * teacher.language.attention * batch.instruction * batch.visual / max(1, len(batch.lengths)) * maps
+        bf16 += body(teacher, batch, extra_rows) + map_flops
+        bf16 += head(teacher.language, compared_rows + recomputed)
     return Operations(bf16, tf32)
 
 
-def body(model: Model, work: BatchShape, added: float) -> float:
-    """FLOPs of a forward pass of projector and layers with `added` extra rows in all, causal attention, without the head."""
+def body(model: Model, batch: BatchShape, extra_rows: float) -> float:
+    """FLOPs of a forward pass of projector and layers with `extra_rows` in all, causal attention, without the head."""
     shape = model.language
-    tokens = sum(work.lengths) + added
-    longest = max(work.lengths)
-    pairs = sum(length * (length + 1) / 2 for length in work.lengths)  # (query, key) pairs of causal attention
-    pairs += added * (longest + added / len(work.lengths))  # by a mask: masked pairs are computed too
+    tokens = sum(batch.lengths) + extra_rows
+    longest = max(batch.lengths)
+    pairs = sum(length * (length + 1) / 2 for length in batch.lengths)  # (query, key) pairs of causal attention
+    pairs += extra_rows * (longest + extra_rows / len(batch.lengths))  # by a mask: masked pairs are computed too
     layers = shape.layers * (2 * shape.per_layer * tokens + 4 * shape.attention * pairs)
-    return 2 * model.projector * work.visual + layers
+    return 2 * model.projector * batch.visual + layers
 
 
 def head(shape: Language, rows: float) -> float:
@@ -141,32 +143,35 @@ class MemoryPlan:
     sharded: frozenset[str] = frozenset()
 
 
-def memory(student: Model, teacher: Model | None, work: BatchShape, way: StepPlan, held: MemoryPlan) -> dict[str, float]:
-    """Bytes per part on one device at the peak of a step over `work`, the largest micro-batch.
+def memory(student: Model, teacher: Model | None, batch: BatchShape, plan: StepPlan, options: MemoryPlan) -> dict[str, float]:
+    """Bytes per part on one device at the peak of a step over `batch`, the largest micro-batch.
 
     The teacher holds the activations of one layer at a time, of all for a backward pass of its own (`gradient`).
     """
-    shape, needs = student.language, union(way.terms)
-    parts_of = {name: held.devices if name in held.sharded else 1 for name in ("student", "teacher")}
-    tokens, added = sum(work.lengths), work.ribbon if needs.ribbon else 0
-    per_token = footprint.activations_per_token(shape.hidden, shape.mlp, shape.layers, way.checkpointed) * held.wide
-    rows = work.response + work.visual * needs.visual + added
-    casts = held.wide * held.trained if held.wide < footprint.FLOAT else 0  # autocast keeps 16-bit copies of weights
+    shape, needs = student.language, union(plan.terms)
+    shards = {name: options.devices if name in options.sharded else 1 for name in ("student", "teacher")}
+    tokens, extra_rows = sum(batch.lengths), batch.ribbon if needs.ribbon else 0
+    per_token = footprint.activations_per_token(shape.hidden, shape.mlp, shape.layers, plan.checkpointed) * options.wide
+    rows = batch.response + batch.visual * needs.visual + extra_rows
+    # autocast keeps 16-bit copies of weights
+    casts = options.wide * options.trained if options.wide < footprint.FLOAT else 0
     parts = {
-        "student's weights": footprint.FLOAT * student.weights / parts_of["student"] + casts,
-        "gradients and optimiser state": footprint.OPTIMISER * footprint.FLOAT * held.trained / parts_of["student"],
-        "activations": (tokens + added) * per_token,
-        "logits": footprint.logits(rows, way.chunk_rows, shape.vocabulary),
+        "student's weights": footprint.FLOAT * student.weights / shards["student"] + casts,
+        "gradients and optimiser state": footprint.OPTIMISER * footprint.FLOAT * options.trained / shards["student"],
+        "activations": (tokens + extra_rows) * per_token,
+        "logits": footprint.logits(rows, plan.chunk_rows, shape.vocabulary),
         "teacher": 0.0,
     }
     if teacher is not None and needs.teacher:
-        theirs = teacher.language
-        cache = 2 * theirs.layers * theirs.attention * theirs.kv_heads / theirs.heads * held.wide * tokens
-        depth = theirs.layers if way.gradient else 1
-        activations = footprint.activations_per_token(theirs.hidden, theirs.mlp, depth, checkpointed=False) * held.wide * tokens
-        weights = held.teacher_bytes * teacher.weights / parts_of["teacher"]
-        continued = added and not way.checkpointed  # alternatives continue over the key/value caches of both models
-        parts["teacher"] = weights + activations + (cache if continued else 0)
+        language = teacher.language
+        cache = 2 * language.layers * language.attention * language.kv_heads / language.heads * options.wide * tokens
+        depth = language.layers if plan.gradient else 1
+        activations = (
+            footprint.activations_per_token(language.hidden, language.mlp, depth, checkpointed=False) * options.wide * tokens
+        )
+        weights = options.teacher_bytes * teacher.weights / shards["teacher"]
+        keeps_cache = extra_rows and not plan.checkpointed  # alternatives continue over the key/value caches of both models
+        parts["teacher"] = weights + activations + (cache if keeps_cache else 0)
     return parts
 
 
@@ -198,17 +203,17 @@ ALTERNATIVES = 1.29
 GIB = 2**30
 
 
-def hours(done: Operations, device: Device) -> float:
+def hours(flops: Operations, device: Device) -> float:
     """Device hours under bf16."""
-    return (done.bf16 / device.peak + done.tf32 / device.tf32) / UTILISATION / 3600
+    return (flops.bf16 / device.peak + flops.tf32 / device.tf32) / UTILISATION / 3600
 
 
-def answering(model: Model, samples: float, batch: int, prompt: float, written: float, device: Device) -> float:
-    """Device hours of generating `written` tokens to each question of `prompt` tokens, `batch` at a time, weights in 16 bits.
+def generation_hours(model: Model, samples: float, batch: int, prompt: float, new_tokens: float, device: Device) -> float:
+    """Device hours of generating `new_tokens` to each question of `prompt` tokens, `batch` at a time, weights in 16 bits.
 
     Prefill is bound by FLOPs; decoding by reading all weights once per token position of the batch.
     """
-    work = BatchShape(lengths=(prompt,), response=0, visual=model.visual, images=1)
-    reading = Operations(samples * (tower(model, 1) + body(model, work, 0) + head(model.language, 1)), 0)
-    writing = samples / batch * written * 2 * model.weights / (device.bandwidth * UTILISATION)
-    return hours(reading, device) + writing / 3600
+    batch_shape = BatchShape(lengths=(prompt,), response=0, visual=model.visual, images=1)
+    prefill = Operations(samples * (tower(model, 1) + body(model, batch_shape, 0) + head(model.language, 1)), 0)
+    decode_seconds = samples / batch * new_tokens * 2 * model.weights / (device.bandwidth * UTILISATION)
+    return hours(prefill, device) + decode_seconds / 3600

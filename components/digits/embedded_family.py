@@ -40,7 +40,7 @@ from components.models.vlm import VLM
 from components.process import shared_out
 from components.runtime import models_at_once, prepare_torch
 
-HERE = b""  # placeholder of an image with precomputed features
+PRECOMPUTED = b""  # placeholder of an image with precomputed features
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ def read_corpus(samples: Samples) -> Corpus:
     """Training corpus. Raises DataError if an image lacks a caption or question, or is not a square of the common size."""
     images, captions, turns = [], [], []
     for row in tqdm(range(samples.images), desc="training split", unit="image"):
-        about = samples.about(row)
-        described = [sample for sample in about if sample.kind == CAPTION and sample.image is not None]
-        asked = [turn for sample in about if sample.kind != CAPTION for turn in sample.turns]
-        if not described or not asked:
+        group = samples.about(row)
+        image_captions = [sample for sample in group if sample.kind == CAPTION and sample.image is not None]
+        question_turns = [turn for sample in group if sample.kind != CAPTION for turn in sample.turns]
+        if not image_captions or not question_turns:
             raise DataError(
-                f"image {about[0].image_id}: the embedded family learns from images that each have a caption and questions; "
-                "use `source: digits`, or `family: pretrained`"
+                f"image {group[0].image_id}: the embedded family learns from images that each have a caption and questions;"
+                " use `source: digits`, or `family: pretrained`"
             )
-        images.append(np.asarray(decode(described[0])))
-        captions.append(described)
-        others = [turn for sample in described[1:] for turn in sample.turns]
-        turns.append([Turn(question_of(turn), turn.answer) for turn in asked + others])
+        images.append(np.asarray(decode(image_captions[0])))
+        captions.append(image_captions)
+        caption_turns = [turn for sample in image_captions[1:] for turn in sample.turns]
+        turns.append([Turn(question_of(turn), turn.answer) for turn in question_turns + caption_turns])
     shapes = {image.shape for image in images}
     if len(shapes) != 1 or len(set(images[0].shape[:2])) != 1:
         raise DataError(f"the embedded family needs square images of one size; found (height, width, 3) {sorted(shapes)[:3]}")
@@ -109,17 +109,17 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: Run
     template = Template.asked(settings.template)
     processor = build_processor(corpus.texts, template, corpus.images.shape[-1], shapes.tower.patch_px)
     collator = Collator(processor, template, settings.max_length, train=True)
-    tower = _tower(shapes, corpus, collator, device, log)
+    tower = _train_tower(shapes, corpus, collator, device, log)
     features = encode(tower, corpus.images, device).cpu().numpy()
-    read = tower.cpu().state_dict()
-    family = Family(settings, runtime, tower.config, read, processor, features, corpus.captions, corpus.turns, folder)
+    tower_weights = tower.cpu().state_dict()
+    family = Family(settings, runtime, tower.config, tower_weights, processor, features, corpus.captions, corpus.turns, folder)
     jobs = [(family, role, name) for role in ("teachers", "students") for name in getattr(shapes, role)]
-    for losses in shared_out(trained, jobs, models_at_once(runtime, device)):
+    for losses in shared_out(train_member, jobs, models_at_once(runtime, device)):
         for loss in losses:
             log(*loss)
 
 
-def trained(family: Family, role: str, name: str) -> list[tuple[str, float, int]]:
+def train_member(family: Family, role: str, name: str) -> list[tuple[str, float, int]]:
     """Train and save one member; returns its losses as (name, loss, step)."""
     shapes, losses = family.settings.embedded, list[tuple[str, float, int]]()
     assert shapes is not None
@@ -127,16 +127,16 @@ def trained(family: Family, role: str, name: str) -> list[tuple[str, float, int]
     collator = Collator(family.processor, Template.asked(family.settings.template), family.settings.max_length, train=True)
     tower = SiglipVisionModel(family.tower)
     tower.load_state_dict(family.tower_weights)
-    generator = _seeded(shapes.seed, role, name)
+    generator = _seeded_generator(shapes.seed, role, name)
     model = new_model(getattr(shapes, role)[name], tower, family.processor)
     model.to(device)  # type: ignore[arg-type]
     features = torch.from_numpy(family.features).to(device)
-    language = Language(model, features, collator, generator, f"{role[:-1]} {name}", lambda *loss: losses.append(loss))
+    trainer = LanguageTrainer(model, features, collator, generator, f"{role[:-1]} {name}", lambda *loss: losses.append(loss))
     if role == "teachers":
-        language.captions(family.captions, shapes.teacher_captions)
-        language.conversations(family.turns, shapes.teacher_instructions)
+        trainer.captions(family.captions, shapes.teacher_captions)
+        trainer.conversations(family.turns, shapes.teacher_instructions)
     else:
-        language.captions(family.captions, shapes.student_captions)
+        trainer.captions(family.captions, shapes.student_captions)
     for part in (model, family.processor):
         part.save_pretrained(family.folder / role / name)
     return losses
@@ -178,11 +178,11 @@ def new_model(shape: LanguageShape, tower: SiglipVisionModel, processor: LlavaPr
 
 
 @dataclass
-class Language:
+class LanguageTrainer:
     """Training of projector and language model on precomputed features of the frozen tower."""
 
     model: LlavaForConditionalGeneration
-    seen: Tensor  # (N, Nv, d) features of the training images
+    features: Tensor  # (N, Nv, d) features of the training images
     collator: Collator
     generator: torch.Generator
     name: str
@@ -191,10 +191,10 @@ class Language:
     def captions(self, captions: list[list[Sample]], training: Training) -> None:
         """Train on one random caption per image and step."""
 
-        def drawn(image: int) -> Sample:
+        def draw_caption(image: int) -> Sample:
             return captions[image][int(torch.randint(len(captions[image]), (), generator=self.generator))]
 
-        self._fit(drawn, training, "captions")
+        self._fit(draw_caption, training, "captions")
 
     def conversations(self, turns: list[list[Turn]], training: Conversations) -> None:
         """Train on up to `training.turns` random turns about an image in one sample, in random order.
@@ -202,50 +202,52 @@ class Language:
         The turns share the visual tokens, so a step of eight questions costs hardly more than a step of one.
         """
 
-        def drawn(image: int) -> Sample:
-            asked = turns[image]
-            order = torch.randperm(len(asked), generator=self.generator)[: training.turns].tolist()
-            first, *others = (asked[index] for index in order)
-            marked = Turn(f"{IMAGE}\n{first.question}", first.answer)
-            return Sample(f"conversation about image {image}", "", "", HERE, (marked, *others))
+        def draw_conversation(image: int) -> Sample:
+            image_turns = turns[image]
+            order = torch.randperm(len(image_turns), generator=self.generator)[: training.turns].tolist()
+            opening, *others = (image_turns[index] for index in order)
+            first_turn = Turn(f"{IMAGE}\n{opening.question}", opening.answer)
+            return Sample(f"conversation about image {image}", "", "", PRECOMPUTED, (first_turn, *others))
 
-        self._fit(drawn, training, "conversations")
+        self._fit(draw_conversation, training, "conversations")
 
-    def _fit(self, sample_of: Any, training: Training, stage: str) -> None:
-        batches = epochs(len(self.seen), training.batch_size, self.generator)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        view = VLM(self.model.train())
+    def _fit(self, draw_sample: Any, training: Training, stage: str) -> None:
+        batches = epochs(len(self.features), training.batch_size, self.generator)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        vlm = VLM(self.model.train())
 
-        def loss_at(step: int) -> Tensor:
+        def step_loss(step: int) -> Tensor:
             images = next(batches)
-            batch = self.collator.text([sample_of(image) for image in images]).to(self.seen.device)
-            return response_loss(view, batch, self.seen[images])
+            batch = self.collator.text([draw_sample(image) for image in images]).to(self.features.device)
+            return response_loss(vlm, batch, self.features[images])
 
-        fit(trained, loss_at, training, f"{self.name} {stage}", self.log)
+        fit(trainable, step_loss, training, f"{self.name} {stage}", self.log)
         self.model.eval()
 
 
-def response_loss(view: VLM, batch: Batch, seen: Tensor) -> Tensor:
+def response_loss(vlm: VLM, batch: Batch, features: Tensor) -> Tensor:
     """Mean cross-entropy of response tokens, in nats; logits are computed at their rows alone."""
-    hidden, _ = view.plain(batch, seen, keep=False)
+    hidden, _ = vlm.plain(batch, features, keep=False)
     rows = batch.response[:, 1:]  # row t predicts token t + 1
-    return F.cross_entropy(view.head(hidden[:, :-1][rows]), batch.input_ids[:, 1:][rows])
+    return F.cross_entropy(vlm.head(hidden[:, :-1][rows]), batch.input_ids[:, 1:][rows])
 
 
-def _tower(family: EmbeddedFamily, corpus: Corpus, collator: Collator, device: torch.device, log: Log) -> SiglipVisionModel:
-    generator = _seeded(family.seed, "tower")
+def _train_tower(
+    family: EmbeddedFamily, corpus: Corpus, collator: Collator, device: torch.device, log: Log
+) -> SiglipVisionModel:
+    generator = _seeded_generator(family.seed, "tower")
     tower: SiglipVisionModel = new_tower(family.tower, corpus.images.shape[-1]).to(device)  # type: ignore[arg-type]
     answers = [first.turns[0].answer for first, *_ in corpus.captions]
     count = visual_tokens(collator.processor)
     assert count is not None  # all images of one size
     words = cell_words(collator.tokenizer(answers)["input_ids"], count, family.tower.cell_px // family.tower.patch_px)
-    read = train_tower(tower, corpus.images, words, family.tower_training, generator, log)
-    print(f"vision tower: reads {read:.1%} of what the captions say of a cell, each word counting the same")
+    accuracy = train_tower(tower, corpus.images, words, family.tower_training, generator, log)
+    print(f"vision tower: reads {accuracy:.1%} of what the captions say of a cell, each word counting the same")
     return tower
 
 
-def _seeded(seed: int, *what: str) -> torch.Generator:
+def _seeded_generator(seed: int, *names: str) -> torch.Generator:
     """Generator of one part's random stream; also seeds torch's global generator, which initialises weights."""
-    own = int.from_bytes(hashlib.sha256("/".join([str(seed), *what]).encode()).digest()[:7], "big")
-    torch.manual_seed(own)
-    return torch.Generator().manual_seed(own)
+    derived_seed = int.from_bytes(hashlib.sha256("/".join([str(seed), *names]).encode()).digest()[:7], "big")
+    torch.manual_seed(derived_seed)
+    return torch.Generator().manual_seed(derived_seed)

@@ -1,12 +1,12 @@
 """Questions about a grid of coloured digits: one function per kind, and a selection that balances answers.
 
-Every answer names each place before its content, and ends with the conclusion. So each word needs at most one cell of the
+Every answer names each cell before its content, and ends with the conclusion. So each word needs at most one cell of the
 image; a wrong word misleads those after it; and no kind depends on one circuit that a small model finds late and by luck
 (docs/log.md).
 
 A kind lists every sensible question about a scene with its answer, its cells (the region that attention should point to), and
-its *strata*: labels from coarse to fine, the result of the answer first. `ask` takes the option whose strata were used least
-so far in the split, which balances answers in one pass.
+its *strata*: labels from coarse to fine, the result of the answer first. `choose_questions` takes the option whose
+strata were used least so far in the split, which balances answers in one pass.
 """
 
 from __future__ import annotations
@@ -32,51 +32,51 @@ CAPTIONS = 2  # per image of the train split
 class Digit(NamedTuple):
     """Digit of a composed image."""
 
-    place: str  # column letter and row number: "a1" is the top left cell
+    cell: str  # column letter and row number: "a1" is the top left cell
     value: int
     colour: str
     raw: int  # index of the raw digit
 
 
 class Scene(NamedTuple):
-    places: tuple[str, ...]  # names of all cells, in reading order
+    cells: tuple[str, ...]  # names of all cells, in reading order
     digits: tuple[Digit, ...]  # in reading order
 
-    def at(self, place: str) -> Digit | None:
-        return next((digit for digit in self.digits if digit.place == place), None)
+    def digit_at(self, cell: str) -> Digit | None:
+        return next((digit for digit in self.digits if digit.cell == cell), None)
 
-    def digit(self, place: str) -> str:
+    def digit_word(self, cell: str) -> str:
         """Digit of a cell as a word."""
-        found = self.at(place)
-        return EMPTY if found is None else DIGITS[found.value]
+        digit = self.digit_at(cell)
+        return EMPTY if digit is None else DIGITS[digit.value]
 
-    def colour(self, place: str) -> str:
-        found = self.at(place)
-        return EMPTY if found is None else found.colour
+    def colour_word(self, cell: str) -> str:
+        digit = self.digit_at(cell)
+        return EMPTY if digit is None else digit.colour
 
     @property
     def lines(self) -> dict[str, tuple[str, ...]]:
-        """Rows and columns by name, each with its places in reading order."""
-        grid = round(len(self.places) ** 0.5)
-        rows = {f"row {NUMBERS[row + 1]}": self.places[row * grid : (row + 1) * grid] for row in range(grid)}
-        return rows | {f"column {self.places[column][0]}": self.places[column::grid] for column in range(grid)}
+        """Rows and columns by name, each with its cells in reading order."""
+        grid = round(len(self.cells) ** 0.5)
+        rows = {f"row {NUMBERS[row + 1]}": self.cells[row * grid : (row + 1) * grid] for row in range(grid)}
+        return rows | {f"column {self.cells[column][0]}": self.cells[column::grid] for column in range(grid)}
 
 
 class Option(NamedTuple):
     question: str
     answer: str
     strata: tuple[str, ...]
-    cells: tuple[str, ...]  # places asked about
+    cells: tuple[str, ...]  # cells that the question is about
 
 
-class Asked(NamedTuple):
+class Question(NamedTuple):
     kind: str
     question: str
     answer: str
     cells: tuple[str, ...]
 
 
-def places(grid: int) -> tuple[str, ...]:
+def cell_names(grid: int) -> tuple[str, ...]:
     """Names of the cells in reading order, as on a chess board seen from above: a1 b1 c1 ... a2 b2 ..."""
     return tuple(f"{'abcdefghi'[column]}{row + 1}" for row in range(grid) for column in range(grid))
 
@@ -86,20 +86,21 @@ def places(grid: int) -> tuple[str, ...]:
 
 def digit(scene: Scene) -> list[Option]:
     return [
-        Option(f"What digit is at {d.place}?", f"{d.place} {DIGITS[d.value]}", (DIGITS[d.value], d.place), (d.place,))
+        Option(f"What digit is at {d.cell}?", f"{d.cell} {DIGITS[d.value]}", (DIGITS[d.value], d.cell), (d.cell,))
         for d in scene.digits
     ]
 
 
 def colours(scene: Scene) -> list[Option]:
     return [
-        Option(f"Which colours are in {line}?", _coloured(scene, cells), (line,), cells) for line, cells in scene.lines.items()
+        Option(f"Which colours are in {line}?", _colour_words(scene, cells), (line,), cells)
+        for line, cells in scene.lines.items()
     ]
 
 
 def describe(scene: Scene) -> list[Option]:
     return [
-        Option(f"Describe {line}.", f"{_read(scene, cells)} then {_coloured(scene, cells)}", (line,), cells)
+        Option(f"Describe {line}.", f"{_digit_words(scene, cells)} then {_colour_words(scene, cells)}", (line,), cells)
         for line, cells in scene.lines.items()
     ]
 
@@ -126,12 +127,12 @@ def extreme(scene: Scene) -> list[Option]:
 
 
 def _pairs(scene: Scene, question: str, answer: str, result: Callable[[int, int], int]) -> list[Option]:
-    """Options about each ordered pair of digits, by place."""
+    """Options about each ordered pair of digits, by cell."""
     options = []
     for a, b in permutations(scene.digits, 2):
         word = NUMBERS[result(a.value, b.value)]
-        read = {"a": f"{a.place} {DIGITS[a.value]}", "b": f"{b.place} {DIGITS[b.value]}", "result": word}
-        options.append(Option(question.format(a=a.place, b=b.place), answer.format(**read), (word,), (a.place, b.place)))
+        values = {"a": f"{a.cell} {DIGITS[a.value]}", "b": f"{b.cell} {DIGITS[b.value]}", "result": word}
+        options.append(Option(question.format(a=a.cell, b=b.cell), answer.format(**values), (word,), (a.cell, b.cell)))
     return options
 
 
@@ -139,24 +140,26 @@ def _lines(scene: Scene, question: str, result: Callable[[list[int]], int], leas
     """Options about each row and column with at least `least` digits."""
     options = []
     for line, cells in scene.lines.items():
-        values = [digit.value for digit in scene.digits if digit.place in cells]
+        values = [digit.value for digit in scene.digits if digit.cell in cells]
         if len(values) >= least:
             word = NUMBERS[result(values)]
-            options.append(Option(question.format(line=line), f"{_read(scene, cells)} so {word}", (word, line), cells))
+            options.append(Option(question.format(line=line), f"{_digit_words(scene, cells)} so {word}", (word, line), cells))
     return options
 
 
-def _read(scene: Scene, cells: tuple[str, ...]) -> str:
-    return " ".join(f"{cell} {scene.digit(cell)}" for cell in cells)
+def _digit_words(scene: Scene, cells: tuple[str, ...]) -> str:
+    return " ".join(f"{cell} {scene.digit_word(cell)}" for cell in cells)
 
 
-def _coloured(scene: Scene, cells: tuple[str, ...]) -> str:
-    return " ".join(f"{cell} {scene.colour(cell)}" for cell in cells)
+def _colour_words(scene: Scene, cells: tuple[str, ...]) -> str:
+    return " ".join(f"{cell} {scene.colour_word(cell)}" for cell in cells)
 
 
-def _described(scene: Scene, cells: tuple[str, ...]) -> str:
+def _cell_words(scene: Scene, cells: tuple[str, ...]) -> str:
     """Description in three words per cell."""
-    return " ".join(f"{cell} {scene.colour(cell)} {scene.digit(cell) if scene.at(cell) else 'cell'}" for cell in cells)
+    return " ".join(
+        f"{cell} {scene.colour_word(cell)} {scene.digit_word(cell) if scene.digit_at(cell) else 'cell'}" for cell in cells
+    )
 
 
 KINDS: dict[str, Callable[[Scene], list[Option]]] = {
@@ -178,7 +181,7 @@ def captions(scene: Scene) -> list[tuple[str, str]]:
     a cell is identified by its name, not by its position in the text.
     """
     by_column = tuple(cell for line, cells in scene.lines.items() if line.startswith("column") for cell in cells)
-    return [("Describe the rows.", _described(scene, scene.places)), ("Describe the columns.", _described(scene, by_column))]
+    return [("Describe the rows.", _cell_words(scene, scene.cells)), ("Describe the columns.", _cell_words(scene, by_column))]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -188,44 +191,44 @@ class Balance:
     """Usage counts of each kind and of its strata in one split."""
 
     def __init__(self) -> None:
-        self._used: Counter[tuple[str, ...]] = Counter()
+        self._counts: Counter[tuple[str, ...]] = Counter()
 
     def kinds(self, rng: np.random.Generator) -> list[str]:
         """All kinds, least used first, ties in random order."""
-        return sorted(KINDS, key=lambda kind: (self._used[kind,], rng.random()))
+        return sorted(KINDS, key=lambda kind: (self._counts[kind,], rng.random()))
 
     def rarest(self, kind: str, options: list[Option], rng: np.random.Generator) -> Option:
         """Option of the least used strata, compared from coarse to fine; ties at random."""
         for depth in range(1, max(len(option.strata) for option in options) + 1):
-            uses = [self._used[kind, *option.strata[:depth]] for option in options]
-            least = min(uses)
-            options = [option for option, used in zip(options, uses, strict=True) if used == least]
+            counts = [self._counts[kind, *option.strata[:depth]] for option in options]
+            least = min(counts)
+            options = [option for option, count in zip(options, counts, strict=True) if count == least]
         return options[rng.integers(len(options))]
 
     def record(self, kind: str, option: Option) -> None:
         path = (kind, *option.strata)
-        self._used.update(path[:end] for end in range(1, len(path) + 1))
+        self._counts.update(path[:end] for end in range(1, len(path) + 1))
 
 
-def ask(scene: Scene, amount: int, balance: Balance, rng: np.random.Generator) -> list[Asked]:
+def choose_questions(scene: Scene, amount: int, balance: Balance, rng: np.random.Generator) -> list[Question]:
     """`amount` different questions, shuffled; a kind repeats only after a round over all kinds.
 
     Raises DataError if the scene has fewer questions.
     """
-    asked: dict[str, Asked] = {}
-    while len(asked) < amount:
-        before = len(asked)
+    chosen: dict[str, Question] = {}
+    while len(chosen) < amount:
+        previous_count = len(chosen)
         for kind in balance.kinds(rng):
-            options = [option for option in KINDS[kind](scene) if option.question not in asked]
-            if options and len(asked) < amount:
+            options = [option for option in KINDS[kind](scene) if option.question not in chosen]
+            if options and len(chosen) < amount:
                 best = balance.rarest(kind, options, rng)
                 balance.record(kind, best)
-                asked[best.question] = Asked(kind, best.question, best.answer, best.cells)
-        if len(asked) == before:
+                chosen[best.question] = Question(kind, best.question, best.answer, best.cells)
+        if len(chosen) == previous_count:
             raise DataError(
                 f"params/data.yaml: digits.instructions_per_image: {amount} are too many, an image of"
-                f" {len(scene.digits)} digits has {before} different ones; lower it or raise digits.filled"
+                f" {len(scene.digits)} digits has {previous_count} different ones; lower it or raise digits.filled"
             )
-    mixed = list(asked.values())
-    rng.shuffle(mixed)  # type: ignore[arg-type]
-    return mixed
+    questions = list(chosen.values())
+    rng.shuffle(questions)  # type: ignore[arg-type]
+    return questions

@@ -56,13 +56,13 @@ def read(folder: Path = RAW) -> tuple[np.ndarray, np.ndarray]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; `git checkout data.dvc && make data` brings it") from None
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); {_back(path)}") from None
+        raise DataError(f"{path} is damaged ({error}); {_restore_hint(path)}") from None
     if table.shape != (COUNT, 1 + SIDE**2) or table.min() < 0 or table[:, 1:].max() > DEPTH or table[:, 0].max() > 9:
-        raise DataError(f"{path} does not hold {COUNT} digits of {SIDE} x {SIDE}; {_back(path)}")
+        raise DataError(f"{path} does not hold {COUNT} digits of {SIDE} x {SIDE}; {_restore_hint(path)}")
     return table[:, 1:].reshape(-1, SIDE, SIDE).astype(np.uint8), table[:, 0]
 
 
-def _back(path: Path) -> str:
+def _restore_hint(path: Path) -> str:
     return f"`git checkout data.dvc && dvc checkout --force {path}` brings it back"
 
 

@@ -83,24 +83,24 @@ def train_tower(
     balance = [1 / labels.flatten().bincount().to(device) for _, labels in slots]
     heads = nn.ModuleList(nn.Linear(tower.config.hidden_size, len(classes)) for classes, _ in slots).to(device)
     batches = epochs(len(images), training.batch_size, generator)
-    read: list[float] = []
+    accuracies: list[float] = []
 
-    def loss_at(step: int) -> Tensor:
+    def step_loss(step: int) -> Tensor:
         index = torch.tensor(next(batches))
         pixels = normalised(images[index])
         pixels += 2 * training.noise * torch.randn(pixels.shape, generator=generator)
-        seen = features(tower, pixels.to(device)).flatten(0, 1)
+        states = features(tower, pixels.to(device)).flatten(0, 1)
         losses = []
         for head, weight, (_, labels) in zip(heads, balance, slots, strict=True):
             target = labels[index].flatten().to(device)
-            logits = head(seen)
+            logits = head(states)
             losses.append(F.cross_entropy(logits, target, weight=weight, label_smoothing=training.label_smoothing))
             if step > training.steps * 0.95:
-                hit = (logits.argmax(-1) == target).float()
-                read.append(float((hit * weight[target]).sum() / weight[target].sum()))
+                correct = (logits.argmax(-1) == target).float()
+                accuracies.append(float((correct * weight[target]).sum() / weight[target].sum()))
         return torch.stack(losses).mean()
 
     tower.train()
-    fit([*tower.parameters(), *heads.parameters()], loss_at, training, "vision tower", log)
+    fit([*tower.parameters(), *heads.parameters()], step_loss, training, "vision tower", log)
     tower.eval().requires_grad_(False)
-    return sum(read) / len(read)
+    return sum(accuracies) / len(accuracies)

@@ -22,15 +22,15 @@ def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training
 
     Weight decay on matrices alone. Raises AlignTIError, naming the step, if the loss is not finite.
     """
-    recipe = training.optimiser
-    trained = list(parameters)
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+    optimiser_settings = training.optimiser
+    trainable = list(parameters)
+    matrices, vectors = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim < 2]
     optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=recipe.betas,
+        [{"params": matrices, "weight_decay": optimiser_settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=optimiser_settings.learning_rate,
+        betas=optimiser_settings.betas,
     )
-    warmup = round(training.steps * recipe.warmup_ratio)
+    warmup = round(training.steps * optimiser_settings.warmup_ratio)
     schedule = get_cosine_schedule_with_warmup(optimiser, warmup, training.steps)
     recent: list[float] = []
     with trange(1, training.steps + 1, desc=name, unit="step") as bar:
@@ -38,7 +38,7 @@ def fit(parameters: Iterable[Tensor], loss_at: Callable[[int], Tensor], training
             loss = loss_at(step)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trainable, optimiser_settings.max_grad_norm)
             optimiser.step()
             schedule.step()
             recent.append(loss.item())

@@ -9,20 +9,20 @@ from components.records.dataset import Manifest
 
 def statistics(manifest: Manifest) -> dict[str, float]:
     """Statistics by name: fractions, whose names end in `share`, and counts."""
-    found: dict[str, float] = {"quarantined/share": manifest.quarantined / manifest.rows_in if manifest.rows_in else 0.0}
+    values: dict[str, float] = {"quarantined/share": manifest.quarantined / manifest.rows_in if manifest.rows_in else 0.0}
     for split, record in manifest.splits.items():
-        found |= {f"{split}/images": record.images, f"{split}/samples": record.samples}
+        values |= {f"{split}/images": record.images, f"{split}/samples": record.samples}
         for kind, samples in record.kinds.items():
-            found[f"{split}/{kind}/share"] = samples / record.samples if record.samples else 0.0
-    return found
+            values[f"{split}/{kind}/share"] = samples / record.samples if record.samples else 0.0
+    return values
 
 
-def moved(then: Mapping[str, float], now: Mapping[str, float], above: float) -> list[str]:
-    """Statistics that changed by more than `above`: absolute for shares, relative for counts."""
-    found = []
-    for name in sorted(then.keys() | now.keys()):
-        before, after = then.get(name, 0.0), now.get(name, 0.0)
+def moved(previous: Mapping[str, float], current: Mapping[str, float], threshold: float) -> list[str]:
+    """Statistics that changed by more than `threshold`: absolute for shares, relative for counts."""
+    changes = []
+    for name in sorted(previous.keys() | current.keys()):
+        old, new = previous.get(name, 0.0), current.get(name, 0.0)
         share = name.endswith("share")
-        if abs(after - before) > above * (1.0 if share else max(before, 1.0)):
-            found.append(f"{name} {before:.3f} -> {after:.3f}" if share else f"{name} {before:,.0f} -> {after:,.0f}")
-    return found
+        if abs(new - old) > threshold * (1.0 if share else max(old, 1.0)):
+            changes.append(f"{name} {old:.3f} -> {new:.3f}" if share else f"{name} {old:,.0f} -> {new:,.0f}")
+    return changes

@@ -19,6 +19,6 @@ def answers(model: Path, title: str, settings: Settings) -> tuple[list[Predictio
     samples = Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
     loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template.asked(settings.models.template)
-    said = generate.answers(loaded, samples, rows, template, settings.models.max_length, settings.evaluate, title)
-    measured = fingerprint.own(loaded, samples, rows, template, settings.evaluate)
-    return metrics.predictions((samples[row] for row in rows), said), measured
+    generated = generate.answers(loaded, samples, rows, template, settings.models.max_length, settings.evaluate, title)
+    measurement = fingerprint.own(loaded, samples, rows, template, settings.evaluate)
+    return metrics.predictions((samples[row] for row in rows), generated), measurement

@@ -43,16 +43,16 @@ def paired_test(
     """
     if differs := differences(*fingerprints):
         raise MeasuredDifferently(f"{names[0]} and {names[1]} were measured differently ({'; '.join(differs)})")
-    ours, theirs = ({p.id: p for p in answered} for answered in answers)
-    if ours.keys() != theirs.keys() or any(ours[key].reference != theirs[key].reference for key in ours):
+    first, second = ({p.id: p for p in predictions} for predictions in answers)
+    if first.keys() != second.keys() or any(first[key].reference != second[key].reference for key in first):
         raise DataError(f"the answers of {names[0]} and {names[1]} are to different questions, though their fingerprints agree")
-    asked = list(ours)
-    images = {image: index for index, image in enumerate(dict.fromkeys(ours[key].image_id for key in asked))}
-    kinds = {kind: index for index, kind in enumerate(sorted({ours[key].kind for key in asked}))}
+    question_ids = list(first)
+    images = {image: index for index, image in enumerate(dict.fromkeys(first[key].image_id for key in question_ids))}
+    kinds = {kind: index for index, kind in enumerate(sorted({first[key].kind for key in question_ids}))}
     observed, resampled = bootstrap(
-        values=[[side[key].correct for key in asked] for side in (ours, theirs)],
-        images=[images[ours[key].image_id] for key in asked],
-        kinds=[kinds[ours[key].kind] for key in asked],
+        values=[[side[key].correct for key in question_ids] for side in (first, second)],
+        images=[images[first[key].image_id] for key in question_ids],
+        kinds=[kinds[first[key].kind] for key in question_ids],
         resamples=settings.bootstrap_resamples,
         seed=settings.seed,
     )

@@ -31,17 +31,17 @@ class Student:
 
 def standing(arms: Sequence[str]) -> list[Student]:
     """Students of these arms. Raises DataError if one is not trained and scored, or its scores changed since."""
-    locked = provenance.locked()
-    found = []
+    lock = provenance.locked()
+    students = []
     for arm in arms:
-        md5 = locked.get(f"distill@{arm}", {}).get(str(STUDENTS / arm))
-        scores = locked.get(f"evaluate@{arm}", {}).get(str(SCORES / arm))
+        md5 = lock.get(f"distill@{arm}", {}).get(str(STUDENTS / arm))
+        scores = lock.get(f"evaluate@{arm}", {}).get(str(SCORES / arm))
         if md5 is None or scores is None or provenance.digest(SCORES / arm).md5 != scores:
             raise DataError(
                 f"{arm} has not been trained and scored here, or {SCORES / arm} was changed since; `dvc repro` does both"
             )
-        found.append(Student(arm, md5, scores, Scores.read(SCORES / arm / "scores.json")))
-    return found
+        students.append(Student(arm, md5, scores, Scores.read(SCORES / arm / "scores.json")))
+    return students
 
 
 def best(students: Sequence[Student]) -> Student:
@@ -51,27 +51,28 @@ def best(students: Sequence[Student]) -> Student:
 
 def register(students: Sequence[Student], settings: Settings, candidate: Student | None = None) -> list[str]:
     """Journal every student not registered yet, `candidate` as the candidate; returns the newly journalled arms."""
-    return [student.arm for student in students if _tell(student, settings, candidate=student is candidate)]
+    return [student.arm for student in students if _journal_version(student, settings, candidate=student is candidate)]
 
 
-def _tell(student: Student, settings: Settings, candidate: bool) -> bool:
-    arm, made_by, fingerprint = settings.arm(student.arm), provenance.maker(student.md5) or "", student.scores.fingerprint
-    trained = history.tags(made_by)
+def _journal_version(student: Student, settings: Settings, candidate: bool) -> bool:
+    arm, fingerprint = settings.arm(student.arm), student.scores.fingerprint
+    training_journal = provenance.maker(student.md5) or ""
+    training_tags = history.tags(training_journal)
     tags: dict[str, str] = {
         "arm": student.arm,
         **nearest_recipe().tag,
         "dvc.path": str(STUDENTS / student.arm),
         "dvc.md5": student.md5,
         "dvc.scores": student.scores_md5,
-        **_data(),
+        **_data_tags(),
         "eval.fingerprint": "null" if fingerprint is None else fingerprint.model_dump_json(),
         "exact_match": f"{student.scores.exact_match:.6f}",
         "samples": str(student.scores.samples),
-        **{key: trained[key] for key in ("mlflow.source.git.commit", "git.dirty") if key in trained},
+        **{key: training_tags[key] for key in ("mlflow.source.git.commit", "git.dirty") if key in training_tags},
     }
     return journal.register(
         outcome.of_arm(student.arm, student.md5, settings),
-        made_by=made_by,
+        made_by=training_journal,
         candidate=candidate,
         tags=tags,
         params={key: str(value) for key, value in journal.flatten(arm.model_dump(mode="json"))},
@@ -79,9 +80,9 @@ def _tell(student: Student, settings: Settings, candidate: bool) -> bool:
     )
 
 
-def _data() -> dict[str, str]:
+def _data_tags() -> dict[str, str]:
     """Tags of the training data: MD5 of raw and prepared data, and statistics."""
     prepared = provenance.locked().get("prepare", {}).get(str(DATASET))
-    known = {"dvc.raw": provenance.raw().get(str(RAW)), "dvc.dataset": prepared}
-    figures = drift.statistics(Manifest.read(DATASET / "manifest.json"))
-    return {key: md5 for key, md5 in known.items() if md5} | {"data.statistics": json.dumps(figures)}
+    digests = {"dvc.raw": provenance.raw().get(str(RAW)), "dvc.dataset": prepared}
+    statistics = drift.statistics(Manifest.read(DATASET / "manifest.json"))
+    return {key: md5 for key, md5 in digests.items() if md5} | {"data.statistics": json.dumps(statistics)}

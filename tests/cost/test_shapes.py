@@ -53,14 +53,14 @@ def test_every_model_that_a_recipe_names_is_known() -> None:
 
 @pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"])
 def test_a_downloaded_configuration_says_the_shape(family: str) -> None:
-    shape = shapes.of_folder(toy.folder(family))
+    shape = shapes.load_shape(toy.folder(family))
     assert shape is not None
     held = sum(parameter.numel() for parameter in toy.loaded(family).model.parameters())
     assert 0.94 * held < shape.weights <= held  # at this size norms and biases are some per cent
 
 
 def test_a_family_without_a_rule_is_not_guessed_at() -> None:
-    assert shapes.of_folder(toy.folder("gemma3")) is None
+    assert shapes.load_shape(toy.folder("gemma3")) is None
 
 
 def test_the_reckoned_image_has_the_visual_tokens_of_the_processors_own_rules() -> None:

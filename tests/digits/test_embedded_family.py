@@ -117,7 +117,7 @@ def test_language_stages_teach(dataset: Path) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     seen = embedded_family.encode(tower, corpus.images, CPU)
     losses: dict[str, list[float]] = {}
-    language = embedded_family.Language(
+    language = embedded_family.LanguageTrainer(
         model,
         seen,
         collator,

@@ -17,8 +17,8 @@ from components.config.data import DataSettings
 from components.dataset.prepare import prepare
 from components.dataset.shards import Sample, Samples
 from components.digits import raw
-from components.digits.grids import draw, share_out
-from components.digits.questions import CAPTIONS, DIGITS, KINDS, NUMBERS, places
+from components.digits.grids import draw, split_digits
+from components.digits.questions import CAPTIONS, DIGITS, KINDS, NUMBERS, cell_names
 from components.errors import DataError
 from components.models.template import question_of
 from components.records.paths import SPLITS
@@ -70,14 +70,14 @@ def test_splits_share_out_every_digit_in_proportion(raw_folder: Path, digits_set
     _, labels = raw.read(raw_folder)
     design = digits_settings.digits
     assert design is not None
-    hands = share_out(labels, design, seed=7)
+    hands = split_digits(labels, design, seed=7)
     everything = np.concatenate([hands[split] for split in SPLITS])
     assert len(everything) == len(set(everything.tolist())) == 1797
     for split in SPLITS:
         assert len(hands[split]) == getattr(design.handwriting, split)
         counts = np.bincount(labels[hands[split]], minlength=10)
         assert counts.max() - counts.min() <= 0.1 * counts.mean()
-    assert not np.array_equal(hands["test"], share_out(labels, design, seed=8)["test"])
+    assert not np.array_equal(hands["test"], split_digits(labels, design, seed=8)["test"])
 
 
 def test_a_split_without_one_of_the_digits_is_refused(raw_folder: Path, digits_settings: DataSettings) -> None:
@@ -86,7 +86,7 @@ def test_a_split_without_one_of_the_digits_is_refused(raw_folder: Path, digits_s
     assert design is not None
     few = design.model_copy(update={"handwriting": design.handwriting.model_copy(update={"val": 7})})
     with pytest.raises(DataError, match=r"digits\.handwriting\.val"):
-        share_out(labels, few, seed=1)
+        split_digits(labels, few, seed=1)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_boxes_are_the_cells_that_a_question_asks_about(prepared: Prepared) -> N
     """Read off the answer, which names each place that it looks at; a caption asks about the whole image."""
     design = prepared.settings.digits
     assert design is not None
-    named = places(design.grid)
+    named = cell_names(design.grid)
     for sample in samples_of(prepared)["train"]:
         for turn in sample.turns:
             wanted = set() if sample.kind == "caption" else set(turn.answer.split()) & set(named)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.digits.questions import KINDS, NUMBERS, Balance, Digit, Scene, ask, captions, places
+from components.digits.questions import KINDS, NUMBERS, Balance, Digit, Scene, captions, cell_names, choose_questions
 from components.errors import DataError
 
 COLOURS = ("blue", "green", "red")
 SCENE = Scene(
-    places(3),
+    cell_names(3),
     (Digit("a1", 3, "red", 0), Digit("c1", 7, "blue", 1), Digit("b2", 3, "blue", 2), Digit("c3", 0, "red", 3)),
 )
 
@@ -22,7 +22,7 @@ def answers(kind: str, scene: Scene = SCENE) -> dict[str, str]:
 
 
 def test_places_are_read_row_by_row() -> None:
-    assert places(3) == ("a1", "b1", "c1", "a2", "b2", "c2", "a3", "b3", "c3")
+    assert cell_names(3) == ("a1", "b1", "c1", "a2", "b2", "c2", "a3", "b3", "c3")
 
 
 def test_rows_and_columns_of_a_grid() -> None:
@@ -71,7 +71,7 @@ def test_captions_of_a_known_scene() -> None:
 @st.composite
 def scenes(draw: st.DrawFn) -> Scene:
     grid = draw(st.integers(1, 5))
-    names = places(grid)
+    names = cell_names(grid)
     cells = sorted(draw(st.sets(st.integers(0, grid**2 - 1), min_size=1, max_size=18)))
     digits = [Digit(names[c], draw(st.integers(0, 9)), draw(st.sampled_from(COLOURS)), 0) for c in cells]
     return Scene(names, tuple(digits))
@@ -80,12 +80,12 @@ def scenes(draw: st.DrawFn) -> Scene:
 @given(scenes(), st.integers(2, 4), st.integers(0, 2**32 - 1))
 @settings(max_examples=150, deadline=None)
 def test_questions_of_an_image_are_all_different_and_their_answers_short(scene: Scene, amount: int, seed: int) -> None:
-    asked = ask(scene, amount, Balance(), np.random.default_rng(seed))
+    asked = choose_questions(scene, amount, Balance(), np.random.default_rng(seed))
     assert len(asked) == amount == len({one.question for one in asked})
-    legal = {"empty", "then", "and", "so", "plus", "is", *NUMBERS, *COLOURS, *scene.places}
+    legal = {"empty", "then", "and", "so", "plus", "is", *NUMBERS, *COLOURS, *scene.cells}
     for kind, question, answer, cells in asked:
-        assert {*cells} <= {*scene.places}
-        assert {*cells} == {word for word in answer.split() if word in scene.places}  # it names where it looks
+        assert {*cells} <= {*scene.cells}
+        assert {*cells} == {word for word in answer.split() if word in scene.cells}  # it names where it looks
         assert KINDS[kind](scene)  # the kind can be asked here
         assert answers(kind, scene)[question] == answer
         assert set(answer.split()) <= legal
@@ -93,20 +93,20 @@ def test_questions_of_an_image_are_all_different_and_their_answers_short(scene: 
 
 
 def test_more_questions_than_there_are_is_an_error() -> None:
-    lonely = Scene(places(1), (Digit("a1", 3, "red", 0),))
+    lonely = Scene(cell_names(1), (Digit("a1", 3, "red", 0),))
     with pytest.raises(DataError, match="too many"):
-        ask(lonely, 100, Balance(), np.random.default_rng(0))
+        choose_questions(lonely, 100, Balance(), np.random.default_rng(0))
 
 
 def test_the_choice_evens_out_even_what_scenes_do_not_offer_evenly() -> None:
     rng, balance = np.random.default_rng(0), Balance()
     skewed = [
-        Scene(places(3), tuple(Digit(p, int(rng.integers(7, 10)), "red", 0) for p in places(3)[: rng.integers(3, 9)]))
+        Scene(cell_names(3), tuple(Digit(p, int(rng.integers(7, 10)), "red", 0) for p in cell_names(3)[: rng.integers(3, 9)]))
         for _ in range(300)
     ]
     found: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     for scene in skewed:
-        for kind, _, answer, _ in ask(scene, 5, balance, rng):
+        for kind, _, answer, _ in choose_questions(scene, 5, balance, rng):
             found[kind][answer.split()[-1]] += 1
     assert max(found["digit"].values()) - min(found["digit"].values()) <= 2
     assert max(found["sum"].values()) - min(found["sum"].values()) <= 2
