@@ -32,51 +32,51 @@ def full(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 
 def run(device: torch.device, rows: int = ROWS, vocabulary: int = VOCABULARY) -> dict[str, Any]:
-    stream = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=stream).to(device)
+        return torch.randn(*shape, generator=generator).to(device)
 
     student_rows = random(rows, STUDENT).requires_grad_()
     teacher_rows = random(rows, TEACHER)
     head, teacher_head = (random(vocabulary, width) * width**-0.5 for width in (STUDENT, TEACHER))
-    weights = torch.rand(rows, generator=stream).to(device)
+    weights = torch.rand(rows, generator=generator).to(device)
 
     def engine() -> Tensor:  # as in L_iva, which has nearly all rows
         return row_divergence(teacher_rows, Head(teacher_head), student_rows, Head(head), weights=weights)
 
     def reference() -> Tensor:
         with torch.no_grad():
-            theirs = teacher_rows @ teacher_head.T
-        return (weights * full(theirs, student_rows @ head.T)).sum()
+            teacher_logits = teacher_rows @ teacher_head.T
+        return (weights * full(teacher_logits, student_rows @ head.T)).sum()
 
-    def measured(way: Callable[[], Tensor]) -> dict[str, float]:
+    def measure_arm(loss_fn: Callable[[], Tensor]) -> dict[str, float]:
         arm: dict[str, float] = {}
 
-        def work() -> None:
+        def forward_backward() -> None:
             student_rows.grad = head.grad = None
-            started = measure.clock(device)
-            loss = way()
+            start = measure.clock(device)
+            loss = loss_fn()
             loss.backward()  # type: ignore[no-untyped-call]
             arm["loss"] = float(loss.detach())
-            arm["seconds"] = measure.clock(device) - started
+            arm["seconds"] = measure.clock(device) - start
 
-        arm["peak_mib"] = peak_bytes(work, device) / measure.MIB
+        arm["peak_mib"] = peak_bytes(forward_backward, device) / measure.MIB
         return arm
 
-    found: dict[str, dict[str, float]] = {}
-    for trained in (False, True):
-        head.requires_grad_(trained)
-        owed = measure.bytes_of([student_rows, head] if trained else [student_rows])
-        for name, way in {"engine": engine, "reference": reference}.items():
-            arm = measured(way) | {"gradients_mib": owed / measure.MIB}
-            found[f"{name}, head {'trained' if trained else 'frozen'}"] = arm
-    peaks = {name: arm["peak_mib"] for name, arm in found.items()}
-    losses = [way["loss"] for way in found.values()]
+    arms: dict[str, dict[str, float]] = {}
+    for train_head in (False, True):
+        head.requires_grad_(train_head)
+        gradient_bytes = measure.bytes_of([student_rows, head] if train_head else [student_rows])
+        for name, loss_fn in {"engine": engine, "reference": reference}.items():
+            arm = measure_arm(loss_fn) | {"gradients_mib": gradient_bytes / measure.MIB}
+            arms[f"{name}, head {'trained' if train_head else 'frozen'}"] = arm
+    peaks = {name: arm["peak_mib"] for name, arm in arms.items()}
+    losses = [arm["loss"] for arm in arms.values()]
     assert max(losses) - min(losses) <= 1e-4 * abs(losses[0]), f"the two ways differ: {losses}"
     about = f"{rows} rows, V = {vocabulary:,}, student {STUDENT} and teacher {TEACHER} wide, float32"
     return {
         **measure.result("step", "memory", about, device),
         "ratios": measure.ratios(peaks, RATIOS),
-        "arms": found,
+        "arms": arms,
     }

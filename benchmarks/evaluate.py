@@ -38,8 +38,8 @@ from components.process import exit_from
 from components.records.paths import DATASET
 from components.runtime import prepare_torch
 
-SPENT = "ALIGNTI_BENCH_SPENT"  # environment variable of the server: file of its CPU seconds
-TIMED = """
+CPU_FILE = "ALIGNTI_BENCH_SPENT"  # environment variable of the server: file of its CPU seconds
+TIMED_GENERATE = """
 import json, time
 from transformers import LlavaForConditionalGeneration as Model
 generate, spent = Model.generate, 0.0
@@ -57,12 +57,12 @@ main()
 """  # replaces the server's last line
 
 
-class Spent(NamedTuple):
+class CpuSeconds(NamedTuple):
     """CPU seconds so far."""
 
     generation: float  # inside the server
     server: float  # beside generation
-    own: float  # this process
+    process: float  # this process
     kit: float  # ended processes of the kit
 
 
@@ -72,18 +72,18 @@ def main() -> None:
     parser.add_argument("--size", choices=["digits", "small"], default="digits")
     parser.add_argument("--samples", type=int, default=250, help="questions of the split, from its start")
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        scratch, model = Path(name), asked.model
-        if asked.size != "digits":
-            model = random_student(SIZES[asked.size], model, scratch / "model")
-        result = run(asked.size, model, asked.samples, asked.rounds, scratch)
-    print(table.report(result, asked.json))
+        work_dir, model = Path(name), args.model
+        if args.size != "digits":
+            model = random_student(SIZES[args.size], model, work_dir / "model")
+        result = run(args.size, model, args.samples, args.rounds, work_dir)
+    print(table.report(result, args.json))
 
 
-def random_student(size: Size, like: Path, folder: Path) -> Path:
-    """Checkpoint folder with random weights of that shape, and the processor of the student in `like`."""
-    processor = load_processor(like)
+def random_student(size: Size, reference: Path, folder: Path) -> Path:
+    """Checkpoint folder with random weights of that shape, and the processor of the student in `reference`."""
+    processor = load_processor(reference)
     tokenizer = processor.tokenizer
     processor.image_processor.size = {"height": size.tower.image_px, "width": size.tower.image_px}
     processor.patch_size = size.tower.patch_px
@@ -96,73 +96,79 @@ def random_student(size: Size, like: Path, folder: Path) -> Path:
     return folder
 
 
-def run(size: str, model: Path, amount: int, rounds: int, scratch: Path) -> dict[str, Any]:
+def run(size: str, model: Path, amount: int, rounds: int, work_dir: Path) -> dict[str, Any]:
     settings = load_settings()
     device = prepare_torch(settings.runtime, seed=0)
     samples = Samples(DATASET, settings.evaluate.split)
     rows = questions(samples)[:amount]
-    loaded, template, using = load(model, device), Template.asked(settings.models.template), vlmeval.kit(full=False)
+    loaded, template, light_kit = load(model, device), Template.asked(settings.models.template), vlmeval.kit(full=False)
     sets = export.sets(samples, rows)
-    tokens, journal, spent = settings.evaluate.max_new_tokens, scratch / "answers.jsonl", scratch / "spent.json"
+    max_new_tokens, journal, cpu_file = settings.evaluate.max_new_tokens, work_dir / "answers.jsonl", work_dir / "spent.json"
 
-    def own(batch_size: int) -> None:
-        chosen = settings.evaluate.model_copy(update={"batch_size": batch_size})
-        answers(loaded, samples, rows, template, settings.models.max_length, chosen, f"batches of {batch_size}")
+    def generate(batch_size: int) -> None:
+        evaluate_settings = settings.evaluate.model_copy(update={"batch_size": batch_size})
+        answers(loaded, samples, rows, template, settings.models.max_length, evaluate_settings, f"batches of {batch_size}")
 
-    def kit() -> None:
-        vlmeval.score_split(vlmeval.Session(using, endpoint, scratch / "kit", journal, tokens), samples, sets, 0)
+    def run_kit() -> None:
+        vlmeval.score_split(vlmeval.Session(light_kit, endpoint, work_dir / "kit", journal, max_new_tokens), samples, sets, 0)
 
-    def now() -> Spent:
-        generating, server = json.loads(spent.read_text()) if spent.exists() else (0.0, 0.0)
-        return Spent(generating, server - generating, time.process_time(), measure.children_cpu())
+    def cpu_seconds() -> CpuSeconds:
+        generation, server = json.loads(cpu_file.read_text()) if cpu_file.exists() else (0.0, 0.0)
+        return CpuSeconds(generation, server - generation, time.process_time(), measure.children_cpu())
 
-    serve.TRANSFORMERS = serve.TRANSFORMERS.removesuffix("main()\n") + TIMED
-    os.environ[SPENT] = str(spent)
-    ways: dict[str, Callable[[], None]] = {
-        "batched": lambda: own(settings.evaluate.batch_size),
-        "one by one": lambda: own(1),
-        "vlmeval": kit,
-        "vlmeval, all answers known": kit,
+    serve.TRANSFORMERS = serve.TRANSFORMERS.removesuffix("main()\n") + TIMED_GENERATE
+    os.environ[CPU_FILE] = str(cpu_file)
+    arms: dict[str, Callable[[], None]] = {
+        "batched": lambda: generate(settings.evaluate.batch_size),
+        "one by one": lambda: generate(1),
+        "vlmeval": run_kit,
+        "vlmeval, all answers known": run_kit,
     }
-    taken: dict[str, list[Spent]] = {way: [] for way in ways}
-    with serve.served(model, "student", device.type, scratch / "server.log") as endpoint:
+    rounds_by_arm: dict[str, list[CpuSeconds]] = {arm: [] for arm in arms}
+    with serve.served(model, "student", device.type, work_dir / "server.log") as endpoint:
 
-        def one(row: int) -> None:
-            ask(endpoint, [samples[row].image or b"", question_of(samples[row].turns[0])], tokens)
+        def ask_question(row: int) -> None:
+            ask(endpoint, [samples[row].image or b"", question_of(samples[row].turns[0])], max_new_tokens)
 
         for row in rows[:3]:  # warm-up
-            one(row)
-        own(settings.evaluate.batch_size)
+            ask_question(row)
+        generate(settings.evaluate.batch_size)
         for _ in range(rounds):
             journal.unlink(missing_ok=True)
-            for way, run in ways.items():
-                one(rows[0])  # updates the server's file, stale since the server idled
-                before = now()
-                run()
-                taken[way].append(Spent(*(after - then for after, then in zip(now(), before, strict=True))))
-    return measure.result("evaluate", size, f"{len(rows)} questions of the split", device) | figures(taken, len(rows))
+            for arm, work in arms.items():
+                ask_question(rows[0])  # updates the server's file, stale since the server idled
+                start = cpu_seconds()
+                work()
+                rounds_by_arm[arm].append(
+                    CpuSeconds(*(later - earlier for later, earlier in zip(cpu_seconds(), start, strict=True)))
+                )
+    return measure.result("evaluate", size, f"{len(rows)} questions of the split", device) | figures(rounds_by_arm, len(rows))
 
 
-def figures(taken: dict[str, list[Spent]], amount: int) -> dict[str, Any]:
+def figures(rounds_by_arm: dict[str, list[CpuSeconds]], amount: int) -> dict[str, Any]:
     """Medians over rounds, and the ratios of docs/performance.md."""
-    medians = {way: Spent(*map(statistics.median, zip(*rounds, strict=True))) for way, rounds in taken.items()}
-    bridged, once = medians["vlmeval"], medians["vlmeval, all answers known"].kit
-    client = max(0.0, bridged.kit - once)  # a few questions cost less than two starts differ by
-    cpu = {way: medians[way].own for way in ("batched", "one by one")}
-    arms = {way: {"seconds": found, "samples_per_second": amount / found} for way, found in cpu.items()}
+    medians = {arm: CpuSeconds(*map(statistics.median, zip(*rounds, strict=True))) for arm, rounds in rounds_by_arm.items()}
+    bridge, kit_once = medians["vlmeval"], medians["vlmeval, all answers known"].kit
+    client = max(0.0, bridge.kit - kit_once)  # a few questions cost less than two starts differ by
+    cpu = {arm: medians[arm].process for arm in ("batched", "one by one")}
+    arms = {arm: {"seconds": seconds, "samples_per_second": amount / seconds} for arm, seconds in cpu.items()}
     parts = {
-        "generation": bridged.generation,
-        "server beside it": bridged.server,
+        "generation": bridge.generation,
+        "server beside it": bridge.server,
         "kit, per question": client,
-        "kit, once": once,
+        "kit, once": kit_once,
     }
     return {
-        "repeats": len(taken["vlmeval"]),
+        "repeats": len(rounds_by_arm["vlmeval"]),
         "ratios": {
             "batched_vs_one_by_one": cpu["one by one"] / cpu["batched"],
-            "bridge_overhead": (bridged.server + client) / bridged.generation,
+            "bridge_overhead": (bridge.server + client) / bridge.generation,
         },
-        "arms": arms | {f"vlmeval: {name}": {"seconds": s, "ms_per_question": 1000 * s / amount} for name, s in parts.items()},
+        "arms": arms
+        | {
+            f"vlmeval: {name}": {"seconds": seconds, "ms_per_question": 1000 * seconds / amount}
+            for name, seconds in parts.items()
+        },
     }
 
 

@@ -19,22 +19,22 @@ TERMS = {"kd": needs_of(["sft", "kd"]), "kd_only": needs_of(["kd"]), "trl": need
 def step(size: Size, batch: Batch, arm: str, ribbon_rows: int) -> float:
     """FLOPs of one optimiser step of an arm of `benchmarks.step`, the optimiser's own apart."""
     student, teacher = llava(size.tower, size.student), llava(size.tower, size.teacher)
-    work = work_of(batch, ribbon_rows)
+    shape = batch_shape(batch, ribbon_rows)
     if arm == "align_ti_rows":  # upper bound: rows drawn twice are read once
-        work = replace(work, visual=min(work.visual, ROWS * work.images))
+        shape = replace(shape, visual=min(shape.visual, ROWS * shape.images))
     if arm != "reference":
         draws_first = arm in ("align_ti_expanded", "align_ti_flex")
         towers = 2 if arm == "trl" else 1
-        return operations(student, teacher, work, StepPlan(TERMS.get(arm, ALL), draws_first=draws_first, towers=towers)).all
-    added = DRAWS * work.response
-    rows = sum(work.lengths) + added
-    towers_of_all = 3 * tower(student, work.images)
-    sampling = body(student, work, 0) + head(size.student, sum(work.lengths))
-    models = 3 * body(student, work, added) + body(teacher, work, added)
+        return operations(student, teacher, shape, StepPlan(TERMS.get(arm, ALL), draws_first=draws_first, towers=towers)).all
+    extra_rows = DRAWS * shape.response
+    rows = sum(shape.lengths) + extra_rows
+    towers_of_all = 3 * tower(student, shape.images)
+    sampling = body(student, shape, 0) + head(size.student, sum(shape.lengths))
+    models = 3 * body(student, shape, extra_rows) + body(teacher, shape, extra_rows)
     return models + sampling + 3 * head(size.student, rows) + head(size.teacher, rows) + towers_of_all
 
 
-def work_of(batch: Batch, ribbon_rows: int) -> BatchShape:
+def batch_shape(batch: Batch, ribbon_rows: int) -> BatchShape:
     return BatchShape(
         lengths=tuple(batch.attention_mask.sum(1).tolist()),
         response=int(batch.response.sum()),

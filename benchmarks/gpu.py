@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import loading, measure, step, table
-from benchmarks.measure import apart
+from benchmarks.measure import relative_error
 from benchmarks.shapes import EOS, PAD, SIZES, Size, llava
 from components.align_ti.head import Head
 from components.cost.shapes import Language, Tower
@@ -42,60 +42,64 @@ EQUAL = Size(  # wide enough for every kernel, small enough for seconds
     response=24,
     repeats=1,
 )
-Found = dict[str, Any]
-Keep = Callable[[Found], None]
+Result = dict[str, Any]
+Save = Callable[[Result], None]
 
 
-def equality(device: torch.device, dry: bool, keep: Keep) -> Found:
+def equality(device: torch.device, dry: bool, save: Save) -> Result:
     """Relative difference of each fast path from the plain one, and the most that rounding explains."""
-    found: Found = {}
+    results: Result = {}
 
-    def told(name: str, most: float, compared: Callable[[], float]) -> None:
+    def check(name: str, tolerance: float, difference: Callable[[], float]) -> None:
         try:
-            value = compared()
-            found[name] = {"difference": value, "at_most": most, "equal": value <= most}
+            value = difference()
+            results[name] = {"difference": value, "at_most": tolerance, "equal": value <= tolerance}
         except Exception as error:  # an exception is the path's result, and the other paths still run
-            found[name] = {"error": f"{type(error).__name__}: {error}"[:500], "equal": False}
-        keep(found)
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:500], "equal": False}
+        save(results)
 
     bench = step.Bench(EQUAL, device)
     engine = bench.engine("align_ti")
-    told("engine and reference, float32", 1e-3, lambda: step.equality(bench)["gradient"])
+    check("engine and reference, float32", 1e-3, lambda: step.equality(bench)["gradient"])
     _, plain = bench.gradients(engine)
 
-    def from_plain(way: Callable[[str], Callable[[], Tensor]], arm: str) -> float:
-        return apart(bench.gradients(way(arm))[1], plain)
+    def difference_from_plain(loss_of: Callable[[str], Callable[[], Tensor]], arm: str) -> float:
+        return relative_error(bench.gradients(loss_of(arm))[1], plain)
 
     for arm in step.APPENDED:
         if dry and arm == "align_ti_flex":
-            found[arm] = {"skipped": "FlexAttention's backward pass needs a GPU"}
+            results[arm] = {"skipped": "FlexAttention's backward pass needs a GPU"}
         else:
-            told(arm, 1e-3, partial(from_plain, bench.appended, arm))
-    told("drawn visual rows, none left out", 1e-6, partial(from_plain, bench.engine, "align_ti_rows"))
+            check(arm, 1e-3, partial(difference_from_plain, bench.appended, arm))
+    check("drawn visual rows, none left out", 1e-6, partial(difference_from_plain, bench.engine, "align_ti_rows"))
     rows, weight = (torch.randn(n, 256, device=device).bfloat16() for n in (300, 4096))
     exact = rows.double() @ weight.double().T
     torch.set_float32_matmul_precision("high")
-    told("head of bf16 operands, as stages compute it", 1e-5, lambda: apart([Head(weight)(rows)], [exact]))
-    told("the same without gradients", 1e-5, lambda: apart([_without_gradients(Head(weight), rows)], [exact]))
+    check("head of bf16 operands, as stages compute it", 1e-5, lambda: relative_error([Head(weight)(rows)], [exact]))
+    check("the same without gradients", 1e-5, lambda: relative_error([_without_gradients(Head(weight), rows)], [exact]))
     if device.type == "cuda":
-        told("out_dtype of a bf16 product", 1e-5, lambda: apart([torch.mm(rows, weight.T, out_dtype=torch.float32)], [exact]))
-    for form in ("int8", "nf4"):
+        check(
+            "out_dtype of a bf16 product",
+            1e-5,
+            lambda: relative_error([torch.mm(rows, weight.T, out_dtype=torch.float32)], [exact]),
+        )
+    for kind in ("int8", "nf4"):
         try:
             import bitsandbytes as kernels
         except ImportError as error:
-            found[form] = {"skipped": str(error)}
+            results[kind] = {"skipped": str(error)}
             continue
-        told(f"{form} layer, to its own rounding", 0.2, partial(_quantised, kernels, form, device))
+        check(f"{kind} layer, to its own rounding", 0.2, partial(_quantised, kernels, kind, device))
     torch.set_float32_matmul_precision("highest")
-    told("compiled layers", 1e-3, lambda: apart(_compiled(bench, dry), plain))
-    return found
+    check("compiled layers", 1e-3, lambda: relative_error(_compiled(bench, dry), plain))
+    return results
 
 
 def _compiled(bench: step.Bench, dry: bool) -> list[Tensor]:
-    fresh = step.Bench(bench.size, bench.device)
-    for layer in fresh.student.model.get_decoder().layers:
+    other = step.Bench(bench.size, bench.device)
+    for layer in other.student.model.get_decoder().layers:
         layer.compile(dynamic=True, backend="eager" if dry else "inductor")
-    return fresh.gradients(fresh.engine("align_ti"))[1]
+    return other.gradients(other.engine("align_ti"))[1]
 
 
 @torch.no_grad()
@@ -104,63 +108,64 @@ def _without_gradients(head: Head, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _quantised(kernels: Any, form: str, device: torch.device) -> float:
-    plain = torch.nn.Linear(256, 512, bias=False, device=device, dtype=torch.bfloat16)
-    made = (
+def _quantised(kernels: Any, kind: str, device: torch.device) -> float:
+    linear = torch.nn.Linear(256, 512, bias=False, device=device, dtype=torch.bfloat16)
+    quantised = (
         kernels.nn.Linear8bitLt(256, 512, bias=False, has_fp16_weights=False)
-        if form == "int8"
+        if kind == "int8"
         else kernels.nn.Linear4bit(256, 512, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     )
-    made.load_state_dict({"weight": plain.weight.cpu()})
+    quantised.load_state_dict({"weight": linear.weight.cpu()})
     rows = torch.randn(64, 256, device=device, dtype=torch.bfloat16)
-    return apart([made.to(device)(rows)], [plain(rows)])
+    return relative_error([quantised.to(device)(rows)], [linear(rows)])
 
 
-def steps(device: torch.device, dry: bool, _keep: Keep) -> Found:
+def steps(device: torch.device, dry: bool, _save: Save) -> Result:
     if dry:
         return step.run(EQUAL, device, repeats=1)
-    held = torch.cuda.get_device_properties(device).total_memory / 2**30
-    if held < PAPER_GIB:
-        return {"skipped": f"size paper takes about {PAPER_GIB} GiB, and this device has {held:.0f}"}
+    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    if memory_gib < PAPER_GIB:
+        return {"skipped": f"size paper takes about {PAPER_GIB} GiB, and this device has {memory_gib:.0f}"}
     return step.run(SIZES["paper"], device, repeats=5)
 
 
-def waiting(device: torch.device, dry: bool, _keep: Keep) -> Found:
+def data_loading(device: torch.device, dry: bool, _save: Save) -> Result:
     return loading.run(EQUAL if dry else SIZES["small"], 2 if dry else 12, device)
 
 
-def generation(device: torch.device, dry: bool, _keep: Keep) -> Found:
+def generation(device: torch.device, dry: bool, _save: Save) -> Result:
     """Greedy tokens per second of a student, alone and in batches."""
     size = EQUAL if dry else SIZES["paper"]
     dtype = size.compute_dtype
     model = llava(size.student, size.tower, device, dtype, seed=1).eval()
-    bench_batch, new = step.batch(replace(size, batch=4 if dry else 32), device), 8 if dry else 64
-    found: Found = {}
+    bench_batch, new_tokens = step.batch(replace(size, batch=4 if dry else 32), device), 8 if dry else 64
+    results: Result = {}
     for count in (1, len(bench_batch.input_ids)):
-        given = {"input_ids": bench_batch.input_ids[:count, : size.prompt]}
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        inputs = {"input_ids": bench_batch.input_ids[:count, : size.prompt]}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         assert bench_batch.pixel_values is not None
         pixels = bench_batch.pixel_values[:count].to(dtype)
         with torch.no_grad():
-            options: Found = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-            options |= {"eos_token_id": EOS, "pad_token_id": PAD, "pixel_values": pixels, **given}
+            options: Result = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+            options |= {"eos_token_id": EOS, "pad_token_id": PAD, "pixel_values": pixels, **inputs}
             model.generate(**options)
             seconds = measure.stopwatch(partial(model.generate, **options), device)
-        found[f"batch of {count}"] = {"seconds": seconds, "tokens_per_second": count * new / seconds}
-    return {"arms": found}
+        results[f"batch of {count}"] = {"seconds": seconds, "tokens_per_second": count * new_tokens / seconds}
+    return {"arms": results}
 
 
-PARTS: dict[str, tuple[Callable[[torch.device, bool, Keep], Found], float]] = {  # part -> function, share of the remaining time
+# Part -> function, share of the remaining time.
+PARTS: dict[str, tuple[Callable[[torch.device, bool, Save], Result], float]] = {
     "equality": (equality, 0.5),
     "step": (steps, 0.7),
-    "loading": (waiting, 0.6),
+    "loading": (data_loading, 0.6),
     "generation": (generation, 1.0),
 }
 
 
-def failed(found: Found) -> bool:
-    paths = [path for path in found.values() if isinstance(path, dict)]
-    return "error" in found or not all(path.get("equal", True) for path in paths)
+def failed(result: Result) -> bool:
+    paths = [path for path in result.values() if isinstance(path, dict)]
+    return "error" in result or not all(path.get("equal", True) for path in paths)
 
 
 def main() -> None:
@@ -174,37 +179,37 @@ def main() -> None:
         parser.exit(2, "no GPU here: --dry-run tries this script on a CPU\n")
     if args.part:
 
-        def keep(found: Found) -> None:
-            write_text(args.json, json.dumps(found))
+        def save(result: Result) -> None:
+            write_text(args.json, json.dumps(result))
 
-        keep(PARTS[args.part][0](device, args.dry_run, keep))
+        save(PARTS[args.part][0](device, args.dry_run, save))
         return
-    ends = time.monotonic() + 60 * args.minutes
+    deadline = time.monotonic() + 60 * args.minutes
     results = measure.result("gpu", "dry run" if args.dry_run else "all", "", device)
     for name, (_, share) in PARTS.items():
-        results[name] = found = _process(name, args.dry_run, share * (ends - time.monotonic()))
-        print(f"{name}: {json.dumps(found, indent=1)}", flush=True)
+        results[name] = result = _process(name, args.dry_run, share * (deadline - time.monotonic()))
+        print(f"{name}: {json.dumps(result, indent=1)}", flush=True)
         if args.json:
             write_text(args.json, json.dumps(results, indent=2) + "\n")
     sys.exit(any(failed(results[name]) for name in PARTS))
 
 
-def _process(name: str, dry: bool, seconds: float) -> Found:
+def _process(name: str, dry: bool, seconds: float) -> Result:
     """Result of a part, run in a process that may crash or take too long."""
     if seconds < 1:
         return {"skipped": "no time left"}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "found.json"
-        cut: Found = {}
+        failure: Result = {}
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--json", str(target), *["--dry-run"] * dry]
         try:
-            done = subprocess.run(command, timeout=seconds, stdout=sys.stderr, check=False)
+            process = subprocess.run(command, timeout=seconds, stdout=sys.stderr, check=False)
         except subprocess.TimeoutExpired:
-            cut = {"cut_off": f"after {seconds:.0f} s, its share of the time"}
+            failure = {"cut_off": f"after {seconds:.0f} s, its share of the time"}
         else:
-            if done.returncode:
-                cut = {"error": f"the process ended with {done.returncode}; what it said stands above"}
-        return (json.loads(target.read_text()) if target.exists() else {}) | cut
+            if process.returncode:
+                failure = {"error": f"the process ended with {process.returncode}; what it said stands above"}
+        return (json.loads(target.read_text()) if target.exists() else {}) | failure
 
 
 if __name__ == "__main__":

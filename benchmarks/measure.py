@@ -22,7 +22,7 @@ Work = Callable[[], Any]
 Pairs = Mapping[str, tuple[str, str]]  # ratio -> numerator arm, denominator arm
 
 
-def raced(
+def compare_arms(
     arms: Mapping[str, Work], repeats: int, device: torch.device, title: str, over: Pairs, **amount: float
 ) -> dict[str, Any]:
     """Result of interleaved arms: medians and quartiles over the rounds of each arm, and of ratios.
@@ -32,15 +32,16 @@ def raced(
         amount: work of one run of an arm: tokens=1000 gives tokens_per_second.
     """
     seconds = interleaved(arms, repeats, device, title)
-    rounds = [ratios(dict(zip(seconds, took, strict=True)), over) for took in zip(*seconds.values(), strict=True)]
-    of_rounds = {name: [found[name] for found in rounds] for name in rounds[0]}
+    rounds = [ratios(dict(zip(seconds, durations, strict=True)), over) for durations in zip(*seconds.values(), strict=True)]
+    values_by_ratio = {name: [values[name] for values in rounds] for name in rounds[0]}
     return {
         "repeats": repeats,
-        "ratios": {name: statistics.median(found) for name, found in of_rounds.items()},
-        "quartiles": {name: quartiles(found) for name, found in of_rounds.items()},
+        "ratios": {name: statistics.median(values) for name, values in values_by_ratio.items()},
+        "quartiles": {name: quartiles(values) for name, values in values_by_ratio.items()},
         "arms": {
-            arm: summary(took) | {f"{what}_per_second": much / statistics.median(took) for what, much in amount.items()}
-            for arm, took in seconds.items()
+            arm: summary(durations)
+            | {f"{unit}_per_second": count / statistics.median(durations) for unit, count in amount.items()}
+            for arm, durations in seconds.items()
         },
     }
 
@@ -58,8 +59,8 @@ def interleaved(arms: Mapping[str, Work], repeats: int, device: torch.device, ti
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tqdm(total=repeats * len(names), desc=title, unit="step") as bar:
-        for turn in range(repeats):
-            first = turn % len(names)
+        for index in range(repeats):
+            first = index % len(names)
             for name in names[first:] + names[:first]:
                 seconds[name].append(stopwatch(arms[name], device))
                 bar.update()
@@ -68,9 +69,9 @@ def interleaved(arms: Mapping[str, Work], repeats: int, device: torch.device, ti
 
 def stopwatch(work: Work, device: torch.device) -> float:
     """Seconds of `work` by `clock`."""
-    started = clock(device)
+    start = clock(device)
     work()
-    return clock(device) - started
+    return clock(device) - start
 
 
 def clock(device: torch.device) -> float:
@@ -102,9 +103,9 @@ class Parts:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Context manager around a part, or decorator of a function that is one."""
-        started = clock(self.device)
+        start = clock(self.device)
         yield
-        self.seconds[name] += clock(self.device) - started
+        self.seconds[name] += clock(self.device) - start
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
@@ -118,23 +119,23 @@ def quartiles(values: list[float]) -> list[float]:
     return [low, high]
 
 
-def apart(mine: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> float:
-    """Relative error: norm of the difference over the norm of `plain`."""
-    of = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(mine, plain, strict=True)) ** 0.5
-    return of / sum(float(b.double().square().sum()) for b in plain) ** 0.5
+def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Relative error: norm of the difference over the norm of `expected`."""
+    distance = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(actual, expected, strict=True)) ** 0.5
+    return distance / sum(float(b.double().square().sum()) for b in expected) ** 0.5
 
 
 def children_cpu() -> float:
     """CPU seconds of child processes that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
-def of_children(work: Work) -> dict[str, float]:
+def children_cost(work: Work) -> dict[str, float]:
     """Wall-clock seconds of `work`, and CPU seconds of the processes that it starts and waits for."""
-    began, before = time.perf_counter(), children_cpu()
+    start, cpu_start = time.perf_counter(), children_cpu()
     work()
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": children_cpu() - before}
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": children_cpu() - cpu_start}
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

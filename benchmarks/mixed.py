@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure, peer, table
-from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, SIZES, Batch, Sample, Size, collated, handed
+from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, SIZES, Batch, Sample, Size, collate, trl_inputs
 from benchmarks.step import KD_ONLY, Bench
 from components.align_ti.step import AlignTI, total
 from components.cost.shapes import Language, Tower
@@ -50,85 +50,95 @@ RATIOS = {  # samples per second of the second arm over the first
 
 def samples(size: Size, count: int, seed: int = 0) -> list[Sample]:
     """Random samples of KINDS in their shares."""
-    draw, stream = random.Random(seed), torch.Generator().manual_seed(seed)
-    made = []
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    result = []
     for _ in range(count):
-        _, *between, shows = draw.choices(KINDS, weights=[kind[0] for kind in KINDS])[0]
-        asked, answered = (max(2, round(draw.randint(*limits) * size.tower.tokens / VISUAL)) for limits in between)
-        words = torch.randint(FIRST_WORD, size.student.vocabulary, (asked + answered,), generator=stream)
-        image = torch.full((size.tower.tokens if shows else 0,), IMAGE)
-        pixels = torch.randn(3, size.tower.image_px, size.tower.image_px, generator=stream) if shows else None
-        answer = torch.cat([words[asked:-1], torch.tensor([EOS])])
-        made.append(Sample(torch.cat([words[:1], image, words[1:asked]]), answer, pixels))
-    return made
+        _, *length_ranges, has_image = rng.choices(KINDS, weights=[kind[0] for kind in KINDS])[0]
+        prompt_length, answer_length = (
+            max(2, round(rng.randint(*limits) * size.tower.tokens / VISUAL)) for limits in length_ranges
+        )
+        tokens = torch.randint(FIRST_WORD, size.student.vocabulary, (prompt_length + answer_length,), generator=generator)
+        image = torch.full((size.tower.tokens if has_image else 0,), IMAGE)
+        pixels = torch.randn(3, size.tower.image_px, size.tower.image_px, generator=generator) if has_image else None
+        answer = torch.cat([tokens[prompt_length:-1], torch.tensor([EOS])])
+        result.append(Sample(torch.cat([tokens[:1], image, tokens[1:prompt_length]]), answer, pixels))
+    return result
 
 
 def ours(bench: Bench, passes: list[list[Sample]]) -> Callable[[], float]:
     """Gradients of a step of KD alone; returns its loss."""
     module = AlignTI(bench.student, bench.teacher, bench.method(KD_ONLY))
     weights = module.method.weight_vector(bench.device)
-    batches = [collated(some).to(bench.device) for some in passes]
+    batches = [collate(group).to(bench.device) for group in passes]
     counts = torch.stack([module.count(batch, None) for batch in batches]).sum(0)
 
-    def of_pass(batch: Batch) -> Tensor:
+    def pass_loss(batch: Batch) -> Tensor:
         return total(module(batch, [0] * len(batch.input_ids)).sums, counts, weights)
 
-    return lambda: sum(float(bench.backward(partial(of_pass, batch))) for batch in batches)
+    return lambda: sum(float(bench.backward(partial(pass_loss, batch))) for batch in batches)
 
 
 def trl(bench: Bench, passes: list[list[Sample]], tokens: int) -> Callable[[], float]:
     """The same by TRL's trainer. Raises ImportError without TRL."""
     student = bench.student.model
     trainer = peer.trainer(bench)
-    batches = [handed(some, tokens, bench.device) for some in passes]
+    batches = [trl_inputs(group, tokens, bench.device) for group in passes]
 
     return lambda: sum(float(trainer.training_step(student, inputs, None)) for inputs in batches)
 
 
 def run(size: Size, device: torch.device, steps: int = STEPS, repeats: int | None = None) -> dict[str, Any]:
     bench = Bench(size, device)
-    stream = samples(size, steps * STEP)
-    pairs = [[(i, i) for i in range(start, start + STEP)] for start in range(0, len(stream), STEP)]
+    mix = samples(size, steps * STEP)
+    pairs = [[(i, i) for i in range(start, start + STEP)] for start in range(0, len(mix), STEP)]
 
-    def read(step: list[list[tuple[int, int]]]) -> list[list[Sample]]:
-        return [[stream[i] for _, i in some] for some in step]
+    def samples_of(step: list[list[tuple[int, int]]]) -> list[list[Sample]]:
+        return [[mix[i] for _, i in group] for group in step]
 
-    equal = [read(split_batch(step, PASS, 0, 1)) for step in pairs]
-    budget = max(len(some) * max(map(len, some)) for step in equal for some in step)  # equal peak memory
-    lengths = [[len(stream[i]) for _, i in step] for step in pairs]
-    by_length = [read(split_batch_by_length(step, of, budget, 0, 1)) for step, of in zip(pairs, lengths, strict=True)]
+    equal = [samples_of(split_batch(step, PASS, 0, 1)) for step in pairs]
+    budget = max(len(group) * max(map(len, group)) for step in equal for group in step)  # equal peak memory
+    lengths = [[len(mix[i]) for _, i in step] for step in pairs]
+    by_length = [
+        samples_of(split_batch_by_length(step, step_lengths, budget, 0, 1))
+        for step, step_lengths in zip(pairs, lengths, strict=True)
+    ]
     passes = {"by length": by_length, "equal": equal}
-    missing: dict[str, str] = {}
-    ways = {name: [ours(bench, step) for step in made] for name, made in passes.items()}
+    not_measured: dict[str, str] = {}
+    gradients_by_arm = {name: [ours(bench, step) for step in arm_steps] for name, arm_steps in passes.items()}
     try:
-        ways["trl"] = [trl(bench, s, sum(len(one.answer) for some in s for one in some)) for s in passes["equal"]]
+        gradients_by_arm["trl"] = [
+            trl(bench, s, sum(len(sample.answer) for group in s for sample in group)) for s in passes["equal"]
+        ]
     except ImportError as error:
-        missing["trl"] = str(error)
-    found = {name: [gradients() for gradients in made] for name, made in ways.items()}
+        not_measured["trl"] = str(error)
+    losses_by_arm = {name: [gradients() for gradients in arm_steps] for name, arm_steps in gradients_by_arm.items()}
     bench.optimiser.zero_grad()
-    for name, losses in found.items():
-        for mine, first in zip(losses, found["by length"], strict=True):
-            assert abs(mine - first) <= 1e-4 * abs(first), f"{name}: loss {mine}, not {first}: not the same work"
+    for name, losses in losses_by_arm.items():
+        for loss, expected in zip(losses, losses_by_arm["by length"], strict=True):
+            assert abs(loss - expected) <= 1e-4 * abs(expected), f"{name}: loss {loss}, not {expected}: not the same work"
 
-    def steps_of(made: list[Callable[[], float]]) -> None:
-        for gradients in made:
+    def steps_of(arm_steps: list[Callable[[], float]]) -> None:
+        for gradients in arm_steps:
             gradients()
             bench.update()
 
-    arms = {name: partial(steps_of, made) for name, made in ways.items()}
-    peaks = {name: peak_bytes(partial(steps_of, made[:1]), device) for name, made in ways.items()}
-    timed = measure.raced(arms, repeats or 3, device, "mixed", RATIOS, samples=len(stream))
-    used = sum(len(sample) for sample in stream)
+    arms = {name: partial(steps_of, arm_steps) for name, arm_steps in gradients_by_arm.items()}
+    peaks = {name: peak_bytes(partial(steps_of, arm_steps[:1]), device) for name, arm_steps in gradients_by_arm.items()}
+    timed = measure.compare_arms(arms, repeats or 3, device, "mixed", RATIOS, samples=len(mix))
+    tokens = sum(len(sample) for sample in mix)
     for name, arm in timed["arms"].items():
-        made = passes["equal" if name == "trl" else name]
-        held = sum(len(some) * max(map(len, some)) for step in made for some in step)
+        arm_steps = passes["equal" if name == "trl" else name]
+        padded_tokens = sum(len(group) * max(map(len, group)) for step in arm_steps for group in step)
         if name == "trl":  # prompts and answers are padded separately
-            held = sum(len(p) * (max(len(s.prompt) for s in p) + max(len(s.answer) for s in p)) for step in made for p in step)
-        arm |= {"peak_mib": peaks[name] / measure.MIB, "padding": 1 - used / held}
+            padded_tokens = sum(
+                len(p) * (max(len(s.prompt) for s in p) + max(len(s.answer) for s in p)) for step in arm_steps for p in step
+            )
+        arm |= {"peak_mib": peaks[name] / measure.MIB, "padding": 1 - tokens / padded_tokens}
     about = (
-        f"{size.about}; {steps} steps of {STEP} samples, {PASS} a pass or {budget:,} tokens; loss {found['by length'][0]:.4f}"
+        f"{size.about}; {steps} steps of {STEP} samples, {PASS} a pass or {budget:,} tokens;"
+        f" loss {losses_by_arm['by length'][0]:.4f}"
     )
-    return {**measure.result("mixed", size.name, about, device), **timed, "not_measured": missing}
+    return {**measure.result("mixed", size.name, about, device), **timed, "not_measured": not_measured}
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ Path("out", cell).write_text(cell)
 """
 
 
-def lay_out(folder: Path, cells: int, seconds: float) -> None:
+def create_project(folder: Path, cells: int, seconds: float) -> None:
     """Create a DVC project with that many cells."""
     shutil.copytree(ROOT / "params", folder / "params")
     (folder / "dvc.yaml").write_text(PIPELINE.format(cells=", ".join(f"c{i}" for i in range(cells))))
@@ -76,7 +76,7 @@ def lay_out(folder: Path, cells: int, seconds: float) -> None:
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
-def forget(folder: Path) -> None:
+def clear_outputs(folder: Path) -> None:
     """Remove outputs, lock and DVC's run cache."""
     for path in ("out", ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(folder / path, ignore_errors=True)
@@ -86,41 +86,41 @@ def forget(folder: Path) -> None:
 def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
-        lay_out(folder, cells, seconds)
-        here = os.path.dirname(sys.executable)  # noqa: PTH120  (resolving the link would leave the virtual environment)
-        base = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
-        base |= {"ALIGNTI_TRACKING_URI": JOURNAL_ONLY, "DVC_NO_ANALYTICS": "1"}
+        create_project(folder, cells, seconds)
+        bin_dir = os.path.dirname(sys.executable)  # noqa: PTH120  (resolving the link would leave the virtual environment)
+        base_env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
+        base_env |= {"ALIGNTI_TRACKING_URI": JOURNAL_ONLY, "DVC_NO_ANALYTICS": "1"}
 
-        def call(environment: Mapping[str, str], *words: str) -> None:
-            done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(words)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        def call(environment: Mapping[str, str], *args: str) -> None:
+            process = subprocess.run([sys.executable, *args], cwd=folder, env=environment, capture_output=True, text=True)
+            if process.returncode:
+                raise RuntimeError(f"{' '.join(args)} failed:\n{(process.stdout + process.stderr)[-3000:]}")
 
-        def one_by_one(*words: str) -> None:
-            for cell in tqdm(range(cells), desc=words[-1], unit="cell"):
-                call(base, *(word.format(cell) for word in words))
+        def one_by_one(*args: str) -> None:
+            for cell in tqdm(range(cells), desc=args[-1], unit="cell"):
+                call(base_env, *(word.format(cell) for word in args))
 
         servers.up(ports=PORTS)
         try:
-            answers = servers.client_environment()
-            flow = base | answers | {TRACKED: "1"}
-            ways: dict[str, Callable[[], None]] = {
+            tracking_env = servers.client_environment()
+            flow_env = base_env | tracking_env | {TRACKED: "1"}
+            works: dict[str, Callable[[], None]] = {
                 "bare": lambda: one_by_one("cell.py", "c{}"),
-                "dvc repro": lambda: call(base, "-m", "dvc", "repro"),
+                "dvc repro": lambda: call(base_env, "-m", "dvc", "repro"),
                 "dvc repro per cell": lambda: one_by_one("-m", "dvc", "--wait-for-lock", "repro", "--single-item", "cell@c{}"),
-                "flow, DVC, tracking": lambda: call(flow, "-m", "flows.pipeline"),
+                "flow, DVC, tracking": lambda: call(flow_env, "-m", "flows.pipeline"),
             }
             arms = {}
-            for way, work in ways.items():
-                forget(folder)
-                arms[way] = measure.of_children(work) | {"load": os.getloadavg()[1]}  # over 5 minutes
-            arrived = runs_in_mlflow(answers["ALIGNTI_TRACKING_URI"])
+            for arm, work in works.items():
+                clear_outputs(folder)
+                arms[arm] = measure.children_cost(work) | {"load": os.getloadavg()[1]}  # over 5 minutes
+            logged_runs = runs_in_mlflow(tracking_env["ALIGNTI_TRACKING_URI"])
         finally:
             servers.down()
     work_s = arms["bare"]["seconds"]
-    dvc, whole = arms["dvc repro per cell"], arms["flow, DVC, tracking"]
+    dvc_arm, flow_arm = arms["dvc repro per cell"], arms["flow, DVC, tracking"]
     about = (
-        f"{cells} cells that sleep {seconds:g} s and log {POINTS_PER_S} points a second, one at a time; {arrived} of them"
+        f"{cells} cells that sleep {seconds:g} s and log {POINTS_PER_S} points a second, one at a time; {logged_runs} of them"
         " arrived in MLflow; load of the machine at the end of each in the last column"
     )
     return {
@@ -128,9 +128,9 @@ def run(cells: int = CELLS, seconds: float = SECONDS) -> dict[str, Any]:
         "clock": "wall time",
         "arms": arms,
         "ratios": {
-            "orchestration_dvc": (dvc["seconds"] - work_s) / work_s,
-            "orchestration_beyond_dvc": (whole["seconds"] - dvc["seconds"]) / work_s,
-            "orchestration_beyond_dvc_cpu": (whole["cpu_seconds"] - dvc["cpu_seconds"]) / work_s,
+            "orchestration_dvc": (dvc_arm["seconds"] - work_s) / work_s,
+            "orchestration_beyond_dvc": (flow_arm["seconds"] - dvc_arm["seconds"]) / work_s,
+            "orchestration_beyond_dvc_cpu": (flow_arm["cpu_seconds"] - dvc_arm["cpu_seconds"]) / work_s,
         },
     }
 

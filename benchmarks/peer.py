@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import Work
 from benchmarks.reference import twin
-from benchmarks.shapes import EOS, PAD, handed, samples
+from benchmarks.shapes import EOS, PAD, samples, trl_inputs
 
 if TYPE_CHECKING:
     from benchmarks.step import Bench
@@ -24,11 +24,11 @@ TOLERANCE = 1e-4
 def arm(bench: Bench) -> Work:
     """The step to time. Raises ImportError without TRL, ValueError if TRL refuses the pair or computes another loss."""
     student, peer_trainer = bench.student.model, trainer(bench)
-    inputs = handed(samples(bench.size), int(bench.batch.response.sum()), bench.device)
-    theirs = float(peer_trainer.compute_loss(student, inputs).detach())
-    ours, _ = bench.gradients(bench.engine("kd_only"))
-    if abs(ours - theirs) > TOLERANCE * abs(ours):
-        raise ValueError(f"TRL's loss is {theirs}, ours {ours}: not the same work")
+    inputs = trl_inputs(samples(bench.size), int(bench.batch.response.sum()), bench.device)
+    trl_loss = float(peer_trainer.compute_loss(student, inputs).detach())
+    our_loss, _ = bench.gradients(bench.engine("kd_only"))
+    if abs(our_loss - trl_loss) > TOLERANCE * abs(our_loss):
+        raise ValueError(f"TRL's loss is {trl_loss}, ours {our_loss}: not the same work")
 
     def step() -> None:
         peer_trainer.training_step(student, inputs, None)
@@ -52,12 +52,12 @@ def trainer(bench: Bench) -> Any:
     if bench.size.student.vocabulary != bench.size.teacher.vocabulary:
         raise ValueError("TRL refuses heads of different sizes")
 
-    class Handed(trl.DistillationTrainer):  # type: ignore[misc]
+    class PreparedInputsTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         def _prepare_inputs(self, generation_batch: Any) -> Any:
             return generation_batch
 
-    words = Tokenizer(WordLevel({"<pad>": PAD, "<eos>": EOS}, unk_token="<pad>"))
-    made = Handed(
+    tokenizer = Tokenizer(WordLevel({"<pad>": PAD, "<eos>": EOS}, unk_token="<pad>"))
+    trl_trainer = PreparedInputsTrainer(
         model=bench.student.model,
         teacher_model=twin(bench.teacher.vlm.model, "sdpa"),
         args=trl.DistillationConfig(
@@ -71,8 +71,8 @@ def trainer(bench: Bench) -> Any:
             report_to=[],
         ),
         train_dataset=Dataset.from_dict({"prompt": ["nothing"]}),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
         optimizers=(bench.optimiser, None),
     )
-    made.current_gradient_accumulation_steps = 1
-    return made
+    trl_trainer.current_gradient_accumulation_steps = 1
+    return trl_trainer

@@ -32,8 +32,8 @@ from components.process import cores
 
 IMAGES, COPIES, WIDTH, HEIGHT, REPEATS = 400, 8, 640, 480, 3
 QUESTIONS = ("What is in the picture?", "What is at the top left?")
-SMALL, DIFFERENT = 32, 50_000  # memory runs: pixels a side, maximum of pictures
-EVERY = 0.5  # sampling interval of memory in seconds
+SMALL, MAX_PICTURES = 32, 50_000  # memory runs: pixels a side, maximum of pictures
+SAMPLE_INTERVAL = 0.5  # sampling interval of memory in seconds
 
 
 def generate(folder: Path, images: int, copies: int, width: int = WIDTH, height: int = HEIGHT) -> DataSettings:
@@ -85,10 +85,10 @@ def rate(images: int = IMAGES, copies: int = COPIES, repeats: int = REPEATS) -> 
         for work in arms.values():
             work()
         pairs = {"prepare_rate_vs_pillow": ("pillow", "prepare")}
-        found = measure.raced(arms, repeats, device, "prepare", pairs, images=images * copies)
+        timing = measure.compare_arms(arms, repeats, device, "prepare", pairs, images=images * copies)
         kb = sum(path.stat().st_size for path in (folder / "raw" / "images").iterdir()) / copies / images / 1000
     about = f"{images * copies:,} JPEG images of {WIDTH} x {HEIGHT} ({kb:.0f} kB), two questions each"
-    return measure.result("prepare", "llava", about, device) | found
+    return measure.result("prepare", "llava", about, device) | timing
 
 
 def memory(sizes: list[int]) -> dict[str, Any]:
@@ -96,12 +96,12 @@ def memory(sizes: list[int]) -> dict[str, Any]:
     arms: dict[str, dict[str, float]] = {}
     for rows in sizes:
         images = rows // len(QUESTIONS)
-        copies = -(-images // DIFFERENT)
+        copies = -(-images // MAX_PICTURES)
         with tempfile.TemporaryDirectory() as name:
             settings = generate(Path(name) / "raw", images // copies, copies, SMALL, SMALL)
-            told = {"target": Path(name) / "dataset", "workers": cores()}
-            process = multiprocessing.get_context("spawn").Process(target=prepare, args=(settings,), kwargs=told)
-            arm = followed(process)
+            options = {"target": Path(name) / "dataset", "workers": cores()}
+            process = multiprocessing.get_context("spawn").Process(target=prepare, args=(settings,), kwargs=options)
+            arm = process_cost(process)
         arms[f"{rows:,} rows"] = arm | {"images_per_second": images / arm["seconds"]}
     peaks = [arm["peak_mib"] for arm in arms.values()]
     about = f"JPEG images of {SMALL} x {SMALL}, two questions each; {cores()} processes"
@@ -109,24 +109,24 @@ def memory(sizes: list[int]) -> dict[str, Any]:
     return head | {"arms": arms, "ratios": {"memory_of_prepare": peaks[-1] / peaks[0]}}
 
 
-def followed(process: multiprocessing.process.BaseProcess) -> dict[str, float]:
+def process_cost(process: multiprocessing.process.BaseProcess) -> dict[str, float]:
     """Wall-clock seconds of the process, CPU seconds and peak memory (MiB) of it and its children, without file-backed
     pages."""
-    held = [0.0]
+    memory_mib = [0.0]
 
-    def follow() -> None:
+    def sample_memory() -> None:
         process.start()
         while process.is_alive():
             with contextlib.suppress(psutil.Error):  # one of them ended meanwhile
                 parent = psutil.Process(process.pid)
-                infos = [one.memory_info() for one in (parent, *parent.children(recursive=True))]
-                held.append(sum(info.rss - info.shared for info in infos) / measure.MIB)
-            time.sleep(EVERY)
+                infos = [member.memory_info() for member in (parent, *parent.children(recursive=True))]
+                memory_mib.append(sum(info.rss - info.shared for info in infos) / measure.MIB)
+            time.sleep(SAMPLE_INTERVAL)
 
-    spent = measure.of_children(follow)
+    cost = measure.children_cost(sample_memory)
     if process.exitcode:
         raise SystemExit(f"it ended with exit code {process.exitcode}")
-    return spent | {"peak_mib": max(held)}
+    return cost | {"peak_mib": max(memory_mib)}
 
 
 def main() -> None:

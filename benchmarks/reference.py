@@ -29,22 +29,29 @@ def terms(student: Any, teacher: Any, batch: Batch, draws: Tensor, layer: int, e
     A sampling pass runs first and is discarded: a step of the released layout needs one before its main pass.
     """
     _sample(student, batch, draws.shape[1])
-    ids, positions, alternative, gold_at = interleave(batch, draws)
-    mask = _mask(positions, alternative, gold_at, batch.attention_mask)
-    mine = _forward(student, ids, batch, mask, positions).logits.float()
+    ids, positions, alternative, gold_index = interleave(batch, draws)
+    mask = _mask(positions, alternative, gold_index, batch.attention_mask)
+    student_logits = _forward(student, ids, batch, mask, positions).logits.float()
     with torch.no_grad():
-        seen = _forward(teacher, ids, batch, mask, positions, output_attentions=True)
-    theirs = seen.logits.float()
-    shared = min(mine.shape[-1], theirs.shape[-1])
-    log_s, log_t = mine[..., :shared].log_softmax(-1), theirs[..., :shared].log_softmax(-1)
+        teacher_output = _forward(teacher, ids, batch, mask, positions, output_attentions=True)
+    teacher_logits = teacher_output.logits.float()
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    log_s, log_t = student_logits[..., :shared].log_softmax(-1), teacher_logits[..., :shared].log_softmax(-1)
     kl = (log_t.exp() * (log_t - log_s)).sum(-1)  # (B, L), at every row
 
     sample, position = batch.response.nonzero(as_tuple=True)
-    before = gold_at[sample, position - 1]  # the row that predicts y_k, its own logits over its own whole vocabulary
+    previous = gold_index[sample, position - 1]  # the row that predicts y_k, its own logits over its own whole vocabulary
     targets = batch.input_ids[sample, position]
-    sft = -mine.log_softmax(-1)[sample, before].gather(1, targets[:, None]).mean()
-    counted = alternative & (ids != eos)
-    return torch.stack([sft, kl[sample, before].mean(), _iva(kl, gold_at, seen.attentions[layer], batch), kl[counted].mean()])
+    sft = -student_logits.log_softmax(-1)[sample, previous].gather(1, targets[:, None]).mean()
+    counted_rows = alternative & (ids != eos)
+    return torch.stack(
+        [
+            sft,
+            kl[sample, previous].mean(),
+            _iva(kl, gold_index, teacher_output.attentions[layer], batch),
+            kl[counted_rows].mean(),
+        ]
+    )
 
 
 def interleave(batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,25 +61,25 @@ def interleave(batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
         (B, L) tokens; (B, L) positions, an alternative's equal to its gold token's; (B, L) bool mask of alternatives;
         (B, T) index in L of each token of the batch.
     """
-    rows, where, step = [], torch.zeros_like(batch.input_ids), 0
+    rows, gold_index, step = [], torch.zeros_like(batch.input_ids), 0
     for b, tokens in enumerate(batch.input_ids.tolist()):
         row: list[tuple[int, int, bool]] = []
         for t, token in enumerate(tokens):
             if batch.response[b, t]:
-                row += [(drawn, t, True) for drawn in draws[step].tolist()]
+                row += [(draw, t, True) for draw in draws[step].tolist()]
                 step += 1
-            where[b, t] = len(row)
+            gold_index[b, t] = len(row)
             row.append((token, t, False))
         rows.append(row)
     longest = max(map(len, rows))
     filled = [row + [(0, batch.input_ids.shape[1], False)] * (longest - len(row)) for row in rows]
-    table = torch.tensor([[list(map(int, cell)) for cell in row] for row in filled], device=where.device)
-    return table[..., 0], table[..., 1], table[..., 2].bool(), where
+    table = torch.tensor([[list(map(int, cell)) for cell in row] for row in filled], device=gold_index.device)
+    return table[..., 0], table[..., 1], table[..., 2].bool(), gold_index
 
 
-def _mask(positions: Tensor, alternative: Tensor, gold_at: Tensor, attention_mask: Tensor) -> Tensor:
+def _mask(positions: Tensor, alternative: Tensor, gold_index: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, 1, L, L) bool: gold rows attend to gold rows up to themselves, an alternative to those before it and itself."""
-    real = torch.zeros_like(alternative).scatter(1, gold_at, attention_mask.bool())
+    real = torch.zeros_like(alternative).scatter(1, gold_index, attention_mask.bool())
     earlier = positions[:, None, :] < positions[:, :, None]
     itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
     allowed = (earlier & real[:, None, :]) | itself
@@ -81,11 +88,11 @@ def _mask(positions: Tensor, alternative: Tensor, gold_at: Tensor, attention_mas
 
 def _forward(model: Any, ids: Tensor, batch: Batch, mask: Tensor, positions: Tensor, **options: Any) -> Any:
     dtype = next(model.parameters()).dtype
-    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    additive_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
     return model(
         input_ids=ids,
         pixel_values=None if batch.pixel_values is None else batch.pixel_values.to(dtype),
-        attention_mask=added,  # eager attention would add True as 1
+        attention_mask=additive_mask,  # eager attention would add True as 1
         position_ids=positions,
         use_cache=False,
         **options,
@@ -98,11 +105,11 @@ def _sample(student: Any, batch: Batch, draws: int) -> Tensor:
     return torch.multinomial(logits[:, :-1][batch.response[:, 1:]].softmax(-1), draws, replacement=True)
 
 
-def _iva(kl: Tensor, gold_at: Tensor, maps: Tensor, batch: Batch) -> Tensor:
+def _iva(kl: Tensor, gold_index: Tensor, maps: Tensor, batch: Batch) -> Tensor:
     """Mean over images of sum_i w_i kl_i, w from the (B, H, L, L) attention maps of the teacher's layer."""
     images = []
     for b in range(len(kl)):
-        rows, columns = gold_at[b, batch.instruction[b]], gold_at[b, batch.visual[b]]
+        rows, columns = gold_index[b, batch.instruction[b]], gold_index[b, batch.visual[b]]
         weights = maps[b].float().mean(0)[rows][:, columns].mean(0)
         images.append((weights / weights.sum() * kl[b, columns]).sum())
     return torch.stack(images).mean()

@@ -25,9 +25,9 @@ RATIOS = {"search_vs_plain": ("search", "plain"), "eager_vs_plain": ("eager maps
 
 def pairs(size: Size, device: torch.device) -> Batch:
     """Two prompts per image, nothing padded; at least four images."""
-    whole = batch(replace(size, batch=2 * max(4, size.batch // 2), response=0), device)
-    assert whole.pixel_values is not None
-    return replace(whole, pixel_values=whole.pixel_values[::2].repeat_interleave(2, dim=0))
+    prompts = batch(replace(size, batch=2 * max(4, size.batch // 2), response=0), device)
+    assert prompts.pixel_values is not None
+    return replace(prompts, pixel_values=prompts.pixel_values[::2].repeat_interleave(2, dim=0))
 
 
 class Ways:
@@ -35,51 +35,51 @@ class Ways:
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.batch = pairs(size, device)
-        self.view = VLM(llava(size.teacher, size.tower, device, size.compute_dtype, seed=2)).eval().requires_grad_(False)
-        self.watched = VLM(twin(self.view.model, "sdpa"))
-        self.with_maps = twin(self.view.model, "eager")
-        self.layers = list(attention_layers(self.view.model))
+        self.vlm = VLM(llava(size.teacher, size.tower, device, size.compute_dtype, seed=2)).eval().requires_grad_(False)
+        self.probed = VLM(twin(self.vlm.model, "sdpa"))
+        self.eager_model = twin(self.vlm.model, "eager")
+        self.layers = list(attention_layers(self.vlm.model))
 
     @torch.inference_mode()
     def plain(self) -> Tensor:
-        return self.view.plain(self.batch, self.view.features(self.batch), keep=False)[0]
+        return self.vlm.plain(self.batch, self.vlm.features(self.batch), keep=False)[0]
 
     @torch.inference_mode()
     def search(self) -> Tensor:
         """Attention (L, B, Nv), computed as in `components.irs.search.attention_maps`."""
-        with probing(self.watched.model, self.layers, AttentionProbe.at(self.batch.instruction, self.batch.pictures)) as seen:
-            self.watched.plain(self.batch, self.watched.features(self.batch), keep=False)
-        return torch.stack([seen.seen[layer] for layer in self.layers])
+        with probing(self.probed.model, self.layers, AttentionProbe.at(self.batch.instruction, self.batch.pictures)) as probe:
+            self.probed.plain(self.batch, self.probed.features(self.batch), keep=False)
+        return torch.stack([probe.seen[layer] for layer in self.layers])
 
     @torch.inference_mode()
     def eager(self) -> Tensor:
         """Attention (L, B, Nv) from all layers' (B, H, T, T) maps."""
         b = self.batch
-        pixels = None if b.pixel_values is None else b.pixel_values.to(self.with_maps.dtype)
-        out = self.with_maps.model(input_ids=b.input_ids, pixel_values=pixels, output_attentions=True, use_cache=False)
+        pixels = None if b.pixel_values is None else b.pixel_values.to(self.eager_model.dtype)
+        out = self.eager_model.model(input_ids=b.input_ids, pixel_values=pixels, output_attentions=True, use_cache=False)
         rows, columns = b.instruction[0], b.visual[0]  # at the same positions in every prompt
         return torch.stack([maps.float().mean(1)[:, rows][:, :, columns].mean(1) for maps in out.attentions])
 
 
 def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[str, Any]:
     ways = Ways(size, device)
-    watched, maps = ways.search(), ways.eager()
-    difference = float((watched - maps).abs().max() / maps.abs().max())
-    most = 2e-2 if size.bf16 else 1e-4
-    assert difference <= most, f"the search and the eager maps differ by {difference:.1e}, at most {most}"
+    search_maps, eager_maps = ways.search(), ways.eager()
+    difference = float((search_maps - eager_maps).abs().max() / eager_maps.abs().max())
+    tolerance = 2e-2 if size.bf16 else 1e-4
+    assert difference <= tolerance, f"the search and the eager maps differ by {difference:.1e}, at most {tolerance}"
     arms = {"plain": ways.plain, "search": ways.search, "eager maps": ways.eager}
-    weights = measure.bytes_of(ways.view.parameters())
+    weights = measure.bytes_of(ways.vlm.parameters())
     peaks = {name: weights + peak_bytes(work, device) for name, work in arms.items()}
     prompts = len(ways.batch.input_ids)
-    found = measure.raced(arms, repeats or size.repeats, device, f"search {size.name}", RATIOS, pairs=prompts / 2)
-    found["ratios"] |= {f"memory_{name}": ratio for name, ratio in measure.ratios(peaks, RATIOS).items()}
-    for name, arm in found["arms"].items():
+    timing = measure.compare_arms(arms, repeats or size.repeats, device, f"search {size.name}", RATIOS, pairs=prompts / 2)
+    timing["ratios"] |= {f"memory_{name}": ratio for name, ratio in measure.ratios(peaks, RATIOS).items()}
+    for name, arm in timing["arms"].items():
         arm["peak_mib"] = peaks[name] / measure.MIB
     about = f"teacher of {size.about}; {prompts // 2} pairs of {size.prompt} tokens, {len(ways.layers)} layers watched"
     return {
         **measure.result("search", size.name, about, device),
         "precision": size.precision,
-        **found,
+        **timing,
         "difference_from_eager": difference,
     }
 

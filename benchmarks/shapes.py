@@ -165,13 +165,13 @@ def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.d
     )
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
-    before = torch.get_default_dtype()
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
             model = LlavaForConditionalGeneration(config)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default_dtype)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.model.vision_tower.parameters():
@@ -193,50 +193,52 @@ class Sample:
 
 def samples(size: Size) -> list[Sample]:
     """Samples of one image, one instruction and one response; prompts are of one length."""
-    stream = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     B, P, px = size.batch, size.prompt, size.tower.image_px
-    ids = torch.randint(FIRST_WORD, size.student.vocabulary, (B, P + size.response), generator=stream)
+    ids = torch.randint(FIRST_WORD, size.student.vocabulary, (B, P + size.response), generator=generator)
     ids[:, 1 : 1 + size.tower.tokens] = IMAGE
     lengths = P + torch.linspace(size.response, (size.response + 1) // 2, B).round().long()
     ids[torch.arange(B), lengths - 1] = EOS
-    pixels = torch.randn(B, 3, px, px, generator=stream)
+    pixels = torch.randn(B, 3, px, px, generator=generator)
     return [Sample(row[:P], row[P:length], image) for row, length, image in zip(ids, lengths, pixels, strict=True)]
 
 
-def collated(some: list[Sample]) -> Batch:
+def collate(group: list[Sample]) -> Batch:
     """Batch with right padding."""
-    ids = pad_sequence([torch.cat([s.prompt, s.answer]) for s in some], batch_first=True, padding_value=PAD)
+    ids = pad_sequence([torch.cat([s.prompt, s.answer]) for s in group], batch_first=True, padding_value=PAD)
     column = torch.arange(ids.shape[1])
-    asked, whole = (torch.tensor(lengths)[:, None] for lengths in ([len(s.prompt) for s in some], [len(s) for s in some]))
+    prompt_lengths, lengths = (
+        torch.tensor(lengths)[:, None] for lengths in ([len(s.prompt) for s in group], [len(s) for s in group])
+    )
     visual = ids == IMAGE
     return Batch(
         input_ids=ids,
-        attention_mask=(column < whole).long(),
-        response=(column >= asked) & (column < whole),
-        instruction=(column < asked) & ~visual & (visual.cumsum(1) > 0),
+        attention_mask=(column < lengths).long(),
+        response=(column >= prompt_lengths) & (column < lengths),
+        instruction=(column < prompt_lengths) & ~visual & (visual.cumsum(1) > 0),
         pictures=visual.long(),
-        pixel_values=_pixels(some),
+        pixel_values=_pixels(group),
     )
 
 
-def handed(some: list[Sample], tokens: int, device: torch.device) -> dict[str, Tensor]:
+def trl_inputs(group: list[Sample], tokens: int, device: torch.device) -> dict[str, Tensor]:
     """Inputs of a pass as TRL's collator makes them: prompts left-padded, answers right-padded; `tokens` of the whole step."""
-    prompts = pad_sequence([s.prompt for s in some], batch_first=True, padding_value=PAD, padding_side="left")
-    answers = pad_sequence([s.answer for s in some], batch_first=True, padding_value=PAD)
+    prompts = pad_sequence([s.prompt for s in group], batch_first=True, padding_value=PAD, padding_side="left")
+    answers = pad_sequence([s.answer for s in group], batch_first=True, padding_value=PAD)
     inputs = {"prompt_ids": prompts, "completion_ids": answers, "num_items_in_batch": torch.tensor(tokens)}
     inputs |= {"prompt_mask": (prompts != PAD).long(), "completion_mask": (answers != PAD).long()}
-    if (pixels := _pixels(some)) is not None:
+    if (pixels := _pixels(group)) is not None:
         inputs["pixel_values"] = pixels
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def _pixels(some: list[Sample]) -> Tensor | None:
-    shown = [sample.pixels for sample in some if sample.pixels is not None]
-    return torch.stack(shown) if shown else None
+def _pixels(group: list[Sample]) -> Tensor | None:
+    images = [sample.pixels for sample in group if sample.pixels is not None]
+    return torch.stack(images) if images else None
 
 
 def batch(size: Size, device: torch.device) -> Batch:
-    return collated(samples(size)).to(device)
+    return collate(samples(size)).to(device)
 
 
 def script(batch: Batch, distinct: float, vocabulary: int) -> Tensor:
@@ -246,12 +248,12 @@ def script(batch: Batch, distinct: float, vocabulary: int) -> Tensor:
     a student of that entropy has as many rows.
     """
     gold = batch.input_ids[batch.response].tolist()
-    stream = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     words = vocabulary - FIRST_WORD
     rows = []
     for i, token in enumerate(gold):
         others = int((i + 1) * distinct) - int(i * distinct)
-        start = int(torch.randint(words, (1,), generator=stream))
+        start = int(torch.randint(words, (1,), generator=generator))
         candidates = [FIRST_WORD + (start + j) % words for j in range(DRAWS + 1)]
         rows.append(([c for c in candidates if c != token][:others] + [token] * DRAWS)[:DRAWS])
     return torch.tensor(rows, device=batch.input_ids.device)

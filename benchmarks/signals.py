@@ -50,12 +50,12 @@ def digits(student_folder: Path, samples: int = 32) -> Pair:
     teacher, student = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), "cpu"), load(student_folder, "cpu")
     student.model.model.vision_tower.requires_grad_(False)
     data = Samples(DATASET, "train", ROWS)
-    wanted = [i for i, kind in enumerate(data.kinds) if kind != CAPTION]
-    chosen = [data[i] for i in wanted[:: len(wanted) // samples][:samples]]
+    question_rows = [i for i, kind in enumerate(data.kinds) if kind != CAPTION]
+    chosen_samples = [data[i] for i in question_rows[:: len(question_rows) // samples][:samples]]
     collator = Collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
     frozen = FrozenTeacher(VLM(teacher.model), LayerChoice.read(IRS / "layer.json").layer, shares_tower=False)
-    batch = collator(chosen)
-    rows = int(batch.visual.sum()) // len(chosen) // 2
+    batch = collator(chosen_samples)
+    rows = int(batch.visual.sum()) // len(chosen_samples) // 2
     return VLM(student.model), frozen, batch, check_pair(teacher, student), rows
 
 
@@ -72,44 +72,48 @@ def small() -> Pair:
     return bench.student, bench.teacher, bench.batch, bench.size.student.vocabulary, 64
 
 
-def run(name: str, pair: Pair, draws_of_rows: int) -> dict[str, Any]:
+def run(name: str, pair: Pair, row_draws: int) -> dict[str, Any]:
     student, teacher, batch, shared, count = pair
     parameters = [p for p in student.parameters() if p.requires_grad]
     hidden, _ = student.plain(batch, student.features(batch), keep=False)
     with torch.no_grad():
-        theirs, _, attention = teacher.plain(batch, teacher.features(batch, None), keep=False, with_attention=True)
+        teacher_hidden, _, attention = teacher.plain(batch, teacher.features(batch, None), keep=False, with_attention=True)
     assert attention is not None
     weights = visual_weights(attention, batch.pictures)
     arms: dict[str, dict[str, Any]] = {}
 
     def gradient(loss: Tensor) -> Tensor:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        return torch.cat([part.double().flatten() for part in found if part is not None])
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return torch.cat([part.double().flatten() for part in gradients if part is not None])
 
     def compared(loss: Tensor, exact: Tensor) -> dict[str, float]:
-        mine = gradient(loss)
-        cosine = float(torch.dot(mine, exact) / mine.norm() / exact.norm())
-        return {"angle": math.degrees(math.acos(min(1.0, cosine))), "norm": float(mine.norm() / exact.norm())}
+        approximate_gradient = gradient(loss)
+        cosine = float(torch.dot(approximate_gradient, exact) / approximate_gradient.norm() / exact.norm())
+        return {"angle": math.degrees(math.acos(min(1.0, cosine))), "norm": float(approximate_gradient.norm() / exact.norm())}
 
-    words: dict[str, Callable[[Tensor], Rows]] = {f"top {k} + tail": partial(top_k, k=k) for k in CUTS}
-    words[f"top {CUTS[-1]} alone"] = alone
-    stream = torch.Generator().manual_seed(0)
-    words[f"{DRAWS} draws"] = lambda z: sampled(z, DRAWS, torch.rand(len(z), generator=stream, dtype=torch.float64))
+    approximations: dict[str, Callable[[Tensor], Rows]] = {f"top {k} + tail": partial(top_k, k=k) for k in CUTS}
+    approximations[f"top {CUTS[-1]} alone"] = top_k_alone
+    generator = torch.Generator().manual_seed(0)
+    approximations[f"{DRAWS} draws"] = lambda z: sampled(z, DRAWS, torch.rand(len(z), generator=generator, dtype=torch.float64))
     masks = {"text": (predicting(batch.response), None), "visual": (batch.visual, weights)}
     for kind, (rows, weigh) in masks.items():
-        each = torch.ones(int(rows.sum())) if weigh is None else weigh
-        exact = gradient(row_divergence(theirs[rows], teacher.head, hidden[rows], student.head, shared=shared, weights=each))
-        for way, word in words.items():
-            kept = word(teacher.head(theirs[rows])[:, :shared].detach())
-            loss = cached_row_divergence(kept, hidden[rows], student.head, shared=shared, weights=each)
-            arms[f"{kind}: {way}"] = {"bytes_per_row": room(kept), **compared(loss, exact)}
+        row_weights = torch.ones(int(rows.sum())) if weigh is None else weigh
+        exact = gradient(
+            row_divergence(teacher_hidden[rows], teacher.head, hidden[rows], student.head, shared=shared, weights=row_weights)
+        )
+        for approximation, approximate in approximations.items():
+            cached_rows = approximate(teacher.head(teacher_hidden[rows])[:, :shared].detach())
+            loss = cached_row_divergence(cached_rows, hidden[rows], student.head, shared=shared, weights=row_weights)
+            arms[f"{kind}: {approximation}"] = {"bytes_per_row": bytes_per_row(cached_rows), **compared(loss, exact)}
     mean, noises = torch.zeros_like(exact), []
-    for draw in range(draws_of_rows):
+    for draw in range(row_draws):
         rows, weigh = drawn_rows(weights, batch.pictures, [draw * 1000 + i for i in range(len(batch.ids))], count)
-        one = gradient(row_divergence(theirs[rows], teacher.head, hidden[rows], student.head, shared=shared, weights=weigh))
-        noises.append(float((one - exact).norm() / exact.norm()))
-        mean += one / draws_of_rows
-    arms[f"iva.rows: {count}, {len(batch.ids)} samples, {draws_of_rows} draws"] = {
+        drawn_gradient = gradient(
+            row_divergence(teacher_hidden[rows], teacher.head, hidden[rows], student.head, shared=shared, weights=weigh)
+        )
+        noises.append(float((drawn_gradient - exact).norm() / exact.norm()))
+        mean += drawn_gradient / row_draws
+    arms[f"iva.rows: {count}, {len(batch.ids)} samples, {row_draws} draws"] = {
         "noise": sum(noises) / len(noises),
         "noise_of_mean": float((mean - exact).norm() / exact.norm()),
     }
@@ -117,18 +121,18 @@ def run(name: str, pair: Pair, draws_of_rows: int) -> dict[str, Any]:
     return {**measure.result("signals", name, about, torch.device("cpu")), "ratios": {}, "arms": arms}
 
 
-def alone(logits: Tensor) -> TopK:
+def top_k_alone(logits: Tensor) -> TopK:
     """Top-k tokens renormalised, without the residual mass."""
-    likeliest = logits.topk(CUTS[-1])
-    return TopK(likeliest.indices, likeliest.values.log_softmax(-1), likeliest.values.new_full((len(logits),), -torch.inf))
+    top = logits.topk(CUTS[-1])
+    return TopK(top.indices, top.values.log_softmax(-1), top.values.new_full((len(logits),), -torch.inf))
 
 
-def room(kept: Rows) -> float:
+def bytes_per_row(cached_rows: Rows) -> float:
     """Bytes per row in a cache with four-byte token ids."""
-    if isinstance(kept, TopK):
-        return kept.tokens.shape[1] * (4 + 2) + 2
-    assert isinstance(kept, Sampled)
-    return float((kept.counts > 0).sum(1).float().mean()) * (4 + 1) + 4 + 2
+    if isinstance(cached_rows, TopK):
+        return cached_rows.tokens.shape[1] * (4 + 2) + 2
+    assert isinstance(cached_rows, Sampled)
+    return float((cached_rows.counts > 0).sum(1).float().mean()) * (4 + 1) + 4 + 2
 
 
 def main() -> None:

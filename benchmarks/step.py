@@ -94,12 +94,12 @@ class Bench:
 
     def appended(self, arm: str) -> Callable[[], Tensor]:
         """`align_ti` with the alternatives appended to the sequence, under the arm's kind of attention."""
-        found, student = self.loss(arm, self.method(ALL, "expanded"), TRAINED), self.student.model
+        loss_fn, student = self.loss(arm, self.method(ALL, "expanded"), TRAINED), self.student.model
 
         def loss() -> Tensor:
             student.set_attn_implementation({"text_config": APPENDED[arm]})
             try:
-                return found()
+                return loss_fn()
             finally:
                 student.set_attn_implementation({"text_config": "sdpa"})
 
@@ -109,12 +109,12 @@ class Bench:
         """Loss of the present batch, with scripted draws if `distinct` is given."""
         module = Scripted(self.student, self.teacher, method)
         module.script = None if distinct is None else self.script(distinct)
-        wanted = method.weight_vector(self.device)
+        term_weights = method.weight_vector(self.device)
 
         def loss() -> Tensor:
             terms = module(self.batch, self.keys)
             self.ribbon_rows[arm] = terms.ribbon_rows
-            return total(terms.sums, terms.counts, wanted)
+            return total(terms.sums, terms.counts, term_weights)
 
         return loss
 
@@ -137,9 +137,9 @@ class Bench:
 
     def gradients(self, loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
         value = self.backward(loss)
-        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
         self.optimiser.zero_grad()
-        return float(value), found
+        return float(value), gradients
 
     def optimise(self, loss: Callable[[], Tensor]) -> None:
         """One optimiser step, as it is timed."""
@@ -158,12 +158,17 @@ def equality(bench: Bench) -> dict[str, float]:
 
     Raises AssertionError if they differ by more than rounding: then their times must not be compared.
     """
-    mine, my_gradients = bench.gradients(bench.engine("align_ti"))
-    plain, plain_gradients = bench.gradients(bench.reference())
-    found = {"loss": abs(mine - plain) / abs(plain), "gradient": measure.apart(my_gradients, plain_gradients)}
-    most = {"loss": 2e-2, "gradient": 1e-1} if bench.size.bf16 else {"loss": 1e-5, "gradient": 1e-3}
-    assert all(found[key] <= most[key] for key in most), f"engine and reference differ: {found}, at most {most}"
-    return found
+    loss, gradients = bench.gradients(bench.engine("align_ti"))
+    reference_loss, reference_gradients = bench.gradients(bench.reference())
+    differences = {
+        "loss": abs(loss - reference_loss) / abs(reference_loss),
+        "gradient": measure.relative_error(gradients, reference_gradients),
+    }
+    tolerances = {"loss": 2e-2, "gradient": 1e-1} if bench.size.bf16 else {"loss": 1e-5, "gradient": 1e-3}
+    assert all(differences[key] <= tolerances[key] for key in tolerances), (
+        f"engine and reference differ: {differences}, at most {tolerances}"
+    )
+    return differences
 
 
 def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[str, Any]:
@@ -172,32 +177,36 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
         # The heads' operands come from bf16, which TF32 holds exactly; float32 products would take a GPU ten times as long.
         torch.set_float32_matmul_precision("high")
     bench = Bench(size, device)
-    missing: dict[str, str] = {}
+    not_measured: dict[str, str] = {}
     losses: dict[str, Callable[[], Tensor]] = {arm: bench.engine(arm) for arm in ENGINE}
     if device.type == "cuda":
         losses |= {arm: bench.appended(arm) for arm in APPENDED}
-    equal = None
+    differences = None
     try:
-        equal = equality(bench)
+        differences = equality(bench)
         losses["reference"] = bench.reference()
     except torch.OutOfMemoryError as error:
-        missing["reference"] = f"out of memory: {str(error).splitlines()[0]}"
+        not_measured["reference"] = f"out of memory: {str(error).splitlines()[0]}"
     arms: dict[str, measure.Work] = {arm: partial(bench.optimise, loss) for arm, loss in losses.items()}
     try:
         arms["trl"] = peer.arm(bench)
     except (ImportError, ValueError) as error:
-        missing["trl"] = str(error)
+        not_measured["trl"] = str(error)
 
     bench.optimise(losses["kd"])  # creates the optimiser's state before memory is measured
-    standing = _standing(bench)
-    peaks = {arm: standing + peak_bytes(work, device) for arm, work in arms.items()}
+    standing_bytes = _standing(bench)
+    peaks = {arm: standing_bytes + peak_bytes(work, device) for arm, work in arms.items()}
     tokens, responses = int(bench.batch.attention_mask.sum()), int(bench.batch.response.sum())
-    timed = measure.raced(arms, repeats or size.repeats, device, f"step {size.name}", RATIOS, tokens=tokens)
+    timed = measure.compare_arms(arms, repeats or size.repeats, device, f"step {size.name}", RATIOS, tokens=tokens)
     peak_rate = measure.product_rate(device, size.compute_dtype)
     operations = {arm: flops.step(size, bench.batch, arm, bench.ribbon_rows.get(arm, 0)) for arm in arms}
     for name, arm in timed["arms"].items():
-        done = operations[name]
-        arm |= {"peak_mib": peaks[name] / measure.MIB, "tflop": done / 1e12, "share_of_peak": done / arm["seconds"] / peak_rate}
+        step_flops = operations[name]
+        arm |= {
+            "peak_mib": peaks[name] / measure.MIB,
+            "tflop": step_flops / 1e12,
+            "share_of_peak": step_flops / arm["seconds"] / peak_rate,
+        }
         if name in bench.ribbon_rows:
             arm["ribbon_rows_per_step"] = bench.ribbon_rows[name] / responses
     return {
@@ -210,9 +219,9 @@ def run(size: Size, device: torch.device, repeats: int | None = None) -> dict[st
         "ratios": timed["ratios"] | measure.ratios(peaks, MEMORY_RATIOS),
         "arithmetic": measure.ratios(operations, {name: pair for name, pair in RATIOS.items() if name != "kd_vs_trl"}),
         "parts": {arm: _parts(bench, losses[arm]) for arm in ("kd", "align_ti", "align_ti_worst")},
-        "not_measured": missing,
-        "difference_from_reference": equal,
-        "standing_mib": standing / measure.MIB,
+        "not_measured": not_measured,
+        "difference_from_reference": differences,
+        "standing_mib": standing_bytes / measure.MIB,
         "peak_tflops": peak_rate / 1e12,
     }
 
@@ -228,7 +237,7 @@ def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str
     """Share of a step's time per part, over `steps` separate steps."""
     parts = measure.Parts(bench.device)
     student, teacher = bench.student, bench.teacher
-    watched: list[tuple[Any, str, str]] = [
+    timed_methods: list[tuple[Any, str, str]] = [
         (student, "features", "student plain"),
         (student, "plain", "student plain"),
         (teacher, "features", "teacher plain"),
@@ -236,7 +245,7 @@ def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str
         (student, "continued", "ribbon"),
         (teacher, "continued", "ribbon"),
     ]
-    for owner, method, name in watched:
+    for owner, method, name in timed_methods:
         object.__setattr__(owner, method, parts.part(name)(getattr(owner, method)))
     try:
         for _ in range(steps):
@@ -247,7 +256,7 @@ def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str
             with parts.part("optimiser"):
                 bench.update()
     finally:
-        for owner, method, _ in watched:
+        for owner, method, _ in timed_methods:
             object.__delattr__(owner, method)
     seconds = parts.seconds
     shares: dict[str, float] = {name: seconds[name] for name in ("student plain", "teacher plain", "ribbon") if name in seconds}

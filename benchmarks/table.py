@@ -18,7 +18,7 @@ END = "<!-- benchmarks: end -->"
 
 @dataclass(frozen=True)
 class Goal:
-    what: str
+    title: str
     ratio: str  # its name in the results
     bound: float
     at_least: bool = False
@@ -76,19 +76,19 @@ def render(results: list[dict[str, Any]]) -> str:
 
 
 def _goal(goal: Goal, results: list[dict[str, Any]]) -> str:
-    found = []
+    cells = []
     for result in results:
         if goal.ratio in result["ratios"]:
             value = result["ratios"][goal.ratio]
             spread = result.get("quartiles", {}).get(goal.ratio)
             bound = result.get("arithmetic", {}).get(goal.ratio)
-            found.append(
+            cells.append(
                 f"{result['size']} **{value:.2f}**"
                 + ("" if spread is None else f" ({spread[0]:.2f}..{spread[1]:.2f})")
                 + (" ✓" if goal.met(value) else " ✗" if bound is None else f" ✗, arithmetic alone {bound:.2f}")
             )
     sign = "≥" if goal.at_least else "≤"
-    return f"| {goal.what} | {sign} {goal.bound:.2f} | {goal.others} | {'; '.join(found) or 'not measured'} |"
+    return f"| {goal.title} | {sign} {goal.bound:.2f} | {goal.others} | {'; '.join(cells) or 'not measured'} |"
 
 
 def _run(result: dict[str, Any], with_ratios: bool) -> list[str]:
@@ -147,8 +147,8 @@ def refresh(page: str, table: str) -> str:
     """Page with the text between its markers replaced. Raises ValueError unless each marker occurs once."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"{PAGE.name} needs the lines {BEGIN!r} and {END!r} once each")
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
+    head, _, rest = page.partition(BEGIN)
+    return f"{head}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:

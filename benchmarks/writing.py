@@ -22,11 +22,13 @@ def main() -> None:
     device = measure.prepare()
     bench = Bench(SIZES["tiny"], device)
     model, length = bench.student.model, bench.size.prompt
-    asked: Any = [SimpleNamespace(turns=[None]) for _ in bench.keys]
+    samples: Any = [SimpleNamespace(turns=[None]) for _ in bench.keys]
     trainer = peer.trainer(bench)
     trainer.generation_config.max_new_tokens = TOKENS
-    cut = {name: getattr(bench.batch, name)[:, :length] for name in ("input_ids", "attention_mask", "response", "visual")}
-    prompts = SimpleNamespace(**cut, pixel_values=bench.batch.pixel_values, image_inputs={})
+    prompt_tensors = {
+        name: getattr(bench.batch, name)[:, :length] for name in ("input_ids", "attention_mask", "response", "visual")
+    }
+    prompts = SimpleNamespace(**prompt_tensors, pixel_values=bench.batch.pixel_values, image_inputs={})
     prompts.to = lambda _device: prompts
     tokenizer = trainer.processing_class
     loaded: Any = SimpleNamespace(
@@ -36,21 +38,21 @@ def main() -> None:
     )
     collator: Any = SimpleNamespace(eos_id=EOS, max_length=10**6, of_prompts=lambda _samples, _before: prompts)
     writer = Writer(loaded, collator, TOKENS, 1.0, None, loaded.vocabulary)
-    written: dict[str, int] = {}
+    counts: dict[str, int] = {}
 
     def ours() -> None:
-        written["gkd"] = sum(len(answer.tokens) for (answer,) in writer.write(asked, bench.keys))
+        counts["gkd"] = sum(len(answer.tokens) for (answer,) in writer.write(samples, bench.keys))
 
-    def theirs() -> None:
+    def trl() -> None:
         torch.manual_seed(0)
         ids = prompts.input_ids.tolist()
-        written["trl"] = sum(map(len, trainer._generate_single_turn(ids, None, {"pixel_values": prompts.pixel_values})))
+        counts["trl"] = sum(map(len, trainer._generate_single_turn(ids, None, {"pixel_values": prompts.pixel_values})))
 
     ours()
-    theirs()
-    timed = measure.raced({"gkd": ours, "trl": theirs}, 15, device, "writing", {"gkd_vs_trl": ("trl", "gkd")})
+    trl()
+    timed = measure.compare_arms({"gkd": ours, "trl": trl}, 15, device, "writing", {"gkd_vs_trl": ("trl", "gkd")})
     for name, arm in timed["arms"].items():
-        print(f"{name}: {written[name]} tokens, {written[name] / arm['seconds']:,.0f} tokens/s, {arm['seconds']:.3f} s a batch")
+        print(f"{name}: {counts[name]} tokens, {counts[name] / arm['seconds']:,.0f} tokens/s, {arm['seconds']:.3f} s a batch")
     print(f"seconds of TRL's over ours: {timed['ratios']['gkd_vs_trl']:.2f}, quartiles {timed['quartiles']['gkd_vs_trl']}")
 
 

@@ -23,5 +23,5 @@ def test_a_part_that_is_cut_off_keeps_the_paths_that_it_came_to(monkeypatch: pyt
 
 def test_a_path_that_differs_or_raises_is_told() -> None:
     a, b = [torch.ones(3)], [torch.tensor([1.0, 1.0, 0.0])]
-    assert gpu.apart(a, a) == 0 and gpu.apart(a, b) == pytest.approx(0.5**0.5)
+    assert gpu.relative_error(a, a) == 0 and gpu.relative_error(a, b) == pytest.approx(0.5**0.5)
     assert gpu.failed({"error": "the process ended with 1"}) and not gpu.failed({"skipped": "no time"})

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import mixed, table
-from benchmarks.shapes import IMAGE, collated, handed
+from benchmarks.shapes import IMAGE, collate, trl_inputs
 from tests.benchmarks.test_step import CPU, SMALLEST
 
 SIZE = replace(SMALLEST, batch=2, teacher=replace(SMALLEST.teacher, vocabulary=40))
@@ -34,7 +34,7 @@ def test_kinds_come_in_their_shares_and_trl_gets_the_same_tokens() -> None:
     stream = mixed.samples(mixed.MIXED, 400)
     assert sum(sample.pixels is None for sample in stream) == pytest.approx(0.06 * 400, abs=12)
     some = stream[:6]
-    ours, theirs = collated(some), handed(some, 1, CPU)
+    ours, theirs = collate(some), trl_inputs(some, 1, CPU)
     assert int(theirs["completion_mask"].sum()) == int(ours.response.sum()) == sum(len(s.answer) for s in some)
     assert int(theirs["prompt_mask"].sum()) == int((ours.attention_mask.bool() & ~ours.response).sum())
     assert int((theirs["prompt_ids"] == IMAGE).sum()) == int(ours.visual.sum())

@@ -49,7 +49,7 @@ def test_gradients_from_a_cache_are_compared_with_the_exact_ones(monkeypatch: py
     monkeypatch.setattr(signals, "STEPS", 2)
     monkeypatch.setattr(signals, "CUTS", (2, 40))
     student, teacher, batch, shared, _ = signals.small()
-    arms = signals.run("small", (student, teacher, batch, shared, 2), draws_of_rows=20)["arms"]
+    arms = signals.run("small", (student, teacher, batch, shared, 2), row_draws=20)["arms"]
     for rows in ("text", "visual"):
         whole, cut, drawn = (arms[f"{rows}: {way}"] for way in ("top 40 + tail", "top 2 + tail", f"{signals.DRAWS} draws"))
         assert whole["angle"] < 0.01 < drawn["angle"] < cut["angle"] and drawn["norm"] == pytest.approx(1, abs=0.1)

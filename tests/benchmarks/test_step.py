@@ -146,7 +146,7 @@ def test_flops_of_a_matrix_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=b.input_ids, pixel_values=b.pixel_values)
     T = b.input_ids.shape[1]
-    shape, model, work = SMALLEST.student, llava(SMALLEST.tower, SMALLEST.student), flops.work_of(b, 0)
+    shape, model, work = SMALLEST.student, llava(SMALLEST.tower, SMALLEST.student), flops.batch_shape(b, 0)
     mine = body(model, work, 0) + head(shape, T) + tower(model, 1)
     causal = shape.layers * 4 * shape.hidden * (T * T - T * (T + 1) / 2)  # which eager attention computes and masks
     assert mine + causal == pytest.approx(counter.get_total_flops(), rel=0.02)

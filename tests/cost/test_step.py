@@ -122,7 +122,7 @@ def test_memory_is_within_a_quarter_of_that_measured() -> None:
     held = MemoryPlan(trained=student.projector + student.language.weights, wide=4, teacher_bytes=4)
     chunk_rows = 40 * 2**20 / (4 * size.student.vocabulary)
     for arm in ("kd", "align_ti", "align_ti_worst"):
-        shape = flops.work_of(batch(size, torch.device("cpu")), rows(result, arm))
+        shape = flops.batch_shape(batch(size, torch.device("cpu")), rows(result, arm))
         way = StepPlan(flops.TERMS.get(arm, ALL), chunk_rows=chunk_rows)
         counted = sum(cost.memory(student, teacher, shape, way, held).values()) / 2**20
         assert counted == pytest.approx(result["arms"][arm]["peak_mib"], rel=0.25), arm
@@ -151,7 +151,7 @@ def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> N
         total(found.sums, found.counts, module.method.weight_vector()).backward()
     student, teacher = (llava(bench.size.tower, language) for language in (bench.size.student, bench.size.teacher))
     way = StepPlan(needs_of(weights), gradient=gradient, edited=1.0)
-    counted = cost.operations(student, teacher, flops.work_of(bench.batch, ribbon), way).all
+    counted = cost.operations(student, teacher, flops.batch_shape(bench.batch, ribbon), way).all
     assert counted == pytest.approx(measured.get_total_flops(), rel=0.15)
 
 
