@@ -101,7 +101,7 @@ def run(size: str, model: Path, amount: int, rounds: int, work_dir: Path) -> dic
     device = prepare_torch(settings.runtime, seed=0)
     samples = Samples(DATASET, settings.evaluate.split)
     rows = questions(samples)[:amount]
-    loaded, template, light_kit = load(model, device), Template.asked(settings.models.template), vlmeval.kit(full=False)
+    loaded, template, light_kit = load(model, device), Template.from_settings(settings.models.template), vlmeval.kit(full=False)
     sets = export.sets(samples, rows)
     max_new_tokens, journal, cpu_file = settings.evaluate.max_new_tokens, work_dir / "answers.jsonl", work_dir / "spent.json"
 

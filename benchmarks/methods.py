@@ -57,7 +57,7 @@ def run(settings: Settings, seed: int, rounds: int) -> dict[str, Any]:
         step()
     cpu, distill = torch.device("cpu"), settings.distill
     ratios = {name: (name, KD) for name in arms if name != KD}
-    timed = measure.raced(arms, rounds, cpu, "methods", ratios, samples=distill.batch_size)
+    timed = measure.compare_arms(arms, rounds, cpu, "methods", ratios, samples=distill.batch_size)
     for name, arm in timed["arms"].items():
         arm["of_kd"] = timed["ratios"].get(name, 1.0)
     about = f"a step of {distill.batch_size} samples of this folder's data, at the start of the training"

@@ -47,9 +47,11 @@ class Ways:
     @torch.inference_mode()
     def search(self) -> Tensor:
         """Attention (L, B, Nv), computed as in `components.irs.search.attention_maps`."""
-        with probing(self.probed.model, self.layers, AttentionProbe.at(self.batch.instruction, self.batch.pictures)) as probe:
+        with probing(
+            self.probed.model, self.layers, AttentionProbe.from_masks(self.batch.instruction, self.batch.pictures)
+        ) as probe:
             self.probed.plain(self.batch, self.probed.features(self.batch), keep=False)
-        return torch.stack([probe.seen[layer] for layer in self.layers])
+        return torch.stack([probe.maps[layer] for layer in self.layers])
 
     @torch.inference_mode()
     def eager(self) -> Tensor:

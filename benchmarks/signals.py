@@ -52,7 +52,9 @@ def digits(student_folder: Path, samples: int = 32) -> Pair:
     data = Samples(DATASET, "train", ROWS)
     question_rows = [i for i, kind in enumerate(data.kinds) if kind != CAPTION]
     chosen_samples = [data[i] for i in question_rows[:: len(question_rows) // samples][:samples]]
-    collator = Collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length, train=True)
+    collator = Collator(
+        teacher.processor, Template.from_settings(settings.models.template), settings.models.max_length, train=True
+    )
     frozen = FrozenTeacher(VLM(teacher.model), LayerChoice.read(IRS / "layer.json").layer, shares_tower=False)
     batch = collator(chosen_samples)
     rows = int(batch.visual.sum()) // len(chosen_samples) // 2

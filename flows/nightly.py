@@ -51,7 +51,7 @@ def nightly(
             return _told(reasons, None, f"nothing new since {champion}: nothing was trained")
         print("retraining, since " + "; ".join(reasons))
         pipeline(parallel=parallel)
-        best = record.best(record.standing(list(settings.study.arms)))
+        best = record.best(record.scored_students(list(settings.study.arms)))
         verdict = promote.promote(best.arm, settings, measure=True)
         return _told(reasons, verdict, verdict.why)
 
@@ -65,7 +65,7 @@ def why(champion: Version | None, manifest: Manifest, drift_above: float) -> lis
     if raw != then:
         reasons.append(f"new data: {RAW} is {_digits(raw)}, the champion's was {_digits(then)}")
     figures = json.loads(champion.tags.get("data.statistics", "{}"))
-    if figures and (moved := drift.moved(figures, drift.statistics(manifest), drift_above)):
+    if figures and (moved := drift.changed_statistics(figures, drift.statistics(manifest), drift_above)):
         reasons.append(f"the prepared set has moved: {', '.join(moved)}")
     if changed := _changed_since(champion.tags.get("mlflow.source.git.commit")):
         reasons.append(changed)

@@ -17,7 +17,7 @@ from components.config.load import load_settings
 from components.config.settings import Settings
 from components.errors import AlignTIError, InputError, TryAgainError
 from components.model_registry import record
-from components.model_registry.paired_test import MeasuredDifferently, guessed, paired_test
+from components.model_registry.paired_test import MeasuredDifferently, majority_accuracy, paired_test
 from components.records.compare import Difference
 from components.records.evaluate import Fingerprint, Prediction
 from components.records.record import Record
@@ -56,7 +56,7 @@ def register(arms: list[str], settings: Settings) -> tuple[list[str], bool]:
 
     Returns the new ones, and whether all were sent to MLflow. Raises DataError if one has not been trained and scored.
     """
-    students = record.standing(arms)
+    students = record.scored_students(arms)
     best = record.best(students)
     told = record.register(students, settings, best)
     if not mlflow_sync.try_sync(settings.runtime.tracking_uri):
@@ -133,7 +133,7 @@ def _challenger(client: Any, model: str, asked: str | None, settings: Settings) 
         return found
     if asked not in settings.study.arms:
         raise InputError(f"{asked!r} is neither a version nor an arm of params/study.yaml ({', '.join(settings.study.arms)})")
-    (student,) = record.standing([asked])
+    (student,) = record.scored_students([asked])
     record.register([student], settings, None)
     mlflow_sync.sync(settings.runtime.tracking_uri)
     found = mlflow_registry.of_md5(client, model, student.md5, asked)
@@ -159,7 +159,7 @@ def _verdict(challenger: Version, champion: Version | None, settings: Settings, 
 
     if champion is None:
         answered = _recorded(challenger)[0]
-        right, floor = sum(p.correct for p in answered) / len(answered), guessed(answered)
+        right, floor = sum(p.correct for p in answered) / len(answered), majority_accuracy(answered)
         recipe = f", recipe {challenger.tags['recipe']}" if "recipe" in challenger.tags else ""
         found = f"{right:.1%} on {len(answered):,} questions{recipe}; the most frequent answer to each kind gives {floor:.1%}"
         if right <= floor:

@@ -34,7 +34,7 @@ from components.digits.tokenizer import build_processor
 from components.digits.tower import cell_words, encode, new_tower, train_tower
 from components.digits.train_loop import Log, epochs, fit
 from components.errors import DataError, ModelError
-from components.models.collate import Batch, Collator, decode, visual_tokens
+from components.models.collate import Batch, Collator, decode_first_image, visual_tokens
 from components.models.template import IMAGE, Template, question_of
 from components.models.vlm import VLM
 from components.process import shared_out
@@ -71,7 +71,7 @@ def read_corpus(samples: Samples) -> Corpus:
                 f"image {group[0].image_id}: the embedded family learns from images that each have a caption and questions;"
                 " use `source: digits`, or `family: pretrained`"
             )
-        images.append(np.asarray(decode(image_captions[0])))
+        images.append(np.asarray(decode_first_image(image_captions[0])))
         captions.append(image_captions)
         caption_turns = [turn for sample in image_captions[1:] for turn in sample.turns]
         turns.append([Turn(question_of(turn), turn.answer) for turn in question_turns + caption_turns])
@@ -106,7 +106,7 @@ def build(settings: ModelsSettings, samples: Samples, folder: Path, runtime: Run
     assert shapes is not None
     device = prepare_torch(runtime, shapes.seed)
     corpus = read_corpus(samples)
-    template = Template.asked(settings.template)
+    template = Template.from_settings(settings.template)
     processor = build_processor(corpus.texts, template, corpus.images.shape[-1], shapes.tower.patch_px)
     collator = Collator(processor, template, settings.max_length, train=True)
     tower = _train_tower(shapes, corpus, collator, device, log)
@@ -124,7 +124,9 @@ def train_member(family: Family, role: str, name: str) -> list[tuple[str, float,
     shapes, losses = family.settings.embedded, list[tuple[str, float, int]]()
     assert shapes is not None
     device = prepare_torch(family.runtime, shapes.seed)
-    collator = Collator(family.processor, Template.asked(family.settings.template), family.settings.max_length, train=True)
+    collator = Collator(
+        family.processor, Template.from_settings(family.settings.template), family.settings.max_length, train=True
+    )
     tower = SiglipVisionModel(family.tower)
     tower.load_state_dict(family.tower_weights)
     generator = _seeded_generator(shapes.seed, role, name)

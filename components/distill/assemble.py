@@ -90,7 +90,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
 
     student = load(Path(start.path), accelerator.device)
     choose_trainable(student, settings.distill)
-    template = Template.asked(settings.models.template)
+    template = Template.from_settings(settings.models.template)
     collator = Collator(student.processor, template, settings.models.max_length, train=True)
     if choice is None:
         check_images(student)
@@ -141,7 +141,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         shared_vocabulary = module.method.shared_vocabulary or student.vocabulary
         rollouts = Rollouts(arm.rollouts, student, collator, samples, order, shared_vocabulary, accelerator)
     accelerator.print(
-        f"distill@{name}: {len(indices):,} samples of {len(samples):,}; {collator.spelt_out(samples[indices[0]])}"
+        f"distill@{name}: {len(indices):,} samples of {len(samples):,}; {collator.decoded_text(samples[indices[0]])}"
     )
     return Job(
         name,

@@ -16,7 +16,7 @@ from components.irs.centred import centred_in_batch, count_unweighted_images
 from components.models.attention import AttentionProbe, probing
 from components.models.attribution import attributions
 from components.models.families import reads_one_layer
-from components.models.vlm import VLM, Kept
+from components.models.vlm import VLM, PrefixCache
 
 
 class FrozenTeacher:
@@ -46,7 +46,9 @@ class FrozenTeacher:
             return student_features.detach()
         return self.vlm.features(self._to_device(batch))
 
-    def plain(self, batch: Batch, features: Any, keep: bool, with_attention: bool) -> tuple[Tensor, Kept | None, Tensor | None]:
+    def plain(
+        self, batch: Batch, features: Any, keep: bool, with_attention: bool
+    ) -> tuple[Tensor, PrefixCache | None, Tensor | None]:
         """Hidden states (B, T, d); with `keep` the key/value cache; `with_attention`: the weights of visual tokens (B, Nv)."""
         device = batch.input_ids.device
         batch = self._to_device(batch)
@@ -55,10 +57,10 @@ class FrozenTeacher:
         if not with_attention or self.gradient:
             hidden, cache = self.vlm.plain(batch, features, keep)
             return hidden.to(device), cache, self._gradient_weights(batch, features).to(device) if with_attention else None
-        probe = AttentionProbe.at(batch.instruction, batch.pictures)
+        probe = AttentionProbe.from_masks(batch.instruction, batch.pictures)
         with probing(self.vlm.model, [self.layer], probe):
             hidden, cache = self.vlm.plain(batch, features, keep)
-        weights = probe.seen[self.layer]
+        weights = probe.maps[self.layer]
         if self.background is not None:
             weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
             self.equal_weights = self.equal_weights.to(weights.device) + count_unweighted_images(weights, batch.pictures)
@@ -84,7 +86,7 @@ class FrozenTeacher:
         captured.maps = {map: tensor.to(device) for map, tensor in captured.maps.items()}
         captured.hidden = {layer: states.to(device) for layer, states in captured.hidden.items()}
 
-    def continued(self, cache: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def continued(self, cache: PrefixCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         inputs = (tensor.to(self.device) for tensor in (tokens, positions, mask))
         return self.vlm.continued(cache, *inputs).to(tokens.device)
 

@@ -46,7 +46,7 @@ def main() -> None:
         run.dataset(str(DATASET), samples.manifest.digest)
         device = prepare_torch(settings.runtime, seed=0)
         loaded = load(model_of(arm), device)
-        template = Template.asked(settings.models.template)
+        template = Template.from_settings(settings.models.template)
         measured = fingerprint.own(loaded, samples, rows, template, asked)
         decisive = {"measured": measured.model_dump(), "model": sha256([model_of(arm)]), "batch_size": asked.batch_size}
         journal = Journal(RUNS / "evaluate" / arm / f"{key_of(decisive, code=())}.jsonl")  # another key: other answers

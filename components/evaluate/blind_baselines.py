@@ -137,7 +137,7 @@ def measure(models: Sequence[tuple[str, Path]], settings: Settings) -> Controls:
 def blind(name: str, path: Path, settings: Settings) -> tuple[str, Blind]:
     """Blind baselines of the model in folder `path`, beside its name."""
     asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
-    rows, template = generate.questions(samples), Template.asked(settings.models.template)
+    rows, template = generate.questions(samples), Template.from_settings(settings.models.template)
     loaded, scores = load(path, prepare_torch(settings.runtime, seed=0)), dict[str, Any]()
     for what, shown in {"seeing": samples, "blank": edited_images(samples, blank), "other": other_images(samples)}.items():
         said = generate.answers(loaded, shown, rows, template, settings.models.max_length, asked, f"{name}: {what}")

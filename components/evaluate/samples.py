@@ -101,15 +101,15 @@ def attention_maps(
     ids = {p.id for p in asked}
     rows = [row for row in generate.questions(samples) if (sample := samples[row].upto(1)).id in ids and sample.images]
     # Sequences as in the layer search: the answer follows, but causal masking hides it from the instruction rows.
-    collator = Collator(loaded.processor, Template.asked(settings.models.template), max_length=sys.maxsize, train=True)
+    collator = Collator(loaded.processor, Template.from_settings(settings.models.template), max_length=sys.maxsize, train=True)
     view, size, found = VLM(loaded.model), settings.evaluate.batch_size, {}
     for start in tqdm(range(0, len(rows), size), desc="samples: where the teacher looks", unit="batch"):
         these = [samples[row].upto(1) for row in rows[start : start + size]]
         batch = collator(these).to(loaded.model.device)
-        probe = AttentionProbe.at(batch.instruction, batch.pictures)
+        probe = AttentionProbe.from_masks(batch.instruction, batch.pictures)
         with probing(loaded.model, [layer], probe):
             view.plain(batch, view.features(batch), keep=False)
-        for sample, seen, numbers in zip(these, probe.seen[layer].cpu().numpy(), probe.pictures.cpu().numpy(), strict=True):
+        for sample, seen, numbers in zip(these, probe.maps[layer].cpu().numpy(), probe.pictures.cpu().numpy(), strict=True):
             found[sample.id] = [_grid(sample, seen[numbers == number + 1]) for number in range(len(sample.images))]
     return found
 

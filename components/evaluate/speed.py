@@ -51,7 +51,7 @@ def measure(models: Iterable[tuple[str, Path]], settings: Settings, device: torc
 
 
 def _one(loaded: Loaded, samples: Samples, rows: Sequence[int], settings: Settings) -> Speed:
-    template = Template.asked(settings.models.template)
+    template = Template.from_settings(settings.models.template)
     device = loaded.model.device
 
     def answers(these: Sequence[int], tokens: int) -> tuple[list[str], float]:

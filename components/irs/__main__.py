@@ -56,7 +56,7 @@ def main() -> None:
         samples = Samples(DATASET, "train", ROWS)
         loaded = load(Path(teacher.path), device)
         try:
-            maps = attention_maps(loaded, samples, Template.asked(settings.models.template), settings.irs)
+            maps = attention_maps(loaded, samples, Template.from_settings(settings.models.template), settings.irs)
         except TooFewInstructions as error:
             if settings.needs_layer:
                 raise
@@ -152,7 +152,7 @@ def _overlays(tiling: Tiling, maps: AttentionMaps, backgrounds: dict[Rows, Tenso
 
     from components.irs.overlays import overlay, peaks
     from components.irs.regions import preprocessed_image
-    from components.models.collate import decode
+    from components.models.collate import decode_first_image
     from components.report.figures import draw
 
     for stale in FOLDER.glob("overlay_*.png"):
@@ -169,7 +169,10 @@ def _overlays(tiling: Tiling, maps: AttentionMaps, backgrounds: dict[Rows, Tenso
     paths: list[Path] = []
     for samples, examples in zip(maps.samples, tqdm(examples_per_image, desc="overlays", unit="image"), strict=False):
         paths.append(FOLDER / f"overlay_{len(paths) + 1}.png")
-        write_bytes(paths[-1], draw(overlay, preprocessed_image(tiling.processor, decode(samples[0])), examples, peak, title))
+        write_bytes(
+            paths[-1],
+            draw(overlay, preprocessed_image(tiling.processor, decode_first_image(samples[0])), examples, peak, title),
+        )
     return paths
 
 
@@ -178,7 +181,7 @@ def _examples(tiling: Tiling, samples: list[Sample], attention: Tensor, backgrou
     from components.irs.centred import centred
     from components.irs.overlays import AttentionExample
     from components.irs.search import furthest_apart
-    from components.models.collate import decode
+    from components.models.collate import decode_first_image
     from components.models.template import question_of
 
     with_region = [i for i, sample in enumerate(samples) if sample.turns[0].boxes]
@@ -186,7 +189,7 @@ def _examples(tiling: Tiling, samples: list[Sample], attention: Tensor, backgrou
     examples = []
     for i in (candidates[n] for n in furthest_apart(attention[candidates])):
         turn = samples[i].turns[0]
-        region = tiling.region_mask(decode(samples[i]), turn.boxes) if turn.boxes else None
+        region = tiling.region_mask(decode_first_image(samples[i]), turn.boxes) if turn.boxes else None
         weights = centred(attention[i], background)
         examples.append(AttentionExample(question_of(turn), turn.answer, attention[i].numpy(), weights.numpy(), region))
     return examples

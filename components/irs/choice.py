@@ -19,7 +19,7 @@ from components.irs.centred import centred, shares
 from components.irs.regions import Tiling
 from components.irs.score import irs_scores, pointing
 from components.irs.search import AttentionMaps, Z, rank, separated, standard_error
-from components.models.collate import decode
+from components.models.collate import decode_first_image
 from components.records.irs import Attention, Background, Interval, LayerChoice, Picked, Region, Rows, View
 
 SINK = 5  # threshold of an attention sink, as a multiple of the uniform share
@@ -98,7 +98,7 @@ def regions(maps: AttentionMaps, tiling: Tiling) -> Tensor | None:
     for x, samples in enumerate(maps.samples):
         for i, sample in enumerate(samples):
             boxes = sample.turns[0].boxes
-            if boxes and (share := tiling.coverage(decode(sample), boxes)) is not None:
+            if boxes and (share := tiling.coverage(decode_first_image(sample), boxes)) is not None:
                 coverage[x, i, : len(share)] = torch.from_numpy(share)
     return coverage if int(coverage.any(-1).any(-1).sum()) > 1 else None
 
@@ -175,7 +175,8 @@ def grids_of(maps: AttentionMaps, tiling: Tiling) -> list[str]:
     if tiling.tokens is not None:
         return [f"{tiling.tokens} tokens"]
     grids = {
-        (tiling.grid(decode(samples[0])) or (), int(tokens)) for samples, tokens in zip(maps.samples, maps.tokens, strict=True)
+        (tiling.grid(decode_first_image(samples[0])) or (), int(tokens))
+        for samples, tokens in zip(maps.samples, maps.tokens, strict=True)
     }
     return [" x ".join(map(str, grid)) if grid else f"{tokens} tokens" for grid, tokens in sorted(grids)]
 

@@ -200,9 +200,9 @@ def _attention(vlm: VLM, batch: Batch, instruction_masks: dict[Rows, Tensor]) ->
     """Attention maps (L, B, Nv) float32 on the CPU, per mask (B, T) of instruction rows; zero-padded to the batch's largest
     Nv."""
     layers = list(attention_layers(vlm.model))
-    probes = {rows: AttentionProbe.at(mask, batch.pictures) for rows, mask in instruction_masks.items()}
+    probes = {rows: AttentionProbe.from_masks(mask, batch.pictures) for rows, mask in instruction_masks.items()}
     with ExitStack() as stack:
         for probe in probes.values():
             stack.enter_context(probing(vlm.model, layers, probe))
         vlm.plain(batch, vlm.features(batch), keep=False)
-    return {rows: torch.stack([probe.seen[layer] for layer in layers]).cpu() for rows, probe in probes.items()}
+    return {rows: torch.stack([probe.maps[layer] for layer in layers]).cpu() for rows, probe in probes.items()}

@@ -17,7 +17,7 @@ def statistics(manifest: Manifest) -> dict[str, float]:
     return values
 
 
-def moved(previous: Mapping[str, float], current: Mapping[str, float], threshold: float) -> list[str]:
+def changed_statistics(previous: Mapping[str, float], current: Mapping[str, float], threshold: float) -> list[str]:
     """Statistics that changed by more than `threshold`: absolute for shares, relative for counts."""
     changes = []
     for name in sorted(previous.keys() | current.keys()):

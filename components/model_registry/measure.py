@@ -18,7 +18,7 @@ def answers(model: Path, title: str, settings: Settings) -> tuple[list[Predictio
     """Predictions of the checkpoint `model` on the split that `evaluate` scores, and the fingerprint of the measurement."""
     samples = Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
-    loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template.asked(settings.models.template)
+    loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template.from_settings(settings.models.template)
     generated = generate.answers(loaded, samples, rows, template, settings.models.max_length, settings.evaluate, title)
     measurement = fingerprint.own(loaded, samples, rows, template, settings.evaluate)
     return metrics.predictions((samples[row] for row in rows), generated), measurement

@@ -21,7 +21,7 @@ class MeasuredDifferently(DataError):
     """Scores with different fingerprints, which are not comparable."""
 
 
-def guessed(answers: Sequence[Prediction]) -> float:
+def majority_accuracy(answers: Sequence[Prediction]) -> float:
     """Majority baseline, which any champion must beat: accuracy of the most frequent reference of each question's kind."""
     references: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:

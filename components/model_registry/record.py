@@ -29,7 +29,7 @@ class Student:
     scores: Scores
 
 
-def standing(arms: Sequence[str]) -> list[Student]:
+def scored_students(arms: Sequence[str]) -> list[Student]:
     """Students of these arms. Raises DataError if one is not trained and scored, or its scores changed since."""
     lock = provenance.locked()
     students = []

@@ -40,25 +40,25 @@ class AttentionProbe:
     columns: Tensor  # (B, Nc) positions of visual tokens, padded with -1
     pictures: Tensor  # (B, Nc) image number of each within its sample, from 1, padded with 0
     images: int  # maximum per sample
-    seen: dict[int, Tensor] = field(default_factory=dict)
+    maps: dict[int, Tensor] = field(default_factory=dict)
     each_row: bool = False
     gradients: bool = False
 
     @classmethod
-    def at(cls, rows: Tensor, pictures: Tensor, each_row: bool = False, gradients: bool = False) -> AttentionProbe:
+    def from_masks(cls, rows: Tensor, pictures: Tensor, each_row: bool = False, gradients: bool = False) -> AttentionProbe:
         """Probe from a (B, T) bool mask of rows and the batch's image numbers (B, T)."""
         images = int(pictures.max())
         return cls(
             _positions(rows), _positions(pictures > 0), by_column(pictures), images, each_row=each_row, gradients=gradients
         )
 
-    def keep(self, layer: int, mean_map: Tensor) -> None:
+    def store(self, layer: int, mean_map: Tensor) -> None:
         """Store the columns of a (B, Nr, T) map, a mean over heads. If the layer runs again, its first map is kept."""
         valid_rows = (self.rows >= 0)[:, :, None]
         columns = self.columns[:, None, :].clamp_min(0)
         if self.each_row:
             columns = columns.expand(-1, valid_rows.shape[1], -1)
-            self.seen.setdefault(layer, (mean_map * valid_rows).gather(2, columns) * (self.pictures > 0)[:, None])
+            self.maps.setdefault(layer, (mean_map * valid_rows).gather(2, columns) * (self.pictures > 0)[:, None])
             return
         visual_map = mean_map.new_zeros(self.columns.shape)
         for image in range(1, self.images + 1):
@@ -67,7 +67,7 @@ class AttentionProbe:
             rows_after = (self.rows >= image_start)[:, :, None]
             mean = (mean_map * rows_after).sum(1, keepdim=True) / rows_after.sum(1, keepdim=True).clamp_min(1)
             visual_map = visual_map + mean.gather(2, columns)[:, 0] * in_image
-        self.seen.setdefault(layer, visual_map)
+        self.maps.setdefault(layer, visual_map)
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 @contextmanager
 def probing(model: Any, layers: list[int], probe: AttentionProbe) -> Iterator[AttentionProbe]:
-    """Context in which a forward pass over the probe's batch fills `probe.seen` for each of `layers`. Contexts nest.
+    """Context in which a forward pass over the probe's batch fills `probe.maps` for each of `layers`. Contexts nest.
 
     Args:
         model: a transformers vision-language model; its language model is switched to the probing attention function
@@ -144,7 +144,7 @@ def _forward(
     for probe in _probes(module):
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         with torch.set_grad_enabled(probe.gradients and torch.is_grad_enabled()):
-            probe.keep(module.layer_idx, _attention(query, key, attention_mask, float(scaling), probe.rows))
+            probe.store(module.layer_idx, _attention(query, key, attention_mask, float(scaling), probe.rows))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -176,7 +176,7 @@ def _read_full_map(attention: Any, _args: Any, output: Any) -> None:
         with torch.set_grad_enabled(probe.gradients and torch.is_grad_enabled()):
             full_map = output[1].mean(1)  # (B, T, T)
             rows = probe.rows.clamp_min(0)[:, :, None].expand(-1, -1, full_map.shape[-1])
-            probe.keep(attention.layer_idx, full_map.gather(1, rows))
+            probe.store(attention.layer_idx, full_map.gather(1, rows))
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

@@ -242,7 +242,7 @@ class Collator:
         for text, ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
             yield self._plain.encode(text, add_special_tokens) if self._plain.is_needed(text) else (text, ids, offsets)
 
-    def spelt_out(self, sample: Sample) -> str:
+    def decoded_text(self, sample: Sample) -> str:
         """Decoded input and response tokens of a sample, for the log.
 
         Raises ModelError if the response mask does not have one EOS per turn.
@@ -264,7 +264,7 @@ class Collator:
         keys = [(sample.image_id, len(sample.images)) for sample in with_images]
         images: dict[tuple[str, int], Processed] = {}
         for key, sample in zip(keys, with_images, strict=True):
-            image = images.get(key) or self._processed.get(key) or self._accepted(decoded(sample))[0]
+            image = images.get(key) or self._processed.get(key) or self._accepted(decode_images(sample))[0]
             images[key] = image
             if key not in self._processed and self._processed_bytes + image.nbytes <= PIXEL_CACHE_BYTES:
                 self._processed[key] = image
@@ -321,12 +321,12 @@ def _placeholder_turns(sample: Sample) -> list[Turn]:
     return [replace(turn, answer=PLACEHOLDER_ANSWER) for turn in sample.turns]
 
 
-def decode(sample: Sample) -> Image.Image:
+def decode_first_image(sample: Sample) -> Image.Image:
     """First image of the sample, RGB."""
-    return decoded(sample)[0]
+    return decode_images(sample)[0]
 
 
-def decoded(sample: Sample) -> list[Image.Image]:
+def decode_images(sample: Sample) -> list[Image.Image]:
     """Images of the sample, RGB. Raises DataError naming the sample if one does not decode."""
     from PIL import Image, UnidentifiedImageError
 

@@ -28,14 +28,14 @@ from components.errors import ModelError, TryAgainError
 from components.io import whole_folder
 from components.models.checkpoint_folder import weight_files
 
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]
+ALLOWED_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]
 SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints
 
 
 def obtain(checkpoint: Checkpoint, target: Path) -> Path:
     """Download or copy `checkpoint` to `target`, whole. Raises as `locate` does, and TryAgainError if the disk is full."""
     source = locate(checkpoint)
-    files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in WANTED))
+    files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in ALLOWED_PATTERNS))
     with whole_folder(target) as draft:
         for file in tqdm(files, desc=f"{target.parent.name} {target.name}", unit="file"):
             _link_or_copy(file.resolve(), draft / file.name, link=checkpoint.revision is not None)
@@ -65,7 +65,7 @@ def snapshot(source: str, revision: str | None) -> Path:
     Raises ModelError and TryAgainError as `locate`.
     """
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=ALLOWED_PATTERNS, ignore_patterns=SUBFOLDERS))
     except GatedRepoError:
         raise ModelError(
             f"{source} is gated: accept its terms on huggingface.co, then `hf auth login` or set HF_TOKEN, and run again"

@@ -136,10 +136,10 @@ def check_pair(teacher: Loaded, student: Loaded, own_images: bool = False) -> in
     """
     for loaded in (teacher, student):
         check_images(loaded)
-    return check_reading(teacher, student, own_images)
+    return check_processors(teacher, student, own_images)
 
 
-def check_reading(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
+def check_processors(teacher: Loaded, student: Loaded, own_images: bool = False) -> int:
     """As `check_pair`, from processors and head sizes alone."""
     models = f"teacher {teacher.name} and student {student.name}"
     images = [] if own_images else [[processed(loaded.processor, image) for loaded in (teacher, student)] for image in shapes()]
@@ -168,7 +168,9 @@ def check_same_template(teacher: Loaded, student: Loaded, settings: TemplateSett
     if settings.style == "vicuna":
         return
     turns = (Turn(f"{IMAGE}What?", "This."), Turn("And?", "That."))
-    texts = [Template.asked(settings).of(loaded.processor).render(turns, ["<image>"]).text for loaded in (teacher, student)]
+    texts = [
+        Template.from_settings(settings).of(loaded.processor).render(turns, ["<image>"]).text for loaded in (teacher, student)
+    ]
     if texts[0] != texts[1]:
         raise ModelError(
             f"teacher {teacher.name} and student {student.name}: their chat templates write one conversation differently,"

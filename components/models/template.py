@@ -81,7 +81,7 @@ class Template:
     wants_special_tokens = True  # leading special tokens of the tokenizer (BOS), if it adds any
 
     @classmethod
-    def asked(cls, settings: TemplateSettings) -> Template:
+    def from_settings(cls, settings: TemplateSettings) -> Template:
         return cls(settings.system, style=settings.style)
 
     @property

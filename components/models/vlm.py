@@ -33,7 +33,7 @@ Masks = dict[str, Tensor | None] | Tensor | None  # attention mask (B or 1, 1, T
 
 
 @dataclass(frozen=True)
-class Kept:
+class PrefixCache:
     """State of a plain pass for `continued`: key/value cache of T tokens, their position ids and attention masks."""
 
     cache: DynamicCache
@@ -73,7 +73,7 @@ class VLM(nn.Module):
 
     def plain(
         self, batch: Batch, features: Any, keep: bool, change: Callable[[dict[str, Any]], None] | None = None
-    ) -> tuple[Tensor, Kept | None]:
+    ) -> tuple[Tensor, PrefixCache | None]:
         """Forward pass over the sequence. Returns hidden states (B, T, d) and, if `keep`, the state for `continued`.
 
         No attention mask is passed: padding is on the right, where no real token attends to it, and the fused causal kernel
@@ -89,9 +89,9 @@ class VLM(nn.Module):
         # No config, so no sliding-window layers: those keep the last keys only, and alternatives stand further back.
         cache = DynamicCache() if keep else None
         states = self._stock_forward(batch, features, capture, **{CACHE: cache}, use_cache=keep).last_hidden_state
-        return states, None if cache is None else Kept(cache, captured.get("position_ids"), self._masks(captured))
+        return states, None if cache is None else PrefixCache(cache, captured.get("position_ids"), self._masks(captured))
 
-    def continued(self, prefix: Kept, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def continued(self, prefix: PrefixCache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, E, d) hidden states of `tokens`, each in place of the gold token at its position, over the plain pass's key/value
         cache; attention is the gold token's, further restricted by the (B, 1, E, T + E) `mask`.
         """
@@ -186,14 +186,14 @@ class VLM(nn.Module):
         with ExitStack() as stack:
             probes: dict[Map, AttentionProbe] = {}
             for (rows, each_row), maps in maps_by_rows.items():
-                probe = AttentionProbe.at(getattr(batch, rows), batch.pictures, each_row, gradients=True)
+                probe = AttentionProbe.from_masks(getattr(batch, rows), batch.pictures, each_row, gradients=True)
                 probes |= dict.fromkeys(maps, probe)
                 stack.enter_context(probing(self.model, [map.layer % depth for map in maps], probe))
             for index in watch.hidden:
                 hook = layers[index].register_forward_hook(partial(_store_states, result.hidden, index))
                 stack.callback(hook.remove)
             yield result
-        result.maps |= {map: probe.seen[map.layer % depth] for map, probe in probes.items()}
+        result.maps |= {map: probe.maps[map.layer % depth] for map, probe in probes.items()}
 
     def flex(self) -> None:
         """Switch the language model to FlexAttention, whose kernel skips the empty blocks of `expanded`'s mask: alternatives do

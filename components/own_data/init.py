@@ -76,7 +76,7 @@ class Pair:
         """Pair of the options. Raises ModelError if it cannot be distilled, judged from all files but the weights."""
         from components.models.checkpoint_folder import config_of
         from components.models.download import locate
-        from components.models.load import Loaded, check_kind, check_reading, check_same_template, grids
+        from components.models.load import Loaded, check_kind, check_processors, check_same_template, grids
         from components.models.processor import load_processor
         from components.models.tinyllava import is_tinyllava
 
@@ -95,7 +95,7 @@ class Pair:
             model = SimpleNamespace(name_or_path=str(folder), get_output_embeddings=lambda head=head: head)
             loaded[role] = Loaded(model, load_processor(folder))
             contexts.append(int(getattr(config, "max_position_embeddings", None) or sys.maxsize))
-        check_reading(loaded["teacher"], loaded["student"], grids(loaded["teacher"], loaded["student"]) is not None)
+        check_processors(loaded["teacher"], loaded["student"], grids(loaded["teacher"], loaded["student"]) is not None)
         try:
             check_same_template(loaded["teacher"], loaded["student"], Template(style="processor", system=""))
             template = Choice("models.template.style", "processor", "both checkpoints have the same chat template of their own")

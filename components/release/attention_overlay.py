@@ -19,7 +19,7 @@ from components.io import write_bytes
 from components.irs.overlays import Heat, heatmaps
 from components.irs.regions import preprocessed_image
 from components.models.attention import AttentionProbe, probing
-from components.models.collate import Batch, decoded
+from components.models.collate import Batch, decode_images
 from components.models.families import family_of
 from components.models.load import Loaded
 from components.models.vlm import VLM
@@ -50,10 +50,10 @@ def attention_of(named: Named, loaded: Loaded, batch: Batch, sample: Sample, ans
     layers = loaded.layers
     layer, how = layer_of(named, layers)
     view = VLM(loaded.model)
-    probe = AttentionProbe.at(batch.instruction, batch.pictures)
+    probe = AttentionProbe.from_masks(batch.instruction, batch.pictures)
     with probing(loaded.model, list(range(layers)) if layer is None else [layer], probe):
         view.plain(batch, view.features(batch), keep=False)
-    attention = torch.stack([seen[0] for seen in probe.seen.values()]).mean(0).float().cpu().numpy()
+    attention = torch.stack([seen[0] for seen in probe.maps.values()]).mean(0).float().cpu().numpy()
     numbers = probe.pictures[0].cpu().numpy()
     grids = [placed(loaded, batch, attention[numbers == number + 1], number) for number in range(len(sample.images))]
     title = f"{named.name}, {'all layers' if layer is None else f'layer {layer}'}"
@@ -98,9 +98,9 @@ def _patches(loaded: Loaded) -> int:
 
 
 def _images(loaded: Loaded, sample: Sample) -> list[NDArray[np.uint8]]:
-    """Images as seen by the model: preprocessed if the family crops, else only decoded."""
+    """Images as seen by the model: preprocessed if the family crops, else only decode_images."""
     crops = family_of(loaded.model.config).crops
-    return [preprocessed_image(loaded.processor, image) if crops else np.asarray(image) for image in decoded(sample)]
+    return [preprocessed_image(loaded.processor, image) if crops else np.asarray(image) for image in decode_images(sample)]
 
 
 def draw_overlays(name: str, question: str, attended: list[Seen]) -> Path:

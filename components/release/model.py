@@ -56,7 +56,7 @@ def template_of(named: Named, loaded: Loaded, settings: Settings) -> Template:
     """Chat template: the project's for its own arms and for checkpoints without one, else the checkpoint's."""
     own = loaded.processor.chat_template or loaded.processor.tokenizer.chat_template
     if named.arm is not None or not own:
-        return Template.asked(settings.models.template)
+        return Template.from_settings(settings.models.template)
     return Template("", style="processor")
 
 

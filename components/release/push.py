@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from components.distill.card import NOT_STATED
 from components.errors import HIDDEN, InputError, ModelError, TryAgainError, first_line
 from components.models.checkpoint_folder import weight_files
-from components.models.download import WANTED
+from components.models.download import ALLOWED_PATTERNS
 
 CARD = "README.md"
 RESERVED = re.compile(r"\bNC\b|non-?commercial|research only", re.IGNORECASE)
@@ -57,7 +57,11 @@ def plan(folder: Path, repo: str, private: bool) -> Upload:
             f"{folder}: no {CARD}, and a model without a card tells nobody what it is; `alignti export` writes one"
         )
     found = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {p.name: p.stat().st_size for p in found if p.parent == folder and any(fnmatch(p.name, kind) for kind in WANTED)}
+    files = {
+        p.name: p.stat().st_size
+        for p in found
+        if p.parent == folder and any(fnmatch(p.name, kind) for kind in ALLOWED_PATTERNS)
+    }
     left_out = [path.relative_to(folder).as_posix() for path in found if path.parent != folder or path.name not in files]
     return Upload(folder, repo, files, left_out, list(warnings(folder / CARD)), private)
 

@@ -52,7 +52,7 @@ class Judge:
     def __init__(self, folders: Sequence[Path], settings: ModelsSettings) -> None:
         """`folders`: models with different tokenizers, templates or processors (`different`)."""
         self.settings = settings
-        template = Template.asked(settings.template)
+        template = Template.from_settings(settings.template)
         self.collators = [Collator(load_processor(folder), template, sys.maxsize, train=True) for folder in folders]
         self._shown = lru_cache(REMEMBERED)(self._shown_anew)
 

@@ -43,7 +43,7 @@ def measure(record: ModelRecord, samples: Samples, rows: Sequence[int], settings
         weights visual tokens by IRS.
     """
     loaded = load(Path(record.path), device)
-    template = Template.asked(settings.models.template)
+    template = Template.from_settings(settings.models.template)
 
     def answer(batch: Sequence[int], title: str) -> list[str]:
         return generate.answers(loaded, samples, batch, template, settings.models.max_length, settings.evaluate, title)

@@ -82,7 +82,7 @@ def _write_answers(folder: Path, settings: Settings, facts: AnswerFacts, device:
     assert options is not None
     precision = torch.bfloat16 if facts.precision == "bf16" else torch.float32
     teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
-    template, max_length = Template.asked(settings.models.template), settings.models.max_length
+    template, max_length = Template.from_settings(settings.models.template), settings.models.max_length
     shared_vocabulary, student_collators = teacher.vocabulary, []
     for record in ModelIndex.read(MODELS / "index.json").students.values():
         student = load(Path(record.path), device)

@@ -27,7 +27,7 @@ def facts(settings: Settings) -> AnswerFacts:
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
         dataset=Manifest.read(DATASET / "manifest.json").digest,
         rows=sha256([ROWS / "train.npy"]),
-        template=hashlib.sha256(Template.asked(settings.models.template).identity.encode()).hexdigest(),
+        template=hashlib.sha256(Template.from_settings(settings.models.template).identity.encode()).hexdigest(),
         precision=settings.distill.precision,
         asked=options.model_dump(),
     )

@@ -102,7 +102,7 @@ def _signals(
 
     check_layer(teacher, facts.layer)
     shared_vocabulary = _shared_vocabulary(teacher, students)
-    template, max_length = Template.asked(settings.models.template), settings.models.max_length
+    template, max_length = Template.from_settings(settings.models.template), settings.models.max_length
     collator = Collator(teacher.processor, template, max_length, train=True, rows=facts.rows)
     background = weighting(settings.distill.iva, LayerChoice.found()).background
     teacher_pass = TeacherPass(
@@ -139,7 +139,7 @@ def _evidence(
     options = settings.distill.teacher_signals.evidence
     assert options is not None
     shared_vocabulary = _shared_vocabulary(teacher, students)
-    collate = collator(teacher.processor, Template.asked(settings.models.template), settings.models.max_length)
+    collate = collator(teacher.processor, Template.from_settings(settings.models.template), settings.models.max_length)
     vlm = VLM(teacher.model).eval().requires_grad_(False)
     evidence_pass = EvidencePass(
         vlm, collate, samples, options.kinds, options.share, shared_vocabulary, facts.precision == "bf16"

@@ -55,11 +55,11 @@ class TeacherPass:
         """Collated batch, hidden states (B, T, d), and (N,) weights of its visual rows."""
         batch = self.collator(samples).to(self.vlm.model.device)
         layer, bf16 = self.facts.layer, self.facts.precision == "bf16"
-        probe = AttentionProbe.at(batch.instruction, batch.pictures)
+        probe = AttentionProbe.from_masks(batch.instruction, batch.pictures)
         autocast = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16)
         with autocast, probing(self.vlm.model, [layer], probe):
             hidden, _ = self.vlm.plain(batch, self.vlm.features(batch), keep=False)
-        weights = probe.seen[layer]
+        weights = probe.maps[layer]
         if self.background is not None:
             weights = centred_in_batch(weights, self.background, batch.pictures, batch.ids)
         return batch, hidden, visual_weights(weights, batch.pictures)

@@ -57,7 +57,7 @@ def facts(settings: Settings) -> SignalFacts:
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
         students={name: student.sha256 for name, student in sorted(students.items())},
         dataset=Manifest.read(DATASET / "manifest.json").digest,
-        template=hashlib.sha256(Template.asked(settings.models.template).identity.encode()).hexdigest(),
+        template=hashlib.sha256(Template.from_settings(settings.models.template).identity.encode()).hexdigest(),
         precision=distill.precision,
         layer=weights.layer,
         rows=weights.rows,

@@ -94,10 +94,10 @@ def test_step_equals_separate_forward_passes(family: str, route: str) -> None:
     student, teacher = pair(family)
     b = batch()
     draws = fixed_draws(b)
-    probe = AttentionProbe.at(b.instruction, b.pictures)
+    probe = AttentionProbe.from_masks(b.instruction, b.pictures)
     with torch.no_grad(), probing(teacher.model, [1], probe):
         teacher.plain(b, teacher.features(b), keep=False)
-    attention = probe.seen[1]
+    attention = probe.maps[1]
     spread = torch.cat([row / row.sum() for row in attention if row.sum() > 0])
 
     terms = step(student, teacher, route=route)(b, KEYS, draws)

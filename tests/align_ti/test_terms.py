@@ -322,11 +322,11 @@ def test_it_equals_its_plain_formula(case: Case) -> None:
     student, teacher = pair()
     b = batch()
     module = step(student, teacher, case)
-    probe = AttentionProbe.at(b.instruction, b.pictures)
+    probe = AttentionProbe.from_masks(b.instruction, b.pictures)
     with torch.no_grad(), probing(teacher.model, [1], probe):
         theirs, _ = teacher.plain(b, teacher.features(b), keep=False)
     mine, _ = student.plain(b, student.features(b), keep=False)
-    wanted = case.formula(Whole(b, student.head(mine), teacher.head(theirs), probe.seen[1], module, (student, teacher)))
+    wanted = case.formula(Whole(b, student.head(mine), teacher.head(theirs), probe.maps[1], module, (student, teacher)))
     found = module(b, KEYS)
     torch.testing.assert_close(found.sums[of(module, case)], wanted, rtol=case.rtol, atol=1e-12)
     same(gradients(module, found.sums[of(module, case)]), gradients(module, wanted))
@@ -521,13 +521,13 @@ class Cache:
         self.teacher = teacher
 
     def look_up(self, b: Any, visual: bool, with_attention: bool) -> tuple[Cached, Tensor | None]:
-        probe = AttentionProbe.at(b.instruction, b.pictures)
+        probe = AttentionProbe.from_masks(b.instruction, b.pictures)
         with torch.no_grad(), probing(self.teacher.model, [1], probe):
             hidden, _ = self.teacher.plain(b, self.teacher.features(b), keep=False)
         rows = predicting(b.response) | (b.visual if visual else False)
         index = torch.full(rows.shape, -1)
         index[rows] = torch.arange(int(rows.sum()))
-        return Cached(top_k(self.teacher.head(hidden[rows]), tiny.VOCABULARY), index), probe.seen[1] if with_attention else None
+        return Cached(top_k(self.teacher.head(hidden[rows]), tiny.VOCABULARY), index), probe.maps[1] if with_attention else None
 
 
 def test_a_cache_serves_it_or_is_refused(case: Case) -> None:

@@ -136,16 +136,16 @@ def test_maps_of_grouped_heads_windows_and_capped_scores_have_gradients(family: 
 def test_looks_at_one_layer_stack() -> None:
     vlm, _ = pair()
     b = batch()
-    alone, outer, inner = (AttentionProbe.at(b.instruction, b.pictures) for _ in range(3))
+    alone, outer, inner = (AttentionProbe.from_masks(b.instruction, b.pictures) for _ in range(3))
     with torch.no_grad():
         with probing(vlm.model, [1], alone):
             vlm.plain(b, vlm.features(b), keep=False)
         with probing(vlm.model, [0, 1], outer):
             with probing(vlm.model, [1], inner):
                 vlm.plain(b, vlm.features(b), keep=False)
-            assert set(inner.seen) == {1} and set(outer.seen) == {0, 1}
+            assert set(inner.maps) == {1} and set(outer.maps) == {0, 1}
         vlm.plain(b, vlm.features(b), keep=False)
-    assert torch.equal(outer.seen[1], alone.seen[1]) and torch.equal(inner.seen[1], alone.seen[1])
+    assert torch.equal(outer.maps[1], alone.maps[1]) and torch.equal(inner.maps[1], alone.maps[1])
 
 
 def test_hidden_states_are_the_stock_models() -> None:

@@ -84,7 +84,7 @@ def test_the_student_loads_with_stock_transformers_and_answers(workplace: Path) 
     inputs = processor(text="what digit is at a1 ?", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit?"}]}]
-    trained = Template.asked(load_settings().models.template).render(
+    trained = Template.from_settings(load_settings().models.template).render(
         (Turn("<image>what digit?", ""),), ["<image>"], answer=False
     )
     assert processor.apply_chat_template(asked, tokenize=False) == trained.text  # what servers and kits will send it

@@ -63,7 +63,7 @@ def test_a_chosen_scorer_has_intervals_and_none_changes_nothing(tmp_path: Path, 
 
 def test_a_chosen_scorer_is_part_of_the_fingerprint(loaded: Loaded, samples: Samples) -> None:
     rows = questions(samples)[:2]
-    template = Template.asked(load_settings(Path(__file__).parents[2]).models.template)
+    template = Template.from_settings(load_settings(Path(__file__).parents[2]).models.template)
     settings = [SETTINGS.model_copy(update={"scorers": chosen}) for chosen in ([], ["anls"])]
     none, one = (fingerprint.own(loaded, samples, rows, template, asked) for asked in settings)
     assert none.judge == fingerprint.JUDGE and one.judge == f"{fingerprint.JUDGE}, anls"

@@ -18,7 +18,7 @@ TITLE = "probe"
 def check(family: str) -> str:
     vlm, batch = VLM(load(toy.folder(family), "cpu", torch.float64).model), toy.batch(family)
     layers = list(attention_layers(vlm.model))
-    look = AttentionProbe.at(batch.instruction, batch.pictures)
+    look = AttentionProbe.from_masks(batch.instruction, batch.pictures)
     with torch.no_grad(), probing(vlm.model, layers, look):
         vlm.plain(batch, vlm.features(batch), keep=False)
     for layer, attention in zip(layers, eager_maps(family), strict=True):
@@ -29,10 +29,10 @@ def check(family: str) -> str:
                 own = numbers == number
                 after = batch.instruction[row] & (torch.arange(len(own)) > own.nonzero().max())
                 parts.append(attention[row].mean(0)[after][:, own].mean(0))
-            expected, found = torch.cat(parts), look.seen[layer][row]
+            expected, found = torch.cat(parts), look.maps[layer][row]
             torch.testing.assert_close(found[: len(expected)].double(), expected, rtol=1e-5, atol=1e-7)
             assert not found[len(expected) :].any()
-        assert not look.seen[layer][1].any(), "no image, no attention"
+        assert not look.maps[layer][1].any(), "no image, no attention"
     return "eager maps" if vlm.model.config.get_text_config()._attn_implementation == "eager" else "beside fused"
 
 

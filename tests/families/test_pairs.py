@@ -123,7 +123,7 @@ def test_weights_in_half_precision_are_read_as_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("style", ["vicuna", "processor"])
 def test_a_sample_is_spelt_out_for_the_log(style: Any) -> None:
-    said = toy.collator("qwen2_vl", style=style).spelt_out(toy.SAMPLES[0])
+    said = toy.collator("qwen2_vl", style=style).decoded_text(toy.SAMPLES[0])
     assert "around 8 visual tokens" in said and said.endswith("red one<|im_end|>'") and "what digit ?" in said
 
 
@@ -131,4 +131,4 @@ def test_a_mask_without_the_answers_end_is_refused() -> None:
     collator = toy.Collator(toy.loaded("qwen2_vl").processor, Template(""), 400, train=True)
     collator.eos_id = 5
     with pytest.raises(ModelError, match="do not go together"):
-        collator.spelt_out(toy.SAMPLES[0])
+        collator.decoded_text(toy.SAMPLES[0])

@@ -14,7 +14,7 @@ from components.align_ti.terms import CORE
 from components.dataset.shards import IMAGE, Sample, Turn
 from components.distill.teacher import FrozenTeacher
 from components.models.attention import AttentionProbe, probing
-from components.models.collate import IMAGE_INPUTS, Batch, decoded
+from components.models.collate import IMAGE_INPUTS, Batch, decode_images
 from components.models.families import prompt
 from components.models.load import check_pair, load
 from components.models.vlm import VLM
@@ -34,7 +34,7 @@ def check(family: str) -> str:
         made = collator([SEVERAL])
         text = collator.template.render(SEVERAL.turns, [processor.image_token] * 3).text
         whole: dict[str, Any] = {"add_special_tokens": collator.template.wants_special_tokens}
-        stock = processor(images=[decoded(SEVERAL)], text=[text], return_tensors="pt", **whole)
+        stock = processor(images=[decode_images(SEVERAL)], text=[text], return_tensors="pt", **whole)
         if family != "paligemma":  # whose own puts all images before the text
             assert torch.equal(made.input_ids, stock["input_ids"])
         assert torch.equal(made.pixel_values.flatten(), stock["pixel_values"].flatten())
@@ -100,14 +100,14 @@ def test_all_terms_on_rows_of_none_to_four_images_equal_separate_forward_passes(
                 for token in next(drawn):
                     if token != method.eos:
                         terms["tpa"].append(kl(*(logits(model, t, token)[t] for model in (master.model, pupil.model))))
-            look = AttentionProbe.at(one.attention_mask.bool(), one.pictures, each_row=True)
+            look = AttentionProbe.from_masks(one.attention_mask.bool(), one.pictures, each_row=True)
             with probing(master.model, [1], look):
                 teacher.vlm.plain(one, teacher.vlm.features(one), keep=False)
         columns = one.pictures[0][one.pictures[0] > 0]
         for number in range(1, len(sample.images) + 1):
             own = (one.pictures[0] == number).nonzero().flatten()
             after = one.instruction[0] & (torch.arange(len(one.instruction[0])) > own.max())
-            seen = look.seen[1][0][after][:, columns == number].mean(0)
+            seen = look.maps[1][0][after][:, columns == number].mean(0)
             terms["iva"].append((seen / seen.sum() * kl(theirs[own], mine[own])).sum())
     assert found.counts.tolist() == [float(len(terms[name])) for name in CORE] and len(terms["iva"]) == 0 + 1 + 2 + 3 + 4
     wanted = torch.stack([torch.stack(terms[name]).sum() for name in CORE])

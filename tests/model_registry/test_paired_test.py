@@ -68,12 +68,12 @@ def manifest(**kinds: int) -> Manifest:
 
 def test_drift_names_each_figure_that_moved_and_no_other() -> None:
     then = drift.statistics(manifest(count=500, where=500))
-    assert drift.moved(then, then, 0.05) == []
-    assert drift.moved(then, drift.statistics(manifest(count=510, where=490)), 0.05) == []
-    assert drift.moved(then, drift.statistics(manifest(count=900, where=300)), 0.05) == [
+    assert drift.changed_statistics(then, then, 0.05) == []
+    assert drift.changed_statistics(then, drift.statistics(manifest(count=510, where=490)), 0.05) == []
+    assert drift.changed_statistics(then, drift.statistics(manifest(count=900, where=300)), 0.05) == [
         "train/count/share 0.500 -> 0.750",
         "train/samples 1,000 -> 1,200",
         "train/where/share 0.500 -> 0.250",
     ]
-    gone = drift.moved(then, drift.statistics(manifest(count=1000)), 0.05)
+    gone = drift.changed_statistics(then, drift.statistics(manifest(count=1000)), 0.05)
     assert "train/where/share 0.500 -> 0.000" in gone

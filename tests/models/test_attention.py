@@ -13,10 +13,10 @@ SAMPLES = [(1, 3, 2), (0, 4, 2), (1, 1, 4)]
 
 
 def probed(vlm: VLM, b, layers: list[int]) -> dict[int, torch.Tensor]:
-    look = AttentionProbe.at(b.instruction, b.pictures)
+    look = AttentionProbe.from_masks(b.instruction, b.pictures)
     with torch.no_grad(), probing(vlm.model, layers, look):
         vlm.plain(b, vlm.features(b), keep=False)
-    return look.seen
+    return look.maps
 
 
 def eager_maps(vlm: VLM, b) -> list[torch.Tensor]:
@@ -62,13 +62,13 @@ def test_watching_leaves_the_outputs_alone_and_only_watched_layers_are_seen() ->
     with torch.no_grad():
         features = vlm.features(b)
         before, _ = vlm.plain(b, features, keep=False)
-        look = AttentionProbe.at(b.instruction, b.pictures)
+        look = AttentionProbe.from_masks(b.instruction, b.pictures)
         with probing(vlm.model, [1], look):
             during, _ = vlm.plain(b, features, keep=False)
         after, _ = vlm.plain(b, features, keep=False)
     torch.testing.assert_close(during, before)
     torch.testing.assert_close(after, before)
-    assert list(look.seen) == [1]
+    assert list(look.maps) == [1]
     assert vlm.model.config.get_text_config()._attn_implementation == IMPLEMENTATION
     assert vlm.model.config.vision_config._attn_implementation == "sdpa"
 

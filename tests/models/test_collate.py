@@ -160,7 +160,7 @@ def test_images_are_those_of_the_samples_that_have_one(processor) -> None:
     collator = Collator(processor, TEMPLATE, 200, train=True)
     batch = collator(samples)
     assert batch.image_ids == [samples[1].image_id, samples[2].image_id, samples[1].image_id]
-    direct = processor.image_processor(images=[collate.decode(samples[i]) for i in (1, 2, 1)], return_tensors="pt")
+    direct = processor.image_processor(images=[collate.decode_first_image(samples[i]) for i in (1, 2, 1)], return_tensors="pt")
     assert torch.equal(batch.pixel_values, direct["pixel_values"])
     assert torch.equal(collator(samples).pixel_values, batch.pixel_values)  # from the cache
     assert batch.visual.any(1).tolist() == [False, True, True, True]

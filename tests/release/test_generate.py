@@ -47,7 +47,7 @@ def test_the_answer_is_that_of_evaluation_and_comes_in_pieces(project: Path, set
     sample = sample_of([Path("cat.png")], QUESTION, settings.data.limits)
     loaded = load(Path("artifacts/students/align_ti/model"), "cpu")
     evaluate = settings.evaluate.model_copy(update={"max_new_tokens": 6})
-    (expected,) = answers(loaded, [sample], [0], Template.asked(settings.models.template), 200, evaluate, "")
+    (expected,) = answers(loaded, [sample], [0], Template.from_settings(settings.models.template), 200, evaluate, "")
     assert answer.text == expected != ""
     assert len(said) > 3, "it came word by word"
     assert len(answer.written) <= 6 and answer.written == sorted(answer.written) and answer.written[0] > 0

@@ -56,10 +56,10 @@ def test_without_a_network_a_hub_id_asks_to_try_again(
 def test_our_own_are_asked_as_trained_and_others_with_their_own_template(project: Path, settings: Settings) -> None:
     ours, theirs = find("align_ti", settings), find("artifacts/models/teachers/base", settings)
     opened = open_model(theirs.path, "cpu")
-    assert template_of(ours, opened, settings) == Template.asked(settings.models.template)
+    assert template_of(ours, opened, settings) == Template.from_settings(settings.models.template)
     assert template_of(theirs, opened, settings).style == "processor"
     opened.processor.chat_template = opened.processor.tokenizer.chat_template = None
-    assert template_of(theirs, opened, settings) == Template.asked(settings.models.template)
+    assert template_of(theirs, opened, settings) == Template.from_settings(settings.models.template)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_lengths_are_those_of_the_longest_reading(here: Path) -> None:
 @pytest.mark.parametrize("family", toy.FAMILIES)
 def test_a_verdict_is_the_length_of_what_the_collator_makes(family: str) -> None:
     settings = asked(template=load_settings(ROOT).models.template, max_length=100_000).models
-    collator = Collator(load_processor(toy.folder(family)), Template.asked(settings.template), 100_000, train=True)
+    collator = Collator(load_processor(toy.folder(family)), Template.from_settings(settings.template), 100_000, train=True)
     samples = list(toy.SAMPLES)
     sizes = [tuple(Image.open(io.BytesIO(image)).size for image in sample.images) for sample in samples]
     found = [verdict for verdict, _ in Judge([toy.folder(family)], settings)("train", samples, sizes)]

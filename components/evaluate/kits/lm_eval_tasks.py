@@ -13,7 +13,7 @@ from components.config.load import load_settings
 from components.dataset.shards import Sample, Samples, Turn
 from components.evaluate.generate import questions as scored
 from components.evaluate.metrics import normalise
-from components.models.collate import decoded
+from components.models.collate import decode_images
 from components.models.load import load_processor
 from components.models.template import IMAGE, Template, pieces, question_of
 from components.records.paths import DATASET, ROWS
@@ -44,7 +44,7 @@ def questions(**_: Any) -> dict[str, Dataset]:
 
 
 def image(document: dict[str, Any]) -> list[Image.Image]:
-    return decoded(split()[document["row"]].upto(1))
+    return decode_images(split()[document["row"]].upto(1))
 
 
 def conversations(model: str, **_: Any) -> dict[str, Dataset]:
@@ -53,7 +53,7 @@ def conversations(model: str, **_: Any) -> dict[str, Dataset]:
     BOS and EOS are stripped: lm-eval prepends a token itself.
     """
     processor = load_processor(Path(model))
-    template = Template.asked(load_settings().models.template).of(processor)
+    template = Template.from_settings(load_settings().models.template).of(processor)
     bos = "" if template.wants_special_tokens else processor.tokenizer.bos_token
     samples = split()
 

@@ -76,7 +76,7 @@ def test_a_student_with_a_template_of_its_own_is_asked_and_read_in_that(here: Pa
         system="List a red yes.",
     )
     bench = Bench(load_settings())
-    template = Template.asked(bench.settings.models.template)
+    template = Template.from_settings(bench.settings.models.template)
     own = answers(
         load(STUDENTS / "sft/model", "cpu"), bench.samples, bench.rows, template, 64, bench.settings.evaluate, "tests"
     )
