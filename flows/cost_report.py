@@ -79,7 +79,7 @@ def _all_missing(name: str, settings: Settings, root: Path) -> list[Missing]:
     phases = recipes.phases(recipe, root)
     before = phases[: phases.index(phase)] if phase else phases
     runs = [*(recipes.settings_with(f"{recipe}/{each}", root) for each in before), settings]
-    found = [item for run in runs for item in missing(run, root) if not STUDENT_PATH.fullmatch(item.what)]
+    found = [item for run in runs for item in missing(run, root) if not STUDENT_PATH.fullmatch(item.name)]
     return list(dict.fromkeys(found))
 
 
@@ -93,5 +93,5 @@ def _missing(found: list[Missing]) -> Table:
     for column in ("what", "GB", "terms", "how it gets here"):
         table.add_column(column, overflow="fold", justify="right" if column == "GB" else "left")
     for item in found:
-        table.add_row(item.what, f"{item.size / 1e9:,.1f}" if item.size else "?", item.terms, item.get)
+        table.add_row(item.name, f"{item.size / 1e9:,.1f}" if item.size else "?", item.licence, item.instructions)
     return table

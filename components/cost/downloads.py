@@ -28,10 +28,10 @@ DATA_BYTES = {"data/llava/pretrain": 27_356_108_382, "data/mix2m/MobileVLM_V2_FT
 class Missing:
     """Model or data set that a run reads and this machine lacks."""
 
-    what: str
+    name: str
     size: float | None  # bytes, where known
-    terms: str
-    get: str
+    licence: str
+    instructions: str
 
 
 def missing(settings: Settings, root: Path = Path()) -> list[Missing]:
@@ -55,8 +55,8 @@ def _missing_models(settings: Settings, root: Path) -> Iterator[Missing]:
             yield Missing(source, None, "yours", "put it there; an earlier run makes it if it lies under artifacts/students")
             continue
         name = f"{source}@{checkpoint.revision[:8]}"
-        terms = f"{shapes.LICENCES[source]}; not gated" if source in shapes.LICENCES else "see its page"
-        yield Missing(name, shapes.download_bytes(source), terms, "obtain_models fetches it from the hub")
+        licence = f"{shapes.LICENCES[source]}; not gated" if source in shapes.LICENCES else "see its page"
+        yield Missing(name, shapes.download_bytes(source), licence, "obtain_models fetches it from the hub")
 
 
 def _missing_data(settings: Settings, root: Path) -> Iterator[Missing]:

@@ -54,7 +54,7 @@ def of(
 
 def prompts(processor: Any, samples: Samples, rows: Sequence[int], template: Template) -> str:
     """Digest of the first prompt of each sample, rendered by the chat template."""
-    image, own = processor.image_token, template.of(processor)
+    image, own = processor.image_token, template.bind(processor)
     return digest(
         own.render(sample.turns, [image] * len(sample.upto(1).images), answer=False).text
         for sample in (samples[row] for row in rows)

@@ -105,7 +105,7 @@ class _AttachedProbes(AbstractContextManager[None]):
     """Context that attaches probes to attention modules."""
 
     def __init__(self, model: Any, probes: dict[Any, list[AttentionProbe]]) -> None:
-        # Eager (Gemma 2, whose scores are capped): no fused kernel to keep, and forward returns the whole maps.
+        # Eager (Gemma 2, whose scores are capped): no fused kernel to keep, and forward returns the full maps.
         self._eager = model.config.get_text_config()._attn_implementation == "eager"
         self._probes = probes
 
@@ -171,7 +171,7 @@ def _attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
 
 
 def _read_full_map(attention: Any, _args: Any, output: Any) -> None:
-    """Forward hook that reads a layer's whole map, (B, H, T, T), after eager attention."""
+    """Forward hook that reads a layer's full map, (B, H, T, T), after eager attention."""
     for probe in _probes(attention):
         with torch.set_grad_enabled(probe.gradients and torch.is_grad_enabled()):
             full_map = output[1].mean(1)  # (B, T, T)

@@ -132,7 +132,7 @@ class Collator:
         self._teacher = None if teacher is None else Collator(teacher, template, sys.maxsize, train, rows=rows)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = template.of(processor)
+        self.template = template.bind(processor)
         self.eos_id: int = self.tokenizer.convert_tokens_to_ids(self.template.eos)  # ends every answer
         self._visual_id = visual_id(processor)
         self.max_length = max_length

@@ -33,7 +33,7 @@ SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints
 
 
 def obtain(checkpoint: Checkpoint, target: Path) -> Path:
-    """Download or copy `checkpoint` to `target`, whole. Raises as `locate` does, and TryAgainError if the disk is full."""
+    """Download or copy `checkpoint` to `target`, atomically. Raises as `locate` does, and TryAgainError if the disk is full."""
     source = locate(checkpoint)
     files = sorted(file for file in source.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in ALLOWED_PATTERNS))
     with whole_folder(target) as draft:

@@ -72,7 +72,7 @@ class Rendered:
 class Template:
     """Settings of a chat template: `system` text before the first turn, may be empty; `eos` ends every answer.
 
-    `style` processor: the own template of the processor that `of` is called with.
+    `style` processor: the chat template of the processor that `bind` is called with.
     """
 
     system: str
@@ -89,7 +89,7 @@ class Template:
         """Key that is equal for settings of equal rendering; a checkpoint's own template is not part of it."""
         return self.jinja if self.style == "vicuna" else f"processor\n{self.system}"
 
-    def of(self, processor: Any) -> Template | ChatTemplate:
+    def bind(self, processor: Any) -> Template | ChatTemplate:
         """Template bound to a processor, tried on up to three turns. Raises ModelError as `ChatTemplate` and `_validate` do."""
         if self.style == "processor":
             bound: Template | ChatTemplate = ChatTemplate(self.system, processor)
@@ -335,7 +335,7 @@ def pieces(question: str) -> list[str | None]:
 
 
 def with_marks(question: str) -> str:
-    """Question text without the marks of images that open it; all marks are kept if one stands among the words."""
+    """Question text without the marks of images that open it; all marks are kept if one is among the words."""
     parts = pieces(question)
     words = [IMAGE if piece is None else piece for piece in parts]
     return "".join(words if None in parts[parts.index(next(filter(None, parts), "")) :] else filter(None, parts)).strip()

@@ -39,7 +39,7 @@ def is_tinyllava(path: Path) -> bool:
 
 
 def convert(source: Path, system: str, target: Path) -> Path:
-    """Write the stock LLaVA folder `target`, whole. `system`: text before the first turn, for the chat template.
+    """Write the stock LLaVA folder `target`, atomically. `system`: text before the first turn, for the chat template.
 
     Raises ModelError if a part is missing or of an unsupported type.
     """

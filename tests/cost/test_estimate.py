@@ -65,15 +65,15 @@ def test_answers_that_a_student_writes_in_training_cost_their_time(root: Path) -
 
 def test_what_is_here_is_not_missing(root: Path) -> None:
     settings = recipes.settings_with(f"{NAME}/align", root)
-    before = {item.what for item in downloads.missing(settings, root)}
+    before = {item.name for item in downloads.missing(settings, root)}
     snapshot = root / "hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6499f32faf8b98477b0a26969ef7d8b9987"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    halfway = {item.what for item in downloads.missing(settings, root)}
+    halfway = {item.name for item in downloads.missing(settings, root)}
     (snapshot / "model.safetensors").touch()
     (root / "data/sharegpt4v").mkdir(parents=True)
     (root / "data/sharegpt4v/one.jpg").touch()
-    after = {item.what for item in downloads.missing(settings, root)}
+    after = {item.name for item in downloads.missing(settings, root)}
     assert halfway == before and before - after == {"Qwen/Qwen2.5-0.5B@060db649", "data/sharegpt4v (images)"}
 
 
