@@ -4,9 +4,9 @@
     python -m benchmarks.evaluate artifacts/students/align_ti/model --size small --samples 16 --json ...
 
 The same questions of the prepared split: in batches sorted by length (what the stage `evaluate` does), one by one, and through
-VLMEvalKit over the served student, in turn, `--rounds` times over. The kit is then run once more with every answer known, which
-says what a run costs once: its imports, files and scoring. `--size small` takes a student of that shape (benchmarks/shapes.py)
-with random weights, which reads prompts and images as the student does that is named.
+VLMEvalKit over the served student, in turn, `--rounds` times over. The kit is then run once more with every answer cached: the
+fixed cost of a run, its imports, files and scoring. `--size small` builds a student of that shape (benchmarks/shapes.py) with
+random weights and the processor of the named student.
 
 The bridge's overhead is all that is spent beside generation itself, which is measured inside the server: HTTP, data URLs, the
 processor, the kit. In CPU time, which other programs hardly lengthen; what overlaps with generation counts all the same.

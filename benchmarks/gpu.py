@@ -1,7 +1,7 @@
 """What a GPU has to show, in at most eight minutes and in order of worth: `python -m benchmarks.gpu --json OUT`
 
-Each part is a process of its own with a share of the time that is left. OUT has what it found before the next begins, and of a
-part that is cut off the paths that it came to. `--dry-run`: tiny shapes, on a CPU too.
+Each part is a process of its own with a share of the time that is left. OUT has its result before the next begins, and of a
+part that is cut off the paths measured until then. `--dry-run`: tiny shapes, on a CPU too.
 Exit code 1 if a path differs from the plain one or a part fails.
 """
 

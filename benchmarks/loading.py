@@ -2,7 +2,7 @@
 
 Steps of vanilla KD, the quickest there are with a teacher, on a prepared set of JPEG images of 640 x 480: on batches that are
 in memory already, and on batches that are read from shards, decoded, resized and tokenised, by the training itself or ahead of
-it by processes of their own (`loaders` in params/runtime.yaml). No image comes twice, so nothing is remembered.
+it by processes of their own (`loaders` in params/runtime.yaml). No image comes twice, so no cache is hit.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ A study of 20 cells of 10 seconds, one at a time: components that sleep, and log
 - by one `dvc repro`, and by a `dvc repro --single-item` each, as a flow that spreads stages has to do: DVC's own cost;
 - by the flow `alignti-pipeline`, tracked, with the real Prefect and MLflow servers up, its graph, gate and page included.
 
-Sleeping cells take 10 seconds however busy the machine is; what is around them does not, so the processor time of all processes
-is told too, with the machine's load.
+Sleeping cells take 10 seconds however busy the machine is; their overhead does not, so the processor time of all processes is
+reported too, with the machine's load.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A set in the shape of llava_v1_5_mix665k through `prepare` and `check_rows`: `python -m benchmarks.rows --rows 665000`
 
-One row in 16 is text-only and long, as there; the others are conversations of one to ten turns, two to an image, which share
-its name as their id. Images are JPEG of 64 x 48, of as many names as there are images but of few pictures. Some rows hold
-special tokens as words, some are too long, some are broken. `check_rows` reads them as toys of LLaVA-1.5 and Qwen2-VL do, in
-the template of the paper.
+One row in 16 is text-only and long, as in that set; the others are conversations of one to ten turns, two to an image, which
+share its name as their id. Images are JPEG of 64 x 48, of as many names as there are images but of few pictures. Some rows hold
+special tokens as words, some are too long, some are broken. `check_rows` tokenises them for toys of LLaVA-1.5 and Qwen2-VL,
+in the template of the paper.
 
 Memory is what processes have to themselves beside files (anonymous): pages of the shards can be taken back at any time.
 """

@@ -1,8 +1,8 @@
 """The IRS search's pass against a plain teacher pass over the same pairs: `python -m benchmarks.search --size small`
 
 Each pair is one image under two instructions, without answers. Three ways over the same batch: the teacher's plain forward pass
-with fused attention; the search, which watches every layer beside that kernel; and eager attention that keeps all maps, the
-usual way to get them. Search and maps are checked to see the same before anything is timed.
+with fused attention; the search, which probes every layer beside that kernel; and eager attention that keeps all maps, the
+usual way to get them. Search and maps are compared for equality before anything is timed.
 """
 
 from __future__ import annotations

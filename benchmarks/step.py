@@ -59,7 +59,7 @@ MEMORY_RATIOS = {
 
 
 class Scripted(AlignTI):
-    """Align-TI with scripted draws; its own draws are still made, so that their time counts."""
+    """Align-TI with scripted draws; the student's draws are still made, so that their time counts."""
 
     script: Tensor | None = None
 
