@@ -82,10 +82,10 @@ def headless_tower_class() -> Any:
     """SigLIP's vision model class, which ignores the weights of the text tower and the head on load."""
     from transformers import SiglipVisionModel
 
-    class HeadlessTower(SiglipVisionModel):
+    class Tower(SiglipVisionModel):
         _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(vision_model\.)?head\.", r"^logit_"]  # noqa: RUF012
 
-    return HeadlessTower
+    return Tower
 
 
 def load_tokenizer(path: Path, config: Any) -> Any:
