@@ -16,7 +16,7 @@ class AlignTIError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(message))
+        super().__init__(redact(message))
 
 
 class InputError(AlignTIError):
@@ -27,15 +27,15 @@ class SettingsError(InputError):
     """One or more problems in `params/`; the message lists all of them."""
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
+def unknown(kind: str, name: str, existing: Iterable[str]) -> InputError:
     """InputError for an unknown name, with the nearest known one and the full list."""
-    listed = list(known)
-    return InputError(f"there is no {what} {name!r}; {meant(name, listed)}there are {', '.join(listed) or 'none'}")
+    names = list(existing)
+    return InputError(f"there is no {kind} {name!r}; {meant(name, names)}there are {', '.join(names) or 'none'}")
 
 
-def meant(name: str, known: Iterable[str]) -> str:
+def meant(name: str, existing: Iterable[str]) -> str:
     """Suggestion of the nearest known name, `did you mean 'x'? `; empty if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(existing), n=1)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
@@ -80,34 +80,34 @@ LIMITS = {
     errno.ENOMEM: "memory is used up",
     errno.ENOLCK: "this file system gives no locks (NFS without its lock service, perhaps)",
 }
-REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+PERMISSION_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def of_machine(error: BaseException) -> AlignTIError | None:
+def machine_error(error: BaseException) -> AlignTIError | None:
     """Fault of the machine as TryAgainError (no space, quota, files, processes, memory or locks left) or InputError (path not
     writable, or no valid name); None for other faults. Rust libraries, e.g. safetensors, give the errno in their text alone."""
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    known = errno.ENOMEM if isinstance(error, MemoryError) else isinstance(error, OSError) and error.errno
-    number = int(told[1]) if told else known or 0
-    where = error.filename if isinstance(error, OSError) and error.filename else "what it was about to write"
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    code = errno.ENOMEM if isinstance(error, MemoryError) else isinstance(error, OSError) and error.errno
+    number = int(match[1]) if match else code or 0
+    location = error.filename if isinstance(error, OSError) and error.filename else "what it was about to write"
     if number in NO_ROOM:
-        return TryAgainError(f"{NO_ROOM[number]} ({where}); free space and run again")
+        return TryAgainError(f"{NO_ROOM[number]} ({location}); free space and run again")
     if number in LIMITS:
         return TryAgainError(f"{LIMITS[number]}; run again when that has changed")
-    if number in REFUSED:
-        return InputError(f"{where}: {os.strerror(number).lower()}; see who owns it (ls -ld)")
+    if number in PERMISSION_ERRORS:
+        return InputError(f"{location}: {os.strerror(number).lower()}; see who owns it (ls -ld)")
     if number in (errno.ENAMETOOLONG, errno.ELOOP):
-        return InputError(f"{str(where)[:60]} ...: {os.strerror(number).lower()}")
+        return InputError(f"{str(location)[:60]} ...: {os.strerror(number).lower()}")
     return None
 
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_KEY|AUTH|AUTH_STRING|WEBHOOK(_URL)?)$")  # variable names
-SHORTEST = 6  # characters; shorter values occur as ordinary words
+MIN_SECRET_CHARS = 6  # characters; shorter values occur as ordinary words
 LOGIN = re.compile(r"//[^/@\s]+@")  # user:password@ in a URL
 HIDDEN = "***"
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """`text` with URL logins and the values of secret environment variables masked."""
     for value in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
@@ -123,4 +123,4 @@ def _secrets() -> set[str]:
     """Values of environment variables with secret names; for user:password also the password alone."""
     values = {value for name, value in os.environ.items() if SECRET.search(name.upper())}
     values |= {value.partition(":")[2] for value in values if not value.startswith("http")}
-    return {value for value in values if len(value) >= SHORTEST}
+    return {value for value in values if len(value) >= MIN_SECRET_CHARS}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.errors import of_machine
+from components.errors import machine_error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,7 +39,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = (), delimiter: str = ",") -> Path:
-    """CSV with the header `columns`, then other keys as they occur; what a row lacks, and None, is an empty cell."""
+    """CSV with the header `columns`, then other keys as they occur; missing keys and None are empty cells."""
     names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
     with draft_of(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, names, delimiter=delimiter, lineterminator="\n")
@@ -54,29 +54,29 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Drafts left by killed processes are removed too: each may be as large as a model.
 
-    Raises the error of `of_machine` for a full or unwritable disk, or a limit of the machine.
+    Raises the error of `machine_error` for a full or unwritable disk, or a limit of the machine.
     """
     import psutil  # a dependency of accelerate
 
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    before = draft.with_suffix(".old")
-    for left in folder.parent.glob(f".{folder.name}.*.*"):
-        pid = left.name.removeprefix(f".{folder.name}.").partition(".")[0]
-        if left.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            shutil.rmtree(left, ignore_errors=True)
+    previous = draft.with_suffix(".old")
+    for stale in folder.parent.glob(f".{folder.name}.*.*"):
+        pid = stale.name.removeprefix(f".{folder.name}.").partition(".")[0]
+        if stale.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(stale, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
         if folder.exists():
-            folder.replace(before)
+            folder.replace(previous)
         draft.replace(folder)
     except Exception as error:
-        if (told := of_machine(error)) is None:
+        if (fault := machine_error(error)) is None:
             raise
-        raise type(told)(f"{folder} was not written: {told}") from None
+        raise type(fault)(f"{folder} was not written: {fault}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def sha256(paths: Iterable[Path]) -> str:
@@ -92,8 +92,8 @@ def sha256(paths: Iterable[Path]) -> str:
 
 def fingerprint(facts: dict[str, Any], code: Iterable[str | Path]) -> str:
     """16 hex digits over everything that decides a result: settings, inputs and code (rooms or files). Equal: resumable."""
-    here = Path(__file__).parent
-    files = (file for each in code for file in ([each] if isinstance(each, Path) else (here / each).glob("*.py")))
+    components = Path(__file__).parent
+    files = (file for item in code for file in ([item] if isinstance(item, Path) else (components / item).glob("*.py")))
     digest = sha256(sorted(files))
     text = json.dumps({"code": digest, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, of_machine
+from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, machine_error
 
 LOCK = "ALIGNTI_DEVICE_LOCK"  # environment variable: lock file of the stage's device (flows/devices.py)
 
@@ -30,20 +30,20 @@ def _terminate_as_exception() -> Iterator[None]:
 
     Later ones are ignored: they would break off those blocks. A dying parent sends several, see `end_with_parent`.
     """
-    asked = False
+    interrupted = False
 
     def interrupt(signum: int, _frame: object) -> None:
-        nonlocal asked
+        nonlocal interrupted
         leave_terminal(signum)
-        if not asked:
-            asked = True
+        if not interrupted:
+            interrupted = True
             raise Interrupted(f"stopped by signal {signum}; run the same command to go on")
 
-    before = {number: signal.signal(number, interrupt) for number in endings()}
+    previous_handlers = {number: signal.signal(number, interrupt) for number in endings()}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
@@ -59,15 +59,15 @@ def leave_terminal(signum: int) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+def end_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
     """Parent-death signal: the kernel sends SIGTERM when the parent dies, in whatever way (Linux; elsewhere a no-op).
 
     A killed DVC or worker then leaves no training behind that holds a GPU. The kernel signals once per thread of the parent
-    that ends, so several times if it was killed (`by`: another signal, for a handler that sees to that).
+    that ends, so several times if it was killed (`signum`: another signal, for a handler that sees to that).
     """
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-        ctypes.CDLL(None).prctl(parent_death_signal, by)
+        ctypes.CDLL(None).prctl(parent_death_signal, signum)
 
 
 def terminate_once_with_parent() -> None:
@@ -87,8 +87,8 @@ def terminate_once_with_parent() -> None:
 def share_lock() -> None:
     """Shared lock on the stage's device, beside the lock of the flow that assigned it, until this process ends."""
     if path := os.environ.get(LOCK):
-        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # closed by the kernel alone
-        fcntl.flock(held, fcntl.LOCK_SH)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # closed by the kernel alone
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 @contextmanager
@@ -113,21 +113,21 @@ def is_free(path: Path) -> bool:
         return False
 
 
-def runs_module(words: Sequence[str], module: str) -> bool:
+def runs_module(command: Sequence[str], module: str) -> bool:
     """Whether a process with this command line runs `python -m module`, or the script of that name."""
-    return list(words[1:3]) == ["-m", module] or any(Path(word).name == module for word in words[:2])
+    return list(command[1:3]) == ["-m", module] or any(Path(argument).name == module for argument in command[:2])
 
 
 def _check_folder() -> None:
     """Raises InputError in a subfolder of the project or a removed folder: all paths are relative to its root."""
     try:
-        here = Path.cwd()
+        cwd = Path.cwd()
     except FileNotFoundError:
         raise InputError("the folder that this command was started in is no longer there; cd to the project's") from None
     if not Path("params").is_dir() and not {"--help", "-h", "--version"} & set(sys.argv[1:]):
-        for root in here.parents:
+        for root in cwd.parents:
             if (root / "params").is_dir() and (root / "dvc.yaml").is_file():
-                raise InputError(f"{here} is a folder of the project in {root}: run it there (cd {os.path.relpath(root)})")
+                raise InputError(f"{cwd} is a folder of the project in {root}: run it there (cd {os.path.relpath(root)})")
 
 
 def exit_from(main: Callable[[], None]) -> None:
@@ -146,10 +146,10 @@ def exit_from(main: Callable[[], None]) -> None:
         print("Interrupted: run the same command to go on", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except Exception as error:
-        if (told := of_machine(error)) is None:
+        if (fault := machine_error(error)) is None:
             raise
-        print(f"{type(told).__name__}: {told}", file=sys.stderr)
-        sys.exit(told.exit_code)
+        print(f"{type(fault).__name__}: {fault}", file=sys.stderr)
+        sys.exit(fault.exit_code)
 
 
 T = TypeVar("T")
@@ -169,10 +169,10 @@ def shared_out(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], work
         yield from (function(*job) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # fork may deadlock beside the tracker's threads
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_initialize_worker) as pool:
         try:
-            for done in as_completed([pool.submit(function, *job) for job in jobs]):
-                yield done.result()
+            for future in as_completed([pool.submit(function, *job) for job in jobs]):
+                yield future.result()
         except BrokenProcessPool:
             raise TryAgainError(
                 "a process that shared the work was killed, for want of memory perhaps; run again to go on, with fewer:"
@@ -182,6 +182,6 @@ def shared_out(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], work
             pool.shutdown(cancel_futures=True)
 
 
-def _worker() -> None:
+def _initialize_worker() -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and lets running jobs finish

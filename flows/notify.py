@@ -13,7 +13,7 @@ import urllib.request
 from datetime import UTC, datetime
 from typing import Any
 
-from components.errors import redacted
+from components.errors import redact
 from components.tracking import journal
 
 WEBHOOK = "ALIGNTI_WEBHOOK"
@@ -43,4 +43,4 @@ def failed(flow: Any, flow_run: Any, state: Any) -> None:
         return
     facts = {"flow": flow.name, "flow_run": flow_run.name, "flow_run_id": str(flow_run.id), "state": state.name}
     text = f"{flow.name}: flow run {flow_run.name} {state.name.lower()}"
-    post("failed", text, **facts, message=redacted(state.message or "")[:CHARS])
+    post("failed", text, **facts, message=redact(state.message or "")[:CHARS])

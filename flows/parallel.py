@@ -78,7 +78,7 @@ def main() -> None:
     if not dvc.status():
         print("Nothing to do: every stage is up to date.")
         return
-    with stage_run("repro", runtime=runtime, works=False) as above:
+    with stage_run("repro", runtime=runtime, metered=False) as above:
 
         def run(stage: str) -> dvc.Outcome:
             alone = jobs == 1 or runtime.device == "cpu"  # one stage at a time has all devices, or none
@@ -96,7 +96,7 @@ def say_where(settings: Settings) -> None:
     """Print the URL of MLflow's comparison page for the arms; nothing if they were not sent."""
     mlflow = next((server.url for server in servers.started() if server.name == "mlflow" and server.alive()), None)
     address = mlflow or f"http://{servers.LOOPBACK}:{servers.PORTS['mlflow']}"
-    if page := outcome.comparison(outcome.here(settings), address):
+    if page := outcome.comparison(outcome.current_outcomes(settings), address):
         print(f"The arms compared in MLflow{'' if mlflow else ', once `alignti up` has started it'}: {page}")
 
 

@@ -126,7 +126,7 @@ def pipeline(
         tag(recipe or recipes.nearest()[0])
         runtime = load_settings().runtime
         slots = threading.Semaphore(parallel)
-        with prefect_artifacts.linked(runtime, stage_run("pipeline", runtime=runtime, works=False)) as run:
+        with prefect_artifacts.linked(runtime, stage_run("pipeline", runtime=runtime, metered=False)) as run:
             outcomes = run_stages("stages", dvc.graph(targets or ()), run.id, slots)
             locked = provenance.locked()
             for stage, outcome in outcomes.items():

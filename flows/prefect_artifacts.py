@@ -15,7 +15,7 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_logger
 
 from components.config.runtime import RuntimeSettings
-from components.errors import AlignTIError, redacted, without_login
+from components.errors import AlignTIError, redact, without_login
 from components.records.compare import Comparison
 from components.records.paths import REPORTS
 from components.records.record import Absent
@@ -95,7 +95,7 @@ def mlflow_page(run: str, runtime: RuntimeSettings) -> str | None:
     """URL of this journal's run in MLflow, without login; None without a server, or before the run was sent."""
     if not runtime.tracking_uri.startswith(("http://", "https://")):
         return None
-    sent = history.sent(run)
+    sent = history.sync_state(run)
     if not sent or not sent.get("experiment"):
         return None
     return f"{without_login(runtime.tracking_uri).rstrip('/')}/#/experiments/{sent['experiment']}/runs/{sent['run_id']}"
@@ -105,9 +105,9 @@ def _became(future: PrefectFuture[Any]) -> str:
     try:
         return str(future.result())
     except AlignTIError as error:
-        return redacted(str(error))[:LONGEST]
+        return redact(str(error))[:LONGEST]
     except Exception as error:  # Prefect's own, e.g. of a stage whose inputs failed
-        return f"not run: {redacted(str(error))[:LONGEST]}"
+        return f"not run: {redact(str(error))[:LONGEST]}"
 
 
 def put(show: Shown, **what: Any) -> Any:
@@ -115,7 +115,7 @@ def put(show: Shown, **what: Any) -> Any:
     try:
         return show(**what)
     except Exception as error:  # any fault of server, database or network: no stage fails for it
-        get_logger("alignti").warning("not shown on the flow run's page: %s", redacted(one_line(error)))
+        get_logger("alignti").warning("not shown on the flow run's page: %s", redact(one_line(error)))
         return None
 
 

@@ -64,8 +64,8 @@ def register(arms: list[str], settings: Settings) -> tuple[list[str], bool]:
     if best.arm not in told:  # registered before, and no longer the candidate
         client, model = _client(settings), settings.runtime.experiment
         with _asking():
-            if known := mlflow_registry.of_md5(client, model, best.md5, best.arm):
-                mlflow_registry.propose(client, known)
+            if known := mlflow_registry.by_md5(client, model, best.md5, best.arm):
+                mlflow_registry.set_candidate(client, known)
     return told, True
 
 
@@ -91,7 +91,7 @@ def promote(candidate: str | None, settings: Settings, measure: bool = False) ->
     client, model = _client(settings), settings.runtime.experiment
     with _asking():
         challenger = _challenger(client, model, candidate, settings)
-        before = mlflow_registry.aliased(client, model, CHAMPION)
+        before = mlflow_registry.by_alias(client, model, CHAMPION)
     verdict = _verdict(challenger, before, settings, measure)
     with _asking():
         _write(client, challenger, before, verdict)
@@ -102,7 +102,7 @@ def champion(settings: Settings) -> Version | None:
     """Current champion, or None. Raises InputError or TryAgainError as `promote`."""
     client = _client(settings)
     with _asking():
-        return mlflow_registry.aliased(client, settings.runtime.experiment, CHAMPION)
+        return mlflow_registry.by_alias(client, settings.runtime.experiment, CHAMPION)
 
 
 def _asking() -> AbstractContextManager[None]:
@@ -122,12 +122,12 @@ def _client(settings: Settings) -> Any:
 def _challenger(client: Any, model: str, asked: str | None, settings: Settings) -> Version:
     """Version of the candidate; an arm is registered first. Raises InputError if there is none."""
     if asked is None:
-        found = mlflow_registry.aliased(client, model, CANDIDATE)
+        found = mlflow_registry.by_alias(client, model, CANDIDATE)
         if found is None:
             raise InputError(f"no student of {model} is registered; `alignti register` registers those of this folder")
         return found
     if asked.removeprefix("v").isdigit():
-        found = mlflow_registry.numbered(client, model, asked.removeprefix("v"))
+        found = mlflow_registry.by_number(client, model, asked.removeprefix("v"))
         if found is None:
             raise InputError(f"{model} has no version {asked}; MLflow's page Models lists them")
         return found
@@ -136,7 +136,7 @@ def _challenger(client: Any, model: str, asked: str | None, settings: Settings) 
     (student,) = record.scored_students([asked])
     record.register([student], settings, None)
     mlflow_sync.sync(settings.runtime.tracking_uri)
-    found = mlflow_registry.of_md5(client, model, student.md5, asked)
+    found = mlflow_registry.by_md5(client, model, student.md5, asked)
     if found is None:
         raise TryAgainError(f"{asked} is registered, but MLflow does not show it yet")
     return found
@@ -225,4 +225,4 @@ def _write(client: Any, challenger: Version, champion: Version | None, verdict: 
     if verdict.promoted:
         mlflow_registry.set_champion(client, challenger, champion, why)
     elif champion is not None and champion.number != challenger.number:
-        mlflow_registry.comment(client, challenger, why)
+        mlflow_registry.set_tags(client, challenger, why)

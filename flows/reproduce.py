@@ -89,7 +89,7 @@ def find(run: str, settings: Settings) -> Recorded:
     if settings.runtime.tracking_uri == JOURNAL_ONLY:
         raise InputError(f"there is no journal {run} in {JOURNALS}, and no MLflow to ask (tracking_uri is `journal`)")
     with mlflow_client.asking("MLflow does not answer", "nothing was run"):
-        found = mlflow_registry.or_none(lambda: _from_mlflow(run, mlflow_client.client(settings.runtime.tracking_uri)))
+        found = mlflow_registry.none_if_absent(lambda: _from_mlflow(run, mlflow_client.client(settings.runtime.tracking_uri)))
     if found is None:
         raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}")
     return found
@@ -104,7 +104,7 @@ def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) 
     """
     _can_be_had(recorded)
     title = f"reproduce-{recorded.run[:32].replace('@', '-')}"
-    with workspace(title, recorded.commit), stage_run("reproduce", runtime=settings.runtime, works=False) as run:
+    with workspace(title, recorded.commit), stage_run("reproduce", runtime=settings.runtime, metered=False) as run:
         for file, text in recorded.params.items():
             write_text(Path(file), text)
         run.tag("reproduces", recorded.run)
@@ -177,7 +177,7 @@ def _from_mlflow(run: str, client: Any) -> Recorded:
     base, tags = found.info.artifact_uri, found.data.tags
     files = {entry.path for entry in _files(client, run, "")}
     inputs = {i.dataset.name: i.dataset.digest for i in found.inputs.dataset_inputs if i.dataset.source_type == "dvc"}
-    made = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mlflow_mirror.MADE}/")]
+    made = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mlflow_mirror.OUTS}/")]
     origin = load_dict(f"{base}/{mlflow_mirror.ORIGIN}") if mlflow_mirror.ORIGIN in files else None
     return _recorded(run, tags, origin, inputs, {entry["path"]: entry for entry in made})
 

@@ -136,7 +136,7 @@ def study(
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
         runtime = load_settings().runtime
-        opening = stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, works=False)
+        opening = stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, metered=False)
         with prefect_artifacts.linked(runtime, opening) as run:
             run.tag("study", name)
             pool = Orders(name, workspace.head(), recipe, run.id) if over_pool else None

@@ -44,8 +44,13 @@ class Contrast(Record):
         if pair is None or pair.arm == arm:
             return pair
         low, high = pair.ci95
-        turned = {"arm": arm, "against": baseline, "difference": 0.0 - pair.difference, "ci95": (0.0 - high, 0.0 - low)}
-        return pair.model_copy(update=turned)
+        fields = {
+            "arm": arm,
+            "against": baseline,
+            "difference": 0.0 - pair.difference,
+            "ci95": (0.0 - high, 0.0 - low),
+        }
+        return pair.model_copy(update=fields)
 
 
 class Estimate(Record):

@@ -67,8 +67,8 @@ def content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else "is a folder, and not a file"
-        raise DataError(f"{path} {what}; `dvc repro` makes it") from None
+        problem = "is missing" if isinstance(error, FileNotFoundError) else "is a folder, and not a file"
+        raise DataError(f"{path} {problem}; `dvc repro` makes it") from None
 
 
 def parsed(path: Path) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def parsed_lines(path: Path) -> list[dict[str, Any]]:
     return [_object(line, f"{path}, line {number}") for number, line in enumerate(content(path).splitlines(), 1)]
 
 
-def _object(text: bytes, where: str) -> dict[str, Any]:
+def _object(text: bytes, source: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: no JSON ({error}); make it anew") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{where}: no JSON object; make it anew")
-    return found
+        raise DataError(f"{source}: no JSON ({error}); make it anew") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{source}: no JSON object; make it anew")
+    return value
 
 
 def jsonl(records: Iterable[Record | dict[str, Any]]) -> str:

@@ -144,6 +144,6 @@ def _flat(licences: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _line(error: Exception) -> str:
-    """First line of the message, without the token: `redacted` covers the environment's only, not that of `hf auth login`."""
+    """First line of the message, without the token: `redact` covers the environment's only, not that of `hf auth login`."""
     said = first_line(error)
     return said.replace(token, HIDDEN) if (token := get_token()) else said

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.io import write_text
-from components.tracking.journal import first_event, gained, warn
+from components.tracking.journal import events_from, first_event, warn
 
 PAUSE_S = 3
 EVENTS = Path(".tensorboard")  # `tensorboard --logdir .tensorboard`
@@ -27,7 +27,7 @@ Line = Mapping[str, Any]
 
 class Tracker(Protocol):
     def __init__(self, start: Line, run: str) -> None: ...
-    def take(self, line: Line) -> None: ...
+    def log(self, line: Line) -> None: ...
     def close(self) -> None: ...
 
 
@@ -39,7 +39,7 @@ class TensorBoard:
 
         self._writer: Any = SummaryWriter(str(EVENTS / start["name"].replace("/", "-") / run))
 
-    def take(self, line: Line) -> None:
+    def log(self, line: Line) -> None:
         if line["event"] == "metrics":
             for name, value in line["values"].items():
                 self._writer.add_scalar(name, value, line["step"] or 0, line["time"] / 1000)
@@ -59,14 +59,14 @@ class WandB:
         import wandb
 
         os.environ.setdefault("WANDB_MODE", "offline")
-        quiet = wandb.Settings(silent=True, disable_git=True, save_code=False, console="off", x_disable_stats=True)
+        wandb_settings = wandb.Settings(silent=True, disable_git=True, save_code=False, console="off", x_disable_stats=True)
         self._exit_code = 1  # of a stage that died before its end event
         tags = [f"{name}:{start['tags'][name]}"[:64] for name in ("stage", "recipe") if name in start["tags"]]
         self._run: Any = wandb.init(
-            project=start["experiment"], id=run[-60:], name=start["name"], tags=tags, resume="allow", settings=quiet
+            project=start["experiment"], id=run[-60:], name=start["name"], tags=tags, resume="allow", settings=wandb_settings
         )
 
-    def take(self, line: Line) -> None:
+    def log(self, line: Line) -> None:
         if line["event"] == "metrics" and line["step"] is None:
             self._run.summary.update(dict(line["values"]))
         elif line["event"] == "metrics":
@@ -85,31 +85,31 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB
 
 def follow(name: str, journal: Path) -> None:
     """Forward `journal` to the tracker until its end event, or until stdin closes and the rest is forwarded."""
-    state, complete, tracker = journal.with_suffix(f".{name}"), False, None
+    state, stdin_closed, tracker = journal.with_suffix(f".{name}"), False, None
     while True:
-        lines = _left(journal, state)
+        lines = _unsent_lines(journal, state)
         for line in lines:
             tracker = tracker or TRACKERS[name](first_event(journal), journal.stem)
-            tracker.take(line)
-        if complete or any(line["event"] == "end" for line in lines):
+            tracker.log(line)
+        if stdin_closed or any(line["event"] == "end" for line in lines):
             break
-        complete = bool(select.select([sys.stdin], [], [], PAUSE_S)[0])
+        stdin_closed = bool(select.select([sys.stdin], [], [], PAUSE_S)[0])
     if tracker:
         tracker.close()
 
 
-def _left(journal: Path, state: Path) -> Sequence[Line]:
+def _unsent_lines(journal: Path, state: Path) -> Sequence[Line]:
     """Complete lines not forwarded yet; advances the stored offset."""
-    before = int(state.read_text(encoding="utf-8")) if state.exists() else 0
-    lines, end = gained(journal, before)
+    offset = int(state.read_text(encoding="utf-8")) if state.exists() else 0
+    lines, end = events_from(journal, offset)
     if lines:
         write_text(state, str(end))
     return lines
 
 
 def main() -> None:
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they end the stage; its last lines are still to be sent
-        signal.signal(ending, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they end the stage; its last lines are still to be sent
+        signal.signal(signum, signal.SIG_IGN)
     name, journal = sys.argv[1], Path(sys.argv[2])
     try:
         follow(name, journal)

@@ -14,7 +14,7 @@ from components.tracking.journal import JOURNALS, events
 LAST = RUNS / "last"  # one record per stage x cell: its last run that succeeded
 
 
-def sent(run: str) -> dict[str, Any] | None:
+def sync_state(run: str) -> dict[str, Any] | None:
     """Sync state of this journal: `run_id` and `experiment` in MLflow, `done`; None before the sync has started."""
     path = JOURNALS / f"{run}.sent"
     return parsed(path) if path.exists() else None
@@ -25,25 +25,25 @@ def energy(run: str) -> dict[str, float]:
 
     A resumed run has a value per attempt; they are summed.
     """
-    used: dict[str, float] = {}
+    totals: dict[str, float] = {}
     for event in _events(run):
         if event["event"] == "metrics" and event["step"] is None:
             for name in {system_metrics.GPU_WH, system_metrics.CPU_WH} & set(event["values"]):
-                used[name] = used.get(name, 0.0) + event["values"][name]
-    return used
+                totals[name] = totals.get(name, 0.0) + event["values"][name]
+    return totals
 
 
 def ran(run: str) -> tuple[str | None, list[str]]:
     """Commit of this journal's run, None if unknown, and the files (params/ included) that differed from it."""
-    told = [event for event in _events(run) if event["event"] in ("start", "origin")]
-    commits = [event["tags"].get("mlflow.source.git.commit", "none") for event in told if "tags" in event]
+    origins = [event for event in _events(run) if event["event"] in ("start", "origin")]
+    commits = [event["tags"].get("mlflow.source.git.commit", "none") for event in origins if "tags" in event]
     commit = commits[-1] if commits else "none"
     if commit == "none":
         return None, []
-    changed = [file for event in told for file in event.get("uncommitted", ())]
-    params = told[-1].get("params", {})
-    changed += [file for file, text in params.items() if provenance.git("show", f"{commit}:{file}") != text.strip()]
-    return commit, sorted(set(changed))
+    changed_files = [file for event in origins for file in event.get("uncommitted", ())]
+    params = origins[-1].get("params", {})
+    changed_files += [file for file, text in params.items() if provenance.git("show", f"{commit}:{file}") != text.strip()]
+    return commit, sorted(set(changed_files))
 
 
 def tags(run: str) -> dict[str, str]:
@@ -57,31 +57,31 @@ def _events(run: str) -> list[dict[str, Any]]:
     return events(journal) if journal.exists() else []
 
 
-class Told(NamedTuple):
+class RecordedRun(NamedTuple):
     """Entry in the list of runs."""
 
-    began: int  # ms since the epoch; 0 for an unreadable journal
+    started: int  # ms since the epoch; 0 for an unreadable journal
     name: str  # name of its journal
     status: str
     recipe: str | None
     commit: str
 
 
-def recorded() -> list[Told]:
+def recorded() -> list[RecordedRun]:
     """All runs journalled here, by start time; without an end event, status `open`, or `KILLED` if no process writes it."""
-    found = []
+    runs = []
     for journal in JOURNALS.glob("*.jsonl"):
         lines = content(journal).splitlines()
         if not lines:
             continue  # process killed before its first line
         try:
             start, tags = json.loads(lines[0])["time"], json.loads(lines[0])["tags"]
-            ended = b'"event": "end"' in lines[-1]
-            status = json.loads(lines[-1])["status"] if ended else "KILLED" if is_free(journal) else "open"
+            has_end = b'"event": "end"' in lines[-1]
+            status = json.loads(lines[-1])["status"] if has_end else "KILLED" if is_free(journal) else "open"
         except (ValueError, KeyError):
             start, tags, status = 0, {}, "unreadable"
-        found.append(Told(start, journal.stem, status, tags.get("recipe"), tags.get("mlflow.source.git.commit", "none")))
-    return sorted(found)
+        runs.append(RecordedRun(start, journal.stem, status, tags.get("recipe"), tags.get("mlflow.source.git.commit", "none")))
+    return sorted(runs)
 
 
 def last(stage: str) -> dict[str, Any]:

@@ -16,12 +16,12 @@ SHARED = tuple(f"components.{name}" for name in ("config", "records", "io", "err
 @cache
 def modules() -> dict[str, Path]:
     """Path of every module of the project by dotted name."""
-    found = {}
+    paths = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 @cache
@@ -44,18 +44,18 @@ def _names(body: list[ast.stmt]) -> Iterator[str]:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def closure(module: str, stop: Collection[str] = ()) -> set[str]:
-    """`module` and its transitive imports within the project, parent packages included; without the rooms and modules `stop`,
-    what only they import, and top-level packages."""
-    known = modules()
-    seen: set[str] = set()
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name not in known or "." not in name or any(f"{name}.".startswith(f"{one}.") for one in stop):
+def closure(module: str, stops: Collection[str] = ()) -> set[str]:
+    """`module` and its transitive imports within the project, parent packages included; without the rooms and modules
+    `stops`, their exclusive imports, and top-level packages."""
+    project = modules()
+    visited: set[str] = set()
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name in visited or name not in project or "." not in name or any(f"{name}.".startswith(f"{s}.") for s in stops):
             continue
-        seen.add(name)
+        visited.add(name)
         parts = name.split(".")
-        waiting += [".".join(parts[:n]) for n in range(2, len(parts))]
-        waiting += imports(name)
-    return seen
+        pending += [".".join(parts[:n]) for n in range(2, len(parts))]
+        pending += imports(name)
+    return visited

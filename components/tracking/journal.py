@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from components.config.runtime import RuntimeSettings
-from components.errors import DataError, redacted
+from components.errors import DataError, redact
 from components.io import write_text
 from components.records.paths import RUNS
 from components.tracking import provenance
@@ -42,12 +42,12 @@ class Run:
             try:
                 journal.parent.mkdir(parents=True, exist_ok=True)
                 self._file = journal.open("a", encoding="utf-8")
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for life: `sync` skips locked journals
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends: `sync` skips locked journals
                 os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)  # drops the partial line of a killed process
             except BlockingIOError:
                 raise
             except OSError as error:
-                self._stop(error)
+                self._disable(error)
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """`values` at `step`; without a step they describe the whole run."""
@@ -85,7 +85,7 @@ class Run:
         self.write("tag", key=key, value=str(value))
 
     def link(self, key: str, run: str | None, path: str = "", md5: str = "") -> None:
-        """Tag that names another run: that of journal `run`, or if None the one that made `path` with this `md5`."""
+        """Tag that names another run: that of journal `run`, or if None the one that wrote `path` with this `md5`."""
         if run or md5:
             self.write("link", key=key, run=run, path=path, md5=md5)
 
@@ -111,9 +111,9 @@ class Run:
                 self._file.write(json.dumps({"event": event, "time": _now_ms(), **fields}) + "\n")
                 self._file.flush()
             except OSError as error:
-                self._stop(error)
+                self._disable(error)
 
-    def _stop(self, error: OSError) -> None:
+    def _disable(self, error: OSError) -> None:
         warn(f"this run is not tracked: {error}")
         self._file = None
 
@@ -157,24 +157,24 @@ def register(key: str, **student: Any) -> bool:
 
 
 def _append(journal: Path, events: Sequence[Mapping[str, Any]]) -> None:
-    before = journal.read_text(encoding="utf-8") if journal.exists() else ""
+    existing = journal.read_text(encoding="utf-8") if journal.exists() else ""
     lines = [json.dumps({"time": _now_ms(), **event}) + "\n" for event in (*events, {"event": "end", "status": "FINISHED"})]
-    write_text(journal, before + "".join(lines))
+    write_text(journal, existing + "".join(lines))
 
 
 def events(journal: Path) -> list[dict[str, Any]]:
     """Events of a journal. Raises DataError for a malformed line."""
-    return gained(journal, 0)[0]
+    return events_from(journal, 0)[0]
 
 
-def gained(journal: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """Events from byte `start` on, and the byte where they end. A partial last line is skipped: it is still being written, or
+def events_from(journal: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Events from byte `offset` on, and the byte where they end. A partial last line is skipped: it is still being written, or
     was cut off by a crash. Raises DataError for a malformed line."""
     with journal.open("rb") as file:
-        file.seek(start)
-        written = file.read()
-    whole = written[: written.rfind(b"\n") + 1]
-    return [_event(journal, line) for line in whole.splitlines()], start + len(whole)
+        file.seek(offset)
+        data = file.read()
+    complete = data[: data.rfind(b"\n") + 1]
+    return [_event(journal, line) for line in complete.splitlines()], offset + len(complete)
 
 
 def first_event(journal: Path) -> dict[str, Any]:
@@ -199,9 +199,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def warn(message: str, to: IO[str] | None = None) -> None:
+def warn(message: str, stream: IO[str] | None = None) -> None:
     """One line on stderr, without secrets."""
-    print("tracking: " + redacted(message), file=to or sys.stderr, flush=True)
+    print("tracking: " + redact(message), file=stream or sys.stderr, flush=True)
 
 
 def _now_ms() -> int:

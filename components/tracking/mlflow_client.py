@@ -11,25 +11,25 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.errors import AlignTIError, InputError, TryAgainError, redacted
+from components.errors import AlignTIError, InputError, TryAgainError, redact
 from components.process import locked
 from components.tracking.journal import JOURNALS
 
 LOCAL = "sqlite:///"
-MOVED = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+LOCATION_COLUMNS = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
 
 
 def check_recorded(tracking_uri: str) -> None:
-    """Raises InputError if this folder's own database is not there yet, nor any journal: MLflow needs seconds to say so."""
-    here = not tracking_uri.startswith(LOCAL) or Path(tracking_uri.removeprefix(LOCAL)).exists()
-    if not here and not any(JOURNALS.glob("*.jsonl")):
+    """Raises InputError if this folder's own database is not there yet, nor any journal: MLflow takes seconds for that."""
+    database_exists = not tracking_uri.startswith(LOCAL) or Path(tracking_uri.removeprefix(LOCAL)).exists()
+    if not database_exists and not any(JOURNALS.glob("*.jsonl")):
         raise InputError("no run is recorded here yet: `make repro`, `dvc repro` and `alignti study run` record theirs")
 
 
 @contextmanager
-def asking(fault: str, but: str) -> Iterator[None]:
+def asking(fault: str, unchanged: str) -> Iterator[None]:
     """Raises InputError if MLflow is not installed, and TryAgainError for any error of MLflow, its server or its database, with
-    the message `fault`, the error's first 300 characters without secrets, and `but`, the state that is unchanged."""
+    the message `fault`, the error's first 300 characters without secrets, and `unchanged`, the state that stays."""
     try:
         yield
     except AlignTIError:
@@ -37,11 +37,11 @@ def asking(fault: str, but: str) -> Iterator[None]:
     except ImportError:
         raise InputError("MLflow is not installed here: pip install -c constraints.txt -e '.[pipeline]'") from None
     except Exception as error:
-        raise TryAgainError(f"{fault} ({one_line(error)}); {but}") from error
+        raise TryAgainError(f"{fault} ({one_line(error)}); {unchanged}") from error
 
 
 def one_line(error: Exception) -> str:
-    return redacted(" ".join(str(error).split()))[:300]
+    return redact(" ".join(str(error).split()))[:300]
 
 
 def client(tracking_uri: str) -> Any:
@@ -66,9 +66,9 @@ def client(tracking_uri: str) -> Any:
 def _client(tracking_uri: str) -> Any:
     import mlflow
 
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    mlflow.set_tracking_uri(tracking_uri)  # create_external_model and load_dict have no other way to be told
+    for logger in ("mlflow", "alembic"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    mlflow.set_tracking_uri(tracking_uri)  # for create_external_model and load_dict, which take no URI
     return mlflow.MlflowClient(tracking_uri=tracking_uri)
 
 
@@ -77,16 +77,16 @@ def make_database(path: Path) -> None:
     opens again. A broken one that holds no run yet is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
-        if path.exists() and (_select(path, "select count(*) from runs") or _is_whole(path)):
+        if path.exists() and (_select(path, "select count(*) from runs") or _has_current_schema(path)):
             return
         draft = path.with_suffix(".draft")
-        for left in path.parent.glob(f"{draft.name}*"):  # drafts of killed processes; SQLite's journals too
-            left.unlink()
+        for stale in path.parent.glob(f"{draft.name}*"):  # drafts of killed processes; SQLite's journals too
+            stale.unlink()
         _client(f"{LOCAL}{draft}").search_experiments()
         draft.replace(path)
 
 
-def _is_whole(path: Path) -> bool:
+def _has_current_schema(path: Path) -> bool:
     """Whether the schema version is that of the installed MLflow."""
     import mlflow
     from alembic.script import ScriptDirectory
@@ -98,22 +98,23 @@ def _is_whole(path: Path) -> bool:
 def _move_artifacts(database: Path) -> None:
     """Rewrite artifact locations to the folder of this database: MLflow stores absolute paths, which still point to the old
     folder in a moved or copied clone."""
-    here = (database.parent / "artifacts").as_uri()
-    ours = re.compile(rf"(file://.*/{re.escape(database.parent.name)}/artifacts)(/.*)?$")
-    with closing(sqlite3.connect(database, timeout=30)) as opened, opened:
-        found = {ours.match(location or "") for (location,) in opened.execute("select artifact_location from experiments")}
-        for before in {match[1] for match in found if match} - {here}:
-            for table, column in MOVED:
-                opened.execute(
+    artifacts = (database.parent / "artifacts").as_uri()
+    pattern = re.compile(rf"(file://.*/{re.escape(database.parent.name)}/artifacts)(/.*)?$")
+    with closing(sqlite3.connect(database, timeout=30)) as connection, connection:
+        rows = connection.execute("select artifact_location from experiments")
+        matches = {pattern.match(location or "") for (location,) in rows}
+        for old in {match[1] for match in matches if match} - {artifacts}:
+            for table, column in LOCATION_COLUMNS:
+                connection.execute(
                     f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or {column} like ? || '/%'",
-                    (here, len(before) + 1, before, before),
+                    (artifacts, len(old) + 1, old, old),
                 )
 
 
-def _select(path: Path, asked: str) -> Any:
+def _select(path: Path, query: str) -> Any:
     with closing(sqlite3.connect(path)) as database:
         try:
-            row = database.execute(asked).fetchone()
+            row = database.execute(query).fetchone()
         except sqlite3.OperationalError as error:
             if "no such table" not in str(error):
                 raise

@@ -20,7 +20,7 @@ from components.io import write_text
 from components.process import locked
 from components.records.record import parsed
 from components.tracking import mlflow_registry
-from components.tracking.journal import JOURNALS, first_event, gained
+from components.tracking.journal import JOURNALS, events_from, first_event
 from components.tracking.mlflow_client import LOCAL, client
 
 METRICS_PER_CALL = 1000  # MLflow's limit
@@ -29,7 +29,7 @@ PARAM_CHARS = 6000  # MLflow's limit
 DIGEST_CHARS = 36  # MLflow's limit; an md5 of DVC's, `.dir` and all, just fits
 TAG_CHARS = 8000  # MLflow's limit
 NAME_CHARS = 250  # MLflow's limit
-MAKING = JOURNALS / ".lock"  # lock around finding or creating a run
+RUN_LOCK = JOURNALS / ".lock"  # lock around finding or creating a run
 FORBIDDEN_IN_NAME = re.compile(r"[^\w\-. :/]")
 
 
@@ -41,8 +41,8 @@ One run per stage, `tags.stage = "distill"`, below its pipeline or `dvc repro`: 
 Cells of a study: `tags.stage = "cell" and tags.study = "NAME"`; `alignti compare NAME` says what they show.""",
 }
 
-UNSENT: dict[str, Any] = {"run_id": None, "bytes": 0, "done": False}  # state of a journal of which MLflow has nothing
-ORIGIN, MADE = "origin.json", "made"  # artifacts of a stage's run, read by `alignti reproduce`
+UNSENT: dict[str, Any] = {"run_id": None, "bytes": 0, "done": False}  # state of a journal that is not in MLflow
+ORIGIN, OUTS = "origin.json", "made"  # artifacts of a stage's run, read by `alignti reproduce`
 
 
 class Mirror:
@@ -53,20 +53,20 @@ class Mirror:
         self._uri = tracking_uri
         self._state_file = journal.with_suffix(".sent")
         self._state = parsed(self._state_file) if self._state_file.exists() else dict(UNSENT)
-        self._opening = first_event(journal)
+        self._start_event = first_event(journal)
         self._client = client(tracking_uri)
-        if self._state["run_id"] is not None and not self._has(self._state["run_id"]):
+        if self._state["run_id"] is not None and not self._run_exists(self._state["run_id"]):
             self._state |= UNSENT  # deleted, or another database: resend everything
 
-    def _has(self, run_id: str) -> bool:
-        found = mlflow_registry.or_none(lambda: self._client.get_run(run_id))
-        return found is not None and found.info.lifecycle_stage == "active"
+    def _run_exists(self, run_id: str) -> bool:
+        run = mlflow_registry.none_if_absent(lambda: self._client.get_run(run_id))
+        return run is not None and run.info.lifecycle_stage == "active"
 
     def send(self, abandoned: bool = False) -> bool:
         """Send new events; true once the end event is sent. `abandoned`: no writer left, a missing end is KILLED."""
-        lines, end = gained(self._journal, self._state["bytes"])
+        lines, end = events_from(self._journal, self._state["bytes"])
         if not lines and (self._state["done"] or not abandoned):
-            return abandoned  # what is noted of an ended run stays
+            return abandoned  # the state of an ended run stays
         if abandoned and not (lines and lines[-1]["event"] == "end"):
             lines.append({"event": "end", "time": int(self._journal.stat().st_mtime * 1000), "status": "KILLED"})
         if self._state["run_id"] is None:
@@ -85,44 +85,44 @@ class Mirror:
 
     def _open(self) -> str:
         """MLflow run of this journal and its parent run, found or created."""
-        start = self._opening
+        start = self._start_event
         self._state["experiment"] = experiment = self._experiment(start["experiment"])
         tags = dict(start["tags"])
         if parent := start["parent"]:
             tags["mlflow.parentRunId"] = self._parent_id(experiment, parent, start["time"])
             if parent["ends_with_stages"]:
                 self._client.update_run(tags["mlflow.parentRunId"], status="RUNNING")
-        return self._find_or_make(experiment, self._journal.stem, start["name"], start["time"], tags)
+        return self._find_or_create(experiment, self._journal.stem, start["name"], start["time"], tags)
 
     def _experiment(self, name: str) -> str:
-        with locked(MAKING):
-            if found := self._client.get_experiment_by_name(name):
-                if found.lifecycle_stage != "active":
+        with locked(RUN_LOCK):
+            if experiment := self._client.get_experiment_by_name(name):
+                if experiment.lifecycle_stage != "active":
                     raise DataError(
-                        f"experiment {name!r} was deleted in MLflow: `mlflow experiments restore -x {found.experiment_id}`"
+                        f"experiment {name!r} was deleted in MLflow: `mlflow experiments restore -x {experiment.experiment_id}`"
                         " brings it back; `experiment` of params/runtime.yaml names another for later runs"
                     )
-                return found.experiment_id
-            beside = Path(self._uri.removeprefix(LOCAL)).resolve().parent / "artifacts"
-            return self._client.create_experiment(name, beside.as_uri() if self._uri.startswith(LOCAL) else None, EXPERIMENT)
+                return experiment.experiment_id
+            artifacts = Path(self._uri.removeprefix(LOCAL)).resolve().parent / "artifacts"
+            return self._client.create_experiment(name, artifacts.as_uri() if self._uri.startswith(LOCAL) else None, EXPERIMENT)
 
     def _parent_id(self, experiment: str, parent: dict[str, Any], started: int) -> str:
         if len(parent["id"]) == 32 and set(parent["id"]) <= set("0123456789abcdef"):
             return parent["id"]  # an MLflow run id, from $ALIGNTI_PARENT_RUN_ID
         tags = {"stage": "pipeline", **parent.get("tags", {})}
-        return self._find_or_make(experiment, parent["id"], parent["name"], started, tags, ours=False)
+        return self._find_or_create(experiment, parent["id"], parent["name"], started, tags, own=False)
 
-    def _find_or_make(self, experiment: str, key: str, name: str, started: int, tags: dict[str, str], ours: bool = True) -> str:
-        """`ours`: run of this journal; its name and tags replace those of a child that created it as its parent."""
-        with locked(MAKING):
-            found = self._client.search_runs([experiment], f"tags.`alignti.run` = '{key}'", max_results=1)
-            if found:
-                run_id = found[0].info.run_id
-                for tag, value in {**tags, "mlflow.runName": name}.items() if ours else ():
+    def _find_or_create(self, experiment: str, key: str, name: str, start: int, tags: dict[str, str], own: bool = True) -> str:
+        """`own`: run of this journal; its name and tags replace those of a child that created it as its parent."""
+        with locked(RUN_LOCK):
+            runs = self._client.search_runs([experiment], f"tags.`alignti.run` = '{key}'", max_results=1)
+            if runs:
+                run_id = runs[0].info.run_id
+                for tag, value in {**tags, "mlflow.runName": name}.items() if own else ():
                     self._client.set_tag(run_id, tag, value)
                 return run_id
-            made = self._client.create_run(experiment, started, {**tags, "alignti.run": key}, run_name=name)
-            return made.info.run_id
+            created = self._client.create_run(experiment, start, {**tags, "alignti.run": key}, run_name=name)
+            return created.info.run_id
 
     # One method per event; each takes consecutive lines of that event.
 
@@ -139,17 +139,17 @@ class Mirror:
 
     def _made(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            self._client.set_tag(run_id, fitting(f"out.{line['path']}"), line["md5"])
-            self._client.log_dict(run_id, {key: line[key] for key in ("path", "md5", "files")}, f"{MADE}/{line['path']}.json")
+            self._client.set_tag(run_id, valid_name(f"out.{line['path']}"), line["md5"])
+            self._client.log_dict(run_id, {key: line[key] for key in ("path", "md5", "files")}, f"{OUTS}/{line['path']}.json")
 
     def _link(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         experiment = self._client.get_run(run_id).info.experiment_id
         for line in lines:
-            out = fitting(f"out.{line['path']}")
-            asked = f"tags.`alignti.run` = '{line['run']}'" if line["run"] else f"tags.`{out}` = '{line['md5']}'"
-            found = self._client.search_runs([experiment], asked, max_results=1, order_by=["attributes.start_time ASC"])
-            if named := found[0].info.run_id if found else line["run"]:
-                self._client.set_tag(run_id, fitting(line["key"].replace("@", "_")), named)
+            output_tag = valid_name(f"out.{line['path']}")
+            query = f"tags.`alignti.run` = '{line['run']}'" if line["run"] else f"tags.`{output_tag}` = '{line['md5']}'"
+            runs = self._client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time ASC"])
+            if target := runs[0].info.run_id if runs else line["run"]:
+                self._client.set_tag(run_id, valid_name(line["key"].replace("@", "_")), target)
 
     def _register(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -159,17 +159,17 @@ class Mirror:
         from mlflow.entities import Param
         from mlflow.utils import chunk_list
 
-        params = [Param(fitting(name), value[:PARAM_CHARS]) for line in lines for name, value in line["values"].items()]
-        for some in chunk_list(params, PARAMS_PER_CALL):
-            self._client.log_batch(run_id, params=some)
+        params = [Param(valid_name(name), value[:PARAM_CHARS]) for line in lines for name, value in line["values"].items()]
+        for chunk in chunk_list(params, PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=chunk)
 
     def _metrics(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
         from mlflow.utils import chunk_list
 
-        points = [Metric(fitting(k), v, line["time"], line["step"] or 0) for line in lines for k, v in line["values"].items()]
-        for some in chunk_list(points, METRICS_PER_CALL):
-            self._client.log_batch(run_id, metrics=some)
+        points = [Metric(valid_name(k), v, e["time"], e["step"] or 0) for e in lines for k, v in e["values"].items()]
+        for chunk in chunk_list(points, METRICS_PER_CALL):
+            self._client.log_batch(run_id, metrics=chunk)
 
     def _artifact(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -180,9 +180,9 @@ class Mirror:
                 self._client.log_artifact(run_id, str(path))
 
     def _headline(self, run_id: str, lines: list[dict[str, Any]]) -> None:
-        if above := self._client.get_run(run_id).data.tags.get("mlflow.parentRunId"):
-            self._metrics(above, [line | {"step": None} for line in lines])
-            self._client.set_tag(above, "mlflow.note.content", lines[-1]["text"][:TAG_CHARS])
+        if parent := self._client.get_run(run_id).data.tags.get("mlflow.parentRunId"):
+            self._metrics(parent, [line | {"step": None} for line in lines])
+            self._client.set_tag(parent, "mlflow.note.content", lines[-1]["text"][:TAG_CHARS])
 
     def _dataset(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Dataset, DatasetInput
@@ -194,18 +194,18 @@ class Mirror:
 
     def _tag(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            self._client.set_tag(run_id, fitting(line["key"].replace("@", "_")), line["value"][:TAG_CHARS])
+            self._client.set_tag(run_id, valid_name(line["key"].replace("@", "_")), line["value"][:TAG_CHARS])
 
     def _end(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         status, ended = lines[-1]["status"], lines[-1]["time"]
         self._client.set_terminated(run_id, status, ended)
-        if self._opening["parent"] and self._opening["parent"]["ends_with_stages"]:
+        if self._start_event["parent"] and self._start_event["parent"]["ends_with_stages"]:
             # The end of `dvc repro` is not observed, so its run ends with its last stage.
             parent = self._client.get_run(run_id).data.tags["mlflow.parentRunId"]
             self._client.set_terminated(parent, status, ended)
 
 
-def fitting(name: str) -> str:
+def valid_name(name: str) -> str:
     """`name` if MLflow accepts it for a metric, parameter or tag; else a sanitised name with 8 hex digits of a hash.
 
     MLflow validates names as paths: `a//b`, `a/` and `..` are invalid. Some contain a row's `kind`, which users choose.
@@ -214,5 +214,5 @@ def fitting(name: str) -> str:
     if clean == name and posixpath.normpath(name) == name and name[0] not in "./" and len(name) <= NAME_CHARS:
         return name
     parts = (part if part.strip(".") else "_" * len(part) or "_" for part in clean.split("/"))
-    told_apart = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{'/'.join(parts)[: NAME_CHARS - 9]}-{told_apart}"
+    suffix = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{'/'.join(parts)[: NAME_CHARS - 9]}-{suffix}"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 CANDIDATE, CHAMPION = "candidate", "champion"
 MD5 = "dvc.md5"  # tag: MD5 of the student's folder
 REGISTERED = "registered"  # ms since 1970
-ON_THE_ROW = ("arm", "recipe", "exact_match", MD5)  # tags of a version; the others are on its logged model
+VERSION_TAGS = ("arm", "recipe", "exact_match", MD5)  # tags of a version; the others are on its logged model
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model or run; no such alias or version, malformed id
 T = TypeVar("T")
 
@@ -41,61 +41,61 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     import mlflow
 
     experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
-    trained = client.search_runs([experiment.experiment_id], f"tags.`alignti.run` = '{line['made_by']}'", max_results=1)
-    source = trained[0].info.run_id if trained else run_id
-    _make_model(client, experiment.name)
+    training_runs = client.search_runs([experiment.experiment_id], f"tags.`alignti.run` = '{line['made_by']}'", max_results=1)
+    source = training_runs[0].info.run_id if training_runs else run_id
+    _create_model(client, experiment.name)
     md5 = line["tags"][MD5]
-    found = of_md5(client, experiment.name, md5, line["tags"]["arm"])
-    if found is None:
+    version = by_md5(client, experiment.name, md5, line["tags"]["arm"])
+    if version is None:
         tags = {**line["tags"], "run.scores": run_id, REGISTERED: str(line["time"])}
         logged = mlflow.create_external_model(
             tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
         )
-        made = client.create_model_version(
+        created = client.create_model_version(
             experiment.name, logged.model_uri, source, model_id=logged.model_id, description=line["description"],
-            tags={key: tags[key] for key in ON_THE_ROW if key in tags},
+            tags={key: tags[key] for key in VERSION_TAGS if key in tags},
         )  # fmt: skip
-        found = _version(client, made)
+        version = _version(client, created)
     if line["candidate"]:
-        before = aliased(client, experiment.name, CANDIDATE)
-        if before is None or int(before.tags.get(REGISTERED, 0)) <= line["time"]:
-            propose(client, found)
+        current = by_alias(client, experiment.name, CANDIDATE)
+        if current is None or int(current.tags.get(REGISTERED, 0)) <= line["time"]:
+            set_candidate(client, version)
 
 
-def propose(client: Any, version: Version) -> None:
+def set_candidate(client: Any, version: Version) -> None:
     client.set_registered_model_alias(version.model, CANDIDATE, version.number)
 
 
-def aliased(client: Any, model: str, alias: str) -> Version | None:
+def by_alias(client: Any, model: str, alias: str) -> Version | None:
     """Version with the alias, or None."""
-    return or_none(lambda: _version(client, client.get_model_version_by_alias(model, alias)))
+    return none_if_absent(lambda: _version(client, client.get_model_version_by_alias(model, alias)))
 
 
-def numbered(client: Any, model: str, number: str) -> Version | None:
-    return or_none(lambda: _version(client, client.get_model_version(model, number)))
+def by_number(client: Any, model: str, number: str) -> Version | None:
+    return none_if_absent(lambda: _version(client, client.get_model_version(model, number)))
 
 
-def of_md5(client: Any, model: str, md5: str, arm: str) -> Version | None:
+def by_md5(client: Any, model: str, md5: str, arm: str) -> Version | None:
     """Version with this md5 and arm; students of two arms may have equal bytes."""
-    found = client.search_model_versions(f"name = '{model}' and tags.`{MD5}` = '{md5}' and tags.arm = '{arm}'")
-    return _version(client, client.get_model_version(model, found[0].version)) if found else None
+    versions = client.search_model_versions(f"name = '{model}' and tags.`{MD5}` = '{md5}' and tags.arm = '{arm}'")
+    return _version(client, client.get_model_version(model, versions[0].version)) if versions else None
 
 
-def set_champion(client: Any, version: Version, over: Version | None, why: Mapping[str, str]) -> None:
+def set_champion(client: Any, version: Version, predecessor: Version | None, tags: Mapping[str, str]) -> None:
     """Set the alias `champion`; tags record the reason on `version`, and its number on its predecessor."""
-    comment(client, version, why)
-    client.update_model_version(version.model, version.number, description=why["promotion"])
+    set_tags(client, version, tags)
+    client.update_model_version(version.model, version.number, description=tags["promotion"])
     client.set_registered_model_alias(version.model, CHAMPION, version.number)
-    if over is not None:
-        client.set_model_version_tag(over.model, over.number, "succeeded_by", version.number)
+    if predecessor is not None:
+        client.set_model_version_tag(predecessor.model, predecessor.number, "succeeded_by", version.number)
 
 
-def comment(client: Any, version: Version, why: Mapping[str, str]) -> None:
-    for key, value in why.items():
+def set_tags(client: Any, version: Version, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
         client.set_model_version_tag(version.model, version.number, key, value)
 
 
-def _make_model(client: Any, name: str) -> None:
+def _create_model(client: Any, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -105,8 +105,8 @@ def _make_model(client: Any, name: str) -> None:
             raise
 
 
-def or_none(read: Callable[[], T]) -> T | None:
-    """What `read` gets from MLflow; None if MLflow has no such thing."""
+def none_if_absent(read: Callable[[], T]) -> T | None:
+    """Result of `read`, a request to MLflow; None if MLflow has no such object."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -117,6 +117,6 @@ def or_none(read: Callable[[], T]) -> T | None:
         raise
 
 
-def _version(client: Any, made: Any) -> Version:
-    tags = {**client.get_logged_model(made.source.removeprefix("models:/")).tags, **made.tags}
-    return Version(made.name, str(made.version), tags.get("arm", "?"), tags.get(MD5, "?"), tags)
+def _version(client: Any, model_version: Any) -> Version:
+    tags = {**client.get_logged_model(model_version.source.removeprefix("models:/")).tags, **model_version.tags}
+    return Version(model_version.name, str(model_version.version), tags.get("arm", "?"), tags.get(MD5, "?"), tags)

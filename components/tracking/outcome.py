@@ -35,8 +35,8 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
     folder = SCORES / arm
     scores, cost = Scores.read(folder / "scores.json"), Cost.read(STUDENTS / arm / "cost.json")
     scores_md5 = provenance.digest(folder).md5
-    made_by = {f"run.{made}": history.last(f"{made}@{arm}").get("run") for made in ("distill", "evaluate")}
-    made_by["run.distill"] = provenance.maker(md5) or made_by["run.distill"]  # restored bytes come from an earlier run
+    run_links = {f"run.{name}": history.last(f"{name}@{arm}").get("run") for name in ("distill", "evaluate")}
+    run_links["run.distill"] = provenance.maker(md5) or run_links["run.distill"]  # restored bytes come from an earlier run
     key = _key(stage, arm, md5, scores_md5, params, tags)
     journal.record(
         key,
@@ -50,7 +50,7 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
             "dvc.md5": md5,
             "dvc.scores": scores_md5,
             "device": cost.device,
-            **{made: run for made, run in made_by.items() if run},
+            **{link: run for link, run in run_links.items() if run},
             **tags,
         },
         params=params,
@@ -63,7 +63,7 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
             **({} if cost.step_seconds is None else {"cost/step_seconds": cost.step_seconds}),
             "cost/peak_memory_mib": cost.peak_memory_mib,
             "cost/steps": cost.steps,
-            **{name.replace("usage/", "cost/"): wh for name, wh in history.energy(made_by["run.distill"] or "").items()},
+            **{name.replace("usage/", "cost/"): wh for name, wh in history.energy(run_links["run.distill"] or "").items()},
         },
         artifacts=[folder / "scores.json", folder / "predictions.jsonl"],
     )
@@ -86,27 +86,27 @@ def _varied(settings: Settings) -> dict[str, dict[str, Any]]:
 
 def varied(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Values of each arm at the settings' paths (`weights.tpa`) in which the arms differ."""
-    flat = {name: dict(journal.flatten(arm)) for name, arm in arms.items()}
-    paths = dict.fromkeys(path for arm in flat.values() for path in arm)
-    differ = [path for path in paths if len({json.dumps(arm.get(path)) for arm in flat.values()}) > 1]
+    flattened = {name: dict(journal.flatten(arm)) for name, arm in arms.items()}
+    paths = dict.fromkeys(path for arm in flattened.values() for path in arm)
+    differing = [path for path in paths if len({json.dumps(arm.get(path)) for arm in flattened.values()}) > 1]
     return {
-        name: {path: arm.get(path, 0.0 if path.startswith("weights.") else None) for path in differ}
-        for name, arm in flat.items()
+        name: {path: arm.get(path, 0.0 if path.startswith("weights.") else None) for path in differing}
+        for name, arm in flattened.items()
     }
 
 
-def here(settings: Settings) -> list[str]:
+def current_outcomes(settings: Settings) -> list[str]:
     """Journals' names of the outcomes of the arms, by `dvc.lock`; those of earlier results have others."""
-    made, tags = provenance.digests(), nearest_recipe().tag
+    digests, tags = provenance.digests(), nearest_recipe().tag
     return [
-        _key(ARM, arm, made.get(str(STUDENTS / arm), ""), made.get(str(SCORES / arm), ""), params, tags)
+        _key(ARM, arm, digests.get(str(STUDENTS / arm), ""), digests.get(str(SCORES / arm), ""), params, tags)
         for arm, params in _varied(settings).items()
     ]
 
 
 def comparison(outcomes: Sequence[str], server: str) -> str | None:
     """URL of MLflow's comparison page for these outcomes; None unless all were sent."""
-    sent = [state for name in outcomes if (state := history.sent(name)) and state["run_id"]]
+    sent = [state for name in outcomes if (state := history.sync_state(name)) and state["run_id"]]
     if len(sent) < len(outcomes):
         return None
     return page(server, [state["run_id"] for state in sent], sent[0]["experiment"])
@@ -114,5 +114,5 @@ def comparison(outcomes: Sequence[str], server: str) -> str | None:
 
 def page(server: str, runs: Sequence[str], experiment: str) -> str:
     """URL of MLflow's comparison page."""
-    asked = f"runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}"
-    return f"{server.rstrip('/')}/#/compare-runs?{asked}&{TRAINING}"
+    query = f"runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}"
+    return f"{server.rstrip('/')}/#/compare-runs?{query}&{TRAINING}"

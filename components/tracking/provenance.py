@@ -33,7 +33,7 @@ CODE = ("components", "dvc.yaml", "data.dvc", ".dvc/config")  # code and data th
 
 
 @dataclass(frozen=True)
-class Declared:
+class Declaration:
     """Stage as declared in `dvc.yaml`, its arm filled in."""
 
     command: str
@@ -42,7 +42,7 @@ class Declared:
     outs: list[str]  # metrics and plots among them
 
     @classmethod
-    def read(cls, stage: str) -> Declared | None:
+    def read(cls, stage: str) -> Declaration | None:
         """The stage's declaration; None without `dvc.yaml`, or if it has no such stage."""
         try:
             stages = _yaml(Path("dvc.yaml"))["stages"]
@@ -61,13 +61,13 @@ class Declared:
 
     def inputs(self) -> dict[str, str]:
         """Path -> md5 of each dependency that an earlier stage made, or that a .dvc file names."""
-        known = digests()
-        return {dep: known[dep] for dep in self.deps if dep in known}
+        md5s = digests()
+        return {dep: md5s[dep] for dep in self.deps if dep in md5s}
 
     def fingerprint(self) -> str:
         """16 hex digits over the command, the params, the inputs and the code: equal means equal results."""
         code = {dep: digest(Path(dep)).md5 for dep in self.deps if dep.startswith("components")}
-        values = {file: _chosen(_yaml(Path(file)), keys) for file, keys in self.params.items()}
+        values = {file: _select(_yaml(Path(file)), keys) for file, keys in self.params.items()}
         return fingerprint({"command": self.command, "inputs": self.inputs(), "deps": code, "params": values}, [])
 
 
@@ -82,10 +82,10 @@ class Digest:
 def digest(path: Path) -> Digest:
     """Digest of a file or folder by DVC's rule. Raises FileNotFoundError."""
     if not path.is_dir():
-        found = _md5(path)
-        return Digest(found, {".": found})
-    inside = sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    files = {file.relative_to(path).as_posix(): _md5(file) for file in inside}
+        md5 = _md5(path)
+        return Digest(md5, {".": md5})
+    paths = sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    files = {file.relative_to(path).as_posix(): _md5(file) for file in paths}
     listing = json.dumps([{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())], sort_keys=True)
     return Digest(hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir", files)
 
@@ -102,21 +102,21 @@ def read_by(stage: str) -> dict[str, str]:
 
 def of_other_params(stages: Iterable[str]) -> set[str]:
     """Those of `stages` whose params in `dvc.lock`, or an upstream stage's, differ from `params/`."""
-    noted = lock_file()
-    makers = {Path(out["path"]): name for name, entry in noted.items() for out in entry.get("outs", [])}
-    now = {file: _yaml(Path(file)) for entry in noted.values() for file in entry.get("params", {}) if Path(file).is_file()}
+    entries = lock_file()
+    producers = {Path(out["path"]): name for name, entry in entries.items() for out in entry.get("outs", [])}
+    now = {file: _yaml(Path(file)) for entry in entries.values() for file in entry.get("params", {}) if Path(file).is_file()}
     differing = {
         name
-        for name, entry in noted.items()
-        if any(_chosen(now.get(file), list(values)) != values for file, values in entry.get("params", {}).items())
+        for name, entry in entries.items()
+        if any(_select(now.get(file), list(values)) != values for file, values in entry.get("params", {}).items())
     }
 
-    def needed(stage: str) -> set[str]:
-        paths = [Path(dep["path"]) for dep in noted.get(stage, {}).get("deps", [])]
-        before = {makers[path] for dep in paths for path in (dep, *dep.parents) if path in makers}
-        return {stage}.union(*map(needed, before))
+    def upstream(stage: str) -> set[str]:
+        paths = [Path(dep["path"]) for dep in entries.get(stage, {}).get("deps", [])]
+        direct = {producers[path] for dep in paths for path in (dep, *dep.parents) if path in producers}
+        return {stage}.union(*map(upstream, direct))
 
-    return {stage for stage in stages if needed(stage) & differing}
+    return {stage for stage in stages if upstream(stage) & differing}
 
 
 def lock_file() -> dict[str, Any]:
@@ -127,7 +127,7 @@ def lock_file() -> dict[str, Any]:
     """
     if not LOCK.exists():
         return {}
-    with _dvc_at_rest():
+    with _shared_dvc_lock():
         try:
             stages: dict[str, Any] = _yaml(LOCK)["stages"]
         except (yaml.YAMLError, TypeError, KeyError):
@@ -136,7 +136,7 @@ def lock_file() -> dict[str, Any]:
 
 
 @contextmanager
-def _dvc_at_rest() -> Iterator[None]:
+def _shared_dvc_lock() -> Iterator[None]:
     """Shared hold of DVC's lock in this folder, so that no process rewrites `dvc.lock`.
 
     A lock held for longer than PATIENCE_S is that of a download, which leaves the file alone, or of a rewrite, which takes 10 s
@@ -145,15 +145,15 @@ def _dvc_at_rest() -> Iterator[None]:
     if not DVC_LOCK.exists():
         yield
         return
-    with DVC_LOCK.open() as held:
-        until = time.monotonic() + PATIENCE_S
+    with DVC_LOCK.open() as lock:
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
-                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 state = LOCK.stat()  # empty, then growing, while DVC rewrites it
-                if time.monotonic() > until and state.st_size and time.time() - state.st_mtime > STILL_S:
+                if time.monotonic() > deadline and state.st_size and time.time() - state.st_mtime > STILL_S:
                     break
                 time.sleep(0.05)
         yield
@@ -161,18 +161,18 @@ def _dvc_at_rest() -> Iterator[None]:
 
 def raw() -> dict[str, str]:
     """Path -> md5 of the raw data in the .dvc files here. Raises DataError if one is damaged."""
-    found: dict[str, str] = {}
+    md5s: dict[str, str] = {}
     for file in Path().glob("[!.]*.dvc"):
         try:
-            found |= {str(file.parent / out["path"]): out["md5"] for out in _yaml(file)["outs"] if "md5" in out}
+            md5s |= {str(file.parent / out["path"]): out["md5"] for out in _yaml(file)["outs"] if "md5" in out}
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
             raise DataError(f"{file} is damaged; `git checkout {file}` brings it back") from None
-    return found
+    return md5s
 
 
 def digests() -> dict[str, str]:
     """Path -> DVC's md5 of stage outputs and raw data."""
-    return {path: md5 for made in locked().values() for path, md5 in made.items()} | raw()
+    return {path: md5 for outs in locked().values() for path, md5 in outs.items()} | raw()
 
 
 def params() -> dict[str, str]:
@@ -198,23 +198,23 @@ def maker(md5: str) -> str | None:
 
 def uncommitted() -> list[str]:
     """Modified and untracked files of `CODE`; none outside a git repository."""
-    said = git("status", "--porcelain", "--untracked-files=all", "--", *CODE) or ""
-    return [line.split(maxsplit=1)[1] for line in said.splitlines()]
+    output = git("status", "--porcelain", "--untracked-files=all", "--", *CODE) or ""
+    return [line.split(maxsplit=1)[1] for line in output.splitlines()]
 
 
 def commit_tags() -> dict[str, str]:
     """Tags of a run: commit, whether tracked files differed from it, and DVC's names of stage and experiment."""
-    origin = {key: os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if key in os.environ}
+    tags = {key: os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if key in os.environ}
     commit = git("rev-parse", "HEAD")
     if commit is not None:
-        origin["git.dirty"] = str(git("status", "--porcelain", "--untracked-files=no") != "").lower()
-    return origin | {"mlflow.source.git.commit": commit or "none"}  # none: an export without its history
+        tags["git.dirty"] = str(git("status", "--porcelain", "--untracked-files=no") != "").lower()
+    return tags | {"mlflow.source.git.commit": commit or "none"}  # none: an export without its history
 
 
-def git(*words: str) -> str | None:
+def git(*args: str) -> str | None:
     """Output of git; None if it fails, as outside a repository, or is not installed."""
     try:
-        return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *args], check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -236,16 +236,16 @@ def _params(entry: str | dict[str, list[str] | None]) -> Iterator[tuple[str, lis
         yield from entry.items()
 
 
-def _chosen(values: Any, keys: list[str] | None) -> Any:
+def _select(values: Any, keys: list[str] | None) -> Any:
     if keys is None:
         return values
-    chosen = {}
+    selected = {}
     for key in keys:
-        found = values
-        for step in key.split("."):
-            found = found.get(step) if isinstance(found, dict) else None
-        chosen[key] = found
-    return chosen
+        value = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        selected[key] = value
+    return selected
 
 
 def _md5(path: Path) -> str:

@@ -36,7 +36,7 @@ PARENT = "ALIGNTI_PARENT_RUN_ID"  # an MLflow run id, or the id of a journal
 JOURNAL_ONLY = "journal"  # tracking_uri without MLflow
 LOST = "if this run is stopped, the next does not go on in its MLflow run"  # without its record in UNFINISHED
 PATIENCE_S = 10  # seconds that a finished stage waits for its journal to be sent
-SENT, NOT_SENT_AND_SAID_SO = 0, 3  # exit codes of the sync process
+SENT, NOT_SENT_WARNED = 0, 3  # exit codes of the sync process
 
 
 @contextlib.contextmanager
@@ -46,11 +46,11 @@ def stage_run(
     *,
     runtime: RuntimeSettings,
     params: Mapping[str, Any] | None = None,
-    works: bool = True,
+    metered: bool = True,
 ) -> Iterator[Run]:
     """Track one stage (and cell: `distill`, `align_ti`) on rank 0; on other ranks the run is a no-op.
 
-    `works`: the stage uses the machine itself, which is metered; a flow does not, its stages do.
+    `metered`: sample what the stage uses of the machine; a flow uses nothing itself, its stages do.
 
     The parent run is that of $ALIGNTI_PARENT_RUN_ID, else one per enclosing `dvc` process, else none.
     """
@@ -59,12 +59,12 @@ def stage_run(
         yield Run(None)
         return
     name = f"{stage}@{cell}" if cell else stage
-    known_as = os.environ.get("DVC_STAGE", name)
-    of = _read_lineage(known_as)
+    dvc_name = os.environ.get("DVC_STAGE", name)
+    lineage = _read_lineage(dvc_name)
     nearest = nearest_recipe()
-    title = cell or (None if works else nearest.name)
-    run, spent, before = _open(name, known_as, of)
-    if spent is None:
+    title = cell or (None if metered else nearest.name)
+    run, elapsed, previous = _open(name, dvc_name, lineage)
+    if elapsed is None:
         run.write(
             "start",
             name=f"{stage}/{title}" if title else stage,
@@ -78,36 +78,36 @@ def stage_run(
                 **provenance.commit_tags(),
             },
         )
-        run.link("resumed_from", before)
+        run.link("resumed_from", previous)
     run.params(params or {})
-    if of is not None:
-        run.origin(of.params, provenance.uncommitted())
-        for path, md5 in of.inputs.items():
+    if lineage is not None:
+        run.origin(lineage.params, provenance.uncommitted())
+        for path, md5 in lineage.inputs.items():
             run.dataset(path, md5, source="dvc")
     journal = JOURNALS / f"{run.id}.jsonl"
     trackers = runtime.trackers if journal.exists() else ()
     senders = [_start(["components.tracking.also", tracker, str(journal)], runtime, journal) for tracker in trackers]
-    if not (works and spent is None and _is_followed()):
-        senders.append(_start_mirror([journal], runtime, *(() if works else ("--below", run.id))))
+    if not (metered and elapsed is None and _is_followed()):
+        senders.append(_start_mirror([journal], runtime, *(() if metered else ("--below", run.id))))
     began = time.monotonic()
     status = "FAILED"
     try:
-        with system_metrics.metered(run, runtime) if works else contextlib.nullcontext():
+        with system_metrics.metered(run, runtime) if metered else contextlib.nullcontext():
             yield run
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
-        seconds = time.monotonic() - began + (spent or 0.0)
-        run.metrics({"seconds": seconds, **_cost(seconds, runtime, works)})
-        if status == "FINISHED" and of is not None:
-            _note_made(run, of)
+        seconds = time.monotonic() - began + (elapsed or 0.0)
+        run.metrics({"seconds": seconds, **_cost(seconds, runtime, metered)})
+        if status == "FINISHED" and lineage is not None:
+            _record_outputs(run, lineage)
         run.end(status)
         if status == "FINISHED":
             last = {"run": run.id, "seconds": round(seconds, 3), "recipe": nearest.name, **provenance.commit_tags()}
-            _write_note(LAST / f"{known_as}.json", last, f"how long {known_as} took is not recorded")
-            _forget_unfinished(known_as, run.id)
+            _write_note(LAST / f"{dvc_name}.json", last, f"how long {dvc_name} took is not recorded")
+            _forget_unfinished(dvc_name, run.id)
         for sender in senders:
             _finish_mirror(sender, journal)
 
@@ -142,7 +142,7 @@ def nearest_recipe() -> NearestRecipe:
 class _Lineage:
     """Declaration, fingerprint, inputs and params of a stage of dvc.yaml at its start."""
 
-    declared: provenance.Declared
+    declaration: provenance.Declaration
     fingerprint: str
     inputs: dict[str, str]  # path -> md5
     params: dict[str, str]  # file -> text
@@ -151,43 +151,43 @@ class _Lineage:
 def _read_lineage(stage: str) -> _Lineage | None:
     """Lineage of a stage of dvc.yaml, None for any other. A fault costs a warning, and the run has no lineage."""
     try:
-        declared = provenance.Declared.read(stage)
-        if declared is None:
+        declaration = provenance.Declaration.read(stage)
+        if declaration is None:
             return None
-        return _Lineage(declared, declared.fingerprint(), declared.inputs(), provenance.params())
+        return _Lineage(declaration, declaration.fingerprint(), declaration.inputs(), provenance.params())
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         warn(f"what {stage} reads and makes is not tracked: {type(error).__name__}: {error}")
         return None
 
 
-def _open(name: str, stage: str, of: _Lineage | None) -> tuple[Run, float | None, str | None]:
+def _open(name: str, stage: str, lineage: _Lineage | None) -> tuple[Run, float | None, str | None]:
     """Opens or resumes the stage's run. Returns it, seconds so far if resumed, else the id of the run that it replaces."""
     note = UNFINISHED / f"{stage}.json"
-    before = _noted(note) if of else None
-    if of and before and before["fingerprint"] == of.fingerprint and (JOURNALS / f"{before['run']}.jsonl").exists():
-        journal, attempt = JOURNALS / f"{before['run']}.jsonl", before["attempt"] + 1
+    last = _read_note(note) if lineage else None
+    if lineage and last and last["fingerprint"] == lineage.fingerprint and (JOURNALS / f"{last['run']}.jsonl").exists():
+        journal, attempt = JOURNALS / f"{last['run']}.jsonl", last["attempt"] + 1
         try:
             run = Run(journal)
         except BlockingIOError:
-            before = None  # it is running, in another workspace
+            last = None  # it is running, in another workspace
         else:
-            spent = _seconds(journal)
+            elapsed = _seconds(journal)
             run.write("resume", attempt=attempt, host=socket.gethostname())
-            _write_note(note, {**before, "attempt": attempt}, LOST)
-            return run, spent, None
+            _write_note(note, {**last, "attempt": attempt}, LOST)
+            return run, elapsed, None
     run = Run(JOURNALS / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{uuid.uuid4().hex[:8]}.jsonl")
-    if of:
-        _write_note(note, {"run": run.id, "fingerprint": of.fingerprint, "attempt": 1}, LOST)
-    return run, None, before["run"] if before else None
+    if lineage:
+        _write_note(note, {"run": run.id, "fingerprint": lineage.fingerprint, "attempt": 1}, LOST)
+    return run, None, last["run"] if last else None
 
 
 def _forget_unfinished(stage: str, run: str) -> None:
     note = UNFINISHED / f"{stage}.json"
-    if (_noted(note) or {}).get("run") == run:
+    if (_read_note(note) or {}).get("run") == run:
         note.unlink(missing_ok=True)
 
 
-def _noted(note: Path) -> dict[str, Any] | None:
+def _read_note(note: Path) -> dict[str, Any] | None:
     """Record of an unfinished run; None if missing or damaged, which costs no more than a new run."""
     try:
         return parsed(note) if note.exists() else None
@@ -196,12 +196,12 @@ def _noted(note: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_note(note: Path, content: Mapping[str, Any], lost: str) -> None:
-    """Write a record that no stage depends on; a disk that refuses it costs a warning of what is `lost`."""
+def _write_note(note: Path, content: Mapping[str, Any], consequence: str) -> None:
+    """Write a record that no stage depends on; a disk that refuses it costs a warning with the `consequence`."""
     try:
         write_text(note, json.dumps(content) + "\n")
     except OSError as error:
-        warn(f"{note}: {error}; {lost}")
+        warn(f"{note}: {error}; {consequence}")
 
 
 def _seconds(journal: Path) -> float:
@@ -219,45 +219,45 @@ def _seconds(journal: Path) -> float:
     return (total + last - first) / 1000
 
 
-def _note_made(run: Run, of: _Lineage) -> None:
+def _record_outputs(run: Run, lineage: _Lineage) -> None:
     """Write each output's md5 to the journal and to `.runs/made`."""
-    for out in of.declared.outs:
+    for out in lineage.declaration.outs:
         try:
-            found = provenance.digest(Path(out))
-            run.made(out, found)
-            provenance.note_maker(found.md5, run.id)
+            digest = provenance.digest(Path(out))
+            run.made(out, digest)
+            provenance.note_maker(digest.md5, run.id)
         except OSError as error:
             warn(f"{out}: what this run made is not noted: {error}")
 
 
-def _cost(seconds: float, runtime: RuntimeSettings, works: bool) -> dict[str, float]:
+def _cost(seconds: float, runtime: RuntimeSettings, metered: bool) -> dict[str, float]:
     """CPU hours, child processes included, and hours of the stage's devices."""
-    used = os.times()
-    cpu = used.user + used.system + used.children_user + used.children_system
+    times = os.times()
+    cpu = times.user + times.system + times.children_user + times.children_system
     hours = {"usage/cpu_hours": cpu / 3600}
-    if works:
+    if metered:
         hours[system_metrics.DEVICE_HOURS] = runtime.devices * seconds / 3600
     return hours
 
 
 def _parent(nearest: NearestRecipe) -> dict[str, Any] | None:
-    if given := os.environ.get(PARENT):
-        return {"id": given, "name": "pipeline", "ends_with_stages": False, "tags": nearest.tag}
+    if parent := os.environ.get(PARENT):
+        return {"id": parent, "name": "pipeline", "ends_with_stages": False, "tags": nearest.tag}
     if "DVC_STAGE" not in os.environ:
         return None
     import psutil  # a dependency of DVC
 
     for process in psutil.Process().parents():
         try:
-            words = process.cmdline()
+            command = process.cmdline()
         except psutil.Error:  # another user's, or ended meanwhile
             continue
-        if runs_module(words, "dvc"):
+        if runs_module(command, "dvc"):
             started = int(process.create_time() * 1000)
-            when = time.strftime("dvc repro %Y-%m-%d %H:%M:%S", time.localtime(started / 1000))
+            label = time.strftime("dvc repro %Y-%m-%d %H:%M:%S", time.localtime(started / 1000))
             return {
                 "id": f"dvc-{socket.gethostname()}-{process.pid}-{started}",
-                "name": f"{nearest.name}: {when}" if nearest.name else when,
+                "name": f"{nearest.name}: {label}" if nearest.name else label,
                 "ends_with_stages": True,
                 "tags": nearest.tag,
             }
@@ -299,5 +299,5 @@ def _finish_mirror(mirror: subprocess.Popen[bytes] | None, journal: Path) -> Non
         return
     mirror.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        if mirror.wait(PATIENCE_S) not in (SENT, NOT_SENT_AND_SAID_SO):
+        if mirror.wait(PATIENCE_S) not in (SENT, NOT_SENT_WARNED):
             warn(f"what sends {journal} to MLflow failed with exit code {mirror.returncode}; `alignti sync` sends it later")

@@ -34,14 +34,14 @@ class Package:
     file: Path
     wraps_uj: int
     last_uj: int = field(init=False)
-    used_uj: int = 0
+    total_uj: int = 0
 
     def __post_init__(self) -> None:
         self.last_uj = int(self.file.read_text())
 
     def read(self) -> None:
         now = int(self.file.read_text())
-        self.used_uj += (now - self.last_uj) % (self.wraps_uj + 1)
+        self.total_uj += (now - self.last_uj) % (self.wraps_uj + 1)
         self.last_uj = now
 
 
@@ -52,7 +52,7 @@ class Gpu:
         self._nvml, self._handle = nvml, handle
         self._first_mj = int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
 
-    def used_mj(self) -> int:
+    def energy_mj(self) -> int:
         return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) - self._first_mj
 
     def sample(self) -> dict[str, float]:
@@ -69,14 +69,14 @@ def packages() -> tuple[list[Package], str | None]:
     """RAPL counters of the processor packages, or none and the reason."""
     zones = sorted(POWERCAP.glob("intel-rapl:[0-9]*"))  # the name on AMD too; intel-rapl:0:0 is a part of intel-rapl:0
     try:
-        found = [
+        counters = [
             Package(zone / "energy_uj", int((zone / "max_energy_range_uj").read_text()))
             for zone in zones
             if zone.name.count(":") == 1 and (zone / "name").read_text().startswith("package")
         ]
     except OSError as error:
         return [], f"not measured: {error.filename} may not be read ({error.strerror})"
-    return found, None if found else f"not measured: there is no RAPL counter in {POWERCAP}"
+    return counters, None if counters else f"not measured: there is no RAPL counter in {POWERCAP}"
 
 
 def gpus() -> tuple[list[Gpu], str | None]:
@@ -125,44 +125,44 @@ class Meter:
         """Energy in Wh per available counter."""
         for package in self._packages:
             package.read()
-        used = {}
+        energy = {}
         if self._gpus:
-            used[GPU_WH] = sum(gpu.used_mj() for gpu in self._gpus) / MJ_PER_WH
+            energy[GPU_WH] = sum(gpu.energy_mj() for gpu in self._gpus) / MJ_PER_WH
         if self._packages:
-            used[CPU_WH] = sum(package.used_uj for package in self._packages) / UJ_PER_WH
-        return used
+            energy[CPU_WH] = sum(package.total_uj for package in self._packages) / UJ_PER_WH
+        return energy
 
 
 @contextmanager
 def metered(run: Run, runtime: RuntimeSettings) -> Iterator[None]:
     """Sample into `run` during the block and record its energy at the end. A failing counter ends the sampling only."""
-    here, no_gpus = ([], "not measured: params/runtime.yaml says cpu") if runtime.device == "cpu" else gpus()
-    there, no_packages = packages()
-    for key, why in {"energy.gpu": no_gpus, "energy.cpu": no_packages}.items():
-        if why:
-            run.tag(key, why)
-    meter, done = Meter(here, there), threading.Event()
+    gpu_counters, gpu_reason = ([], "not measured: params/runtime.yaml says cpu") if runtime.device == "cpu" else gpus()
+    rapl_counters, rapl_reason = packages()
+    for key, reason in {"energy.gpu": gpu_reason, "energy.cpu": rapl_reason}.items():
+        if reason:
+            run.tag(key, reason)
+    meter, done = Meter(gpu_counters, rapl_counters), threading.Event()
 
-    def watch() -> None:
-        with _faults_told():
+    def sample_loop() -> None:
+        with _warn_on_fault():
             for step in itertools.count():
                 run.metrics(meter.sample(), step)
                 if done.wait(SAMPLE_S):
                     return
 
-    watcher = threading.Thread(target=watch, name="meter", daemon=True)
+    watcher = threading.Thread(target=sample_loop, name="meter", daemon=True)
     watcher.start()
     try:
         yield
     finally:
         done.set()
         watcher.join()
-        with _faults_told():
+        with _warn_on_fault():
             run.metrics(meter.energy())
 
 
 @contextmanager
-def _faults_told() -> Iterator[None]:
+def _warn_on_fault() -> Iterator[None]:
     """Warning for a sampling fault (a GPU off its bus, a vanished file, a hidden process), which does not end the stage."""
     try:
         yield

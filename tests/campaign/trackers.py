@@ -34,7 +34,7 @@ from components.config.load import load_settings
 from components.tracking.stage_run import stage_run
 runtime = load_settings(Path(ROOT)).runtime.model_copy(update={"tracking_uri": sys.argv[1]})
 began = time.monotonic()
-with stage_run("distill", cell="kd", runtime=runtime, params={"seed": 1}, works=False) as run:
+with stage_run("distill", cell="kd", runtime=runtime, params={"seed": 1}, metered=False) as run:
     for step in range(STEPS):
         run.metrics({"loss/kd": float(step)}, step)
         time.sleep(0.2)

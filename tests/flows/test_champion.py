@@ -200,16 +200,16 @@ def test_the_champion_changes_only_on_a_lead_beyond_chance(trained: Settings) ->
     client = mlflow_client.client(SQLITE)
     like = promote.promote("like", trained)
     assert not like.promoted and "+2.00 points" in like.why and "no lead beyond chance" in like.why
-    held = mlflow_registry.aliased(client, "tests", mlflow_registry.CHAMPION)
+    held = mlflow_registry.by_alias(client, "tests", mlflow_registry.CHAMPION)
     assert held is not None and held.arm == "weak"
 
     shutil.rmtree("artifacts/scores")  # the answers come from DVC's cache
     best = promote.promote(None, trained)  # the candidate is the best that was registered last
     assert best.promoted and best.candidate.arm == "strong" and best.difference is not None
     assert best.difference.difference == pytest.approx(0.4) and best.difference.ci95[0] > 0
-    now = mlflow_registry.aliased(client, "tests", mlflow_registry.CHAMPION)
+    now = mlflow_registry.by_alias(client, "tests", mlflow_registry.CHAMPION)
     assert now is not None and now.arm == "strong" and now.tags["promotion"] == best.why
-    assert mlflow_registry.numbered(client, "tests", held.number).tags["succeeded_by"] == now.number  # type: ignore[union-attr]
+    assert mlflow_registry.by_number(client, "tests", held.number).tags["succeeded_by"] == now.number  # type: ignore[union-attr]
     assert "bytes of the champion already" in promote.promote(now.number, trained).why
 
     version = client.get_model_version("tests", now.number)
@@ -266,7 +266,7 @@ def test_a_server_that_is_away_keeps_nothing_from_being_registered_later(
     with pytest.raises(TryAgainError, match="the champion is as it was"):
         promote.promote(None, away)
     mlflow_sync.sync(SQLITE)
-    found = mlflow_registry.aliased(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
+    found = mlflow_registry.by_alias(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
     assert found is not None and found.arm == "strong"
     Path("artifacts/scores/weak/scores.json").write_text("{}")
     with pytest.raises(DataError, match="weak was changed since"):
@@ -337,7 +337,7 @@ def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(
         assert data.startswith("new data: data is ") and "train/images 100 -> 120" in moved
         assert code.startswith("1 file(s) of code or params differ")
         assert night["verdict"]["promoted"] and night["verdict"]["candidate"]["arm"] == "strong"
-        found = mlflow_registry.aliased(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
+        found = mlflow_registry.by_alias(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
         assert found is not None and found.arm == "strong"  # the pipeline registered what it made
 
         monkeypatch.setenv("ALIGNTI_TRACKING_URI", JOURNAL_ONLY)

@@ -19,7 +19,7 @@ class Noted:
     def __init__(self, start: also.Line, run: str) -> None:
         self.lines.append(start["name"])
 
-    def take(self, line: also.Line) -> None:
+    def log(self, line: also.Line) -> None:
         self.lines.append(line["event"])
 
     def close(self) -> None:
@@ -40,11 +40,11 @@ def test_a_journal_is_handed_on_once_whatever_interrupts_it() -> None:
     (journal,) = journals()
     whole = journal.read_bytes()
     journal.write_bytes(whole[: whole.index(b"\n") + 20])  # half a line
-    assert [line["event"] for line in also._left(journal, journal.with_suffix(".noted"))] == ["start"]
+    assert [line["event"] for line in also._unsent_lines(journal, journal.with_suffix(".noted"))] == ["start"]
     journal.write_bytes(whole)
     also.follow("noted", journal)
     assert Noted.lines[:2] == ["distill/align_ti", "params"] and Noted.lines[-2:] == ["end", "closed"]
-    assert also._left(journal, journal.with_suffix(".noted")) == []
+    assert also._unsent_lines(journal, journal.with_suffix(".noted")) == []
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])

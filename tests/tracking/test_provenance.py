@@ -9,7 +9,7 @@ import pytest
 
 from components.errors import DataError, TryAgainError
 from components.tracking import provenance
-from components.tracking.provenance import Declared
+from components.tracking.provenance import Declaration
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,12 +23,12 @@ def test_stages_are_declared_as_dvc_reads_them(monkeypatch: pytest.MonkeyPatch) 
         stages = [stage for stage in repo.index.stages if isinstance(stage, PipelineStage)]
         assert len(stages) > 10
         for stage in stages:
-            declared = Declared.read(stage.addressing)
+            declared = Declaration.read(stage.addressing)
             assert declared is not None
             deps = {dep.def_path for dep in stage.deps if not dep.def_path.startswith("params/")}
             assert (declared.command, set(declared.deps)) == (stage.cmd, deps)
             assert set(declared.outs) == {out.def_path for out in stage.outs}
-    assert [Declared.read(name) for name in ("pipeline", "distill", "prepare@kd", "nothing@kd")] == [None] * 4
+    assert [Declaration.read(name) for name in ("pipeline", "distill", "prepare@kd", "nothing@kd")] == [None] * 4
 
 
 def test_digests_are_dvcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_params_that_a_stage_does_not_read_do_not_count(tmp_path: Path, monkeypa
 
     def fingerprint(text: str) -> str:
         (tmp_path / "params/study.yaml").write_text(text)
-        return Declared("c", [], {"params/study.yaml": ["arms.kd"]}, []).fingerprint()
+        return Declaration("c", [], {"params/study.yaml": ["arms.kd"]}, []).fingerprint()
 
     assert fingerprint("arms: {kd: {seed: 1}, sft: {seed: 1}}") == fingerprint("arms: {kd: {seed: 1}}")
     assert fingerprint("arms: {kd: {seed: 2}}") != fingerprint("arms: {kd: {seed: 1}}")

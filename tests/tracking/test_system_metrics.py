@@ -189,7 +189,7 @@ def test_a_gpu_that_is_lost_ends_the_samples_and_not_the_stage(
 
 
 def test_a_flow_is_not_metered_its_stages_are(powercap: Path) -> None:
-    with stage_run("pipeline", runtime=RUNTIME, works=False):
+    with stage_run("pipeline", runtime=RUNTIME, metered=False):
         pass
     (journal,) = JOURNALS.glob("*.jsonl")
     assert "system/" not in journal.read_text() and system_metrics.DEVICE_HOURS not in journal.read_text()

@@ -238,7 +238,7 @@ def test_artifacts_that_a_server_keeps_are_asked_of_that_server() -> None:
 @pytest.mark.usefixtures("database")
 def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     senders = started(monkeypatch)
-    with stage_run("pipeline", runtime=runtime(SQLITE), works=False) as parent:
+    with stage_run("pipeline", runtime=runtime(SQLITE), metered=False) as parent:
         monkeypatch.setenv(PARENT, parent.id)
         work(SQLITE)
         with stage_run("compare", runtime=runtime(SQLITE)) as last:
@@ -262,7 +262,7 @@ def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pyt
 @pytest.mark.usefixtures("database")
 def test_a_stage_sends_its_journal_itself_where_no_living_flow_does(monkeypatch: pytest.MonkeyPatch) -> None:
     senders = started(monkeypatch)
-    with stage_run("pipeline", runtime=runtime(), works=False) as gone:
+    with stage_run("pipeline", runtime=runtime(), metered=False) as gone:
         pass
     for parent in (gone.id, "elsewhere"):
         monkeypatch.setenv(PARENT, parent)
@@ -274,7 +274,7 @@ def test_a_stage_sends_its_journal_itself_where_no_living_flow_does(monkeypatch:
 def test_a_damaged_journal_of_one_stage_does_not_keep_back_the_others(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with stage_run("pipeline", runtime=runtime(SQLITE), works=False) as parent:
+    with stage_run("pipeline", runtime=runtime(SQLITE), metered=False) as parent:
         monkeypatch.setenv(PARENT, parent.id)
         with stage_run("prepare", runtime=runtime(SQLITE)) as damaged, (JOURNALS / f"{damaged.id}.jsonl").open("a") as file:
             file.write("no event\n")
@@ -392,7 +392,7 @@ def test_stages_that_make_the_database_together_all_arrive() -> None:
     for stage in [_stage(f"c{i}") for i in range(4)]:
         assert stage.wait() == 0
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not all((history.sent(j.stem) or {}).get("done") for j in journals()):
+    while time.monotonic() < deadline and not all((history.sync_state(j.stem) or {}).get("done") for j in journals()):
         time.sleep(0.2)
     assert mlflow_sync.sync(SQLITE) == (0, 0)
     assert set(runs()) == {f"demo/c{i}" for i in range(4)}
@@ -466,7 +466,7 @@ def test_an_outcome_is_recorded_once_beside_no_parent_and_found_by_the_page_that
     assert mlflow_sync.sync(SQLITE) == (0, 0)
     found = runs()
     run = found["kd-1"]
-    candidate = mlflow_registry.aliased(client(), "tests", "candidate")
+    candidate = mlflow_registry.by_alias(client(), "tests", "candidate")
     assert candidate and candidate.tags["run.scores"] == run.info.run_id
     assert "mlflow.parentRunId" not in run.data.tags
     assert run.info.status == "FINISHED"
