@@ -37,8 +37,8 @@ def leaks() -> list[Leak]:
 
     Raises TryAgainError if that server does not answer.
     """
-    worktrees = (f"worktree .runs/workspaces/{name} of a run that died" for name in workspace.left())
-    return [*(_on_server() if reachable() else ()), *(Leak(what, workspace.sweep) for what in worktrees)]
+    worktrees = (f"worktree .runs/workspaces/{name} of a run that died" for name in workspace.dead_workspaces())
+    return [*(_server_leaks() if reachable() else ()), *(Leak(description, workspace.sweep) for description in worktrees)]
 
 
 def free() -> Iterator[str]:
@@ -47,7 +47,7 @@ def free() -> Iterator[str]:
         leak.free()
         yield leak.what
     if reachable():
-        for run in heartbeat.left():  # runs whose end their workers reported
+        for run in heartbeat.dead_runs():  # runs whose end their workers reported
             heartbeat.forget(run)
 
 
@@ -57,41 +57,41 @@ def reachable() -> bool:
     return "PREFECT_API_URL" in os.environ
 
 
-def _on_server() -> Iterator[Leak]:
-    with servers.asking_prefect() as client:
-        before, limits, after = _holding(client), client.read_global_concurrency_limits(limit=200), _holding(client)
-        for run in filter(_died, after):
+def _server_leaks() -> Iterator[Leak]:
+    with servers.prefect_client() as client:
+        before, limits, after = _holders(client), client.read_global_concurrency_limits(limit=200), _holders(client)
+        for run in filter(_is_dead, after):
             assert run.state is not None
-            where = f" of pool {run.work_pool_name}, queue {run.work_queue_name}" if run.work_pool_name else ""
-            what = f"flow run {run.name} says {run.state.name}, but its process is gone: its slot{where}"
-            yield Leak(what, partial(_crash, run))
-        holding = {run.id: run for run in [*before, *after]}.values()  # with runs that began or ended between the two
-        per_deployment = Counter(f"{DEPLOYMENT}{run.deployment_id}" for run in holding)
+            queue = f" of pool {run.work_pool_name}, queue {run.work_queue_name}" if run.work_pool_name else ""
+            description = f"flow run {run.name} says {run.state.name}, but its process is gone: its slot{queue}"
+            yield Leak(description, partial(_crash, run))
+        holders = {run.id: run for run in [*before, *after]}.values()  # with runs that began or ended between the two
+        per_deployment = Counter(f"{DEPLOYMENT}{run.deployment_id}" for run in holders)
         for limit in limits:
             of_deployment = limit.name.startswith(DEPLOYMENT)
-            surplus = limit.active_slots - (per_deployment[limit.name] if of_deployment else len(holding))
-            if surplus > 0 and (of_deployment or not holding):  # which runs hold another limit's slots is not known
+            surplus = limit.active_slots - (per_deployment[limit.name] if of_deployment else len(holders))
+            if surplus > 0 and (of_deployment or not holders):  # which runs hold another limit's slots is not known
                 deployment = limit.name.removeprefix(DEPLOYMENT)
-                shown = f"deployment {client.read_deployment(deployment).name}" if of_deployment else limit.name
-                yield Leak(f"{surplus} slot(s) of {shown} that no run holds", partial(_release, limit.name, surplus))
+                owner = f"deployment {client.read_deployment(deployment).name}" if of_deployment else limit.name
+                yield Leak(f"{surplus} slot(s) of {owner} that no run holds", partial(_release, limit.name, surplus))
 
 
-def _holding(client: SyncPrefectClient) -> list[FlowRun]:
+def _holders(client: SyncPrefectClient) -> list[FlowRun]:
     """All runs that the server counts as holders of slots."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
     from prefect.client.schemas.objects import StateType
 
     states = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-    wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)))
-    found: list[FlowRun] = []
-    while page := client.read_flow_runs(flow_run_filter=wanted, limit=200, offset=len(found)):
-        found += page
-    return found
+    run_filter = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)))
+    runs: list[FlowRun] = []
+    while page := client.read_flow_runs(flow_run_filter=run_filter, limit=200, offset=len(runs)):
+        runs += page
+    return runs
 
 
-def _died(run: FlowRun) -> bool:
+def _is_dead(run: FlowRun) -> bool:
     """Whether the run's process on this machine is dead, or never started."""
-    if str(run.id) in heartbeat.left():
+    if str(run.id) in heartbeat.dead_runs():
         return True
     assert run.state is not None
     return run.state.is_pending() and datetime.now(UTC) - run.state.timestamp > PENDING
@@ -101,12 +101,12 @@ def _crash(run: FlowRun) -> None:
     from prefect.client.schemas.objects import State
     from prefect.states import Crashed
 
-    with servers.asking_prefect() as client:
+    with servers.prefect_client() as client:
         state: State[None] = Crashed(message="Its process died without a word; `alignti doctor` ended the run.")
         client.set_flow_run_state(run.id, state, force=True)
     heartbeat.forget(str(run.id))
 
 
 def _release(limit: str, slots: int) -> None:
-    with servers.asking_prefect() as client:
+    with servers.prefect_client() as client:
         client.release_concurrency_slots([limit], slots, occupancy_seconds=1)

@@ -30,30 +30,30 @@ PAUSE_S = 2
 def gpus() -> list[str]:
     """GPUs visible to this process, in the notation of CUDA_VISIBLE_DEVICES; none without NVIDIA's driver."""
     if VISIBLE in os.environ:
-        named = (gpu.strip() for gpu in os.environ[VISIBLE].split(","))
-        return list(takewhile(lambda gpu: gpu not in NONE, named))  # CUDA stops at the first invalid entry
+        names = (gpu.strip() for gpu in os.environ[VISIBLE].split(","))
+        return list(takewhile(lambda gpu: gpu not in NONE, names))  # CUDA stops at the first invalid entry
     if shutil.which("nvidia-smi") is None:
         return []
-    told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
-    return told.stdout.split() if told.returncode == 0 else []
+    result = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    return result.stdout.split() if result.returncode == 0 else []
 
 
 @contextmanager
-def one() -> Iterator[dict[str, str]]:
+def lock_gpu() -> Iterator[dict[str, str]]:
     """Lock a free GPU, waiting for one; yields the environment with that GPU alone ({} on a machine without GPUs)."""
-    there = gpus()
-    if not there:
+    visible_gpus = gpus()
+    if not visible_gpus:
         yield {}
         return
-    gpu, lock = _free(there)
+    gpu, lock = _lock_free_gpu(visible_gpus)
     with lock:
         yield {VISIBLE: gpu, LOCK: lock.name}
 
 
-def _free(there: list[str]) -> tuple[str, IO[str]]:
+def _lock_free_gpu(visible_gpus: list[str]) -> tuple[str, IO[str]]:
     LOCKS.mkdir(mode=0o700, exist_ok=True)
     while True:
-        for gpu in there:
+        for gpu in visible_gpus:
             lock = (LOCKS / gpu.replace("/", "_")).open("w")
             with suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # exclusive: nobody else has it;

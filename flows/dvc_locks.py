@@ -10,29 +10,29 @@ from typing import Any
 from components.io import write_bytes
 
 RWLOCK = Path(".dvc/tmp/rwlock")
-LOCK, KEPT = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.kept")
+LOCK, BACKUP = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.kept")
 
 
-def drop_dead() -> None:
-    """Drop the dead of `rwlock`'s holders (DVC warns of each, and takes one that nobody reaped for alive), or all of it if it
-    was cut off (no DVC command can parse it)."""
+def drop_stale_holders() -> None:
+    """Drop the dead holders from `rwlock` (DVC warns of each, and takes a zombie for alive), or all of it if it is truncated
+    (no DVC command can parse it)."""
     if not RWLOCK.exists():
         return
     from dvc.lock import LockError, make_lock
 
     with suppress(LockError), make_lock(f"{RWLOCK}.lock", tmp_dir=str(RWLOCK.parent)):  # held: another process is writing it
         try:
-            held = json.loads(RWLOCK.read_bytes())
-            write = {path: holder for path, holder in held.get("write", {}).items() if _lives(holder)}
-            readers = {path: list(filter(_lives, holders)) for path, holders in held.get("read", {}).items()}
-            living = {"write": write, "read": {path: holders for path, holders in readers.items() if holders}}
+            rwlock = json.loads(RWLOCK.read_bytes())
+            writers = {path: holder for path, holder in rwlock.get("write", {}).items() if _is_alive(holder)}
+            readers = {path: list(filter(_is_alive, holders)) for path, holders in rwlock.get("read", {}).items()}
+            live = {"write": writers, "read": {path: holders for path, holders in readers.items() if holders}}
         except ValueError:
-            held, living = None, {}
-        if held != living:
-            RWLOCK.write_text(json.dumps(living), encoding="utf-8")
+            rwlock, live = None, {}
+        if rwlock != live:
+            RWLOCK.write_text(json.dumps(live), encoding="utf-8")
 
 
-def _lives(holder: dict[str, Any]) -> bool:
+def _is_alive(holder: dict[str, Any]) -> bool:
     import psutil  # a dependency of DVC
 
     with suppress(psutil.NoSuchProcess):
@@ -40,22 +40,23 @@ def _lives(holder: dict[str, Any]) -> bool:
     return False
 
 
-def keep() -> None:
-    """Copy a dvc.lock that DVC has just read or written whole: it rewrites it in place, where a kill leaves its beginning."""
+def back_up() -> None:
+    """Copy a complete dvc.lock, just read or written by DVC: it rewrites the file in place, and a kill truncates it."""
     if LOCK.exists():
-        write_bytes(KEPT, LOCK.read_bytes())
+        write_bytes(BACKUP, LOCK.read_bytes())
 
 
-def put_back() -> bool:
-    """Whether a broken dvc.lock is again the one that was kept; the caller holds DVC's lock. One with a merge's marks stays."""
-    if not KEPT.exists() or not LOCK.exists() or b"<<<<<<<" in LOCK.read_bytes() or _is_whole(LOCK):
+def restore_backup() -> bool:
+    """Replace a broken dvc.lock by its backup; false if there was no need. The caller holds DVC's lock. A file with conflict
+    markers stays."""
+    if not BACKUP.exists() or not LOCK.exists() or b"<<<<<<<" in LOCK.read_bytes() or _is_valid(LOCK):
         return False
-    write_bytes(LOCK, KEPT.read_bytes())
+    write_bytes(LOCK, BACKUP.read_bytes())
     print("dvc.lock was cut off as DVC wrote it, and is again that from before: DVC's cache has what ran since", flush=True)
     return True
 
 
-def _is_whole(lock: Path) -> bool:
+def _is_valid(lock: Path) -> bool:
     from dvc.dvcfile import Lockfile
     from dvc.utils.serialize import ParseError
     from dvc.utils.strictyaml import YAMLValidationError, load

@@ -18,7 +18,7 @@ from components.process import is_free
 from components.records.paths import RUNS
 
 FOLDER, WORKERS = RUNS / "flow-runs", RUNS / "workers"
-_held: list[IO[str]] = []  # open, and so locked, until this process ends
+_locks: list[IO[str]] = []  # open, and so locked, until this process ends
 
 
 def announce(name: str, folder: Path = FOLDER) -> None:
@@ -27,7 +27,7 @@ def announce(name: str, folder: Path = FOLDER) -> None:
     path = (folder / name).resolve()
     file = path.open("a")
     fcntl.flock(file, fcntl.LOCK_EX)
-    _held.append(file)
+    _locks.append(file)
     atexit.register(path.unlink, missing_ok=True)
 
 
@@ -38,18 +38,18 @@ def outlive_output() -> None:
     """
 
     def watch() -> None:
-        unheard = select.poll()
+        poller = select.poll()
         for stream in (1, 2):
-            unheard.register(stream, 0)
-        unheard.poll()  # error events only
-        nobody = os.open(os.devnull, os.O_WRONLY)
+            poller.register(stream, 0)
+        poller.poll()  # error events only
+        devnull = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
-            os.dup2(nobody, stream)
+            os.dup2(devnull, stream)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def left() -> list[str]:
+def dead_runs() -> list[str]:
     """Ids of dead runs of this machine: their lock files exist, and no process holds them."""
     return [file.name for file in sorted(FOLDER.glob("*")) if is_free(file)]
 

@@ -17,16 +17,16 @@ def check_idle() -> None:
     """Raises TryAgainError if a job that began before this process runs in this folder (not in a workspace of its own)."""
     import psutil  # a dependency of DVC
 
-    me, here = psutil.Process(), str(Path.cwd())
+    own, cwd = psutil.Process(), str(Path.cwd())
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # another user's, or ended meanwhile
             job = _job(process.cmdline())
-            earlier = (process.create_time(), process.pid) < (me.create_time(), me.pid)  # of two at once one goes on
-            if job and earlier and process.cwd() == here:
+            earlier = (process.create_time(), process.pid) < (own.create_time(), own.pid)  # of two at once one goes on
+            if job and earlier and process.cwd() == cwd:
                 raise TryAgainError(f"`{job}` (process {process.pid}) is running in this folder; try again when it has ended")
 
 
-def _job(words: Sequence[str]) -> str | None:
+def _job(command: Sequence[str]) -> str | None:
     """Name of the job that a command line runs; of DVC's commands those that run stages."""
-    module = next((module for module in JOBS if runs_module(words, module)), None)
-    return JOBS[module] if module and (module != "dvc" or {"repro", "run"} & set(words)) else None
+    module = next((module for module in JOBS if runs_module(command, module)), None)
+    return JOBS[module] if module and (module != "dvc" or {"repro", "run"} & set(command)) else None

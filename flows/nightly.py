@@ -41,34 +41,34 @@ def nightly(
         TryAgainError: MLflow, which knows the champion, does not answer.
     """
     end_with_worker()
-    with folder(own=True, recipe=recipe):
+    with folder(isolated=True, recipe=recipe):
         tag(recipe or recipes.nearest()[0])
         settings = load_settings()
         champion = promote.champion(settings)
         dvc.reproduce("prepare")
-        reasons = why(champion, Manifest.read(DATASET / "manifest.json"), drift_above)
+        reasons = retrain_reasons(champion, Manifest.read(DATASET / "manifest.json"), drift_above)
         if not reasons:
-            return _told(reasons, None, f"nothing new since {champion}: nothing was trained")
+            return _publish(reasons, None, f"nothing new since {champion}: nothing was trained")
         print("retraining, since " + "; ".join(reasons))
         pipeline(parallel=parallel)
         best = record.best(record.scored_students(list(settings.study.arms)))
         verdict = promote.promote(best.arm, settings, measure=True)
-        return _told(reasons, verdict, verdict.why)
+        return _publish(reasons, verdict, verdict.why)
 
 
-def why(champion: Version | None, manifest: Manifest, drift_above: float) -> list[str]:
+def retrain_reasons(champion: Version | None, manifest: Manifest, drift_above: float) -> list[str]:
     """Reasons to train, as text; empty if nothing changed since the champion."""
     if champion is None:
         return ["there is no champion yet"]
     reasons = []
-    raw, then = provenance.raw().get(str(RAW)), champion.tags.get("dvc.raw")
-    if raw != then:
-        reasons.append(f"new data: {RAW} is {_digits(raw)}, the champion's was {_digits(then)}")
+    raw, champion_raw = provenance.raw().get(str(RAW)), champion.tags.get("dvc.raw")
+    if raw != champion_raw:
+        reasons.append(f"new data: {RAW} is {_short_md5(raw)}, the champion's was {_short_md5(champion_raw)}")
     figures = json.loads(champion.tags.get("data.statistics", "{}"))
-    if figures and (moved := drift.changed_statistics(figures, drift.statistics(manifest), drift_above)):
-        reasons.append(f"the prepared set has moved: {', '.join(moved)}")
-    if changed := _changed_since(champion.tags.get("mlflow.source.git.commit")):
-        reasons.append(changed)
+    if figures and (drifted := drift.changed_statistics(figures, drift.statistics(manifest), drift_above)):
+        reasons.append(f"the prepared set has moved: {', '.join(drifted)}")
+    if code_changes := _changed_since(champion.tags.get("mlflow.source.git.commit")):
+        reasons.append(code_changes)
     return reasons
 
 
@@ -77,23 +77,23 @@ def _changed_since(commit: str | None) -> str | None:
     if commit is None:
         return "it is not known which code made the champion"
     code = [path for path in provenance.CODE if path != f"{RAW}.dvc"]  # new data is a separate reason
-    said = provenance.git("diff", "--name-only", commit, "--", *code, "params")
-    if said is None:
+    output = provenance.git("diff", "--name-only", commit, "--", *code, "params")
+    if output is None:
         return f"the champion's commit {commit[:12]} is not in this clone"
-    files = said.split()
+    files = output.split()
     return f"{len(files)} file(s) of code or params differ from the champion's commit ({files[0]}, ...)" if files else None
 
 
-def _told(reasons: list[str], verdict: promote.Verdict | None, said: str) -> dict[str, Any]:
+def _publish(reasons: list[str], verdict: promote.Verdict | None, conclusion: str) -> dict[str, Any]:
     """Publish the result on the flow run's page and, for a new champion, to the webhook."""
     lines = "\n".join(f"- {reason}" for reason in reasons) or "- none"
-    create_markdown_artifact(key="champion", markdown=f"Reasons to train:\n\n{lines}\n\n**{said}**")
-    print(said)
-    found = verdict.model_dump(mode="json") if verdict else None
+    create_markdown_artifact(key="champion", markdown=f"Reasons to train:\n\n{lines}\n\n**{conclusion}**")
+    print(conclusion)
+    verdict_json = verdict.model_dump(mode="json") if verdict else None
     if verdict and verdict.promoted:
-        notify.post("champion", f"{verdict.model}: {verdict.why}", reasons=reasons, verdict=found)
-    return {"reasons": reasons, "said": said, "verdict": found}
+        notify.post("champion", f"{verdict.model}: {verdict.why}", reasons=reasons, verdict=verdict_json)
+    return {"reasons": reasons, "said": conclusion, "verdict": verdict_json}
 
 
-def _digits(md5: str | None) -> str:
+def _short_md5(md5: str | None) -> str:
     return md5[:8] if md5 else "not known"

@@ -32,8 +32,8 @@ def post(event: str, text: str, **facts: Any) -> bool:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S):
             return True
     except (OSError, ValueError, http.client.HTTPException) as error:
-        what = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        journal.warn(f"the webhook of {WEBHOOK} did not take `{event}` ({what})")
+        fault = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        journal.warn(f"the webhook of {WEBHOOK} did not take `{event}` ({fault})")
         return False
 
 

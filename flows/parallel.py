@@ -37,7 +37,7 @@ def repro(jobs: int, run: Callable[[str], dvc.Outcome]) -> dict[str, dvc.Outcome
         try:
             while order.is_active():
                 for stage in order.get_ready():
-                    if stage in stale or any(outcomes[before] != "unchanged" for before in needs[stage]):
+                    if stage in stale or any(outcomes[upstream] != "unchanged" for upstream in needs[stage]):
                         running[pool.submit(run, stage)] = stage
                     else:
                         outcomes[stage] = "unchanged"
@@ -68,9 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run stale stages, independent ones at the same time.")
     parser.add_argument("--jobs", type=int, help="stages at a time; as many as there are GPUs, or else cores")
     parser.add_argument("-v", "--verbose", action="store_true", help="all that stages and DVC say, not the last line alone")
-    asked, settings = parser.parse_args(), load_settings()
+    args, settings = parser.parse_args(), load_settings()
     runtime = settings.runtime
-    jobs = workers(runtime) if asked.jobs is None else asked.jobs
+    jobs = workers(runtime) if args.jobs is None else args.jobs
     if jobs < 1:
         raise InputError(f"--jobs {jobs}: how many stages at a time, 1 or more")
 
@@ -78,21 +78,21 @@ def main() -> None:
     if not dvc.status():
         print("Nothing to do: every stage is up to date.")
         return
-    with stage_run("repro", runtime=runtime, metered=False) as above:
+    with stage_run("repro", runtime=runtime, metered=False) as parent:
 
         def run(stage: str) -> dvc.Outcome:
             alone = jobs == 1 or runtime.device == "cpu"  # one stage at a time has all devices, or none
-            held: AbstractContextManager[dict[str, str]] = nullcontext({}) if alone else devices.one()
-            with held as device, closing(dvc.Labelled(stage, asked.verbose)) as say:
-                return dvc.reproduce(stage, {PARENT: above.id, **device}, say=say)
+            device_lock: AbstractContextManager[dict[str, str]] = nullcontext({}) if alone else devices.lock_gpu()
+            with device_lock as device, closing(dvc.Labelled(stage, args.verbose)) as printer:
+                return dvc.reproduce(stage, {PARENT: parent.id, **device}, on_line=printer)
 
         outcomes = repro(jobs, run)
-    told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
-    print(f"{len(outcomes)} stages, {jobs} at a time: {told}.")
-    say_where(settings)
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
+    print(f"{len(outcomes)} stages, {jobs} at a time: {summary}.")
+    print_comparison_url(settings)
 
 
-def say_where(settings: Settings) -> None:
+def print_comparison_url(settings: Settings) -> None:
     """Print the URL of MLflow's comparison page for the arms; nothing if they were not sent."""
     mlflow = next((server.url for server in servers.started() if server.name == "mlflow" and server.alive()), None)
     address = mlflow or f"http://{servers.LOOPBACK}:{servers.PORTS['mlflow']}"

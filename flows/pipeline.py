@@ -40,7 +40,7 @@ RETRIES = 2
 RETRY_DELAY_S = 30
 
 
-def worth_another_try(_task: Task, _run: TaskRun, state: State) -> bool:
+def is_retryable(_task: Task, _run: TaskRun, state: State) -> bool:
     """Retry condition, exit code 75 only: a wrong input stays wrong, and an interrupted stage was stopped on purpose."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, AlignTIError) and error.exit_code == TryAgainError.exit_code
@@ -50,7 +50,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def retried(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+def retrying_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Prefect task named `name`, with retries and without caching."""
     return task(
         task_run_name=name,
@@ -58,45 +58,49 @@ def retried(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
         persist_result=False,
         retries=RETRIES,
         retry_delay_seconds=RETRY_DELAY_S,
-        retry_condition_fn=worth_another_try,
+        retry_condition_fn=is_retryable,
     )
 
 
-@retried("{stage}")
+@retrying_task("{stage}")
 def run_stage(stage: str, parent: str, slots: threading.Semaphore, stop_when: dvc.StopWhen | None = None) -> dvc.Outcome:
-    with slots, devices.one() as device:
-        return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when, say=StageLog(stage))
+    with slots, devices.lock_gpu() as device:
+        return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when, on_line=StageLog(stage))
 
 
-FREE = threading.Semaphore(2**20)  # unlimited slots: no need to wait, or the caller holds one
+UNLIMITED = threading.Semaphore(2**20)  # unlimited slots: no need to wait, or the caller holds one
 
 
-def menu(names: list[str]) -> Any:
+def choice_field(names: list[str]) -> Any:
     """Field with an enum for Prefect's form, which its server enforces; any value if `names` is empty."""
-    offered: Any = {"enum": names}
-    return Field(json_schema_extra=offered if names else None)
+    schema: Any = {"enum": names}
+    return Field(json_schema_extra=schema if names else None)
 
 
-RecipeName = Annotated[str, menu(recipes.names())] | None
+RecipeName = Annotated[str, choice_field(recipes.names())] | None
 
 
-def run_stages(what: str, graph: Mapping[str, list[str]], parent: str, slots: threading.Semaphore) -> dict[str, dvc.Outcome]:
-    """Run the stages of `graph` in its order; returns the outcome per stage. `what`: their title on the run's page.
+def run_stages(title: str, graph: Mapping[str, list[str]], parent: str, slots: threading.Semaphore) -> dict[str, dvc.Outcome]:
+    """Run the stages of `graph` in its order; returns the outcome per stage. `title`: their title on the run's page.
 
     Raises dvc.StageFailed of the first failure; stages that do not need the failed one were still run.
     """
     futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
     for stage, needs in graph.items():
-        upstream = [futures[before] for before in needs]
+        upstream = [futures[upstream_stage] for upstream_stage in needs]
         futures[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
-    settle(what, futures)
+    wait_for(title, futures)
     return {stage: future.result() for stage, future in futures.items()}
 
 
 def run_name() -> str:
     """Name of a flow run, with a part of its id: also the name of a folder and a branch."""
-    asked = flow_run.parameters
-    words = [asked.get("name") or flow_run.flow_name.removeprefix("alignti-"), asked.get("recipe"), str(flow_run.id)[:8]]
+    parameters = flow_run.parameters
+    words = [
+        parameters.get("name") or flow_run.flow_name.removeprefix("alignti-"),
+        parameters.get("recipe"),
+        str(flow_run.id)[:8],
+    ]
     return "-".join(word.replace("/", "-") for word in words if word)
 
 
@@ -133,8 +137,8 @@ def pipeline(
                 run.tag(f"stage.{stage}", outcome)
                 for path, md5 in list(locked.get(stage, {}).items())[:1]:  # the run that made it, now or earlier
                     run.link(f"stage.{stage}.run", provenance.maker(md5), path, md5)
-            took = [history.last(stage).get("seconds", 0.0) for stage, outcome in outcomes.items() if outcome == "ran"]
-            run.metrics({"usage/stage_hours": sum(took) / 3600})
+            stage_seconds = [history.last(stage).get("seconds", 0.0) for stage, outcome in outcomes.items() if outcome == "ran"]
+            run.metrics({"usage/stage_hours": sum(stage_seconds) / 3600})
             gate(targets or ())
             if "compare" in outcomes:
                 promote.register_all()
@@ -160,9 +164,9 @@ def tag(*names: str | None) -> None:
 
 
 @contextmanager
-def folder(own: bool, recipe: str | None = None, commit: str = "HEAD") -> Iterator[None]:
+def folder(isolated: bool, recipe: str | None = None, commit: str = "HEAD") -> Iterator[None]:
     """Current folder as it is, or a new workspace of this flow run with `recipe` merged into its params."""
-    if not own:
+    if not isolated:
         jobs.check_idle()
         yield
         return
@@ -173,10 +177,10 @@ def folder(own: bool, recipe: str | None = None, commit: str = "HEAD") -> Iterat
         yield
 
 
-def settle(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
+def wait_for(title: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
     """Wait for all futures and show progress. If the flow run is cancelled or its worker dies, its stages are stopped."""
     try:
-        prefect_artifacts.follow(what, futures)
+        prefect_artifacts.follow(title, futures)
     except BaseException:
         dvc.stop_all()
         raise
@@ -184,23 +188,23 @@ def settle(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
 
 def gate(targets: Sequence[str] = ()) -> None:
     """Raises AlignTIError unless a fresh `dvc repro` has nothing to do."""
-    outcome, left = dvc.reproduce_all(targets), {} if targets else dvc.status()
-    if outcome != "unchanged" or left:
-        raise AlignTIError(f"`dvc repro` after the flow should have nothing to do, but stages {outcome}; status: {left}")
+    outcome, changes = dvc.reproduce_all(targets), {} if targets else dvc.status()
+    if outcome != "unchanged" or changes:
+        raise AlignTIError(f"`dvc repro` after the flow should have nothing to do, but stages {outcome}; status: {changes}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the pipeline through Prefect.")
     parser.add_argument("--parallel", type=int, default=1, help="stages at a time")
     parser.add_argument("--recipe", help="run the committed code on this recipe, in a workspace of its own")
-    asked = parser.parse_args()
-    if not 1 <= asked.parallel <= 64:
-        raise InputError(f"--parallel {asked.parallel}: how many stages at a time, 1 to 64")
-    if asked.recipe is None:
+    args = parser.parse_args()
+    if not 1 <= args.parallel <= 64:
+        raise InputError(f"--parallel {args.parallel}: how many stages at a time, 1 to 64")
+    if args.recipe is None:
         jobs.check_idle()  # before a server is started
-    outcomes = pipeline(parallel=asked.parallel, recipe=asked.recipe, own_workspace=asked.recipe is not None)
-    told = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
-    print(f"{len(outcomes)} stages: {told}; `dvc repro` has nothing left to do.")
+    outcomes = pipeline(parallel=args.parallel, recipe=args.recipe, own_workspace=args.recipe is not None)
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
+    print(f"{len(outcomes)} stages: {summary}; `dvc repro` has nothing left to do.")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def plan(settings: Settings) -> tuple[list[Step], str, str | None]:
     """Steps in DVC's order, the source of their times, and the recipe nearest to `settings`."""
     recipe, differing = recipes.nearest()
     expected = _expected(recipe, settings)
-    reasons = foresee(dvc.graph(), dvc.status())
+    reasons = reasons_to_run(dvc.graph(), dvc.status())
     steps = [Step(stage, why, _seconds(stage, recipe, expected)) for stage, why in reasons.items()]
     same = "is" if not differing else f"in {differing} value(s) differs from"
     return steps, f"from the last runs here, else what the recipe expects (params/ {same} {recipe})", recipe
@@ -36,22 +36,22 @@ def _expected(recipe: str | None, settings: Settings) -> dict[str, float]:
     """Seconds per stage, by the recipe's own figures or else by the cost model."""
     if recipe is None:
         return {}
-    if said := recipes.about(recipe).seconds:
-        return said
+    if recipe_seconds := recipes.about(recipe).seconds:
+        return recipe_seconds
     try:
-        found = estimate(recipe, settings)
+        cost = estimate(recipe, settings)
     except InputError:  # a model of unknown shape: the stages are untimed, and the cost report names it
         return {}
-    return found.seconds if found else {}
+    return cost.seconds if cost else {}
 
 
-def foresee(graph: dict[str, list[str]], status: dict[str, Any]) -> dict[str, list[str]]:
+def reasons_to_run(graph: dict[str, list[str]], status: dict[str, Any]) -> dict[str, list[str]]:
     """Reasons to run per stage: of those that DVC calls changed and all downstream (DVC skips those with equal inputs)."""
     reasons: dict[str, list[str]] = {}
     for stage, needs in graph.items():
-        downstream_of = [f"after {before}" for before in needs if reasons[before]]
-        own = _reasons(status.get(stage, []))
-        reasons[stage] = own if own == NEW else own + downstream_of
+        downstream_of = [f"after {upstream}" for upstream in needs if reasons[upstream]]
+        own_reasons = _reasons(status.get(stage, []))
+        reasons[stage] = own_reasons if own_reasons == NEW else own_reasons + downstream_of
     return reasons
 
 
@@ -59,13 +59,13 @@ def _reasons(changes: list[Any]) -> list[str]:
     """`[{"changed deps": {"a.py": "modified"}}, "changed command"]` as ["a.py modified", "changed command"]."""
     reasons = []
     for change in changes:
-        kinds = {change: {}} if isinstance(change, str) else change
-        for kind, paths in kinds.items():
+        changed_paths = {change: {}} if isinstance(change, str) else change
+        for kind, paths in changed_paths.items():
             if "new" in paths.values():  # params that DVC has no record of
                 return NEW
             reasons += [] if paths else [kind]
-            for path, how in paths.items():
-                reasons += [f"{path}:{key} {what}" for key, what in how.items()] if isinstance(how, dict) else [f"{path} {how}"]
+            for path, state in paths.items():
+                reasons += [f"{path}:{key} {s}" for key, s in state.items()] if isinstance(state, dict) else [f"{path} {state}"]
     return reasons
 
 

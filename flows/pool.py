@@ -29,7 +29,7 @@ PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
 
 STUDIES = "studies"
-AT_ONCE = 8  # studies at a time, which only wait for their arms
+MAX_STUDIES = 8  # studies at a time, which only wait for their arms
 
 
 def name() -> str:
@@ -43,20 +43,20 @@ def deploy(at_once: int | None = None) -> Iterator[str]:
     `at_once`: concurrency limit of this machine's pool, if it is not alone in it; else the number of its devices.
     """
     os.environ |= servers.client_environment() | {"ALIGNTI_POOL": name()}
-    limits = {"cpu": 1, "gpu": max(len(devices.gpus()), 1), STUDIES: AT_ONCE}
+    limits = {"cpu": 1, "gpu": max(len(devices.gpus()), 1), STUDIES: MAX_STUDIES}
     if at_once:
         limits[name()] = at_once
     for pool, limit in limits.items():
-        _make_pool(pool, limit)
+        _create_pool(pool, limit)
         yield f"pool {pool}: {limit} flow run(s) at a time; queues {', '.join(QUEUES)}"
-    done = subprocess.run([*PREFECT, "deploy", "--all"], capture_output=True, text=True)
-    if done.returncode:
-        raise AlignTIError(f"`prefect deploy` failed:\n{(done.stdout + done.stderr)[-3000:].strip()}")
+    result = subprocess.run([*PREFECT, "deploy", "--all"], capture_output=True, text=True)
+    if result.returncode:
+        raise AlignTIError(f"`prefect deploy` failed:\n{(result.stdout + result.stderr)[-3000:].strip()}")
     page = os.environ["PREFECT_API_URL"].removesuffix("/api")
     yield f"deployments of prefect.yaml, on pool {name()}; start them at {page}/deployments"
 
 
-def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
+def work(count: int | None = None, echo: Callable[[str], None] = print) -> None:
     """Run `count` workers (else one per GPU, else one) and one for studies, until one ends or this is stopped; then stop all.
 
     Raises:
@@ -64,41 +64,41 @@ def work(count: int | None = None, say: Callable[[str], None] = print) -> None:
     """
     heartbeat.announce(str(os.getpid()), heartbeat.WORKERS)
     environment = os.environ | servers.client_environment() | {"PREFECT_WORKER_QUERY_SECONDS": POLL_S, ROOT: str(Path.cwd())}
-    for freed in cleanup_stale_runs.free():  # left by a crash of this machine
-        say(f"freed: {freed}")
+    for leak in cleanup_stale_runs.free():  # left by a crash of this machine
+        echo(f"freed: {leak}")
     gpus = devices.gpus()
-    places: list[dict[str, str]] = [{devices.VISIBLE: gpu} for gpu in gpus[:count]] or [{}] * (count or 1)
-    workers = [_start(name(), place.get(devices.VISIBLE, str(at)), 1, environment | place) for at, place in enumerate(places)]
-    say(f"{len(workers)} worker(s) on pool {name()}, and one for studies; Ctrl-C stops them")
-    workers.append(_start(STUDIES, platform.node(), AT_ONCE, environment))
+    visible: list[dict[str, str]] = [{devices.VISIBLE: gpu} for gpu in gpus[:count]] or [{}] * (count or 1)
+    workers = [_start(name(), gpu.get(devices.VISIBLE, str(i)), 1, environment | gpu) for i, gpu in enumerate(visible)]
+    echo(f"{len(workers)} worker(s) on pool {name()}, and one for studies; Ctrl-C stops them")
+    workers.append(_start(STUDIES, platform.node(), MAX_STUDIES, environment))
     try:
         while all(worker.poll() is None for worker in workers):
             time.sleep(1)
-        ended = next(worker for worker in workers if worker.poll() is not None)
-        raise AlignTIError(f"a worker ended with exit code {ended.returncode}; what it said is above. The others are stopped.")
+        dead = next(worker for worker in workers if worker.poll() is not None)
+        raise AlignTIError(f"a worker ended with exit code {dead.returncode}; what it said is above. The others are stopped.")
     finally:
         _stop(workers)
 
 
 def stop_workers() -> int:
     """Stop this folder's `alignti worker` processes and their runs, and wait; returns how many there were."""
-    asked = heartbeat.workers()
-    for pid in asked:
+    pids = heartbeat.workers()
+    for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    until = time.monotonic() + 2 * GRACE_S
-    while left := [pid for pid in heartbeat.workers() if pid in asked]:
-        if time.monotonic() > until:
-            raise AlignTIError(f"process(es) {', '.join(map(str, left))} of `alignti worker` do not end")
+    deadline = time.monotonic() + 2 * GRACE_S
+    while alive := [pid for pid in heartbeat.workers() if pid in pids]:
+        if time.monotonic() > deadline:
+            raise AlignTIError(f"process(es) {', '.join(map(str, alive))} of `alignti worker` do not end")
         time.sleep(0.1)
-    return len(asked)
+    return len(pids)
 
 
-def _make_pool(pool: str, limit: int) -> None:
+def _create_pool(pool: str, limit: int) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectAlreadyExists
 
-    with servers.asking_prefect() as client:
+    with servers.prefect_client() as client:
         try:
             client.create_work_pool(WorkPoolCreate(name=pool, type="process", concurrency_limit=limit))
         except ObjectAlreadyExists:
@@ -125,10 +125,10 @@ def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.send_signal(signal.SIGTERM)
-    until = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + GRACE_S
     for worker in workers:
         try:
-            worker.wait(max(until - time.monotonic(), 0))
+            worker.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()

@@ -25,39 +25,39 @@ from components.tracking.mlflow_client import one_line
 
 REPORT = REPORTS / "report.html"
 COMPARISON = REPORTS / "compare.json"
-LONGEST = 300  # characters of a reason in a table
+MAX_REASON_CHARS = 300  # characters of a reason in a table
 
-Shown = Callable[..., Any]
+ArtifactCall = Callable[..., Any]
 
 
-def follow(what: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
+def follow(title: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
     """Wait for all `futures`, with a progress artifact, then publish a table of outcomes by name.
 
-    `what`, e.g. "stages", is the key of the table and, with `-progress`, of the bar.
+    `title`, e.g. "stages", is the key of the table and, with `-progress`, of the bar.
     """
-    key = what.replace(" ", "-")
+    key = title.replace(" ", "-")
     names = {id(future): name for name, future in futures.items()}
-    became: dict[str, str] = {}
-    began = time.monotonic()
-    bar = put(create_progress_artifact, progress=0.0, key=f"{key}-progress", description=f"0 of {len(names)} {what} done")
+    outcomes: dict[str, str] = {}
+    start = time.monotonic()
+    bar = publish(create_progress_artifact, progress=0.0, key=f"{key}-progress", description=f"0 of {len(names)} {title} done")
     for future in as_completed(list(futures.values())):
         name = names[id(future)]
-        became[name] = _became(future)
+        outcomes[name] = _outcome(future)
         if bar is not None:
-            done = f"{len(became)} of {len(names)} {what} done"
-            told = f"{done}; the last was {name}, {time.monotonic() - began:.0f} s after the start"
-            put(update_progress_artifact, artifact_id=bar, progress=100 * len(became) / len(names), description=told)
-    table = [{"name": name, "outcome": became[name]} for name in futures]
-    told = f"What became of the {what}: ran, restored, unchanged, or why not"
-    put(create_table_artifact, key=key, table=table, description=told)
+            done = f"{len(outcomes)} of {len(names)} {title} done"
+            text = f"{done}; the last was {name}, {time.monotonic() - start:.0f} s after the start"
+            publish(update_progress_artifact, artifact_id=bar, progress=100 * len(outcomes) / len(names), description=text)
+    table = [{"name": name, "outcome": outcomes[name]} for name in futures]
+    text = f"What became of the {title}: ran, restored, unchanged, or why not"
+    publish(create_table_artifact, key=key, table=table, description=text)
 
 
 def leaderboard() -> None:
     """The scores of reports/compare.json, best arm first, below the teacher's."""
     if not COMPARISON.exists() or Absent.reason_at(COMPARISON):
         return
-    found = Comparison.read(COMPARISON)
-    teacher = {"arm": "teacher", "exact match": f"{found.teacher.exact_match:.1%}", "95%": _interval(found.teacher.ci95)}
+    scores = Comparison.read(COMPARISON)
+    teacher = {"arm": "teacher", "exact match": f"{scores.teacher.exact_match:.1%}", "95%": _interval(scores.teacher.ci95)}
     rows = [
         {
             "arm": arm,
@@ -67,15 +67,20 @@ def leaderboard() -> None:
             "training, s per step": f"{result.step_seconds:.3g}",
             "peak MiB": f"{result.peak_memory_mib:,.0f}",
         }
-        for arm, result in ((arm, found.arms[arm]) for arm in found.order)
+        for arm, result in ((arm, scores.arms[arm]) for arm in scores.order)
     ]
-    put(create_table_artifact, key="leaderboard", table=[teacher, *rows], description=f"{found.headline}\n\n{found.standing}")
+    publish(
+        create_table_artifact,
+        key="leaderboard",
+        table=[teacher, *rows],
+        description=f"{scores.headline}\n\n{scores.standing}",
+    )
 
 
 @contextmanager
-def linked(runtime: RuntimeSettings, opening: AbstractContextManager[Run]) -> Iterator[Run]:
-    """Run that `opening` opens; at its end, link artifacts to it and to the report kept in it."""
-    with ExitStack() as afterwards, opening as run:
+def linked(runtime: RuntimeSettings, run_context: AbstractContextManager[Run]) -> Iterator[Run]:
+    """Run that `run_context` opens; at its end, link artifacts to it and to the report kept in it."""
+    with ExitStack() as afterwards, run_context as run:
         afterwards.callback(_link, run.id, runtime)
         try:
             yield run
@@ -86,9 +91,9 @@ def linked(runtime: RuntimeSettings, opening: AbstractContextManager[Run]) -> It
 
 def _link(run: str, runtime: RuntimeSettings) -> None:
     if address := mlflow_page(run, runtime):
-        put(create_link_artifact, key="mlflow-run", link=address, link_text="this run in MLflow")
+        publish(create_link_artifact, key="mlflow-run", link=address, link_text="this run in MLflow")
         if REPORT.exists():
-            put(create_link_artifact, key="report", link=f"{address}/artifacts/{REPORT.name}", link_text="the report")
+            publish(create_link_artifact, key="report", link=f"{address}/artifacts/{REPORT.name}", link_text="the report")
 
 
 def mlflow_page(run: str, runtime: RuntimeSettings) -> str | None:
@@ -101,19 +106,19 @@ def mlflow_page(run: str, runtime: RuntimeSettings) -> str | None:
     return f"{without_login(runtime.tracking_uri).rstrip('/')}/#/experiments/{sent['experiment']}/runs/{sent['run_id']}"
 
 
-def _became(future: PrefectFuture[Any]) -> str:
+def _outcome(future: PrefectFuture[Any]) -> str:
     try:
         return str(future.result())
     except AlignTIError as error:
-        return redact(str(error))[:LONGEST]
+        return redact(str(error))[:MAX_REASON_CHARS]
     except Exception as error:  # Prefect's own, e.g. of a stage whose inputs failed
-        return f"not run: {redact(str(error))[:LONGEST]}"
+        return f"not run: {redact(str(error))[:MAX_REASON_CHARS]}"
 
 
-def put(show: Shown, **what: Any) -> Any:
+def publish(call: ArtifactCall, **fields: Any) -> Any:
     """Result of a Prefect call, or None and a line in the log."""
     try:
-        return show(**what)
+        return call(**fields)
     except Exception as error:  # any fault of server, database or network: no stage fails for it
         get_logger("alignti").warning("not shown on the flow run's page: %s", redact(one_line(error)))
         return None

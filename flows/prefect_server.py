@@ -20,10 +20,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
-    asked = parser.parse_args()
-    names = [asked.host, "localhost", "127.0.0.1"] if is_loopback(asked.host) else ["*"]
-    app = TrustedHostMiddleware(create_app(final=True), allowed_hosts=names)
-    uvicorn.run(app, host=asked.host, port=asked.port, log_level="warning")
+    args = parser.parse_args()
+    allowed_hosts = [args.host, "localhost", "127.0.0.1"] if is_loopback(args.host) else ["*"]
+    app = TrustedHostMiddleware(create_app(final=True), allowed_hosts=allowed_hosts)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 
 if __name__ == "__main__":

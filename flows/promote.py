@@ -58,15 +58,15 @@ def register(arms: list[str], settings: Settings) -> tuple[list[str], bool]:
     """
     students = record.scored_students(arms)
     best = record.best(students)
-    told = record.register(students, settings, best)
+    registered = record.register(students, settings, best)
     if not mlflow_sync.try_sync(settings.runtime.tracking_uri):
-        return told, False
-    if best.arm not in told:  # registered before, and no longer the candidate
+        return registered, False
+    if best.arm not in registered:  # registered before, and no longer the candidate
         client, model = _client(settings), settings.runtime.experiment
-        with _asking():
-            if known := mlflow_registry.by_md5(client, model, best.md5, best.arm):
-                mlflow_registry.set_candidate(client, known)
-    return told, True
+        with _mlflow_errors():
+            if version := mlflow_registry.by_md5(client, model, best.md5, best.arm):
+                mlflow_registry.set_candidate(client, version)
+    return registered, True
 
 
 def register_all() -> None:
@@ -89,23 +89,23 @@ def promote(candidate: str | None, settings: Settings, measure: bool = False) ->
         TryAgainError: MLflow does not answer.
     """
     client, model = _client(settings), settings.runtime.experiment
-    with _asking():
+    with _mlflow_errors():
         challenger = _challenger(client, model, candidate, settings)
-        before = mlflow_registry.by_alias(client, model, CHAMPION)
-    verdict = _verdict(challenger, before, settings, measure)
-    with _asking():
-        _write(client, challenger, before, verdict)
+        current = mlflow_registry.by_alias(client, model, CHAMPION)
+    verdict = _verdict(challenger, current, settings, measure)
+    with _mlflow_errors():
+        _write_verdict(client, challenger, current, verdict)
     return verdict
 
 
 def champion(settings: Settings) -> Version | None:
     """Current champion, or None. Raises InputError or TryAgainError as `promote`."""
     client = _client(settings)
-    with _asking():
+    with _mlflow_errors():
         return mlflow_registry.by_alias(client, settings.runtime.experiment, CHAMPION)
 
 
-def _asking() -> AbstractContextManager[None]:
+def _mlflow_errors() -> AbstractContextManager[None]:
     return asking("MLflow does not answer", "the champion is as it was")
 
 
@@ -115,114 +115,123 @@ def _client(settings: Settings) -> Any:
             "the champion is an alias in MLflow's registry, and params/runtime.yaml (or ALIGNTI_TRACKING_URI) asks for no"
             " MLflow; name an address there"
         )
-    with _asking():
+    with _mlflow_errors():
         return client(settings.runtime.tracking_uri)
 
 
-def _challenger(client: Any, model: str, asked: str | None, settings: Settings) -> Version:
+def _challenger(client: Any, model: str, name: str | None, settings: Settings) -> Version:
     """Version of the candidate; an arm is registered first. Raises InputError if there is none."""
-    if asked is None:
-        found = mlflow_registry.by_alias(client, model, CANDIDATE)
-        if found is None:
+    if name is None:
+        version = mlflow_registry.by_alias(client, model, CANDIDATE)
+        if version is None:
             raise InputError(f"no student of {model} is registered; `alignti register` registers those of this folder")
-        return found
-    if asked.removeprefix("v").isdigit():
-        found = mlflow_registry.by_number(client, model, asked.removeprefix("v"))
-        if found is None:
-            raise InputError(f"{model} has no version {asked}; MLflow's page Models lists them")
-        return found
-    if asked not in settings.study.arms:
-        raise InputError(f"{asked!r} is neither a version nor an arm of params/study.yaml ({', '.join(settings.study.arms)})")
-    (student,) = record.scored_students([asked])
+        return version
+    if name.removeprefix("v").isdigit():
+        version = mlflow_registry.by_number(client, model, name.removeprefix("v"))
+        if version is None:
+            raise InputError(f"{model} has no version {name}; MLflow's page Models lists them")
+        return version
+    if name not in settings.study.arms:
+        raise InputError(f"{name!r} is neither a version nor an arm of params/study.yaml ({', '.join(settings.study.arms)})")
+    (student,) = record.scored_students([name])
     record.register([student], settings, None)
     mlflow_sync.sync(settings.runtime.tracking_uri)
-    found = mlflow_registry.by_md5(client, model, student.md5, asked)
-    if found is None:
-        raise TryAgainError(f"{asked} is registered, but MLflow does not show it yet")
-    return found
+    version = mlflow_registry.by_md5(client, model, student.md5, name)
+    if version is None:
+        raise TryAgainError(f"{name} is registered, but MLflow does not show it yet")
+    return version
 
 
 def _verdict(challenger: Version, champion: Version | None, settings: Settings, measure: bool) -> Verdict:
-    def contender(version: Version, answers: list[Prediction] | None) -> Contender:
-        right = sum(p.correct for p in answers) / len(answers) if answers else float(version.tags["exact_match"])
-        return Contender(version=version.number, arm=version.arm, md5=version.md5, exact_match=right)
+    def contender(version: Version, predictions: list[Prediction] | None) -> Contender:
+        accuracy = sum(p.correct for p in predictions) / len(predictions) if predictions else float(version.tags["exact_match"])
+        return Contender(version=version.number, arm=version.arm, md5=version.md5, exact_match=accuracy)
 
-    def decided(promoted: bool, why: str, difference: Difference | None = None, theirs: Answers | None = None) -> Verdict:
+    def decision(
+        promoted: bool, why: str, difference: Difference | None = None, champion_answers: Answers | None = None
+    ) -> Verdict:
         return Verdict(
             model=challenger.model,
             promoted=promoted,
             candidate=contender(challenger, None),
-            champion=contender(champion, theirs and theirs[0]) if champion else None,
+            champion=contender(champion, champion_answers and champion_answers[0]) if champion else None,
             difference=difference,
             why=why,
         )
 
     if champion is None:
-        answered = _recorded(challenger)[0]
-        right, floor = sum(p.correct for p in answered) / len(answered), majority_accuracy(answered)
+        predictions = _recorded_answers(challenger)[0]
+        accuracy, baseline = sum(p.correct for p in predictions) / len(predictions), majority_accuracy(predictions)
         recipe = f", recipe {challenger.tags['recipe']}" if "recipe" in challenger.tags else ""
-        found = f"{right:.1%} on {len(answered):,} questions{recipe}; the most frequent answer to each kind gives {floor:.1%}"
-        if right <= floor:
-            return decided(False, f"{challenger} is no champion: {found}")
-        return decided(True, f"{challenger} is the first champion: {found}")
+        evidence = (
+            f"{accuracy:.1%} on {len(predictions):,} questions{recipe};"
+            f" the most frequent answer to each kind gives {baseline:.1%}"
+        )
+        if accuracy <= baseline:
+            return decision(False, f"{challenger} is no champion: {evidence}")
+        return decision(True, f"{challenger} is the first champion: {evidence}")
     if champion.md5 == challenger.md5:
-        return decided(False, f"{challenger} has the bytes of the champion already")
-    ours, theirs = _recorded(challenger), _recorded(champion)
-    if measure and ours[1] != theirs[1]:
-        theirs = _measured(champion, settings)
+        return decision(False, f"{challenger} has the bytes of the champion already")
+    challenger_answers, champion_answers = _recorded_answers(challenger), _recorded_answers(champion)
+    if measure and challenger_answers[1] != champion_answers[1]:
+        champion_answers = _measure_answers(champion, settings)
     names = f"{challenger.arm}@{challenger.number}", f"{champion.arm}@{champion.number}"
     try:
-        gap = paired_test(names, (ours[0], theirs[0]), (ours[1], theirs[1]), settings.evaluate)
+        gap = paired_test(
+            names, (challenger_answers[0], champion_answers[0]), (challenger_answers[1], champion_answers[1]), settings.evaluate
+        )
     except MeasuredDifferently as error:
         raise MeasuredDifferently(
             f"{error}: their scores do not compare, and {champion} stays; `alignti promote --measure` asks it the questions of"
             " this folder's test split"
         ) from None
     low, high = (100 * bound for bound in gap.ci95)
-    found = (
+    evidence = (
         f"{100 * gap.difference:+.2f} points ({settings.evaluate.confidence:.0%} interval {low:+.2f} to {high:+.2f},"
-        f" p = {gap.p_value:.2g}) on {len(ours[0]):,} questions against {champion}"
+        f" p = {gap.p_value:.2g}) on {len(challenger_answers[0]):,} questions against {champion}"
     )
     better = gap.difference > 0 and gap.larger_than_noise
-    said = f"{challenger} is the champion: {found}" if better else f"{champion} stays the champion: {challenger} has {found}"
-    return decided(better, said if better else f"{said}, which is no lead beyond chance", gap, theirs)
+    conclusion = (
+        f"{challenger} is the champion: {evidence}" if better else f"{champion} stays the champion: {challenger} has {evidence}"
+    )
+    return decision(better, conclusion if better else f"{conclusion}, which is no lead beyond chance", gap, champion_answers)
 
 
-def _recorded(version: Version) -> Answers:
+def _recorded_answers(version: Version) -> Answers:
     """Predictions of the version as its stage `evaluate` wrote them. Raises InputError if DVC does not have them here."""
     md5 = version.tags.get("dvc.scores")
     if md5 is None:
         raise InputError(f"{version} says no `dvc.scores`, so its answers cannot be found; register it anew")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            dvc.bring(md5, Path(folder) / "scores")
+            dvc.checkout_folder(md5, Path(folder) / "scores")
         except InputError as error:
             raise InputError(f"the answers of {version} are not here: {error}") from None
         fingerprint = TypeAdapter(Fingerprint | None).validate_json(version.tags.get(FINGERPRINT, "null"))
         return Prediction.read_lines(Path(folder) / "scores/predictions.jsonl"), fingerprint
 
 
-def _measured(version: Version, settings: Settings) -> Answers:
+def _measure_answers(version: Version, settings: Settings) -> Answers:
     """Predictions of the version on this folder's questions. Raises InputError if DVC does not have its weights here."""
     from components.model_registry import measure
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            dvc.bring(version.md5, Path(folder) / "student")
+            dvc.checkout_folder(version.md5, Path(folder) / "student")
         except InputError as error:
             raise InputError(f"the weights of {version} are not here: {error}") from None
         return measure.answers(Path(folder) / "student/model", f"champion {version.arm}", settings)
 
 
-def _write(client: Any, challenger: Version, champion: Version | None, verdict: Verdict) -> None:
-    why, gap = {"promotion": verdict.why}, verdict.difference
+def _write_verdict(client: Any, challenger: Version, champion: Version | None, verdict: Verdict) -> None:
+    tags, gap = {"promotion": verdict.why}, verdict.difference
     if gap is not None and verdict.champion is not None:
-        why |= {
+        tags |= {
             "promotion.against": verdict.champion.version,
             "promotion.difference": f"{gap.difference:.6f}",
             "promotion.p_value": f"{gap.p_value:.6g}",
         }
     if verdict.promoted:
-        mlflow_registry.set_champion(client, challenger, champion, why)
+        mlflow_registry.set_champion(client, challenger, champion, tags)
     elif champion is not None and champion.number != challenger.number:
-        mlflow_registry.set_tags(client, challenger, why)
+        mlflow_registry.set_tags(client, challenger, tags)

@@ -19,7 +19,7 @@ from flows import dvc
 from flows.jobs import check_idle
 
 RAW = "data.dvc"
-AT_ONCE = 1000  # paths in one command
+PATHS_PER_COMMAND = 1000  # paths in one command
 
 
 def complete() -> list[str]:
@@ -30,22 +30,22 @@ def complete() -> list[str]:
     if not Path(RAW).is_file():  # a project that records its data otherwise
         return []
     provenance.raw()  # says if the file is damaged
-    there = Path("data").is_dir()
+    had_data = Path("data").is_dir()
     _dvc("fetch", RAW)
-    found = _uncommitted()
-    missing = [path for path in found.get("deleted", []) if not path.endswith("/")]
-    for first in range(0, len(missing), AT_ONCE):
-        _dvc("checkout", *missing[first : first + AT_ONCE])
+    changes = _uncommitted()
+    missing = [path for path in changes.get("deleted", []) if not path.endswith("/")]
+    for first in range(0, len(missing), PATHS_PER_COMMAND):
+        _dvc("checkout", *missing[first : first + PATHS_PER_COMMAND])
     if missing:
-        wanted = "; to be without, remove and `dvc add data`" if there else ""
-        print(f"data/: fetched {counted(len(missing), 'file')} of {RAW}, such as {missing[0]}{wanted}")
-    if changed := [path for path in found.get("modified", []) if not path.endswith("/")]:
-        some = " ".join(changed[:5])
+        hint = "; to be without, remove and `dvc add data`" if had_data else ""
+        print(f"data/: fetched {counted(len(missing), 'file')} of {RAW}, such as {missing[0]}{hint}")
+    if modified := [path for path in changes.get("modified", []) if not path.endswith("/")]:
+        examples = " ".join(modified[:5])
         raise InputError(
-            f"data/ has {counted(len(changed), 'changed file')}: {some}; `dvc add data` records the change,"
-            f" `dvc checkout --force {some}` drops it"
+            f"data/ has {counted(len(modified), 'changed file')}: {examples}; `dvc add data` records the change,"
+            f" `dvc checkout --force {examples}` drops it"
         )
-    return list(found.get("added", []))
+    return list(changes.get("added", []))
 
 
 def record(new: list[str]) -> None:
@@ -55,19 +55,19 @@ def record(new: list[str]) -> None:
 
 
 def _uncommitted() -> dict[str, list[str]]:
-    said: dict[str, Any] = json.loads(_dvc("data", "status", "--granular", "--json"))
-    if "data/" in said.get("not_in_cache", []):  # `dvc fetch` calls this success
+    status: dict[str, Any] = json.loads(_dvc("data", "status", "--granular", "--json"))
+    if "data/" in status.get("not_in_cache", []):  # `dvc fetch` calls this success
         raise InputError(f"no DVC remote has what {RAW} records: `dvc push` where it was added, or `git checkout {RAW}`")
-    found: dict[str, list[str]] = said.get("uncommitted", {})
-    return {change: [path for path in paths if Path(path).parts[0] == "data"] for change, paths in found.items()}
+    uncommitted: dict[str, list[str]] = status.get("uncommitted", {})
+    return {change: [path for path in paths if Path(path).parts[0] == "data"] for change, paths in uncommitted.items()}
 
 
-def _dvc(*words: str) -> str:
+def _dvc(*args: str) -> str:
     """Output of the command; its progress and errors are shown as they come."""
-    done = subprocess.run([*dvc.DVC, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"`dvc {' '.join(words[:2])}` failed: what it said is above")
-    return done.stdout
+    result = subprocess.run([*dvc.DVC, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        raise InputError(f"`dvc {' '.join(args[:2])}` failed: what it said is above")
+    return result.stdout
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from components.errors import AlignTIError, InputError, Interrupted, TryAgainErr
 from components.study import expand
 from flows import dvc, servers
 from flows.early_stopping import diverged
-from flows.pipeline import FREE, end_with_worker, folder, run_stage
+from flows.pipeline import UNLIMITED, end_with_worker, folder, run_stage
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -57,20 +57,20 @@ def stages(study: str, targets: list[str], commit: str, recipe: str | None = Non
         dvc.StageFailed: of the first stage that failed.
     """
     end_with_worker()
-    with folder(own=True, recipe=recipe, commit=commit):
+    with folder(isolated=True, recipe=recipe, commit=commit):
         expand.expand(study)
-        above = expand.read(study).diverged_above
+        diverged_above = expand.read(study).diverged_above
         outcomes: dict[str, dvc.Outcome] = {}
         for stage in dvc.graph(targets):
             dvc.restore(stage)
             kind, _, arm = stage.partition("@")
-            watch = diverged(arm, above) if kind == "distill" else None
-            outcomes[stage] = run_stage(stage, parent, FREE, watch)
+            stop_when = diverged(arm, diverged_above) if kind == "distill" else None
+            outcomes[stage] = run_stage(stage, parent, UNLIMITED, stop_when)
     return outcomes
 
 
 @dataclass(frozen=True)
-class Orders:
+class RemoteStages:
     """Common parameters of the flow runs that one run of a study submits."""
 
     study: str
@@ -78,34 +78,34 @@ class Orders:
     recipe: str | None
     parent: str
 
-    def bring(self, title: str, targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> bool:
+    def restore_or_run(self, title: str, targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> bool:
         """Restore and `record` each target in order; missing ones are run by the pool first. True if the pool ran any.
 
         Raises:
             NotMade: the pool's flow run failed, with its message.
             AlignTIError: its outputs did not get here.
         """
-        left = _restored(targets, record)
-        if left:
-            self._make(title, left)
-            if lost := _restored(left, record):
+        missing = _restore_available(targets, record)
+        if missing:
+            self._run_remotely(title, missing)
+            if absent := _restore_available(missing, record):
                 raise AlignTIError(
-                    f"{lost[0]} was made by the pool, but it is not in DVC's cache here: let the machines share a cache"
+                    f"{absent[0]} was made by the pool, but it is not in DVC's cache here: let the machines share a cache"
                     " (`dvc cache dir --local`) or give each a remote called `pool` (docs/orchestration.md)"
                 )
-        return bool(left)
+        return bool(missing)
 
-    def _make(self, title: str, targets: Sequence[str]) -> None:
+    def _run_remotely(self, title: str, targets: Sequence[str]) -> None:
         parameters = {"study": self.study, "targets": list(targets), "commit": self.commit, "recipe": self.recipe}
-        with servers.asking_prefect() as client:
-            if run := _living(client, self._tag(title), parameters):
+        with servers.prefect_client() as client:
+            if run := _unfinished_run(client, self._tag(title), parameters):
                 print(f"{title}: flow run {run.name}, which was ordered before, has not ended; waiting for it", flush=True)
-            run = _finished(client, run or self._ordered(title, parameters))
+            run = _wait_until_final(client, run or self._submit(title, parameters))
         assert run.state is not None
         if not run.state.is_completed():
             raise NotMade(run)
 
-    def _ordered(self, title: str, parameters: dict[str, Any]) -> FlowRun:
+    def _submit(self, title: str, parameters: dict[str, Any]) -> FlowRun:
         try:
             return run_deployment(  # type: ignore[return-value]  # it is no coroutine outside an event loop
                 DEPLOYMENT,
@@ -121,30 +121,30 @@ class Orders:
         return f"{self.study}/{title}"
 
 
-def _restored(targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> Sequence[str]:
+def _restore_available(targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> Sequence[str]:
     """Restore targets in order, up to the first that is in no cache; returns that one and the rest."""
-    for done, target in enumerate(targets):
+    for position, target in enumerate(targets):
         if not dvc.restore(target):
-            return targets[done:]
+            return targets[position:]
         record(target)
     return []
 
 
-def _living(client: SyncPrefectClient, tag: str, parameters: dict[str, Any]) -> FlowRun | None:
+def _unfinished_run(client: SyncPrefectClient, tag: str, parameters: dict[str, Any]) -> FlowRun | None:
     """Unfinished flow run with the same parameters, submitted by a study that died; None if there is none."""
     states = [state for state in StateType if state not in TERMINAL_STATES]
-    wanted = FlowRunFilter(
+    run_filter = FlowRunFilter(
         tags=FlowRunFilterTags(all_=[tag]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
     )
-    runs = client.read_flow_runs(flow_run_filter=wanted)
+    runs = client.read_flow_runs(flow_run_filter=run_filter)
     return next((run for run in runs if parameters.items() <= run.parameters.items()), None)
 
 
-def _finished(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
+def _wait_until_final(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
     """Wait for the flow run; cancel it if this process is stopped. Raises Interrupted."""
     try:
         while run.state is None or not run.state.is_final():
-            if dvc.stopping(POLL_S):
+            if dvc.wait_for_stop(POLL_S):
                 raise Interrupted(f"flow run {run.name} is cancelled with the study that ordered it")
             run = client.read_flow_run(run.id)
     except (Interrupted, TerminationSignal, KeyboardInterrupt):

@@ -29,7 +29,7 @@ PAGES = "reports/"  # pages and plots with timings
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedRun:
     """Provenance of a stage's run, from its journal or from MLflow."""
 
     run: str
@@ -38,14 +38,14 @@ class Recorded:
     uncommitted: list[str]  # files of uncommitted code
     params: dict[str, str]  # file -> text
     inputs: dict[str, str]  # path -> md5
-    made: dict[str, provenance.Digest]
+    outputs: dict[str, provenance.Digest]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Comparison of the rerun with the recorded run, file by file."""
 
-    recorded: Recorded
+    recorded: RecordedRun
     equal: list[str] = field(default_factory=list)
     timed: list[str] = field(default_factory=list)  # different, in files with timings
     different: list[str] = field(default_factory=list)
@@ -57,17 +57,17 @@ class Outcome:
 
     def __str__(self) -> str:
         stage, run = self.recorded.stage, self.recorded.run
-        besides = f"; {', '.join(self.timed)} hold(s) times, which differ" if self.timed else ""
+        timed_note = f"; {', '.join(self.timed)} hold(s) times, which differ" if self.timed else ""
         if self.same:
-            return f"{stage} of run {run}: the same bytes, {len(self.equal)} file(s) compared by md5{besides}"
-        before = f", and so does what it read ({', '.join(self.inputs)})" if self.inputs else ", from the same inputs"
+            return f"{stage} of run {run}: the same bytes, {len(self.equal)} file(s) compared by md5{timed_note}"
+        inputs_note = f", and so does what it read ({', '.join(self.inputs)})" if self.inputs else ", from the same inputs"
         return (
-            f"{stage} of run {run}: NOT the same bytes: {', '.join(self.different)} differ(s){before};"
-            f" {len(self.equal)} file(s) are equal{besides}"
+            f"{stage} of run {run}: NOT the same bytes: {', '.join(self.different)} differ(s){inputs_note};"
+            f" {len(self.equal)} file(s) are equal{timed_note}"
         )
 
 
-def find(run: str, settings: Settings) -> Recorded:
+def find(run: str, settings: Settings) -> RecordedRun:
     """Provenance of `run`: an MLflow run id, or the name of a journal in .runs/journal.
 
     Raises:
@@ -79,52 +79,54 @@ def find(run: str, settings: Settings) -> Recorded:
         raise InputError(f"{run!r} is no id of a run")
     journal = JOURNALS / f"{run}.jsonl"
     if not journal.exists():
-        sent = (file for file in JOURNALS.glob("*.sent") if json.loads(file.read_text(encoding="utf-8"))["run_id"] == run)
-        journal = next(sent, journal).with_suffix(".jsonl")
+        states = (file for file in JOURNALS.glob("*.sent") if json.loads(file.read_text(encoding="utf-8"))["run_id"] == run)
+        journal = next(states, journal).with_suffix(".jsonl")
     if journal.exists():
         return _from_journal(run, journal, settings)
     if not MLFLOW_ID.fullmatch(run):
-        near = meant(run, (path.stem for path in JOURNALS.glob("*.jsonl")))
-        raise InputError(f"there is no run {run!r} in {JOURNALS}; {near}`alignti runs` lists them")
+        suggestion = meant(run, (path.stem for path in JOURNALS.glob("*.jsonl")))
+        raise InputError(f"there is no run {run!r} in {JOURNALS}; {suggestion}`alignti runs` lists them")
     if settings.runtime.tracking_uri == JOURNAL_ONLY:
         raise InputError(f"there is no journal {run} in {JOURNALS}, and no MLflow to ask (tracking_uri is `journal`)")
     with mlflow_client.asking("MLflow does not answer", "nothing was run"):
-        found = mlflow_registry.none_if_absent(lambda: _from_mlflow(run, mlflow_client.client(settings.runtime.tracking_uri)))
-    if found is None:
+        recorded = mlflow_registry.none_if_absent(
+            lambda: _from_mlflow(run, mlflow_client.client(settings.runtime.tracking_uri))
+        )
+    if recorded is None:
         raise InputError(f"neither {JOURNALS} nor MLflow has a run {run}")
-    return found
+    return recorded
 
 
-def reproduce(recorded: Recorded, settings: Settings, stage_only: bool = False) -> Outcome:
+def reproduce(recorded: RecordedRun, settings: Settings, stage_only: bool = False) -> Outcome:
     """Rerun the stage and the stages before it (`stage_only`: these are restored from DVC's cache, if it has them).
 
     Raises:
         InputError: its code or its data is not available.
         dvc.StageFailed: a stage failed.
     """
-    _can_be_had(recorded)
+    _check_available(recorded)
     title = f"reproduce-{recorded.run[:32].replace('@', '-')}"
     with workspace(title, recorded.commit), stage_run("reproduce", runtime=settings.runtime, metered=False) as run:
         for file, text in recorded.params.items():
             write_text(Path(file), text)
         run.tag("reproduces", recorded.run)
         chain = list(dvc.graph([recorded.stage]))
-        _announce(chain[-1:] if stage_only else chain)
+        _print_stages(chain[-1:] if stage_only else chain)
         for stage in chain:
-            with closing(dvc.Labelled(stage, verbose=False)) as say:
-                dvc.reproduce(stage, {PARENT: run.id}, anew=stage == recorded.stage or not stage_only, say=say)
+            with closing(dvc.Labelled(stage, verbose=False)) as printer:
+                dvc.reproduce(stage, {PARENT: run.id}, force=stage == recorded.stage or not stage_only, on_line=printer)
         outcome = _compare(recorded)
         run.tag("same_bytes", str(outcome.same).lower())
     return outcome
 
 
-def _announce(anew: list[str]) -> None:
-    took = [told["seconds"] for stage in anew if (told := history.last(stage))]
-    minutes = f"; they took {sum(took) / 60:.1f} min when they last ran here" if len(took) == len(anew) else ""
-    print(f"{len(anew)} stage(s) to run anew: {', '.join(anew)}{minutes}", flush=True)
+def _print_stages(stages: list[str]) -> None:
+    seconds = [last["seconds"] for stage in stages if (last := history.last(stage))]
+    minutes = f"; they took {sum(seconds) / 60:.1f} min when they last ran here" if len(seconds) == len(stages) else ""
+    print(f"{len(stages)} stage(s) to run anew: {', '.join(stages)}{minutes}", flush=True)
 
 
-def _can_be_had(recorded: Recorded) -> None:
+def _check_available(recorded: RecordedRun) -> None:
     if recorded.uncommitted:
         raise InputError(
             f"run {recorded.run} ran code that was not committed ({', '.join(recorded.uncommitted)}), so it cannot be checked"
@@ -138,60 +140,61 @@ def _can_be_had(recorded: Recorded) -> None:
         )
 
 
-def _compare(recorded: Recorded) -> Outcome:
+def _compare(recorded: RecordedRun) -> Outcome:
     outcome = Outcome(recorded)
-    for path, before in recorded.made.items():
-        now = provenance.digest(Path(path)).files
-        for name in sorted(before.files.keys() | now.keys()):
-            shown = path if name == "." else f"{path}/{name}"
-            if before.files.get(name) == now.get(name):
-                outcome.equal.append(shown)
-            elif Path(name).name in TIMED or shown.startswith(PAGES):
-                outcome.timed.append(shown)
+    for path, digest in recorded.outputs.items():
+        current_files = provenance.digest(Path(path)).files
+        for name in sorted(digest.files.keys() | current_files.keys()):
+            file = path if name == "." else f"{path}/{name}"
+            if digest.files.get(name) == current_files.get(name):
+                outcome.equal.append(file)
+            elif Path(name).name in TIMED or file.startswith(PAGES):
+                outcome.timed.append(file)
             else:
-                outcome.different.append(shown)
-    now_known = provenance.digests()
-    outcome.inputs.extend(path for path, md5 in recorded.inputs.items() if now_known.get(path) != md5)
+                outcome.different.append(file)
+    current_inputs = provenance.digests()
+    outcome.inputs.extend(path for path, md5 in recorded.inputs.items() if current_inputs.get(path) != md5)
     return outcome
 
 
-def _from_journal(run: str, journal: Path, settings: Settings) -> Recorded:
+def _from_journal(run: str, journal: Path, settings: Settings) -> RecordedRun:
     lines = events(journal)
     tags = lines[0]["tags"] if lines else {}  # none: process killed before its first line
-    of = [line for line in lines if line["event"] == "origin"]
-    if (told_of := tags.get("run.distill") or next((e["made_by"] for e in lines if e["event"] == "register"), None)) and not of:
-        return find(told_of, settings)
-    return _recorded(
+    origins = [line for line in lines if line["event"] == "origin"]
+    source = tags.get("run.distill") or next((e["made_by"] for e in lines if e["event"] == "register"), None)
+    if source and not origins:
+        return find(source, settings)
+    return _recorded_run(
         run,
         tags,
-        of[-1] if of else None,
+        origins[-1] if origins else None,
         {line["name"]: line["digest"] for line in lines if line["event"] == "dataset" and line.get("source") == "dvc"},
         {line["path"]: line for line in lines if line["event"] == "made"},
     )
 
 
-def _from_mlflow(run: str, client: Any) -> Recorded:
+def _from_mlflow(run: str, client: Any) -> RecordedRun:
     from mlflow.artifacts import load_dict
 
-    found = client.get_run(run)
-    base, tags = found.info.artifact_uri, found.data.tags
+    mlflow_run = client.get_run(run)
+    base, tags = mlflow_run.info.artifact_uri, mlflow_run.data.tags
     files = {entry.path for entry in _files(client, run, "")}
-    inputs = {i.dataset.name: i.dataset.digest for i in found.inputs.dataset_inputs if i.dataset.source_type == "dvc"}
-    made = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mlflow_mirror.OUTS}/")]
+    inputs = {i.dataset.name: i.dataset.digest for i in mlflow_run.inputs.dataset_inputs if i.dataset.source_type == "dvc"}
+    outputs = [load_dict(f"{base}/{file}") for file in files if file.startswith(f"{mlflow_mirror.OUTS}/")]
     origin = load_dict(f"{base}/{mlflow_mirror.ORIGIN}") if mlflow_mirror.ORIGIN in files else None
-    return _recorded(run, tags, origin, inputs, {entry["path"]: entry for entry in made})
+    return _recorded_run(run, tags, origin, inputs, {entry["path"]: entry for entry in outputs})
 
 
 def _files(client: Any, run: str, folder: str) -> list[Any]:
-    found = []
+    files = []
     for entry in client.list_artifacts(run, folder):
-        found += _files(client, run, entry.path) if entry.is_dir else [entry]
-    return found
+        files += _files(client, run, entry.path) if entry.is_dir else [entry]
+    return files
 
 
-def _recorded(
-    run: str, tags: Mapping[str, str], origin: Mapping[str, Any] | None, inputs: dict[str, str], made: Mapping[str, Any]
-) -> Recorded:
+def _recorded_run(
+    run: str, tags: Mapping[str, str], origin: Mapping[str, Any] | None, inputs: dict[str, str], outputs: Mapping[str, Any]
+) -> RecordedRun:
     """Provenance from tags and records. Raises InputError if they do not suffice for a rerun."""
     stage = tags.get("DVC_STAGE")
     if stage is None or origin is None:
@@ -199,14 +202,14 @@ def _recorded(
             f"run {run} ({tags.get('stage', 'of no stage')}) cannot be reproduced: it is no stage of dvc.yaml that `dvc repro`"
             " or a flow ran, or it was recorded before runs told their params; name a run such as distill/ARM"
         )
-    if not made:
+    if not outputs:
         raise InputError(f"run {run} of {stage} did not finish, so there is nothing to compare with")
-    return Recorded(
+    return RecordedRun(
         run=run,
         stage=stage,
         commit=tags.get("mlflow.source.git.commit", "none"),
         uncommitted=origin["uncommitted"],
         params=origin["params"],
         inputs=inputs,
-        made={path: provenance.Digest(entry["md5"], entry["files"]) for path, entry in made.items()},
+        outputs={path: provenance.Digest(entry["md5"], entry["files"]) for path, entry in outputs.items()},
     )

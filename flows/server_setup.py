@@ -21,7 +21,7 @@ HOME = Path(".servers")
 MLFLOW_HOME = Path(".mlflow")
 LOOPBACK = "127.0.0.1"
 AUTH = "ALIGNTI_SERVER_AUTH"  # user:password, for a server that others can reach
-SHORTEST_PASSWORD = 12  # MLflow's rule
+MIN_PASSWORD_CHARS = 12  # MLflow's rule
 
 Name = Literal["mlflow", "prefect"]
 NAMES: tuple[Name, ...] = ("mlflow", "prefect")
@@ -31,17 +31,17 @@ def password(host: str) -> str | None:
     """user:password from the environment, or None. Raises InputError if it is weak, or missing with a `host` open to others."""
     from components.evaluate.kits.serve import is_loopback
 
-    given = os.environ.get(AUTH)
-    if given is None and not is_loopback(host):
+    auth = os.environ.get(AUTH)
+    if auth is None and not is_loopback(host):
         raise InputError(
             f"--host {host} lets others in, and anyone who reaches Prefect may run code here: set {AUTH}=user:password, and put"
             f" a proxy with TLS before both servers. Without --host they listen on {LOOPBACK} alone."
         )
-    if given is not None:
-        user, _, password = given.partition(":")
-        if not user or len(password) < SHORTEST_PASSWORD:
-            raise InputError(f"{AUTH} must be user:password, with {SHORTEST_PASSWORD} or more characters of password")
-    return given
+    if auth is not None:
+        user, _, password = auth.partition(":")
+        if not user or len(password) < MIN_PASSWORD_CHARS:
+            raise InputError(f"{AUTH} must be user:password, with {MIN_PASSWORD_CHARS} or more characters of password")
+    return auth
 
 
 def databases(postgres: str | None) -> dict[Name, str]:
@@ -58,7 +58,7 @@ def databases(postgres: str | None) -> dict[Name, str]:
         raise InputError(
             "--postgres must be postgresql://user:password@host:port, without a database: each server gets its own"
         )
-    _make_databases(postgres)
+    _create_databases(postgres)
     return {
         "mlflow": urlunsplit(address._replace(scheme="postgresql+psycopg2", path="/alignti_mlflow")),
         "prefect": urlunsplit(address._replace(scheme="postgresql+asyncpg", path="/alignti_prefect")),
@@ -123,7 +123,7 @@ def prefect(host: str, port: int, database: str, auth: str | None) -> tuple[list
     return command, environment | ({"PREFECT_SERVER_API_AUTH_STRING": auth} if auth else {})
 
 
-def _make_databases(postgres: str) -> None:
+def _create_databases(postgres: str) -> None:
     if find_spec("psycopg2") is None:
         raise InputError("MLflow reaches PostgreSQL through psycopg2: pip install -c constraints.txt -e '.[postgres]'")
     import psycopg2
@@ -133,9 +133,9 @@ def _make_databases(postgres: str) -> None:
             connection.autocommit = True
             with connection.cursor() as cursor:
                 cursor.execute("select datname from pg_database")
-                there = {row[0] for row in cursor.fetchall()}
+                existing = {row[0] for row in cursor.fetchall()}
                 for name in NAMES:
-                    if f"alignti_{name}" not in there:
+                    if f"alignti_{name}" not in existing:
                         cursor.execute(f"create database alignti_{name}")
     except psycopg2.OperationalError as error:
         raise TryAgainError(f"PostgreSQL does not answer: {' '.join(str(error).split())}") from None

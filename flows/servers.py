@@ -50,8 +50,8 @@ class Server:
 
     @property
     def url(self) -> str:
-        reached_at = LOOPBACK if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{reached_at}:{self.port}"
+        host = LOOPBACK if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
 
     @property
     def page(self) -> str:
@@ -67,12 +67,12 @@ class Server:
             process = psutil.Process(self.pid)
         except psutil.NoSuchProcess:
             return False
-        return abs(process.create_time() - self.born) < 1 and _lives(process)
+        return abs(process.create_time() - self.born) < 1 and _is_alive(process)
 
     def healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(self.url + HEALTH[self.name], timeout=5) as answer:
-                return bool(answer.status == 200)
+            with urllib.request.urlopen(self.url + HEALTH[self.name], timeout=5) as response:
+                return bool(response.status == 200)
         except urllib.error.HTTPError as error:
             return error.code == 401  # up, and requires a login
         except OSError:
@@ -83,7 +83,7 @@ def up(
     host: str = LOOPBACK,
     ports: Mapping[Name, int] = PORTS,
     postgres: str | None = None,
-    say: Callable[[str], None] = print,
+    echo: Callable[[str], None] = print,
 ) -> list[Server]:
     """Start the missing servers and wait until both answer. If one does not, those started here are stopped again.
 
@@ -102,21 +102,21 @@ def up(
         if len({ports[name] for name in missing}) < len(missing):
             raise InputError(f"both servers would listen on port {ports[missing[0]]}: give one another port")
         for name in missing:
-            _port_free(host, ports[name], name)
+            _check_port_free(host, ports[name], name)
         databases = server_setup.databases(postgres)
-        fresh: list[Server] = []
+        new_servers: list[Server] = []
         try:
             for name in missing:
-                fresh.append(_start(name, host, ports[name], databases[name], auth))
-            for server in fresh:
-                say(f"{server.name}: starting at {server.url}, log in {server.log}")
-            for server in fresh:
+                new_servers.append(_start(name, host, ports[name], databases[name], auth))
+            for server in new_servers:
+                echo(f"{server.name}: starting at {server.url}, log in {server.log}")
+            for server in new_servers:
                 _wait(server)
         except BaseException:
-            for server in fresh:
+            for server in new_servers:
                 _stop(server)
             raise
-    running |= {server.name: server for server in fresh}
+    running |= {server.name: server for server in new_servers}
     return [running[name] for name in NAMES]
 
 
@@ -147,16 +147,16 @@ def client_environment() -> dict[str, str]:
 
     Raises InputError if there are neither.
     """
-    elsewhere = ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL")
-    if not started() and all(name in os.environ for name in elsewhere):  # as for a worker of a pool on another machine
-        environment = {name: os.environ[name] for name in elsewhere}
+    remote_variables = ("ALIGNTI_TRACKING_URI", "PREFECT_API_URL")
+    if not started() and all(name in os.environ for name in remote_variables):  # as for a worker of a pool on another machine
+        environment = {name: os.environ[name] for name in remote_variables}
     else:
         environment = {"ALIGNTI_TRACKING_URI": running("mlflow").url, "PREFECT_API_URL": running("prefect").url + "/api"}
     environment["PREFECT_HOME"] = str((HOME / "prefect-home").resolve())
-    if given := os.environ.get(AUTH):
-        user, _, password = given.partition(":")
+    if auth := os.environ.get(AUTH):
+        user, _, password = auth.partition(":")
         environment |= {
-            "PREFECT_API_AUTH_STRING": given,
+            "PREFECT_API_AUTH_STRING": auth,
             "MLFLOW_TRACKING_USERNAME": user,
             "MLFLOW_TRACKING_PASSWORD": password,
         }
@@ -164,7 +164,7 @@ def client_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def asking_prefect() -> Iterator[SyncPrefectClient]:
+def prefect_client() -> Iterator[SyncPrefectClient]:
     """Client of the Prefect server. Raises TryAgainError if it is unreachable or fails, InputError if it rejects a request of
     the block."""
     import httpx
@@ -174,10 +174,10 @@ def asking_prefect() -> Iterator[SyncPrefectClient]:
         with get_client(sync_client=True) as client:
             yield client
     except httpx.HTTPError as error:
-        refused = isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
-        how = "refuses" if refused else "does not answer"
-        told = f"the Prefect server at {os.environ['PREFECT_API_URL']} {how}: {first_line(error)}"
-        raise (InputError if refused else TryAgainError)(told) from None
+        rejected = isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
+        fault = "refuses" if rejected else "does not answer"
+        message = f"the Prefect server at {os.environ['PREFECT_API_URL']} {fault}: {first_line(error)}"
+        raise (InputError if rejected else TryAgainError)(message) from None
 
 
 def use_running() -> None:
@@ -187,7 +187,7 @@ def use_running() -> None:
             os.environ.setdefault(name, value)
 
 
-def _port_free(host: str, port: int, name: Name) -> None:
+def _check_port_free(host: str, port: int, name: Name) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -202,8 +202,8 @@ def _port_free(host: str, port: int, name: Name) -> None:
 def _holder(port: int) -> str:
     """`: held by process 12 (python)`; "" if that cannot be determined."""
     try:
-        held = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port)
-        pid = next((connection.pid for connection in held if connection.pid), None)
+        listeners = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port)
+        pid = next((connection.pid for connection in listeners if connection.pid), None)
         return f": held by process {pid} ({psutil.Process(pid).name()})" if pid else ""
     except psutil.Error:
         return ""
@@ -229,39 +229,41 @@ def _start(name: Name, host: str, port: int, database: str, auth: str | None) ->
 
 
 def _wait(server: Server) -> None:
-    until = time.monotonic() + STARTUP_S
+    deadline = time.monotonic() + STARTUP_S
     while not server.healthy():
         ended = not server.alive()
-        if ended or time.monotonic() > until:
-            how = "ended while it started" if ended else f"did not answer at {server.url} in {STARTUP_S} s"
-            last = server.log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
-            raise TryAgainError("\n".join([f"{server.name} {how}; its log:", *last]))
+        if ended or time.monotonic() > deadline:
+            fault = "ended while it started" if ended else f"did not answer at {server.url} in {STARTUP_S} s"
+            log_tail = server.log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+            raise TryAgainError("\n".join([f"{server.name} {fault}; its log:", *log_tail]))
         time.sleep(0.2)
 
 
 def _stop(server: Server) -> None:
     """Stop the server and its child processes, by SIGTERM, then SIGKILL; remove its pid file."""
     if server.alive():
-        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
-        for process in _left(family):
+        for process in _survivors(processes):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        if left := _left(family):
-            raise AlignTIError(f"{server.name}: process(es) {', '.join(str(p.pid) for p in left)} do not end, not even killed")
+        if survivors := _survivors(processes):
+            raise AlignTIError(
+                f"{server.name}: process(es) {', '.join(str(p.pid) for p in survivors)} do not end, not even killed"
+            )
     (HOME / f"{server.name}.pid").unlink(missing_ok=True)
 
 
-def _left(family: list[psutil.Process]) -> list[psutil.Process]:
-    """Processes of `family` that outlive the grace period."""
-    until = time.monotonic() + GRACE_S
-    while (left := [process for process in family if _lives(process)]) and time.monotonic() < until:
+def _survivors(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of `processes` that outlive the grace period."""
+    deadline = time.monotonic() + GRACE_S
+    while (survivors := [process for process in processes if _is_alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return left
+    return survivors
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -270,13 +272,13 @@ def _lives(process: psutil.Process) -> bool:
 
 def report() -> Iterator[tuple[str, str]]:
     """(server, status) for each; `alignti status`."""
-    known = {server.name: server for server in started()}
+    recorded = {server.name: server for server in started()}
     for name in NAMES:
-        server = known.get(name)
+        server = recorded.get(name)
         if server is None:
             yield name, "not started"
         elif not server.alive():
             yield name, f"ended by itself; its log: {server.log}"
         else:
-            how = "up" if server.healthy() else "does not answer"
-            yield name, f"{how} at {server.url}, process {server.pid}, log {server.log}"
+            state = "up" if server.healthy() else "does not answer"
+            yield name, f"{state} at {server.url}, process {server.pid}, log {server.log}"

@@ -9,7 +9,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
 from flows import dvc
-from flows.prefect_artifacts import put
+from flows.prefect_artifacts import publish
 
 
 class StageLog:
@@ -20,18 +20,18 @@ class StageLog:
 
     def __call__(self, line: str) -> None:
         text = line.strip()
-        if found := dvc.BAR.search(text):
-            tenth = int(found[1]) // 10
+        if progress := dvc.BAR.search(text):
+            tenth = int(progress[1]) // 10
             if tenth == self._tenth:
                 return
             self._tenth = tenth
-            self._show(10.0 * tenth, text)
-        if not dvc.TO_A_TERMINAL.search(text):
+            self._update_bar(10.0 * tenth, text)
+        if not dvc.DVC_HINTS.search(text):
             self._logger.log(logging.WARNING if dvc.WARNING.search(text) else logging.INFO, "%s", text)
 
-    def _show(self, percent: float, text: str) -> None:
+    def _update_bar(self, percent: float, text: str) -> None:
         if self._bar is None:
             key = re.sub(r"[^a-z0-9]+", "-", f"progress-{self._stage}".lower()).strip("-")
-            self._bar = put(create_progress_artifact, progress=percent, key=key, description=text)
+            self._bar = publish(create_progress_artifact, progress=percent, key=key, description=text)
         else:
-            put(update_progress_artifact, artifact_id=self._bar, progress=percent, description=text)
+            publish(update_progress_artifact, artifact_id=self._bar, progress=percent, description=text)

@@ -30,24 +30,24 @@ from components.tracking.stage_run import PARENT, stage_run
 from flows import dvc, notify, prefect_artifacts, workspace
 from flows.early_stopping import diverged
 from flows.pipeline import (
-    FREE,
+    UNLIMITED,
     RecipeName,
+    choice_field,
     end_with_worker,
     folder,
     gate,
-    menu,
-    retried,
+    retrying_task,
     run_name,
     run_stage,
     run_stages,
-    settle,
     tag,
+    wait_for,
 )
-from flows.remote_arms import NotMade, Orders
+from flows.remote_arms import NotMade, RemoteStages
 
-CLOSING = "compare"  # the stage over all arms: run when none is missing
+FINAL_STAGE = "compare"  # the stage over all arms: run when none is missing
 DONE = get_args(dvc.Outcome)
-MOST = 64  # arms submitted to the pool at a time
+MAX_SUBMITTED = 64  # arms submitted to the pool at a time
 
 
 class BudgetSpent(AlignTIError):
@@ -80,7 +80,7 @@ class Budget:
             self._changed.notify_all()
 
 
-@retried("{cell.name}")
+@retrying_task("{cell.name}")
 def run_cell(
     cell: Cell,
     plan: Study,
@@ -88,33 +88,35 @@ def run_cell(
     slots: threading.Semaphore,
     budget: Budget,
     record: Callable[[Cell], None],
-    pool: Orders | None = None,
+    pool: RemoteStages | None = None,
 ) -> dvc.Outcome:
     """Train, score, record one arm, here or by the pool. Raises BudgetSpent, dvc.StageFailed, or AlignTIError of the pool."""
-    train, score = f"distill@{cell.name}", f"evaluate@{cell.name}"
+    train_stage, score_stage = f"distill@{cell.name}", f"evaluate@{cell.name}"
     with slots:
         budget.reserve(cell.name)
-        began, waited = time.monotonic(), 0.0
+        start, waiting = time.monotonic(), 0.0
         try:
             if pool:
-                by_pool = pool.bring(cell.name, [train, score], lambda stage: run_stage.fn(stage, parent, FREE))
-                became: dvc.Outcome = "ran" if by_pool else "restored"
+                ran_remotely = pool.restore_or_run(
+                    cell.name, [train_stage, score_stage], lambda stage: run_stage.fn(stage, parent, UNLIMITED)
+                )
+                stage_outcome: dvc.Outcome = "ran" if ran_remotely else "restored"
             else:
-                became = run_stage.fn(train, parent, FREE, diverged(cell.name, plan.diverged_above))
-                run_stage.fn(score, parent, FREE)
+                stage_outcome = run_stage.fn(train_stage, parent, UNLIMITED, diverged(cell.name, plan.diverged_above))
+                run_stage.fn(score_stage, parent, UNLIMITED)
         except NotMade as failure:  # waiting for a worker is not charged
-            waited = time.monotonic() - began - failure.seconds
+            waiting = time.monotonic() - start - failure.seconds
             raise
         finally:
-            budget.spend(cell.name, time.monotonic() - began - waited)
+            budget.spend(cell.name, time.monotonic() - start - waiting)
         budget.spend(cell.name, Cost.read(STUDENTS / cell.name / "cost.json").train_seconds)
         record(cell)  # at once: the results of a stopped study can be compared
-    return became
+    return stage_outcome
 
 
 @flow(name="alignti-study", flow_run_name=run_name, on_failure=[notify.failed], on_crashed=[notify.failed])
 def study(
-    name: Annotated[str, menu(expand.names())],
+    name: Annotated[str, choice_field(expand.names())],
     parallel: Annotated[int, Field(ge=1, le=64)] | None = None,
     recipe: RecipeName = None,
     over_pool: bool = False,
@@ -131,31 +133,31 @@ def study(
         AlignTIError: naming the arms that are missing and why; all others were run and recorded.
     """
     end_with_worker()
-    with folder(own=True, recipe=recipe):
+    with folder(isolated=True, recipe=recipe):
         tag(name, recipe or recipes.nearest()[0])
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
         runtime = load_settings().runtime
-        opening = stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, metered=False)
-        with prefect_artifacts.linked(runtime, opening) as run:
+        run_context = stage_run(f"study-{name}", runtime=runtime, params={"study": name, "arms": len(cells)}, metered=False)
+        with prefect_artifacts.linked(runtime, run_context) as run:
             run.tag("study", name)
-            pool = Orders(name, workspace.head(), recipe, run.id) if over_pool else None
+            pool = RemoteStages(name, workspace.head(), recipe, run.id) if over_pool else None
             record = _recorder(name, cells, runtime)
-            became = _run(cells, plan, run.id, parallel or (MOST if pool else 1), record, pool)
-            for arm, became_of in became.items():
-                run.tag(f"cell.{arm}", became_of)
+            outcomes = _run(cells, plan, run.id, parallel or (MAX_SUBMITTED if pool else 1), record, pool)
+            for arm, arm_outcome in outcomes.items():
+                run.tag(f"cell.{arm}", arm_outcome)
             mlflow_sync.try_sync(runtime.tracking_uri)
-            missing = {cell: outcome for cell, outcome in became.items() if outcome not in DONE}
+            missing = {cell: outcome for cell, outcome in outcomes.items() if outcome not in DONE}
             if missing:
                 lines = "\n".join(f"  {cell}: {why}" for cell, why in missing.items())
                 raise AlignTIError(
                     f"{len(missing)} of {len(cells)} arms of study {name} are missing; the others are recorded."
                     f" `alignti study run {name}` runs what is missing:\n{lines}"
                 )
-            dvc.reproduce(CLOSING, {PARENT: run.id})
+            dvc.reproduce(FINAL_STAGE, {PARENT: run.id})
             gate()
             prefect_artifacts.leaderboard()
-    return became
+    return outcomes
 
 
 def _recorder(name: str, cells: list[Cell], runtime: RuntimeSettings) -> Callable[[Cell], None]:
@@ -169,26 +171,26 @@ def _recorder(name: str, cells: list[Cell], runtime: RuntimeSettings) -> Callabl
 
 
 def _run(
-    cells: list[Cell], plan: Study, parent: str, parallel: int, record: Callable[[Cell], None], pool: Orders | None
+    cells: list[Cell], plan: Study, parent: str, parallel: int, record: Callable[[Cell], None], pool: RemoteStages | None
 ) -> dict[str, str]:
     """Run the shared stages, then the arms; returns the outcome per arm."""
     slots, budget = threading.Semaphore(parallel), Budget(plan.device_hours)
     if pool:
-        pool.bring("shared", list(_shared(cells)), lambda stage: run_stage(stage, parent, FREE))
+        pool.restore_or_run("shared", list(_shared(cells)), lambda stage: run_stage(stage, parent, UNLIMITED))
     else:
         run_stages("shared stages", _shared(cells), parent, slots)  # without them no arm can run, and the whole study fails
     futures = {c.name: run_cell.submit(c, plan, parent, slots, budget, record, pool, return_state=False) for c in cells}
-    settle("arms", futures)
-    return {cell: _became(future) for cell, future in futures.items()}
+    wait_for("arms", futures)
+    return {cell: _outcome_or_error(future) for cell, future in futures.items()}
 
 
 def _shared(cells: list[Cell]) -> dict[str, list[str]]:
     """Graph of the stages before the arms, in DVC's order."""
-    of_cells = {f"{stage}@{cell.name}" for cell in cells for stage in ("distill", "evaluate")}
-    return {stage: needs for stage, needs in dvc.graph().items() if stage not in of_cells and stage != CLOSING}
+    cell_stages = {f"{stage}@{cell.name}" for cell in cells for stage in ("distill", "evaluate")}
+    return {stage: needs for stage, needs in dvc.graph().items() if stage not in cell_stages and stage != FINAL_STAGE}
 
 
-def _became(future: PrefectFuture[dvc.Outcome]) -> str:
+def _outcome_or_error(future: PrefectFuture[dvc.Outcome]) -> str:
     try:
         return future.result()
     except AlignTIError as error:

@@ -43,7 +43,7 @@ def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
     FOLDERS.mkdir(exist_ok=True)
     sweep()
     with locked(FOLDERS / f"{name}.lock"):  # held for the run's life: `sweep` removes those that are free
-        _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), _here(commit))
+        _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), _resolve_commit(commit))
         try:
             for shared in SHARED:
                 (folder / shared).symlink_to(shared.resolve())
@@ -52,10 +52,10 @@ def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
             for data in Path().glob("[!.]*.dvc"):
                 dvc.fetch(str(data))
             yield folder
-            dvc.send_to_pool()
+            dvc.push_to_pool()
         finally:
             os.chdir(folder)
-            _keep(name)
+            _commit_results(name)
             os.chdir(main)
             _remove(name)
 
@@ -65,21 +65,21 @@ def head() -> str:
     return _git("rev-parse", "HEAD")
 
 
-def _here(commit: str) -> str:
+def _resolve_commit(commit: str) -> str:
     """Full hash of `commit`, fetched if this clone does not have it."""
     if not provenance.has_commit(commit):
         _git("fetch", "--quiet", "--all")
     return _git("rev-parse", "--verify", f"{commit}^{{commit}}")
 
 
-def left() -> list[str]:
+def dead_workspaces() -> list[str]:
     """Names of the worktrees whose runs died; their finished stages are in the cache."""
     return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if is_free(lock)]
 
 
 def sweep() -> None:
     """Remove the worktrees of runs that died."""
-    for name in left():
+    for name in dead_workspaces():
         with suppress(TryAgainError), locked(FOLDERS / f"{name}.lock", "another run removes it"):
             _remove(name)
 
@@ -87,15 +87,15 @@ def sweep() -> None:
 def prune(days: float) -> list[str]:
     """Delete the branches of runs that ended at least `days` ago; returns their names. Their outputs stay in DVC's cache."""
     listed = _git("for-each-ref", "--format=%(refname:short) %(committerdate:unix)", "refs/heads/runs").splitlines()
-    dated = [line.rsplit(" ", 1) for line in listed]
-    old = [branch for branch, when in dated if int(when) <= time.time() - days * 86400]
+    dated_branches = [line.rsplit(" ", 1) for line in listed]
+    old = [branch for branch, timestamp in dated_branches if int(timestamp) <= time.time() - days * 86400]
     ended = [branch for branch in old if not (FOLDERS / branch.removeprefix("runs/")).exists()]
     if ended:
         _git("branch", "--quiet", "-D", *ended)
     return ended
 
 
-def _keep(name: str) -> None:
+def _commit_results(name: str) -> None:
     """Commit the run's `params/` and `dvc.lock` to its branch."""
     with suppress(FileNotFoundError):
         _git("add", "params", *(["dvc.lock"] if Path("dvc.lock").exists() else []))
@@ -110,10 +110,10 @@ def _remove(name: str) -> None:
     (FOLDERS / f"{name}.lock").unlink(missing_ok=True)
 
 
-def _git(*words: str) -> str:
+def _git(*args: str) -> str:
     if shutil.which("git") is None:
         raise InputError("a workspace of its own is a worktree of git, and there is no git here")
-    done = subprocess.run(["git", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"`git {words[0]}` failed in {Path.cwd()}: {done.stderr.strip()[-500:]}")
-    return done.stdout.strip()
+    result = subprocess.run(["git", *args], capture_output=True, text=True)
+    if result.returncode:
+        raise InputError(f"`git {args[0]}` failed in {Path.cwd()}: {result.stderr.strip()[-500:]}")
+    return result.stdout.strip()

@@ -51,7 +51,7 @@ def _commands(undisturbed: Undisturbed, rng: random.Random, here: Path) -> tuple
 
 def _clones(undisturbed: Undisturbed, rng: random.Random, here: Path) -> tuple[str, str | None]:
     """Each makes and sends what the other may have sent."""
-    stages, send = some_stages(undisturbed, rng), [sys.executable, "-c", "from flows import dvc; dvc.send_to_pool()"]
+    stages, send = some_stages(undisturbed, rng), [sys.executable, "-c", "from flows import dvc; dvc.push_to_pool()"]
     clones = [here / name for name in ("one", "two", "three")[: rng.choice([2, 3])]]
     for clone in clones:
         undisturbed.without(stages, clone)

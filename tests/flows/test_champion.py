@@ -234,7 +234,7 @@ def test_the_first_champion_knows_more_than_the_most_frequent_answers(
         Prediction(id=str(i), image_id="a", kind=kind, question="?", reference=said, answer="", correct=i < right)
         for i, (kind, said) in enumerate(asked)
     ]
-    monkeypatch.setattr(promote, "_recorded", lambda _: (answers, None))
+    monkeypatch.setattr(promote, "_recorded_answers", lambda _: (answers, None))
     tags = {"recipe": "smoke", "exact_match": str(right / 4)}
     version = mlflow_registry.Version(model="tests", number="1", arm="sft", md5="0", tags=tags)
     verdict = promote._verdict(version, None, load_settings(), measure=False)
@@ -294,11 +294,11 @@ def test_a_run_is_reproduced_to_the_byte_or_what_differs_is_named(trained: Setti
 
     mlflow_sync.sync(SQLITE)
     run_id = json.loads(training.with_suffix(".sent").read_text())["run_id"]
-    assert reproduce.find(run_id, trained).made == recorded.made
+    assert reproduce.find(run_id, trained).outputs == recorded.outputs
     training.unlink()
     training.with_suffix(".sent").unlink()  # as on another machine: from MLflow alone
     elsewhere = reproduce.find(run_id, trained)
-    assert (elsewhere.made, elsewhere.params, elsewhere.inputs) == (recorded.made, recorded.params, recorded.inputs)
+    assert (elsewhere.outputs, elsewhere.params, elsewhere.inputs) == (recorded.outputs, recorded.params, recorded.inputs)
     with pytest.raises(InputError, match="has a run 0000"):
         reproduce.find("0" * 32, trained)
 

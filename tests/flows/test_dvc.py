@@ -72,12 +72,16 @@ def test_a_fault_of_dvc_itself_ends_with_a_code_of_ours(project: Path) -> None:
     assert failure.value.exit_code == 2
     warned = "tracking: [Errno 28] No space left on device\n"
     full = "ERROR: unexpected error - [Errno 28] No space left on device: '/w/.dvc/tmp/lock'"
-    assert [dvc._of_dvc(255, f"[Errno 111]\n{full}"), dvc._of_dvc(-9, ""), dvc._of_dvc(255, "ERROR: x: disk I/O error")] == [
+    assert [
+        dvc._dvc_exit_code(255, f"[Errno 111]\n{full}"),
+        dvc._dvc_exit_code(-9, ""),
+        dvc._dvc_exit_code(255, "ERROR: x: disk I/O error"),
+    ] == [
         75,
         -9,
         75,
     ]
-    assert dvc._of_dvc(255, f"{warned}ERROR: unexpected error - [Errno 30] Read-only file system: 'out'") == 2
+    assert dvc._dvc_exit_code(255, f"{warned}ERROR: unexpected error - [Errno 30] Read-only file system: 'out'") == 2
 
 
 def test_a_name_that_looks_like_an_option_never_reaches_dvc(project: Path) -> None:

@@ -22,7 +22,7 @@ def test_locks_of_the_dead_are_dropped_and_those_of_the_living_stay(project: Pat
     ours, theirs = ({"pid": pid, "cmd": "dvc repro"} for pid in (os.getpid(), dead.pid))
     held = {"write": {"a": theirs, "b": ours}, "read": {"c": [theirs, ours], "d": [theirs]}}
     rwlock.write_text(json.dumps(held))
-    dvc_locks.drop_dead()
+    dvc_locks.drop_stale_holders()
     assert json.loads(rwlock.read_text()) == {"write": {"b": ours}, "read": {"c": [ours]}}
     dead.wait()
 
@@ -36,7 +36,7 @@ def test_a_lock_file_that_a_kill_cut_off_is_that_from_before(
     before = lock.read_text()
     dvc.reproduce("cell@a")
     whole = lock.read_text()
-    dvc_locks.KEPT.write_text(before)
+    dvc_locks.BACKUP.write_text(before)
     lock.write_text(whole[: whole.index(cut, whole.index("cell@a") - 2) + len(cut)])
     assert "cell@a" in dvc.status()
     assert "dvc.lock was cut off" in capsys.readouterr().out

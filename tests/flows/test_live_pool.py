@@ -135,7 +135,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def gone(*processes: psutil.Process) -> bool:
-    return not any(servers._lives(process) for process in processes)
+    return not any(servers._is_alive(process) for process in processes)
 
 
 def ancestors(training: psutil.Process) -> tuple[psutil.Process, psutil.Process]:

@@ -82,7 +82,7 @@ def test_lines_of_a_stage_open_with_its_label_and_its_bar_is_thinned_out(
 ) -> None:
     monkeypatch.setattr(dvc, "BAR_S", seconds)
     (project / "stage.py").write_text("print('1%\\r50%\\r100%')\n" + (project / "stage.py").read_text())
-    dvc.reproduce("first", say=dvc.Labelled("first", verbose=True))
+    dvc.reproduce("first", on_line=dvc.Labelled("first", verbose=True))
     shown = capsys.readouterr().out.splitlines()
     assert all(line.startswith("first: ") for line in shown)
     assert [line.removeprefix("first: ") for line in shown if line.endswith("%")] == states

@@ -9,7 +9,7 @@ from components.config import recipes
 from components.config.load import load_settings
 from components.tracking import history
 from flows import dvc
-from flows.plan import foresee, plan
+from flows.plan import plan, reasons_to_run
 from tests.flows.conftest import ran
 
 GRAPH = {
@@ -22,12 +22,12 @@ GRAPH = {
 
 
 def test_nothing_changed_nothing_runs() -> None:
-    assert not any(foresee(GRAPH, {}).values())
+    assert not any(reasons_to_run(GRAPH, {}).values())
 
 
 def test_a_change_runs_its_stage_and_all_that_follow_and_says_why() -> None:
     status = {"distill@a": [{"changed deps": {"params/study.yaml": {"arms.a": "modified"}, "components/x.py": "modified"}}]}
-    assert foresee(GRAPH, status) == {
+    assert reasons_to_run(GRAPH, status) == {
         "prepare": [],
         "models": [],
         "distill@a": ["params/study.yaml:arms.a modified", "components/x.py modified"],
@@ -41,12 +41,12 @@ def test_a_stage_that_never_ran_says_only_that() -> None:
         "prepare": [{"changed deps": {"params/data.yaml": "new", "data": "deleted"}}, {"changed outs": {"out": "deleted"}}]
     }
     status["distill@a"] = status["prepare"]
-    found = foresee(GRAPH, status)
+    found = reasons_to_run(GRAPH, status)
     assert found["prepare"] == found["distill@a"] == ["has not run yet"]
 
 
 def test_a_changed_command_is_a_reason() -> None:
-    assert foresee(GRAPH, {"prepare": ["changed command"]})["prepare"] == ["changed command"]
+    assert reasons_to_run(GRAPH, {"prepare": ["changed command"]})["prepare"] == ["changed command"]
 
 
 def test_plan_agrees_with_what_dvc_then_runs(project: Path) -> None:

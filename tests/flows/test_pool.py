@@ -68,7 +68,7 @@ def test_a_worker_per_gpu_and_if_one_ends_all_do(waiting: Workers, tmp_path: Pat
 
     threading.Thread(target=kill_one).start()
     with pytest.raises(AlignTIError, match="a worker ended with exit code -9"):
-        pool.work(say=lambda _: None)
+        pool.work(echo=lambda _: None)
     assert len(waiting) == 4  # and one for studies
     assert all(process.poll() is not None for process in waiting)
 
@@ -119,7 +119,7 @@ class Faulty(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("status", "error"), [(500, TryAgainError), (401, InputError), (None, TryAgainError)])
-@pytest.mark.parametrize("ask", [cleanup_stale_runs.leaks, partial(pool._make_pool, "cpu", 1)], ids=["doctor", "deploy"])
+@pytest.mark.parametrize("ask", [cleanup_stale_runs.leaks, partial(pool._create_pool, "cpu", 1)], ids=["doctor", "deploy"])
 def test_a_server_that_refuses_or_fails_is_named(
     ask: Callable[[], object], status: int | None, error: type[AlignTIError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +145,6 @@ def test_an_order_that_a_busy_server_does_not_take_is_worth_another_try(monkeypa
 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: contextlib.nullcontext())
-    monkeypatch.setattr(remote_arms, "_living", living)
+    monkeypatch.setattr(remote_arms, "_unfinished_run", living)
     with pytest.raises(TryAgainError, match=r"does not answer: Server error '503'$"):
-        remote_arms.Orders("smoke", "0" * 40, None, "run")._make("tpa0", [])
+        remote_arms.RemoteStages("smoke", "0" * 40, None, "run")._run_remotely("tpa0", [])

@@ -71,7 +71,7 @@ def test_of_two_that_start_them_at_once_one_does(here: Path, monkeypatch: pytest
         (servers.HOME / f"{name}.pid").write_text(json.dumps(server.__dict__))
         return server
 
-    for name, stub in {"_start": start, "_wait": lambda _: None, "_port_free": lambda *_: None}.items():
+    for name, stub in {"_start": start, "_wait": lambda _: None, "_check_port_free": lambda *_: None}.items():
         monkeypatch.setattr(servers, name, stub)
     with ThreadPoolExecutor(2) as both:
         first, second = both.map(lambda _: servers.up(), range(2))
@@ -120,7 +120,7 @@ def test_what_a_server_started_is_stopped_with_it_willing_or_not(here: Path, mon
         assert server.alive()
     (child,) = psutil.Process(server.pid).children()
     assert servers.down() == [server]
-    assert not servers._lives(child) and not server.alive()
+    assert not servers._is_alive(child) and not server.alive()
 
 
 ASK = """
@@ -190,7 +190,7 @@ def test_a_real_pair_answers_is_hardened_and_ends_whole(pair: Path) -> None:
     family = [psutil.Process(s.pid) for s in (mlflow, prefect)]
     family += [child for parent in family for child in parent.children(recursive=True)]
     assert servers.down() == [mlflow, prefect]
-    assert not any(servers._lives(process) for process in family)
+    assert not any(servers._is_alive(process) for process in family)
     assert dict(servers.report()) == {"mlflow": "not started", "prefect": "not started"}
 
 

@@ -150,14 +150,14 @@ def test_a_failed_arm_leaves_the_rest_and_the_next_try_runs_only_what_is_missing
 
 
 def test_the_arms_of_a_study_that_is_stopped_are_recorded(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle = module.settle
+    wait_for = module.wait_for
 
     def stopped(what: str, futures: dict[str, Any]) -> None:
-        settle(what, futures)
+        wait_for(what, futures)
         if what == "arms":
             raise Interrupted("stopped")
 
-    monkeypatch.setattr(module, "settle", stopped)
+    monkeypatch.setattr(module, "wait_for", stopped)
     with pytest.raises(Interrupted):
         study("mine")
     assert set(records()) == {"tpa0-seed1", "tpa1-seed1"}
