@@ -11,12 +11,12 @@ from components.tracking import provenance
 
 def check_committed(study: str, recipe: str | None) -> list[str]:
     """Other files of params/ with uncommitted changes. Raises InputError if the study's own file or its recipe has some."""
-    said = provenance.git("status", "--porcelain", "--untracked-files=all", "--", "params") or ""
-    changed = [line.split(maxsplit=1)[1] for line in said.splitlines()]
-    own = [str(STUDIES / f"{study}.yaml"), *([f"params/recipes/{recipe.partition('/')[0]}.yaml"] if recipe else [])]
-    if open_ := [file for file in own if file in changed]:
+    status = provenance.git("status", "--porcelain", "--untracked-files=all", "--", "params") or ""
+    changed = [line.split(maxsplit=1)[1] for line in status.splitlines()]
+    study_files = [str(STUDIES / f"{study}.yaml"), *([f"params/recipes/{recipe.partition('/')[0]}.yaml"] if recipe else [])]
+    if uncommitted := [file for file in study_files if file in changed]:
         raise InputError(
-            f"{' and '.join(open_)} differs from what is committed, and a study runs what is committed:"
-            f" git add {' '.join(open_)} && git commit"
+            f"{' and '.join(uncommitted)} differs from what is committed, and a study runs what is committed:"
+            f" git add {' '.join(uncommitted)} && git commit"
         )
     return [file for file in changed if Path(file).parent == Path("params")]

@@ -24,8 +24,8 @@ from components.tracking.stage_run import JOURNAL_ONLY
 
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
 GPU_WH, CPU_WH = "cost/gpu_wh", "cost/cpu_wh"
-MOST = 50_000  # maximum results of one MLflow search
-SURE = 0.05  # significance level after Holm
+MAX_RUNS = 50_000  # maximum results of one MLflow search
+ALPHA = 0.05  # significance level after Holm
 SLACK = 0.05  # relative difference of hours that counts as equal cost: the variation of one run's time
 
 
@@ -39,7 +39,7 @@ class Run:
     params: dict[str, str]  # parameters varied by the study
     metrics: dict[str, float]
     fingerprint: str
-    made: int  # ms since 1970
+    started: int  # ms since 1970
     experiment: str = ""  # MLflow's experiment id
 
     @property
@@ -68,7 +68,7 @@ class Test:
 
     @property
     def significant(self) -> bool:
-        return self.p_holm is not None and self.p_holm < SURE
+        return self.p_holm is not None and self.p_holm < ALPHA
 
 
 @dataclass(frozen=True)
@@ -121,22 +121,24 @@ def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
             f"tracking_uri is {JOURNAL_ONLY} (params/runtime.yaml, ALIGNTI_TRACKING_URI), and studies are compared in MLflow:"
             " give its address, and `alignti sync` sends it what the journals hold"
         )
-    named = "the MLflow of tracking_uri (params/runtime.yaml, ALIGNTI_TRACKING_URI)"
-    with asking(f"{named} does not answer", "`alignti status` says whether this folder's own is up"):
-        opened = client(tracking_uri)
+    server = "the MLflow of tracking_uri (params/runtime.yaml, ALIGNTI_TRACKING_URI)"
+    with asking(f"{server} does not answer", "`alignti status` says whether this folder's own is up"):
+        mlflow = client(tracking_uri)
         try_sync(tracking_uri)
-        return read(opened, experiment, study)
+        return read(mlflow, experiment, study)
 
 
 def read(client: Any, experiment: str, study: str) -> list[Run]:
     """Finished runs of the study's cells, oldest first. Raises InputError if MLflow has no such experiment."""
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
+    mlflow_experiment = client.get_experiment_by_name(experiment)
+    if mlflow_experiment is None:
         raise InputError(
             f"MLflow has no experiment {experiment!r} yet; run the study first, or name another in params/runtime.yaml"
         )
-    asked = f"tags.stage = '{CELL}' and tags.study = '{study}' and attributes.status = 'FINISHED'"
-    runs = client.search_runs([found.experiment_id], asked, max_results=MOST, order_by=["attributes.start_time ASC"])
+    query = f"tags.stage = '{CELL}' and tags.study = '{study}' and attributes.status = 'FINISHED'"
+    runs = client.search_runs(
+        [mlflow_experiment.experiment_id], query, max_results=MAX_RUNS, order_by=["attributes.start_time ASC"]
+    )
     return [
         Run(
             id=run.info.run_id,
@@ -145,7 +147,7 @@ def read(client: Any, experiment: str, study: str) -> list[Run]:
             params=dict(run.data.params),
             metrics=dict(run.data.metrics),
             fingerprint=run.data.tags.get(FINGERPRINT, "null"),
-            made=run.info.start_time,
+            started=run.info.start_time,
             experiment=run.info.experiment_id,
         )
         for run in runs
@@ -160,11 +162,11 @@ def compare(
     Raises:
         DataError: there are no runs, or their fingerprints are unknown or differ.
     """
-    latest = {run.cell: run for run in sorted(runs, key=lambda run: run.made) if run.cell in set(cells)}
+    latest = {run.cell: run for run in sorted(runs, key=lambda run: run.started) if run.cell in set(cells)}
     if not latest:
         raise DataError(f"no cell of study {study} has been run; `alignti study run {study}` runs them")
     chosen = [latest[cell] for cell in cells if cell in latest]
-    same_measure(chosen)
+    check_fingerprints(chosen)
     by_variant: dict[str, list[Run]] = defaultdict(list)
     for run in chosen:
         by_variant[run.variant].append(run)
@@ -175,31 +177,35 @@ def compare(
         missing=[cell for cell in cells if cell not in latest],
         superseded=len(runs) - len(chosen),
         variants=_variants(by_variant, confidence),
-        tests={name: found for name, family in families.items() if (found := _tests(family, by_variant, confidence))},
+        tests={
+            name: family_tests for name, family in families.items() if (family_tests := _tests(family, by_variant, confidence))
+        },
         effects=[effect for factor in factors for effect in _effects(factor, chosen, confidence)],
         factors=factors,
     )
 
 
-def same_measure(runs: Sequence[Run]) -> None:
+def check_fingerprints(runs: Sequence[Run]) -> None:
     """Raises DataError unless all runs have one known fingerprint; the message names cells and differing fields."""
     groups: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         groups[run.fingerprint].append(run.cell)
     if "null" in groups:
         raise DataError(
-            f"how {some(groups['null'])} was measured is not known (no evaluation fingerprint): the scores are not compared;"
-            " run the study again"
+            f"how {abbreviate(groups['null'])} was measured is not known (no evaluation fingerprint): the scores are not"
+            " compared; run the study again"
         )
     if len(groups) > 1:
-        (first, ours), (second, theirs) = sorted(groups.items(), key=lambda group: -len(group[1]))[:2]
-        one, other = json.loads(first), json.loads(second)
+        (first_print, first_cells), (second_print, second_cells) = sorted(groups.items(), key=lambda group: -len(group[1]))[:2]
+        first_fields, second_fields = json.loads(first_print), json.loads(second_print)
         differing = "; ".join(
-            f"{k}: {one.get(k)} and {other.get(k)}" for k in sorted(one | other) if one.get(k) != other.get(k)
+            f"{k}: {first_fields.get(k)} and {second_fields.get(k)}"
+            for k in sorted(first_fields | second_fields)
+            if first_fields.get(k) != second_fields.get(k)
         )
         raise DataError(
-            f"scores that were measured differently are not compared: {some(ours)} against {some(theirs)} ({differing});"
-            " run the study again, and the stages that are stale are measured anew"
+            f"scores that were measured differently are not compared: {abbreviate(first_cells)} against"
+            f" {abbreviate(second_cells)} ({differing}); run the study again, and the stages that are stale are measured anew"
         )
 
 
@@ -215,16 +221,16 @@ def estimate(values: Sequence[float], confidence: float) -> Estimate:
 
 
 def _variants(by_variant: dict[str, list[Run]], confidence: float) -> list[Variant]:
-    points = {name: (_mean(runs, SCORE), _mean(runs, HOURS)) for name, runs in by_variant.items()}
+    cost_points = {name: (_mean(runs, SCORE), _mean(runs, HOURS)) for name, runs in by_variant.items()}
     variants = [
         Variant(
             name=name,
             score=estimate([run.metrics[SCORE] for run in runs], confidence),
-            hours=points[name][1],
+            hours=cost_points[name][1],
             memory_mib=_mean(runs, MEMORY),
             gpu_wh=_mean_of_all(runs, GPU_WH),
             cpu_wh=_mean_of_all(runs, CPU_WH),
-            best_at_its_cost=on_front(name, points),
+            best_at_its_cost=on_front(name, cost_points),
         )
         for name, runs in by_variant.items()
     ]
@@ -242,15 +248,19 @@ def _mean_of_all(runs: Sequence[Run], metric: str) -> float | None:
 def on_front(name: str, points: dict[str, tuple[float, float]]) -> bool:
     """Membership of the Pareto front: no other point has at least the score at no more cost, one of the two strictly."""
     score, cost = points[name]
-    return not any(other >= score and paid <= cost and (other, paid) != (score, cost) for other, paid in points.values())
+    return not any(
+        other_score >= score and other_cost <= cost and (other_score, other_cost) != (score, cost)
+        for other_score, other_cost in points.values()
+    )
 
 
 def equal_compute(variants: Sequence[Variant]) -> list[tuple[Variant, Variant | None]]:
     """Pairs of each variant and the best other at no more device hours, within SLACK; None if no other is as cheap."""
-    return [
-        (one, max((v for v in variants if v is not one and v.hours <= one.hours * (1 + SLACK)), key=_score, default=None))
-        for one in variants
-    ]
+    pairs = []
+    for variant in variants:
+        rivals = (v for v in variants if v is not variant and v.hours <= variant.hours * (1 + SLACK))
+        pairs.append((variant, max(rivals, key=_score, default=None)))
+    return pairs
 
 
 def _score(variant: Variant) -> float:
@@ -263,10 +273,10 @@ def _tests(family: Family, by_variant: dict[str, list[Run]], confidence: float) 
     scores = {variant: {run.seed: run.metrics[SCORE] for run in runs} for variant, runs in by_variant.items()}
     pairs: list[tuple[str, str, list[float]]] = []
     for baseline, variant in itertools.product(family.against, family.variants):
-        ours, theirs = scores.get(variant, {}), scores.get(baseline, {})
-        common = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        if variant != baseline and common:
-            pairs.append((variant, baseline, common))
+        variant_scores, baseline_scores = scores.get(variant, {}), scores.get(baseline, {})
+        gaps = [variant_scores[seed] - baseline_scores[seed] for seed in variant_scores if seed in baseline_scores]
+        if variant != baseline and gaps:
+            pairs.append((variant, baseline, gaps))
     p_values = [float(stats.ttest_1samp(d, 0.0).pvalue) if len(d) > 1 and np.ptp(d) > 0 else None for _, _, d in pairs]
     tested = [p for p in p_values if p is not None]
     adjusted = iter(holm(tested) if tested else [])
@@ -280,8 +290,8 @@ def _effects(factor: str, runs: Sequence[Run], confidence: float) -> list[Effect
     """Main effects of each level of `factor` against the first, in the study's order."""
     blocks: dict[tuple[tuple[str, str], ...], dict[str, float]] = defaultdict(dict)
     for run in runs:
-        rest = tuple(sorted((path, value) for path, value in run.params.items() if path != factor))
-        blocks[rest][run.params.get(factor, "")] = run.metrics[SCORE]
+        fixed = tuple(sorted((path, value) for path, value in run.params.items() if path != factor))
+        blocks[fixed][run.params.get(factor, "")] = run.metrics[SCORE]
     reference, *levels = dict.fromkeys(run.params.get(factor, "") for run in runs)
     effects = []
     for level in levels:
@@ -291,5 +301,5 @@ def _effects(factor: str, runs: Sequence[Run], confidence: float) -> list[Effect
     return effects
 
 
-def some(cells: Sequence[str]) -> str:
+def abbreviate(cells: Sequence[str]) -> str:
     return ", ".join(cells[:3]) + (f" and {len(cells) - 3} more" if len(cells) > 3 else "")

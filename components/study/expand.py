@@ -29,7 +29,7 @@ from components.errors import SettingsError, unknown
 from components.records.distill import Cost
 from components.records.paths import STUDENTS
 
-OF_AN_ARM = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # defaults from params/distill.yaml
+ARM_BLOCKS = Arm.model_fields.keys() & DistillSettings.model_fields.keys()  # defaults from params/distill.yaml
 STUDIES = Path("params/studies")
 SEED = "seed"  # grid key whose values are repetitions, not variants
 
@@ -97,7 +97,7 @@ def read(name: str, root: Path = Path()) -> Study:
 def cells(name: str, root: Path = Path()) -> list[Cell]:
     """Arms of the study in file order, those of budgets last. Raises SettingsError with all invalid arms and names."""
     study, settings = read(name, root), load_settings(root)
-    file, found, problems = STUDIES / f"{name}.yaml", [], []
+    file, expanded, problems = STUDIES / f"{name}.yaml", [], []
     points = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
     for (cell, changes), point in itertools.product(study.cells.items() or [("", {})], points):
         arm: dict[str, Any] = {}
@@ -106,44 +106,46 @@ def cells(name: str, root: Path = Path()) -> list[Cell]:
         label = "-".join([*filter(None, [cell]), *(_label(path, value) for path, value in point.items() if path != SEED)])
         seed = _label(SEED, point[SEED]) if SEED in point else ""
         try:
-            named = "-".join(filter(None, [label, seed]))
-            found.append(Cell(name=named, variant=label or "base", arm=Arm.model_validate(arm)))
+            arm_name = "-".join(filter(None, [label, seed]))
+            expanded.append(Cell(name=arm_name, variant=label or "base", arm=Arm.model_validate(arm)))
         except ValidationError as error:
-            problems.append(_problems(f"{file}: {named}", error))
+            problems.append(_problems(f"{file}: {arm_name}", error))
     if not problems:
-        found += [cell for budget in study.budgets for cell in _within(budget, found, study.baselines, settings, root)]
-    repeated = sorted(arm for arm, times in Counter(cell.name for cell in found).items() if times > 1)
+        expanded += [
+            cell for budget in study.budgets for cell in _budget_cells(budget, expanded, study.baselines, settings, root)
+        ]
+    repeated = sorted(arm for arm, times in Counter(cell.name for cell in expanded).items() if times > 1)
     problems += [f"{file}: two arms would be called {arm}" for arm in repeated]
-    variants = list(dict.fromkeys(cell.variant for cell in found))
+    variants = list(dict.fromkeys(cell.variant for cell in expanded))
     compared = {"baselines": study.baselines}
     for question, family in (study.families or {}).items():
         compared |= {f"families.{question}": [*family.variants, *family.against]}
     problems += [
-        f"{file}: {where}: {variant!r} is none of the variants {', '.join(variants)}"
-        for where, asked in compared.items()
-        for variant in asked
+        f"{file}: {key}: {variant!r} is none of the variants {', '.join(variants)}"
+        for key, names in compared.items()
+        for variant in names
         if variant not in variants and not problems
     ]
     if problems:
         raise SettingsError("\n".join(problems))
-    return found
+    return expanded
 
 
-def _within(budget: str, cells: list[Cell], baselines: list[str], settings: Settings, root: Path) -> list[Cell]:
+def _budget_cells(budget: str, cells: list[Cell], baselines: list[str], settings: Settings, root: Path) -> list[Cell]:
     """Cells but the first baseline's, with steps scaled to the cost of the baseline of the same seed."""
-    first = {cell.arm.seed: cell for cell in cells if baselines and cell.variant == baselines[0]}
-    if not first:
+    baseline_cells = {cell.arm.seed: cell for cell in cells if baselines and cell.variant == baselines[0]}
+    if not baseline_cells:
         raise SettingsError(f"budgets: {budget}: they are what the first of `baselines` takes, and there is none")
     costs = _costs(budget, cells, settings, root)
-    found = []
+    scaled = []
     for cell in cells:
         if cell.variant != baselines[0]:
-            baseline = first.get(cell.arm.seed) or next(iter(first.values()))
+            baseline = baseline_cells.get(cell.arm.seed) or next(iter(baseline_cells.values()))
             share = costs[baseline.name] / costs[cell.name]
             steps = max(1, round((baseline.arm.steps or settings.distill.steps) * share))
             variant, arm = f"{cell.variant}-{budget}", cell.arm.model_copy(update={"steps": steps})
-            found.append(Cell(name=variant + cell.name.removeprefix(cell.variant), variant=variant, arm=arm))
-    return found
+            scaled.append(Cell(name=variant + cell.name.removeprefix(cell.variant), variant=variant, arm=arm))
+    return scaled
 
 
 def _costs(budget: str, cells: list[Cell], settings: Settings, root: Path) -> dict[str, float]:
@@ -169,16 +171,16 @@ def expand(name: str, root: Path = Path()) -> str:
     Nothing is written unless the result is valid.
     """
     study, arms = read(name, root), cells(name, root)
-    first = {cell.variant: cell.name for cell in reversed(arms)}  # variant -> its first cell
-    wanted = {
-        "study": {"arms": {cell.name: _stated(cell.arm) for cell in arms}},
-        "evaluate": {"baselines": [first[variant] for variant in dict.fromkeys(study.baselines)]},
+    first_cell = {cell.variant: cell.name for cell in reversed(arms)}  # variant -> its first cell
+    updates = {
+        "study": {"arms": {cell.name: _arm_values(cell.arm) for cell in arms}},
+        "evaluate": {"baselines": [first_cell[variant] for variant in dict.fromkeys(study.baselines)]},
         "distill": study.distill,
     }
-    return recipes.write(recipes.checked_texts(wanted, f"study {name}", root), root)
+    return recipes.write(recipes.checked_texts(updates, f"study {name}", root), root)
 
 
-def _stated(arm: Arm) -> dict[str, Any]:
+def _arm_values(arm: Arm) -> dict[str, Any]:
     """Arm as in params/study.yaml, without unset blocks, which default to params/distill.yaml."""
     return {key: value for key, value in arm.model_dump(mode="json").items() if value is not None}
 
@@ -191,22 +193,23 @@ def _set(arm: dict[str, Any], path: str, value: Any, settings: Settings) -> None
         return
     if arm.get(block) is None:
         shared = settings.distill.model_dump(mode="json")
-        arm[block] = shared[block] if block in OF_AN_ARM | settings.distill.blocks.keys() else {}
-    inside = arm.setdefault(block, {})
-    if not isinstance(inside, dict) or "." in key:
+        arm[block] = shared[block] if block in ARM_BLOCKS | settings.distill.blocks.keys() else {}
+    target = arm.setdefault(block, {})
+    if not isinstance(target, dict) or "." in key:
         raise SettingsError(f"{path}: no such place in an arm; paths are like `weights.tpa`, `tpa.draws`, `seed`")
-    inside[key] = value
+    target[key] = value
 
 
 def _label(path: str, value: Any) -> str:
     """Name part of a grid value, in the characters of arm names: `weights.tpa`, 0.5 -> `tpa0_5`."""
-    said = "none" if value is None else str(value).lower() if not isinstance(value, float) else f"{value:g}"
+    text = "none" if value is None else str(value).lower() if not isinstance(value, float) else f"{value:g}"
     key = path.rpartition(".")[2] if not isinstance(value, str) else ""
-    return re.sub(r"[^a-z0-9_]+", "_", f"{key}{said}")
+    return re.sub(r"[^a-z0-9_]+", "_", f"{key}{text}")
 
 
-def _problems(where: Path | str, error: ValidationError) -> str:
+def _problems(location: Path | str, error: ValidationError) -> str:
     lines = (
-        f"{where}: {'.'.join(map(str, p['loc'])) or '(file)'}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()
+        f"{location}: {'.'.join(map(str, p['loc'])) or '(file)'}: {p['msg'].removeprefix('Value error, ')}"
+        for p in error.errors()
     )
     return "\n".join(lines)

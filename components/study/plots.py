@@ -12,9 +12,9 @@ from components.report.figures import Theme
 from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test, on_front
 
 POINTS = 100
-MOST_AXES = 12  # factors that parallel coordinates can show legibly
-FEW = 12  # variants, all of whose names fit beside their points
-APART = 0.05  # of the scores' range between two names on a Pareto front
+MAX_AXES = 12  # factors that parallel coordinates can show legibly
+MAX_LABELS = 12  # variants, all of whose names fit beside their points
+MIN_LABEL_GAP = 0.05  # of the scores' range between two names on a Pareto front
 
 
 def duration(hours: float) -> str:
@@ -35,17 +35,17 @@ def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
     for index in sorted(range(len(scores)), key=lambda i: scores[i]):  # best run drawn last, on top
         values = [columns[name][0][index] for name in axes_names]
         axes.plot(range(len(axes_names)), values, color=shade(scale(scores[index])), linewidth=1.3, alpha=0.85)
-    for place, name in enumerate(axes_names):
-        axes.axvline(place, color=theme.muted, linewidth=0.8)
+    for position, name in enumerate(axes_names):
+        axes.axvline(position, color=theme.muted, linewidth=0.8)
         for height, label in columns[name][1]:
-            axes.annotate(label, (place, height), (4, 0), textcoords="offset points", fontsize=7.5, va="center")
+            axes.annotate(label, (position, height), (4, 0), textcoords="offset points", fontsize=7.5, va="center")
     axes.set_xticks(
         range(len(axes_names)), [name.removeprefix("cost/").replace("hours", "time").replace("_", " ") for name in axes_names]
     )
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(axes_names) - 0.6)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
     return figure
 
 
@@ -80,8 +80,8 @@ def pareto(result: StudyResult, theme: Theme) -> Figure:
     """Score against device time and against memory, a point per variant, with the Pareto front as a line."""
     figure = Figure(figsize=(9.0, 3.6))
     left, right = figure.subplots(1, 2, sharey=True)
-    longest = max(variant.hours for variant in result.variants)
-    unit, per_hour = ("hours", 1) if longest >= 1 else ("minutes", 60) if longest >= 1 / 60 else ("seconds", 3600)
+    max_hours = max(variant.hours for variant in result.variants)
+    unit, per_hour = ("hours", 1) if max_hours >= 1 else ("minutes", 60) if max_hours >= 1 / 60 else ("seconds", 3600)
     times = [per_hour * variant.hours for variant in result.variants]
     memory = [variant.memory_mib for variant in result.variants]
     _front(left, result, times, f"device time per student, {unit}", theme)
@@ -94,15 +94,23 @@ def _front(axes: Axes, result: StudyResult, costs: list[float], label: str, them
     scores = [POINTS * variant.score.mean for variant in result.variants]
     points = {variant.name: (variant.score.mean, cost) for variant, cost in zip(result.variants, costs, strict=True)}
     front = [index for index, name in enumerate(points) if on_front(name, points)]
-    kept = sorted(front, key=lambda i: costs[i])  # from the cheapest up
-    axes.plot([costs[i] for i in kept], [scores[i] for i in kept], color=theme.accent, linewidth=1.2, drawstyle="steps-post")
-    named: list[float] = []  # scores whose points have a name, from the best down
+    sorted_front = sorted(front, key=lambda i: costs[i])  # from the cheapest up
+    axes.plot(
+        [costs[i] for i in sorted_front],
+        [scores[i] for i in sorted_front],
+        color=theme.accent,
+        linewidth=1.2,
+        drawstyle="steps-post",
+    )
+    labelled_scores: list[float] = []  # scores whose points have a name, from the best down
     for index in sorted(range(len(costs)), key=lambda i: -scores[i]):
-        on = index in kept
-        axes.plot(costs[index], scores[index], "o", color=theme.accent if on else theme.muted, markersize=6 if on else 4)
-        legible = not named or named[-1] - scores[index] > APART * (max(scores) - min(scores))
-        if len(costs) <= FEW or (on and legible):
-            named.append(scores[index])
+        on_line = index in sorted_front
+        axes.plot(
+            costs[index], scores[index], "o", color=theme.accent if on_line else theme.muted, markersize=6 if on_line else 4
+        )
+        legible = not labelled_scores or labelled_scores[-1] - scores[index] > MIN_LABEL_GAP * (max(scores) - min(scores))
+        if len(costs) <= MAX_LABELS or (on_line and legible):
+            labelled_scores.append(scores[index])
             name = result.variants[index].name
             axes.annotate(name, (costs[index], scores[index]), (5, 4), textcoords="offset points", fontsize=7.5)
     axes.set_xlim(0, 1.25 * max(costs))
@@ -114,13 +122,15 @@ def _positions(result: StudyResult, name: str) -> tuple[list[float], list[tuple[
     """Position of each run on the axis, 0..1, and the axis labels."""
     if name in result.factors:
         levels = sorted(dict.fromkeys(run.params.get(name, "") for run in result.runs), key=_size)
-        place = {level: index / max(len(levels) - 1, 1) for index, level in enumerate(levels)}
-        return [place[run.params.get(name, "")] for run in result.runs], [(height, level) for level, height in place.items()]
+        position = {level: index / max(len(levels) - 1, 1) for index, level in enumerate(levels)}
+        return [position[run.params.get(name, "")] for run in result.runs], [
+            (height, level) for level, height in position.items()
+        ]
     values = [run.metrics[name] for run in result.runs]
     low, high = min(values), max(values)
     spread = high - low or 1.0
-    said = duration if name == HOURS else "{:.3g}".format
-    return [(value - low) / spread for value in values], [(0.0, said(low)), (1.0, said(high))]
+    fmt = duration if name == HOURS else "{:.3g}".format
+    return [(value - low) / spread for value in values], [(0.0, fmt(low)), (1.0, fmt(high))]
 
 
 def _size(level: str) -> float:

@@ -11,7 +11,7 @@ from components.report import markdown as md
 from components.report.figures import draw
 from components.report.pages import data_uri, templates
 from components.study import plots
-from components.study.compare import SLACK, Estimate, StudyResult, equal_compute, some
+from components.study.compare import SLACK, Estimate, StudyResult, abbreviate, equal_compute
 
 FOLDER = REPORTS / "studies"
 PICTURES = {  # file -> heading, figure
@@ -29,11 +29,11 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
 
     A study with too many factors for parallel coordinates has no runs.png."""
     tables = _tables(result, confidence)
-    drawn = [name for name in PICTURES if name != "runs.png" or len(result.factors) <= plots.MOST_AXES]
-    pictures = {name: draw(PICTURES[name][1], result) for name in drawn}
+    names = [name for name in PICTURES if name != "runs.png" or len(result.factors) <= plots.MAX_AXES]
+    pictures = {name: draw(PICTURES[name][1], result) for name in names}
     page = templates(Path(__file__).parent).get_template("compare.html.j2")
-    shown = [(PICTURES[name][0], data_uri(picture)) for name, picture in pictures.items()]
-    html = page.render(result=result, about=about, standing=standing(result), tables=tables, pictures=shown)
+    embedded = [(PICTURES[name][0], data_uri(picture)) for name, picture in pictures.items()]
+    html = page.render(result=result, about=about, standing=standing(result), tables=tables, pictures=embedded)
     folder = FOLDER / result.study
     write_text(folder / "compare.md", _markdown(result, about, tables, pictures))
     _write_runs(folder / "compare.csv", result)
@@ -50,19 +50,19 @@ def standing(result: StudyResult) -> str:
     """Best variant, significant differences, missing cells and superseded runs, in a few sentences."""
     best = result.variants[0]
     leads = f"the best is {best.name} with {best.score.mean:.1%}" if best.score.mean else NOTHING_LEARNT
-    said = f"{len(result.runs)} runs of {len(result.variants)} variants; {leads}."
-    clear = [t for tests in result.tests.values() for t in tests if t.significant]
-    said += " Different beyond chance (Holm, 5%): "
-    said += ", ".join(f"{t.variant} against {t.against}" for t in clear) + "." if clear else "none."
+    text = f"{len(result.runs)} runs of {len(result.variants)} variants; {leads}."
+    significant = [t for tests in result.tests.values() for t in tests if t.significant]
+    text += " Different beyond chance (Holm, 5%): "
+    text += ", ".join(f"{t.variant} against {t.against}" for t in significant) + "." if significant else "none."
     if result.missing:
-        said += f" Missing: {some(result.missing)}."
+        text += f" Missing: {abbreviate(result.missing)}."
     if result.superseded:
-        said += f" {result.superseded} older or unasked-for runs are left out."
-    return said
+        text += f" {result.superseded} older or unasked-for runs are left out."
+    return text
 
 
 def _tables(result: StudyResult, confidence: float) -> list[Table]:
-    sure = f"{confidence:.0%} interval"
+    interval_header = f"{confidence:.0%} interval"
     energy = {"GPU Wh": [v.gpu_wh for v in result.variants], "processor Wh": [v.cpu_wh for v in result.variants]}
     measured = {name: values for name, values in energy.items() if any(value is not None for value in values)}
     variants = [
@@ -76,24 +76,24 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
         for e in result.effects
     ]
     equal = []
-    for one, other in equal_compute(result.variants):
-        beside = ["nothing else is as cheap", md.DASH, md.DASH]
-        if other is not None:
-            beside = [other.name, plots.duration(other.hours), _points(one.score.mean - other.score.mean)]
-        equal.append([one.name, plots.duration(one.hours), *beside])
+    for variant, rival in equal_compute(result.variants):
+        comparison = ["nothing else is as cheap", md.DASH, md.DASH]
+        if rival is not None:
+            comparison = [rival.name, plots.duration(rival.hours), _points(variant.score.mean - rival.score.mean)]
+        equal.append([variant.name, plots.duration(variant.hours), *comparison])
     return [
         (
             "Variants",
             "Mean over seeds, with the t interval; the last column: no other variant scores as much in as little time."
             + (" Energy of the training; the processor's is of all that ran on the machine meanwhile." if measured else ""),
-            ["variant", "exact match", sure, "seeds", "device time", "peak MiB", *measured, "best at its cost"],
+            ["variant", "exact match", interval_header, "seeds", "device time", "peak MiB", *measured, "best at its cost"],
             variants,
         ),
         *(
             (
                 family,
                 "Points of exact match over the seeds that both ran; paired t test, adjusted for all tests here (Holm).",
-                ["variant", "against", "difference", sure, "seeds", "p", "p (Holm)"],
+                ["variant", "against", "difference", interval_header, "seeds", "p", "p (Holm)"],
                 [
                     [t.variant, t.against, _points(d.mean), _interval(d), str(d.n), *map(_p, (t.p_value, t.p_holm))]
                     for t, d in ((test, test.difference) for test in tests)
@@ -105,7 +105,7 @@ def _tables(result: StudyResult, confidence: float) -> list[Table]:
             "Main effects",
             "Points of exact match over pairs of runs that agree in all else; pairs that share a factor's other levels are not"
             " independent of one another where effects depend on them.",
-            ["factor", "from, to", "effect", sure, "pairs"],
+            ["factor", "from, to", "effect", interval_header, "pairs"],
             effects,
         ),
         (

@@ -39,7 +39,7 @@ def run(iva: str, tpa: str, seed: int, score: float, fingerprint: str = KNOWN, m
         params={"weights.iva": iva, "weights.tpa": tpa, "seed": str(seed)},
         metrics={SCORE: score, HOURS: 0.1 + float(tpa), MEMORY: 1000.0 + 100 * float(iva)},
         fingerprint=fingerprint,
-        made=made,
+        started=made,
     )
 
 
@@ -180,7 +180,7 @@ def test_more_settings_than_parallel_coordinates_can_show_are_left_to_the_tables
     report.write(found, "few", 0.95)
     folder = report.FOLDER / found.study
     assert (folder / "runs.png").exists() and "runs.png" in (folder / "compare.md").read_text()
-    report.write(replace(found, factors=found.factors * plots.MOST_AXES), "many", 0.95)
+    report.write(replace(found, factors=found.factors * plots.MAX_AXES), "many", 0.95)
     assert not (folder / "runs.png").exists() and "runs.png" not in (folder / "compare.md").read_text()
 
 
