@@ -24,10 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m components.evaluate", description="Score one arm's answers.")
     parser.add_argument("--arm", required=True, choices=[TEACHER_ARM, *settings.study.arms], help="whose answers")
     arm: str = parser.parse_args().arm
-    none = Absent.reason_at(TEACHER / "choice.json")
-    if none and arm == TEACHER_ARM:
-        Absent(none=none).write(SCORES / arm / "scores.json")
-        print(f"evaluate teacher: nothing to do, {none}")
+    no_teacher = Absent.reason_at(TEACHER / "choice.json")
+    if no_teacher and arm == TEACHER_ARM:
+        Absent(none=no_teacher).write(SCORES / arm / "scores.json")
+        print(f"evaluate teacher: nothing to do, {no_teacher}")
         return
 
     from components.dataset.shards import Samples
@@ -38,45 +38,58 @@ def main() -> None:
     from components.runtime import prepare_torch
     from components.tracking.stage_run import stage_run
 
-    asked = settings.evaluate
-    samples = Samples(DATASET, asked.split, ROWS)
+    options = settings.evaluate
+    samples = Samples(DATASET, options.split, ROWS)
     rows = generate.questions(samples)
-    varying = {"split": asked.split, "samples": len(rows), "max_new_tokens": asked.max_new_tokens}
-    with stage_run("evaluate", cell=arm, runtime=settings.runtime, params=varying) as run:
+    params = {"split": options.split, "samples": len(rows), "max_new_tokens": options.max_new_tokens}
+    with stage_run("evaluate", cell=arm, runtime=settings.runtime, params=params) as run:
         run.dataset(str(DATASET), samples.manifest.digest)
         device = prepare_torch(settings.runtime, seed=0)
         loaded = load(model_of(arm), device)
         template = Template.from_settings(settings.models.template)
-        measured = fingerprint.own(loaded, samples, rows, template, asked)
-        decisive = {"measured": measured.model_dump(), "model": sha256([model_of(arm)]), "batch_size": asked.batch_size}
-        journal = Journal(RUNS / "evaluate" / arm / f"{key_of(decisive, code=())}.jsonl")  # another key: other answers
-        answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, asked, arm, journal)
-        predicted = metrics.predictions((samples[row] for row in rows), answers)
-        teacher = None if none or arm == TEACHER_ARM else load(model_of(TEACHER_ARM), device)
-        forced = likelihood.likelihoods(loaded, samples, rows, template, asked.batch_size, f"{arm}: references", teacher)
-        per_token = {"nats_per_token": likelihood.nats_per_token(forced), "kl_per_token": likelihood.kl_per_token(forced)}
-        own: dict[str, float] = {scorer: scorers.mean(scorer, predicted) for scorer in asked.scorers}
-        scores = metrics.score(arm, predicted).model_copy(update={**per_token, "scorers": own, "fingerprint": measured})
-        write_text(SCORES / arm / "predictions.jsonl", jsonl(predicted))
-        write_text(SCORES / arm / "likelihoods.jsonl", jsonl(forced))
+        run_fingerprint = fingerprint.own(loaded, samples, rows, template, options)
+        answer_inputs = {
+            "measured": run_fingerprint.model_dump(),
+            "model": sha256([model_of(arm)]),
+            "batch_size": options.batch_size,
+        }
+        journal = Journal(RUNS / "evaluate" / arm / f"{key_of(answer_inputs, code=())}.jsonl")  # another key: other answers
+        answers = generate.answers(loaded, samples, rows, template, settings.models.max_length, options, arm, journal)
+        predictions = metrics.predictions((samples[row] for row in rows), answers)
+        teacher = None if no_teacher or arm == TEACHER_ARM else load(model_of(TEACHER_ARM), device)
+        likelihoods = likelihood.likelihoods(loaded, samples, rows, template, options.batch_size, f"{arm}: references", teacher)
+        per_token = {
+            "nats_per_token": likelihood.nats_per_token(likelihoods),
+            "kl_per_token": likelihood.kl_per_token(likelihoods),
+        }
+        scorer_means: dict[str, float] = {scorer: scorers.mean(scorer, predictions) for scorer in options.scorers}
+        scores = metrics.score(arm, predictions).model_copy(
+            update={**per_token, "scorers": scorer_means, "fingerprint": run_fingerprint}
+        )
+        write_text(SCORES / arm / "predictions.jsonl", jsonl(predictions))
+        write_text(SCORES / arm / "likelihoods.jsonl", jsonl(likelihoods))
         path = scores.write(SCORES / arm / "scores.json")
         journal.close()
         run.metrics({"exact_match": scores.exact_match, **{f"exact_match/{k}": v for k, v in scores.per_kind.items()}})
         run.metrics(
-            {"token_f1": scores.token_f1, **{key: value for key, value in per_token.items() if value is not None}, **own}
+            {
+                "token_f1": scores.token_f1,
+                **{key: value for key, value in per_token.items() if value is not None},
+                **scorer_means,
+            }
         )
         for kind, figures in scores.yes_no.items():
             run.metrics({f"{name}/{kind}": value for name, value in figures.model_dump(exclude={"samples"}).items()})
         run.artifact(path)
         for name in ("predictions.jsonl", "likelihoods.jsonl"):
             run.artifact(SCORES / arm / name)
-    cut = sum(one.tokens > asked.max_new_tokens for one in forced)
-    most = f"evaluate.max_new_tokens {asked.max_new_tokens}"
-    longer = f"; {cut:,} references are longer than {most}, so no answer equals them: raise it" if cut else ""
+    overlong = sum(reference.tokens > options.max_new_tokens for reference in likelihoods)
+    limit = f"evaluate.max_new_tokens {options.max_new_tokens}"
+    warning = f"; {overlong:,} references are longer than {limit}, so no answer equals them: raise it" if overlong else ""
     weakest = min(scores.per_kind, key=lambda kind: scores.per_kind[kind])
     print(
-        f"evaluate {arm}: {scores.exact_match:.1%} exact match on {scores.samples:,} {asked.split} samples, weakest {weakest} "
-        f"({scores.per_kind[weakest]:.1%}){longer} -> {path}"
+        f"evaluate {arm}: {scores.exact_match:.1%} exact match on {scores.samples:,} {options.split} samples, weakest "
+        f"{weakest} ({scores.per_kind[weakest]:.1%}){warning} -> {path}"
     )
 
 

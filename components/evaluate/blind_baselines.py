@@ -65,7 +65,7 @@ class Controls(Record):
     contamination: Contamination
 
 
-class Shown(Sequence[Sample]):
+class ReplacedImages(Sequence[Sample]):
     """View of samples with replaced images: `change` maps index and sample to the new sample; text-only ones stay."""
 
     def __init__(self, samples: Samples, change: Callable[[int, Sample], Sample]) -> None:
@@ -79,116 +79,120 @@ class Shown(Sequence[Sample]):
         return sample if sample.image is None else self._change(index, sample)
 
 
-def edited_images(samples: Samples, edit: Callable[[bytes], bytes]) -> Shown:
+def edited_images(samples: Samples, edit: Callable[[bytes], bytes]) -> ReplacedImages:
     """Samples with `edit` (`blank`, `blurred`) applied to each image."""
 
     def change(_: int, sample: Sample) -> Sample:
         first, *more = map(edit, sample.images)
         return replace(sample, image_id=f"{edit.__name__} {sample.image_id}", image=first, more=tuple(more))
 
-    return Shown(samples, change)
+    return ReplacedImages(samples, change)
 
 
 def blurred(image: bytes) -> bytes:
     """Image downsampled to a tenth of each side and upsampled again, as PNG."""
     file = io.BytesIO()
-    with Image.open(io.BytesIO(image)) as shown:
-        small = shown.convert("RGB").resize([max(1, side // 10) for side in shown.size], Image.Resampling.BILINEAR)
-        small.resize(shown.size, Image.Resampling.NEAREST).save(file, "PNG")
+    with Image.open(io.BytesIO(image)) as original:
+        small = original.convert("RGB").resize([max(1, side // 10) for side in original.size], Image.Resampling.BILINEAR)
+        small.resize(original.size, Image.Resampling.NEAREST).save(file, "PNG")
     return file.getvalue()
 
 
-def other_images(samples: Samples) -> Shown:
+def other_images(samples: Samples) -> ReplacedImages:
     """Samples with as many images from half a split further on. Raises DataError if the split has too few images."""
     if samples.images < 2:
         raise DataError("another image to ask about needs a split of two or more")
 
     def other(index: int, sample: Sample) -> Sample:
-        own, images = int(samples.row_of[index]), samples.images
-        rows = ((own + images // 2 + step) % images for step in range(images))
-        others = (samples[about[0]] for row in rows if row != own and (about := samples.of_image(row)))
-        found = list(islice(((shown.image_id, image) for shown in others for image in shown.images), len(sample.images)))
-        if len(found) < len(sample.images):
+        own_row, images = int(samples.row_of[index]), samples.images
+        rows = ((own_row + images // 2 + step) % images for step in range(images))
+        donors = (samples[row_samples[0]] for row in rows if row != own_row and (row_samples := samples.of_image(row)))
+        replacements = list(islice(((donor.image_id, image) for donor in donors for image in donor.images), len(sample.images)))
+        if len(replacements) < len(sample.images):
             raise DataError(f"{sample.id} shows {len(sample.images)} images, and there are not as many others in its split")
-        (name, first), *more = found
+        (name, first), *more = replacements
         return replace(sample, image_id=name, image=first, more=tuple(image for _, image in more))
 
-    return Shown(samples, other)
+    return ReplacedImages(samples, other)
 
 
 def measure(models: Sequence[tuple[str, Path]], settings: Settings) -> Controls:
     """Blind baselines of each model on the evaluated split, and contamination of that split by the training data."""
-    asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
+    evaluate_settings, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)
     device = prepare_torch(settings.runtime, seed=0)
     at_once = models_at_once(settings.runtime, device) if settings.models.family == "embedded" else 1  # others may be large
-    found = dict(shared_out(blind, [(name, path, settings) for name, path in models], at_once))
-    guessed = metrics.score("majority", metrics.predictions((samples[row] for row in rows), majority(samples, rows)))
+    results = dict(shared_out(measure_model, [(name, path, settings) for name, path in models], at_once))
+    majority_scores = metrics.score("majority", metrics.predictions((samples[row] for row in rows), majority(samples, rows)))
     return Controls(
-        split=asked.split,
+        split=evaluate_settings.split,
         questions=len(rows),
-        majority=guessed.exact_match,
-        majority_per_kind=guessed.per_kind,
-        models={name: found[name] for name, _ in models},
-        contamination=contamination(samples, Samples(DATASET, "train"), asked.split),
+        majority=majority_scores.exact_match,
+        majority_per_kind=majority_scores.per_kind,
+        models={name: results[name] for name, _ in models},
+        contamination=contamination(samples, Samples(DATASET, "train"), evaluate_settings.split),
     )
 
 
-def blind(name: str, path: Path, settings: Settings) -> tuple[str, Blind]:
+def measure_model(name: str, path: Path, settings: Settings) -> tuple[str, Blind]:
     """Blind baselines of the model in folder `path`, beside its name."""
-    asked, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
+    evaluate_settings, samples = settings.evaluate, Samples(DATASET, settings.evaluate.split, ROWS)
     rows, template = generate.questions(samples), Template.from_settings(settings.models.template)
     loaded, scores = load(path, prepare_torch(settings.runtime, seed=0)), dict[str, Any]()
-    for what, shown in {"seeing": samples, "blank": edited_images(samples, blank), "other": other_images(samples)}.items():
-        said = generate.answers(loaded, shown, rows, template, settings.models.max_length, asked, f"{name}: {what}")
-        score = metrics.score(name, metrics.predictions((samples[row] for row in rows), said))
-        scores |= {what: score.exact_match, f"{what}_per_kind": score.per_kind}
-    return name, Blind(**scores, need_per_kind=_need(loaded, samples, rows, template, asked.batch_size, name))
+    for condition, view in {"seeing": samples, "blank": edited_images(samples, blank), "other": other_images(samples)}.items():
+        answers = generate.answers(
+            loaded, view, rows, template, settings.models.max_length, evaluate_settings, f"{name}: {condition}"
+        )
+        score = metrics.score(name, metrics.predictions((samples[row] for row in rows), answers))
+        scores |= {condition: score.exact_match, f"{condition}_per_kind": score.per_kind}
+    return name, Blind(**scores, need_per_kind=_image_need(loaded, samples, rows, template, evaluate_settings.batch_size, name))
 
 
-def _need(
+def _image_need(
     loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, batch_size: int, name: str
 ) -> dict[str, float]:
-    seeing, blind = (
-        likelihoods(loaded, shown, rows, template, batch_size, f"{name}: nats, {what}")
-        for what, shown in (("seeing", samples), ("blurred", edited_images(samples, blurred)))
+    with_image, with_blur = (
+        likelihoods(loaded, view, rows, template, batch_size, f"{name}: nats, {condition}")
+        for condition, view in (("seeing", samples), ("blurred", edited_images(samples, blurred)))
     )
     kinds = [samples[row].kind for row in rows]
 
-    def nats(found: list[Likelihood], kind: str) -> float:
-        return nats_per_token(one for one, its in zip(found, kinds, strict=True) if its == kind)
+    def nats(references: list[Likelihood], kind: str) -> float:
+        return nats_per_token(
+            reference for reference, reference_kind in zip(references, kinds, strict=True) if reference_kind == kind
+        )
 
-    return {kind: nats(blind, kind) - nats(seeing, kind) for kind in sorted(set(kinds))}
+    return {kind: nats(with_blur, kind) - nats(with_image, kind) for kind in sorted(set(kinds))}
 
 
 def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
     """Most frequent reference of each row's kind; ties by alphabetical order."""
-    asked = [(sample.kind, sample.turns[0].answer) for sample in (samples[row] for row in rows)]
-    references: dict[str, list[str]] = {}
-    for kind, reference in asked:
-        references.setdefault(kind, []).append(reference)
-    most = {kind: max(sorted(set(found)), key=found.count) for kind, found in references.items()}
-    return [most[kind] for kind, _ in asked]
+    labelled = [(sample.kind, sample.turns[0].answer) for sample in (samples[row] for row in rows)]
+    by_kind: dict[str, list[str]] = {}
+    for kind, reference in labelled:
+        by_kind.setdefault(kind, []).append(reference)
+    most_frequent = {kind: max(sorted(set(group)), key=group.count) for kind, group in by_kind.items()}
+    return [most_frequent[kind] for kind, _ in labelled]
 
 
-def scores(controls: Controls) -> tuple[list[str], list[list[str]]]:
+def score_table(controls: Controls) -> tuple[list[str], list[list[str]]]:
     """Table (header, rows) of exact match with and without images, over all and per kind."""
     models = controls.models.values()
-    lines = [["all", *(_row(m.seeing, m.blank, m.other) for m in models), percent(controls.majority)]]
-    for kind, guessed in controls.majority_per_kind.items():
-        found = (_row(m.seeing_per_kind[kind], m.blank_per_kind[kind], m.other_per_kind[kind]) for m in models)
-        lines.append([kind.replace("_", " "), *found, percent(guessed)])
+    lines = [["all", *(_percentages(m.seeing, m.blank, m.other) for m in models), percent(controls.majority)]]
+    for kind, majority_share in controls.majority_per_kind.items():
+        model_cells = (_percentages(m.seeing_per_kind[kind], m.blank_per_kind[kind], m.other_per_kind[kind]) for m in models)
+        lines.append([kind.replace("_", " "), *model_cells, percent(majority_share)])
     return ["exact match, %: its image / blank / another", *controls.models, "majority"], lines
 
 
-def needs(controls: Controls) -> tuple[list[str], list[list[str]]]:
+def need_table(controls: Controls) -> tuple[list[str], list[list[str]]]:
     """Table (header, rows) of image need per kind and model."""
     models = controls.models.values()
     lines = [[kind.replace("_", " "), *(f"{m.need_per_kind[kind]:.3f}" for m in models)] for kind in controls.majority_per_kind]
     return ["image need, nats per token", *controls.models], lines
 
 
-def asked(controls: Controls) -> str:
+def introduction(controls: Controls) -> str:
     return (
         f"{controls.questions:,} {controls.split} questions, with their images, with a blank grey one, and with those of other"
         " questions. Majority: the most frequent reference of each kind, said every time."
@@ -197,8 +201,10 @@ def asked(controls: Controls) -> str:
 
 def markdown(controls: Controls) -> str:
     """Scores with and without images, and contamination, as Markdown."""
-    twins = "\n".join([contaminated(controls.contamination), "", *(f"- {pair}" for pair in twin_pairs(controls))]).strip()
-    parts = ["# Controls", asked(controls), table(*scores(controls)), NEED, table(*needs(controls))]
+    twins = "\n".join(
+        [contamination_summary(controls.contamination), "", *(f"- {pair}" for pair in twin_pairs(controls))]
+    ).strip()
+    parts = ["# Controls", introduction(controls), table(*score_table(controls)), NEED, table(*need_table(controls))]
     parts += ["## Is the test in the training data?", twins]
     return "\n\n".join(parts) + "\n"
 
@@ -206,8 +212,12 @@ def markdown(controls: Controls) -> str:
 def page(controls: Controls) -> str:
     """`markdown` as one self-contained HTML file."""
     template = templates(Path(__file__).parent).get_template("controls.html.j2")
-    told = {"asked": asked(controls), "twins": contaminated(controls.contamination), "pairs": twin_pairs(controls)}
-    return template.render(scores=scores(controls), needs=needs(controls), need=NEED, **told)
+    context = {
+        "introduction": introduction(controls),
+        "twins": contamination_summary(controls.contamination),
+        "pairs": twin_pairs(controls),
+    }
+    return template.render(scores=score_table(controls), needs=need_table(controls), need=NEED, **context)
 
 
 def write(controls: Controls) -> list[Path]:
@@ -217,12 +227,12 @@ def write(controls: Controls) -> list[Path]:
     return [controls.write(REPORTS / "controls.json"), REPORTS / "controls.md", REPORTS / "controls.html"]
 
 
-def contaminated(found: Contamination) -> str:
+def contamination_summary(overlap: Contamination) -> str:
     return (
-        f"Of {found.images:,} {found.split} images {found.exact:,} equal one of {found.train_images:,} training images,"
-        f" and {found.near:,} more look like one (difference hash). Such twins were asked {found.verbatim:,} of the same"
-        f" questions word for word. Of all {found.questions:,} questions {found.questions_in_training:,} are asked in training"
-        " about some image."
+        f"Of {overlap.images:,} {overlap.split} images {overlap.exact:,} equal one of {overlap.train_images:,} training images,"
+        f" and {overlap.near:,} more look like one (difference hash). Such twins were asked {overlap.verbatim:,} of the same"
+        f" questions word for word. Of all {overlap.questions:,} questions {overlap.questions_in_training:,} are asked in"
+        " training about some image."
     )
 
 
@@ -233,5 +243,5 @@ def twin_pairs(controls: Controls) -> list[str]:
     ]
 
 
-def _row(*shares: float) -> str:
+def _percentages(*shares: float) -> str:
     return " / ".join(map(percent, shares))

@@ -24,22 +24,22 @@ from components.config.load import load_settings
 from components.config.study import Arm
 from components.evaluate import dvc_files
 from components.evaluate.fingerprint import differences
-from components.evaluate.headline import headline, leaders, listed, spoken, standing
+from components.evaluate.headline import format_score, headline, join_names, leaders, ranking
 from components.evaluate.load_results import Outcomes, read
-from components.evaluate.measures import ALWAYS, EXACT_MATCH, MEASURES
+from components.evaluate.measures import DEFAULT_MEASURES, EXACT_MATCH, MEASURES
 from components.evaluate.metrics import OVERALL
 from components.evaluate.statistics import (
     Interval,
-    Scored,
-    between_seeds,
+    ScoreArrays,
+    average_over_seeds,
     bootstrap,
     detectable,
     holm,
     interval,
     mcnemar,
     noise,
-    over_seeds,
     p_value,
+    seed_deviation,
 )
 from components.io import write_text
 from components.process import exit_from
@@ -71,47 +71,47 @@ class Systems:
 
     def differs(self, arm: str, other: str) -> list[str]:
         """Differences between the fingerprints of any two runs of the two arms."""
-        prints = self.outcomes.fingerprints
+        fingerprints = self.outcomes.fingerprints
         pairs = product(self.runs[arm], self.runs[other])
-        return list(dict.fromkeys(what for a, b in pairs for what in differences(prints[a], prints[b])))
+        return list(dict.fromkeys(difference for a, b in pairs for difference in differences(fingerprints[a], fingerprints[b])))
 
 
 @dataclass(frozen=True)
-class Sampled:
+class MeasureDraws:
     """One measure of all arms, as observed and on every bootstrap draw of images and seeds."""
 
     names: list[str]
-    observed: Scored
-    resampled: Scored
+    observed: ScoreArrays
+    resampled: ScoreArrays
     spread: float | None  # standard deviation between runs of one arm; None without repeats
 
     def value(self, name: str) -> float:
         return float(self.observed.overall[self.names.index(name)])
 
     def draws(self, name: str) -> NDArray[np.float64]:
-        drawn: NDArray[np.float64] = self.resampled.overall[:, self.names.index(name)]
-        return drawn
+        column: NDArray[np.float64] = self.resampled.overall[:, self.names.index(name)]
+        return column
 
 
 def compare(
     outcomes: Outcomes, settings: EvaluateSettings, study: Mapping[str, Arm], published: PublishedRuns | None = None
 ) -> Comparison:
     """Comparison of all arms; `settings` gives resamples, confidence, seed and baselines, `study` the arms' settings."""
-    arms = runs_of(study, outcomes.costs)
-    asked = outcomes.predictions[TEACHER_ARM]
-    kinds = dict(sorted(Counter(p.kind for p in asked).items()))
+    arms = runs_by_arm(study, outcomes.costs)
+    questions = outcomes.predictions[TEACHER_ARM]
+    kinds = dict(sorted(Counter(p.kind for p in questions).items()))
     systems = Systems({TEACHER_ARM: [TEACHER_ARM], **arms}, outcomes, kinds, settings)
-    sampled = {measure: _sampled(measure, systems) for measure in (*ALWAYS, *settings.scorers)}
-    exact = sampled.pop(EXACT_MATCH)
-    results = {name: _result(name, exact, sampled, systems) for name in systems.runs}
+    measures = {measure: _draw_measure(measure, systems) for measure in (*DEFAULT_MEASURES, *settings.scorers)}
+    exact = measures.pop(EXACT_MATCH)
+    results = {name: _result(name, exact, measures, systems) for name in systems.runs}
     teacher = results.pop(TEACHER_ARM)
     order = sorted(arms, key=lambda arm: -results[arm].exact_match)  # stable: equal scores stay in the study's order
-    contrast = _contrast(exact, order, systems, closed=outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL})
-    settings_of = varied({arm: study[arm].model_dump(mode="json", exclude={"seed"}, exclude_none=True) for arm in arms})
-    complete = {
+    contrast = _contrast(exact, order, systems, yes_no_kinds=outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL})
+    varied_settings = varied({arm: study[arm].model_dump(mode="json", exclude={"seed"}, exclude_none=True) for arm in arms})
+    arm_results = {
         arm: ArmResult(
             **results[arm].model_dump(),
-            settings=settings_of[arm],
+            settings=varied_settings[arm],
             runs={run: float(np.mean([p.correct for p in outcomes.predictions[run]])) for run in runs},
             share_of_teacher=results[arm].exact_match / teacher.exact_match if teacher.exact_match else None,
             share_ci95=_share(exact.draws(arm), exact.draws(TEACHER_ARM), settings.confidence) if teacher.exact_match else None,
@@ -124,23 +124,23 @@ def compare(
         headline="",
         standing="",
         split=settings.split,
-        n=len(asked),
-        images=len({p.image_id for p in asked}),
+        n=len(questions),
+        images=len({p.image_id for p in questions}),
         kinds=kinds,
         confidence=settings.confidence,
         resamples=settings.bootstrap_resamples,
         method=METHOD.format(resamples=settings.bootstrap_resamples, pairs=len(contrast.pairs)),
         teacher=teacher,
-        arms=complete,
+        arms=arm_results,
         order=order,
         exact_match=contrast,
-        measures={name: _contrast(found, order, systems) for name, found in sampled.items()},
+        measures={name: _contrast(measure, order, systems) for name, measure in measures.items()},
         published=published,
     )
-    return comparison.model_copy(update={"headline": headline(comparison), "standing": standing(comparison)})
+    return comparison.model_copy(update={"headline": headline(comparison), "standing": ranking(comparison)})
 
 
-def runs_of(study: Mapping[str, Arm], trained: Iterable[str]) -> dict[str, list[str]]:
+def runs_by_arm(study: Mapping[str, Arm], trained: Iterable[str]) -> dict[str, list[str]]:
     """Arm -> its trained runs, which share every setting but the seed. The first run's name is the arm's."""
     groups: dict[str, list[str]] = defaultdict(list)
     for run in trained:
@@ -153,45 +153,47 @@ def _codes(values: list[str], names: list[str]) -> NDArray[np.int_]:
     return np.array([code[value] for value in values])
 
 
-def _sampled(measure: str, systems: Systems) -> Sampled:
+def _draw_measure(measure: str, systems: Systems) -> MeasureDraws:
     predictions, likelihoods, settings = systems.outcomes.predictions, systems.outcomes.likelihoods, systems.settings
     terms = MEASURES[measure].terms
-    found = [[terms(p, told) for p, told in zip(predictions[run], likelihoods[run], strict=True)] for run in predictions]
-    values, weights = np.moveaxis(np.array(found, dtype=np.float64), -1, 0)
-    asked = predictions[TEACHER_ARM]
+    terms_per_run = [
+        [terms(p, likelihood) for p, likelihood in zip(predictions[run], likelihoods[run], strict=True)] for run in predictions
+    ]
+    values, weights = np.moveaxis(np.array(terms_per_run, dtype=np.float64), -1, 0)
+    questions = predictions[TEACHER_ARM]
     observed, resampled = bootstrap(
         values,
-        images=_codes([p.image_id for p in asked], list(dict.fromkeys(p.image_id for p in asked))),
-        kinds=_codes([p.kind for p in asked], list(systems.kinds)),
+        images=_codes([p.image_id for p in questions], list(dict.fromkeys(p.image_id for p in questions))),
+        kinds=_codes([p.kind for p in questions], list(systems.kinds)),
         resamples=settings.bootstrap_resamples,
         seed=settings.seed,
         weights=weights,
     )
-    index = {run: row for row, run in enumerate(predictions)}
-    groups = [[index[run] for run in runs] for runs in systems.runs.values()]
-    spread = float(between_seeds(observed.overall, groups))
-    means = over_seeds(observed, resampled, groups, settings.seed)
-    return Sampled(list(systems.runs), *means, spread=None if np.isnan(spread) else spread)
+    run_index = {run: row for row, run in enumerate(predictions)}
+    groups = [[run_index[run] for run in runs] for runs in systems.runs.values()]
+    spread = float(seed_deviation(observed.overall, groups))
+    means = average_over_seeds(observed, resampled, groups, settings.seed)
+    return MeasureDraws(list(systems.runs), *means, spread=None if np.isnan(spread) else spread)
 
 
-def _result(name: str, exact: Sampled, others: Mapping[str, Sampled], systems: Systems) -> TeacherResult:
-    row, observed, resampled = exact.names.index(name), exact.observed, exact.resampled
+def _result(name: str, exact: MeasureDraws, measures: Mapping[str, MeasureDraws], systems: Systems) -> TeacherResult:
+    index, observed, resampled = exact.names.index(name), exact.observed, exact.resampled
     confidence, kinds = systems.settings.confidence, systems.kinds
     return TeacherResult(
         exact_match=exact.value(name),
         ci95=interval(exact.draws(name), confidence),
-        average=float(observed.average[row]),
-        average_ci95=interval(resampled.average[:, row], confidence),
-        per_kind={kind: float(observed.per_kind[row, k]) for k, kind in enumerate(kinds)},
-        per_kind_ci95={kind: interval(resampled.per_kind[:, row, k], confidence) for k, kind in enumerate(kinds)},
+        average=float(observed.average[index]),
+        average_ci95=interval(resampled.average[:, index], confidence),
+        per_kind={kind: float(observed.per_kind[index, k]) for k, kind in enumerate(kinds)},
+        per_kind_ci95={kind: interval(resampled.per_kind[:, index, k], confidence) for k, kind in enumerate(kinds)},
         yes_no=_mean_yes_no([systems.outcomes.yes_no[run] for run in systems.runs[name]]),
         measures={
-            measure: Estimate(
-                value=found.value(name),
-                ci95=interval(found.draws(name), confidence),
-                per_kind={kind: float(found.observed.per_kind[row, k]) for k, kind in enumerate(kinds)},
+            key: Estimate(
+                value=measure.value(name),
+                ci95=interval(measure.draws(name), confidence),
+                per_kind={kind: float(measure.observed.per_kind[index, k]) for k, kind in enumerate(kinds)},
             )
-            for measure, found in others.items()
+            for key, measure in measures.items()
         },
         differs=[] if name == TEACHER_ARM else systems.differs(name, TEACHER_ARM),
     )
@@ -201,8 +203,8 @@ def _mean_yes_no(runs: list[dict[str, YesNo]]) -> dict[str, YesNo]:
     """Yes/no figures per kind, averaged over runs on the same questions."""
     names = [name for name in YesNo.model_fields if name != "samples"]
     return {
-        kind: found.model_copy(update={name: fmean(getattr(run[kind], name) for run in runs) for name in names})
-        for kind, found in runs[0].items()
+        kind: figures.model_copy(update={name: fmean(getattr(run[kind], name) for run in runs) for name in names})
+        for kind, figures in runs[0].items()
     }
 
 
@@ -215,55 +217,55 @@ def _cost(runs: list[Cost]) -> dict[str, Any]:
     }
 
 
-def _contrast(sampled: Sampled, order: list[str], systems: Systems, closed: Collection[str] = ()) -> Contrast:
-    """Differences of each arm and each ranked below it. `closed`: yes/no kinds, for McNemar's test of two single runs."""
+def _contrast(measure: MeasureDraws, order: list[str], systems: Systems, yes_no_kinds: Collection[str] = ()) -> Contrast:
+    """Differences of each arm and each ranked below it. `yes_no_kinds`: for McNemar's test of two single runs."""
     confidence, runs = systems.settings.confidence, systems.runs
     pairs = list(combinations(order, 2))
-    gaps = [sampled.draws(arm) - sampled.draws(other) for arm, other in pairs]
+    gaps = [measure.draws(arm) - measure.draws(other) for arm, other in pairs]
     p_values = [p_value(gap) for gap in gaps]
-    right = {arm: [p.correct for p in systems.outcomes.predictions[arm] if p.kind in closed] for arm in order}
+    correct = {arm: [p.correct for p in systems.outcomes.predictions[arm] if p.kind in yes_no_kinds] for arm in order}
     return Contrast(
         pairs=[
             Difference(
                 arm=arm,
                 against=other,
-                difference=sampled.value(arm) - sampled.value(other),
+                difference=measure.value(arm) - measure.value(other),
                 ci95=interval(gap, confidence),
                 p_value=p,
                 p_holm=adjusted,
-                p_mcnemar=mcnemar(right[arm], right[other]) if closed and len(runs[arm] + runs[other]) == 2 else None,
+                p_mcnemar=mcnemar(correct[arm], correct[other]) if yes_no_kinds and len(runs[arm] + runs[other]) == 2 else None,
                 differs=systems.differs(arm, other),
             )
             for (arm, other), gap, p, adjusted in zip(pairs, gaps, p_values, holm(p_values), strict=True)
         ],
         noise=median(noise(gap, confidence) for gap in gaps) if gaps else None,
         detectable=median(detectable(gap, confidence, POWER) for gap in gaps) if gaps else None,
-        spread=sampled.spread,
+        spread=measure.spread,
     )
 
 
-def _share(draws: NDArray[np.float64], of: NDArray[np.float64], confidence: float) -> Interval:
-    """Interval of the ratio `draws` / `of`; resamples with a zero denominator are left out."""
-    return interval(np.divide(draws, of, out=np.full_like(draws, np.nan), where=of > 0), confidence)
+def _share(draws: NDArray[np.float64], teacher_draws: NDArray[np.float64], confidence: float) -> Interval:
+    """Interval of the ratio `draws` / `teacher_draws`; resamples with a zero denominator are left out."""
+    return interval(np.divide(draws, teacher_draws, out=np.full_like(draws, np.nan), where=teacher_draws > 0), confidence)
 
 
-def without_teacher(arms: Iterable[str], none: str) -> str:
+def markdown_without_teacher(arms: Iterable[str], reason: str) -> str:
     """Exact match per arm as Markdown, for a run without a teacher (stage align)."""
     scores = [(arm, f"{Scores.read(SCORES / arm / 'scores.json').exact_match:.1%}") for arm in arms]
-    return f"No comparison: {none}. What each arm answers by itself:\n\n{md.table(['arm', 'exact match'], scores)}\n"
+    return f"No comparison: {reason}. What each arm answers by itself:\n\n{md.table(['arm', 'exact match'], scores)}\n"
 
 
 def main() -> None:
     settings = load_settings()
-    if none := Absent.reason_at(SCORES / TEACHER_ARM / "scores.json"):
-        text = without_teacher(settings.study.arms, none)
-        Absent(none=none).write(REPORTS / "compare.json")
+    if no_teacher := Absent.reason_at(SCORES / TEACHER_ARM / "scores.json"):
+        text = markdown_without_teacher(settings.study.arms, no_teacher)
+        Absent(none=no_teacher).write(REPORTS / "compare.json")
         dvc_files.write(None, {})
         write_text(REPORTS / "compare.md", text)
         write_text(REPORTS / "report.html", f"<!doctype html><title>Align-TI</title><pre>{text}</pre>\n")
         shutil.rmtree(REPORTS / "plots", ignore_errors=True)
         (REPORTS / "plots").mkdir()
-        print(f"compare: nothing to do, {none}")
+        print(f"compare: nothing to do, {no_teacher}")
         return
 
     from components.evaluate import published_runs, report
@@ -275,7 +277,7 @@ def main() -> None:
         comparison = compare(outcomes, settings.evaluate, settings.study.arms, published_runs.nearest())
         written = [comparison.write(REPORTS / "compare.json"), *dvc_files.write(comparison, outcomes.losses)]
         written += report.write(comparison, outcomes, settings.evaluate)
-        run.metrics(_tracked(comparison))
+        run.metrics(_mlflow_metrics(comparison))
         run.tag("best_arm", comparison.order[0])
         scores = {"teacher/exact_match": comparison.teacher.exact_match}
         scores |= {f"{arm}/exact_match": result.exact_match for arm, result in comparison.arms.items()}
@@ -286,15 +288,15 @@ def main() -> None:
     send([outcome.of_arm(arm, md5, settings) for arm, md5 in students.items() if md5], settings.runtime)
     best = leaders(comparison)
     print(
-        f"compare: best arm {listed(best)}, {spoken(comparison.arms[best[0]])} against the teacher's"
+        f"compare: best arm {join_names(best)}, {format_score(comparison.arms[best[0]])} against the teacher's"
         f" {comparison.teacher.exact_match:.1%}; report in {REPORTS / 'report.html'}"
     )
 
 
-def _tracked(comparison: Comparison) -> dict[str, float]:
+def _mlflow_metrics(comparison: Comparison) -> dict[str, float]:
     figures = {"teacher/exact_match": comparison.teacher.exact_match}
     for name, result in [(TEACHER_ARM, comparison.teacher), *comparison.arms.items()]:
-        figures |= {f"{name}/{measure}": found.value for measure, found in result.measures.items()}
+        figures |= {f"{name}/{measure}": estimate.value for measure, estimate in result.measures.items()}
     for arm, result in comparison.arms.items():
         figures |= {f"{arm}/exact_match": result.exact_match, f"{arm}/step_seconds": result.step_seconds}
         figures |= {f"{arm}/gain_over_{base}": gain.difference for base, gain in result.gains.items()}

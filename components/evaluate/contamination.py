@@ -20,7 +20,7 @@ from components.models.template import question_of
 from components.records.paths import Split
 from components.records.record import Record
 
-LISTED = 50  # maximum pairs in the report
+MAX_PAIRS = 50  # maximum pairs in the report
 
 
 class Pair(Record):
@@ -56,45 +56,45 @@ class _Image(NamedTuple):
 
 def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
     """Overlap of all images and questions of `test` with those of `train`; images are decoded one at a time."""
-    seen = [image for image in _images(train, "contamination: training images") if image.pixels]
-    here = list(_images(test, f"contamination: {split} images"))
-    pictured = [image for image in here if image.pixels]
-    questions = [question for image in here for question in image.questions]
-    asked_in_training = {question for image in seen for question in image.questions}
-    by_pixels = {image.pixels: index for index, image in reversed(list(enumerate(seen)))}
-    hashes = (np.array([image.dhash for image in images], dtype=np.uint64) for images in (pictured, seen))
-    near, _ = nearest(*hashes)
+    train_images = [image for image in _images(train, "contamination: training images") if image.pixels]
+    test_images = list(_images(test, f"contamination: {split} images"))
+    test_pictures = [image for image in test_images if image.pixels]
+    questions = [question for image in test_images for question in image.questions]
+    train_questions = {question for image in train_images for question in image.questions}
+    by_pixels = {image.pixels: index for index, image in reversed(list(enumerate(train_images)))}
+    hashes = (np.array([image.dhash for image in images], dtype=np.uint64) for images in (test_pictures, train_images))
+    nearest_indices, _ = nearest(*hashes)
     pairs = []
-    for image, likest in zip(pictured, near.tolist(), strict=True):
-        twin = by_pixels.get(image.pixels, likest)
-        if twin >= 0:
-            other = seen[twin]
-            both = sum(question in other.questions for question in image.questions)
+    for image, nearest_index in zip(test_pictures, nearest_indices.tolist(), strict=True):
+        match = by_pixels.get(image.pixels, nearest_index)
+        if match >= 0:
+            other = train_images[match]
+            shared_questions = sum(question in other.questions for question in image.questions)
             bits, exact = (image.dhash ^ other.dhash).bit_count(), image.pixels == other.pixels
-            pairs.append(Pair(test=image.name, train=other.name, bits=bits, exact=exact, questions=both))
+            pairs.append(Pair(test=image.name, train=other.name, bits=bits, exact=exact, questions=shared_questions))
     pairs.sort(key=lambda pair: (not pair.exact, pair.bits, pair.test))
     return Contamination(
         split=split,
-        images=len(pictured),
-        train_images=len(seen),
+        images=len(test_pictures),
+        train_images=len(train_images),
         exact=sum(pair.exact for pair in pairs),
         near=sum(not pair.exact for pair in pairs),
         verbatim=sum(pair.questions for pair in pairs),
         questions=len(questions),
-        questions_in_training=sum(question in asked_in_training for question in questions),
-        pairs=pairs[:LISTED],
+        questions_in_training=sum(question in train_questions for question in questions),
+        pairs=pairs[:MAX_PAIRS],
     )
 
 
 def _images(samples: Samples, title: str) -> Iterator[_Image]:
     """All images of a split; the questions of a row are attached to its first."""
     for row in tqdm(range(samples.images), desc=title, unit="image"):
-        about = samples.about(row)
-        asked = [question_of(turn) for sample in about if sample.kind != CAPTION for turn in sample.turns[:1]]
-        if not about[0].images:
-            yield _Image(about[0].image_id, None, 0, asked)
-        for number, content in enumerate(about[0].images):
+        row_samples = samples.about(row)
+        questions = [question_of(turn) for sample in row_samples if sample.kind != CAPTION for turn in sample.turns[:1]]
+        if not row_samples[0].images:
+            yield _Image(row_samples[0].image_id, None, 0, questions)
+        for number, content in enumerate(row_samples[0].images):
             with Image.open(io.BytesIO(content)) as image:
                 rgb = image.convert("RGB")
                 digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-            yield _Image(about[0].image_id, digest, dhash(rgb), asked if number == 0 else [])
+            yield _Image(row_samples[0].image_id, digest, dhash(rgb), questions if number == 0 else [])

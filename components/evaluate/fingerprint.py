@@ -32,53 +32,53 @@ def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Templat
     dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type
     code = [*CODE, SCORERS] if settings.scorers else CODE
     judge = ", ".join([JUDGE, *settings.scorers])
-    how = {"kit": KIT, "kit_version": sha256(code)[:12], "judge": judge, "dtype": dtype, "device": device}
-    return of(loaded.processor, samples, rows, template, settings, **how)
+    conditions = {"kit": KIT, "kit_version": sha256(code)[:12], "judge": judge, "dtype": dtype, "device": device}
+    return build(loaded.processor, samples, rows, template, settings, **conditions)
 
 
-def of(
-    processor: Any, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings, **how: str
+def build(
+    processor: Any, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings, **conditions: str
 ) -> Fingerprint:
-    """Fingerprint of greedy answers to `rows`; `how`: kit, kit_version, judge, dtype and device."""
+    """Fingerprint of greedy answers to `rows`; `conditions`: kit, kit_version, judge, dtype and device."""
     import transformers
 
     return Fingerprint(
         dataset=f"{samples.manifest.source}/{settings.split}",
         dataset_hash=digest(shard.sha256 for shard in samples.record.shards),
-        prompt_hash=prompts(processor, samples, rows, template),
+        prompt_hash=prompt_hash(processor, samples, rows, template),
         decoding={"do_sample": False, "max_new_tokens": settings.max_new_tokens},
         transformers=transformers.__version__,
-        **how,
+        **conditions,
     )
 
 
-def prompts(processor: Any, samples: Samples, rows: Sequence[int], template: Template) -> str:
+def prompt_hash(processor: Any, samples: Samples, rows: Sequence[int], template: Template) -> str:
     """Digest of the first prompt of each sample, rendered by the chat template."""
-    image, own = processor.image_token, template.bind(processor)
+    image, chat_template = processor.image_token, template.bind(processor)
     return digest(
-        own.render(sample.turns, [image] * len(sample.upto(1).images), answer=False).text
+        chat_template.render(sample.turns, [image] * len(sample.upto(1).images), answer=False).text
         for sample in (samples[row] for row in rows)
     )
 
 
 def digest(texts: Iterable[str]) -> str:
     """sha256 over length-prefixed texts, so that their boundaries count."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for text in texts:
         encoded = text.encode("utf-8", errors="surrogatepass")
-        found.update(len(encoded).to_bytes(8, "big") + encoded)
-    return found.hexdigest()
+        hasher.update(len(encoded).to_bytes(8, "big") + encoded)
+    return hasher.hexdigest()
 
 
-def differences(one: Fingerprint | None, other: Fingerprint | None) -> list[str]:
-    """Differing fields, as `field: value of one, not value of other`; empty if the scores are comparable."""
-    if one is None or other is None:
+def differences(first: Fingerprint | None, second: Fingerprint | None) -> list[str]:
+    """Differing fields, as `field: value of first, not value of second`; empty if the scores are comparable."""
+    if first is None or second is None:
         return ["no fingerprint: it is not known how it was measured"]
-    pairs = ((name, getattr(one, name), getattr(other, name)) for name in Fingerprint.model_fields)
-    return [f"{name.replace('_', ' ')}: {_said(a)}, not {_said(b)}" for name, a, b in pairs if a != b]
+    pairs = ((name, getattr(first, name), getattr(second, name)) for name in Fingerprint.model_fields)
+    return [f"{name.replace('_', ' ')}: {_format(a)}, not {_format(b)}" for name, a, b in pairs if a != b]
 
 
-def _said(value: str | dict[str, bool | int | float | str]) -> str:
+def _format(value: str | dict[str, bool | int | float | str]) -> str:
     if isinstance(value, str):
         return value[:12] if len(value) == 64 else value  # hash, abbreviated
     return " ".join(f"{key}={setting}" for key, setting in sorted(value.items()))

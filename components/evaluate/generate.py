@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 def questions(samples: Samples) -> list[int]:
     """Indices of the scored samples: all but captions, which are for training. Raises DataError if there are none."""
-    found = [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
-    if not found:
+    rows = [row for row, kind in enumerate(samples.kinds) if kind != CAPTION]
+    if not rows:
         raise DataError(f"none of the split's {len(samples):,} samples is a question to answer; see artifacts/dataset/card.md")
-    return found
+    return rows
 
 
 def answers(
@@ -57,25 +57,25 @@ def answers(
         DataError: a prompt is longer than max_length.
     """
     collator = Collator(loaded.processor, template, max_length, train=False)
-    found: dict[int, str] = {}
+    answer_by_row: dict[int, str] = {}
     order = sorted(rows, key=lambda row: _length(samples[row]), reverse=True)
     with greedy(loaded, settings.max_new_tokens, collator.eos_id), tqdm(total=len(order), desc=title, unit="sample") as bar:
         for start in range(0, len(order), settings.batch_size):
-            these = order[start : start + settings.batch_size]
-            if journal is not None and all(str(row) in journal.known for row in these):
-                found.update((row, journal.known[str(row)]) for row in these)
-                bar.update(len(these))
+            batch_rows = order[start : start + settings.batch_size]
+            if journal is not None and all(str(row) in journal.answers for row in batch_rows):
+                answer_by_row.update((row, journal.answers[str(row)]) for row in batch_rows)
+                bar.update(len(batch_rows))
                 continue
-            batch = collator([samples[row] for row in these]).to(loaded.model.device)
+            batch = collator([samples[row] for row in batch_rows]).to(loaded.model.device)
             tokens = loaded.model.generate(**prompt(loaded.model, batch))
-            written = tokens[:, batch.input_ids.shape[1] :]
-            texts = loaded.processor.batch_decode(written, skip_special_tokens=True)
-            given = dict(zip(these, (text.strip() for text in texts), strict=True))
-            found.update(given)
+            new_tokens = tokens[:, batch.input_ids.shape[1] :]
+            texts = loaded.processor.batch_decode(new_tokens, skip_special_tokens=True)
+            batch_answers = dict(zip(batch_rows, (text.strip() for text in texts), strict=True))
+            answer_by_row.update(batch_answers)
             if journal is not None:
-                journal.add({str(row): text for row, text in given.items()})
-            bar.update(len(these))
-    return [found[row] for row in rows]
+                journal.add({str(row): text for row, text in batch_answers.items()})
+            bar.update(len(batch_rows))
+    return [answer_by_row[row] for row in rows]
 
 
 def _length(sample: Sample) -> tuple[bool, int]:

@@ -18,11 +18,11 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.known: dict[str, str] = {}
+        self.answers: dict[str, str] = {}
         path.touch()
         lines = path.read_bytes().split(b"\n")
         for line in lines[:-1]:
-            self.known.update(json.loads(line))
+            self.answers.update(json.loads(line))
         os.truncate(path, path.stat().st_size - len(lines[-1]))  # partial last line of a killed run
         self._lock = Lock()
 
@@ -33,7 +33,7 @@ class Journal:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-            self.known.update(answers)
+            self.answers.update(answers)
 
     def close(self) -> None:
         """Remove the file, once the scores are written."""

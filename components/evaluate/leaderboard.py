@@ -40,7 +40,7 @@ FIGURES = {  # benchmark -> suffix of VLMEvalKit's figure, factor from its unit 
     "mme": ("/perception", 1 / 20),  # percent of 2,000 points
     "mmb": ("/Overall", 100.0),
 }
-APART = "Our models answer our own test questions, the published ones the paper's benchmarks: the two do not compare."
+SEPARATE_NOTE = "Our models answer our own test questions, the published ones the paper's benchmarks: the two do not compare."
 KIT_NOTE = (
     "Scores of ours on the six are VLMEvalKit's, by its prompts and its rules without a judge, which are not the paper's"
     " (docs/evaluation.md): what they differ by from a published one is not the model's alone."
@@ -84,11 +84,13 @@ def build(
 
     `kit`: VLMEvalKit's figures of each of our models, `benchmark/figure` -> value (components/evaluate/kits/table.py).
     """
-    published, measured = read_published(), speed.models if speed is not None else {}
+    published, speeds = read_published(), speed.models if speed is not None else {}
     if teacher.name not in index.teachers:
         raise DataError(f"artifacts/models/index.json has no teacher {teacher.name!r}; `dvc repro` makes both anew")
     models = {TEACHER_ARM: index.teachers[teacher.name]} | {a: index.students[study[a].student] for a in comparison.order}
-    rows = [_ours(name, comparison, model.parameters, measured.get(name), kit.get(name, {})) for name, model in models.items()]
+    rows = [
+        _model_row(name, comparison, model.parameters, speeds.get(name), kit.get(name, {})) for name, model in models.items()
+    ]
     notes = _notes(comparison, speed) + ([KIT_NOTE] if any(value for row in rows for value in row.scores.values()) else [])
     return Leaderboard(
         own_questions=f"{comparison.n:,} {comparison.split} questions about {comparison.images:,} images",
@@ -133,11 +135,11 @@ def _rounded(value: float) -> float:
     return float(Decimal(str(round(value, 6))).quantize(Decimal("0.1"), ROUND_HALF_UP))
 
 
-def _ours(name: str, comparison: Comparison, parameters: int, speed: Speed | None, figures: Mapping[str, float]) -> Row:
+def _model_row(name: str, comparison: Comparison, parameters: int, speed: Speed | None, figures: Mapping[str, float]) -> Row:
     result = comparison.results[name]
     low, high = result.ci95
-    scores = {benchmark: _on_benchmark(benchmark, figures) for benchmark in PAPER}
-    six = [value for value in scores.values() if value is not None]
+    scores = {benchmark: _benchmark_score(benchmark, figures) for benchmark in PAPER}
+    benchmark_scores = [value for value in scores.values() if value is not None]
     return Row(
         group="teacher" if name == TEACHER_ARM else "student",
         name=name,
@@ -145,7 +147,7 @@ def _ours(name: str, comparison: Comparison, parameters: int, speed: Speed | Non
         own=100 * result.exact_match,
         own_ci95=(100 * low, 100 * high),
         scores=scores,
-        average=fmean(six) if len(six) == len(PAPER) else None,
+        average=fmean(benchmark_scores) if len(benchmark_scores) == len(PAPER) else None,
         gain_sft=_own_gain(comparison, name, "sft"),
         gain_kd=_own_gain(comparison, name, "kd"),
         parameters=parameters,
@@ -163,11 +165,11 @@ def _own_gain(comparison: Comparison, arm: str, base: str) -> float | None:
     return relative_gain(100 * comparison.arms[arm].exact_match, 100 * comparison.arms[base].exact_match)
 
 
-def _on_benchmark(name: str, figures: Mapping[str, float]) -> float | None:
+def _benchmark_score(name: str, figures: Mapping[str, float]) -> float | None:
     """Score in the paper's unit, from the kit's own file only."""
-    start, (end, unit) = f"{BENCHMARKS[name].kit_dataset}/", FIGURES[name]
-    found = [value for key, value in figures.items() if key.startswith(start) and key.endswith(end)]
-    return found[0] * unit if len(found) == 1 else None
+    prefix, (suffix, factor) = f"{BENCHMARKS[name].kit_dataset}/", FIGURES[name]
+    matches = [value for key, value in figures.items() if key.startswith(prefix) and key.endswith(suffix)]
+    return matches[0] * factor if len(matches) == 1 else None
 
 
 def _noise(published: Iterable[Row], confidence: float) -> dict[str, float | None]:
@@ -181,7 +183,7 @@ def _noise(published: Iterable[Row], confidence: float) -> dict[str, float | Non
 
 
 def _notes(comparison: Comparison, speed: SpeedReport | None) -> list[str]:
-    measured = (
+    speed_note = (
         f"Speed: {speed.questions} questions to each model in one run on {next(iter(speed.models.values())).device}."
         if speed is not None and speed.models
         else "Speed and memory were not measured: `alignti leaderboard --measure` does."
@@ -192,40 +194,40 @@ def _notes(comparison: Comparison, speed: SpeedReport | None) -> list[str]:
         " independent and unpaired, as nobody published the answers one by one. For POPE it is that of accuracy; MME sums"
         " pairs and MMBench asks each question in every order, so theirs is not known.",
         "Which of our gains are larger than the noise, and that of our sample: compare.md.",
-        measured,
+        speed_note,
     ]
 
 
 def cells(row: Row, noise: Mapping[str, float | None]) -> dict[str, str]:
     """Formatted cells of a row by the title of their column, which has the noise of its benchmark."""
     low, high = row.own_ci95 or (0.0, 0.0)
-    beside = {name: "" if gap is None else f" (±{gap:.1f})" for name, gap in noise.items()}
+    noise_labels = {name: "" if gap is None else f" (±{gap:.1f})" for name, gap in noise.items()}
     return {
         "model": row.name,
-        "exact match, %": _shown(row.own, f"{{:.1f}} [{low:.1f}, {high:.1f}]"),
-        **{BENCHMARKS[name].title + beside[name]: _shown(score) for name, score in row.scores.items()},
-        "average": _shown(None if row.average is None else _rounded(row.average)),
+        "exact match, %": _format(row.own, f"{{:.1f}} [{low:.1f}, {high:.1f}]"),
+        **{BENCHMARKS[name].title + noise_labels[name]: _format(score) for name, score in row.scores.items()},
+        "average": _format(None if row.average is None else _rounded(row.average)),
         "over SFT, % of it": DASH if row.gain_sft is None else signed(row.gain_sft),
         "over KD, % of it": DASH if row.gain_kd is None else signed(row.gain_kd),
-        "parameters": _shown(row.parameters, "{:,}"),
-        "tokens/s": _shown(row.tokens_per_second, "{:,.0f}"),
-        "first token, ms": _shown(row.first_token_ms),
-        "memory, MiB": _shown(row.memory_mib, "{:,.0f}"),
+        "parameters": _format(row.parameters, "{:,}"),
+        "tokens/s": _format(row.tokens_per_second, "{:,.0f}"),
+        "first token, ms": _format(row.first_token_ms),
+        "memory, MiB": _format(row.memory_mib, "{:,.0f}"),
     }
 
 
-def _shown(value: float | None, how: str = "{:.1f}") -> str:
-    return DASH if value is None else how.format(value)
+def _format(value: float | None, spec: str = "{:.1f}") -> str:
+    return DASH if value is None else spec.format(value)
 
 
-def halves(board: Leaderboard) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
+def sections(board: Leaderboard) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
     """Our rows, then the published ones: title, header, and each row with its cells; columns empty in a half are dropped."""
-    found = []
+    result = []
     for title, ours in ((f"Ours, on {board.own_questions}", True), ("Published, on the paper's benchmarks", False)):
         rows = [(row, cells(row, board.noise)) for row in board.rows if row.ours == ours]
-        kept = [name for name in rows[0][1] if any(shown[name] != DASH for _, shown in rows)]
-        found.append((title, kept, [(row, [shown[name] for name in kept]) for row, shown in rows]))
-    return found
+        columns = [name for name in rows[0][1] if any(row_cells[name] != DASH for _, row_cells in rows)]
+        result.append((title, columns, [(row, [row_cells[name] for name in columns]) for row, row_cells in rows]))
+    return result
 
 
 def markdown(board: Leaderboard) -> str:
@@ -234,8 +236,12 @@ def markdown(board: Leaderboard) -> str:
     remarks = [f"- {row.name}: {row.note}" for row in board.rows if row.note]
     parts = [
         "# Leaderboard",
-        APART,
-        *(part for title, names, rows in halves(board) for part in (f"## {title}", table(names, [shown for _, shown in rows]))),
+        SEPARATE_NOTE,
+        *(
+            part
+            for title, names, rows in sections(board)
+            for part in (f"## {title}", table(names, [row_cells for _, row_cells in rows]))
+        ),
         *board.notes,
         "Sources: " + "; ".join(sources) + ".",
         "\n".join(remarks),
@@ -243,7 +249,7 @@ def markdown(board: Leaderboard) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def spreadsheet(board: Leaderboard) -> list[dict[str, Any]]:
+def csv_rows(board: Leaderboard) -> list[dict[str, Any]]:
     """Every row of the CSV, unrounded."""
     rows = []
     for row in board.rows:
@@ -255,7 +261,7 @@ def spreadsheet(board: Leaderboard) -> list[dict[str, Any]]:
 def page(board: Leaderboard) -> str:
     """Both tables as one self-contained HTML file."""
     template = templates(Path(__file__).parent).get_template("leaderboard.html.j2")
-    return template.render(board=board, apart=APART, halves=halves(board))
+    return template.render(board=board, separate_note=SEPARATE_NOTE, sections=sections(board))
 
 
 def write(board: Leaderboard) -> list[Path]:
@@ -263,7 +269,7 @@ def write(board: Leaderboard) -> list[Path]:
     md, sheet, html, json = (REPORTS / f"leaderboard.{kind}" for kind in ("md", "csv", "html", "json"))
     write_text(md, markdown(board))
     write_text(html, page(board))
-    return [md, write_table(sheet, spreadsheet(board)), html, board.write(json)]
+    return [md, write_table(sheet, csv_rows(board)), html, board.write(json)]
 
 
 def _number(text: str) -> float | None:

@@ -43,57 +43,59 @@ def likelihoods(
     Raises ModelError if student and teacher cannot be compared token by token (components/models/load.py), or a model's
     probabilities are not finite.
     """
-    apart = teacher is not None and grids(teacher, loaded) is not None
-    shared = None if teacher is None else check_pair(teacher, loaded, own_images=apart)
+    own_images = teacher is not None and grids(teacher, loaded) is not None
+    shared = None if teacher is None else check_pair(teacher, loaded, own_images=own_images)
     collator = Collator(
-        loaded.processor, template, sys.maxsize, train=True, teacher=teacher.processor if teacher and apart else None
+        loaded.processor, template, sys.maxsize, train=True, teacher=teacher.processor if teacher and own_images else None
     )
-    view, of_teacher = VLM(loaded.model), None if teacher is None else VLM(teacher.model)
-    found: dict[int, Likelihood] = {}
+    student_vlm, teacher_vlm = VLM(loaded.model), None if teacher is None else VLM(teacher.model)
+    by_row: dict[int, Likelihood] = {}
     order = sorted(rows, key=lambda row: len(samples[row].turns[0].answer), reverse=True)
     for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch"):
-        these = order[start : start + batch_size]
-        batch = collator([samples[row].upto(1) for row in these]).to(loaded.model.device)
-        at = predicting(batch.response)
-        hidden = view.plain(batch, view.features(batch), keep=False)[0][at]
-        nats = _nats(hidden, view, batch.input_ids[batch.response])
-        kl: list[float] | list[None] = [None] * len(these)
-        if of_teacher is not None:
-            theirs = batch.teacher or batch
-            rows_of_teacher = of_teacher.plain(theirs, of_teacher.features(theirs), keep=False)[0][predicting(theirs.response)]
-            kl = _summed(row_divergence(rows_of_teacher, of_teacher.head, hidden, view.head, shared=shared), at)
-        tokens = at.sum(1).tolist()
-        for row, count, cost, gap in zip(these, tokens, _summed(nats, at), kl, strict=True):
-            if not math.isfinite(cost + (gap or 0.0)):
+        batch_rows = order[start : start + batch_size]
+        batch = collator([samples[row].upto(1) for row in batch_rows]).to(loaded.model.device)
+        mask = predicting(batch.response)
+        hidden = student_vlm.plain(batch, student_vlm.features(batch), keep=False)[0][mask]
+        nats = _nats(hidden, student_vlm, batch.input_ids[batch.response])
+        kl: list[float] | list[None] = [None] * len(batch_rows)
+        if teacher_vlm is not None:
+            teacher_batch = batch.teacher or batch
+            teacher_mask = predicting(teacher_batch.response)
+            teacher_hidden = teacher_vlm.plain(teacher_batch, teacher_vlm.features(teacher_batch), keep=False)[0][teacher_mask]
+            divergence = row_divergence(teacher_hidden, teacher_vlm.head, hidden, student_vlm.head, shared=shared)
+            kl = _sum_per_sample(divergence, mask)
+        tokens = mask.sum(1).tolist()
+        for row, count, total_nats, total_kl in zip(batch_rows, tokens, _sum_per_sample(nats, mask), kl, strict=True):
+            if not math.isfinite(total_nats + (total_kl or 0.0)):
                 raise ModelError(
-                    f"{title}: the answer of sample {samples[row].id} costs {cost} nats, KL {gap}: weights that are not finite,"
-                    " or overflow in this precision"
+                    f"{title}: the answer of sample {samples[row].id} costs {total_nats} nats, KL {total_kl}: weights that are"
+                    " not finite, or overflow in this precision"
                 )
-            found[row] = Likelihood(id=samples[row].id, tokens=count, nats=cost, kl=gap)
-    return [found[row] for row in rows]
+            by_row[row] = Likelihood(id=samples[row].id, tokens=count, nats=total_nats, kl=total_kl)
+    return [by_row[row] for row in rows]
 
 
-def nats_per_token(found: Iterable[Likelihood]) -> float:
+def nats_per_token(references: Iterable[Likelihood]) -> float:
     """Mean negative log-likelihood over all tokens."""
-    costs = list(found)
-    return sum(one.nats for one in costs) / sum(one.tokens for one in costs)
+    scores = list(references)
+    return sum(score.nats for score in scores) / sum(score.tokens for score in scores)
 
 
-def kl_per_token(found: Iterable[Likelihood]) -> float | None:
+def kl_per_token(references: Iterable[Likelihood]) -> float | None:
     """Mean KL from the teacher over all tokens; None for the teacher itself."""
-    gaps = [(one.kl, one.tokens) for one in found]
-    known = [(kl, tokens) for kl, tokens in gaps if kl is not None]
-    return sum(kl for kl, _ in known) / sum(tokens for _, tokens in known) if known else None
+    pairs = [(reference.kl, reference.tokens) for reference in references]
+    with_kl = [(kl, tokens) for kl, tokens in pairs if kl is not None]
+    return sum(kl for kl, _ in with_kl) / sum(tokens for _, tokens in with_kl) if with_kl else None
 
 
-def _nats(hidden: Tensor, view: VLM, targets: Tensor) -> Tensor:
+def _nats(hidden: Tensor, vlm: VLM, targets: Tensor) -> Tensor:
     """(N,) cross-entropies of hidden states (N, d) against (N,) targets."""
-    size = rows_per_chunk(len(view.head.weight), CHUNK_MIB)
-    return row_losses(hidden, view.head, lambda at, logits: F.cross_entropy(logits, targets[at], reduction="none"), size)
+    size = rows_per_chunk(len(vlm.head.weight), CHUNK_MIB)
+    return row_losses(hidden, vlm.head, lambda chunk, logits: F.cross_entropy(logits, targets[chunk], reduction="none"), size)
 
 
-def _summed(values: Tensor, at: Tensor) -> list[float]:
+def _sum_per_sample(values: Tensor, mask: Tensor) -> list[float]:
     """(N,) values at the positions of a (B, T) mask, summed per sample; rounded to a millionth of a nat."""
-    per_sample = torch.zeros(len(at), dtype=torch.float64)
-    per_sample.index_add_(0, at.nonzero()[:, 0].cpu(), values.double().cpu())
+    per_sample = torch.zeros(len(mask), dtype=torch.float64)
+    per_sample.index_add_(0, mask.nonzero()[:, 0].cpu(), values.double().cpu())
     return [round(value, 6) for value in per_sample.tolist()]

@@ -24,26 +24,26 @@ class Measure:
     terms: Callable[[Prediction, Likelihood], tuple[float, float]]  # value and weight of one question
     lower_is_better: bool = False
 
-    def said(self, value: float) -> str:
+    def format(self, value: float) -> str:
         return f"{self.scale * value:.{self.digits}f}"
 
-    def difference(self, value: float) -> str:
+    def format_difference(self, value: float) -> str:
         return signed(self.scale * value, self.digits)
 
 
-def _of_scorer(scorer: Scorer) -> Measure:
-    return Measure(f"{scorer.title}, %", "points", 100, 1, lambda p, _: (scorer.worth(p), 1))
+def _scorer_measure(scorer: Scorer) -> Measure:
+    return Measure(f"{scorer.title}, %", "points", 100, 1, lambda p, _: (scorer.score(p), 1))
 
 
 MEASURES = {
     EXACT_MATCH: Measure("exact match, %", "points", 100, 1, lambda p, _: (p.correct, 1)),
     "token_f1": Measure("token F1, %", "points", 100, 1, lambda p, _: (token_f1(p.answer, p.reference), 1)),
     "nats_per_token": Measure(
-        "nats per reference token", "nats", 1, 3, lambda _, one: (one.nats, one.tokens), lower_is_better=True
+        "nats per reference token", "nats", 1, 3, lambda _, ref: (ref.nats, ref.tokens), lower_is_better=True
     ),
     "kl_per_token": Measure(
-        "KL from the teacher, nats per token", "nats", 1, 3, lambda _, one: (one.kl or 0, one.tokens), lower_is_better=True
+        "KL from the teacher, nats per token", "nats", 1, 3, lambda _, ref: (ref.kl or 0, ref.tokens), lower_is_better=True
     ),  # of the teacher from itself: 0
 }
-ALWAYS = tuple(MEASURES)
-MEASURES |= {name: _of_scorer(scorer) for name, scorer in SCORERS.items()}
+DEFAULT_MEASURES = tuple(MEASURES)
+MEASURES |= {name: _scorer_measure(scorer) for name, scorer in SCORERS.items()}

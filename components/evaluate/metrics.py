@@ -26,13 +26,13 @@ FINAL = ".,;:!? \u3002\uff0c\uff1b\uff1a\uff01\uff1f"  # final punctuation; afte
 OVERALL = "all"  # key of the figures over all yes/no kinds together
 
 
-def folded(text: str) -> str:
+def fold_case(text: str) -> str:
     """Canonical caseless form, equal for canonically equal texts: the Unicode Standard, section 3.13, D145."""
     return normalize("NFC", normalize("NFD", text).casefold())
 
 
 def normalise(text: str) -> str:
-    words = " ".join(folded(text).split())
+    words = " ".join(fold_case(text).split())
     return words.rstrip(FINAL) or words
 
 
@@ -42,9 +42,9 @@ def matches(answer: str, reference: str) -> bool:
 
 def token_f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall of the answer's words; 1 if answer and reference have none."""
-    said, wanted = (Counter(re.findall(r"\w+", folded(text))) for text in (answer, reference))
-    words = said.total() + wanted.total()
-    return 2 * (said & wanted).total() / words if words else 1.0
+    answer_words, reference_words = (Counter(re.findall(r"\w+", fold_case(text))) for text in (answer, reference))
+    total = answer_words.total() + reference_words.total()
+    return 2 * (answer_words & reference_words).total() / total if total else 1.0
 
 
 def predictions(samples: Iterable[Sample], answers: Iterable[str]) -> list[Prediction]:
@@ -63,49 +63,49 @@ def predictions(samples: Iterable[Sample], answers: Iterable[str]) -> list[Predi
     ]
 
 
-def score(arm: str, predicted: Sequence[Prediction]) -> Scores:
+def score(arm: str, predictions: Sequence[Prediction]) -> Scores:
     """Scores of one arm; kinds in alphabetical order. A yes/no kind is one whose references are all yes or no.
 
     Raises DataError if there are no predictions.
     """
-    if not predicted:
+    if not predictions:
         raise DataError(f"{arm}: there are no answers to score")
     kinds: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in predicted:
+    for prediction in predictions:
         kinds[prediction.kind].append(prediction)
-    closed = {kind: found for kind, found in sorted(kinds.items()) if _is_yes_no(found)}
-    figures = {kind: yes_no((p.answer, p.reference) for p in found) for kind, found in closed.items()}
-    if closed:
-        figures[OVERALL] = yes_no((p.answer, p.reference) for found in closed.values() for p in found)
+    yes_no_kinds = {kind: group for kind, group in sorted(kinds.items()) if _is_yes_no(group)}
+    figures = {kind: yes_no((p.answer, p.reference) for p in group) for kind, group in yes_no_kinds.items()}
+    if yes_no_kinds:
+        figures[OVERALL] = yes_no((p.answer, p.reference) for group in yes_no_kinds.values() for p in group)
     return Scores(
         arm=arm,
-        samples=len(predicted),
-        exact_match=_share(p.correct for p in predicted),
-        per_kind={kind: _share(p.correct for p in found) for kind, found in sorted(kinds.items())},
+        samples=len(predictions),
+        exact_match=_share(p.correct for p in predictions),
+        per_kind={kind: _share(p.correct for p in group) for kind, group in sorted(kinds.items())},
         yes_no=figures,
-        token_f1=_mean_f1(predicted),
-        token_f1_per_kind={kind: _mean_f1(found) for kind, found in sorted(kinds.items())},
+        token_f1=_mean_f1(predictions),
+        token_f1_per_kind={kind: _mean_f1(group) for kind, group in sorted(kinds.items())},
     )
 
 
 def yes_no(pairs: Iterable[tuple[str, str]]) -> YesNo:
     """POPE's figures over (answer, reference) pairs, each reference being yes or no."""
-    said = [(_verdict(answer), _verdict(reference)) for answer, reference in pairs]
-    claimed = sum(answer == "yes" for answer, _ in said)
-    positive = sum(reference == "yes" for _, reference in said)
-    hits = said.count(("yes", "yes"))
+    verdicts = [(_verdict(answer), _verdict(reference)) for answer, reference in pairs]
+    predicted_yes = sum(answer == "yes" for answer, _ in verdicts)
+    actual_yes = sum(reference == "yes" for _, reference in verdicts)
+    hits = verdicts.count(("yes", "yes"))
     return YesNo(
-        samples=len(said),
-        accuracy=_ratio(hits + said.count(("no", "no")), len(said)),
-        precision=_ratio(hits, claimed),
-        recall=_ratio(hits, positive),
-        f1=_ratio(2 * hits, claimed + positive),
-        yes_ratio=_ratio(claimed, len(said)),
+        samples=len(verdicts),
+        accuracy=_ratio(hits + verdicts.count(("no", "no")), len(verdicts)),
+        precision=_ratio(hits, predicted_yes),
+        recall=_ratio(hits, actual_yes),
+        f1=_ratio(2 * hits, predicted_yes + actual_yes),
+        yes_ratio=_ratio(predicted_yes, len(verdicts)),
     )
 
 
-def _is_yes_no(found: Sequence[Prediction]) -> bool:
-    return all(normalise(p.reference) in ("yes", "no") for p in found)
+def _is_yes_no(group: Sequence[Prediction]) -> bool:
+    return all(normalise(p.reference) in ("yes", "no") for p in group)
 
 
 def _verdict(text: str) -> str | None:
@@ -114,8 +114,8 @@ def _verdict(text: str) -> str | None:
     return words.pop() if len(words) == 1 else None
 
 
-def _mean_f1(found: Sequence[Prediction]) -> float:
-    return sum(token_f1(p.answer, p.reference) for p in found) / len(found)
+def _mean_f1(group: Sequence[Prediction]) -> float:
+    return sum(token_f1(p.answer, p.reference) for p in group) / len(group)
 
 
 def _share(correct: Iterable[bool]) -> float:
@@ -123,5 +123,5 @@ def _share(correct: Iterable[bool]) -> float:
     return _ratio(sum(marks), len(marks))
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _ratio(part: int, total: int) -> float:
+    return part / total if total else 0.0

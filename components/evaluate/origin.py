@@ -25,12 +25,12 @@ def facts(devices: Iterable[str]) -> dict[str, str]:
     tags = provenance.commit_tags()
     commit = tags["mlflow.source.git.commit"][:8] + (", with uncommitted changes" if tags.get("git.dirty") == "true" else "")
     data = Manifest.read(DATASET / "manifest.json")
-    sizes = (f"{name} {split.samples:,} questions about {split.images:,} images" for name, split in data.splits.items())
+    split_sizes = (f"{name} {split.samples:,} questions about {split.images:,} images" for name, split in data.splits.items())
     return {
         "recipe": nearest_recipe().tag.get("recipe", "none of params/recipes"),
         "commit": commit,
         "compared": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "data": f"{data.source}, digest {data.digest[:8]}: {', '.join(sizes)}",
+        "data": f"{data.source}, digest {data.digest[:8]}: {', '.join(split_sizes)}",
         "machine": f"{machine()}; arms trained on {' and '.join(sorted(set(devices)))}",
         "software": f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
@@ -41,8 +41,8 @@ def machine() -> str:
     """CPU model and core count, then the visible GPUs."""
     lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    found = f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    cpu = f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join([found, *(f"{gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(gpus))])
+    return ", ".join([cpu, *(f"{gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(gpus))])

@@ -13,7 +13,7 @@ from components.align_ti import terms
 from components.evaluate.load_results import Losses
 from components.evaluate.measures import MEASURES
 from components.records.compare import Comparison, TeacherResult
-from components.report.figures import Theme, places
+from components.report.figures import Theme, series_indices
 
 POINTS = 100  # factor from shares to percent, from differences to points
 DASHED = (0, (4, 3))
@@ -43,17 +43,17 @@ def scores(comparison: Comparison, theme: Theme) -> Figure:
 
 def gains(comparison: Comparison, theme: Theme) -> Figure:
     """Forest plot: each arm's gain over each baseline; filled where it is larger than the noise."""
-    stated = baselines(comparison)
+    baseline_arms = baselines(comparison)
     arms = comparison.order[::-1]
     figure = Figure(figsize=(7.2, 1.3 + 0.34 * len(arms)))
     figure.set_layout_engine("constrained", wspace=0.06)
-    panels = figure.subplots(1, len(stated), sharey=True, sharex=True, squeeze=False)[0]
-    for axes, baseline in zip(panels, stated, strict=True):
+    panels = figure.subplots(1, len(baseline_arms), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, baseline in zip(panels, baseline_arms, strict=True):
         for row, arm in enumerate(arms):
             gain = comparison.arms[arm].gains.get(baseline)
             if gain is None:
-                beside = {"transform": axes.get_yaxis_transform(), "backgroundcolor": theme.paper}
-                axes.text(0.03, row, "baseline", color=theme.muted, fontsize=8, va="center", **beside)
+                text_style = {"transform": axes.get_yaxis_transform(), "backgroundcolor": theme.paper}
+                axes.text(0.03, row, "baseline", color=theme.muted, fontsize=8, va="center", **text_style)
                 continue
             colour = _colour(comparison, arm, theme)
             fill = colour if gain.larger_than_noise else theme.paper
@@ -73,8 +73,10 @@ def measures(comparison: Comparison, theme: Theme) -> Figure:
     for axes, name in zip(panels, comparison.measures, strict=True):
         measure = MEASURES[name]
         for row, arm in enumerate(arms):
-            found, colour = comparison.arms[arm].measures[name], _colour(comparison, arm, theme)
-            _estimate(axes, row, measure.scale * found.value, [measure.scale * bound for bound in found.ci95], colour, colour)
+            estimate, colour = comparison.arms[arm].measures[name], _colour(comparison, arm, theme)
+            _estimate(
+                axes, row, measure.scale * estimate.value, [measure.scale * bound for bound in estimate.ci95], colour, colour
+            )
         teacher = measure.scale * comparison.teacher.measures[name].value
         axes.axvline(teacher, color=theme.muted, linewidth=1.2, linestyle=DASHED)
         axes.set_title("lower is better" if measure.lower_is_better else "higher is better", fontsize=8.5)
@@ -85,25 +87,25 @@ def measures(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def kinds(comparison: Comparison, theme: Theme) -> Figure:
-    """Heat map of exact match, arms by `telling` kinds, the teacher on top; coloured by the distance from `yardstick`."""
+    """Heat map of exact match, arms by `differing_kinds`, the teacher on top; coloured by the distance from `yardstick`."""
     rows = comparison.results
-    names = telling(comparison) or list(comparison.kinds)
+    names = differing_kinds(comparison) or list(comparison.kinds)
     values = POINTS * np.array([[row.per_kind[kind] for kind in names] for row in rows.values()])
     distances = values - values[list(rows).index(yardstick(comparison))]
-    most = max(5.0, float(np.abs(distances[1:]).max()))  # arms only: the teacher's lead would wash out their colours
+    limit = max(5.0, float(np.abs(distances[1:]).max()))  # arms only: the teacher's lead would wash out their colours
     figure = Figure(figsize=(max(5.0, 1.6 + 0.72 * len(names)), 1.6 + 0.36 * len(rows)))
     axes = figure.subplots()
     shades = LinearSegmentedColormap.from_list("behind-to-ahead", [theme.behind, theme.paper, theme.accent])
-    scale = 1.65 * most  # keeps text legible on the darkest cell
-    axes.imshow(distances.clip(-most, most), cmap=shades, vmin=-scale, vmax=scale, aspect="auto")
+    scale = 1.65 * limit  # keeps text legible on the darkest cell
+    axes.imshow(distances.clip(-limit, limit), cmap=shades, vmin=-scale, vmax=scale, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8.5)
     axes.set_xticks(range(len(names)), [n.replace("_", " ") for n in names], rotation=32, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), list(rows))
     axes.tick_params(length=0, labelcolor=theme.ink)
     axes.axhline(0.5, color=theme.ink, linewidth=1)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
     return figure
 
 
@@ -117,7 +119,7 @@ def yardstick(comparison: Comparison) -> str:
     return "kd" if "kd" in comparison.arms else next(iter(baselines(comparison)), "teacher")
 
 
-def telling(comparison: Comparison) -> list[str]:
+def differing_kinds(comparison: Comparison) -> list[str]:
     """Kinds of question on which the scores of teacher and arms are not all equal."""
     results = comparison.results.values()
     return [kind for kind in comparison.kinds if len({result.per_kind[kind] for result in results}) > 1]
@@ -149,18 +151,18 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
     logged = dict.fromkeys(name for curve in rows.values() for row in curve[:1] for name in row)  # terms and other metrics
     trained = [t for t in logged if t in terms.names() and any(_curve(curve, t)[1] for curve in rows.values())] + ["total"]
     columns = min(3, len(trained))
-    lines = -(-len(trained) // columns)
-    figure = Figure(figsize=(9.6, 0.5 + 2.2 * lines))
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
-    drawn: dict[str, Artist] = {}
+    panel_rows = -(-len(trained) // columns)
+    figure = Figure(figsize=(9.6, 0.5 + 2.2 * panel_rows))
+    panels = figure.subplots(panel_rows, columns, squeeze=False, sharex=True).flat
+    legend_lines: dict[str, Artist] = {}
     for axes, term in zip(panels, trained, strict=False):
-        for arm, index in places(comparison.arms).items():
+        for arm, index in series_indices(comparison.arms).items():
             steps, values = _curve(rows[arm], term)
             if values:
                 (line,) = axes.plot(
                     steps, values, color=theme.colour(index), linestyle=theme.dash(index), linewidth=1.3, label=arm
                 )
-                drawn.setdefault(arm, line)
+                legend_lines.setdefault(arm, line)
         axes.set_title(f"L_{term}" if term != "total" else "weighted total")
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -172,14 +174,14 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
         axes.set_ylabel("loss")
     for axes in list(figure.axes)[len(trained) :]:
         axes.remove()
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=max(len(drawn), 1))
+    figure.legend(legend_lines.values(), legend_lines.keys(), loc="outside upper center", ncols=max(len(legend_lines), 1))
     return figure
 
 
 def _curve(rows: list[dict[str, float]], term: str) -> tuple[list[float], list[float]]:
     """Steps and values of one term; zeros are dropped, as the axis is logarithmic."""
-    kept = [(row["step"], row[term]) for row in rows if row.get(term) is not None and row[term] > 0]
-    return [step for step, _ in kept], [value for _, value in kept]
+    points = [(row["step"], row[term]) for row in rows if row.get(term) is not None and row[term] > 0]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _teacher_line(axes: Axes, teacher: TeacherResult, theme: Theme, direction: str) -> None:
@@ -208,4 +210,4 @@ def _row_per_arm(axes: Axes, arms: list[str], theme: Theme, top: float) -> None:
 
 
 def _colour(comparison: Comparison, arm: str, theme: Theme) -> str:
-    return theme.colour(places(comparison.arms)[arm])
+    return theme.colour(series_indices(comparison.arms)[arm])

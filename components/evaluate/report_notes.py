@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from components.evaluate import plots
-from components.evaluate.headline import listed, resolution
+from components.evaluate.headline import join_names, resolution
 from components.evaluate.report_tables import plain
 from components.evaluate.scorers import SCORERS
 from components.records.compare import Comparison
@@ -34,23 +34,28 @@ PACE = (
 
 def by_kind(comparison: Comparison) -> str:
     """Kind with the largest mean gap to the teacher, and the kinds that the table leaves out."""
-    shown = plots.telling(comparison)
-    alike = [
-        f"{plain(kind)} {md.percent(comparison.teacher.per_kind[kind])}%" for kind in comparison.kinds if kind not in shown
+    kinds = plots.differing_kinds(comparison)
+    equal_kinds = [
+        f"{plain(kind)} {md.percent(comparison.teacher.per_kind[kind])}%" for kind in comparison.kinds if kind not in kinds
     ]
-    words = f"Left out are {len(alike)} of {len(comparison.kinds)} kinds, in which all are equal: {listed(alike)}."
-    words = "" if not alike else words if shown else f"All are equal in every kind: {listed(alike)}."
-    scores = {kind: [arm.per_kind[kind] for arm in comparison.arms.values()] for kind in shown}
-    behind = {kind: comparison.teacher.per_kind[kind] - fmean(found) for kind, found in scores.items()}
-    furthest = max(behind, key=behind.__getitem__, default=None)
-    if furthest is None or behind[furthest] <= 0:
-        return words
-    low, high, taught = map(md.percent, (min(scores[furthest]), max(scores[furthest]), comparison.teacher.per_kind[furthest]))
-    theirs = low if low == high else f"{low} to {high}"
-    return f"Arms fall furthest behind the teacher in {plain(furthest)}: it has {taught}%, they have {theirs}%. {words}".strip()
+    text = (
+        f"Left out are {len(equal_kinds)} of {len(comparison.kinds)} kinds, in which all are equal: {join_names(equal_kinds)}."
+    )
+    text = "" if not equal_kinds else text if kinds else f"All are equal in every kind: {join_names(equal_kinds)}."
+    scores = {kind: [arm.per_kind[kind] for arm in comparison.arms.values()] for kind in kinds}
+    gaps = {kind: comparison.teacher.per_kind[kind] - fmean(arm_scores) for kind, arm_scores in scores.items()}
+    worst_kind = max(gaps, key=gaps.__getitem__, default=None)
+    if worst_kind is None or gaps[worst_kind] <= 0:
+        return text
+    low, high = map(md.percent, (min(scores[worst_kind]), max(scores[worst_kind])))
+    arm_range = low if low == high else f"{low} to {high}"
+    teacher_share = md.percent(comparison.teacher.per_kind[worst_kind])
+    return (
+        f"Arms fall furthest behind the teacher in {plain(worst_kind)}: it has {teacher_share}%, they have {arm_range}%. {text}"
+    ).strip()
 
 
-def unlike(comparison: Comparison) -> list[str]:
+def fingerprint_notes(comparison: Comparison) -> list[str]:
     """Sentence for each arm whose fingerprint differs from the teacher's, with the differences."""
     return [
         f"{arm} was measured otherwise than the teacher ({'; '.join(result.differs)}), so its score compares with nothing here."
@@ -59,19 +64,19 @@ def unlike(comparison: Comparison) -> list[str]:
     ]
 
 
-def published_by(comparison: Comparison) -> str:
+def published_source(comparison: Comparison) -> str:
     """Recipe and machine of the published runs, in one or two sentences; empty without any."""
-    found = comparison.published
-    if found is None:
+    published = comparison.published
+    if published is None:
         return ""
-    words = f"Runs of recipe {found.recipe} on {found.machine}."
-    return f"{words} Your params differ from the recipe in {found.differing} values." if found.differing else words
+    text = f"Runs of recipe {published.recipe} on {published.machine}."
+    return f"{text} Your params differ from the recipe in {published.differing} values." if published.differing else text
 
 
 def notes(comparison: Comparison) -> list[str]:
     """Notes on method, measures and limits of the numbers."""
     return [
-        *unlike(comparison),
+        *fingerprint_notes(comparison),
         comparison.method,
         *filter(None, [resolution(comparison)]),
         OTHER_MEASURES,

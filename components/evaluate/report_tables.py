@@ -26,7 +26,7 @@ class Cell:
     strong: bool = False
 
 
-NOTHING = Cell(md.DASH)
+EMPTY = Cell(md.DASH)
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,25 @@ def table(comparison: Comparison) -> list[Line]:
     arms = [comparison.arms[name] for name in comparison.order]
     columns = list(comparison.results.values())
     lines = [
-        Line(name.replace("weights.", "weight of "), [NOTHING, *(_setting(name, arm.settings) for arm in arms)])
+        Line(name.replace("weights.", "weight of "), [EMPTY, *(_setting_cell(name, arm.settings) for arm in arms)])
         for name in arms[0].settings
     ]
-    lines.append(Line("exact match, %", [_estimate(r.exact_match, r.ci95) for r in columns], starts_group=True))
+    lines.append(Line("exact match, %", [_estimate_cell(r.exact_match, r.ci95) for r in columns], starts_group=True))
     if len(set(comparison.kinds.values())) > 1:  # with equal counts the two averages are equal
-        lines.append(Line("average over kinds, %", [_estimate(r.average, r.average_ci95) for r in columns]))
-    lines += [Line(MEASURES[name].title, _measured(name, columns)) for name in comparison.measures]
-    shown = plots.telling(comparison)
+        lines.append(Line("average over kinds, %", [_estimate_cell(r.average, r.average_ci95) for r in columns]))
+    lines += [Line(MEASURES[name].title, _measure_cells(name, columns)) for name in comparison.measures]
+    kinds = plots.differing_kinds(comparison)
     lines += [
-        Line(f"{plain(kind)} ({comparison.kinds[kind]:,})", _of_kind(columns, kind), starts_group=index == 0)
-        for index, kind in enumerate(shown)
+        Line(f"{plain(kind)} ({comparison.kinds[kind]:,})", _kind_cells(columns, kind), starts_group=index == 0)
+        for index, kind in enumerate(kinds)
     ]
     for index, baseline in enumerate(plots.baselines(comparison)):
         gains = [arm.gains.get(baseline) for arm in arms]
-        lines.append(Line(f"gain over {baseline}, points", [NOTHING, *map(gained, gains)], starts_group=index == 0))
-        lines.append(Line("p (Holm)", [NOTHING, *map(_p_value, gains)], belongs_above=True))
-    lines.append(Line("share of the teacher, %", [Cell("100"), *map(_share, arms)], starts_group=True))
-    lines.append(Line("training, s per step", [NOTHING, *map(_pace, arms)], starts_group=True))
-    lines.append(Line("peak memory, MiB", [NOTHING, *(Cell(f"{arm.peak_memory_mib:,.0f}") for arm in arms)]))
+        lines.append(Line(f"gain over {baseline}, points", [EMPTY, *map(gain_cell, gains)], starts_group=index == 0))
+        lines.append(Line("p (Holm)", [EMPTY, *map(_p_value_cell, gains)], belongs_above=True))
+    lines.append(Line("share of the teacher, %", [Cell("100"), *map(_share_cell, arms)], starts_group=True))
+    lines.append(Line("training, s per step", [EMPTY, *map(_pace_cell, arms)], starts_group=True))
+    lines.append(Line("peak memory, MiB", [EMPTY, *(Cell(f"{arm.peak_memory_mib:,.0f}") for arm in arms)]))
     return lines
 
 
@@ -68,31 +68,37 @@ def measures(comparison: Comparison) -> list[Line]:
     """Measures other than exact match, each followed by the arms' differences from every baseline."""
     lines = []
     for name, contrast in comparison.measures.items():
-        measure, best = MEASURES[name], "lower" if MEASURES[name].lower_is_better else "higher"
-        cells = _measured(name, comparison.results.values())
-        lines.append(Line(f"{measure.title} ({best} is better)", cells, starts_group=True))
+        measure, better = MEASURES[name], "lower" if MEASURES[name].lower_is_better else "higher"
+        cells = _measure_cells(name, comparison.results.values())
+        lines.append(Line(f"{measure.title} ({better} is better)", cells, starts_group=True))
         for baseline in plots.baselines(comparison):
-            found = [contrast.gain(arm, baseline) if arm != baseline else None for arm in comparison.order]
-            lines.append(Line(f"minus {baseline}, {measure.unit}", [NOTHING, *(gained(gain, measure) for gain in found)]))
+            measure_gains = [contrast.gain(arm, baseline) if arm != baseline else None for arm in comparison.order]
+            lines.append(
+                Line(f"minus {baseline}, {measure.unit}", [EMPTY, *(gain_cell(gain, measure) for gain in measure_gains)])
+            )
     return lines
 
 
 def small_tables(comparison: Comparison) -> dict[str, Table]:
     """Tables by name: yes/no figures, resolution of the sample, published runs, seeds of each arm."""
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-    closed = [
+    yes_no_rows = [
         [name, *(md.percent(getattr(result.yes_no[OVERALL], figure)) for figure in names)]
         for name, result in comparison.results.items()
         if result.yes_no
     ]
-    if len({tuple(row[1:]) for row in closed}) == 1:
-        closed = [["teacher and all arms", *closed[0][1:]]]
-    tables = {"yes_no": (["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"], closed)} if closed else {}
+    if len({tuple(row[1:]) for row in yes_no_rows}) == 1:
+        yes_no_rows = [["teacher and all arms", *yes_no_rows[0][1:]]]
+    tables = (
+        {"yes_no": (["yes/no questions", "accuracy", "precision", "recall", "F1", "yes ratio"], yes_no_rows)}
+        if yes_no_rows
+        else {}
+    )
     rows = []
-    for name, found in {EXACT_MATCH: comparison.exact_match, **comparison.measures}.items():
-        gaps = (found.noise or None, found.detectable or None, found.spread)  # 0: most pairs answer alike
-        said = [md.DASH if gap is None else MEASURES[name].said(gap) for gap in gaps]
-        rows.append([MEASURES[name].title, MEASURES[name].unit, *said])
+    for name, contrast in {EXACT_MATCH: comparison.exact_match, **comparison.measures}.items():
+        gaps = (contrast.noise or None, contrast.detectable or None, contrast.spread)  # 0: most pairs answer alike
+        gap_cells = [md.DASH if gap is None else MEASURES[name].format(gap) for gap in gaps]
+        rows.append([MEASURES[name].title, MEASURES[name].unit, *gap_cells])
     header = ["measure", "unit", "may be chance below", "seen four times in five", "deviation between seeds"]
     tables["resolution"] = header, rows
     if comparison.published:
@@ -101,73 +107,73 @@ def small_tables(comparison: Comparison) -> dict[str, Table]:
             scores = comparison.published.scores.get(name, [])
             mean = md.percent(fmean(scores)) if scores else md.DASH
             deviation = md.percent(stdev(scores)) if len(scores) > 1 else md.DASH
-            own = _estimate(result.exact_match, result.ci95)
-            rows.append([name, f"{own.value} {own.below}", mean, deviation, f"{len(scores)}"])
+            this_run = _estimate_cell(result.exact_match, result.ci95)
+            rows.append([name, f"{this_run.value} {this_run.below}", mean, deviation, f"{len(scores)}"])
         tables["published"] = ["", "this run, %", "published, mean, %", "deviation between seeds, points", "seeds"], rows
     if comparison.repeated:
         rows = []
         for name, arm in comparison.arms.items():
-            each = ", ".join(f"{run} {md.percent(score)}" for run, score in arm.runs.items())
-            rows.append([name, f"{len(arm.runs)}", each, md.percent(arm.exact_match)])
+            run_scores = ", ".join(f"{run} {md.percent(score)}" for run, score in arm.runs.items())
+            rows.append([name, f"{len(arm.runs)}", run_scores, md.percent(arm.exact_match)])
         tables["seeds"] = ["arm", "runs", "exact match of each, %", "mean, %"], rows
     return tables
 
 
 def pairs(comparison: Comparison) -> list[Line]:
     """Matrix of pairwise differences: line minus column, for each arm and each ranked below it."""
-    found = {(pair.arm, pair.against): pair for pair in comparison.pairs}
-    cells = {arm: [found.get((arm, other)) for other in comparison.order[1:]] for arm in comparison.order[:-1]}
-    return [Line(arm, [gained(pair) if pair else Cell("") for pair in row]) for arm, row in cells.items()]
+    by_pair = {(pair.arm, pair.against): pair for pair in comparison.pairs}
+    cells = {arm: [by_pair.get((arm, other)) for other in comparison.order[1:]] for arm in comparison.order[:-1]}
+    return [Line(arm, [gain_cell(pair) if pair else Cell("") for pair in row]) for arm, row in cells.items()]
 
 
 def plain(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _estimate(value: float, interval: Interval, said: Callable[[float], str] = md.percent, strong: bool = False) -> Cell:
-    low, high = map(said, interval)
-    return Cell(said(value), f"[{low}, {high}]", strong)
+def _estimate_cell(value: float, interval: Interval, fmt: Callable[[float], str] = md.percent, strong: bool = False) -> Cell:
+    low, high = map(fmt, interval)
+    return Cell(fmt(value), f"[{low}, {high}]", strong)
 
 
-def _measured(name: str, columns: Iterable[TeacherResult]) -> list[Cell]:
-    found = (column.measures[name] for column in columns)
-    return [_estimate(one.value, one.ci95, MEASURES[name].said) for one in found]
+def _measure_cells(name: str, columns: Iterable[TeacherResult]) -> list[Cell]:
+    estimates = (column.measures[name] for column in columns)
+    return [_estimate_cell(estimate.value, estimate.ci95, MEASURES[name].format) for estimate in estimates]
 
 
-def _of_kind(columns: list[TeacherResult], kind: str) -> list[Cell]:
+def _kind_cells(columns: list[TeacherResult], kind: str) -> list[Cell]:
     """Exact match, with token F1 below it where the kind has answers of several words."""
     f1 = [column.measures["token_f1"].per_kind[kind] for column in columns]
-    partly = any(abs(value - column.per_kind[kind]) > 5e-4 for value, column in zip(f1, columns, strict=True))
+    show_f1 = any(abs(value - column.per_kind[kind]) > 5e-4 for value, column in zip(f1, columns, strict=True))
     return [
-        Cell(md.percent(column.per_kind[kind]), f"F1 {md.percent(value)}" if partly else "")
+        Cell(md.percent(column.per_kind[kind]), f"F1 {md.percent(value)}" if show_f1 else "")
         for value, column in zip(f1, columns, strict=True)
     ]
 
 
-def gained(gain: Difference | None, measure: Measure = MEASURES[EXACT_MATCH]) -> Cell:
+def gain_cell(gain: Difference | None, measure: Measure = MEASURES[EXACT_MATCH]) -> Cell:
     if gain is None:
-        return NOTHING
-    return _estimate(gain.difference, gain.ci95, measure.difference, gain.larger_than_noise)
+        return EMPTY
+    return _estimate_cell(gain.difference, gain.ci95, measure.format_difference, gain.larger_than_noise)
 
 
-def _p_value(gain: Difference | None) -> Cell:
-    return NOTHING if gain is None else Cell(md.p_value(gain.p_value), f"({md.p_value(gain.p_holm)})")
+def _p_value_cell(gain: Difference | None) -> Cell:
+    return EMPTY if gain is None else Cell(md.p_value(gain.p_value), f"({md.p_value(gain.p_holm)})")
 
 
-def _share(arm: ArmResult) -> Cell:
+def _share_cell(arm: ArmResult) -> Cell:
     if arm.share_of_teacher is None or arm.share_ci95 is None:
-        return NOTHING
-    return _estimate(arm.share_of_teacher, arm.share_ci95)
+        return EMPTY
+    return _estimate_cell(arm.share_of_teacher, arm.share_ci95)
 
 
-def _setting(name: str, settings: Mapping[str, Any]) -> Cell:
+def _setting_cell(name: str, settings: Mapping[str, Any]) -> Cell:
     """Value of a setting; an unset option shows `default` if its term has a weight in the arm, else a dash."""
     value = settings[name]
     if value is None:
-        return Cell("default") if settings.get(f"weights.{name.partition('.')[0]}", 1) else NOTHING
+        return Cell("default") if settings.get(f"weights.{name.partition('.')[0]}", 1) else EMPTY
     return Cell(f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def _pace(arm: ArmResult) -> Cell:
-    said = f"{arm.train_seconds:,.0f}" if arm.train_seconds >= 10 else f"{arm.train_seconds:.1f}"
-    return Cell(f"{arm.step_seconds:.3g}", f"{said} s in all")
+def _pace_cell(arm: ArmResult) -> Cell:
+    total = f"{arm.train_seconds:,.0f}" if arm.train_seconds >= 10 else f"{arm.train_seconds:.1f}"
+    return Cell(f"{arm.step_seconds:.3g}", f"{total} s in all")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from unicodedata import normalize
 
-from components.evaluate.metrics import folded, matches
+from components.evaluate.metrics import fold_case, matches
 from components.records.evaluate import Prediction
 
 ANLS_THRESHOLD = 0.5
@@ -34,11 +34,11 @@ OPTION = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s+(.+?)(?=\s+\(?[A-Z][.):]\s|\s*\n
 class Scorer:
     title: str
     note: str  # scoring rule, for the report
-    worth: Callable[[Prediction], float]  # score of an answer, 0..1
+    score: Callable[[Prediction], float]  # score of an answer, 0..1
 
 
-def mean(scorer: str, predicted: Sequence[Prediction]) -> float:
-    return fmean(SCORERS[scorer].worth(p) for p in predicted)
+def mean(scorer: str, predictions: Sequence[Prediction]) -> float:
+    return fmean(SCORERS[scorer].score(p) for p in predictions)
 
 
 def choice(prediction: Prediction) -> float:
@@ -46,8 +46,8 @@ def choice(prediction: Prediction) -> float:
     options = dict(OPTION.findall(prediction.question))
     if len(options) < 2:
         return float(matches(prediction.answer, prediction.reference))
-    right = letter_vlmeval(prediction.reference, options)
-    return float(right is not None and letter_vlmeval(prediction.answer, options) == right)
+    correct = letter_vlmeval(prediction.reference, options)
+    return float(correct is not None and letter_vlmeval(prediction.answer, options) == correct)
 
 
 def anls(answer: str, reference: str) -> float:
@@ -56,13 +56,13 @@ def anls(answer: str, reference: str) -> float:
     Biten et al., Scene Text Visual Question Answering, ICCV 2019, equation 1: NL is the edit distance over the longer length.
     VLMEvalKit keeps a similarity of exactly 0.5, which the equation sets to 0; here the equation holds.
     """
-    said, wanted = _spaced(answer), _spaced(reference)
-    longest = max(len(said), len(wanted))
-    if not longest:
+    prediction, target = _normalise_space(answer), _normalise_space(reference)
+    max_length = max(len(prediction), len(target))
+    if not max_length:
         return 1.0
-    if abs(len(said) - len(wanted)) >= ANLS_THRESHOLD * longest:
+    if abs(len(prediction) - len(target)) >= ANLS_THRESHOLD * max_length:
         return 0.0  # lower bound from the lengths alone: skips the quadratic distance for an answer of 100 kB
-    distance = edit_distance(said, wanted) / longest
+    distance = edit_distance(prediction, target) / max_length
     return 1 - distance if distance < ANLS_THRESHOLD else 0.0
 
 
@@ -71,10 +71,10 @@ def relaxed(answer: str, reference: str) -> float:
 
     A percentage counts as its hundredth; 0 has no relative error, so it is compared as text (Pix2Struct's evaluator).
     """
-    said, true = _number(answer.strip()), _number(reference)
-    if said is not None and true:
-        return float(abs(said - true) / abs(true) <= RELAXED_TOLERANCE)
-    return float(folded(answer.strip()) == folded(reference))
+    prediction, target = _number(answer.strip()), _number(reference)
+    if prediction is not None and target:
+        return float(abs(prediction - target) / abs(target) <= RELAXED_TOLERANCE)
+    return float(fold_case(answer.strip()) == fold_case(reference))
 
 
 def letter_vlmeval(answer: str, options: Mapping[str, str]) -> str | None:
@@ -86,26 +86,26 @@ def letter_vlmeval(answer: str, options: Mapping[str, str]) -> str | None:
     if any(phrase in answer for phrase in REFUSALS):
         return None
     words = answer.translate(SEPARATORS).split()
-    named = [letter for letter in options if letter in words]
-    if len(named) == 1 and words.index(named[0]) > len(words) - WORDS_AFTER:
-        return named[0]
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) > len(words) - WORDS_AFTER:
+        return letters[0]
     if len(answer) > 2 * sum(len(text) for text in options.values()):
         return None
     quoted = [letter for letter, text in options.items() if text.lower() in answer.lower()]
     return quoted[0] if len(quoted) == 1 else None
 
 
-def edit_distance(one: str, other: str) -> int:
+def edit_distance(first: str, second: str) -> int:
     """Levenshtein distance: insertions, deletions and substitutions."""
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(one, 1):
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
         diagonal, row[0] = row[0], i
-        for j, b in enumerate(other, 1):
+        for j, b in enumerate(second, 1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
     return row[-1]
 
 
-def _spaced(text: str) -> str:
+def _normalise_space(text: str) -> str:
     return " ".join(normalize("NFC", text).lower().split())
 
 

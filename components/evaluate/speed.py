@@ -20,7 +20,7 @@ from components.records.paths import DATASET, REPORTS, ROWS
 from components.records.record import Record
 
 SPEED = REPORTS / "speed.json"
-ALONE = 20  # questions answered one at a time, for the time to the first token
+SINGLE_QUESTIONS = 20  # questions answered one at a time, for the time to the first token
 
 
 class Speed(Record):
@@ -44,31 +44,31 @@ def measure(models: Iterable[tuple[str, Path]], settings: Settings, device: torc
     """Speed of each model on the first `evaluate.batch_size` questions of the evaluated split, after one warm-up question."""
     samples = Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)[: settings.evaluate.batch_size]
-    found = {}
+    speeds = {}
     for name, path in tqdm(list(models), desc="speed", unit="model"):
-        found[name] = _one(load(path, device), samples, rows, settings)
-    return SpeedReport(questions=len(rows), models=found)
+        speeds[name] = _measure_model(load(path, device), samples, rows, settings)
+    return SpeedReport(questions=len(rows), models=speeds)
 
 
-def _one(loaded: Loaded, samples: Samples, rows: Sequence[int], settings: Settings) -> Speed:
+def _measure_model(loaded: Loaded, samples: Samples, rows: Sequence[int], settings: Settings) -> Speed:
     template = Template.from_settings(settings.models.template)
     device = loaded.model.device
 
-    def answers(these: Sequence[int], tokens: int) -> tuple[list[str], float]:
-        asked = settings.evaluate.model_copy(update={"max_new_tokens": tokens})
+    def answers(batch_rows: Sequence[int], tokens: int) -> tuple[list[str], float]:
+        evaluate_settings = settings.evaluate.model_copy(update={"max_new_tokens": tokens})
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        said = generate.answers(loaded, samples, these, template, settings.models.max_length, asked, "")
-        return said, time.perf_counter() - start
+        texts = generate.answers(loaded, samples, batch_rows, template, settings.models.max_length, evaluate_settings, "")
+        return texts, time.perf_counter() - start
 
     answers(rows[:1], 1)
-    said, seconds = answers(rows, settings.evaluate.max_new_tokens)
-    written = loaded.processor.tokenizer(said, add_special_tokens=False).input_ids
+    texts, seconds = answers(rows, settings.evaluate.max_new_tokens)
+    token_ids = loaded.processor.tokenizer(texts, add_special_tokens=False).input_ids
     return Speed(
         device=device.type,
-        tokens_per_second=sum(len(tokens) + 1 for tokens in written) / seconds,  # plus the EOS of each answer
-        first_token_ms=1000 * median(answers([row], 1)[1] for row in rows[:ALONE]),
+        tokens_per_second=sum(len(tokens) + 1 for tokens in token_ids) / seconds,  # plus the EOS of each answer
+        first_token_ms=1000 * median(answers([row], 1)[1] for row in rows[:SINGLE_QUESTIONS]),
         memory_mib=peak_mib(loaded.model, lambda: answers(rows, settings.evaluate.max_new_tokens)),
         parameters=sum(p.numel() for p in loaded.model.parameters()),
     )

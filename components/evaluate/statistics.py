@@ -27,7 +27,7 @@ BLOCK = 250  # resamples per block: bounds memory to BLOCK x images
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoreArrays:
     """Scores of A arms on K kinds of questions, as observed or (with a leading axis B) as resampled."""
 
     overall: NDArray[np.float64]  # (..., A) over all samples
@@ -42,7 +42,7 @@ def bootstrap(
     resamples: int,
     seed: int,
     weights: ArrayLike | None = None,
-) -> tuple[Scored, Scored]:
+) -> tuple[ScoreArrays, ScoreArrays]:
     """Scores, sum of values over sum of weights, as observed and on `resamples` draws of the images.
 
     Args:
@@ -54,21 +54,21 @@ def bootstrap(
     Raises:
         DataError: fewer than two images, so nothing to resample.
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    each = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
-    sums, counts = (_per_image(part, np.asarray(images), np.asarray(kinds)) for part in (numbers, each))
-    total = len(counts)
-    if total < 2:
-        raise DataError(f"intervals need samples about two or more images, not {total}; score a larger split")
-    random = np.random.default_rng(seed)
+    value_array = np.asarray(values, dtype=np.float64)
+    weight_array = np.ones_like(value_array) if weights is None else np.asarray(weights, dtype=np.float64)
+    sums, counts = (_per_image(part, np.asarray(images), np.asarray(kinds)) for part in (value_array, weight_array))
+    n_images = len(counts)
+    if n_images < 2:
+        raise DataError(f"intervals need samples about two or more images, not {n_images}; score a larger split")
+    rng = np.random.default_rng(seed)
     blocks = [
-        _score(random.multinomial(total, np.full(total, 1 / total), size=min(BLOCK, resamples - done)), sums, counts)
-        for done in range(0, resamples, BLOCK)
+        _score(rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=min(BLOCK, resamples - start)), sums, counts)
+        for start in range(0, resamples, BLOCK)
     ]
-    observed = _score(np.ones((1, total)), sums, counts)
+    observed = _score(np.ones((1, n_images)), sums, counts)
     return (
-        Scored(observed.overall[0], observed.average[0], observed.per_kind[0]),
-        Scored(*(np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(Scored))),
+        ScoreArrays(observed.overall[0], observed.average[0], observed.per_kind[0]),
+        ScoreArrays(*(np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(ScoreArrays))),
     )
 
 
@@ -96,41 +96,43 @@ def holm(p_values: list[float]) -> list[float]:
     return [float(p) for p in np.minimum(adjusted, 1.0)]
 
 
-def over_seeds(observed: Scored, resampled: Scored, runs: Sequence[Sequence[int]], seed: int) -> tuple[Scored, Scored]:
+def average_over_seeds(
+    observed: ScoreArrays, resampled: ScoreArrays, runs: Sequence[Sequence[int]], seed: int
+) -> tuple[ScoreArrays, ScoreArrays]:
     """Scores of arms from those of their runs, which differ only in seed: means, and draws with the seed error.
 
     Args:
         runs: indices of each arm's runs. The first arm is the teacher, which is fixed and has no seed error.
     """
-    freedom = sum(len(these) - 1 for these in runs)
-    mean, drawn = (_averaged(scored, runs) for scored in (observed, resampled))
-    if not freedom:
-        return mean, drawn
-    random, resamples = np.random.default_rng(seed), len(resampled.overall)
-    share = np.array([0.0, *(len(these) ** -0.5 for these in runs[1:])])
-    scale = np.sqrt(freedom / random.chisquare(freedom, size=(resamples, 1)))
-    error = scale * share * random.standard_normal((resamples, len(runs)))
-    overall, average, per_kind = (between_seeds(getattr(observed, f.name), runs) for f in fields(Scored))
-    return mean, Scored(
-        drawn.overall + error * overall, drawn.average + error * average, drawn.per_kind + error[..., None] * per_kind
+    degrees = sum(len(arm_runs) - 1 for arm_runs in runs)
+    mean, draws = (_averaged(scored, runs) for scored in (observed, resampled))
+    if not degrees:
+        return mean, draws
+    rng, resamples = np.random.default_rng(seed), len(resampled.overall)
+    share = np.array([0.0, *(len(arm_runs) ** -0.5 for arm_runs in runs[1:])])
+    scale = np.sqrt(degrees / rng.chisquare(degrees, size=(resamples, 1)))
+    error = scale * share * rng.standard_normal((resamples, len(runs)))
+    overall, average, per_kind = (seed_deviation(getattr(observed, f.name), runs) for f in fields(ScoreArrays))
+    return mean, ScoreArrays(
+        draws.overall + error * overall, draws.average + error * average, draws.per_kind + error[..., None] * per_kind
     )
 
 
-def between_seeds(scores: NDArray[np.float64], runs: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+def seed_deviation(scores: NDArray[np.float64], runs: Sequence[Sequence[int]]) -> NDArray[np.float64]:
     """Standard deviation between runs of one arm, pooled over arms, from all runs' scores (R, ...); NaN without repeats."""
-    freedom = sum(len(these) - 1 for these in runs)
-    squares = sum(((scores[list(these)] - scores[list(these)].mean(0)) ** 2).sum(0) for these in runs)
-    return np.sqrt(np.divide(squares, freedom)) if freedom else np.full(scores.shape[1:], np.nan)
+    degrees = sum(len(arm_runs) - 1 for arm_runs in runs)
+    squares = sum(((scores[list(arm_runs)] - scores[list(arm_runs)].mean(0)) ** 2).sum(0) for arm_runs in runs)
+    return np.sqrt(np.divide(squares, degrees)) if degrees else np.full(scores.shape[1:], np.nan)
 
 
-def _averaged(scored: Scored, runs: Sequence[Sequence[int]]) -> Scored:
+def _averaged(scored: ScoreArrays, runs: Sequence[Sequence[int]]) -> ScoreArrays:
     def mean(scores: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        return np.stack([scores.take(these, axis).mean(axis) for these in runs], axis)
+        return np.stack([scores.take(arm_runs, axis).mean(axis) for arm_runs in runs], axis)
 
-    return Scored(mean(scored.overall, -1), mean(scored.average, -1), mean(scored.per_kind, -2))
+    return ScoreArrays(mean(scored.overall, -1), mean(scored.average, -1), mean(scored.per_kind, -2))
 
 
-def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
+def mcnemar(correct: ArrayLike, other_correct: ArrayLike) -> float:
     """McNemar's exact two-sided p value from each arm's correctness per question, (N,) bool (McNemar, 1947).
 
     Only discordant questions count, each a fair coin under the null hypothesis. Questions are assumed independent: use it where
@@ -138,9 +140,9 @@ def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
     """
     from scipy.stats import binomtest
 
-    first, second = np.asarray(one, dtype=bool), np.asarray(other, dtype=bool)
-    alone = int((first & ~second).sum()), int((second & ~first).sum())
-    return float(binomtest(min(alone), sum(alone)).pvalue) if any(alone) else 1.0
+    first, second = np.asarray(correct, dtype=bool), np.asarray(other_correct, dtype=bool)
+    discordant = int((first & ~second).sum()), int((second & ~first).sum())
+    return float(binomtest(min(discordant), sum(discordant)).pvalue) if any(discordant) else 1.0
 
 
 def noise(differences: NDArray[np.float64], confidence: float) -> float:
@@ -174,8 +176,8 @@ def _per_image(values: NDArray[np.float64], images: NDArray[np.int_], kinds: NDA
     return np.stack(sums, axis=1)
 
 
-def _score(draws: NDArray[Any], sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Scored:
+def _score(draws: NDArray[Any], sums: NDArray[np.float64], counts: NDArray[np.float64]) -> ScoreArrays:
     """Scores with image x counted `draws[b, x]` times. Sums of right answers are sums of integers, hence exact."""
     total, count = ((draws @ part.reshape(len(part), -1)).reshape(len(draws), *part.shape[1:]) for part in (sums, counts))
     per_kind = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-    return Scored(total.sum(-1) / count.sum(-1), np.nanmean(per_kind, axis=-1), per_kind)
+    return ScoreArrays(total.sum(-1) / count.sum(-1), np.nanmean(per_kind, axis=-1), per_kind)

@@ -34,16 +34,18 @@ class Theme:
         return ("-", "--", ":", "-.")[index // len(self.series) % 4]
 
 
-def places(arms: Iterable[str]) -> dict[str, int]:
+def series_indices(arms: Iterable[str]) -> dict[str, int]:
     """Arm -> index in `series`, by a hash of its name, so that all reports use one colour per arm. On a collision the next
     free index; once all are taken, a colour again with another dash."""
-    taken: dict[str, int] = {}
-    others = len(LIGHT.series) - len(SHIPPED)
+    indices: dict[str, int] = {}
+    slots = len(LIGHT.series) - len(SHIPPED)
     for arm in arms:
-        at = zlib.crc32(arm.encode()) % others
-        free = (len(SHIPPED) + (at + n) % others + n // others * len(LIGHT.series) for n in count())
-        taken[arm] = SHIPPED.index(arm) if arm in SHIPPED else next(place for place in free if place not in taken.values())
-    return taken
+        start = zlib.crc32(arm.encode()) % slots
+        candidates = (len(SHIPPED) + (start + n) % slots + n // slots * len(LIGHT.series) for n in count())
+        indices[arm] = (
+            SHIPPED.index(arm) if arm in SHIPPED else next(index for index in candidates if index not in indices.values())
+        )
+    return indices
 
 
 LIGHT = Theme(
@@ -72,7 +74,7 @@ DARK = Theme(
 )
 
 
-def draw(plot: Callable[..., Figure], *subject: Any, theme: Theme = LIGHT) -> bytes:
+def draw(plot: Callable[..., Figure], *args: Any, theme: Theme = LIGHT) -> bytes:
     """PNG bytes of `plot(*subject, theme)`."""
     style: Any = {
         "figure.facecolor": theme.paper,
@@ -104,5 +106,5 @@ def draw(plot: Callable[..., Figure], *subject: Any, theme: Theme = LIGHT) -> by
     }
     with rc_context(style):
         buffer = io.BytesIO()
-        plot(*subject, theme).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        plot(*args, theme).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

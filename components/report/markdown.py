@@ -25,8 +25,8 @@ def percent(share: float) -> str:
 
 def signed(value: float, decimals: int = 1) -> str:
     """Signed number with a true minus (U+2212), and no sign on a rounded zero."""
-    said = f"{value:+.{decimals}f}"
-    return said.replace("-", "\N{MINUS SIGN}") if float(said) else said[1:]
+    text = f"{value:+.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
 
 
 def p_value(p: float) -> str:

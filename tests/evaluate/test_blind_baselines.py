@@ -116,7 +116,7 @@ def test_a_model_that_looks_loses_without_its_image(workplace: Path) -> None:
     html = (REPORTS / "controls.html").read_text()
     assert all(
         f"<td>{cell}</td>" in html
-        for shown in (blind_baselines.scores, blind_baselines.needs)
+        for shown in (blind_baselines.score_table, blind_baselines.need_table)
         for row in shown(found)[1]
         for cell in row[1:]
     )

@@ -15,7 +15,7 @@ from components import io
 from components.config.evaluate import EvaluateSettings
 from components.config.study import Arm
 from components.errors import DataError
-from components.evaluate.compare import compare, runs_of
+from components.evaluate.compare import compare, runs_by_arm
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import leading
 from components.evaluate.likelihood import kl_per_token, nats_per_token
@@ -306,7 +306,7 @@ def repeated(arms: Iterable[str], of: str) -> dict[str, Arm]:
 def test_arms_that_differ_in_their_seed_alone_are_one_arm(outcomes: Outcomes, comparison: Comparison) -> None:
     study = repeated(["kd", "kd_tpa"], of="sft")
     alone = {arm: [arm] for arm in ("kd_uniform", "kd_iva", "align_ti")}
-    assert runs_of(study, ARMS) == {"sft": ["sft", "kd", "kd_tpa"], **alone}
+    assert runs_by_arm(study, ARMS) == {"sft": ["sft", "kd", "kd_tpa"], **alone}
     found = compare(outcomes, SETTINGS, study)
     assert sorted(found.order) == sorted(["sft", "kd_uniform", "kd_iva", "align_ti"]) and len(found.pairs) == 6
     sft = found.arms["sft"]

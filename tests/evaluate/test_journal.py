@@ -41,9 +41,9 @@ def test_wherever_the_file_is_cut_whole_lines_are_kept_and_writing_goes_on(
     for batch in batches[:whole]:
         expected |= batch
     again = Journal(path)
-    assert again.known == expected
+    assert again.answers == expected
     again.add({"more": "\u2028 line\nbreaks"})
-    assert Journal(path).known == expected | {"more": "\u2028 line\nbreaks"}
+    assert Journal(path).answers == expected | {"more": "\u2028 line\nbreaks"}
 
 
 def test_only_what_was_not_answered_is_generated(
@@ -66,7 +66,7 @@ def test_only_what_was_not_answered_is_generated(
     path = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
         answers(loaded, samples, rows, Template(""), 64, asked, "tests", Journal(path))
-    assert len(Journal(path).known) == 15
+    assert len(Journal(path).answers) == 15
     resumed = answers(loaded, samples, rows, Template(""), 64, asked, "tests", Journal(path))
     assert resumed == whole
     assert calls == 4 + 4  # 32 questions are 7 batches: three done, one killed, four to go

@@ -15,11 +15,11 @@ from components.evaluate.leaderboard import (
     Leaderboard,
     build,
     cells,
-    halves,
     markdown,
     page,
     read_published,
     relative_gain,
+    sections,
     write,
 )
 from components.evaluate.load_results import read
@@ -146,7 +146,7 @@ def test_every_format_holds_every_row(board: Leaderboard) -> None:
     lines = list(csv.DictReader(paths[1].open()))
     assert [line["name"] for line in lines] == [row.name for row in board.rows]
     assert lines[0]["memory_mib"] == lines[-1]["own"] == ""
-    (ours, _, mine), (_, header, others) = halves(board)
+    (ours, _, mine), (_, header, others) = sections(board)
     assert board.own_questions in ours and (len(mine), len(others)) == (1 + len(ARMS), 18)
     assert "exact match, %" not in header and "average" in header, "a half has no column that it leaves empty"
     html = page(board)

@@ -26,13 +26,13 @@ from components.evaluate import dvc_files, plots, published_runs
 from components.evaluate.headline import headline
 from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import MEASURES
-from components.evaluate.report import BESIDE, Picture, disagreements, html, markdown
+from components.evaluate.report import OTHER_PAGES, Picture, disagreements, html, markdown
 from components.evaluate.report_notes import by_kind
 from components.evaluate.report_tables import table
 from components.records.compare import Comparison, PublishedRuns
 from components.records.irs import LayerChoice
 from components.records.paths import IRS
-from components.report.figures import LIGHT, draw, places
+from components.report.figures import LIGHT, draw, series_indices
 from components.report.markdown import DASH
 from components.report.pages import data_uri, thumbnail
 from tests.evaluate.study import write_study
@@ -125,7 +125,7 @@ def test_the_page_fetches_nothing(finished: Finished) -> None:
         assert head in ("data:image/png", "data:image/jpeg")
         Image.open(io.BytesIO(base64.b64decode(content))).load()
     assert found.links
-    beside = {f"{command}.html" for command in BESIDE}
+    beside = {f"{command}.html" for command in OTHER_PAGES}
     assert {link.removeprefix("#") for link in found.links} - beside <= found.ids and beside <= set(found.links)
 
 
@@ -275,7 +275,7 @@ def test_kinds_in_which_all_are_equal_are_left_out_and_the_hardest_is_named(fini
     }
     teacher = finished.comparison.teacher.model_copy(update={"per_kind": {**kinds, "sum": 0.9}})
     shown = finished.comparison.model_copy(update={"teacher": teacher, "arms": arms})
-    assert plots.telling(shown) == ["sum", "where"]
+    assert plots.differing_kinds(shown) == ["sum", "where"]
     said = by_kind(shown)
     assert said.startswith(
         "Arms fall furthest behind the teacher in sum: it has 90.0%, they have 40.0 to 50.0%. Left out are 7 of"
@@ -289,9 +289,9 @@ def test_kinds_in_which_all_are_equal_are_left_out_and_the_hardest_is_named(fini
 
 def test_an_arm_has_one_colour_in_all_reports() -> None:
     names = ["sft", "mine", "kd", "theirs", *map(str, range(40))]
-    together = places(names)
+    together = series_indices(names)
     assert len(set(together.values())) == len(names)
-    assert all(places([name])[name] == together[name] for name in names[:4])
+    assert all(series_indices([name])[name] == together[name] for name in names[:4])
 
 
 def test_where_nobody_answers_right_the_report_says_so(finished: Finished) -> None:
@@ -366,7 +366,7 @@ def test_the_report_shows_the_other_measures_with_their_paired_differences(finis
     text = markdown(finished.comparison)
     for name, contrast in finished.comparison.measures.items():
         for arm in finished.comparison.order:
-            assert MEASURES[name].said(finished.comparison.arms[arm].measures[name].value) in text
+            assert MEASURES[name].format(finished.comparison.arms[arm].measures[name].value) in text
         gain = contrast.gain("align_ti", "sft")
         assert gain is not None and f"{MEASURES[name].difference(gain.difference)}" in text
     assert "KL from the teacher" in page((finished.root / "reports/report.html").read_text(encoding="utf-8")).text

@@ -43,7 +43,7 @@ def said(answer: str, reference: str, question: str = LINES) -> Prediction:
     ],
 )
 def test_what_an_answer_is_worth(scorer: str, prediction: Prediction, worth: float) -> None:
-    assert scorers.SCORERS[scorer].worth(prediction) == pytest.approx(worth)
+    assert scorers.SCORERS[scorer].score(prediction) == pytest.approx(worth)
 
 
 def test_a_chosen_scorer_has_intervals_and_none_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

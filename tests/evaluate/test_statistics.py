@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from components.errors import DataError
 from components.evaluate.statistics import (
-    Scored,
-    between_seeds,
+    ScoreArrays,
+    average_over_seeds,
     bootstrap,
     detectable,
     holm,
@@ -18,8 +18,8 @@ from components.evaluate.statistics import (
     mcnemar,
     noise,
     noise_unpaired,
-    over_seeds,
     p_value,
+    seed_deviation,
 )
 
 IMAGES, PER_IMAGE = 80, 4
@@ -171,9 +171,9 @@ def test_noise_of_two_published_scores() -> None:
     assert noise_unpaired(0.6, 12_578, 0.95) == pytest.approx(0.0121, abs=1e-4)
 
 
-def scored(overall: NDArray[np.float64]) -> Scored:
+def scored(overall: NDArray[np.float64]) -> ScoreArrays:
     """The same as score overall, as average, and of the one kind."""
-    return Scored(overall, overall, overall[..., None])
+    return ScoreArrays(overall, overall, overall[..., None])
 
 
 def test_ratios_are_of_sums_and_not_means_of_ratios() -> None:
@@ -189,7 +189,7 @@ def test_two_seeds_give_the_interval_of_students_t() -> None:
     runs = [[0], *([i, i + 1] for i in range(1, 13, 2))]
     scores = np.array([0.9, *np.tile([0.49, 0.51], 6)])  # within an arm a standard deviation of 0.02 / sqrt 2
     draws = np.random.default_rng(5).normal(scores, 1e-6, (40_000, 13))
-    observed, resampled = over_seeds(scored(scores), scored(draws), runs, seed=1)
+    observed, resampled = average_over_seeds(scored(scores), scored(draws), runs, seed=1)
     assert observed.overall == pytest.approx([0.9, *[0.5] * 6])
     expected = 2 * 2.447 * (0.02 / 2**0.5) / 2**0.5
     for values in (resampled.overall[:, 1], resampled.average[:, 3], resampled.per_kind[:, 6, 0]):
@@ -200,16 +200,16 @@ def test_two_seeds_give_the_interval_of_students_t() -> None:
 
 def test_one_seed_each_leaves_the_draws_as_they_are() -> None:
     draws = np.random.default_rng(5).normal([0.9, 0.5, 0.6], 0.01, (100, 3))
-    _, resampled = over_seeds(scored(draws[0]), scored(draws), [[0], [1], [2]], seed=1)
+    _, resampled = average_over_seeds(scored(draws[0]), scored(draws), [[0], [1], [2]], seed=1)
     np.testing.assert_array_equal(resampled.overall, draws)
-    assert np.isnan(between_seeds(draws[0], [[0], [1], [2]]))
+    assert np.isnan(seed_deviation(draws[0], [[0], [1], [2]]))
 
 
 def test_seeds_cover_the_truth_about_as_often_as_their_interval_says() -> None:
     random, runs, covered = np.random.default_rng(6), [[0], [1, 2], [3, 4]], 0
     for trial in range(300):
         scores = random.normal([0.9, 0.5, 0.5, 0.6, 0.6], 0.01)
-        _, resampled = over_seeds(scored(scores), scored(np.tile(scores, (2000, 1))), runs, seed=trial)
+        _, resampled = average_over_seeds(scored(scores), scored(np.tile(scores, (2000, 1))), runs, seed=trial)
         low, high = interval(resampled.overall[:, 2] - resampled.overall[:, 1], 0.95)
         covered += low <= 0.1 <= high
     assert 0.91 <= covered / 300 <= 0.98

@@ -24,7 +24,7 @@ class Endpoint(NamedTuple):
     system: str = ""  # for chat templates with a system role; that of `style: vicuna` has it built in
 
 
-class Refused(Exception):
+class RequestRejected(Exception):
     """Request rejected by the server, or a malformed response; the message holds the server's text."""
 
 
@@ -41,13 +41,13 @@ def ask(endpoint: Endpoint, parts: Sequence[str | bytes], max_new_tokens: int, t
     headers = {"Content-Type": "application/json"}
     if KEY in os.environ:
         headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    status, told = _exchange(Request(f"{endpoint.url}/v1/chat/completions", json.dumps(body).encode(), headers), timeout_s)
+    status, response = _exchange(Request(f"{endpoint.url}/v1/chat/completions", json.dumps(body).encode(), headers), timeout_s)
     if status != 200:
-        raise Refused(f"HTTP {status}: {told[:500].decode(errors='replace')}")
+        raise RequestRejected(f"HTTP {status}: {response[:500].decode(errors='replace')}")
     try:
-        return str(json.loads(told)["choices"][0]["message"].get("content") or "").strip()
+        return str(json.loads(response)["choices"][0]["message"].get("content") or "").strip()
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Refused(f"an answer of another shape: {type(error).__name__}: {error}") from None
+        raise RequestRejected(f"an answer of another shape: {type(error).__name__}: {error}") from None
 
 
 def healthy(url: str) -> bool:

@@ -25,7 +25,7 @@ from components.models.template import IMAGE, with_marks
 
 Form = Literal["mcq", "yes_no", "vqa"]
 LETTERS = string.ascii_uppercase
-TURN = 10**6  # index offset: the kit treats rows equal modulo it as one question with rotated options
+ROTATION_OFFSET = 10**6  # index offset: the kit treats rows equal modulo it as one question with rotated options
 
 
 class KitSet(NamedTuple):
@@ -51,10 +51,10 @@ def sets(samples: Sequence[Sample], rows: Sequence[int]) -> list[KitSet]:
         sample = samples[row]
         if sample.upto(1).images:
             kinds[sample.kind].append(row)
-    found: dict[Form, list[int]] = defaultdict(list)
-    for of_kind in kinds.values():
-        found[_form([samples[row] for row in of_kind])] += of_kind
-    return [KitSet(form, sorted(found[form])) for form in ("mcq", "yes_no", "vqa") if found[form]]
+    rows_by_form: dict[Form, list[int]] = defaultdict(list)
+    for kind_rows in kinds.values():
+        rows_by_form[_form([samples[row] for row in kind_rows])] += kind_rows
+    return [KitSet(form, sorted(rows_by_form[form])) for form in ("mcq", "yes_no", "vqa") if rows_by_form[form]]
 
 
 def options(samples: Sequence[Sample]) -> list[str]:
@@ -68,23 +68,23 @@ def _form(samples: Sequence[Sample]) -> Form:
         return "yes_no"
     if not 2 <= len(references) <= len(LETTERS) or any(len(s.turns[0].answer.split("\n")) > 1 for s in samples):
         return "vqa"
-    among_words = any(
+    inline_image = any(
         IMAGE in with_marks(sample.turns[0].question) for sample in samples
     )  # the kit's prompts drop the position
-    return "vqa" if among_words or any(a in b for a in references for b in references if a != b) else "mcq"
+    return "vqa" if inline_image or any(a in b for a in references for b in references if a != b) else "mcq"
 
 
-def write(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int, turned: bool = False) -> Path:
+def write(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int, rotations: bool = False) -> Path:
     """Write the TSV at `path`. `category` is the kind; questions are as in training, without the options.
 
-    `turned`: a row for each rotation of a question's options. Circular evaluation: a question counts as right only if it is
+    `rotations`: a row for each rotation of a question's options. Circular evaluation: a question counts as right only if it is
     answered right in every rotation (Liu et al., MMBench, ECCV 2024).
     """
     if kit_set.form == "mcq":
         rows = [
-            _choice(row + turn * TURN, samples[row], [*drawn[turn:], *drawn[:turn]])
-            for row, drawn in _ordered(kit_set.rows, samples, seed).items()
-            for turn in range(len(drawn) if turned else 1)
+            _choice(row + shift * ROTATION_OFFSET, samples[row], [*options[shift:], *options[:shift]])
+            for row, options in _shuffled_options(kit_set.rows, samples, seed).items()
+            for shift in range(len(options) if rotations else 1)
         ]
     else:
         rows = [_row(row, samples[row]) | {"answer": samples[row].turns[0].answer} for row in kit_set.rows]
@@ -93,23 +93,23 @@ def write(kit_set: KitSet, samples: Sequence[Sample], path: Path, seed: int, tur
     return write_table(path, rows, delimiter="\t")
 
 
-def _ordered(rows: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[int, list[str]]:
+def _shuffled_options(rows: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[int, list[str]]:
     """Row -> options of its kind, shuffled by `seed` and the sample's id."""
     kinds: dict[str, list[Sample]] = defaultdict(list)
     for row in rows:
         kinds[samples[row].kind].append(samples[row])
-    offered = {kind: options(found) for kind, found in kinds.items()}
+    offered = {kind: options(kind_samples) for kind, kind_samples in kinds.items()}
     ordered = {}
     for row in rows:
-        own = offered[samples[row].kind]
-        stream = np.random.default_rng(zlib.crc32(f"{seed} {samples[row].id}".encode()))
-        ordered[row] = [own[place] for place in stream.permutation(len(own))]
+        kind_options = offered[samples[row].kind]
+        rng = np.random.default_rng(zlib.crc32(f"{seed} {samples[row].id}".encode()))
+        ordered[row] = [kind_options[index] for index in rng.permutation(len(kind_options))]
     return ordered
 
 
 def _choice(index: int, sample: Sample, offered: Sequence[str]) -> dict[str, object]:
-    right = LETTERS[offered.index(normalise(sample.turns[0].answer))]
-    return _row(index, sample) | dict(zip(LETTERS, offered, strict=False)) | {"answer": right}
+    letter = LETTERS[offered.index(normalise(sample.turns[0].answer))]
+    return _row(index, sample) | dict(zip(LETTERS, offered, strict=False)) | {"answer": letter}
 
 
 def _row(index: int, sample: Sample) -> dict[str, object]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from components.errors import DataError, InputError
 from components.evaluate.journal import Journal
-from components.evaluate.kits.scores import Measured
+from components.evaluate.kits.scores import KitResult
 from components.io import write_text
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def evaluate(
     journal: Path,
     title: str = "lm-eval",
     system: str = "",
-) -> Measured:
+) -> KitResult:
     """Score the complete checkpoint folder `model` with the installed lm-eval; figures are named `task/metric`.
 
     Args:
@@ -67,15 +67,15 @@ def evaluate(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
-    absent = [folder for folder in folders.values() if not folder.is_dir()]
-    if absent:
-        raise DataError(f"{absent[0]}: no such folder")
-    moved = [_with_local_data(name, manager, folder, journal.parent) for name, folder in folders.items()]
+    missing = [folder for folder in folders.values() if not folder.is_dir()]
+    if missing:
+        raise DataError(f"{missing[0]}: no such folder")
+    local_tasks = [_with_local_data(name, manager, folder, journal.parent) for name, folder in folders.items()]
     student = _student(model, device, batch_size, journal, title)
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=student,
-            tasks=[*tasks, *(name for name in names if name not in folders), *moved],
+            tasks=[*tasks, *(name for name in names if name not in folders), *local_tasks],
             task_manager=manager,
             apply_chat_template=True,
             system_instruction=system or None,
@@ -86,15 +86,15 @@ def evaluate(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(f"lm-eval on {model}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    logged = found["samples"].get(QUESTIONS, [])
+    logged = results["samples"].get(QUESTIONS, [])
     figures = {
         f"{task}{f' (data: {folders[task]})' if task in folders else ''}/{name.removesuffix(',none')}": float(value)
-        for task, figures in found["results"].items()
+        for task, figures in results["results"].items()
         if task != QUESTIONS
         for name, value in figures.items()
         if isinstance(value, (int, float)) and "stderr" not in name and "," in name
     }
-    return Measured(
+    return KitResult(
         answers={entry["doc"]["row"]: str(entry["resps"][0][0]).strip() for entry in logged},
         verdicts={entry["doc"]["row"]: entry["exact_match"] == 1 for entry in logged},
         figures=figures,
@@ -104,8 +104,8 @@ def evaluate(
 def _with_local_data(name: str, manager: Any, data: Path, scratch: Path) -> str:
     """Task file that includes the kit's own and overrides its data set's path."""
     file = scratch / "tasks" / f"{name}.yaml"
-    told = {"include": str(manager.task_index[name].yaml_path), "task": name, "dataset_path": str(data.resolve())}
-    write_text(file, yaml.safe_dump(told))
+    config = {"include": str(manager.task_index[name].yaml_path), "task": name, "dataset_path": str(data.resolve())}
+    write_text(file, yaml.safe_dump(config))
     return str(file)
 
 
@@ -118,17 +118,17 @@ def _student(model: Path, device: torch.device, batch_size: int, journal: Path, 
         about different images.)"""
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            known = Journal(journal)
+            answer_journal = Journal(journal)
             keys = [_key(request.args) for request in requests]
-            order = sorted(range(len(requests)), key=lambda place: len(requests[place].args[0]), reverse=True)
+            order = sorted(range(len(requests)), key=lambda index: len(requests[index].args[0]), reverse=True)
             with tqdm(total=len(order), desc=title, unit="question") as bar:
                 for start in range(0, len(order), batch_size):
-                    these = order[start : start + batch_size]
-                    if not all(keys[place] in known.known for place in these):
-                        texts = super().generate_until([requests[place] for place in these], disable_tqdm=True)
-                        known.add({keys[place]: text for place, text in zip(these, texts, strict=True)})
-                    bar.update(len(these))
-            return [known.known[key] for key in keys]
+                    batch = order[start : start + batch_size]
+                    if not all(keys[index] in answer_journal.answers for index in batch):
+                        texts = super().generate_until([requests[index] for index in batch], disable_tqdm=True)
+                        answer_journal.add({keys[index]: text for index, text in zip(batch, texts, strict=True)})
+                    bar.update(len(batch))
+            return [answer_journal.answers[key] for key in keys]
 
     student = Student(
         pretrained=str(model),
@@ -146,7 +146,7 @@ def _student(model: Path, device: torch.device, batch_size: int, journal: Path, 
 def _key(arguments: tuple[Any, ...]) -> str:
     """Digest of one request: prompt, settings and the pixels of its images."""
     prompt, settings, *rest = arguments
-    found = hashlib.sha256(json.dumps([prompt, settings], sort_keys=True, default=str).encode())
+    hasher = hashlib.sha256(json.dumps([prompt, settings], sort_keys=True, default=str).encode())
     for image in rest[0]["visual"] if rest else ():
-        found.update(f"{image.mode} {image.size}".encode() + image.tobytes())
-    return found.hexdigest()
+        hasher.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    return hasher.hexdigest()

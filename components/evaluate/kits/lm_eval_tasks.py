@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.load import load_settings
 from components.dataset.shards import Sample, Samples, Turn
-from components.evaluate.generate import questions as scored
+from components.evaluate.generate import questions as scored_rows
 from components.evaluate.metrics import normalise
 from components.models.collate import decode_images
 from components.models.load import load_processor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
 
-OTHERS = 3  # number of wrong choices in `manners`
+WRONG_CHOICES = 3  # number of wrong choices in `manners`
 SEED = 1
 
 
@@ -35,10 +35,10 @@ def split() -> Samples:
 def questions(**_: Any) -> dict[str, Dataset]:
     """Documents of the scored questions with an image; `row` is the sample's index."""
     samples = split()
-    asked = ((row, samples[row]) for row in scored(samples))
+    indexed = ((row, samples[row]) for row in scored_rows(samples))
     return _documents(
-        {"row": row, "id": s.id, "question": _shown(s.turns[0]), "answer": s.turns[0].answer}
-        for row, s in asked
+        {"row": row, "id": s.id, "question": _question_text(s.turns[0]), "answer": s.turns[0].answer}
+        for row, s in indexed
         if s.upto(1).images
     )
 
@@ -59,45 +59,45 @@ def conversations(model: str, **_: Any) -> dict[str, Dataset]:
 
     def text(sample: Sample) -> str:
         first = sample.turns[0]
-        shown = template.render([Turn(question_of(first), first.answer)], [])
-        return shown.text[: shown.response_spans[0][1]].removesuffix(template.eos).removeprefix(bos)
+        rendered = template.render([Turn(question_of(first), first.answer)], [])
+        return rendered.text[: rendered.response_spans[0][1]].removesuffix(template.eos).removeprefix(bos)
 
-    return _documents({"text": text(samples[row])} for row in scored(samples))
+    return _documents({"text": text(samples[row])} for row in scored_rows(samples))
 
 
 def manners(**_: Any) -> dict[str, Dataset]:
     """Documents with one answer of the question's kind among `OTHERS` that no question of that kind has."""
     samples = split()
-    rows = scored(samples)
+    rows = scored_rows(samples)
     kinds: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         kinds[samples[row].kind].add(normalise(samples[row].turns[0].answer))
-    drawn = random.Random(SEED)
+    rng = random.Random(SEED)
     documents = []
     for row in rows:
         sample = samples[row]
-        own = kinds[sample.kind]
-        foreign = sorted(set().union(*kinds.values()) - own)
-        if len(foreign) < OTHERS:
+        kind_answers = kinds[sample.kind]
+        other_answers = sorted(set().union(*kinds.values()) - kind_answers)
+        if len(other_answers) < WRONG_CHOICES:
             continue
-        choices = [drawn.choice(sorted(own)), *drawn.sample(foreign, OTHERS)]
-        order = drawn.sample(range(OTHERS + 1), OTHERS + 1)
+        choices = [rng.choice(sorted(kind_answers)), *rng.sample(other_answers, WRONG_CHOICES)]
+        order = rng.sample(range(WRONG_CHOICES + 1), WRONG_CHOICES + 1)
         documents.append(
             {
                 "question": question_of(sample.turns[0]),
-                "choices": [choices[place] for place in order],
+                "choices": [choices[index] for index in order],
                 "right": order.index(0),
             }
         )
     return _documents(documents)
 
 
-def _shown(turn: Turn) -> str:
+def _question_text(turn: Turn) -> str:
     """Question text with IMAGE at each image's position, as lm-eval expects."""
     return "".join(IMAGE if piece is None else piece for piece in pieces(turn.question))
 
 
-def _documents(found: Iterable[dict[str, Any]]) -> dict[str, Dataset]:
+def _documents(entries: Iterable[dict[str, Any]]) -> dict[str, Dataset]:
     from datasets import Dataset
 
-    return {"test": Dataset.from_list(list(found))}
+    return {"test": Dataset.from_list(list(entries))}

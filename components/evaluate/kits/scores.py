@@ -11,7 +11,7 @@ from components.records.record import Record
 
 
 @dataclass(frozen=True)
-class Measured:
+class KitResult:
     """Results of a kit on the split: the answer per row and, where the kit has a judge for it, the verdict."""
 
     answers: dict[int, str]

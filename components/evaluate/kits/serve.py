@@ -36,7 +36,7 @@ from components.process import end_with_parent
 end_with_parent()
 from components.evaluate.kits import stock_server
 os.chdir(sys.argv.pop(1))
-stock_server.change(sys.argv[2])
+stock_server.patch(sys.argv[2])
 from transformers.cli.transformers import main
 main()
 """
@@ -48,19 +48,19 @@ def command(model: Path, host: str, port: int, device: str) -> list[str]:
     if find_spec("vllm"):
         if not is_loopback(host) and KEY not in os.environ:
             raise InputError(f"{host} is open to others: set {KEY} to what they have to know, or serve on {LOOPBACK}")
-        serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        serve += ["--served-model-name", model.name, "--generation-config", "vllm"]
+        argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        argv += ["--served-model-name", model.name, "--generation-config", "vllm"]
     else:
-        absent = [name for name in ("openai", "uvicorn", "fastapi") if not find_spec(name)]
-        if absent:
-            raise InputError(f"{absent[0]} is not installed, which serving needs: `make kits`")
+        missing = [name for name in ("openai", "uvicorn", "fastapi") if not find_spec(name)]
+        if missing:
+            raise InputError(f"{missing[0]} is not installed, which serving needs: `make kits`")
         if not is_loopback(host):
             raise InputError(
                 f"{host} is open to others, and `transformers serve` asks nobody for a key: serve on {LOOPBACK}, with a proxy"
                 f" that asks before it, or install vLLM and set {KEY}"
             )
-        serve = [sys.executable, "-c", TRANSFORMERS, str(model.parent), "serve", model.name, "--device", device]
-    return [*serve, "--dtype", DTYPE, "--host", host, "--port", str(port)]
+        argv = [sys.executable, "-c", TRANSFORMERS, str(model.parent), "serve", model.name, "--device", device]
+    return [*argv, "--dtype", DTYPE, "--host", host, "--port", str(port)]
 
 
 def check_address(host: str, port: int) -> None:
@@ -110,9 +110,9 @@ def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK,
         shutil.rmtree(link.parent)  # `transformers serve` loads whatever model it finds there on request
     link.parent.mkdir(parents=True)
     link.symlink_to(model)
-    words = command(link, host, port, device)
-    with log.open("w") as said:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=environment)
+    argv = command(link, host, port, device)
+    with log.open("w") as output:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         _wait(endpoint, process, log)
         yield endpoint
@@ -126,18 +126,18 @@ def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK,
 
 
 def _wait(endpoint: Endpoint, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_S
+    deadline = time.monotonic() + START_S
     with tqdm(desc="server starting", unit="s", bar_format="{desc}: {elapsed}") as bar:
         while not healthy(endpoint.url):
-            ended = process.poll()
-            if ended is not None or time.monotonic() > end:
-                how = f"was not ready in {START_S // 60} minutes" if ended is None else f"ended with {ended}"
-                raise TryAgainError(f"the server {how}: {last_words(log)} (all of it: {log})")
+            exit_code = process.poll()
+            if exit_code is not None or time.monotonic() > deadline:
+                reason = f"was not ready in {START_S // 60} minutes" if exit_code is None else f"ended with {exit_code}"
+                raise TryAgainError(f"the server {reason}: {last_line(log)} (all of it: {log})")
             time.sleep(0.2)
             bar.update()
 
 
-def last_words(log: Path) -> str:
+def last_line(log: Path) -> str:
     """Last non-empty line of a log, cut to 300 characters."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"

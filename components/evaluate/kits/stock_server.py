@@ -1,4 +1,4 @@
-"""Changes to `transformers serve`: its model has one name, wrong requests are told, answers end with the context.
+"""Patches of `transformers serve`: one model name, HTTP 400 for invalid requests, answers cut at the context length.
 
 As released, /v1/models lists the hub's cache and fails without one, answers are of NAME@main, a wrong request is a 500
 without a word, and `max_tokens` has no bound, though every request waits for the one before.
@@ -25,20 +25,20 @@ LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 Handle = Callable[[Any, dict[str, Any], str], Awaitable[Any]]
 
 
-def change(name: str) -> None:
+def patch(name: str) -> None:
     """Change the server of this process, which serves the model `name`."""
-    listed = [{"id": name, "object": "model", "created": 0, "owned_by": "alignti"}]
+    models = [{"id": name, "object": "model", "created": 0, "owned_by": "alignti"}]
     resolve = BaseHandler._resolve_model
 
-    def resolved(handler: Any, body: dict[str, Any]) -> tuple[str, Any, Any]:
+    def resolve_and_check(handler: Any, body: dict[str, Any]) -> tuple[str, Any, Any]:
         _, model, processor = resolve(handler, body)
         check(body, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
         return name, model, processor
 
-    ModelManager.get_gen_models = staticmethod(lambda: listed)  # type: ignore[assignment, method-assign]
-    BaseHandler._resolve_model = resolved  # type: ignore[assignment, method-assign]
+    ModelManager.get_gen_models = staticmethod(lambda: models)  # type: ignore[assignment, method-assign]
+    BaseHandler._resolve_model = resolve_and_check  # type: ignore[assignment, method-assign]
     for kind in (ChatCompletionHandler, CompletionHandler, ResponseHandler):
-        kind.handle_request = _told(kind.handle_request)  # type: ignore[assignment, method-assign]
+        kind.handle_request = _with_error_response(kind.handle_request)  # type: ignore[assignment, method-assign]
 
 
 def check(body: dict[str, Any], context: int) -> None:
@@ -50,10 +50,10 @@ def check(body: dict[str, Any], context: int) -> None:
     if not body.get("messages", True):
         raise HTTPException(400, "messages is empty: nothing is asked")
     for key in LENGTHS:
-        if (asked := body.get(key)) is not None:
-            if not isinstance(asked, int) or asked < 1:
-                raise HTTPException(400, f"{key} is {asked!r}: it is a number of tokens, 1 or more")
-            body[key] = min(asked, context)
+        if (length := body.get(key)) is not None:
+            if not isinstance(length, int) or length < 1:
+                raise HTTPException(400, f"{key} is {length!r}: it is a number of tokens, 1 or more")
+            body[key] = min(length, context)
     for address in _images([body.get("messages"), body.get("input")]):
         if not address.startswith("data:"):
             raise HTTPException(400, f"an image comes as a data URL, not from {address[:80]}")
@@ -72,10 +72,10 @@ def _images(part: Any) -> Iterator[str]:
             yield from _images(value)
 
 
-def _told(handle: Handle) -> Handle:
-    """Handler whose errors are answered with 400: weights and code are the same for all requests, so it is the request."""
+def _with_error_response(handle: Handle) -> Handle:
+    """Handler that maps errors to HTTP 400: weights and code are the same for all requests, so the request is the cause."""
 
-    async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
+    async def handle_request(handler: Any, body: dict[str, Any], request_id: str) -> Any:
         try:
             return await handle(handler, body, request_id)
         except (HTTPException, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -84,4 +84,4 @@ def _told(handle: Handle) -> Handle:
             traceback.print_exc()  # to the server's log
             raise HTTPException(400, f"{type(error).__name__}: {first_line(error)}") from error
 
-    return handled
+    return handle_request

@@ -15,7 +15,7 @@ from components.records.record import Record
 from components.report import markdown as md
 
 KITS = ("own", "vlmeval", "lm-eval")
-SHOWN = 5  # maximum disagreements and failed samples listed per model and kit; kits.json has all
+MAX_LISTED = 5  # maximum disagreements and failed samples listed per model and kit; kits.json has all
 
 
 def check(kits: Iterable[str]) -> None:
@@ -25,7 +25,7 @@ def check(kits: Iterable[str]) -> None:
             raise unknown("kit", kit, KITS)
 
 
-class Asked(Record):
+class TaskScores(Record):
     """Figures of stock tasks and files, for one model and one kit."""
 
     model: str  # sha256 over its folder
@@ -36,34 +36,38 @@ class Table(Record):
     """reports/kits.json"""
 
     scores: list[KitScores]  # teacher first, then by arm, then kit
-    tasks: dict[str, Asked]  # "kit/arm" -> stock tasks and files
+    tasks: dict[str, TaskScores]  # "kit/arm" -> stock tasks and files
 
 
 def read(current: Callable[[str], str | None], folder: Path = REPORTS) -> Table:
     """Earlier results, without those of changed models. `current`: arm -> hash of its model."""
     try:
-        before = Table.read(folder / "kits.json")
+        previous = Table.read(folder / "kits.json")
     except DataError:  # none, or one of another version; measuring again costs minutes
         return Table(scores=[], tasks={})
     return Table(
-        scores=[found for found in before.scores if current(found.arm) == found.model],
-        tasks={who: asked for who, asked in before.tasks.items() if current(who.partition("/")[2]) == asked.model},
+        scores=[scores for scores in previous.scores if current(scores.arm) == scores.model],
+        tasks={
+            key: task_scores
+            for key, task_scores in previous.tasks.items()
+            if current(key.partition("/")[2]) == task_scores.model
+        },
     )
 
 
 def with_scores(table: Table, new: KitScores) -> Table:
     """Table with `new` in place of earlier scores of the same kit and arm."""
-    kept = [found for found in table.scores if (found.arm, found.kit) != (new.arm, new.kit)]
-    order = sorted([*kept, new], key=lambda found: (found.arm != TEACHER_ARM, found.arm, KITS.index(found.kit)))
+    others = [scores for scores in table.scores if (scores.arm, scores.kit) != (new.arm, new.kit)]
+    order = sorted([*others, new], key=lambda scores: (scores.arm != TEACHER_ARM, scores.arm, KITS.index(scores.kit)))
     return table.model_copy(update={"scores": order})
 
 
 def with_tasks(table: Table, kit: str, arm: str, model: str, figures: dict[str, float]) -> Table:
     """Table with `figures` merged over earlier ones of the same kit and arm."""
-    who = f"{kit}/{arm}"
-    before = table.tasks.get(who, Asked(model=model, figures={}))
-    asked = Asked(model=model, figures=before.figures | figures)
-    return table.model_copy(update={"tasks": table.tasks | {who: asked}})
+    key = f"{kit}/{arm}"
+    previous = table.tasks.get(key, TaskScores(model=model, figures={}))
+    merged = TaskScores(model=model, figures=previous.figures | figures)
+    return table.model_copy(update={"tasks": table.tasks | {key: merged}})
 
 
 def write(table: Table, folder: Path = REPORTS) -> Path:
@@ -73,25 +77,25 @@ def write(table: Table, folder: Path = REPORTS) -> Path:
 
 
 def markdown(table: Table) -> str:
-    of_arms: dict[str, list[KitScores]] = {}
+    by_arm: dict[str, list[KitScores]] = {}
     for scores in table.scores:
-        of_arms.setdefault(scores.arm, []).append(scores)
-    parts = ["# The same models, measured in three ways\n", _overview(of_arms), *map(_of_arm, of_arms.values())]
+        by_arm.setdefault(scores.arm, []).append(scores)
+    parts = ["# The same models, measured in three ways\n", _overview(by_arm), *map(_arm_section, by_arm.values())]
     return "\n".join(part for part in [*parts, _language(table.scores), _tasks(table)] if part)
 
 
-def _overview(of_arms: Mapping[str, Sequence[KitScores]]) -> str:
+def _overview(by_arm: Mapping[str, Sequence[KitScores]]) -> str:
     rows = []
-    for arm, found in of_arms.items():
-        right = {scores.kit: f"{scores.exact_match:.2%}" for scores in found}
+    for arm, kit_scores in by_arm.items():
+        accuracy = {scores.kit: f"{scores.exact_match:.2%}" for scores in kit_scores}
         rows.append(
             [
                 arm,
-                *(right.get(kit, "") for kit in KITS),
-                sum(len(scores.other_answers) for scores in found),
-                sum(len(scores.disagreements) for scores in found),
-                sum(len(scores.empty) + len(scores.overlong) + len(scores.failed) for scores in found),
-                "; ".join(_unlike(found)) or "yes, but for kit and judge",
+                *(accuracy.get(kit, "") for kit in KITS),
+                sum(len(scores.other_answers) for scores in kit_scores),
+                sum(len(scores.disagreements) for scores in kit_scores),
+                sum(len(scores.empty) + len(scores.overlong) + len(scores.failed) for scores in kit_scores),
+                "; ".join(_fingerprint_differences(kit_scores)) or "yes, but for kit and judge",
             ]
         )
     header = ["model", *KITS, "answers unlike own's", "verdicts unlike ours", "no answer", "measured alike"]
@@ -102,33 +106,37 @@ def _overview(of_arms: Mapping[str, Sequence[KitScores]]) -> str:
     )
 
 
-def _unlike(kits: Sequence[KitScores]) -> list[str]:
+def _fingerprint_differences(kits: Sequence[KitScores]) -> list[str]:
     """Differences between the kits' fingerprints, kit and judge aside."""
-    said = []
+    lines = []
     for scores in kits[1:]:
-        told = differences(scores.fingerprint, kits[0].fingerprint)
-        said += [f"{scores.kit}: {what}" for what in told if not what.startswith(("kit:", "kit version:", "judge:"))]
-    return said
+        changed = differences(scores.fingerprint, kits[0].fingerprint)
+        lines += [
+            f"{scores.kit}: {difference}"
+            for difference in changed
+            if not difference.startswith(("kit:", "kit version:", "judge:"))
+        ]
+    return lines
 
 
-def _of_arm(found: Sequence[KitScores]) -> str:
-    kinds = sorted({kind for scores in found for kind in scores.per_kind})
+def _arm_section(kit_scores: Sequence[KitScores]) -> str:
+    kinds = sorted({kind for scores in kit_scores for kind in scores.per_kind})
     rows = []
     for kind in kinds:
-        judges = dict.fromkeys(f"{scores.kit}: {scores.judges[kind]}" for scores in found if kind in scores.judges)
-        shown = (f"{scores.per_kind[kind]:.2%}" if kind in scores.per_kind else "" for scores in found)
-        rows.append([kind, *shown, "; ".join(judges)])
-    lines = [f"## {found[0].arm}\n", md.table(["kind", *(scores.kit for scores in found), "judges"], rows), ""]
-    for scores in found:
-        lines += _explained(scores)
+        judges = dict.fromkeys(f"{scores.kit}: {scores.judges[kind]}" for scores in kit_scores if kind in scores.judges)
+        shares = (f"{scores.per_kind[kind]:.2%}" if kind in scores.per_kind else "" for scores in kit_scores)
+        rows.append([kind, *shares, "; ".join(judges)])
+    lines = [f"## {kit_scores[0].arm}\n", md.table(["kind", *(scores.kit for scores in kit_scores), "judges"], rows), ""]
+    for scores in kit_scores:
+        lines += _score_lines(scores)
     return "\n".join(lines) + "\n"
 
 
-def _explained(scores: KitScores) -> list[str]:
+def _score_lines(scores: KitScores) -> list[str]:
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.figures.items() if name.startswith("yes_no/"))
-    timed = f" in {scores.seconds:.0f} s" if scores.seconds else ""
-    lines = [f"- **{scores.kit}**: {scores.samples:,} questions{timed}" + (f"; {figures}" if figures else "")]
-    for what, ids in (
+    duration = f" in {scores.seconds:.0f} s" if scores.seconds else ""
+    lines = [f"- **{scores.kit}**: {scores.samples:,} questions{duration}" + (f"; {figures}" if figures else "")]
+    for condition, ids in (
         ("were not put to it", scores.not_asked),
         ("got an empty answer", scores.empty),
         ("got an overlong answer", scores.overlong),
@@ -136,17 +144,19 @@ def _explained(scores: KitScores) -> list[str]:
         ("have another answer than in `own`", scores.other_answers),
     ):
         if ids:
-            lines.append(f"  - {len(ids):,} {what}: {', '.join(ids[:SHOWN])}{' ...' if len(ids) > SHOWN else ''}")
-    for verdict in scores.disagreements[:SHOWN]:
-        said = f"the kit says {'right' if verdict.kit else 'wrong'} of {verdict.answer[:80]!r}"
-        lines.append(f"  - {verdict.id} ({verdict.kind}): {said}, reference {verdict.reference!r}")
-    if len(scores.disagreements) > SHOWN:
+            lines.append(
+                f"  - {len(ids):,} {condition}: {', '.join(ids[:MAX_LISTED])}{' ...' if len(ids) > MAX_LISTED else ''}"
+            )
+    for verdict in scores.disagreements[:MAX_LISTED]:
+        judgement = f"the kit says {'right' if verdict.kit else 'wrong'} of {verdict.answer[:80]!r}"
+        lines.append(f"  - {verdict.id} ({verdict.kind}): {judgement}, reference {verdict.reference!r}")
+    if len(scores.disagreements) > MAX_LISTED:
         lines.append(f"  - ... {len(scores.disagreements):,} such verdicts in all (kits.json)")
     return lines
 
 
-def _language(found: Sequence[KitScores]) -> str:
-    measured = [scores for scores in found if any(name.startswith(TEXT) for name in scores.figures)]
+def _language(kit_scores: Sequence[KitScores]) -> str:
+    measured = [scores for scores in kit_scores if any(name.startswith(TEXT) for name in scores.figures)]
     if not measured:
         return ""
     names = [name for name in measured[0].figures if name.startswith(TEXT)]
@@ -162,5 +172,7 @@ def _language(found: Sequence[KitScores]) -> str:
 def _tasks(table: Table) -> str:
     if not table.tasks:
         return ""
-    rows = [(who, name, f"{value:.4g}") for who, asked in table.tasks.items() for name, value in asked.figures.items()]
+    rows = [
+        (key, name, f"{value:.4g}") for key, task_scores in table.tasks.items() for name, value in task_scores.figures.items()
+    ]
     return f"## Tasks by name\n\n{md.table(['kit/model', 'task/figure', 'value'], rows, text_columns=2)}\n"

@@ -35,9 +35,9 @@ from components.dataset.shards import Sample
 from components.errors import DataError, InputError, TryAgainError
 from components.evaluate.kits import export
 from components.evaluate.kits.client import Endpoint
-from components.evaluate.kits.scores import Measured
-from components.evaluate.kits.serve import last_words
-from components.evaluate.kits.vlmeval_worker import JUDGE, MODEL, NOTHING, REFUSED
+from components.evaluate.kits.scores import KitResult
+from components.evaluate.kits.serve import last_line
+from components.evaluate.kits.vlmeval_worker import EMPTY_ANSWER, EXIT_UNSUPPORTED, JUDGE, MODEL
 from components.evaluate.metrics import normalise
 from components.io import write_table, write_text
 
@@ -96,15 +96,15 @@ def kit(full: bool) -> Kit:
     if full:
         python = os.environ.get(FULL) or str(FULL_HERE)
         try:
-            said = subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
+            version = subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             raise InputError(f"{python} has no VLMEvalKit: `make vlmeval-env` installs it") from None
-        return Kit(python, None, said)
+        return Kit(python, None, version)
     folder = Path(sys.prefix) / "vlmeval"
-    found = sorted(folder.glob("ms_vlmeval-*.dist-info"))
-    if not found or find_spec("pandas") is None:
+    dist_infos = sorted(folder.glob("ms_vlmeval-*.dist-info"))
+    if not dist_infos or find_spec("pandas") is None:
         raise InputError(f"VLMEvalKit is not in {folder}: `make kits` puts it there")
-    return Kit(sys.executable, folder, found[-1].name.removeprefix("ms_vlmeval-").removesuffix(".dist-info"))
+    return Kit(sys.executable, folder, dist_infos[-1].name.removeprefix("ms_vlmeval-").removesuffix(".dist-info"))
 
 
 def kit_for_benchmarks() -> Kit:
@@ -125,30 +125,30 @@ def run(session: Session, job: Job) -> dict[str, Any]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     work.mkdir(parents=True)
     journal.touch()
-    told = asdict(job) | {"light": session.kit.path is not None, "endpoint": session.endpoint._asdict(), "clients": CLIENTS}
-    told |= {"work": work, "journal": journal, "done": done, "max_new_tokens": session.new_tokens}
-    write_text(folder / "job.json", json.dumps(told, indent=2, default=str))
+    spec = asdict(job) | {"light": session.kit.path is not None, "endpoint": session.endpoint._asdict(), "clients": CLIENTS}
+    spec |= {"work": work, "journal": journal, "done": done, "max_new_tokens": session.new_tokens}
+    write_text(folder / "job.json", json.dumps(spec, indent=2, default=str))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, session.kit.path) if path),
         DATA: str(job.data.resolve()),
         "PRED_FORMAT": "tsv",
         "EVAL_FORMAT": "csv",
     }
-    words = [session.kit.python, "-m", "components.evaluate.kits.vlmeval_worker", str(folder / "job.json")]
+    argv = [session.kit.python, "-m", "components.evaluate.kits.vlmeval_worker", str(folder / "job.json")]
     with tqdm(total=job.questions, desc=session.title, unit="question") as bar:
-        ended = _watched(words, environment, log, journal, bar)
-    if ended == REFUSED:
-        raise InputError(last_words(log))
-    if ended or not done.exists():
-        how = f"was killed by signal {-ended}" if ended < 0 else f"ended with {ended}: {last_words(log)}"
-        raise TryAgainError(f"VLMEvalKit {how} (all that it said: {log}); the answers that it had are kept")
+        exit_code = _run_worker(argv, environment, log, journal, bar)
+    if exit_code == EXIT_UNSUPPORTED:
+        raise InputError(last_line(log))
+    if exit_code or not done.exists():
+        reason = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with {exit_code}: {last_line(log)}"
+        raise TryAgainError(f"VLMEvalKit {reason} (all that it said: {log}); the answers that it had are kept")
     return dict(json.loads(done.read_text(encoding="utf-8")))
 
 
-def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journal: Path, bar: tqdm[Any]) -> int:
+def _run_worker(argv: Sequence[str], environment: dict[str, str], log: Path, journal: Path, bar: tqdm[Any]) -> int:
     """Exit code of the kit's process; `bar` follows the answers in the journal. An interrupt terminates the process."""
-    with log.open("w") as said, journal.open("rb") as answers:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+    with log.open("w") as output, journal.open("rb") as answers:
+        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             while True:
                 try:
@@ -160,23 +160,23 @@ def _watched(words: Sequence[str], environment: dict[str, str], log: Path, journ
             process.wait()
 
 
-def score_split(session: Session, samples: Sequence[Sample], found: Sequence[export.KitSet], seed: int) -> Measured:
+def score_split(session: Session, samples: Sequence[Sample], kit_sets: Sequence[export.KitSet], seed: int) -> KitResult:
     """Score our own sets with the kit. Raises TryAgainError if it crashes, DataError if an answer is missing."""
-    data = _fresh(session.folder)
-    for kit_set in found:
+    data = _fresh_data_folder(session.folder)
+    for kit_set in kit_sets:
         export.write(kit_set, samples, data / f"{kit_set.name}.tsv", seed)
-    forms: dict[str, str] = {kit_set.name: kit_set.form for kit_set in found}
-    summary = run(session, Job(data, forms, questions=sum(len(kit_set.rows) for kit_set in found), plain=True))
+    forms: dict[str, str] = {kit_set.name: kit_set.form for kit_set in kit_sets}
+    summary = run(session, Job(data, forms, questions=sum(len(kit_set.rows) for kit_set in kit_sets), plain=True))
     work = session.folder / "work"
     answers: dict[int, str] = {}
     verdicts: dict[int, bool] = {}
     figures: dict[str, float] = {}
-    for kit_set in found:
+    for kit_set in kit_sets:
         stem = f"{MODEL}_{kit_set.name}"
-        told = {int(line["index"]): line["prediction"] for line in table(work / f"{stem}.tsv")}
-        if set(told) != set(kit_set.rows):
-            raise DataError(f"{work / stem}.tsv: the kit answered {len(told)} of {len(kit_set.rows)} questions")
-        answers |= {row: "" if text == NOTHING else text for row, text in told.items()}
+        predictions = {int(line["index"]): line["prediction"] for line in table(work / f"{stem}.tsv")}
+        if set(predictions) != set(kit_set.rows):
+            raise DataError(f"{work / stem}.tsv: the kit answered {len(predictions)} of {len(kit_set.rows)} questions")
+        answers |= {row: "" if text == EMPTY_ANSWER else text for row, text in predictions.items()}
         if kit_set.form == "mcq":
             marks = table(work / f"{stem}_{JUDGE}_result.tsv")
             verdicts |= {int(line["index"]): float(line["hit"]) == 1 for line in marks}
@@ -184,13 +184,13 @@ def score_split(session: Session, samples: Sequence[Sample], found: Sequence[exp
             verdicts |= {int(line["index"]): line["score"] == "True" for line in table(work / f"{stem}_auxmatch.tsv")}
             total = next(line for line in summary["figures"][kit_set.name] if line["split"] == "Overall")
             names = {"Overall": "f1", "acc": "accuracy", "precision": "precision", "recall": "recall"}
-            figures |= {f"yes_no/{ours}": float(total[theirs]) / 100 for theirs, ours in names.items()}
-    return Measured(
+            figures |= {f"yes_no/{our_name}": float(total[kit_name]) / 100 for kit_name, our_name in names.items()}
+    return KitResult(
         answers=answers,
         verdicts=verdicts,
         figures=figures,
-        failed={_row(name): reason for name, reason in summary["failed"].items()},
-        overlong=[_row(name) for name in summary["overlong"]],
+        failed={_row_of_image(name): reason for name, reason in summary["failed"].items()},
+        overlong=[_row_of_image(name) for name in summary["overlong"]],
     )
 
 
@@ -202,17 +202,17 @@ def score_tasks(session: Session, tasks: Sequence[str], blank: bool = False) -> 
 
     Raises:
         InputError: the kit has no such benchmark.
-        DataError: a file with duplicate indices, missing images or missing columns; see `checked`.
+        DataError: a file with duplicate indices, missing images or missing columns; see `check_tsv`.
     """
-    own = [task for task in tasks if task.endswith(".tsv")]
+    files = [task for task in tasks if task.endswith(".tsv")]
     figures: dict[str, float] = {}
-    if own:
-        figures |= _scored(session, _files(own, _fresh(session.folder), blank))
-    named = [task for task in tasks if task not in own]
-    if named:
-        kept = Path(os.environ.get(DATA) or "~/LMUData").expanduser()
-        kept.mkdir(parents=True, exist_ok=True)  # for a missing folder the kit falls back to another
-        figures |= _scored(session, Job(kept, dict.fromkeys(named, "stock"), questions=None, blank=blank))
+    if files:
+        figures |= _score_job(session, _files(files, _fresh_data_folder(session.folder), blank))
+    benchmarks = [task for task in tasks if task not in files]
+    if benchmarks:
+        data_folder = Path(os.environ.get(DATA) or "~/LMUData").expanduser()
+        data_folder.mkdir(parents=True, exist_ok=True)  # for a missing folder the kit falls back to another
+        figures |= _score_job(session, Job(data_folder, dict.fromkeys(benchmarks, "stock"), questions=None, blank=blank))
     return figures
 
 
@@ -222,7 +222,7 @@ def _files(tasks: Sequence[str], data: Path, blank: bool) -> Job:
     for task in tasks:
         benchmark, _, name = task.rpartition("=")
         file = Path(name)
-        form, rows = checked(file)
+        form, rows = check_tsv(file)
         questions += rows
         if benchmark:
             sets[benchmark] = "stock"
@@ -239,33 +239,33 @@ def _files(tasks: Sequence[str], data: Path, blank: bool) -> Job:
     return Job(data, sets, questions, md5=md5, blank=blank)
 
 
-def _scored(session: Session, job: Job) -> dict[str, float]:
-    told = run(session, job)
+def _score_job(session: Session, job: Job) -> dict[str, float]:
+    summary = run(session, job)
     figures: dict[str, float] = {}
     for name, form in job.sets.items():
-        shown = f"{name} (file {told['md5'][name][:8]}, not the kit's)" if name in told["md5"] else name
-        shown += ", blank images" if job.blank else ""
+        label = f"{name} (file {summary['md5'][name][:8]}, not the kit's)" if name in summary["md5"] else name
+        label += ", blank images" if job.blank else ""
         lines = list(table(session.folder / "work" / f"{MODEL}_{name}.tsv"))
         if form == "vqa":
-            right = [normalise(line["prediction"]) == normalise(line["answer"]) for line in lines]
-            figures[f"{shown}/exact match (ours)"] = sum(right) / len(right)
-        for row in told["figures"].get(name, []):
+            correct = [normalise(line["prediction"]) == normalise(line["answer"]) for line in lines]
+            figures[f"{label}/exact match (ours)"] = sum(correct) / len(correct)
+        for row in summary["figures"].get(name, []):
             split = row.pop("split", "")
-            figures |= {f"{shown}/{split}/{key}".replace("//", "/"): float(v) for key, v in row.items() if is_number(str(v))}
-        silent = sum(line["prediction"] == NOTHING for line in lines)
-        if silent:
-            figures[f"{shown}/no answer"] = float(silent)
+            figures |= {f"{label}/{split}/{key}".replace("//", "/"): float(v) for key, v in row.items() if is_number(str(v))}
+        empty = sum(line["prediction"] == EMPTY_ANSWER for line in lines)
+        if empty:
+            figures[f"{label}/no answer"] = float(empty)
     return figures
 
 
-def _fresh(folder: Path) -> Path:
+def _fresh_data_folder(folder: Path) -> Path:
     data = folder / "data"
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
     return data
 
 
-def checked(path: Path) -> tuple[export.Form, int]:
+def check_tsv(path: Path) -> tuple[export.Form, int]:
     """Form of a TSV in the kit's format, and its number of questions.
 
     Raises DataError naming up to five rows that the kit would lose or mix up.
@@ -281,10 +281,10 @@ def checked(path: Path) -> tuple[export.Form, int]:
     images = {line["index"]: line.get("image", "") for line in lines}
     for line in lines:
         image = images[line["index"]] or line.get("image_path", "")
-        shared = images.get(image, image)  # in the kit's format a row may refer to another's image by index
+        content = images.get(image, image)  # in the kit's format a row may refer to another's image by index
         if not image:
             problems.append(f"index {line['index']} has no image")
-        elif not (_is_picture(shared) or Path(line.get("image_path") or "\0").is_file()):
+        elif not (_is_picture(content) or Path(line.get("image_path") or "\0").is_file()):
             problems.append(f"index {line['index']}: its image is missing, or no picture in base64")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -297,9 +297,9 @@ def checked(path: Path) -> tuple[export.Form, int]:
 def _is_picture(image: str) -> bool:
     """True for a base64 image, or a list of them, that decodes; the kit reads 64 characters or less as another row's index."""
     try:
-        for one in ast.literal_eval(image) if image.startswith("[") else [image]:
-            with Image.open(io.BytesIO(base64.b64decode(one, validate=True))) as shown:
-                shown.verify()
+        for encoded in ast.literal_eval(image) if image.startswith("[") else [image]:
+            with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as picture:
+                picture.verify()
         return len(image) > 64
     except (ValueError, OSError, SyntaxError):  # no base64, no image, or (PNG) a broken one
         return False
@@ -315,6 +315,6 @@ def table(path: Path) -> Iterator[dict[str, str]]:
         raise DataError(f"{path}: the kit did not write it; {path.parent.parent / 'kit.log'} says what it did") from None
 
 
-def _row(name: str) -> int:
+def _row_of_image(name: str) -> int:
     """Row of a question by the name of its first image, `SET/ROW`, or `SET/ROW_0` of several."""
     return int(name.rsplit("/", 1)[1].partition("_")[0])

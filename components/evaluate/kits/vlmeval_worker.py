@@ -20,25 +20,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from components.evaluate.journal import Journal
-from components.evaluate.kits.client import Endpoint, Refused, ask
+from components.evaluate.kits.client import Endpoint, RequestRejected, ask
 
-NOTHING = "\u2205"  # placeholder for an empty, overlong or missing answer; matches no option, yes or no
+EMPTY_ANSWER = "\u2205"  # placeholder for an empty, overlong or missing answer; matches no option, yes or no
 LONGEST = 10_000  # maximum characters of an answer; the kit would accept an option at the end of any length
 MODEL = "student"
 JUDGE = "exact_matching"
-LIGHT = ("image_mcq", "image_yorn", "image_vqa")  # benchmark modules without the kit's 75 dependencies
+LIGHT_MODULES = ("image_mcq", "image_yorn", "image_vqa")  # benchmark modules without the kit's 75 dependencies
 GREY = (127, 127, 127)
-REFUSED = 2  # exit code of an unknown or non-image benchmark
+EXIT_UNSUPPORTED = 2  # exit code of an unknown or non-image benchmark
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if job["light"]:
-        _bypass()
-    trusting = ssl.create_default_context
+        _stub_packages()
+    verifying_context = ssl.create_default_context
     import vlmeval  # noqa: F401
 
-    ssl._create_default_https_context = trusting  # restores the verification that the import switched off
+    ssl._create_default_https_context = verifying_context  # restores the verification that the import switched off
     _save_once()
     from vlmeval.inference import infer_data_job
 
@@ -48,29 +48,29 @@ def main() -> None:
         infer_data_job(student, work_dir=job["work"], model_name=MODEL, dataset=dataset, api_nproc=job["clients"])
         if form == "vqa":
             continue
-        found = dataset.evaluate(f"{job['work']}/{MODEL}_{name}.tsv", model=JUDGE, nproc=1)
-        figures[name] = [found] if isinstance(found, dict) else found.to_dict("records")
-    told = {"failed": student.failed, "overlong": student.overlong, "figures": figures, "md5": job["md5"]}
-    Path(job["done"]).write_text(json.dumps(told, default=lambda number: number.item()), encoding="utf-8")
+        result = dataset.evaluate(f"{job['work']}/{MODEL}_{name}.tsv", model=JUDGE, nproc=1)
+        figures[name] = [result] if isinstance(result, dict) else result.to_dict("records")
+    summary = {"failed": student.failed, "overlong": student.overlong, "figures": figures, "md5": job["md5"]}
+    Path(job["done"]).write_text(json.dumps(summary, default=lambda number: number.item()), encoding="utf-8")
 
 
-def _bypass() -> None:
+def _stub_packages() -> None:
     """Replace the kit's packages that import all its models and benchmarks by empty ones with the same `__path__`.
 
     Required modules are then imported one by one, without the 75 dependencies of the rest.
     """
-    found = importlib.util.find_spec("vlmeval")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("vlmeval")
+    if spec is None or not spec.submodule_search_locations:
         sys.exit("vlmeval is not in this environment")
-    root = Path(found.submodule_search_locations[0])
+    root = Path(spec.submodule_search_locations[0])
     for name in ("vlmeval", "vlmeval.dataset", "vlmeval.api", "vlmeval.vlm", "vlmeval.config"):
         package: Any = types.ModuleType(name)
         package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
         sys.modules[name] = package
-    held: Any = sys.modules
-    held["vlmeval.dataset"].DATASET_TYPE = lambda name, **_: "VQA"
-    held["vlmeval.dataset"].DATASET_MODALITY = lambda name, **_: "IMAGE"
-    held["vlmeval.config"].supported_VLM = {}
+    modules: Any = sys.modules
+    modules["vlmeval.dataset"].DATASET_TYPE = lambda name, **_: "VQA"
+    modules["vlmeval.dataset"].DATASET_MODALITY = lambda name, **_: "IMAGE"
+    modules["vlmeval.config"].supported_VLM = {}
 
 
 def _save_once() -> None:
@@ -81,18 +81,18 @@ def _save_once() -> None:
     from vlmeval import utils
     from vlmeval.smp import dump, load
 
-    asking = utils.track_progress_rich
+    track_progress = utils.track_progress_rich
 
     def tracked(
         func: Any, tasks: Any = (), nproc: int = 1, save: str | None = None, keys: Any = None, **more: Any
     ) -> list[Any]:
-        results: list[Any] = asking(func, tasks, nproc, **more)
+        results: list[Any] = track_progress(func, tasks, nproc, **more)
         if save is not None and keys is not None:
             dump((load(save) if Path(save).exists() else {}) | dict(zip(keys, results, strict=True)), save)
         return results
 
     for module in list(sys.modules.values()):  # modules hold it by name
-        if getattr(module, "__dict__", {}).get("track_progress_rich") is asking:
+        if getattr(module, "__dict__", {}).get("track_progress_rich") is track_progress:
             module.track_progress_rich = tracked  # type: ignore[attr-defined]
 
 
@@ -105,7 +105,7 @@ def _dataset(name: str, form: str, job: dict[str, Any]) -> Any:
     from vlmeval.dataset.image_yorn import ImageYORNDataset
     from vlmeval.smp import LMUDataRoot, load
 
-    class Own({"mcq": ImageMCQDataset, "yes_no": ImageYORNDataset, "vqa": CustomVQADataset}[form]):  # type: ignore[misc]
+    class OwnDataset({"mcq": ImageMCQDataset, "yes_no": ImageYORNDataset, "vqa": CustomVQADataset}[form]):  # type: ignore[misc]
         DATASET_URL: dict[str, str] = {}  # noqa: RUF012
         DATASET_MD5: dict[str, str] = {}  # noqa: RUF012
 
@@ -113,7 +113,7 @@ def _dataset(name: str, form: str, job: dict[str, Any]) -> Any:
             """Whole file; above 1 GB the kit moves the images out of it, with code that the light kit lacks."""
             return load(f"{LMUDataRoot()}/{dataset}.tsv")
 
-    return Own(name)
+    return OwnDataset(name)
 
 
 def _benchmark(name: str, light: bool, md5: dict[str, str]) -> Any:
@@ -122,30 +122,32 @@ def _benchmark(name: str, light: bool, md5: dict[str, str]) -> Any:
     `md5`: hashes of user files, which become the expected ones; entries equal to the kit's own are removed from it.
     """
     if light:
-        modules = [importlib.import_module(f"vlmeval.dataset.{module}") for module in LIGHT]
-        classes = [found for module in modules for found in vars(module).values() if hasattr(found, "supported_datasets")]
+        modules = [importlib.import_module(f"vlmeval.dataset.{module}") for module in LIGHT_MODULES]
+        classes = [
+            benchmark for module in modules for benchmark in vars(module).values() if hasattr(benchmark, "supported_datasets")
+        ]
     else:
         from vlmeval import dataset
 
         classes = dataset.DATASET_CLASSES
-    own = (c for c in classes if name in c.supported_datasets() and {"DATASET_URL", "supported_datasets"} & set(vars(c)))
-    found = next(own, None)
-    if found is None:
+    matching = (c for c in classes if name in c.supported_datasets() and {"DATASET_URL", "supported_datasets"} & set(vars(c)))
+    benchmark = next(matching, None)
+    if benchmark is None:
         more = "; the full one has more: `make vlmeval-env`" if light else ""
         _refuse(f"this VLMEvalKit has no benchmark {name!r} of questions about images{more}")
-    if found.MODALITY != "IMAGE":
-        _refuse(f"{name} asks about {found.MODALITY.lower()}s, and students see images")
+    if benchmark.MODALITY != "IMAGE":
+        _refuse(f"{name} asks about {benchmark.MODALITY.lower()}s, and students see images")
     if name in md5:
-        if found.DATASET_MD5.get(name) == md5[name]:
+        if benchmark.DATASET_MD5.get(name) == md5[name]:
             del md5[name]
         else:
-            found.DATASET_MD5[name] = md5[name]
-    return found(name)
+            benchmark.DATASET_MD5[name] = md5[name]
+    return benchmark(name)
 
 
 def _refuse(reason: str) -> NoReturn:
     print(reason, file=sys.stderr, flush=True)
-    os._exit(REFUSED)  # skips the kit's output on exit
+    os._exit(EXIT_UNSUPPORTED)  # skips the kit's output on exit
 
 
 def _student(job: dict[str, Any]) -> Any:
@@ -172,18 +174,18 @@ def _student(job: dict[str, Any]) -> Any:
         def build_prompt(self, line: Any, dataset: str) -> list[dict[str, str]]:
             """Message with the images' original bytes (the kit's `dump_image` would re-encode them), each at its <image>, or
             first."""
-            held = line["image"] if isinstance(line["image"], list) else [line["image"]]
-            shown = []
-            for number, image in enumerate(held):
-                path = Path(LMUDataRoot()) / "images" / dataset / f"{line['index']}{f'_{number}' * (len(held) > 1)}.png"
+            images = line["image"] if isinstance(line["image"], list) else [line["image"]]
+            image_parts = []
+            for number, image in enumerate(images):
+                path = Path(LMUDataRoot()) / "images" / dataset / f"{line['index']}{f'_{number}' * (len(images) > 1)}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(base64.b64decode(image))
-                shown.append({"type": "image", "value": str(path)})
-            words = [{"type": "text", "value": text} for text in str(line["question"]).split("<image>")]
-            if len(words) != len(shown) + 1:
-                return [*shown, {"type": "text", "value": str(line["question"])}]
-            both = [part for pair in zip(words, [*shown, words[-1]], strict=True) for part in pair][:-1]
-            return [part for part in both if part["value"]]
+                image_parts.append({"type": "image", "value": str(path)})
+            text_parts = [{"type": "text", "value": text} for text in str(line["question"]).split("<image>")]
+            if len(text_parts) != len(image_parts) + 1:
+                return [*image_parts, {"type": "text", "value": str(line["question"])}]
+            interleaved = [part for pair in zip(text_parts, [*image_parts, text_parts[-1]], strict=True) for part in pair][:-1]
+            return [part for part in interleaved if part["value"]]
 
         def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
             if self.gone:
@@ -194,22 +196,22 @@ def _student(job: dict[str, Any]) -> Any:
                 parts = [*(Path(path).read_bytes() for path in paths), "\n".join(p for p in parts if isinstance(p, str))]
             if job["blank"]:
                 parts = [blank(part) if isinstance(part, bytes) else part for part in parts]
-            named = f"{dataset}/{Path(paths[0]).stem}" if paths else str(parts)  # image files are named by row index
+            question_name = f"{dataset}/{Path(paths[0]).stem}" if paths else str(parts)  # image files are named by row index
             key = hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)).hexdigest()
-            if key not in journal.known:
+            if key not in journal.answers:
                 try:
                     journal.add({key: ask(endpoint, parts, job["max_new_tokens"])})
-                except Refused as error:  # counted; the next run retries it
-                    self.failed[named] = str(error)
-                    return NOTHING
+                except RequestRejected as error:  # counted; the next run retries it
+                    self.failed[question_name] = str(error)
+                    return EMPTY_ANSWER
                 except OSError as error:
                     self.gone = error
                     raise
-            answer = journal.known[key]
+            answer = journal.answers[key]
             if len(answer) > LONGEST:
-                self.overlong.append(named)
-                return NOTHING
-            return answer or NOTHING
+                self.overlong.append(question_name)
+                return EMPTY_ANSWER
+            return answer or EMPTY_ANSWER
 
     return Student()
 
@@ -219,8 +221,8 @@ def blank(image: bytes) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    with Image.open(io.BytesIO(image)) as shown:
-        Image.new("RGB", shown.size, GREY).save(file, "PNG")
+    with Image.open(io.BytesIO(image)) as original:
+        Image.new("RGB", original.size, GREY).save(file, "PNG")
     return file.getvalue()
 
 

@@ -47,7 +47,7 @@ def test_the_files_hold_what_the_kit_reads(tmp_path: Path) -> None:
         ("3", "two", {"one", "two"}, "digit"),
     ]
     assert rows[0]["question"] == "What, 0?" and base64.b64decode(rows[0]["image"]) == found[0].image
-    assert vlmeval.checked(path) == ("mcq", 4)
+    assert vlmeval.check_tsv(path) == ("mcq", 4)
 
 
 def test_several_images_are_a_list_and_those_among_words_keep_their_marks(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_several_images_are_a_list_and_those_among_words_keep_their_marks(tmp_pa
         first = next(vlmeval.table(path))
         images = [base64.b64decode(image) for image in ast.literal_eval(first["image"])]
         assert (kit_set.form, first["question"], images) == (form, question, list(samples[0].images))
-        assert vlmeval.checked(path) == (form, 2)
+        assert vlmeval.check_tsv(path) == (form, 2)
 
 
 def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_path: Path) -> None:
@@ -84,11 +84,11 @@ def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_pa
 def test_every_rotation_of_a_question_is_a_row(tmp_path: Path) -> None:
     found = [sample(i, "colour", COLOURS[i]) for i in range(4)]
     (kit_set,) = export.sets(found, range(4))
-    path = export.write(kit_set, found, tmp_path / "turned.tsv", seed=1, turned=True)
+    path = export.write(kit_set, found, tmp_path / "turned.tsv", seed=1, rotations=True)
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
     for row in range(4):
-        mine = [r for r in rows if int(r["index"]) % export.TURN == row]
-        assert [int(r["index"]) // export.TURN for r in mine] == [0, 1, 2, 3]
+        mine = [r for r in rows if int(r["index"]) % export.ROTATION_OFFSET == row]
+        assert [int(r["index"]) // export.ROTATION_OFFSET for r in mine] == [0, 1, 2, 3]
         assert {r["answer"] for r in mine} == set("ABCD") and {r[r["answer"]] for r in mine} == {COLOURS[row]}
 
 
@@ -105,15 +105,15 @@ def test_a_file_that_the_kit_would_mix_up_or_thin_out_is_refused_by_row(tmp_path
     rows = [f"1\t{IMAGE}\tq\tyes", f"1\t{IMAGE}\tr\tno", "2\t\tq\tno", "3\tgone.png\tq\tno", f"4\t{NO_PICTURE}\tq\tno"]
     twice = tsv(tmp_path / "twice.tsv", *rows)
     with pytest.raises(DataError) as refused:
-        vlmeval.checked(twice)
+        vlmeval.check_tsv(twice)
     told = ["index 1 stands 2 times", "index 2 has no image", "index 3: its image is missing", "index 4: its image is missing"]
     for problem in (*told, "nothing was asked"):
         assert problem in str(refused.value)
-    assert vlmeval.checked(tsv(tmp_path / "fine.tsv", f"1\t{IMAGE}\tq\tYes", "2\t1\tr\tno")) == (
+    assert vlmeval.check_tsv(tsv(tmp_path / "fine.tsv", f"1\t{IMAGE}\tq\tYes", "2\t1\tr\tno")) == (
         "yes_no",
         2,
     )  # 2 shares 1's image
-    assert vlmeval.checked(tsv(tmp_path / "open.tsv", f"1\t{IMAGE}\tq\ta red car")) == ("vqa", 1)
+    assert vlmeval.check_tsv(tsv(tmp_path / "open.tsv", f"1\t{IMAGE}\tq\ta red car")) == ("vqa", 1)
     for broken in (tmp_path / "none.tsv", tsv(tmp_path / "empty.tsv")):
         with pytest.raises(DataError):
-            vlmeval.checked(broken)
+            vlmeval.check_tsv(broken)

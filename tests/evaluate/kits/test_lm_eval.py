@@ -86,7 +86,7 @@ def test_a_student_with_a_template_of_its_own_is_asked_and_read_in_that(here: Pa
     question = lm_eval_tasks.question_of(shown)
     assert texts[0] == f"system:List a red yes. user:{question} assistant:{shown.answer}"
     assert found.figures["alignti_language/word_perplexity"] > 1
-    ours = fingerprint.prompts(processor, bench.samples, bench.rows, template)
+    ours = fingerprint.prompt_hash(processor, bench.samples, bench.rows, template)
     kits = measure._fingerprint(bench, STUDENTS / "sft/model", bench.rows, "lm-eval").prompt_hash
     settings.write_text(asked.replace("style: processor", "style: vicuna"))
     told = measure._fingerprint(Bench(load_settings()), STUDENTS / "sft/model", bench.rows, "lm-eval")

@@ -9,7 +9,7 @@ import pytest
 
 from components.errors import InputError, ModelError, TryAgainError
 from components.evaluate.kits import client, serve
-from components.evaluate.kits.client import Endpoint, Refused, ask
+from components.evaluate.kits.client import Endpoint, RequestRejected, ask
 from tests.evaluate.kits.conftest import Scripted, needs_server
 
 ROOT = Path(__file__).parents[3]
@@ -74,7 +74,7 @@ def test_a_model_that_says_nothing_a_busy_server_and_none_at_all(scripted: Scrip
     ask(scripted.endpoint._replace(system="Be brief."), ["q"], 2)
     assert scripted.systems == ["Be brief."]
     scripted.answer = lambda question: (503, "busy")
-    with pytest.raises(Refused, match="HTTP 503"):
+    with pytest.raises(RequestRejected, match="HTTP 503"):
         ask(scripted.endpoint, ["q"], 2)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))

@@ -18,7 +18,7 @@ from components.dataset.shards import Samples
 from components.evaluate.__main__ import main as evaluate_stage
 from components.evaluate.generate import answers, questions
 from components.evaluate.kits import lm_eval_tasks, serve, table
-from components.evaluate.kits.client import Endpoint, Refused, ask
+from components.evaluate.kits.client import Endpoint, RequestRejected, ask
 from components.evaluate.kits.command import evaluate
 from components.evaluate.kits.table import Table
 from components.io import sha256
@@ -75,7 +75,7 @@ def test_the_served_student_says_what_direct_generation_says_token_for_token(
 def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answered(
     endpoint: Endpoint, samples: Samples
 ) -> None:
-    with pytest.raises(Refused, match=r"HTTP 400.*Incorrect image source"):
+    with pytest.raises(RequestRejected, match=r"HTTP 400.*Incorrect image source"):
         ask(endpoint, [b"no image", "List all."], 2)
     assert ask(endpoint, [samples[0].image or b"", "List all."], 2)
 

@@ -13,7 +13,7 @@ import pytest
 from components.dataset.shards import Sample, Turn
 from components.errors import InputError, TryAgainError
 from components.evaluate.kits import export, vlmeval
-from components.evaluate.kits.vlmeval_worker import NOTHING
+from components.evaluate.kits.vlmeval_worker import EMPTY_ANSWER
 from components.evaluate.metrics import matches
 from tests.evaluate import tiny
 from tests.evaluate.kits.conftest import Scripted, needs_vlmeval, session
@@ -132,7 +132,7 @@ def test_shown_in_other_orders_an_option_is_found_and_a_favourite_letter_is_not(
     scripted.answer = chosen
     files = [
         str(export.write(kit_set, samples, tmp_path / "AlignTI_Options.tsv", seed=1)),
-        str(export.write(kit_set, samples, tmp_path / "AlignTI_Circular.tsv", seed=1, turned=True)),
+        str(export.write(kit_set, samples, tmp_path / "AlignTI_Circular.tsv", seed=1, rotations=True)),
     ]
     told = vlmeval.score_tasks(session(scripted, tmp_path), files)
     ours = {}
@@ -143,7 +143,7 @@ def test_shown_in_other_orders_an_option_is_found_and_a_favourite_letter_is_not(
                 r["prediction"],
                 (r["answer"],),
                 {c: r[c] for c in "ABC"},
-                question=str(int(r["index"]) % export.TURN),
+                question=str(int(r["index"]) % export.ROTATION_OFFSET),
                 category=r["category"],
             )
             for r in rows
@@ -172,4 +172,4 @@ def test_a_kit_that_is_not_there_is_one_sentence_with_the_command(tmp_path: Path
 
 
 def test_the_mark_of_no_answer_is_in_no_option_and_no_verdict() -> None:
-    assert not set(NOTHING) & set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ")
+    assert not set(EMPTY_ANSWER) & set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ")
