@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 MEDIA_FILE = re.compile(
@@ -10,14 +12,19 @@ MEDIA_FILE = re.compile(
     r"|mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp|mp3|m4a|aac|opus|wav|flac|ogg)(\?.*)?$",
     re.IGNORECASE,
 )
-VIDEO = re.compile(r"video|frames?\b|\.(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
+VIDEO = re.compile(r"video|frames?(?![a-z])|\.(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
 MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
 MEDIA_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40}")  # magic bytes of JPEG, PNG, GIF and WebP
 MEDIA_KEY = re.compile(
     r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|screenshots?|jpe?g|png|webp|videos?|frames?|clips?|audios?|media"
     r"|(?<!min_)(?<!max_)pixels?)"
-    r"([^a-z]+(?P<pointer>ids?|idx|index|paths?|ur[il]s?|links?|src|files?|filenames?|names?)"
-    r"|[^a-z]+(bytes|data|list|base64|b64|str|string))*[^a-z]*$",
+    r"([^a-z]+(ids?|idx|index|paths?|ur[il]s?|links?|src|files?|filenames?|names?|bytes|data|list|base64|b64|str|string))*[^a-z]*$",
+    re.IGNORECASE,
+)
+OWN = re.compile(  # keys of a row's own image: image_url, file_name, coco_url, source, file_name within image_info
+    r"((meta|metadata|data|raw|extra)[^a-z0-9]*)*((images?|imgs?|pictures?|pics?|photos?|screenshots?|frame|page|doc)[^a-z0-9]*)?"
+    r"((info|annotations?|coco|flickr|original|orig|local|full|relative)[^a-z0-9]*)*"
+    r"((ids?|idx|index|paths?|ur[il]s?|links?|src|source|files?|filenames?|fn|names?|titles?)[^a-z0-9]*)+",
     re.IGNORECASE,
 )
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -37,24 +44,23 @@ class Held(NamedTuple):
     name: str
 
 
-def holds_media(value: Any, strings: bool) -> bool:
-    """Whether a value holds image bytes, plain or in base64, or, if `strings`, a media file name or data URL."""
+def may_be_media(key: str, value: Any, shown: Sequence[str | Held] = ()) -> bool:
+    """Whether a value, or one within it, may hold or name a medium other than the images `shown`.
+
+    What names these again is none: their own path, or an address in a key such as `image_url`.
+    """
     if isinstance(value, Held | bytes):
         return True
-    if isinstance(value, str):
-        if MEDIA_BASE64.match(value):
-            return True
-        return strings and bool(MEDIA_DATA.match(value) or (len(value) < 1000 and MEDIA_FILE.search(value)))
+    if value in shown or (isinstance(value, str) and str(PurePosixPath(value)) in shown):
+        return False
+    if isinstance(value, str) and (MEDIA_BASE64.match(value) or MEDIA_DATA.match(value)):
+        return True
+    words = CAMEL.sub("_", key)
+    again = bool(OWN.fullmatch(words)) and (len(value) if isinstance(value, list) else 1) <= len(shown)
+    if value and not again and MEDIA_KEY.search(words) and (not shown or isinstance(value, str | list | dict)):
+        return True  # with images, a number counts or rates them
     if isinstance(value, dict):
-        return any(holds_media(one, strings) for one in value.values())
-    return isinstance(value, list | tuple) and any(holds_media(one, strings) for one in value)
-
-
-def named_like_media(key: str) -> re.Match[str] | None:
-    """Match of a key that names a medium, or a reference to one."""
-    return MEDIA_KEY.search(CAMEL.sub("_", key))
-
-
-def may_point(value: Any, shown: int) -> bool:
-    """Whether a media key's value may refer to a medium: text, a list or an object; a number or true only without images."""
-    return isinstance(value, str | list | dict) or (not shown and isinstance(value, int | float) and bool(value))
+        return "sampling_rate" in value or any(may_be_media(f"{key}_{inner}", one, shown) for inner, one in value.items())
+    if isinstance(value, list | tuple):
+        return any(may_be_media(key if again or isinstance(one, dict) else "", one, shown) for one in value)
+    return isinstance(value, str) and not again and len(value) < 1000 and bool(MEDIA_FILE.search(value))

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from components.config.data import DataLimits
-from components.dataset.media import MEDIA_BASE64, MEDIA_DATA, MEDIA_MARK, VIDEO, Held, holds_media, may_point, named_like_media
+from components.dataset.media import MEDIA_BASE64, MEDIA_DATA, MEDIA_MARK, VIDEO, Held, may_be_media
 from components.dataset.shards import IMAGE as MARK
 from components.dataset.shards import Box, Turn
 from components.errors import Refusal
@@ -87,7 +87,7 @@ class _Reading:
         pictures = self._pictures()
         if not keys and not pictures:
             raise Refusal("missing_key", f"{CAPTION!r} is a caption, and no image is beside it")
-        self._left_over({"id", "kind", *(keys or (CAPTION,)), *INSTRUCTIONS, *PICTURE}, len(pictures))
+        self._left_over({"id", "kind", *(keys or (CAPTION,)), *INSTRUCTIONS, *PICTURE}, pictures)
         said, apart = self._marked(self._alternating(turns), len(pictures), apart)
         pictures = pictures[: len(pictures) - sum(turn.text.count(MARK) for turn in self.dropped)]
         if len(pictures) != 1 and any(turn.boxes for turn in said):
@@ -175,7 +175,7 @@ class _Reading:
         for key, value in members.items():
             if key in known:
                 continue
-            if holds_media(value, True) or (named_like_media(key) and may_point(value, 0)):
+            if may_be_media(key, value):
                 raise Refusal("unread_media", f"a turn's {key!r} may be a picture, a video or a sound: {_short(value)}")
             if (key in CALLS and value) or (key in ("weight", "loss") and not value):
                 raise Refusal(
@@ -279,14 +279,12 @@ class _Reading:
             raise Refusal("image_path", f"{_short(value)} leads out of the image folder")
         return str(path)
 
-    def _left_over(self, known: set[str], shown: int) -> None:
-        """Record the keys that no rule reads. `shown`: number of images read. Raises Refusal if one may hold media."""
+    def _left_over(self, known: set[str], shown: tuple[str | Held, ...]) -> None:
+        """Record the keys that no rule reads. `shown`: images read. Raises Refusal if one may hold other media."""
         for key, value in self.raw.items():
             if key in known:
                 continue
-            named = named_like_media(key)
-            beside = named is not None and named["pointer"] and shown >= (len(value) if isinstance(value, list) else 1)
-            if holds_media(value, not shown) or (named and not beside and may_point(value, shown)):
+            if may_be_media(key, value, shown):
                 what = "video" if VIDEO.search(f"{key} {_short(value)}") else "unread_media"
                 raise Refusal(what, f"{key!r} may be a picture, a video or a sound, and is not read: {_short(value)}")
             self.ignored[key] = None

@@ -326,6 +326,63 @@ def test_what_a_model_would_have_to_see_is_never_left_out(reason: str, raw: dict
     assert refusal.value.reason == reason
 
 
+BESIDE = {"image": "x/cat.png", "conversations": chat(CAT, "A cat.")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("later", "dog.png"),
+        ("image_path_2", "dog.png"),
+        ("left_path", "dog.png"),
+        ("depth", {"file": "cat_depth.png"}),
+        ("depths", [{"file": "cat_depth.png"}]),
+        ("masks", ["x/cat_1.png", "x/cat_2.png"]),
+        ("paths", ["x/cat.png", "dog.png"]),
+        ("frames_path", ["0.png"]),
+        ("video_path", "walk"),
+        ("videoUrl", "https://x.org/walk"),
+        ("video_id", "walk"),
+        ("audio_path", "bark.wav"),
+        ("goal", "data:image/png;base64,AAAA"),
+        ("image_url", "data:image/png;base64,AAAA"),
+        ("image_path", HELD),
+        ("meta", {"source": {"video": "walk"}}),
+        ("recording", {"array": [0.5], "sampling_rate": 16000}),
+    ],
+)
+def test_a_medium_beside_the_image_is_refused_by_its_key(key: str, value: object) -> None:
+    with pytest.raises(Refusal, match=f"^'{key}' may be") as refusal:
+        read(**BESIDE, **{key: value})
+    assert refusal.value.reason == ("video" if "video" in key or key in ("meta", "frames_path") else "unread_media")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("url", "https://x.org/photo.jpg"),
+        ("coco_url", "https://x.org/000.jpg"),
+        ("source", "web/cat.jpg"),
+        ("file_name", "cat.jpg"),
+        ("imgname", "cat.jpg"),
+        ("image_id", "000123"),
+        ("image_ids", ["000123"]),
+        ("frame_id", "000123"),
+        ("original_path", "/data/cat.png"),
+        ("any", "x/cat.png"),
+        ("info", {"id": 1, "file_name": "cat.jpg", "flickr_url": "https://x.org/1.jpg", "license": 3}),
+        ("messages", openai([{"type": "image", "image": "./x/cat.png"}, {"type": "text", "text": "What?"}], "A cat.")),
+        ("segmentation", {"counts": "aW4b", "size": [3, 4]}),
+        ("image_width", 30),
+        ("num_images", 1),
+        ("caption", "A cat."),
+        ("dataset", "coco"),
+    ],
+)
+def test_what_names_the_image_again_or_describes_it_is_an_ignored_key(key: str, value: object) -> None:
+    assert read(**BESIDE, **{key: value}).ignored == (key,)
+
+
 @pytest.mark.parametrize(
     "text", ['<img src="a.png" alt="x">', "the <video> tag", "</s>", "see a.png", "<|im_end|>", "<|image_pad|>"]
 )
