@@ -26,6 +26,7 @@ PROMPT = ("prompt", "completion")  # two lists of turns, one after the other
 SPEAKER = (("from", "value"), ("role", "content"))  # keys of a turn
 PAIR = ("user", "assistant")  # keys of a turn of `texts`: independent question-answer pairs about an image
 CALLS = ("tool_calls", "function_call")
+MASK = re.compile(r"weight|(loss|train(ing|able)?)(_(mask|weight|scale))?")  # 0 or false: not to be learnt
 PICTURE = ("image", "images")
 INSTRUCTIONS = ("system", "system_prompt")
 CAPTION = "txt"  # WebDataset's caption
@@ -152,8 +153,6 @@ class _Reading:
         pairs = 0
         for turn in value:
             found = {key: text for key, text in turn.items() if not _null(text)}
-            self._nothing_else(found, {*PAIR, *SPEAKER[0], *SPEAKER[1], "boxes"})
-            boxes = _boxes(found.get("boxes"))
             keys = next((keys for keys in (*SPEAKER, PAIR) if not found.keys().isdisjoint(keys)), None)
             if keys is None:
                 raise Refusal(
@@ -162,22 +161,28 @@ class _Reading:
             for key in keys:
                 if key not in found:
                     raise Refusal("missing_key", f"a turn has no {key!r}, or null in it")
+            role = GPT if keys == PAIR else self._role(found[keys[0]])
+            self._nothing_else(found, (*keys, "boxes"), learnt=role == GPT)
+            boxes = _boxes(found.get("boxes"))
             if keys == PAIR:
                 pairs += 1
                 asked, answered = (self._words(found[key], key) for key in PAIR)
                 turns += [Said(HUMAN, asked, boxes), Said(GPT, answered)]
             else:
-                turns.append(Said(self._role(found[keys[0]]), self._words(found[keys[1]], keys[1]), boxes))
+                turns.append(Said(role, self._words(found[keys[1]], keys[1]), boxes))
         return turns, bool(pairs) and 2 * pairs == len(turns)
 
-    def _nothing_else(self, members: dict[str, Any], known: set[str]) -> None:
-        """Refuse media, tool calls and loss masks in keys other than `known`; record the rest as ignored."""
+    def _nothing_else(self, members: dict[str, Any], known: tuple[str, ...], learnt: bool = False) -> None:
+        """Refuse media, other words, calls and loss masks (if `learnt`) in keys not `known`; record the rest as ignored."""
+        read = [_alias(members[key]) for key in known if key in members]
         for key, value in members.items():
-            if key in known:
+            if key in known or _nothing(value):
                 continue
             if may_be_media(key, value):
                 raise Refusal("unread_media", f"a turn's {key!r} may be a picture, a video or a sound: {_short(value)}")
-            if (key in CALLS and value) or (key in ("weight", "loss") and not value):
+            if key in (*SPEAKER[0], *SPEAKER[1], *PAIR) and _alias(value) not in read:
+                raise Refusal("turns", f"a turn says two things: {key!r} is {_short(value)}, beside {known[0]!r}")
+            if key in CALLS or (learnt and _unlearnt(key, value)):
                 raise Refusal(
                     "turns", f"a turn's {key!r} is {_short(value)}, which is not read: it would be trained on as it stands"
                 )
@@ -208,14 +213,14 @@ class _Reading:
         found = {key: value for key, value in part.items() if not _nothing(value)} if isinstance(part, dict) else {}
         kind = str(found.get("type") or next(iter(found), None))
         if kind.endswith("text") and isinstance(found.get("text", None if found.keys() - {"type"} else ""), str):
-            self._nothing_else(found, {"type", "text"})
+            self._nothing_else(found, ("type", "text"))
             return str(found.get("text", ""))
         if "image" not in kind:
             reason = "video" if "video" in kind else "wrong_type"
             raise Refusal(reason, f"a part of a turn is text or an image, not {kind!r}: {_short(found)}")
         key = next((key for key in ("image", "image_url", "url", "path") if key in found), None)
         if key is None:
-            self._nothing_else(found, {"type"})
+            self._nothing_else(found, ("type",))
         else:
             self.shown.append(_pointer(found[key], repr(key)))
         return MARK
@@ -287,6 +292,8 @@ class _Reading:
             if may_be_media(key, value, shown):
                 what = "video" if VIDEO.search(f"{key} {_short(value)}") else "unread_media"
                 raise Refusal(what, f"{key!r} may be a picture, a video or a sound, and is not read: {_short(value)}")
+            if _unlearnt(key, value) or (key == "label" and value is False):
+                raise Refusal("turns", f"{key!r} is {_short(value)}: the row is not to be trained on as it stands")
             self.ignored[key] = None
 
     def _marked(self, turns: list[Turn], images: int, apart: bool) -> tuple[list[Turn], bool]:
@@ -363,6 +370,16 @@ def _null(value: Any) -> bool:
 
 def _nothing(value: Any) -> bool:
     return _null(value) or (isinstance(value, str | list | dict | tuple) and not isinstance(value, Held) and not value)
+
+
+def _alias(value: Any) -> str:
+    """Words, or a role as all dialects name it."""
+    return ROLES.get(str(value).lower(), str(value))
+
+
+def _unlearnt(key: str, value: Any) -> bool:
+    """Mask of training: whether a key keeps what it belongs to from it."""
+    return isinstance(value, int | float) and not value and MASK.fullmatch(key) is not None
 
 
 def _pointer(value: Any, where: str) -> str | Held:

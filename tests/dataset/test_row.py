@@ -184,6 +184,41 @@ def test_what_a_turn_says_beside_its_words_is_not_passed_over(turn: dict[str, An
 
 
 @pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"content": "And who?"}, "turns"),
+        ({"user": "And who?"}, "turns"),
+        ({"role": "system"}, "turns"),
+        ({"content": [{"type": "image", "image": "c.png"}]}, "unread_media"),
+        ({"content": "What?", "role": "user"}, None),
+        ({"user": None, "assistant": ""}, None),
+    ],
+)
+def test_a_turn_says_one_thing(turn: dict[str, Any], reason: str | None) -> None:
+    conversation = [{**chat("What?")[0], **turn}, *chat("", "That.")[1:]]
+    if reason is None:
+        assert said(read(conversations=conversation)) == [("What?", "That.")]
+        return
+    with pytest.raises(Refusal, match=repr(next(iter(turn)))) as refusal:
+        read(conversations=conversation)
+    assert refusal.value.reason == reason
+
+
+@pytest.mark.parametrize("mask", [{"train": False}, {"training": 0}, {"loss_scale": 0.0}, {"loss_mask": 0}, {"weight": 0.0}])
+def test_an_answer_or_a_row_that_is_not_to_be_learnt_is_refused(mask: dict[str, Any]) -> None:
+    question, answer = chat("What?", "That.")
+    with pytest.raises(Refusal, match=repr(next(iter(mask)))) as refusal:
+        read(conversations=[question, {**answer, **mask}])
+    assert refusal.value.reason == "turns"
+    assert said(read(conversations=[{**question, **mask}, answer])) == [("What?", "That.")]  # no question is learnt
+    assert said(read(conversations=[question, {**answer, **dict.fromkeys(mask, 1)}])) == [("What?", "That.")]
+    for row in (mask, {"label": False}):
+        with pytest.raises(Refusal, match=repr(next(iter(row)))):
+            read(conversations=[question, answer], **row)
+    assert said(read(conversations=[question, answer], label=0)) == [("What?", "That.")]  # a class
+
+
+@pytest.mark.parametrize(
     ("raw", "reason", "said"),
     [
         ({"instruction": "q", "output": "a"}, "missing_key", "the row has 'id', 'instruction', 'output'"),
