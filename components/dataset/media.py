@@ -12,29 +12,35 @@ MEDIA_FILE = re.compile(
     r"|mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp|mp3|m4a|aac|opus|wav|flac|ogg)(\?.*)?$",
     re.IGNORECASE,
 )
-VIDEO = re.compile(r"video|frames?(?![a-z])|\.(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
+VIDEO = re.compile(r"video|\bvids?\b|frames?(?![a-z])|\b(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
 MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
 MEDIA_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40}")  # magic bytes of JPEG, PNG, GIF and WebP
 MEDIA_KEY = re.compile(
-    r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|screenshots?|jpe?g|png|webp|videos?|frames?|clips?|audios?|media"
+    r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|screenshots?|jpe?g|png|webp|videos?|vids?|frames?|clips?|audios?|media|pdfs?|mp[34]"
     r"|(?<!min_)(?<!max_)pixels?)"
-    r"([^a-z]+(ids?|idx|index|paths?|ur[il]s?|links?|src|files?|filenames?|names?|bytes|data|list|base64|b64|str|string))*[^a-z]*$",
+    r"([^a-z]+(ids?|idx|index|paths?|ur[il]s?|links?|src|files?|filenames?|names?|dirs?|folders?|roots?"
+    r"|bytes|data|list|base64|b64|str|string|features?|feats?|embeddings?|embeds?))*[^a-z]*$",
     re.IGNORECASE,
 )
 OWN = re.compile(  # keys of a row's own image: image_url, file_name, coco_url, source, file_name within image_info
     r"((meta|metadata|data|raw|extra)[^a-z0-9]*)*((images?|imgs?|pictures?|pics?|photos?|screenshots?|frame|page|doc)[^a-z0-9]*)?"
     r"((info|annotations?|coco|flickr|original|orig|local|full|relative)[^a-z0-9]*)*"
-    r"((ids?|idx|index|paths?|ur[il]s?|links?|src|source|files?|filenames?|fn|names?|titles?)[^a-z0-9]*)+",
+    r"((ids?|idx|index|paths?|ur[il]s?|links?|src|source|files?|filenames?|fn|names?|titles?|dirs?|folders?|roots?|pdfs?)[^a-z0-9]*)+",
     re.IGNORECASE,
 )
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_MARK = (  # foreign marks: <|image_pad|>, <image_1>, <ImageHere>, <IMG_CONTEXT>, <start_of_image> or [IMG]; ours is <image>
-    r"(?:<\|(?:vision|image|img|video|audio|media)[\w ]*\|>"
-    r"|(?!(?-i:<image>))<(?:image|img|video|audio|media)(?:here|[ _]?\d+|_\w+)?>|<start_of_image>|\[IMG\])"
+_NOUN = r"(?:(?:begin|start|end)_of_)?(?:vision|image|img|im_patch|video|audio|media|speech|sound|point)"
+_MARK = (  # foreign marks: <|image_pad|>, <image_1>, <ImageHere>, <IMG_CONTEXT>, <__media__> or [IMG]; ours is <image>
+    rf"(?:<\|{_NOUN}[\w ]*\|>|(?!(?-i:<image>))<_*{_NOUN}(?:here|[ _]?\d+|_\w+)?>|\[IMG\])"
 )
-MEDIA_MARK = re.compile(  # alone on a line, or joined to the words of a question; and Qwen-VL's <img>path</img>
-    rf"<img>[^<\n]+</img>|^[ \t]*{_MARK}+\s*$|(?:\A|\n\n)[ \t]*{_MARK}(?=\S)|(?<=\S){_MARK}\s*\Z", re.IGNORECASE | re.MULTILINE
+_SHOWN = r"!\[[^\]\n]*\]\([^)\n]+\)"  # Markdown's image
+MEDIA_MARK = re.compile(  # in a question: marks alone on a line or joined to its words, Qwen-VL's <img>path</img>,
+    rf"<img>[^<\n]+</img>|^[ \t]*(?:{_MARK}[ \t]*)+$|(?:\A|\n\n)[ \t]*{_MARK}(?=\S)|(?<=\S){_MARK}\s*\Z"
+    rf"|\A\s*{_SHOWN}|{_SHOWN}\s*\Z|(?:^|\]\()(?:{MEDIA_DATA.pattern}|{MEDIA_BASE64.pattern})"  # images, and their bytes
+    r'|\A\s*\[\s*\{(?s:.*?)"type":\s*"[a-z_]*(?:image|video|audio)',  # a list of parts as text
+    re.IGNORECASE | re.MULTILINE,
 )
+ANY_MARK = re.compile(rf"{MEDIA_MARK.pattern}|{_MARK}", MEDIA_MARK.flags)  # and marks among the words
 
 
 class Held(NamedTuple):

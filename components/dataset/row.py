@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from components.config.data import DataLimits
-from components.dataset.media import MEDIA_BASE64, MEDIA_DATA, MEDIA_MARK, VIDEO, Held, may_be_media
+from components.dataset.media import ANY_MARK, MEDIA_BASE64, MEDIA_DATA, MEDIA_MARK, VIDEO, Held, may_be_media
 from components.dataset.shards import IMAGE as MARK
 from components.dataset.shards import Box, Turn
 from components.errors import Refusal
@@ -298,9 +298,9 @@ class _Reading:
 
     def _marked(self, turns: list[Turn], images: int, apart: bool) -> tuple[list[Turn], bool]:
         """Turns with one mark per image or none, all in questions, and whether they still are independent (`apart`)."""
+        marks = MEDIA_MARK if not images or any(MARK in turn.question for turn in turns) else ANY_MARK
         for turn in turns:
-            rest = turn.question.replace(MARK, "")  # cheap test before the regex
-            if ("<" in rest or "[" in rest) and (mark := MEDIA_MARK.search(turn.question)):
+            if mark := marks.search(turn.question):
                 what = "video" if VIDEO.search(mark[0]) else "image_marks"
                 raise Refusal(what, f"a question holds {mark[0].strip()[:80]!r}, another code's mark of a medium")
             if "objects" in self.raw and (mark := BOX_MARK.search(turn.question + turn.answer)):

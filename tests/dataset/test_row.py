@@ -338,6 +338,11 @@ HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "a data URL within another key": ("unread_media", {"meta": "data:image/png;base64,AA"}),
     "a sound": ("unread_media", {"audio": "a.wav"}),
     "a video": ("video", {"video": "a.mp4"}),
+    **{f"the key {key}": ("video", {key: "x"}) for key in ("vid", "mp4", "video_features", "video_dir")},
+    **{
+        f"the key {key}": ("unread_media", {key: "x"}) for key in ("pdf", "imgs_dir", "image_folder", "image_embeddings", "mp3")
+    },
+    "a sound as numbers": ("unread_media", {"speech": {"array": [0.5], "sampling_rate": 16000}}),
     "frames": ("video", {"frames": ["1", "2"]}),
     "a video in a tar file": ("video", {".mp4": HELD}),
     "a member of a tar file": ("unread_media", {".heic": HELD}),
@@ -352,6 +357,39 @@ HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "another mark after it": ("image_marks", {"image": "a.png", "conversations": chat("What?<image_1>", "That.")}),
     "LLaVA-Video's mark": ("video", {"conversations": chat("<video>\nWhat?", "That.")}),
 }
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "<|begin_of_image|><|image|><|end_of_image|>\nWhat?",
+        "<image_1> <image_2>\nCompare.",
+        "<__media__>\nWhat?",
+        "<im_patch><im_patch>\nWhat?",
+        "<point>\nWhat is this?",
+        "<speech>\nWhat is said?",
+        "![](c.png)\nWhat?",
+        "What?\n![a cat](https://x.org/c.png)",
+        "See ![](data:image/png;base64,AAAA)\nWhat?",
+        "data:image/png;base64,AAAA",
+        f"{PNG}{PNG}\nWhat?",
+        '[{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "What?"}]',
+    ],
+)
+def test_a_medium_within_the_words_of_a_question_is_refused(question: str) -> None:
+    with pytest.raises(Refusal, match="a question holds") as refusal:
+        read(conversations=chat(question, "That."))
+    assert refusal.value.reason == "image_marks"
+
+
+@pytest.mark.parametrize(
+    "question", ["A <ImageHere>; B <ImageHere>. Same?", "This <|vision_start|><|image_pad|><|vision_end|>?"]
+)
+def test_another_mark_among_words_is_not_passed_over_where_no_mark_of_ours_places_the_images(question: str) -> None:
+    with pytest.raises(Refusal, match="a question holds") as refusal:
+        read(images=["a.png", "b.png"][: question.count(";") + 1], conversations=chat(question, "Yes."))
+    assert refusal.value.reason == "image_marks"
+    assert said(read(image="a.png", conversations=chat(f"<image>\n{question}", "Yes."))) == [(f"<image>\n{question}", "Yes.")]
 
 
 @pytest.mark.parametrize(("reason", "raw"), HIDDEN.values(), ids=HIDDEN)
@@ -419,7 +457,19 @@ def test_what_names_the_image_again_or_describes_it_is_an_ignored_key(key: str, 
 
 
 @pytest.mark.parametrize(
-    "text", ['<img src="a.png" alt="x">', "the <video> tag", "</s>", "see a.png", "<|im_end|>", "<|image_pad|>"]
+    "text",
+    [
+        '<img src="a.png" alt="x">',
+        "this README:\n# Cats\n![cats](c.png)\nIt is short. How",
+        "background: url(data:image/png;base64,AAAA);",
+        '[{"type": "text", "text": "x"}]',
+        "<points>\n<point>3</point>\n</points>",
+        "the <video> tag",
+        "</s>",
+        "see a.png",
+        "<|im_end|>",
+        "<|image_pad|>",
+    ],
 )
 def test_text_about_pictures_is_text(text: str) -> None:
     row = read(conversations=chat(f"What does {text} mean?", text), model="x", num_images=0, language="en")
