@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ def rows(files: list[Path]) -> Iterator[Found]:
     number = 0
     for index, path in enumerate(files):
         file = _opened(path)
+        if twice := [column for column, times in Counter(file.schema_arrow.names).items() if times > 1]:
+            raise DataError(f"{path} has the column {twice[0]} twice; rename or drop one of them")
         held = [field.name for field in file.schema_arrow if _has_bytes(field.type)]
         for leaf in _bytes_leaves(file):
             if not any(leaf == column or leaf.startswith(f"{column}.") for column in held):
@@ -44,7 +47,7 @@ def _rows(table: Any) -> list[Any]:
 
 def _held(value: Any, place: list[Any], name: str) -> Any:
     if isinstance(value, list):
-        return [Held([*place, at], name) for at, one in enumerate(value) if one is not None]
+        return [None if one is None else Held([*place, at], name) for at, one in enumerate(value)]
     return None if value is None else Held([*place, None], name)
 
 

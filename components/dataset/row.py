@@ -79,6 +79,7 @@ class _Reading:
         self.rules: dict[str, str] = {}
         self.ignored: dict[str, None] = {}  # keys, in order
         self.shown: list[str | Held] = []  # images among the parts of turns
+        self.places: list[Any] = []  # `index` within the row's images of the other parts
         self.dropped: list[Said] = []
 
     def row(self, number: int) -> Row:
@@ -220,7 +221,8 @@ class _Reading:
             raise Refusal(reason, f"a part of a turn is text or an image, not {kind!r}: {_short(found)}")
         key = next((key for key in ("image", "image_url", "url", "path") if key in found), None)
         if key is None:
-            self._nothing_else(found, ("type",))
+            self._nothing_else(found, ("type", "index"))
+            self.places.append(found.get("index"))
         else:
             self.shown.append(_pointer(found[key], repr(key)))
         return MARK
@@ -251,18 +253,27 @@ class _Reading:
     # --- pictures ---
 
     def _pictures(self) -> tuple[str | Held, ...]:
+        """Images in the order of their marks: those of the parts, and those of the keys that are not the same ones again."""
         found: list[str | Held] = []
         for some in (self.shown, *(self._listed(key) for key in PICTURE if key in self.raw)):
-            if some[: len(found)] == found:  # the same images, listed twice
+            some = [one if isinstance(one, Held) or MEDIA_DATA.match(one) else self._path(one) for one in some]
+            if len(some) > len(found) and all(one in some for one in found):
                 found = some
-            elif found[: len(some)] != some:
+            elif not all(one in found for one in some):
                 found = [*found, *some]
-        return tuple(one if isinstance(one, Held) or MEDIA_DATA.match(one) else self._path(one) for one in found)
+        if all(place is None for place in self.places):
+            return tuple(found)
+        chosen = [found[int(place)] for place in self.places if place in range(len(found))]
+        if len(chosen) < len(self.places) or not all(one in chosen for one in found):
+            raise Refusal("image_marks", f"the parts' 'index' is {self.places}, for {len(found)} images: which is meant?"[:200])
+        return tuple(chosen)
 
     def _listed(self, key: str) -> list[str | Held]:
         value = self.raw[key]
         listed = [one for one in value if not _nothing(one)] if isinstance(value, list) else [value]
-        if isinstance(value, list) and len(listed) == 1:
+        if isinstance(value, list) and 0 < len(listed) < len(value):
+            self.rules["null_image"] = f"{key!r} holds null beside {len(listed)} image{'s' * (len(listed) > 1)}"
+        elif isinstance(value, list) and len(listed) == 1:
             self.rules["image_list"] = f"{key!r} was a list of one"
         return [_pointer(one, repr(key)) for one in listed]
 
@@ -314,6 +325,8 @@ class _Reading:
             turns = [turns[0]] + [replace(turn, question=turn.question.replace(MARK, "").strip()) for turn in turns[1:]]
             asked = first
         if images and (asked, answered) == (0, 0):
+            if null := self.rules.get("null_image"):
+                raise Refusal("image_marks", f"{null}, and no {MARK} says which is meant")
             stand = "the image stands: it was" if images == 1 else f"the {images} images stand: they were"
             self.rules["image_first"] = f"no {MARK} said where {stand} put first"
         elif (asked, answered) != (images, 0):
@@ -369,7 +382,10 @@ def _null(value: Any) -> bool:
 
 
 def _nothing(value: Any) -> bool:
-    return _null(value) or (isinstance(value, str | list | dict | tuple) and not isinstance(value, Held) and not value)
+    """Null, or empty, as {bytes: null, path: null} is."""
+    if isinstance(value, dict):
+        return all(map(_nothing, value.values()))
+    return _null(value) or (isinstance(value, str | list | tuple) and not value)
 
 
 def _alias(value: Any) -> str:

@@ -495,6 +495,18 @@ def test_bytes_in_columns_of_every_kind(column: Any, wanted: Any, tmp_path: Path
     assert held(tmp_path / "x.parquet", {"image": column}) == wanted
 
 
+def test_a_null_of_a_list_of_pictures_keeps_its_place(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"images": pa.array([[None, {"bytes": b"x"}]], pa.list_(STRUCT))}), tmp_path / "x.parquet")
+    ((_, _, raw),) = store(str(tmp_path / "x.parquet"), None).rows()
+    assert raw["images"][0] is None and raw["images"][1].place[-1] == 1
+
+
+def test_two_columns_of_one_name_refuse_the_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table([pa.array([b"x"]), pa.array([b"y"])], names=["image", "image"]), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="the column image twice"):
+        list(store(str(tmp_path / "x.parquet"), None).rows())
+
+
 def test_bytes_within_other_values_refuse_the_file(tmp_path: Path) -> None:
     inner = pa.struct([("image", STRUCT)])
     for column in (pa.array([{"image": {"bytes": b"x"}}], inner), pa.array([[("k", b"x")]], pa.map_(pa.string(), pa.binary()))):

@@ -295,6 +295,68 @@ def test_several_images_stand_at_their_marks(raw: dict[str, Any], questions: lis
     assert len(row.pictures) == 2 and [question for question, _ in said(row)] == questions
 
 
+def parts(*indices: Any) -> list[Any]:
+    return openai([*({"type": "image", "index": index} for index in indices), PARTS[0]], "That.")
+
+
+WHICH: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "parts by index": ({"images": ["a.png", "b.png"], "messages": parts(1, 0)}, ("b.png", "a.png")),
+    "parts by a float of pandas": ({"images": ["a.png", "b.png"], "messages": parts(1.0, 0.0)}, ("b.png", "a.png")),
+    "one image in two parts": ({"images": ["a.png"], "messages": parts(0, 0)}, ("a.png", "a.png")),
+    "parts without an index": ({"images": ["a.png", "b.png"], "messages": parts(None, None)}, ("a.png", "b.png")),
+    "image is the second of images": (
+        {"image": "a.png", "images": ["b.png", "a.png"], "conversations": chat("Same?", "No.")},
+        ("b.png", "a.png"),
+    ),
+    "images of one and another": (
+        {"image": "a.png", "images": ["b.png"], "conversations": chat("Same?", "No.")},
+        ("a.png", "b.png"),
+    ),
+    "one path in two spellings": (
+        {"image": "./x//a.png", "images": ["x/a.png"], "conversations": chat("What?", "A cat.")},
+        ("x/a.png",),
+    ),
+    "the parts' order, not that of images": (
+        {
+            "images": ["a.png", "b.png"],
+            "messages": openai([{"type": "image", "image": "b.png"}, {"type": "image", "image": "a.png"}, PARTS[0]], "That."),
+        },
+        ("b.png", "a.png"),
+    ),
+    "null where marks say which": (
+        {"images": [None, "b.png"], "conversations": chat("<image>\nWhat?", "A cat.")},
+        ("b.png",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "pictures"), WHICH.values(), ids=WHICH)
+def test_which_images_are_meant_and_in_which_order(raw: dict[str, Any], pictures: tuple[str, ...]) -> None:
+    assert read(**raw).pictures == pictures
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"images": ["a.png", "b.png"], "messages": parts(1, 1)}, "'index'"),
+        ({"images": ["a.png", "b.png"], "messages": parts(0, 2)}, "'index'"),
+        ({"images": ["a.png", "b.png"], "messages": parts(None, 0)}, "'index'"),
+        ({"images": ["a.png", "b.png"], "messages": parts("0", "1")}, "'index'"),
+        ({"images": [None, "b.png"], "conversations": chat("Compare the two.", "No.")}, "'images' holds null"),
+        ({"image": ["a.png", {"bytes": None, "path": None}], "conversations": chat("Compare.", "No.")}, "'image' holds null"),
+    ],
+)
+def test_images_of_which_none_knows_which_is_meant_are_refused(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(Refusal, match=words) as refusal:
+        read(**raw)
+    assert refusal.value.reason == "image_marks"
+    assert read(image=[None], images=[{"bytes": None, "path": None}], conversations=chat("What?", "That.")).kind == "text"
+
+
+def test_a_null_among_images_is_counted() -> None:
+    assert "null beside 1 image" in read(images=[None, "b.png"], conversations=chat(CAT, "A cat.")).rules["null_image"]
+
+
 def test_one_image_opens_its_question_in_whatever_turn() -> None:
     row = read(image="c.png", conversations=chat("Hello?", "Hello.", "What is it?\n<image>", "A cat."))
     assert row.pictures == ("c.png",) and said(row) == [("Hello?", "Hello."), (CAT, "A cat.")]
