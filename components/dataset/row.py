@@ -96,7 +96,7 @@ class _Reading:
             raise Refusal("boxes", f"'boxes' are regions of one image, and the row has {len(pictures) or 'none'}")
         marked = any(MARK in turn.question for turn in said)
         samples = tuple(
-            tuple(_placed(sample, len(pictures), marked and not index))
+            tuple(self._placed(sample, len(pictures), marked and not index))
             for index, sample in enumerate(self._within_limit(said, apart))
         )
         pictures = pictures[: sum(turn.question.count(MARK) for turn in samples[0])]  # without those of cut turns
@@ -336,6 +336,19 @@ class _Reading:
             )
         return turns, apart and asked == first
 
+    def _placed(self, turns: list[Turn], images: int, marked: bool) -> list[Turn]:
+        """Turns with image marks: unmarked images open the first question, a single image opens its question, as in LLaVA."""
+        if not images or (marked and images > 1):
+            return turns
+        its = next((index for index, turn in enumerate(turns) if MARK in turn.question), None) if marked else 0
+        if its is None:
+            return turns
+        question = turns[its].question
+        if marked and question.partition(MARK)[0].strip():
+            self.rules["image_moved"] = f"the only {MARK} was put before its question: {question[:60]!r}"
+        opened = replace(turns[its], question=f"{MARK}\n" * images + question.replace(MARK, "").strip())
+        return [*turns[:its], opened, *turns[its + 1 :]]
+
     def _within_limit(self, turns: list[Turn], apart: bool) -> list[list[Turn]]:
         """Whole turns of at most `max_text_chars`: a conversation is cut, independent pairs become several samples."""
         for turn in turns:
@@ -364,17 +377,6 @@ class _Reading:
         if len(samples) > 1:
             self.rules["several_samples"] = f"{len(turns)} questions became {len(samples)} samples"
         return samples
-
-
-def _placed(turns: list[Turn], images: int, marked: bool) -> list[Turn]:
-    """Turns with image marks: unmarked images open the first question, a single image opens its question, as in LLaVA."""
-    if not images or (marked and images > 1):
-        return turns
-    its = next((index for index, turn in enumerate(turns) if MARK in turn.question), None) if marked else 0
-    if its is None:
-        return turns
-    opened = replace(turns[its], question=f"{MARK}\n" * images + turns[its].question.replace(MARK, "").strip())
-    return [*turns[:its], opened, *turns[its + 1 :]]
 
 
 def _null(value: Any) -> bool:

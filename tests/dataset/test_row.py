@@ -41,7 +41,7 @@ URL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
     "LLaVA": ({"image": "c.png", "conversations": chat(CAT, "A cat.")}, "c.png", set()),
-    "its mark last": ({"image": "c.png", "conversations": chat("What is it?\n<image>", "A cat.")}, "c.png", set()),
+    "its mark last": ({"image": "c.png", "conversations": chat("What is it?\n<image>", "A cat.")}, "c.png", {"image_moved"}),
     "no mark": ({"image": "c.png", "conversations": chat("What is it?", "A cat.")}, "c.png", {"image_first"}),
     "a list of one": ({"image": ["c.png"], "conversations": chat(CAT, "A cat.")}, "c.png", {"image_list"}),
     "images": ({"images": ["c.png"], "conversations": chat(CAT, "A cat.")}, "c.png", {"image_list"}),
@@ -57,12 +57,12 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
     "parts": (
         {"images": [HELD], "messages": openai(PARTS, [{"type": "text", "text": "A cat."}])},
         HELD,
-        {"roles", "parts", "image_list"},
+        {"roles", "parts", "image_list", "image_moved"},
     ),
     "a data URL": (
         {"messages": openai([PARTS[0], URL], "A cat.")},
         "data:image/png;base64,AAAA",
-        {"roles", "parts"},
+        {"roles", "parts", "image_moved"},
     ),
     "parts without types": (
         {"messages": openai([{"image": "c.png"}, {"text": "What is it?"}], [{"text": "A cat."}])},
@@ -72,7 +72,7 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
     "parts of the Responses API": (
         {"messages": openai([{"type": "input_text", "text": "What is it?"}, URL | {"type": "input_image"}], "A cat.")},
         URL["image_url"]["url"],
-        {"roles", "parts"},
+        {"roles", "parts", "image_moved"},
     ),
     "a picture named in its part and beside": (
         {"images": ["c.png"], "messages": openai([{"type": "image", "image": "c.png"}, PARTS[0]], "A cat.")},
@@ -360,6 +360,16 @@ def test_a_null_among_images_is_counted() -> None:
 def test_one_image_opens_its_question_in_whatever_turn() -> None:
     row = read(image="c.png", conversations=chat("Hello?", "Hello.", "What is it?\n<image>", "A cat."))
     assert row.pictures == ("c.png",) and said(row) == [("Hello?", "Hello."), (CAT, "A cat.")]
+
+
+@pytest.mark.parametrize(
+    ("question", "moved"),
+    [("Is it left of <image> here?", True), ("What?<image>", True), ("<image>What?", False), (" <image> What?\n", False)],
+)
+def test_an_only_mark_that_is_moved_is_counted(question: str, moved: bool) -> None:
+    row = read(image="c.png", conversations=chat("Hello?", "Hello.", question, "A cat."))
+    assert said(row)[1][0].startswith("<image>\n") and ("image_moved" in row.rules) == moved
+    assert not moved or repr(question) in row.rules["image_moved"]
 
 
 def test_turns_that_are_cut_take_their_images_with_them() -> None:
