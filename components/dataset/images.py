@@ -82,7 +82,8 @@ def _decode(content: bytes, path: str) -> Picture:
     with Image.open(io.BytesIO(content), formats=READ) as image:
         image.load()  # the first frame
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        plain = image.mode == "RGB" and not turned and not getattr(image, "is_animated", False)
+        opaque = image.mode == "RGB" and not image.has_transparency_data
+        plain = opaque and not turned and not getattr(image, "is_animated", False)
         rgb = image if plain else ImageOps.exif_transpose(_rgb(image, path))
         digest = hashlib.sha256(f"{rgb.size} {xxh3_128_hexdigest(_pixels(rgb))}".encode()).hexdigest()
         if not plain or image.format not in KEPT:

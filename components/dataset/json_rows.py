@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from components.dataset.row import CONVERSATION, PROMPT
+from components.dataset.row import CONVERSATION, PROMPT, each_once
 from components.errors import DataError, Refusal
 
 READ = 2**20  # characters read ahead in a JSON list
@@ -61,19 +60,10 @@ def _no_rows(path: Path) -> DataError:
     return DataError(f"{path} is one JSON object; rows are a list, [{{...}}, ...], or one object a line")
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object. Raises Refusal malformed_json for a duplicate key."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise Refusal("malformed_json", f"the key {twice[:60]!r} stands twice in one object")
-    return found
-
-
 def parse(content: bytes, name: str = "") -> Any:
     """Parse one JSON text. Raises Refusal malformed_json, with `name` before the detail."""
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_once)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=each_once)
     except Refusal as refusal:
         raise Refusal(refusal.reason, f"{name}{refusal.detail}") from None
     except json.JSONDecodeError as error:
@@ -164,7 +154,7 @@ class _Text:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Object hook that records a duplicate key; the decoder continues, so that the list's other elements are read."""
         try:
-            return _each_once(pairs)
+            return each_once(pairs)
         except Refusal as refusal:
             self._twice = refusal
             return dict(pairs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -137,7 +138,7 @@ class _Reading:
         """Turns, and whether all are independent question-answer pairs."""
         if isinstance(value, str):
             try:
-                value = json.loads(value)
+                value = json.loads(value, object_pairs_hook=each_once)
             except (ValueError, RecursionError):
                 raise Refusal("wrong_type", "the conversation is text, and no JSON") from None
             self.rules["json_text"] = "the conversation was JSON within text"
@@ -163,11 +164,13 @@ class _Reading:
                 if key not in found:
                     raise Refusal("missing_key", f"a turn has no {key!r}, or null in it")
             role = GPT if keys == PAIR else self._role(found[keys[0]])
-            self._nothing_else(found, (*keys, "boxes"), learnt=role == GPT)
+            instructions = INSTRUCTIONS if keys == PAIR else ()
+            self._nothing_else(found, (*keys, *instructions, "boxes"), learnt=role == GPT)
             boxes = _boxes(found.get("boxes"))
             if keys == PAIR:
                 pairs += 1
                 asked, answered = (self._words(found[key], key) for key in PAIR)
+                asked = self._instructed([self._words(found[key], key) for key in instructions if key in found], asked)
                 turns += [Said(HUMAN, asked, boxes), Said(GPT, answered)]
             else:
                 turns.append(Said(role, self._words(found[keys[1]], keys[1]), boxes))
@@ -205,7 +208,11 @@ class _Reading:
             return str(value)
         if isinstance(value, list):
             self.rules["parts"] = "a turn was a list of parts"
-            return "".join(map(self._part, value))
+            said = ""
+            for part in map(self._part, value):
+                apart = said.endswith(MARK) or part.startswith(MARK) or said[-1:].isspace() or part[:1].isspace()
+                said += part if apart or not said else f"\n{part}"
+            return said
         raise Refusal("wrong_type", f"the {key!r} of a turn is text, not {type(value).__name__}")
 
     def _part(self, part: Any) -> str:
@@ -244,11 +251,17 @@ class _Reading:
         if roles != [HUMAN, GPT] * (len(roles) // 2):
             raise Refusal("turns", f"turns are human, gpt, human, gpt, ..., not {', '.join(roles[:6])}")
         texts = [turn.text for turn in turns]
-        if words := "\n".join(dict.fromkeys(text.strip() for text in system if text.strip())):
-            self.rules["system"] = f"put before the first question: {words[:60]!r}"
-            texts[0] = f"{words}\n\n{texts[0]}"
+        texts[0] = self._instructed(system, texts[0])
         boxes = [turn.boxes for turn in turns[::2]]
         return [Turn(*said) for said in zip(texts[::2], texts[1::2], boxes, strict=True)]
+
+    def _instructed(self, system: list[str], question: str) -> str:
+        """Question after the system texts; an empty one stays empty."""
+        words = "\n".join(dict.fromkeys(text.strip() for text in system if text.strip()))
+        if not words or not question.replace(MARK, "").strip():
+            return question
+        self.rules["system"] = f"put before a question: {words[:60]!r}"
+        return f"{words}\n\n{question}"
 
     # --- pictures ---
 
@@ -346,7 +359,8 @@ class _Reading:
         question = turns[its].question
         if marked and question.partition(MARK)[0].strip():
             self.rules["image_moved"] = f"the only {MARK} was put before its question: {question[:60]!r}"
-        opened = replace(turns[its], question=f"{MARK}\n" * images + question.replace(MARK, "").strip())
+        words = re.sub(rf"(?<=\S){MARK}(?=\S)", " ", question).replace(MARK, "").strip()
+        opened = replace(turns[its], question=f"{MARK}\n" * images + words)
         return [*turns[:its], opened, *turns[its + 1 :]]
 
     def _within_limit(self, turns: list[Turn], apart: bool) -> list[list[Turn]]:
@@ -377,6 +391,15 @@ class _Reading:
         if len(samples) > 1:
             self.rules["several_samples"] = f"{len(turns)} questions became {len(samples)} samples"
         return samples
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON object. Raises Refusal malformed_json for a duplicate key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise Refusal("malformed_json", f"the key {twice[:60]!r} stands twice in one object")
+    return found
 
 
 def _null(value: Any) -> bool:

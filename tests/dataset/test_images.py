@@ -40,6 +40,14 @@ def test_plain_files_keep_their_bytes(tmp_path: Path, name: str) -> None:
     assert load(path, LIMITS).content == path.read_bytes()
 
 
+def test_a_colour_that_is_declared_transparent_is_white(tmp_path: Path) -> None:
+    for mode, clear in (("RGB", (0, 0, 0)), ("L", 0)):
+        image = Image.new(mode, (8, 8), clear)
+        image.putpixel((0, 0), 9 if mode == "L" else (9, 9, 9))
+        pixels = decoded(load(saved(tmp_path / f"{mode}.png", image, transparency=clear), LIMITS))
+        assert pixels[0, 0].tolist() == [9, 9, 9] and (pixels[1:] == 255).all()
+
+
 def test_the_name_does_not_say_what_a_file_is(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.jpg", Image.fromarray(GRADIENT), format="PNG")
     assert load(path, LIMITS).content == path.read_bytes()

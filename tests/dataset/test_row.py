@@ -144,6 +144,31 @@ def test_a_system_text_is_kept(raw: dict[str, Any]) -> None:
     assert said(row) == [("Be brief.\n\nWhat is it?", "A cat.")] and "system" in row.rules
 
 
+def test_a_system_text_is_no_question() -> None:
+    for raw in ({"conversations": chat("", "That.")}, {"texts": [{"user": " ", "assistant": "That."}]}):
+        with pytest.raises(Refusal) as refusal:
+            read(system="Be brief.", **raw)
+        assert refusal.value.reason == "empty_question"
+
+
+def test_a_system_text_of_a_pair_stands_before_its_question() -> None:
+    row = read(texts=[{"user": "What?", "assistant": "A."}, {"system": "Be brief.", "user": "And?", "assistant": "B."}])
+    assert said(row) == [("What?", "A."), ("Be brief.\n\nAnd?", "B.")]
+    assert "Be brief." in row.rules["system"] and row.ignored == ()
+
+
+def test_texts_of_a_list_do_not_run_into_one_another() -> None:
+    text = [{"type": "text", "text": "left "}, {"type": "text", "text": "or right?"}]
+    row = read(image="c.png", messages=openai(["Look.", {"type": "image"}, "Is it", *text], ["It is", "left."]))
+    assert said(row) == [("<image>\nLook. Is it\nleft or right?", "It is\nleft.")]
+
+
+def test_json_within_text_says_each_key_once() -> None:
+    with pytest.raises(Refusal, match="'value' stands twice") as refusal:
+        read(conversations='[{"from": "human", "value": "What?", "value": "Who?"}, {"from": "gpt", "value": "That."}]')
+    assert refusal.value.reason == "malformed_json"
+
+
 def test_numbers_are_text_and_null_is_missing() -> None:
     assert said(read(conversations=chat("How many?", 3))) == [("How many?", "3")]
     for raw, key in (
