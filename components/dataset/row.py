@@ -81,6 +81,7 @@ class _Reading:
         self.ignored: dict[str, None] = {}  # keys, in order
         self.shown: list[str | Held] = []  # images among the parts of turns
         self.places: list[Any] = []  # `index` within the row's images of the other parts
+        self.led = ""  # system text that was put before a question
         self.dropped: list[Said] = []
 
     def row(self, number: int) -> Row:
@@ -261,7 +262,8 @@ class _Reading:
         if not words or not question.replace(MARK, "").strip():
             return question
         self.rules["system"] = f"put before a question: {words[:60]!r}"
-        return f"{words}\n\n{question}"
+        self.led = f"{words}\n\n"
+        return f"{self.led}{question}"
 
     # --- pictures ---
 
@@ -357,7 +359,7 @@ class _Reading:
         if its is None:
             return turns
         question = turns[its].question
-        if marked and question.partition(MARK)[0].strip():
+        if marked and question.removeprefix(self.led).partition(MARK)[0].strip():
             self.rules["image_moved"] = f"the only {MARK} was put before its question: {question[:60]!r}"
         words = re.sub(rf"(?<=\S){MARK}(?=\S)", " ", question).replace(MARK, "").strip()
         opened = replace(turns[its], question=f"{MARK}\n" * images + words)

@@ -363,7 +363,7 @@ def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows
 
 
 def test_a_good_row_is_understood() -> None:
-    found = understand(7, row("x", "./sub//a.png", "What?\n<image>", kind="colour"), LIMITS)
+    found = understand(7, row("x", "./sub//a.png", "<image> What?", kind="colour"), LIMITS)
     assert found == (7, "x", "colour", ("sub/a.png",), ((Turn("<image>\nWhat?", "That."),),), {}, ())
 
 

@@ -394,6 +394,7 @@ def test_one_image_opens_its_question_in_whatever_turn() -> None:
 def test_an_only_mark_that_is_moved_is_counted(question: str, moved: bool) -> None:
     row = read(image="c.png", conversations=chat("Hello?", "Hello.", question, "A cat."))
     assert said(row)[1][0].startswith("<image>\n") and ("image_moved" in row.rules) == moved
+    assert "image_moved" not in read(image="c.png", system="Be brief.", conversations=chat(CAT, "A cat.")).rules
     assert not moved or repr(question) in row.rules["image_moved"]
 
 
