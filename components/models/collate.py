@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
 SHORTEST, LONGEST = 56, 100  # minimum side in pixels, maximum aspect; Qwen's processors refuse sides under 28, aspects over 200
+MOST_GROWN = 50_000_000  # pixels of an image made larger; at twice as many a processor takes 8.6 GiB
 AnswerIds = Sequence[Sequence[Sequence[int]] | None]  # per sample, token ids of the answers to its first questions
 PLACEHOLDER_ANSWER = "This"  # for an answer that token ids replace; templates are tried with it
 PIXEL_CACHE_BYTES = 2**29  # processing costs 0.3 ms an image, as much as a small student's whole step
@@ -285,8 +286,10 @@ class Collator:
         """
         from PIL import Image
 
-        if self._image_text is not None or not sizes:
-            return (self._image_text or "",) * len(sizes), False
+        if self._image_text is not None and not any(outgrows(self.processor, size) for size in sizes):
+            return (self._image_text,) * len(sizes), False
+        if not sizes:
+            return (), False
         made, changed = self._accepted([Image.new("RGB", size) for size in sizes])
         return made.texts, changed
 
@@ -337,9 +340,23 @@ def decode_images(sample: Sample) -> list[Image.Image]:
 
 
 def stretched(image: Image.Image) -> Image.Image:
-    """Image resized to sides of at least SHORTEST pixels and an aspect of at most LONGEST, which all processors accept."""
+    """Image resized to sides of at least SHORTEST pixels and an aspect of at most LONGEST, which all processors accept.
+
+    Raises RefusedImageError if that makes more than MOST_GROWN pixels of it.
+    """
     width, height = image.size
-    return image.resize((max(width, SHORTEST, -(-height // LONGEST)), max(height, SHORTEST, -(-width // LONGEST))))
+    wide, high = max(width, SHORTEST, -(-height // LONGEST)), max(height, SHORTEST, -(-width // LONGEST))
+    if wide * high > max(MOST_GROWN, width * height):
+        raise RefusedImageError(f"an image of {width} x {height} pixels is too narrow: stretched, it is {wide:,} x {high:,}")
+    return image.resize((wide, high))
+
+
+def outgrows(processor: Any, size: tuple[int, int]) -> bool:
+    """Whether the processor would make more than MOST_GROWN pixels of an image before it crops it, as LLaVA-1.5's does with
+    narrow ones: it resizes the shorter side to a fixed length."""
+    asked = getattr(processor.image_processor, "size", None) or {}
+    edge, limit = (asked.get(name) for name in ("shortest_edge", "longest_edge"))
+    return edge is not None and limit is None and edge**2 * max(size) // min(size) > MOST_GROWN
 
 
 def check_special_tokens(processor: Any) -> None:
@@ -394,11 +411,13 @@ def processed(processor: Any, *images: Image.Image) -> Processed:
     if not hasattr(processor, "replace_image_token"):
         raise ModelError(f"{type(processor).__name__} does not say how many visual tokens an image has")
     options = getattr(processor, "images_kwargs", {})  # overrides of the image processor's defaults
+    sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
+    if any(outgrows(processor, image.size) for image in images):
+        raise RefusedImageError(f"{type(processor).__name__} refuses an image of {sizes} pixels: it is too narrow")
     try:
         several = list(images) if len(images) == 1 else [list(images)]
         found = processor.image_processor(images=several, return_tensors="pt", **options)
     except (ValueError, ZeroDivisionError, RuntimeError) as error:
-        sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise RefusedImageError(f"{type(processor).__name__} refuses an image of {sizes} pixels: {error}") from None
     try:
         texts = tuple(str(processor.replace_image_token(found, index)) for index in range(len(images)))

@@ -17,6 +17,7 @@ from components.config.load import load_settings
 from components.config.settings import Settings
 from components.dataset.shards import ImageRow, Samples, Turn
 from components.errors import DataError
+from components.models import collate
 from components.models.collate import Collator
 from components.models.processor import load_processor
 from components.models.template import Template
@@ -122,6 +123,29 @@ def test_settings_say_what_becomes_of_long_rows_and_odd_images(here: Path) -> No
         "narrow": "refused_image",
     }
     assert found.splits["train"].left_out == {"too_long": 3, "refused_image": 1}
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2_vl", "llava"]
+)  # the one's narrow images we stretch, the other's the processor itself
+def test_an_image_that_would_grow_past_all_bounds_is_refused_before_it_does(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collate, "MOST_GROWN", 1_000_000)
+    vicuna = load_settings(ROOT).models.template
+    (sample, *_), judge = toy.SAMPLES, Judge([toy.folder(family)], asked(template=vicuna, max_length=100_000).models)
+    grown: list[int] = []
+    resize = Image.Image.resize
+
+    def counting(image: Image.Image, size: tuple[int, int], *rest: Any, **options: Any) -> Image.Image:
+        grown.append(size[0] * size[1])
+        return resize(image, size, *rest, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counting)
+    sizes = [((5_000, 1),), ((1, 5_000),), ((20_000, 1),), ((1, 20_000),)]
+    _, remarks = zip(*judge("train", [sample] * 4, sizes), strict=True)
+    assert [remark and remark.reason for remark in remarks] == ["resized", "resized", "refused_image", "refused_image"]
+    assert "20000 x 1 pixels is too narrow" in remarks[2].detail and max(grown) < 1_000_000
 
 
 @pytest.mark.parametrize("family", FAMILIES)
