@@ -169,7 +169,8 @@ class _Source:
         if found is None:
             raise Refusal("missing_file", f"no tar file has a member {name!r}")
         if found[1] is not None:
-            both = " and ".join(str(self.store.tars[json.loads(place)[0]]) for place in found)
+            places = [json.loads(place) for place in found]
+            both = " and ".join(f"{self.store.tars[tar]} at byte {offset:,}" for tar, offset, _ in places)
             raise Refusal("ambiguous_name", f"{name!r} is a member of {both}: which one is meant is not known")
         return list(json.loads(found[0]))
 

@@ -16,7 +16,9 @@ from components.dataset.media import MEDIA_FILE, Held
 from components.dataset.row import CAPTION, CONVERSATION, Found
 from components.errors import DataError, Refusal
 
-LINK = " -> "  # separates extension and target of a link in `Member.ending`
+LINK = " -> "  # separates extension and target of what is no plain file in `Member.ending`
+KEY = re.compile(r"((?:.*/)?\.*[^./]*)\.?([^/]*)", re.DOTALL)  # a name up to its first dot inside, and its ending
+ARCHIVER = re.compile(r"(^|/)(__MACOSX/|\._|\.DS_Store$)")  # metadata of an archiver
 PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -35,11 +37,10 @@ def rows(tars: list[Path]) -> Iterator[Found]:
     for index, tar in enumerate(tars):
         samples: dict[str, list[Member]] = {}
         for member in members(tar):
-            folder, _, name = member.name.rpartition("/")
-            stem, _, ending = name.partition(".")
-            if stem and "__MACOSX" not in folder:  # else metadata of an archiver
-                key = f"{folder}/{stem}".lstrip("./")
-                ending = ending.lower() if member.isreg() else f"{ending}{LINK}{member.linkname}"
+            name = str(PurePosixPath(member.name)).lstrip("/")
+            if not ARCHIVER.search(name):
+                key, ending = KEY.fullmatch(name).groups()  # type: ignore[union-attr]  # any name matches
+                ending = ending.lower() if _plain(member) else f"{ending}{LINK}{member.linkname or 'no plain file'}"
                 samples.setdefault(key, []).append(Member(ending, member.offset_data, member.size))
         alone = {
             key.rpartition("/")[2]: key
@@ -59,25 +60,24 @@ def rows(tars: list[Path]) -> Iterator[Found]:
                     yield number, name, raw
 
 
-def _sample(file: Any, name: str, parts: list[Member], tar: int) -> Iterator[Any]:
-    by_ending: dict[str, list[Member]] = {}
-    for part in parts:
-        by_ending.setdefault(part.ending, []).append(part)
-    for ending, same in by_ending.items():
-        if len(same) > 1:
-            places = " and ".join(f"{one.offset:,}" for one in same)
-            refusal = Refusal("ambiguous_name", f"{name}.{ending} is there {len(same)} times, at bytes {places}")
-            yield from [refusal] * len(by_ending.get("json", same))
-            return
+def _sample(file: Any, name: str, parts: list[Member], tar: int) -> list[Any]:
+    """Row of a key; if it is refused, the refusal for each row that its members hold."""
     try:
-        yield _row(file, name, {ending: same[0] for ending, same in by_ending.items()}, tar)
+        return [_row(file, name, parts, tar)]
     except Refusal as refusal:
-        yield refusal
+        endings = [f".{part.ending.partition(LINK)[0]}" for part in parts]
+        jsons, captions = (sum(one.endswith(kind) for one in endings) for kind in (".json", f".{CAPTION}"))
+        return [refusal] * (endings.count(".json") or jsons or captions or 1)
 
 
-def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
+def _row(file: Any, name: str, members: list[Member], tar: int) -> Any:
+    parts = {part.ending: part for part in reversed(members)}
+    for ending in parts if len(parts) < len(members) else ():
+        if len(same := [str(part.offset) for part in members if part.ending == ending]) > 1:
+            raise Refusal("ambiguous_name", f"{name}.{ending} is there {len(same)} times, at bytes {' and '.join(same)}")
     if not {"json", CAPTION} & parts.keys():
-        raise Refusal("missing_key", f"{name} has {', '.join(sorted(parts))} and neither json nor {CAPTION}")
+        has = ", ".join(sorted(parts))
+        raise Refusal("missing_key", f"{name} has {has} and neither json nor {CAPTION}: a key ends at its name's first dot")
     raw = json_rows.parse(_read(file, parts["json"]), f"{name}.json: ") if "json" in parts else {}
     if not isinstance(raw, dict):
         return raw
@@ -94,7 +94,9 @@ def _row(file: Any, name: str, parts: dict[str, Member], tar: int) -> Any:
         raw[CAPTION] = _text(_read(file, parts[CAPTION]), f"{name}.{CAPTION}")
     for ending, part in parts.items():
         if ending != "json" and not (captioned and ending == CAPTION) and held[ending] not in pictures:
-            raw[f".{ending}"] = held[ending] if MEDIA_FILE.search(f".{ending}") or not _is_text(file, part) else "text"
+            raw[f".{ending}"] = (
+                held[ending] if LINK in ending or MEDIA_FILE.search(f".{ending}") or not _is_text(file, part) else "text"
+            )
     return raw
 
 
@@ -125,12 +127,12 @@ def _text(content: bytes, name: str) -> str:
 
 
 def members(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """Files and links of an uncompressed tar file, in order. Raises DataError if it is not one or is truncated."""
+    """All but the folders of an uncompressed tar file, in order. Raises DataError if it is not one or is truncated."""
     try:
         with tarfile.open(tar, "r:") as opened:
             while (member := opened.next()) is not None:
                 opened.members = []  # type: ignore[attr-defined]  # or tarfile keeps them all
-                if (member.isreg() and not member.issparse()) or member.islnk() or member.issym():
+                if not member.isdir():
                     yield member
             with tar.open("rb") as file:  # a complete archive ends with empty blocks
                 file.seek(opened.offset)
@@ -141,10 +143,15 @@ def members(tar: Path) -> Iterator[tarfile.TarInfo]:
         raise DataError(f"{tar} is cut off after {tar.stat().st_size:,} bytes; fetch it again")
 
 
+def _plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member's bytes are those of its file, at its place: no link, device or sparse file."""
+    return member.isreg() and not member.issparse()
+
+
 def names(tars: list[Path]) -> Iterator[tuple[str, list[int]]]:
-    """Name and place of every regular file."""
+    """Name and place of every plain file."""
     for index, tar in enumerate(tars):
-        for member in filter(tarfile.TarInfo.isreg, members(tar)):
+        for member in filter(_plain, members(tar)):
             yield str(PurePosixPath(member.name)), [index, member.offset_data, member.size]
 
 

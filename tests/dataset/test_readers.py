@@ -329,7 +329,7 @@ def test_a_member_name_in_two_tar_files_is_refused_and_both_are_named(tmp_path: 
     write(source(ask_for({"mine": asked_for}), tmp_path / "i.sqlite"), ask_for({"mine": asked_for}), tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert (refused.row, refused.reason) == (1, "ambiguous_name")
-    assert "0.tar" in refused.detail and "9.tar" in refused.detail
+    assert "0.tar at byte 512" in refused.detail and "9.tar at byte 512" in refused.detail
 
 
 @pytest.mark.parametrize("images", [5, True, 0.5, {"a": 1}, "other.png", ["a.png"], []])
@@ -397,6 +397,23 @@ def test_a_picture_that_is_not_beside_its_row_is_not_nothing(tmp_path: Path) -> 
         ("x/d", "empty_answer"),
     ]
     assert "x/c.json: Expecting property name" in quarantine(tmp_path / "out")[3].detail
+
+
+def test_whatever_else_a_tar_file_holds_is_counted_or_refused(tmp_path: Path) -> None:
+    """Hidden files, two rows under one key, links without an ending, devices, and members stored in parts (tar -S)."""
+    row = json.dumps({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}).encode()
+    entries = dict.fromkeys(("a.json", "b.json", "c.json", ".d.json", "v1.0_a.json", "v1.0_b.json"), row)
+    tar_of(tmp_path / "x.tar", entries | {".d.png": picture(1), "v1.0_a.png": picture(2), "._a.png": b"", ".DS_Store": b""})
+    with tarfile.open(tmp_path / "x.tar", "a", format=tarfile.GNU_FORMAT) as tar:
+        for name, kind, link in (("a.jpg", tarfile.LNKTYPE, "blob"), ("b.jpg", tarfile.FIFOTYPE, ""), ("c.bmp", b"S", "")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, link
+            tar.addfile(info)
+    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)})
+    manifest = write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    found = [(one.id, one.reason) for one in quarantine(tmp_path / "out")]
+    assert found == [(f"x/{key}", "unread_media") for key in "abc"] + [("x/v1", "missing_key")] * 2
+    assert shown_by_answer(tmp_path / "out")["That."] == picture(1) and manifest.rows_in == PICTURES + 6
 
 
 def test_a_text_row_and_a_picture_may_share_a_name(tmp_path: Path) -> None:
