@@ -53,9 +53,11 @@ class DataError(InputError):
 
 
 class Refusal(Exception):
-    """Row, image or sample that is left out: `reason` is a keyword of docs/data.md, `detail` a sentence. The stage goes on."""
+    """Row, image or sample that is left out: `reason` is a keyword of docs/data.md, `detail` a sentence, cut if overlong. The
+    stage goes on."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = detail if len(detail) <= 500 else f"{detail[:400]} ... {detail[-90:]}"
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 

@@ -157,7 +157,7 @@ class _Source:
         if isinstance(picture, Held):
             return picture.name, json.dumps(picture.place), picture.place
         if picture.startswith("data:"):
-            digest = hashlib.sha256(picture.encode()).hexdigest()
+            digest = hashlib.sha256(picture.encode("utf-8", "surrogatepass")).hexdigest()
             return f"data:{digest[:32]}", digest, [picture]
         place = self._member(picture) if self.store.tars else [picture]
         return picture, json.dumps(place), place

@@ -7,7 +7,6 @@ read it later. Nothing is unpacked.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,8 @@ def _decoded(url: str) -> bytes:
         if head.endswith(";base64"):
             return base64.b64decode("".join(content.split()), validate=True)
         return unquote_to_bytes(content)
-    except binascii.Error as error:
-        raise Refusal("not_an_image", f"the data URL {head} is no base64: {error}") from None
+    except ValueError as error:  # of base64 or of UTF-8
+        raise Refusal("not_an_image", f"the data URL {head!r} has no content: {error}") from None
 
 
 def store(files: str, images: Path | None) -> Store:
@@ -113,6 +112,8 @@ def found(pattern: str) -> list[Path]:
     some = [local] if local.is_file() else sorted(Path(local.anchor).glob(str(local.relative_to(local.anchor))))
     if not some:
         raise DataError(f"params/data.yaml: there is no file {pattern}")
+    if odd := next((path for path in map(str, some) if path.encode("utf-8", "ignore").decode() != path), None):
+        raise DataError(f"params/data.yaml: rename a file of {pattern} whose name is no UTF-8: {odd!a}")
     return some
 
 

@@ -127,9 +127,12 @@ def _text(content: bytes, name: str) -> str:
 
 
 def members(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """All but the folders of an uncompressed tar file, in order. Raises DataError if it is not one or is truncated."""
+    """All but the folders of an uncompressed tar file, in order; bytes of a name that are no UTF-8 are spelt `\\xf6`.
+
+    Raises DataError if it is not one or is truncated.
+    """
     try:
-        with tarfile.open(tar, "r:") as opened:
+        with tarfile.open(tar, "r:", errors="backslashreplace") as opened:
             while (member := opened.next()) is not None:
                 opened.members = []  # type: ignore[attr-defined]  # or tarfile keeps them all
                 if not member.isdir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -414,6 +415,32 @@ def test_whatever_else_a_tar_file_holds_is_counted_or_refused(tmp_path: Path) ->
     found = [(one.id, one.reason) for one in quarantine(tmp_path / "out")]
     assert found == [(f"x/{key}", "unread_media") for key in "abc"] + [("x/v1", "missing_key")] * 2
     assert shown_by_answer(tmp_path / "out")["That."] == picture(1) and manifest.rows_in == PICTURES + 6
+
+
+@pytest.mark.parametrize("rows", [None, "rows.jsonl"])
+def test_names_and_addresses_that_are_no_utf8_are_read_or_refused(rows: str | None, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, content in one_of(range(2), "Größe{}").items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    odd = ["Größe0.png", "data:image/png;base64,\ud800", "data:image/\ud800,x", "data:image/png,\ud800", "d" * 5000]
+    lines = [json.dumps({"image": image, "conversations": conversations(1)}) + "\n" for image in odd]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    files, images = (tmp_path / "x.tar", None) if rows is None else (tmp_path / rows, tmp_path / "x.tar")
+    asked = ask_for({"mine": {"files": str(files), "images": images}, "good": as_folder(tmp_path / "good")})
+    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    reasons = ["missing_file", "not_an_image", "not_an_image", "not_an_image", "missing_file"]
+    assert [one.reason for one in quarantine(tmp_path / "out")] == ([] if rows is None else reasons)
+    assert all(len(one.detail) <= 500 for one in quarantine(tmp_path / "out"))
+    if rows is None:
+        assert r"mine/x/Gr\xf6\xdfe1" in {sample.id for sample in stored(tmp_path / "out")}
+
+
+def test_a_file_whose_own_name_is_no_utf8_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xf6.jsonl")).touch()
+    with pytest.raises(DataError, match=r"rename.*udcf6"):
+        store(str(tmp_path / "*.jsonl"), None)
 
 
 def test_a_text_row_and_a_picture_may_share_a_name(tmp_path: Path) -> None:
