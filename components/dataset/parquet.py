@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from components.dataset.media import Held
 from components.dataset.row import Found
 from components.errors import DataError, Refusal
+
+TOGETHER = 256  # rows
 
 
 def rows(files: list[Path]) -> Iterator[Found]:
@@ -26,13 +29,19 @@ def rows(files: list[Path]) -> Iterator[Found]:
                     f"{path}: the column {leaf} holds bytes within other values; put pictures into a column `images`"
                 )
         for group in range(file.num_row_groups):
-            table = _read(path, group, _leaves(file))
-            for place, raw in enumerate(_rows(table)):
+            for place, raw in enumerate(_in_group(path, file, group)):
                 number += 1
                 name = f"{path.stem}/{number}"
                 for column in held if isinstance(raw, dict) else ():
                     raw[column] = _held(raw[column], [index, group, place, column], name)
                 yield number, name, raw
+
+
+def _in_group(path: Path, file: Any, group: int) -> Iterator[Any]:
+    """Rows of a row group, some at a time, as their pictures may be read with them."""
+    with _undamaged(path, group):
+        for batch in file.iter_batches(TOGETHER, [group], _leaves(file, group)):
+            yield from _rows(batch)
 
 
 def _rows(table: Any) -> list[Any]:
@@ -46,9 +55,17 @@ def _rows(table: Any) -> list[Any]:
 
 
 def _held(value: Any, place: list[Any], name: str) -> Any:
+    """Place of a cell's bytes, or of each element's; without bytes its `path`, which names a file of the folder, or None."""
     if isinstance(value, list):
-        return [None if one is None else Held([*place, at], name) for at, one in enumerate(value)]
-    return None if value is None else Held([*place, None], name)
+        found = [_one(one, [*place, at], name) for at, one in enumerate(value)]
+        return found if any(found) else None
+    return _one(value, [*place, None], name)
+
+
+def _one(value: Any, place: list[Any], name: str) -> Held | str | None:
+    if isinstance(value, dict) and value.get("bytes", b"") is None:
+        return value.get("path")
+    return None if value is None else Held(place, name)
 
 
 def content(path: Path, group: int, row: int, column: str, at: int | None) -> bytes:
@@ -86,12 +103,18 @@ def _bytes_leaves(file: Any) -> list[str]:
     return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"]
 
 
-def _leaves(file: Any) -> list[str]:
-    """Columns to read: no `bytes` leaf whose struct has another leaf to show its nulls, such as `path` in {bytes, path}."""
-    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    without = [leaf for leaf in leaves if leaf in file.schema_arrow.names or not leaf.endswith(".bytes")]
+def _leaves(file: Any, group: int) -> list[str]:
+    """Columns to read: no `bytes` leaf without nulls, if its struct has another to show its own, as `path` in {bytes, path}."""
+    columns = {
+        leaf.path_in_schema: leaf.statistics for leaf in map(file.metadata.row_group(group).column, range(len(file.schema)))
+    }
+    without = [
+        leaf
+        for leaf, its in columns.items()
+        if leaf in file.schema_arrow.names or not leaf.endswith(".bytes") or its is None or its.null_count != 0
+    ]
     seen = {leaf.split(".")[0] for leaf in without}
-    return [leaf for leaf in leaves if leaf in without or leaf.split(".")[0] not in seen]
+    return [leaf for leaf in columns if leaf in without or leaf.split(".")[0] not in seen]
 
 
 def _opened(path: Path) -> Any:
@@ -104,15 +127,18 @@ def _opened(path: Path) -> Any:
         raise DataError(f"{path} is no Parquet file, or is cut off: {error}; fetch it again") from None
 
 
-def _read(path: Path, group: int, columns: list[str]) -> Any:
+@contextmanager
+def _undamaged(path: Path, group: int) -> Iterator[None]:
     import pyarrow as pa
 
     try:
-        return _opened(path).read_row_group(group, columns=columns)
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: row group {group} is damaged: {error}; fetch it again") from None
 
 
 @lru_cache(maxsize=1)  # a part's rows are adjacent
 def _column(path: Path, group: int, column: str) -> Any:
-    return _read(path, group, [column]).column(0).combine_chunks()
+    file = _opened(path)
+    with _undamaged(path, group):
+        return file.read_row_group(group, columns=[column]).column(0).combine_chunks()

@@ -551,6 +551,22 @@ def test_two_columns_of_one_name_refuse_the_file(tmp_path: Path) -> None:
         list(store(str(tmp_path / "x.parquet"), None).rows())
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_cell_without_bytes_is_the_file_that_it_names_or_nothing(several: bool, tmp_path: Path) -> None:
+    asked_for = as_folder(tmp_path)
+    cells = [{"bytes": picture(0), "path": "in/9.png"}, {"bytes": None, "path": "in/1.png"}]
+    cells += [{"bytes": None, "path": None}, None, {"bytes": None, "path": "in/gone.png"}]
+    said = [[{"user": "What?", "assistant": f"Number {n}."}] for n in range(len(cells))]
+    columns = {"texts": said, "images" if several else "image": [[cell] if several else cell for cell in cells]}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=2)
+    sources = {"odd": {"files": str(tmp_path / "x.parquet"), "images": asked_for["images"]}, "good": asked_for}
+    write(source(ask_for(sources), tmp_path / "i.sqlite"), ask_for(sources), tmp_path / "out")
+    (refused,) = quarantine(tmp_path / "out")
+    assert (refused.row, refused.reason) == (5, "missing_file") and "in/gone.png" in refused.detail
+    found = {s.id: s.image for s in stored(tmp_path / "out") if s.id.startswith("odd/")}
+    assert found == {"odd/x/1": picture(0), "odd/x/2": picture(1), "odd/x/3": None, "odd/x/4": None}
+
+
 def test_bytes_within_other_values_refuse_the_file(tmp_path: Path) -> None:
     inner = pa.struct([("image", STRUCT)])
     for column in (pa.array([{"image": {"bytes": b"x"}}], inner), pa.array([[("k", b"x")]], pa.map_(pa.string(), pa.binary()))):
