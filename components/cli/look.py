@@ -115,6 +115,8 @@ def samples(
     entries = predictions[TEACHER_ARM][:max_samples]
     maps = page.attention_maps(teacher, Samples(DATASET, comparison.split), entries, layer, settings)
     path = page.write(comparison, predictions, maps, layer, max_samples)
+    if unknown := sum(grid is None for grids in maps.values() for grid in grids):
+        typer.echo(f"samples: {unknown:,} looks are not drawn: the places of the teacher's visual tokens are not known")
     typer.echo(f"samples: {len(entries):,} questions with every answer, {path.stat().st_size / 2**20:.1f} MiB -> {path}")
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from components.config.settings import Settings
-from components.dataset.shards import Sample, Samples
-from components.errors import DataError
+from components.dataset.shards import Samples
 from components.evaluate import generate, origin
 from components.evaluate.load_results import images_of
 from components.evaluate.plots import yardstick
 from components.io import write_text
+from components.irs.regions import placed
 from components.models.attention import AttentionProbe, probing
 from components.models.collate import Collator
 from components.models.load import Loaded
@@ -44,7 +44,7 @@ THUMBNAIL_PX = 240  # longest side
 def write(
     comparison: Comparison,
     predictions: Mapping[str, Sequence[Prediction]],
-    maps: Mapping[str, Sequence[NDArray[np.uint8]]],
+    maps: Mapping[str, Sequence[NDArray[np.uint8] | None]],
     layer: int,
     most: int,
 ) -> Path:
@@ -52,7 +52,7 @@ def write(
 
     Args:
         predictions: per arm and of the teacher, the same questions in the same order (`load_results.read`).
-        maps: sample id -> the teacher's attention map of each image at `layer`, (side, side), scaled to a maximum of 255.
+        maps: sample id -> the teacher's attention map of each image at `layer` (`attention_maps`).
 
     Raises DataError if the data set lacks an image that was asked about.
     """
@@ -71,7 +71,7 @@ def write(
             "reference": p.reference,
             "answers": [predictions[name][index].answer for name in who],
             "right": [int(predictions[name][index].correct) for name in who],
-            "attention": [base64.b64encode(grid.tobytes()).decode("ascii") for grid in maps.get(p.id, ())],
+            "attention": [grid is not None and [grid.shape[1], _base64(grid)] for grid in maps.get(p.id, ())],
         }
         for index, p in enumerate(asked)
     ]
@@ -93,32 +93,34 @@ def write(
 @torch.inference_mode()
 def attention_maps(
     loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: int, settings: Settings
-) -> dict[str, Any]:
-    """Sample id -> attention map of each image at `layer`, (side, side) uint8, scaled to a maximum of 255.
-
-    Samples without an image are left out. Raises DataError if the visual tokens are no square grid.
-    """
+) -> dict[str, list[NDArray[np.uint8] | None]]:
+    """Sample id -> attention map of each image at `layer`, (rows, columns) uint8 as its visual tokens lie, scaled to a maximum
+    of 255; None where that is not known. Samples without an image are left out."""
     ids = {p.id for p in asked}
     rows = [row for row in generate.questions(samples) if (sample := samples[row].upto(1)).id in ids and sample.images]
     # Sequences as in the layer search: the answer follows, but causal masking hides it from the instruction rows.
     collator = Collator(loaded.processor, Template.from_settings(settings.models.template), max_length=sys.maxsize, train=True)
-    view, size, found = VLM(loaded.model), settings.evaluate.batch_size, {}
+    view, size = VLM(loaded.model), settings.evaluate.batch_size
+    found: dict[str, list[NDArray[np.uint8] | None]] = {}
     for start in tqdm(range(0, len(rows), size), desc="samples: where the teacher looks", unit="batch"):
         these = [samples[row].upto(1) for row in rows[start : start + size]]
         batch = collator(these).to(loaded.model.device)
         probe = AttentionProbe.from_masks(batch.instruction, batch.pictures)
         with probing(loaded.model, [layer], probe):
             view.plain(batch, view.features(batch), keep=False)
+        image = count()  # number in the batch
         for sample, seen, numbers in zip(these, probe.maps[layer].cpu().numpy(), probe.pictures.cpu().numpy(), strict=True):
-            found[sample.id] = [_grid(sample, seen[numbers == number + 1]) for number in range(len(sample.images))]
+            own = (seen[numbers == number + 1] for number in range(len(sample.images)))
+            found[sample.id] = [_scaled(placed(loaded, batch, attention, next(image))) for attention in own]
     return found
 
 
-def _grid(sample: Sample, attention: NDArray[np.float32]) -> NDArray[np.uint8]:
-    side = math.isqrt(len(attention))
-    if side * side != len(attention):
-        raise DataError(f"{sample.id}: {len(attention)} visual tokens are no square grid, so there is no picture of them")
-    return np.rint(255 * attention / attention.max()).astype(np.uint8).reshape(side, side)
+def _scaled(attention: NDArray[np.float32] | None) -> NDArray[np.uint8] | None:
+    return None if attention is None else np.rint(255 * attention / attention.max()).astype(np.uint8)
+
+
+def _base64(grid: NDArray[np.uint8]) -> str:
+    return base64.b64encode(grid.tobytes()).decode("ascii")
 
 
 def _embedded(data: Any) -> str:

@@ -1,4 +1,4 @@
-"""Region of a question (its boxes), projected to an image's visual tokens."""
+"""Places of an image's visual tokens, and the region of a question (its boxes) projected to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from components.dataset.shards import Box
-from components.models.collate import processed, visual_tokens
+from components.models.collate import Batch, processed, visual_tokens
+from components.models.families import family_of
+from components.models.load import Loaded
 
 
 def preprocessed_image(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
@@ -22,6 +24,27 @@ def preprocessed_image(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
     ]
     resized = pixels[0][0] if pixels[0].ndim == 4 else pixels[0]  # first tile, in families with image splitting
     return np.clip(np.moveaxis(resized, 0, -1), 0, 255).astype(np.uint8)
+
+
+def placed(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: int = 0) -> NDArray[Any] | None:
+    """(Nv,) attention of the batch's image `number` as a (rows, columns) grid over the whole image, without the tokens of its
+    tiles; None if the tokens' positions are unknown."""
+    if (grid := batch.image_inputs.get("image_grid_thw")) is not None:
+        merged = loaded.processor.image_processor.merge_size
+        return attention.reshape(int(grid[number, 1]) // merged, int(grid[number, 2]) // merged)
+    whole, count = family_of(loaded.model.config).whole, len(attention)
+    if whole is not None:
+        processor = loaded.processor
+        names = ("num_image_tokens", "image_seq_length", "image_seq_len")
+        count = next((getattr(processor, name) for name in names if getattr(processor, name, None)), None) or _patches(loaded)
+        attention = attention[:count] if whole == "first" else attention[-count:]
+    side = math.isqrt(count)
+    return attention.reshape(side, side) if side * side == len(attention) else None
+
+
+def _patches(loaded: Loaded) -> int:
+    vision = loaded.model.config.vision_config
+    return int(vision.image_size // vision.patch_size) ** 2
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from components.dataset.shards import Sample
 from components.errors import InputError
 from components.io import write_bytes
 from components.irs.overlays import Heat, heatmaps
-from components.irs.regions import preprocessed_image
+from components.irs.regions import placed, preprocessed_image
 from components.models.attention import AttentionProbe, probing
 from components.models.collate import Batch, decode_images
 from components.models.families import family_of
@@ -55,10 +54,18 @@ def attention_of(named: Named, loaded: Loaded, batch: Batch, sample: Sample, ans
         view.plain(batch, view.features(batch), keep=False)
     attention = torch.stack([seen[0] for seen in probe.maps.values()]).mean(0).float().cpu().numpy()
     numbers = probe.pictures[0].cpu().numpy()
-    grids = [placed(loaded, batch, attention[numbers == number + 1], number) for number in range(len(sample.images))]
+    grids = [_placed(loaded, batch, attention[numbers == number + 1], number) for number in range(len(sample.images))]
     title = f"{named.name}, {'all layers' if layer is None else f'layer {layer}'}"
     heats = [Heat(title, answer or "(nothing)", (grid / grid.mean()).astype(np.float32)) for grid in grids]
     return Seen(heats, how, _images(loaded, sample))
+
+
+def _placed(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: int) -> NDArray[Any]:
+    if (grid := placed(loaded, batch, attention, number)) is None:
+        raise InputError(
+            f"--look: {len(attention)} visual tokens of {loaded.name} are no square, so there is no picture of them"
+        )
+    return grid
 
 
 def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
@@ -73,32 +80,8 @@ def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
     return round(depth * (layers - 1)), f"{same}, which the layer search chose"
 
 
-def placed(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: int = 0) -> NDArray[Any]:
-    """(Nv,) attention of image `number` as a (rows, columns) grid. Raises InputError if the tokens' positions are unknown."""
-    if (grid := batch.image_inputs.get("image_grid_thw")) is not None:
-        merged = loaded.processor.image_processor.merge_size
-        return attention.reshape(int(grid[number, 1]) // merged, int(grid[number, 2]) // merged)
-    whole, count = family_of(loaded.model.config).whole, len(attention)
-    if whole is not None:
-        processor = loaded.processor
-        names = ("num_image_tokens", "image_seq_length", "image_seq_len")
-        count = next((getattr(processor, name) for name in names if getattr(processor, name, None)), None) or _patches(loaded)
-        attention = attention[:count] if whole == "first" else attention[-count:]
-    side = math.isqrt(count)
-    if side * side != len(attention):
-        raise InputError(
-            f"--look: {len(attention)} visual tokens of {loaded.name} are no square, so there is no picture of them"
-        )
-    return attention.reshape(side, side)
-
-
-def _patches(loaded: Loaded) -> int:
-    vision = loaded.model.config.vision_config
-    return int(vision.image_size // vision.patch_size) ** 2
-
-
 def _images(loaded: Loaded, sample: Sample) -> list[NDArray[np.uint8]]:
-    """Images as seen by the model: preprocessed if the family crops, else only decode_images."""
+    """Images as seen by the model: preprocessed if the family crops, else only decoded."""
     crops = family_of(loaded.model.config).crops
     return [preprocessed_image(loaded.processor, image) if crops else np.asarray(image) for image in decode_images(sample)]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from components.config.load import load_settings
-from components.dataset.shards import Samples
+from components.dataset.shards import ImageRow, Samples, Turn, write_split
 from components.errors import DataError
 from components.evaluate.compare import compare
 from components.evaluate.generate import questions
@@ -23,8 +23,11 @@ from components.evaluate.metrics import predictions as predicted
 from components.evaluate.samples import attention_maps, write
 from components.models.load import Loaded
 from components.records.compare import Comparison
+from components.records.dataset import Manifest, SplitRecord
+from components.records.paths import Split
 from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
+from tests.families import toy
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 IMAGES, PER_IMAGE = 200, 10  # 2,000 questions
@@ -43,8 +46,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
         comparison = compare(outcomes, SETTINGS.model_copy(update={"bootstrap_resamples": 100}), study_arms())
         first, *rest = outcomes.predictions["kd"]
         answers = {**outcomes.predictions, "kd": [first.model_copy(update={"answer": HOSTILE}), *rest]}
-        grid = np.arange(16, dtype=np.uint8).reshape(4, 4)
-        path = write(comparison, answers, {p.id: [grid] for p in answers["kd"][:-1]}, layer=2, most=2000)
+        grid = np.arange(16, dtype=np.uint8).reshape(2, 8)
+        path = write(
+            comparison, answers, {p.id: [grid if at else None] for at, p in enumerate(answers["kd"][:-1])}, layer=2, most=2000
+        )
         return root / path, comparison, outcomes
 
 
@@ -65,7 +70,9 @@ def test_every_sample_is_there_with_every_answer(page: Page) -> None:
     column = data["who"].index("align_ti")
     assert [row["right"][column] for row in data["rows"]] == [int(p.correct) for p in outcomes.predictions["align_ti"]]
     assert data["rows"][-1]["attention"] == []
-    assert list(base64.b64decode(data["rows"][0]["attention"][0])) == list(range(16))
+    assert data["rows"][0]["attention"] == [False], "positions of its visual tokens are not known"
+    columns, packed = data["rows"][1]["attention"][0]
+    assert (columns, list(base64.b64decode(packed))) == (8, list(range(16)))
 
 
 def test_answers_cannot_leave_the_data_and_the_page_fetches_nothing(page: Page) -> None:
@@ -95,6 +102,25 @@ def test_looks_are_the_attention_of_the_layer_to_each_image(loaded: Loaded, samp
     (first,), *others = found.values()
     assert any((first != grid).any() for (grid,) in others)
     assert all((attention_maps(loaded, samples, asked[:1], 1, settings)[asked[0].id][0] == first).all() for _ in range(2))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_looks_lie_as_the_visual_tokens_of_each_image_do(family: str, tmp_path: Path) -> None:
+    """Images of several shapes, alone and together: Qwen's in rectangles of their own, else the whole's square."""
+    wide, square, tall = (toy.png(*size) for size in ((80, 20), (24, 24), (20, 80)))
+    shown = {"wide": (wide,), "square": (square,), "tall": (tall,), "pair": (tall, wide)}
+    turns = {name: (Turn("<image>\n" * len(images) + "what ?", "one"),) for name, images in shown.items()}
+    rows = [ImageRow(name, image, ((name, "kind", turns[name]),), tuple(more)) for name, (image, *more) in shown.items()]
+    splits: dict[Split, SplitRecord] = {"test": write_split(tmp_path / "test", rows, 100)}
+    Manifest(source="llava", rows_in=4, rows_out=4, quarantined=0, splits=splits, digest="d" * 64).write(
+        tmp_path / "manifest.json"
+    )
+    samples, settings = Samples(tmp_path, "test"), load_settings(Path(__file__).parents[2])
+    found = attention_maps(toy.loaded(family), samples, predicted(samples, [""] * 4), layer=1, settings=settings)
+    shapes = {name: [grid.shape for grid in grids if grid is not None] for name, grids in found.items()}
+    assert shapes["pair"] == shapes["tall"] + shapes["wide"] and all(grid.max() == 255 for (grid, *_) in found.values())
+    across = {name: columns - rows for name, ((rows, columns), *_) in shapes.items()}
+    assert (across["wide"] > 0 > across["tall"], across["square"]) == (family != "internvl", 0)
 
 
 def opened(path: Path, tmp_path: Path, fragment: str = "") -> str:

@@ -12,12 +12,14 @@ from PIL import Image
 from components.config.settings import Settings
 from components.errors import AlignTIError, DataError, InputError
 from components.evaluate.generate import answers
+from components.irs.regions import placed
 from components.models.collate import Collator
 from components.models.families import FAMILIES
 from components.models.load import load
 from components.models.template import Template
+from components.release import attention_overlay
 from components.release.asked import sample_of
-from components.release.attention_overlay import attention_of, layer_of, placed
+from components.release.attention_overlay import attention_of, layer_of
 from components.release.generate import Answer, read, respond, run
 from components.release.model import Named, find
 from tests.families import toy
@@ -111,6 +113,7 @@ def test_attention_is_laid_out_over_the_whole_image(family: str, monkeypatch: py
     batch = toy.batch(family, [sample])
     count = int(batch.visual.sum())
     grid = placed(loaded, batch, np.arange(count))
+    assert grid is not None
     rows, columns = grid.shape
     if family.startswith("qwen"):
         assert (rows * columns, columns > rows) == (count, True)
@@ -127,9 +130,12 @@ def test_attention_is_laid_out_over_the_whole_image(family: str, monkeypatch: py
     assert heat.below == answer and heat.above == f"{family}, all layers"
 
 
-def test_tokens_that_are_no_square_are_refused() -> None:
-    with pytest.raises(InputError, match="12 visual tokens"):
-        placed(toy.loaded("llava"), toy.batch("llava", [toy.SAMPLES[0]]), np.ones(12))
+def test_tokens_that_are_no_square_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, batch = toy.loaded("llava"), toy.batch("llava", [toy.SAMPLES[0]])
+    assert placed(loaded, batch, np.ones(12)) is None
+    monkeypatch.setattr(attention_overlay, "placed", lambda *_: None)
+    with pytest.raises(InputError, match=f"{int(batch.visual.sum())} visual tokens"):
+        attention_of(Named("llava", Path(), None), loaded, batch, toy.SAMPLES[0], "red")
 
 
 @pytest.mark.parametrize(
