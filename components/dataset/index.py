@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from components.config.data import DataLimits
 from components.dataset.groups import groups
-from components.dataset.media import Held
+from components.dataset.media import NO_PICTURE, Held
 from components.dataset.readers import Place, Store
 from components.dataset.row import Row, understand
 from components.dataset.shards import Turn
@@ -156,6 +156,9 @@ class _Source:
         """Name, key and place of an image."""
         if isinstance(picture, Held):
             return picture.name, json.dumps(picture.place), picture.place
+        if medium := NO_PICTURE.search(picture[:40] if picture.startswith("data:") else picture):
+            what = "video" if medium["video"] or medium[1] == "video" else "unread_media"
+            raise Refusal(what, f"'image' is no image, but {picture[:80]!r}")
         if picture.startswith("data:"):
             digest = hashlib.sha256(picture.encode("utf-8", "surrogatepass")).hexdigest()
             return f"data:{digest[:32]}", digest, [picture]

@@ -14,7 +14,13 @@ MEDIA_FILE = re.compile(
 )
 VIDEO = re.compile(r"video|\bvids?\b|frames?(?![a-z])|\b(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
 MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
-MEDIA_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40}")  # magic bytes of JPEG, PNG, GIF and WebP
+MEDIA_BASE64 = re.compile(  # magic bytes of JPEG, PNG, GIF, WebP, BMP and TIFF
+    r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3][A-Za-z0-9+/]{5}AAAAA|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40}"
+)
+NO_PICTURE = re.compile(  # named as an image
+    r"^data:(video|audio)/|\.((?P<video>mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)|mp3|m4a|aac|opus|wav|flac|ogg)$",
+    re.IGNORECASE,
+)
 MEDIA_KEY = re.compile(
     r"(^|[^a-z])(images?|imgs?|pictures?|pics?|photos?|screenshots?|jpe?g|png|webp|videos?|vids?|frames?|clips?|audios?|media|pdfs?|mp[34]"
     r"|(?<!min_)(?<!max_)pixels?)"

@@ -33,7 +33,8 @@ def rows(files: list[Path]) -> Iterator[Found]:
                 number += 1
                 name = f"{path.stem}/{number}"
                 for column in held if isinstance(raw, dict) else ():
-                    raw[column] = _held(raw[column], [index, group, place, column], name)
+                    if column != "id":  # which is no picture
+                        raw[column] = _held(raw[column], [index, group, place, column], name)
                 yield number, name, raw
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -435,6 +436,25 @@ def test_names_and_addresses_that_are_no_utf8_are_read_or_refused(rows: str | No
     assert all(len(one.detail) <= 500 for one in quarantine(tmp_path / "out"))
     if rows is None:
         assert r"mine/x/Gr\xf6\xdfe1" in {sample.id for sample in stored(tmp_path / "out")}
+
+
+def test_what_an_image_key_holds_is_told_by_its_kind(tmp_path: Path) -> None:
+    asked_for = as_folder(tmp_path)
+    inline = []
+    for kind in ("BMP", "TIFF"):
+        file = io.BytesIO()
+        Image.open(io.BytesIO(picture(1))).save(file, kind)
+        inline.append(base64.b64encode(file.getvalue()).decode())
+    odd = ["in/a.MP4", "data:video/mp4;base64,AAAA", "in/a.wav", "data:audio/wav;base64,AAAA", "video/frames.mp4/1.png"]
+    rows = [{"id": f"o{n}", "image": image, "conversations": conversations(99)} for n, image in enumerate([*inline, *odd])]
+    (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), *rows]))
+    pq.write_table(pa.table({"id": [b"7"], "conversations": [conversations(1)]}), tmp_path / "x.parquet")
+    asked = ask_for({"mine": asked_for, "x": {"files": str(tmp_path / "x.parquet"), "images": None}})
+    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    found = [(one.id, one.reason) for one in quarantine(tmp_path / "out")]
+    reasons = ["video", "video", "unread_media", "unread_media", "missing_file"]
+    assert found == [*((f"o{n}", reason) for n, reason in enumerate(reasons, start=2)), ("x/1", "wrong_type")]
+    assert "whole number, not bytes" in quarantine(tmp_path / "out")[-1].detail
 
 
 def test_a_file_whose_own_name_is_no_utf8_is_refused_in_a_sentence(tmp_path: Path) -> None:
