@@ -368,7 +368,7 @@ def test_the_report_shows_the_other_measures_with_their_paired_differences(finis
         for arm in finished.comparison.order:
             assert MEASURES[name].format(finished.comparison.arms[arm].measures[name].value) in text
         gain = contrast.gain("align_ti", "sft")
-        assert gain is not None and f"{MEASURES[name].difference(gain.difference)}" in text
+        assert gain is not None and f"{MEASURES[name].format_difference(gain.difference)}" in text
     assert "KL from the teacher" in page((finished.root / "reports/report.html").read_text(encoding="utf-8")).text
 
 
