@@ -31,7 +31,7 @@ from components.config.load import load_settings
 from components.dataset.shards import Samples
 from components.evaluate.generate import answers, questions
 from components.evaluate.kits import export, serve, vlmeval
-from components.evaluate.kits.client import ask
+from components.evaluate.kits.client import chat_completion
 from components.models.load import load, load_processor
 from components.models.template import Template, question_of
 from components.process import exit_from
@@ -128,7 +128,7 @@ def run(size: str, model: Path, amount: int, rounds: int, work_dir: Path) -> dic
     with serve.served(model, "student", device.type, work_dir / "server.log") as endpoint:
 
         def ask_question(row: int) -> None:
-            ask(endpoint, [samples[row].image or b"", question_of(samples[row].turns[0])], max_new_tokens)
+            chat_completion(endpoint, [samples[row].image or b"", question_of(samples[row].turns[0])], max_new_tokens)
 
         for row in rows[:3]:  # warm-up
             ask_question(row)

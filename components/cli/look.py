@@ -44,7 +44,7 @@ def compare(study: str) -> None:
     from components.study import compare as comparison  # heavy: after the checks of inputs
     from components.study import report
 
-    runs = comparison.recorded(settings.runtime.tracking_uri, settings.runtime.experiment, study)
+    runs = comparison.load_runs(settings.runtime.tracking_uri, settings.runtime.experiment, study)
     cells = expand.cells(study)
     families = expand.families(plan, cells)
     result = comparison.compare(study, runs, [cell.name for cell in cells], families, settings.evaluate.confidence)

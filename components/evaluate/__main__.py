@@ -47,7 +47,7 @@ def main() -> None:
         device = prepare_torch(settings.runtime, seed=0)
         loaded = load(model_of(arm), device)
         template = Template.from_settings(settings.models.template)
-        run_fingerprint = fingerprint.own(loaded, samples, rows, template, options)
+        run_fingerprint = fingerprint.for_evaluate(loaded, samples, rows, template, options)
         answer_inputs = {
             "measured": run_fingerprint.model_dump(),
             "model": sha256([model_of(arm)]),

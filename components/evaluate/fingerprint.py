@@ -27,7 +27,9 @@ CODE = [Path(__file__).with_name(name) for name in ("generate.py", "likelihood.p
 SCORERS = Path(__file__).with_name("scorers.py")
 
 
-def own(loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings) -> Fingerprint:
+def for_evaluate(
+    loaded: Loaded, samples: Samples, rows: Sequence[int], template: Template, settings: EvaluateSettings
+) -> Fingerprint:
     """Fingerprint of the stage `evaluate`: greedy answers to `rows` of one split, matched with the references."""
     dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type
     code = [*CODE, SCORERS] if settings.scorers else CODE

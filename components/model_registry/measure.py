@@ -20,5 +20,5 @@ def answers(model: Path, title: str, settings: Settings) -> tuple[list[Predictio
     rows = generate.questions(samples)
     loaded, template = load(model, prepare_torch(settings.runtime, seed=0)), Template.from_settings(settings.models.template)
     generated = generate.answers(loaded, samples, rows, template, settings.models.max_length, settings.evaluate, title)
-    measurement = fingerprint.own(loaded, samples, rows, template, settings.evaluate)
+    measurement = fingerprint.for_evaluate(loaded, samples, rows, template, settings.evaluate)
     return metrics.predictions((samples[row] for row in rows), generated), measurement

@@ -104,7 +104,7 @@ class StudyResult:
     factors: list[str]
 
 
-def recorded(tracking_uri: str, experiment: str, study: str) -> list[Run]:
+def load_runs(tracking_uri: str, experiment: str, study: str) -> list[Run]:
     """Runs of a study from MLflow (`read`), after a sync of local journals, which a running study sends only at its end.
 
     Error messages leave out the address, which may hold a password.

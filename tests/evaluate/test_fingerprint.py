@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from components.config.evaluate import EvaluateSettings
 from components.config.load import load_settings
 from components.dataset.shards import Samples
-from components.evaluate.fingerprint import differences, digest, own
+from components.evaluate.fingerprint import differences, digest, for_evaluate
 from components.evaluate.generate import questions
 from components.models.load import Loaded, load
 from components.models.template import Template
@@ -40,7 +40,7 @@ def asked() -> EvaluateSettings:
 
 
 def test_what_the_stage_measured_is_on_record(loaded: Loaded, samples: Samples, asked: EvaluateSettings) -> None:
-    found = own(loaded, samples, questions(samples), Template(""), asked)
+    found = for_evaluate(loaded, samples, questions(samples), Template(""), asked)
     assert (found.kit, found.dataset, found.dtype, found.device) == ("alignti", "tests/test", "float32", "cpu")
     assert found.transformers == transformers.__version__
     assert found.decoding == {"do_sample": False, "max_new_tokens": asked.max_new_tokens}
@@ -51,19 +51,19 @@ def test_two_models_measured_alike_agree_and_what_differs_is_named(
     loaded: Loaded, model_folder: Path, samples: Samples, asked: EvaluateSettings, tmp_path: Path
 ) -> None:
     rows = questions(samples)
-    first = own(loaded, samples, rows, Template(""), asked)
+    first = for_evaluate(loaded, samples, rows, Template(""), asked)
     other = load(tiny.save_model(tmp_path / "other", seed=5), "cpu")
-    assert own(other, samples, rows, Template(""), asked) == first
+    assert for_evaluate(other, samples, rows, Template(""), asked) == first
     changed = {
-        "prompt hash": own(loaded, samples, rows, Template("A system."), asked),
-        "decoding": own(loaded, samples, rows, Template(""), asked.model_copy(update={"max_new_tokens": 5})),
-        "dtype": own(load(model_folder, "cpu", torch.bfloat16), samples, rows, Template(""), asked),
+        "prompt hash": for_evaluate(loaded, samples, rows, Template("A system."), asked),
+        "decoding": for_evaluate(loaded, samples, rows, Template(""), asked.model_copy(update={"max_new_tokens": 5})),
+        "dtype": for_evaluate(load(model_folder, "cpu", torch.bfloat16), samples, rows, Template(""), asked),
     }
     for name, found in changed.items():
         (said,) = differences(found, first)
         assert said.startswith(f"{name}: ")
     another = Samples(tiny.save_dataset(tmp_path / "data", images=3), "test")
-    assert {said.split(":")[0] for said in differences(own(loaded, another, [0], Template(""), asked), first)} == {
+    assert {said.split(":")[0] for said in differences(for_evaluate(loaded, another, [0], Template(""), asked), first)} == {
         "dataset hash",
         "prompt hash",
     }

@@ -65,6 +65,6 @@ def test_a_chosen_scorer_is_part_of_the_fingerprint(loaded: Loaded, samples: Sam
     rows = questions(samples)[:2]
     template = Template.from_settings(load_settings(Path(__file__).parents[2]).models.template)
     settings = [SETTINGS.model_copy(update={"scorers": chosen}) for chosen in ([], ["anls"])]
-    none, one = (fingerprint.own(loaded, samples, rows, template, asked) for asked in settings)
+    none, one = (fingerprint.for_evaluate(loaded, samples, rows, template, asked) for asked in settings)
     assert none.judge == fingerprint.JUDGE and one.judge == f"{fingerprint.JUDGE}, anls"
     assert any(what.startswith("judge: ") for what in fingerprint.differences(none, one))

@@ -249,14 +249,14 @@ def test_arms_that_only_a_journal_holds_are_sent_first(tmp_path: Path, monkeypat
     client("sqlite:///mlflow.db").create_experiment("align-ti")
     tags = {"stage": "cell", "study": "terms", "cell": "kd-seed1", "variant": "kd"}
     journal.record("cell-kd-seed1", "kd-seed1", runtime=runtime, tags=tags, params={"seed": 1}, metrics={SCORE: 0.5})
-    assert [run.cell for run in module.recorded("sqlite:///mlflow.db", "align-ti", "terms")] == ["kd-seed1"]
+    assert [run.cell for run in module.load_runs("sqlite:///mlflow.db", "align-ti", "terms")] == ["kd-seed1"]
 
 
 def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
     with pytest.raises(InputError, match="tracking_uri is journal"):
-        module.recorded("journal", "x", "terms")
+        module.load_runs("journal", "x", "terms")
     with pytest.raises(TryAgainError, match="does not answer") as said:
-        module.recorded("http://me:secret@127.0.0.1:9", "x", "terms")
+        module.load_runs("http://me:secret@127.0.0.1:9", "x", "terms")
     assert "secret" not in str(said.value)
 
 
@@ -267,7 +267,7 @@ def test_a_database_of_an_older_mlflow_is_told_with_the_remedy(tmp_path: Path) -
     with closing(sqlite3.connect(tmp_path / "old.db")) as database, database:
         database.execute("UPDATE alembic_version SET version_num = '75868b020152'")
     with pytest.raises(TryAgainError, match=r"does not answer .*out-of-date database schema .*mlflow db upgrade"):
-        module.recorded(f"sqlite:///{tmp_path}/old.db", "x", "terms")
+        module.load_runs(f"sqlite:///{tmp_path}/old.db", "x", "terms")
 
 
 def test_levels_that_are_numbers_stand_in_their_order() -> None:

@@ -28,7 +28,7 @@ class RequestRejected(Exception):
     """Request rejected by the server, or a malformed response; the message holds the server's text."""
 
 
-def ask(endpoint: Endpoint, parts: Sequence[str | bytes], max_new_tokens: int, timeout_s: float = 600) -> str:
+def chat_completion(endpoint: Endpoint, parts: Sequence[str | bytes], max_new_tokens: int, timeout_s: float = 600) -> str:
     """Greedy answer, stripped, to interleaved text and images. Raises Refused for an HTTP error or a malformed response,
     OSError for no server."""
     content: list[dict[str, Any]] = [

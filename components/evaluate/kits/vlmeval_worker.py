@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from components.evaluate.journal import Journal
-from components.evaluate.kits.client import Endpoint, RequestRejected, ask
+from components.evaluate.kits.client import Endpoint, RequestRejected, chat_completion
 
 EMPTY_ANSWER = "\u2205"  # placeholder for an empty, overlong or missing answer; matches no option, yes or no
 LONGEST = 10_000  # maximum characters of an answer; the kit would accept an option at the end of any length
@@ -200,7 +200,7 @@ def _student(job: dict[str, Any]) -> Any:
             key = hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)).hexdigest()
             if key not in journal.answers:
                 try:
-                    journal.add({key: ask(endpoint, parts, job["max_new_tokens"])})
+                    journal.add({key: chat_completion(endpoint, parts, job["max_new_tokens"])})
                 except RequestRejected as error:  # counted; the next run retries it
                     self.failed[question_name] = str(error)
                     return EMPTY_ANSWER

@@ -9,7 +9,7 @@ import pytest
 
 from components.errors import InputError, ModelError, TryAgainError
 from components.evaluate.kits import client, serve
-from components.evaluate.kits.client import Endpoint, RequestRejected, ask
+from components.evaluate.kits.client import Endpoint, RequestRejected, chat_completion
 from tests.evaluate.kits.conftest import Scripted, needs_server
 
 ROOT = Path(__file__).parents[3]
@@ -70,13 +70,13 @@ def test_what_is_missing_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
 def test_a_model_that_says_nothing_a_busy_server_and_none_at_all(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not for loopback
     scripted.answer = lambda question: (200, None)
-    assert ask(scripted.endpoint, ["q"], 2) == "" and not scripted.systems  # a model that says nothing
-    ask(scripted.endpoint._replace(system="Be brief."), ["q"], 2)
+    assert chat_completion(scripted.endpoint, ["q"], 2) == "" and not scripted.systems  # a model that says nothing
+    chat_completion(scripted.endpoint._replace(system="Be brief."), ["q"], 2)
     assert scripted.systems == ["Be brief."]
     scripted.answer = lambda question: (503, "busy")
     with pytest.raises(RequestRejected, match="HTTP 503"):
-        ask(scripted.endpoint, ["q"], 2)
+        chat_completion(scripted.endpoint, ["q"], 2)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         with pytest.raises(OSError):
-            ask(Endpoint(f"http://127.0.0.1:{nobody.getsockname()[1]}", "m"), ["q"], 2, timeout_s=2)
+            chat_completion(Endpoint(f"http://127.0.0.1:{nobody.getsockname()[1]}", "m"), ["q"], 2, timeout_s=2)

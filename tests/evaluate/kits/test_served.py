@@ -18,7 +18,7 @@ from components.dataset.shards import Samples
 from components.evaluate.__main__ import main as evaluate_stage
 from components.evaluate.generate import answers, questions
 from components.evaluate.kits import lm_eval_tasks, serve, table
-from components.evaluate.kits.client import Endpoint, RequestRejected, ask
+from components.evaluate.kits.client import Endpoint, RequestRejected, chat_completion
 from components.evaluate.kits.command import evaluate
 from components.evaluate.kits.table import Table
 from components.io import sha256
@@ -65,7 +65,9 @@ def test_the_served_student_says_what_direct_generation_says_token_for_token(
     monkeypatch.setattr(loaded.model, "generate", recorded)
     expected = answers(loaded, samples, rows, Template(""), 64, settings, "tests")
     before = len(served_tokens.read_text().splitlines()) if served_tokens.exists() else 0
-    assert [ask(endpoint, [s.image or b"", question_of(s.turns[0])], 6) for s in (samples[row] for row in rows)] == expected
+    assert [
+        chat_completion(endpoint, [s.image or b"", question_of(s.turns[0])], 6) for s in (samples[row] for row in rows)
+    ] == expected
     served = [json.loads(line) for line in served_tokens.read_text().splitlines()[before:]]
     assert len(served) == len(rows) and sorted(served) == sorted(direct)
     assert len(set(expected)) > 6
@@ -76,8 +78,8 @@ def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answ
     endpoint: Endpoint, samples: Samples
 ) -> None:
     with pytest.raises(RequestRejected, match=r"HTTP 400.*Incorrect image source"):
-        ask(endpoint, [b"no image", "List all."], 2)
-    assert ask(endpoint, [samples[0].image or b"", "List all."], 2)
+        chat_completion(endpoint, [b"no image", "List all."], 2)
+    assert chat_completion(endpoint, [samples[0].image or b"", "List all."], 2)
 
 
 ASKED = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
