@@ -70,17 +70,17 @@ class StepOutputs:
 
     @cached_property
     def gold(self) -> Tensor:
-        """(N,) response tokens, the targets of the rows in `predicts`."""
+        """(N,) response tokens, the targets of the rows in `response_rows`."""
         return self.batch.input_ids[:, 1:][self.batch.response[:, 1:]]
 
     @cached_property
     def sample(self) -> Tensor:
-        """(N,) sample index of each row in `predicts`: of a conversation, all answers together."""
+        """(N,) sample index of each row in `response_rows`: of a conversation, all answers together."""
         return self.response_rows.nonzero()[:, 0]
 
     @cached_property
     def answer(self) -> Tensor:
-        """(N,) answer that each row in `predicts` belongs to, numbered over the batch."""
+        """(N,) answer that each row in `response_rows` belongs to, numbered over the batch."""
         return answers(self.response_rows)
 
     @cached_property

@@ -42,7 +42,7 @@ def export(
 
 
 def save(folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, **save_options: Any) -> None:
-    """Write the model folder: weights, processor, chat template and card. `how`: options of `save_pretrained`."""
+    """Write the model folder: weights, processor, chat template and card. `save_options`: of `save_pretrained`."""
     student.model.save_pretrained(folder, safe_serialization=True, **save_options)
     chat_template = template.jinja.replace(IMAGE, student.processor.image_token)
     student.processor.chat_template = chat_template  # training template, for servers and evaluation kits
