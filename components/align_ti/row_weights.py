@@ -10,7 +10,7 @@ from torch import Tensor
 
 from components.align_ti.batch import index_within
 from components.align_ti.divergence import kl
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 
 RowWeight = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher and student logits (n, V), gold tokens (n,) -> (n,)
 

@@ -36,8 +36,8 @@ from components.align_ti.ribbon import (
     step_priorities,
     uniforms,
 )
-from components.align_ti.seen import StepOutputs
 from components.align_ti.shared_weights import SharedWeights
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import CORE, DepthAware, LossAware, Needs, Term, Trained, computed, term_class, union
 from components.align_ti.watch import Watch, Watched
 

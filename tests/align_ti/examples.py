@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from components.align_ti import step, terms
 from components.align_ti.batch import Batch
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, View, images
 from components.align_ti.watch import Map, Watch
 from tests import tiny

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from components.align_ti.batch import Batch
-    from components.align_ti.seen import StepOutputs
+    from components.align_ti.step_outputs import StepOutputs
 
 CORE = ("sft", "kd", "iva", "tpa")  # terms of the paper, reported by every training, in this order
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch
 from components.align_ti.head import at_least_float32
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from components.align_ti.row_weights import over_mean, row_weight_function, row_weights
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, NonNegative, responses
 from components.align_ti.top_k import decoupled
 

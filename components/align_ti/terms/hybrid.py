@@ -14,7 +14,7 @@ from torch import Tensor
 from components.align_ti.batch import index_within
 from components.align_ti.divergence import divergence
 from components.align_ti.row_weights import row_weight_function, row_weights
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, NonNegative, Ratio, responses
 
 

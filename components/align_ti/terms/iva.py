@@ -11,7 +11,7 @@ from torch import Tensor
 from components.align_ti.batch import scatter_visual
 from components.align_ti.divergence import Divergence
 from components.align_ti.row_weights import row_weights
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, images
 from components.align_ti.visual_weights import Change, changed, concentration, sampled, uniform_attention, visual_weights
 

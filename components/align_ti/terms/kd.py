@@ -10,7 +10,7 @@ from torch import Tensor
 from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
 from components.align_ti.row_weights import in_top, over_mean, row_weight_function, row_weights
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, Share, responses
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from components.align_ti.batch import Batch, edits_of, predicting
 from components.align_ti.head import row_losses, rows_per_chunk
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, Share
 from components.align_ti.top_k import with_residual
 

@@ -16,7 +16,7 @@ from annotated_types import MinLen
 from torch import Tensor
 
 from components.align_ti.batch import Batch
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs
 from components.align_ti.watch import Map, Watch
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from components.align_ti.head import cross_entropy
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, responses
 
 

@@ -14,7 +14,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from components.align_ti.row_weights import over_mean
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, NonNegative, responses
 from components.align_ti.top_k import decoupled
 

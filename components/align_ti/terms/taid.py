@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from components.align_ti.divergence import divergence
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, NonNegative, Ratio, responses
 
 

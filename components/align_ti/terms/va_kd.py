@@ -17,7 +17,7 @@ from components.align_ti.batch import Batch
 from components.align_ti.divergence import Divergence
 from components.align_ti.head import row_losses, rows_per_chunk
 from components.align_ti.row_weights import in_top, over_mean
-from components.align_ti.seen import StepOutputs
+from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, Share, View, responses
 
 
