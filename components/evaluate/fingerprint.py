@@ -56,7 +56,7 @@ def build(
 
 def prompt_hash(processor: Any, samples: Samples, rows: Sequence[int], template: Template) -> str:
     """Digest of the first prompt of each sample, rendered by the chat template."""
-    image, chat_template = processor.image_token, template.bind(processor)
+    image, chat_template = processor.image_token, template.of(processor)
     return digest(
         chat_template.render(sample.turns, [image] * len(sample.upto(1).images), answer=False).text
         for sample in (samples[row] for row in rows)

@@ -100,7 +100,7 @@ def build_index(models: ModelsSettings, folder: Path) -> ModelIndex:
         check_kind(path)
         processor = load_processor(path)
         check_special_tokens(processor)
-        Template.from_settings(models.template).bind(processor)
+        Template.from_settings(models.template).of(processor)
         return record(path, role, *origin_of(member, path), visual_tokens(processor))
 
     return ModelIndex(

@@ -132,7 +132,7 @@ def build_processor(
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=0,
     )
-    processor.chat_template = Template(system).bind(processor).jinja
+    processor.chat_template = Template(system).of(processor).jinja
     return processor
 
 

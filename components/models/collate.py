@@ -133,7 +133,7 @@ class Collator:
         self._teacher = None if teacher is None else Collator(teacher, template, sys.maxsize, train, rows=rows)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = template.bind(processor)
+        self.template = template.of(processor)
         self.eos_id: int = self.tokenizer.convert_tokens_to_ids(self.template.eos)  # ends every answer
         self._visual_id = visual_id(processor)
         self.max_length = max_length

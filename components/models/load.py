@@ -169,7 +169,7 @@ def check_same_template(teacher: Loaded, student: Loaded, settings: TemplateSett
         return
     turns = (Turn(f"{IMAGE}What?", "This."), Turn("And?", "That."))
     texts = [
-        Template.from_settings(settings).bind(loaded.processor).render(turns, ["<image>"]).text for loaded in (teacher, student)
+        Template.from_settings(settings).of(loaded.processor).render(turns, ["<image>"]).text for loaded in (teacher, student)
     ]
     if texts[0] != texts[1]:
         raise ModelError(

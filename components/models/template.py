@@ -89,7 +89,7 @@ class Template:
         """Key that is equal for settings of equal rendering; a checkpoint's own template is not part of it."""
         return self.jinja if self.style == "vicuna" else f"processor\n{self.system}"
 
-    def bind(self, processor: Any) -> Template | ChatTemplate:
+    def of(self, processor: Any) -> Template | ChatTemplate:
         """Template bound to a processor, tried on up to three turns. Raises ModelError as `ChatTemplate` and `_validate` do."""
         if self.style == "processor":
             bound: Template | ChatTemplate = ChatTemplate(self.system, processor)

@@ -82,7 +82,7 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
     source = open_model(named.path, "cpu")
     dtype = dtype or stored(named.path)
     template = template_of(named, source, settings)
-    written = template.bind(source.processor)
+    written = template.of(source.processor)
     samples = some(settings)
     before = Answers.of(source, samples, template, settings)
     source.model.to(DTYPES[dtype])

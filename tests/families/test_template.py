@@ -58,7 +58,7 @@ def test_masks_decode_to_the_answers(family: str) -> None:
 def template(jinja: str) -> ChatTemplate:
     processor = toy.FAMILIES["llava_next"]()[1]
     processor.chat_template = jinja
-    return Template("", style="processor").bind(processor)
+    return Template("", style="processor").of(processor)
 
 
 ROLE = (
@@ -145,7 +145,7 @@ def test_a_conversation_is_rendered_in_time_that_grows_with_its_turns(monkeypatc
 def test_a_tokenizers_template_serves_where_the_processor_has_none() -> None:
     processor = toy.FAMILIES["llava_next"]()[1]
     processor.tokenizer.chat_template, processor.chat_template = processor.chat_template, None
-    assert Template("", style="processor").bind(processor).eos == "<|im_end|>"
+    assert Template("", style="processor").of(processor).eos == "<|im_end|>"
 
 
 def test_tokenizers_are_the_folders_own() -> None:

@@ -45,7 +45,7 @@ def test_stock_transformers_reads_the_weights_rounded(dtype: str, project: Path,
 
 def test_without_a_dtype_it_stays_as_stored_and_shards_are_no_larger_than_asked(project: Path, settings: Settings) -> None:
     source = load(MODEL, "cpu", torch.bfloat16)
-    save(Path("half"), source, module.Template("", style="processor").bind(source.processor), "# It")
+    save(Path("half"), source, module.Template("", style="processor").of(source.processor), "# It")
     assert module.stored(Path("half")) == "bf16" and module.stored(MODEL) == "fp32"
     done = export("half", OUT, settings, None, "40KB", force=False)
     shards = sorted(OUT.glob("*.safetensors"))

@@ -60,7 +60,7 @@ def test_an_exported_students_own_template_reads_as_the_one_it_was_trained_with(
     """So a student asked by its folder is asked as by its name."""
     loaded = load(Path("artifacts/students/align_ti/model"), "cpu")
     trained = Template("Look closely.")
-    loaded.processor.chat_template = trained.bind(loaded.processor).jinja.replace("<image>", loaded.processor.image_token)
+    loaded.processor.chat_template = trained.of(loaded.processor).jinja.replace("<image>", loaded.processor.image_token)
     own = Collator(loaded.processor, Template("", style="processor"), 400, train=False)
     ours = Collator(loaded.processor, trained, 400, train=False)
     for sample in toy.SAMPLES:

@@ -53,7 +53,7 @@ def conversations(model: str, **_: Any) -> dict[str, Dataset]:
     BOS and EOS are stripped: lm-eval prepends a token itself.
     """
     processor = load_processor(Path(model))
-    template = Template.from_settings(load_settings().models.template).bind(processor)
+    template = Template.from_settings(load_settings().models.template).of(processor)
     bos = "" if template.wants_special_tokens else processor.tokenizer.bos_token
     samples = split()
 
