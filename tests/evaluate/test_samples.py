@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from components.config.load import load_settings
-from components.dataset.shards import ImageRow, Samples, Turn, write_split
+from components.dataset.shards import ImageRow, Samples, Turn
 from components.errors import DataError
 from components.evaluate.compare import compare
 from components.evaluate.generate import questions
@@ -28,6 +28,7 @@ from components.records.paths import Split
 from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
 from tests.families import toy
+from tests.shards import write_split
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 IMAGES, PER_IMAGE = 200, 10  # 2,000 questions

@@ -15,7 +15,7 @@ from components.irs.choice import backgrounds, choose, grids_of, leave_one_out_b
 from components.irs.regions import Tiling
 from components.irs.score import pointing
 from components.irs.search import AttentionMaps
-from components.models.collate import decode
+from components.models.collate import decode_first_image
 from tests.families import toy
 from tests.irs.test_regions import PX, TILING
 from tests.irs.test_search import SETTINGS
@@ -117,7 +117,7 @@ def varied() -> tuple[AttentionMaps, Tiling]:
     tiling = Tiling.of(toy.loaded("qwen2_vl").processor)
     pictures = [toy.SAMPLES[0].image, png(0, PX)]
     some = [[replace(sample, image=pictures[x % 2]) for sample in image] for x, image in enumerate(samples(boxes=False))]
-    grids = [tiling.grid(decode(image[0])) for image in some]
+    grids = [tiling.grid(decode_first_image(image[0])) for image in some]
     tokens = torch.tensor([rows * columns for rows, columns in grids if rows])  # type: ignore[misc]
     attention = torch.rand(L, X, I, int(tokens.max())) * (torch.arange(int(tokens.max())) < tokens[:, None])[:, None]
     return AttentionMaps(some, {"all": attention, "words": attention}, tokens), tiling

@@ -21,6 +21,6 @@ def test_it_is_asked_with_the_template_of_the_settings(monkeypatch: pytest.Monke
     monkeypatch.setattr(measure, "load", lambda *_: None)
     monkeypatch.setattr(measure.generate, "questions", lambda *_: [])
     monkeypatch.setattr(measure.generate, "answers", lambda _l, _s, _r, template, *_: asked.append(template) or [])
-    monkeypatch.setattr(measure.fingerprint, "own", lambda _l, _s, _r, template, *_: asked.append(template))
+    monkeypatch.setattr(measure.fingerprint, "for_evaluate", lambda _l, _s, _r, template, *_: asked.append(template))
     measure.answers(Path("model"), "champion", settings)
     assert [t.style for t in asked] == [style, style]
