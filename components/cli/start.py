@@ -99,8 +99,10 @@ def check(
         settings = load_settings()
         if missing := missing_paths(settings):
             raise SettingsError(f"params/ name what is not here: {', '.join(missing)}")
-        if settings.data.source == "digits" and raw.RAW.is_dir():  # a fresh clone has no data/ yet
+        if settings.data.source == "digits" and raw.RAW.is_dir():
             raw.read()
+        elif settings.data.source == "digits":
+            typer.echo("data/ is not restored yet: `make data` does, and `make repro` first", err=True)
         if absent := [name for name in settings.runtime.trackers if find_spec(name) is None]:
             raise SettingsError(
                 f"params/runtime.yaml: trackers: not installed: pip install {' '.join(absent)}, or leave it out"
@@ -148,7 +150,10 @@ def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) ->
     settings = load_settings()
     folders, _ = at_hand(settings.models)
     if not folders:
-        raise InputError("no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them")
+        raise InputError(
+            "no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them (in a fresh clone"
+            " `make data` before)"
+        )
     from components.own_data import preview as page  # heavy: after the checks of inputs
 
     preview_data = page.preview(settings, folders, each)

@@ -193,6 +193,7 @@ def accept(found: Found, settings: Settings) -> None:
         raise DataError(
             f"no usable sample fell into {' and '.join(empty)}: give more images, or raise the shares in params/data.yaml"
         )
+    check_intervals(found, settings)
     able = tally.with_questions("train", settings.irs.instructions_per_image)
     if settings.needs_layer and able < 2:
         raise TooFewInstructions(able, tally.images["train"], settings.irs)
@@ -212,6 +213,16 @@ def accept_rows(found: Found, settings: Settings) -> None:
         problems.append(f"{len(tally.left_out):,} of {tally.samples.total():,} samples cannot be trained on ({such})")
     if problems:
         raise DataError(f"{' and '.join(problems)}, more than limits.max_bad_ratio = {most} of params/data.yaml allows")
+
+
+def check_intervals(found: Found, settings: Settings) -> None:
+    """Raises DataError if the evaluated split has one image: `compare` resamples images, after everything is trained."""
+    split = settings.evaluate.split
+    if found.tally.images[split] < 2:
+        raise DataError(
+            f"{split} has one image, and intervals need two (rows that share an image are in one split): give more images, or"
+            " raise the shares in params/data.yaml"
+        )
 
 
 T = TypeVar("T", Refused, Remark)

@@ -21,7 +21,7 @@ from components.config.settings import Settings
 from components.errors import DataError, ModelError
 from components.io import write_text
 from components.own_data.asked import Asked
-from components.own_data.check import Found, accept_rows, report, try_data
+from components.own_data.check import Found, accept_rows, check_intervals, report, try_data
 from components.records.paths import SPLITS
 from components.report.markdown import counted
 
@@ -138,6 +138,7 @@ def _choices(found: Found, settings: Settings, pair: Pair) -> Iterator[Choice]:
     assert own is not None
     if empty := [split for split in SPLITS if not tally.usable[split]]:
         raise DataError(f"{counted(tally.images.total(), 'image')}, and none usable for {' and '.join(empty)}: give more")
+    check_intervals(found, settings)
     images = ", ".join(f"{tally.images[split]:,} {split}" for split in SPLITS)
     yield Choice("data.llava.val", own.val, f"and as much for test: {images} images")
     yield pair.template

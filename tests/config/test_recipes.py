@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -52,15 +53,27 @@ TWICE = [f"{name}/{phase}" for name in ("paper-qwen2.5-1.5b", "paper-qwen3-1.7b"
 
 
 @pytest.mark.parametrize(
-    "names", [("paper-qwen2.5-0.5b/align", "paper-qwen2.5-0.5b"), ("paper-qwen3-0.6b/teacher", "qwen3-vl-8b-to-2b")]
+    "names",
+    [
+        ("paper-qwen2.5-0.5b/align", "paper-qwen2.5-0.5b"),
+        ("paper-qwen3-0.6b/teacher", "qwen3-vl-8b-to-2b"),
+        ("smoke", "qwen2.5-vl-7b-to-3b"),
+    ],
 )
 def test_nothing_is_left_of_a_recipe_that_was_used_before(names: tuple[str, str], root: Path) -> None:
+    def read() -> dict[str, Any]:
+        found = load_settings(root).model_dump()
+        for block, key in (("data", "digits"), ("models", "embedded")):  # not read by a pretrained family
+            del found[block][key]
+        del found["runtime"]
+        return found
+
     shipped = contents(root)
     recipes.use(names[1], root)
-    alone = load_settings(root)
+    alone = read()
     recipes.use(names[0], root)
     recipes.use(names[1], root)
-    assert load_settings(root) == alone
+    assert read() == alone
     recipes.use("digits", root)
     assert contents(root) == shipped
 
@@ -83,7 +96,7 @@ def test_a_phase_lies_on_its_recipe_and_that_on_the_one_it_is_like() -> None:
     assert "Qwen3-1.7B" in str(phase["models"]["pretrained"]["students"]) and phase["distill"]["stage"] == "align"
     assert whole["distill"]["stage"] == "distill" and whole["distill"]["tpa"]["draws"] == 4  # of _full-size
     mixture = read_yaml(ROOT / "params/mixtures/paper-stage-1.yaml")
-    assert phase["data"] == {"source": "mixture", "mixture": mixture}
+    assert (phase["data"]["source"], phase["data"]["mixture"]) == ("mixture", mixture)
     assert recipes.phases("paper-qwen3-1.7b", ROOT) == ["teacher-align", "teacher", "align"]
 
 

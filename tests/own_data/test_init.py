@@ -195,6 +195,10 @@ def test_too_few_images_and_bad_rows_leave_no_recipe(own: Path) -> None:
     (own / "data/mine/rows.json").write_text(json.dumps(rows[:2]))
     with pytest.raises(DataError, match="1 image, and none usable for val and test: give more"):
         init(asked())
+    (own / "data/mine/rows.json").write_text(json.dumps(rows[:16]))
+    with pytest.raises(DataError, match="test has one image, and intervals need two"):
+        init(asked())
+    (own / "data/mine/rows.json").write_text(json.dumps(rows[:2]))
     respell(own / "data/mine", lambda rows: rows[0].update(image="gone.png"))
     with pytest.raises(DataError, match="1 of 2 rows are bad"):
         init(asked())

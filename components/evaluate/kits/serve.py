@@ -94,7 +94,7 @@ def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK,
 
     Raises:
         ModelError: the folder is no complete checkpoint.
-        InputError: see `command`.
+        InputError: see `command`; or the server needs torchvision, and has none.
         TryAgainError: the server exited or was not ready in 15 minutes; ends with the tail of its log.
     """
     model = model.resolve()
@@ -131,6 +131,11 @@ def _wait(endpoint: Endpoint, process: subprocess.Popen[bytes], log: Path) -> No
         while not healthy(endpoint.url):
             exit_code = process.poll()
             if exit_code is not None or time.monotonic() > deadline:
+                if "video processor" in last_line(log):
+                    raise InputError(
+                        "this model's processor has a video part, which the server builds with torchvision alone: install the"
+                        f" extra `vision` (docs/families.md, With and without torchvision); all that it said: {log}"
+                    )
                 reason = f"was not ready in {START_S // 60} minutes" if exit_code is None else f"ended with {exit_code}"
                 raise TryAgainError(f"the server {reason}: {last_line(log)} (all of it: {log})")
             time.sleep(0.2)

@@ -23,6 +23,16 @@ def test_a_server_that_ends_says_its_last_words(model_folder: Path, tmp_path: Pa
         pass
 
 
+@needs_server
+def test_a_video_part_without_torchvision_is_no_reason_to_try_again(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "TRANSFORMERS", "raise OSError(\"Can't load video processor for 'm'\")")
+    server = serve.served(model_folder, "m", "cpu", tmp_path / "log")
+    with pytest.raises(InputError, match="torchvision alone: install the extra `vision`"), server:
+        pass
+
+
 def test_an_address_is_refused_before_anything_is_loaded() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
