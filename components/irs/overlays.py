@@ -140,22 +140,32 @@ def _outline(axes: Axes, region: NDArray[np.float64] | None) -> None:
             axes.contour(x, y, np.pad(region, 1), levels=[0.5], colors=[colour], linewidths=width)
 
 
-def heatmaps(images: Sequence[NDArray[np.uint8]], heats: Sequence[Sequence[Heat]], label: str, theme: Theme) -> Figure:
-    """Figure with a row per image (H, W, 3): the image, then one overlay per heat, on one colour scale."""
+def heatmaps(
+    images: Sequence[NDArray[np.uint8]], heats: Sequence[Sequence[Heat]], question: str, label: str, theme: Theme
+) -> Figure:
+    """Figure with a row per image (H, W, 3): the image, then one overlay per heat, on one colour scale; question and answers
+    stand below the last."""
     peak = max(float(heat.grid.max()) for image_heats in heats for heat in image_heats)
     figure = Figure(figsize=(2.9 * (1 + len(heats[0])) + 0.5, 3.35 * len(images)))
     table = figure.subplots(len(images), 1 + len(heats[0]), squeeze=False)
-    for row, image, image_heats in zip(table, images, heats, strict=True):
+    for number, (row, image, image_heats) in enumerate(zip(table, images, heats, strict=True), start=1):
         row[0].imshow(image, interpolation="nearest")
-        row[0].set_title("the image", color=theme.muted, fontweight="normal")
+        title = "the image" if len(images) == 1 else f"image {number} of {len(images)}"
+        row[0].set_title(title, color=theme.muted, fontweight="normal")
         for axes, heat in zip(row[1:], image_heats, strict=True):
             mappable = _heat(axes, _grey(image), heat.grid, peak)
             axes.set_title("\n".join(textwrap.wrap(heat.above, 34)))
-            axes.set_xlabel(textwrap.shorten(heat.below, 45, placeholder=" …"))
         for axes in row:
             _bare(axes)
+    table[-1][0].set_xlabel(_caption("asked", question))
+    for axes, heat in zip(table[-1][1:], heats[-1], strict=True):
+        axes.set_xlabel(_caption("answer", heat.below))
     figure.colorbar(mappable, ax=table, shrink=0.75 / len(images), aspect=28, label=label)
     return figure
+
+
+def _caption(label: str, text: str) -> str:
+    return "\n".join(textwrap.wrap(f"{label}: {text}", 30, max_lines=5, placeholder=" …"))
 
 
 def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

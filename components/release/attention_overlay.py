@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from components.dataset.shards import Sample
@@ -21,11 +19,12 @@ from components.models.attention import AttentionProbe, probing
 from components.models.collate import Batch, decode_images
 from components.models.families import family_of
 from components.models.load import Loaded
+from components.models.template import IMAGE
 from components.models.vlm import VLM
 from components.records.irs import LayerChoice
 from components.records.paths import IRS, REPORTS, TEACHER_ARM
 from components.release.model import Named
-from components.report.figures import Theme, draw
+from components.report.figures import draw
 
 FOLDER = REPORTS / "try"
 
@@ -93,14 +92,7 @@ def draw_overlays(name: str, question: str, attended: list[Seen]) -> Path:
     """
     of_image = [[seen.heats[number] for seen in attended] for number in range(len(attended[0].images))]
 
-    def figure(theme: Theme) -> Figure:
-        drawn = heatmaps(attended[0].images, of_image, "attention / equal share", theme)
-        for number, axes in enumerate(drawn.axes[:-1]):  # the last axes hold the colour bar
-            first = number % (1 + len(attended)) == 0
-            said = textwrap.shorten(question, 45, placeholder=" …") if first else axes.get_xlabel()
-            axes.set_xlabel(f"{'asked' if first else 'answer'}: {said}")
-        return drawn
-
+    words = " ".join(question.replace(IMAGE, " ").split())
     path = FOLDER / f"{name}.png"
-    write_bytes(path, draw(figure))
+    write_bytes(path, draw(heatmaps, attended[0].images, of_image, words, "attention / equal share"))
     return path
