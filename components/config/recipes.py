@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import copy
 import difflib
-import io
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from pydantic import Field, ValidationError
 
 from components.config.fields import PositiveFloat, PositiveInt, Strict
-from components.config.load import check_project, load_settings, models_in
+from components.config.load import check_project, load_settings
+from components.config.merge import annotation, merge, round_trip, text_of, updates
 from components.config.settings import FILES, Settings
 from components.config.yaml_file import read_yaml
 from components.errors import SettingsError, meant
@@ -107,7 +107,7 @@ def checked_texts(values: Mapping[str, Any], description: str, root: Path = Path
             read_yaml(path)  # raises with file and line
             text = path.read_text(encoding="utf-8")
             document = yaml.load(text)
-            if _merge(values.get(file, {}), document, _annotation(file)):
+            if merge(values.get(file, {}), document, annotation(file)):
                 texts[path] = text = text_of(document)
             (Path(draft) / "params" / f"{file}.yaml").write_text(text, encoding="utf-8")
         try:
@@ -127,7 +127,7 @@ def write(texts: Mapping[Path, str], root: Path = Path()) -> str:
     diff = ""
     for path, text in texts.items():
         old_text, name = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
-        diff += "".join(difflib.unified_diff(old_text.splitlines(True), text.splitlines(True), f"before/{name}", name, n=1))
+        diff += "".join(difflib.unified_diff(old_text.splitlines(True), text.splitlines(True), f"a/{name}", f"b/{name}", n=1))
         write_text(path, text)
     return diff
 
@@ -150,7 +150,7 @@ def restate(name: str, root: Path = Path()) -> None:
     recipe = yaml.load(path.read_text(encoding="utf-8"))
     for file in FILES:
         params = yaml.load((root / "params" / f"{file}.yaml").read_text(encoding="utf-8"))
-        _merge(params, recipe.setdefault(file, yaml.map()), _annotation(file))
+        merge(params, recipe.setdefault(file, yaml.map()), annotation(file))
     write_text(path, text_of(recipe))
 
 
@@ -159,7 +159,7 @@ def nearest(root: Path = Path()) -> tuple[str | None, int]:
     params = {file: read_yaml(root / "params" / f"{file}.yaml") for file in FILES}
     ranks: list[tuple[int, int, str]] = []
     for name, values in _overlays(root):
-        differing = sum(1 for file in values for _ in _updates(values[file], params[file], _annotation(file)))
+        differing = sum(1 for file in values for _ in updates(values[file], params[file], annotation(file)))
         ranks.append((differing, -_count_values(values), name))
     differing, _, nearest_name = min(ranks, default=(0, 0, None))
     return nearest_name, differing
@@ -249,7 +249,7 @@ def _apply_overlay(overlay: Mapping[str, Any], document: dict[str, Any]) -> None
             for phase, values in (value or {}).items():
                 _apply_overlay(values, document.setdefault("phases", {}).setdefault(phase, {}))
         elif key in FILES:
-            _merge(value or {}, document.setdefault(key, {}), _annotation(key))
+            merge(value or {}, document.setdefault(key, {}), annotation(key))
         elif key == "about":
             document[key] = {**document.get(key, {}), **(value or {})}
         else:
@@ -261,70 +261,8 @@ def _read(path: Path, load: Loader | None) -> dict[str, Any]:
     return load(path.read_text(encoding="utf-8")) if load else document
 
 
-def _annotation(file: str) -> Any:
-    return Settings.model_fields[file].annotation
-
-
-def _updates(overlay: Mapping[str, Any], current: Mapping[str, Any], annotation: Any) -> Iterator[tuple[Any, ...]]:
-    """(key, ..., key, value) of each value that the merge changes."""
-    fields = {name: field for model in models_in(annotation) for name, field in model.model_fields.items()}
-    for key, value in overlay.items():
-        old_value = current.get(key)
-        field = fields.get(key)
-        user_named = field is None or get_origin(field.annotation) is dict
-        if isinstance(value, Mapping) and isinstance(old_value, Mapping) and not user_named:
-            assert field is not None
-            yield from ((key, *rest) for rest in _updates(value, old_value, field.annotation))
-        elif key not in current or old_value != value:
-            yield key, value
-
-
-def _merge(overlay: Mapping[str, Any], document: Any, annotation: Any) -> bool:
-    """Merge `overlay` into `document`; true if anything changed."""
-    updates = list(_updates(overlay, document, annotation))
-    for *parents, key, value in updates:
-        parent = document
-        for step in parents:
-            parent = parent[step]
-        parent[key] = _without_comments(value)
-    return bool(updates)
-
-
-def _without_comments(node: Any) -> Any:
-    """Copy with the YAML style of its values, without the recipe's comments."""
-    from ruamel.yaml.comments import CommentedMap, CommentedSeq
-
-    if isinstance(node, CommentedMap | CommentedSeq) and not node:
-        return [] if isinstance(node, CommentedSeq) else {}  # ruamel would put its own empty node after the comment
-    if isinstance(node, CommentedMap):
-        copy: Any = CommentedMap((key, _without_comments(value)) for key, value in node.items())
-    elif isinstance(node, CommentedSeq):
-        copy = CommentedSeq(_without_comments(value) for value in node)
-    else:
-        return node
-    (copy.fa.set_flow_style if node.fa.flow_style() else copy.fa.set_block_style)()
-    return copy
-
-
 def _count_values(node: Any) -> int:
     return sum(map(_count_values, node.values())) if isinstance(node, Mapping) else 1
-
-
-def text_of(document: Any) -> str:
-    stream = io.StringIO()
-    round_trip().dump(document, stream)
-    return stream.getvalue()
-
-
-def round_trip() -> Any:
-    """Round-trip YAML: comments, order, 2.0e-3, 50_000_000 and null are written as they were read."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width = 4096
-    yaml.preserve_quotes = True
-    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    return yaml
 
 
 if __name__ == "__main__":

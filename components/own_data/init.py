@@ -16,6 +16,7 @@ from typing import Any
 
 from components.config import recipes
 from components.config.load import load_settings
+from components.config.merge import text_of
 from components.config.models import PretrainedFamily, Template
 from components.config.settings import Settings
 from components.errors import DataError, ModelError
@@ -224,4 +225,4 @@ def _text(asked: Asked, choices: list[Choice], settings: Settings, pair: Pair) -
             at = at.setdefault(step, {})
         at[key] = choice.value
     comments = "".join(f"# {' '.join(str(line).split())}\n" for line in (head, *choices))
-    return comments + recipes.text_of(document)
+    return comments + text_of(document)

@@ -128,7 +128,7 @@ def test_own_values_are_kept_before_a_recipe_replaces_them(root: Path) -> None:
 
 def test_smoke_and_back_gives_the_same_bytes(root: Path) -> None:
     original = contents(root)
-    assert "--- before/params/data.yaml\n+++ params/data.yaml" in recipes.use("smoke", root)
+    assert "--- a/params/data.yaml\n+++ b/params/data.yaml" in recipes.use("smoke", root)
     assert contents(root) != original
     recipes.use("digits", root)
     assert contents(root) == original

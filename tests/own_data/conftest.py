@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from components.config import recipes
+from components.config.merge import text_of
 from tests.families import toy
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,6 @@ def pointed(own: Path) -> Path:
             }
         },
     }
-    (own / "params/recipes/mine.yaml").write_text(recipes.text_of(overlay))
+    (own / "params/recipes/mine.yaml").write_text(text_of(overlay))
     recipes.use("mine")
     return own
