@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 
 from components.tracking.journal import JOURNALS, events
-from flows.dvc import StopWhen
+from flows.dvc_repro import StopWhen
 
 LOSS = "loss/total"
 
 
 def diverged(arm: str, above: float | None) -> StopWhen | None:
-    """`stop_when` of `dvc.reproduce` for `arm`: a reason once the loss is not finite or `above` times its first."""
+    """`stop_when` of `dvc_repro.reproduce` for `arm`: a reason once the loss is not finite or `above` times its first."""
     if above is None:
         return None
     pattern = f"*-distill@{arm}-*.jsonl"

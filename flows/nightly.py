@@ -19,7 +19,7 @@ from components.records.dataset import Manifest
 from components.records.paths import DATASET, RAW
 from components.tracking import provenance
 from components.tracking.mlflow_registry import Version
-from flows import dvc, notify, promote
+from flows import dvc_repro, notify, promote
 from flows.pipeline import RecipeName, end_with_worker, folder, pipeline, run_name, tag
 
 
@@ -37,7 +37,7 @@ def nightly(
         drift_above: change of a figure of the prepared set that counts: of a share by so much, of a count by that part of it.
 
     Raises:
-        dvc.StageFailed: of the first stage that failed; the champion stays.
+        StageFailed: of the first stage that failed; the champion stays.
         TryAgainError: MLflow, which knows the champion, does not answer.
     """
     end_with_worker()
@@ -45,7 +45,7 @@ def nightly(
         tag(recipe or recipes.nearest()[0])
         settings = load_settings()
         champion = promote.champion(settings)
-        dvc.reproduce("prepare")
+        dvc_repro.reproduce("prepare")
         reasons = retrain_reasons(champion, Manifest.read(DATASET / "manifest.json"), drift_above)
         if not reasons:
             return _publish(reasons, None, f"nothing new since {champion}: nothing was trained")

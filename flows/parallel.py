@@ -20,19 +20,20 @@ from components.errors import InputError
 from components.process import cores, exit_from
 from components.tracking import outcome
 from components.tracking.stage_run import PARENT, stage_run
-from flows import devices, dvc, servers
+from flows import devices, dvc, dvc_repro, servers, stage_output
+from flows.dvc_repro import Outcome, StageFailed
 from flows.jobs import check_idle
 
 
-def repro(jobs: int, run: Callable[[str], dvc.Outcome]) -> dict[str, dvc.Outcome]:
+def repro(jobs: int, run: Callable[[str], Outcome]) -> dict[str, Outcome]:
     """Bring every stage up to date with `run`, `jobs` at a time; returns the outcome per stage.
 
-    Raises dvc.StageFailed of the first failure, after the stages beside it have ended; no stage starts after it.
+    Raises StageFailed of the first failure, after the stages beside it have ended; no stage starts after it.
     """
     needs, stale = dvc.graph(), dvc.status()
-    order, outcomes = TopologicalSorter(needs), dict[str, dvc.Outcome]()
+    order, outcomes = TopologicalSorter(needs), dict[str, Outcome]()
     order.prepare()
-    running: dict[Future[dvc.Outcome], str] = {}
+    running: dict[Future[Outcome], str] = {}
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while order.is_active():
@@ -46,12 +47,12 @@ def repro(jobs: int, run: Callable[[str], dvc.Outcome]) -> dict[str, dvc.Outcome
                     stage = running.pop(future)
                     outcomes[stage] = future.result()
                     order.done(stage)
-        except dvc.StageFailed:
+        except StageFailed:
             for future in running:
                 future.cancel()
             raise
         except BaseException:  # Ctrl-C reaches this thread alone
-            dvc.stop_all()
+            dvc_repro.stop_all()
             raise
     return outcomes
 
@@ -80,11 +81,11 @@ def main() -> None:
         return
     with stage_run("repro", runtime=runtime, metered=False) as parent:
 
-        def run(stage: str) -> dvc.Outcome:
+        def run(stage: str) -> Outcome:
             alone = jobs == 1 or runtime.device == "cpu"  # one stage at a time has all devices, or none
             device_lock: AbstractContextManager[dict[str, str]] = nullcontext({}) if alone else devices.lock_gpu()
-            with device_lock as device, closing(dvc.Labelled(stage, args.verbose)) as printer:
-                return dvc.reproduce(stage, {PARENT: parent.id, **device}, on_line=printer)
+            with device_lock as device, closing(stage_output.Labelled(stage, args.verbose)) as printer:
+                return dvc_repro.reproduce(stage, {PARENT: parent.id, **device}, on_line=printer)
 
         outcomes = repro(jobs, run)
     summary = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())

@@ -32,7 +32,8 @@ from components.errors import AlignTIError, InputError, TryAgainError
 from components.process import exit_from, terminate_once_with_parent
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
-from flows import devices, dvc, heartbeat, jobs, notify, prefect_artifacts, promote
+from flows import devices, dvc, dvc_repro, heartbeat, jobs, notify, prefect_artifacts, promote
+from flows.dvc_repro import Outcome, StopWhen
 from flows.stage_log import StageLog
 from flows.workspace import workspace
 
@@ -63,9 +64,9 @@ def retrying_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
 
 
 @retrying_task("{stage}")
-def run_stage(stage: str, parent: str, slots: threading.Semaphore, stop_when: dvc.StopWhen | None = None) -> dvc.Outcome:
+def run_stage(stage: str, parent: str, slots: threading.Semaphore, stop_when: StopWhen | None = None) -> Outcome:
     with slots, devices.lock_gpu() as device:
-        return dvc.reproduce(stage, {PARENT: parent, **device}, stop_when, on_line=StageLog(stage))
+        return dvc_repro.reproduce(stage, {PARENT: parent, **device}, stop_when, on_line=StageLog(stage))
 
 
 UNLIMITED = threading.Semaphore(2**20)  # unlimited slots: no need to wait, or the caller holds one
@@ -80,12 +81,12 @@ def choice_field(names: list[str]) -> Any:
 RecipeName = Annotated[str, choice_field(recipes.names())] | None
 
 
-def run_stages(title: str, graph: Mapping[str, list[str]], parent: str, slots: threading.Semaphore) -> dict[str, dvc.Outcome]:
+def run_stages(title: str, graph: Mapping[str, list[str]], parent: str, slots: threading.Semaphore) -> dict[str, Outcome]:
     """Run the stages of `graph` in its order; returns the outcome per stage. `title`: their title on the run's page.
 
-    Raises dvc.StageFailed of the first failure; stages that do not need the failed one were still run.
+    Raises StageFailed of the first failure; stages that do not need the failed one were still run.
     """
-    futures: dict[str, PrefectFuture[dvc.Outcome]] = {}
+    futures: dict[str, PrefectFuture[Outcome]] = {}
     for stage, needs in graph.items():
         upstream = [futures[upstream_stage] for upstream_stage in needs]
         futures[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
@@ -110,7 +111,7 @@ def pipeline(
     recipe: RecipeName = None,
     targets: list[str] | None = None,
     own_workspace: bool = False,
-) -> dict[str, dvc.Outcome]:
+) -> dict[str, Outcome]:
     """Bring every stage up to date; returns what became of each.
 
     Args:
@@ -120,7 +121,7 @@ def pipeline(
         own_workspace: run what is committed, in a worktree; else in the folder as it is.
 
     Raises:
-        dvc.StageFailed: of the first stage that failed; stages that do not need it were still run.
+        StageFailed: of the first stage that failed; stages that do not need it were still run.
         AlignTIError: the gate found something left to do.
     """
     end_with_worker()
@@ -182,13 +183,13 @@ def wait_for(title: str, futures: Mapping[str, PrefectFuture[Any]]) -> None:
     try:
         prefect_artifacts.follow(title, futures)
     except BaseException:
-        dvc.stop_all()
+        dvc_repro.stop_all()
         raise
 
 
 def gate(targets: Sequence[str] = ()) -> None:
     """Raises AlignTIError unless a fresh `dvc repro` has nothing to do."""
-    outcome, changes = dvc.reproduce_all(targets), {} if targets else dvc.status()
+    outcome, changes = dvc_repro.reproduce_all(targets), {} if targets else dvc.status()
     if outcome != "unchanged" or changes:
         raise AlignTIError(f"`dvc repro` after the flow should have nothing to do, but stages {outcome}; status: {changes}")
 

@@ -20,7 +20,8 @@ from prefect.states import Cancelling
 
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError
 from components.study import expand
-from flows import dvc, servers
+from flows import dvc, dvc_repro, servers
+from flows.dvc_repro import Outcome
 from flows.early_stopping import diverged
 from flows.pipeline import UNLIMITED, end_with_worker, folder, run_stage
 
@@ -43,7 +44,7 @@ class NotMade(AlignTIError):
 
 
 @flow(name="alignti-stages")
-def stages(study: str, targets: list[str], commit: str, recipe: str | None = None, parent: str = "") -> dict[str, dvc.Outcome]:
+def stages(study: str, targets: list[str], commit: str, recipe: str | None = None, parent: str = "") -> dict[str, Outcome]:
     """Bring some stages of a study, and what they need, up to date in a workspace; a study orders this of the pool.
 
     Args:
@@ -54,13 +55,13 @@ def stages(study: str, targets: list[str], commit: str, recipe: str | None = Non
         parent: the tracked run that this is part of.
 
     Raises:
-        dvc.StageFailed: of the first stage that failed.
+        StageFailed: of the first stage that failed.
     """
     end_with_worker()
     with folder(isolated=True, recipe=recipe, commit=commit):
         expand.expand(study)
         diverged_above = expand.read(study).diverged_above
-        outcomes: dict[str, dvc.Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         for stage in dvc.graph(targets):
             dvc.restore(stage)
             kind, _, arm = stage.partition("@")
@@ -78,7 +79,7 @@ class RemoteStages:
     recipe: str | None
     parent: str
 
-    def restore_or_run(self, title: str, targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> bool:
+    def restore_or_run(self, title: str, targets: Sequence[str], record: Callable[[str], Outcome]) -> bool:
         """Restore and `record` each target in order; missing ones are run by the pool first. True if the pool ran any.
 
         Raises:
@@ -121,7 +122,7 @@ class RemoteStages:
         return f"{self.study}/{title}"
 
 
-def _restore_available(targets: Sequence[str], record: Callable[[str], dvc.Outcome]) -> Sequence[str]:
+def _restore_available(targets: Sequence[str], record: Callable[[str], Outcome]) -> Sequence[str]:
     """Restore targets in order, up to the first that is in no cache; returns that one and the rest."""
     for position, target in enumerate(targets):
         if not dvc.restore(target):
@@ -144,7 +145,7 @@ def _wait_until_final(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
     """Wait for the flow run; cancel it if this process is stopped. Raises Interrupted."""
     try:
         while run.state is None or not run.state.is_final():
-            if dvc.wait_for_stop(POLL_S):
+            if dvc_repro.wait_for_stop(POLL_S):
                 raise Interrupted(f"flow run {run.name} is cancelled with the study that ordered it")
             run = client.read_flow_run(run.id)
     except (Interrupted, TerminationSignal, KeyboardInterrupt):

@@ -20,7 +20,7 @@ from components.io import write_text
 from components.tracking import history, mlflow_client, mlflow_mirror, mlflow_registry, provenance
 from components.tracking.journal import JOURNALS, events
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
-from flows import dvc
+from flows import dvc, dvc_repro, stage_output
 from flows.workspace import workspace
 
 MLFLOW_ID = re.compile("[0-9a-f]{32}")
@@ -102,7 +102,7 @@ def reproduce(recorded: RecordedRun, settings: Settings, stage_only: bool = Fals
 
     Raises:
         InputError: its code or its data is not available.
-        dvc.StageFailed: a stage failed.
+        StageFailed: a stage failed.
     """
     _check_available(recorded)
     title = f"reproduce-{recorded.run[:32].replace('@', '-')}"
@@ -113,8 +113,8 @@ def reproduce(recorded: RecordedRun, settings: Settings, stage_only: bool = Fals
         chain = list(dvc.graph([recorded.stage]))
         _print_stages(chain[-1:] if stage_only else chain)
         for stage in chain:
-            with closing(dvc.Labelled(stage, verbose=False)) as printer:
-                dvc.reproduce(stage, {PARENT: run.id}, force=stage == recorded.stage or not stage_only, on_line=printer)
+            with closing(stage_output.Labelled(stage, verbose=False)) as printer:
+                dvc_repro.reproduce(stage, {PARENT: run.id}, force=stage == recorded.stage or not stage_only, on_line=printer)
         outcome = _compare(recorded)
         run.tag("same_bytes", str(outcome.same).lower())
     return outcome

@@ -27,7 +27,8 @@ from components.study import expand
 from components.study.expand import Cell, Study
 from components.tracking import mlflow_sync, outcome, provenance
 from components.tracking.stage_run import PARENT, stage_run
-from flows import dvc, notify, prefect_artifacts, workspace
+from flows import dvc, dvc_repro, notify, prefect_artifacts, workspace
+from flows.dvc_repro import Outcome
 from flows.early_stopping import diverged
 from flows.pipeline import (
     UNLIMITED,
@@ -46,7 +47,7 @@ from flows.pipeline import (
 from flows.remote_arms import NotMade, RemoteStages
 
 FINAL_STAGE = "compare"  # the stage over all arms: run when none is missing
-DONE = get_args(dvc.Outcome)
+DONE = get_args(Outcome)
 MAX_SUBMITTED = 64  # arms submitted to the pool at a time
 
 
@@ -89,8 +90,8 @@ def run_cell(
     budget: Budget,
     record: Callable[[Cell], None],
     pool: RemoteStages | None = None,
-) -> dvc.Outcome:
-    """Train, score, record one arm, here or by the pool. Raises BudgetSpent, dvc.StageFailed, or AlignTIError of the pool."""
+) -> Outcome:
+    """Train, score, record one arm, here or by the pool. Raises BudgetSpent, StageFailed, or AlignTIError of the pool."""
     train_stage, score_stage = f"distill@{cell.name}", f"evaluate@{cell.name}"
     with slots:
         budget.reserve(cell.name)
@@ -100,7 +101,7 @@ def run_cell(
                 ran_remotely = pool.restore_or_run(
                     cell.name, [train_stage, score_stage], lambda stage: run_stage.fn(stage, parent, UNLIMITED)
                 )
-                stage_outcome: dvc.Outcome = "ran" if ran_remotely else "restored"
+                stage_outcome: Outcome = "ran" if ran_remotely else "restored"
             else:
                 stage_outcome = run_stage.fn(train_stage, parent, UNLIMITED, diverged(cell.name, plan.diverged_above))
                 run_stage.fn(score_stage, parent, UNLIMITED)
@@ -154,7 +155,7 @@ def study(
                     f"{len(missing)} of {len(cells)} arms of study {name} are missing; the others are recorded."
                     f" `alignti study run {name}` runs what is missing:\n{lines}"
                 )
-            dvc.reproduce(FINAL_STAGE, {PARENT: run.id})
+            dvc_repro.reproduce(FINAL_STAGE, {PARENT: run.id})
             gate()
             prefect_artifacts.leaderboard()
     return outcomes
@@ -190,7 +191,7 @@ def _shared(cells: list[Cell]) -> dict[str, list[str]]:
     return {stage: needs for stage, needs in dvc.graph().items() if stage not in cell_stages and stage != FINAL_STAGE}
 
 
-def _outcome_or_error(future: PrefectFuture[dvc.Outcome]) -> str:
+def _outcome_or_error(future: PrefectFuture[Outcome]) -> str:
     try:
         return future.result()
     except AlignTIError as error:

@@ -24,7 +24,7 @@ from components.records.paths import SCORES
 from components.tracking import mlflow_client, mlflow_registry, mlflow_sync, provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.stage_run import JOURNAL_ONLY
-from flows import dvc, nightly, promote, reproduce
+from flows import dvc, dvc_repro, nightly, promote, reproduce
 from tests.flows.test_notify import webhook
 
 pytestmark = pytest.mark.live
@@ -162,13 +162,13 @@ def template(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
         git("init", "--quiet")
         add_data("100")
         commit(skill_weak="0.5", skill_like="0.52", skill_strong="0.9")
-        dvc.reproduce_all()
+        dvc_repro.reproduce_all()
     return root
 
 
 def add_data(text: str) -> None:
     Path("data/raw.txt").write_text(text)
-    subprocess.run([*dvc.DVC, "add", "--quiet", "data"], check=True, env=dvc._environment(), capture_output=True)
+    subprocess.run([*dvc.DVC, "add", "--quiet", "data"], check=True, env=dvc.environment(), capture_output=True)
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_what_was_measured_differently_is_refused_or_measured_anew(trained: Sett
     promote.promote(None, trained)
     add_data("200")
     monkeypatch.setenv("ALIGNTI_TRACKING_URI", JOURNAL_ONLY)
-    dvc.reproduce_all(["evaluate@strong"])
+    dvc_repro.reproduce_all(["evaluate@strong"])
     monkeypatch.setenv("ALIGNTI_TRACKING_URI", SQLITE)
     with pytest.raises(MeasuredDifferently, match=r"dataset hash: .*promote --measure"):
         promote.promote("strong", trained)
@@ -309,7 +309,7 @@ def test_a_run_of_code_that_was_not_committed_is_refused(folder: Path, monkeypat
     Path("components/new.py").write_text("")
     Path("params/evaluate.yaml").write_text(Path("params/evaluate.yaml").read_text() + "\n")  # recorded, so no matter
     before = set(JOURNALS.glob("*-distill@weak-*.jsonl"))
-    dvc.reproduce_all(["distill@weak"])
+    dvc_repro.reproduce_all(["distill@weak"])
     (journal,) = set(JOURNALS.glob("*-distill@weak-*.jsonl")) - before
     recorded = reproduce.find(journal.stem, load_settings())
     with pytest.raises(InputError, match=r"not committed \(components/skill-weak, components/new.py\)"):

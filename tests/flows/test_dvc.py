@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from components.errors import InputError, TryAgainError
-from flows import dvc
+from flows import dvc, dvc_repro
 from tests.flows.conftest import ROOT, ran
 from tests.planted import CANARY, REMOTE
 
@@ -31,18 +31,18 @@ def test_graph_is_in_running_order_with_what_each_stage_needs(project: Path) -> 
 
 
 def test_a_stage_runs_alone_and_only_when_its_inputs_are_new(project: Path) -> None:
-    assert dvc.reproduce("first") == "ran"
-    assert dvc.reproduce("first") == "unchanged"
+    assert dvc_repro.reproduce("first") == "ran"
+    assert dvc_repro.reproduce("first") == "unchanged"
     (project / "out/first").unlink()
-    assert dvc.reproduce("first") == "restored"
+    assert dvc_repro.reproduce("first") == "restored"
     assert ran(project) == ["first"]
     assert set(dvc.status()) == {"cell@a", "cell@b", "last"}
 
 
 def test_a_failed_stage_raises_with_its_own_exit_code(project: Path) -> None:
     (project / "fail-first").write_text("75")
-    with pytest.raises(dvc.StageFailed, match="stage first failed") as failure:
-        dvc.reproduce("first")
+    with pytest.raises(dvc_repro.StageFailed, match="stage first failed") as failure:
+        dvc_repro.reproduce("first")
     assert failure.value.exit_code == 75
 
 
@@ -60,33 +60,33 @@ def test_a_failed_stage_raises_with_its_own_exit_code(project: Path) -> None:
 )
 def test_a_killed_stage_is_told_in_words_and_may_be_tried_again(project: Path, ending: str, said: str, exit_code: int) -> None:
     (project / "stage.py").write_text(f"import os, sys; {ending}")
-    with pytest.raises(dvc.StageFailed, match=f"^stage {said}") as failure:
-        dvc.reproduce("first")
+    with pytest.raises(dvc_repro.StageFailed, match=f"^stage {said}") as failure:
+        dvc_repro.reproduce("first")
     assert failure.value.exit_code == exit_code
 
 
 def test_a_fault_of_dvc_itself_ends_with_a_code_of_ours(project: Path) -> None:
     (project / "out").write_text("a file, where the stage's output wants a folder")
-    with pytest.raises(dvc.StageFailed, match="stage first failed") as failure:
-        dvc.reproduce("first")
+    with pytest.raises(dvc_repro.StageFailed, match="stage first failed") as failure:
+        dvc_repro.reproduce("first")
     assert failure.value.exit_code == 2
     warned = "tracking: [Errno 28] No space left on device\n"
     full = "ERROR: unexpected error - [Errno 28] No space left on device: '/w/.dvc/tmp/lock'"
     assert [
-        dvc._dvc_exit_code(255, f"[Errno 111]\n{full}"),
-        dvc._dvc_exit_code(-9, ""),
-        dvc._dvc_exit_code(255, "ERROR: x: disk I/O error"),
+        dvc_repro._dvc_exit_code(255, f"[Errno 111]\n{full}"),
+        dvc_repro._dvc_exit_code(-9, ""),
+        dvc_repro._dvc_exit_code(255, "ERROR: x: disk I/O error"),
     ] == [
         75,
         -9,
         75,
     ]
-    assert dvc._dvc_exit_code(255, f"{warned}ERROR: unexpected error - [Errno 30] Read-only file system: 'out'") == 2
+    assert dvc_repro._dvc_exit_code(255, f"{warned}ERROR: unexpected error - [Errno 30] Read-only file system: 'out'") == 2
 
 
 def test_a_name_that_looks_like_an_option_never_reaches_dvc(project: Path) -> None:
     with pytest.raises(InputError, match="no name of a stage"):
-        dvc.reproduce("--force")
+        dvc_repro.reproduce("--force")
 
 
 def test_a_pipeline_that_dvc_cannot_read_is_an_input_error(project: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_result_survives_a_lock_that_is_held_while_the_stage_ends(project: Pat
     (project / "stage.py").write_text("import time; time.sleep(2)\n" + (project / "stage.py").read_text())
     held = "import time; from dvc.repo import Repo; lock = Repo().lock; lock.lock(); print(1, flush=True); time.sleep(8)"
     stage = subprocess.Popen(
-        [*dvc.DVC, "--wait-for-lock", "repro", "-s", "first"], stdout=subprocess.PIPE, env=dvc._environment()
+        [*dvc.DVC, "--wait-for-lock", "repro", "-s", "first"], stdout=subprocess.PIPE, env=dvc.environment()
     )
     assert stage.stdout is not None
     assert b"Running stage 'first'" in stage.stdout.readline()
@@ -128,9 +128,9 @@ def test_cells_side_by_side_leave_a_lock_file_with_all_of_them(project: Path) ->
     (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     for _ in range(2):
         with ThreadPoolExecutor(len(cells)) as threads:
-            assert list(threads.map(dvc.reproduce, cells)) == ["ran"] * 3
+            assert list(threads.map(dvc_repro.reproduce, cells)) == ["ran"] * 3
         assert set(yaml.safe_load((project / "dvc.lock").read_text())["stages"]) == set(cells)
-        assert dvc.status() == {} and dvc.reproduce_all() == "unchanged"
+        assert dvc.status() == {} and dvc_repro.reproduce_all() == "unchanged"
         (project / "raw.txt").write_text("another")
 
 
@@ -168,8 +168,8 @@ def test_a_killed_dvc_leaves_no_training_behind(project: Path) -> None:
 
     def run() -> None:
         try:
-            dvc.reproduce("first", {"PYTHONPATH": str(ROOT)})
-        except dvc.StageFailed as error:
+            dvc_repro.reproduce("first", {"PYTHONPATH": str(ROOT)})
+        except dvc_repro.StageFailed as error:
             outcome.append(error)
 
     flow = threading.Thread(target=run)
@@ -184,7 +184,7 @@ def test_a_killed_dvc_leaves_no_training_behind(project: Path) -> None:
 
 def test_a_killed_flow_leaves_neither_dvc_nor_a_training_behind(project: Path) -> None:
     (project / "stage.py").write_text(TRAINER)
-    code = "from flows import dvc; dvc.reproduce('first')"
+    code = "from flows import dvc_repro; dvc_repro.reproduce('first')"
     flow = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
     training = trainer(project)
     above = next(p for p in training.parents() if "dvc" in p.cmdline())
@@ -196,8 +196,8 @@ def test_a_killed_flow_leaves_neither_dvc_nor_a_training_behind(project: Path) -
 def test_a_stopped_stage_leaves_no_lock_of_which_dvc_warns(project: Path) -> None:
     (project / "stage.py").write_text(TRAINER)
     begun = project / "trainer.pid"
-    with pytest.raises(dvc.StageFailed, match="enough"):
-        dvc.reproduce("first", {"PYTHONPATH": str(ROOT)}, stop_when=lambda: "enough" if begun.exists() else None)
+    with pytest.raises(dvc_repro.StageFailed, match="enough"):
+        dvc_repro.reproduce("first", {"PYTHONPATH": str(ROOT)}, stop_when=lambda: "enough" if begun.exists() else None)
     assert json.loads((project / ".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}
 
 

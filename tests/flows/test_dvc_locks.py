@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from components.errors import InputError
-from flows import dvc, dvc_locks
+from flows import dvc, dvc_locks, dvc_repro
 
 
 @pytest.mark.parametrize("reaped", [True, False], ids=["gone", "a zombie"])
@@ -32,15 +32,15 @@ def test_a_lock_file_that_a_kill_cut_off_is_that_from_before(
     project: Path, capsys: pytest.CaptureFixture[str], cut: str
 ) -> None:
     lock = project / "dvc.lock"
-    dvc.reproduce("first")
+    dvc_repro.reproduce("first")
     before = lock.read_text()
-    dvc.reproduce("cell@a")
+    dvc_repro.reproduce("cell@a")
     whole = lock.read_text()
     dvc_locks.BACKUP.write_text(before)
     lock.write_text(whole[: whole.index(cut, whole.index("cell@a") - 2) + len(cut)])
     assert "cell@a" in dvc.status()
     assert "dvc.lock was cut off" in capsys.readouterr().out
-    assert dvc.reproduce("cell@a") == "restored"
+    assert dvc_repro.reproduce("cell@a") == "restored"
     assert yaml.safe_load(lock.read_text()) == yaml.safe_load(whole)
     lock.write_text(f"<<<<<<< HEAD\n{whole}")
     with pytest.raises(InputError, match=r"`git checkout dvc\.lock`"):
@@ -48,14 +48,14 @@ def test_a_lock_file_that_a_kill_cut_off_is_that_from_before(
 
 
 def test_a_stage_whose_dvc_is_killed_at_the_lock_file_runs_again(project: Path) -> None:
-    dvc.reproduce("first")
+    dvc_repro.reproduce("first")
     before = (project / "dvc.lock").read_text()
     killed = "import os, signal, sys; open('dvc.lock', 'w').write(': no YAML'); os.kill(os.getppid(), signal.SIGKILL)"
     stage = (project / "stage.py").read_text()
     (project / "stage.py").write_text(f"{killed}\n{stage}")
-    with pytest.raises(dvc.StageFailed, match="killed by signal 9") as failure:
-        dvc.reproduce("cell@a")
+    with pytest.raises(dvc_repro.StageFailed, match="killed by signal 9") as failure:
+        dvc_repro.reproduce("cell@a")
     assert failure.value.exit_code == 75
     assert (project / "dvc.lock").read_text() == before
     (project / "stage.py").write_text(stage)
-    assert dvc.reproduce("cell@a") == "ran"
+    assert dvc_repro.reproduce("cell@a") == "ran"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import TryAgainError
-from flows import dvc, jobs
+from flows import dvc, dvc_repro, jobs
 from tests.flows.conftest import ROOT
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -29,7 +29,7 @@ def asked(*words: str) -> subprocess.CompletedProcess[str]:
 def job(project: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`dvc repro` in its first stage, which does not end."""
     (project / "stage.py").write_text("import time; open('begun', 'w').close(); time.sleep(600)")
-    command, environment = [sys.executable, "-m", "dvc", "repro"], dvc._environment()
+    command, environment = [sys.executable, "-m", "dvc", "repro"], dvc.environment()
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     while not (project / "begun").exists():
         time.sleep(0.05)
@@ -56,8 +56,8 @@ def test_beside_a_running_job_params_stay_and_a_second_job_does_not_begin(projec
 def test_a_stage_that_another_job_runs_may_be_tried_again(job: subprocess.Popen[bytes]) -> None:
     with pytest.raises(TryAgainError, match="is busy"):
         dvc.status()
-    with pytest.raises(dvc.StageFailed) as failure:
-        dvc.reproduce("first")
+    with pytest.raises(dvc_repro.StageFailed) as failure:
+        dvc_repro.reproduce("first")
     assert failure.value.exit_code == TryAgainError.exit_code
 
 

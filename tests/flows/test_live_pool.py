@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, te
 from prefect.states import Cancelling
 
 from components.errors import AlignTIError
-from flows import cleanup_stale_runs, dvc, pool, server_setup, servers
+from flows import cleanup_stale_runs, dvc_repro, pool, server_setup, servers
 from flows.study import study
 from tests.flows import test_study as study_of
 from tests.flows.conftest import ROOT, git, ran
@@ -148,7 +148,7 @@ def ancestors(training: psutil.Process) -> tuple[psutil.Process, psutil.Process]
 
 @pytest.mark.parametrize("victim", ["trainer", "dvc"])
 def test_after_kill_9_the_next_run_goes_on_to_the_same_hash(clone: Clone, victim: str) -> None:
-    code = "from flows import dvc; dvc.reproduce('train')"
+    code = "from flows import dvc_repro; dvc_repro.reproduce('train')"
     clone.let(3)
     flow = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
@@ -160,7 +160,7 @@ def test_after_kill_9_the_next_run_goes_on_to_the_same_hash(clone: Clone, victim
     until(lambda: gone(training, above))  # and no other is left
     assert clone.step() == 3
     clone.let(ON)
-    assert dvc.reproduce("train", {"PYTHONPATH": str(ROOT)}) == "ran"
+    assert dvc_repro.reproduce("train", {"PYTHONPATH": str(ROOT)}) == "ran"
     assert clone.log() == ["from 0", *(["interrupted"] if victim == "dvc" else []), "from 3"]
     assert Path("out/student").read_text() == wanted()
 
@@ -293,7 +293,7 @@ def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
     run = ask(client)
     until(lambda: state(client, run) == "Completed")
     assert clone.log()[6:] == ["from 6"]
-    assert dvc.reproduce("train") == "restored"  # from the cache that the clone shares with its workspaces
+    assert dvc_repro.reproduce("train") == "restored"  # from the cache that the clone shares with its workspaces
     assert Path("out/student").read_text() == wanted()
     assert cleanup_stale_runs.leaks() == []
 

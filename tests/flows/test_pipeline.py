@@ -12,7 +12,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from components.config import recipes
 from components.errors import AlignTIError
-from flows import dvc
+from flows import dvc, dvc_repro
 from flows import pipeline as module
 from flows.pipeline import pipeline
 from tests.flows.conftest import ran
@@ -52,12 +52,12 @@ def test_the_flow_runs_dvcs_graph_and_leaves_dvc_nothing_to_do(project: Path) ->
     parents = {line.split()[1] for line in (project / "ran.log").read_text().splitlines()}
     assert len(parents) == 1  # one parent run for all stages, and not an empty one
     assert sorted(ran(project)) == ["cell-a", "cell-b", "first", "last"]
-    assert dvc.reproduce_all() == "unchanged"
+    assert dvc_repro.reproduce_all() == "unchanged"
     assert ran(project) == []
 
 
 def test_after_dvc_repro_the_flow_has_nothing_to_do(project: Path) -> None:
-    dvc.reproduce_all()
+    dvc_repro.reproduce_all()
     ran(project)
     assert set(pipeline().values()) == {"unchanged"}
     assert ran(project) == []
@@ -71,7 +71,7 @@ def test_a_stage_that_exits_with_75_is_tried_again(project: Path) -> None:
 
 def test_a_stage_that_exits_with_2_is_not_and_what_needs_it_does_not_run(project: Path) -> None:
     (project / "fail-cell-a").write_text("2")
-    with pytest.raises(dvc.StageFailed, match="stage cell@a failed with exit code 2"):
+    with pytest.raises(dvc_repro.StageFailed, match="stage cell@a failed with exit code 2"):
         pipeline()
     assert sorted(ran(project)) == ["cell-a", "cell-b", "first"]
 

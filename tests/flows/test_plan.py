@@ -8,7 +8,7 @@ import pytest
 from components.config import recipes
 from components.config.load import load_settings
 from components.tracking import history
-from flows import dvc
+from flows import dvc_repro
 from flows.plan import plan, reasons_to_run
 from tests.flows.conftest import ran
 
@@ -50,11 +50,11 @@ def test_a_changed_command_is_a_reason() -> None:
 
 
 def test_plan_agrees_with_what_dvc_then_runs(project: Path) -> None:
-    dvc.reproduce_all()
+    dvc_repro.reproduce_all()
     (project / "a.txt").write_text("changed")
     expected = [step.stage for step in plan(load_settings())[0] if step.reasons]
     ran(project)
-    dvc.reproduce_all()
+    dvc_repro.reproduce_all()
     assert expected == ["cell@a", "last"]
     assert [line.split()[0] for line in (project / "ran.log").read_text().splitlines()] == [
         "cell-a"

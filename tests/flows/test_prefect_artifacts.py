@@ -19,7 +19,7 @@ from components.evaluate.compare import compare
 from components.evaluate.load_results import read
 from components.records.compare import Comparison
 from components.tracking.journal import JOURNALS, Run
-from flows import dvc, prefect_artifacts
+from flows import dvc_repro, prefect_artifacts
 from flows.pipeline import pipeline
 from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
@@ -64,7 +64,7 @@ def test_a_stage_speaks_in_the_log_of_its_flow_run_and_its_bar_moves_an_artifact
 def test_a_failed_stage_says_why_and_what_needs_it_that_it_did_not_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-token")
     (project / "stage.py").write_text("import os, sys; sys.exit('401 for ' + os.environ['HF_TOKEN'])")
-    with pytest.raises(dvc.StageFailed, match="stage first failed"):
+    with pytest.raises(dvc_repro.StageFailed, match="stage first failed"):
         pipeline()
     assert "401 for ***" in outcomes()["first"]
     assert outcomes()["last"].startswith("not run")

@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Crashed, Failed
 
 from components.errors import AlignTIError, Interrupted
-from flows import dvc, workspace
+from flows import dvc_repro, workspace
 from flows import study as module
 from flows.early_stopping import diverged
 from flows.remote_arms import NotMade
@@ -223,8 +223,8 @@ def test_a_training_whose_loss_explodes_is_stopped(
 
 def test_a_stopped_arm_says_why(project: Path) -> None:
     (project / "stage.py").write_text("import time; time.sleep(600)")
-    with pytest.raises(dvc.StageFailed, match="the loss exploded"):
-        dvc.reproduce("first", stop_when=lambda: "the loss exploded")
+    with pytest.raises(dvc_repro.StageFailed, match="the loss exploded"):
+        dvc_repro.reproduce("first", stop_when=lambda: "the loss exploded")
     assert module.DONE == ("unchanged", "restored", "ran")
 
 
