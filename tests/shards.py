@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.dataset.shards import ImageRow, SplitWriter
+from components.dataset.shard_writer import SplitWriter
+from components.dataset.shards import ImageRow
 from components.records.dataset import SplitRecord
 
 

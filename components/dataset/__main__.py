@@ -40,25 +40,25 @@ def main() -> None:
 
 def unseen_by_dvc(settings: Settings) -> Iterator[str]:
     """Warnings about paths that DVC does not track: it covers data/ alone, and follows no link to a folder."""
-    told = "DVC neither stores what is there nor sees it change; copy it under data/ and `dvc add data`"
+    remedy = "DVC neither stores what is there nor sees it change; copy it under data/ and `dvc add data`"
     for key, path in named_paths(settings):
         if not key.startswith("data."):
             continue
         whole = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow the links)
         if not whole.is_relative_to(Path("data").absolute()):
-            yield f"{key}: {path} is not under data/: {told}"
+            yield f"{key}: {path} is not under data/: {remedy}"
             continue
         above = [step for step in (whole, *whole.parents) if step.is_relative_to(Path("data").absolute())]
         below = (Path(at) / name for at, names, _ in os.walk(whole) for name in names)
         for link in filter(Path.is_symlink, (*(step for step in above if step.is_dir()), *below)):
-            yield f"{key}: {link.relative_to(Path.cwd())} is a link to {link.readlink()}: {told}"
+            yield f"{key}: {link.relative_to(Path.cwd())} is a link to {link.readlink()}: {remedy}"
 
 
 def _overlap() -> str:
     if not (DATASET / "overlap.json").exists():  # digits: synthetic images; no raw digit is in two splits
         return ""
-    found = Overlap.read(DATASET / "overlap.json")
-    return f"; {found.near:,} training images look like evaluated ones ({'dropped; ' if found.dropped else ''}overlap.json)"
+    overlap = Overlap.read(DATASET / "overlap.json")
+    return f"; {overlap.near:,} training images look like evaluated ones ({'dropped; ' if overlap.dropped else ''}overlap.json)"
 
 
 if __name__ == "__main__":

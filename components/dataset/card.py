@@ -23,7 +23,7 @@ INK, GREY, ACCENT, PAPER = "#1b1f24", "#6b7280", "#0b5cad", "#ffffff"
 
 def write_card(folder: Path, source: Source, manifest: Manifest) -> None:
     """Write `card.md` and `contact_sheet.png` into the finished data set `folder`."""
-    examples = [some for split in SPLITS for some in _examples(Samples(folder, split, check=False), SHOWN // len(SPLITS))]
+    examples = [example for split in SPLITS for example in _examples(Samples(folder, split, check=False), SHOWN // len(SPLITS))]
     contact_sheet(examples).save(folder / "contact_sheet.png")
     write_text(folder / "card.md", card(source, manifest, examples))
 

@@ -26,9 +26,9 @@ def groups(
     jobs = [(start, names[start : start + TOGETHER], stores, limits) for start in range(0, len(names), TOGETHER)]
     digests: dict[tuple[str, str], str | None] = {}
     with tqdm(desc="prepare: pictures shown together", total=len(names), unit="image") as bar:
-        for start, found in shared_out(digested, jobs, workers):
-            digests |= zip(names[start : start + TOGETHER], found, strict=True)
-            bar.update(len(found))
+        for start, part_digests in shared_out(digested, jobs, workers):
+            digests |= zip(names[start : start + TOGETHER], part_digests, strict=True)
+            bar.update(len(part_digests))
     parent: dict[str, str] = {}
 
     def least(digest: str) -> str:
@@ -47,11 +47,11 @@ def groups(
 def digested(
     start: int, names: list[tuple[str, str]], stores: dict[str, Store], limits: DataLimits
 ) -> tuple[int, list[str | None]]:
-    found: list[str | None] = []
+    digests: list[str | None] = []
     for source, place in names:
         try:
             content = stores[source].image(json.loads(place), limits.max_image_mib)
-            found.append(check(content, place, limits).sha256)
+            digests.append(check(content, place, limits).sha256)
         except Refusal:  # raised again when its rows are stored
-            found.append(None)
-    return start, found
+            digests.append(None)
+    return start, digests

@@ -88,11 +88,11 @@ def _fill(database: sqlite3.Connection, stores: dict[str, Store], limits: DataLi
         rows = 0
         ending = "" if sys.stderr.isatty() else "\n"  # lines of a log; of how many rows is not known
         bar = tqdm(store.rows(), desc=f"prepare: rows of {name}", bar_format=f"{{desc}}: {{n}} in {{elapsed}}{ending}")
-        for rows, (number, called, raw) in enumerate(bar, start=1):
+        for rows, (number, name_without_id, raw) in enumerate(bar, start=1):
             try:
-                filled.insert(understand(number, raw, limits, store.folder), called)
+                filled.insert(understand(number, raw, limits, store.folder), name_without_id)
             except Refusal as refusal:
-                record = refused(number, called, raw, refusal, name if prefixed else None)
+                record = refused(number, name_without_id, raw, refusal, name if prefixed else None)
                 database.execute("INSERT INTO refused VALUES (?, ?, ?)", (name, number, record.model_dump_json()))
             if rows % TOGETHER == 0:
                 database.commit()
@@ -122,7 +122,7 @@ class _Source:
         self.rules: Counter[str] = Counter()
         self.examples: dict[str, tuple[int, str]] = {}  # rule -> (row, change)
 
-    def insert(self, row: Row, called: str) -> None:
+    def insert(self, row: Row, name_without_id: str) -> None:
         """Insert a row. Raises Refusal: duplicate_id, missing_file or ambiguous_name."""
         pictures = [self._picture(picture) for picture in row.pictures]
         if row.id is not None:
@@ -130,27 +130,27 @@ class _Source:
             digest = hashlib.blake2b(content, digest_size=16).digest()
             if not self.database.execute("INSERT OR IGNORE INTO contents VALUES (?)", (digest,)).rowcount:
                 raise Refusal("duplicate_id", f"an earlier row with the id {row.id!r} says the same")
-        wanted = called if row.id is None else row.id
+        row_id = name_without_id if row.id is None else row.id
         rules = row.rules | dict.fromkeys((f"ignored key {key!r}" for key in row.ignored), "")
         for turns in row.samples:
-            own = self._free("rows", "id", self.prefix + wanted)
-            if own != self.prefix + wanted and turns is row.samples[0]:
-                rules["repeated_id"] = f"{wanted!r} became {own.removeprefix(self.prefix)!r}"
-            name, key = f"text:{own.removeprefix(self.prefix)}", f"text {row.number}"
+            sample_id = self._free("rows", "id", self.prefix + row_id)
+            if sample_id != self.prefix + row_id and turns is row.samples[0]:
+                rules["repeated_id"] = f"{row_id!r} became {sample_id.removeprefix(self.prefix)!r}"
+            name, key = f"text:{sample_id.removeprefix(self.prefix)}", f"text {row.number}"
             if pictures:
                 names, keys, _ = zip(*pictures, strict=True)
                 name, key = " + ".join(names), " ".join(keys)
             elif turns is not row.samples[0]:
-                key = f"{key} {own}"
-            said = json.dumps([(turn.question, turn.answer) for turn in turns])
+                key = f"{key} {sample_id}"
+            texts = json.dumps([(turn.question, turn.answer) for turn in turns])
             boxes = json.dumps([turn.boxes for turn in turns]) if any(turn.boxes for turn in turns) else None
             self.database.execute(
                 "INSERT INTO rows (id, image, row, kind, turns, boxes) VALUES (?, ?, ?, ?, ?, ?)",
-                (own, self._image(name, key, [place for *_, place in pictures]), row.number, row.kind, said, boxes),
+                (sample_id, self._image(name, key, [place for *_, place in pictures]), row.number, row.kind, texts, boxes),
             )
-        for rule, did in rules.items():
+        for rule, change in rules.items():
             self.rules[rule] += 1
-            self.examples.setdefault(rule, (row.number, did))
+            self.examples.setdefault(rule, (row.number, change))
 
     def _picture(self, picture: str | Held) -> tuple[str, str, Place]:
         """Name, key and place of an image."""
@@ -166,16 +166,16 @@ class _Source:
         return picture, json.dumps(place), place
 
     def _member(self, name: str) -> Place:
-        found = self.database.execute(
+        member = self.database.execute(
             "SELECT place, other FROM members WHERE source = ? AND name = ?", (self.name, name)
         ).fetchone()
-        if found is None:
+        if member is None:
             raise Refusal("missing_file", f"no tar file has a member {name!r}")
-        if found[1] is not None:
-            places = [json.loads(place) for place in found]
+        if member[1] is not None:
+            places = [json.loads(place) for place in member]
             both = " and ".join(f"{self.store.tars[tar]} at byte {offset:,}" for tar, offset, _ in places)
             raise Refusal("ambiguous_name", f"{name!r} is a member of {both}: which one is meant is not known")
-        return list(json.loads(found[0]))
+        return list(json.loads(member[0]))
 
     def _image(self, name: str, key: str, places: list[Place]) -> int:
         key = f"{self.name} {key}"
@@ -188,21 +188,21 @@ class _Source:
             ).fetchone()
         return int(known[0])
 
-    def _free(self, table: str, column: str, wanted: str) -> str:
-        """First unused of `wanted`, `wanted#2`, `wanted#3`, ..."""
-        free = wanted
-        while self.database.execute(f"SELECT 1 FROM {table} WHERE {column} = ?", (free,)).fetchone():
+    def _free(self, table: str, column: str, name: str) -> str:
+        """First unused of `name`, `name#2`, `name#3`, ..."""
+        candidate = name
+        while self.database.execute(f"SELECT 1 FROM {table} WHERE {column} = ?", (candidate,)).fetchone():
             (uses,) = self.database.execute(
                 "INSERT INTO repeated VALUES (?, 2) ON CONFLICT DO UPDATE SET uses = uses + 1 RETURNING uses",
-                (f"{column} {wanted}",),
+                (f"{column} {name}",),
             ).fetchone()
-            free = f"{wanted}#{uses}"
-        return free
+            candidate = f"{name}#{uses}"
+        return candidate
 
 
-def refused(number: int, called: str, raw: Any, refusal: Refusal, source: str | None) -> Refused:
+def refused(number: int, name_without_id: str, raw: Any, refusal: Refusal, source: str | None) -> Refused:
     id_ = raw.get("id") if isinstance(raw, dict) else None
-    known = str(id_).encode("utf-8", "replace").decode() if isinstance(id_, str | int) else called
+    known = str(id_).encode("utf-8", "replace").decode() if isinstance(id_, str | int) else name_without_id
     return Refused(row=number, id=known, reason=refusal.reason, detail=refusal.detail, source=source)
 
 
@@ -245,7 +245,7 @@ class Index(AbstractContextManager["Index"]):
 
     def rules(self) -> list[Rule]:
         """Rules by source, the most frequent first."""
-        return [Rule(*found) for found in self._database.execute("SELECT * FROM rules ORDER BY source, rows DESC, rule")]
+        return [Rule(*columns) for columns in self._database.execute("SELECT * FROM rules ORDER BY source, rows DESC, rule")]
 
     def refused(self) -> Iterator[Refused]:
         for (record,) in self._database.execute("SELECT record FROM refused ORDER BY rowid"):
@@ -266,17 +266,17 @@ class Index(AbstractContextManager["Index"]):
 
     def texts(self, image: str) -> set[str]:
         """Conversations about an image, as stored JSON; empty for an unknown image."""
-        found = self._database.execute("SELECT turns FROM images JOIN rows ON image = images.number WHERE name = ?", (image,))
-        return {turns for (turns,) in found}
+        rows = self._database.execute("SELECT turns FROM images JOIN rows ON image = images.number WHERE name = ?", (image,))
+        return {turns for (turns,) in rows}
 
     def rows_of(self, image: str) -> list[tuple[str, int, str]]:
         """Rows about an image: (source, number within it, id of its first sample)."""
-        found = self._database.execute(
+        rows = self._database.execute(
             "SELECT source, row, id, min(rows.number) FROM images JOIN rows ON image = images.number WHERE name = ?"
             " GROUP BY row",
             (image,),
         )
-        return [(source, row, id_) for source, row, id_, _ in found]
+        return [(source, row, id_) for source, row, id_, _ in rows]
 
 
 def _turns(turns: str, boxes: str | None) -> tuple[Turn, ...]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from components.dataset.row import CONVERSATION, PROMPT, each_once
+from components.dataset.json_values import each_once
+from components.dataset.row import CONVERSATION, PROMPT
 from components.errors import DataError, Refusal
 
 READ = 2**20  # characters read ahead in a JSON list
@@ -86,11 +87,13 @@ def _lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
             yield number, row
 
 
-def _holds_rows(found: Any) -> bool:
+def _holds_rows(value: Any) -> bool:
     """Whether an object is not a row but holds rows, as in {"data": [{...}, ...]} or {"1": {...}, ...}."""
-    if not isinstance(found, dict) or not {*CONVERSATION, *PROMPT}.isdisjoint(found):
+    if not isinstance(value, dict) or not {*CONVERSATION, *PROMPT}.isdisjoint(value):
         return False
-    return any(isinstance(one, dict) for value in found.values() for one in (value if isinstance(value, list) else [value]))
+    return any(
+        isinstance(item, dict) for member in value.values() for item in (member if isinstance(member, list) else [member])
+    )
 
 
 def elements(file: BinaryIO) -> Iterator[Any]:
@@ -119,20 +122,22 @@ class _Text:
     def symbol(self) -> str:
         """Next character that is not white space, without consuming it; empty at the end."""
         while True:
-            found = SPACE.match(self.text, self.at)
-            assert found is not None  # matches the empty string
-            self.at = found.end()
+            space = SPACE.match(self.text, self.at)
+            assert space is not None  # matches the empty string
+            self.at = space.end()
             if self.at < len(self.text) or not self._more(READ):
                 return self.text[self.at : self.at + 1]
 
     def expect(self, symbol: str) -> None:
-        if (found := self.symbol()) != symbol:
-            raise Refusal("malformed_json", f"{found!r} stands where {symbol!r} should" if found else "it ends in the middle")
+        if (next_symbol := self.symbol()) != symbol:
+            raise Refusal(
+                "malformed_json", f"{next_symbol!r} stands where {symbol!r} should" if next_symbol else "it ends in the middle"
+            )
         self.at += 1
 
     def value(self) -> Any:
         self.symbol()
-        wanted = READ
+        amount = READ
         while True:
             try:
                 self._twice = None
@@ -147,9 +152,9 @@ class _Text:
                 problem = f"{error.msg}: {self.text[max(self.at, error.pos - 20) : error.pos + 20]!r}"
             except ValueError as error:  # a number with too many digits for Python
                 raise Refusal("malformed_json", str(error)) from None
-            if len(self.text) - self.at > LONGEST or not self._more(wanted):
+            if len(self.text) - self.at > LONGEST or not self._more(amount):
                 raise Refusal("malformed_json", problem)
-            wanted *= 2
+            amount *= 2
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Object hook that records a duplicate key; the decoder continues, so that the list's other elements are read."""

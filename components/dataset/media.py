@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-MEDIA_FILE = re.compile(
-    r"\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl|svg|p[gp]m|ico|exr|dcm|nii(\.gz)?|np[yz]"
-    r"|mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp|mp3|m4a|aac|opus|wav|flac|ogg)(\?.*)?$",
-    re.IGNORECASE,
+_ENDING = (
+    r"\.(?:jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl|svg|p[gp]m|ico|exr|dcm|nii(?:\.gz)?|np[yz]"
+    r"|mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp|mp3|m4a|aac|opus|wav|flac|ogg)"
 )
+MEDIA_FILE = re.compile(rf"{_ENDING}(\?.*)?$", re.IGNORECASE)
 VIDEO = re.compile(r"video|\bvids?\b|frames?(?![a-z])|\b(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
 MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
 MEDIA_BASE64 = re.compile(  # magic bytes of JPEG, PNG, GIF, WebP, BMP and TIFF
@@ -36,14 +36,16 @@ OWN = re.compile(  # keys of a row's own image: image_url, file_name, coco_url, 
 )
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _NOUN = r"(?:(?:begin|start|end)_of_)?(?:vision|image|img|im_patch|video|audio|media|speech|sound|point)"
-_MARK = (  # foreign marks: <|image_pad|>, <image_1>, <ImageHere>, <IMG_CONTEXT>, <__media__> or [IMG]; ours is <image>
-    rf"(?:<\|{_NOUN}[\w ]*\|>|(?!(?-i:<image>))<_*{_NOUN}(?:here|[ _]?\d+|_\w+)?>|\[IMG\])"
+_MARK = (  # foreign marks (ours: <image>): <|image_pad|>, <image_1>, <ImageHere>, <IMG_CONTEXT>, <__media__>, [IMG], {image}
+    rf"(?:<\|{_NOUN}[\w ]*\|>|(?!(?-i:<image>))<_*{_NOUN}(?:here|[ _]?\d+|_\w+)?>"
+    r"|\[(?:IMG|image|picture)(?:[ _]?\d+)?\]|\{+image\}+)"
 )
 _SHOWN = r"!\[[^\]\n]*\]\([^)\n]+\)"  # Markdown's image
 MEDIA_MARK = re.compile(  # in a question: marks alone on a line or joined to its words, Qwen-VL's <img>path</img>,
     rf"<img>[^<\n]+</img>|^[ \t]*(?:{_MARK}[ \t]*)+$|(?:\A|\n\n)[ \t]*{_MARK}(?=\S)|(?<=\S){_MARK}\s*\Z"
     rf"|\A\s*{_SHOWN}|{_SHOWN}\s*\Z|(?:^|\]\()(?:{MEDIA_DATA.pattern}|{MEDIA_BASE64.pattern})"  # images, and their bytes
-    r'|\A\s*\[\s*\{(?s:.*?)"type":\s*"[a-z_]*(?:image|video|audio)',  # a list of parts as text
+    r'|\A\s*\[\s*\{(?s:.*?)"type":\s*"[a-z_]*(?:image|video|audio)'  # a list of parts as text
+    rf"|\A\s*\S+{_ENDING}(?:\?\S*)?\s*\Z",  # a file's name or address, and no question
     re.IGNORECASE | re.MULTILINE,
 )
 ANY_MARK = re.compile(rf"{MEDIA_MARK.pattern}|{_MARK}", MEDIA_MARK.flags)  # and marks among the words
@@ -72,7 +74,7 @@ def may_be_media(key: str, value: Any, shown: Sequence[str | Held] = ()) -> bool
     if value and not again and MEDIA_KEY.search(words) and (not shown or isinstance(value, str | list | dict)):
         return True  # with images, a number counts or rates them
     if isinstance(value, dict):
-        return "sampling_rate" in value or any(may_be_media(f"{key}_{inner}", one, shown) for inner, one in value.items())
+        return "sampling_rate" in value or any(may_be_media(f"{key}_{inner}", member, shown) for inner, member in value.items())
     if isinstance(value, list | tuple):
-        return any(may_be_media(key if again or isinstance(one, dict) else "", one, shown) for one in value)
+        return any(may_be_media(key if again or isinstance(item, dict) else "", item, shown) for item in value)
     return isinstance(value, str) and not again and len(value) < 1000 and bool(MEDIA_FILE.search(value))

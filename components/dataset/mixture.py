@@ -37,11 +37,11 @@ class Mixed(Source):
     def rows(self, part: int) -> Iterator[Stored | list[Refused]]:
         size = self.settings.images_per_shard
         with Index(self.index) as index:
-            for found in index.part(part * size, (part + 1) * size):
+            for indexed in index.part(part * size, (part + 1) * size):
                 try:
-                    yield self._stored(found, index)
+                    yield self._stored(indexed, index)
                 except Refusal as refusal:
-                    yield [self._refused(found, row, id_, refusal) for row, id_ in found.first.items()]
+                    yield [self._refused(indexed, row, id_, refusal) for row, id_ in indexed.first.items()]
 
     def refused(self) -> Iterator[Refused]:
         with Index(self.index) as index:
@@ -51,22 +51,22 @@ class Mixed(Source):
         with Index(self.index) as index:
             return index.rules()
 
-    def _stored(self, found: Indexed, index: Index) -> Stored:
+    def _stored(self, indexed: Indexed, index: Index) -> Stored:
         limits, pictures = self.settings.limits, []
-        for number, place in enumerate(found.places, start=1):
-            which = f", image {number}" if len(found.places) > 1 else ""
-            raw = self.stores[found.source].image(place, limits.max_image_mib)
-            pictures.append(check(raw, f"{found.source}: {found.file}{which}", limits))
-        digest = pictures[0].sha256 if pictures else hashlib.sha256(repr(found.rows[0][-1]).encode()).hexdigest()
-        split = assign(index.group(digest), self.settings.seed, _asked(self.settings))
-        samples = tuple((id_, kind, turns) for _, id_, kind, turns in found.rows)
+        for number, place in enumerate(indexed.places, start=1):
+            which = f", image {number}" if len(indexed.places) > 1 else ""
+            raw = self.stores[indexed.source].image(place, limits.max_image_mib)
+            pictures.append(check(raw, f"{indexed.source}: {indexed.file}{which}", limits))
+        digest = pictures[0].sha256 if pictures else hashlib.sha256(repr(indexed.rows[0][-1]).encode()).hexdigest()
+        split = assign(index.group(digest), self.settings.seed, _source_settings(self.settings))
+        samples = tuple((id_, kind, turns) for _, id_, kind, turns in indexed.rows)
         contents = [picture.content for picture in pictures]
-        row = ImageRow(found.name, contents[0] if contents else None, samples, tuple(contents[1:]))
-        origin = Provenance(image_id=found.name, split=split, file=found.file, sha256=digest)
-        return Stored(row, origin, tuple(picture.dhash for picture in pictures), len(found.first))
+        row = ImageRow(indexed.name, contents[0] if contents else None, samples, tuple(contents[1:]))
+        origin = Provenance(image_id=indexed.name, split=split, file=indexed.file, sha256=digest)
+        return Stored(row, origin, tuple(picture.dhash for picture in pictures), len(indexed.first))
 
-    def _refused(self, found: Indexed, row: int, id_: str, refusal: Refusal) -> Refused:
-        source = found.source if self.settings.source == "mixture" else None
+    def _refused(self, indexed: Indexed, row: int, id_: str, refusal: Refusal) -> Refused:
+        source = indexed.source if self.settings.source == "mixture" else None
         own = id_.removeprefix(f"{source}/") if source else id_
         return Refused(row=row, id=own, reason=refusal.reason, detail=refusal.detail, source=source)
 
@@ -78,7 +78,7 @@ def source(settings: DataSettings, index: Path, workers: int = 1) -> Mixed:
         build(index, sources, settings.limits, settings.source == "mixture", workers)
     with Index(index) as rows:
         by_source = rows.rows
-        title, licence = _title_and_licence(_asked(settings), by_source)
+        title, licence = _title_and_licence(_source_settings(settings), by_source)
         return Mixed(
             title=title,
             licence=licence,
@@ -96,30 +96,30 @@ def source(settings: DataSettings, index: Path, workers: int = 1) -> Mixed:
 
 def stores(settings: DataSettings) -> dict[str, Store]:
     """Stores by source name. Raises DataError if a source's files are missing."""
-    asked = _asked(settings)
-    if isinstance(asked, LlavaFolder):
-        return {"llava": store(str(asked.annotations), asked.images)}
-    return {name: store(one.files, one.images) for name, one in asked.sources.items()}
+    chosen = _source_settings(settings)
+    if isinstance(chosen, LlavaFolder):
+        return {"llava": store(str(chosen.annotations), chosen.images)}
+    return {name: store(source.files, source.images) for name, source in chosen.sources.items()}
 
 
-def _asked(settings: DataSettings) -> LlavaFolder | Mixture:
-    asked = settings.llava if settings.source == "llava" else settings.mixture
-    assert asked is not None  # validated by the settings
-    return asked
+def _source_settings(settings: DataSettings) -> LlavaFolder | Mixture:
+    chosen = settings.llava if settings.source == "llava" else settings.mixture
+    assert chosen is not None  # validated by the settings
+    return chosen
 
 
-def assign(digest: str, seed: int, asked: HeldOut) -> Split:
+def assign(digest: str, seed: int, held_out: HeldOut) -> Split:
     """Split of an image: a hash of seed and digest, as a uniform draw in 0..1."""
     draw = int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:8]) / 2**64
-    if draw < asked.test:
+    if draw < held_out.test:
         return "test"
-    return "val" if draw < asked.test + asked.val else "train"
+    return "val" if draw < held_out.test + held_out.val else "train"
 
 
-def _title_and_licence(asked: LlavaFolder | Mixture, rows: dict[str, int]) -> tuple[str, str]:
-    if isinstance(asked, LlavaFolder):
-        return f"{asked.annotations.name} with the images of {asked.images}", OWN
+def _title_and_licence(chosen: LlavaFolder | Mixture, rows: dict[str, int]) -> tuple[str, str]:
+    if isinstance(chosen, LlavaFolder):
+        return f"{chosen.annotations.name} with the images of {chosen.images}", OWN
     lines = ["| source | rows | weight | licence | files |", "|---|---:|---:|---|---|"]
-    for name, one in asked.sources.items():
-        lines.append(f"| {name} | {rows[name]:,} | {one.weight:g} | {one.licence} | `{one.files}` |")
-    return "Mixture of " + ", ".join(asked.sources), "\n".join(lines)
+    for name, source in chosen.sources.items():
+        lines.append(f"| {name} | {rows[name]:,} | {source.weight:g} | {source.licence} | `{source.files}` |")
+    return "Mixture of " + ", ".join(chosen.sources), "\n".join(lines)

@@ -18,7 +18,7 @@ from components.dataset.images import load
 from components.dataset.index import Index
 from components.dataset.perceptual_hash import nearest
 from components.dataset.shard_jobs import HASHED, Part, PartFiles
-from components.dataset.shards import without
+from components.dataset.shard_writer import without
 from components.dataset.source import Refused, quarantined
 from components.errors import DataError, Refusal
 from components.io import write_text
@@ -64,7 +64,7 @@ def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:
             record = Part.read(files.record)
             splits = {**record.splits, "train": without(folder / "train", record.splits["train"], images)}
             before = quarantined(files.quarantine)
-            refused = [one for one in before if one.reason != "near_duplicate"]
+            refused = [row for row in before if row.reason != "near_duplicate"]
             for image in sorted(images):
                 for source, row, id_ in rows.rows_of(image):
                     detail = f"{image} looks like an image that is evaluated on (overlap.json)"
@@ -78,7 +78,7 @@ def _evaluated(
     parts: list[PartFiles], folders: list[Path], limits: DataLimits
 ) -> tuple[np.ndarray, list[tuple[str, str]], dict[str, int]]:
     """Evaluation images: hashes (n,), names (split or folder, image), and number by split or folder."""
-    found: list[int] = []
+    dhashes: list[int] = []
     names: list[tuple[str, str]] = []
     compared = dict.fromkeys(("val", "test"), 0)
     for part in parts:
@@ -89,17 +89,17 @@ def _evaluated(
             for split, row, dhash in held_out.tolist():
                 compared[SPLITS[split]] += 1
                 names.append((SPLITS[split], of_part[row]))
-                found.append(dhash)
+                dhashes.append(dhash)
     for folder in folders:
-        before = len(found)
+        before = len(dhashes)
         for path in tqdm(sorted(folder.rglob("*")), desc=f"prepare: images of {folder}", unit="image"):
             if path.suffix.lower() in Image.registered_extensions() and path.is_file():
-                found.append(_dhash_of(path, limits))
+                dhashes.append(_dhash_of(path, limits))
                 names.append((str(folder), str(path.relative_to(folder))))
-        compared[str(folder)] = len(found) - before
+        compared[str(folder)] = len(dhashes) - before
         if not compared[str(folder)]:
             raise DataError(f"params/data.yaml: mixture.evaluation_images: {folder} holds no image")
-    return np.array(found, dtype=np.uint64), names, compared
+    return np.array(dhashes, dtype=np.uint64), names, compared
 
 
 def _dhash_of(path: Path, limits: DataLimits) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from components.dataset.media import Held
-from components.dataset.row import Found
+from components.dataset.row import NumberedRow
 from components.errors import DataError, Refusal
 
 TOGETHER = 256  # rows
 
 
-def rows(files: list[Path]) -> Iterator[Found]:
+def rows(files: list[Path]) -> Iterator[NumberedRow]:
     number = 0
     for index, path in enumerate(files):
         file = _opened(path)
@@ -58,12 +58,12 @@ def _rows(table: Any) -> list[Any]:
 def _held(value: Any, place: list[Any], name: str) -> Any:
     """Place of a cell's bytes, or of each element's; without bytes its `path`, which names a file of the folder, or None."""
     if isinstance(value, list):
-        found = [_one(one, [*place, at], name) for at, one in enumerate(value)]
-        return found if any(found) else None
-    return _one(value, [*place, None], name)
+        references = [_cell(item, [*place, index], name) for index, item in enumerate(value)]
+        return references if any(references) else None
+    return _cell(value, [*place, None], name)
 
 
-def _one(value: Any, place: list[Any], name: str) -> Held | str | None:
+def _cell(value: Any, place: list[Any], name: str) -> Held | str | None:
     if isinstance(value, dict) and value.get("bytes", b"") is None:
         return value.get("path")
     return None if value is None else Held(place, name)

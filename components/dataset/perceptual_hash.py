@@ -35,9 +35,9 @@ def nearest(hashes: NDArray[np.uint64], among: NDArray[np.uint64]) -> tuple[NDAr
     for band in BANDS:
         keys = (hashes >> band).astype(np.uint16)
         order = np.argsort(keys, kind="stable")
-        wanted = (different >> band).astype(np.uint16)
-        first = np.searchsorted(keys[order], wanted, "left")
-        last = np.searchsorted(keys[order], wanted, "right")
+        band_values = (different >> band).astype(np.uint16)
+        first = np.searchsorted(keys[order], band_values, "left")
+        last = np.searchsorted(keys[order], band_values, "right")
         for i in np.flatnonzero(last > first):
             rivals = order[first[i] : last[i]]
             distances = np.bitwise_count(hashes[rivals] ^ different[i]).astype(np.int64)

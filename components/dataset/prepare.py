@@ -18,7 +18,7 @@ from components.config.data import DataSettings
 from components.dataset import mixture, overlap
 from components.dataset.card import write_card
 from components.dataset.shard_jobs import Part, PartFiles, make
-from components.dataset.shards import joined
+from components.dataset.shard_writer import joined
 from components.dataset.source import Refused, Source, quarantined
 from components.digits import grids
 from components.errors import NO_ROOM, DataError, InputError, TryAgainError
@@ -64,7 +64,7 @@ def source_of(settings: DataSettings, index: Path, raw: Path = RAW, workers: int
 def _begin(draft: Path, settings: DataSettings) -> None:
     """Start an empty draft, or resume one of the same settings, files and code, without its half-written files."""
     started = draft / "started"
-    paths = [] if settings.source == "digits" else [path for one in mixture.stores(settings).values() for path in one.paths]
+    paths = [] if settings.source == "digits" else [path for store in mixture.stores(settings).values() for path in store.paths]
     files = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()}
     same = fingerprint({"settings": settings.model_dump(mode="json"), "files": files}, ["dataset", "digits"])
     if not started.exists() or started.read_text(encoding="utf-8") != same:
@@ -83,10 +83,10 @@ def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1
         make(source, folder, settings.images_per_shard, workers, bar.update)
     left_out = _compare(source, settings, folder, parts) if isinstance(source, mixture.Mixed) else set()
     records = [Part.read(part.record) for part in parts]
-    late = (one for part in parts for one in quarantined(part.quarantine))
-    refused = sorted([*early, *late], key=lambda one: (one.source or "", one.row))
+    late = (row for part in parts for row in quarantined(part.quarantine))
+    refused = sorted([*early, *late], key=lambda row: (row.source or "", row.row))
     splits = {split: joined(record.splits[split] for record in records) for split in SPLITS}
-    bad = sum(one.reason != "near_duplicate" for one in refused)
+    bad = sum(row.reason != "near_duplicate" for row in refused)
     if source.rows_in != bad + sum(record.rows for record in records):
         raise AssertionError(f"{source.title}: of {source.rows_in} rows some are neither stored nor quarantined")
     _accept(refused, source.rows_in, settings.limits.max_bad_ratio)
@@ -108,19 +108,21 @@ def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1
 
 def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path, parts: list[PartFiles]) -> set[str]:
     """Write overlap.json and, for a mixture, sources.json. Returns the near duplicates that were dropped."""
-    asked = settings.mixture if settings.source == "mixture" else None
-    folders = asked.evaluation_images if asked else []
-    found, concerned = overlap.report(parts, source.index, folders, settings.limits)
-    dropped = asked is not None and asked.near_duplicates == "drop"
+    chosen = settings.mixture if settings.source == "mixture" else None
+    folders = chosen.evaluation_images if chosen else []
+    overlaps, concerned = overlap.report(parts, source.index, folders, settings.limits)
+    dropped = chosen is not None and chosen.near_duplicates == "drop"
     if dropped:
         overlap.drop(folder, concerned, source.index)
-    found.model_copy(update={"dropped": dropped}).write(folder / "overlap.json")
-    if asked:
+    overlaps.model_copy(update={"dropped": dropped}).write(folder / "overlap.json")
+    if chosen:
         rows = source.rows_by_source
         Sources(
             sources={
-                name: SourceRecord(weight=one.weight, licence=one.licence, files=one.files, rows=rows[name])
-                for name, one in asked.sources.items()
+                name: SourceRecord(
+                    weight=of_mixture.weight, licence=of_mixture.licence, files=of_mixture.files, rows=rows[name]
+                )
+                for name, of_mixture in chosen.sources.items()
             }
         ).write(folder / "sources.json")
     return set().union(*concerned.values()) if dropped else set()
@@ -135,7 +137,7 @@ def _write_provenance(folder: Path, parts: list[PartFiles], left_out: set[str]) 
 
 def _accept(refused: list[Refused], rows_in: int, max_bad_ratio: float) -> None:
     """Raises DataError, and writes the list, if more rows than `max_bad_ratio` are bad. Near duplicates do not count."""
-    bad = [one for one in refused if one.reason != "near_duplicate"]
+    bad = [row for row in refused if row.reason != "near_duplicate"]
     if len(bad) > max_bad_ratio * rows_in:
         listing = RUNS / "prepare" / "quarantine.jsonl"
         write_text(listing, jsonl(bad))
@@ -158,7 +160,7 @@ def summary(refused: list[Refused]) -> str:
 
 def bad_rows(refused: list[Refused], rows_in: int) -> str:
     """`2 of 40 rows are bad (...)`, with counts by reason and the first row as an example."""
-    first = min(refused, key=lambda one: (one.source or "", one.row))
+    first = min(refused, key=lambda row: (row.source or "", row.row))
     of = f" of {first.source}" if first.source else ""
     return f"{len(refused):,} of {rows_in:,} rows are bad ({summary(refused)}, such as row {first.row}{of}: {first.detail})"
 

@@ -15,14 +15,14 @@ from urllib.parse import unquote_to_bytes
 
 from components.dataset import json_rows, parquet, tars
 from components.dataset.images import read
-from components.dataset.row import Found
+from components.dataset.row import NumberedRow
 from components.errors import DataError, Refusal, TryAgainError
 
 HUB = "hf://datasets/"
 Place = list[Any]  # JSON: location of an image for `Store.image`
 
 
-def _json(files: list[Path]) -> Iterator[Found]:
+def _json(files: list[Path]) -> Iterator[NumberedRow]:
     """Rows of all files, numbered in one sequence and named by their number."""
     before = 0
     for path in files:
@@ -32,7 +32,7 @@ def _json(files: list[Path]) -> Iterator[Found]:
         before += number
 
 
-READERS: dict[str, Callable[[list[Path]], Iterator[Found]]] = {
+READERS: dict[str, Callable[[list[Path]], Iterator[NumberedRow]]] = {
     ".json": _json,
     ".jsonl": _json,
     ".tar": tars.rows,
@@ -49,7 +49,7 @@ class Store:
     folder: Path | None = None
     tars: tuple[Path, ...] = ()
 
-    def rows(self) -> Iterator[Found]:
+    def rows(self) -> Iterator[NumberedRow]:
         """Rows in order. Raises DataError if the files cannot be read or are truncated."""
         return READERS[self.kind](self.files)
 
@@ -98,23 +98,23 @@ def store(files: str, images: Path | None) -> Store:
     kind = ending if ending in READERS else ".json"
     if images is None and kind != ending:
         raise DataError(f"params/data.yaml: {files} ends in none of {', '.join(READERS)}")
-    some = found(files)
+    paths = matching_files(files)
     if images is None or images.is_dir():
-        return Store(some, kind, folder=images)
+        return Store(paths, kind, folder=images)
     if images.suffix.lower() != ".tar":
         raise DataError(f"params/data.yaml: images: {images} is no folder, and no tar files either: x/*.tar")
-    return Store(some, kind, tars=tuple(found(str(images))))
+    return Store(paths, kind, tars=tuple(matching_files(str(images))))
 
 
-def found(pattern: str) -> list[Path]:
+def matching_files(pattern: str) -> list[Path]:
     """Files that match a name or pattern, sorted. Raises DataError for none, TryAgainError if the hub is unreachable."""
     local = Path(_downloaded(pattern) if pattern.startswith(HUB) else pattern)
-    some = [local] if local.is_file() else sorted(Path(local.anchor).glob(str(local.relative_to(local.anchor))))
-    if not some:
+    paths = [local] if local.is_file() else sorted(Path(local.anchor).glob(str(local.relative_to(local.anchor))))
+    if not paths:
         raise DataError(f"params/data.yaml: there is no file {pattern}")
-    if odd := next((path for path in map(str, some) if path.encode("utf-8", "ignore").decode() != path), None):
+    if odd := next((path for path in map(str, paths) if path.encode("utf-8", "ignore").decode() != path), None):
         raise DataError(f"params/data.yaml: rename a file of {pattern} whose name is no UTF-8: {odd!a}")
-    return some
+    return paths
 
 
 def _downloaded(address: str) -> str:

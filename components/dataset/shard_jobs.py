@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from components.dataset.shards import SplitWriter
+from components.dataset.shard_writer import SplitWriter
 from components.dataset.source import Provenance, Refused, Source, Stored
 from components.io import write_bytes, write_text
 from components.process import shared_out
@@ -76,17 +76,17 @@ def write_part(
     hashes: list[tuple[int, int, int]] = []
     images = rows = 0
     with ExitStack() as shards:
-        asked = (images_per_shard, source.boxes, source.several, part)
-        writers = {split: shards.enter_context(SplitWriter(folder / split, *asked)) for split in SPLITS}
-        for found in source.rows(part):
+        options = (images_per_shard, source.boxes, source.several, part)
+        writers = {split: shards.enter_context(SplitWriter(folder / split, *options)) for split in SPLITS}
+        for stored in source.rows(part):
             images += 1
-            if isinstance(found, Stored):
-                hashes += [(SPLITS.index(found.origin.split), len(origins), dhash) for dhash in found.hashes]
-                writers[found.origin.split].add(found.row)
-                origins.append(found.origin)
-                rows += found.rows
+            if isinstance(stored, Stored):
+                hashes += [(SPLITS.index(stored.origin.split), len(origins), dhash) for dhash in stored.hashes]
+                writers[stored.origin.split].add(stored.row)
+                origins.append(stored.origin)
+                rows += stored.rows
             else:
-                refused += found
+                refused += stored
             if bar is not None:
                 bar(1)
     record = Part(images=images, splits={split: writer.record for split, writer in writers.items()}, rows=rows)

@@ -7,10 +7,8 @@ never a whole split.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from components.errors import DataError
-from components.io import draft_of, sha256
+from components.io import sha256
 from components.process import cores
-from components.records.dataset import Manifest, ShardRecord, SourceRecord, Sources, SplitRecord
+from components.records.dataset import Manifest, ShardRecord, SourceRecord, Sources
 from components.records.paths import Split
 from components.records.rows import TriedRows
 
@@ -30,8 +28,6 @@ if TYPE_CHECKING:  # pyarrow is imported only where a shard is read or written
 IMAGE = "<image>"  # image mark in a question
 CAPTION = "caption"  # kind that models learn first: train split only, never scored
 ANEW = "`dvc checkout --force` brings it back, or `dvc repro prepare` makes it anew"
-BATCH_BYTES = 32 * 2**20  # image bytes per record batch
-BATCH_CHARS = 4 * 2**20  # text characters per record batch; Python and pyarrow take ten bytes for each
 
 
 def schema(boxes: bool, several: bool = False) -> pa.Schema:
@@ -107,112 +103,6 @@ def _conversation(turns: Iterable[Turn]) -> Iterator[dict[str, object]]:
         yield {"from": "gpt", "value": turn.answer}
 
 
-class SplitWriter(AbstractContextManager["SplitWriter"]):
-    """Writer of one split, row by row, to `folder/shard-00000.arrow`, ... (from number `first` on); `record` after the block.
-
-    Rows are written in batches, so memory holds one batch, never a shard. A shard appears when it is complete.
-    """
-
-    def __init__(self, folder: Path, images_per_shard: int, boxes: bool, several: bool = False, first: int = 0) -> None:
-        """`boxes`, `several`: as in `schema`."""
-        self._schema = schema(boxes, several)
-        self._folder, self._images_per_shard, self._first = folder, images_per_shard, first
-        self._shards: list[Path] = []
-        self._open = ExitStack()  # the last shard, until it is complete
-        self._images = 0  # in it
-        self._pending: list[ImageRow] = []
-        self._bytes = self._chars = 0
-
-    def add(self, row: ImageRow) -> None:
-        if not self._images:
-            self._shards.append(self._folder / f"shard-{self._first + len(self._shards):05d}.arrow")
-            self._stream = self._open.enter_context(_written(self._shards[-1], self._schema))
-        self._images += 1
-        self._pending.append(row)
-        self._bytes += sum(map(len, (row.image or b"", *row.more)))
-        self._chars += sum(len(turn.question) + len(turn.answer) for *_, turns in row.samples for turn in turns)
-        if self._bytes >= BATCH_BYTES or self._chars >= BATCH_CHARS:
-            self._flush()
-        if self._images == self._images_per_shard:
-            self._complete()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self._pending:
-            self._stream.write_batch(pa.RecordBatch.from_pylist([row.as_dict() for row in self._pending], schema=self._schema))
-            self._pending.clear()
-            self._bytes = self._chars = 0
-
-    def _complete(self) -> None:
-        with self._open:
-            self._flush()
-        self._images = 0
-
-    def __exit__(self, *error: Any) -> None:
-        """Complete the last shard, or after an error remove it."""
-        if error[0] is None:
-            self._complete()
-        self._open.__exit__(*error)
-
-    @property
-    def record(self) -> SplitRecord:
-        return joined(map(_of_shard, self._shards))
-
-
-@contextmanager
-def _written(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
-    """Stream to a shard, which is there if the block succeeds."""
-    import pyarrow as pa
-
-    with draft_of(path) as draft, pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        yield stream
-
-
-def without(folder: Path, record: SplitRecord, image_ids: Iterable[str]) -> SplitRecord:
-    """Remove images from the shards of `record` by rewriting them. Idempotent."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    left: list[Path] = []
-    for shard in record.shards:
-        path = folder / shard.file
-        if not path.exists():  # removed as empty by an interrupted run
-            continue
-        table = open_shard(path)
-        kept = table.filter(pc.invert(pc.is_in(table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))))
-        if not kept.num_rows:
-            path.unlink()
-            continue
-        if kept.num_rows < table.num_rows:
-            with _written(path, table.schema) as stream:
-                stream.write_table(kept)
-        left.append(path)
-    return joined(map(_of_shard, left))
-
-
-def _of_shard(path: Path) -> SplitRecord:
-    """Record of a split that is one shard."""
-    import pyarrow.compute as pc
-
-    table = open_shard(path)
-    kinds = Counter(pc.struct_field(pc.list_flatten(table.column("samples")), "kind").to_pylist())
-    shard = ShardRecord(file=path.name, images=table.num_rows, samples=kinds.total(), sha256=sha256([path]))
-    return SplitRecord(images=shard.images, samples=shard.samples, kinds=kinds, shards=[shard])
-
-
-def joined(parts: Iterable[SplitRecord]) -> SplitRecord:
-    """Record of a split from the records of its parts."""
-    kinds: Counter[str] = Counter()
-    shards: list[ShardRecord] = []
-    for part in parts:
-        kinds.update(part.kinds)
-        shards += part.shards
-    return SplitRecord(
-        images=sum(shard.images for shard in shards), samples=kinds.total(), kinds=dict(sorted(kinds.items())), shards=shards
-    )
-
-
 class Samples(Sequence[Sample]):
     """Samples of one split, in stored order, by index. Opening checks each shard's count and, if `check`, its hash against the
     manifest; images are read from disk on access.
@@ -256,8 +146,8 @@ class Samples(Sequence[Sample]):
         return Samples, (self._dataset, self._split, self._tried, False)
 
     def _verdict(self, tried: Path) -> np.ndarray:
-        found = TriedRows.read(tried / "rows.json")
-        if found.digest != self.manifest.digest:
+        tried_rows = TriedRows.read(tried / "rows.json")
+        if tried_rows.digest != self.manifest.digest:
             raise DataError(f"{tried} is of another data set than {self._dataset}; `dvc repro check_rows` makes it anew")
         verdict = np.load(tried / f"{self._split}.npy", mmap_mode="r")
         if len(verdict) != self.record.samples:
@@ -276,7 +166,7 @@ class Samples(Sequence[Sample]):
         """All stored samples about image `row`, with empty bytes for images: no image is read."""
         images = (b"",) * len(_stored_images(self._table, row))
         name = self._table.column("image_id")[row].as_py()
-        return [_sample(one, name, images) for one in self._table.column("samples")[row].as_py()]
+        return [_sample(stored, name, images) for stored in self._table.column("samples")[row].as_py()]
 
     def image_sizes(self, row: int) -> tuple[tuple[int, int], ...]:
         """Width and height of each image of a row, from the file headers alone."""
@@ -292,8 +182,8 @@ class Samples(Sequence[Sample]):
         """Kind of each sample; no image is read."""
         import pyarrow.compute as pc
 
-        found: list[str] = pc.struct_field(self._samples, "kind").take(self._stored).to_pylist()
-        return found
+        kinds: list[str] = pc.struct_field(self._samples, "kind").take(self._stored).to_pylist()
+        return kinds
 
     @property
     def sources(self) -> dict[str, SourceRecord] | None:
@@ -334,9 +224,9 @@ class Samples(Sequence[Sample]):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        asked = pc.is_in(self._table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))
-        found = self._table.drop_columns("samples").filter(asked)
-        return dict(_images(found, row) for row in range(found.num_rows))
+        selected = pc.is_in(self._table.column("image_id"), value_set=pa.array(list(image_ids), pa.string()))
+        table = self._table.drop_columns("samples").filter(selected)
+        return dict(_images(table, row) for row in range(table.num_rows))
 
 
 def image_sizes(images: Iterable[bytes | pa.Buffer]) -> tuple[tuple[int, int], ...]:
@@ -359,12 +249,12 @@ def _stored_images(table: pa.Table, row: int) -> list[pa.BinaryScalar]:
 
 def _sample(stored: dict[str, Any], image_id: str, images: tuple[bytes, ...], turns_kept: int | None = None) -> Sample:
     turns = stored["conversations"]
-    asked = tuple(
+    turns = tuple(
         Turn(q["value"], a["value"], tuple(map(tuple, q.get("boxes") or ())))
         for q, a in zip(turns[::2], turns[1::2], strict=True)
     )
-    sample = Sample(stored["id"], image_id, stored["kind"], images[0] if images else None, asked, images[1:])
-    return sample if turns_kept in (None, len(asked)) else sample.upto(turns_kept)
+    sample = Sample(stored["id"], image_id, stored["kind"], images[0] if images else None, turns, images[1:])
+    return sample if turns_kept in (None, len(turns)) else sample.upto(turns_kept)
 
 
 def check_hashes(folder: Path, shards: Sequence[ShardRecord]) -> None:
@@ -374,8 +264,8 @@ def check_hashes(folder: Path, shards: Sequence[ShardRecord]) -> None:
     with ThreadPoolExecutor(cores()) as pool:
         hashes = pool.map(lambda shard: sha256([folder / shard.file]), shards)  # hashing and reading release the GIL
         bar = tqdm(hashes, desc=f"check {folder.name}", total=len(shards), unit="shard")
-        for shard, found in zip(shards, bar, strict=True):
-            if found != shard.sha256:
+        for shard, digest in zip(shards, bar, strict=True):
+            if digest != shard.sha256:
                 raise DataError(
                     f"{folder / shard.file} has changed since it was written: its sha256 is not the manifest's; {ANEW}"
                 )

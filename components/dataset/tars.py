@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from components.dataset import json_rows
 from components.dataset.images import too_large
 from components.dataset.media import MEDIA_FILE, Held
-from components.dataset.row import CAPTION, CONVERSATION, Found
+from components.dataset.row import CAPTION, CONVERSATION, NumberedRow
 from components.errors import DataError, Refusal
 
 LINK = " -> "  # separates extension and target of what is no plain file in `Member.ending`
@@ -28,7 +28,7 @@ class Member(NamedTuple):
     size: int
 
 
-def rows(tars: list[Path]) -> Iterator[Found]:
+def rows(tars: list[Path]) -> Iterator[NumberedRow]:
     """Rows of a WebDataset: the members of one tar file that share a name up to its first dot are one sample, in any order.
 
     KEY.json holds a row, KEY.txt a caption, KEY.jpg (or another image format) the image, which overrides the row's.
@@ -54,8 +54,8 @@ def rows(tars: list[Path]) -> Iterator[Found]:
                 apart = Refusal(
                     "ambiguous_name", f"{tar.stem}/{other} may be its picture, and is not beside {name}.json in {tar}"
                 )
-                found = [part.ending for part in parts] == ["json"] and other != key
-                for raw in [apart] if found else _sample(file, name, parts, index):
+                is_apart = [part.ending for part in parts] == ["json"] and other != key
+                for raw in [apart] if is_apart else _sample(file, name, parts, index):
                     number += 1
                     yield number, name, raw
 
@@ -66,7 +66,7 @@ def _sample(file: Any, name: str, parts: list[Member], tar: int) -> list[Any]:
         return [_row(file, name, parts, tar)]
     except Refusal as refusal:
         endings = [f".{part.ending.partition(LINK)[0]}" for part in parts]
-        jsons, captions = (sum(one.endswith(kind) for one in endings) for kind in (".json", f".{CAPTION}"))
+        jsons, captions = (sum(ending.endswith(kind) for ending in endings) for kind in (".json", f".{CAPTION}"))
         return [refusal] * (endings.count(".json") or jsons or captions or 1)
 
 

@@ -422,7 +422,7 @@ def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.M
     annotations.write_text(json.dumps(GOOD_ROWS))
     events: list[str] = []
     from components.dataset.readers import Store
-    from components.dataset.shards import SplitWriter
+    from components.dataset.shard_writer import SplitWriter
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

@@ -411,8 +411,33 @@ def test_a_long_conversation_keeps_its_first_turns() -> None:
         read(conversations=chat("x", "y" * 200))
 
 
+def test_a_second_conversation_is_refused_if_it_says_something_else() -> None:
+    assert said(read(image="c.png", conversations=chat(CAT, "A cat."), messages=openai(CAT, "A cat."))) == [(CAT, "A cat.")]
+    assert said(read(image="c.png", conversations=chat(CAT, "A cat."), texts=["read off the image"])) == [(CAT, "A cat.")]
+    with pytest.raises(Refusal, match="two conversations, 'messages' beside 'conversations'"):
+        read(image="c.png", conversations=chat(CAT, "A cat."), messages=openai(CAT, "A dog."))
+
+
+@pytest.mark.parametrize("question", ["cat.jpg", " in/cat_1.png", "https://host/cat.webp?size=2\n"])
+def test_a_question_that_is_the_name_of_a_picture_is_none(question: str) -> None:
+    with pytest.raises(Refusal, match="another code's mark") as refusal:
+        read(conversations=chat(question, "A cat."))
+    assert refusal.value.reason == "image_marks"
+    assert said(read(conversations=chat(f"What is {question.strip()}", "A file."))) == [
+        (f"What is {question.strip()}", "A file.")
+    ]
+
+
 KEYS = ("image_base64_str", "img_b64", "image_1_path", "imageUrl", "image_file_name", "image_src", "screenshot", "jpg")
-MARKS = ("<|vision_start|><|image_pad|><|vision_end|>", "<|image|>", "<ImageHere>", "<img><IMG_CONTEXT></img>", "[IMG]")
+MARKS = (
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|image|>",
+    "<ImageHere>",
+    "<img><IMG_CONTEXT></img>",
+    "[IMG]",
+    "[image 1]",
+    "{image}",
+)
 HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "fewer marks than images": ("image_marks", {"images": ["a.png", "b.png"], "conversations": chat(CAT, "A cat.")}),
     "more marks than images": ("image_marks", {"image": "a.png", "conversations": chat(f"<image>{CAT}", "A cat.")}),
@@ -542,7 +567,7 @@ def test_a_medium_beside_the_image_is_refused_by_its_key(key: str, value: object
         ("original_path", "/data/cat.png"),
         ("any", "x/cat.png"),
         ("info", {"id": 1, "file_name": "cat.jpg", "flickr_url": "https://x.org/1.jpg", "license": 3}),
-        ("messages", openai([{"type": "image", "image": "./x/cat.png"}, {"type": "text", "text": "What?"}], "A cat.")),
+        ("messages", openai([{"type": "image", "image": "./x/cat.png"}, {"type": "text", "text": "What is it?"}], "A cat.")),
         ("segmentation", {"counts": "aW4b", "size": [3, 4]}),
         ("image_width", 30),
         ("num_images", 1),

@@ -75,18 +75,18 @@ def test_the_number_of_workers_changes_no_byte(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from components.dataset import shards
+from components.dataset import shard_writer
 from components.dataset.prepare import prepare
 from components.config.data import DataSettings
 left = int(sys.argv[3])
-real = shards.SplitWriter.add
+real = shard_writer.SplitWriter.add
 def add(self, row):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, row)
-shards.SplitWriter.add = add
+shard_writer.SplitWriter.add = add
 prepare(DataSettings.model_validate_json(sys.argv[1], strict=False), target=Path(sys.argv[2]), workers=1)
 """
 

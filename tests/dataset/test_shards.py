@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.dataset import shards
-from components.dataset.shards import ImageRow, Sample, Samples, SplitWriter, Turn, without
+from components.dataset import shard_writer
+from components.dataset.shard_writer import SplitWriter, without
+from components.dataset.shards import ImageRow, Sample, Samples, Turn
 from components.errors import DataError
 from components.io import sha256
 from components.records.dataset import Manifest
@@ -149,7 +150,7 @@ def test_the_writer_holds_a_batch_and_not_a_shard(
     bound: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of images, and of rows of text alone."""
-    monkeypatch.setattr(shards, bound, most)
+    monkeypatch.setattr(shard_writer, bound, most)
     with SplitWriter(tmp_path / "train", images_per_shard=100, boxes=False) as writer:
         for number in range(60):
             writer.add(image_row(number, size=100))
