@@ -152,6 +152,12 @@ def exit_from(main: Callable[[], None]) -> None:
         sys.exit(fault.exit_code)
 
 
+def announce_loading() -> None:
+    """Line on a terminal before imports of some four seconds."""
+    if sys.stderr.isatty():
+        print("loading torch and transformers ...", file=sys.stderr)
+
+
 T = TypeVar("T")
 
 

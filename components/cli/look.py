@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from components.config.names import check_arms, check_file, check_models
+from components.process import announce_loading
 
 app = typer.Typer()
 
@@ -104,6 +105,7 @@ def samples(
     settings = load_settings()
     comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").picked.layer
     choice = TeacherChoice.read(TEACHER / "choice.json")
+    announce_loading()
     from components.dataset.shards import Samples  # heavy: after the checks of inputs
     from components.evaluate import samples as page
     from components.evaluate.load_results import read
@@ -133,6 +135,7 @@ def controls(
     settings = load_settings()
     folders = {TEACHER_ARM: Path(TeacherChoice.read(TEACHER / "choice.json").path)}
     folders |= {name: STUDENTS / name / "model" for name in settings.study.arms}
+    announce_loading()
     from components.evaluate import blind_baselines  # heavy: after the checks of inputs
 
     report = blind_baselines.measure([(name, folders[name]) for name in arm or folders], settings)
@@ -188,6 +191,7 @@ def try_model(
 
     settings = load_settings()
     sample_of(image, question, settings.data.limits)  # raises for an invalid question; the import below takes seconds
+    announce_loading()
     from components.release.generate import run
 
     run(models, image, question, settings, max_new_tokens, look)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from components.process import announce_loading
+
 app = typer.Typer()
 
 LONG_S = 3 * 3600
@@ -61,6 +63,7 @@ def init(
     from flows.jobs import check_idle
 
     check_idle()
+    announce_loading()
     observations, choices = init_recipe(request)
     for line in (*observations, "", *choices):
         typer.echo(line)
@@ -128,6 +131,7 @@ def check(
     if problems:
         raise SettingsError("\n".join(problems))
     if data:
+        announce_loading()
         from components.own_data import check as data_check
         from components.own_data.at_hand import at_hand
 
@@ -154,6 +158,7 @@ def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) ->
             "no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them (in a fresh clone"
             " `make data` before)"
         )
+    announce_loading()
     from components.own_data import preview as page  # heavy: after the checks of inputs
 
     preview_data = page.preview(settings, folders, each)

@@ -165,7 +165,7 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
                 legend_lines.setdefault(arm, line)
         axes.set_title(f"L_{term}" if term != "total" else "weighted total")
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # a panel may span less than a factor of two
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="major")
@@ -192,8 +192,7 @@ def _teacher_line(axes: Axes, teacher: TeacherResult, theme: Theme, direction: s
         axes.text(score, 1.01, f"teacher {score:.1f}", transform=axes.get_xaxis_transform(), ha="center", color=theme.muted)
     else:
         axes.axhspan(low, high, color=theme.muted, alpha=0.12, linewidth=0)
-        axes.axhline(score, color=theme.muted, linewidth=1.2, linestyle=DASHED)
-        axes.text(0.01, score, f"teacher {score:.1f}", transform=axes.get_yaxis_transform(), va="bottom", color=theme.muted)
+        axes.axhline(score, color=theme.muted, linewidth=1.2, linestyle=DASHED, label=f"teacher  ({score:.1f}%)")
 
 
 def _estimate(axes: Axes, row: int, value: float, interval: list[float], colour: str, fill: str) -> None:
