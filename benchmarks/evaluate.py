@@ -33,7 +33,8 @@ from components.evaluate.generate import answers, questions
 from components.evaluate.kits import export, serve, vlmeval
 from components.evaluate.kits.client import chat_completion
 from components.models.load import load, load_processor
-from components.models.template import Template, question_of
+from components.models.rendered import question_of
+from components.models.template import Template
 from components.process import exit_from
 from components.records.paths import DATASET
 from components.runtime import prepare_torch

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.shapes import DRAWS, ROWS, Batch, Size
+from benchmarks.shapes import DRAWS, ROWS, Size
+from components.align_ti.batch import Batch
 from components.align_ti.terms import CORE, needs_of
 from components.cost.shapes import llava
 from components.cost.step import BatchShape, StepPlan, body, head, operations, tower

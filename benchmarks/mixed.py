@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure, peer, table
-from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, SIZES, Batch, Sample, Size, collate, trl_inputs
+from benchmarks.shapes import EOS, FIRST_WORD, IMAGE, SIZES, Sample, Size, collate, trl_inputs
 from benchmarks.step import KD_ONLY, Bench
+from components.align_ti.batch import Batch
 from components.align_ti.step import AlignTI, total
 from components.cost.shapes import Language, Tower
 from components.distill.sampler import split_batch, split_batch_by_length

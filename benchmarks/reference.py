@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Batch
+from components.align_ti.batch import Batch
 
 
 def twin(model: Any, implementation: str) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks import measure, table
 from benchmarks.reference import twin
-from benchmarks.shapes import SIZES, Batch, Size, batch, llava
+from benchmarks.shapes import SIZES, Size, batch, llava
+from components.align_ti.batch import Batch
 from components.evaluate.memory import peak_bytes
 from components.models.attention import AttentionProbe, attention_layers, probing
 from components.models.vlm import VLM

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
+from components.align_ti.batch import Batch
 from components.cost.shapes import LANGUAGE_MODELS, SIGLIP, Language, Tower
 from components.cost.step import ALTERNATIVES
 
@@ -97,33 +98,6 @@ SIZES = {
         ),
     )
 }
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded batch of B samples of at most T tokens, a `components.align_ti.batch.Batch`."""
-
-    input_ids: Tensor  # (B, T) long
-    attention_mask: Tensor  # (B, T) long
-    response: Tensor  # (B, T) bool
-    instruction: Tensor  # (B, T) bool
-    pictures: Tensor  # (B, T) long, 1 at the image's tokens
-    pixel_values: Tensor | None  # (B, 3, H, W)
-
-    @property
-    def visual(self) -> Tensor:
-        return self.pictures > 0
-
-    @property
-    def image_inputs(self) -> dict[str, Tensor]:
-        return {}
-
-    @property
-    def ids(self) -> list[str]:
-        return [str(row) for row in range(len(self.input_ids))]
-
-    def to(self, device: torch.device) -> Batch:
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
@@ -212,6 +186,7 @@ def collate(group: list[Sample]) -> Batch:
     )
     visual = ids == IMAGE
     return Batch(
+        ids=[str(row) for row in range(len(ids))],
         input_ids=ids,
         attention_mask=(column < lengths).long(),
         response=(column >= prompt_lengths) & (column < lengths),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import torch
 from transformers import (
@@ -13,6 +13,8 @@ from transformers import (
     Qwen3Config,
     SiglipVisionConfig,
 )
+
+from components.align_ti.batch import Batch
 
 IMAGE, EOS, PAD, VOCABULARY = 4, 2, 1, 40
 NV = 4
@@ -59,7 +61,7 @@ def llava(family: str = "qwen2", seed: int = 0, hidden: int = 32, layers: int = 
     return LlavaForConditionalGeneration(config).eval()
 
 
-def batch(samples: list[tuple[int, int, int]], seed: int = 0) -> SimpleNamespace:
+def batch(samples: list[tuple[int, int, int]], seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
     """Right-padded samples, each (images 0|1, instruction tokens, response tokens including EOS)."""
     stream = torch.Generator().manual_seed(seed)
     rows = []
@@ -74,14 +76,21 @@ def batch(samples: list[tuple[int, int, int]], seed: int = 0) -> SimpleNamespace
         return torch.tensor([[value(kind, token) for kind, token in row] + [fill] * (longest - len(row)) for row in rows])
 
     pixels = torch.randn(sum(images for images, _, _ in samples), 3, 16, 16, generator=stream)
-    return SimpleNamespace(
+    return Batch(
         ids=[f"sample-{i}" for i in range(len(samples))],
         input_ids=table(lambda kind, token: token, PAD),
         attention_mask=table(lambda kind, token: 1, 0),
         response=table(lambda kind, token: kind == "response", False),
         instruction=table(lambda kind, token: kind == "instruction", False),
-        visual=table(lambda kind, token: kind == "visual", False),
         pictures=table(lambda kind, token: int(kind == "visual"), 0),
-        pixel_values=pixels if len(pixels) else None,
-        image_inputs={},
+        pixel_values=pixels.to(dtype) if len(pixels) else None,
     )
+
+
+def part(batch: Batch, start: int, stop: int) -> Batch:
+    """Samples `start` to `stop` of a batch of at most one image each, without their edits."""
+    images = [0, *batch.visual.any(1).cumsum(0).tolist()]
+    pixels = None if batch.pixel_values is None else batch.pixel_values[images[start] : images[stop]]
+    names = ("ids", "input_ids", "attention_mask", "response", "instruction", "pictures")
+    rows = {name: getattr(batch, name)[start:stop] for name in names}
+    return replace(batch, **rows, pixel_values=pixels if pixels is not None and len(pixels) else None, edits=None)

@@ -1,38 +1,42 @@
-"""Micro-batch protocol, edited batches of L_mcd, and indexing of visual tokens by image."""
+"""Micro-batch, edited batches of L_mcd, and indexing of visual tokens by image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Protocol, cast
+import zlib
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Batch(Protocol):
-    """Right-padded sequences of T tokens; the masks are (B, T) bool, and so is `visual`, where `pictures` are positive."""
+@dataclass(frozen=True)
+class Batch:
+    """Micro-batch of B samples of at most T tokens; images in the order of the samples and of their marks."""
+
+    ids: list[str]
+    input_ids: Tensor  # (B, T) long
+    attention_mask: Tensor  # (B, T) long, 0 at padding
+    response: Tensor  # (B, T) bool: answers, the EOS of each included
+    instruction: Tensor  # (B, T) bool: text after the first image without responses, or a part of it
+    pictures: Tensor  # (B, T) long: image number within the sample, from 1, at visual tokens; 0 elsewhere
+    pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)  # further image inputs of the family: sizes, grids, masks
+    image_ids: list[str] = field(default_factory=list)  # ids of the images in `pixel_values`
+    teacher: Batch | None = None  # the same samples by the teacher's processor, if it differs
+    edits: Edits | None = None  # edited samples for L_mcd
 
     @property
-    def ids(self) -> list[str]: ...
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def attention_mask(self) -> Tensor: ...
-    @property
-    def response(self) -> Tensor: ...
-    @property
-    def instruction(self) -> Tensor: ...
-    @property
-    def visual(self) -> Tensor: ...
-    @property
-    def pictures(self) -> Tensor:
-        """(B, T) long: image number within the sample, from 1, at visual tokens; 0 elsewhere."""
+    def visual(self) -> Tensor:
+        """(B, T) bool: visual tokens."""
+        return self.pictures > 0
 
-    @property
-    def pixel_values(self) -> Tensor | None: ...
-    @property
-    def image_inputs(self) -> dict[str, Tensor]: ...
-    def to(self, device: torch.device) -> Batch: ...
+    def to(self, device: torch.device | str) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        moved["image_inputs"] = {name: tensor.to(device, non_blocking=True) for name, tensor in self.image_inputs.items()}
+        moved |= {name: value.to(device) for name in ("teacher", "edits") if (value := getattr(self, name)) is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,8 @@ class Edits:
     without: Tensor  # (N, W + 1) teacher probabilities with the evidence replaced
 
     def to(self, device: torch.device | str) -> Edits:
-        tensors = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
         return replace(self, **tensors)
-
-
-def edits_of(batch: Batch) -> Edits | None:
-    return cast("Edits | None", getattr(batch, "edits", None))
 
 
 def by_column(pictures: Tensor) -> Tensor:
@@ -83,6 +83,31 @@ def image_indices(pictures: Tensor) -> list[tuple[int, int]]:
 def split_by_image(states: Tensor, batch: Batch) -> list[Tensor]:
     """Hidden states (Nv, ...) at each image's visual tokens, one tensor per image, from (B, T, ...) states."""
     return [states[sample][batch.pictures[sample] == number] for sample, number in image_indices(batch.pictures)]
+
+
+def permuted_by_image(states: list[Tensor], batch: Batch) -> list[Tensor]:
+    """Control: states (Nv, ...) of each image, as `split_by_image` gives them, at its visual tokens in another order."""
+    images = zip(states, image_indices(batch.pictures), strict=True)
+    return [image_states[permutation(len(image_states), batch.ids[sample])] for image_states, (sample, _) in images]
+
+
+def permutation(size: int, sample_id: str) -> Tensor:
+    """(size,) random order, seeded by a sample's id."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(zlib.crc32(sample_id.encode())))
+
+
+def random_cycle(groups: Tensor, priority: Tensor) -> Tensor:
+    """(N,) index of another row of each row's group, `groups` (N,) sorted: one random cycle, in the order of `priority` (N,).
+
+    No row keeps its own, but the only row of a group of one.
+    """
+    cycle = priority.argsort(stable=True)
+    cycle = cycle[groups[cycle].argsort(stable=True)]  # by group, then at random
+    step = index_within(groups)
+    first, size = torch.arange(len(groups), device=groups.device) - step, groups.bincount()[groups]
+    successor = torch.empty_like(cycle)
+    successor[cycle] = cycle[first + (step + 1) % size]
+    return successor
 
 
 def index_within(groups: Tensor) -> Tensor:

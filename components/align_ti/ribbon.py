@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import answers, index_within, predicting
+from components.align_ti.batch import answers, index_within, predicting, random_cycle
 
 LEFT_OUT = -1  # placeholder for the draws of a response step beyond the cap on the length
 
@@ -66,18 +66,9 @@ def step_priorities(response: Tensor, keys: list[int]) -> Tensor:
 
 
 def shuffled(draws: Tensor, response: Tensor, keys: list[int]) -> Tensor:
-    """(N, d) draws in which each response step has those of another step of its answer, seeded by the sample's key.
-
-    The steps of an answer form one random cycle, so that none keeps its own; the only step of an answer of one does.
-    """
-    answer, priority = answers(response), uniforms(response, [-2 - key for key in keys], 1)[:, 0]
-    cycle = priority.argsort(stable=True)
-    cycle = cycle[answer[cycle].argsort(stable=True)]  # by answer, then at random
-    step = index_within(answer)
-    first, size = torch.arange(len(answer), device=answer.device) - step, answer.bincount()[answer]
-    shuffled_draws = torch.empty_like(draws)
-    shuffled_draws[cycle] = draws[cycle[first + (step + 1) % size]]
-    return shuffled_draws
+    """(N, d) draws in which each response step has those of another step of its answer (`random_cycle`), seeded by the
+    sample's key."""
+    return draws[random_cycle(answers(response), uniforms(response, [-2 - key for key in keys], 1)[:, 0])]
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import index_within
+from components.align_ti.batch import index_within, random_cycle
 from components.align_ti.divergence import kl
+from components.align_ti.ribbon import uniforms
 from components.align_ti.step_outputs import StepOutputs
 
 RowWeight = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher and student logits (n, V), gold tokens (n,) -> (n,)
@@ -57,12 +58,21 @@ def row_weight_function(name: str) -> RowWeight:
 
 
 @torch.no_grad()
-def row_weights(outputs: StepOutputs, name: str, visual: bool = False) -> Tensor:
+def row_weights(outputs: StepOutputs, name: str, visual: bool = False, shuffled: bool = False) -> Tensor:
     """(N,) weights at the rows that predict the response, or at the visual rows, without a gradient. Requires `live` in the
-    term's needs."""
+    term's needs.
+
+    `shuffled`: control, each row that predicts the response has the weight of another row of its sample (`random_cycle`).
+    """
     weight, rows = row_weight_function(name), outputs.batch.visual if visual else outputs.response_rows
     gold = outputs.batch.input_ids[rows] if visual else outputs.gold
-    return outputs.rowwise(rows, lambda chunk, teacher, student: weight(teacher, student, gold[chunk]))
+    weights = outputs.rowwise(rows, lambda chunk, teacher, student: weight(teacher, student, gold[chunk]))
+    return weights[random_cycle(outputs.sample, random_priority(outputs))] if shuffled else weights
+
+
+def random_priority(outputs: StepOutputs) -> Tensor:
+    """(N,) uniforms in [0, 1) at the rows that predict the response, seeded by each sample's key."""
+    return uniforms(outputs.batch.response, [-3 - key for key in outputs.keys], 1)[:, 0]
 
 
 def over_mean(weights: Tensor, sample: Tensor) -> Tensor:

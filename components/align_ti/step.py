@@ -11,18 +11,18 @@ sequence with the ribbon appended. Both give the same numbers (tests/align_ti/te
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from components.align_ti.batch import Batch, Edits, edits_of, predicting
+from components.align_ti.batch import Batch, predicting
 from components.align_ti.cached import Cached
 from components.align_ti.divergence import Divergence
-from components.align_ti.head import CHUNK_MIB, Head, rows_per_chunk
+from components.align_ti.head import CHUNK_MIB, rows_per_chunk
+from components.align_ti.interfaces import Signals, Student, Teacher
 from components.align_ti.ribbon import (
     Ribbon,
     continuation_mask,
@@ -39,49 +39,8 @@ from components.align_ti.ribbon import (
 from components.align_ti.shared_weights import SharedWeights
 from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import CORE, DepthAware, LossAware, Needs, Term, Trained, computed, term_class, union
-from components.align_ti.watch import Watch, Watched
 
 SHARED_FROM = 10_000_000  # trained parameters from which deferred weight gradients cost less than computing them twice
-
-
-class Student(Protocol):
-    """Interface of a trainable vision-language model. d is its hidden width; hidden states are the head's inputs."""
-
-    def features(self, batch: Batch) -> Any: ...
-    def plain(self, batch: Batch, features: Any, keep: bool) -> tuple[Tensor, Any]: ...
-    def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
-    def expanded(self, batch: Batch, features: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
-    def edited(self, edits: Edits) -> Tensor: ...
-    def watched(self, batch: Batch, watch: Watch) -> AbstractContextManager[Watched]: ...
-    @property
-    def head(self) -> Head: ...
-    @property
-    def model(self) -> Any:
-        """The underlying transformers model: configuration, layers to shard, parts to train. The method does not use it."""
-
-
-class Teacher(Protocol):
-    """Interface of the frozen teacher. `features` may reuse the student's image features if both share the vision tower."""
-
-    def features(self, batch: Batch, student_features: Any) -> Any: ...
-    def plain(self, batch: Batch, features: Any, keep: bool, with_attention: bool) -> tuple[Tensor, Any, Tensor | None]: ...
-    def continued(self, cache: Any, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor: ...
-    def watched(self, batch: Batch, watch: Watch) -> AbstractContextManager[Watched]: ...
-    @property
-    def head(self) -> Head: ...
-    @property
-    def vlm(self) -> Any:
-        """The frozen model, for memory estimates. The method does not use it."""
-
-    @property
-    def equal_weights(self) -> Tensor:
-        """() long: running count of images with uniform weights because no attention was left."""
-
-
-class Signals(Protocol):
-    """Interface of the cached teacher signals, looked up by sample; no teacher model is loaded."""
-
-    def look_up(self, batch: Batch, visual: bool, with_attention: bool) -> tuple[Cached, Tensor | None]: ...
 
 
 @dataclass(frozen=True)
@@ -261,8 +220,8 @@ class AlignTI(nn.Module):
         teacher_cache = self._teacher_pass(outputs, features) if needs.teacher else None
         for view in needs.views:
             outputs.views[view.name] = self._plain(view.edit(batch), view.student, view.teacher)
-        if needs.edits and (edits := edits_of(batch)) is not None:
-            outputs.edited = student.edited(edits)
+        if needs.edits and batch.edits is not None:
+            outputs.edited = student.edited(batch.edits)
         if not needs.ribbon:
             return outputs
         if outputs.ribbon is None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import zlib
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from components.align_ti.batch import by_column, image_indices
+from components.align_ti.batch import by_column, image_indices, permutation
 
 
 def visual_weights(attention: Tensor, pictures: Tensor) -> Tensor:
@@ -46,10 +45,7 @@ def changed(attention: Tensor, pictures: Tensor, ids: list[str], change: Change)
         in_image = columns[sample] == number
         image_attention = attention[sample][in_image]
         if change == "permuted":
-            generator = torch.Generator().manual_seed(zlib.crc32(ids[sample].encode()))
-            result[sample, in_image] = image_attention[
-                torch.randperm(len(image_attention), generator=generator).to(image_attention.device)
-            ]
+            result[sample, in_image] = image_attention[permutation(len(image_attention), ids[sample])]
         else:
             sinks = image_attention > image_attention.mean() + 3 * image_attention.std(correction=0)
             result[sample, in_image] = image_attention * (sinks if change == "sinks_alone" else ~sinks)

@@ -27,6 +27,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from components.align_ti.batch import Batch
 from components.config.models import Conversations, EmbeddedFamily, LanguageShape, ModelsSettings, Training
 from components.config.runtime import RuntimeSettings
 from components.dataset.shards import CAPTION, Sample, Samples, Turn
@@ -34,8 +35,10 @@ from components.digits.tokenizer import build_processor
 from components.digits.tower import cell_words, encode, new_tower, train_tower
 from components.digits.train_loop import Log, epochs, fit
 from components.errors import DataError, ModelError
-from components.models.collate import Batch, Collator, decode_first_image, visual_tokens
-from components.models.template import IMAGE, Template, question_of
+from components.models.collate import Collator
+from components.models.image_processor import decode_first_image, visual_tokens
+from components.models.rendered import question_of
+from components.models.template import IMAGE, Template
 from components.models.vlm import VLM
 from components.process import shared_out
 from components.runtime import models_at_once, prepare_torch

@@ -10,8 +10,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from components.io import whole_folder, write_text
+from components.models.chat_template import ChatTemplate
 from components.models.load import Loaded
-from components.models.template import IMAGE, ChatTemplate, Template
+from components.models.template import IMAGE, Template
 from components.records.distill import Cost
 from components.records.record import jsonl
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from components.align_ti.batch import Batch
 from components.align_ti.ribbon import draw_key
 from components.config.distill import DistillSettings
 from components.dataset.shards import Samples
 from components.distill.rollouts import Rollouts
 from components.distill.sampler import Sampler, split_batch, split_batch_by_length
 from components.errors import AlignTIError, TryAgainError
-from components.models.collate import Batch, Collator
+from components.models.collate import Collator
 from components.process import end_with_parent
 from components.teacher_answers.store import Answers
 from components.teacher_cache.evidence import Evidence

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from components.align_ti.batch import Batch
 from components.align_ti.step import Method, total
 from components.distill.assemble import Job
 from components.distill.checkpoint import Checkpoints
@@ -27,7 +28,6 @@ from components.distill.memory import memory_errors
 from components.distill.replay import dump
 from components.distill.trainable import learning_rates, parameter_groups, term_parameter_groups
 from components.errors import AlignTIError, Interrupted
-from components.models.collate import Batch
 from components.process import endings, leave_terminal
 from components.tracking.journal import Run
 

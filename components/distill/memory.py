@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
+from components.align_ti.batch import Batch
 from components.align_ti.head import rows_per_chunk
 from components.align_ti.step import AlignTI
 from components.config.distill import DistillSettings
 from components.distill.footprint import FLOAT, OPTIMISER, activations_per_token, logits
 from components.errors import InputError, first_line
-from components.models.collate import Batch
 
 KNOBS = {
     "the student's activations": "lower micro_batch_size, or set gradient_checkpointing: true, in params/distill.yaml",

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from components.align_ti.batch import Batch
 from components.align_ti.step import AlignTI, Method, total
 from components.config.names import check_dump
 from components.distill.checkpoint import collective_draft
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError
 from components.io import sha256, write_text
-from components.models.collate import Batch
 from components.models.load import load
 from components.models.vlm import VLM
 from components.records.paths import DUMPS

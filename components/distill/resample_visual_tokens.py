@@ -115,9 +115,8 @@ class ResampledTeacher:
 
 
 def _teacher_batch(batch: Batch) -> Batch:
-    teacher_batch: Batch | None = batch.teacher  # type: ignore[attr-defined]  # as collated ones have
-    assert teacher_batch is not None, "the collator was not told of the teacher's processor"
-    return teacher_batch
+    assert batch.teacher is not None, "the collator was not told of the teacher's processor"
+    return batch.teacher
 
 
 def _text(batch: Batch) -> Tensor:

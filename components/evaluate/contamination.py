@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from components.dataset.perceptual_hash import dhash, nearest
 from components.dataset.shards import CAPTION, Samples
-from components.models.template import question_of
+from components.models.rendered import question_of
 from components.records.paths import Split
 from components.records.record import Record
 

@@ -22,7 +22,7 @@ from components.evaluate.load_results import Outcomes, images_of
 from components.evaluate.report_tables import Cell, Line, plain
 from components.io import write_bytes, write_text
 from components.irs.overlays import curve
-from components.models.template import with_marks
+from components.models.rendered import with_marks
 from components.records.compare import Comparison
 from components.records.evaluate import Prediction
 from components.records.irs import LayerChoice

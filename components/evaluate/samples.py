@@ -30,7 +30,8 @@ from components.irs.regions import placed
 from components.models.attention import AttentionProbe, probing
 from components.models.collate import Collator
 from components.models.load import Loaded
-from components.models.template import Template, with_marks
+from components.models.rendered import with_marks
+from components.models.template import Template
 from components.models.vlm import VLM
 from components.records.compare import Comparison
 from components.records.evaluate import Prediction

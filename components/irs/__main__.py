@@ -152,7 +152,7 @@ def _overlays(tiling: Tiling, maps: AttentionMaps, backgrounds: dict[Rows, Tenso
 
     from components.irs.overlays import overlay, peaks
     from components.irs.regions import preprocessed_image
-    from components.models.collate import decode_first_image
+    from components.models.image_processor import decode_first_image
     from components.report.figures import draw
 
     for stale in FOLDER.glob("overlay_*.png"):
@@ -181,8 +181,8 @@ def _examples(tiling: Tiling, samples: list[Sample], attention: Tensor, backgrou
     from components.irs.centred import centred
     from components.irs.overlays import AttentionExample
     from components.irs.search import furthest_apart
-    from components.models.collate import decode_first_image
-    from components.models.template import question_of
+    from components.models.image_processor import decode_first_image
+    from components.models.rendered import question_of
 
     with_region = [i for i, sample in enumerate(samples) if sample.turns[0].boxes]
     candidates = with_region if len(with_region) > 1 else list(range(len(samples)))

@@ -19,7 +19,7 @@ from components.irs.centred import centred, shares
 from components.irs.regions import Tiling
 from components.irs.score import irs_scores, pointing
 from components.irs.search import AttentionMaps, Z, rank, separated, standard_error
-from components.models.collate import decode_first_image
+from components.models.image_processor import decode_first_image
 from components.records.irs import Attention, Background, Interval, LayerChoice, Picked, Region, Rows, View
 
 SINK = 5  # threshold of an attention sink, as a multiple of the uniform share

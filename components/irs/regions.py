@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from components.align_ti.batch import Batch
 from components.dataset.shards import Box
-from components.models.collate import Batch, processed, visual_tokens
 from components.models.families import family_of
+from components.models.image_processor import processed, visual_tokens
 from components.models.load import Loaded
 
 

@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from components.align_ti.batch import by_column
+from components.align_ti.batch import Batch, by_column
 from components.config.irs import IrsSettings
 from components.dataset.shards import CAPTION, Sample, Samples, Turn
 from components.errors import DataError
 from components.irs.score import irs_scores
 from components.models.attention import AttentionProbe, attention_layers, probing
-from components.models.collate import Batch, Collator
+from components.models.collate import Collator
 from components.models.load import Loaded
-from components.models.template import IMAGE, Template, question_of
+from components.models.rendered import question_of
+from components.models.template import IMAGE, Template
 from components.models.vlm import VLM
 from components.records.irs import Rows
 

@@ -90,7 +90,8 @@ def origin_of(member: object, path: Path) -> tuple[str, str | None]:
 def build_index(models: ModelsSettings, folder: Path) -> ModelIndex:
     """Index of the models under `folder`. Raises ModelError if a processor or its template is unusable."""
     from components.models.checkpoint_folder import record
-    from components.models.collate import check_special_tokens, visual_tokens
+    from components.models.collate import check_special_tokens
+    from components.models.image_processor import visual_tokens
     from components.models.load import check_kind
     from components.models.processor import load_processor
     from components.models.template import Template

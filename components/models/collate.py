@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,68 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from components.align_ti.batch import Batch
 from components.dataset.shards import Sample, Turn
 from components.errors import DataError, ModelError
+from components.models.image_processor import (
+    Processed,
+    RefusedImageError,
+    decode_images,
+    image_text,
+    outgrows,
+    pad_and_concatenate,
+    processed,
+    stretched,
+    visual_id,
+)
 from components.models.plain import PlainText
-from components.models.template import IMAGE, Rendered, Template
+from components.models.rendered import Rendered
+from components.models.template import IMAGE, Template
 from components.records.irs import Rows
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from components.align_ti.batch import Edits
-
-IMAGE_INPUTS = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
-SHORTEST, LONGEST = 56, 100  # minimum side in pixels, maximum aspect; Qwen's processors refuse sides under 28, aspects over 200
-MOST_GROWN = 50_000_000  # pixels of an image made larger; at twice as many a processor takes 8.6 GiB
 AnswerIds = Sequence[Sequence[Sequence[int]] | None]  # per sample, token ids of the answers to its first questions
 PLACEHOLDER_ANSWER = "This"  # for an answer that token ids replace; templates are tried with it
 PIXEL_CACHE_BYTES = 2**29  # processing costs 0.3 ms an image, as much as a small student's whole step
-
-
-class RefusedImageError(DataError):
-    """Image shape that an image processor rejects."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B samples of at most T tokens; images in the order of the samples and of their marks."""
-
-    ids: list[str]
-    image_ids: list[str]  # ids of the images in `pixel_values`
-    input_ids: Tensor  # (B, T) long
-    attention_mask: Tensor  # (B, T) long, 0 at padding
-    response: Tensor  # (B, T) bool: answers, the EOS of each included
-    instruction: Tensor  # (B, T) bool: text after the first image, without responses, restricted to the collator's `rows`
-    pictures: Tensor  # (B, T) long: image number within the sample, from 1, at visual tokens; 0 elsewhere
-    pixel_values: Tensor | None  # float32: LLaVA's (images, 3, H, W), others' tiles or patches; None if no sample has an image
-    image_inputs: dict[str, Tensor] = field(default_factory=dict)  # further image inputs of the family: sizes, grids, masks
-    teacher: Batch | None = None  # the same samples by the teacher's processor, if it differs
-    edits: Edits | None = None  # edited samples for L_mcd
-
-    @property
-    def visual(self) -> Tensor:
-        """(B, T) bool: visual tokens."""
-        return self.pictures > 0
-
-    def to(self, device: torch.device | str) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        moved["image_inputs"] = {name: tensor.to(device, non_blocking=True) for name, tensor in self.image_inputs.items()}
-        moved |= {name: value.to(device) for name in ("teacher", "edits") if (value := getattr(self, name)) is not None}
-        return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class Processed:
-    """Image processor output for one sample."""
-
-    texts: tuple[str, ...]  # placeholder text of each image
-    tensors: dict[str, Tensor]  # pixel_values and the family's further image inputs
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -210,30 +171,33 @@ class Collator:
             for sample, texts, sample_answers in zip(samples, image_texts, answers, strict=True)
         ]
         rows = []
-        for sample, sample_answers, (rendering, ids, offsets) in zip(samples, answers, self._tokenize(rendered), strict=True):
-            start, end = np.asarray(offsets).T
-            input_ids = np.asarray(ids)
-            response = np.zeros(len(ids), dtype=bool)
-            for a, b in rendering.response_spans:
-                tokens = (start < b) & (end > a)
-                if tokens.sum() < 2:  # EOS alone
-                    raise DataError(f"sample {sample.id}: an answer has no response tokens: {rendering.text[a:b]!r}")
-                response |= tokens
-            visual = input_ids == self._visual_id
-            pictures = np.zeros_like(input_ids)
-            instruction = np.zeros_like(response)
-            for number, (a, b) in enumerate(rendering.image_spans, start=1):
-                image_tokens = np.flatnonzero(visual & (start < b) & (end > a))
-                pictures[image_tokens] = number
-                instruction[image_tokens[0] : image_tokens[-1]] = False  # text between tiles
-                instruction[image_tokens[-1] :] = True
-            instruction &= ~visual & ~response & (end > start)
-            if self.rows == "words":
-                instruction &= np.any([(start < b) & (end > a) for a, b in rendering.question_spans], axis=0)
-            row = Encoded(input_ids, response, instruction, pictures)
+        for sample, sample_answers, tokenized in zip(samples, answers, self._tokenize(rendered), strict=True):
+            row = self._masked(sample, *tokenized)
             rows.append(row.with_answers(sample_answers) if sample_answers else row)
             self._check_encoded(sample, rows[-1])
         return rows
+
+    def _masked(self, sample: Sample, rendering: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+        start, end = np.asarray(offsets).T
+        input_ids = np.asarray(ids)
+        response = np.zeros(len(ids), dtype=bool)
+        for a, b in rendering.response_spans:
+            tokens = (start < b) & (end > a)
+            if tokens.sum() < 2:  # EOS alone
+                raise DataError(f"sample {sample.id}: an answer has no response tokens: {rendering.text[a:b]!r}")
+            response |= tokens
+        visual = input_ids == self._visual_id
+        pictures = np.zeros_like(input_ids)
+        instruction = np.zeros_like(response)
+        for number, (a, b) in enumerate(rendering.image_spans, start=1):
+            image_tokens = np.flatnonzero(visual & (start < b) & (end > a))
+            pictures[image_tokens] = number
+            instruction[image_tokens[0] : image_tokens[-1]] = False  # text between tiles
+            instruction[image_tokens[-1] :] = True
+        instruction &= ~visual & ~response & (end > start)
+        if self.rows == "words":
+            instruction &= np.any([(start < b) & (end > a) for a, b in rendering.question_spans], axis=0)
+        return Encoded(input_ids, response, instruction, pictures)
 
     def _tokenize(self, rendered: list[Rendered]) -> Iterator[tuple[Rendered, list[int], list[tuple[int, int]]]]:
         """Each text, its token ids and character offsets. Only the template writes special tokens; the spelling of one in a
@@ -324,41 +288,6 @@ def _placeholder_turns(sample: Sample) -> list[Turn]:
     return [replace(turn, answer=PLACEHOLDER_ANSWER) for turn in sample.turns]
 
 
-def decode_first_image(sample: Sample) -> Image.Image:
-    """First image of the sample, RGB."""
-    return decode_images(sample)[0]
-
-
-def decode_images(sample: Sample) -> list[Image.Image]:
-    """Images of the sample, RGB. Raises DataError naming the sample if one does not decode."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return [Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images]
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"sample {sample.id}: image {sample.image_id} does not decode: {error}") from None
-
-
-def stretched(image: Image.Image) -> Image.Image:
-    """Image resized to sides of at least SHORTEST pixels and an aspect of at most LONGEST, which all processors accept.
-
-    Raises RefusedImageError if that makes more than MOST_GROWN pixels of it.
-    """
-    width, height = image.size
-    wide, high = max(width, SHORTEST, -(-height // LONGEST)), max(height, SHORTEST, -(-width // LONGEST))
-    if wide * high > max(MOST_GROWN, width * height):
-        raise RefusedImageError(f"an image of {width} x {height} pixels is too narrow: stretched, it is {wide:,} x {high:,}")
-    return image.resize((wide, high))
-
-
-def outgrows(processor: Any, size: tuple[int, int]) -> bool:
-    """Whether the processor would make more than MOST_GROWN pixels of an image before it crops it, as LLaVA-1.5's does with
-    narrow ones: it resizes the shorter side to a fixed length."""
-    asked = getattr(processor.image_processor, "size", None) or {}
-    edge, limit = (asked.get(name) for name in ("shortest_edge", "longest_edge"))
-    return edge is not None and limit is None and edge**2 * max(size) // min(size) > MOST_GROWN
-
-
 def check_special_tokens(processor: Any) -> None:
     """Raises ModelError for a text-only processor, or a tokenizer without offsets, EOS, its own pad, or the image token."""
     tokenizer = getattr(processor, "tokenizer", None)
@@ -392,63 +321,3 @@ def _check_same_text(teacher: Batch, student: Batch) -> Batch:
                 " counterpart in the other (what stands between the tiles of an image?)"
             )
     return teacher
-
-
-@cache
-def shapes() -> list[Image.Image]:
-    """Test images: square, wide, tall, and large enough for tiles."""
-    from PIL import Image
-
-    whole = Image.linear_gradient("L").convert("RGB")
-    return [whole.resize(size) for size in ((64, 64), (96, 48), (48, 96), (600, 400))]
-
-
-def processed(processor: Any, *images: Image.Image) -> Processed:
-    """Image processor output for one sample, in one call: some families do not split an image that is one of several.
-
-    Raises ModelError if the processor cannot count visual tokens, RefusedImageError if it refuses an image.
-    """
-    if not hasattr(processor, "replace_image_token"):
-        raise ModelError(f"{type(processor).__name__} does not say how many visual tokens an image has")
-    options = getattr(processor, "images_kwargs", {})  # overrides of the image processor's defaults
-    sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
-    if any(outgrows(processor, image.size) for image in images):
-        raise RefusedImageError(f"{type(processor).__name__} refuses an image of {sizes} pixels: it is too narrow")
-    try:
-        several = list(images) if len(images) == 1 else [list(images)]
-        found = processor.image_processor(images=several, return_tensors="pt", **options)
-    except (ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise RefusedImageError(f"{type(processor).__name__} refuses an image of {sizes} pixels: {error}") from None
-    try:
-        texts = tuple(str(processor.replace_image_token(found, index)) for index in range(len(images)))
-    except (TypeError, AttributeError) as error:
-        raise ModelError(f"{type(processor).__name__}: its processor_config.json is incomplete: {error}") from None
-    return Processed(texts, {name: found[name] for name in ("pixel_values", *IMAGE_INPUTS) if name in found})
-
-
-def image_text(processor: Any) -> str | None:
-    """Placeholder text of an image; None if it depends on the image's shape."""
-    texts = {processed(processor, shown).texts for shown in shapes()}
-    return texts.pop()[0] if len(texts) == 1 else None
-
-
-def visual_tokens(processor: Any) -> int | None:
-    """Nv: visual tokens per image, measured on the processor; None if it depends on the image's shape."""
-    text = image_text(processor)
-    return None if text is None else processor.tokenizer.encode(text, add_special_tokens=False).count(visual_id(processor))
-
-
-def visual_id(processor: Any) -> int:
-    """Id of the visual tokens. Gemma 3's `image_token` differs: it precedes them."""
-    token_id: int | None = getattr(processor.tokenizer, "image_token_id", None)
-    return int(processor.image_token_id) if token_id is None else token_id
-
-
-def pad_and_concatenate(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenation along the first dimension; the others are zero-padded to the largest, as the processors do with tiles."""
-    largest = torch.tensor([tensor.shape[1:] for tensor in tensors]).amax(0).tolist()
-    padded = []
-    for tensor in tensors:
-        padding = [target - size for target, size in zip(largest, tensor.shape[1:], strict=True)]
-        padded.append(torch.nn.functional.pad(tensor, [n for amount in reversed(padding) for n in (0, amount)]))
-    return torch.cat(padded)

@@ -12,8 +12,9 @@ import torch
 from components.dataset.shards import Turn
 from components.errors import ModelError
 from components.models.checkpoint_folder import LOCAL, as_model_error, check_loading_info, config_of, weight_files
-from components.models.collate import Processed, check_special_tokens, processed, shapes, visual_id, visual_tokens
+from components.models.collate import check_special_tokens
 from components.models.families import Family, family_of, reads_one_layer
+from components.models.image_processor import Processed, processed, shapes, visual_id, visual_tokens
 from components.models.processor import load_processor
 from components.models.template import IMAGE, Template
 

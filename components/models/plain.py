@@ -7,7 +7,8 @@ import re
 from functools import cached_property
 from typing import Any
 
-from components.models.template import Part, Rendered, special_tokens
+from components.models.chat_template import special_tokens
+from components.models.rendered import Part, Rendered
 
 OPEN, CLOSE = "\U000f0000", "\U000f0001"  # private-use characters around a special token's number
 

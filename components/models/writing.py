@@ -14,11 +14,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from components.align_ti.ribbon import draw, probabilities
 from components.dataset.shards import Sample
-from components.models.collate import Collator, visual_id
+from components.models.chat_template import special_tokens
+from components.models.collate import Collator
 from components.models.decoding import greedy
 from components.models.families import prompt
+from components.models.image_processor import visual_id
 from components.models.load import Loaded
-from components.models.template import special_tokens
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from components.dataset.source import Refused, Rule, Source, Stored
 from components.errors import DataError
 from components.irs.choice import NoRegions
 from components.irs.search import TooFewInstructions, instructions
-from components.models.template import question_of
+from components.models.rendered import question_of
 from components.process import cores, shared_out
 from components.records.paths import SPLITS, Split
 from components.report.markdown import counted

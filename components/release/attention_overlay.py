@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from components.align_ti.batch import Batch
 from components.dataset.shards import Sample
 from components.errors import InputError
 from components.io import write_bytes
 from components.irs.overlays import Heat, heatmaps
 from components.irs.regions import placed, preprocessed_image
 from components.models.attention import AttentionProbe, probing
-from components.models.collate import Batch, decode_images
 from components.models.families import family_of
+from components.models.image_processor import decode_images
 from components.models.load import Loaded
 from components.models.template import IMAGE
 from components.models.vlm import VLM

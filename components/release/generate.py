@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
+from components.align_ti.batch import Batch
 from components.config.settings import Settings
 from components.dataset.shards import Sample
-from components.models.collate import Batch, Collator
+from components.models.collate import Collator
 from components.models.decoding import greedy
 from components.models.families import prompt
 from components.models.load import Loaded

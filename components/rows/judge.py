@@ -17,7 +17,8 @@ from components.config.models import ModelsSettings
 from components.dataset.shards import Sample
 from components.errors import DataError, ModelError, Refusal
 from components.io import sha256
-from components.models.collate import Collator, Encoded, RefusedImageError, visual_id
+from components.models.collate import Collator, Encoded
+from components.models.image_processor import RefusedImageError, visual_id
 from components.models.processor import load_processor
 from components.models.template import Template
 from components.records.paths import Split

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from components.align_ti.batch import predicting
+from components.align_ti.batch import Batch, predicting
 from components.align_ti.cached import Rows
 from components.align_ti.head import rows_per_chunk
 from components.align_ti.sampled import Sampled, sampled
@@ -20,7 +20,7 @@ from components.dataset.shards import CAPTION, Sample, Samples
 from components.errors import DataError
 from components.irs.centred import centred_in_batch
 from components.models.attention import AttentionProbe, probing
-from components.models.collate import Batch, Collator
+from components.models.collate import Collator
 from components.models.vlm import VLM
 from components.records.teacher_cache import SignalFacts
 from components.teacher_cache.store import KEY, keys, packed, write_shard

@@ -23,12 +23,12 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from components.align_ti.batch import Edits
+from components.align_ti.batch import Batch, Edits
 from components.align_ti.ribbon import draw_key
 from components.dataset.shards import Samples
 from components.errors import DataError
 from components.io import sha256
-from components.models.collate import Batch, Collator
+from components.models.collate import Collator
 from components.models.template import Template
 from components.records.teacher_cache import EvidenceKept
 from components.teacher_cache.store import AGAIN

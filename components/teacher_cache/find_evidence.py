@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from components.align_ti.batch import predicting
+from components.align_ti.batch import Batch, predicting
 from components.align_ti.divergence import divergence
 from components.align_ti.top_k import with_residual
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.attribution import attributions
-from components.models.collate import Batch, Collator
+from components.models.collate import Collator
 from components.models.vlm import VLM
 from components.teacher_cache.evidence import donor
 from components.teacher_cache.store import write_shard

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -55,9 +54,7 @@ class Hidden:
 
 
 def blank(batch: Batch) -> Batch:
-    edited: Any = type(batch)(**vars(batch))
-    edited.pixel_values = None if batch.pixel_values is None else torch.zeros_like(batch.pixel_values)
-    return edited
+    return replace(batch, pixel_values=None if batch.pixel_values is None else torch.zeros_like(batch.pixel_values))
 
 
 def moved(states: Tensor, blind: Tensor, batch: Batch) -> Tensor:

@@ -18,6 +18,23 @@ def answers(whole: Any) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         yield whole.teacher[sample, at - 1], whole.student[sample, at - 1], whole.batch.input_ids[sample, at].tolist()
 
 
+def uniforms(whole: Any, sample: int, R: int) -> list[float]:
+    """Of the R response tokens of a sample, by its key alone."""
+    return torch.rand(R, generator=torch.Generator().manual_seed(-3 - whole.keys[sample])).tolist()
+
+
+def successors(whole: Any, sample: int, R: int) -> list[int]:
+    """Another token of the sample for each of its R response tokens: the next by their uniforms, the first for the last."""
+    u = uniforms(whole, sample, R)
+    order = sorted(range(R), key=u.__getitem__)
+    return [order[(order.index(t) + 1) % R] for t in range(R)]
+
+
+def another_order(whole: Any, sample: int, at: Tensor) -> Tensor:
+    """Places of a sample's visual tokens in a random order, by its name alone."""
+    return at[torch.randperm(len(at), generator=torch.Generator().manual_seed(crc32(whole.batch.ids[sample].encode())))]
+
+
 def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p / q).log()).sum()
 
@@ -40,12 +57,14 @@ def hybrid(whole: Any, soft: float = 0.2, risk: float = 0.0) -> Tensor:
     return total
 
 
-def hybrid_by_confidence(whole: Any) -> Tensor:
+def hybrid_by_confidence(whole: Any, shuffled: bool = False) -> Tensor:
     total = whole.student.sum() * 0
-    for teacher, student, gold in answers(whole):
+    for sample, (teacher, student, gold) in enumerate(answers(whole)):
+        source = successors(whole, sample, len(gold)) if shuffled else range(len(gold))
         for t, y in enumerate(gold):
             p, q = teacher[t].softmax(-1), student[t].softmax(-1)
-            total = total - p[y] * q[y].log() + (1 - p[y]) * kl(p, q)
+            hard = teacher[source[t]].softmax(-1)[gold[source[t]]]
+            total = total - hard * q[y].log() + (1 - hard) * kl(p, q)
     return total
 
 
@@ -67,14 +86,15 @@ def tad(whole: Any) -> Tensor:
     return total
 
 
-def dkd(whole: Any) -> Tensor:
+def dkd(whole: Any, shuffled: bool = False) -> Tensor:
     total = whole.student.sum() * 0
-    for teacher, student, gold in answers(whole):
+    for sample, (teacher, student, gold) in enumerate(answers(whole)):
+        source = successors(whole, sample, len(gold)) if shuffled else range(len(gold))
         p, q = teacher.softmax(-1), student.softmax(-1)
         gates = [torch.exp((p[t] * p[t].log()).sum() / torch.tensor(float(len(p[t]))).log()) for t in range(len(gold))]
         for t, y in enumerate(gold):
             coarse, fine, _ = apart(p[t], q[t], [y])
-            total = total + gates[t] / (sum(gates) / len(gold)) * (coarse + 2 * fine)
+            total = total + gates[source[t]] / (sum(gates) / len(gold)) * (coarse + 2 * fine)
     return total
 
 
@@ -98,10 +118,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt())
 
 
-def relation(whole: Any, centred: bool = False) -> Tensor:
+def relation(whole: Any, centred: bool = False, permuted: bool = False) -> Tensor:
     total = whole.student.sum() * 0
     for sample, at in pictures(whole):
-        y, z = whole.student[sample, at], whole.teacher[sample, at]
+        y, z = whole.student[sample, at], whole.teacher[sample, another_order(whole, sample, at) if permuted else at]
         if centred:
             y, z = y - y.mean(-1, keepdim=True), z - z.mean(-1, keepdim=True)
         total = total + 1 - cosine(y @ y.T, z @ z.T)
@@ -120,27 +140,30 @@ def affinity(whole: Any) -> Tensor:
     return total
 
 
-def cka(whole: Any) -> Tensor:
+def cka(whole: Any, permuted: bool = False) -> Tensor:
     mine, theirs = (output.hidden_states[-2] for output in whole.stock())
     total = whole.student.sum() * 0
     for sample, at in pictures(whole):
         H = torch.eye(len(at)) - 1 / len(at)
         kernels = []
-        for states in (mine[sample, at], theirs[sample, at]):
+        for states in (mine[sample, at], theirs[sample, another_order(whole, sample, at) if permuted else at]):
             V = states / states.norm(dim=1, keepdim=True)
             kernels.append(H.double() @ V @ V.T @ H.double())
         total = total + 1 - cosine(*kernels)
     return total
 
 
-def received(whole: Any, rows: str = "visual", pairs: Any = ((0, (1,)),), sinks: bool = False) -> Tensor:
+def received(
+    whole: Any, rows: str = "visual", pairs: Any = ((0, (1,)),), sinks: bool = False, permuted: bool = False
+) -> Tensor:
     mine, theirs = (output.attentions for output in whole.stock("eager"))
     total = whole.student.sum() * 0
     for sample, at in pictures(whole):
         looking = getattr(whole.batch, rows)[sample].nonzero()[:, 0]
         for layer, layers in pairs:
             a = mine[layer][sample].mean(0)[looking][:, at]
-            b = sum(theirs[one][sample].mean(0)[looking][:, at] for one in layers) / len(layers)
+            columns = another_order(whole, sample, at) if permuted else at
+            b = sum(theirs[one][sample].mean(0)[looking][:, columns] for one in layers) / len(layers)
             u, v = [], []
             for c in range(len(at)):
                 keep = (
@@ -158,7 +181,7 @@ def permuted_iva(whole: Any) -> Tensor:
     total, attention = whole.student.sum() * 0, iter(whole.attention)
     for sample in range(len(whole.batch.input_ids)):
         weights, at = next(attention), whole.batch.visual[sample].nonzero()[:, 0]
-        order = torch.randperm(len(at), generator=torch.Generator().manual_seed(crc32(whole.batch.ids[sample].encode())))
+        order = another_order(whole, sample, torch.arange(len(at)))
         for place, row in enumerate(at.tolist()):
             p, q = (logits[sample, row].softmax(-1) for logits in (whole.teacher, whole.student))
             total = total + weights[order[place]] / weights.sum() * kl(p, q)
@@ -199,11 +222,12 @@ def mcd(whole: Any) -> Tensor:
     return total
 
 
-def va_kd(whole: Any) -> Tensor:
+def va_kd(whole: Any, by: str = "blurred") -> Tensor:
     """Tiny images are 16 x 16: shrunk they are one pixel, the mean under a triangle as wide as two images, cut at theirs."""
     triangle = 1 - (torch.arange(16) - 7.5).abs() / 16
     kernel = (triangle / triangle.sum()).outer(triangle / triangle.sum()).double()
     pixels = (whole.batch.pixel_values * kernel).sum((2, 3), keepdim=True).expand_as(whole.batch.pixel_values)
+    pixels = pixels if by == "blurred" else torch.zeros_like(pixels)
     teacher = whole.models[1].model
     blind = teacher(input_ids=whole.batch.input_ids, pixel_values=pixels).logits
     total = whole.student.sum() * 0
@@ -212,6 +236,10 @@ def va_kd(whole: Any) -> Tensor:
         at = whole.batch.response[sample].nonzero()[:, 0]
         without = blind[sample, at - 1].softmax(-1)
         need = [max(0.0, float(p[t, y].log() - without[t, y].log())) for t, y in enumerate(gold)]
+        if by == "random":
+            need = uniforms(whole, sample, len(gold))
+        elif by == "entropy":
+            need = [-float((p[t] * p[t].log()).sum()) for t in range(len(gold))]
         top = sorted(range(len(gold)), key=lambda t: -need[t])[: math.ceil(0.2 * len(gold))]
         rest = [t for t in range(len(gold)) if t not in top]
         losses = [kl(p[t], q[t]) for t in range(len(gold))]

@@ -198,8 +198,8 @@ def test_what_a_cap_leaves_out_depends_on_the_sample_and_its_key_alone() -> None
     batch.input_ids[1] = batch.input_ids[0]
     kept = capped(batch, drawn, [7, 8, 9], 40)
     assert not torch.equal(kept[:20], kept[20:40]), "another key, other steps"
-    assert torch.equal(kept[:40], capped(tiny_rows(batch, 0, 2), drawn[:40], [7, 8], 40))
-    assert torch.equal(kept[40:], capped(tiny_rows(batch, 2, 3), drawn[40:], [9], 40))
+    assert torch.equal(kept[:40], capped(tiny.part(batch, 0, 2), drawn[:40], [7, 8], 40))
+    assert torch.equal(kept[40:], capped(tiny.part(batch, 2, 3), drawn[40:], [9], 40))
 
 
 def test_every_step_is_as_likely_to_be_left_out_by_a_cap() -> None:
@@ -208,10 +208,6 @@ def test_every_step_is_as_likely_to_be_left_out_by_a_cap() -> None:
     batch.input_ids[batch.input_ids == 39] = 38
     out = sum((capped(batch, drawn, [key], 12 + 4) == LEFT_OUT).float() for key in range(400))[:, 0] / 400
     assert out.tolist() == pytest.approx([0.6] * 10, abs=0.1)  # four standard errors
-
-
-def tiny_rows(batch, start: int, stop: int):
-    return type(batch)(**{k: v[start:stop] if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
 
 
 @pytest.mark.parametrize("seed", range(5))

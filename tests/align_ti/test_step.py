@@ -25,9 +25,7 @@ def pair(family: str, dtype: torch.dtype = torch.float64) -> tuple[VLM, VLM]:
 
 
 def batch(dtype: torch.dtype = torch.float64, samples: list[tuple[int, int, int]] = SAMPLES):
-    made = tiny.batch(samples)
-    made.pixel_values = None if made.pixel_values is None else made.pixel_values.to(dtype)
-    return made
+    return tiny.batch(samples, dtype=dtype)
 
 
 def step(student: VLM, teacher: VLM, shared: bool = False, **options) -> AlignTI:
@@ -225,13 +223,7 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(split: list[int], option
     start, parts = 0, []
     made = batch()
     for size in split:
-        here = slice(start, start + size)
-        images = made.visual.any(1).cumsum(0)
-        first = int(images[start - 1]) if start else 0
-        pixels = made.pixel_values[first : int(images[start + size - 1])]
-        part = type(made)(**{k: v[here] if isinstance(v, torch.Tensor) else v for k, v in vars(made).items()})
-        part.pixel_values = pixels if len(pixels) else None
-        parts.append((part, KEYS[here]))
+        parts.append((tiny.part(made, start, start + size), KEYS[start : start + size]))
         start += size
     draws = [module.draw(part, keys) for part, keys in parts]
     assert sum(left_out(drawn) for drawn in draws) == whole.steps_left_out

@@ -7,8 +7,9 @@ A new term adds one line to CASES: its loss written plainly in float64 from whol
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,7 @@ from components.align_ti.batch import Edits, predicting
 from components.align_ti.cached import Cached
 from components.align_ti.row_weights import ROW_WEIGHTS
 from components.align_ti.step import AlignTI, Method, total
+from components.align_ti.terms.received import middle_layers, random_layers
 from components.align_ti.top_k import top_k
 from components.align_ti.visual_weights import visual_weights
 from components.distill.ddp_module import Replica
@@ -56,6 +58,7 @@ class Whole:
     attention: Tensor  # (B, Nv), the teacher's at layer 1
     module: AlignTI
     models: tuple[VLM, VLM]
+    keys: list[int] = field(default_factory=lambda: KEYS)
 
     def kl(self, rows: Tensor) -> Tensor:
         p, q = self.teacher[rows].softmax(-1), self.student[rows].softmax(-1)
@@ -200,21 +203,43 @@ CASES = {
     "hybrid": Case("hybrid", field_terms.hybrid, aligned=None),
     "hybrid rising": Case("hybrid", partial(field_terms.hybrid, soft=0.35), {"soft": 0.7, "rising": True}, aligned=None),
     "hybrid by confidence": Case("hybrid", field_terms.hybrid_by_confidence, {"row_weight": "confidence"}, aligned=None),
+    "hybrid, shuffled": Case(
+        "hybrid",
+        partial(field_terms.hybrid_by_confidence, shuffled=True),
+        {"row_weight": "confidence", "shuffled": True},
+        aligned=None,
+    ),
     "hybrid of risk": Case("hybrid", partial(field_terms.hybrid, risk=0.1), {"risk": 0.1}, aligned=None),
     "tad": Case("tad", field_terms.tad),
     "dkd": Case("dkd", field_terms.dkd),
+    "dkd, shuffled": Case("dkd", partial(field_terms.dkd, shuffled=True), {"shuffled": True}),
     "taid": Case("taid", field_terms.taid, held=True),
     "va_kd": Case("va_kd", field_terms.va_kd),
+    **{f"va_kd by {by}": Case("va_kd", partial(field_terms.va_kd, by=by), {"by": by}) for by in ("blank", "entropy", "random")},
     "mcd": Case("mcd", field_terms.mcd, highest=1.0, aligned=None),
     "relation": Case("relation", field_terms.relation, highest=2.0),
     "relation centred": Case("relation", partial(field_terms.relation, centred=True), {"centred": True}, highest=2.0),
+    "relation permuted": Case(
+        "relation", partial(field_terms.relation, permuted=True), {"permuted": True}, highest=2.0, aligned=None
+    ),
     "affinity": Case("affinity", field_terms.affinity, highest=2.0, rtol=1e-6),
     "cka": Case("cka", field_terms.cka, highest=2.0, rtol=1e-6),
+    "cka permuted": Case(
+        "cka", partial(field_terms.cka, permuted=True), {"permuted": True}, highest=2.0, aligned=None, rtol=1e-6
+    ),
     "received": Case(
         "received",
         partial(field_terms.received, pairs=((0, (1,)), (1, (0, 1)))),
         {"layers": ((0, (1,)), (1, (0, 1)))},
         highest=4.0,
+        aligned=None,
+        rtol=1e-5,
+    ),
+    "received permuted": Case(
+        "received",
+        partial(field_terms.received, pairs=((0, (1,)),), permuted=True),
+        {"layers": ((0, (1,)),), "permuted": True},
+        highest=2.0,
         aligned=None,
         rtol=1e-5,
     ),
@@ -236,7 +261,7 @@ def test_every_term_has_a_case() -> None:
     assert {case.term for case in CASES.values()} == {*terms.names(), *EXAMPLES}
 
 
-def test_the_table_of_the_docs_has_every_term_and_what_a_cache_serves() -> None:
+def test_the_table_of_the_docs_is_what_the_cases_say() -> None:
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text().partition("## What the tests hold")[2]
     rows = {cells[1].strip(" `"): cells for line in text.splitlines() if len(cells := line.split("|")) > 9}
     told = {name: cells[7].strip() for name, cells in rows.items() if name in terms.names()}
@@ -245,6 +270,8 @@ def test_the_table_of_the_docs_has_every_term_and_what_a_cache_serves() -> None:
         needs = terms.term_class(name)().needs
         served = "live" if needs.live_teacher else "yes" if needs.teacher else "its own" if needs.edits else "none needed"
         assert said.partition(",")[0] == served, name
+        tolerances = [case.rtol for case in CASES.values() if case.term == name and case.formula]
+        assert not tolerances or re.match(r"[^,;]*", rows[name][2].strip())[0] == f"1e-{-math.log10(max(tolerances)):.0f}", name
 
 
 @pytest.fixture(params=CASES)
@@ -257,10 +284,8 @@ def pair(dtype: torch.dtype = torch.float64, family: str = "qwen2") -> tuple[VLM
 
 
 def batch(samples: list[tuple[int, int, int]] = SAMPLES, dtype: torch.dtype = torch.float64) -> Any:
-    made = tiny.batch(samples)
-    made.pixel_values = None if made.pixel_values is None else made.pixel_values.to(dtype)
-    made.edits = edits(made, samples, dtype)
-    return made
+    made = tiny.batch(samples, dtype=dtype)
+    return replace(made, edits=edits(made, samples, dtype))
 
 
 def edits(b: Any, samples: list[tuple[int, int, int]], dtype: torch.dtype) -> Edits | None:
@@ -269,14 +294,16 @@ def edits(b: Any, samples: list[tuple[int, int, int]], dtype: torch.dtype) -> Ed
     if not places:
         return None
     shown = [samples[place] for place in places]
-    own, other = tiny.batch(shown), tiny.batch(shown, seed=9)
-    for made in (own, other):
-        made.pixel_values = made.pixel_values.to(dtype)
-    for name in ("ids", "input_ids", "attention_mask"):  # as they stand in the whole batch
-        kept = [getattr(b, name)[place] for place in places]
-        setattr(own, name, torch.stack(kept)[:, : own.response.shape[1]] if name != "ids" else kept)
-    own.pixel_values = b.pixel_values[[sum(images for images, _, _ in samples[:place]) for place in places]]
-    other.input_ids = torch.where(own.instruction, other.input_ids, own.input_ids)
+    own, other = (tiny.batch(shown, seed, dtype) for seed in (0, 9))
+    T = own.response.shape[1]
+    own = replace(  # as they stand in the whole batch
+        own,
+        ids=[b.ids[place] for place in places],
+        input_ids=b.input_ids[places][:, :T],
+        attention_mask=b.attention_mask[places][:, :T],
+        pixel_values=b.pixel_values[[sum(images for images, _, _ in samples[:place]) for place in places]],
+    )
+    other = replace(other, input_ids=torch.where(own.instruction, other.input_ids, own.input_ids))
     stream = torch.Generator().manual_seed(3)
     kept = torch.rand(own.input_ids.shape, generator=stream) < 0.5
     kept |= ~(own.instruction | own.visual)
@@ -340,6 +367,16 @@ def test_the_risk_of_an_answer_ends_where_the_next_question_begins() -> None:
     mine, theirs = (vlm.plain(b, vlm.features(b), keep=False)[0] for vlm in (student, teacher))
     whole = Whole(b, student.head(mine), teacher.head(theirs), mine, module, (student, teacher))
     torch.testing.assert_close(module(b, KEYS[:1]).sums[of(module, case)], field_terms.hybrid(whole, risk=0.1))
+
+
+def test_random_layers_are_as_many_as_the_middle_ones_and_the_same_each_time() -> None:
+    middle, chosen = middle_layers(24, 28), random_layers(24, 28)
+    assert chosen == random_layers(24, 28) and chosen != middle
+    assert [len(layers) for _, layers in chosen] == [len(layers) for _, layers in middle]
+    assert all(0 <= layer < 24 and len({*layers}) == len(layers) and max(layers) < 28 for layer, layers in chosen)
+    assert {layer for layer, _ in chosen}.isdisjoint(layer for layer, _ in middle)
+    assert len({layer for layer, _ in chosen}) == len(middle)
+    assert len(random_layers(2, 2)) == 1
 
 
 @pytest.mark.parametrize(("depth", "first", "window"), [(24, 8, 2), (28, 9, 3), (32, 11, 3), (36, 12, 4), (40, 13, 5)])
@@ -437,13 +474,10 @@ def test_two_ranks_give_what_one_process_does(name: str, on_two_ranks: Found) ->
 
 
 def pieces(b: Any, split: list[int]) -> Any:
-    images, start = [0, *b.visual.any(1).cumsum(0).tolist()], 0
+    start = 0
     for size in split:
-        part = type(b)(**{k: v[start : start + size] if isinstance(v, Tensor | list) else v for k, v in vars(b).items()})
-        pixels = b.pixel_values[images[start] : images[start + size]]
-        part.pixel_values = pixels if len(pixels) else None
-        part.edits = None if b.edits is None else part_of(b.edits, start, size)
-        yield part, KEYS[start : start + size]
+        edits_here = None if b.edits is None else part_of(b.edits, start, size)
+        yield replace(tiny.part(b, start, start + size), edits=edits_here), KEYS[start : start + size]
         start += size
 
 
@@ -452,10 +486,7 @@ def part_of(whole: Edits, start: int, size: int) -> Edits | None:
     here = [row for row, place in enumerate(whole.indices.tolist()) if start <= place < start + size]
     if not here:
         return None
-    both = (
-        type(b)(**{name: v[here] if isinstance(v, Tensor) else v for name, v in vars(b).items()})
-        for b in (whole.batch, whole.donor)
-    )
+    both = (tiny.part(b, here[0], here[-1] + 1) for b in (whole.batch, whole.donor))
     rows = torch.isin(whole.batch.response.nonzero()[:, 0], torch.tensor(here))
     per_row = (getattr(whole, name)[rows] for name in ("tokens", "whole", "without"))
     return Edits(*both, whole.keep[here], whole.indices[here] - start, whole.effect[here], *per_row)

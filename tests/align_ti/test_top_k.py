@@ -105,8 +105,7 @@ class Kept:
 def test_a_step_from_kept_signals_is_the_step_with_the_teacher(samples: list[tuple[int, int, int]], uniform: bool) -> None:
     student = VLM(tiny.llava("qwen2", 1).double())
     teacher = FrozenTeacher(VLM(tiny.llava("qwen2", 2, hidden=48, layers=3).double()), 1, False)
-    batch = tiny.batch(samples)
-    batch.pixel_values = None if batch.pixel_values is None else batch.pixel_values.double()
+    batch = tiny.batch(samples, dtype=torch.float64)
     weights = {"sft": 1.0, "kd": 0.7, "iva": 1.3, "tpa": 0.0}
     method = Method(weights, options={"iva": {"uniform": uniform}}, eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY)
     found = []

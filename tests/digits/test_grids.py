@@ -20,7 +20,7 @@ from components.digits import raw
 from components.digits.grids import draw, split_digits
 from components.digits.questions import CAPTIONS, DIGITS, KINDS, NUMBERS, cell_names
 from components.errors import DataError
-from components.models.template import question_of
+from components.models.rendered import question_of
 from components.records.paths import SPLITS
 from tests.dataset.conftest import REPOSITORY, Prepared
 

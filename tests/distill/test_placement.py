@@ -14,7 +14,6 @@ from components.config.load import load_settings
 from components.distill.placement import copy_head_to, load_teacher
 from components.distill.teacher import FrozenTeacher
 from components.errors import InputError, Interrupted
-from components.models.collate import Batch
 from components.models.vlm import VLM
 from tests import tiny
 from tests.distill.conftest import write_params
@@ -38,8 +37,7 @@ def test_hidden_states_come_home_from_another_device() -> None:
     with Carries():
         copy_head_to(model, home)
         teacher = FrozenTeacher(VLM(model), 1, shares_tower=False)
-        made = vars(tiny.batch([(1, 3, 3), (1, 5, 2)]))
-        batch = Batch(image_ids=[], **{name: value for name, value in made.items() if name != "visual"})
+        batch = tiny.batch([(1, 3, 3), (1, 5, 2)])
         features = teacher.features(batch, None)
         hidden, cache, _ = teacher.plain(batch, features, keep=True, with_attention=False)
         assert cache is not None and cache.cache.layers[0].keys.is_meta, "what is large stays there"

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from components.distill.replay import Finding, replay
 from components.errors import AlignTIError, InputError, ModelError
 from components.models.checkpoint_folder import record
-from components.models.collate import Collator, Processed
+from components.models.collate import Collator
+from components.models.image_processor import Processed
 from components.records.models import ModelIndex
 from components.records.paths import DUMPS, MODELS
 from tests.distill.conftest import write_params

@@ -107,8 +107,7 @@ def test_the_rule_irs_searches_for_what_irs_says(searched: Path) -> None:
 def test_weights_by_gradient_are_what_each_token_adds_to_the_answer() -> None:
     """Slopes of the mean log-probability of the answer as one token's embedding leaves the mean of its image, cut off at 0."""
     vlm, h = VLM(tiny.llava("qwen2", 1).double()), 1e-3
-    batch = tiny.batch([(1, 3, 3), (0, 2, 2), (1, 5, 2)])
-    batch.pixel_values = batch.pixel_values.double()
+    batch = tiny.batch([(1, 3, 3), (0, 2, 2), (1, 5, 2)], dtype=torch.float64)
     frozen = FrozenTeacher(vlm, 0, False, gradient=True)
     with torch.no_grad():
         *_, weights = frozen.plain(batch, frozen.features(batch, None), keep=False, with_attention=True)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from components.align_ti import terms
-from components.align_ti.batch import Edits
+from components.align_ti.batch import Batch, Edits
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms import CORE
 from components.config.irs import IrsSettings
@@ -21,7 +21,6 @@ from components.dataset.shards import ImageRow, Samples, Turn
 from components.distill.export import export
 from components.distill.teacher import FrozenTeacher
 from components.irs.search import measure
-from components.models.collate import Batch
 from components.models.download import obtain
 from components.models.families import inputs, parts
 from components.models.load import Loaded, check_pair, load

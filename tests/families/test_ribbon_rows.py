@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from components.align_ti.batch import Batch
 from components.align_ti.ribbon import Ribbon, continuation_mask, expanded_mask, plan
-from components.models.collate import Batch
 from components.models.families import inputs
 from components.models.vlm import VLM
 from tests.families import toy

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from components.align_ti.batch import Batch
 from components.align_ti.step import AlignTI, Method
 from components.align_ti.terms import CORE
 from components.dataset.shards import IMAGE, Sample, Turn
 from components.distill.teacher import FrozenTeacher
 from components.models.attention import AttentionProbe, probing
-from components.models.collate import IMAGE_INPUTS, Batch, decode_images
 from components.models.families import prompt
+from components.models.image_processor import IMAGE_INPUTS, decode_images
 from components.models.load import check_pair, load
 from components.models.vlm import VLM
 from tests.families import toy

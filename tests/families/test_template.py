@@ -7,7 +7,9 @@ from transformers import AutoTokenizer
 
 from components.dataset.shards import Turn
 from components.errors import ModelError
-from components.models.template import ChatTemplate, Template, pieces, question_of
+from components.models.chat_template import ChatTemplate
+from components.models.rendered import pieces, question_of
+from components.models.template import Template
 from tests.families import toy
 from tests.families.table import documented
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from components.models.collate import processed
+from components.models.image_processor import processed
 from components.models.processor import load_processor
 from tests.families import toy
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.models.collate import visual_tokens
+from components.models.image_processor import visual_tokens
 from components.models.vlm import VLM
 from tests.families import toy
 from tests.families.table import documented

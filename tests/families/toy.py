@@ -22,8 +22,9 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from components.align_ti.batch import Batch
 from components.dataset.shards import Sample, Turn
-from components.models.collate import Batch, Collator
+from components.models.collate import Collator
 from components.models.load import Loaded, load
 from components.models.processor import images_only
 from components.models.template import IMAGE, Template

@@ -15,7 +15,7 @@ from components.irs.choice import backgrounds, choose, grids_of, leave_one_out_b
 from components.irs.regions import Tiling
 from components.irs.score import pointing
 from components.irs.search import AttentionMaps
-from components.models.collate import decode_first_image
+from components.models.image_processor import decode_first_image
 from tests.families import toy
 from tests.irs.test_regions import PX, TILING
 from tests.irs.test_search import SETTINGS

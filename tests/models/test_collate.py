@@ -11,7 +11,8 @@ from tokenizers import normalizers
 from components.dataset.shards import Turn
 from components.errors import DataError, ModelError
 from components.models import collate
-from components.models.collate import Collator, check_special_tokens, visual_tokens
+from components.models.collate import Collator, check_special_tokens
+from components.models.image_processor import decode_first_image, visual_tokens
 from components.models.template import Template
 from tests.models.conftest import NV, WORDS, bpe_processor, sample, word_processor
 
@@ -160,7 +161,7 @@ def test_images_are_those_of_the_samples_that_have_one(processor) -> None:
     collator = Collator(processor, TEMPLATE, 200, train=True)
     batch = collator(samples)
     assert batch.image_ids == [samples[1].image_id, samples[2].image_id, samples[1].image_id]
-    direct = processor.image_processor(images=[collate.decode_first_image(samples[i]) for i in (1, 2, 1)], return_tensors="pt")
+    direct = processor.image_processor(images=[decode_first_image(samples[i]) for i in (1, 2, 1)], return_tensors="pt")
     assert torch.equal(batch.pixel_values, direct["pixel_values"])
     assert torch.equal(collator(samples).pixel_values, batch.pixel_values)  # from the cache
     assert batch.visual.any(1).tolist() == [False, True, True, True]

@@ -10,7 +10,7 @@ import pytest
 
 from components.errors import ModelError
 from components.irs.regions import preprocessed_image
-from components.models.collate import visual_tokens
+from components.models.image_processor import visual_tokens
 from components.models.image_splitting import disable_image_splitting
 from components.models.processor import load_processor
 from tests.families import toy

@@ -1,5 +1,6 @@
 from components.dataset.shards import Turn
-from components.models.template import ChatTemplate, Template
+from components.models.chat_template import ChatTemplate
+from components.models.template import Template
 from tests.models.conftest import word_processor
 
 TURNS = (Turn("<image>\nwhat digit is at a1 ?", "one"), Turn("list the grid .", "red one, red two"))

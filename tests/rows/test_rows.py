@@ -17,7 +17,7 @@ from components.config.load import load_settings
 from components.config.settings import Settings
 from components.dataset.shards import ImageRow, Samples, Turn
 from components.errors import DataError
-from components.models import collate
+from components.models import image_processor
 from components.models.collate import Collator
 from components.models.processor import load_processor
 from components.models.template import Template
@@ -131,7 +131,7 @@ def test_settings_say_what_becomes_of_long_rows_and_odd_images(here: Path) -> No
 def test_an_image_that_would_grow_past_all_bounds_is_refused_before_it_does(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collate, "MOST_GROWN", 1_000_000)
+    monkeypatch.setattr(image_processor, "MOST_GROWN", 1_000_000)
     vicuna = load_settings(ROOT).models.template
     (sample, *_), judge = toy.SAMPLES, Judge([toy.folder(family)], asked(template=vicuna, max_length=100_000).models)
     grown: list[int] = []

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.align_ti.batch import split_by_image
+from components.align_ti.batch import permuted_by_image, split_by_image
 from components.align_ti.head import at_least_float32
 from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, images
@@ -22,6 +22,7 @@ from components.align_ti.watch import Watch
 class Term:
     layer: int = -2  # student layer; -2: the last but one
     teacher_layer: int = -2
+    permuted: bool = False  # control: the teacher's visual tokens in another order
     units = staticmethod(images)
 
     @property
@@ -31,6 +32,8 @@ class Term:
     def loss(self, outputs: StepOutputs) -> Tensor:
         student = split_by_image(outputs.in_student.hidden[self.layer], outputs.batch)
         teacher = split_by_image(outputs.in_teacher.hidden[self.teacher_layer], outputs.batch)
+        if self.permuted:
+            teacher = permuted_by_image(teacher, outputs.batch)
         pairs = [(_kernel(a).flatten(), _kernel(b).flatten()) for a, b in zip(student, teacher, strict=True)]
         return torch.stack([1 - F.cosine_similarity(a, b, dim=0) for a, b in pairs]).sum() if pairs else outputs.zero
 

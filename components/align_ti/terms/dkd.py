@@ -21,12 +21,15 @@ class Term:
     target: NonNegative = 1.0
     others: NonNegative = 2.0
     row_weight: str | None = "certainty"  # a function of align_ti/row_weights.py; None: uniform
+    shuffled: bool = False  # control: each row has the weight of another row of its sample
     needs = Needs(live=True, gold=True)
     units = staticmethod(responses)
 
     def __post_init__(self) -> None:
         if self.row_weight is not None:
             row_weight_function(self.row_weight)
+        elif self.shuffled:
+            raise ValueError("shuffled: true needs a row_weight, whose values it shuffles")
 
     def loss(self, outputs: StepOutputs) -> Tensor:
         def row_loss(chunk: slice, teacher: Tensor, student: Tensor) -> Tensor:
@@ -35,5 +38,5 @@ class Term:
 
         weights = outputs.ones(outputs.gold)
         if self.row_weight is not None:
-            weights = over_mean(row_weights(outputs, self.row_weight), outputs.sample)
+            weights = over_mean(row_weights(outputs, self.row_weight, shuffled=self.shuffled), outputs.sample)
         return outputs.rowwise(outputs.response_rows, row_loss, weights)

@@ -23,6 +23,7 @@ class Term:
     soft: Ratio = 0.2  # w
     rising: bool = False  # linear warmup of w over the first fifth of the training
     row_weight: str | None = None  # w per row, a function of align_ti/row_weights.py; None: `soft`
+    shuffled: bool = False  # control: each row has the weight of another row of its sample
     risk: NonNegative = 0.0
     discount: Ratio = 0.9999
     needs = Needs(live=True, gold=True)
@@ -31,6 +32,8 @@ class Term:
     def __post_init__(self) -> None:
         if self.row_weight is not None:
             row_weight_function(self.row_weight)
+        elif self.shuffled:
+            raise ValueError("shuffled: true needs a row_weight, whose values it shuffles")
 
     def loss(self, outputs: StepOutputs) -> Tensor:
         def row_terms(chunk: slice, teacher: Tensor, student: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ class Term:
             penalty = self.risk / 4 * (z[:-1] - self.discount * lse[1:]).square() * same_answer
             hard = hard + torch.cat([penalty, penalty.new_zeros(1)])
             hard = hard * self.discount ** index_within(outputs.answer).to(hard.dtype)
-        w = row_weights(outputs, self.row_weight) if self.row_weight else self.soft
+        w = row_weights(outputs, self.row_weight, shuffled=self.shuffled) if self.row_weight else self.soft
         if self.rising:
             w = w * min(1.0, outputs.progress / 0.2)
         return ((1 - w) * hard + w * soft).sum()

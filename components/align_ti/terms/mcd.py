@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from components.align_ti.batch import Batch, edits_of, predicting
+from components.align_ti.batch import Batch, predicting
 from components.align_ti.head import row_losses, rows_per_chunk
 from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, Share
@@ -26,11 +26,11 @@ class Term:
     needs = Needs(teacher=False, gold=True, edits=True)
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        edits = edits_of(batch)
+        edits = batch.edits
         return batch.response.sum().float() * 0 if edits is None else edits.batch.response.any(1).sum().float()
 
     def loss(self, outputs: StepOutputs) -> Tensor:
-        edits, hidden = edits_of(outputs.batch), outputs.edited
+        edits, hidden = outputs.batch.edits, outputs.edited
         if edits is None or hidden is None:
             return outputs.zero
         rows = predicting(edits.batch.response)

@@ -7,6 +7,7 @@ arXiv 2412.01282.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from annotated_types import MinLen
 from torch import Tensor
 
-from components.align_ti.batch import Batch
+from components.align_ti.batch import Batch, permutation
 from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs
 from components.align_ti.watch import Map, Watch
@@ -26,7 +27,8 @@ Pair = tuple[int, Annotated[tuple[int, ...], MinLen(1)]]  # a student layer, and
 @dataclass(frozen=True)
 class Term:
     rows: Literal["visual", "instruction"] = "visual"
-    layers: Literal["middle"] | Annotated[tuple[Pair, ...], MinLen(1)] = "middle"  # middle: `middle_layers` of both depths
+    layers: Literal["middle", "random"] | Annotated[tuple[Pair, ...], MinLen(1)] = "middle"  # by both depths, or pairs
+    permuted: bool = False  # control: the teacher's visual tokens in another order
     sinks: bool = False  # False: entries above mean + std of the sample's map, in either model, are excluded
 
     @property
@@ -37,10 +39,13 @@ class Term:
 
     @property
     def _pairs(self) -> tuple[Pair, ...]:
-        return ((-1, (-1,)),) if self.layers == "middle" else self.layers  # what the rule needs, before depths are known
+        return ((-1, (-1,)),) if isinstance(self.layers, str) else self.layers  # what a rule needs, before depths are known
 
     def at_depth(self, student_layers: int, teacher_layers: int) -> Term:
-        return replace(self, layers=middle_layers(student_layers, teacher_layers)) if self.layers == "middle" else self
+        rules = {"middle": middle_layers, "random": random_layers}
+        return (
+            replace(self, layers=rules[self.layers](student_layers, teacher_layers)) if isinstance(self.layers, str) else self
+        )
 
     def _maps(self, layers: list[int]) -> tuple[Map, ...]:
         return tuple(Map(layer, self.rows, each_row=True) for layer in dict.fromkeys(layers))
@@ -63,7 +68,10 @@ class Term:
                     outputs.in_teacher.maps[Map(teacher_layer, self.rows, True)][sample, :R, :Nv]
                     for teacher_layer in teacher_layers
                 ]
-                losses.append(1 - F.cosine_similarity(*self._received(student_map, torch.stack(teacher_maps).mean(0)), dim=0))
+                teacher_map = torch.stack(teacher_maps).mean(0)
+                if self.permuted:
+                    teacher_map = teacher_map[:, permutation(Nv, batch.ids[sample])]
+                losses.append(1 - F.cosine_similarity(*self._received(student_map, teacher_map), dim=0))
         return torch.stack(losses).sum()
 
     def _received(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,3 +95,18 @@ def middle_layers(student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
     count = max(1, min(7, student_layers - 2 * student_start, teacher_layers - teacher_start))
     width = max(1, min(teacher_layers // 2 - teacher_start - 2, teacher_layers - teacher_start - count + 1))
     return tuple((student_start + j, tuple(range(teacher_start + j, teacher_start + j + width))) for j in range(count))
+
+
+def random_layers(student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
+    """Control: as many pairs as `middle_layers` has, of other layers where there are as many, the same in every training."""
+    middle, generator = middle_layers(student_layers, teacher_layers), random.Random("received")
+
+    def draw(depth: int, excluded: set[int], count: int) -> list[int]:
+        others = [layer for layer in range(depth) if layer not in excluded]
+        return sorted(generator.sample(others if len(others) >= count else range(depth), count))
+
+    students = draw(student_layers, {layer for layer, _ in middle}, len(middle))
+    return tuple(
+        (layer, tuple(draw(teacher_layers, {*window}, len(window))))
+        for layer, (_, window) in zip(students, middle, strict=True)
+    )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.align_ti.batch import split_by_image
+from components.align_ti.batch import permuted_by_image, split_by_image
 from components.align_ti.step_outputs import StepOutputs
 from components.align_ti.terms import Needs, images
 
@@ -20,6 +20,7 @@ from components.align_ti.terms import Needs, images
 @dataclass(frozen=True)
 class Term:
     centred: bool = False  # logits minus their mean over the vocabulary, to which softmax is invariant
+    permuted: bool = False  # control: the teacher's visual tokens in another order
     needs = Needs(response=False, live=True, linear=True)
     units = staticmethod(images)
 
@@ -33,7 +34,10 @@ class Term:
         with torch.no_grad():
             if "gram" not in outputs.teacher_constants:
                 outputs.teacher_constants["gram"] = outputs.teacher_head.gram(outputs.shared, self.centred)
-            teacher = _relations(split_by_image(outputs.teacher, outputs.batch), outputs.teacher_constants["gram"])
+            teacher_states = split_by_image(outputs.teacher, outputs.batch)
+            if self.permuted:
+                teacher_states = permuted_by_image(teacher_states, outputs.batch)
+            teacher = _relations(teacher_states, outputs.teacher_constants["gram"])
         pairs = zip(student, teacher, strict=True)
         return torch.stack([1 - F.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]).sum()
 

@@ -21,7 +21,8 @@ import numpy as np
 from components.dataset.shards import Sample
 from components.evaluate.metrics import normalise
 from components.io import write_table
-from components.models.template import IMAGE, with_marks
+from components.models.rendered import with_marks
+from components.models.template import IMAGE
 
 Form = Literal["mcq", "yes_no", "vqa"]
 LETTERS = string.ascii_uppercase

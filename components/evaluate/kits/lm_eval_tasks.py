@@ -13,9 +13,10 @@ from components.config.load import load_settings
 from components.dataset.shards import Sample, Samples, Turn
 from components.evaluate.generate import questions as scored_rows
 from components.evaluate.metrics import normalise
-from components.models.collate import decode_images
+from components.models.image_processor import decode_images
 from components.models.load import load_processor
-from components.models.template import IMAGE, Template, pieces, question_of
+from components.models.rendered import pieces, question_of
+from components.models.template import IMAGE, Template
 from components.records.paths import DATASET, ROWS
 
 if TYPE_CHECKING:

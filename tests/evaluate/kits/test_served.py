@@ -23,7 +23,8 @@ from components.evaluate.kits.command import evaluate
 from components.evaluate.kits.table import Table
 from components.io import sha256
 from components.models.load import Loaded
-from components.models.template import Template, question_of
+from components.models.rendered import question_of
+from components.models.template import Template
 from components.records.paths import REPORTS, STUDENTS
 from tests.evaluate.conftest import Tracked
 from tests.evaluate.kits.conftest import needs_lm_eval, needs_server, needs_vlmeval
