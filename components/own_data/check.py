@@ -30,8 +30,8 @@ from components.models.rendered import question_of
 from components.process import cores, shared_out
 from components.records.paths import SPLITS, Split
 from components.report.markdown import counted
-from components.rows.judge import CUT, RESIZED, Judge, Remark, different
-from components.rows.trial import judge_of
+from components.rows.judge import CUT, RESIZED, Issue, Judge, distinct_encodings
+from components.rows.trial import build_judge
 
 if TYPE_CHECKING:
     from components.models.collate import Collator
@@ -50,7 +50,7 @@ class Tally:
     tokens: Counter[int] = field(default_factory=Counter)  # usable samples by token count
     answers: Counter[tuple[Split, int]] = field(default_factory=Counter)  # first answers by token count, with EOS
     refused: list[Refused] = field(default_factory=list)
-    remarks: list[Remark] = field(default_factory=list)
+    remarks: list[Issue] = field(default_factory=list)
 
     def add(self, split: Split, samples: list[Sample], judge: Judge | None) -> None:
         """Count the samples about one image, or about several shown together."""
@@ -80,13 +80,13 @@ class Tally:
             own.update(value) if isinstance(own, Counter) else own.extend(value)
 
     @property
-    def left_out(self) -> list[Remark]:
+    def left_out(self) -> list[Issue]:
         return [remark for remark in self.remarks if not remark.kept]
 
     def with_questions(self, split: Split, least: int) -> int:
         """Number of different images of the split with at least `least` different questions, whatever rows they stand in."""
-        different = np.unique(np.frombuffer(self.asked, np.uint64).reshape(-1, 3), axis=0)
-        _, counts = np.unique(different[different[:, 0] == SPLITS.index(split), 1], return_counts=True)
+        distinct = np.unique(np.frombuffer(self.asked, np.uint64).reshape(-1, 3), axis=0)
+        _, counts = np.unique(distinct[distinct[:, 0] == SPLITS.index(split), 1], return_counts=True)
         return int((counts >= least).sum())
 
 
@@ -122,7 +122,7 @@ def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = 
     with tempfile.TemporaryDirectory(prefix="alignti-") as scratch:
         source = source_of(settings.data, Path(scratch) / "index.sqlite")
         tally = Tally(refused=list(source.refused()))
-        asked = (tuple(different(list(folders))), settings.models.model_dump_json())
+        asked = (tuple(distinct_encodings(list(folders))), settings.models.model_dump_json())
         count = min(workers or cores(), source.parts, source.images // WORTH_A_WORKER)
         with tqdm(desc="check: rows tried", total=source.images, unit="image") as bar:
             for one in shared_out(try_part, [(source, part, *asked) for part in range(source.parts)], count):
@@ -134,7 +134,7 @@ def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = 
 
 
 def try_part(source: Source, part: int, folders: tuple[Path, ...], models: str) -> Tally:
-    tally, judge = Tally(), judge_of(folders, models) if folders else None
+    tally, judge = Tally(), build_judge(folders, models) if folders else None
     for found in source.rows(part):
         if isinstance(found, Stored):
             tally.add(found.origin.split, found.row.about(), judge)
@@ -225,7 +225,7 @@ def check_intervals(found: Found, settings: Settings) -> None:
         )
 
 
-T = TypeVar("T", Refused, Remark)
+T = TypeVar("T", Refused, Issue)
 
 
 def _by_reason(things: Iterable[T]) -> list[tuple[str, list[T]]]:

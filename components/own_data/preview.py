@@ -29,7 +29,7 @@ from components.models.collate import Collator
 from components.own_data.check import Tally
 from components.records.paths import DATASET, REPORTS, Split
 from components.report.pages import data_uri, templates, thumbnail
-from components.rows.judge import CUT, Judge, different
+from components.rows.judge import CUT, Judge, distinct_encodings
 from components.tracking import provenance
 
 PAGE = REPORTS / "preview.html"
@@ -106,7 +106,7 @@ def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
 
     Raises DataError or ModelError if data or models cannot be read.
     """
-    judge = Judge(different(list(folders.values())), settings.models)
+    judge = Judge(distinct_encodings(list(folders.values())), settings.models)
     collator, tally = judge.collators[0], Tally()
     shown: dict[str, list[Shown]] = {}
     with TemporaryDirectory(prefix="alignti-") as scratch:

@@ -16,26 +16,29 @@ def main() -> None:
     settings = load_settings()
     from components.tracking.stage_run import stage_run
 
-    asked = settings.models.model_dump(mode="json", include={"max_length", "too_long", "refused_images"})
-    with stage_run("check_rows", runtime=settings.runtime, params=asked) as run:
-        found = try_rows(settings, settings.runtime.workers or cores())
-        run.dataset("tried", found.digest)
-        for split, tried in found.splits.items():
-            run.metrics({f"{split}/usable": tried.usable, f"{split}/tokens": tried.tokens, f"{split}/longest": tried.longest})
+    params = settings.models.model_dump(mode="json", include={"max_length", "too_long", "refused_images"})
+    with stage_run("check_rows", runtime=settings.runtime, params=params) as run:
+        result = try_rows(settings, settings.runtime.workers or cores())
+        run.dataset("tried", result.digest)
+        for split, counts in result.splits.items():
+            run.metrics(
+                {f"{split}/usable": counts.usable, f"{split}/tokens": counts.tokens, f"{split}/longest": counts.longest}
+            )
         run.artifact(ROWS / "rows.json")
-    print(closing_line(found))
+    print(closing_line(result))
 
 
-def closing_line(found: TriedRows) -> str:
+def closing_line(result: TriedRows) -> str:
     usable, cut, resized, tokens, response = (
-        sum(getattr(split, count) for split in found.splits.values())
-        for count in ("usable", "cut", "resized", "tokens", "response_tokens")
+        sum(getattr(split, field) for split in result.splits.values())
+        for field in ("usable", "cut", "resized", "tokens", "response_tokens")
     )
-    left = left_out(found)
-    out = ", ".join(f"{count:,} {reason}" for reason, count in left.most_common())
+    dropped = left_out(result)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
     return (
-        f"check_rows: {usable:,} samples usable, {cut:,} of them cut, {resized:,} with a stretched image; {left.total():,} left"
-        f" out{f' ({out})' if out else ''}; {tokens:,} tokens, {response:,} of them trained on -> {ROWS} (remarks.jsonl)"
+        f"check_rows: {usable:,} samples usable, {cut:,} of them cut, {resized:,} with a stretched image; {dropped.total():,}"
+        f" left out{f' ({reasons})' if reasons else ''}; {tokens:,} tokens, {response:,} of them trained on"
+        f" -> {ROWS} (remarks.jsonl)"
     )
 
 

@@ -25,12 +25,12 @@ from components.records.paths import Split
 from components.records.record import Record
 
 Sizes = tuple[tuple[int, int], ...]  # width and height of each image of a sample
-VERDICT = np.dtype([("turns", "<u2"), ("tokens", "<i4"), ("response", "<i4")])  # turns: kept ones, 0 if the sample is left out
-REMEMBERED = 2**14  # image sizes in the cache of placeholder texts
-CUT, RESIZED = "cut", "resized"  # remarks on usable samples; all other reasons mean left out
+VERDICT = np.dtype([("turns", "<u2"), ("tokens", "<i4"), ("response", "<i4")])  # turns: retained; 0: left out
+CACHED_SIZES = 2**14  # image sizes in the cache of placeholder texts
+CUT, RESIZED = "cut", "resized"  # issues of usable samples; a sample with any other reason is left out
 
 
-class Remark(Record):
+class Issue(Record):
     """One line of remarks.jsonl: a sample that is left out or changed, with the reason."""
 
     split: Split
@@ -38,130 +38,135 @@ class Remark(Record):
     reason: str  # too_long, refused_image or no_sample; or CUT or RESIZED
     detail: str
     turns: int  # turns of the sample
-    kept: int
+    kept: int  # turns retained
 
 
-class _Shown(NamedTuple):
+class _Placeholders(NamedTuple):
     """Placeholders of a sample's images, shortened to one visual token where the others only add to the count."""
 
     texts: tuple[str, ...]
-    more: tuple[int, ...]  # further tokens of each image beyond its text
+    extra_tokens: tuple[int, ...]  # further tokens of each image beyond its text
     stretched: bool
 
 
 class Judge:
     def __init__(self, folders: Sequence[Path], settings: ModelsSettings) -> None:
-        """`folders`: models with different tokenizers, templates or processors (`different`)."""
+        """`folders`: models with different tokenizers, templates or processors (`distinct_encodings`)."""
         self.settings = settings
         template = Template.from_settings(settings.template)
         self.collators = [Collator(load_processor(folder), template, sys.maxsize, train=True) for folder in folders]
-        self._shown = lru_cache(REMEMBERED)(self._shown_anew)
+        self._cached_placeholders = lru_cache(CACHED_SIZES)(self._render_placeholders)
 
     def __call__(
-        self, split: Split, samples: Sequence[Sample], sizes: Sequence[Sizes]
-    ) -> Iterator[tuple[tuple[int, int, int], Remark | None]]:
-        """Verdict and remark of each sample. `sizes`: sizes of its images."""
-        together = self._together(samples, sizes)
-        for place, (sample, its) in enumerate(zip(samples, sizes, strict=True)):
+        self, split: Split, samples: Sequence[Sample], image_sizes: Sequence[Sizes]
+    ) -> Iterator[tuple[tuple[int, int, int], Issue | None]]:
+        """Verdict and issue of each sample. `image_sizes`: sizes of its images."""
+        batch_lengths = self._batch_lengths(samples, image_sizes)
+        for index, (sample, sizes) in enumerate(zip(samples, image_sizes, strict=True)):
             try:
-                tried = together[place] if together else [self._tried(model, sample, its) for model in self._models]
-                verdict, longest = self._within(sample, its, tried)
-            except Refusal as left:
+                lengths = (
+                    batch_lengths[index] if batch_lengths else [self._sample_lengths(m, sample, sizes) for m in self._models]
+                )
+                verdict, uncut_tokens = self._verdict(sample, sizes, lengths)
+            except Refusal as error:
                 yield (
                     (0, 0, 0),
-                    Remark(split=split, id=sample.id, reason=left.reason, detail=left.detail, turns=len(sample.turns), kept=0),
+                    Issue(split=split, id=sample.id, reason=error.reason, detail=error.detail, turns=len(sample.turns), kept=0),
                 )
                 continue
-            yield verdict, self._remark(split, sample, verdict[0], longest, its)
+            yield verdict, self._issue(split, sample, verdict[0], uncut_tokens, sizes)
 
     @property
     def _models(self) -> range:
         return range(len(self.collators))
 
-    def _together(self, samples: Sequence[Sample], sizes: Sequence[Sizes]) -> list[list[np.ndarray]] | None:
+    def _batch_lengths(self, samples: Sequence[Sample], image_sizes: Sequence[Sizes]) -> list[list[np.ndarray]] | None:
         """Lengths of all samples from one batch per model, which is fastest; None if any sample fails."""
         by_model = []
         for model, collator in enumerate(self.collators):
             try:
-                shown = [self._images(model, size) for size in sizes]
-                encoded = collator.encode(samples, [one.texts for one in shown])
+                placeholders = [self._placeholders(model, sizes) for sizes in image_sizes]
+                encoded = collator.encode(samples, [p.texts for p in placeholders])
             except (DataError, ModelError, Refusal):
                 return None
-            by_model.append([_lengths(row, one.more) for row, one in zip(encoded, shown, strict=True)])
+            by_model.append([_lengths(row, p.extra_tokens) for row, p in zip(encoded, placeholders, strict=True)])
         return [list(lengths) for lengths in zip(*by_model, strict=True)]
 
-    def _tried(self, model: int, sample: Sample, sizes: Sizes) -> np.ndarray:
-        shown = self._images(model, sizes)
+    def _sample_lengths(self, model: int, sample: Sample, sizes: Sizes) -> np.ndarray:
+        placeholders = self._placeholders(model, sizes)
         try:
-            (row,) = self.collators[model].encode([sample], [shown.texts])
+            (row,) = self.collators[model].encode([sample], [placeholders.texts])
         except (DataError, ModelError) as error:  # a template may have no place for several images
             raise Refusal("no_sample", str(error)) from None
-        return _lengths(row, shown.more)
+        return _lengths(row, placeholders.extra_tokens)
 
-    def _within(self, sample: Sample, sizes: Sizes, tried: list[np.ndarray]) -> tuple[tuple[int, int, int], int]:
+    def _verdict(self, sample: Sample, sizes: Sizes, lengths: list[np.ndarray]) -> tuple[tuple[int, int, int], int]:
         """Verdict, and token count of the uncut sample. Raises Refusal if it is too long."""
-        most, kept = self.settings.max_length, len(sample.turns)
-        longest = tokens = max(int(lengths[-1]) for lengths in tried)
-        if tokens > most and self.settings.too_long == "cut":
-            kept = min(int((lengths[:-2] <= most).sum()) for lengths in tried)
-            while kept and tokens > most:  # template text after the last answer may not fit
-                shorter = sample.upto(kept)
-                tried = [self._tried(model, shorter, sizes[: len(shorter.images)]) for model in self._models]
-                tokens = max(int(lengths[-1]) for lengths in tried)
-                kept -= tokens > most
-        if tokens > most:
-            raise Refusal("too_long", f"{tokens:,} tokens; models.max_length is {most:,}")
-        return (kept, tokens, max(int(lengths[-2]) for lengths in tried)), longest
+        max_length, turns = self.settings.max_length, len(sample.turns)
+        uncut_tokens = tokens = max(int(model_lengths[-1]) for model_lengths in lengths)
+        if tokens > max_length and self.settings.too_long == "cut":
+            turns = min(int((model_lengths[:-2] <= max_length).sum()) for model_lengths in lengths)
+            while turns and tokens > max_length:  # template text after the last answer may not fit
+                cut_sample = sample.upto(turns)
+                lengths = [self._sample_lengths(model, cut_sample, sizes[: len(cut_sample.images)]) for model in self._models]
+                tokens = max(int(model_lengths[-1]) for model_lengths in lengths)
+                turns -= tokens > max_length
+        if tokens > max_length:
+            raise Refusal("too_long", f"{tokens:,} tokens; models.max_length is {max_length:,}")
+        return (turns, tokens, max(int(model_lengths[-2]) for model_lengths in lengths)), uncut_tokens
 
-    def _remark(self, split: Split, sample: Sample, kept: int, longest: int, sizes: Sizes) -> Remark | None:
-        turns = len(sample.turns)
-        if kept < turns:
-            detail = f"{longest:,} tokens; the first {kept} of {turns} turns are within max_length {self.settings.max_length:,}"
-            return Remark(split=split, id=sample.id, reason=CUT, detail=detail, turns=turns, kept=kept)
-        if sizes and any(self._shown(model, sizes).stretched for model in self._models):
-            detail = f"its image, {_spelt(sizes)} pixels, is stretched to a shape that the processor takes"
-            return Remark(split=split, id=sample.id, reason=RESIZED, detail=detail, turns=turns, kept=kept)
+    def _issue(self, split: Split, sample: Sample, turns_left: int, uncut_tokens: int, sizes: Sizes) -> Issue | None:
+        turns, max_length = len(sample.turns), self.settings.max_length
+        if turns_left < turns:
+            detail = f"{uncut_tokens:,} tokens; the first {turns_left} of {turns} turns are within max_length {max_length:,}"
+            return Issue(split=split, id=sample.id, reason=CUT, detail=detail, turns=turns, kept=turns_left)
+        if sizes and any(self._cached_placeholders(model, sizes).stretched for model in self._models):
+            detail = f"its image, {_format_sizes(sizes)} pixels, is stretched to a shape that the processor takes"
+            return Issue(split=split, id=sample.id, reason=RESIZED, detail=detail, turns=turns, kept=turns_left)
         return None
 
-    def _images(self, model: int, sizes: Sizes) -> _Shown:
+    def _placeholders(self, model: int, sizes: Sizes) -> _Placeholders:
         try:
-            shown = self._shown(model, sizes)
+            placeholders = self._cached_placeholders(model, sizes)
         except RefusedImageError as error:
             raise Refusal("refused_image", str(error)) from None
-        if shown.stretched and self.settings.refused_images == "leave_out":
-            raise Refusal("refused_image", f"a processor refuses an image of {_spelt(sizes)} pixels")
-        return shown
+        if placeholders.stretched and self.settings.refused_images == "leave_out":
+            raise Refusal("refused_image", f"a processor refuses an image of {_format_sizes(sizes)} pixels")
+        return placeholders
 
-    def _shown_anew(self, model: int, sizes: Sizes) -> _Shown:
+    def _render_placeholders(self, model: int, sizes: Sizes) -> _Placeholders:
         collator = self.collators[model]
-        whole, stretched = collator.shown(sizes)
-        one = collator.tokenizer.convert_ids_to_tokens(visual_id(collator.processor))
-        texts, more = [], []
-        for text in whole:
+        image_texts, stretched = collator.shown(sizes)
+        visual_token = collator.tokenizer.convert_ids_to_tokens(visual_id(collator.processor))
+        short_texts, extra_tokens = [], []
+        for text in image_texts:
             ids = collator.tokenizer.encode(text, add_special_tokens=False)
             # The text begins and ends with added tokens, so its neighbours tokenize as beside a single one.
-            parts = {ids[0], ids[-1]} <= set(collator.tokenizer.added_tokens_decoder)
-            texts.append(one if parts else text)
-            more.append(len(ids) - 1 if parts else 0)
-        return _Shown(tuple(texts), tuple(more), stretched)
+            shorten = {ids[0], ids[-1]} <= set(collator.tokenizer.added_tokens_decoder)
+            short_texts.append(visual_token if shorten else text)
+            extra_tokens.append(len(ids) - 1 if shorten else 0)
+        return _Placeholders(tuple(short_texts), tuple(extra_tokens), stretched)
 
 
-def _spelt(sizes: Sizes) -> str:
+def _format_sizes(sizes: Sizes) -> str:
     return " and ".join(f"{width} x {height}" for width, height in sizes)
 
 
-def _lengths(row: Encoded, more: tuple[int, ...]) -> np.ndarray:
-    """Token counts: up to the end of each answer, of all answers, of the sample; `more`: further tokens of each image."""
-    follows = np.append(row.response[1:], False)
-    ends = np.flatnonzero(row.response & ~follows) + 1
-    before = [sum(more[: row.pictures[:end].max()]) for end in ends]
-    return np.array([*(ends + np.array(before, dtype=int)), row.response.sum(), len(row.input_ids) + sum(more)])
+def _lengths(row: Encoded, extra_tokens: tuple[int, ...]) -> np.ndarray:
+    """Token counts: up to the end of each answer, of all answers, of the sample.
+
+    `extra_tokens`: further tokens of each image.
+    """
+    next_is_response = np.append(row.response[1:], False)
+    ends = np.flatnonzero(row.response & ~next_is_response) + 1
+    extra_before = [sum(extra_tokens[: row.pictures[:end].max()]) for end in ends]
+    return np.array([*(ends + np.array(extra_before, dtype=int)), row.response.sum(), len(row.input_ids) + sum(extra_tokens)])
 
 
-def different(folders: Sequence[Path]) -> list[Path]:
+def distinct_encodings(folders: Sequence[Path]) -> list[Path]:
     """Model folders, one per distinct set of tokenizer, processor and chat template files."""
-    found: dict[str, Path] = {}
+    folder_by_hash: dict[str, Path] = {}
     for folder in folders:
         files = [path for pattern in ("*token*", "*processor*", "chat_template*") for path in folder.glob(pattern)]
-        found.setdefault(sha256(sorted(set(files))), folder)
-    return list(found.values())
+        folder_by_hash.setdefault(sha256(sorted(set(files))), folder)
+    return list(folder_by_hash.values())

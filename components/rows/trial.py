@@ -1,6 +1,6 @@
 """Trial of all rows, distributed over processes.
 
-Writes SPLIT.npy for each split: turns kept (0: left out), tokens and response tokens of each sample; remarks.jsonl: samples
+Writes SPLIT.npy for each split: turns retained (0: left out), tokens and response tokens of each sample; remarks.jsonl: samples
 left out or changed, with reasons; rows.json: counts. `Samples` skips what is left out, so that no row stops a training. An
 interrupted run is resumed.
 """
@@ -27,10 +27,10 @@ from components.records.models import ModelIndex
 from components.records.paths import DATASET, MODELS, ROWS, RUNS, SPLITS, Split
 from components.records.record import jsonl
 from components.records.rows import TriedRows, TriedSplit
-from components.rows.judge import CUT, RESIZED, VERDICT, Judge, Remark, different
+from components.rows.judge import CUT, RESIZED, VERDICT, Issue, Judge, distinct_encodings
 
-IMAGES = 4_000  # images per job
-TOGETHER = 64  # samples per batch
+IMAGES_PER_JOB = 4_000
+BATCH_SIZE = 64  # samples
 
 
 def try_rows(
@@ -38,41 +38,41 @@ def try_rows(
 ) -> TriedRows:
     """Try all rows and write `target`. Raises DataError if more than `limits.max_bad_ratio`, or a whole split, is left out."""
     index = ModelIndex.read(models / "index.json")
-    folders = different([Path(record.path) for record in (*index.teachers.values(), *index.students.values())])
+    folders = distinct_encodings([Path(record.path) for record in (*index.teachers.values(), *index.students.values())])
     manifest = Manifest.read(dataset / "manifest.json")
-    facts = {"dataset": manifest.digest, "models": [str(folder) for folder in folders], "index": index.model_dump(mode="json")}
-    facts |= {"settings": settings.models.model_dump(mode="json", exclude={"embedded", "pretrained"})}
-    draft = RUNS / "check_rows" / fingerprint(facts, ["rows", "models"])
-    _try_all(dataset, manifest, folders, settings.models, draft, workers)
+    inputs = {"dataset": manifest.digest, "models": [str(folder) for folder in folders], "index": index.model_dump(mode="json")}
+    inputs |= {"settings": settings.models.model_dump(mode="json", exclude={"embedded", "pretrained"})}
+    draft = RUNS / "check_rows" / fingerprint(inputs, ["rows", "models"])
+    _run_missing_jobs(dataset, manifest, folders, settings.models, draft, workers)
     verdicts = {split: np.concatenate([np.load(part) for part in _parts(draft, split)]) for split in SPLITS}
-    found = TriedRows(
+    result = TriedRows(
         digest=manifest.digest,
         max_length=settings.models.max_length,
         tried_with=[folder.name for folder in folders],
-        splits={split: _counted(verdicts[split], _remarks(draft, split)) for split in SPLITS},
+        splits={split: _count(verdicts[split], _read_issues(draft, split)) for split in SPLITS},
     )
-    _accept(found, draft, settings.data.limits.max_bad_ratio)
+    _accept(result, draft, settings.data.limits.max_bad_ratio)
     with whole_folder(target) as folder:
         for split, verdict in verdicts.items():
             np.save(folder / f"{split}.npy", verdict)
         with (folder / "remarks.jsonl").open("wb") as file:
             file.writelines(part.with_suffix(".jsonl").read_bytes() for split in SPLITS for part in _parts(draft, split))
-        found.write(folder / "rows.json")
+        result.write(folder / "rows.json")
     shutil.rmtree(draft.parent)
-    return found
+    return result
 
 
-def _try_all(
+def _run_missing_jobs(
     dataset: Path, manifest: Manifest, folders: list[Path], settings: ModelsSettings, draft: Path, workers: int
 ) -> None:
-    """Make all missing parts; a part is complete if its .npy file exists."""
+    """Compute all missing parts; a part is complete if its .npy file exists."""
     jobs = []
     for split in SPLITS:
         images = manifest.splits[split].images
-        for first in range(0, images, IMAGES):
+        for first in range(0, images, IMAGES_PER_JOB):
             part = draft / f"{split}-{first:09d}.npy"
             if not part.exists():
-                last = min(first + IMAGES, images)
+                last = min(first + IMAGES_PER_JOB, images)
                 jobs.append((dataset, split, first, last, tuple(folders), settings.model_dump_json(), part))
     Samples(dataset, "train")  # checks the hashes once; worker processes do not
     with tqdm(desc="check_rows", total=sum(last - first for _, _, first, last, *_ in jobs), unit="image") as bar:
@@ -81,25 +81,25 @@ def _try_all(
 
 
 def try_part(dataset: Path, split: Split, first: int, last: int, folders: tuple[Path, ...], settings: str, part: Path) -> int:
-    """Try the samples about images `first`..`last` - 1 and write verdicts and remarks; returns the number of images."""
-    judge, samples = judge_of(folders, settings), _samples(dataset, split)
+    """Try the samples about images `first`..`last` - 1 and write verdicts and issues; returns the number of images."""
+    judge, samples = build_judge(folders, settings), _samples(dataset, split)
     verdicts: list[tuple[int, int, int]] = []
-    remarks: list[Remark] = []
+    issues: list[Issue] = []
     sizes = {row: samples.image_sizes(row) for row in range(first, last)}
-    waiting = [(sample, its[: len(sample.images)]) for row, its in sizes.items() for sample in samples.texts(row)]
-    for start in range(0, len(waiting), TOGETHER):
-        some, shown = zip(*waiting[start : start + TOGETHER], strict=True)
-        for verdict, remark in judge(split, some, shown):
+    pairs = [(sample, row_sizes[: len(sample.images)]) for row, row_sizes in sizes.items() for sample in samples.texts(row)]
+    for start in range(0, len(pairs), BATCH_SIZE):
+        batch, batch_sizes = zip(*pairs[start : start + BATCH_SIZE], strict=True)
+        for verdict, issue in judge(split, batch, batch_sizes):
             verdicts.append(verdict)
-            remarks += [remark] if remark else []
-    write_text(part.with_suffix(".jsonl"), jsonl(remarks))
+            issues += [issue] if issue else []
+    write_text(part.with_suffix(".jsonl"), jsonl(issues))
     with draft_of(part) as draft, draft.open("wb") as file:
         np.save(file, np.array(verdicts, dtype=VERDICT))
     return last - first
 
 
 @lru_cache(maxsize=1)
-def judge_of(folders: tuple[Path, ...], settings: str) -> Judge:
+def build_judge(folders: tuple[Path, ...], settings: str) -> Judge:
     return Judge(folders, ModelsSettings.model_validate_json(settings))
 
 
@@ -112,14 +112,14 @@ def _parts(draft: Path, split: Split) -> list[Path]:
     return sorted(draft.glob(f"{split}-*.npy"))
 
 
-def _remarks(draft: Path, split: Split) -> Iterator[Remark]:
+def _read_issues(draft: Path, split: Split) -> Iterator[Issue]:
     for part in _parts(draft, split):
         with part.with_suffix(".jsonl").open(encoding="utf-8") as file:
-            yield from map(Remark.model_validate_json, file)
+            yield from map(Issue.model_validate_json, file)
 
 
-def _counted(verdict: np.ndarray, remarks: Iterable[Remark]) -> TriedSplit:
-    reasons = Counter(remark.reason for remark in remarks)
+def _count(verdict: np.ndarray, issues: Iterable[Issue]) -> TriedSplit:
+    reasons = Counter(issue.reason for issue in issues)
     usable = verdict["turns"] > 0
     return TriedSplit(
         samples=len(verdict),
@@ -133,23 +133,23 @@ def _counted(verdict: np.ndarray, remarks: Iterable[Remark]) -> TriedSplit:
     )
 
 
-def left_out(found: TriedRows) -> Counter[str]:
-    """Number of samples by the reason that they are left out for."""
-    return sum((Counter(split.left_out) for split in found.splits.values()), Counter())
+def left_out(result: TriedRows) -> Counter[str]:
+    """Number of excluded samples by reason."""
+    return sum((Counter(split.left_out) for split in result.splits.values()), Counter())
 
 
-def _accept(found: TriedRows, draft: Path, max_bad_ratio: float) -> None:
-    samples, bad = sum(split.samples for split in found.splits.values()), left_out(found)
-    listing = RUNS / "check_rows" / "remarks.jsonl"
-    if bad.total() > max_bad_ratio * samples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+def _accept(result: TriedRows, draft: Path, max_bad_ratio: float) -> None:
+    samples, dropped = sum(split.samples for split in result.splits.values()), left_out(result)
+    issues_file = RUNS / "check_rows" / "remarks.jsonl"
+    if dropped.total() > max_bad_ratio * samples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
         problem = (
-            f"{bad.total():,} of {samples:,} samples cannot be trained on, more than limits.max_bad_ratio = {max_bad_ratio} of"
-            f" params/data.yaml allows: {reasons}; each and its reason is in {listing}"
+            f"{dropped.total():,} of {samples:,} samples cannot be trained on, more than limits.max_bad_ratio = {max_bad_ratio}"
+            f" of params/data.yaml allows: {reasons}; each and its reason is in {issues_file}"
         )
-    elif empty := [split for split, tried in found.splits.items() if not tried.usable]:
-        problem = f"no sample of {' and '.join(empty)} can be used; the reasons are in {listing}"
+    elif empty := [split for split, counts in result.splits.items() if not counts.usable]:
+        problem = f"no sample of {' and '.join(empty)} can be used; the reasons are in {issues_file}"
     else:
         return
-    write_text(listing, jsonl(remark for split in SPLITS for remark in _remarks(draft, split) if not remark.kept))
+    write_text(issues_file, jsonl(issue for split in SPLITS for issue in _read_issues(draft, split) if not issue.kept))
     raise DataError(problem)

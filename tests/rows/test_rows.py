@@ -245,7 +245,7 @@ def test_more_than_may_be_bad_stops_the_stage_and_leaves_the_list(here: Path) ->
 
 
 def test_an_interrupted_run_goes_on_and_workers_change_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "IMAGES", 2)
+    monkeypatch.setattr(trial, "IMAGES_PER_JOB", 2)
     tried(here)
     whole = {path.name: path.read_bytes() for path in (here / "rows").iterdir()}
     real, made = trial.try_part, list[Any]()
