@@ -44,23 +44,23 @@ class Asked:
     def check_rows(self, shipped: DataSettings) -> None:
         """Read all rows, and the images up to the first usable one. Raises DataError if the file cannot be read, more rows are
         bad than allowed, or none is usable."""
-        most = shipped.limits.max_bad_ratio
+        max_bad_ratio = shipped.limits.max_bad_ratio
         with tempfile.TemporaryDirectory(prefix="alignti-") as scratch:
             source = source_of(self.settings(shipped, share=0.05), Path(scratch) / "index.sqlite")
             refused = list(source.refused())
-            for found in chain.from_iterable(map(source.rows, range(source.parts))):
-                if len(refused) > most * source.rows_in:
+            for outcome in chain.from_iterable(map(source.rows, range(source.parts))):
+                if len(refused) > max_bad_ratio * source.rows_in:
                     break
-                if isinstance(found, Stored):
+                if isinstance(outcome, Stored):
                     return
-                refused += found
-        told = f"{self.data}: {bad_rows(refused, source.rows_in)}"
-        raise DataError(f"{told}, more than limits.max_bad_ratio = {most} of params/data.yaml allows")
+                refused += outcome
+        problem = f"{self.data}: {bad_rows(refused, source.rows_in)}"
+        raise DataError(f"{problem}, more than limits.max_bad_ratio = {max_bad_ratio} of params/data.yaml allows")
 
     def settings(self, shipped: DataSettings, share: float) -> DataSettings:
         """Data settings with these rows and images; `share`: of val and of test."""
-        own = LlavaFolder(annotations=self.data, images=self.images, val=share, test=share)
-        return shipped.model_copy(update={"source": "llava", "llava": own})
+        llava = LlavaFolder(annotations=self.data, images=self.images, val=share, test=share)
+        return shipped.model_copy(update={"source": "llava", "llava": llava})
 
     @property
     def recipe(self) -> Path:
@@ -68,11 +68,13 @@ class Asked:
 
     def checkpoint(self, role: str) -> Checkpoint:
         """A local folder, or ORG/NAME@COMMIT of the hub. Raises InputError."""
-        said = getattr(self, role)
-        if said and (folder := Path(said).expanduser()).is_dir():
+        value = getattr(self, role)
+        if value and (folder := Path(value).expanduser()).is_dir():
             check_checkpoint(folder)
-            return Checkpoint(source=said, revision=None)
-        source, _, revision = said.partition("@")
+            return Checkpoint(source=value, revision=None)
+        source, _, revision = value.partition("@")
         if source.count("/") == 1 and re.fullmatch(r"[0-9a-f]{40}", revision):
             return Checkpoint(source=source, revision=revision)
-        raise InputError(f"--{role} {said}: no such folder; a model of the hub is ORG/NAME@COMMIT, with the commit's 40 digits")
+        raise InputError(
+            f"--{role} {value}: no such folder; a model of the hub is ORG/NAME@COMMIT, with the commit's 40 digits"
+        )

@@ -1,4 +1,4 @@
-"""Models of `params/models.yaml` that are here, for `alignti check --data` and `alignti preview`."""
+"""Models of `params/models.yaml` that are available locally, for `alignti check --data` and `alignti preview`."""
 
 from __future__ import annotations
 

@@ -46,29 +46,29 @@ class Tally:
     images: Counter[Split] = field(default_factory=Counter)
     samples: Counter[Split] = field(default_factory=Counter)
     usable: Counter[Split] = field(default_factory=Counter)
-    asked: array[int] = field(default_factory=lambda: array("Q"))  # triples of split, image and question about it
+    questions: array[int] = field(default_factory=lambda: array("Q"))  # triples of split, image and question about it
     tokens: Counter[int] = field(default_factory=Counter)  # usable samples by token count
     answers: Counter[tuple[Split, int]] = field(default_factory=Counter)  # first answers by token count, with EOS
     refused: list[Refused] = field(default_factory=list)
-    remarks: list[Issue] = field(default_factory=list)
+    issues: list[Issue] = field(default_factory=list)
 
     def add(self, split: Split, samples: list[Sample], judge: Judge | None) -> None:
         """Count the samples about one image, or about several shown together."""
         self.images[split] += 1
         self.samples[split] += len(samples)
         if judge is None:
-            self.asked.extend(_asked(split, samples))
+            self.questions.extend(_question_triples(split, samples))
             return
-        kept = []
-        tried = judge(split, samples, [image_sizes(samples[0].images)] * len(samples))
-        for sample, ((turns, tokens, _), remark) in zip(samples, tried, strict=True):
+        usable = []
+        verdicts = judge(split, samples, [image_sizes(samples[0].images)] * len(samples))
+        for sample, ((turns, tokens, _), issue) in zip(samples, verdicts, strict=True):
             if turns:
-                kept.append(sample)
+                usable.append(sample)
                 self.tokens[tokens] += 1
-            self.remarks += [remark] if remark else []
-        self.usable[split] += len(kept)
-        self.asked.extend(_asked(split, kept))
-        self.answers.update((split, length) for length in answer_lengths(judge.collators[0], kept))
+            self.issues += [issue] if issue else []
+        self.usable[split] += len(usable)
+        self.questions.extend(_question_triples(split, usable))
+        self.answers.update((split, length) for length in answer_lengths(judge.collators[0], usable))
 
     def first_answers(self, *splits: Split) -> Counter[int]:
         """First answers by token count, in these splits or in all."""
@@ -76,22 +76,24 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         for name, value in vars(other).items():
-            own = getattr(self, name)
-            own.update(value) if isinstance(own, Counter) else own.extend(value)
+            total = getattr(self, name)
+            total.update(value) if isinstance(total, Counter) else total.extend(value)
 
     @property
     def left_out(self) -> list[Issue]:
-        return [remark for remark in self.remarks if not remark.kept]
+        return [issue for issue in self.issues if not issue.kept]
 
-    def with_questions(self, split: Split, least: int) -> int:
-        """Number of different images of the split with at least `least` different questions, whatever rows they stand in."""
-        distinct = np.unique(np.frombuffer(self.asked, np.uint64).reshape(-1, 3), axis=0)
+    def images_with_questions(self, split: Split, minimum: int) -> int:
+        """Number of different images of the split with at least `minimum` different questions, in any rows."""
+        distinct = np.unique(np.frombuffer(self.questions, np.uint64).reshape(-1, 3), axis=0)
         _, counts = np.unique(distinct[distinct[:, 0] == SPLITS.index(split), 1], return_counts=True)
-        return int((counts >= least).sum())
+        return int((counts >= minimum).sum())
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckResult:
+    """Result of `try_data`."""
+
     source: str  # title
     rows_in: int
     rules: list[Rule]
@@ -99,11 +101,11 @@ class Found:
     tally: Tally
 
 
-def _asked(split: Split, samples: Sequence[Sample]) -> Iterator[int]:
+def _question_triples(split: Split, samples: Sequence[Sample]) -> Iterator[int]:
     """Triples, one after the other: number of the split, hash of the image (or images shown together), hash of a question."""
     for sample in instructions(samples):
-        shown = b"".join(hashlib.sha256(image).digest() for image in sample.images)
-        yield from (SPLITS.index(split), _hash(shown), _hash(question_of(sample.turns[0]).encode()))
+        image_digests = b"".join(hashlib.sha256(image).digest() for image in sample.images)
+        yield from (SPLITS.index(split), _hash(image_digests), _hash(question_of(sample.turns[0]).encode()))
 
 
 def _hash(content: bytes) -> int:
@@ -112,113 +114,115 @@ def _hash(content: bytes) -> int:
 
 def answer_lengths(collator: Collator, samples: Sequence[Sample]) -> list[int]:
     """Token count of each sample's first answer, with EOS: the length that `evaluate` has to generate."""
-    first = (sample.turns[0] for sample in samples)
-    alone = [Sample("", "", "", None, (Turn(question_of(turn), turn.answer),)) for turn in first]
-    return [int(row.response.sum()) for row in collator.encode(alone)] if alone else []
+    first_turns = (sample.turns[0] for sample in samples)
+    single_turns = [Sample("", "", "", None, (Turn(question_of(turn), turn.answer),)) for turn in first_turns]
+    return [int(row.response.sum()) for row in collator.encode(single_turns)] if single_turns else []
 
 
-def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = None) -> Found:
+def try_data(settings: Settings, folders: Iterable[Path], workers: int | None = None) -> CheckResult:
     """Try all rows with the models in `folders`, in `workers` processes. Raises DataError if the source cannot be read."""
     with tempfile.TemporaryDirectory(prefix="alignti-") as scratch:
         source = source_of(settings.data, Path(scratch) / "index.sqlite")
         tally = Tally(refused=list(source.refused()))
-        asked = (tuple(distinct_encodings(list(folders))), settings.models.model_dump_json())
+        judge_args = (tuple(distinct_encodings(list(folders))), settings.models.model_dump_json())
         count = min(workers or cores(), source.parts, source.images // WORTH_A_WORKER)
         with tqdm(desc="check: rows tried", total=source.images, unit="image") as bar:
-            for one in shared_out(try_part, [(source, part, *asked) for part in range(source.parts)], count):
-                tally.merge(one)
-                bar.update(one.images.total())
-        tally.refused.sort(key=lambda one: (one.source or "", one.row))
-        tally.remarks.sort(key=lambda one: (one.split, one.id))
-        return Found(source.title, source.rows_in, source.rules(), source.boxes, tally)
+            for partial in shared_out(try_part, [(source, part, *judge_args) for part in range(source.parts)], count):
+                tally.merge(partial)
+                bar.update(partial.images.total())
+        tally.refused.sort(key=lambda refused: (refused.source or "", refused.row))
+        tally.issues.sort(key=lambda issue: (issue.split, issue.id))
+        return CheckResult(source.title, source.rows_in, source.rules(), source.boxes, tally)
 
 
 def try_part(source: Source, part: int, folders: tuple[Path, ...], models: str) -> Tally:
     tally, judge = Tally(), build_judge(folders, models) if folders else None
-    for found in source.rows(part):
-        if isinstance(found, Stored):
-            tally.add(found.origin.split, found.row.about(), judge)
+    for outcome in source.rows(part):
+        if isinstance(outcome, Stored):
+            tally.add(outcome.origin.split, outcome.row.about(), judge)
         else:
-            tally.refused += found
+            tally.refused += outcome
     return tally
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def report(found: Found, settings: Settings, folders: dict[str, Path], missing: list[str]) -> Iterator[str]:
+def report(result: CheckResult, settings: Settings, folders: dict[str, Path], missing: list[str]) -> Iterator[str]:
     """Output lines of `alignti check --data`."""
-    tally = found.tally
-    yield f"data: {found.source}"
-    share = f" ({len(tally.refused) / found.rows_in:.1%})" if tally.refused else ""
-    yield f"  {counted(found.rows_in, 'row')}, {len(tally.refused):,} refused{share}"
+    tally = result.tally
+    yield f"data: {result.source}"
+    share = f" ({len(tally.refused) / result.rows_in:.1%})" if tally.refused else ""
+    yield f"  {counted(result.rows_in, 'row')}, {len(tally.refused):,} refused{share}"
     for reason, refused in _by_reason(tally.refused):
         yield f"  {reason}: {len(refused):,}"
-        for one in refused[:EXAMPLES]:
-            named = "" if one.id is None else f" ({one.id})"
-            yield f"    {f'{one.source}, ' if one.source else ''}row {one.row}{named}: {one.detail}"
-    for rule in found.rules:
+        for refusal in refused[:EXAMPLES]:
+            id_note = "" if refusal.id is None else f" ({refusal.id})"
+            yield f"    {f'{refusal.source}, ' if refusal.source else ''}row {refusal.row}{id_note}: {refusal.detail}"
+    for rule in result.rules:
         yield f"  rule {rule.name}: {counted(rule.rows, 'row')}, such as row {rule.row}{f': {rule.did}' if rule.did else ''}"
     yield "splits: " + "; ".join(
         f"{split} {counted(tally.images[split], 'image')}, {counted(tally.samples[split], 'sample')}" for split in SPLITS
     )
-    asked = settings.irs.instructions_per_image
-    able = " and ".join(f"{tally.with_questions(split, asked):,} of {split}" for split in ("train", "val"))
-    yield f"  with {asked} different questions (irs.instructions_per_image), of which IRS needs 2 images: {able}"
+    per_image = settings.irs.instructions_per_image
+    image_counts = " and ".join(f"{tally.images_with_questions(split, per_image):,} of {split}" for split in ("train", "val"))
+    yield f"  with {per_image} different questions (irs.instructions_per_image), of which IRS needs 2 images: {image_counts}"
     if missing:
         yield f"not tried with {', '.join(missing)}: not obtained yet; `dvc repro obtain_models` does"
     if not folders:
         return
     usable, samples = tally.usable.total(), tally.samples.total()
     yield f"tried with {', '.join(folders)}: {usable:,} of {samples:,} samples usable"
-    for reason, remarks in _by_reason(tally.remarks):
-        yield f"  {reason}: {len(remarks):,}{'' if reason in (CUT, RESIZED) else ', left out'}"
-        for remark in remarks[:EXAMPLES]:
-            yield f"    {remark.split} {remark.id}: {remark.detail}"
+    for reason, issues in _by_reason(tally.issues):
+        yield f"  {reason}: {len(issues):,}{'' if reason in (CUT, RESIZED) else ', left out'}"
+        for issue in issues[:EXAMPLES]:
+            yield f"    {issue.split} {issue.id}: {issue.detail}"
     if tally.tokens:
         yield f"  longest sample {max(tally.tokens):,} tokens of models.max_length {settings.models.max_length:,}"
-    most, asked_in = settings.evaluate.max_new_tokens, settings.evaluate.split
-    answers = tally.first_answers(asked_in)
-    if longer := sum(count for length, count in answers.items() if length > most):
-        told = f"{longer:,} first answers of {asked_in} are longer than evaluate.max_new_tokens {most}"
-        yield f"  {told}, the longest {max(answers)}: raise it"
+    limit, split = settings.evaluate.max_new_tokens, settings.evaluate.split
+    answers = tally.first_answers(split)
+    if longer := sum(count for length, count in answers.items() if length > limit):
+        summary = f"{longer:,} first answers of {split} are longer than evaluate.max_new_tokens {limit}"
+        yield f"  {summary}, the longest {max(answers)}: raise it"
 
 
-def accept(found: Found, settings: Settings) -> None:
+def accept(result: CheckResult, settings: Settings) -> None:
     """Raises DataError if `prepare`, `check_rows` or `search_layer` would fail on these data."""
-    accept_rows(found, settings)
-    tally = found.tally
+    accept_rows(result, settings)
+    tally = result.tally
     usable = tally.usable if tally.usable or tally.left_out else tally.samples
     if empty := [split for split in SPLITS if not usable[split]]:
         raise DataError(
             f"no usable sample fell into {' and '.join(empty)}: give more images, or raise the shares in params/data.yaml"
         )
-    check_intervals(found, settings)
-    able = tally.with_questions("train", settings.irs.instructions_per_image)
-    if settings.needs_layer and able < 2:
-        raise TooFewInstructions(able, tally.images["train"], settings.irs)
-    if settings.irs.rule == "pointing" and able >= 2 and not found.boxes and settings.distill.stage != "align":
+    check_intervals(result, settings)
+    eligible = tally.images_with_questions("train", settings.irs.instructions_per_image)
+    if settings.needs_layer and eligible < 2:
+        raise TooFewInstructions(eligible, tally.images["train"], settings.irs)
+    if settings.irs.rule == "pointing" and eligible >= 2 and not result.boxes and settings.distill.stage != "align":
         raise NoRegions
 
 
-def accept_rows(found: Found, settings: Settings) -> None:
+def accept_rows(result: CheckResult, settings: Settings) -> None:
     """Raises DataError if more rows are bad, or more samples left out, than `limits.max_bad_ratio` allows."""
-    tally, most = found.tally, settings.data.limits.max_bad_ratio
+    tally, max_bad_ratio = result.tally, settings.data.limits.max_bad_ratio
     problems = []
-    if len(tally.refused) > most * found.rows_in:
-        problems.append(bad_rows(tally.refused, found.rows_in))
-    if len(tally.left_out) > most * tally.samples.total():
-        left = tally.left_out[0]
-        such = f"such as {left.id}: {left.detail}"
-        problems.append(f"{len(tally.left_out):,} of {tally.samples.total():,} samples cannot be trained on ({such})")
+    if len(tally.refused) > max_bad_ratio * result.rows_in:
+        problems.append(bad_rows(tally.refused, result.rows_in))
+    if len(tally.left_out) > max_bad_ratio * tally.samples.total():
+        example = tally.left_out[0]
+        reason = f"such as {example.id}: {example.detail}"
+        problems.append(f"{len(tally.left_out):,} of {tally.samples.total():,} samples cannot be trained on ({reason})")
     if problems:
-        raise DataError(f"{' and '.join(problems)}, more than limits.max_bad_ratio = {most} of params/data.yaml allows")
+        raise DataError(
+            f"{' and '.join(problems)}, more than limits.max_bad_ratio = {max_bad_ratio} of params/data.yaml allows"
+        )
 
 
-def check_intervals(found: Found, settings: Settings) -> None:
+def check_intervals(result: CheckResult, settings: Settings) -> None:
     """Raises DataError if the evaluated split has one image: `compare` resamples images, after everything is trained."""
     split = settings.evaluate.split
-    if found.tally.images[split] < 2:
+    if result.tally.images[split] < 2:
         raise DataError(
             f"{split} has one image, and intervals need two (rows that share an image are in one split): give more images, or"
             " raise the shares in params/data.yaml"
@@ -228,9 +232,9 @@ def check_intervals(found: Found, settings: Settings) -> None:
 T = TypeVar("T", Refused, Issue)
 
 
-def _by_reason(things: Iterable[T]) -> list[tuple[str, list[T]]]:
+def _by_reason(records: Iterable[T]) -> list[tuple[str, list[T]]]:
     """Groups by reason, the largest first."""
     groups: dict[str, list[T]] = {}
-    for thing in things:
-        groups.setdefault(thing.reason, []).append(thing)
-    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    for record in records:
+        groups.setdefault(record.reason, []).append(record)
+    return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))

@@ -1,6 +1,6 @@
 """`alignti preview`: samples of every kind as the student reads them, with visual and response tokens marked.
 
-Decoded from the token ids and masks of training. Reads about `MOST` images at most: evenly spaced ones of the prepared
+Decoded from the token ids and masks of training. Reads about MAX_IMAGES at most: evenly spaced ones of the prepared
 training split if it is of these params, else the first ones of each part of the source.
 """
 
@@ -33,8 +33,8 @@ from components.rows.judge import CUT, Judge, distinct_encodings
 from components.tracking import provenance
 
 PAGE = REPORTS / "preview.html"
-MOST = 2_000  # images read, about
-BARS = 24  # maximum number of bins of the length histogram
+MAX_IMAGES = 2_000  # about
+MAX_BINS = 24  # of the length histogram
 THUMBNAIL_PX = 240
 
 Role = Literal["read", "trained", "visual"]
@@ -50,10 +50,10 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Shown:
+class SamplePreview:
     sample: Sample
     pieces: list[Piece]
-    remark: str  # detail of its remark of `check_rows`; empty: none
+    issue: str  # detail of its issue in `check_rows`; empty: none
 
     def tokens(self, role: Role | None = None) -> int:
         return sum(piece.tokens for piece in self.pieces if role in (None, piece.role))
@@ -63,7 +63,7 @@ class Shown:
 class Preview:
     origin: str
     read_by: str  # names of the models
-    shown: dict[str, list[Shown]]  # by kind
+    samples: dict[str, list[SamplePreview]]  # kind -> samples
     tally: Tally  # over all images read
     max_length: int
     max_new_tokens: int
@@ -71,10 +71,10 @@ class Preview:
     @property
     def lengths(self) -> str:
         images, samples, longest = self.tally.images.total(), self.tally.samples.total(), max(self.tally.tokens, default=0)
-        beyond = [remark for remark in self.tally.remarks if remark.reason in (CUT, "too_long")]
+        issues = [issue for issue in self.tally.issues if issue.reason in (CUT, "too_long")]
         middle = median(self.tally.tokens.elements()) if self.tally.tokens else 0
-        out = sum(not remark.kept for remark in beyond)
-        longer = f"{len(beyond):,} are longer, {out:,} of them left out and the others cut" if beyond else "none is longer"
+        left_out = sum(not issue.kept for issue in issues)
+        longer = f"{len(issues):,} are longer, {left_out:,} of them left out and the others cut" if issues else "none is longer"
         return (
             f"{samples:,} samples of {images:,} images: {middle:,.0f} tokens in the middle, {longest:,} at most, of max_length"
             f" {self.max_length:,}; {longer}"
@@ -94,7 +94,7 @@ class Preview:
         """Histogram of token counts: `from-to`, samples, height relative to the highest bar."""
         if not self.tally.tokens:
             return []
-        width = -(-(max(self.tally.tokens) + 1) // BARS)
+        width = -(-(max(self.tally.tokens) + 1) // MAX_BINS)
         counts = [0] * (max(self.tally.tokens) // width + 1)
         for length, count in self.tally.tokens.items():
             counts[length // width] += count
@@ -108,68 +108,70 @@ def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
     """
     judge = Judge(distinct_encodings(list(folders.values())), settings.models)
     collator, tally = judge.collators[0], Tally()
-    shown: dict[str, list[Shown]] = {}
+    previews: dict[str, list[SamplePreview]] = {}
     with TemporaryDirectory(prefix="alignti-") as scratch:
-        origin, images = _images(settings, Path(scratch))
+        origin, images = _samples_by_image(settings, Path(scratch))
         for split, samples in images:
             tally.add(split, samples, judge)
-            remarks = {remark.id: remark for remark in tally.remarks[-len(samples) :]}
+            issues = {issue.id: issue for issue in tally.issues[-len(samples) :]}
             for sample in samples:
-                if len(of_kind := shown.setdefault(sample.kind, [])) < each:
-                    remark = remarks.get(sample.id)
-                    kept = sample if remark is None else sample.upto(remark.kept)
-                    read = pieces(collator, kept) if kept.turns else []
-                    of_kind.append(Shown(sample, read, remark.detail if remark else ""))
-    alike = len(judge.collators) == 1
-    by = " and ".join(folders) if alike else f"{next(iter(folders))}; another of {', '.join(folders)} reads otherwise"
-    return Preview(origin, by, shown, tally, settings.models.max_length, settings.evaluate.max_new_tokens)
+                if len(kind_previews := previews.setdefault(sample.kind, [])) < each:
+                    issue = issues.get(sample.id)
+                    cut_sample = sample if issue is None else sample.upto(issue.kept)
+                    pieces = decode_pieces(collator, cut_sample) if cut_sample.turns else []
+                    kind_previews.append(SamplePreview(sample, pieces, issue.detail if issue else ""))
+    same_encoding = len(judge.collators) == 1
+    read_by = (
+        " and ".join(folders) if same_encoding else f"{next(iter(folders))}; another of {', '.join(folders)} reads otherwise"
+    )
+    return Preview(origin, read_by, previews, tally, settings.models.max_length, settings.evaluate.max_new_tokens)
 
 
-def pieces(collator: Collator, sample: Sample) -> list[Piece]:
+def decode_pieces(collator: Collator, sample: Sample) -> list[Piece]:
     """Decoded tokens of the sample, in order, by role."""
     (row,) = collator.encode([sample])
-    roles = ["visual" if seen else "trained" if said else "read" for seen, said in zip(row.visual, row.response, strict=True)]
-    found, start = [], 0
+    roles = ["visual" if v else "trained" if r else "read" for v, r in zip(row.visual, row.response, strict=True)]
+    pieces, start = [], 0
     for (role, _), group in groupby(zip(roles, row.pictures, strict=True)):
         end = start + len(list(group))
         # Difference of two prefixes: decoded alone, a run loses its first space with some tokenizers.
-        before, upto = (collator.tokenizer.decode(row.input_ids[:n][~row.visual[:n]]) for n in (start, end))
-        found.append(Piece(role, "" if role == "visual" else upto[len(before) :], end - start))  # type: ignore[arg-type]
+        prefix, extended = (collator.tokenizer.decode(row.input_ids[:n][~row.visual[:n]]) for n in (start, end))
+        pieces.append(Piece(role, "" if role == "visual" else extended[len(prefix) :], end - start))  # type: ignore[arg-type]
         start = end
-    return found
+    return pieces
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------------
 
 
-def _images(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Split, list[Sample]]]]:
+def _samples_by_image(settings: Settings, scratch: Path) -> tuple[str, Iterator[tuple[Split, list[Sample]]]]:
     """Title of the source, and (split, samples) of each image."""
-    if prepared(settings.data):
+    if is_prepared(settings.data):
         samples = Samples(DATASET, "train", check=False)
-        rows = np.unique(np.linspace(0, samples.images - 1, min(MOST, samples.images)).astype(int))
+        rows = np.unique(np.linspace(0, samples.images - 1, min(MAX_IMAGES, samples.images)).astype(int))
         bar = tqdm(rows, desc="preview", unit="image")
         return f"{DATASET}, split train", (("train", samples.about(int(row))) for row in bar)
     source = source_of(settings.data, scratch / "index.sqlite")
 
-    def read() -> Iterator[tuple[Split, list[Sample]]]:
-        of_part = -(-MOST // source.parts)
-        bar = tqdm(desc="preview", total=min(MOST, source.images), unit="image")
+    def unprepared() -> Iterator[tuple[Split, list[Sample]]]:
+        images_per_part = -(-MAX_IMAGES // source.parts)
+        bar = tqdm(desc="preview", total=min(MAX_IMAGES, source.images), unit="image")
         for part in range(source.parts):
-            for found in islice(source.rows(part), of_part):
+            for outcome in islice(source.rows(part), images_per_part):
                 bar.update()
-                if isinstance(found, Stored):
-                    yield found.origin.split, found.row.about()
+                if isinstance(outcome, Stored):
+                    yield outcome.origin.split, outcome.row.about()
 
-    return f"{source.title}, not prepared yet", read()
+    return f"{source.title}, not prepared yet", unprepared()
 
 
-def prepared(settings: DataSettings) -> bool:
+def is_prepared(settings: DataSettings) -> bool:
     """Whether artifacts/dataset was made with these params, by dvc.lock."""
     if not (DATASET / "manifest.json").is_file():
         return False
-    made = provenance.lock_file().get("prepare", {}).get("params", {}).get("params/data.yaml")
+    locked_params = provenance.lock_file().get("prepare", {}).get("params", {}).get("params/data.yaml")
     try:
-        return made is not None and DataSettings.model_validate(made) == settings
+        return locked_params is not None and DataSettings.model_validate(locked_params) == settings
     except ValidationError:
         return False
 
@@ -177,32 +179,32 @@ def prepared(settings: DataSettings) -> bool:
 # --- output -----------------------------------------------------------------------------------------------------------------
 
 
-def lines(found: Preview) -> Iterator[str]:
+def lines(preview: Preview) -> Iterator[str]:
     """Terminal output; its marks are readable without colours."""
     style: dict[Role, Callable[[str], str]] = {
         "read": str,
         "trained": lambda text: typer.style(f"«{text}»", fg="green", bold=True),
         "visual": lambda text: typer.style(text, fg="cyan"),
     }
-    yield f"{found.origin}; read by {found.read_by}"
+    yield f"{preview.origin}; read by {preview.read_by}"
     yield f"{style['trained']('trained on')}, {style['visual']('[visual tokens]')}, all else is read only"
-    for kind, samples in found.shown.items():
-        for shown in samples:
-            visual, said = shown.tokens("visual"), shown.tokens("trained")
+    for kind, samples in preview.samples.items():
+        for entry in samples:
+            visual, trained = entry.tokens("visual"), entry.tokens("trained")
             yield ""
-            yield typer.style(f"{printable(kind)} {printable(shown.sample.id)}", bold=True) + (
-                f"  {shown.tokens():,} tokens: {visual:,} visual, {said:,} trained on"
+            yield typer.style(f"{printable(kind)} {printable(entry.sample.id)}", bold=True) + (
+                f"  {entry.tokens():,} tokens: {visual:,} visual, {trained:,} trained on"
             )
-            if shown.remark:
-                yield typer.style(f"{'cut or stretched' if shown.pieces else 'left out'}: {printable(shown.remark)}", fg="red")
-            whole = ""
-            for piece in shown.pieces:
+            if entry.issue:
+                yield typer.style(f"{'cut or stretched' if entry.pieces else 'left out'}: {printable(entry.issue)}", fg="red")
+            body = ""
+            for piece in entry.pieces:
                 text = f"[{piece.tokens:,} visual]" if piece.role == "visual" else printable(piece.text)
-                whole += style[piece.role](text)
-            yield "    " + whole.replace("\n", "\n    ")
+                body += style[piece.role](text)
+            yield "    " + body.replace("\n", "\n    ")
     yield ""
-    yield found.lengths
-    yield found.answers
+    yield preview.lengths
+    yield preview.answers
 
 
 def printable(text: str) -> str:
@@ -210,13 +212,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def write_page(found: Preview) -> Path:
+def write_page(preview: Preview) -> Path:
     """Write reports/preview.html, self-contained; all text is escaped."""
     images = {
-        shown.sample.id: [data_uri(thumbnail(image, THUMBNAIL_PX)) for image in shown.sample.images]
-        for of_kind in found.shown.values()
-        for shown in of_kind
+        entry.sample.id: [data_uri(thumbnail(image, THUMBNAIL_PX)) for image in entry.sample.images]
+        for samples in preview.samples.values()
+        for entry in samples
     }
     page = templates(Path(__file__).parent).get_template("preview.html.j2")
-    write_text(PAGE, page.render(found=found, images=images))
+    write_text(PAGE, page.render(preview=preview, images=images))
     return PAGE

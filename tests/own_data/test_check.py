@@ -35,7 +35,7 @@ def files(root: Path) -> set[Path]:
     return {path for path in root.rglob("*") if path.is_file()}
 
 
-def checked() -> tuple[check.Found, list[str]]:
+def checked() -> tuple[check.CheckResult, list[str]]:
     settings = load_settings()
     folders, missing = at_hand(settings.models)
     found = check.try_data(settings, folders.values(), workers=1)
@@ -75,7 +75,7 @@ def test_it_counts_what_the_stages_count(pointed: Path) -> None:
         assert found.tally.samples[split] == manifest.splits[split].samples
         assert found.tally.usable[split] == tried.splits[split].usable
     assert max(found.tally.tokens) == max(split.longest for split in tried.splits.values())
-    assert [remark.model_dump_json() for remark in found.tally.remarks] == (ROWS / "remarks.jsonl").read_text().splitlines()
+    assert [issue.model_dump_json() for issue in found.tally.issues] == (ROWS / "remarks.jsonl").read_text().splitlines()
     assert any("row 1 (0-0): data/mine/images/gone.png" in line for line in said)
     assert any(line.strip().startswith("too_long: 1") for line in said)
     assert any("rule roles: 39 rows" in line for line in said)
@@ -166,7 +166,9 @@ def test_questions_of_equal_images_count_together_in_whatever_files_they_are(poi
     apart = check.try_data(load_settings(), [], workers=1).tally
     assert apart.images.total() == 2 * together.images.total() == 40
     for tally in (together, apart):
-        assert sum(tally.with_questions(split, 2) for split in SPLITS) == 20 and not tally.with_questions("train", 3)
+        assert sum(tally.images_with_questions(split, 2) for split in SPLITS) == 20 and not tally.images_with_questions(
+            "train", 3
+        )
 
 
 def test_workers_change_nothing(pointed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +178,7 @@ def test_workers_change_nothing(pointed: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(check, "WORTH_A_WORKER", 5)
     shared = check.try_data(load_settings(), [pointed / "hub/small"], workers=2)
     for found in (alone, shared):
-        found.tally.asked = array("Q", sorted(found.tally.asked))
+        found.tally.questions = array("Q", sorted(found.tally.questions))
     assert shared == alone
 
 

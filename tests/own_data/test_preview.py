@@ -38,8 +38,8 @@ def spoil(rows: list[dict[str, object]]) -> None:
 def test_every_kind_is_there_and_its_answers_are_what_is_trained_on(pointed: Path) -> None:
     respell(pointed / "data/mine", spoil)
     found = shown()
-    assert set(found.shown) == {EVIL, "what", "how"}
-    (sample,) = found.shown[EVIL]
+    assert set(found.samples) == {EVIL, "what", "how"}
+    (sample,) = found.samples[EVIL]
     trained = [piece.text for piece in sample.pieces if piece.role == "trained"]
     assert [text.removesuffix("<end_of_utterance>").strip() for text in trained] == [f"{EVIL} first", "second"]
     assert all(text.endswith("<end_of_utterance>") for text in trained)
@@ -53,10 +53,10 @@ def test_every_kind_is_there_and_its_answers_are_what_is_trained_on(pointed: Pat
 
 def test_a_sample_that_is_left_out_says_why(pointed: Path) -> None:
     respell(pointed / "data/mine", lambda rows: rows[0]["messages"][1].update(content="x" * 7000))
-    (sample,) = shown().shown["what"]
+    (sample,) = shown().samples["what"]
     assert not sample.pieces
-    assert "models.max_length is 2,048" in sample.remark
-    assert sample.remark in (page.write_page(shown())).read_text()
+    assert "models.max_length is 2,048" in sample.issue
+    assert sample.issue in (page.write_page(shown())).read_text()
 
 
 class Tags(HTMLParser):
@@ -100,6 +100,6 @@ def test_prepared_data_are_shown_only_if_they_are_of_these_params(pointed: Path)
     Path("dvc.lock").write_text(json.dumps({"stages": {"prepare": {"params": {"params/data.yaml": params}}}}))
     prepared = shown()
     assert prepared.origin == f"{DATASET}, split train"
-    assert set(prepared.shown) == {"what", "how"}
+    assert set(prepared.samples) == {"what", "how"}
     Path("dvc.lock").write_text(json.dumps({"stages": {"prepare": {"params": {"params/data.yaml": {**params, "seed": 2}}}}}))
     assert "not prepared yet" in shown().origin
