@@ -47,9 +47,9 @@ def init(
     name: Annotated[str, typer.Option(help="Of the recipe that is made.")] = "own",
 ) -> None:
     """Look at your data and models, and make a recipe and params/ for them: what was chosen, and why."""
-    from components.own_data.asked import Asked
+    from components.own_data.asked import InitOptions
 
-    request = Asked(data, images, teacher, student, name)
+    request = InitOptions(data, images, teacher, student, name)
     request.check()
     from components.config.load import load_settings
 
@@ -133,10 +133,10 @@ def check(
     if data:
         announce_loading()
         from components.own_data import check as data_check
-        from components.own_data.at_hand import at_hand
+        from components.own_data.at_hand import available_models
 
         settings = load_settings()
-        folders, missing = at_hand(settings.models)
+        folders, missing = available_models(settings.models)
         result = data_check.try_data(settings, folders.values(), settings.runtime.workers)
         for line in data_check.report(result, settings, folders, missing):
             typer.echo(line)
@@ -149,10 +149,10 @@ def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) ->
     """Show samples as the student reads them, with what is trained on in colour: here, and as reports/preview.html."""
     from components.config.load import load_settings
     from components.errors import InputError
-    from components.own_data.at_hand import at_hand
+    from components.own_data.at_hand import available_models
 
     settings = load_settings()
-    folders, _ = at_hand(settings.models)
+    folders, _ = available_models(settings.models)
     if not folders:
         raise InputError(
             "no model is here whose tokenizer could read the samples; `dvc repro obtain_models` brings them (in a fresh clone"

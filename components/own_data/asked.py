@@ -17,7 +17,7 @@ from components.errors import DataError, InputError
 
 
 @dataclass(frozen=True)
-class Asked:
+class InitOptions:
     """Command-line options of `alignti init`."""
 
     data: Path

@@ -10,7 +10,7 @@ from components.records.models import ModelIndex
 from components.records.paths import MODELS
 
 
-def at_hand(models: ModelsSettings) -> tuple[dict[str, Path], list[str]]:
+def available_models(models: ModelsSettings) -> tuple[dict[str, Path], list[str]]:
     """Folders of available models (local checkpoints, or made by `obtain_models`), and names of the missing ones."""
     index = ModelIndex.read(MODELS / "index.json") if (MODELS / "index.json").is_file() else None
     folders, missing = {}, []

@@ -21,7 +21,7 @@ from components.config.models import PretrainedFamily, Template
 from components.config.settings import Settings
 from components.errors import DataError, ModelError
 from components.io import write_text
-from components.own_data.asked import Asked
+from components.own_data.asked import InitOptions
 from components.own_data.check import CheckResult, accept_rows, check_intervals, report, try_data
 from components.records.paths import SPLITS
 from components.report.markdown import counted
@@ -43,7 +43,7 @@ class Choice:
         return f"{self.key}: {self.value}  ({self.reason})"
 
 
-def init(options: Asked) -> tuple[list[str], list[Choice]]:
+def init(options: InitOptions) -> tuple[list[str], list[Choice]]:
     """Check data and models and write the recipe; returns the report's lines and the choices. params/*.yaml stay as they are.
 
     Raises DataError or ModelError for unusable data or models, SettingsError if the recipe does not merge with params/.
@@ -73,7 +73,7 @@ class Pair:
     context: int  # smaller context length of the two, in tokens
 
     @classmethod
-    def from_options(cls, options: Asked) -> Pair:
+    def from_options(cls, options: InitOptions) -> Pair:
         """Pair from the options. Raises ModelError if it cannot be distilled, judged from all files but the weights."""
         from components.models.checkpoint_folder import config_of
         from components.models.download import locate
@@ -109,7 +109,7 @@ class Pair:
 # --- the data ---------------------------------------------------------------------------------------------------------------
 
 
-def _check_data(options: Asked, pair: Pair) -> tuple[Settings, CheckResult]:
+def _check_data(options: InitOptions, pair: Pair) -> tuple[Settings, CheckResult]:
     """Settings and trial of all rows with both models; small data get larger val and test shares."""
     shipped = load_settings()
     models = shipped.models.model_copy(
@@ -208,7 +208,7 @@ def _machine(batch: int) -> Iterator[Choice]:
 # --- the recipe -------------------------------------------------------------------------------------------------------------
 
 
-def _recipe_text(options: Asked, choices: list[Choice], settings: Settings, pair: Pair) -> str:
+def _recipe_text(options: InitOptions, choices: list[Choice], settings: Settings, pair: Pair) -> str:
     llava = settings.data.llava
     assert llava is not None
     header = (

@@ -24,7 +24,7 @@ from components.models.collate import Collator
 from components.models.processor import load_processor
 from components.models.template import Template
 from components.own_data import check
-from components.own_data.at_hand import at_hand
+from components.own_data.at_hand import available_models
 from components.records.paths import DATASET, MODELS, ROWS, SPLITS
 from components.rows.trial import try_rows
 from tests.families import toy
@@ -37,7 +37,7 @@ def files(root: Path) -> set[Path]:
 
 def checked() -> tuple[check.CheckResult, list[str]]:
     settings = load_settings()
-    folders, missing = at_hand(settings.models)
+    folders, missing = available_models(settings.models)
     found = check.try_data(settings, folders.values(), workers=1)
     return found, list(check.report(found, settings, folders, missing))
 

@@ -17,20 +17,20 @@ from components.cli import app
 from components.config import recipes
 from components.config.load import load_settings
 from components.errors import DataError, InputError, ModelError
-from components.own_data.asked import Asked
+from components.own_data.asked import InitOptions
 from components.own_data.init import init
 from tests.families import toy
 from tests.own_data.conftest import ROOT, respell
 
 
-def asked(**changed: object) -> Asked:
+def asked(**changed: object) -> InitOptions:
     given = {
         "data": Path("data/mine/rows.json"),
         "images": Path("data/mine/images"),
         "teacher": "hub/large",
         "student": "hub/small",
     }
-    return Asked(**{**given, **changed})  # type: ignore[arg-type]
+    return InitOptions(**{**given, **changed})  # type: ignore[arg-type]
 
 
 def chosen(**changed: object) -> dict[str, object]:

@@ -12,7 +12,7 @@ from components.cli import app
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
 from components.own_data import preview as page
-from components.own_data.at_hand import at_hand
+from components.own_data.at_hand import available_models
 from components.records.paths import DATASET
 from tests.own_data.conftest import respell
 
@@ -21,7 +21,7 @@ EVIL = "<script>alert(1)</script> \x1b[31mred &amp;"
 
 def shown(each: int = 1) -> page.Preview:
     settings = load_settings()
-    return page.preview(settings, at_hand(settings.models)[0], each)
+    return page.preview(settings, available_models(settings.models)[0], each)
 
 
 def spoil(rows: list[dict[str, object]]) -> None:
