@@ -29,13 +29,13 @@ def check_export(folder: Path, dtype: str | None, shard: str, force: bool) -> No
 
 def sample_of(images: Sequence[Path], question: str, limits: DataLimits) -> Sample:
     """Sample of question and images, as stored by `prepare`. Raises InputError."""
-    asked, marks = question.replace(IMAGE, "").strip(), question.count(IMAGE)
-    if not asked:
+    text, markers = question.replace(IMAGE, "").strip(), question.count(IMAGE)
+    if not text:
         raise InputError('the question is empty: alignti try MODEL --image X "What is on the table?"')
-    if marks not in (0, len(images)):
-        raise InputError(f"the question shows {marks} {IMAGE}, and there are {len(images)} --image: one for each, or none")
-    if len(images) == 1 or not marks:
-        question = f"{IMAGE}\n" * len(images) + asked
+    if markers not in (0, len(images)):
+        raise InputError(f"the question shows {markers} {IMAGE}, and there are {len(images)} --image: one for each, or none")
+    if len(images) == 1 or not markers:
+        question = f"{IMAGE}\n" * len(images) + text
     try:
         first, *more = (load_image(image, limits).content for image in images)
     except Refusal as refusal:

@@ -24,43 +24,43 @@ from components.models.template import IMAGE
 from components.models.vlm import VLM
 from components.records.irs import LayerChoice
 from components.records.paths import IRS, REPORTS, TEACHER_ARM
-from components.release.model import Named
+from components.release.model import CheckpointRef
 from components.report.figures import draw
 
-FOLDER = REPORTS / "try"
+OVERLAYS = REPORTS / "try"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Attention overlays of one model: a heat map per image, the choice of layer, and the images."""
+class AttentionOverlay:
+    """Attention overlays of one model: a heat map per image, why that layer, and the images."""
 
     heats: list[Heat]
-    how: str
+    layer_reason: str
     images: list[NDArray[np.uint8]]  # (H, W, 3)
 
 
 @torch.inference_mode()
-def attention_of(named: Named, loaded: Loaded, batch: Batch, sample: Sample, answer: str) -> Seen:
+def compute_overlay(checkpoint: CheckpointRef, loaded: Loaded, batch: Batch, sample: Sample, answer: str) -> AttentionOverlay:
     """Attention maps of each image: from the instruction tokens after it to its visual tokens, mean over heads and tokens, of
-    the layer from `layer_of` or the mean over all layers.
+    the layer from `select_layer` or the mean over all layers.
 
     Raises InputError if the visual tokens' positions in the image are unknown.
     """
     layers = loaded.layers
-    layer, how = layer_of(named, layers)
-    view = VLM(loaded.model)
+    layer, layer_reason = select_layer(checkpoint, layers)
+    vlm = VLM(loaded.model)
     probe = AttentionProbe.from_masks(batch.instruction, batch.pictures)
     with probing(loaded.model, list(range(layers)) if layer is None else [layer], probe):
-        view.plain(batch, view.features(batch), keep=False)
-    attention = torch.stack([seen[0] for seen in probe.maps.values()]).mean(0).float().cpu().numpy()
+        vlm.plain(batch, vlm.features(batch), keep=False)
+    attention = torch.stack([maps[0] for maps in probe.maps.values()]).mean(0).float().cpu().numpy()
     numbers = probe.pictures[0].cpu().numpy()
-    grids = [_placed(loaded, batch, attention[numbers == number + 1], number) for number in range(len(sample.images))]
-    title = f"{named.name}, {'all layers' if layer is None else f'layer {layer}'}"
+    grids = [_token_grid(loaded, batch, attention[numbers == number + 1], number) for number in range(len(sample.images))]
+    title = f"{checkpoint.name}, {'all layers' if layer is None else f'layer {layer}'}"
     heats = [Heat(title, answer or "(nothing)", (grid / grid.mean()).astype(np.float32)) for grid in grids]
-    return Seen(heats, how, _images(loaded, sample))
+    return AttentionOverlay(heats, layer_reason, _images(loaded, sample))
 
 
-def _placed(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: int) -> NDArray[Any]:
+def _token_grid(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: int) -> NDArray[Any]:
     if (grid := placed(loaded, batch, attention, number)) is None:
         raise InputError(
             f"--look: {len(attention)} visual tokens of {loaded.name} are no square, so there is no picture of them"
@@ -68,32 +68,32 @@ def _placed(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: int) 
     return grid
 
 
-def layer_of(named: Named, layers: int) -> tuple[int | None, str]:
+def select_layer(checkpoint: CheckpointRef, layers: int) -> tuple[int | None, str]:
     """Layer to show, with the reason as a phrase; None: the mean over all `layers`."""
-    choice = LayerChoice.found() if named.arm is not None and (IRS / "layer.json").is_file() else None
+    choice = LayerChoice.found() if checkpoint.arm is not None and (IRS / "layer.json").is_file() else None
     if choice is None:
         return None, "the mean over all layers, for no layer search was made of this model"
-    if named.arm == TEACHER_ARM:
+    if checkpoint.arm == TEACHER_ARM:
         return choice.picked.layer, "the layer that the layer search chose"
     depth = choice.picked.layer / max(1, len(choice.irs) - 1)
-    same = f"as deep in its {layers} layers as layer {choice.picked.layer} lies in the teacher's {len(choice.irs)}"
-    return round(depth * (layers - 1)), f"{same}, which the layer search chose"
+    reason = f"as deep in its {layers} layers as layer {choice.picked.layer} lies in the teacher's {len(choice.irs)}"
+    return round(depth * (layers - 1)), f"{reason}, which the layer search chose"
 
 
 def _images(loaded: Loaded, sample: Sample) -> list[NDArray[np.uint8]]:
-    """Images as seen by the model: preprocessed if the family crops, else only decoded."""
+    """Input images of the model: preprocessed if the family crops, else only decoded."""
     crops = family_of(loaded.model.config).crops
     return [preprocessed_image(loaded.processor, image) if crops else np.asarray(image) for image in decode_images(sample)]
 
 
-def draw_overlays(name: str, question: str, attended: list[Seen]) -> Path:
+def draw_overlays(name: str, question: str, overlays: list[AttentionOverlay]) -> Path:
     """Draw the models' heat maps beside each image as preprocessed for the first model, with question and answers below.
 
-    Returns the path of the PNG, `name` in `FOLDER`.
+    Returns the path of the PNG, `name` in `OVERLAYS`.
     """
-    of_image = [[seen.heats[number] for seen in attended] for number in range(len(attended[0].images))]
+    heats_by_image = [[overlay.heats[number] for overlay in overlays] for number in range(len(overlays[0].images))]
 
-    words = " ".join(question.replace(IMAGE, " ").split())
-    path = FOLDER / f"{name}.png"
-    write_bytes(path, draw(heatmaps, attended[0].images, of_image, words, "attention / equal share"))
+    caption = " ".join(question.replace(IMAGE, " ").split())
+    path = OVERLAYS / f"{name}.png"
+    write_bytes(path, draw(heatmaps, overlays[0].images, heats_by_image, caption, "attention / equal share"))
     return path

@@ -26,13 +26,13 @@ from components.models.processor import load_processor
 from components.models.template import Template
 from components.records.paths import DATASET, ROWS
 from components.release import asked, card
-from components.release.model import ADAPTER, base_of, find, open_model, template_of
+from components.release.model import ADAPTER, base_folder, find, open_model, template_of
 
 DTYPES: dict[str, torch.dtype] = dict(zip(asked.DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
-STORED = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+SAFETENSORS_DTYPES = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 # Maximum KL(original in float32 || export in its dtype) per answer token, nats: mantissas of 23, 10 and 7 bits.
 TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
-ASKED = 8  # prepared samples for the comparison
+COMPARED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Exported:
     dtype: str
     kl: float  # nats per answer token
     same_answers: int
-    asked: int
+    samples: int  # compared
     missing: list[str]  # missing entries of the card
     gguf: bool
 
     def __str__(self) -> str:
         lines = [
             f"export: {self.files} files, {self.size_bytes / 2**20:,.1f} MiB in {self.dtype} -> {self.folder}",
-            f"Read back with stock transformers, on {self.asked} prepared samples: every weight as it was, rounded;"
-            f" KL {self.kl:.1g} nats a token (at most {TOLERANCE[self.dtype]:g}); {self.same_answers} of {self.asked} greedy"
+            f"Read back with stock transformers, on {self.samples} prepared samples: every weight as it was, rounded;"
+            f" KL {self.kl:.1g} nats a token (at most {TOLERANCE[self.dtype]:g}); {self.same_answers} of {self.samples} greedy"
             " answers the same.",
-            *(f"The card lacks {what}." for what in self.missing),
+            *(f"The card lacks {entry}." for entry in self.missing),
         ]
         if self.gguf:
             lines.append(
@@ -78,24 +78,24 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
         TryAgainError: the disk is full, or the hub does not respond.
     """
     asked.check_export(folder, dtype, shard, force)
-    named = find(name, settings)
-    source = open_model(named.path, "cpu")
-    dtype = dtype or stored(named.path)
-    template = template_of(named, source, settings)
-    written = template.of(source.processor)
-    samples = some(settings)
-    before = Answers.of(source, samples, template, settings)
+    ref = find(name, settings)
+    source = open_model(ref.path, "cpu")
+    dtype = dtype or stored_dtype(ref.path)
+    template = template_of(ref, source, settings)
+    export_template = template.of(source.processor)
+    samples = comparison_samples(settings)
+    original = Answers.collect(source, samples, template, settings)
     source.model.to(DTYPES[dtype])
-    text, missing = card.full(named.arm, folder, dtype) if named.arm in settings.study.arms else (_readme(named.path), [])
+    text, missing = card.full_card(ref.arm, folder, dtype) if ref.arm in settings.study.arms else (_readme(ref.path), [])
     with whole_folder(folder) as draft:
-        save(draft, source, written, text, max_shard_size=shard)
-        for kept in ("LICENSE*", "NOTICE*"):
-            for file in named.path.glob(kept):
+        save(draft, source, export_template, text, max_shard_size=shard)
+        for pattern in ("LICENSE*", "NOTICE*"):
+            for file in ref.path.glob(pattern):
                 shutil.copy2(file, draft / file.name)
-        again = reopened(draft)
-        _same_weights(source.model, again.model, folder)
-        after = Answers.of(again, samples, Template("", style="processor"), settings)
-        kl = before.divergence(after)
+        reloaded = reload_exported(draft)
+        _check_same_weights(source.model, reloaded.model, folder)
+        exported = Answers.collect(reloaded, samples, Template("", style="processor"), settings)
+        kl = original.divergence(exported)
         if not kl <= TOLERANCE[dtype]:
             raise ModelError(
                 f"{name} in {dtype} answers differently: KL {kl:.2g} nats a token on {len(samples)} prepared samples, more than"
@@ -108,31 +108,31 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
         size_bytes=sum(file.stat().st_size for file in files),
         dtype=dtype,
         kl=kl,
-        same_answers=sum(a == b for a, b in zip(before.texts, after.texts, strict=True)),
-        asked=len(samples),
+        same_answers=sum(a == b for a, b in zip(original.texts, exported.texts, strict=True)),
+        samples=len(samples),
         missing=missing,
         gguf=family_of(source.model.config).gguf,
     )
 
 
-def some(settings: Settings) -> list[Sample]:
-    """First `ASKED` questions of the evaluated split. Raises DataError if there is no data set."""
+def comparison_samples(settings: Settings) -> list[Sample]:
+    """First COMPARED_SAMPLES questions of the evaluated split. Raises DataError if there is no data set."""
     samples = Samples(DATASET, settings.evaluate.split, ROWS)
-    return [samples[row] for row in questions(samples)[:ASKED]]
+    return [samples[row] for row in questions(samples)[:COMPARED_SAMPLES]]
 
 
-def stored(path: Path) -> str:
+def stored_dtype(path: Path) -> str:
     """Stored dtype of a folder's weights, from its first floating-point tensor; for adapters their base model's."""
-    folder = base_of(path) if (path / ADAPTER).is_file() else path
+    folder = base_folder(path) if (path / ADAPTER).is_file() else path
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
-            kinds = (weights.get_slice(key).get_dtype() for key in weights.keys())  # noqa: SIM118
-            if found := next((STORED[kind] for kind in kinds if kind in STORED), None):
-                return found
+            dtypes = (weights.get_slice(key).get_dtype() for key in weights.keys())  # noqa: SIM118
+            if name := next((SAFETENSORS_DTYPES[dtype] for dtype in dtypes if dtype in SAFETENSORS_DTYPES), None):
+                return name
     raise ModelError(f"{path}: no floating-point weights")
 
 
-def reopened(folder: Path) -> Loaded:
+def reload_exported(folder: Path) -> Loaded:
     """Exported model, loaded with stock transformers."""
     from transformers import AutoModelForImageTextToText
 
@@ -148,11 +148,11 @@ class Answers:
     log_probs: list[Tensor]  # per sample (R, V), float32, at the tokens of the reference answer
 
     @classmethod
-    def of(cls, loaded: Loaded, samples: list[Sample], template: Template, settings: Settings) -> Answers:
-        longest = settings.models.max_length
-        said = answers(loaded, samples, range(len(samples)), template, longest, settings.evaluate, "export: answers")
-        collator = Collator(loaded.processor, template, longest, train=True)
-        return cls(said, [_log_probs(loaded, collator, sample) for sample in samples])
+    def collect(cls, loaded: Loaded, samples: list[Sample], template: Template, settings: Settings) -> Answers:
+        max_length = settings.models.max_length
+        texts = answers(loaded, samples, range(len(samples)), template, max_length, settings.evaluate, "export: answers")
+        collator = Collator(loaded.processor, template, max_length, train=True)
+        return cls(texts, [_log_probs(loaded, collator, sample) for sample in samples])
 
     def divergence(self, other: Answers) -> float:
         """Mean KL(self || other) over all answer tokens, nats."""
@@ -170,10 +170,10 @@ def _log_probs(loaded: Loaded, collator: Collator, sample: Sample) -> Tensor:
     return logits[0, :-1][batch.response[0, 1:]].float().log_softmax(-1)
 
 
-def _same_weights(written: Any, read: Any, folder: Path) -> None:
-    found = read.state_dict()
-    for key, weight in written.state_dict().items():
-        if key not in found or not torch.equal(weight, found[key]):
+def _check_same_weights(saved: Any, reloaded: Any, folder: Path) -> None:
+    reloaded_weights = reloaded.state_dict()
+    for key, weight in saved.state_dict().items():
+        if key not in reloaded_weights or not torch.equal(weight, reloaded_weights[key]):
             raise ModelError(f"{folder} was not written: {key} does not come back as it was saved; is the disk sound?")
 
 
@@ -181,7 +181,7 @@ def _readme(path: Path) -> str:
     """Model card of the checkpoint, or a stub that names the base of merged adapters."""
     if (path / "README.md").is_file():
         return (path / "README.md").read_text(encoding="utf-8")
-    about = "Exported as it was; it had no card."
+    description = "Exported as it was; it had no card."
     if (path / ADAPTER).is_file():
-        about = f"LoRA adapters folded into {json.loads((path / ADAPTER).read_bytes())['base_model_name_or_path']}."
-    return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n# {path.name}\n\n{about}\n"
+        description = f"LoRA adapters folded into {json.loads((path / ADAPTER).read_bytes())['base_model_name_or_path']}."
+    return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n# {path.name}\n\n{description}\n"

@@ -24,8 +24,8 @@ from components.models.decoding import greedy
 from components.models.families import prompt
 from components.models.load import Loaded
 from components.release.asked import sample_of
-from components.release.attention_overlay import attention_of, draw_overlays
-from components.release.model import Named, find, open_model, template_of
+from components.release.attention_overlay import compute_overlay, draw_overlays
+from components.release.model import CheckpointRef, find, open_model, template_of
 from components.runtime import prepare_torch
 
 
@@ -33,24 +33,24 @@ from components.runtime import prepare_torch
 class Answer:
     """Streaming answer of one model, with timings."""
 
-    named: Named
+    checkpoint: CheckpointRef
     text: str = ""
     state: str = "waiting"
     load_seconds: float = 0.0
-    written: list[float] = field(default_factory=list)  # seconds from the start of generation to each token, EOS included
+    token_times: list[float] = field(default_factory=list)  # seconds from the start of generation to each token, EOS included
 
     @property
     def timings(self) -> str:
         """Load time, time to first token (prefill included), decoding rate of later tokens, and token count."""
-        if not self.written:
+        if not self.token_times:
             return self.state
-        said = [f"loaded in {self.load_seconds:.1f} s", f"first token after {1000 * self.written[0]:.0f} ms"]
-        if len(self.written) > 1:
-            said.append(f"then {(len(self.written) - 1) / (self.written[-1] - self.written[0]):.0f} tokens/s")
-        return "\n".join([*said, f"{len(self.written)} tokens"])
+        parts = [f"loaded in {self.load_seconds:.1f} s", f"first token after {1000 * self.token_times[0]:.0f} ms"]
+        if len(self.token_times) > 1:
+            parts.append(f"then {(len(self.token_times) - 1) / (self.token_times[-1] - self.token_times[0]):.0f} tokens/s")
+        return "\n".join([*parts, f"{len(self.token_times)} tokens"])
 
 
-class _Stream(TextStreamer):
+class _TimedStreamer(TextStreamer):
     """Streamer that emits whole words and records the time of each token."""
 
     def __init__(self, tokenizer: Any, answer: Answer) -> None:
@@ -60,18 +60,20 @@ class _Stream(TextStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
-            self._answer.written.append(time.perf_counter() - self._start)
+            self._answer.token_times.append(time.perf_counter() - self._start)
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._answer.text += text
 
 
-def run(names: list[str], images: Sequence[Path], question: str, settings: Settings, longest: int, overlay: bool) -> None:
+def run(
+    names: list[str], images: Sequence[Path], question: str, settings: Settings, max_new_tokens: int, overlay: bool
+) -> None:
     """Print the answers of the models `names`; with `overlay` also save their attention overlays.
 
     Args:
-        longest: maximum answer length in tokens.
+        max_new_tokens: maximum answer length.
 
     Raises:
         InputError: no question, no such model, or an unusable image.
@@ -82,48 +84,49 @@ def run(names: list[str], images: Sequence[Path], question: str, settings: Setti
     device = prepare_torch(settings.runtime, seed=0)
     answers = [Answer(find(name, settings)) for name in names]
     console = Console()
-    attended = []
-    with Live(get_renderable=lambda: _columns(answers), console=console, refresh_per_second=12):
+    overlays = []
+    with Live(get_renderable=lambda: _render_table(answers), console=console, refresh_per_second=12):
         for answer in answers:
             answer.state = "loading"
             start = time.perf_counter()
-            loaded = open_model(answer.named.path, device)
+            loaded = open_model(answer.checkpoint.path, device)
             answer.load_seconds = time.perf_counter() - start
             answer.state = "reading"
-            batch, eos = read(loaded, answer.named, sample, settings)
-            respond(loaded, batch, eos, longest, answer)
+            batch, eos_id = encode_prompt(loaded, answer.checkpoint, sample, settings)
+            stream_answer(loaded, batch, eos_id, max_new_tokens, answer)
             if overlay:
-                attended.append(attention_of(answer.named, loaded, batch, sample, answer.text))
+                overlays.append(compute_overlay(answer.checkpoint, loaded, batch, sample, answer.text))
     if not console.is_terminal:
         console.print()  # Live prints no final newline here
     if overlay:
-        stems, models = (image.stem for image in images), (re.sub(r"[^\w.]+", "_", answer.named.name) for answer in answers)
-        path = draw_overlays("-".join([*stems, *models]), question, attended)
-        for seen in attended:
-            console.print(Text(f"{seen.heats[0].above}: {seen.how}"))
+        stems = (image.stem for image in images)
+        models = (re.sub(r"[^\w.]+", "_", answer.checkpoint.name) for answer in answers)
+        path = draw_overlays("-".join([*stems, *models]), question, overlays)
+        for result in overlays:
+            console.print(Text(f"{result.heats[0].above}: {result.layer_reason}"))
         console.print(Text(f"-> {path}"), soft_wrap=True)
 
 
-def read(loaded: Loaded, named: Named, sample: Sample, settings: Settings) -> tuple[Batch, int]:
+def encode_prompt(loaded: Loaded, checkpoint: CheckpointRef, sample: Sample, settings: Settings) -> tuple[Batch, int]:
     """Batch with the prompt in the model's chat template, and the EOS id. Raises DataError, ModelError."""
-    collator = Collator(loaded.processor, template_of(named, loaded, settings), settings.models.max_length, train=False)
+    collator = Collator(loaded.processor, template_of(checkpoint, loaded, settings), settings.models.max_length, train=False)
     return collator([sample]).to(loaded.model.device), collator.eos_id
 
 
-def respond(loaded: Loaded, batch: Batch, eos: int, longest: int, answer: Answer) -> None:
+def stream_answer(loaded: Loaded, batch: Batch, eos_id: int, max_new_tokens: int, answer: Answer) -> None:
     """Stream the greedy answer into `answer`, after one warm-up token."""
-    given = prompt(loaded.model, batch)
-    with greedy(loaded, 1, eos) as model:
-        model.generate(**given)  # type: ignore[operator]
-    with greedy(loaded, longest, eos) as model:
-        model.generate(**given, streamer=_Stream(loaded.processor.tokenizer, answer))  # type: ignore[operator]
+    inputs = prompt(loaded.model, batch)
+    with greedy(loaded, 1, eos_id) as model:
+        model.generate(**inputs)  # type: ignore[operator]
+    with greedy(loaded, max_new_tokens, eos_id) as model:
+        model.generate(**inputs, streamer=_TimedStreamer(loaded.processor.tokenizer, answer))  # type: ignore[operator]
     answer.text = answer.text.strip()
 
 
-def _columns(answers: list[Answer]) -> Table:
+def _render_table(answers: list[Answer]) -> Table:
     table = Table(expand=True)
     for answer in answers:
-        table.add_column(Text(answer.named.name), ratio=1, overflow="fold")
+        table.add_column(Text(answer.checkpoint.name), ratio=1, overflow="fold")
     table.add_row(*(Text(answer.text) for answer in answers))
     table.add_section()
     table.add_row(*(Text(answer.timings, style="dim") for answer in answers))

@@ -23,22 +23,22 @@ ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Named:
-    """Located checkpoint, not loaded yet. `arm`: name of this project's arm or `teacher`, else None."""
+class CheckpointRef:
+    """Location of a checkpoint. `arm`: name of this project's arm or `teacher`, else None."""
 
     name: str
     path: Path
     arm: str | None
 
 
-def find(name: str, settings: Settings) -> Named:
+def find(name: str, settings: Settings) -> CheckpointRef:
     """Checkpoint of that name. Raises InputError for an unknown name, ModelError or TryAgainError for a failed download."""
     if name in (TEACHER_ARM, *settings.study.arms):
-        return Named(name, model_of(name), name)
+        return CheckpointRef(name, model_of(name), name)
     if Path(name).is_dir():
-        return Named(Path(name).resolve().name, Path(name), None)
+        return CheckpointRef(Path(name).resolve().name, Path(name), None)
     if match := HUB_ID.fullmatch(name):
-        return Named(name, snapshot(match["id"], match["revision"]), None)
+        return CheckpointRef(name, snapshot(match["id"], match["revision"]), None)
     raise unknown("model", name, [TEACHER_ARM, *settings.study.arms])
 
 
@@ -47,20 +47,20 @@ def open_model(path: Path, device: torch.device | str) -> Loaded:
 
     Raises InputError for adapters without peft; ModelError as `load`, and if model and processor differ in image tokens.
     """
-    opened = _merged(path, device) if (path / ADAPTER).is_file() else load(path, device)
-    check_images(opened)
-    return opened
+    loaded = _load_merged(path, device) if (path / ADAPTER).is_file() else load(path, device)
+    check_images(loaded)
+    return loaded
 
 
-def template_of(named: Named, loaded: Loaded, settings: Settings) -> Template:
+def template_of(checkpoint: CheckpointRef, loaded: Loaded, settings: Settings) -> Template:
     """Chat template: the project's for its own arms and for checkpoints without one, else the checkpoint's."""
-    own = loaded.processor.chat_template or loaded.processor.tokenizer.chat_template
-    if named.arm is not None or not own:
+    chat_template = loaded.processor.chat_template or loaded.processor.tokenizer.chat_template
+    if checkpoint.arm is not None or not chat_template:
         return Template.from_settings(settings.models.template)
     return Template("", style="processor")
 
 
-def _merged(path: Path, device: torch.device | str) -> Loaded:
+def _load_merged(path: Path, device: torch.device | str) -> Loaded:
     try:
         from peft import PeftModel
     except ImportError:
@@ -69,17 +69,17 @@ def _merged(path: Path, device: torch.device | str) -> Loaded:
         ) from None
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path}: no adapter_model.safetensors; pickled adapters are not read, since that can run code")
-    base = base_of(path)
+    base = base_folder(path)
     loaded = load(base, device)
     try:
         model: Any = PeftModel.from_pretrained(loaded.model, str(path)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: adapters that do not fit {base}: {' '.join(str(error).split())[:200]}") from None
-    own = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-    return Loaded(model.eval(), load_processor(path) if own else loaded.processor)
+    has_processor = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    return Loaded(model.eval(), load_processor(path) if has_processor else loaded.processor)
 
 
-def base_of(path: Path) -> Path:
+def base_folder(path: Path) -> Path:
     """Checkpoint folder of the adapters' base model, local or from the Hub. Raises ModelError if `path` names none."""
     try:
         config = json.loads((path / ADAPTER).read_text(encoding="utf-8"))

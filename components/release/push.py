@@ -19,8 +19,8 @@ from components.models.checkpoint_folder import weight_files
 from components.models.download import ALLOWED_PATTERNS
 
 CARD = "README.md"
-RESERVED = re.compile(r"\bNC\b|non-?commercial|research only", re.IGNORECASE)
-UNSAID = re.compile(r"note it here before|not verified|unknown", re.IGNORECASE)  # unknown licences in our data cards
+NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial|research only", re.IGNORECASE)
+UNSTATED = re.compile(r"note it here before|not verified|unknown", re.IGNORECASE)  # unknown licences in our data cards
 
 
 @dataclass(frozen=True)
@@ -50,39 +50,39 @@ def plan(folder: Path, repo: str, private: bool) -> Upload:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"{repo!r} is no name of a repository: {_line(error)}") from None
+        raise InputError(f"{repo!r} is no name of a repository: {_redacted(error)}") from None
     weight_files(folder)
     if not (folder / CARD).is_file():
         raise ModelError(
             f"{folder}: no {CARD}, and a model without a card tells nobody what it is; `alignti export` writes one"
         )
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        p.name: p.stat().st_size
-        for p in found
-        if p.parent == folder and any(fnmatch(p.name, kind) for kind in ALLOWED_PATTERNS)
+        path.name: path.stat().st_size
+        for path in paths
+        if path.parent == folder and any(fnmatch(path.name, pattern) for pattern in ALLOWED_PATTERNS)
     }
-    left_out = [path.relative_to(folder).as_posix() for path in found if path.parent != folder or path.name not in files]
+    left_out = [path.relative_to(folder).as_posix() for path in paths if path.parent != folder or path.name not in files]
     return Upload(folder, repo, files, left_out, list(warnings(folder / CARD)), private)
 
 
 def warnings(card: Path) -> Iterator[str]:
     """Warnings on licences and scores from the card's front matter. Raises ModelError if it is not valid."""
     try:
-        front = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
+        front_matter = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
     except Exception as error:  # from yaml and from the hub client
-        raise ModelError(f"{card}: its front matter is not valid: {_line(error)}") from None
-    if not front.get("license"):
+        raise ModelError(f"{card}: its front matter is not valid: {_redacted(error)}") from None
+    if not front_matter.get("license"):
         yield f"{card.name} names no `license:`; choose one that all that went in allows, and put it into its front matter"
-    inputs = front.get("licences_of_inputs")
-    if not inputs:
+    licences = front_matter.get("licences_of_inputs")
+    if not licences:
         yield f"{card.name} does not say under which licences its teacher, its start and its data are"
-    for what, licence in _flat(inputs or {}):
-        if licence == NOT_STATED or UNSAID.search(licence):
-            yield f"the licence of {what} is not stated; find out whether you may pass on what was made of it"
-        elif RESERVED.search(licence):
-            yield f"{what} is for non-commercial use or research ({licence})"
-    if not front.get("model-index"):
+    for component, licence in _flatten(licences or {}):
+        if licence == NOT_STATED or UNSTATED.search(licence):
+            yield f"the licence of {component} is not stated; find out whether you may pass on what was made of it"
+        elif NON_COMMERCIAL.search(licence):
+            yield f"{component} is for non-commercial use or research ({licence})"
+    if not front_matter.get("model-index"):
         yield f"{card.name} has no scores"
 
 
@@ -100,14 +100,14 @@ def push(upload: Upload, update: bool, api: HfApi | None = None) -> str:
     try:
         if not (api.token or get_token()):
             raise LocalTokenNotFoundError
-        made = api.create_repo(upload.repo, private=upload.private, exist_ok=True)
-        there = [name for name in api.list_repo_files(upload.repo) if name != ".gitattributes"]
-        if there and not update:
+        repo_url = api.create_repo(upload.repo, private=upload.private, exist_ok=True)
+        files = [name for name in api.list_repo_files(upload.repo) if name != ".gitattributes"]
+        if files and not update:
             raise InputError(
-                f"{upload.repo} is on the hub already and holds {len(there)} files; choose another name, or --update to add a"
+                f"{upload.repo} is on the hub already and holds {len(files)} files; choose another name, or --update to add a"
                 " commit"
             )
-        done = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=upload.repo,
             folder_path=upload.folder,
             allow_patterns=list(upload.files),
@@ -118,13 +118,13 @@ def push(upload: Upload, update: bool, api: HfApi | None = None) -> str:
     except GatedRepoError:
         raise InputError(f"{upload.repo} is gated, and this token's account has no access; ask its owner") from None
     except HfHubHTTPError as error:
-        raise _refused(upload.repo, error) from None
+        raise _hub_error(upload.repo, error) from None
     except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise TryAgainError(f"the hub cannot be reached ({_line(error)}); check the network and HF_HUB_OFFLINE") from None
-    return str(getattr(done, "commit_url", None) or made)
+        raise TryAgainError(f"the hub cannot be reached ({_redacted(error)}); check the network and HF_HUB_OFFLINE") from None
+    return str(getattr(commit, "commit_url", None) or repo_url)
 
 
-def _refused(repo: str, error: HfHubHTTPError) -> InputError | TryAgainError:
+def _hub_error(repo: str, error: HfHubHTTPError) -> InputError | TryAgainError:
     status = getattr(error.response, "status_code", 0)
     if status == 401:
         return InputError("the hub does not take this token; `hf auth login`, or set HF_TOKEN to one that may write")
@@ -132,18 +132,18 @@ def _refused(repo: str, error: HfHubHTTPError) -> InputError | TryAgainError:
         return InputError(f"this token may not write to {repo}; name your own account or an organisation that you may write to")
     if status == 429 or status >= 500:
         return TryAgainError(f"{repo}: the hub answers {status}; run again later, and it goes on")
-    return InputError(f"{repo}: the hub refuses: {_line(error)}")
+    return InputError(f"{repo}: the hub refuses: {_redacted(error)}")
 
 
-def _flat(licences: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for what, licence in licences.items():
+def _flatten(licences: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for component, licence in licences.items():
         if isinstance(licence, Mapping):
-            yield from ((f"{what} {name}", str(one)) for name, one in licence.items())
+            yield from ((f"{component} {name}", str(value)) for name, value in licence.items())
         else:
-            yield what, str(licence)
+            yield component, str(licence)
 
 
-def _line(error: Exception) -> str:
+def _redacted(error: Exception) -> str:
     """First line of the message, without the token: `redact` covers the environment's only, not that of `hf auth login`."""
-    said = first_line(error)
-    return said.replace(token, HIDDEN) if (token := get_token()) else said
+    line = first_line(error)
+    return line.replace(token, HIDDEN) if (token := get_token()) else line

@@ -16,7 +16,7 @@ from components.records.compare import ArmResult, Comparison, Contrast, Differen
 from components.records.dataset import SourceRecord, Sources
 from components.records.models import ModelIndex
 from components.records.paths import DATASET, MODELS, REPORTS, STUDENTS
-from components.release.card import full
+from components.release.card import full_card
 from components.tracking import provenance
 from components.tracking.journal import JOURNALS
 from components.tracking.system_metrics import CPU_WH, GPU_WH
@@ -130,7 +130,7 @@ def compared(project: Path) -> Comparison:
 
 
 def test_the_full_card_has_scores_cost_and_the_way_to_make_it_again(compared: Comparison) -> None:
-    text, missing = full("align_ti", Path("out/mine"), "bf16")
+    text, missing = full_card("align_ti", Path("out/mine"), "bf16")
     assert missing == []
     card, result = ModelCard(text), compared.arms["align_ti"]
     (value,) = card.data.to_dict()["model-index"][0]["results"]
@@ -148,7 +148,7 @@ def test_the_full_card_has_scores_cost_and_the_way_to_make_it_again(compared: Co
 def test_one_of_several_seeds_has_the_arms_figures_and_its_own_score(compared: Comparison) -> None:
     arm = compared.arms["align_ti"].model_copy(update={"runs": {"first": 0.85, "align_ti": 0.832}})
     compared.model_copy(update={"arms": {"first": arm}, "order": ["first"]}).write(REPORTS / "compare.json")
-    text, missing = full("align_ti", Path("out"), "bf16")
+    text, missing = full_card("align_ti", Path("out"), "bf16")
     assert missing == [] and "**84.1% (82.5 to 85.7)**" in text
     assert "Means over 2 seeds; this student's own exact match: 83.2%." in text
     (value,) = ModelCard(text).data.to_dict()["model-index"][0]["results"]
@@ -157,7 +157,7 @@ def test_one_of_several_seeds_has_the_arms_figures_and_its_own_score(compared: C
 
 def test_scores_hashes_and_runs_of_other_weights_are_not_taken_for_these(compared: Comparison) -> None:
     (ARM / "model/extra.txt").write_text("other bytes")
-    text, missing = full("align_ti", Path("out"), "fp32")
+    text, missing = full_card("align_ti", Path("out"), "fp32")
     assert "## Scores\n\nNot measured." in text and "model-index" not in text
     assert "Commit `not known`" in text and "Energy: not measured" in text and "11.dir" not in text
     assert [line.partition(":")[0] for line in missing] == ["scores", "the commit", "DVC's hashes"]
@@ -175,7 +175,7 @@ def test_the_commands_restore_params_and_take_names_with_spaces(recipe: str, lin
     start, origin, *rest = map(json.loads, (JOURNALS / "run-1.jsonl").read_text().splitlines())
     start["tags"]["recipe"], origin["params"] = recipe, {"params/distill.yaml": "steps: 4"}
     (JOURNALS / "run-1.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (start, origin, *rest)))
-    text, missing = full("align_ti", Path("out/my own"), "bf16")
+    text, missing = full_card("align_ti", Path("out/my own"), "bf16")
     assert f"git checkout {COMMIT}\n{lines}" in text and "alignti export align_ti 'my own' --dtype bf16" in text
     assert missing == [f"a commit of all that ran: params/distill.yaml differed from {COMMIT}"]
 
@@ -183,6 +183,6 @@ def test_the_commands_restore_params_and_take_names_with_spaces(recipe: str, lin
 def test_code_that_was_not_committed_is_named(compared: Comparison) -> None:
     journal = JOURNALS / "run-1.jsonl"
     journal.write_text(journal.read_text().replace('"uncommitted": []', '"uncommitted": ["components/x.py"]'))
-    text, missing = full("align_ti", Path("out"), "fp32")
+    text, missing = full_card("align_ti", Path("out"), "fp32")
     assert missing == [f"a commit of all that ran: components/x.py differed from {COMMIT}"]
     assert "but with other components/x.py" in text

@@ -29,7 +29,7 @@ def left_behind() -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stock_transformers_reads_the_weights_rounded(dtype: str, project: Path, settings: Settings) -> None:
     done = export("align_ti", OUT, settings, dtype, "5GB", force=False)
-    assert (done.dtype, done.asked, done.missing != []) == (dtype, 2, True) and done.kl <= TOLERANCE[dtype]
+    assert (done.dtype, done.samples, done.missing != []) == (dtype, 2, True) and done.kl <= TOLERANCE[dtype]
     if dtype == "fp32":
         assert (done.kl, done.same_answers) == (0, 2)
     else:
@@ -46,7 +46,7 @@ def test_stock_transformers_reads_the_weights_rounded(dtype: str, project: Path,
 def test_without_a_dtype_it_stays_as_stored_and_shards_are_no_larger_than_asked(project: Path, settings: Settings) -> None:
     source = load(MODEL, "cpu", torch.bfloat16)
     save(Path("half"), source, module.Template("", style="processor").of(source.processor), "# It")
-    assert module.stored(Path("half")) == "bf16" and module.stored(MODEL) == "fp32"
+    assert module.stored_dtype(Path("half")) == "bf16" and module.stored_dtype(MODEL) == "fp32"
     done = export("half", OUT, settings, None, "40KB", force=False)
     shards = sorted(OUT.glob("*.safetensors"))
     assert done.dtype == "bf16" and len(shards) > 1 and (OUT / "model.safetensors.index.json").is_file()
@@ -97,7 +97,7 @@ def test_a_full_disk_asks_to_try_again_and_leaves_nothing(
 def test_weights_that_do_not_come_back_are_not_handed_on(
     project: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reopened = module.reopened
+    reopened = module.reload_exported
 
     def flipped(folder: Path) -> Any:
         loaded = reopened(folder)
@@ -105,7 +105,7 @@ def test_weights_that_do_not_come_back_are_not_handed_on(
             next(loaded.model.parameters()).view(-1)[0] += 1
         return loaded
 
-    monkeypatch.setattr(module, "reopened", flipped)
+    monkeypatch.setattr(module, "reload_exported", flipped)
     with pytest.raises(ModelError, match="does not come back as it was saved"):
         export("align_ti", OUT, settings, None, "5GB", force=False)
     assert not left_behind()

@@ -19,9 +19,9 @@ from components.models.load import load
 from components.models.template import Template
 from components.release import attention_overlay
 from components.release.asked import sample_of
-from components.release.attention_overlay import attention_of, layer_of
-from components.release.generate import Answer, read, respond, run
-from components.release.model import Named, find
+from components.release.attention_overlay import compute_overlay, select_layer
+from components.release.generate import Answer, encode_prompt, run, stream_answer
+from components.release.model import CheckpointRef, find
 from tests.families import toy
 
 QUESTION = "what digit is at a1 ?"
@@ -38,9 +38,11 @@ def asked(settings: Settings, name: str = "align_ti", longest: int = 6) -> tuple
                 said.append(value)
 
     answer = Watched(find(name, settings))
-    loaded = load(answer.named.path, "cpu")
-    batch, eos = read(loaded, answer.named, sample_of([Path("cat.png")], QUESTION, settings.data.limits), settings)
-    respond(loaded, batch, eos, longest, answer)
+    loaded = load(answer.checkpoint.path, "cpu")
+    batch, eos = encode_prompt(
+        loaded, answer.checkpoint, sample_of([Path("cat.png")], QUESTION, settings.data.limits), settings
+    )
+    stream_answer(loaded, batch, eos, longest, answer)
     return answer, said
 
 
@@ -52,8 +54,8 @@ def test_the_answer_is_that_of_evaluation_and_comes_in_pieces(project: Path, set
     (expected,) = answers(loaded, [sample], [0], Template.from_settings(settings.models.template), 200, evaluate, "")
     assert answer.text == expected != ""
     assert len(said) > 3, "it came word by word"
-    assert len(answer.written) <= 6 and answer.written == sorted(answer.written) and answer.written[0] > 0
-    assert "first token after" in answer.timings and f"{len(answer.written)} tokens" in answer.timings
+    assert len(answer.token_times) <= 6 and answer.token_times == sorted(answer.token_times) and answer.token_times[0] > 0
+    assert "first token after" in answer.timings and f"{len(answer.token_times)} tokens" in answer.timings
 
 
 def test_an_exported_students_own_template_reads_as_the_one_it_was_trained_with(project: Path) -> None:
@@ -71,7 +73,7 @@ def test_an_exported_students_own_template_reads_as_the_one_it_was_trained_with(
 def test_two_models_answer_side_by_side_and_show_where_they_looked(
     project: Path, settings: Settings, capsys: pytest.CaptureFixture
 ) -> None:
-    run(["align_ti", "teacher"], [Path("cat.png")], QUESTION, settings, longest=3, overlay=True)
+    run(["align_ti", "teacher"], [Path("cat.png")], QUESTION, settings, max_new_tokens=3, overlay=True)
     out = capsys.readouterr().out
     assert "align_ti" in out and "teacher" in out and out.count("first token after") == 2
     assert "align_ti, layer 0: as deep in its 2 layers as layer 1 lies in the teacher's 3" in " ".join(out.split())
@@ -93,7 +95,7 @@ def test_each_of_several_images_has_its_place_in_the_question_and_its_row_of_pan
         sample_of(pair, "is <image> red ?", limits)
     with pytest.raises(InputError, match="shows 2 <image>, and there are 1 --image: one for each, or none"):
         sample_of(pair[:1], "is <image> redder than <image> ?", limits)
-    run(["align_ti", "teacher"], pair, "is <image> red ? <image>", settings, longest=3, overlay=True)
+    run(["align_ti", "teacher"], pair, "is <image> red ? <image>", settings, max_new_tokens=3, overlay=True)
     path = Path("reports/try/cat-dog-align_ti-teacher.png")
     assert str(path) in capsys.readouterr().out.replace("\n", "")
     one, two = np.array_split(np.asarray(Image.open(path).convert("L")), 2)
@@ -101,9 +103,9 @@ def test_each_of_several_images_has_its_place_in_the_question_and_its_row_of_pan
 
 
 def test_where_no_search_was_made_all_layers_are_shown(project: Path) -> None:
-    assert layer_of(Named("base", project, None), 3)[0] is None
+    assert select_layer(CheckpointRef("base", project, None), 3)[0] is None
     Path("artifacts/irs/layer.json").unlink()
-    assert layer_of(Named("align_ti", project, "align_ti"), 3)[0] is None
+    assert select_layer(CheckpointRef("align_ti", project, "align_ti"), 3)[0] is None
 
 
 @pytest.mark.parametrize("family", toy.FAMILIES)
@@ -124,7 +126,7 @@ def test_attention_is_laid_out_over_the_whole_image(family: str, monkeypatch: py
     else:
         assert rows == columns and rows * columns == count
     answer = "red"
-    seen = attention_of(Named(family, Path(), None), loaded, replace(batch, ids=["x"]), sample, answer)
+    seen = compute_overlay(CheckpointRef(family, Path(), None), loaded, replace(batch, ids=["x"]), sample, answer)
     (heat,) = seen.heats
     assert heat.grid.shape == grid.shape and heat.grid.mean() == pytest.approx(1)
     assert heat.below == answer and heat.above == f"{family}, all layers"
@@ -135,7 +137,7 @@ def test_tokens_that_are_no_square_are_refused(monkeypatch: pytest.MonkeyPatch) 
     assert placed(loaded, batch, np.ones(12)) is None
     monkeypatch.setattr(attention_overlay, "placed", lambda *_: None)
     with pytest.raises(InputError, match=f"{int(batch.visual.sum())} visual tokens"):
-        attention_of(Named("llava", Path(), None), loaded, batch, toy.SAMPLES[0], "red")
+        compute_overlay(CheckpointRef("llava", Path(), None), loaded, batch, toy.SAMPLES[0], "red")
 
 
 @pytest.mark.parametrize(
@@ -154,5 +156,5 @@ def test_what_cannot_be_asked_is_refused(
     Path("notes.txt").write_text("no picture")
     Path("half.png").write_bytes(toy.png(40, 20)[:-300])
     with pytest.raises(kind) as refusal:
-        run(["align_ti"], [Path(image)], question, settings, longest=2, overlay=False)
+        run(["align_ti"], [Path(image)], question, settings, max_new_tokens=2, overlay=False)
     assert message in str(refusal.value) and refusal.value.exit_code == 2
