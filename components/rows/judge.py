@@ -55,7 +55,7 @@ class Judge:
         self.settings = settings
         template = Template.from_settings(settings.template)
         self.collators = [Collator(load_processor(folder), template, sys.maxsize, train=True) for folder in folders]
-        self._cached_placeholders = lru_cache(CACHED_SIZES)(self._render_placeholders)
+        self._cached_placeholders = lru_cache(CACHED_SIZES)(_render_placeholders)
 
     def __call__(
         self, split: Split, samples: Sequence[Sample], image_sizes: Sequence[Sizes]
@@ -65,7 +65,7 @@ class Judge:
         for index, (sample, sizes) in enumerate(zip(samples, image_sizes, strict=True)):
             try:
                 lengths = (
-                    batch_lengths[index] if batch_lengths else [self._sample_lengths(m, sample, sizes) for m in self._models]
+                    batch_lengths[index] if batch_lengths else [self._sample_lengths(c, sample, sizes) for c in self.collators]
                 )
                 verdict, uncut_tokens = self._verdict(sample, sizes, lengths)
             except Refusal as error:
@@ -76,26 +76,22 @@ class Judge:
                 continue
             yield verdict, self._issue(split, sample, verdict[0], uncut_tokens, sizes)
 
-    @property
-    def _models(self) -> range:
-        return range(len(self.collators))
-
     def _batch_lengths(self, samples: Sequence[Sample], image_sizes: Sequence[Sizes]) -> list[list[np.ndarray]] | None:
         """Lengths of all samples from one batch per model, which is fastest; None if any sample fails."""
         by_model = []
-        for model, collator in enumerate(self.collators):
+        for collator in self.collators:
             try:
-                placeholders = [self._placeholders(model, sizes) for sizes in image_sizes]
+                placeholders = [self._placeholders(collator, sizes) for sizes in image_sizes]
                 encoded = collator.encode(samples, [p.texts for p in placeholders])
             except (DataError, ModelError, Refusal):
                 return None
             by_model.append([_lengths(row, p.extra_tokens) for row, p in zip(encoded, placeholders, strict=True)])
         return [list(lengths) for lengths in zip(*by_model, strict=True)]
 
-    def _sample_lengths(self, model: int, sample: Sample, sizes: Sizes) -> np.ndarray:
-        placeholders = self._placeholders(model, sizes)
+    def _sample_lengths(self, collator: Collator, sample: Sample, sizes: Sizes) -> np.ndarray:
+        placeholders = self._placeholders(collator, sizes)
         try:
-            (row,) = self.collators[model].encode([sample], [placeholders.texts])
+            (row,) = collator.encode([sample], [placeholders.texts])
         except (DataError, ModelError) as error:  # a template may have no place for several images
             raise Refusal("no_sample", str(error)) from None
         return _lengths(row, placeholders.extra_tokens)
@@ -108,7 +104,7 @@ class Judge:
             turns = min(int((model_lengths[:-2] <= max_length).sum()) for model_lengths in lengths)
             while turns and tokens > max_length:  # template text after the last answer may not fit
                 cut_sample = sample.upto(turns)
-                lengths = [self._sample_lengths(model, cut_sample, sizes[: len(cut_sample.images)]) for model in self._models]
+                lengths = [self._sample_lengths(c, cut_sample, sizes[: len(cut_sample.images)]) for c in self.collators]
                 tokens = max(int(model_lengths[-1]) for model_lengths in lengths)
                 turns -= tokens > max_length
         if tokens > max_length:
@@ -120,32 +116,32 @@ class Judge:
         if turns_left < turns:
             detail = f"{uncut_tokens:,} tokens; the first {turns_left} of {turns} turns are within max_length {max_length:,}"
             return Issue(split=split, id=sample.id, reason=CUT, detail=detail, turns=turns, kept=turns_left)
-        if sizes and any(self._cached_placeholders(model, sizes).stretched for model in self._models):
+        if sizes and any(self._cached_placeholders(collator, sizes).stretched for collator in self.collators):
             detail = f"its image, {_format_sizes(sizes)} pixels, is stretched to a shape that the processor takes"
             return Issue(split=split, id=sample.id, reason=RESIZED, detail=detail, turns=turns, kept=turns_left)
         return None
 
-    def _placeholders(self, model: int, sizes: Sizes) -> _Placeholders:
+    def _placeholders(self, collator: Collator, sizes: Sizes) -> _Placeholders:
         try:
-            placeholders = self._cached_placeholders(model, sizes)
+            placeholders = self._cached_placeholders(collator, sizes)
         except RefusedImageError as error:
             raise Refusal("refused_image", str(error)) from None
         if placeholders.stretched and self.settings.refused_images == "leave_out":
             raise Refusal("refused_image", f"a processor refuses an image of {_format_sizes(sizes)} pixels")
         return placeholders
 
-    def _render_placeholders(self, model: int, sizes: Sizes) -> _Placeholders:
-        collator = self.collators[model]
-        image_texts, stretched = collator.shown(sizes)
-        visual_token = collator.tokenizer.convert_ids_to_tokens(visual_id(collator.processor))
-        short_texts, extra_tokens = [], []
-        for text in image_texts:
-            ids = collator.tokenizer.encode(text, add_special_tokens=False)
-            # The text begins and ends with added tokens, so its neighbours tokenize as beside a single one.
-            shorten = {ids[0], ids[-1]} <= set(collator.tokenizer.added_tokens_decoder)
-            short_texts.append(visual_token if shorten else text)
-            extra_tokens.append(len(ids) - 1 if shorten else 0)
-        return _Placeholders(tuple(short_texts), tuple(extra_tokens), stretched)
+
+def _render_placeholders(collator: Collator, sizes: Sizes) -> _Placeholders:
+    image_texts, stretched = collator.shown(sizes)
+    visual_token = collator.tokenizer.convert_ids_to_tokens(visual_id(collator.processor))
+    short_texts, extra_tokens = [], []
+    for text in image_texts:
+        ids = collator.tokenizer.encode(text, add_special_tokens=False)
+        # The text begins and ends with added tokens, so its neighbours tokenize as beside a single one.
+        shorten = {ids[0], ids[-1]} <= set(collator.tokenizer.added_tokens_decoder)
+        short_texts.append(visual_token if shorten else text)
+        extra_tokens.append(len(ids) - 1 if shorten else 0)
+    return _Placeholders(tuple(short_texts), tuple(extra_tokens), stretched)
 
 
 def _format_sizes(sizes: Sizes) -> str:
