@@ -32,8 +32,10 @@ def full_card(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
     text = (student_folder / "model/README.md").read_text(encoding="utf-8")
     text = text.replace(f'"{(student_folder / "model").as_posix()}"', f'"{folder.name}"')
     scores, front_matter, missing_scores = _scores(arm)
-    reproduction, missing_origin = _reproduction(arm, folder, dtype)
-    sections = f"{scores}\n{_cost(arm)}\n{reproduction}\n## Everything that decided its weights\n\n{START}"
+    md5 = provenance.digest(student_folder).md5
+    run = provenance.maker(md5)  # also if DVC restored the weights from a cache
+    reproduction, missing_origin = _reproduction(arm, md5, run, folder, dtype)
+    sections = f"{scores}\n{_cost(arm, run)}\n{reproduction}\n## Everything that decided its weights\n\n{START}"
     card = ModelCard(text.replace(f"## Everything that decided its weights\n\n{START}", sections))
     for key, value in front_matter.items():
         setattr(card.data, key, value)
@@ -95,9 +97,9 @@ def _format_score(value: float, interval: tuple[float, float]) -> str:
     return f"{100 * value:.1f}% ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
 
-def _cost(arm: str) -> str:
+def _cost(arm: str, run: str | None) -> str:
     cost = Cost.read(STUDENTS / arm / "cost.json")
-    wh = history.energy(_run(arm) or "")
+    wh = history.energy(run or "")
     energy = [f"{wh[key]:.3g} Wh of the {device}" for key, device in ((GPU_WH, "GPUs"), (CPU_WH, "processors")) if key in wh]
     return (
         f"## Cost\n\n{cost.steps:,} steps in {cost.train_seconds:,.0f} s on {cost.device}, at most"
@@ -105,9 +107,9 @@ def _cost(arm: str) -> str:
     )
 
 
-def _reproduction(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
+def _reproduction(arm: str, student_md5: str, run: str | None, folder: Path, dtype: str) -> tuple[str, list[str]]:
     """Section on reproduction (commit, hashes, commands), and its missing entries."""
-    run, missing = _run(arm), []
+    missing = []
     commit, changed = history.ran(run) if run else (None, [])
     if commit is None:
         missing.append("the commit: no journal here says which run made these weights")
@@ -115,7 +117,7 @@ def _reproduction(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
         missing.append(f"a commit of all that ran: {', '.join(changed)} differed from {commit}")
     locked = provenance.locked()
     arm_outs = locked.get(f"distill@{arm}", {})
-    if arm_outs.get((STUDENTS / arm).as_posix()) != provenance.digest(STUDENTS / arm).md5:
+    if arm_outs.get((STUDENTS / arm).as_posix()) != student_md5:
         missing.append("DVC's hashes: dvc.lock is of other weights than these; `dvc repro`, or `dvc checkout`")
         rows = []
     else:
@@ -146,11 +148,6 @@ def _params_commands(run: str) -> list[str]:
     recipe, _, changed = history.tags(run).get("recipe", "").partition(" with ")
     comment = "# then set in params/*.yaml what is said below under: everything that decided its weights"
     return [*([f"alignti use {recipe}"] if recipe else []), *([] if recipe and not changed else [comment])]
-
-
-def _run(arm: str) -> str | None:
-    """Journal id of the run that trained the current weights, also if DVC restored them from a cache."""
-    return provenance.maker(provenance.digest(STUDENTS / arm).md5)
 
 
 def _remote() -> str:
