@@ -74,7 +74,8 @@ def _run_missing_jobs(
             if not part.exists():
                 last = min(first + IMAGES_PER_JOB, images)
                 jobs.append((dataset, split, first, last, tuple(folders), settings.model_dump_json(), part))
-    Samples(dataset, "train")  # checks the hashes once; worker processes do not
+    for split in SPLITS:
+        Samples(dataset, split)  # checks the hashes once; worker processes do not
     with tqdm(desc="check_rows", total=sum(last - first for _, _, first, last, *_ in jobs), unit="image") as bar:
         for images in shared_out(try_part, jobs, workers):
             bar.update(images)

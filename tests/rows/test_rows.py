@@ -114,6 +114,16 @@ def test_rows_that_make_no_batch_are_left_out_and_named(here: Path) -> None:
     assert "2 left out (2 too_long)" in closing_line(found)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_damaged_shard_of_any_split_is_refused_before_a_row_is_read(here: Path, split: Split) -> None:
+    (shard,) = (here / "dataset" / split).glob("*.arrow")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=f"{split}/{shard.name}"):
+        tried(here)
+
+
 def test_settings_say_what_becomes_of_long_rows_and_odd_images(here: Path) -> None:
     found = tried(here, too_long="leave_out", refused_images="leave_out")
     assert remarks(here) == {
