@@ -18,9 +18,7 @@ from tests.flows.test_servers import free_port
 from tests.flows.test_study import STAGE, commit
 from tests.planted import CANARY, REMOTE, SECRETS, leaks
 
-pytestmark = pytest.mark.live
-
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 ARMS = ("tpa0-seed1", "tpa1-seed1")
 SCORED = STAGE.replace('"exact_match": 0.5', '"exact_match": 0.75 if "tpa1" in arm[0] else 0.5')
