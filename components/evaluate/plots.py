@@ -37,6 +37,9 @@ def scores(comparison: Comparison, theme: Theme) -> Figure:
             axes.plot(POINTS * score, row - 0.25, "D", color=colour, markerfacecolor=theme.paper, markersize=4)
     _teacher_line(axes, comparison.teacher, theme, "v")
     _row_per_arm(axes, arms, theme, top=len(arms) - 0.2)
+    left, right = axes.get_xlim()
+    if right - left < 2:  # equal scores: an axis of hundredths would tell nothing
+        axes.set_xlim(left - 1, right + 1)
     axes.set_xlabel(f"exact match on {comparison.n:,} {comparison.split} questions, %")
     return figure
 
