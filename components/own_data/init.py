@@ -51,6 +51,8 @@ def init(options: InitOptions) -> tuple[list[str], list[Choice]]:
     pair = Pair.from_options(options)
     settings, result = _check_data(options, pair)
     report_lines = list(report(result, settings, pair.folders, []))
+    if pair.sizes["teacher"] <= pair.sizes["student"]:
+        report_lines.append("warning: the teacher's language model is no larger than the student's: are the two swapped?")
     accept_rows(result, settings)
     choices = list(_choices(result, settings, pair))
     write_text(options.recipe, _recipe_text(options, choices, settings, pair))
@@ -71,6 +73,7 @@ class Pair:
     folders: dict[str, Path]
     template: Choice
     context: int  # smaller context length of the two, in tokens
+    sizes: dict[str, int]  # layers x width^2 of the language models
 
     @classmethod
     def from_options(cls, options: InitOptions) -> Pair:
@@ -83,7 +86,7 @@ class Pair:
 
         checkpoints = {role: options.checkpoint(role) for role in ("student", "teacher")}
         folders = {role: locate(checkpoint) for role, checkpoint in checkpoints.items()}
-        loaded, contexts = {}, []
+        loaded, contexts, sizes = {}, [], {}
         for role, folder in folders.items():
             if is_tinyllava(folder):
                 raise ModelError(
@@ -95,6 +98,7 @@ class Pair:
             head = SimpleNamespace(weight=SimpleNamespace(shape=(config.vocab_size,)))
             model = SimpleNamespace(name_or_path=str(folder), get_output_embeddings=lambda head=head: head)
             loaded[role] = Loaded(model, load_processor(folder))
+            sizes[role] = config.num_hidden_layers * config.hidden_size**2
             contexts.append(int(getattr(config, "max_position_embeddings", None) or sys.maxsize))
         check_processors(loaded["teacher"], loaded["student"], grids(loaded["teacher"], loaded["student"]) is not None)
         try:
@@ -103,7 +107,7 @@ class Pair:
         except ModelError as error:
             template = Choice("models.template.style", "vicuna", f"their own do not serve: {error}")
         members = PretrainedFamily(teachers={"teacher": checkpoints["teacher"]}, students={"student": checkpoints["student"]})
-        return cls(members, folders, template, min(contexts))
+        return cls(members, folders, template, min(contexts), sizes)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------------

@@ -68,6 +68,13 @@ def test_params_are_those_of_the_data_and_the_models(own: Path) -> None:
         assert f"# {key}: " in Path("params/recipes/own.yaml").read_text()
 
 
+def test_a_teacher_no_larger_than_its_student_is_said_to_be(own: Path) -> None:
+    assert not [line for line in init(asked())[0] if "swapped" in line]
+    shutil.copytree("hub/large", "hub/twin", symlinks=True)
+    (warning,) = [line for line in init(asked(student="hub/twin", name="twins"))[0] if "swapped" in line]
+    assert warning.startswith("warning: the teacher")
+
+
 def test_a_job_that_nobody_timed_is_said_to_be(own: Path) -> None:
     chosen()
     said = CliRunner().invoke(app, ["use", "own"]).output
