@@ -22,7 +22,7 @@ def export(
 ) -> None:
     """Write a model to FOLDER for others, with its full card, and read it back to see that it answers as before."""
     check_models(student)
-    from components.release.asked import check_export
+    from components.release.arguments import check_export
 
     check_export(folder, dtype, max_shard_size, force)
     from components.config.load import load_settings

@@ -187,7 +187,7 @@ def try_model(
     models = [student] if vs is None else [student, vs]
     check_models(*models)
     from components.config.load import load_settings
-    from components.release.asked import sample_of
+    from components.release.arguments import sample_of
 
     settings = load_settings()
     sample_of(image, question, settings.data.limits)  # raises for an invalid question; the import below takes seconds

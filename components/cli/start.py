@@ -47,7 +47,7 @@ def init(
     name: Annotated[str, typer.Option(help="Of the recipe that is made.")] = "own",
 ) -> None:
     """Look at your data and models, and make a recipe and params/ for them: what was chosen, and why."""
-    from components.own_data.asked import InitOptions
+    from components.own_data.options import InitOptions
 
     request = InitOptions(data, images, teacher, student, name)
     request.check()
@@ -133,7 +133,7 @@ def check(
     if data:
         announce_loading()
         from components.own_data import check as data_check
-        from components.own_data.at_hand import available_models
+        from components.own_data.available_models import available_models
 
         settings = load_settings()
         folders, missing = available_models(settings.models)
@@ -149,7 +149,7 @@ def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) ->
     """Show samples as the student reads them, with what is trained on in colour: here, and as reports/preview.html."""
     from components.config.load import load_settings
     from components.errors import InputError
-    from components.own_data.at_hand import available_models
+    from components.own_data.available_models import available_models
 
     settings = load_settings()
     folders, _ = available_models(settings.models)

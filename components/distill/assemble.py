@@ -206,7 +206,7 @@ def _facts(
 
 def layer_search_result(arm: Arm) -> LayerChoice | None:
     """Result of the layer search, None without one. Raises DataError if the arm needs a layer and the search found none."""
-    return LayerChoice.read(IRS / "layer.json") if arm.needs_layer else LayerChoice.found()
+    return LayerChoice.read(IRS / "layer.json") if arm.needs_layer else LayerChoice.read_if_searched()
 
 
 def training_indices(kinds: Sequence[str], distill: DistillSettings) -> list[int]:

@@ -59,7 +59,7 @@ def write(comparison: Comparison, outcomes: Outcomes, settings: EvaluateSettings
     Raises DataError if a picture or record of an earlier stage is missing.
     """
     own_plots = _plots(comparison, outcomes)
-    layer = LayerChoice.found()
+    layer = LayerChoice.read_if_searched()
     irs_plots: dict[str, Plot] = {"irs": partial(curve, layer)} if layer else {}  # search_layer's plot, in both themes
     bar = tqdm((own_plots | irs_plots).items(), desc="compare", unit="plot")
     images = {name: (draw(plot), draw(plot, theme=DARK)) for name, plot in bar}

@@ -57,11 +57,11 @@ def write(
 
     Raises DataError if the data set lacks an image that was asked about.
     """
-    asked = predictions[TEACHER_ARM][:most]
+    entries = predictions[TEACHER_ARM][:most]
     kinds = list(comparison.kinds)
     who = list(comparison.results)
-    images = images_of(asked, comparison.split)
-    content = {(p.image_id, number): image for p in asked for number, image in enumerate(images[p.id])}
+    images = images_of(entries, comparison.split)
+    content = {(p.image_id, number): image for p in entries for number, image in enumerate(images[p.id])}
     place = {image: index for index, image in enumerate(content)}
     rows = [
         {
@@ -74,7 +74,7 @@ def write(
             "right": [int(predictions[name][index].correct) for name in who],
             "attention": [grid is not None and [grid.shape[1], _base64(grid)] for grid in maps.get(p.id, ())],
         }
-        for index, p in enumerate(asked)
+        for index, p in enumerate(entries)
     ]
     best, *others = comparison.order
     other = yardstick(comparison) if best != yardstick(comparison) else next(iter(others), best)
@@ -86,23 +86,23 @@ def write(
         "rows": rows,
     }
     page = templates(Path(__file__).parent).get_template("samples.html.j2")
-    told = {"samples": len(rows), "split": comparison.split, "layer": layer, "facts": origin.facts(())}
-    write_text(PAGE, page.render(data=_embedded(data), **told))
+    context = {"samples": len(rows), "split": comparison.split, "layer": layer, "facts": origin.facts(())}
+    write_text(PAGE, page.render(data=_embedded(data), **context))
     return PAGE
 
 
 @torch.inference_mode()
 def attention_maps(
-    loaded: Loaded, samples: Samples, asked: Sequence[Prediction], layer: int, settings: Settings
+    loaded: Loaded, samples: Samples, entries: Sequence[Prediction], layer: int, settings: Settings
 ) -> dict[str, list[NDArray[np.uint8] | None]]:
     """Sample id -> attention map of each image at `layer`, (rows, columns) uint8 as its visual tokens lie, scaled to a maximum
     of 255; None where that is not known. Samples without an image are left out."""
-    ids = {p.id for p in asked}
+    ids = {p.id for p in entries}
     rows = [row for row in generate.questions(samples) if (sample := samples[row].upto(1)).id in ids and sample.images]
     # Sequences as in the layer search: the answer follows, but causal masking hides it from the instruction rows.
     collator = Collator(loaded.processor, Template.from_settings(settings.models.template), max_length=sys.maxsize, train=True)
     view, size = VLM(loaded.model), settings.evaluate.batch_size
-    found: dict[str, list[NDArray[np.uint8] | None]] = {}
+    maps: dict[str, list[NDArray[np.uint8] | None]] = {}
     for start in tqdm(range(0, len(rows), size), desc="samples: where the teacher looks", unit="batch"):
         these = [samples[row].upto(1) for row in rows[start : start + size]]
         batch = collator(these).to(loaded.model.device)
@@ -112,8 +112,8 @@ def attention_maps(
         image = count()  # number in the batch
         for sample, seen, numbers in zip(these, probe.maps[layer].cpu().numpy(), probe.pictures.cpu().numpy(), strict=True):
             own = (seen[numbers == number + 1] for number in range(len(sample.images)))
-            found[sample.id] = [_scaled(placed(loaded, batch, attention, next(image))) for attention in own]
-    return found
+            maps[sample.id] = [_scaled(placed(loaded, batch, attention, next(image))) for attention in own]
+    return maps
 
 
 def _scaled(attention: NDArray[np.float32] | None) -> NDArray[np.uint8] | None:

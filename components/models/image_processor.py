@@ -68,8 +68,8 @@ def stretched(image: Image.Image) -> Image.Image:
 def outgrows(processor: Any, size: tuple[int, int]) -> bool:
     """Whether the processor would make more than MOST_GROWN pixels of an image before it crops it, as LLaVA-1.5's does with
     narrow ones: it resizes the shorter side to a fixed length."""
-    asked = getattr(processor.image_processor, "size", None) or {}
-    edge, limit = (asked.get(name) for name in ("shortest_edge", "longest_edge"))
+    size_limits = getattr(processor.image_processor, "size", None) or {}
+    edge, limit = (size_limits.get(name) for name in ("shortest_edge", "longest_edge"))
     return edge is not None and limit is None and edge**2 * max(size) // min(size) > MOST_GROWN
 
 
@@ -95,14 +95,14 @@ def processed(processor: Any, *images: Image.Image) -> Processed:
         raise RefusedImageError(f"{type(processor).__name__} refuses an image of {sizes} pixels: it is too narrow")
     try:
         several = list(images) if len(images) == 1 else [list(images)]
-        found = processor.image_processor(images=several, return_tensors="pt", **options)
+        output = processor.image_processor(images=several, return_tensors="pt", **options)
     except (ValueError, ZeroDivisionError, RuntimeError) as error:
         raise RefusedImageError(f"{type(processor).__name__} refuses an image of {sizes} pixels: {error}") from None
     try:
-        texts = tuple(str(processor.replace_image_token(found, index)) for index in range(len(images)))
+        texts = tuple(str(processor.replace_image_token(output, index)) for index in range(len(images)))
     except (TypeError, AttributeError) as error:
         raise ModelError(f"{type(processor).__name__}: its processor_config.json is incomplete: {error}") from None
-    return Processed(texts, {name: found[name] for name in ("pixel_values", *IMAGE_INPUTS) if name in found})
+    return Processed(texts, {name: output[name] for name in ("pixel_values", *IMAGE_INPUTS) if name in output})
 
 
 def image_text(processor: Any) -> str | None:

@@ -21,8 +21,8 @@ from components.config.models import PretrainedFamily, Template
 from components.config.settings import Settings
 from components.errors import DataError, ModelError
 from components.io import write_text
-from components.own_data.asked import InitOptions
 from components.own_data.check import CheckResult, accept_rows, check_intervals, report, try_data
+from components.own_data.options import InitOptions
 from components.records.paths import SPLITS
 from components.report.markdown import counted
 

@@ -76,6 +76,6 @@ class LayerChoice(Record):
     backgrounds: list[Background]  # empty if the grids differ
 
     @classmethod
-    def found(cls) -> Self | None:
+    def read_if_searched(cls) -> Self | None:
         """Layer choice of this folder; None if no image has enough instructions for a search."""
         return None if Absent.reason_at(IRS / "layer.json") else cls.read(IRS / "layer.json")

@@ -70,7 +70,7 @@ def _token_grid(loaded: Loaded, batch: Batch, attention: NDArray[Any], number: i
 
 def select_layer(checkpoint: CheckpointRef, layers: int) -> tuple[int | None, str]:
     """Layer to show, with the reason as a phrase; None: the mean over all `layers`."""
-    choice = LayerChoice.found() if checkpoint.arm is not None and (IRS / "layer.json").is_file() else None
+    choice = LayerChoice.read_if_searched() if checkpoint.arm is not None and (IRS / "layer.json").is_file() else None
     if choice is None:
         return None, "the mean over all layers, for no layer search was made of this model"
     if checkpoint.arm == TEACHER_ARM:

@@ -25,10 +25,10 @@ from components.models.load import Loaded
 from components.models.processor import load_processor
 from components.models.template import Template
 from components.records.paths import DATASET, ROWS
-from components.release import asked, card
+from components.release import arguments, card
 from components.release.model import ADAPTER, base_folder, find, open_model, template_of
 
-DTYPES: dict[str, torch.dtype] = dict(zip(asked.DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
+DTYPES: dict[str, torch.dtype] = dict(zip(arguments.DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 SAFETENSORS_DTYPES = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 # Maximum KL(original in float32 || export in its dtype) per answer token, nats: mantissas of 23, 10 and 7 bits.
 TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
@@ -77,7 +77,7 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
             differ from the written ones, or the KL exceeds TOLERANCE.
         TryAgainError: the disk is full, or the hub does not respond.
     """
-    asked.check_export(folder, dtype, shard, force)
+    arguments.check_export(folder, dtype, shard, force)
     ref = find(name, settings)
     source = open_model(ref.path, "cpu")
     dtype = dtype or stored_dtype(ref.path)

@@ -23,7 +23,7 @@ from components.models.collate import Collator
 from components.models.decoding import greedy
 from components.models.families import prompt
 from components.models.load import Loaded
-from components.release.asked import sample_of
+from components.release.arguments import sample_of
 from components.release.attention_overlay import compute_overlay, draw_overlays
 from components.release.model import CheckpointRef, find, open_model, template_of
 from components.runtime import prepare_torch

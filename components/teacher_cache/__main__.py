@@ -104,7 +104,7 @@ def _signals(
     shared_vocabulary = _shared_vocabulary(teacher, students)
     template, max_length = Template.from_settings(settings.models.template), settings.models.max_length
     collator = Collator(teacher.processor, template, max_length, train=True, rows=facts.rows)
-    background = weighting(settings.distill.iva, LayerChoice.found()).background
+    background = weighting(settings.distill.iva, LayerChoice.read_if_searched()).background
     teacher_pass = TeacherPass(
         VLM(teacher.model), collator, facts, shared_vocabulary, settings.distill.logits_chunk_mib, background
     )

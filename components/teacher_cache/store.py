@@ -51,7 +51,7 @@ AGAIN = "`dvc repro cache_teacher` makes it anew"
 def facts(settings: Settings) -> SignalFacts:
     """Identity of a cache: the settings and outputs of earlier stages that determine its bytes."""
     distill = settings.distill
-    weights = weighting(distill.iva, LayerChoice.found())
+    weights = weighting(distill.iva, LayerChoice.read_if_searched())
     students, evidence = ModelIndex.read(MODELS / "index.json").students, distill.teacher_signals.evidence
     return SignalFacts(
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,

@@ -48,8 +48,8 @@ def ran(run: str) -> tuple[str | None, list[str]]:
 
 def tags(run: str) -> dict[str, str]:
     """Tags of this journal's run at its start; none if the journal is not here."""
-    found: dict[str, str] = next(iter(_events(run)), {}).get("tags", {})
-    return found
+    tags: dict[str, str] = next(iter(_events(run)), {}).get("tags", {})
+    return tags
 
 
 def _events(run: str) -> list[dict[str, Any]]:

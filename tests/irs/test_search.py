@@ -321,7 +321,7 @@ def test_without_two_instructions_on_an_image_there_is_no_layer_and_only_arms_th
     study.write_text(yaml.safe_dump({"arms": {"sft": kd, "kd": kd}}))
     stage.main()
     assert "search_layer: nothing to do, IRS compares" in capsys.readouterr().out
-    assert LayerChoice.found() is None and not list(Path("reports/irs").glob("*.png"))
+    assert LayerChoice.read_if_searched() is None and not list(Path("reports/irs").glob("*.png"))
     with pytest.raises(DataError, match=r"layer.json holds no LayerChoice: IRS compares"):
         LayerChoice.read(IRS / "layer.json")
 

@@ -24,7 +24,7 @@ from components.models.collate import Collator
 from components.models.processor import load_processor
 from components.models.template import Template
 from components.own_data import check
-from components.own_data.at_hand import available_models
+from components.own_data.available_models import available_models
 from components.records.paths import DATASET, MODELS, ROWS, SPLITS
 from components.rows.trial import try_rows
 from tests.families import toy

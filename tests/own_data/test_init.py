@@ -17,8 +17,8 @@ from components.cli import app
 from components.config import recipes
 from components.config.load import load_settings
 from components.errors import DataError, InputError, ModelError
-from components.own_data.asked import InitOptions
 from components.own_data.init import init
+from components.own_data.options import InitOptions
 from tests.families import toy
 from tests.own_data.conftest import ROOT, respell
 

@@ -12,7 +12,7 @@ from components.cli import app
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
 from components.own_data import preview as page
-from components.own_data.at_hand import available_models
+from components.own_data.available_models import available_models
 from components.records.paths import DATASET
 from tests.own_data.conftest import respell
 

@@ -18,7 +18,7 @@ from components.models.families import FAMILIES
 from components.models.load import load
 from components.models.template import Template
 from components.release import attention_overlay
-from components.release.asked import sample_of
+from components.release.arguments import sample_of
 from components.release.attention_overlay import compute_overlay, select_layer
 from components.release.generate import Answer, encode_prompt, run, stream_answer
 from components.release.model import CheckpointRef, find
