@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -78,7 +79,16 @@ def choice_field(names: list[str]) -> Any:
     return Field(json_schema_extra=schema if names else None)
 
 
-RecipeName = Annotated[str, choice_field(recipes.names())] | None
+def committed_recipes() -> list[str]:
+    """Recipes that a workspace will have: those of HEAD, if git reads this folder."""
+    files = provenance.git("ls-tree", "--name-only", "HEAD", "params/recipes/")
+    if files is None:
+        return recipes.names()
+    stems = {Path(file).stem for file in files.splitlines()}
+    return [name for name in recipes.names() if name.partition("/")[0] in stems]
+
+
+RecipeName = Annotated[str, choice_field(committed_recipes())] | None
 
 
 def run_stages(title: str, graph: Mapping[str, list[str]], parent: str, slots: threading.Semaphore) -> dict[str, Outcome]:

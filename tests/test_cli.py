@@ -136,6 +136,11 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
     listed = alignti(root, "arms").stdout.splitlines()
     assert [line.split()[:3] for line in listed[:2]] == [["sft", "-", "student"], ["kd", "25.0%", "student"]]
     assert listed[1].endswith("sft 1 kd 1")
+    study = root / "params/study.yaml"
+    text = study.read_text(encoding="utf-8")
+    study.write_text(text.replace("  kd:\n", "  kd:\n    steps: 7\n"), encoding="utf-8")
+    assert alignti(root, "arms").stdout.splitlines()[1].endswith("sft 1 kd 1 steps=7")
+    study.write_text(text, encoding="utf-8")
     stages = {"distill@kd": {"outs": [{"path": "s/kd"}], "params": {"params/distill.yaml": {"steps": 10**6}}}}
     stages |= {"evaluate@kd": {"deps": [{"path": "s/kd/model"}], "params": {}}}
     (root / "dvc.lock").write_text(json.dumps({"stages": stages}))

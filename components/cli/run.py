@@ -68,8 +68,8 @@ def run_study(
         recipes.about(recipe)
     if files := check_committed(name, recipe):
         typer.echo(
-            f"the study runs what is committed, without the changes here of {', '.join(files)}; commit them first for a study"
-            " of these, or give --recipe"
+            f"the study runs what is committed{f' with recipe {recipe}' if recipe else ''}, without the changes here of"
+            f" {', '.join(files)}; commit them first for a study of these{'' if recipe else ', or give --recipe'}"
         )
     if pool:
         client_environment()  # raises if a server is down

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from components.process import announce_loading
+
+if TYPE_CHECKING:
+    from components.config.distill import DistillSettings
+    from components.config.study import Arm
 
 app = typer.Typer()
 
@@ -22,8 +26,7 @@ def use(recipe: str) -> None:
 
     recipes.merged(recipe)  # raises for an invalid recipe before anything is backed up
     check_idle()  # later stages of a running job still read params/
-    if backup_message := recipes.back_up_own_values():
-        typer.echo(backup_message)
+    backup_message = recipes.back_up_own_values()
     diff = recipes.use(recipe)
     for line in diff.splitlines():
         colour = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}.get(line[:1])
@@ -34,6 +37,8 @@ def use(recipe: str) -> None:
         f"params/ {'now say' if diff else 'said already'} what recipe {recipe} says. {duration}: `make repro`, or"
         " `alignti plan` to see it first."
     )
+    if backup_message:
+        typer.echo(backup_message)
     if phases := recipes.phases(recipe) if "/" not in recipe else []:
         typer.echo(f"Before it, in this order: {', '.join(f'`alignti use {recipe}/{phase}`' for phase in phases)}.")
 
@@ -148,10 +153,13 @@ def check(
 def preview(each: int = typer.Option(2, min=1, help="Samples of each kind.")) -> None:
     """Show samples as the student reads them, with what is trained on in colour: here, and as reports/preview.html."""
     from components.config.load import load_settings
+    from components.config.local_paths import missing_paths
     from components.errors import InputError
     from components.own_data.available_models import available_models
 
     settings = load_settings()
+    if missing := missing_paths(settings):
+        raise InputError(f"params/ name what is not here: {', '.join(missing)}")
     folders, _ = available_models(settings.models)
     if not folders:
         raise InputError(
@@ -210,19 +218,30 @@ def _duration(seconds: float) -> str:
 
 @app.command()
 def arms() -> None:
-    """List the arms: student, seed, weights, and the score of those that have one."""
+    """List the arms: student, seed, weights, options beside params/distill.yaml's, and the score of those that have one."""
     from components.config.load import load_settings
     from components.records.evaluate import Scores
     from components.records.paths import SCORES
     from components.tracking import provenance
 
-    arms = load_settings().study.arms
+    settings = load_settings()
+    arms = settings.study.arms
     scored = {name: Scores.read(file) for name in arms if (file := SCORES / name / "scores.json").is_file()}
     stale_stages = provenance.of_other_params(f"evaluate@{name}" for name in scored)
     for name, arm in arms.items():
         weights = " ".join(f"{term} {weight:g}" for term, weight in dict(arm.weights).items() if weight)
         mark = "*" if f"evaluate@{name}" in stale_stages else ""
         score = f"{scored[name].exact_match:.1%}{mark}" if name in scored else "-"
-        typer.echo(f"{name:20} {score:>6}  {arm.student:12} seed {arm.seed:<4} {weights}")
+        options = options_of(arm, settings.distill)
+        typer.echo(f"{name:20} {score:>6}  {arm.student:12} seed {arm.seed:<4} {weights} {options}".rstrip())
     if stale_stages:
         typer.echo("* of a run with other params than those of now; `alignti plan` says what would run")
+
+
+def options_of(arm: Arm, distill: DistillSettings) -> str:
+    """Options of an arm's blocks that differ from `params/distill.yaml`'s, as key=value."""
+    from components.tracking.journal import flatten
+
+    values = dict(flatten(arm.model_dump(mode="json", exclude_none=True, exclude={"weights", "student", "seed"})))
+    shared = dict(flatten(distill.model_dump(mode="json")))
+    return " ".join(f"{key}={value}" for key, value in values.items() if shared.get(key) != value)

@@ -38,11 +38,11 @@ class TooFewInstructions(DataError):
     """Fewer than two images have enough different instructions: `usable` of `images`."""
 
     def __init__(self, usable: int, images: int, settings: IrsSettings) -> None:
+        fewer = " lower params/irs.yaml:instructions_per_image (at least 2)," if settings.instructions_per_image > 2 else ""
         super().__init__(
             f"IRS compares instructions on one image, over two images or more: {usable} of {images} images have"
-            f" {settings.instructions_per_image} different instructions besides captions; lower"
-            " params/irs.yaml:instructions_per_image (at least 2), give images more questions, or do without a layer:"
-            " iva.weighting: uniform in params/distill.yaml"
+            f" {settings.instructions_per_image} different instructions besides captions;{fewer} give images more questions, or"
+            " do without a layer: iva.weighting: uniform in params/distill.yaml"
         )
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from components.models.collate import Collator
 
 EXAMPLES = 3  # rows shown per reason
+CONNECTED = "rows that share an image are in one split, and so is every image that they connect"
 
 
 @dataclass
@@ -160,7 +161,9 @@ def report(result: CheckResult, settings: Settings, folders: dict[str, Path], mi
             id_note = "" if refusal.id is None else f" ({refusal.id})"
             yield f"    {f'{refusal.source}, ' if refusal.source else ''}row {refusal.row}{id_note}: {refusal.detail}"
     for rule in result.rules:
-        yield f"  rule {rule.name}: {counted(rule.rows, 'row')}, such as row {rule.row}{f': {rule.did}' if rule.did else ''}"
+        where = f"{rule.source}, " if settings.data.source == "mixture" else ""
+        change = f": {rule.did}" if rule.did else ""
+        yield f"  rule {rule.name}: {counted(rule.rows, 'row')}, such as {where}row {rule.row}{change}"
     yield "splits: " + "; ".join(
         f"{split} {counted(tally.images[split], 'image')}, {counted(tally.samples[split], 'sample')}" for split in SPLITS
     )
@@ -193,7 +196,8 @@ def accept(result: CheckResult, settings: Settings) -> None:
     usable = tally.usable if tally.usable or tally.left_out else tally.samples
     if empty := [split for split in SPLITS if not usable[split]]:
         raise DataError(
-            f"no usable sample fell into {' and '.join(empty)}: give more images, or raise the shares in params/data.yaml"
+            f"no usable sample fell into {' and '.join(empty)} ({CONNECTED}): give more images, or raise the shares in"
+            " params/data.yaml"
         )
     check_intervals(result, settings)
     eligible = tally.images_with_questions("train", settings.irs.instructions_per_image)

@@ -21,7 +21,7 @@ from components.config.models import PretrainedFamily, Template
 from components.config.settings import Settings
 from components.errors import DataError, ModelError
 from components.io import write_text
-from components.own_data.check import CheckResult, accept_rows, check_intervals, report, try_data
+from components.own_data.check import CONNECTED, CheckResult, accept_rows, check_intervals, report, try_data
 from components.own_data.options import InitOptions
 from components.records.paths import SPLITS
 from components.report.markdown import counted
@@ -142,7 +142,9 @@ def _choices(result: CheckResult, settings: Settings, pair: Pair) -> Iterator[Ch
     tally, llava = result.tally, settings.data.llava
     assert llava is not None
     if empty := [split for split in SPLITS if not tally.usable[split]]:
-        raise DataError(f"{counted(tally.images.total(), 'image')}, and none usable for {' and '.join(empty)}: give more")
+        raise DataError(
+            f"{counted(tally.images.total(), 'image')}, and none usable for {' and '.join(empty)}: give more ({CONNECTED})"
+        )
     check_intervals(result, settings)
     images = ", ".join(f"{tally.images[split]:,} {split}" for split in SPLITS)
     yield Choice("data.llava.val", llava.val, f"and as much for test: {images} images")

@@ -29,6 +29,7 @@ from components.models.collate import Collator
 from components.own_data.check import Tally
 from components.records.paths import DATASET, REPORTS, Split
 from components.report.pages import data_uri, templates, thumbnail
+from components.report.terminal import printable
 from components.rows.judge import CUT, Judge, distinct_encodings
 from components.tracking import provenance
 
@@ -205,11 +206,6 @@ def lines(preview: Preview) -> Iterator[str]:
     yield ""
     yield preview.lengths
     yield preview.answers
-
-
-def printable(text: str) -> str:
-    """Text with control characters escaped, so that the terminal does not act on them."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def write_page(preview: Preview) -> Path:

@@ -26,6 +26,7 @@ from components.models.load import Loaded
 from components.release.arguments import sample_of
 from components.release.attention_overlay import compute_overlay, draw_overlays
 from components.release.model import CheckpointRef, find, open_model, template_of
+from components.report.terminal import printable
 from components.runtime import prepare_torch
 
 
@@ -95,7 +96,7 @@ def run(
             batch, eos_id = encode_prompt(loaded, answer.checkpoint, sample, settings)
             stream_answer(loaded, batch, eos_id, max_new_tokens, answer)
             if overlay:
-                overlays.append(compute_overlay(answer.checkpoint, loaded, batch, sample, answer.text))
+                overlays.append(compute_overlay(answer.checkpoint, loaded, batch, sample, printable(answer.text)))
     if not console.is_terminal:
         console.print()  # Live prints no final newline here
     if overlay:
@@ -127,7 +128,7 @@ def _render_table(answers: list[Answer]) -> Table:
     table = Table(expand=True)
     for answer in answers:
         table.add_column(Text(answer.checkpoint.name), ratio=1, overflow="fold")
-    table.add_row(*(Text(answer.text) for answer in answers))
+    table.add_row(*(Text(printable(answer.text)) for answer in answers))
     table.add_section()
     table.add_row(*(Text(answer.timings, style="dim") for answer in answers))
     return table

@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from components.errors import AlignTIError, InputError, TryAgainError
 from flows import cleanup_stale_runs, devices, heartbeat, pool, remote_arms, servers
 from flows.nightly import nightly
-from flows.pipeline import pipeline
+from flows.pipeline import committed_recipes, pipeline
 from flows.remote_arms import stages
 from flows.study import study
 
@@ -104,6 +104,18 @@ def test_the_form_of_a_deployment_explains_every_parameter() -> None:
             assert len(parameter["description"]) > 15
     assert {"smoke", "digits"} <= set(pipeline.parameters.properties["recipe"]["anyOf"][0]["enum"])  # menus refuse typos
     assert "terms" in study.parameters.properties["name"]["enum"]
+
+
+def test_the_menu_has_the_recipes_that_a_workspace_will_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "smoke"):
+        path = tmp_path / f"params/recipes/{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("about: {}\n")
+    assert committed_recipes() == ["mine", "smoke"], "no repository"
+    for command in (["init", "-q"], ["add", "params/recipes/smoke.yaml"], ["commit", "-qm", "smoke alone"]):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *command], check=True)
+    assert committed_recipes() == ["smoke"]
 
 
 class Faulty(BaseHTTPRequestHandler):

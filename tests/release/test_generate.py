@@ -20,7 +20,7 @@ from components.models.template import Template
 from components.release import attention_overlay
 from components.release.arguments import sample_of
 from components.release.attention_overlay import compute_overlay, select_layer
-from components.release.generate import Answer, encode_prompt, run, stream_answer
+from components.release.generate import Answer, _render_table, encode_prompt, run, stream_answer
 from components.release.model import CheckpointRef, find
 from tests.families import toy
 
@@ -44,6 +44,12 @@ def asked(settings: Settings, name: str = "align_ti", longest: int = 6) -> tuple
     )
     stream_answer(loaded, batch, eos, longest, answer)
     return answer, said
+
+
+def test_an_answer_does_not_drive_the_terminal(project: Path, settings: Settings) -> None:
+    answer = Answer(find("align_ti", settings), text="red\x1b[2J\nblue")
+    (cell,) = list(_render_table([answer]).columns[0].cells)[:1]
+    assert str(cell) == "red\\x1b[2J\nblue"
 
 
 def test_the_answer_is_that_of_evaluation_and_comes_in_pieces(project: Path, settings: Settings) -> None:
