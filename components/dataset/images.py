@@ -81,10 +81,10 @@ def read(path: Path, max_mib: float) -> bytes:
 def _decode(content: bytes, path: str) -> Picture:
     with Image.open(io.BytesIO(content), formats=READ) as image:
         image.load()  # the first frame
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         opaque = image.mode == "RGB" and not image.has_transparency_data
-        plain = opaque and not turned and not getattr(image, "is_animated", False)
-        rgb = image if plain else ImageOps.exif_transpose(_rgb(image, path))
+        plain = opaque and orientation == 1 and not getattr(image, "is_animated", False)
+        rgb = image if plain else ImageOps.exif_transpose(_rgb(image, path, orientation))
         digest = hashlib.sha256(f"{rgb.size} {xxh3_128_hexdigest(_pixels(rgb))}".encode()).hexdigest()
         if not plain or image.format not in KEPT:
             content = _encode(rgb, "JPEG" if image.format in ("JPEG", "MPO") else "PNG")
@@ -101,9 +101,8 @@ def _pixels(image: Image.Image) -> Any:
         return image.tobytes("raw", "RGBX")
 
 
-def _rgb(image: Image.Image, path: str) -> Image.Image:
-    """8-bit RGB image with the original's EXIF data, which hold its orientation."""
-    exif = image.getexif()
+def _rgb(image: Image.Image, path: str, orientation: Any) -> Image.Image:
+    """8-bit RGB image whose EXIF data are the original's orientation alone: Pillow cannot write damaged entries again."""
     if image.mode.startswith("I;16"):
         converted = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     elif image.mode in ("I", "F", "LAB"):
@@ -113,6 +112,8 @@ def _rgb(image: Image.Image, path: str) -> Image.Image:
         converted = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     else:
         converted = image.convert("RGB")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = int(orientation) if orientation in range(1, 9) else 1
     converted.info["exif"] = exif.tobytes()
     return converted
 

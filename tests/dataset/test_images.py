@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,15 @@ def test_exif_rotation_is_applied_to_other_modes_too(tmp_path: Path) -> None:
     exif[0x0112] = 3
     path = saved(tmp_path / "a.png", Image.fromarray(GRADIENT[..., 0]), exif=exif)
     assert np.array_equal(decoded(load(path, LIMITS))[..., 1], np.rot90(GRADIENT[..., 0], 2))
+
+
+@pytest.mark.parametrize("damaged", [(0x011A, b"72\0\0"), (0x0112, b"6\0\0\0")], ids=["resolution", "orientation"])
+def test_damaged_exif_data_cost_no_image(tmp_path: Path, damaged: tuple[int, bytes]) -> None:
+    key, text = damaged
+    entry = struct.pack("<HHHI", 1, key, 2, 3) + text  # text, where a number is to be
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry + bytes(4)
+    path = saved(tmp_path / "a.png", Image.fromarray(GRADIENT[..., 0]), exif=exif)
+    assert np.array_equal(decoded(load(path, LIMITS))[..., 1], GRADIENT[..., 0])
 
 
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
