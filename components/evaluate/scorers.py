@@ -42,12 +42,18 @@ def mean(scorer: str, predictions: Sequence[Prediction]) -> float:
 
 
 def choice(prediction: Prediction) -> float:
-    """1 if answer and reference name the same option of the question, else 0; without two options, exact match."""
+    """1 if answer and reference name the same option of the question, else 0; without two options, exact match.
+
+    The text of an option, word for word, names it. By the kit's rule alone "A dog" and "A bird" would both be option A.
+    """
     options = dict(OPTION.findall(prediction.question))
     if len(options) < 2:
         return float(matches(prediction.answer, prediction.reference))
-    correct = letter_vlmeval(prediction.reference, options)
-    return float(correct is not None and letter_vlmeval(prediction.answer, options) == correct)
+    answer, correct = (
+        next((letter for letter, option in options.items() if matches(text, option)), None) or letter_vlmeval(text, options)
+        for text in (prediction.answer, prediction.reference)
+    )
+    return float(correct is not None and answer == correct)
 
 
 def anls(answer: str, reference: str) -> float:
@@ -130,8 +136,8 @@ SCORERS = {
     ),
     "choice": Scorer(
         "choice letters",
-        "answer and reference name the same option of the question, read as VLMEvalKit does without a judge; a question without"
-        " options is scored by exact match",
+        "answer and reference name the same option of the question, by its whole text, else read as VLMEvalKit does without a"
+        " judge; a question without options is scored by exact match",
         choice,
     ),
 }

@@ -37,6 +37,8 @@ def said(answer: str, reference: str, question: str = LINES) -> Prediction:
         ("choice", said("(b) red", "B", "Which colour? (A) green (B) red"), 1),  # by its text
         ("choice", said("Red.", "red", "Which colour?"), 1),  # no options: exact match
         ("choice", said("B", "red", "What is at A. or so?"), 0),
+        ("choice", said("A dog", "A bird", "What is it? A. A cat B. A dog C. A bird"), 0),  # the articles are no letters
+        ("choice", said("A bird.", "C", "What is it? A. A cat B. A dog C. A bird"), 1),
         ("anls", said("grundik", "grundig"), 6 / 7),
         ("relaxed_accuracy", said("104", "100"), 1),
         ("relaxed_accuracy", said("106", "100"), 0),
