@@ -81,6 +81,12 @@ def add_adapters(model: Any, lora: Lora) -> None:
             f"params/distill.yaml: trainable.lora.targets {list(lora.targets)}: {error}; the language model has"
             f" {', '.join(sorted(linear))}"
         ) from None
+    embeddings = model.get_input_embeddings()
+    if hasattr(embeddings, "lora_embedding_A") and embeddings.weight is model.get_output_embeddings().weight:
+        raise InputError(
+            f"params/distill.yaml: trainable.lora.targets {list(lora.targets)}: this model's embeddings are its output"
+            " head too, which adapters merged into them would change; leave them out"
+        )
 
 
 def merge_adapters(model: Any) -> None:

@@ -23,6 +23,7 @@ from components.records.paths import STUDENTS
 from tests import tiny
 from tests.distill.conftest import write_params
 from tests.distill.test_scale import StopsAt, alone, assert_same_training, legible
+from tests.families import toy
 
 STUDENT = Path("artifacts/models/students/student")
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
@@ -151,6 +152,13 @@ def test_what_lora_cannot_do_is_refused(workplace: Path) -> None:
         trainable = {"vision_tower": False, "projector": True, "language_model": False, "lora": LORA}
         write_params(workplace, "distill", {"trainable": trainable})
         load_settings()
+
+
+def test_adapters_on_embeddings_that_are_the_head_too_are_refused(workplace: Path) -> None:
+    embeddings = ask(workplace, {**LORA, "targets": ["q_proj", "embed_tokens"]})
+    choose_trainable(load(toy.folder("qwen2_5_vl"), "cpu"), embeddings)
+    with pytest.raises(InputError, match="embeddings are its output head too"):
+        choose_trainable(load(toy.folder("paligemma"), "cpu"), embeddings)
 
 
 def test_passes_by_length_train_the_same(workplace: Path) -> None:
