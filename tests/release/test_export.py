@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from components.config.settings import Settings
 from components.distill.export import save
@@ -17,6 +17,7 @@ from components.models.load import load
 from components.records.paths import DATASET, STUDENTS
 from components.release import export as module
 from components.release.export import DTYPES, TOLERANCE, export
+from tests.families import toy
 
 MODEL = STUDENTS / "align_ti/model"
 OUT = Path("out/mine")
@@ -51,6 +52,18 @@ def test_without_a_dtype_it_stays_as_stored_and_shards_are_no_larger_than_asked(
     shards = sorted(OUT.glob("*.safetensors"))
     assert done.dtype == "bf16" and len(shards) > 1 and (OUT / "model.safetensors.index.json").is_file()
     assert (OUT / "README.md").read_text() == "# It", "another's card goes along as it is"
+
+
+@pytest.mark.parametrize("ends", [None, 7, [7, 8]])
+def test_stock_generation_stops_where_answers_end(ends: int | list[int] | None, tmp_path: Path) -> None:
+    source = load(toy.folder("llava_onevision"), "cpu")
+    source.model.generation_config.eos_token_id = ends
+    save(tmp_path, source, module.Template("").of(source.processor), "# It")
+    end = source.processor.tokenizer.eos_token_id
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [end, *([7] if ends == 7 else ends or [])]
+    source.model.generation_config.eos_token_id = [7, end]
+    save(tmp_path, source, module.Template("").of(source.processor), "# It")
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [7, end], "as it was"
 
 
 def test_what_is_there_stays_unless_forced(project: Path, settings: Settings) -> None:
