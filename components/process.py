@@ -139,11 +139,16 @@ def exit_from(main: Callable[[], None]) -> None:
                 terminate_once_with_parent()
                 share_lock()
             main()
+            sys.stdout.flush()
     except AlignTIError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("Interrupted: run the same command to go on", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except BrokenPipeError:  # what read this output has ended, as `| head` does
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         sys.exit(Interrupted.exit_code)
     except Exception as error:
         if (fault := machine_error(error)) is None:

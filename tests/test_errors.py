@@ -201,6 +201,22 @@ def test_closed_streams_end_nothing_and_nothing_else_takes_their_place(closed: s
     assert (tmp_path / "file").read_text() == "c"
 
 
+@pytest.mark.parametrize("code", ["exit_from(lambda: print(1))", "from components.cli import main; main()"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_ends_a_command_without_a_trace(code: str, unbuffered: str) -> None:
+    shell = 'set -o pipefail; "$0" -c "$1" --help | true'
+    words = [
+        "bash",
+        "-c",
+        shell,
+        sys.executable,
+        f"import time; from components.process import exit_from; time.sleep(0.3); {code}",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
 def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     code = "from components.process import exit_from; exit_from(print)"
     words = ["bash", "-c", 'rmdir "$PWD"; exec "$0" -c "$1"', sys.executable, code]

@@ -70,4 +70,6 @@ def _command() -> None:
     except SystemExit as error:
         if error.code == 130:  # typer's exit code for Ctrl-C; ours is 143
             raise KeyboardInterrupt from None
+        if isinstance(error.__context__, BrokenPipeError):  # typer's exit code is 1, which is no failure of a command's
+            raise error.__context__ from None
         raise
