@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -217,6 +219,14 @@ def git(*args: str) -> str | None:
         return subprocess.run(["git", *args], check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def warn_without_commit() -> None:
+    """Say so if git does not read this repository (of another owner, as in a container): runs then have no commit."""
+    if Path(".git").exists() and shutil.which("git") is not None:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        if done.returncode:
+            print(f"this run is recorded without its commit, as git says: {done.stderr.strip()}", file=sys.stderr)
 
 
 def has_commit(commit: str) -> bool:

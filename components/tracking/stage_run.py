@@ -65,6 +65,7 @@ def stage_run(
     title = cell or (None if metered else nearest.name)
     run, elapsed, previous = _open(name, dvc_name, lineage)
     if elapsed is None:
+        provenance.warn_without_commit()
         run.write(
             "start",
             name=f"{stage}/{title}" if title else stage,

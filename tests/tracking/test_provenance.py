@@ -135,3 +135,16 @@ def test_an_empty_lock_file_is_told_in_a_sentence(tmp_path: Path, monkeypatch: p
     (tmp_path / "dvc.lock").touch()
     with pytest.raises(TryAgainError, match=r"dvc.lock is being written, or is broken"):
         provenance.locked()
+
+
+def test_a_repository_that_git_does_not_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    provenance.warn_without_commit()
+    assert capfd.readouterr().err == "", "an export without its history"
+    subprocess.run(["git", "init", "-q"], check=True)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    provenance.warn_without_commit()
+    told = capfd.readouterr().err
+    assert "recorded without its commit" in told and "dubious ownership" in told and "safe.directory" in told
