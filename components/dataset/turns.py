@@ -111,7 +111,7 @@ class TurnReader:
         """Text of a string, a number or a list of parts, each image a mark."""
         if isinstance(value, str):
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
             self.rules["number"] = f"the number {value!r} was read as text"
             return str(value)
         if isinstance(value, list):

@@ -171,6 +171,8 @@ def test_json_within_text_says_each_key_once() -> None:
 
 def test_numbers_are_text_and_null_is_missing() -> None:
     assert said(read(conversations=chat("How many?", 3))) == [("How many?", "3")]
+    with pytest.raises(Refusal, match="a turn has 319 characters"):  # beyond what a float holds
+        read(conversations=chat("How many?", 10**309))
     for raw, key in (
         ({"conversations": chat("How many?", None)}, "value"),
         ({"conversations": chat("How many?", NAN)}, "value"),
