@@ -23,7 +23,7 @@ from components.records.evaluate import Fingerprint, Prediction
 from components.records.record import Record
 from components.tracking import journal, mlflow_registry, mlflow_sync
 from components.tracking.mlflow_client import asking, client
-from components.tracking.mlflow_registry import CANDIDATE, CHAMPION, Version
+from components.tracking.mlflow_registry import CANDIDATE, CHAMPION, Version, model_name
 from components.tracking.outcome import FINGERPRINT
 from components.tracking.stage_run import JOURNAL_ONLY
 from flows import dvc
@@ -62,7 +62,7 @@ def register(arms: list[str], settings: Settings) -> tuple[list[str], bool]:
     if not mlflow_sync.try_sync(settings.runtime.tracking_uri):
         return registered, False
     if best.arm not in registered:  # registered before, and no longer the candidate
-        client, model = _client(settings), settings.runtime.experiment
+        client, model = _client(settings), model_name(settings.runtime.experiment)
         with _mlflow_errors():
             if version := mlflow_registry.by_md5(client, model, best.md5, best.arm):
                 mlflow_registry.set_candidate(client, version)
@@ -88,7 +88,7 @@ def promote(candidate: str | None, settings: Settings, measure: bool = False) ->
         MeasuredDifferently: the two scores are not comparable.
         TryAgainError: MLflow does not answer.
     """
-    client, model = _client(settings), settings.runtime.experiment
+    client, model = _client(settings), model_name(settings.runtime.experiment)
     with _mlflow_errors():
         challenger = _challenger(client, model, candidate, settings)
         current = mlflow_registry.by_alias(client, model, CHAMPION)
@@ -102,7 +102,7 @@ def champion(settings: Settings) -> Version | None:
     """Current champion, or None. Raises InputError or TryAgainError as `promote`."""
     client = _client(settings)
     with _mlflow_errors():
-        return mlflow_registry.by_alias(client, settings.runtime.experiment, CHAMPION)
+        return mlflow_registry.by_alias(client, model_name(settings.runtime.experiment), CHAMPION)
 
 
 def _mlflow_errors() -> AbstractContextManager[None]:

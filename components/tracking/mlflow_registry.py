@@ -6,6 +6,7 @@ A version points to an external logged model: its weights stay with DVC, under t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +33,11 @@ class Version:
         return f"version {self.number} ({self.arm})"
 
 
+def model_name(experiment: str) -> str:
+    """Name of the experiment's registered model: MLflow takes neither paths, which Databricks' experiments are, nor quotes."""
+    return re.sub(r"[/:']|^\.+$", "-", experiment)
+
+
 def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     """Create the model version of a journal's `register` event, unless it exists.
 
@@ -43,21 +49,22 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
     training_runs = client.search_runs([experiment.experiment_id], f"tags.`alignti.run` = '{line['made_by']}'", max_results=1)
     source = training_runs[0].info.run_id if training_runs else run_id
-    _create_model(client, experiment.name)
+    model = model_name(experiment.name)
+    _create_model(client, model)
     md5 = line["tags"][MD5]
-    version = by_md5(client, experiment.name, md5, line["tags"]["arm"])
+    version = by_md5(client, model, md5, line["tags"]["arm"])
     if version is None:
         tags = {**line["tags"], "run.scores": run_id, REGISTERED: str(line["time"])}
         logged = mlflow.create_external_model(
             tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
         )
         created = client.create_model_version(
-            experiment.name, logged.model_uri, source, model_id=logged.model_id, description=line["description"],
+            model, logged.model_uri, source, model_id=logged.model_id, description=line["description"],
             tags={key: tags[key] for key in VERSION_TAGS if key in tags},
         )  # fmt: skip
         version = _version(client, created)
     if line["candidate"]:
-        current = by_alias(client, experiment.name, CANDIDATE)
+        current = by_alias(client, model, CANDIDATE)
         if current is None or int(current.tags.get(REGISTERED, 0)) <= line["time"]:
             set_candidate(client, version)
 

@@ -1,0 +1,31 @@
+"""Registration of students in MLflow, whatever the experiment is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from components.tracking import mlflow_client, mlflow_registry
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model"), [("align-ti", "align-ti"), ("/Users/me/x", "-Users-me-x"), ("o'brien: x", "o-brien- x"), (".", "-")]
+)
+def test_every_experiment_has_a_model_that_mlflow_takes(
+    experiment: str, model: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    client = mlflow_client.client(uri)
+    run = client.create_run(client.create_experiment(experiment)).info.run_id
+    tags = {"arm": "sft", mlflow_registry.MD5: "5" * 32, "exact_match": "0.5"}
+    line = {"made_by": "none", "candidate": True, "time": 1, "description": "an arm", "params": {}, "tags": tags}
+    for _ in range(2):  # sent again after an interruption
+        mlflow_registry.register(client, run, line)
+    version = mlflow_registry.by_alias(client, mlflow_registry.model_name(experiment), mlflow_registry.CANDIDATE)
+    assert version is not None and (version.model, version.number, version.arm) == (model, "1", "sft")
