@@ -77,7 +77,19 @@ def load(
         )
     model, loading_info = model_and_info
     check_loading_info(loading_info, path)
+    _check_embeddings(model, processor.tokenizer, path)
     return Loaded((model if quantised else model.to(device)).eval(), processor)
+
+
+def _check_embeddings(model: Any, tokenizer: Any, path: Path) -> None:
+    """Raises ModelError if a token has no embedding: a text with it would end in an IndexError, on CUDA in worse."""
+    last, token = max((i, token) for token, i in tokenizer.get_vocab().items())
+    rows = len(model.get_input_embeddings().weight)
+    if last >= rows:
+        raise ModelError(
+            f"{path}: its tokenizer has tokens up to id {last} ({token!r}), and the model embeddings for {rows}; save it again"
+            " after resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def check_kind(path: Path) -> None:

@@ -166,6 +166,14 @@ def test_pad_that_is_eos_is_refused(good: Path) -> None:
         check_pair(load(good, "cpu"), student)
 
 
+def test_tokens_without_an_embedding_are_refused(folder: Path) -> None:
+    processor = load(folder, "cpu").processor
+    processor.tokenizer.add_tokens(["<mine>"])
+    processor.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"tokens up to id \d+ \('<mine>'\), and the model embeddings for \d+; save it again"):
+        load(folder, "cpu")
+
+
 def test_missing_image_token_is_refused(good: Path) -> None:
     teacher, student = load(good, "cpu"), load(good, "cpu")
     student.model.config.image_token_id = 7

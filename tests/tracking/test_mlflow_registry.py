@@ -14,9 +14,10 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
 
 
-@pytest.mark.parametrize(
-    ("experiment", "model"), [("align-ti", "align-ti"), ("/Users/me/x", "-Users-me-x"), ("o'brien: x", "o-brien- x"), (".", "-")]
-)
+NAMES = {"align-ti": "align-ti", "/Users/me/x": "-Users-me-x", "o'brien: x": "o-brien- x", ".": "-"}
+
+
+@pytest.mark.parametrize(("experiment", "model"), NAMES.items())
 def test_every_experiment_has_a_model_that_mlflow_takes(
     experiment: str, model: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
