@@ -10,6 +10,7 @@ Image need: nats per reference token lost by blurring the image, the ranking of 
 from __future__ import annotations
 
 import io
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -166,12 +167,12 @@ def _image_need(
 
 
 def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
-    """Most frequent reference of each row's kind; ties by alphabetical order."""
-    labelled = [(sample.kind, sample.turns[0].answer) for sample in (samples[row] for row in rows)]
-    by_kind: dict[str, list[str]] = {}
+    """Most frequent reference of each row's kind, as exact match reads it; ties by alphabetical order."""
+    labelled = [(sample.kind, metrics.normalise(sample.turns[0].answer)) for sample in (samples[row] for row in rows)]
+    by_kind: dict[str, Counter[str]] = defaultdict(Counter)
     for kind, reference in labelled:
-        by_kind.setdefault(kind, []).append(reference)
-    most_frequent = {kind: max(sorted(set(group)), key=group.count) for kind, group in by_kind.items()}
+        by_kind[kind][reference] += 1
+    most_frequent = {kind: max(sorted(counts), key=counts.__getitem__) for kind, counts in by_kind.items()}
     return [most_frequent[kind] for kind, _ in labelled]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from components.config.evaluate import EvaluateSettings
 from components.errors import DataError
 from components.evaluate.fingerprint import differences
+from components.evaluate.metrics import normalise
 from components.evaluate.statistics import bootstrap, interval, p_value
 from components.records.compare import Difference
 from components.records.evaluate import Fingerprint, Prediction
@@ -25,7 +26,7 @@ def majority_accuracy(answers: Sequence[Prediction]) -> float:
     """Majority baseline, which any champion must beat: accuracy of the most frequent reference of each question's kind."""
     references: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
-        references[answer.kind][answer.reference] += 1
+        references[answer.kind][normalise(answer.reference)] += 1
     return sum(counts.most_common(1)[0][1] for counts in references.values()) / len(answers)
 
 

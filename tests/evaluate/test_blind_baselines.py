@@ -88,7 +88,7 @@ def test_another_image_is_never_the_question_s_own(samples: Samples) -> None:
 
 
 def test_majority_says_the_most_frequent_reference_of_the_kind(tmp_path: Path) -> None:
-    turns = [("a", "x"), ("a", "y"), ("a", "y"), ("b", "no"), ("b", "yes")]
+    turns = [("a", "x"), ("a", "y"), ("a", "Y."), ("b", "no"), ("b", "yes")]
     rows = [ImageRow(f"i{i}", None, ((f"s{i}", kind, (Turn("q", said),)),)) for i, (kind, said) in enumerate(turns)]
     test, _ = split_of(tmp_path, rows, rows)
     assert majority(test, range(5)) == ["y", "y", "y", "no", "no"]

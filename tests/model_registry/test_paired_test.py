@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from components.config.load import load_settings
 from components.errors import DataError
 from components.model_registry import drift
-from components.model_registry.paired_test import MeasuredDifferently, paired_test
+from components.model_registry.paired_test import MeasuredDifferently, majority_accuracy, paired_test
 from components.records.dataset import Manifest, SplitRecord
 from components.records.evaluate import Fingerprint, Prediction
 
@@ -29,6 +29,12 @@ def answers(right: list[bool]) -> list[Prediction]:
 
 def run(ours: list[bool], theirs: list[bool], measured: Any = (MEASURED, MEASURED)) -> Any:
     return paired_test(("new", "old"), (answers(ours), answers(theirs)), measured, ASKED)
+
+
+def test_the_most_frequent_answer_is_the_same_however_it_is_spelt() -> None:
+    texts = ("Yes", "no", "yes.", "YES")
+    spelt = [answer.model_copy(update={"reference": text}) for answer, text in zip(answers([True] * 4), texts, strict=True)]
+    assert majority_accuracy(spelt) == 0.75
 
 
 @settings(deadline=None, max_examples=25)
