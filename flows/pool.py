@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import yaml
+
 from components.errors import AlignTIError
 from components.process import end_with_parent
 from flows import cleanup_stale_runs, devices, heartbeat, servers
@@ -54,6 +56,26 @@ def deploy(at_once: int | None = None) -> Iterator[str]:
         raise AlignTIError(f"`prefect deploy` failed:\n{(result.stdout + result.stderr)[-3000:].strip()}")
     page = os.environ["PREFECT_API_URL"].removesuffix("/api")
     yield f"deployments of prefect.yaml, on pool {name()}; start them at {page}/deployments"
+    for title in _still_scheduled():
+        yield (
+            f"{title} has a schedule on the server and none in prefect.yaml, and still runs: `prefect deployment schedule clear"
+            f" {title}` ends that (PREFECT_API_URL={page}/api)"
+        )
+
+
+def _still_scheduled() -> list[str]:
+    """Deployments of this project that were renamed or lost their schedule in prefect.yaml: `prefect deploy` leaves the old."""
+    declared = yaml.safe_load(Path("prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    scheduled = {entry["name"] for entry in declared if entry.get("schedules")}
+    with servers.prefect_client() as client:
+        flow_names = {flow.id: flow.name for flow in client.read_flows()}
+        return sorted(
+            f"{flow_names[deployment.flow_id]}/{deployment.name}"
+            for deployment in client.read_deployments()
+            if (deployment.entrypoint or "").startswith("flows.")
+            and deployment.name not in scheduled
+            and any(schedule.active for schedule in deployment.schedules)
+        )
 
 
 def work(count: int | None = None, echo: Callable[[str], None] = print) -> None:

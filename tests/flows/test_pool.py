@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -160,3 +161,16 @@ def test_an_order_that_a_busy_server_does_not_take_is_worth_another_try(monkeypa
     monkeypatch.setattr(remote_arms, "_unfinished_run", living)
     with pytest.raises(TryAgainError, match=r"does not answer: Server error '503'$"):
         remote_arms.RemoteStages("smoke", "0" * 40, None, "run")._run_remotely("tpa0", [])
+
+
+def test_schedules_that_prefect_yaml_no_longer_has_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prefect.yaml").write_text("deployments: [{name: night, schedules: [{cron: 0 2 * * *}]}, {name: weekly}]\n")
+
+    def deployed(name: str, active: bool = True, entrypoint: str = "flows.nightly.nightly") -> SimpleNamespace:
+        return SimpleNamespace(name=name, flow_id=1, entrypoint=entrypoint, schedules=[SimpleNamespace(active=active)])
+
+    there = [deployed("night"), deployed("nightly"), deployed("weekly"), deployed("old", False), deployed("x", True, "x.py:x")]
+    client = SimpleNamespace(read_flows=lambda: [SimpleNamespace(id=1, name="f")], read_deployments=lambda: there)
+    monkeypatch.setattr(servers, "prefect_client", lambda: contextlib.nullcontext(client))
+    assert pool._still_scheduled() == ["f/nightly", "f/weekly"]
