@@ -105,7 +105,7 @@ def machine_error(error: BaseException) -> AlignTIError | None:
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_KEY|AUTH|AUTH_STRING|WEBHOOK(_URL)?)$")  # variable names
 MIN_SECRET_CHARS = 6  # characters; shorter values occur as ordinary words
-LOGIN = re.compile(r"//[^/@\s]+@")  # user:password@ in a URL
+LOGIN = re.compile(r"//[^/\s]+@")  # user:password@ in a URL, up to the last @: a password may hold one
 HIDDEN = "***"
 
 

@@ -44,3 +44,4 @@ def test_wherever_it_stands(before: str, after: str) -> None:
 def test_an_address_without_its_login() -> None:
     assert without_login("http://me:pass@host:5000/a") == "http://host:5000/a"
     assert without_login("http://host:5000/a@b") == "http://host:5000/a@b"
+    assert without_login("postgresql://me:p@ss@host/a") == "postgresql://host/a" and "ss" not in redact("//me:p@ss@host")
